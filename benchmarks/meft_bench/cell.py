@@ -1,0 +1,87 @@
+"""A cell: one point of a sweep, everything needed to run it and nothing else.
+
+A cell is plain data. Two cells with equal fields are the same cell, on any machine;
+`Cell.id` is its readable name and `Cell.key` its join key. This module imports nothing
+heavy, so that the parent process can hold cells without torch.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One point of a sweep: method x workload x options.
+
+    Fields left at their defaults do not show in `id`, except the workload's shape.
+    """
+
+    method: str
+    """Way of fine-tuning, one of `meft_bench.methods.METHODS`."""
+    backbone: str = "minilm-l6"
+    """A packaged name, `dir:PATH`, `hub:NAME`, or `random:CONFIG`."""
+    depth: int = 0
+    """Number of blocks, taken or repeated from the backbone's; 0 leaves it as it is."""
+    dtype: str = "fp32"
+    """Compute dtype: `fp32`, or `bf16`/`fp16` autocast over float32 parameters."""
+    batch_size: int = 16
+    """Rows per step."""
+    seq_len: int = 128
+    """Tokens per row: exact for `synthetic`, the truncation length for a real task."""
+    task: str = "synthetic"
+    """A task of `meft_bench.tasks.TASKS`; `synthetic` has random tokens, no score."""
+    seed: int = 0
+    """Seeds the head, the adapters, dropout, and the order of the rows."""
+    device: str = "cpu"
+    """`cpu` or `cuda`."""
+    learning_rate: float = 5e-4
+    """Peak of the linear schedule."""
+    max_steps: int = 5
+    """Optimizer steps, at most (warm-up steps included)."""
+    warmup_steps: int = 2
+    """First steps, recorded but left out of the summary of `step_seconds`."""
+    eval_every: int = 0
+    """Steps between two validations for early stopping; 0 trains all `max_steps`."""
+    patience: int = 0
+    """Validations without improvement before training stops; 0 never stops early."""
+    train_rows: int = 0
+    """Rows to train on, drawn by `seed`; 0 takes all."""
+    eval_rows: int = 0
+    """Rows to score on, the first of the split; 0 takes all."""
+    bottleneck_size: int = 8
+    """Inner width of every bottleneck adapter."""
+    lora_rank: int = 8
+    """Rank of every LoRA pair."""
+
+    @property
+    def id(self) -> str:
+        """Readable, stable name, e.g. `meft1/minilm-l6/b16-s128-fp32/sst2/seed0`."""
+        shape = f"b{self.batch_size}-s{self.seq_len}-{self.dtype}"
+        if self.depth:
+            shape += f"-d{self.depth}"
+        name = f"{self.method}/{self.backbone}/{shape}/{self.task}/seed{self.seed}"
+        shown = {"method", "backbone", "depth", "dtype", "batch_size", "seq_len"}
+        shown |= {"task", "seed"}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in shown and value != field.default:
+                name += f"/{field.name}={value}"
+        return name
+
+    @property
+    def key(self) -> str:
+        """Join key: sha256 of the fields as canonical JSON."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Cell":
+        """The inverse of `to_json`."""
+        return cls(**fields)

@@ -1,0 +1,147 @@
+"""A record: a cell, how it ended, what was seen, and where.
+
+Schema history
+  1  first version
+
+Quantities are integers in bytes (`_bytes`), floats in seconds (`_seconds`) and counts
+(`num_`). A quantity that was not measured is None, never 0 and never a stand-in. What
+every field means and how it is measured is in docs/numbers.md.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from meft_bench.cell import Cell
+
+SCHEMA_VERSION = 1
+
+
+class Status(StrEnum):
+    """How a cell ended."""
+
+    OK = "ok"
+    OOM = "oom"
+    TIMEOUT = "timeout"
+    KILLED = "killed"
+    ERROR = "error"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """What the meters saw for one cell. Every field may be None: not measured."""
+
+    num_parameters: int | None = None
+    num_trainable_parameters: int | None = None
+    num_blocks: int | None = None
+    saved_bytes: int | None = None
+    """Distinct storage kept for backward, parameters excluded; exact, any device."""
+    resting_bytes: int | None = None
+    """Parameters, gradients, optimizer state and buffers held between two steps."""
+    peak_allocated_bytes: int | None = None
+    """Highest tensor memory during one step, resting memory included."""
+    peak_reserved_bytes: int | None = None
+    """Highest memory taken from the driver during one step (CUDA only)."""
+    peak_host_bytes: int | None = None
+    """`VmHWM` of the child process: its highest resident memory, all imports in."""
+    nvml_process_bytes: int | None = None
+    """Device memory NVML attributes to the child (CUDA only)."""
+    pcie_rx_bytes: int | None = None
+    """Hardware counter: bytes the device received over the link in one step."""
+    pcie_tx_bytes: int | None = None
+    """Hardware counter: bytes the device sent over the link in one step."""
+    step_seconds: float | None = None
+    """Median over the steps after warm-up."""
+    step_seconds_iqr: float | None = None
+    """Distance between the quartiles of the same steps."""
+    all_step_seconds: list[float] | None = None
+    """Every step in order, warm-up first."""
+    num_steps: int | None = None
+    """Optimizer steps done, which early stopping may end below `max_steps`."""
+    loss_curve: list[float] | None = None
+    """Training loss, one value a step."""
+    score_name: str | None = None
+    score: float | None = None
+    """Metric on the evaluation split at the selected weights."""
+    majority_score: float | None = None
+    """The same metric for always answering the most frequent training label."""
+    num_train_rows: int | None = None
+    num_eval_rows: int | None = None
+    reconstruction_error: list[float] | None = None
+    """Relative error of each block's rebuilt input, lowest block first."""
+    gradient_error: list[float] | None = None
+    """Relative error of each block's gradients against the stored twin."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Environment:
+    """Where a cell ran. Fields the child could not report any more are None."""
+
+    versions: dict[str, str]
+    """Python and the packages that can change a number."""
+    commit: str | None
+    dirty: bool | None
+    """True when tracked files differ from `commit`; None outside a checkout."""
+    code_sha256: str
+    """Digest of the sources of `meft` and `meft_bench` that ran."""
+    machine: str
+    """Class of machine: processor or GPU model. Records of two classes do not mix."""
+    platform: str
+    cpu: str
+    num_threads: int
+    """Threads each child may use."""
+    num_slots: int
+    """Cells run side by side; above 1, times are only comparable within the run."""
+    device_name: str | None = None
+    weights_origin: str | None = None
+    """Package and version, directory, hub name, or `random weights`."""
+    weights_sha256: str | None = None
+    data_origin: str | None = None
+    """Where the rows came from and which splits they are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """Cell + status + measurement + environment; one line of JSON."""
+
+    sweep: str
+    cell: Cell
+    status: Status
+    message: str
+    """Empty when ok; otherwise one line that says why."""
+    started_at: str
+    """UTC, ISO 8601."""
+    wall_seconds: float
+    measurement: Measurement
+    environment: Environment
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as a JSON object, with its schema version and the cell's id."""
+        fields = dataclasses.asdict(self)
+        return {"schema_version": SCHEMA_VERSION, "cell_id": self.cell.id, **fields}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Record":
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: the record is of another schema version.
+        """
+        version = fields.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"record of schema version {version!r}; this harness reads "
+                f"version {SCHEMA_VERSION}"
+            )
+        return cls(
+            sweep=fields["sweep"],
+            cell=Cell.from_json(fields["cell"]),
+            status=Status(fields["status"]),
+            message=fields["message"],
+            started_at=fields["started_at"],
+            wall_seconds=fields["wall_seconds"],
+            measurement=Measurement(**fields["measurement"]),
+            environment=Environment(**fields["environment"]),
+        )
