@@ -45,6 +45,11 @@ def find_bert(model: nn.Module) -> BertModel:
     return bert
 
 
+def blocks_of(bert: BertModel) -> list[BertLayer]:
+    """The blocks of `bert`, lowest first."""
+    return [cast(BertLayer, block) for block in bert.encoder.layer]
+
+
 def freeze_all_but_head(model: PreTrainedModel) -> None:
     """Freeze every parameter except those of a task head without trained weights."""
     model.requires_grad_(False)

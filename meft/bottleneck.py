@@ -50,7 +50,8 @@ class Bottleneck(nn.Module):
         Adapters keep float32 weights beside a half-precision backbone, hence the casts.
         """
         inner = self.activation(self.down(x.to(self.down.weight.dtype)))
-        return self.up(self.dropout(inner)).to(x.dtype)
+        outer: Tensor = self.up(self.dropout(inner))
+        return outer.to(x.dtype)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

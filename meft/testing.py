@@ -72,7 +72,7 @@ def check_reversible(
     groups = {
         block: [
             parameter
-            for module in (encoder.layer[block], encoder.adapters[str(block)])
+            for module in (encoder.blocks[block], encoder.adapters_of(block))
             for parameter in module.parameters()
             if parameter.requires_grad
         ]

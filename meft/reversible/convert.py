@@ -6,7 +6,7 @@ from typing import TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from meft.backbone import find_bert, freeze_all_but_head, is_checkpointing
+from meft.backbone import blocks_of, find_bert, freeze_all_but_head, is_checkpointing
 from meft.bottleneck import Bottleneck, wide_dtype
 from meft.errors import ConfigError, UnsupportedModelError
 from meft.reversible.config import ReversibleConfig
@@ -44,7 +44,7 @@ def make_reversible(model: Model, config: ReversibleConfig) -> Model:
             "gradient checkpointing is on: a reversible stack rebuilds its activations "
             "already. Call `model.gradient_checkpointing_disable()` first"
         )
-    blocks = bert.encoder.layer
+    blocks = blocks_of(bert)
     first, end = config.span or (0, len(blocks))
     if end > len(blocks):
         raise ConfigError(
@@ -54,20 +54,20 @@ def make_reversible(model: Model, config: ReversibleConfig) -> Model:
 
     freeze_all_but_head(model)
     adapters = nn.ModuleDict()
-    for index in range(first, len(blocks)):
-        weight = blocks[index].output.dense.weight
+    for index, block in enumerate(blocks[first:], first):
+        weight = block.output.dense.weight
         make = partial(
             Bottleneck,
             bert.config.hidden_size,
             config.bottleneck_size,
-            blocks[index].intermediate.intermediate_act_fn,
+            block.intermediate.intermediate_act_fn,
             bert.config.hidden_dropout_prob,
             bert.config.initializer_range,
         )
         made = make_adapters(config.variant, make)
         adapters[str(index)] = made.to(weight.device, wide_dtype(weight.dtype))
     encoder = ReversibleEncoder(bert.encoder, adapters, config, (first, end))
-    bert.encoder = encoder.train(model.training)
+    bert.encoder = encoder.train(model.training)  # type: ignore[assignment]
     return model
 
 

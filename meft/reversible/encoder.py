@@ -9,12 +9,12 @@ between forward and backward, so several forwards before a backward are fine.
 
 import functools
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-from transformers.models.bert.modeling_bert import BertEncoder
+from transformers.models.bert.modeling_bert import BertEncoder, BertLayer
 
 from meft.backbone import is_checkpointing
 from meft.bottleneck import wide_dtype
@@ -63,6 +63,15 @@ class ReversibleEncoder(nn.Module):
         """Set by `meft.testing` to watch one forward and backward."""
         self._first_step_is_over = False
 
+    @property
+    def blocks(self) -> list[BertLayer]:
+        """All blocks, lowest first."""
+        return [cast(BertLayer, block) for block in self.layer]
+
+    def adapters_of(self, block: int) -> nn.ModuleDict:
+        """The adapters of one block from `span[0]` up."""
+        return cast(nn.ModuleDict, self.adapters[str(block)])
+
     def forward(
         self,
         hidden_states: Hidden,
@@ -73,7 +82,7 @@ class ReversibleEncoder(nn.Module):
         kwargs = self._supported(kwargs)
         first, end = self.span
         hidden = hidden_states
-        for block in self.layer[:first]:
+        for block in self.blocks[:first]:
             hidden = block(hidden, attention_mask, **kwargs)
 
         x = hidden.to(wide_dtype(hidden.dtype))
@@ -115,8 +124,8 @@ class ReversibleEncoder(nn.Module):
         scale_1, scale_2 = self.reversible.scales
         return Stack(
             branches=[
-                branches(variant, self.layer[i], self.adapters[str(i)], mask, **kwargs)
-                for i in range(first, end)
+                branches(variant, block, self.adapters_of(i), mask, **kwargs)
+                for i, block in enumerate(self.blocks[first:end], first)
             ],
             scale_1=scale_1,
             scale_2=scale_2,

@@ -54,7 +54,7 @@ class _Rebuild(torch.autograd.Function):
         return y1, y2
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(
         ctx: Any, dy1: Tensor | None, dy2: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -69,6 +69,8 @@ class _Rebuild(torch.autograd.Function):
         wants_input = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         with call.autocast.entered():
             for index in reversed(range(len(call.stack.branches))):
+                assert dy1 is not None, "only the lowest block may end without"
+                assert dy2 is not None
                 if call.stack.swap:
                     y1, y2, dy1, dy2 = y2, y1, dy2, dy1
                 y1, y2, dy1, dy2 = _step_down(
