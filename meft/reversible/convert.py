@@ -42,7 +42,7 @@ def make_reversible(model: Model, config: ReversibleConfig) -> Model:
     if is_checkpointing(model):
         raise UnsupportedModelError(
             "gradient checkpointing is on: a reversible stack rebuilds its activations "
-            "already. Call `model.gradient_checkpointing_disable()` first"
+            "already. Call `model.activation_checkpointing_disable()` first"
         )
     blocks = blocks_of(bert)
     first, end = config.span or (0, len(blocks))

@@ -151,7 +151,7 @@ class ReversibleEncoder(nn.Module):
         if self.training and is_checkpointing(self.layer):
             raise UnsupportedCallError(
                 "gradient checkpointing is on: a reversible stack rebuilds its "
-                "activations already. Call `model.gradient_checkpointing_disable()`"
+                "activations already. Call `model.activation_checkpointing_disable()`"
             )
         return kwargs
 

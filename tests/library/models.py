@@ -1,4 +1,4 @@
-"""Tiny BERT models with distinct random weights in every block, and batches for them."""
+"""Tiny BERT models, every block with weights of its own, and batches for them."""
 
 from typing import Any
 
@@ -16,7 +16,9 @@ import meft
 VOCAB, LABELS = 50, 3
 
 
-def bert_config(depth: int = 2, dropout: float = 0.0, hidden: int = 16) -> BertConfig:
+def bert_config(
+    depth: int = 2, dropout: float = 0.0, hidden: int = 16, labels: int = LABELS
+) -> BertConfig:
     return BertConfig(
         vocab_size=VOCAB,
         hidden_size=hidden,
@@ -24,7 +26,7 @@ def bert_config(depth: int = 2, dropout: float = 0.0, hidden: int = 16) -> BertC
         num_attention_heads=2,
         intermediate_size=2 * hidden,
         max_position_embeddings=64,
-        num_labels=LABELS,
+        num_labels=labels,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
     )
@@ -72,7 +74,7 @@ def heads() -> list[tuple[PreTrainedModel, dict[str, torch.Tensor]]]:
     return [
         (BertForSequenceClassification(bert_config()), rows),
         (
-            BertForQuestionAnswering(bert_config()),
+            BertForQuestionAnswering(bert_config(labels=2)),
             inputs | {"start_positions": positions, "end_positions": positions},
         ),
         (BertForMaskedLM(bert_config()), inputs | {"labels": rows["input_ids"]}),
