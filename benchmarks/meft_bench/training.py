@@ -105,7 +105,7 @@ def train(
     batches: Iterator[list[Example]],
     clock: StepClock,
     validate: Callable[[], float],
-) -> list[float]:
+) -> Iterator[float]:
     """Train by the protocol and leave the selected weights in the model.
 
     Args:
@@ -116,10 +116,9 @@ def train(
         validate: score of the present weights on the validation rows; called only
             with `cell.eval_every`.
 
-    Returns:
-        The loss of every step done, which may be fewer than `cell.max_steps`.
+    Yields:
+        The loss of each step done, of which there may be fewer than `cell.max_steps`.
     """
-    losses: list[float] = []
     selected: Selected | None = None
     num_worse = 0
     pad_token_id = stepper.model.config.pad_token_id or 0
@@ -127,7 +126,8 @@ def train(
     for step in range(cell.max_steps):
         with clock.step():
             batch = collate(next(batches), pad_token_id)
-            losses.append(stepper.step(batch, learning_rate_at(step, cell)))
+            loss = stepper.step(batch, learning_rate_at(step, cell))
+        yield loss
         is_last = step + 1 == cell.max_steps
         if not cell.eval_every or ((step + 1) % cell.eval_every and not is_last):
             continue
@@ -142,13 +142,12 @@ def train(
             break
     if selected is not None:
         _restore_trained(stepper.model, selected.weights)
-    return losses
 
 
 @torch.no_grad()
 def predict(stepper: Stepper, examples: list[Example], batch_size: int) -> list[int]:
     """The model's label for each example, dropout off."""
-    stepper.model.eval()
+    stepper.model.train(False)
     pad_token_id = stepper.model.config.pad_token_id or 0
     # Batches of equal lengths need the least padding.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].token_ids))
