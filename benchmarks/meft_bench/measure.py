@@ -68,6 +68,11 @@ def measure(cell: Cell, source: Source, sighting: Sighting) -> None:
         "weights_sha256": backbone.sha256,
     }
     examples = _examples(task, backbone, cell)
+    if cell.eval_every and not examples.validation:
+        raise ValueError(
+            f"`eval_every` is {cell.eval_every}, but task {cell.task!r} leaves no rows "
+            "to select weights with: set it to 0, or `train_rows` to at least 10"
+        )
     stepper = _prepare(backbone, cell, sighting)
     sighting.note(num_train_rows=len(examples.train))
     _train_and_score(stepper, cell, task, examples, sighting)

@@ -1,4 +1,4 @@
-"""Which exceptions say that memory ran out. Imports nothing heavy: torch may not fit."""
+"""Which exceptions say that memory ran out. No heavy imports: torch may not fit."""
 
 import errno
 

@@ -8,9 +8,9 @@ with the best score on rows set aside for that choice.
 """
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy
 import torch
@@ -91,14 +91,6 @@ class Stepper:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Selected:
-    """Weights that had the best validation score so far."""
-
-    score: float
-    weights: list[Tensor]
-
-
 def train(
     stepper: Stepper,
     cell: Cell,
@@ -119,7 +111,8 @@ def train(
     Yields:
         The loss of each step done, of which there may be fewer than `cell.max_steps`.
     """
-    selected: Selected | None = None
+    best_score = -math.inf
+    best_weights: list[Tensor] | None = None
     num_worse = 0
     pad_token_id = stepper.model.config.pad_token_id or 0
     stepper.model.train()
@@ -133,15 +126,15 @@ def train(
             continue
         score = validate()
         stepper.model.train()
-        if selected is None or score > selected.score:
-            selected = Selected(score=score, weights=_copy_trained(stepper.model))
+        if score > best_score:
+            best_score, best_weights = score, _copy_trained(stepper.model)
             num_worse = 0
         else:
             num_worse += 1
         if cell.patience and num_worse >= cell.patience:
             break
-    if selected is not None:
-        _restore_trained(stepper.model, selected.weights)
+    if best_weights is not None:
+        _restore_trained(stepper.model, best_weights)
 
 
 @torch.no_grad()
