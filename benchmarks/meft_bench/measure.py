@@ -30,7 +30,7 @@ from meft_bench.out_of_memory import is_out_of_memory
 from meft_bench.record import Measurement
 from meft_bench.registry import METHODS, TASKS, load
 from meft_bench.source import MissingError, Source
-from meft_bench.tasks import metrics, synthetic
+from meft_bench.tasks import synthetic
 from meft_bench.tasks.batches import Batch, Example, encode, epochs, full_batch
 from meft_bench.tasks.task import Row, Task
 from meft_bench.training import Stepper, predict, seed_everything, train
@@ -138,9 +138,8 @@ def _train_and_score(
     stepper: Stepper, cell: Cell, task: Task, examples: _Examples, sighting: Sighting
 ) -> None:
     def score_of(chosen: list[Example]) -> tuple[str, float]:
-        assert task.metric is not None
         labels = predict(stepper, chosen, cell.batch_size)
-        return metrics.score(task.metric, labels, [e.label for e in chosen])
+        return _score(task, labels, [e.label for e in chosen])
 
     clock = StepClock(cell.warmup_steps, cell.device)
     batches = epochs(examples.train, cell)
@@ -162,7 +161,7 @@ def _train_and_score(
         score_name, score = score_of(examples.evaluation)
         common = Counter(row.label for row in task.train).most_common(1)[0][0]
         references = [row.label for row in task.evaluation]
-        majority = metrics.score(task.metric, [common] * len(references), references)
+        majority = _score(task, [common] * len(references), references)
         sighting.note(
             score_name=score_name,
             score=score,
@@ -170,6 +169,16 @@ def _train_and_score(
             num_eval_rows=len(references),
         )
     sighting.note(peak_host_bytes=memory.host_peak_bytes())
+
+
+def _score(
+    task: Task, predictions: list[int], references: list[int]
+) -> tuple[str, float]:
+    # Imported here: most cells have no score, and the import costs more than they do.
+    from meft_bench.tasks import metrics
+
+    assert task.metric is not None
+    return metrics.score(task.metric, predictions, references)
 
 
 def _probe_memory(

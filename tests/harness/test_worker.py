@@ -73,7 +73,9 @@ def test_every_method_is_measured(method: str) -> None:
     }
 
 
-@pytest.mark.parametrize("method", ["full", "meft1"])
+@pytest.mark.parametrize(
+    "method", ["full", pytest.param("meft1", marks=pytest.mark.slow)]
+)
 def test_memory_is_the_same_in_every_process(tmp_path: Path, method: str) -> None:
     """Saved bytes, resting bytes and the allocator's peak agree to the byte."""
     seen = []
@@ -189,5 +191,5 @@ def test_real_weights_learn_real_text(tmp_path: Path, method: str) -> None:
     assert seen.score is not None
     assert seen.majority_score is not None
     assert seen.score > seen.majority_score + 0.2
-    assert "MiniLM" not in result["environment"]["data_origin"]
+    assert "2127 distinct articles" in result["environment"]["data_origin"]
     assert result["environment"]["weights_sha256"].startswith("53aa5117")

