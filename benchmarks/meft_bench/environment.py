@@ -91,7 +91,7 @@ def gpu_names() -> list[str]:
     `CUDA_VISIBLE_DEVICES`, which NVML itself ignores, is taken into account.
     """
     try:
-        import pynvml  # noqa: PLC0415 - absent on machines without the bench extra
+        import pynvml  # here, because machines without the bench extra lack it
     except ImportError:
         return []
     try:
@@ -130,7 +130,9 @@ def digest(folders: Mapping[str, Path]) -> str:
     for name, folder in sorted(folders.items()):
         for path in sorted(folder.rglob("*.py")):
             content = hashlib.sha256(path.read_bytes()).hexdigest()
-            total.update(f"{name}/{path.relative_to(folder).as_posix()} {content}\n".encode())
+            total.update(
+                f"{name}/{path.relative_to(folder).as_posix()} {content}\n".encode()
+            )
     return total.hexdigest()
 
 
@@ -143,7 +145,7 @@ def _commit(
     in someone's project), and those that tox installs lie inside one that is. A
     checkout counts as theirs when its own copy of them is the same, byte for byte.
     """
-    for place in {folders["meft_bench"], Path.cwd()}:
+    for place in (folders["meft_bench"], Path.cwd()):
         top = _git(place, "rev-parse", "--show-toplevel")
         if top is None:
             continue
@@ -185,7 +187,7 @@ def _cpu_model() -> str:
 
 def _gpu_handle(name: str) -> object:
     """The device that one entry of `CUDA_VISIBLE_DEVICES` stands for."""
-    import pynvml  # noqa: PLC0415 - see `gpu_names`
+    import pynvml
 
     if name.startswith(("GPU-", "MIG-")):
         return pynvml.nvmlDeviceGetHandleByUUID(name)

@@ -3,6 +3,9 @@
 A slot is a thread that starts one child at a time and waits for it. An engine knows
 neither sweeps nor files: it is given cells and the function that runs one, and yields
 the records as they come.
+
+A slot outlives the children it starts, as it must: on Linux the leash that ends a child
+with its parent is tied to the thread that started it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
