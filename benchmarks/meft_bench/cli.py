@@ -7,7 +7,7 @@ Exit codes: 0 every cell is ok or skipped, 2 the command or a file it names is w
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
