@@ -12,6 +12,7 @@ figures do not depend on which rows came up.
 
 import dataclasses
 import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from meft_bench.backbones import Backbone
 from meft_bench.cell import Cell
 from meft_bench.meters import memory, transfer
 from meft_bench.meters.clock import StepClock
+from meft_bench.out_of_memory import is_out_of_memory
 from meft_bench.record import Measurement
 from meft_bench.registry import METHODS, TASKS, load
 from meft_bench.source import MissingError, Source
@@ -66,6 +68,11 @@ def measure(cell: Cell, source: Source, sighting: Sighting) -> None:
         "weights_sha256": backbone.sha256,
     }
     examples = _examples(task, backbone, cell)
+    if cell.eval_every and not examples.validation:
+        raise ValueError(
+            f"`eval_every` is {cell.eval_every}, but task {cell.task!r} leaves no rows "
+            "to select weights with: set it to 0, or `train_rows` to at least 10"
+        )
     stepper = _prepare(backbone, cell, sighting)
     sighting.note(num_train_rows=len(examples.train))
     _train_and_score(stepper, cell, task, examples, sighting)
@@ -137,16 +144,20 @@ def _train_and_score(
 
     clock = StepClock(cell.warmup_steps, cell.device)
     batches = epochs(examples.train, cell)
-    losses = train(
-        stepper, cell, batches, clock, lambda: score_of(examples.validation)[1]
-    )
-    sighting.note(
-        num_steps=len(losses),
-        loss_curve=[_finite(loss) for loss in losses],
-        all_step_seconds=clock.all_step_seconds,
-        step_seconds=clock.step_seconds,
-        step_seconds_iqr=clock.step_seconds_iqr,
-    )
+    losses: list[float] = []
+    try:
+        for loss in train(
+            stepper, cell, batches, clock, lambda: score_of(examples.validation)[1]
+        ):
+            losses.append(loss)
+    finally:
+        sighting.note(
+            num_steps=len(losses),
+            loss_curve=[_finite(loss) for loss in losses],
+            all_step_seconds=clock.all_step_seconds,
+            step_seconds=clock.step_seconds,
+            step_seconds_iqr=clock.step_seconds_iqr,
+        )
     if task.metric is not None:
         score_name, score = score_of(examples.evaluation)
         common = Counter(row.label for row in task.train).most_common(1)[0][0]
@@ -198,8 +209,15 @@ def _probe_memory(
 
 def _check_inverse(stepper: Stepper, batch: Batch, sighting: Sighting) -> None:
     stepper.model.train()
-    with stepper.autocast():
-        report = check_reversible(stepper.model, stepper.to_device(batch))
+    try:
+        with stepper.autocast():
+            report = check_reversible(stepper.model, stepper.to_device(batch))
+    except Exception as error:
+        # The check also runs the stored twin, which the cell itself never has to fit.
+        if not is_out_of_memory(error):
+            raise
+        print(f"no memory left to check the inverse: {error}", file=sys.stderr)
+        return
     sighting.note(
         reconstruction_error=[_finite(e) for e in report.reconstruction_error],
         gradient_error=[_finite(e) for e in report.gradient_error],

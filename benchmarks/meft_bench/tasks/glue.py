@@ -101,9 +101,9 @@ def _load(glue: _Glue, cell: Cell, source: Source) -> Task:
         evaluation=evaluation,
         metric=glue.metric,
         origin=(
-            f"{origin}; trained on {len(train)} and selected on {len(validation)} rows "
-            f"of the {len(train_rows)} official train rows, scored on "
-            f"{len(evaluation)} of the {len(dev_rows)} official dev rows"
+            f"{origin}; train {len(train)} and selection {len(validation)} of the "
+            f"{len(train_rows)} official train rows, score {len(evaluation)} of the "
+            f"{len(dev_rows)} official dev rows"
         ),
     )
 
@@ -143,7 +143,8 @@ def _from_mrpc_originals(folder: Path) -> tuple[list[Row], list[Row], str]:
     table, sha256 = _read_table(folder, name)
     ids, _ = _read_table(folder, "dev_ids.tsv", ("#1 ID", "#2 ID"))
     dev_ids = {(row["#1 ID"], row["#2 ID"]) for row in ids}
-    train, dev = [], []
+    train: _Table = []
+    dev: _Table = []
     for row in table:
         is_dev = (row["#1 ID"], row["#2 ID"]) in dev_ids
         (dev if is_dev else train).append(row)

@@ -13,7 +13,7 @@ from datasets import Features, Value
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 
-class _LabelMetric(evaluate.Metric):
+class _LabelMetric(evaluate.Metric):  # type: ignore[misc]
     """A metric of predicted against true class labels."""
 
     def _info(self) -> evaluate.MetricInfo:
@@ -60,4 +60,5 @@ def score(
     with tempfile.TemporaryDirectory() as directory:
         scorer = metric(cache_dir=directory, keep_in_memory=True)
         values = scorer.compute(predictions=predictions, references=references)
-    return next(iter(values.items()))
+    name, value = next(iter(values.items()))
+    return name, value
