@@ -7,7 +7,7 @@ Exit codes: 0 every cell is ok or skipped, 2 the command or a file it names is w
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -181,6 +181,8 @@ def _select(chosen: Sweep, only: str | None) -> tuple[Cell, ...]:
 
 def _records_path(arguments: argparse.Namespace, chosen: Sweep) -> Path:
     path: Path = arguments.output or Path("runs", f"{chosen.name}.jsonl")
+    if path.suffix != ".jsonl":  # logs and page are named after it, too
+        raise UsageError(f"records file {str(path)!r} should end in .jsonl")
     return path
 
 
