@@ -94,10 +94,10 @@ def test_aborts(run: Callable[..., Record]) -> None:
 
 def test_out_of_memory(run: Callable[..., Record]) -> None:
     """A child reaches its memory limit; without the limit it does not."""
-    limited = ChildOptions(memory_limit_bytes=2**29)
+    limited = ChildOptions(memory_limit_bytes=2**27)
     record = run("fake_out_of_memory", options=limited)
     assert record.status == Status.OOM
-    assert record.message == "2 GiB were asked for and not given"
+    assert record.message == "256 MiB were asked for and not given"
     assert run("fake_out_of_memory").status == Status.OK
 
 
@@ -162,7 +162,7 @@ def test_child_environment(
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
     assert expected.items() <= variables.items()
-    assert os.environ.items() <= {**variables, **os.environ}.items()
+    assert variables["PATH"] == os.environ["PATH"]
     online = isolate.child_environment(ChildOptions(allow_download=True))
     assert "HF_HUB_OFFLINE" not in online
     monkeypatch.setattr(isolate, "_MESSAGE_LENGTH", 10**6)

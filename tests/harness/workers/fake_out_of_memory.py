@@ -4,8 +4,8 @@ from fake_child import Child
 
 child = Child()
 try:
-    bytearray(2**31)
+    bytearray(2**28)
 except MemoryError:
-    child.write("oom", "2 GiB were asked for\nand not given")
+    child.write("oom", "256 MiB were asked for\nand not given")
 else:
     child.write()
