@@ -1,0 +1,96 @@
+"""From rows of text to batches of tensors.
+
+rows --encode--> examples --epochs--> lists of examples --collate--> batch
+"""
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from meft_bench.cell import Cell
+from meft_bench.tasks.task import Row
+
+Batch = dict[str, Tensor]
+"""`input_ids`, `token_type_ids`, `attention_mask`: `batch seq`; `labels`: `batch`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One row as the model reads it."""
+
+    token_ids: list[int]
+    segment_ids: list[int]
+    """0 for the first text of a pair, 1 for the second."""
+    label: int
+
+
+def encode(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, seq_len: int
+) -> list[Example]:
+    """Tokenise, cutting the longer text first until a row has `seq_len` tokens."""
+    if not rows:
+        return []
+    encoded = tokenizer(
+        *(list(texts) for texts in zip(*(row.texts for row in rows), strict=True)),
+        truncation=True,
+        max_length=seq_len,
+        padding=False,
+        return_token_type_ids=True,
+    )
+    columns = zip(encoded["input_ids"], encoded["token_type_ids"], rows, strict=True)
+    return [
+        Example(token_ids=token_ids, segment_ids=segment_ids, label=row.label)
+        for token_ids, segment_ids, row in columns
+    ]
+
+
+def epochs(examples: Sequence[Example], cell: Cell) -> Iterator[list[Example]]:
+    """Batches of exactly `cell.batch_size` without end, each epoch in a new order.
+
+    A batch may reach across the end of an epoch, so that every step does equal work.
+    """
+    generator = random.Random(cell.seed)
+    orders = (generator.sample(examples, len(examples)) for _ in itertools.count())
+    stream = itertools.chain.from_iterable(orders)
+    while True:
+        yield list(itertools.islice(stream, cell.batch_size))
+
+
+def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
+    """One batch, padded on the right to its longest example."""
+    longest = max(len(example.token_ids) for example in examples)
+
+    def padded(sequence: list[int], value: int) -> list[int]:
+        return sequence + [value] * (longest - len(sequence))
+
+    columns = {
+        "input_ids": [padded(e.token_ids, pad_token_id) for e in examples],
+        "token_type_ids": [padded(e.segment_ids, 0) for e in examples],
+        "attention_mask": [padded([1] * len(e.token_ids), 0) for e in examples],
+        "labels": [e.label for e in examples],
+    }
+    return {name: torch.tensor(values) for name, values in columns.items()}
+
+
+def full_batch(examples: Sequence[Example], cell: Cell) -> Batch:
+    """The largest batch a cell can meet: every row has `cell.seq_len` tokens.
+
+    Rows are filled with the tokens of as many examples as it takes, one after another.
+    """
+    tokens = itertools.chain.from_iterable(
+        e.token_ids for e in itertools.cycle(examples)
+    )
+    shape = (cell.batch_size, cell.seq_len)
+    num_tokens = cell.batch_size * cell.seq_len
+    labels = (e.label for e in itertools.cycle(examples))
+    return {
+        "input_ids": torch.tensor([*itertools.islice(tokens, num_tokens)]).view(shape),
+        "token_type_ids": torch.zeros(shape, dtype=torch.long),
+        "attention_mask": torch.ones(shape, dtype=torch.long),
+        "labels": torch.tensor([*itertools.islice(labels, cell.batch_size)]),
+    }

@@ -1,0 +1,38 @@
+"""Random tokens of an exact shape: memory and time without data.
+
+Memory and speed do not depend on the values, so these cells measure what real text of
+that shape would. There is one fixed batch, two labels, and nothing to score.
+"""
+
+import random
+
+from meft_bench.cell import Cell
+from meft_bench.source import Source
+from meft_bench.tasks.batches import Example
+from meft_bench.tasks.task import Task
+
+
+def load(cell: Cell, source: Source) -> Task:
+    """A task without rows; `examples` makes its batch once the vocabulary is known."""
+    return Task(
+        name="synthetic",
+        num_labels=2,
+        train=(),
+        validation=(),
+        evaluation=(),
+        metric=None,
+        origin="random tokens",
+    )
+
+
+def examples(cell: Cell, vocab_size: int) -> list[Example]:
+    """One batch of `cell.batch_size` rows with exactly `cell.seq_len` tokens each."""
+    generator = random.Random(cell.seed)
+    return [
+        Example(
+            token_ids=generator.choices(range(vocab_size), k=cell.seq_len),
+            segment_ids=[0] * cell.seq_len,
+            label=generator.randrange(2),
+        )
+        for _ in range(cell.batch_size)
+    ]

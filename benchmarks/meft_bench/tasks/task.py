@@ -1,0 +1,59 @@
+"""A task: labelled rows in three splits, and the metric they are scored with.
+
+train        what the optimizer sees
+validation   chooses the weights when training stops early, never scored
+evaluation   what the score is computed on, never chosen by
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import evaluate
+
+from meft_bench.cell import Cell
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One labelled example: one text, or a pair."""
+
+    texts: tuple[str, ...]
+    label: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """Rows to learn from and to be scored on."""
+
+    name: str
+    num_labels: int
+    train: tuple[Row, ...]
+    validation: tuple[Row, ...]
+    evaluation: tuple[Row, ...]
+    metric: type[evaluate.Metric] | None
+    """Its first value is the score; None if there is nothing to score."""
+    origin: str
+    """Where the rows came from and which splits they are."""
+
+
+def draw(rows: Sequence[Row], cell: Cell) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """Draw `cell.train_rows` (0: all) by `cell.seed` and set a tenth of them aside.
+
+    The tenth is set aside whether or not the cell stops early, so that cells of one
+    seed train on the same rows.
+
+    Returns:
+        (train, validation)
+    """
+    drawn = list(rows)
+    random.Random(cell.seed).shuffle(drawn)
+    if cell.train_rows:
+        drawn = drawn[: cell.train_rows]
+    num_validation = len(drawn) // 10
+    return tuple(drawn[num_validation:]), tuple(drawn[:num_validation])
+
+
+def first(rows: Sequence[Row], cell: Cell) -> tuple[Row, ...]:
+    """The first `cell.eval_rows` rows; 0 takes all."""
+    return tuple(rows[: cell.eval_rows or None])

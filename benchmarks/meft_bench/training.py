@@ -1,0 +1,174 @@
+"""The protocol every method trains by (Liao et al., NeurIPS 2023, and their code).
+
+AdamW with betas (0.9, 0.98), epsilon 1e-6 and weight decay 0.1, but none on biases and
+norms; gradients clipped to norm 1; a learning rate that rises over the first 6 % of
+`max_steps` and falls linearly to 0. Parameters are float32; `bf16` and `fp16` compute
+under autocast, `fp16` with a loss scale. With `eval_every`, the weights kept are those
+with the best score on rows set aside for that choice.
+"""
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from meft_bench.cell import Cell
+from meft_bench.meters.clock import StepClock
+from meft_bench.tasks.batches import Batch, Example, collate
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+WARMUP_FRACTION = 0.06
+MAX_GRADIENT_NORM = 1.0
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's random generators, on all devices."""
+    random.seed(seed)
+    numpy.random.seed(seed)  # noqa: NPY002  # libraries below use the global one
+    torch.manual_seed(seed)
+
+
+def learning_rate_at(step: int, cell: Cell) -> float:
+    """Rate of optimizer step `step`, counted from 0: up, then linearly down to 0."""
+    num_rising = round(WARMUP_FRACTION * cell.max_steps)
+    if step < num_rising:
+        return cell.learning_rate * step / num_rising
+    return cell.learning_rate * (cell.max_steps - step) / (cell.max_steps - num_rising)
+
+
+class Stepper:
+    """Model, optimizer and loss scale: everything that one training step needs."""
+
+    def __init__(self, model: PreTrainedModel, cell: Cell) -> None:
+        self.model = model
+        self.device = cell.device
+        self._autocast_dtype = AUTOCAST_DTYPES.get(cell.dtype)
+        self._scaler = torch.amp.GradScaler(cell.device, enabled=cell.dtype == "fp16")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            # Biases and norms are the parameters of one dimension.
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
+            {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+        ]
+        self._trained = trained
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6)
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The context a forward runs in."""
+        if self._autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, self._autocast_dtype)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Loss of `batch`, which is on the device."""
+        with self.autocast():
+            loss: Tensor = self.model(**batch).loss
+        return loss
+
+    def step(self, batch: Batch, learning_rate: float) -> float:
+        """One optimizer step on `batch`, which may be on the host; returns its loss.
+
+        Gradients are let go at the end, so that none rest between two steps.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss = self.loss(self.to_device(batch))
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self._scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self._trained, MAX_GRADIENT_NORM)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def to_device(self, batch: Batch) -> Batch:
+        """`batch` on the device of the model."""
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selected:
+    """Weights that had the best validation score so far."""
+
+    score: float
+    weights: list[Tensor]
+
+
+def train(
+    stepper: Stepper,
+    cell: Cell,
+    batches: Iterator[list[Example]],
+    clock: StepClock,
+    validate: Callable[[], float],
+) -> list[float]:
+    """Train by the protocol and leave the selected weights in the model.
+
+    Args:
+        stepper: what to train.
+        cell: steps, rates, and when to validate and stop.
+        batches: rows of each step, without end.
+        clock: times every step, from rows to updated weights.
+        validate: score of the present weights on the validation rows; called only
+            with `cell.eval_every`.
+
+    Returns:
+        The loss of every step done, which may be fewer than `cell.max_steps`.
+    """
+    losses: list[float] = []
+    selected: Selected | None = None
+    num_worse = 0
+    pad_token_id = stepper.model.config.pad_token_id or 0
+    stepper.model.train()
+    for step in range(cell.max_steps):
+        with clock.step():
+            batch = collate(next(batches), pad_token_id)
+            losses.append(stepper.step(batch, learning_rate_at(step, cell)))
+        is_last = step + 1 == cell.max_steps
+        if not cell.eval_every or ((step + 1) % cell.eval_every and not is_last):
+            continue
+        score = validate()
+        stepper.model.train()
+        if selected is None or score > selected.score:
+            selected = Selected(score=score, weights=_copy_trained(stepper.model))
+            num_worse = 0
+        else:
+            num_worse += 1
+        if cell.patience and num_worse >= cell.patience:
+            break
+    if selected is not None:
+        _restore_trained(stepper.model, selected.weights)
+    return losses
+
+
+@torch.no_grad()
+def predict(stepper: Stepper, examples: list[Example], batch_size: int) -> list[int]:
+    """The model's label for each example, dropout off."""
+    stepper.model.eval()
+    pad_token_id = stepper.model.config.pad_token_id or 0
+    # Batches of equal lengths need the least padding.
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].token_ids))
+    labels = [0] * len(examples)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([examples[i] for i in chosen], pad_token_id)
+        with stepper.autocast():
+            logits = stepper.model(**stepper.to_device(batch)).logits
+        for i, label in zip(chosen, logits.argmax(-1).tolist(), strict=True):
+            labels[i] = label
+    return labels
+
+
+def _copy_trained(model: PreTrainedModel) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def _restore_trained(model: PreTrainedModel, weights: list[Tensor]) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter, weight in zip(trained, weights, strict=True):
+        parameter.copy_(weight)

@@ -1,0 +1,129 @@
+"""The child: one fresh process that runs one cell and writes down what it saw.
+
+    python -m meft_bench.worker --cell JSON --options JSON --out PATH --parent PID
+
+The result goes to PATH by write-then-rename, whole or not at all; stdout and stderr are
+only a log. Endings that the child survives are statuses: `ok`, `oom`, `skipped` (data,
+weights or device are not at hand) and `error`. What it does not survive is for the
+parent to see.
+"""
+
+import argparse
+import dataclasses
+import errno
+import json
+import os
+import resource
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meft_bench.cell import Cell
+from meft_bench.leash import die_with_parent
+from meft_bench.record import Status
+from meft_bench.source import MissingError, Source
+
+if TYPE_CHECKING:
+    from meft_bench.measure import Sighting
+
+# How torch and the libraries below it say that memory ran out.
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What the parent decides for every cell of a run."""
+
+    data_dir: str | None = None
+    allow_download: bool = False
+    num_threads: int = 1
+    memory_limit_bytes: int | None = None
+    """Limit of this process's data (RLIMIT_DATA), torch's libraries included."""
+
+
+def main() -> None:
+    """Run the cell of the command line."""
+    parser = argparse.ArgumentParser(description="Run one cell; for meft-bench itself.")
+    parser.add_argument("--cell", required=True)
+    parser.add_argument("--options", required=True)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--parent", required=True, type=int)
+    args = parser.parse_args()
+    die_with_parent(args.parent)
+    cell = Cell.from_json(json.loads(args.cell))
+    options = Options(**json.loads(args.options))
+    if options.memory_limit_bytes is not None:
+        limit = options.memory_limit_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    if not options.allow_download:
+        # Set before the libraries are imported, which is when they look.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    write_result(args.out, run(cell, options))
+
+
+def run(cell: Cell, options: Options) -> dict[str, object]:
+    """Run `cell` and return its result as a JSON object, however it ends."""
+    sighting: Sighting | None = None
+    try:
+        # Imported here: under a memory limit, torch itself may not fit.
+        import torch
+
+        from meft_bench import measure
+
+        torch.set_num_threads(options.num_threads)
+        sighting = measure.Sighting()
+        source = Source(
+            data_dir=Path(options.data_dir) if options.data_dir else None,
+            allow_download=options.allow_download,
+        )
+        measure.measure(cell, source, sighting)
+        status, message = Status.OK, ""
+    except MissingError as error:
+        status, message = Status.SKIPPED, str(error)
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        status = Status.OOM if is_out_of_memory(error) else Status.ERROR
+        message = one_line(error)
+    return {
+        "status": status,
+        "message": message,
+        "measurement": dataclasses.asdict(sighting.measurement) if sighting else {},
+        "environment": sighting.environment if sighting else {},
+    }
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory, of the host or the device, ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(s in text for s in _OUT_OF_MEMORY)
+
+
+def one_line(error: BaseException) -> str:
+    """`Type: message`, the first line of it."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def write_result(path: Path, result: dict[str, object]) -> None:
+    """Write `result` to `path` whole, or not at all."""
+    text = json.dumps(result, allow_nan=False)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Time of the library's hot paths, each beside what it competes with.
+
+Run by `tox -e micro`; the groups compare within one run, which is the only comparison
+worth making on a shared machine.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from transformers import BertConfig, BertModel
+
+import meft
+from meft.bottleneck import Bottleneck
+from meft.reversible.coupling import couple, uncouple
+
+ROWS, SEQ, HIDDEN, DEPTH = 8, 128, 256, 6
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def hidden(requires_grad: bool = False) -> torch.Tensor:
+    return torch.randn(ROWS, SEQ, HIDDEN, requires_grad=requires_grad)
+
+
+@pytest.mark.benchmark(group="coupling")
+@pytest.mark.parametrize("step", [couple, uncouple])
+def test_coupling(benchmark: BenchmarkFixture, step: Callable[..., object]) -> None:
+    """The coupling's own arithmetic, F and G as cheap as they get."""
+    x1, x2 = hidden(), hidden()
+    arguments = (x1, x2, torch.neg, torch.neg, 0.1, 1.0)
+    benchmark.pedantic(step, arguments, rounds=50, warmup_rounds=10)
+
+
+@pytest.mark.benchmark(group="adapter")
+@pytest.mark.parametrize("part", ["forward", "forward and backward"])
+def test_adapter(benchmark: BenchmarkFixture, part: str) -> None:
+    """One bottleneck adapter of inner width 64."""
+    adapter = Bottleneck(HIDDEN, 64, torch.nn.functional.gelu, dropout=0.1)
+    x = hidden(requires_grad=True)
+
+    def run() -> None:
+        out = adapter(x)
+        if part != "forward":
+            out.sum().backward()
+
+    benchmark(run)
+
+
+def encoder_of(way: str) -> BertModel:
+    """A BERT of 6 blocks, fine-tuned `way`."""
+    config = BertConfig(
+        hidden_size=HIDDEN,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=4,
+        intermediate_size=4 * HIDDEN,
+        vocab_size=100,
+    )
+    model = BertModel(config, add_pooling_layer=False).train()
+    if way.startswith("meft"):
+        variant, _, backward = way.partition(" ")
+        meft.make_reversible(
+            model, meft.ReversibleConfig(variant=variant, backward=backward)
+        )
+    elif way == "checkpointing":
+        # The backbone is frozen, as it is for the reversible variants.
+        model.requires_grad_(False)
+        model.activation_checkpointing_enable()
+    return model
+
+
+WAYS = [
+    "full",
+    "checkpointing",
+    "meft1 rebuild",
+    "meft1 store",
+    "meft2 rebuild",
+    "meft3 rebuild",
+]
+
+
+@pytest.mark.benchmark(group="stack, forward")
+@pytest.mark.parametrize("way", WAYS)
+def test_stack_forward(benchmark: BenchmarkFixture, way: str) -> None:
+    """Forward of six blocks in training mode."""
+    encoder = encoder_of(way).encoder
+    x = hidden()
+    benchmark.pedantic(lambda: encoder(x), rounds=5, warmup_rounds=1)
+
+
+@pytest.mark.benchmark(group="stack, forward and backward")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings("ignore::meft.LostGradientWarning")
+def test_stack_backward(benchmark: BenchmarkFixture, way: str) -> None:
+    """One whole training pass of six blocks: rebuilding and checkpointing both pay one
+    more forward; rebuilding trains two adapters a block on top."""
+    encoder = encoder_of(way).encoder
+    x = hidden(requires_grad=True)
+
+    def run() -> None:
+        encoder(x).last_hidden_state.sum().backward()
+
+    benchmark.pedantic(run, rounds=5, warmup_rounds=1)

@@ -1,0 +1,37 @@
+"""Fine-tune transformers within memory.
+
+Public names; everything else may change. `meft.testing` holds the checks.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from meft.checkpoint import load_adapters, save_adapters
+from meft.errors import (
+    AdapterFileError,
+    ConfigError,
+    LostGradientWarning,
+    MeftError,
+    UnsupportedCallError,
+    UnsupportedModelError,
+)
+from meft.reversible.config import ReversibleConfig
+from meft.reversible.convert import make_reversible
+
+try:
+    __version__ = version("meft")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "AdapterFileError",
+    "ConfigError",
+    "LostGradientWarning",
+    "MeftError",
+    "ReversibleConfig",
+    "UnsupportedCallError",
+    "UnsupportedModelError",
+    "__version__",
+    "load_adapters",
+    "make_reversible",
+    "save_adapters",
+]

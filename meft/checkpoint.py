@@ -1,0 +1,222 @@
+"""Save and load what is trained, and nothing else.
+
+A directory holds two files: `adapters.safetensors`, every trainable parameter under its
+name in the model, and `adapters.json`, which says what kind of model they belong to:
+the `ReversibleConfig`, the shapes of the backbone, and a digest of its frozen weights.
+Loading compares both before it touches the model.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from meft.backbone import find_bert
+from meft.errors import AdapterFileError
+from meft.reversible.config import ReversibleConfig
+from meft.reversible.convert import find_reversible, make_reversible
+from meft.reversible.encoder import ReversibleEncoder
+
+WEIGHTS, CONFIG = "adapters.safetensors", "adapters.json"
+FORMAT_VERSION = 1
+_SHAPE_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def save_adapters(model: PreTrainedModel, directory: str | Path) -> None:
+    """Write the adapters, whatever else is trainable, and the config of a model.
+
+    An earlier save in the same directory is replaced; each file appears whole or not at
+    all.
+
+    Raises:
+        UnsupportedModelError: the model is not reversible.
+    """
+    encoder = find_reversible(model)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    adapters = {id(parameter) for parameter in encoder.adapters.parameters()}
+    trained = {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or id(parameter) in adapters
+    }
+    config = {
+        "format_version": FORMAT_VERSION,
+        "reversible": encoder.reversible.to_json(),
+        "model_class": type(model).__name__,
+        "backbone": _shape(model),
+        "frozen_sha256": _digest(model, without=trained.keys()),
+    }
+    # Weights before config: a directory with a config always has its weights.
+    _replace(directory / WEIGHTS, lambda path: save_file(trained, path))
+    text = json.dumps(config, indent=2) + "\n"
+    _replace(directory / CONFIG, lambda path: path.write_text(text))
+
+
+def load_adapters(model: Model, directory: str | Path) -> Model:
+    """Put saved adapters into `model`, converting it first if it is not reversible yet.
+
+    Args:
+        model: the class and backbone that the adapters were trained with.
+        directory: where `save_adapters()` wrote.
+
+    Returns:
+        `model` itself. It is left as it was if anything is refused.
+
+    Raises:
+        AdapterFileError: files missing or damaged; another model class, backbone shape,
+            frozen weights, or reversible config; or tensors that do not fit.
+    """
+    directory = Path(directory)
+    config = _read_config(directory)
+    trained = _read_weights(directory)
+    _refuse_other_backbone(model, config, trained, directory)
+    with _converted(model, ReversibleConfig.from_json(config["reversible"]), directory):
+        parameters = dict(model.named_parameters())
+        for name, value in trained.items():
+            _refuse_misfit(name, value, parameters, directory)
+    with torch.no_grad():
+        for name, value in trained.items():
+            parameters[name].copy_(value).requires_grad_(True)
+    return model
+
+
+@contextlib.contextmanager
+def _converted(
+    model: PreTrainedModel, config: ReversibleConfig, directory: Path
+) -> Iterator[None]:
+    """Make the model reversible with `config`; undo it if the body raises."""
+    bert = find_bert(model)
+    encoder = bert.encoder
+    if isinstance(encoder, ReversibleEncoder):
+        if encoder.reversible != config:
+            raise AdapterFileError(
+                f"{directory} was saved with {config}, this model was made with "
+                f"{encoder.reversible}"
+            )
+        yield
+        return
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    make_reversible(model, config)
+    try:
+        yield
+    except BaseException:
+        bert.encoder = encoder
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise AdapterFileError(
+            f"no saved adapters in {directory}: {CONFIG} cannot be read "
+            f"({error.strerror}); expected a directory written by `save_adapters()`"
+        ) from None
+    except ValueError as error:
+        raise AdapterFileError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
+        raise AdapterFileError(
+            f"{path} is not of format version {FORMAT_VERSION}, the one this release "
+            "of meft reads"
+        )
+    return config
+
+
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    path = directory / WEIGHTS
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise AdapterFileError(f"{path} cannot be read: {error}") from None
+
+
+def _refuse_other_backbone(
+    model: PreTrainedModel,
+    config: dict[str, Any],
+    trained: dict[str, Tensor],
+    directory: Path,
+) -> None:
+    saved, given = config["backbone"], _shape(model)
+    pairs = [("model class", config["model_class"], type(model).__name__)]
+    pairs += [(name, saved.get(name), given[name]) for name in given]
+    wrong = [
+        f"{name} {want!r}, got {got!r}" for name, want, got in pairs if want != got
+    ]
+    if wrong:
+        raise AdapterFileError(
+            f"{directory} belongs to another backbone: expected {'; '.join(wrong)}"
+        )
+    if _digest(model, without=trained.keys()) != config["frozen_sha256"]:
+        raise AdapterFileError(
+            f"{directory} belongs to other frozen weights: the shapes agree, the "
+            "values do not. Load the checkpoint that the adapters were trained on"
+        )
+
+
+def _refuse_misfit(
+    name: str, value: Tensor, parameters: dict[str, nn.Parameter], directory: Path
+) -> None:
+    if name not in parameters:
+        raise AdapterFileError(f"{directory} has {name!r}, which the model has not")
+    if parameters[name].shape != value.shape:
+        raise AdapterFileError(
+            f"{directory} has {name!r} with shape {tuple(value.shape)}, the model with "
+            f"shape {tuple(parameters[name].shape)}"
+        )
+
+
+def _shape(model: PreTrainedModel) -> dict[str, Any]:
+    return {name: getattr(model.config, name, None) for name in _SHAPE_FIELDS}
+
+
+def _digest(model: PreTrainedModel, without: Collection[str]) -> str:
+    """sha256 over names, shapes and a sample of the values of the frozen parameters.
+
+    64 evenly spaced values of each: a digest in no time, whatever the size. They are
+    rounded to bfloat16, so that a checkpoint loaded in float32 and in bfloat16 agree.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if name in without:
+            continue
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside `path`, then rename over it."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(Path(name))
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

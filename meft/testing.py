@@ -1,0 +1,171 @@
+"""Checks anyone can run on their own model: is it reversible, what does it keep?
+
+check_reversible(model, batch)   reconstruction and gradient error of every block
+saved_bytes(exclude)             bytes kept for backward, exact, on any device
+tolerance(dtype, depth, ...)     the error that rounding alone explains
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from meft.errors import UnsupportedCallError
+from meft.reversible.convert import find_reversible
+from meft.reversible.coupling import growth
+from meft.reversible.encoder import ReversibleEncoder
+from meft.reversible.probe import LOST, Probe, relative_error
+from meft.reversible.variants import SWAPS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReversibleReport:
+    """What `check_reversible` saw. `str()` gives a table, lowest block first."""
+
+    first_block: int
+    """Index in the model of the first block reported."""
+    reconstruction_error: tuple[float, ...]
+    """Larger relative error of the two rebuilt input streams, per block."""
+    point_error: tuple[float, ...]
+    """Relative error of the point at which each block is differentiated."""
+    gradient_error: tuple[float, ...]
+    """Relative error of all parameter gradients of a block against the twin's."""
+
+    @property
+    def lost_blocks(self) -> tuple[int, ...]:
+        """Blocks whose gradients are off by more than a tenth."""
+        numbered = enumerate(self.gradient_error, self.first_block)
+        return tuple(block for block, error in numbered if not error <= LOST)
+
+    def __str__(self) -> str:
+        rows = ["block  reconstruction error  gradient error"]
+        errors = zip(self.reconstruction_error, self.gradient_error, strict=True)
+        for block, (rebuilt, gradient) in enumerate(errors, self.first_block):
+            lost = "  lost" if block in self.lost_blocks else ""
+            rows.append(f"{block:5d}  {rebuilt:20.1e}  {gradient:14.1e}{lost}")
+        return "\n".join(rows)
+
+
+def check_reversible(
+    model: PreTrainedModel, batch: Mapping[str, Any]
+) -> ReversibleReport:
+    """Hold the rebuilding backward of `model` against its stored twin on one batch.
+
+    Both run with the same dropout masks, in the model's present mode. Parameters, their
+    `.grad` and the random generators are left as they were.
+
+    Args:
+        model: a model that has been through `make_reversible()`.
+        batch: keyword arguments of its forward, labels among them.
+
+    Raises:
+        UnsupportedModelError: the model is not reversible.
+        UnsupportedCallError: the batch gives no loss.
+    """
+    encoder = find_reversible(model)
+    first, end = encoder.span
+    probe = Probe(end - first, num_samples=0)
+    groups = {
+        block: [
+            parameter
+            for module in (encoder.blocks[block], encoder.adapters_of(block))
+            for parameter in module.parameters()
+            if parameter.requires_grad
+        ]
+        for block in range(first, end)
+    }
+    parameters = [p for group in groups.values() for p in group]
+    stored = _gradients(model, batch, parameters, encoder, "store", None)
+    rebuilt = _gradients(model, batch, parameters, encoder, "rebuild", probe)
+    return ReversibleReport(
+        first_block=first,
+        reconstruction_error=tuple(max(pair) for pair in probe.errors),
+        point_error=tuple(probe.point_errors(SWAPS[encoder.reversible.variant])),
+        gradient_error=tuple(
+            relative_error(_joined(rebuilt, group), _joined(stored, group))
+            for group in groups.values()
+        ),
+    )
+
+
+def _gradients(
+    model: PreTrainedModel,
+    batch: Mapping[str, Any],
+    parameters: list[torch.nn.Parameter],
+    encoder: ReversibleEncoder,
+    backward_pass: str,
+    probe: Probe | None,
+) -> dict[int, Tensor]:
+    """Gradient of the batch's loss for each parameter, by identity."""
+    before = encoder.backward_pass, encoder.probe
+    encoder.backward_pass, encoder.probe = backward_pass, probe
+    cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(0)
+            loss = model(**batch).loss
+            if loss is None:
+                raise UnsupportedCallError(
+                    "the batch gives no loss: add `labels` (for question answering, "
+                    "`start_positions` and `end_positions`)"
+                )
+            gradients = torch.autograd.grad(loss, parameters)
+    finally:
+        encoder.backward_pass, encoder.probe = before
+    return {id(p): g for p, g in zip(parameters, gradients, strict=True)}
+
+
+def _joined(
+    gradients: dict[int, Tensor], parameters: list[torch.nn.Parameter]
+) -> Tensor:
+    return torch.cat([gradients[id(p)].flatten().double() for p in parameters])
+
+
+class SavedBytes:
+    """Counts distinct storage handed to autograd's saved-tensor hooks."""
+
+    def __init__(self, exclude: Iterable[Tensor]) -> None:
+        self._excluded = {t.untyped_storage().data_ptr() for t in exclude}
+        self._seen: dict[tuple[torch.device, int], int] = {}
+
+    @property
+    def total(self) -> int:
+        """Bytes so far."""
+        return sum(self._seen.values())
+
+    def count(self, tensor: Tensor) -> Tensor:
+        """The pack hook: note the tensor's whole storage and keep it as it is."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._excluded:
+            self._seen[tensor.device, storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+@contextlib.contextmanager
+def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[SavedBytes]:
+    """Count what the forward in the body keeps for backward.
+
+    Each storage counts once and whole, however many views of it are saved. Pass as
+    `exclude` what would be there anyway: `[*model.parameters(), *model.buffers()]`,
+    the batch. Keep the outputs alive until the body ends: freed storage can come back
+    under the same address and would be counted once.
+    """
+    counter = SavedBytes(exclude)
+    with torch.autograd.graph.saved_tensors_hooks(counter.count, lambda x: x):
+        yield counter
+
+
+def tolerance(
+    dtype: torch.dtype, depth: int, scale_1: float = 1.0, scale_2: float = 1.0
+) -> float:
+    """Relative error that rounding alone explains after inverting `depth` blocks.
+
+    Each block adds a few roundings and multiplies what is already wrong by `growth()`;
+    the factor 16 covers the norms and attention inside a block.
+    """
+    epsilon = torch.finfo(dtype).eps
+    return 16 * epsilon * depth * growth(scale_1, scale_2) ** (depth - 1)

@@ -1,0 +1,38 @@
+"""What every test shares: the seed, the two markers, and where real data may lie."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the slow tests as well")
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    slow = pytest.mark.skip(reason="slow: run with --slow")
+    gpu = pytest.mark.skip(reason="gpu: no CUDA device here")
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(slow)
+        if "gpu" in item.keywords and not _has_cuda():
+            item.add_marker(gpu)
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    """Real data sets: `$MEFT_DATA_DIR`, or `shared/data` beside the checkout."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    path = Path(os.environ.get("MEFT_DATA_DIR", beside))
+    if not path.is_dir():
+        pytest.skip(f"no data directory at {path}; set MEFT_DATA_DIR")
+    return path

@@ -1,0 +1,85 @@
+"""The paper's scales lose the gradient in floating point: a known limit, tested.
+
+Scales below 1 divide every rounding error on the way down. These tests hold the claim,
+the numbers and the warning in place until an exact inverse removes the cause.
+"""
+
+import warnings
+
+import pytest
+import torch
+from library.models import batch, reversible
+
+import meft
+from meft.reversible.coupling import growth
+from meft.testing import ReversibleReport, check_reversible, tolerance
+
+DEPTH = 12
+
+
+def report(variant: str, **options: object) -> ReversibleReport:
+    model = reversible(DEPTH, hidden=32, variant=variant, **options)
+    return check_reversible(model, batch())
+
+
+@pytest.mark.parametrize("variant", ["meft1", "meft2", "meft3"])
+def test_the_papers_scales_lose_the_gradient_at_depth_12(variant: str) -> None:
+    """In float32 the top blocks train correctly and the lowest on noise: their
+    gradients are off by more than half of their norm."""
+    seen = report(variant)
+    assert seen.gradient_error[-1] < 1e-4
+    assert seen.gradient_error[0] > 0.5
+    assert 0 in seen.lost_blocks
+    assert DEPTH - 1 not in seen.lost_blocks
+
+
+@pytest.mark.parametrize("variant", ["meft1", "meft2"])
+def test_the_error_grows_as_predicted(variant: str) -> None:
+    """From block to block the reconstruction error grows about `growth()`-fold."""
+    errors = report(variant).reconstruction_error
+    # Between blocks 10 and 5: above is the first rounding, below it saturates.
+    measured = (errors[5] / errors[10]) ** (1 / 5)
+    assert measured == pytest.approx(growth(0.1, 1.0), rel=0.25)
+
+
+@pytest.mark.parametrize("variant", ["meft1", "meft2", "meft3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scales_of_one_keep_it(variant: str, dtype: torch.dtype) -> None:
+    """The same stack with lambda = beta = 1 is exact to rounding at depth 12."""
+    seen = report(variant, scale_1=1.0, scale_2=1.0, dtype=dtype)
+    allowed = tolerance(dtype, DEPTH)
+    assert max(seen.reconstruction_error) <= allowed
+    assert max(seen.gradient_error) <= allowed
+    assert seen.lost_blocks == ()
+
+
+def test_the_first_step_warns_once_and_says_what_to_do() -> None:
+    """The warning names the blocks, the cause and the ways out; the second step is
+    silent."""
+    model = reversible(DEPTH, hidden=32, variant="meft3")
+    with pytest.warns(meft.LostGradientWarning) as caught:
+        model(**batch()).loss.backward()
+    message = str(caught[0].message)
+    assert "blocks 0-8" in message
+    assert "`span=(9, 12)`" in message
+    assert "backward='store'" in message
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch()).loss.backward()
+
+
+def test_a_sound_stack_does_not_warn() -> None:
+    """Three blocks at the paper's scales are fine in float32, as the error shows."""
+    model = reversible(3, variant="meft1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch()).loss.backward()
+
+
+def test_the_suggested_span_is_sound() -> None:
+    """Doing what the warning says silences it, because the gradient is there again."""
+    model = reversible(DEPTH, hidden=32, variant="meft3", span=(9, 12))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch()).loss.backward()
+    assert check_reversible(model, batch()).lost_blocks == ()

@@ -1,0 +1,76 @@
+import pytest
+import torch
+from library.models import batch, classifier, reversible
+
+import meft
+from meft.testing import check_reversible, saved_bytes, tolerance
+
+
+def test_saved_bytes_counts_each_storage_once() -> None:
+    """x * x and x.sin() both save x: 4 KiB, not 12; an excluded storage counts 0."""
+    x = torch.randn(1024, requires_grad=True)
+    with saved_bytes() as counter:
+        out = (x * x, x.sin(), x[:10] * x[:10])
+    assert counter.total == 4096
+    with saved_bytes(exclude=[x]) as counter:
+        out = (x * x, x.sin())  # noqa: F841
+    assert counter.total == 0
+
+
+def test_nothing_is_saved_without_grad() -> None:
+    """A forward under `no_grad` keeps nothing for backward."""
+    model = reversible(2, variant="meft1")
+    with torch.no_grad(), saved_bytes() as counter:
+        model(**batch())
+    assert counter.total == 0
+
+
+def test_checking_leaves_no_trace() -> None:
+    """Gradients, parameters and the generator are as before."""
+    model = reversible(2, dropout=0.1, variant="meft3")
+    parameters = [p.clone() for p in model.parameters()]
+    state = torch.get_rng_state()
+    inputs = batch()
+    torch.set_rng_state(state)
+    check_reversible(model, inputs)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(map(torch.equal, model.parameters(), parameters))
+
+
+def test_the_report_reads_as_a_table() -> None:
+    """One row per block, the lost ones marked."""
+    report = check_reversible(reversible(12, variant="meft3"), batch())
+    rows = str(report).splitlines()
+    assert len(rows) == 13
+    assert rows[1].endswith("lost")
+    assert not rows[12].endswith("lost")
+
+
+def test_a_planted_fault_is_seen() -> None:
+    """A branch that computes something else when grad is on ruins that block's
+    gradient, and the check says so."""
+    model = reversible(3, variant="meft1", scale_1=1.0, scale_2=1.0)
+    adapter = model.bert.encoder.adapters_of(2)["reversible"]
+    plain = adapter.forward
+    adapter.forward = lambda x: plain(x) + (0.5 if torch.is_grad_enabled() else 0.0)
+    report = check_reversible(model, batch())
+    assert report.reconstruction_error[2] > 0.01
+    assert max(report.reconstruction_error) > tolerance(torch.float32, 3)
+
+
+def test_the_batch_must_give_a_loss() -> None:
+    """Without labels there is nothing to differentiate, and the error says so."""
+    inputs = batch()
+    del inputs["labels"]
+    with pytest.raises(meft.UnsupportedCallError, match="labels"):
+        check_reversible(reversible(1, variant="meft1"), inputs)
+    with pytest.raises(meft.UnsupportedModelError, match="make_reversible"):
+        check_reversible(classifier(1), batch())
+
+
+def test_tolerance_knows_dtype_depth_and_scale() -> None:
+    """It grows with depth and with smaller scales, and shrinks with precision."""
+    assert tolerance(torch.float64, 4) < tolerance(torch.float32, 4)
+    assert tolerance(torch.float32, 4) < tolerance(torch.float32, 8)
+    assert tolerance(torch.float32, 4) < tolerance(torch.float32, 4, 0.1, 1.0)
