@@ -181,6 +181,8 @@ def _select(chosen: Sweep, only: str | None) -> tuple[Cell, ...]:
 
 def _records_path(arguments: argparse.Namespace, chosen: Sweep) -> Path:
     path: Path = arguments.output or Path("runs", f"{chosen.name}.jsonl")
+    if path.suffix != ".jsonl":  # logs and page are named after it, too
+        raise UsageError(f"records file {str(path)!r} should end in .jsonl")
     return path
 
 

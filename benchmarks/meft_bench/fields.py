@@ -34,7 +34,7 @@ def check_name(name: str) -> None:
 
 
 def check(name: str, value: object) -> Value:
-    """The value as the cell will hold it (an integer becomes a float where one belongs).
+    """The value as the cell holds it: an integer becomes a float where one belongs.
 
     Raises:
         ValueError: wrong type, out of range, or a name the registry does not know.

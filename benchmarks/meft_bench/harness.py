@@ -57,7 +57,7 @@ def run(plan: Plan, *, worker_module: str = isolate.WORKER) -> int:
         )
         left = [cell for cell in plan.cells if cell not in done]
         ended = _run_left(plan, left, environments, file, worker_module)
-    print(f"{count([*(Status.OK for _ in done), *(r.status for r in ended)])}")
+    print(count([*(Status.OK for _ in done), *(record.status for record in ended)]))
     if len(ended) < len(left):
         print(
             f"interrupted: {len(done) + len(ended)} of {len(plan.cells)} cells are "

@@ -6,6 +6,7 @@ Where the output is no terminal, one line for each cell that ended. Time left is
 mean of the cells that ended in this run, times those that are left.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ from meft_bench.cell import Cell
 from meft_bench.record import Record, Status
 
 _LINE = "{n_fmt}/{total_fmt} {desc} |{bar:10}| {remaining} left{postfix}"
+_COLUMNS = 80
 
 
 class Progress:
@@ -31,14 +33,19 @@ class Progress:
         self._logs = logs
         self._statuses: Counter[Status] = Counter()
         self._stream = stream
+        is_terminal = stream.isatty()
+        # Some containers' terminals have no width; tqdm would print nothing on them.
+        lost = is_terminal and os.get_terminal_size(stream.fileno()).columns == 0
+        width = _COLUMNS if lost else None
         self._bar = tqdm(
             total=num_cells,
             initial=num_done,
             bar_format=_LINE,
-            dynamic_ncols=True,
+            dynamic_ncols=width is None,
+            ncols=width,
             smoothing=0,  # the mean over the run: cells come in groups of like length
             file=stream,
-            disable=not stream.isatty(),
+            disable=not is_terminal,
         )
 
     def started(self, cell: Cell) -> None:

@@ -59,13 +59,20 @@ class RecordsFile:
             ) from error
 
     def append(self, record: Record) -> None:
-        """Add one record and wait until it is on disk."""
+        """Add one record and wait until it is on disk.
+
+        Raises:
+            RunsError: there is no room for it; the file keeps its whole records.
+        """
         line = json.dumps(record.to_json(), ensure_ascii=False).encode() + b"\n"
-        os.ftruncate(self._file, self._end)
-        written = os.pwrite(self._file, line, self._end)
+        try:
+            os.ftruncate(self._file, self._end)
+            written = os.pwrite(self._file, line, self._end)
+            os.fsync(self._file)
+        except OSError as error:
+            raise RunsError(f"{self._path}: {error.strerror}") from error
         if written != len(line):
             raise RunsError(f"{self._path}: no room for the next record")
-        os.fsync(self._file)
         self._end += len(line)
         self.records.append(record)
 

@@ -8,7 +8,7 @@ from meft_bench.record import Record
 
 
 def describe(record: Record) -> Iterator[tuple[str, str]]:
-    """Pairs of a name and its value; what was not measured is left out."""
+    """Pairs of a name and its value; what was not seen is left out."""
     yield "cell", record.cell.id
     yield "status", f"{record.status} {record.message}".strip()
     yield "sweep", record.sweep
@@ -17,7 +17,7 @@ def describe(record: Record) -> Iterator[tuple[str, str]]:
     for part in (record.measurement, record.environment):
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
-            if value is not None:
+            if value not in (None, []):
                 yield field.name, _format(field.name, value)
 
 

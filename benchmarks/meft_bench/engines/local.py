@@ -8,7 +8,7 @@ A slot outlives the children it starts, as it must: on Linux the leash that ends
 with its parent is tied to the thread that started it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from meft_bench.cell import Cell
@@ -18,13 +18,13 @@ from meft_bench.record import Record
 
 def run_cells(
     cells: Iterable[Cell], run_one: Callable[[Cell], Record], num_slots: int
-) -> Iterator[Record]:
+) -> Generator[Record, None, None]:
     """Run every cell, `num_slots` at a time, in order of their start.
 
     Args:
         cells: what to run.
         run_one: runs a cell to its end in the calling thread. Once it raises
-            `Stopped` it must do so at once for all cells, and the iterator ends when
+            `Stopped` it must do so at once for all cells, and the generator ends when
             the records already made have been yielded.
         num_slots: cells that run side by side.
 
