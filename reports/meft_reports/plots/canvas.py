@@ -6,6 +6,7 @@ have been, or a line in the note below the panels.
 """
 
 import functools
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from typing import Any
@@ -17,8 +18,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from meft_reports.format import is_null
 from meft_reports.style import look, method_order
-from meft_reports.summary import OPTIONS, PROVENANCE, WORKLOAD
+from meft_reports.summary import OPTIONS, PROVENANCE, WORKLOAD, split, varying
 
 RC = {
     "figure.dpi": 100,
@@ -85,7 +87,7 @@ def add_legend(
 
 def add_note(figure: Figure, lines: Iterable[str]) -> None:
     """Lines of small text below the panels; nothing where there are none."""
-    text = "\n".join(lines)
+    text = "\n".join(textwrap.fill(line, width=150) for line in lines)
     if text:
         figure.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color="#444444")
 
@@ -121,29 +123,23 @@ def mark_failed(axes: Axes, failed: pd.DataFrame, x_column: str) -> None:
     """
     if failed.empty:
         return
-    places = failed.groupby([x_column, "method", "status"], sort=True).size()
-    heights: dict[Any, int] = {}
-    for (x, method, status), count in places.items():  # type: ignore[misc]
-        level = heights.get(x, 0)
-        heights[x] = level + 1
-        y = 0.97 - 0.07 * level
-        axes.plot(
-            [float(x)],
-            [y],
-            marker="x",
-            color=look(method).color,
-            transform=axes.get_xaxis_transform(),
-            gid=f"failed/{method}/{status}",
-        )
+    heights: dict[float, int] = {}
+    for key, cells in split(failed, [x_column, "method", "status"]):
+        x, its = float(key[x_column]), look(key["method"])
+        y = 0.97 - 0.07 * heights.get(x, 0)
+        heights[x] = heights.get(x, 0) + 1
+        at_edge = axes.get_xaxis_transform()
+        name = f"failed/{key['method']}/{key['status']}"
+        axes.plot([x], [y], "x", color=its.color, transform=at_edge, gid=name)
         axes.annotate(
-            f"{status} x{count}" if count > 1 else status,
-            (float(x), y),
-            xycoords=axes.get_xaxis_transform(),
+            key["status"] + (f" ({len(cells)} cells)" if len(cells) > 1 else ""),
+            (x, y),
+            xycoords=at_edge,
             xytext=(5, 0),
             textcoords="offset points",
             va="center",
             fontsize=7,
-            color=look(method).color,
+            color=its.color,
         )
     add_headroom(axes, 0.07 * max(heights.values()) + 0.04)
 
@@ -158,10 +154,13 @@ def add_headroom(axes: Axes, share: float) -> None:
         axes.set_ylim(low, low + (high - low) / (1 - share))
 
 
-def panel_title(key: dict[str, Any], shown: Iterable[str]) -> str:
-    """What sets a panel apart, e.g. `sst2 · minilm-l6 · bf16 · batch 16`."""
-    words = {
-        "depth": lambda depth: f"{depth} blocks" if depth else "own depth",
+def panel_title(rows: pd.DataFrame, shown: Iterable[str]) -> str:
+    """What sets a panel apart, e.g. `sst2 · minilm-l6 · bf16 · batch 16`.
+
+    `rows` agree in the fields `shown`; random weights are always said.
+    """
+    words: dict[str, Callable[[Any], str]] = {
+        "depth": lambda depth: f"depth {depth}" if depth else "own depth",
         "batch_size": lambda size: f"batch {size}",
         "seq_len": lambda length: f"{length} tokens",
         "code_sha256": lambda digest: f"code {digest[:8]}",
@@ -169,33 +168,31 @@ def panel_title(key: dict[str, Any], shown: Iterable[str]) -> str:
         "num_threads": lambda count: f"{count} threads",
         "num_slots": lambda count: f"{count} cells at a time",
     }
-    return " · ".join(
-        words.get(name, str)(key[name]) for name in shown if not pd.isna(key[name])
-    )
+    first = rows.iloc[0]
+    parts = [words.get(n, str)(first[n]) for n in shown if not is_null(first[n])]
+    if rows["random_weights"].any():
+        parts.append("random weights")
+    return " · ".join(parts)
 
 
-def titled(frame: pd.DataFrame, always: Sequence[str] = ("task",)) -> list[str]:
+def titled(frame: pd.DataFrame, always: Sequence[str]) -> list[str]:
     """The fields that panel titles must show: `always`, and whatever differs."""
-    return [
-        name
-        for name in (*WORKLOAD, *PROVENANCE)
-        if name in always or frame[name].nunique(dropna=False) > 1
-    ]
+    differing = varying(frame, (*WORKLOAD, *PROVENANCE))
+    return [n for n in (*WORKLOAD, *PROVENANCE) if n in always or n in differing]
 
 
 def option_label(row: "pd.Series[Any]", siblings: pd.DataFrame) -> str:
     """The options in which a row differs from others of its method, else empty."""
     same = siblings[siblings["method"] == row["method"]]
-    differing = [name for name in OPTIONS if same[name].nunique(dropna=False) > 1]
-    return ", ".join(f"{name}={row[name]:g}" for name in differing)
+    return ", ".join(f"{name}={row[name]:g}" for name in varying(same, OPTIONS))
 
 
 def failures_note(failed: pd.DataFrame) -> list[str]:
-    """One line that names every failed cell by method and seed."""
-    names = [
-        f"{row.method} seed {row.seed}: {row.status}" for row in failed.itertuples()
-    ]
-    return ["Failed, not drawn: " + "; ".join(names)] if names else []
+    """One line that names every failed cell, for plots that have no place for it."""
+    if failed.empty:
+        return []
+    names = [f"{row.cell_id} ({row.status})" for row in failed.itertuples()]
+    return ["Failed cells, with nothing to draw: " + ", ".join(names)]
 
 
 def render(figure: Figure, format: str) -> bytes:
