@@ -105,9 +105,7 @@ def _version(package: str) -> Column:
 
 
 def _derived(name: str, dtype: Dtype, meaning: str, unit: Unit = "") -> Column:
-    return Column(
-        name=name, section="derived", dtype=dtype, unit=unit, meaning=meaning
-    )
+    return Column(name=name, section="derived", dtype=dtype, unit=unit, meaning=meaning)
 
 
 COLUMNS: tuple[Column, ...] = (

@@ -152,13 +152,14 @@ def _validate(record: Any, where: str) -> set[str]:
         if column.section != "derived":
             _check_value(column, _lookup(record, column), where)
     if record["status"] not in STATUSES:
-        raise RecordError(f"{where}: {UnknownName('status', record['status'], STATUSES)}")
+        raise RecordError(
+            f"{where}: {UnknownName('status', record['status'], STATUSES)}"
+        )
     return {
         f"{section}.{key}"
         for section in SECTIONS
         for key in record[section]
-        if key != "versions"
-        and (key not in BY_NAME or BY_NAME[key].section != section)
+        if key != "versions" and (key not in BY_NAME or BY_NAME[key].section != section)
     }
 
 
@@ -177,8 +178,7 @@ def _check_value(column: Column, value: Any, where: str) -> None:
     }
     if not fits[column.dtype]:
         raise RecordError(
-            f"{where}: `{place}` should be {_EXPECTED[column.dtype]}, "
-            f"got {value!r:.60}"
+            f"{where}: `{place}` should be {_EXPECTED[column.dtype]}, got {value!r:.60}"
         )
 
 

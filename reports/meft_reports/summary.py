@@ -53,7 +53,9 @@ def summarise(frame: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
     ]
     names = [*GROUP, "random_weights", "num_seeds", "num_failed"]
     names += [n for column in columns for n in (column, f"{column}_spread")]
-    return by_method(pd.DataFrame(rows, columns=pd.Index(names)))
+    table = pd.DataFrame(rows, columns=pd.Index(names))
+    means = names[len(GROUP) + 3 :]
+    return by_method(table.astype(dict.fromkeys(means, "float64")))
 
 
 def _summary(part: pd.DataFrame, columns: Sequence[str]) -> dict[str, Any]:

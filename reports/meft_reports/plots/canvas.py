@@ -18,9 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from meft_reports.format import is_null
 from meft_reports.style import look, method_order
-from meft_reports.summary import OPTIONS, PROVENANCE, WORKLOAD, split, varying
+from meft_reports.summary import split
 
 RC = {
     "figure.dpi": 100,
@@ -71,6 +70,9 @@ def panels(num_panels: int, num_columns: int) -> tuple[Figure, list[Axes]]:
     height = max(3.9, 2.9 * num_rows)
     figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
     FigureCanvasAgg(figure)
+    layout = figure.get_layout_engine()
+    assert layout is not None
+    layout.set(w_pad=0.1, h_pad=0.08)
     grid = figure.subplots(num_rows, num_columns, squeeze=False).ravel().tolist()
     for unused in grid[num_panels:]:
         unused.remove()
@@ -97,14 +99,19 @@ def method_entry(method: str) -> Line2D:
     return Line2D([], [], label=method, **line_style(method))
 
 
-def line_style(method: str) -> dict[str, Any]:
-    """How matplotlib draws a line of this method."""
+def line_style(method: str, rank: int = 2) -> dict[str, Any]:
+    """How matplotlib draws a line of this method.
+
+    Lines that may coincide are numbered by `rank`: later ones have smaller markers,
+    so that those below them can still be seen.
+    """
     its = look(method)
     return {
         "color": its.color,
         "marker": its.marker,
         "linestyle": its.line,
         "markerfacecolor": its.face,
+        "markersize": max(3.5, 7.5 - rank),
     }
 
 
@@ -152,39 +159,6 @@ def add_headroom(axes: Axes, share: float) -> None:
         axes.set_ylim(low, low * (high / low) ** (1 / (1 - share)))
     else:
         axes.set_ylim(low, low + (high - low) / (1 - share))
-
-
-def panel_title(rows: pd.DataFrame, shown: Iterable[str]) -> str:
-    """What sets a panel apart, e.g. `sst2 · minilm-l6 · bf16 · batch 16`.
-
-    `rows` agree in the fields `shown`; random weights are always said.
-    """
-    words: dict[str, Callable[[Any], str]] = {
-        "depth": lambda depth: f"depth {depth}" if depth else "own depth",
-        "batch_size": lambda size: f"batch {size}",
-        "seq_len": lambda length: f"{length} tokens",
-        "code_sha256": lambda digest: f"code {digest[:8]}",
-        "torch_version": lambda version: f"torch {version}",
-        "num_threads": lambda count: f"{count} threads",
-        "num_slots": lambda count: f"{count} cells at a time",
-    }
-    first = rows.iloc[0]
-    parts = [words.get(n, str)(first[n]) for n in shown if not is_null(first[n])]
-    if rows["random_weights"].any():
-        parts.append("random weights")
-    return " · ".join(parts)
-
-
-def titled(frame: pd.DataFrame, always: Sequence[str]) -> list[str]:
-    """The fields that panel titles must show: `always`, and whatever differs."""
-    differing = varying(frame, (*WORKLOAD, *PROVENANCE))
-    return [n for n in (*WORKLOAD, *PROVENANCE) if n in always or n in differing]
-
-
-def option_label(row: "pd.Series[Any]", siblings: pd.DataFrame) -> str:
-    """The options in which a row differs from others of its method, else empty."""
-    same = siblings[siblings["method"] == row["method"]]
-    return ", ".join(f"{name}={row[name]:g}" for name in varying(same, OPTIONS))
 
 
 def failures_note(failed: pd.DataFrame) -> list[str]:

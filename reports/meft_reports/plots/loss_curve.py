@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from meft_reports.errors import NothingToDraw
+from meft_reports.labels import describe, fields_to_show
 from meft_reports.plots import canvas
 from meft_reports.summary import (
     PROVENANCE,
@@ -42,14 +43,14 @@ def draw(frame: pd.DataFrame) -> Figure:
         raise NothingToDraw("no ok cell of a real task has a loss curve of two steps")
     width = max(1, max(map(len, drawn["loss_curve"])) // 20)
     parts = [part for _, part in split(drawn, [*WORKLOAD, *PROVENANCE])]
-    shown = canvas.titled(drawn, always=("task", "backbone", "dtype"))
+    shown = fields_to_show(drawn, always=("task", "backbone", "dtype"))
     figure, grid = canvas.panels(len(parts), num_columns=2)
     for axes, part in zip(grid, parts, strict=True):
         for method, curve in zip(part["method"], part["loss_curve"], strict=True):
             smooth = running_mean(curve, width)
             style = canvas.line_style(method) | {"marker": "", "linewidth": 1.1}
             axes.plot(range(width, width + len(smooth)), smooth, **style)
-        axes.set_title(canvas.panel_title(part, shown))
+        axes.set_title(describe(part, shown))
         axes.set_xlabel("step (optimizer updates)")
         axes.set_ylabel(f"training loss (mean of {width} steps)")
     canvas.add_legend(figure, drawn["method"])

@@ -8,9 +8,11 @@ cross at the upper edge, where its number would have been.
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from meft_reports.errors import NothingToDraw
 from meft_reports.format import MIB
+from meft_reports.labels import describe, fields_to_show
 from meft_reports.plots import canvas
 from meft_reports.summary import (
     OPTIONS,
@@ -27,8 +29,10 @@ QUANTITIES = {
     "saved_bytes": "saved for backward (MiB)",
     "peak_allocated_bytes": "peak allocated memory (MiB)",
 }
-LOG_RATIO = 50
-"""A panel whose values span more than this is drawn on a logarithmic scale."""
+# A panel is logarithmic when its values, or the places where they were measured, span
+# more than these factors.
+LOG_RATIO_UP = 50
+LOG_RATIO_ACROSS = 16
 
 
 def draw_along(frame: pd.DataFrame, field: str, x_column: str, label: str) -> Figure:
@@ -47,14 +51,16 @@ def draw_along(frame: pd.DataFrame, field: str, x_column: str, label: str) -> Fi
             f"no `synthetic` workload was measured at two values of `{x_column}`"
         )
     drawn = pd.concat(parts)
-    shown = [n for n in canvas.titled(drawn, always=("backbone", "dtype")) if n != field]
+    shown = [
+        n for n in fields_to_show(drawn, always=("backbone", "dtype")) if n != field
+    ]
     shown = shown + [n for n in ("batch_size", "seq_len") if n not in (field, *shown)]
     figure, grid = canvas.panels(len(parts) * len(QUANTITIES), len(QUANTITIES))
     for index, part in enumerate(parts):
         for offset, (quantity, words) in enumerate(QUANTITIES.items()):
             axes = grid[index * len(QUANTITIES) + offset]
             _draw_panel(axes, part, x_column, quantity)
-            axes.set_title(canvas.panel_title(part, shown))
+            axes.set_title(describe(part, shown))
             axes.set_xlabel(label)
             axes.set_ylabel(words)
     failed = drawn["status"] != "ok"
@@ -69,14 +75,12 @@ def _is_curve(part: pd.DataFrame, x_column: str) -> bool:
     return bool(part[x_column].nunique() > 1 and len(measured))
 
 
-def _draw_panel(
-    axes: Axes, part: pd.DataFrame, x_column: str, quantity: str
-) -> None:
-    means = summarise(part, dict.fromkeys([x_column, quantity]))
-    means = means.dropna(subset=[quantity])
-    for key, line in split(means, ["method", *OPTIONS]):
+def _draw_panel(axes: Axes, part: pd.DataFrame, x_column: str, quantity: str) -> None:
+    means = summarise(part, ["num_blocks", quantity]).dropna(subset=[quantity])
+    lines = means.groupby(["method", *OPTIONS], sort=False, dropna=False)
+    for rank, (key, line) in enumerate(lines):
         ordered = line.sort_values(x_column)
-        style = canvas.line_style(key["method"])
+        style = canvas.line_style(str(key[0]), rank)
         axes.plot(ordered[x_column], ordered[quantity] / MIB, **style)
     _scale(axes, sorted(part[x_column].dropna().unique()), means[quantity])
     failed = part[(part["status"] != "ok") & part[x_column].notna()]
@@ -84,11 +88,17 @@ def _draw_panel(
 
 
 def _scale(axes: Axes, positions: list[int], values: "pd.Series[float]") -> None:
-    if positions[-1] >= 8 * positions[0] > 0:
+    """Both axes linear or both logarithmic: proportional growth is a straight line."""
+    wide = positions[-1] >= LOG_RATIO_ACROSS * positions[0]
+    if len(values):
+        wide |= values.max() > LOG_RATIO_UP * values.min()
+    positive = positions[0] > 0 and bool((values > 0).all())
+    if wide and positive:
         axes.set_xscale("log", base=2)
-    axes.set_xticks(positions, [str(position) for position in positions])
-    axes.minorticks_off()
-    if len(values) and values.min() > 0 and values.max() > LOG_RATIO * values.min():
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     else:
         axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.set_xticks(positions, [str(position) for position in positions])
+    axes.minorticks_off()

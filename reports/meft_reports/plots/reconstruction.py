@@ -6,12 +6,14 @@ gradient is left.
 """
 
 import math
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from meft_reports.errors import NothingToDraw
+from meft_reports.labels import describe, fields_to_show
 from meft_reports.plots import canvas
 from meft_reports.summary import (
     OPTIONS,
@@ -57,13 +59,13 @@ def draw(frame: pd.DataFrame) -> Figure:
         if has_error[part.index].any()
     ]
     drawn = pd.concat(parts)
-    shown = canvas.titled(drawn, always=("task", "backbone", "dtype"))
+    shown = fields_to_show(drawn, always=("task", "backbone", "dtype"))
     figure, grid = canvas.panels(len(parts) * len(QUANTITIES), len(QUANTITIES))
     for index, part in enumerate(parts):
         for offset, (quantity, words) in enumerate(QUANTITIES.items()):
             axes = grid[index * len(QUANTITIES) + offset]
             _draw_panel(axes, part[part["status"] == "ok"], quantity)
-            axes.set_title(canvas.panel_title(part, shown))
+            axes.set_title(describe(part, shown))
             axes.set_xlabel("block (1 is the lowest)")
             axes.set_ylabel(words)
     canvas.add_legend(figure, drawn["method"])
@@ -79,15 +81,14 @@ def _draw_panel(axes: Axes, part: pd.DataFrame, quantity: str) -> None:
         (key["method"], list(same[quantity].dropna()))
         for key, same in split(part, ["method", *OPTIONS])
     ]
-    for method, seeds in curves:
-        _draw_curve(axes, method, seeds)
+    for rank, (method, seeds) in enumerate(curves):
+        _draw_curve(axes, canvas.line_style(method, rank), seeds)
     num_blocks = max((len(seed) for _, seeds in curves for seed in seeds), default=1)
     axes.set_xlim(0.5, num_blocks + 0.5)
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _draw_curve(axes: Axes, method: str, seeds: list[list[float]]) -> None:
-    style = canvas.line_style(method)
+def _draw_curve(axes: Axes, style: dict[str, Any], seeds: list[list[float]]) -> None:
     blocks = range(1, max(map(len, seeds), default=0) + 1)
     points = {b: [seed[b - 1] for seed in seeds if len(seed) >= b] for b in blocks}
     regular = {

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 
 from meft_reports.errors import NothingToDraw
 from meft_reports.format import MIB
+from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.plots import canvas
 from meft_reports.style import look
 from meft_reports.summary import PROVENANCE, WORKLOAD, split, summarise
@@ -39,13 +40,15 @@ def draw(frame: pd.DataFrame) -> Figure:
         raise NothingToDraw("no ok cell has both a score and a peak of memory")
     table = summarise(rows, VALUES)
     parts = [part for _, part in split(table, [*WORKLOAD, *PROVENANCE])]
-    parts = [p for p in parts if p[["score", "peak_allocated_bytes"]].notna().any().all()]
-    shown = canvas.titled(table, always=("task", "backbone", "dtype"))
+    parts = [
+        p for p in parts if p[["score", "peak_allocated_bytes"]].notna().any().all()
+    ]
+    shown = fields_to_show(table, always=("task", "backbone", "dtype"))
     metrics = rows.groupby("task")["score_name"].first()
     figure, grid = canvas.panels(len(parts), num_columns=2)
     for axes, part in zip(grid, parts, strict=True):
         _draw_panel(axes, part, str(metrics[part["task"].iloc[0]]))
-        axes.set_title(canvas.panel_title(part, shown))
+        axes.set_title(describe(part, shown))
     canvas.add_legend(figure, table["method"], [_majority_entry()])
     canvas.add_note(figure, canvas.failures_note(rows[rows["status"] != "ok"]))
     return figure
@@ -68,7 +71,7 @@ def _draw_panel(axes: Axes, part: pd.DataFrame, metric: str) -> None:
             elinewidth=1,
         )
         axes.annotate(
-            canvas.option_label(row, drawn),
+            option_label(row, drawn),
             (x, y),
             xytext=(6, 4),
             textcoords="offset points",

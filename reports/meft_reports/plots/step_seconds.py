@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from meft_reports.errors import NothingToDraw
 from meft_reports.format import format_seconds
+from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.plots import canvas
 from meft_reports.style import look
 from meft_reports.summary import PROVENANCE, WORKLOAD, split, summarise
@@ -37,11 +38,11 @@ def draw(frame: pd.DataFrame) -> Figure:
     if not parts:
         raise NothingToDraw("no workload has the step time of an ok `full` cell")
     drawn = pd.concat(parts)
-    shown = canvas.titled(drawn, always=("task", "backbone", "dtype"))
+    shown = fields_to_show(drawn, always=("task", "backbone", "dtype"))
     figure, grid = canvas.panels(len(parts), num_columns=2)
     for axes, part in zip(grid, parts, strict=True):
         _draw_panel(axes, part)
-        axes.set_title(canvas.panel_title(part, shown))
+        axes.set_title(describe(part, shown))
     canvas.add_legend(figure, drawn["method"])
     canvas.add_note(figure, canvas.failures_note(rows[rows["status"] != "ok"]))
     return figure
@@ -71,7 +72,7 @@ def _draw_panel(axes: Axes, part: pd.DataFrame) -> None:
             elinewidth=1,
         )
     names = [
-        f"{row['method']} {canvas.option_label(row, measured)}".strip()
+        f"{row['method']} {option_label(row, measured)}".strip()
         for _, row in measured.iterrows()
     ]
     axes.set_yticks(range(len(names)), names)
