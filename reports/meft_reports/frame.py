@@ -14,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -231,11 +232,10 @@ def _series(values: list[Any], column: Column) -> "pd.Series[Any]":
     match column.dtype:
         case "list":
             # Element by element: pandas would make a table of lists of equal length.
-            series = pd.Series([None] * len(values), dtype=object)
+            lists = np.empty(len(values), dtype=object)
             for index, value in enumerate(values):
-                if value is not None:
-                    series.iat[index] = [float(number) for number in value]
-            return series
+                lists[index] = None if value is None else list(map(float, value))
+            return pd.Series(lists, dtype=object)
         case "Float64":
             # A number that is not finite cannot be compared or averaged: null.
             finite = [

@@ -44,5 +44,5 @@ def find_plot(name: str) -> Plot:
     """
     if name not in PLOTS:
         raise UnknownName("plot", name, PLOTS)
-    plot: Plot = importlib.import_module(f"{__name__}.{name}")  # type: ignore[assignment]
+    plot: Plot = importlib.import_module(f"{__name__}.{name}")
     return plot

@@ -16,12 +16,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from meft_reports.style import look, method_order
 from meft_reports.summary import split
 
-RC = {
+RC: dict[Any, Any] = {
     "figure.dpi": 100,
     "font.family": "DejaVu Sans",  # ships with matplotlib: the same on any machine
     "font.size": 9,
@@ -68,11 +69,9 @@ def panels(num_panels: int, num_columns: int) -> tuple[Figure, list[Axes]]:
     num_rows = -(-num_panels // num_columns)
     # One row still has to be as high as a legend of every method.
     height = max(3.9, 2.9 * num_rows)
-    figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
+    figure = Figure(figsize=(WIDTH_INCHES, height), layout=layout)
     FigureCanvasAgg(figure)
-    layout = figure.get_layout_engine()
-    assert layout is not None
-    layout.set(w_pad=0.1, h_pad=0.08)
     grid = figure.subplots(num_rows, num_columns, squeeze=False).ravel().tolist()
     for unused in grid[num_panels:]:
         unused.remove()
@@ -99,7 +98,7 @@ def method_entry(method: str) -> Line2D:
     return Line2D([], [], label=method, **line_style(method))
 
 
-def line_style(method: str, rank: int = 2) -> dict[str, Any]:
+def line_style(method: str, rank: int = 5) -> dict[str, Any]:
     """How matplotlib draws a line of this method.
 
     Lines that may coincide are numbered by `rank`: later ones have smaller markers,
@@ -111,7 +110,7 @@ def line_style(method: str, rank: int = 2) -> dict[str, Any]:
         "marker": its.marker,
         "linestyle": its.line,
         "markerfacecolor": its.face,
-        "markersize": max(3.5, 7.5 - rank),
+        "markersize": max(3.5, 8.5 - 0.6 * rank),
     }
 
 

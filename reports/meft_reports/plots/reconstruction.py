@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from meft_reports.errors import NothingToDraw
 from meft_reports.labels import describe, fields_to_show
@@ -85,7 +86,7 @@ def _draw_panel(axes: Axes, part: pd.DataFrame, quantity: str) -> None:
         _draw_curve(axes, canvas.line_style(method, rank), seeds)
     num_blocks = max((len(seed) for _, seeds in curves for seed in seeds), default=1)
     axes.set_xlim(0.5, num_blocks + 0.5)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _draw_curve(axes: Axes, style: dict[str, Any], seeds: list[list[float]]) -> None:

@@ -57,8 +57,8 @@ def _full(part: pd.DataFrame) -> float | None:
 def _draw_panel(axes: Axes, part: pd.DataFrame) -> None:
     base = _full(part)
     assert base is not None
-    measured = part.dropna(subset=["step_seconds"]).reset_index(drop=True)
-    for level, row in measured.iterrows():
+    measured = part.dropna(subset=["step_seconds"])
+    for level, (_, row) in enumerate(measured.iterrows()):
         its = look(row["method"])
         iqr = 0.0 if pd.isna(row["step_seconds_iqr"]) else row["step_seconds_iqr"]
         axes.errorbar(
