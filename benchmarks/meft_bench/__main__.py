@@ -1,0 +1,8 @@
+"""`python -m meft_bench` is `meft-bench`."""
+
+import sys
+
+from meft_bench.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""The command `meft-bench`: list, run, show, doctor.
+
+Exit codes: 0 every cell is ok or skipped, 2 the command or a file it names is wrong
+(one line on stderr, nothing written), 4 a cell failed, 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from meft_bench import doctor, environment, harness, registry, runs, show, sweep
+from meft_bench.cell import Cell
+from meft_bench.harness import Plan
+from meft_bench.isolate import WORKER, ChildOptions
+from meft_bench.quantities import parse_bytes
+from meft_bench.runs import RunsError
+from meft_bench.sweep import Sweep, SweepError
+
+EXIT_USAGE = 2
+
+
+class UsageError(Exception):
+    """The command line asks for what cannot be done; the message is one line."""
+
+
+def main(argv: Sequence[str] | None = None, *, worker_module: str = WORKER) -> int:
+    """Run the command and return its exit code.
+
+    Args:
+        argv: the words after the program's name; None takes them from `sys.argv`.
+        worker_module: module that plays the child; tests put their own here.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.command == "list":
+            return _list(arguments)
+        if arguments.command == "run":
+            return harness.run(_plan(arguments), worker_module=worker_module)
+        if arguments.command == "show":
+            return _show(arguments)
+        _print_pairs(doctor.examine(_data_dir(arguments)))
+        return harness.EXIT_OK
+    except (SweepError, RunsError, UsageError) as error:
+        print(f"meft-bench: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error of ours does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="meft-bench", description="Measure ways of fine-tuning.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_sweep(commands.add_parser("list", help="print the cells of a sweep"))
+    run = commands.add_parser("run", help="run the cells that are not done yet")
+    _add_sweep(run)
+    _add_data(run)
+    run.add_argument(
+        "--allow-download",
+        action="store_true",
+        help="let weights and data be fetched from the hub",
+    )
+    run.add_argument(
+        "--slots", type=_count, default=1, help="cells run side by side (default 1)"
+    )
+    run.add_argument(
+        "--threads", type=_count, help="threads of each child (default: cores / slots)"
+    )
+    run.add_argument("--timeout", type=_seconds, help="seconds for each cell")
+    run.add_argument(
+        "--memory-limit", type=_size, help="data of each child, such as 8GiB"
+    )
+    run.add_argument(
+        "--force", action="store_true", help="run the cells that are done, too"
+    )
+    shown = commands.add_parser("show", help="print the last record of a cell")
+    shown.add_argument("cell", help="its id, or a part that only one cell's has")
+    shown.add_argument("runs", type=Path, help="records file")
+    _add_data(commands.add_parser("doctor", help="tell what this machine has"))
+    return parser
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(sweep.shipped())
+    parser.add_argument("sweep", help=f"{names}, or the path of a TOML file")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="records file (default runs/SWEEP.jsonl)"
+    )
+    parser.add_argument(
+        "--device", choices=registry.DEVICES, help="default: cuda where NVML sees a GPU"
+    )
+    parser.add_argument("--only", help="a method, or a part of the cells' ids")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", type=Path, help="directory of data (default: $MEFT_DATA_DIR)"
+    )
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    chosen = _load(arguments)
+    cells = _select(chosen, arguments.only)
+    path = _records_path(arguments, chosen)
+    records = runs.read(path)
+    done: set[Cell] = set()
+    if records:  # else there is no need to look at this machine's sources
+        environments = harness.environments_for(cells, num_threads=1, num_slots=1)
+        done = runs.done(records, cells, environments)
+    lines = [f"{'done' if cell in done else '    '}  {cell.id}" for cell in cells]
+    print("\n".join([*lines, f"{len(cells)} cells, {len(done)} done in {path}"]))
+    return harness.EXIT_OK
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    """The run that the command line asks for; everything about it is checked here."""
+    chosen = _load(arguments)
+    cells = _select(chosen, arguments.only)
+    if any(cell.device == "cuda" for cell in cells) and not environment.gpu_names():
+        raise UsageError("device cuda: NVML sees no GPU here; use --device cpu")
+    data_dir = _data_dir(arguments)
+    if data_dir is not None and not data_dir.is_dir():
+        raise UsageError(f"data directory {str(data_dir)!r} does not exist")
+    spare = max(1, environment.num_cores() // arguments.slots)
+    return Plan(
+        sweep=chosen.name,
+        cells=cells,
+        path=_records_path(arguments, chosen),
+        options=ChildOptions(
+            data_dir=None if data_dir is None else str(data_dir.resolve()),
+            allow_download=arguments.allow_download,
+            num_threads=arguments.threads or chosen.num_threads or spare,
+            memory_limit_bytes=arguments.memory_limit or chosen.memory_limit_bytes,
+        ),
+        num_slots=arguments.slots,
+        timeout_seconds=arguments.timeout or chosen.timeout_seconds,
+        force=arguments.force,
+    )
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    records = runs.read(arguments.runs)
+    last = {record.cell.id: record for record in records}
+    found = [name for name in last if arguments.cell in name]
+    if arguments.cell in last:
+        found = [arguments.cell]
+    if len(found) != 1:
+        hint = registry.nearest(arguments.cell, found or last)
+        many = f"{len(found)} cells" if found else "no cell"
+        raise UsageError(f"{many} in {arguments.runs} named {arguments.cell!r}; {hint}")
+    _print_pairs(show.describe(last[found[0]]))
+    return harness.EXIT_OK
+
+
+def _load(arguments: argparse.Namespace) -> Sweep:
+    device = arguments.device or ("cuda" if environment.gpu_names() else "cpu")
+    return sweep.load(arguments.sweep, device=device)
+
+
+def _select(chosen: Sweep, only: str | None) -> tuple[Cell, ...]:
+    """The cells of a method when `only` names one, else those with it in their ids."""
+    if only is None:
+        return chosen.cells
+    if only in registry.METHODS:
+        cells = tuple(cell for cell in chosen.cells if cell.method == only)
+    else:
+        cells = tuple(cell for cell in chosen.cells if only in cell.id)
+    if not cells:
+        methods = {cell.method for cell in chosen.cells}
+        hint = registry.nearest(only, methods)
+        raise UsageError(f"--only {only!r} matches no cell of {chosen.name}; {hint}")
+    return cells
+
+
+def _records_path(arguments: argparse.Namespace, chosen: Sweep) -> Path:
+    path: Path = arguments.output or Path("runs", f"{chosen.name}.jsonl")
+    if path.suffix != ".jsonl":  # logs and page are named after it, too
+        raise UsageError(f"records file {str(path)!r} should end in .jsonl")
+    return path
+
+
+def _data_dir(arguments: argparse.Namespace) -> Path | None:
+    named = arguments.data or os.environ.get("MEFT_DATA_DIR")
+    return Path(named) if named else None
+
+
+def _print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
+    for name, value in pairs:
+        print(f"{name:<24}  {value}")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return seconds
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

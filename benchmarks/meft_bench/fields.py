@@ -1,0 +1,112 @@
+"""What each field of a `Cell` may hold.
+
+A sweep is written by hand, so every value is checked before anything runs: its type,
+its range, and, where it is a name, that the registry knows it. Whether weights and
+data behind a name are on this machine is for the child to find out.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection
+from pathlib import Path
+
+from meft_bench import registry
+from meft_bench.cell import Cell
+
+FIELDS = {field.name: field for field in dataclasses.fields(Cell)}
+"""The fields of a cell, by name."""
+
+_NAMES: dict[str, Collection[str]] = {
+    "method": registry.METHODS,
+    "task": registry.TASKS,
+    "dtype": registry.DTYPES,
+    "device": registry.DEVICES,
+}
+_FROM_ONE = {"batch_size", "seq_len", "max_steps", "bottleneck_size", "lora_rank"}
+
+Value = str | int | float
+
+
+def check_name(name: str) -> None:
+    """Raise `ValueError` unless `name` is a field of a cell."""
+    if name not in FIELDS:
+        raise ValueError(f"unknown key {name!r}; {registry.nearest(name, FIELDS)}")
+
+
+def check(name: str, value: object) -> Value:
+    """The value as the cell holds it: an integer becomes a float where one belongs.
+
+    Raises:
+        ValueError: wrong type, out of range, or a name the registry does not know.
+    """
+    check_name(name)
+    if FIELDS[name].type is str:
+        return _check_text(name, value)
+    if FIELDS[name].type is float:
+        return _check_float(name, value)
+    return _check_count(name, value)
+
+
+def check_together(cell: Cell) -> None:
+    """Raise `ValueError` when two fields of a cell contradict each other."""
+    if cell.warmup_steps >= cell.max_steps:
+        raise ValueError(
+            f"`warmup_steps` = {cell.warmup_steps} leaves no step to measure; "
+            f"make it smaller than `max_steps` = {cell.max_steps}"
+        )
+    if cell.patience and not cell.eval_every:
+        raise ValueError("`patience` counts validations; set `eval_every` above 0 too")
+
+
+def _check_text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"`{name}` = {value!r} should be a string")
+    if name == "backbone":
+        _check_backbone(value)
+    elif value not in _NAMES[name]:
+        hint = registry.nearest(value, _NAMES[name])
+        raise ValueError(f"unknown {name} {value!r}; {hint}")
+    return value
+
+
+def _check_float(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"`{name}` = {value!r} should be a number")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"`{name}` = {value!r} should be finite and above 0")
+    return float(value)
+
+
+def _check_count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"`{name}` = {value!r} should be an integer")
+    least = 1 if name in _FROM_ONE else 0
+    if value < least:
+        raise ValueError(f"`{name}` = {value!r} should be at least {least}")
+    return value
+
+
+def _check_backbone(value: str) -> None:
+    if value in registry.PACKAGED_BACKBONES:
+        return
+    kind, colon, place = value.partition(":")
+    if colon and place:
+        if kind == "hub":
+            return
+        if kind == "dir":
+            if not Path(place).is_dir():
+                raise ValueError(f"backbone {value!r}: no directory {place!r}")
+            return
+        if kind == "random":
+            _check_random(value, place)
+            return
+    valid = [*registry.PACKAGED_BACKBONES, "dir:PATH", "hub:NAME", "random:CONFIG"]
+    raise ValueError(f"unknown backbone {value!r}; {registry.nearest(value, valid)}")
+
+
+def _check_random(value: str, place: str) -> None:
+    if place not in registry.RANDOM_BACKBONES and not Path(place).is_file():
+        hint = registry.nearest(place, registry.RANDOM_BACKBONES)
+        raise ValueError(
+            f"backbone {value!r}: {place!r} is neither a file nor a known shape; {hint}"
+        )

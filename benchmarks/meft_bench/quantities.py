@@ -1,0 +1,29 @@
+"""Bytes as people write and read them; everywhere else they are plain integers."""
+
+import re
+
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """The integer behind `8GiB`, `1.5 MiB` or `4096`.
+
+    Raises:
+        ValueError: the text is not a positive number with a unit of 2¹⁰ steps.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)?\s*", text, re.ASCII)
+    num_bytes = int(float(match[1]) * _UNITS[match[2] or "B"]) if match else 0
+    if num_bytes <= 0:
+        raise ValueError(f"{text!r} is not a size; write it like 8GiB, 512MiB or 4096")
+    return num_bytes
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Three digits and a unit: 1610612736 is `1.50 GiB`."""
+    unit = "B"
+    for larger, size in _UNITS.items():
+        if abs(num_bytes) >= size:
+            unit = larger
+    if unit == "B":
+        return f"{num_bytes} B"
+    return f"{num_bytes / _UNITS[unit]:.3g} {unit}"

@@ -1,0 +1,150 @@
+"""The records file: one line of JSON per cell that ended.
+
+A line is appended whole or not at all, and is on disk before the next cell's. What a
+killed writer left of a line is never read, and is cut off by the next append. One
+writer at a time: the file is locked while a run has it open, and the kernel drops the
+lock with the process, however that ends.
+
+The last record of a cell counts; earlier ones remain as history.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from meft_bench.cell import Cell
+from meft_bench.record import Environment, Record, Status
+
+
+class RunsError(Exception):
+    """A records file cannot be read or written; the message is one line."""
+
+
+class RecordsFile:
+    """A records file opened for appending, locked against other runs."""
+
+    def __init__(self, path: Path) -> None:
+        """Open `path`, and make it and its folder where they are missing.
+
+        Raises:
+            RunsError: another run has it open, it cannot be opened, or it holds
+                something that is not a record.
+        """
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise RunsError(f"{path}: {error.strerror}") from error
+        try:
+            self._lock()
+            content = path.read_bytes()
+            self.records = _parse(path, content)
+        except BaseException:
+            os.close(self._file)
+            raise
+        self._end = content.rfind(b"\n") + 1
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunsError(
+                f"{self._path}: another run is writing to it; wait for it to end, "
+                "or give this one a file of its own with -o"
+            ) from error
+
+    def append(self, record: Record) -> None:
+        """Add one record and wait until it is on disk.
+
+        Raises:
+            RunsError: there is no room for it; the file keeps its whole records.
+        """
+        line = json.dumps(record.to_json(), ensure_ascii=False).encode() + b"\n"
+        try:
+            os.ftruncate(self._file, self._end)
+            written = os.pwrite(self._file, line, self._end)
+            os.fsync(self._file)
+        except OSError as error:
+            raise RunsError(f"{self._path}: {error.strerror}") from error
+        if written != len(line):
+            raise RunsError(f"{self._path}: no room for the next record")
+        self._end += len(line)
+        self.records.append(record)
+
+    def close(self) -> None:
+        """Let go of the file and of its lock."""
+        os.close(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read(path: Path) -> list[Record]:
+    """The records in a file, oldest first; none when there is no file.
+
+    Raises:
+        RunsError: it cannot be read, or a line of it is not a record.
+    """
+    try:
+        return _parse(path, path.read_bytes())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunsError(f"{path}: {error.strerror}") from error
+
+
+def done(
+    records: Iterable[Record],
+    cells: Iterable[Cell],
+    environments: Mapping[str, Environment],
+) -> set[Cell]:
+    """Those of `cells` that need not run again.
+
+    A cell is done when its last record from the same code, machine class and torch
+    is ok.
+
+    Args:
+        records: oldest first.
+        cells: what a run would do.
+        environments: where it would do it, by `Cell.device`.
+    """
+    last = {(r.cell, _comparable(r.environment)): r.status for r in records}
+    return {
+        cell
+        for cell in cells
+        if last.get((cell, _comparable(environments[cell.device]))) == Status.OK
+    }
+
+
+def _comparable(environment: Environment) -> tuple[str, str, str | None]:
+    torch_version = environment.versions.get("torch")
+    return environment.code_sha256, environment.machine, torch_version
+
+
+def _parse(path: Path, content: bytes) -> list[Record]:
+    """The records in the complete lines of a file."""
+    records = []
+    *lines, _torn = content.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(Record.from_json(json.loads(line)))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise RunsError(
+                f"{path}: line {number} is not a record ({reason}); "
+                "delete the line or use another file"
+            ) from error
+    return records

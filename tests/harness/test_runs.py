@@ -1,0 +1,160 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from meft_bench import runs
+from meft_bench.cell import Cell
+from meft_bench.record import Environment, Measurement, Record, Status
+from meft_bench.runs import RecordsFile, RunsError
+
+
+@pytest.fixture
+def records(here: Environment) -> list[Record]:
+    """Three records; the first has text that is not ASCII in it."""
+    return [
+        Record(
+            sweep="a sweep",
+            cell=Cell(method="full", seed=seed),
+            status=Status.OK,
+            message="naïve, in µ" if seed == 0 else "",
+            started_at="2025-01-01T00:00:00+00:00",
+            wall_seconds=1.5,
+            measurement=Measurement(saved_bytes=seed, loss_curve=[0.1, 0.2]),
+            environment=here,
+        )
+        for seed in range(3)
+    ]
+
+
+def test_round_trip(tmp_path: Path, records: list[Record]) -> None:
+    """Records come back as they were written, oldest first, one line each."""
+    path = tmp_path / "new" / "folder" / "runs.jsonl"
+    with RecordsFile(path) as file:
+        for record in records:
+            file.append(record)
+    assert runs.read(path) == records
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["cell_id"] for line in lines] == [
+        record.cell.id for record in records
+    ]
+
+
+def test_no_file(tmp_path: Path) -> None:
+    """Where there is no file there are no records, and reading makes none."""
+    assert runs.read(tmp_path / "runs.jsonl") == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kept", [1, 0.5, -2])
+def test_torn_line(tmp_path: Path, records: list[Record], kept: float) -> None:
+    """What is left of a line is not read, and the next record takes its place.
+
+    The line is cut after its first character, in its middle, and so that the newline
+    alone is missing (and with it the certainty that the line is whole).
+    """
+    path = tmp_path / "runs.jsonl"
+    with RecordsFile(path) as file:
+        file.append(records[0])
+        first = path.read_bytes()
+        file.append(records[1])
+    second = path.read_bytes().removeprefix(first)
+    cut = {1: 1, 0.5: len(second) // 2, -2: len(second) - 1}[kept]
+    path.write_bytes(first + second[:cut])
+    assert runs.read(path) == records[:1]
+    with RecordsFile(path) as file:
+        assert file.records == records[:1]
+        assert path.read_bytes() == first + second[:cut]
+        file.append(records[2])
+    assert runs.read(path) == [records[0], records[2]]
+
+
+@pytest.mark.parametrize("text", ["garbage", "[]", "{}", '{"schema_version": 99}', ""])
+def test_bad_line(tmp_path: Path, records: list[Record], text: str) -> None:
+    """A whole line that is no record is told by its number, and nothing is changed."""
+    path = tmp_path / "runs.jsonl"
+    with RecordsFile(path) as file:
+        file.append(records[0])
+    with path.open("a") as stream:
+        stream.write(text + "\n")
+    content = path.read_bytes()
+    with pytest.raises(RunsError, match=r"runs.jsonl: line 2 is not a record \(.+\)"):
+        runs.read(path)
+    with pytest.raises(RunsError, match="line 2"):
+        RecordsFile(path)
+    assert path.read_bytes() == content
+
+
+def test_unusable_path(tmp_path: Path) -> None:
+    """A path that cannot be a file is told, with the reason."""
+    with pytest.raises(RunsError, match="Is a directory"):
+        RecordsFile(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(RunsError, match=r"file.runs.jsonl: "):
+        RecordsFile(tmp_path / "file" / "runs.jsonl")
+
+
+def test_lock(tmp_path: Path) -> None:
+    """Two runs never write to one file, and the second is told what to do."""
+    path = tmp_path / "runs.jsonl"
+    with (
+        RecordsFile(path),
+        pytest.raises(RunsError, match="another run is writing to it") as caught,
+    ):
+        RecordsFile(path)
+    assert str(path) in str(caught.value)
+    RecordsFile(path).close()
+
+
+def test_lock_ends_with_its_process(tmp_path: Path) -> None:
+    """A killed run does not leave the file locked."""
+    path = tmp_path / "runs.jsonl"
+    program = (
+        "import os, pathlib, signal, sys\n"
+        "from meft_bench.runs import RecordsFile\n"
+        "file = RecordsFile(pathlib.Path(sys.argv[1]))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, str(path)])
+    assert ended.returncode == -9
+    assert path.exists()
+    RecordsFile(path).close()
+
+
+def test_done(records: list[Record], here: Environment) -> None:
+    """A cell is done once its last comparable record is ok."""
+    cells = [record.cell for record in records]
+    assert runs.done(records, cells, {"cpu": here}) == set(cells)
+    assert runs.done(records, cells[1:], {"cpu": here}) == set(cells[1:])
+    failed = dataclasses.replace(records[0], status=Status.OOM)
+    assert runs.done([*records, failed], cells, {"cpu": here}) == set(cells[1:])
+    assert runs.done([failed, *records], cells, {"cpu": here}) == set(cells)
+
+
+@pytest.mark.parametrize("status", [s for s in Status if s is not Status.OK])
+def test_only_ok_is_done(records: list[Record], status: Status) -> None:
+    """No other status spares a cell from running again."""
+    record = dataclasses.replace(records[0], status=status)
+    assert runs.done([record], [record.cell], {"cpu": record.environment}) == set()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"code_sha256": "other"},
+        {"machine": "another machine"},
+        {"versions": {"torch": "2.14.0"}},
+    ],
+)
+def test_done_elsewhere(
+    records: list[Record], here: Environment, change: dict[str, object]
+) -> None:
+    """A record from other code, another machine or another torch does not count."""
+    elsewhere = dataclasses.replace(here, **change)  # type: ignore[arg-type]
+    cells = [record.cell for record in records]
+    assert runs.done(records, cells, {"cpu": elsewhere}) == set()
+    # nor does a failure there undo what is done here
+    failed = dataclasses.replace(records[0], status=Status.ERROR, environment=elsewhere)
+    assert runs.done([*records, failed], cells, {"cpu": here}) == set(cells)

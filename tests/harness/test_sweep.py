@@ -1,0 +1,334 @@
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from meft_bench import fields, registry, sweep
+from meft_bench.cell import Cell
+from meft_bench.sweep import Matrix, Sweep, SweepError
+
+HEAD = 'question = "Which?"\n'
+MATRIX = HEAD + '[[matrix]]\nname = "one"\n'
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[[str], Sweep]:
+    """Load a sweep written in the test."""
+
+    def load_text(text: str) -> Sweep:
+        path = tmp_path / "mine.toml"
+        path.write_text(text)
+        return sweep.load(str(path), device="cpu")
+
+    return load_text
+
+
+@pytest.mark.parametrize("name", sorted(sweep.shipped()))
+def test_shipped(name: str) -> None:
+    """Every sweep that ships loads by its name, and no two of its cells share an id."""
+    loaded = sweep.load(name, device="cpu")
+    assert loaded.name == name
+    ids = {cell.id for cell in loaded.cells}
+    assert len(ids) == len(loaded.cells) > 0
+    assert len({cell.key for cell in loaded.cells}) == len(loaded.cells)
+
+
+def test_quickstart() -> None:
+    """The quickstart is small, and measures every method of its list everywhere."""
+    cells = sweep.load("quickstart", device="cpu").cells
+    methods = {cell.method for cell in cells}
+    assert methods == {name for name in registry.METHODS if "store" not in name}
+    assert len(cells) <= 90
+    scored = {(cell.method, cell.seed) for cell in cells if cell.task == "bbc-news"}
+    assert scored == set(itertools.product(methods, (0, 1)))
+    for field, dtype, values in [
+        ("batch_size", "fp32", {4, 8, 16}),
+        ("batch_size", "bf16", {4, 16}),
+        ("depth", "fp32", {2, 6, 12}),
+        ("depth", "bf16", {6, 12}),
+    ]:
+        for method in methods:
+            seen = {
+                getattr(cell, field)
+                for cell in cells
+                if (cell.method, cell.dtype) == (method, dtype)
+                and cell.task == "synthetic"
+            }
+            assert seen == values
+
+
+def test_gate() -> None:
+    """The gate runs every method on the CPU with one thread, whatever is asked."""
+    gate = sweep.load("gate", device="cuda")
+    assert gate.num_threads == 1
+    assert {cell.device for cell in gate.cells} == {"cpu"}
+    assert {cell.method for cell in gate.cells} == set(registry.METHODS)
+
+
+def test_product(load: Callable[[str], Sweep]) -> None:
+    """Axes multiply in the order in which they stand, the last one fastest."""
+    cells = load(
+        MATRIX + "defaults = { batch_size = 2 }\n"
+        'axes = { method = ["full", "head"], depth = [2, 4] }'
+    ).cells
+    assert [(cell.method, cell.depth) for cell in cells] == [
+        ("full", 2),
+        ("full", 4),
+        ("head", 2),
+        ("head", 4),
+    ]
+    assert {cell.batch_size for cell in cells} == {2}
+
+
+def test_zip(load: Callable[[str], Sweep]) -> None:
+    """Zipped lists move together, and multiply with the axes."""
+    cells = load(
+        MATRIX + 'axes = { method = ["full", "head"] }\n'
+        "[[matrix.zip]]\nbatch_size = [1, 2, 3]\nseq_len = [30, 20, 10]\n"
+        "[[matrix.zip]]\ndepth = [2, 4]\nseed = [7, 8]\n"
+    ).cells
+    assert len(cells) == 2 * 3 * 2
+    assert {(c.batch_size, c.seq_len) for c in cells} == {(1, 30), (2, 20), (3, 10)}
+    assert {(c.depth, c.seed) for c in cells} == {(2, 7), (4, 8)}
+
+
+def test_set(load: Callable[[str], Sweep]) -> None:
+    """A rule changes the cells it names, and a later rule sees what it did."""
+    cells = load(
+        MATRIX + 'axes = { method = ["full", "head", "lora"] }\n'
+        '[[matrix.set]]\nwhen = { method = ["full", "head"] }\nlearning_rate = 1\n'
+        "[[matrix.set]]\nwhen = { learning_rate = 1.0 }\nmax_steps = 9\n"
+    ).cells
+    assert [(cell.learning_rate, cell.max_steps) for cell in cells] == [
+        (1.0, 9),
+        (1.0, 9),
+        (Cell(method="lora").learning_rate, Cell(method="lora").max_steps),
+    ]
+    assert isinstance(cells[0].learning_rate, float)
+
+
+def test_exclude(load: Callable[[str], Sweep]) -> None:
+    """An exclusion takes out the cells that match all of it, and no others."""
+    cells = load(
+        MATRIX + 'axes = { method = ["full", "head"], depth = [2, 4, 6] }\n'
+        '[[matrix.exclude]]\nmethod = "full"\ndepth = [4, 6]\n'
+    ).cells
+    assert [(cell.method, cell.depth) for cell in cells] == [
+        ("full", 2),
+        ("head", 2),
+        ("head", 4),
+        ("head", 6),
+    ]
+
+
+def test_shared_cells(load: Callable[[str], Sweep]) -> None:
+    """A cell that two matrices declare is run once."""
+    cells = load(
+        MATRIX + 'axes = { method = ["full"], depth = [2, 4] }\n'
+        '[[matrix]]\nname = "two"\naxes = { depth = [4, 6], method = ["full"] }\n'
+    ).cells
+    assert [cell.depth for cell in cells] == [2, 4, 6]
+
+
+def test_device(load: Callable[[str], Sweep], tmp_path: Path) -> None:
+    """Cells run on the device asked for unless their matrix names one."""
+    load(MATRIX + 'axes = { method = ["full"] }')
+    mine = str(tmp_path / "mine.toml")
+    assert {c.device for c in sweep.load(mine, device="cuda").cells} == {"cuda"}
+
+
+def test_limits(load: Callable[[str], Sweep]) -> None:
+    """Limits are in bytes and seconds; without them there is time, but not forever."""
+    body = '[[matrix]]\nname = "one"\naxes = { method = ["full"] }'
+    limited = load(
+        f'{HEAD}memory_limit = "1.5GiB"\ntimeout_seconds = 60\nnum_threads = 2\n{body}'
+    )
+    assert limited.memory_limit_bytes == 1610612736
+    assert (limited.timeout_seconds, limited.num_threads) == (60.0, 2)
+    free = load(HEAD + body)
+    assert (free.memory_limit_bytes, free.num_threads) == (None, None)
+    assert free.timeout_seconds == sweep.TIMEOUT_SECONDS
+
+
+AXES = MATRIX + 'axes = { method = ["full"] }\n'
+
+BAD = {
+    "not TOML": ("question = ", "not TOML", "end of document"),
+    "unknown top key": (HEAD + "questions = 1", "'questions'", "'question'"),
+    "no question": ("[[matrix]]\nname = 'one'", "`question` is missing"),
+    "no matrix": (HEAD, "no [[matrix]]"),
+    "matrix is no list": (HEAD + "[matrix]\nname = 'one'", "matrix", "[[...]]"),
+    "unknown matrix key": (MATRIX + "axis = {}", "'one'", "'axis'", "'axes'"),
+    "no name": (HEAD + "[[matrix]]\naxes = {}", "number 1", "`name`"),
+    "same name": (AXES + '[[matrix]]\nname = "one"\n', "two matrices", "'one'"),
+    "no method": (MATRIX + "axes = { seed = [0] }", "`method`"),
+    "unknown axis": (MATRIX + "axes = { metod = ['full'] }", "'metod'", "'method'"),
+    "unknown default": (AXES + "defaults = { batch = 4 }", "'batch'", "'batch_size'"),
+    "unknown method": (MATRIX + "axes = { method = ['meft4'] }", "'meft4'", "'meft3'"),
+    "unknown task": (AXES + "defaults = { task = 'sst' }", "'sst'", "'sst2'"),
+    "unknown dtype": (AXES + "defaults = { dtype = 'fp33' }", "'fp33'", "'fp32'"),
+    "unknown device": (AXES + "defaults = { device = 'cud' }", "'cud'", "'cuda'"),
+    "unknown backbone": (
+        AXES + "defaults = { backbone = 'minilm-l12' }",
+        "'minilm-l12'",
+        "'minilm-l6'",
+    ),
+    "no directory": (AXES + "defaults = { backbone = 'dir:no/where' }", "'no/where'"),
+    "nothing after the colon": (AXES + "defaults = { backbone = 'hub:' }", "'hub:'"),
+    "unknown shape": (
+        AXES + "defaults = { backbone = 'random:bert-tyni' }",
+        "'bert-tyni'",
+        "'bert-tiny'",
+    ),
+    "wrong type": (AXES + "defaults = { seed = '0' }", "`seed` = '0'", "integer"),
+    "a truth value": (AXES + "defaults = { seed = true }", "`seed`", "integer"),
+    "a list by default": (AXES + "defaults = { task = ['sst2'] }", "`task`", "string"),
+    "below one": (AXES + "defaults = { batch_size = 0 }", "`batch_size`", "least 1"),
+    "no number": (AXES + "defaults = { learning_rate = nan }", "`learning_rate`"),
+    "no list": (MATRIX + "axes = { method = 'full' }", "`method`", "list"),
+    "empty axis": (MATRIX + "axes = { method = [] }", "`method` is empty"),
+    "twice in an axis": (MATRIX + "axes = { method = ['full', 'full'] }", "twice"),
+    "axis and default": (AXES + "defaults = { method = 'head' }", "`method`", "twice"),
+    "axis and zip": (AXES + "[[matrix.zip]]\nmethod = ['head']", "`method`", "twice"),
+    "unequal zip": (
+        AXES + "[[matrix.zip]]\nseed = [1, 2]\ndepth = [1]",
+        "seed has 2, depth has 1",
+    ),
+    "empty zip": (AXES + "[[matrix.zip]]", "zip", "empty"),
+    "set nothing": (AXES + "[[matrix.set]]\nwhen = { seed = 0 }", "nothing to set"),
+    "set without when": (AXES + "[[matrix.set]]\nseed = 0", "when", "no condition"),
+    "set unknown": (
+        AXES + "[[matrix.set]]\nwhen = { seed = 0 }\nlr = 1",
+        "set",
+        "'lr'",
+    ),
+    "when matches nothing": (
+        AXES + "[[matrix.set]]\nwhen = { method = ['head', 'lora'] }\nseed = 1",
+        "method = ['head', 'lora']",
+        "matches no cell",
+    ),
+    "when unknown method": (
+        AXES + "[[matrix.set]]\nwhen = { method = 'ful' }\nseed = 1",
+        "when",
+        "'full'",
+    ),
+    "exclude matches nothing": (
+        AXES + "[[matrix.exclude]]\nseed = 4",
+        "exclude: {seed = 4} matches no cell",
+    ),
+    "exclude no condition": (AXES + "[[matrix.exclude]]", "exclude: no condition"),
+    "exclude everything": (AXES + "[[matrix.exclude]]\nseed = 0", "every cell"),
+    "all warm-up": (AXES + "defaults = { max_steps = 2 }", "`warmup_steps` = 2"),
+    "patience alone": (AXES + "defaults = { patience = 2 }", "`eval_every`"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_sweep(load: Callable[[str], Sweep], tmp_path: Path, case: str) -> None:
+    """A mistake is told in one line: the file, what is wrong, what is right."""
+    text, *words = BAD[case]
+    with pytest.raises(SweepError) as caught:
+        load(text)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in (str(tmp_path / "mine.toml"), *words):
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("memory_limit = 8", "`memory_limit` = 8"),
+        ('memory_limit = "8GB"', "'8GB' is not a size"),
+        ("timeout_seconds = 0", "`timeout_seconds` = 0"),
+        ("num_threads = 1.5", "`num_threads` = 1.5"),
+    ],
+)
+def test_bad_limit(load: Callable[[str], Sweep], line: str, word: str) -> None:
+    """A limit that is none is refused and shown."""
+    body = '[[matrix]]\nname = "one"\naxes = { method = ["full"] }'
+    with pytest.raises(SweepError, match=word):
+        load(f"{HEAD}{line}\n{body}")
+
+
+def test_no_such_sweep() -> None:
+    """A sweep that is neither shipped nor a file is named with the nearest one."""
+    with pytest.raises(SweepError, match=r"'quikstart'; did you mean 'quickstart'\?"):
+        sweep.load("quikstart", device="cpu")
+
+
+def test_every_text_field_is_checked() -> None:
+    """No text field of a cell takes just any text."""
+    for name, field in fields.FIELDS.items():
+        if field.type is str:
+            with pytest.raises(ValueError, match="no-such-name"):
+                fields.check(name, "no-such-name")
+
+
+COUNTS = st.integers(min_value=1, max_value=9)
+CELLS = st.builds(
+    Cell,
+    method=st.sampled_from(sorted(registry.METHODS)),
+    task=st.sampled_from(sorted(registry.TASKS)),
+    dtype=st.sampled_from(registry.DTYPES),
+    device=st.sampled_from(registry.DEVICES),
+    learning_rate=st.floats(min_value=1e-8, max_value=1),
+    **{field.name: COUNTS for field in dataclasses.fields(Cell) if field.type is int},
+)
+
+
+@given(CELLS)
+def test_cell_round_trip(cell: Cell) -> None:
+    """A cell that goes to a child and back as JSON is the same cell."""
+    again = Cell.from_json(json.loads(json.dumps(cell.to_json())))
+    assert (again, again.id, again.key) == (cell, cell.id, cell.key)
+
+
+@given(CELLS, CELLS)
+def test_names_tell_cells_apart(one: Cell, other: Cell) -> None:
+    """Two cells have the same id, or the same key, only if they are the same."""
+    assert (one.id == other.id) == (one == other) == (one.key == other.key)
+
+
+AXIS_VALUES = st.lists(COUNTS, min_size=1, max_size=3, unique=True)
+
+
+@given(
+    axes=st.dictionaries(
+        st.sampled_from(["batch_size", "seq_len", "depth", "seed"]),
+        AXIS_VALUES,
+        max_size=4,
+    ),
+    zipped=st.lists(st.tuples(COUNTS, COUNTS), min_size=1, max_size=4, unique=True),
+    data=st.data(),
+)
+def test_count(
+    axes: dict[str, list[int]], zipped: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    """A matrix has as many cells as its axes multiplied, less the excluded ones."""
+    excluded = {
+        name: tuple(data.draw(st.lists(st.sampled_from(values), min_size=1)))
+        for name, values in axes.items()
+        if data.draw(st.booleans())
+    }
+    matrix = Matrix(
+        name="any",
+        defaults={"method": "full"},
+        axes=(
+            *(tuple({name: value} for value in axes[name]) for name in axes),
+            tuple({"lora_rank": rank, "eval_rows": rows} for rank, rows in zipped),
+        ),
+        rules=(),
+        excludes=(excluded,) if excluded else (),
+    )
+    cells = list(sweep.expand(matrix, device="cpu"))
+    whole = math.prod(map(len, axes.values()))
+    gone = math.prod(len(set(excluded.get(name, axes[name]))) for name in axes) * bool(
+        excluded
+    )
+    assert len(cells) == len(set(cells)) == (whole - gone) * len(zipped)

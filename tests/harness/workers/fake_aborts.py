@@ -1,0 +1,8 @@
+"""A child that ends as a failed assertion in native code ends."""
+
+import os
+
+from fake_child import Child
+
+Child()
+os.abort()

@@ -1,0 +1,59 @@
+"""What every fake child does first, and how it writes down its outcome.
+
+The real worker keeps the same contract; see `meft_bench.isolate`.
+"""
+
+import argparse
+import json
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+from meft_bench.cell import Cell
+from meft_bench.leash import die_with_parent
+
+
+class Child:
+    """The arguments of a child, and its pen."""
+
+    def __init__(self) -> None:
+        parser = argparse.ArgumentParser()
+        for name in ("--cell", "--options", "--out"):
+            parser.add_argument(name, required=True)
+        parser.add_argument("--parent", type=int, required=True)
+        arguments = parser.parse_args()
+        die_with_parent(arguments.parent)
+        self.cell = Cell.from_json(json.loads(arguments.cell))
+        self.options = json.loads(arguments.options)
+        self.out = Path(arguments.out)
+        limit = self.options["memory_limit_bytes"]
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        self._keep_journal()
+
+    def _keep_journal(self) -> None:
+        """Tell a test, through a file it named, who ran which cell."""
+        journal = os.environ.get("FAKE_JOURNAL")
+        if journal:
+            line = json.dumps([os.getpid(), self.cell.id]) + "\n"
+            with Path(journal).open("a") as file:
+                file.write(line)
+
+    def write(self, status: str = "ok", message: str = "", **environment: Any) -> None:
+        """Write the outcome beside its place, then rename it."""
+        outcome = {
+            "status": status,
+            "message": message,
+            "measurement": {"saved_bytes": 2**20, "step_seconds": 1, "loss_curve": []},
+            "environment": environment,
+        }
+        draft = self.out.with_suffix(".part")
+        draft.write_text(json.dumps(outcome))
+        draft.rename(self.out)
+
+
+def sleep_forever() -> None:
+    """Longer than any test waits."""
+    time.sleep(3600)

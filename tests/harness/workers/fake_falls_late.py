@@ -1,0 +1,8 @@
+"""A child that finishes its work and fails while it shuts down."""
+
+import os
+
+from fake_child import Child
+
+Child().write()
+os.abort()

@@ -1,0 +1,11 @@
+"""A child that asks for more than its limit, and says so."""
+
+from fake_child import Child
+
+child = Child()
+try:
+    bytearray(2**28)
+except MemoryError:
+    child.write("oom", "256 MiB were asked for\nand not given")
+else:
+    child.write()

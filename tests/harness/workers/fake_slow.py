@@ -1,0 +1,9 @@
+"""A child that takes a moment, so that a test can come between."""
+
+import time
+
+from fake_child import Child
+
+child = Child()
+time.sleep(0.3)
+child.write()
