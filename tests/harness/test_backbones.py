@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from harness.tiny import HIDDEN, VOCABULARY, cell, classifier
+from meft_bench import backbones
+from meft_bench.source import MissingError, Source
 from safetensors.torch import load_file
 from transformers import BertTokenizer
 
 from meft.backbone import blocks_of
-from meft_bench import backbones
-from meft_bench.source import MissingError, Source
 
 HERE = Source()
 
@@ -108,7 +108,7 @@ def test_a_mistyped_name_gets_the_nearest_one() -> None:
 @pytest.mark.parametrize("name", ["dir:{}", "random:{}/config.json"])
 def test_too_many_tokens_are_refused(directory: Path, name: str) -> None:
     """The backbone has 40 positions; the error says which number to lower."""
-    with pytest.raises(ValueError, match="`seq_len` is 41.*40 tokens"):
+    with pytest.raises(ValueError, match=r"`seq_len` is 41.*40 tokens"):
         backbones.load(cell(backbone=name.format(directory), seq_len=41), 2, HERE)
 
 
@@ -138,7 +138,7 @@ def test_a_package_that_is_not_installed_names_three_ways_too(
     """The packaged name without its package is as missing as any other."""
     package = {"minilm-l6": "no-such-package-of-weights"}
     monkeypatch.setattr(backbones, "PACKAGED_BACKBONES", package)
-    with pytest.raises(MissingError, match="no-such-package-of-weights.*dir:PATH"):
+    with pytest.raises(MissingError, match=r"no-such-package-of-weights.*dir:PATH"):
         backbones.load(cell(backbone="minilm-l6"), 2, HERE)
 
 

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from harness.tiny import batch, cell, classifier
-
 from meft_bench.meters import memory
 from meft_bench.meters.clock import StepClock
 from meft_bench.meters.transfer import LinkMeter, open_device, process_bytes
@@ -118,12 +117,12 @@ def test_the_host_peak_is_read_from_the_kernel(tmp_path: Path) -> None:
 # NVML
 
 
-class FakeNvmlError(Exception):
+class _FakeNvmlError(Exception):
     pass
 
 
 @dataclass
-class FakeNvml:
+class _FakeNvml:
     """NVML with one device, whose counters show the values given, one a read."""
 
     uuid: str = "GPU-1234"
@@ -133,7 +132,7 @@ class FakeNvml:
     is_installed: bool = True
     is_open: bool = False
 
-    NVMLError = FakeNvmlError
+    NVMLError = _FakeNvmlError
     NVML_SUCCESS = 0
     NVML_VALUE_TYPE_UNSIGNED_INT = 1
     NVML_FI_DEV_PCIE_COUNT_TX_BYTES = 197
@@ -141,7 +140,7 @@ class FakeNvml:
 
     def nvmlInit(self) -> None:
         if not self.is_installed:
-            raise FakeNvmlError("NVML Shared Library Not Found")
+            raise _FakeNvmlError("NVML Shared Library Not Found")
         self.is_open = True
 
     def nvmlShutdown(self) -> None:
@@ -149,12 +148,12 @@ class FakeNvml:
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
         if uuid != self.uuid:
-            raise FakeNvmlError("Not Found")
+            raise _FakeNvmlError("Not Found")
         return "device"
 
     def nvmlDeviceGetComputeRunningProcesses(self, device: str) -> object:
         if self.processes is None:
-            raise FakeNvmlError("Not Supported")
+            raise _FakeNvmlError("Not Supported")
         return self.processes
 
     def nvmlDeviceGetFieldValues(
@@ -174,7 +173,7 @@ class FakeNvml:
         )
 
 
-def read_link(nvml: FakeNvml, seconds: float = 0.0) -> tuple[int | None, int | None]:
+def read_link(nvml: _FakeNvml, seconds: float = 0.0) -> tuple[int | None, int | None]:
     with LinkMeter(nvml, "device") as link:
         time.sleep(seconds)
     return link.tx_bytes, link.rx_bytes
@@ -183,7 +182,7 @@ def read_link(nvml: FakeNvml, seconds: float = 0.0) -> tuple[int | None, int | N
 def test_the_link_counts_what_came_after_the_first_reading() -> None:
     """Sent and received apart, in 64 bits where the driver has them."""
     big = 10 * 2**32
-    nvml = FakeNvml(readings={197: [100, 150], 198: [big, big + 2**33]})
+    nvml = _FakeNvml(readings={197: [100, 150], 198: [big, big + 2**33]})
     assert read_link(nvml) == (50, 2**33)
 
 
@@ -194,18 +193,18 @@ def test_a_counter_of_32_bits_is_unwrapped() -> None:
     """
     step = 3 * 2**30
     readings = [n * step for n in range(5)]
-    nvml = FakeNvml(readings={197: list(readings), 198: [7]}, is_32_bit=True)
+    nvml = _FakeNvml(readings={197: list(readings), 198: [7]}, is_32_bit=True)
     assert read_link(nvml, seconds=0.3) == (4 * step, 0)
 
 
 def test_an_unsupported_counter_is_none_and_not_zero() -> None:
     """Beside a counter that works."""
-    assert read_link(FakeNvml(readings={198: [5, 5]})) == (None, 0)
+    assert read_link(_FakeNvml(readings={198: [5, 5]})) == (None, 0)
 
 
 def test_a_device_is_found_by_its_uuid_and_closed_again() -> None:
     """CUDA numbers devices otherwise than NVML does."""
-    nvml = FakeNvml()
+    nvml = _FakeNvml()
     with open_device(nvml, "1234") as device:
         assert device == "device"
         assert nvml.is_open
@@ -213,9 +212,9 @@ def test_a_device_is_found_by_its_uuid_and_closed_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "nvml", [FakeNvml(uuid="GPU-other"), FakeNvml(is_installed=False)]
+    "nvml", [_FakeNvml(uuid="GPU-other"), _FakeNvml(is_installed=False)]
 )
-def test_without_the_device_or_nvml_there_is_no_handle(nvml: FakeNvml) -> None:
+def test_without_the_device_or_nvml_there_is_no_handle(nvml: _FakeNvml) -> None:
     """No exception: the cell is measured without NVML."""
     with open_device(nvml, "1234") as device:
         assert device is None
@@ -228,19 +227,19 @@ def test_memory_is_that_of_the_process_asked_for() -> None:
         SimpleNamespace(pid=1, usedGpuMemory=10),
         SimpleNamespace(pid=2, usedGpuMemory=20),
     ]
-    assert process_bytes(FakeNvml(processes=processes), "device", pid=2) == 20
+    assert process_bytes(_FakeNvml(processes=processes), "device", pid=2) == 20
 
 
 @pytest.mark.parametrize(
     "nvml",
     [
-        FakeNvml(processes=[SimpleNamespace(pid=1, usedGpuMemory=10)]),
-        FakeNvml(processes=[SimpleNamespace(pid=2, usedGpuMemory=None)]),
-        FakeNvml(processes=None),
+        _FakeNvml(processes=[SimpleNamespace(pid=1, usedGpuMemory=10)]),
+        _FakeNvml(processes=[SimpleNamespace(pid=2, usedGpuMemory=None)]),
+        _FakeNvml(processes=None),
     ],
     ids=["another process id, as in a container", "no figure", "no support"],
 )
-def test_memory_nvml_does_not_know_is_none_and_not_zero(nvml: FakeNvml) -> None:
+def test_memory_nvml_does_not_know_is_none_and_not_zero(nvml: _FakeNvml) -> None:
     """A missing figure must not look like a small one."""
     assert process_bytes(nvml, "device", pid=2) is None
 

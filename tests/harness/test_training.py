@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from harness.tiny import batch, cell, classifier
-
 from meft_bench.cell import Cell
 from meft_bench.meters.clock import StepClock
 from meft_bench.tasks import synthetic
@@ -91,7 +90,7 @@ def test_a_run_is_repeated_by_its_seed() -> None:
 
 
 def test_the_weights_with_the_best_score_are_kept() -> None:
-    """The best of 2, 4, 6 steps was the second; ties and later losers change nothing."""
+    """The best of 2, 4, 6 steps was the second; ties and losers change nothing."""
     until_best = cell(max_steps=9, eval_every=2, patience=2)
     stepper = stepper_for(until_best)
     torch.manual_seed(3)
@@ -113,7 +112,7 @@ def test_the_last_step_is_always_validated() -> None:
     assert len(losses_of(stepper_for(chosen), chosen, scores=[0.1, 0.2, 0.3])) == 5
 
 
-class LengthTeller(torch.nn.Module):
+class _LengthTeller(torch.nn.Module):
     """A classifier that answers with the number of tokens it sees."""
 
     config = classifier().config
@@ -126,7 +125,7 @@ class LengthTeller(torch.nn.Module):
 def test_predictions_come_in_the_order_of_the_rows() -> None:
     """Rows are predicted by length, so each label must find its way back."""
     stepper = stepper_for(cell())
-    stepper.model = LengthTeller()  # type: ignore[assignment]
+    stepper.model = _LengthTeller()  # type: ignore[assignment]
     lengths = [7, 2, 5, 3, 6]
     examples = [
         Example(token_ids=[5] * n, segment_ids=[0] * n, label=0) for n in lengths

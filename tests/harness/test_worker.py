@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from meft_bench.cell import Cell
 from meft_bench.out_of_memory import is_out_of_memory
 from meft_bench.record import Measurement
@@ -32,7 +31,7 @@ def child(folder: Path, cell: Cell, **options: Any) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(out.read_text())
-    assert os.listdir(folder) == ["seen.json"]
+    assert [path.name for path in folder.iterdir()] == ["seen.json"]
     return result
 
 
