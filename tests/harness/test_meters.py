@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness.tiny import batch, cell, classifier
 
+from harness.tiny import batch, cell, classifier
 from meft_bench.meters import memory
 from meft_bench.meters.clock import StepClock
 from meft_bench.meters.transfer import LinkMeter, open_device, process_bytes

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from harness.tiny import BLOCKS, HIDDEN, LABELS, batch, cell, classifier
 from transformers import BertForSequenceClassification
 
+from harness.tiny import BLOCKS, HIDDEN, LABELS, batch, cell, classifier
 from meft.backbone import attention_half, blocks_of, mlp_half
 from meft.testing import saved_bytes
 from meft_bench.methods.adapters import AdaptedOutput

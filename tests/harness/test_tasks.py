@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness.tiny import cell
 from transformers import BertTokenizer
 
+from harness.tiny import cell
 from meft_bench.registry import TASKS, load
 from meft_bench.source import MissingError, Source
 from meft_bench.tasks import bbc_news, glue, metrics, synthetic

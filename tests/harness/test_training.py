@@ -3,8 +3,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from harness.tiny import batch, cell, classifier
 
+from harness.tiny import batch, cell, classifier
 from meft_bench.cell import Cell
 from meft_bench.meters.clock import StepClock
 from meft_bench.tasks import synthetic
@@ -102,9 +102,7 @@ def test_the_weights_with_the_best_score_are_kept() -> None:
     clock = StepClock(0, "cpu")
     run = train(expected, cell(max_steps=9), batches(until_best), clock, lambda: 0.0)
     list(itertools.islice(run, 4))
-    trained = zip(
-        stepper.model.parameters(), expected.model.parameters(), strict=True
-    )
+    trained = zip(stepper.model.parameters(), expected.model.parameters(), strict=True)
     assert all(torch.equal(got, wanted) for got, wanted in trained)
 
 
