@@ -75,8 +75,8 @@ def load(cell: Cell, num_labels: int, source: Source) -> Backbone:
         ValueError: no such backbone, not a BERT, or `cell.seq_len` is too long for it.
     """
     log = transformers.utils.logging  # a head that is new would be reported
-    log.set_verbosity_error()  # type: ignore[no-untyped-call]
-    log.disable_progress_bar()  # type: ignore[no-untyped-call]
+    log.set_verbosity_error()
+    log.disable_progress_bar()
     kind, _, name = cell.backbone.partition(":")
     if cell.backbone in PACKAGED_BACKBONES:
         backbone = _from_package(cell, num_labels)

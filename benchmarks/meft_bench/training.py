@@ -78,7 +78,7 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         loss = self.loss(self.to_device(batch))
-        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self._scaler.scale(loss).backward()
         self._scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self._trained, MAX_GRADIENT_NORM)
         self._scaler.step(self.optimizer)
@@ -140,7 +140,7 @@ def train(
 @torch.no_grad()
 def predict(stepper: Stepper, examples: list[Example], batch_size: int) -> list[int]:
     """The model's label for each example, dropout off."""
-    stepper.model.train(False)
+    stepper.model.eval()
     pad_token_id = stepper.model.config.pad_token_id or 0
     # Batches of equal lengths need the least padding.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].token_ids))

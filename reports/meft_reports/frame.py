@@ -175,7 +175,9 @@ def _check_value(column: Column, value: Any, where: str) -> None:
         "boolean": isinstance(value, bool),
         "Int64": _is_integer(value),
         "Float64": _is_number(value),
-        "list": isinstance(value, list) and all(map(_is_number, value)),
+        # An element is null where a number was not finite, as JSON has it.
+        "list": isinstance(value, list)
+        and all(number is None or _is_number(number) for number in value),
     }
     if not fits[column.dtype]:
         raise RecordError(
@@ -234,7 +236,7 @@ def _series(values: list[Any], column: Column) -> "pd.Series[Any]":
             # Element by element: pandas would make a table of lists of equal length.
             lists = np.empty(len(values), dtype=object)
             for index, value in enumerate(values):
-                lists[index] = None if value is None else list(map(float, value))
+                lists[index] = None if value is None else list(map(_float, value))
             return pd.Series(lists, dtype=object)
         case "Float64":
             # A number that is not finite cannot be compared or averaged: null.
@@ -247,6 +249,15 @@ def _series(values: list[Any], column: Column) -> "pd.Series[Any]":
             return pd.Series([value or None for value in values], dtype="string")
         case dtype:
             return pd.Series(values, dtype=dtype)
+
+
+def _float(number: float | None) -> float:
+    """A list's element: what is not a number in JSON is not a number here."""
+    return math.nan if number is None else float(number)
+
+
+def _or_null(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 _ARROW_TYPES = {
@@ -271,7 +282,7 @@ def _csv(frame: pd.DataFrame) -> bytes:
     for column in COLUMNS:
         if column.dtype == "list":
             text[column.name] = [
-                None if value is None else json.dumps(value)
+                None if value is None else json.dumps([*map(_or_null, value)])
                 for value in frame[column.name]
             ]
     return text.to_csv(index=False, lineterminator="\n").encode()

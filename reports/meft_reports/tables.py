@@ -119,7 +119,7 @@ def results(frame: pd.DataFrame) -> list[Table]:
 
 def _results_table(part: pd.DataFrame, title: str, metric: Any) -> Table:
     part = by_method(part)
-    header: dict[str, Callable[["pd.Series[Any]"], str]] = {
+    header: dict[str, Callable[[pd.Series[Any]], str]] = {
         "method": lambda row: _join(row["method"], option_label(row, part)),
         "seeds": _seeds,
         f"score ({format_text(metric)})": lambda row: _mean(row, "score", format_score),

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness.tiny import HIDDEN, VOCABULARY, cell, classifier
-from meft_bench import backbones
-from meft_bench.source import MissingError, Source
 from safetensors.torch import load_file
 from transformers import BertTokenizer
 
+from harness.tiny import HIDDEN, VOCABULARY, cell, classifier
 from meft.backbone import blocks_of
+from meft_bench import backbones
+from meft_bench.source import MissingError, Source
 
 HERE = Source()
 

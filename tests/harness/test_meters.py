@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from harness.tiny import batch, cell, classifier
 from meft_bench.meters import memory
 from meft_bench.meters.clock import StepClock

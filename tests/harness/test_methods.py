@@ -1,12 +1,12 @@
 import pytest
 import torch
-from harness.tiny import BLOCKS, HIDDEN, LABELS, batch, cell, classifier
-from meft_bench.methods.adapters import AdaptedOutput
-from meft_bench.registry import METHODS, load
 from transformers import BertForSequenceClassification
 
+from harness.tiny import BLOCKS, HIDDEN, LABELS, batch, cell, classifier
 from meft.backbone import attention_half, blocks_of, mlp_half
 from meft.testing import saved_bytes
+from meft_bench.methods.adapters import AdaptedOutput
+from meft_bench.registry import METHODS, load
 
 HEAD = HIDDEN * LABELS + LABELS
 R = 4
@@ -63,26 +63,26 @@ def test_a_step_gives_a_gradient_to_what_trains_and_to_nothing_else(
 def test_a_method_starts_at_the_function_of_the_backbone(method: str) -> None:
     """Nothing is added, or what is added starts as exactly zero."""
     with torch.no_grad():
-        expected = classifier().train(False)(**batch()).logits
-        got = made(method).train(False)(**batch()).logits
+        expected = classifier().eval()(**batch()).logits
+        got = made(method).eval()(**batch()).logits
     assert torch.equal(got, expected)
 
 
 def test_adapters_that_output_zero_leave_the_backbone_as_it_was() -> None:
     """The wrapped outputs compute what they replaced, plus the adapter."""
-    model = made("adapters").train(False)
+    model = made("adapters").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "adapter.up" in name:
                 parameter.zero_()
-        expected = classifier().train(False)(**batch()).logits
+        expected = classifier().eval()(**batch()).logits
         assert torch.equal(model(**batch()).logits, expected)
 
 
 def test_adapters_sit_where_meft3_has_them() -> None:
     """A block equals MEFT3's two halves, G after F, given the same adapters."""
-    model = made("adapters").train(False)
-    plain = classifier().train(False)
+    model = made("adapters").eval()
+    plain = classifier().eval()
     hidden = torch.randn(2, 5, HIDDEN)
     for adapted, block in zip(
         blocks_of(model.bert), blocks_of(plain.bert), strict=True

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertTokenizer
+
 from harness.tiny import cell
 from meft_bench.registry import TASKS, load
 from meft_bench.source import MissingError, Source
 from meft_bench.tasks import bbc_news, glue, metrics, synthetic
 from meft_bench.tasks.batches import Example, collate, encode, epochs, full_batch
 from meft_bench.tasks.task import Row, Task, draw, first
-from transformers import BertTokenizer
 
 NOWHERE = Source()
 ROWS = [Row((str(i),), i % 2) for i in range(100)]

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from harness.tiny import batch, cell, classifier
 from meft_bench.cell import Cell
 from meft_bench.meters.clock import StepClock

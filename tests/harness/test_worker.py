@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from meft_bench.cell import Cell
 from meft_bench.out_of_memory import is_out_of_memory
 from meft_bench.record import Measurement

@@ -1,9 +1,10 @@
 """A small BERT classifier with weights of its own in every block."""
 
 import torch
+from transformers import BertConfig, BertForSequenceClassification
+
 from meft_bench.cell import Cell
 from meft_bench.tasks.batches import Batch
-from transformers import BertConfig, BertForSequenceClassification
 
 HIDDEN, BLOCKS, LABELS, VOCABULARY = 32, 3, 2, 50
 

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from library.models import batch, classifier, reversible
 from safetensors.torch import load_file, save_file
 
 import meft
+from library.models import batch, classifier, reversible
 from meft.reversible.convert import find_reversible
 from meft.reversible.encoder import ReversibleEncoder
 

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from library.models import batch, bert_config, classifier, heads, reversible
 from transformers import (
     BertForPreTraining,
     BertModel,
@@ -12,6 +11,7 @@ from transformers import (
 )
 
 import meft
+from library.models import batch, bert_config, classifier, heads, reversible
 from meft.reversible.convert import find_reversible
 from meft.reversible.variants import SWAPS
 from meft.testing import saved_bytes

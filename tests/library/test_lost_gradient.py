@@ -8,9 +8,9 @@ import warnings
 
 import pytest
 import torch
-from library.models import batch, reversible
 
 import meft
+from library.models import batch, reversible
 from meft.reversible.coupling import growth
 from meft.testing import ReversibleReport, check_reversible, tolerance
 

@@ -2,9 +2,9 @@ from typing import Any
 
 import pytest
 import torch
-from library.models import batch, gradients, reversible
 
 import meft
+from library.models import batch, gradients, reversible
 from meft.reversible.convert import find_reversible
 from meft.reversible.encoder import ReversibleEncoder
 from meft.testing import saved_bytes, tolerance

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from library.models import batch, classifier, reversible
 
 import meft
+from library.models import batch, classifier, reversible
 from meft.testing import check_reversible, saved_bytes, tolerance
 
 

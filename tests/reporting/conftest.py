@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+
 from meft_reports.frame import to_frame
 
 Record = dict[str, Any]
