@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -49,7 +50,7 @@ def reversible(
 ) -> BertForSequenceClassification:
     """A small reversible classifier in training mode."""
     model = classifier(depth, dropout, hidden)
-    model.type(dtype)
+    nn.Module.to(model, dtype)
     torch.manual_seed(1)
     options = {"bottleneck_size": 3, **config}
     meft.make_reversible(model, meft.ReversibleConfig(**options))
