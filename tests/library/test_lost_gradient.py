@@ -5,6 +5,7 @@ the numbers and the warning in place until an exact inverse removes the cause.
 """
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from meft.testing import ReversibleReport, check_reversible, tolerance
 DEPTH = 12
 
 
-def report(variant: str, **options: object) -> ReversibleReport:
+def report(variant: str, **options: Any) -> ReversibleReport:
     model = reversible(DEPTH, hidden=32, variant=variant, **options)
     return check_reversible(model, batch())
 
