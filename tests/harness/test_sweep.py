@@ -332,3 +332,10 @@ def test_count(
     matched = math.prod(len(set(excluded.get(name, axes[name]))) for name in axes)
     kept = whole - matched if excluded else whole
     assert len(cells) == len(set(cells)) == kept * len(zipped)
+
+
+def test_readme(load: Callable[[str], Sweep]) -> None:
+    """The sweep in the harness's README is a sweep, of as many cells as it says."""
+    readme = Path(__file__).parents[2] / "benchmarks" / "README.md"
+    text = readme.read_text(encoding="utf-8").partition("```toml\n")[2]
+    assert len(load(text.partition("```")[0]).cells) == 12
