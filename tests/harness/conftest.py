@@ -10,14 +10,14 @@ import pytest
 import meft_bench
 from meft_bench.record import Environment
 
-WORKERS = Path(__file__).parent / "workers"
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
 def find_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every process that a test starts find the harness and the fake children."""
     package = Path(meft_bench.__file__).parents[1]
-    places = [str(WORKERS), str(package), os.environ.get("PYTHONPATH", "")]
+    places = [str(TESTS), str(package), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, places)))
 
 
@@ -44,7 +44,7 @@ def start_parent() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def start(worker: str, *words: str, cwd: Path) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, str(WORKERS / "parent.py"), worker, *words],
+            [sys.executable, "-P", "-m", "harness.workers.parent", worker, *words],
             cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

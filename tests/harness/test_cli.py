@@ -34,7 +34,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(*words: str, worker: str = "fake_ok") -> int:
     """`meft-bench run mine.toml` with a fake child."""
-    return cli.main(["run", "mine.toml", *words], worker_module=worker)
+    return cli.main(
+        ["run", "mine.toml", *words], worker_module=f"harness.workers.{worker}"
+    )
 
 
 def test_list_is_light(folder: Path) -> None:
@@ -184,7 +186,7 @@ def test_bad_input(
     (folder / "bad.toml").write_text(bad)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     try:
-        code = cli.main(words, worker_module="fake_ok")
+        code = cli.main(words, worker_module="harness.workers.fake_ok")
     except SystemExit as exit_:
         code = exit_.code  # type: ignore[assignment]
     seen = capsys.readouterr()
@@ -244,9 +246,9 @@ def test_one_line_on_a_terminal(num_columns: int) -> None:
     """
     our_end, their_end = pty.openpty()
     termios.tcsetwinsize(their_end, (24, num_columns))
-    parent = Path(__file__).parent / "workers" / "parent.py"
+    command = [sys.executable, "-P", "-m", "harness.workers.parent", "fake_slow"]
     process = subprocess.Popen(
-        [sys.executable, parent, "fake_slow", "run", "mine.toml", "--device", "cpu"],
+        [*command, "run", "mine.toml", "--device", "cpu"],
         stdout=subprocess.DEVNULL,
         stderr=their_end,
     )

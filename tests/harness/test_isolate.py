@@ -29,7 +29,7 @@ def run(tmp_path: Path, here: Environment) -> Callable[..., Record]:
             "timeout_seconds": 20.0,
             "folder": tmp_path,
             "stop": threading.Event(),
-            "worker_module": worker,
+            "worker_module": f"harness.workers.{worker}",
         }
         return isolate.run(CELL, **{**arguments, **changes})
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from meft_bench import fields, registry, sweep
 from meft_bench.cell import Cell
-from meft_bench.sweep import Matrix, Sweep, SweepError
+from meft_bench.sweep import Condition, Matrix, Point, Sweep, SweepError
 
 HEAD = 'question = "Which?"\n'
 MATRIX = HEAD + '[[matrix]]\nname = "one"\n'
@@ -312,24 +312,31 @@ def test_count(
     axes: dict[str, list[int]], zipped: list[tuple[int, int]], data: st.DataObject
 ) -> None:
     """A matrix has as many cells as its axes multiplied, less the excluded ones."""
-    excluded = {
+    excluded: Condition = {
         name: tuple(data.draw(st.lists(st.sampled_from(values), min_size=1)))
         for name, values in axes.items()
         if data.draw(st.booleans())
     }
+    points: list[tuple[Point, ...]] = [
+        tuple({name: value} for value in values) for name, values in axes.items()
+    ]
+    points.append(tuple({"lora_rank": r, "eval_rows": e} for r, e in zipped))
     matrix = Matrix(
         name="any",
         defaults={"method": "full"},
-        axes=(
-            *(tuple({name: value} for value in axes[name]) for name in axes),
-            tuple({"lora_rank": rank, "eval_rows": rows} for rank, rows in zipped),
-        ),
+        axes=tuple(points),
         rules=(),
         excludes=(excluded,) if excluded else (),
     )
     cells = list(sweep.expand(matrix, device="cpu"))
     whole = math.prod(map(len, axes.values()))
-    gone = math.prod(len(set(excluded.get(name, axes[name]))) for name in axes) * bool(
-        excluded
-    )
-    assert len(cells) == len(set(cells)) == (whole - gone) * len(zipped)
+    matched = math.prod(len(set(excluded.get(name, axes[name]))) for name in axes)
+    kept = whole - matched if excluded else whole
+    assert len(cells) == len(set(cells)) == kept * len(zipped)
+
+
+def test_readme(load: Callable[[str], Sweep]) -> None:
+    """The sweep in the harness's README is a sweep, of as many cells as it says."""
+    readme = Path(__file__).parents[2] / "benchmarks" / "README.md"
+    text = readme.read_text(encoding="utf-8").partition("```toml\n")[2]
+    assert len(load(text.partition("```")[0]).cells) == 12

@@ -3,7 +3,7 @@
 import json
 import os
 
-from fake_child import Child
+from harness.workers.fake_child import Child
 
 child = Child()
 child.write("skipped", json.dumps([dict(os.environ), child.options]))

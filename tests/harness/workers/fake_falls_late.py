@@ -2,7 +2,7 @@
 
 import os
 
-from fake_child import Child
+from harness.workers.fake_child import Child
 
 Child().write()
 os.abort()

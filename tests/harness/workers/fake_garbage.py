@@ -2,6 +2,6 @@
 
 import os
 
-from fake_child import Child
+from harness.workers.fake_child import Child
 
 Child().out.write_text(os.environ["FAKE_OUTCOME"])

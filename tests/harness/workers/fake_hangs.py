@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fake_child import Child, sleep_forever
+from harness.workers.fake_child import Child, sleep_forever
 
 Child()
 grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])

@@ -3,7 +3,7 @@
 import os
 import signal
 
-from fake_child import Child
+from harness.workers.fake_child import Child
 
 Child()
 os.kill(os.getpid(), signal.SIGKILL)

@@ -2,7 +2,7 @@
 
 import sys
 
-from fake_child import Child
+from harness.workers.fake_child import Child
 
 child = Child()
 print('{"status": "error", "message": "not me"}')

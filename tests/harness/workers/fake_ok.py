@@ -1,5 +1,5 @@
 """A child that does its work, and says where."""
 
-from fake_child import Child
+from harness.workers.fake_child import Child
 
 Child().write(device_name="fake device", num_threads=3)

@@ -1,6 +1,6 @@
 """A child that asks for more than its limit, and says so."""
 
-from fake_child import Child
+from harness.workers.fake_child import Child
 
 child = Child()
 try:

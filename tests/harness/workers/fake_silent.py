@@ -1,6 +1,6 @@
 """A child that ends well and writes nothing."""
 
-from fake_child import Child
+from harness.workers.fake_child import Child
 
 Child()
 print("nothing to do")

@@ -2,7 +2,7 @@
 
 import time
 
-from fake_child import Child
+from harness.workers.fake_child import Child
 
 child = Child()
 time.sleep(0.3)

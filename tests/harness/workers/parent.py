@@ -5,4 +5,4 @@ import sys
 from meft_bench.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[2:], worker_module=sys.argv[1]))
+    sys.exit(main(sys.argv[2:], worker_module=f"harness.workers.{sys.argv[1]}"))
