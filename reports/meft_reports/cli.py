@@ -146,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
         "table": "print tables as Markdown",
         "page": "write one self-contained HTML page with every figure and table",
         "check": "compare with a baseline, cell by cell",
-        "baseline": "write or update a baseline from the ok cells, showing what changes",
+        "baseline": "write or update a baseline from ok cells; show what changes",
     }
     outputs = {
         "frame": "out.parquet or out.csv",
@@ -189,7 +189,7 @@ def _add_check_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _names_of(command: str) -> str:
-    # The tables' names live in a module that imports pandas; `--help` must not.
+    # The names of tables live in a module that imports pandas, which is slow to load.
     from meft_reports.plots import PLOTS
 
     tables = "results, memory, exactness, failures, environment, origins"
