@@ -129,7 +129,7 @@ def check(
             findings += [finding] if finding else []
             num_compared += compared
     findings += _new(got_cells.index.difference(expected_cells.index), got_cells)
-    if not num_compared and not findings:
+    if expected_cells.empty:
         findings.append(_nothing_to_compare())
     return CheckResult(
         findings=tuple(findings),

@@ -1,0 +1,69 @@
+import re
+
+import pytest
+from markupsafe import escape
+from meft_reports.frame import read_frame, to_frame
+from meft_reports.page import render_page
+from meft_reports.plots import PLOTS, find_plot
+
+
+@pytest.fixture(scope="module")
+def page():
+    """The page of the made-up run; drawn once, it takes seconds."""
+    return {}
+
+
+def text_of(page, frame):
+    """The page as text, made on first use."""
+    if "text" not in page:
+        page["text"] = render_page(frame).decode()
+    return page["text"]
+
+
+def test_the_page_needs_nothing_else(frame, page):
+    """Every source is inside it; links go to its own headings."""
+    text = text_of(page, frame)
+    sources = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert sources
+    assert all(s.startswith(("data:image/svg+xml;base64,", "#")) for s in sources)
+    for anchor in (s[1:] for s in sources if s.startswith("#")):
+        assert f'id="{anchor}"' in text
+    assert not re.search(r"<script|<link|@import|url\(", text)
+
+
+def test_the_same_records_give_the_same_page(matrix, frame, page, write):
+    """Byte for byte, in whatever order the records were written."""
+    shuffled = read_frame([write(reversed(matrix))])
+    assert render_page(shuffled).decode() == text_of(page, frame)
+
+
+def test_every_failed_cell_is_on_the_page(frame, page):
+    """By name, status and message, escaped."""
+    text = text_of(page, frame)
+    for _, row in frame[frame["status"] != "ok"].iterrows():
+        assert str(escape(row["cell_id"])) in text
+        assert str(escape(row["message"])) in text
+        assert f"cell {row['status']}<" in text or f"cells {row['status']}<" in text
+    assert "<b>boom</b>" not in text
+
+
+def test_every_figure_has_a_text_and_a_caption(frame, page):
+    """Who cannot see a figure is told what it shows; everyone how it was measured."""
+    text = text_of(page, frame)
+    alts = re.findall(r'<img src="[^"]+" alt="([^"]+)"', text)
+    assert len(alts) == len(PLOTS)
+    for name in PLOTS:
+        assert str(escape(find_plot(name).CAPTION)) in text
+
+
+def test_a_plot_without_data_says_why(make_record):
+    """The page of a run that only failed is still a page."""
+    text = render_page(to_frame([make_record("oom")])).decode()
+    assert text.count("Not drawn: no ") == len(PLOTS)
+    assert "<img" not in text
+
+
+def test_random_weights_are_announced(make_record):
+    """Before the first number."""
+    frame = to_frame([make_record("oom", backbone="random:bert-tiny")])
+    assert "random weights" in render_page(frame).decode().partition("<main>")[0]
