@@ -1,3 +1,4 @@
+import functools
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +23,12 @@ UNITS = {
 every_plot = pytest.mark.parametrize("name", PLOTS)
 
 
+@pytest.fixture(scope="module")
+def draw(frame):
+    """Draw a plot of the made-up run, once for all tests."""
+    return functools.cache(lambda name: find_plot(name).draw(frame))
+
+
 def texts(figure):
     """Every text of a figure."""
     return [text.get_text() for text in figure.findobj(matplotlib.text.Text)]
@@ -35,9 +42,9 @@ def test_every_file_of_the_folder_is_a_plot_or_a_part_of_one():
 
 
 @every_plot
-def test_axes_carry_labels_with_units(frame, name):
+def test_axes_carry_labels_with_units(draw, name):
     """A reader need not look elsewhere to know what is drawn, and in what unit."""
-    figure = find_plot(name).draw(frame)
+    figure = draw(name)
     across, up = UNITS[name]
     assert figure.axes[0].get_xlabel() == across
     assert figure.axes[0].get_ylabel() == up
@@ -47,9 +54,9 @@ def test_axes_carry_labels_with_units(frame, name):
 
 
 @every_plot
-def test_the_legend_does_not_cover_data(frame, name):
+def test_the_legend_does_not_cover_data(draw, name):
     """It stands beside every panel, and inside the figure."""
-    figure = find_plot(name).draw(frame)
+    figure = draw(name)
     figure.canvas.draw()
     (legend,) = figure.legends
     box = legend.get_window_extent()
@@ -66,7 +73,7 @@ def test_equal_frames_give_equal_bytes(matrix, name):
     """Whatever the order of the records, and however often it is drawn."""
     plot = find_plot(name)
     first = render(plot.draw(to_frame(matrix)), "svg")
-    again = render(plot.draw(to_frame(matrix)), "svg")
+    again = render(plot.draw(to_frame(reversed(matrix))), "svg")
     assert first == again
 
 
@@ -85,10 +92,10 @@ def test_nothing_to_draw_says_what_is_missing(make_record, name):
         find_plot(name).draw(to_frame([make_record("oom"), make_record("oom", seed=1)]))
 
 
-def test_a_failed_cell_is_a_cross_at_the_upper_edge(frame):
+def test_a_failed_cell_is_a_cross_at_the_upper_edge(draw):
     """In both panels of the workload, where its number would have been."""
     for name, places in (("memory_batch", [16]), ("memory_depth", [6, 32])):
-        figure = find_plot(name).draw(frame)
+        figure = draw(name)
         crosses = [
             line
             for axes in figure.axes
@@ -101,9 +108,9 @@ def test_a_failed_cell_is_a_cross_at_the_upper_edge(frame):
         assert "failed cell" in texts(figure)
 
 
-def test_a_failed_cell_never_stands_on_data(frame):
+def test_a_failed_cell_never_stands_on_data(draw):
     """The panel is made higher, so that all data lies below every cross."""
-    figure = find_plot("memory_batch").draw(frame)
+    figure = draw("memory_batch")
     figure.canvas.draw()
     for axes in figure.axes:
         crosses = [line for line in axes.lines if line.get_gid()]
@@ -116,17 +123,17 @@ def test_a_failed_cell_never_stands_on_data(frame):
 
 
 @pytest.mark.parametrize("name", ["score_memory", "loss_curve", "step_seconds"])
-def test_a_failed_cell_without_a_place_is_named(frame, name):
+def test_a_failed_cell_without_a_place_is_named(draw, name):
     """Where no axis could hold it, the note below the panels does."""
-    note = " ".join(" ".join(texts(find_plot(name).draw(frame))).split())
+    note = " ".join(" ".join(texts(draw(name))).split())
     assert "(error)" in note
     assert "(timeout)" in note
 
 
-def test_a_method_looks_the_same_everywhere(frame):
+def test_a_method_looks_the_same_everywhere(draw):
     """One colour per method, in every legend."""
     for name in PLOTS:
-        (legend,) = find_plot(name).draw(frame).legends
+        (legend,) = draw(name).legends
         for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True):
             if text.get_text() in LOOKS:
                 assert handle.get_color() == look(text.get_text()).color
@@ -139,23 +146,23 @@ def test_no_two_methods_look_alike():
     assert look("new-method").color not in {its.color for its in LOOKS.values()}
 
 
-def test_proportional_growth_is_a_straight_line(frame):
+def test_proportional_growth_is_a_straight_line(draw):
     """Both scales of a memory panel are linear, or both are logarithmic."""
     for name in ("memory_batch", "memory_depth"):
-        for axes in find_plot(name).draw(frame).axes:
+        for axes in draw(name).axes:
             assert axes.get_xscale() == axes.get_yscale()
 
 
-def test_bytes_are_drawn_in_mib(frame):
+def test_bytes_are_drawn_in_mib(draw):
     """meft1 saves 120 MiB at every batch size of the made-up run."""
-    axes = find_plot("memory_batch").draw(frame).axes[0]
+    axes = draw("memory_batch").axes[0]
     lines = [line for line in axes.lines if line.get_color() == look("meft1").color]
     assert [list(line.get_ydata()) for line in lines] == [[120, 120, 120]]
 
 
-def test_bars_are_the_spread_over_seeds(frame):
+def test_bars_are_the_spread_over_seeds(draw):
     """The deviation of 0.90 and 0.92 is 0.02 / sqrt(2), on either side."""
-    axes = find_plot("score_memory").draw(frame).axes[0]
+    axes = draw("score_memory").axes[0]
     vertical = axes.containers[0].lines[2][1].get_segments()[0]
     assert vertical[1][1] - vertical[0][1] == pytest.approx(2 * 0.02 / 2**0.5)
 
@@ -190,9 +197,8 @@ def test_two_machines_are_two_panels(make_record):
             for size in (2, 4)
         ]
     )
-    titles = [
-        a.get_title(loc="left") for a in find_plot("memory_batch").draw(frame).axes
-    ]
+    axes = find_plot("memory_batch").draw(frame).axes
+    titles = [a.get_title(loc="left") for a in axes]
     assert sum("Machine A" in title for title in titles) == 2
     assert sum("Machine B" in title for title in titles) == 2
 
@@ -205,11 +211,11 @@ def test_a_running_mean_is_the_mean_of_each_window():
     assert [value != value for value in broken] == [True, True, False]
 
 
-def test_methods_stand_in_the_same_order_in_every_legend(frame):
+def test_methods_stand_in_the_same_order_in_every_legend(draw):
     """The order of the table of looks."""
     order = list(LOOKS)
     for name in PLOTS:
-        (legend,) = find_plot(name).draw(frame).legends
+        (legend,) = draw(name).legends
         shown = [text.get_text() for text in legend.get_texts()]
         positions = [order.index(text) for text in shown if text in order]
         assert all(a < b for a, b in pairwise(positions))
