@@ -2,7 +2,7 @@
 
     0  fine              every compared number is within what is allowed
     1  regression        a number is worse by more, or a cell of the baseline is missing
-    3  not comparable    numbers of two torch versions, devices or machines, or no number
+    3  not comparable    two torch versions, devices or machines, or no number
     4  a cell failed     which the baseline holds as ok
 
 (2 is the command line's own: it was used wrongly.) Where several apply the code is that
@@ -129,7 +129,7 @@ def check(
             findings += [finding] if finding else []
             num_compared += compared
     findings += _new(got_cells.index.difference(expected_cells.index), got_cells)
-    if not num_compared and not findings:
+    if expected_cells.empty:
         findings.append(_nothing_to_compare())
     return CheckResult(
         findings=tuple(findings),
@@ -153,7 +153,7 @@ def _compare(
             got=reason[1],
             advice=reason[2],
         ), False
-    before, after = Fraction(expected[column.name]), Fraction(got[column.name])
+    before, after = _exact(column, expected), _exact(column, got)
     difference, allowed = after - before, threshold.allowed(before)
     if abs(difference) <= allowed:
         return None, True
@@ -171,6 +171,12 @@ def _compare(
         allowed=format_value(allowed, column.unit),
         advice="consider updating the baseline" if better else "",
     ), True
+
+
+def _exact(column: Column, cell: Any) -> Fraction:
+    # By way of Python's own numbers: those of numpy are bounded and would overflow.
+    value = cell[column.name]
+    return Fraction(int(value) if column.dtype == "Int64" else float(value))
 
 
 def _why_not(column: Column, expected: Any, got: Any) -> tuple[str, str, str] | None:

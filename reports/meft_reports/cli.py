@@ -39,12 +39,15 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    arguments = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        # argparse would list the commands; the nearest one is of more help.
+        return _mistake("meft-report", UnknownName("command", words[0], COMMANDS))
+    arguments = parser().parse_args(words)
     try:
         return COMMANDS[arguments.command](arguments)
     except ReportError as error:
-        print(f"meft-report {arguments.command}: {error}", file=sys.stderr)
-        return 2
+        return _mistake(f"meft-report {arguments.command}", error)
 
 
 def frame(arguments: argparse.Namespace) -> int:
@@ -146,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
         "table": "print tables as Markdown",
         "page": "write one self-contained HTML page with every figure and table",
         "check": "compare with a baseline, cell by cell",
-        "baseline": "write or update a baseline from the ok cells, showing what changes",
+        "baseline": "write or update a baseline from ok cells; show what changes",
     }
     outputs = {
         "frame": "out.parquet or out.csv",
@@ -189,7 +192,7 @@ def _add_check_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _names_of(command: str) -> str:
-    # The tables' names live in a module that imports pandas; `--help` must not.
+    # The names of tables live in a module that imports pandas, which is slow to load.
     from meft_reports.plots import PLOTS
 
     tables = "results, memory, exactness, failures, environment, origins"
@@ -199,3 +202,8 @@ def _names_of(command: str) -> str:
 def _written(path: Path) -> int:
     print(f"wrote {path}")
     return 0
+
+
+def _mistake(where: str, error: ReportError) -> int:
+    print(f"{where}: {error}", file=sys.stderr)
+    return 2

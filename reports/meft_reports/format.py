@@ -9,7 +9,6 @@ import pandas as pd
 
 NOTHING = "–"  # noqa: RUF001 (an en dash is what is meant)
 MIB = 2**20
-GIB = 2**30
 
 
 def is_null(value: Any) -> bool:
@@ -26,6 +25,16 @@ def format_bytes(value: Any) -> str:
         size /= 1024
         units.pop(0)
     return f"{size:.0f} B" if units[0] == "B" else f"{size:,.1f} {units[0]}"
+
+
+def format_bytes_spread(mean: Any, spread: Any) -> str:
+    """`300.3 ± 0.1 MiB`: both in the unit of the mean, nothing for no spread."""
+    text = format_bytes(mean)
+    if is_null(mean) or is_null(spread) or not spread:
+        return text
+    number, unit = text.split(" ")
+    size = {"B": 1, "KiB": 2**10, "MiB": MIB, "GiB": 2**30}[unit]
+    return f"{number} ± {float(spread) / size:,.1f} {unit}"
 
 
 def format_seconds(value: Any) -> str:

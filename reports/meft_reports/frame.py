@@ -65,8 +65,8 @@ def read_records(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def to_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """One row per record, with exactly the columns and dtypes of `COLUMNS`."""
-    rows = [_flatten(record) for record in records]
+    """One row per record, by `cell_id`, with the columns and dtypes of `COLUMNS`."""
+    rows = sorted(map(_flatten, records), key=lambda row: str(row["cell_id"]))
     return _typed({c.name: [row[c.name] for row in rows] for c in COLUMNS})
 
 

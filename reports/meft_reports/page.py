@@ -83,7 +83,7 @@ def _sections(frame: pd.DataFrame) -> list[Section]:
         Section(
             anchor="results",
             title="Score, memory and time",
-            lead="Fine-tuning on labelled text: what each method reached, what it took.",
+            lead="Fine-tuning on labelled text: what each method reached and took.",
             figures=_figures(frame, "score_memory", "step_seconds", "loss_curve"),
             tables=_markup(tables.results(frame)),
             empty="No cell ran on a real task.",

@@ -17,6 +17,7 @@ from meft_reports.errors import UnknownName
 from meft_reports.format import (
     NOTHING,
     format_bytes,
+    format_bytes_spread,
     format_count,
     format_error,
     format_percent,
@@ -119,20 +120,19 @@ def results(frame: pd.DataFrame) -> list[Table]:
 
 def _results_table(part: pd.DataFrame, title: str, metric: Any) -> Table:
     part = by_method(part)
-    header: dict[str, Callable[[pd.Series[Any]], str]] = {
+    header: dict[str, Callable[[Any], str]] = {
         "method": lambda row: _join(row["method"], option_label(row, part)),
         "seeds": _seeds,
-        f"score ({format_text(metric)})": lambda row: _mean(row, "score", format_score),
+        f"score ({format_text(metric)})": lambda row: _score(row),
         "majority class": lambda row: format_score(row["majority_score"]),
         "trainable": lambda row: format_count(row["num_trainable_parameters"]),
         "share": lambda row: format_percent(row["trainable_fraction"]),
-        "saved for backward": lambda row: _mean(row, "saved_bytes", format_bytes),
-        "peak allocated": lambda row: _mean(row, "peak_allocated_bytes", format_bytes),
-        "peak reserved": lambda row: _mean(row, "peak_reserved_bytes", format_bytes),
-        "resting": lambda row: _mean(row, "resting_bytes", format_bytes),
-        "host peak": lambda row: _mean(row, "peak_host_bytes", format_bytes),
-        "step (median)": lambda row: format_seconds(row["step_seconds"]),
-        "step (IQR)": lambda row: format_seconds(row["step_seconds_iqr"]),
+        "saved for backward": lambda row: _bytes(row, "saved_bytes"),
+        "peak allocated": lambda row: _bytes(row, "peak_allocated_bytes"),
+        "peak reserved": lambda row: _bytes(row, "peak_reserved_bytes"),
+        "resting": lambda row: _bytes(row, "resting_bytes"),
+        "host peak": lambda row: _bytes(row, "peak_host_bytes"),
+        "step, median (IQR)": _step,
     }
     if part["peak_reserved_bytes"].isna().all():  # only a GPU has it
         del header["peak reserved"]
@@ -156,11 +156,21 @@ def _seeds(row: "pd.Series[Any]") -> str:
     return f"{row['num_seeds']} of {total} ({row['num_failed']} failed)"
 
 
-def _mean(row: "pd.Series[Any]", name: str, format: Callable[[Any], str]) -> str:
-    spread = row[f"{name}_spread"]
-    if is_null(row[name]) or is_null(spread) or not spread:
-        return format(row[name])
-    return f"{format(row[name])} ± {format(spread)}"
+def _score(row: "pd.Series[Any]") -> str:
+    spread = row["score_spread"]
+    text = format_score(row["score"])
+    return text if is_null(spread) else f"{text} ± {format_score(spread)}"
+
+
+def _bytes(row: "pd.Series[Any]", name: str) -> str:
+    return format_bytes_spread(row[name], row[f"{name}_spread"])
+
+
+def _step(row: "pd.Series[Any]") -> str:
+    if is_null(row["step_seconds"]):
+        return NOTHING
+    iqr = format_seconds(row["step_seconds_iqr"])
+    return f"{format_seconds(row['step_seconds'])} ({iqr})"
 
 
 MEMORY_TITLES = {

@@ -174,10 +174,10 @@ def matrix() -> list[Record]:
     return build_matrix()
 
 
-@pytest.fixture
-def frame(matrix: list[Record]) -> pd.DataFrame:
-    """The frame of `matrix`."""
-    return to_frame(matrix)
+@pytest.fixture(scope="session")
+def frame() -> pd.DataFrame:
+    """The frame of `build_matrix`; nobody may change it."""
+    return to_frame(build_matrix())
 
 
 @pytest.fixture

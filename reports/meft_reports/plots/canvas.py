@@ -49,7 +49,6 @@ RC: dict[Any, Any] = {
 }
 
 WIDTH_INCHES = 10.0
-FORMATS = ("png", "svg", "pdf")
 
 
 def styled(draw: Callable[[pd.DataFrame], Figure]) -> Callable[[pd.DataFrame], Figure]:

@@ -18,8 +18,9 @@ from meft_reports.summary import PROVENANCE, WORKLOAD, split, summarise
 TITLE = "Time of a step, relative to full fine-tuning"
 CAPTION = (
     "One forward, backward and optimizer update: the median over the steps after "
-    "warm-up, averaged over seeds, divided by that of `full` in the same workload on "
-    "the same machine. The bar is as long as the distance between the quartiles. "
+    "warm-up, averaged over seeds, divided by that of full fine-tuning in the same "
+    "workload on the same machine. The bar is as long as the distance between the "
+    "quartiles. "
     "Further left is better."
 )
 
