@@ -12,8 +12,10 @@ from torch's present random state. Only safetensors are read and no code is load
 import copy
 import hashlib
 import importlib.metadata
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -25,11 +27,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from meft.backbone import blocks_of
 from meft_bench.cell import Cell
 from meft_bench.registry import PACKAGED_BACKBONES, RANDOM_BACKBONES, nearest
 from meft_bench.source import MissingError, Source
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "bert-tiny": {
         "num_hidden_layers": 2,
         "hidden_size": 128,
@@ -71,8 +74,9 @@ def load(cell: Cell, num_labels: int, source: Source) -> Backbone:
         MissingError: the weights are not at hand; says how to provide them.
         ValueError: no such backbone, not a BERT, or `cell.seq_len` is too long for it.
     """
-    transformers.logging.set_verbosity_error()  # a new head is what we asked for
-    transformers.logging.disable_progress_bar()
+    log = transformers.utils.logging  # a head that is new would be reported
+    log.set_verbosity_error()
+    log.disable_progress_bar()
     kind, _, name = cell.backbone.partition(":")
     if cell.backbone in PACKAGED_BACKBONES:
         backbone = _from_package(cell, num_labels)
@@ -99,7 +103,7 @@ def set_depth(model: BertForSequenceClassification, depth: int) -> None:
 
     A repeated block is a copy with parameters of its own.
     """
-    blocks = model.bert.encoder.layer
+    blocks = blocks_of(model.bert)
     chosen = [
         blocks[i] if i < len(blocks) else copy.deepcopy(blocks[i % len(blocks)])
         for i in range(depth)
@@ -147,15 +151,24 @@ def _from_directory(
         directory,
         num_labels=num_labels,
         dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # the head's
         use_safetensors=True,
         local_files_only=True,
     )
+    _renew_head(model)
     return Backbone(
         model=model,
         tokenizer=AutoTokenizer.from_pretrained(directory, local_files_only=True),
         origin=origin,
         sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
     )
+
+
+def _renew_head(model: BertForSequenceClassification) -> None:
+    # Anew even where the directory has a head of this shape, and as the last thing, so
+    # that nothing but the seed decides it.
+    nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
+    nn.init.zeros_(model.classifier.bias)
 
 
 def _from_nothing(name: str, cell: Cell, num_labels: int) -> Backbone:
@@ -173,7 +186,7 @@ def _from_nothing(name: str, cell: Cell, num_labels: int) -> Backbone:
     if cell.depth:
         config.num_hidden_layers = cell.depth
     return Backbone(
-        model=BertForSequenceClassification(config).float(),
+        model=BertForSequenceClassification(config),
         tokenizer=None,
         origin=f"random weights ({name} shape)",
         sha256=None,
@@ -181,7 +194,7 @@ def _from_nothing(name: str, cell: Cell, num_labels: int) -> Backbone:
 
 
 def _read_config(file: Path, cell: Cell) -> BertConfig:
-    fields, _ = BertConfig.get_config_dict(file.parent, local_files_only=True)
+    fields = json.loads(file.read_text())
     if fields.get("model_type") != "bert":
         raise ValueError(
             f"{file} is of model_type {fields.get('model_type')!r}; expected 'bert'"

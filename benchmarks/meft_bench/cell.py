@@ -48,7 +48,7 @@ class Cell:
     patience: int = 0
     """Validations without improvement before training stops; 0 never stops early."""
     train_rows: int = 0
-    """Rows to train on, drawn by `seed`; 0 takes all."""
+    """Rows drawn by `seed`, a tenth of them to select weights with; 0 takes all."""
     eval_rows: int = 0
     """Rows to score on, the first of the split; 0 takes all."""
     bottleneck_size: int = 8

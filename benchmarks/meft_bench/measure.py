@@ -12,6 +12,7 @@ figures do not depend on which rows came up.
 
 import dataclasses
 import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ from meft_bench.backbones import Backbone
 from meft_bench.cell import Cell
 from meft_bench.meters import memory, transfer
 from meft_bench.meters.clock import StepClock
+from meft_bench.out_of_memory import is_out_of_memory
 from meft_bench.record import Measurement
 from meft_bench.registry import METHODS, TASKS, load
 from meft_bench.source import MissingError, Source
-from meft_bench.tasks import metrics, synthetic
+from meft_bench.tasks import synthetic
 from meft_bench.tasks.batches import Batch, Example, encode, epochs, full_batch
 from meft_bench.tasks.task import Row, Task
 from meft_bench.training import Stepper, predict, seed_everything, train
@@ -66,6 +68,11 @@ def measure(cell: Cell, source: Source, sighting: Sighting) -> None:
         "weights_sha256": backbone.sha256,
     }
     examples = _examples(task, backbone, cell)
+    if cell.eval_every and not examples.validation:
+        raise ValueError(
+            f"`eval_every` is {cell.eval_every}, but task {cell.task!r} leaves no rows "
+            "to select weights with: set it to 0, or `train_rows` to at least 10"
+        )
     stepper = _prepare(backbone, cell, sighting)
     sighting.note(num_train_rows=len(examples.train))
     _train_and_score(stepper, cell, task, examples, sighting)
@@ -131,27 +138,30 @@ def _train_and_score(
     stepper: Stepper, cell: Cell, task: Task, examples: _Examples, sighting: Sighting
 ) -> None:
     def score_of(chosen: list[Example]) -> tuple[str, float]:
-        assert task.metric is not None
         labels = predict(stepper, chosen, cell.batch_size)
-        return metrics.score(task.metric, labels, [e.label for e in chosen])
+        return _score(task, labels, [e.label for e in chosen])
 
     clock = StepClock(cell.warmup_steps, cell.device)
     batches = epochs(examples.train, cell)
-    losses = train(
-        stepper, cell, batches, clock, lambda: score_of(examples.validation)[1]
-    )
-    sighting.note(
-        num_steps=len(losses),
-        loss_curve=[_finite(loss) for loss in losses],
-        all_step_seconds=clock.all_step_seconds,
-        step_seconds=clock.step_seconds,
-        step_seconds_iqr=clock.step_seconds_iqr,
-    )
+    losses: list[float] = []
+    try:
+        for loss in train(
+            stepper, cell, batches, clock, lambda: score_of(examples.validation)[1]
+        ):
+            losses.append(loss)
+    finally:
+        sighting.note(
+            num_steps=len(losses),
+            loss_curve=[_finite(loss) for loss in losses],
+            all_step_seconds=clock.all_step_seconds,
+            step_seconds=clock.step_seconds,
+            step_seconds_iqr=clock.step_seconds_iqr,
+        )
     if task.metric is not None:
         score_name, score = score_of(examples.evaluation)
         common = Counter(row.label for row in task.train).most_common(1)[0][0]
         references = [row.label for row in task.evaluation]
-        majority = metrics.score(task.metric, [common] * len(references), references)
+        majority = _score(task, [common] * len(references), references)
         sighting.note(
             score_name=score_name,
             score=score,
@@ -159,6 +169,16 @@ def _train_and_score(
             num_eval_rows=len(references),
         )
     sighting.note(peak_host_bytes=memory.host_peak_bytes())
+
+
+def _score(
+    task: Task, predictions: list[int], references: list[int]
+) -> tuple[str, float]:
+    # Imported here: most cells have no score, and the import costs more than they do.
+    from meft_bench.tasks import metrics
+
+    assert task.metric is not None
+    return metrics.score(task.metric, predictions, references)
 
 
 def _probe_memory(
@@ -198,8 +218,15 @@ def _probe_memory(
 
 def _check_inverse(stepper: Stepper, batch: Batch, sighting: Sighting) -> None:
     stepper.model.train()
-    with stepper.autocast():
-        report = check_reversible(stepper.model, stepper.to_device(batch))
+    try:
+        with stepper.autocast():
+            report = check_reversible(stepper.model, stepper.to_device(batch))
+    except Exception as error:
+        # The check also runs the stored twin, which the cell itself never has to fit.
+        if not is_out_of_memory(error):
+            raise
+        print(f"no memory left to check the inverse: {error}", file=sys.stderr)
+        return
     sighting.note(
         reconstruction_error=[_finite(e) for e in report.reconstruction_error],
         gradient_error=[_finite(e) for e in report.gradient_error],

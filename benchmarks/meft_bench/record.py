@@ -60,8 +60,8 @@ class Measurement:
     """Every step in order, warm-up first."""
     num_steps: int | None = None
     """Optimizer steps done, which early stopping may end below `max_steps`."""
-    loss_curve: list[float] | None = None
-    """Training loss, one value a step."""
+    loss_curve: list[float | None] | None = None
+    """Training loss, one value a step; None where it was not finite."""
     score_name: str | None = None
     score: float | None = None
     """Metric on the evaluation split at the selected weights."""
@@ -69,10 +69,11 @@ class Measurement:
     """The same metric for always answering the most frequent training label."""
     num_train_rows: int | None = None
     num_eval_rows: int | None = None
-    reconstruction_error: list[float] | None = None
-    """Relative error of each block's rebuilt input, lowest block first."""
-    gradient_error: list[float] | None = None
-    """Relative error of each block's gradients against the stored twin."""
+    reconstruction_error: list[float | None] | None = None
+    """Relative error of each block's rebuilt input, lowest block first; None where it
+    was not finite."""
+    gradient_error: list[float | None] | None = None
+    """Relative error of each block's gradients against the stored twin, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

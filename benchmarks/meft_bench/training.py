@@ -8,9 +8,9 @@ with the best score on rows set aside for that choice.
 """
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy
 import torch
@@ -78,7 +78,7 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         loss = self.loss(self.to_device(batch))
-        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self._scaler.scale(loss).backward()
         self._scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self._trained, MAX_GRADIENT_NORM)
         self._scaler.step(self.optimizer)
@@ -91,21 +91,13 @@ class Stepper:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Selected:
-    """Weights that had the best validation score so far."""
-
-    score: float
-    weights: list[Tensor]
-
-
 def train(
     stepper: Stepper,
     cell: Cell,
     batches: Iterator[list[Example]],
     clock: StepClock,
     validate: Callable[[], float],
-) -> list[float]:
+) -> Iterator[float]:
     """Train by the protocol and leave the selected weights in the model.
 
     Args:
@@ -116,33 +108,33 @@ def train(
         validate: score of the present weights on the validation rows; called only
             with `cell.eval_every`.
 
-    Returns:
-        The loss of every step done, which may be fewer than `cell.max_steps`.
+    Yields:
+        The loss of each step done, of which there may be fewer than `cell.max_steps`.
     """
-    losses: list[float] = []
-    selected: Selected | None = None
+    best_score = -math.inf
+    best_weights: list[Tensor] | None = None
     num_worse = 0
     pad_token_id = stepper.model.config.pad_token_id or 0
     stepper.model.train()
     for step in range(cell.max_steps):
         with clock.step():
             batch = collate(next(batches), pad_token_id)
-            losses.append(stepper.step(batch, learning_rate_at(step, cell)))
+            loss = stepper.step(batch, learning_rate_at(step, cell))
+        yield loss
         is_last = step + 1 == cell.max_steps
         if not cell.eval_every or ((step + 1) % cell.eval_every and not is_last):
             continue
         score = validate()
         stepper.model.train()
-        if selected is None or score > selected.score:
-            selected = Selected(score=score, weights=_copy_trained(stepper.model))
+        if score > best_score:
+            best_score, best_weights = score, _copy_trained(stepper.model)
             num_worse = 0
         else:
             num_worse += 1
         if cell.patience and num_worse >= cell.patience:
             break
-    if selected is not None:
-        _restore_trained(stepper.model, selected.weights)
-    return losses
+    if best_weights is not None:
+        _restore_trained(stepper.model, best_weights)
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ parent to see.
 
 import argparse
 import dataclasses
-import errno
 import json
 import os
 import resource
@@ -22,20 +21,12 @@ from typing import TYPE_CHECKING
 
 from meft_bench.cell import Cell
 from meft_bench.leash import die_with_parent
+from meft_bench.out_of_memory import is_out_of_memory
 from meft_bench.record import Status
 from meft_bench.source import MissingError, Source
 
 if TYPE_CHECKING:
     from meft_bench.measure import Sighting
-
-# How torch and the libraries below it say that memory ran out.
-_OUT_OF_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "std::bad_alloc",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,16 +90,6 @@ def run(cell: Cell, options: Options) -> dict[str, object]:
         "measurement": dataclasses.asdict(sighting.measurement) if sighting else {},
         "environment": sighting.environment if sighting else {},
     }
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory, of the host or the device, ran out."""
-    if isinstance(error, MemoryError):
-        return True
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(s in text for s in _OUT_OF_MEMORY)
 
 
 def one_line(error: BaseException) -> str:

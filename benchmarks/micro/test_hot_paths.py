@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch import nn
 from transformers import BertConfig, BertModel
 
 import meft
@@ -61,7 +62,8 @@ def encoder_of(way: str) -> BertModel:
         intermediate_size=4 * HIDDEN,
         vocab_size=100,
     )
-    model = BertModel(config, add_pooling_layer=False).train()
+    model = BertModel(config, add_pooling_layer=False)
+    model.train()
     if way.startswith("meft"):
         variant, _, backward = way.partition(" ")
         meft.make_reversible(
@@ -88,7 +90,7 @@ WAYS = [
 @pytest.mark.parametrize("way", WAYS)
 def test_stack_forward(benchmark: BenchmarkFixture, way: str) -> None:
     """Forward of six blocks in training mode."""
-    encoder = encoder_of(way).encoder
+    encoder: nn.Module = encoder_of(way).encoder
     x = hidden()
     benchmark.pedantic(lambda: encoder(x), rounds=5, warmup_rounds=1)
 
@@ -99,7 +101,7 @@ def test_stack_forward(benchmark: BenchmarkFixture, way: str) -> None:
 def test_stack_backward(benchmark: BenchmarkFixture, way: str) -> None:
     """One whole training pass of six blocks: rebuilding and checkpointing both pay one
     more forward; rebuilding trains two adapters a block on top."""
-    encoder = encoder_of(way).encoder
+    encoder: nn.Module = encoder_of(way).encoder
     x = hidden(requires_grad=True)
 
     def run() -> None:

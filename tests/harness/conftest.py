@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import meft_bench
 import pytest
+
+import meft_bench
 from meft_bench.record import Environment
 
 TESTS = Path(__file__).parents[1]

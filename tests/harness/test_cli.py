@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from meft_bench import cli, environment, runs
 from meft_bench.quantities import format_bytes, parse_bytes
 from meft_bench.record import Status

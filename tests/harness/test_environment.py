@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import meft_bench
 import pytest
+
+import meft_bench
 from meft_bench import environment
 
 NVML = (

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from meft_bench import isolate, outcome
 from meft_bench.cell import Cell
 from meft_bench.isolate import ChildOptions

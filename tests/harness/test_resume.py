@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from meft_bench import runs
 from meft_bench.record import Status
 

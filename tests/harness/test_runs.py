@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from meft_bench import runs
 from meft_bench.cell import Cell
 from meft_bench.record import Environment, Measurement, Record, Status

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from meft_bench import fields, registry, sweep
 from meft_bench.cell import Cell
 from meft_bench.sweep import Condition, Matrix, Point, Sweep, SweepError

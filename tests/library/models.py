@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -19,17 +20,18 @@ VOCAB, LABELS = 50, 3
 def bert_config(
     depth: int = 2, dropout: float = 0.0, hidden: int = 16, labels: int = LABELS
 ) -> BertConfig:
-    return BertConfig(
+    config = BertConfig(
         vocab_size=VOCAB,
         hidden_size=hidden,
         num_hidden_layers=depth,
         num_attention_heads=2,
         intermediate_size=2 * hidden,
         max_position_embeddings=64,
-        num_labels=labels,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
     )
+    config.num_labels = labels
+    return config
 
 
 def classifier(
@@ -47,10 +49,13 @@ def reversible(
     **config: Any,
 ) -> BertForSequenceClassification:
     """A small reversible classifier in training mode."""
-    model = classifier(depth, dropout, hidden).to(dtype)
+    model = classifier(depth, dropout, hidden)
+    nn.Module.to(model, dtype)
     torch.manual_seed(1)
     options = {"bottleneck_size": 3, **config}
-    return meft.make_reversible(model, meft.ReversibleConfig(**options)).train()
+    meft.make_reversible(model, meft.ReversibleConfig(**options))
+    model.train()
+    return model
 
 
 def batch(rows: int = 3, seq: int = 7, padded: bool = True) -> dict[str, torch.Tensor]:
@@ -81,6 +86,12 @@ def heads() -> list[tuple[PreTrainedModel, dict[str, torch.Tensor]]]:
     ]
 
 
+def gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A copy of what a backward left at `parameter`."""
+    assert parameter.grad is not None
+    return parameter.grad.clone()
+
+
 def gradients(
     model: PreTrainedModel, inputs: dict[str, torch.Tensor], seed: int = 3
 ) -> dict[str, torch.Tensor]:
@@ -89,7 +100,5 @@ def gradients(
     torch.manual_seed(seed)
     model(**inputs).loss.backward()
     return {
-        name: p.grad.clone()
-        for name, p in model.named_parameters()
-        if p.grad is not None
+        name: gradient(p) for name, p in model.named_parameters() if p.requires_grad
     }

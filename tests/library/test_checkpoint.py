@@ -3,15 +3,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from library.models import batch, classifier, reversible
 from safetensors.torch import load_file, save_file
+from transformers import BertForSequenceClassification
 
 import meft
+from library.models import batch, classifier, reversible
+from meft.backbone import blocks_of
 from meft.reversible.convert import find_reversible
 from meft.reversible.encoder import ReversibleEncoder
 
 
-def trained() -> torch.nn.Module:
+def trained() -> BertForSequenceClassification:
     """A reversible classifier whose adapters and head have moved from their start."""
     model = reversible(2, variant="meft2")
     torch.manual_seed(9)
@@ -19,7 +21,8 @@ def trained() -> torch.nn.Module:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def test_saved_adapters_give_the_same_model_back(tmp_path: Path) -> None:
@@ -67,10 +70,12 @@ def test_other_frozen_weights_are_refused(tmp_path: Path) -> None:
     """Same shapes, other values: refused. The same values in bfloat16: accepted."""
     meft.save_adapters(trained(), tmp_path)
     other = classifier(2)
-    torch.nn.init.normal_(other.bert.encoder.layer[1].output.dense.weight)
+    torch.nn.init.normal_(blocks_of(other.bert)[1].output.dense.weight)
     with pytest.raises(meft.AdapterFileError, match="other frozen weights"):
         meft.load_adapters(other, tmp_path)
-    meft.load_adapters(classifier(2).to(torch.bfloat16), tmp_path)
+    half = classifier(2)
+    half.bfloat16()
+    meft.load_adapters(half, tmp_path)
 
 
 def test_a_refused_load_leaves_the_model_alone(tmp_path: Path) -> None:

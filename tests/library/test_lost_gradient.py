@@ -5,19 +5,20 @@ the numbers and the warning in place until an exact inverse removes the cause.
 """
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
-from library.models import batch, reversible
 
 import meft
+from library.models import batch, reversible
 from meft.reversible.coupling import growth
 from meft.testing import ReversibleReport, check_reversible, tolerance
 
 DEPTH = 12
 
 
-def report(variant: str, **options: object) -> ReversibleReport:
+def report(variant: str, **options: Any) -> ReversibleReport:
     model = reversible(DEPTH, hidden=32, variant=variant, **options)
     return check_reversible(model, batch())
 

@@ -1,8 +1,11 @@
+from typing import Any
+
 import pytest
 import torch
-from library.models import batch, classifier, reversible
 
 import meft
+from library.models import batch, classifier, reversible
+from meft.reversible.convert import find_reversible
 from meft.testing import check_reversible, saved_bytes, tolerance
 
 
@@ -13,7 +16,7 @@ def test_saved_bytes_counts_each_storage_once() -> None:
         out = (x * x, x.sin(), x[:10] * x[:10])
     assert counter.total == 4096
     with saved_bytes(exclude=[x]) as counter:
-        out = (x * x, x.sin())  # noqa: F841
+        out = (x * x, x.sin(), x[:10] * x[:10])  # noqa: F841
     assert counter.total == 0
 
 
@@ -47,13 +50,17 @@ def test_the_report_reads_as_a_table() -> None:
     assert not rows[12].endswith("lost")
 
 
-def test_a_planted_fault_is_seen() -> None:
+def test_a_planted_fault_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A branch that computes something else when grad is on ruins that block's
     gradient, and the check says so."""
     model = reversible(3, variant="meft1", scale_1=1.0, scale_2=1.0)
-    adapter = model.bert.encoder.adapters_of(2)["reversible"]
-    plain = adapter.forward
-    adapter.forward = lambda x: plain(x) + (0.5 if torch.is_grad_enabled() else 0.0)
+    adapter = find_reversible(model).adapters_of(2)["reversible"]
+    plain: Any = adapter.forward
+    monkeypatch.setattr(
+        adapter,
+        "forward",
+        lambda x: plain(x) + (0.5 if torch.is_grad_enabled() else 0.0),
+    )
     report = check_reversible(model, batch())
     assert report.reconstruction_error[2] > 0.01
     assert max(report.reconstruction_error) > tolerance(torch.float32, 3)

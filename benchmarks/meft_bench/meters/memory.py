@@ -44,7 +44,7 @@ def saved_by_forward(
 
 
 def resting_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of parameters, buffers, gradients and optimizer state, each storage once."""
+    """Bytes of parameters, buffers, gradients and optimizer state, each once."""
     storages = {
         (tensor.device, tensor.untyped_storage().data_ptr()): (
             tensor.untyped_storage().nbytes()

@@ -94,7 +94,7 @@ class LinkMeter:
 
 
 class _Counter:
-    """A hardware counter, unwrapped: `total` is what it grew by since the first read."""
+    """A hardware counter, unwrapped: `total` is its growth since the first read."""
 
     def __init__(self, nvml: Any, device: Any, field: int) -> None:
         self._nvml = nvml

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 from transformers.models.bert.modeling_bert import BertOutput, BertSelfOutput
 
+from meft.backbone import blocks_of
 from meft.bottleneck import Bottleneck
 from meft_bench.cell import Cell
 
@@ -23,7 +24,7 @@ def adapters(
     config = model.config
     model.requires_grad_(False)
     model.classifier.requires_grad_(True)
-    for block in model.bert.encoder.layer:
+    for block in blocks_of(model.bert):
         attention, feed_forward = (
             Bottleneck(
                 config.hidden_size,
@@ -33,10 +34,10 @@ def adapters(
             )
             for _ in range(2)
         )
-        block.attention.output = AdaptedAttentionOutput(
-            block.attention.output, attention
+        block.attention.register_module(
+            "output", AdaptedAttentionOutput(block.attention.output, attention)
         )
-        block.output = AdaptedOutput(block.output, feed_forward)
+        block.register_module("output", AdaptedOutput(block.output, feed_forward))
     return model
 
 

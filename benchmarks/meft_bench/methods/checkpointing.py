@@ -1,12 +1,18 @@
 """Gradient checkpointing: keep each block's input, run the block again in backward.
 
 The plain rival of a reversible stack: the same extra forward, with one tensor kept per
-block where MEFT keeps two in all. The non-reentrant form, so that a frozen embedding
-below does not cut off the gradient.
+block where MEFT keeps two in all. transformers' own switch does the same and more: it
+makes the embedding's output require a gradient, which a frozen backbone does not need
+with the non-reentrant form and would pay for.
 """
 
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BertForSequenceClassification
 
+from meft.backbone import blocks_of
 from meft_bench.cell import Cell
 from meft_bench.methods.full import full
 from meft_bench.methods.lora import lora
@@ -29,5 +35,21 @@ def lora_checkpointing(
 def _checkpointed(
     model: BertForSequenceClassification,
 ) -> BertForSequenceClassification:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    blocks = [CheckpointedBlock(block) for block in blocks_of(model.bert)]
+    model.bert.encoder.layer = nn.ModuleList(blocks)
     return model
+
+
+class CheckpointedBlock(nn.Module):
+    """A block that keeps nothing but its input."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The block's output, `batch seq hidden`."""
+        output: Tensor = checkpoint(
+            self.block, hidden, *args, use_reentrant=False, **kwargs
+        )
+        return output

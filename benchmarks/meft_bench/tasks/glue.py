@@ -12,11 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import evaluate
-
 from meft_bench.cell import Cell
 from meft_bench.source import MissingError, Source
-from meft_bench.tasks.metrics import Accuracy, AccuracyAndF1, MatthewsCorrelation
 from meft_bench.tasks.task import Row, Task, draw, first
 
 
@@ -33,7 +30,7 @@ class _Glue:
     header: tuple[str, ...] | None = None
     """Column names of a file that has no header line."""
     hub_columns: tuple[str, ...] = ("sentence",)
-    metric: type[evaluate.Metric] = Accuracy
+    metric: str = "accuracy"
 
 
 _SST2 = _Glue(name="sst2", folder="SST-2", text_columns=("sentence",))
@@ -42,7 +39,7 @@ _COLA = _Glue(
     folder="CoLA",
     text_columns=("sentence",),
     header=("source", "label", "mark", "sentence"),
-    metric=MatthewsCorrelation,
+    metric="matthews_correlation",
 )
 _RTE = _Glue(
     name="rte",
@@ -57,7 +54,7 @@ _MRPC = _Glue(
     text_columns=("#1 String", "#2 String"),
     label_column="Quality",
     hub_columns=("sentence1", "sentence2"),
-    metric=AccuracyAndF1,
+    metric="accuracy_and_f1",
 )
 
 _Table = list[dict[str, str]]
@@ -101,9 +98,9 @@ def _load(glue: _Glue, cell: Cell, source: Source) -> Task:
         evaluation=evaluation,
         metric=glue.metric,
         origin=(
-            f"{origin}; trained on {len(train)} and selected on {len(validation)} rows "
-            f"of the {len(train_rows)} official train rows, scored on "
-            f"{len(evaluation)} of the {len(dev_rows)} official dev rows"
+            f"{origin}; train {len(train)} and selection {len(validation)} of the "
+            f"{len(train_rows)} official train rows, score {len(evaluation)} of the "
+            f"{len(dev_rows)} official dev rows"
         ),
     )
 
@@ -143,7 +140,8 @@ def _from_mrpc_originals(folder: Path) -> tuple[list[Row], list[Row], str]:
     table, sha256 = _read_table(folder, name)
     ids, _ = _read_table(folder, "dev_ids.tsv", ("#1 ID", "#2 ID"))
     dev_ids = {(row["#1 ID"], row["#2 ID"]) for row in ids}
-    train, dev = [], []
+    train: _Table = []
+    dev: _Table = []
     for row in table:
         is_dev = (row["#1 ID"], row["#2 ID"]) in dev_ids
         (dev if is_dev else train).append(row)

@@ -9,8 +9,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import evaluate
-
 from meft_bench.cell import Cell
 
 
@@ -31,8 +29,8 @@ class Task:
     train: tuple[Row, ...]
     validation: tuple[Row, ...]
     evaluation: tuple[Row, ...]
-    metric: type[evaluate.Metric] | None
-    """Its first value is the score; None if there is nothing to score."""
+    metric: str | None
+    """A name of `metrics.METRICS`; None if there is nothing to score."""
     origin: str
     """Where the rows came from and which splits they are."""
 

@@ -1,0 +1,209 @@
+"""`meft-report`: from files of records to tables, plots, a page and a verdict.
+
+Every mistake is one line on stderr and exit code 2, and writes nothing. pandas and
+matplotlib are imported by the commands that need them, so that `--help` answers at
+once.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from meft_reports.errors import ReportError, UnknownName
+from meft_reports.files import write_atomically
+
+EXAMPLES = """\
+examples:
+  meft-report page runs/quickstart.jsonl -o report.html
+  meft-report frame runs/quickstart.jsonl -o cells.parquet
+  meft-report plot memory_depth runs/*.jsonl -o depth.svg
+  meft-report table results runs/quickstart.jsonl
+  meft-report baseline runs/gate.jsonl -o benchmarks/baselines/gate.jsonl
+  meft-report check runs/gate.jsonl --baseline benchmarks/baselines/gate.jsonl \\
+      --fail-on saved:0 --fail-on peak_allocated:2% --fail-on step_seconds:20%
+
+exit codes:
+  0 fine   1 regression   2 usage   3 not comparable   4 a cell failed
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with every mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the mistake and exit with code 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        # argparse would list the commands; the nearest one is of more help.
+        return _mistake("meft-report", UnknownName("command", words[0], COMMANDS))
+    arguments = parser().parse_args(words)
+    try:
+        return COMMANDS[arguments.command](arguments)
+    except ReportError as error:
+        return _mistake(f"meft-report {arguments.command}", error)
+
+
+def frame(arguments: argparse.Namespace) -> int:
+    """Write the tidy table."""
+    from meft_reports.frame import read_frame, save_frame
+
+    save_frame(read_frame(arguments.runs), arguments.output)
+    return _written(arguments.output)
+
+
+def plot(arguments: argparse.Namespace) -> int:
+    """Write one figure."""
+    from meft_reports.plots import find_plot
+
+    name = arguments.output.suffix.removeprefix(".")
+    if name not in ("png", "svg", "pdf"):
+        raise UnknownName("ending", arguments.output.suffix, (".png", ".svg", ".pdf"))
+    its = find_plot(arguments.name)
+
+    from meft_reports.frame import read_frame
+    from meft_reports.plots.canvas import render
+
+    write_atomically(
+        arguments.output, render(its.draw(read_frame(arguments.runs)), name)
+    )
+    return _written(arguments.output)
+
+
+def table(arguments: argparse.Namespace) -> int:
+    """Print tables as Markdown."""
+    from meft_reports.frame import read_frame
+    from meft_reports.tables import find_tables, to_markdown
+
+    make = find_tables(arguments.name)
+    some = make(read_frame(arguments.runs))
+    print("\n".join(map(to_markdown, some)) if some else "Nothing to show.")
+    return 0
+
+
+def page(arguments: argparse.Namespace) -> int:
+    """Write the page."""
+    from meft_reports.frame import read_frame
+    from meft_reports.page import render_page
+
+    write_atomically(arguments.output, render_page(read_frame(arguments.runs)))
+    return _written(arguments.output)
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Compare with the baseline; the exit code is the verdict."""
+    from meft_reports.threshold import parse_threshold
+
+    thresholds = [parse_threshold(text) for text in arguments.fail_on]
+    names = [threshold.column.name for threshold in thresholds]
+    for name in names:
+        if names.count(name) > 1:
+            raise ReportError(f"--fail-on is given twice for {name}; keep one")
+
+    from meft_reports.check import check as compare
+    from meft_reports.frame import read_frame
+
+    baseline_frame = read_frame([arguments.baseline])
+    result = compare(read_frame(arguments.runs), baseline_frame, thresholds)
+    print(result)
+    return result.exit_code
+
+
+def baseline(arguments: argparse.Namespace) -> int:
+    """Write the baseline and print what changes."""
+    from meft_reports.baseline import update_baseline
+
+    print("\n".join(update_baseline(arguments.runs, arguments.output)))
+    return _written(arguments.output)
+
+
+COMMANDS = {
+    "frame": frame,
+    "plot": plot,
+    "table": table,
+    "page": page,
+    "check": check,
+    "baseline": baseline,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    root = Parser(
+        prog="meft-report",
+        description="Tables, plots, one HTML page and a regression check from the "
+        "records of meft-bench.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = root.add_subparsers(dest="command", required=True, parser_class=Parser)
+    subs = {
+        "frame": "write one tidy table, a row per cell, as Parquet or CSV",
+        "plot": "draw one figure as PNG, SVG or PDF",
+        "table": "print tables as Markdown",
+        "page": "write one self-contained HTML page with every figure and table",
+        "check": "compare with a baseline, cell by cell",
+        "baseline": "write or update a baseline from ok cells; show what changes",
+    }
+    outputs = {
+        "frame": "out.parquet or out.csv",
+        "plot": "out.png, out.svg or out.pdf",
+        "page": "report.html",
+        "baseline": "baseline.jsonl",
+    }
+    for name, text in subs.items():
+        sub = commands.add_parser(name, help=text, description=text)
+        if name in ("plot", "table"):
+            sub.add_argument("name", metavar="NAME", help=_names_of(name))
+        sub.add_argument(
+            "runs",
+            metavar="RUNS",
+            nargs="+",
+            type=Path,
+            help="files of records, .jsonl",
+        )
+        if name in outputs:
+            sub.add_argument(
+                "-o", "--output", required=True, type=Path, help=outputs[name]
+            )
+        if name == "check":
+            _add_check_arguments(sub)
+    return root
+
+
+def _add_check_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--baseline", required=True, type=Path, metavar="FILE", help="records to hold"
+    )
+    sub.add_argument(
+        "--fail-on",
+        required=True,
+        action="append",
+        metavar="COLUMN:THRESHOLD",
+        help="what may get worse by how much, e.g. saved:0, peak_allocated:5MiB, "
+        "step_seconds:20%%, score:0.01; repeatable",
+    )
+
+
+def _names_of(command: str) -> str:
+    # The names of tables live in a module that imports pandas, which is slow to load.
+    from meft_reports.plots import PLOTS
+
+    tables = "results, memory, exactness, failures, environment, origins"
+    return ", ".join(PLOTS) if command == "plot" else tables
+
+
+def _written(path: Path) -> int:
+    print(f"wrote {path}")
+    return 0
+
+
+def _mistake(where: str, error: ReportError) -> int:
+    print(f"{where}: {error}", file=sys.stderr)
+    return 2

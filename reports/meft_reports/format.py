@@ -1,0 +1,85 @@
+"""Numbers as people read them. The only place where bytes become MiB and GiB.
+
+Null is always an en dash, never 0 and never an empty cell.
+"""
+
+from typing import Any
+
+import pandas as pd
+
+NOTHING = "–"  # noqa: RUF001 (an en dash is what is meant)
+MIB = 2**20
+
+
+def is_null(value: Any) -> bool:
+    """Whether a scalar of the frame is null (None, NA or NaN)."""
+    return bool(pd.isna(value))
+
+
+def format_bytes(value: Any) -> str:
+    """`1536` as `1.5 KiB`; the largest of B, KiB, MiB, GiB that stays at least 1."""
+    if is_null(value):
+        return NOTHING
+    size, units = float(value), ["B", "KiB", "MiB", "GiB"]
+    while abs(size) >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{size:.0f} B" if units[0] == "B" else f"{size:,.1f} {units[0]}"
+
+
+def format_bytes_spread(mean: Any, spread: Any) -> str:
+    """`300.3 ± 0.1 MiB`: both in the unit of the mean, nothing for no spread."""
+    text = format_bytes(mean)
+    if is_null(mean) or is_null(spread) or not spread:
+        return text
+    number, unit = text.split(" ")
+    size = {"B": 1, "KiB": 2**10, "MiB": MIB, "GiB": 2**30}[unit]
+    return f"{number} ± {float(spread) / size:,.1f} {unit}"
+
+
+def format_seconds(value: Any) -> str:
+    """`0.0123` as `12.3 ms`, `75` as `1 min 15 s`."""
+    if is_null(value):
+        return NOTHING
+    seconds = float(value)
+    if abs(seconds) < 1:
+        return f"{seconds * 1000:.3g} ms"
+    if abs(seconds) < 60:
+        return f"{seconds:.3g} s"
+    return f"{int(seconds // 60)} min {seconds % 60:.0f} s"
+
+
+def format_count(value: Any) -> str:
+    """`22713216` as `22,713,216`."""
+    return NOTHING if is_null(value) else f"{int(value):,}"
+
+
+def format_percent(value: Any) -> str:
+    """The fraction `0.0123` as `1.23 %`."""
+    return NOTHING if is_null(value) else f"{float(value) * 100:.3g} %"
+
+
+def format_score(value: Any) -> str:
+    """Three decimals: more than the spread over seeds allows to tell apart."""
+    return NOTHING if is_null(value) else f"{float(value):.3f}"
+
+
+def format_error(value: Any) -> str:
+    """A relative error, which may be any power of ten."""
+    return NOTHING if is_null(value) else f"{float(value):.1e}"
+
+
+def format_text(value: Any) -> str:
+    """Text as it is."""
+    return NOTHING if is_null(value) or value == "" else str(value)
+
+
+def format_value(value: Any, unit: str) -> str:
+    """A value by the unit of its column, exact: for findings, where a byte counts."""
+    if is_null(value):
+        return "null"
+    if unit == "bytes":
+        return f"{int(value):,} bytes ({format_bytes(value)})"
+    if unit == "count":
+        return format_count(value)
+    return f"{float(value):.6g}" + (" s" if unit == "seconds" else "")

@@ -1,0 +1,46 @@
+"""Words for what rows are about: panel titles, table titles, rows with options.
+
+Only what differs is said, beside what a reader always needs. Random weights are said
+wherever they occur.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from meft_reports.format import is_null
+from meft_reports.summary import OPTIONS, PROVENANCE, WORKLOAD, varying
+
+
+def describe(rows: pd.DataFrame, shown: Iterable[str]) -> str:
+    """What rows are about, e.g. `sst2 · minilm-l6 · bf16 · batch 16`.
+
+    `rows` agree in the fields `shown`; random weights are always said.
+    """
+    words: dict[str, Callable[[Any], str]] = {
+        "depth": lambda depth: f"depth {depth}" if depth else "own depth",
+        "batch_size": lambda size: f"batch {size}",
+        "seq_len": lambda length: f"{length} tokens",
+        "code_sha256": lambda digest: f"code {digest[:8]}",
+        "torch_version": lambda version: f"torch {version}",
+        "num_threads": lambda count: f"{count} threads",
+        "num_slots": lambda count: f"{count} cells at a time",
+    }
+    first = rows.iloc[0]
+    parts = [words.get(n, str)(first[n]) for n in shown if not is_null(first[n])]
+    if rows["random_weights"].any():
+        parts.append("random weights")
+    return " · ".join(parts)
+
+
+def fields_to_show(frame: pd.DataFrame, always: Sequence[str]) -> list[str]:
+    """The fields that titles must show: `always`, and whatever differs in `frame`."""
+    differing = varying(frame, (*WORKLOAD, *PROVENANCE))
+    return [n for n in (*WORKLOAD, *PROVENANCE) if n in always or n in differing]
+
+
+def option_label(row: "pd.Series[Any]", siblings: pd.DataFrame) -> str:
+    """The options in which a row differs from others of its method, else empty."""
+    same = siblings[siblings["method"] == row["method"]]
+    return ", ".join(f"{name}={row[name]:g}" for name in varying(same, OPTIONS))

@@ -1,0 +1,194 @@
+"""One HTML page that needs nothing else: figures, tables and styles are inside it.
+
+The page states what was run and shows it; every number comes from the frame. The same
+frame gives the same bytes, so a page can be committed and compared.
+"""
+
+import base64
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+
+from meft_reports import tables
+from meft_reports.columns import COLUMNS
+from meft_reports.errors import NothingToDraw
+from meft_reports.format import format_seconds
+from meft_reports.frame import STATUSES
+from meft_reports.plots import find_plot
+from meft_reports.plots.canvas import render
+from meft_reports.style import look, method_order
+from meft_reports.summary import has_random_weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figure:
+    """A plot on the page, or the reason why there is none."""
+
+    name: str
+    title: str
+    caption: str
+    alt: str = ""
+    data_uri: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """A heading, figures, and tables; `folded` tables open on demand."""
+
+    anchor: str
+    title: str
+    lead: str
+    figures: tuple[Figure, ...] = ()
+    tables: tuple[Markup, ...] = ()
+    folded: tuple[tuple[str, Markup], ...] = ()
+    empty: str = ""
+    """What is said when there is no table to show."""
+
+
+def render_page(frame: pd.DataFrame) -> bytes:
+    """The page of the records in `frame`, as UTF-8."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    source = resources.files("meft_reports").joinpath("templates/page.html.j2")
+    template = environment.from_string(source.read_text(encoding="utf-8"))
+    page = template.render(
+        title=" and ".join(_names(frame["sweep"])),
+        facts=_facts(frame),
+        counts=[(s, int((frame["status"] == s).sum())) for s in STATUSES],
+        methods=_methods(frame),
+        random_weights=bool(has_random_weights(frame).any()),
+        sections=_sections(frame),
+        columns=COLUMNS,
+        versions=_names(frame["torch_version"]),
+        machines=_names(frame["machine"]),
+        commits=_commits(frame),
+    )
+    return page.encode()
+
+
+def _sections(frame: pd.DataFrame) -> list[Section]:
+    memory = tables.memory(frame)
+    return [
+        Section(
+            anchor="results",
+            title="Score, memory and time",
+            lead="Fine-tuning on labelled text: what each method reached and took.",
+            figures=_figures(frame, "score_memory", "step_seconds", "loss_curve"),
+            tables=_markup(tables.results(frame)),
+            empty="No cell ran on a real task.",
+        ),
+        Section(
+            anchor="memory",
+            title="Memory along batch size and depth",
+            lead="Single training steps on random tokens, whose shapes are exact.",
+            figures=_figures(frame, "memory_batch", "memory_depth"),
+            folded=tuple((t.title, Markup(tables.to_html(t))) for t in memory),
+            empty="No cell ran on synthetic tokens.",
+        ),
+        Section(
+            anchor="exactness",
+            title="Exactness of the rebuilt backward",
+            lead="A reversible stack rebuilds its activations instead of storing them; "
+            "this is how far the rebuilt ones and their gradients are off.",
+            figures=_figures(frame, "reconstruction"),
+            folded=tuple(
+                (t.title, Markup(tables.to_html(t))) for t in tables.exactness(frame)
+            ),
+            empty="No cell reported errors.",
+        ),
+        Section(
+            anchor="failures",
+            title="Cells that failed",
+            lead="Running out of memory or time is a result too: every cell that did "
+            "not end well, and why.",
+            tables=_markup(tables.failures(frame)),
+            empty="Every cell ended well.",
+        ),
+        Section(
+            anchor="origin",
+            title="Where the numbers come from",
+            lead="Weights, data, code, packages and machine behind every number above.",
+            tables=_markup(tables.origins(frame) + tables.environment(frame)),
+        ),
+    ]
+
+
+def _figures(frame: pd.DataFrame, *names: str) -> tuple[Figure, ...]:
+    return tuple(_figure(frame, name) for name in names)
+
+
+def _figure(frame: pd.DataFrame, name: str) -> Figure:
+    plot = find_plot(name)
+    try:
+        drawn = plot.draw(frame)
+    except NothingToDraw as reason:
+        return Figure(
+            name=name, title=plot.TITLE, caption=plot.CAPTION, reason=str(reason)
+        )
+    panels = [axes.get_title(loc="left") for axes in drawn.axes]
+    # An image keeps the SVG's ids to itself and carries a text for those who cannot
+    # see it.
+    svg = base64.b64encode(render(drawn, "svg")).decode()
+    return Figure(
+        name=name,
+        title=plot.TITLE,
+        caption=plot.CAPTION,
+        alt=f"{plot.TITLE}. Panels: {'; '.join(dict.fromkeys(panels))}. "
+        "The same numbers stand in the tables of this section.",
+        data_uri=f"data:image/svg+xml;base64,{svg}",
+    )
+
+
+def _markup(some: Iterable[tables.Table]) -> tuple[Markup, ...]:
+    # to_html escapes every value.
+    return tuple(Markup(tables.to_html(table)) for table in some)
+
+
+def _facts(frame: pd.DataFrame) -> list[tuple[str, str]]:
+    """The summary on top: counts and names, no judgement."""
+    tasks = [task for task in _names(frame["task"]) if task != "synthetic"]
+    threads = ", ".join(_names(frame["num_threads"]))
+    return [
+        ("Tasks", ", ".join(tasks) or "none, synthetic shapes only"),
+        ("Backbones", ", ".join(_names(frame["backbone"]))),
+        ("Compute dtypes", ", ".join(_names(frame["dtype"]))),
+        ("Seeds", ", ".join(_names(frame["seed"]))),
+        ("Machine", "; ".join(_names(frame["machine"]))),
+        ("Threads per cell", threads),
+        ("Time spent in cells", format_seconds(frame["wall_seconds"].sum())),
+        ("First cell started", str(frame["started_at"].min())),
+        ("Last cell started", str(frame["started_at"].max())),
+    ]
+
+
+def _methods(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    methods = sorted(frame["method"].unique(), key=method_order)
+    counts = frame["method"].value_counts()
+    return [
+        {"name": m, "color": look(m).color, "num_cells": int(counts[m])}
+        for m in methods
+    ]
+
+
+def _commits(frame: pd.DataFrame) -> list[str]:
+    pairs = frame[["commit", "dirty"]].drop_duplicates().dropna(subset=["commit"])
+    names = {
+        f"{commit[:12]}{' with changes' if dirty is True else ''}"
+        for commit, dirty in pairs.itertuples(index=False)
+    }
+    return sorted(names)
+
+
+def _names(values: "pd.Series[Any]") -> list[str]:
+    return [str(value) for value in sorted(values.dropna().unique())]

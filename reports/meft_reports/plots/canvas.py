@@ -1,0 +1,181 @@
+"""What every figure is made of: the look, the grid of panels, the legend, the file.
+
+A figure is a grid of panels under one legend that stands beside them, never on them.
+Cells that failed are part of the figure: a cross at the upper edge where they would
+have been, or a line in the note below the panels.
+"""
+
+import functools
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from io import BytesIO
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+
+from meft_reports.style import look, method_order
+from meft_reports.summary import split
+
+RC: dict[Any, Any] = {
+    "figure.dpi": 100,
+    "font.family": "DejaVu Sans",  # ships with matplotlib: the same on any machine
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "axes.unicode_minus": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5.5,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "meft",  # ids inside an SVG are the same in every run
+}
+
+WIDTH_INCHES = 10.0
+
+
+def styled(draw: Callable[[pd.DataFrame], Figure]) -> Callable[[pd.DataFrame], Figure]:
+    """Run `draw` in our look, without touching matplotlib's global settings."""
+
+    @functools.wraps(draw)
+    def in_our_look(frame: pd.DataFrame) -> Figure:
+        with matplotlib.rc_context(RC):
+            return draw(frame)
+
+    return in_our_look
+
+
+def panels(num_panels: int, num_columns: int) -> tuple[Figure, list[Axes]]:
+    """An empty figure and its panels, row by row. No pyplot, no shared state."""
+    num_columns = min(num_panels, num_columns)
+    num_rows = -(-num_panels // num_columns)
+    # One row still has to be as high as a legend of every method.
+    height = max(3.9, 2.9 * num_rows)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
+    figure = Figure(figsize=(WIDTH_INCHES, height), layout=layout)
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(num_rows, num_columns, squeeze=False).ravel().tolist()
+    for unused in grid[num_panels:]:
+        unused.remove()
+    return figure, grid[:num_panels]
+
+
+def add_legend(
+    figure: Figure, methods: Iterable[str], extra: Sequence[Line2D] = ()
+) -> None:
+    """One entry per method, in the order of every figure, beside the panels."""
+    entries = [method_entry(m) for m in sorted(set(methods), key=method_order)]
+    figure.legend(handles=[*entries, *extra], loc="outside right upper")
+
+
+def add_note(figure: Figure, lines: Iterable[str]) -> None:
+    """Lines of small text below the panels; nothing where there are none."""
+    text = "\n".join(textwrap.fill(line, width=150) for line in lines)
+    if text:
+        figure.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color="#444444")
+
+
+def method_entry(method: str) -> Line2D:
+    """The legend's entry of a method."""
+    return Line2D([], [], label=method, **line_style(method))
+
+
+def line_style(method: str, rank: int = 5) -> dict[str, Any]:
+    """How matplotlib draws a line of this method.
+
+    Lines that may coincide are numbered by `rank`: later ones have smaller markers,
+    so that those below them can still be seen.
+    """
+    its = look(method)
+    return {
+        "color": its.color,
+        "marker": its.marker,
+        "linestyle": its.line,
+        "markerfacecolor": its.face,
+        "markersize": max(3.5, 8.5 - 0.6 * rank),
+    }
+
+
+def failed_entry() -> Line2D:
+    """The legend's entry of the cross that stands for a failed cell."""
+    return Line2D(
+        [], [], label="failed cell", color="#444444", marker="x", linestyle=""
+    )
+
+
+def mark_failed(axes: Axes, failed: pd.DataFrame, x_column: str) -> None:
+    """A cross with its status at the upper edge, for every failed cell.
+
+    Cells that failed at the same place stand below one another; the panel is made
+    higher, so that they never stand on data.
+    """
+    if failed.empty:
+        return
+    heights: dict[float, int] = {}
+    for key, cells in split(failed, [x_column, "method", "status"]):
+        x, its = float(key[x_column]), look(key["method"])
+        y = 0.97 - 0.07 * heights.get(x, 0)
+        heights[x] = heights.get(x, 0) + 1
+        at_edge = axes.get_xaxis_transform()
+        name = f"failed/{key['method']}/{key['status']}"
+        axes.plot([x], [y], "x", color=its.color, transform=at_edge, gid=name)
+        axes.annotate(
+            key["status"] + (f" ({len(cells)} cells)" if len(cells) > 1 else ""),
+            (x, y),
+            xycoords=at_edge,
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+            color=its.color,
+        )
+    add_headroom(axes, 0.07 * max(heights.values()) + 0.04)
+
+
+def add_headroom(axes: Axes, share: float) -> None:
+    """Leave the upper `share` of the panel free of data, on either kind of scale."""
+    low, high = axes.get_ylim()
+    share = min(share, 0.7)
+    if axes.get_yscale() == "log":
+        axes.set_ylim(low, low * (high / low) ** (1 / (1 - share)))
+    else:
+        axes.set_ylim(low, low + (high - low) / (1 - share))
+
+
+def failures_note(failed: pd.DataFrame) -> list[str]:
+    """One line that names every failed cell, for plots that have no place for it."""
+    if failed.empty:
+        return []
+    names = [f"{row.cell_id} ({row.status})" for row in failed.itertuples()]
+    return ["Failed cells, with nothing to draw: " + ", ".join(names)]
+
+
+def render(figure: Figure, format: str) -> bytes:
+    """The figure as `png`, `svg` or `pdf`: equal bytes for equal figures."""
+    # A date or a version in the file would make equal figures differ.
+    metadata: dict[str, dict[str, None]] = {
+        "png": {"Software": None},
+        "svg": {"Date": None, "Creator": None},
+        "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    }
+    buffer = BytesIO()
+    with matplotlib.rc_context(RC):
+        figure.savefig(buffer, format=format, dpi=150, metadata=metadata[format])
+    return buffer.getvalue()

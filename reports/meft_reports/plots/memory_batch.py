@@ -1,0 +1,25 @@
+"""Memory against batch size: what one more row costs under each method."""
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from meft_reports.plots import canvas
+from meft_reports.plots.memory_curves import draw_along
+
+TITLE = "Memory against batch size"
+CAPTION = (
+    "One training step on random tokens of exact shape. Left: distinct storage that "
+    "autograd keeps for the backward pass, counted by hooks, parameters excluded. "
+    "Right: the highest tensor memory during the step, resting memory included. "
+    "Lower is better. A cross at the upper edge is a cell that failed there."
+)
+
+
+@canvas.styled
+def draw(frame: pd.DataFrame) -> Figure:
+    """Two panels per workload that was measured at two batch sizes or more.
+
+    Raises:
+        NothingToDraw: there is none.
+    """
+    return draw_along(frame, "batch_size", "batch_size", "batch size (rows)")

@@ -1,0 +1,104 @@
+"""The body of `memory_batch` and `memory_depth`: memory of one step along one axis.
+
+Two panels per workload, bytes saved for backward beside peak allocated, one line per
+method. Drawn from `synthetic` cells, whose shapes are exact. A cell that failed is a
+cross at the upper edge, where its number would have been.
+"""
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
+
+from meft_reports.errors import NothingToDraw
+from meft_reports.format import MIB
+from meft_reports.labels import describe, fields_to_show
+from meft_reports.plots import canvas
+from meft_reports.summary import (
+    OPTIONS,
+    PROVENANCE,
+    WORKLOAD,
+    has_random_weights,
+    split,
+    summarise,
+    with_blocks_known,
+    with_torch_known,
+)
+
+QUANTITIES = {
+    "saved_bytes": "saved for backward (MiB)",
+    "peak_allocated_bytes": "peak allocated memory (MiB)",
+}
+# A panel is logarithmic when its values, or the places where they were measured, span
+# more than these factors.
+LOG_RATIO_UP = 50
+LOG_RATIO_ACROSS = 16
+
+
+def draw_along(frame: pd.DataFrame, field: str, x_column: str, label: str) -> Figure:
+    """Memory along the workload's `field`, whose value in the model is `x_column`.
+
+    Raises:
+        NothingToDraw: no workload was measured at two values of `field`.
+    """
+    rows = frame[frame["task"] == "synthetic"].copy()
+    rows["random_weights"] = has_random_weights(rows)
+    rows = with_blocks_known(with_torch_known(rows))
+    fixed = [name for name in (*WORKLOAD, *PROVENANCE) if name != field]
+    parts = [p for _, p in split(rows, fixed) if _is_curve(p, x_column)]
+    if not parts:
+        raise NothingToDraw(
+            f"no `synthetic` workload was measured at two values of `{x_column}`"
+        )
+    drawn = pd.concat(parts)
+    shown = [
+        n for n in fields_to_show(drawn, always=("backbone", "dtype")) if n != field
+    ]
+    shown = shown + [n for n in ("batch_size", "seq_len") if n not in (field, *shown)]
+    figure, grid = canvas.panels(len(parts) * len(QUANTITIES), len(QUANTITIES))
+    for index, part in enumerate(parts):
+        for offset, (quantity, words) in enumerate(QUANTITIES.items()):
+            axes = grid[index * len(QUANTITIES) + offset]
+            _draw_panel(axes, part, x_column, quantity)
+            axes.set_title(describe(part, shown))
+            axes.set_xlabel(label)
+            axes.set_ylabel(words)
+    failed = drawn["status"] != "ok"
+    canvas.add_legend(
+        figure, drawn["method"], [canvas.failed_entry()] if failed.any() else []
+    )
+    return figure
+
+
+def _is_curve(part: pd.DataFrame, x_column: str) -> bool:
+    measured = part[(part["status"] == "ok") & part["peak_allocated_bytes"].notna()]
+    return bool(part[x_column].nunique() > 1 and len(measured))
+
+
+def _draw_panel(axes: Axes, part: pd.DataFrame, x_column: str, quantity: str) -> None:
+    means = summarise(part, ["num_blocks", quantity]).dropna(subset=[quantity])
+    lines = means.groupby(["method", *OPTIONS], sort=False, dropna=False)
+    for rank, (key, line) in enumerate(lines):
+        ordered = line.sort_values(x_column)
+        style = canvas.line_style(str(key[0]), rank)
+        axes.plot(ordered[x_column], ordered[quantity] / MIB, **style)
+    _scale(axes, sorted(part[x_column].dropna().unique()), means[quantity])
+    failed = part[(part["status"] != "ok") & part[x_column].notna()]
+    canvas.mark_failed(axes, failed, x_column)
+
+
+def _scale(axes: Axes, positions: list[int], values: "pd.Series[float]") -> None:
+    """Both axes linear or both logarithmic: proportional growth is a straight line."""
+    wide = positions[-1] >= LOG_RATIO_ACROSS * positions[0]
+    if len(values):
+        wide |= values.max() > LOG_RATIO_UP * values.min()
+    positive = positions[0] > 0 and bool((values > 0).all())
+    if wide and positive:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:
+        axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.set_xticks(positions, [str(position) for position in positions])
+    axes.minorticks_off()

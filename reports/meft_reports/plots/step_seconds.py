@@ -1,0 +1,83 @@
+"""Time of a step relative to full fine-tuning in the same run.
+
+Seconds of two machines say little about two methods; the ratio to `full`, measured
+beside it, does. Real tasks are drawn, or the synthetic workloads where there are none.
+"""
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from meft_reports.errors import NothingToDraw
+from meft_reports.format import format_seconds
+from meft_reports.labels import describe, fields_to_show, option_label
+from meft_reports.plots import canvas
+from meft_reports.style import look
+from meft_reports.summary import PROVENANCE, WORKLOAD, split, summarise
+
+TITLE = "Time of a step, relative to full fine-tuning"
+CAPTION = (
+    "One forward, backward and optimizer update: the median over the steps after "
+    "warm-up, averaged over seeds, divided by that of full fine-tuning in the same "
+    "workload on the same machine. The bar is as long as the distance between the "
+    "quartiles. "
+    "Further left is better."
+)
+
+
+@canvas.styled
+def draw(frame: pd.DataFrame) -> Figure:
+    """One panel per workload in which `full` was measured.
+
+    Raises:
+        NothingToDraw: there is none.
+    """
+    real = frame[frame["task"] != "synthetic"]
+    rows = real if real["step_seconds"].notna().any() else frame
+    table = summarise(rows, ["step_seconds", "step_seconds_iqr"])
+    parts = [p for _, p in split(table, [*WORKLOAD, *PROVENANCE]) if _full(p)]
+    if not parts:
+        raise NothingToDraw("no workload has the step time of an ok `full` cell")
+    drawn = pd.concat(parts)
+    shown = fields_to_show(drawn, always=("task", "backbone", "dtype"))
+    figure, grid = canvas.panels(len(parts), num_columns=2)
+    for axes, part in zip(grid, parts, strict=True):
+        _draw_panel(axes, part)
+        axes.set_title(describe(part, shown))
+    canvas.add_legend(figure, drawn["method"])
+    canvas.add_note(figure, canvas.failures_note(rows[rows["status"] != "ok"]))
+    return figure
+
+
+def _full(part: pd.DataFrame) -> float | None:
+    """Seconds of a step of `full`; the fastest setting if there are several."""
+    seconds = part.loc[part["method"] == "full", "step_seconds"].dropna()
+    return float(seconds.min()) if len(seconds) else None
+
+
+def _draw_panel(axes: Axes, part: pd.DataFrame) -> None:
+    base = _full(part)
+    assert base is not None
+    measured = part.dropna(subset=["step_seconds"])
+    for level, (_, row) in enumerate(measured.iterrows()):
+        its = look(row["method"])
+        iqr = 0.0 if pd.isna(row["step_seconds_iqr"]) else row["step_seconds_iqr"]
+        axes.errorbar(
+            row["step_seconds"] / base,
+            level,
+            xerr=iqr / 2 / base,
+            fmt=its.marker,
+            color=its.color,
+            markerfacecolor=its.face,
+            capsize=2,
+            elinewidth=1,
+        )
+    names = [
+        f"{row['method']} {option_label(row, measured)}".strip()
+        for _, row in measured.iterrows()
+    ]
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.axvline(1, color="#888888", linestyle=":", linewidth=1)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"time of a step (full = 1 = {format_seconds(base)})")

@@ -1,0 +1,71 @@
+"""One look for every figure: a method has the same colour and marker everywhere.
+
+Hues are from Okabe and Ito's palette and stay apart for colour-blind readers; where
+two methods are relatives they also differ in marker. Our reversible methods are filled
+and solid, their stored twins hollow and dashed in the same hue. A method this table
+does not know gets a look of its own from its name, the same in every run.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Look:
+    """How a method is drawn."""
+
+    color: str
+    marker: str
+    line: str = "-"
+    hollow: bool = False
+
+    @property
+    def face(self) -> str:
+        """Colour inside the marker."""
+        return "white" if self.hollow else self.color
+
+
+def _twin(look: Look) -> Look:
+    return Look(color=look.color, marker=look.marker, line="--", hollow=True)
+
+
+_MEFT1 = Look(color="#D55E00", marker="o")
+_MEFT2 = Look(color="#E69F00", marker="s")
+_MEFT3 = Look(color="#009E73", marker="D")
+
+LOOKS = {
+    "full": Look(color="#000000", marker="o"),
+    "head": Look(color="#8A8A8A", marker="P"),
+    "lora": Look(color="#0072B2", marker="^"),
+    "adapters": Look(color="#CC79A7", marker="X"),
+    "checkpointing": Look(color="#5B4A8A", marker="v"),
+    "lora-checkpointing": Look(color="#56B4E9", marker="<"),
+    "meft1": _MEFT1,
+    "meft2": _MEFT2,
+    "meft3": _MEFT3,
+    "meft1-store": _twin(_MEFT1),
+    "meft2-store": _twin(_MEFT2),
+    "meft3-store": _twin(_MEFT3),
+}
+"""Every method of the harness, in the order in which methods are shown."""
+
+# Wong-safe hues not used above, for methods nobody has given a look yet.
+_SPARE_COLORS = ("#882255", "#117733", "#AA4499", "#44AA99", "#999933", "#661100")
+_SPARE_MARKERS = ("p", "h", "*", ">", "d", "8")
+
+
+def look(method: str) -> Look:
+    """How `method` is drawn, the same in every figure and every run."""
+    if method in LOOKS:
+        return LOOKS[method]
+    digest = hashlib.sha256(method.encode()).digest()
+    return Look(
+        color=_SPARE_COLORS[digest[0] % len(_SPARE_COLORS)],
+        marker=_SPARE_MARKERS[digest[1] % len(_SPARE_MARKERS)],
+    )
+
+
+def method_order(method: str) -> tuple[int, str]:
+    """Sort key: the order of `LOOKS`, then unknown methods by name."""
+    known = list(LOOKS)
+    return (known.index(method) if method in LOOKS else len(known)), method

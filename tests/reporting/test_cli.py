@@ -1,0 +1,232 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from meft_reports.cli import main, parser
+from meft_reports.frame import load_frame
+from meft_reports.tables import TABLES
+
+LIMITS = ("--fail-on", "saved:0", "--fail-on", "step_seconds:20%")
+
+
+@pytest.fixture
+def baseline(make_record, write):
+    """A baseline of two cells."""
+    return write([make_record(seed=0), make_record(seed=1)], "baseline.jsonl")
+
+
+def test_check_exits_0_when_nothing_got_worse(cli, make_record, write, baseline):
+    """Also where something got better, which is said."""
+    records = [make_record(seed=0), make_record(seed=1, saved_bytes=5)]
+    done = cli("check", write(records), "--baseline", baseline, *LIMITS)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "improved" in done.stdout
+    assert "consider updating the baseline" in done.stdout
+
+
+def test_check_exits_1_on_a_regression(cli, make_record, write, baseline):
+    """One byte over an exact limit is enough."""
+    records = [make_record(seed=0), make_record(seed=1, saved_bytes=100 * 2**20 + 1)]
+    done = cli("check", write(records), "--baseline", baseline, *LIMITS)
+    assert done.returncode == 1
+    assert "difference +1 bytes" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("savd:0", "unknown column 'savd': did you mean 'saved'?"),
+        ("saved:much", "'much' is not a threshold"),
+        ("step_seconds:1GiB", "step_seconds is not in bytes"),
+    ],
+)
+def test_check_exits_2_on_a_usage_error(
+    cli, make_record, write, baseline, limit, words
+):
+    """In one line that says what to write instead."""
+    run = write([make_record()])
+    done = cli("check", run, "--baseline", baseline, "--fail-on", limit)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_check_exits_3_on_another_torch(cli, make_record, write, baseline):
+    """Both versions are said."""
+    versions = {"torch": "2.14.0"}
+    run = write([make_record(seed=s, versions=versions) for s in (0, 1)])
+    done = cli("check", run, "--baseline", baseline, *LIMITS)
+    assert done.returncode == 3
+    assert "torch_version 2.13.0" in done.stdout
+    assert "torch_version 2.14.0" in done.stdout
+
+
+def test_check_exits_4_when_a_cell_failed(cli, make_record, write, baseline):
+    """Its status and message are said."""
+    run = write([make_record(seed=0), make_record("oom", seed=1)])
+    done = cli("check", run, "--baseline", baseline, *LIMITS)
+    assert done.returncode == 4
+    assert "got        oom: made-up oom" in done.stdout
+
+
+def test_a_limit_given_twice_is_refused(capsys, make_record, write, baseline):
+    """Under either name: which of the two holds would be a guess."""
+    run = str(write([make_record()]))
+    limits = ["--fail-on", "saved:0", "--fail-on", "saved_bytes:5%"]
+    assert main(["check", run, "--baseline", str(baseline), *limits]) == 2
+    assert "given twice for saved_bytes" in capsys.readouterr().err
+
+
+def test_baseline_keeps_ok_cells_in_order(capsys, make_record, write, tmp_path):
+    """The records whole, one a line, sorted by cell."""
+    records = [make_record(seed=2), make_record("oom", seed=1), make_record(seed=0)]
+    out = tmp_path / "new.jsonl"
+    assert main(["baseline", str(write(records)), "-o", str(out)]) == 0
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [
+        records[2],
+        records[0],
+    ]
+    assert "2 cells: 2 added, 0 removed" in capsys.readouterr().out
+
+
+def test_baseline_shows_what_changes(capsys, make_record, write, baseline):
+    """Added, removed and why, changed from what to what."""
+    run = write(
+        [
+            make_record(seed=0, saved_bytes=7),
+            make_record("oom", seed=1),
+            make_record(seed=2),
+        ]
+    )
+    assert main(["baseline", str(run), "-o", str(baseline)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [make_record(seed=seed)["cell_id"] for seed in range(3)]
+    assert lines[:4] == [
+        f"changed  {names[0]} saved_bytes: 104,857,600 bytes (100.0 MiB) → "
+        "7 bytes (7 B)",
+        f"removed  {names[1]} (oom)",
+        f"added    {names[2]}",
+        "2 cells: 1 added, 1 removed, 1 with another record",
+    ]
+
+
+def test_a_baseline_passes_its_own_check(cli, matrix, write, tmp_path):
+    """What was just written down is what is expected."""
+    run, out = write(matrix), tmp_path / "new.jsonl"
+    assert cli("baseline", run, "-o", out).returncode == 0
+    done = cli("check", run, "--baseline", out, *LIMITS)
+    assert done.returncode == 0
+    assert "0 numbers" not in done.stdout
+
+
+def test_a_run_without_an_ok_cell_makes_no_baseline(
+    capsys, make_record, write, baseline
+):
+    """The old file stays as it was."""
+    before = baseline.read_bytes()
+    assert (
+        main(["baseline", str(write([make_record("oom")])), "-o", str(baseline)]) == 2
+    )
+    assert "no ok cell" in capsys.readouterr().err
+    assert baseline.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["cells.parquet", "cells.csv"])
+def test_frame_writes_a_row_per_cell(matrix, write, tmp_path, name):
+    """Under the ending that was asked for."""
+    assert main(["frame", str(write(matrix)), "-o", str(tmp_path / name)]) == 0
+    assert len(load_frame(tmp_path / name)) == len(matrix)
+
+
+@pytest.mark.parametrize(
+    ("name", "head"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")]
+)
+def test_plot_writes_what_the_ending_says(matrix, write, tmp_path, name, head):
+    """PNG, SVG or PDF."""
+    out = tmp_path / name
+    assert main(["plot", "score_memory", str(write(matrix)), "-o", str(out)]) == 0
+    assert out.read_bytes().startswith(head)
+
+
+def test_page_is_written_whole(cli, matrix, write, tmp_path):
+    """By a real process with warnings as errors; nothing else is left behind."""
+    run, out = write(matrix), tmp_path / "report.html"
+    done = cli("page", run, "-o", out)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert out.read_text().endswith("</html>\n")
+    assert sorted(tmp_path.iterdir()) == [out, run]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_table_prints_markdown(capsys, matrix, write, name):
+    """Every kind of table, by the name that `--help` gives it."""
+    assert main(["table", name, str(write(matrix))]) == 0
+    assert capsys.readouterr().out.startswith("### ")
+    with pytest.raises(SystemExit):
+        parser().parse_args(["table", "--help"])
+    assert name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (
+            ["plot", "memory-depth", "RUN", "-o", "a.png"],
+            "did you mean 'memory_depth'?",
+        ),
+        (["plot", "memory_depth", "RUN", "-o", "a.pgn"], "did you mean '.png'?"),
+        (["plot", "memory_depth", "ONE", "-o", "a.png"], "no `synthetic` workload"),
+        (["frame", "RUN", "-o", "a.parket"], "did you mean '.parquet'?"),
+        (["frame", "RUN", "-o", "no/folder/a.csv"], "cannot write no/folder/a.csv"),
+        (["page", "absent.jsonl", "-o", "a.html"], "cannot read absent.jsonl"),
+        (["page", "BAD", "-o", "a.html"], "bad.jsonl, line 1: not JSON"),
+        (["table", "failure", "RUN"], "did you mean 'failures'?"),
+        (["pge", "RUN", "-o", "a.html"], "did you mean 'page'?"),
+        (["page", "RUN"], "required: -o/--output"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(
+    capsys, monkeypatch, tmp_path, make_record, matrix, write, argv, words
+):
+    """It names what was wrong and the nearest thing that is right; exit code 2."""
+    write(matrix, "run.jsonl")
+    write([make_record()], "one.jsonl")
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    files = {"RUN": "run.jsonl", "ONE": "one.jsonl", "BAD": "bad.jsonl"}
+    try:
+        code = main([files.get(word, word) for word in argv])
+    except SystemExit as exit:
+        code = exit.code
+    errors = capsys.readouterr().err
+    assert code == 2
+    assert words in errors
+    assert errors.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_help_imports_nothing_heavy(cli):
+    """It answers at once, with examples, and torch is never needed."""
+    code = (
+        "import sys; from meft_reports.cli import parser; parser().format_help(); "
+        "heavy = {'pandas', 'matplotlib', 'pyarrow', 'torch'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert "meft-report check runs/gate.jsonl" in cli("--help").stdout
+
+
+def test_the_harness_and_torch_are_never_imported():
+    """A file is the whole interface."""
+    code = (
+        "import sys, pkgutil, importlib, meft_reports; "
+        "[importlib.import_module(m.name) for m in "
+        "pkgutil.walk_packages(meft_reports.__path__, 'meft_reports.') "
+        "if not m.name.endswith('__main__')]; "
+        "found = {'torch', 'meft', 'meft_bench'} & set(sys.modules); "
+        "sys.exit(str(found) if found else 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

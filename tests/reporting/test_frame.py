@@ -1,0 +1,231 @@
+import dataclasses
+import json
+import math
+
+import pandas as pd
+import pytest
+
+from meft_bench.cell import Cell
+from meft_bench.record import (
+    SCHEMA_VERSION,
+    Environment,
+    Measurement,
+    Record,
+    Status,
+)
+from meft_reports import columns
+from meft_reports.errors import RecordError, UnknownName
+from meft_reports.frame import (
+    STATUSES,
+    load_frame,
+    read_frame,
+    save_frame,
+    to_frame,
+)
+
+
+def test_every_field_of_a_record_has_a_column():
+    """What the harness writes down, a reader of the frame can find."""
+    fields = {"cell_id"}
+    for part in (Cell, Measurement, Environment, Record):
+        fields |= {field.name for field in dataclasses.fields(part)}
+    parts = {"cell", "measurement", "environment"}
+    assert fields - parts <= columns.BY_NAME.keys()
+    assert columns.SCHEMA_VERSION == SCHEMA_VERSION
+    assert set(STATUSES) == {status.value for status in Status}
+
+
+def test_a_record_that_the_harness_wrote_can_be_read(write):
+    """The file is the whole interface, and both sides agree on it."""
+    record = Record(
+        sweep="gate",
+        cell=Cell(method="meft1", depth=2, dtype="bf16"),
+        status=Status.OK,
+        message="",
+        started_at="2026-01-02T03:04:05Z",
+        wall_seconds=3.5,
+        measurement=Measurement(saved_bytes=2**40 + 1, loss_curve=[1.0, 0.5]),
+        environment=Environment(
+            versions={"torch": "2.13.0"},
+            commit=None,
+            dirty=None,
+            code_sha256="ab",
+            machine="Example CPU",
+            platform="Linux",
+            cpu="Example",
+            num_threads=2,
+            num_slots=1,
+        ),
+    )
+    row = read_frame([write([record.to_json()])]).iloc[0]
+    assert row["cell_id"] == record.cell.id
+    assert row["method"] == "meft1"
+    assert row["saved_bytes"] == 2**40 + 1
+    assert row["loss_curve"] == [1.0, 0.5]
+    assert row["torch_version"] == "2.13.0"
+    assert row["source"] == "measured"
+    assert pd.isna(row["score"])
+
+
+def test_the_frame_has_the_declared_columns_and_dtypes(frame):
+    """The table of facts is the truth about the frame."""
+    assert list(frame.columns) == [column.name for column in columns.COLUMNS]
+    for column in columns.COLUMNS:
+        expected = "object" if column.dtype == "list" else column.dtype
+        assert str(frame[column.name].dtype) == expected, column.name
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_every_status_is_kept(make_record, status):
+    """A cell that failed is a row like any other."""
+    frame = to_frame([make_record(status)])
+    assert frame["status"].tolist() == [status]
+
+
+@pytest.mark.parametrize("name", ["cells.parquet", "cells.csv"])
+def test_a_file_gives_the_same_frame_back(frame, tmp_path, name):
+    """Parquet and CSV lose nothing: values, nulls, lists and dtypes."""
+    save_frame(frame, tmp_path / name)
+    pd.testing.assert_frame_equal(load_frame(tmp_path / name), frame, check_exact=True)
+
+
+def test_parquet_is_typed_for_any_reader(frame, tmp_path):
+    """pandas alone sees integers for bytes, also where every value is null."""
+    save_frame(frame, tmp_path / "cells.parquet")
+    plain = pd.read_parquet(tmp_path / "cells.parquet")
+    assert str(plain["saved_bytes"].dtype) == "Int64"
+    assert str(plain["pcie_rx_bytes"].dtype) == "Int64"
+
+
+def test_a_file_ends_in_parquet_or_csv(frame, tmp_path):
+    """Another ending is refused, with the nearest one, and nothing is written."""
+    with pytest.raises(UnknownName, match=r"'\.parket'.*did you mean '\.parquet'"):
+        save_frame(frame, tmp_path / "cells.parket")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_latest_ok_record_of_a_cell_wins(make_record, write):
+    """Neither an older ok record nor a later failure takes its place."""
+    old = make_record(started_at="2026-01-01T00:00:00Z", score=0.1)
+    new = make_record(started_at="2026-01-02T00:00:00Z", score=0.2)
+    failed = make_record("oom", started_at="2026-01-03T00:00:00Z")
+    for order in ([old, new, failed], [failed, new, old], [new, failed, old]):
+        frame = read_frame([write(order)])
+        assert frame["score"].tolist() == [0.2]
+
+
+def test_leaving_records_out_is_said(make_record, write, capsys):
+    """Also that one of them is a failure later than the record that is shown."""
+    old = make_record(started_at="2026-01-01T00:00:00Z")
+    failed = make_record("oom", started_at="2026-01-03T00:00:00Z")
+    read_frame([write([old, failed])])
+    assert capsys.readouterr().err == (
+        "note: 1 records of cells run again left out, 1 of them later failures\n"
+    )
+
+
+def test_the_latest_failure_wins_where_nothing_went_well(make_record, write):
+    """The last word on a cell that never ended well is its last failure."""
+    first = make_record("oom", started_at="2026-01-01T00:00:00Z")
+    last = make_record("killed", started_at="2026-01-02T00:00:00Z")
+    assert read_frame([write([last, first])])["status"].tolist() == ["killed"]
+
+
+def test_files_are_read_together_in_any_order(make_record, write):
+    """The frame does not depend on the order of files or lines."""
+    one = write([make_record(seed=1), make_record(seed=0)], "one.jsonl")
+    two = write([make_record(seed=2)], "two.jsonl")
+    pd.testing.assert_frame_equal(read_frame([one, two]), read_frame([two, one]))
+
+
+def test_a_torn_last_line_is_left_out_and_said(make_record, write, capsys):
+    """A kill in the middle of a write costs that record and no other."""
+    path = write([make_record(seed=0)])
+    whole = json.dumps(make_record(seed=1, machine="Rechner ä"), ensure_ascii=False)
+    for cut in (1, 200, whole.encode().index("ä".encode()) + 1):
+        path.write_bytes(
+            (json.dumps(make_record(seed=0)) + "\n").encode() + whole.encode()[:cut]
+        )
+        assert len(read_frame([path])) == 1
+        assert f"{path}, line 2: torn" in capsys.readouterr().err
+
+
+def test_a_last_line_without_newline_counts_if_it_is_whole(make_record, write):
+    """A missing newline alone loses nothing."""
+    path = write([make_record(seed=0), make_record(seed=1)])
+    path.write_text(path.read_text().rstrip("\n"))
+    assert len(read_frame([path])) == 2
+
+
+def test_a_broken_line_in_the_middle_is_an_error(make_record, write):
+    """Only the last line can have been torn; any other is named."""
+    path = write([make_record(seed=0), make_record(seed=1)])
+    path.write_text("{\n" + path.read_text())
+    with pytest.raises(RecordError, match=r"run\.jsonl, line 1: not JSON"):
+        read_frame([path])
+
+
+def _without(record, section, field):
+    del record[section][field]
+    return record
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r | {"schema_version": 2}, "line 1: schema version 2, expected 1"),
+        (lambda r: {}, "line 1: schema version None, expected 1"),
+        (lambda r: [1], r"line 1: expected a JSON object, got \[1\]"),
+        (lambda r: r | {"cell": None}, "line 1: `cell` is missing or not an object"),
+        (lambda r: r | {"status": "fine"}, "line 1: unknown status 'fine'"),
+        (lambda r: _without(r, "cell", "method"), "line 1: `cell.method` is missing"),
+        (
+            lambda r: _without(r, "environment", "versions"),
+            "line 1: `environment.versions` is not an object",
+        ),
+        (
+            lambda r: r | {"measurement": {"saved_bytes": 1.5}},
+            "`measurement.saved_bytes` should be a 64-bit integer, got 1.5",
+        ),
+        (
+            lambda r: r | {"measurement": {"saved_bytes": True}},
+            "`measurement.saved_bytes` should be a 64-bit integer, got True",
+        ),
+        (
+            lambda r: r | {"measurement": {"saved_bytes": 2**63}},
+            "`measurement.saved_bytes` should be a 64-bit integer",
+        ),
+        (
+            lambda r: r | {"measurement": {"loss_curve": ["1"]}},
+            "`measurement.loss_curve` should be a list of numbers",
+        ),
+    ],
+)
+def test_what_is_not_a_record_is_refused_by_name(make_record, write, change, message):
+    """The error says which file, which line, which field, and what was expected."""
+    with pytest.raises(RecordError, match=message) as error:
+        read_frame([write([change(make_record())])])
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_an_empty_one_are_errors(tmp_path, write):
+    """There is no frame without records."""
+    with pytest.raises(RecordError, match=r"cannot read .*absent\.jsonl"):
+        read_frame([tmp_path / "absent.jsonl"])
+    with pytest.raises(RecordError, match="holds no record"):
+        read_frame([write([])])
+
+
+def test_fields_of_a_newer_harness_are_named_and_ignored(make_record, write, capsys):
+    """A reader that knows less says so, and reads the rest."""
+    record = make_record(score=0.5)
+    record["measurement"]["energy_joules"] = 3.0
+    assert read_frame([write([record])])["score"].tolist() == [0.5]
+    assert "measurement.energy_joules" in capsys.readouterr().err
+
+
+def test_a_score_that_is_not_a_number_is_null(make_record, write):
+    """NaN cannot be compared; it does not pass for a measurement."""
+    frame = read_frame([write([make_record(score=math.nan, loss_curve=[math.nan])])])
+    assert frame["score"].isna().tolist() == [True]
+    assert math.isnan(frame["loss_curve"].iloc[0][0])

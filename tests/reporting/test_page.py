@@ -1,0 +1,60 @@
+import re
+
+import pytest
+from markupsafe import escape
+
+from meft_reports.frame import read_frame, to_frame
+from meft_reports.page import render_page
+from meft_reports.plots import PLOTS, find_plot
+
+
+@pytest.fixture(scope="module")
+def page(frame):
+    """The page of the made-up run; drawn once, it takes seconds."""
+    return render_page(frame).decode()
+
+
+def test_the_page_needs_nothing_else(page):
+    """Every source is inside it; links go to its own headings."""
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert sources
+    assert all(s.startswith(("data:image/svg+xml;base64,", "#")) for s in sources)
+    for anchor in (s[1:] for s in sources if s.startswith("#")):
+        assert f'id="{anchor}"' in page
+    assert not re.search(r"<script|<link|@import|url\(", page)
+
+
+def test_the_same_records_give_the_same_page(matrix, page, write):
+    """Byte for byte, in whatever order the records were written."""
+    shuffled = read_frame([write(reversed(matrix))])
+    assert render_page(shuffled).decode() == page
+
+
+def test_every_failed_cell_is_on_the_page(frame, page):
+    """By name, status and message, escaped."""
+    for _, row in frame[frame["status"] != "ok"].iterrows():
+        assert str(escape(row["cell_id"])) in page
+        assert str(escape(row["message"])) in page
+        assert f"cell {row['status']}<" in page or f"cells {row['status']}<" in page
+    assert "<b>boom</b>" not in page
+
+
+def test_every_figure_has_a_text_and_a_caption(page):
+    """Who cannot see a figure is told what it shows; everyone how it was measured."""
+    alts = re.findall(r'<img src="[^"]+" alt="([^"]+)"', page)
+    assert len(alts) == len(PLOTS)
+    for name in PLOTS:
+        assert str(escape(find_plot(name).CAPTION)) in page
+
+
+def test_a_plot_without_data_says_why(make_record):
+    """The page of a run that only failed is still a page."""
+    text = render_page(to_frame([make_record("oom")])).decode()
+    assert text.count("Not drawn: no ") == len(PLOTS)
+    assert "<img" not in text
+
+
+def test_random_weights_are_announced(make_record):
+    """Before the first number."""
+    frame = to_frame([make_record("oom", backbone="random:bert-tiny")])
+    assert "random weights" in render_page(frame).decode().partition("<main>")[0]

