@@ -48,7 +48,7 @@ def test_kill_nine(
     wait_until: WaitUntil,
     is_running: Callable[[int], bool],
 ) -> None:
-    """After `kill -9` nothing is lost, no child lives, and a rerun repeats nothing."""
+    """After `kill -9` nothing is lost, and a rerun repeats nothing."""
     words = ("run", "mine.toml", "--device", "cpu", "--slots", "2")
     parent = start_parent("fake_slow", *words, cwd=tmp_path)
     # Two are recorded and two more have begun: the parent dies with its hands full.
@@ -73,6 +73,23 @@ def test_kill_nine(
     third = start_parent("fake_slow", *words, cwd=tmp_path)
     assert third.communicate(timeout=60)[0] == stdout
     assert recorded(tmp_path) == after
+
+
+def test_no_orphan(
+    start_parent: Start,
+    journal: Path,
+    tmp_path: Path,
+    wait_until: WaitUntil,
+    is_running: Callable[[int], bool],
+) -> None:
+    """Children that would never end by themselves end with a parent that is killed."""
+    words = ("run", "mine.toml", "--device", "cpu", "--slots", "2")
+    parent = start_parent("fake_sleeps", *words, cwd=tmp_path)
+    wait_until(lambda: len(started(journal)) == 2)
+    pids = [pid for pid, _ in started(journal)]
+    assert all(is_running(pid) for pid in pids)
+    parent.kill()
+    wait_until(lambda: not any(is_running(pid) for pid in pids))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

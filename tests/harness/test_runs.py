@@ -14,13 +14,13 @@ from meft_bench.runs import RecordsFile, RunsError
 
 @pytest.fixture
 def records(here: Environment) -> list[Record]:
-    """Three records; the first has text that is not ASCII in it."""
+    """Three records; one has text that is not ASCII, the next is longer than most."""
     return [
         Record(
             sweep="a sweep",
             cell=Cell(method="full", seed=seed),
             status=Status.OK,
-            message="naïve, in µ" if seed == 0 else "",
+            message=("naïve, in µ", "long " * 200, "")[seed],
             started_at="2025-01-01T00:00:00+00:00",
             wall_seconds=1.5,
             measurement=Measurement(saved_bytes=seed, loss_curve=[0.1, 0.2]),
@@ -70,6 +70,8 @@ def test_torn_line(tmp_path: Path, records: list[Record], kept: float) -> None:
         assert path.read_bytes() == first + second[:cut]
         file.append(records[2])
     assert runs.read(path) == [records[0], records[2]]
+    content = path.read_bytes()
+    assert json.loads(content.removeprefix(first)) == records[2].to_json()
 
 
 @pytest.mark.parametrize("text", ["garbage", "[]", "{}", '{"schema_version": 99}', ""])
