@@ -14,7 +14,8 @@ from typing import NoReturn
 from meft_bench import doctor, environment, harness, registry, runs, show, sweep
 from meft_bench.cell import Cell
 from meft_bench.harness import Plan
-from meft_bench.isolate import WORKER, ChildOptions
+from meft_bench.isolate import WORKER
+from meft_bench.options import ChildOptions
 from meft_bench.quantities import parse_bytes
 from meft_bench.runs import RunsError
 from meft_bench.sweep import Sweep, SweepError

@@ -17,7 +17,7 @@ from types import FrameType
 from meft_bench import environment, isolate, runs
 from meft_bench.cell import Cell
 from meft_bench.engines import local
-from meft_bench.isolate import ChildOptions
+from meft_bench.options import ChildOptions
 from meft_bench.progress import Progress, count
 from meft_bench.record import Environment, Record, Status
 from meft_bench.runs import RecordsFile

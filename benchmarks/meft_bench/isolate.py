@@ -27,12 +27,12 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from meft_bench import outcome
 from meft_bench.cell import Cell
+from meft_bench.options import ChildOptions
 from meft_bench.outcome import Outcome
 from meft_bench.record import Environment, Measurement, Record, Status
 
@@ -45,23 +45,6 @@ _MESSAGE_LENGTH = 500
 
 class Stopped(Exception):
     """The run was stopped while this cell ran: there is no ending to record."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ChildOptions:
-    """What a child is told beside its cell: this machine's side of the work."""
-
-    data_dir: str | None = None
-    """Directory that holds the tasks' data, if there is one."""
-    allow_download: bool = False
-    """Whether weights and data may be fetched from a hub."""
-    num_threads: int = 1
-    memory_limit_bytes: int | None = None
-    """Bound on the child's data segment (`RLIMIT_DATA`); None sets no limit."""
-
-    def to_json(self) -> str:
-        """The options as the text of a JSON object."""
-        return json.dumps(dataclasses.asdict(self))
 
 
 def run(

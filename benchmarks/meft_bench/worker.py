@@ -15,29 +15,18 @@ import os
 import resource
 import sys
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meft_bench.cell import Cell
 from meft_bench.leash import die_with_parent
+from meft_bench.options import ChildOptions
 from meft_bench.out_of_memory import is_out_of_memory
 from meft_bench.record import Status
 from meft_bench.source import MissingError, Source
 
 if TYPE_CHECKING:
     from meft_bench.measure import Sighting
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """What the parent decides for every cell of a run."""
-
-    data_dir: str | None = None
-    allow_download: bool = False
-    num_threads: int = 1
-    memory_limit_bytes: int | None = None
-    """Limit of this process's data (RLIMIT_DATA), torch's libraries included."""
 
 
 def main() -> None:
@@ -50,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     die_with_parent(args.parent)
     cell = Cell.from_json(json.loads(args.cell))
-    options = Options(**json.loads(args.options))
+    options = ChildOptions.from_json(args.options)
     if options.memory_limit_bytes is not None:
         limit = options.memory_limit_bytes
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -61,7 +50,7 @@ def main() -> None:
     write_result(args.out, run(cell, options))
 
 
-def run(cell: Cell, options: Options) -> dict[str, object]:
+def run(cell: Cell, options: ChildOptions) -> dict[str, object]:
     """Run `cell` and return its result as a JSON object, however it ends."""
     sighting: Sighting | None = None
     try:

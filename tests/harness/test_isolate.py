@@ -10,7 +10,7 @@ import pytest
 
 from meft_bench import isolate, outcome
 from meft_bench.cell import Cell
-from meft_bench.isolate import ChildOptions
+from meft_bench.options import ChildOptions
 from meft_bench.record import Environment, Measurement, Record, Status
 
 CELL = Cell(method="meft1", batch_size=4, seed=3)

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from meft_bench.cell import Cell
+from meft_bench.options import ChildOptions
 from meft_bench.out_of_memory import is_out_of_memory
 from meft_bench.record import Measurement
 from meft_bench.registry import METHODS
-from meft_bench.worker import Options, one_line, run, write_result
+from meft_bench.worker import one_line, run, write_result
 
 TINY: dict[str, Any] = {
     "backbone": "random:bert-tiny",
@@ -39,7 +40,7 @@ def child(folder: Path, cell: Cell, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_measured(method: str) -> None:
     """Each ends ok, with every figure that a CPU can give and no score."""
-    result = run(Cell(method=method, **TINY), Options())
+    result = run(Cell(method=method, **TINY), ChildOptions())
     assert (result["status"], result["message"]) == ("ok", "")
     assert isinstance(result["measurement"], dict)
     seen = Measurement(**result["measurement"])
@@ -114,7 +115,7 @@ def test_missing_data_skips_the_cell_and_names_three_ways(tmp_path: Path) -> Non
 
 def test_an_error_is_told_in_one_line() -> None:
     """Type and message; the traceback goes to the log."""
-    result = run(Cell(method="full", **TINY | {"seq_len": 513}), Options())
+    result = run(Cell(method="full", **TINY | {"seq_len": 513}), ChildOptions())
     assert result["status"] == "error"
     assert str(result["message"]).startswith("ValueError: `seq_len` is 513")
     assert one_line(KeyError()) == "KeyError"
@@ -124,7 +125,7 @@ def test_an_error_is_told_in_one_line() -> None:
 def test_a_task_of_text_needs_a_tokenizer() -> None:
     """Random weights have no vocabulary, and the error says what to take."""
     cell = Cell(method="full", task="bbc-news", **TINY)
-    result = run(cell, Options())
+    result = run(cell, ChildOptions())
     if result["status"] == "skipped":
         pytest.skip(str(result["message"]))
     assert result["status"] == "error"
@@ -133,7 +134,7 @@ def test_a_task_of_text_needs_a_tokenizer() -> None:
 
 def test_selecting_weights_needs_rows_to_select_with() -> None:
     """Synthetic rows have no score."""
-    result = run(Cell(method="full", eval_every=1, **TINY), Options())
+    result = run(Cell(method="full", eval_every=1, **TINY), ChildOptions())
     assert "`eval_every` is 1" in str(result["message"])
 
 
