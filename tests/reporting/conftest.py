@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,7 @@ import pandas as pd
 import pytest
 
 from meft_reports.frame import to_frame
-
-Record = dict[str, Any]
-MakeRecord = Callable[..., Record]
-Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+from reporting.kinds import Cli, MakeRecord, Record, Write
 
 MIB = 2**20
 CELL = {
@@ -181,7 +178,7 @@ def frame() -> pd.DataFrame:
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Callable[..., Path]:
+def write(tmp_path: Path) -> Write:
     """Write records to a file of JSON lines."""
 
     def write_records(records: Iterable[Record], name: str = "run.jsonl") -> Path:

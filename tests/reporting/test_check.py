@@ -1,11 +1,14 @@
+from typing import Any
+
 import pytest
 
-from meft_reports.check import Kind, check
+from meft_reports.check import CheckResult, Kind, check
 from meft_reports.frame import to_frame
 from meft_reports.threshold import parse_threshold
+from reporting.kinds import MakeRecord, Record
 
 
-def verdict(expected, got, *limits):
+def verdict(expected: list[Record], got: list[Record], *limits: str) -> CheckResult:
     """The result of holding some records against others."""
     thresholds = [parse_threshold(limit) for limit in limits]
     return check(to_frame(got), to_frame(expected), thresholds)
@@ -24,7 +27,9 @@ def verdict(expected, got, *limits):
         ("saved:1%", -(2**40 // 100) - 1, [Kind.IMPROVED]),
     ],
 )
-def test_a_byte_more_than_allowed_is_a_byte_more(make_record, limit, difference, kinds):
+def test_a_byte_more_than_allowed_is_a_byte_more(
+    make_record: MakeRecord, limit: str, difference: int, kinds: list[Kind]
+) -> None:
     """At a terabyte as at a kilobyte."""
     before = make_record(saved_bytes=2**40)
     after = make_record(saved_bytes=2**40 + difference)
@@ -34,7 +39,7 @@ def test_a_byte_more_than_allowed_is_a_byte_more(make_record, limit, difference,
     assert result.num_compared == 1
 
 
-def test_a_higher_score_is_better(make_record):
+def test_a_higher_score_is_better(make_record: MakeRecord) -> None:
     """The direction comes from the table of facts."""
     low, high = make_record(score=0.5), make_record(score=0.75)
     assert verdict([low], [high], "score:0.1").exit_code == 0
@@ -42,7 +47,7 @@ def test_a_higher_score_is_better(make_record):
     assert verdict([high], [low], "score:0.25").exit_code == 0
 
 
-def test_without_a_better_direction_any_change_counts(make_record):
+def test_without_a_better_direction_any_change_counts(make_record: MakeRecord) -> None:
     """Neither more nor fewer blocks is an improvement."""
     before = make_record(num_blocks=6)
     for blocks in (5, 7):
@@ -50,7 +55,7 @@ def test_without_a_better_direction_any_change_counts(make_record):
         assert result.exit_code == 1
 
 
-def test_a_finding_says_everything(make_record):
+def test_a_finding_says_everything(make_record: MakeRecord) -> None:
     """Cell, column, expected, got, difference, allowed."""
     before, after = make_record(saved_bytes=1000), make_record(saved_bytes=3048)
     text = str(verdict([before], [after], "saved:1KiB"))
@@ -77,7 +82,9 @@ def test_a_finding_says_everything(make_record):
         ("score:0", {"score_name": "f1"}, "f1"),
     ],
 )
-def test_what_may_not_be_compared_is_refused(make_record, limit, place, words):
+def test_what_may_not_be_compared_is_refused(
+    make_record: MakeRecord, limit: str, place: dict[str, Any], words: str
+) -> None:
     """Both values are said, and no verdict is given on the number."""
     result = verdict([make_record()], [make_record(**place)], limit)
     (finding,) = result.findings
@@ -87,13 +94,13 @@ def test_what_may_not_be_compared_is_refused(make_record, limit, place, words):
     assert (result.exit_code, result.num_compared) == (3, 0)
 
 
-def test_bytes_are_compared_across_machines(make_record):
+def test_bytes_are_compared_across_machines(make_record: MakeRecord) -> None:
     """The same torch saves the same bytes on any processor."""
     other = make_record(machine="Another CPU", num_threads=8)
     assert verdict([make_record()], [other], "saved:0").exit_code == 0
 
 
-def test_times_of_cells_side_by_side_are_not_compared(make_record):
+def test_times_of_cells_side_by_side_are_not_compared(make_record: MakeRecord) -> None:
     """They are comparable within their own run only."""
     record = make_record(num_slots=2)
     assert verdict([record], [record], "step_seconds:20%").exit_code == 3
@@ -101,7 +108,7 @@ def test_times_of_cells_side_by_side_are_not_compared(make_record):
 
 
 @pytest.mark.parametrize("side", [0, 1, 2])
-def test_null_is_never_passed_in_silence(make_record, side):
+def test_null_is_never_passed_in_silence(make_record: MakeRecord, side: int) -> None:
     """Missing in the baseline, in the run, or in both: exit code 3."""
     seen, unseen = make_record(), make_record(saved_bytes=None)
     pair = [(unseen, seen), (seen, unseen), (unseen, unseen)][side]
@@ -110,7 +117,7 @@ def test_null_is_never_passed_in_silence(make_record, side):
     assert "null" in str(result)
 
 
-def test_a_missing_cell_is_a_regression(make_record):
+def test_a_missing_cell_is_a_regression(make_record: MakeRecord) -> None:
     """A sweep that lost a cell does not pass."""
     both = [make_record(seed=0), make_record(seed=1)]
     result = verdict(both, both[:1], "saved:0")
@@ -118,7 +125,7 @@ def test_a_missing_cell_is_a_regression(make_record):
     assert [f.kind for f in result.findings] == [Kind.MISSING]
 
 
-def test_a_new_cell_passes_and_is_said(make_record):
+def test_a_new_cell_passes_and_is_said(make_record: MakeRecord) -> None:
     """It has nothing to be compared with yet."""
     both = [make_record(seed=0), make_record("oom", seed=1)]
     result = verdict(both[:1], both, "saved:0")
@@ -127,7 +134,9 @@ def test_a_new_cell_passes_and_is_said(make_record):
 
 
 @pytest.mark.parametrize("status", ["oom", "timeout", "killed", "error", "skipped"])
-def test_a_failed_cell_decides_the_exit_code(make_record, status):
+def test_a_failed_cell_decides_the_exit_code(
+    make_record: MakeRecord, status: str
+) -> None:
     """Over a regression and an incomparable cell in the same run."""
     before = [make_record(seed=seed) for seed in range(3)]
     after = [
@@ -139,7 +148,7 @@ def test_a_failed_cell_decides_the_exit_code(make_record, status):
     assert verdict(before[::2], after[::2], "saved:0").exit_code == 1
 
 
-def test_a_baseline_without_an_ok_cell_proves_nothing(make_record):
+def test_a_baseline_without_an_ok_cell_proves_nothing(make_record: MakeRecord) -> None:
     """Nothing was compared, so nothing passed."""
     result = verdict([make_record("oom")], [make_record("oom")], "saved:0")
     assert result.exit_code == 3

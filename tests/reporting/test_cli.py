@@ -1,23 +1,27 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from meft_reports.cli import main, parser
 from meft_reports.frame import load_frame
 from meft_reports.tables import TABLES
+from reporting.kinds import Cli, MakeRecord, Record, Write
 
 LIMITS = ("--fail-on", "saved:0", "--fail-on", "step_seconds:20%")
 
 
 @pytest.fixture
-def baseline(make_record, write):
+def baseline(make_record: MakeRecord, write: Write) -> Path:
     """A baseline of two cells."""
     return write([make_record(seed=0), make_record(seed=1)], "baseline.jsonl")
 
 
-def test_check_exits_0_when_nothing_got_worse(cli, make_record, write, baseline):
+def test_check_exits_0_when_nothing_got_worse(
+    cli: Cli, make_record: MakeRecord, write: Write, baseline: Path
+) -> None:
     """Also where something got better, which is said."""
     records = [make_record(seed=0), make_record(seed=1, saved_bytes=5)]
     done = cli("check", write(records), "--baseline", baseline, *LIMITS)
@@ -26,7 +30,9 @@ def test_check_exits_0_when_nothing_got_worse(cli, make_record, write, baseline)
     assert "consider updating the baseline" in done.stdout
 
 
-def test_check_exits_1_on_a_regression(cli, make_record, write, baseline):
+def test_check_exits_1_on_a_regression(
+    cli: Cli, make_record: MakeRecord, write: Write, baseline: Path
+) -> None:
     """One byte over an exact limit is enough."""
     records = [make_record(seed=0), make_record(seed=1, saved_bytes=100 * 2**20 + 1)]
     done = cli("check", write(records), "--baseline", baseline, *LIMITS)
@@ -43,8 +49,13 @@ def test_check_exits_1_on_a_regression(cli, make_record, write, baseline):
     ],
 )
 def test_check_exits_2_on_a_usage_error(
-    cli, make_record, write, baseline, limit, words
-):
+    cli: Cli,
+    make_record: MakeRecord,
+    write: Write,
+    baseline: Path,
+    limit: str,
+    words: str,
+) -> None:
     """In one line that says what to write instead."""
     run = write([make_record()])
     done = cli("check", run, "--baseline", baseline, "--fail-on", limit)
@@ -53,7 +64,9 @@ def test_check_exits_2_on_a_usage_error(
     assert done.stderr.count("\n") == 1
 
 
-def test_check_exits_3_on_another_torch(cli, make_record, write, baseline):
+def test_check_exits_3_on_another_torch(
+    cli: Cli, make_record: MakeRecord, write: Write, baseline: Path
+) -> None:
     """Both versions are said."""
     versions = {"torch": "2.14.0"}
     run = write([make_record(seed=s, versions=versions) for s in (0, 1)])
@@ -63,7 +76,9 @@ def test_check_exits_3_on_another_torch(cli, make_record, write, baseline):
     assert "torch_version 2.14.0" in done.stdout
 
 
-def test_check_exits_4_when_a_cell_failed(cli, make_record, write, baseline):
+def test_check_exits_4_when_a_cell_failed(
+    cli: Cli, make_record: MakeRecord, write: Write, baseline: Path
+) -> None:
     """Its status and message are said."""
     run = write([make_record(seed=0), make_record("oom", seed=1)])
     done = cli("check", run, "--baseline", baseline, *LIMITS)
@@ -71,7 +86,12 @@ def test_check_exits_4_when_a_cell_failed(cli, make_record, write, baseline):
     assert "got        oom: made-up oom" in done.stdout
 
 
-def test_a_limit_given_twice_is_refused(capsys, make_record, write, baseline):
+def test_a_limit_given_twice_is_refused(
+    capsys: pytest.CaptureFixture[str],
+    make_record: MakeRecord,
+    write: Write,
+    baseline: Path,
+) -> None:
     """Under either name: which of the two holds would be a guess."""
     run = str(write([make_record()]))
     limits = ["--fail-on", "saved:0", "--fail-on", "saved_bytes:5%"]
@@ -79,7 +99,12 @@ def test_a_limit_given_twice_is_refused(capsys, make_record, write, baseline):
     assert "given twice for saved_bytes" in capsys.readouterr().err
 
 
-def test_baseline_keeps_ok_cells_in_order(capsys, make_record, write, tmp_path):
+def test_baseline_keeps_ok_cells_in_order(
+    capsys: pytest.CaptureFixture[str],
+    make_record: MakeRecord,
+    write: Write,
+    tmp_path: Path,
+) -> None:
     """The records whole, one a line, sorted by cell."""
     records = [make_record(seed=2), make_record("oom", seed=1), make_record(seed=0)]
     out = tmp_path / "new.jsonl"
@@ -91,7 +116,12 @@ def test_baseline_keeps_ok_cells_in_order(capsys, make_record, write, tmp_path):
     assert "2 cells: 2 added, 0 removed" in capsys.readouterr().out
 
 
-def test_baseline_shows_what_changes(capsys, make_record, write, baseline):
+def test_baseline_shows_what_changes(
+    capsys: pytest.CaptureFixture[str],
+    make_record: MakeRecord,
+    write: Write,
+    baseline: Path,
+) -> None:
     """Added, removed and why, changed from what to what."""
     run = write(
         [
@@ -112,7 +142,9 @@ def test_baseline_shows_what_changes(capsys, make_record, write, baseline):
     ]
 
 
-def test_a_baseline_passes_its_own_check(cli, matrix, write, tmp_path):
+def test_a_baseline_passes_its_own_check(
+    cli: Cli, matrix: list[Record], write: Write, tmp_path: Path
+) -> None:
     """What was just written down is what is expected."""
     run, out = write(matrix), tmp_path / "new.jsonl"
     assert cli("baseline", run, "-o", out).returncode == 0
@@ -122,8 +154,11 @@ def test_a_baseline_passes_its_own_check(cli, matrix, write, tmp_path):
 
 
 def test_a_run_without_an_ok_cell_makes_no_baseline(
-    capsys, make_record, write, baseline
-):
+    capsys: pytest.CaptureFixture[str],
+    make_record: MakeRecord,
+    write: Write,
+    baseline: Path,
+) -> None:
     """The old file stays as it was."""
     before = baseline.read_bytes()
     assert (
@@ -134,7 +169,9 @@ def test_a_run_without_an_ok_cell_makes_no_baseline(
 
 
 @pytest.mark.parametrize("name", ["cells.parquet", "cells.csv"])
-def test_frame_writes_a_row_per_cell(matrix, write, tmp_path, name):
+def test_frame_writes_a_row_per_cell(
+    matrix: list[Record], write: Write, tmp_path: Path, name: str
+) -> None:
     """Under the ending that was asked for."""
     assert main(["frame", str(write(matrix)), "-o", str(tmp_path / name)]) == 0
     assert len(load_frame(tmp_path / name)) == len(matrix)
@@ -143,14 +180,18 @@ def test_frame_writes_a_row_per_cell(matrix, write, tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "head"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")]
 )
-def test_plot_writes_what_the_ending_says(matrix, write, tmp_path, name, head):
+def test_plot_writes_what_the_ending_says(
+    matrix: list[Record], write: Write, tmp_path: Path, name: str, head: bytes
+) -> None:
     """PNG, SVG or PDF."""
     out = tmp_path / name
     assert main(["plot", "score_memory", str(write(matrix)), "-o", str(out)]) == 0
     assert out.read_bytes().startswith(head)
 
 
-def test_page_is_written_whole(cli, matrix, write, tmp_path):
+def test_page_is_written_whole(
+    cli: Cli, matrix: list[Record], write: Write, tmp_path: Path
+) -> None:
     """By a real process with warnings as errors; nothing else is left behind."""
     run, out = write(matrix), tmp_path / "report.html"
     done = cli("page", run, "-o", out)
@@ -160,7 +201,9 @@ def test_page_is_written_whole(cli, matrix, write, tmp_path):
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_table_prints_markdown(capsys, matrix, write, name):
+def test_table_prints_markdown(
+    capsys: pytest.CaptureFixture[str], matrix: list[Record], write: Write, name: str
+) -> None:
     """Every kind of table, by the name that `--help` gives it."""
     assert main(["table", name, str(write(matrix))]) == 0
     assert capsys.readouterr().out.startswith("### ")
@@ -188,8 +231,15 @@ def test_table_prints_markdown(capsys, matrix, write, name):
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(
-    capsys, monkeypatch, tmp_path, make_record, matrix, write, argv, words
-):
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    make_record: MakeRecord,
+    matrix: list[Record],
+    write: Write,
+    argv: list[str],
+    words: str,
+) -> None:
     """It names what was wrong and the nearest thing that is right; exit code 2."""
     write(matrix, "run.jsonl")
     write([make_record()], "one.jsonl")
@@ -197,6 +247,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     before = sorted(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
     files = {"RUN": "run.jsonl", "ONE": "one.jsonl", "BAD": "bad.jsonl"}
+    code: object
     try:
         code = main([files.get(word, word) for word in argv])
     except SystemExit as exit:
@@ -208,7 +259,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_help_imports_nothing_heavy(cli):
+def test_help_imports_nothing_heavy(cli: Cli) -> None:
     """It answers at once, with examples, and torch is never needed."""
     code = (
         "import sys; from meft_reports.cli import parser; parser().format_help(); "
@@ -219,7 +270,7 @@ def test_help_imports_nothing_heavy(cli):
     assert "meft-report check runs/gate.jsonl" in cli("--help").stdout
 
 
-def test_the_harness_and_torch_are_never_imported():
+def test_the_harness_and_torch_are_never_imported() -> None:
     """A file is the whole interface."""
     code = (
         "import sys, pkgutil, importlib, meft_reports; "

@@ -1,6 +1,9 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -22,9 +25,10 @@ from meft_reports.frame import (
     save_frame,
     to_frame,
 )
+from reporting.kinds import MakeRecord, Write
 
 
-def test_every_field_of_a_record_has_a_column():
+def test_every_field_of_a_record_has_a_column() -> None:
     """What the harness writes down, a reader of the frame can find."""
     fields = {"cell_id"}
     for part in (Cell, Measurement, Environment, Record):
@@ -35,7 +39,7 @@ def test_every_field_of_a_record_has_a_column():
     assert set(STATUSES) == {status.value for status in Status}
 
 
-def test_a_record_that_the_harness_wrote_can_be_read(write):
+def test_a_record_that_the_harness_wrote_can_be_read(write: Write) -> None:
     """The file is the whole interface, and both sides agree on it."""
     record = Record(
         sweep="gate",
@@ -67,7 +71,7 @@ def test_a_record_that_the_harness_wrote_can_be_read(write):
     assert pd.isna(row["score"])
 
 
-def test_the_frame_has_the_declared_columns_and_dtypes(frame):
+def test_the_frame_has_the_declared_columns_and_dtypes(frame: pd.DataFrame) -> None:
     """The table of facts is the truth about the frame."""
     assert list(frame.columns) == [column.name for column in columns.COLUMNS]
     for column in columns.COLUMNS:
@@ -76,20 +80,22 @@ def test_the_frame_has_the_declared_columns_and_dtypes(frame):
 
 
 @pytest.mark.parametrize("status", STATUSES)
-def test_every_status_is_kept(make_record, status):
+def test_every_status_is_kept(make_record: MakeRecord, status: str) -> None:
     """A cell that failed is a row like any other."""
     frame = to_frame([make_record(status)])
     assert frame["status"].tolist() == [status]
 
 
 @pytest.mark.parametrize("name", ["cells.parquet", "cells.csv"])
-def test_a_file_gives_the_same_frame_back(frame, tmp_path, name):
+def test_a_file_gives_the_same_frame_back(
+    frame: pd.DataFrame, tmp_path: Path, name: str
+) -> None:
     """Parquet and CSV lose nothing: values, nulls, lists and dtypes."""
     save_frame(frame, tmp_path / name)
     pd.testing.assert_frame_equal(load_frame(tmp_path / name), frame, check_exact=True)
 
 
-def test_parquet_is_typed_for_any_reader(frame, tmp_path):
+def test_parquet_is_typed_for_any_reader(frame: pd.DataFrame, tmp_path: Path) -> None:
     """pandas alone sees integers for bytes, also where every value is null."""
     save_frame(frame, tmp_path / "cells.parquet")
     plain = pd.read_parquet(tmp_path / "cells.parquet")
@@ -97,14 +103,16 @@ def test_parquet_is_typed_for_any_reader(frame, tmp_path):
     assert str(plain["pcie_rx_bytes"].dtype) == "Int64"
 
 
-def test_a_file_ends_in_parquet_or_csv(frame, tmp_path):
+def test_a_file_ends_in_parquet_or_csv(frame: pd.DataFrame, tmp_path: Path) -> None:
     """Another ending is refused, with the nearest one, and nothing is written."""
     with pytest.raises(UnknownName, match=r"'\.parket'.*did you mean '\.parquet'"):
         save_frame(frame, tmp_path / "cells.parket")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_latest_ok_record_of_a_cell_wins(make_record, write):
+def test_the_latest_ok_record_of_a_cell_wins(
+    make_record: MakeRecord, write: Write
+) -> None:
     """Neither an older ok record nor a later failure takes its place."""
     old = make_record(started_at="2026-01-01T00:00:00Z", score=0.1)
     new = make_record(started_at="2026-01-02T00:00:00Z", score=0.2)
@@ -114,7 +122,9 @@ def test_the_latest_ok_record_of_a_cell_wins(make_record, write):
         assert frame["score"].tolist() == [0.2]
 
 
-def test_leaving_records_out_is_said(make_record, write, capsys):
+def test_leaving_records_out_is_said(
+    make_record: MakeRecord, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Also that one of them is a failure later than the record that is shown."""
     old = make_record(started_at="2026-01-01T00:00:00Z")
     failed = make_record("oom", started_at="2026-01-03T00:00:00Z")
@@ -124,21 +134,27 @@ def test_leaving_records_out_is_said(make_record, write, capsys):
     )
 
 
-def test_the_latest_failure_wins_where_nothing_went_well(make_record, write):
+def test_the_latest_failure_wins_where_nothing_went_well(
+    make_record: MakeRecord, write: Write
+) -> None:
     """The last word on a cell that never ended well is its last failure."""
     first = make_record("oom", started_at="2026-01-01T00:00:00Z")
     last = make_record("killed", started_at="2026-01-02T00:00:00Z")
     assert read_frame([write([last, first])])["status"].tolist() == ["killed"]
 
 
-def test_files_are_read_together_in_any_order(make_record, write):
+def test_files_are_read_together_in_any_order(
+    make_record: MakeRecord, write: Write
+) -> None:
     """The frame does not depend on the order of files or lines."""
     one = write([make_record(seed=1), make_record(seed=0)], "one.jsonl")
     two = write([make_record(seed=2)], "two.jsonl")
     pd.testing.assert_frame_equal(read_frame([one, two]), read_frame([two, one]))
 
 
-def test_a_torn_last_line_is_left_out_and_said(make_record, write, capsys):
+def test_a_torn_last_line_is_left_out_and_said(
+    make_record: MakeRecord, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A kill in the middle of a write costs that record and no other."""
     path = write([make_record(seed=0)])
     whole = json.dumps(make_record(seed=1, machine="Rechner ä"), ensure_ascii=False)
@@ -150,14 +166,18 @@ def test_a_torn_last_line_is_left_out_and_said(make_record, write, capsys):
         assert f"{path}, line 2: torn" in capsys.readouterr().err
 
 
-def test_a_last_line_without_newline_counts_if_it_is_whole(make_record, write):
+def test_a_last_line_without_newline_counts_if_it_is_whole(
+    make_record: MakeRecord, write: Write
+) -> None:
     """A missing newline alone loses nothing."""
     path = write([make_record(seed=0), make_record(seed=1)])
     path.write_text(path.read_text().rstrip("\n"))
     assert len(read_frame([path])) == 2
 
 
-def test_a_broken_line_in_the_middle_is_an_error(make_record, write):
+def test_a_broken_line_in_the_middle_is_an_error(
+    make_record: MakeRecord, write: Write
+) -> None:
     """Only the last line can have been torn; any other is named."""
     path = write([make_record(seed=0), make_record(seed=1)])
     path.write_text("{\n" + path.read_text())
@@ -165,7 +185,7 @@ def test_a_broken_line_in_the_middle_is_an_error(make_record, write):
         read_frame([path])
 
 
-def _without(record, section, field):
+def _without(record: Any, section: str, field: str) -> Any:
     del record[section][field]
     return record
 
@@ -201,14 +221,18 @@ def _without(record, section, field):
         ),
     ],
 )
-def test_what_is_not_a_record_is_refused_by_name(make_record, write, change, message):
+def test_what_is_not_a_record_is_refused_by_name(
+    make_record: MakeRecord, write: Write, change: Callable[[Any], Any], message: str
+) -> None:
     """The error says which file, which line, which field, and what was expected."""
     with pytest.raises(RecordError, match=message) as error:
         read_frame([write([change(make_record())])])
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_file_and_an_empty_one_are_errors(tmp_path, write):
+def test_a_missing_file_and_an_empty_one_are_errors(
+    tmp_path: Path, write: Write
+) -> None:
     """There is no frame without records."""
     with pytest.raises(RecordError, match=r"cannot read .*absent\.jsonl"):
         read_frame([tmp_path / "absent.jsonl"])
@@ -216,7 +240,9 @@ def test_a_missing_file_and_an_empty_one_are_errors(tmp_path, write):
         read_frame([write([])])
 
 
-def test_fields_of_a_newer_harness_are_named_and_ignored(make_record, write, capsys):
+def test_fields_of_a_newer_harness_are_named_and_ignored(
+    make_record: MakeRecord, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A reader that knows less says so, and reads the rest."""
     record = make_record(score=0.5)
     record["measurement"]["energy_joules"] = 3.0
@@ -224,7 +250,9 @@ def test_fields_of_a_newer_harness_are_named_and_ignored(make_record, write, cap
     assert "measurement.energy_joules" in capsys.readouterr().err
 
 
-def test_a_score_that_is_not_a_number_is_null(make_record, write):
+def test_a_score_that_is_not_a_number_is_null(
+    make_record: MakeRecord, write: Write
+) -> None:
     """NaN cannot be compared; it does not pass for a measurement."""
     frame = read_frame([write([make_record(score=math.nan, loss_curve=[math.nan])])])
     assert frame["score"].isna().tolist() == [True]

@@ -1,20 +1,22 @@
 import re
 
+import pandas as pd
 import pytest
 from markupsafe import escape
 
 from meft_reports.frame import read_frame, to_frame
 from meft_reports.page import render_page
 from meft_reports.plots import PLOTS, find_plot
+from reporting.kinds import MakeRecord, Record, Write
 
 
 @pytest.fixture(scope="module")
-def page(frame):
+def page(frame: pd.DataFrame) -> str:
     """The page of the made-up run; drawn once, it takes seconds."""
     return render_page(frame).decode()
 
 
-def test_the_page_needs_nothing_else(page):
+def test_the_page_needs_nothing_else(page: str) -> None:
     """Every source is inside it; links go to its own headings."""
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert sources
@@ -24,13 +26,15 @@ def test_the_page_needs_nothing_else(page):
     assert not re.search(r"<script|<link|@import|url\(", page)
 
 
-def test_the_same_records_give_the_same_page(matrix, page, write):
+def test_the_same_records_give_the_same_page(
+    matrix: list[Record], page: str, write: Write
+) -> None:
     """Byte for byte, in whatever order the records were written."""
     shuffled = read_frame([write(reversed(matrix))])
     assert render_page(shuffled).decode() == page
 
 
-def test_every_failed_cell_is_on_the_page(frame, page):
+def test_every_failed_cell_is_on_the_page(frame: pd.DataFrame, page: str) -> None:
     """By name, status and message, escaped."""
     for _, row in frame[frame["status"] != "ok"].iterrows():
         assert str(escape(row["cell_id"])) in page
@@ -39,7 +43,7 @@ def test_every_failed_cell_is_on_the_page(frame, page):
     assert "<b>boom</b>" not in page
 
 
-def test_every_figure_has_a_text_and_a_caption(page):
+def test_every_figure_has_a_text_and_a_caption(page: str) -> None:
     """Who cannot see a figure is told what it shows; everyone how it was measured."""
     alts = re.findall(r'<img src="[^"]+" alt="([^"]+)"', page)
     assert len(alts) == len(PLOTS)
@@ -47,14 +51,14 @@ def test_every_figure_has_a_text_and_a_caption(page):
         assert str(escape(find_plot(name).CAPTION)) in page
 
 
-def test_a_plot_without_data_says_why(make_record):
+def test_a_plot_without_data_says_why(make_record: MakeRecord) -> None:
     """The page of a run that only failed is still a page."""
     text = render_page(to_frame([make_record("oom")])).decode()
     assert text.count("Not drawn: no ") == len(PLOTS)
     assert "<img" not in text
 
 
-def test_random_weights_are_announced(make_record):
+def test_random_weights_are_announced(make_record: MakeRecord) -> None:
     """Before the first number."""
     frame = to_frame([make_record("oom", backbone="random:bert-tiny")])
     assert "random weights" in render_page(frame).decode().partition("<main>")[0]

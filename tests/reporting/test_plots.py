@@ -3,7 +3,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+import pandas as pd
 import pytest
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import ArrayLike
 
 import meft_reports.plots
 from meft_reports.errors import NothingToDraw, UnknownName
@@ -12,6 +18,7 @@ from meft_reports.plots import PLOTS, find_plot
 from meft_reports.plots.canvas import render
 from meft_reports.plots.loss_curve import running_mean
 from meft_reports.style import LOOKS, look
+from reporting.kinds import Draw, MakeRecord, Record
 
 UNITS = {
     "score_memory": ("peak allocated memory (MiB)", "score (accuracy)"),
@@ -25,17 +32,22 @@ every_plot = pytest.mark.parametrize("name", PLOTS)
 
 
 @pytest.fixture(scope="module")
-def draw(frame):
+def draw(frame: pd.DataFrame) -> Draw:
     """Draw a plot of the made-up run, once for all tests."""
     return functools.cache(lambda name: find_plot(name).draw(frame))
 
 
-def texts(figure):
+def texts(figure: Figure) -> list[str]:
     """Every text of a figure."""
     return [text.get_text() for text in figure.findobj(matplotlib.text.Text)]
 
 
-def test_every_file_of_the_folder_is_a_plot_or_a_part_of_one():
+def numbers(data: ArrayLike) -> list[float]:
+    """The coordinates of a line as plain numbers."""
+    return [float(number) for number in np.asarray(data)]
+
+
+def test_every_file_of_the_folder_is_a_plot_or_a_part_of_one() -> None:
     """A plot that is forgotten in the list would never be shown."""
     folder = Path(meft_reports.plots.__file__).parent
     files = {path.stem for path in folder.glob("*.py")}
@@ -43,7 +55,7 @@ def test_every_file_of_the_folder_is_a_plot_or_a_part_of_one():
 
 
 @every_plot
-def test_axes_carry_labels_with_units(draw, name):
+def test_axes_carry_labels_with_units(draw: Draw, name: str) -> None:
     """A reader need not look elsewhere to know what is drawn, and in what unit."""
     figure = draw(name)
     across, up = UNITS[name]
@@ -55,7 +67,7 @@ def test_axes_carry_labels_with_units(draw, name):
 
 
 @every_plot
-def test_the_legend_does_not_cover_data(draw, name):
+def test_the_legend_does_not_cover_data(draw: Draw, name: str) -> None:
     """It stands beside every panel, and inside the figure."""
     figure = draw(name)
     figure.canvas.draw()
@@ -70,7 +82,7 @@ def test_the_legend_does_not_cover_data(draw, name):
 
 
 @every_plot
-def test_equal_frames_give_equal_bytes(matrix, name):
+def test_equal_frames_give_equal_bytes(matrix: list[Record], name: str) -> None:
     """Whatever the order of the records, and however often it is drawn."""
     plot = find_plot(name)
     first = render(plot.draw(to_frame(matrix)), "svg")
@@ -79,7 +91,7 @@ def test_equal_frames_give_equal_bytes(matrix, name):
 
 
 @every_plot
-def test_drawing_leaves_global_settings_alone(frame, name):
+def test_drawing_leaves_global_settings_alone(frame: pd.DataFrame, name: str) -> None:
     """A notebook that draws one of ours keeps its own look."""
     before = dict(matplotlib.rcParams)
     find_plot(name).draw(frame)
@@ -87,13 +99,15 @@ def test_drawing_leaves_global_settings_alone(frame, name):
 
 
 @every_plot
-def test_nothing_to_draw_says_what_is_missing(make_record, name):
+def test_nothing_to_draw_says_what_is_missing(
+    make_record: MakeRecord, name: str
+) -> None:
     """An empty panel would say nothing; the reason does."""
     with pytest.raises(NothingToDraw, match=r"^no "):
         find_plot(name).draw(to_frame([make_record("oom"), make_record("oom", seed=1)]))
 
 
-def test_a_failed_cell_is_a_cross_at_the_upper_edge(draw):
+def test_a_failed_cell_is_a_cross_at_the_upper_edge(draw: Draw) -> None:
     """In both panels of the workload, where its number would have been."""
     for name, places in (("memory_batch", [16]), ("memory_depth", [6, 32])):
         figure = draw(name)
@@ -103,13 +117,13 @@ def test_a_failed_cell_is_a_cross_at_the_upper_edge(draw):
             for line in axes.lines
             if line.get_gid() == "failed/full/oom"
         ]
-        found = [int(line.get_xdata()[0]) for line in crosses]
+        found = [int(numbers(line.get_xdata())[0]) for line in crosses]
         assert found == places * 2
         assert texts(figure).count("oom") == len(found)
         assert "failed cell" in texts(figure)
 
 
-def test_a_failed_cell_never_stands_on_data(draw):
+def test_a_failed_cell_never_stands_on_data(draw: Draw) -> None:
     """The panel is made higher, so that all data lies below every cross."""
     figure = draw("memory_batch")
     figure.canvas.draw()
@@ -124,64 +138,69 @@ def test_a_failed_cell_never_stands_on_data(draw):
 
 
 @pytest.mark.parametrize("name", ["score_memory", "loss_curve", "step_seconds"])
-def test_a_failed_cell_without_a_place_is_named(draw, name):
+def test_a_failed_cell_without_a_place_is_named(draw: Draw, name: str) -> None:
     """Where no axis could hold it, the note below the panels does."""
     note = " ".join(" ".join(texts(draw(name))).split())
     assert "(error)" in note
     assert "(timeout)" in note
 
 
-def test_a_method_looks_the_same_everywhere(draw):
+def test_a_method_looks_the_same_everywhere(draw: Draw) -> None:
     """One colour per method, in every legend."""
     for name in PLOTS:
         (legend,) = draw(name).legends
         for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True):
             if text.get_text() in LOOKS:
+                assert isinstance(handle, Line2D)
                 assert handle.get_color() == look(text.get_text()).color
 
 
-def test_no_two_methods_look_alike():
+def test_no_two_methods_look_alike() -> None:
     """By colour, marker or filling; an unknown method has a look of its own."""
     assert len({(its.color, its.marker, its.hollow) for its in LOOKS.values()}) == 12
     assert look("new-method") == look("new-method")
     assert look("new-method").color not in {its.color for its in LOOKS.values()}
 
 
-def test_proportional_growth_is_a_straight_line(draw):
+def test_proportional_growth_is_a_straight_line(draw: Draw) -> None:
     """Both scales of a memory panel are linear, or both are logarithmic."""
     for name in ("memory_batch", "memory_depth"):
         for axes in draw(name).axes:
             assert axes.get_xscale() == axes.get_yscale()
 
 
-def test_bytes_are_drawn_in_mib(draw):
+def test_bytes_are_drawn_in_mib(draw: Draw) -> None:
     """meft1 saves 120 MiB at every batch size of the made-up run."""
     axes = draw("memory_batch").axes[0]
     lines = [line for line in axes.lines if line.get_color() == look("meft1").color]
-    assert [list(line.get_ydata()) for line in lines] == [[120, 120, 120]]
+    assert [numbers(line.get_ydata()) for line in lines] == [[120, 120, 120]]
 
 
-def test_bars_are_the_spread_over_seeds(draw):
+def test_bars_are_the_spread_over_seeds(draw: Draw) -> None:
     """The deviation of 0.90 and 0.92 is 0.02 / sqrt(2), on either side."""
     axes = draw("score_memory").axes[0]
-    vertical = axes.containers[0].lines[2][1].get_segments()[0]
+    bars = axes.containers[0]
+    assert isinstance(bars, ErrorbarContainer)
+    vertical = bars.lines[2][1].get_segments()[0]
     assert vertical[1][1] - vertical[0][1] == pytest.approx(2 * 0.02 / 2**0.5)
 
 
-def test_values_without_a_place_on_a_log_scale_stand_on_the_edges(make_record):
+def test_values_without_a_place_on_a_log_scale_stand_on_the_edges(
+    make_record: MakeRecord,
+) -> None:
     """An exact zero is a triangle below, infinity a star above; neither is lost."""
     errors = [float("inf"), 1e-3, 0.0]
     record = make_record(
         method="meft1", reconstruction_error=errors, gradient_error=errors
     )
     axes = find_plot("reconstruction").draw(to_frame([record])).axes[0]
-    edge = {line.get_marker(): list(line.get_xdata()) for line in axes.lines}
+    edge = {line.get_marker(): numbers(line.get_xdata()) for line in axes.lines}
     assert edge["v"] == [3]
     assert edge["*"] == [1]
     assert edge["o"] == [2]
 
 
-def test_random_weights_are_said_in_titles(make_record):
+def test_random_weights_are_said_in_titles(make_record: MakeRecord) -> None:
     """A score or curve of random weights never passes for a real one."""
     shape = {"task": "synthetic", "backbone": "random:bert-tiny"}
     frame = to_frame([make_record(**shape, batch_size=size) for size in (2, 4)])
@@ -189,7 +208,7 @@ def test_random_weights_are_said_in_titles(make_record):
         assert "random weights" in axes.get_title(loc="left")
 
 
-def test_two_machines_are_two_panels(make_record):
+def test_two_machines_are_two_panels(make_record: MakeRecord) -> None:
     """Their curves never meet in one."""
     frame = to_frame(
         [
@@ -204,7 +223,7 @@ def test_two_machines_are_two_panels(make_record):
     assert sum("Machine B" in title for title in titles) == 2
 
 
-def test_a_running_mean_is_the_mean_of_each_window():
+def test_a_running_mean_is_the_mean_of_each_window() -> None:
     """As many values as there are whole windows."""
     assert running_mean([1.0, 2.0, 6.0], 2) == [1.5, 4.0]
     assert running_mean([1.0], 2) == []
@@ -212,7 +231,7 @@ def test_a_running_mean_is_the_mean_of_each_window():
     assert [value != value for value in broken] == [True, True, False]
 
 
-def test_methods_stand_in_the_same_order_in_every_legend(draw):
+def test_methods_stand_in_the_same_order_in_every_legend(draw: Draw) -> None:
     """The order of the table of looks."""
     order = list(LOOKS)
     for name in PLOTS:
@@ -222,7 +241,7 @@ def test_methods_stand_in_the_same_order_in_every_legend(draw):
         assert all(a < b for a, b in pairwise(positions))
 
 
-def test_an_unknown_plot_names_the_nearest():
+def test_an_unknown_plot_names_the_nearest() -> None:
     """A mistyped name costs one line."""
     with pytest.raises(UnknownName, match="did you mean 'memory_depth'"):
         find_plot("memory-depth")

