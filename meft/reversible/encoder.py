@@ -103,11 +103,12 @@ class ReversibleEncoder(nn.Module):
             return run(stack, x, x, self.probe)
         probe = self.probe
         if probe is None and not self._first_step_is_over:
+            dtype = x.dtype
 
             def report(probe: Probe) -> None:
                 if not self._first_step_is_over:
                     self._first_step_is_over = True
-                    _warn_if_lost(stack, probe, x.dtype)
+                    _warn_if_lost(stack, probe, dtype)
 
             probe = Probe(len(stack.branches), when_done=report)
         return run_rebuilt(stack, x, x, probe)
