@@ -26,7 +26,7 @@ UNITS = {
     "step_seconds": ("time of a step (full = 1 = 500 ms)", ""),
     "memory_batch": ("batch size (rows)", "saved for backward (MiB)"),
     "memory_depth": ("depth (blocks)", "saved for backward (MiB)"),
-    "reconstruction": ("block (1 is the lowest)", "reconstruction error (relative)"),
+    "reconstruction": ("block (0 is the lowest)", "reconstruction error (relative)"),
 }
 every_plot = pytest.mark.parametrize("name", PLOTS)
 
@@ -195,9 +195,9 @@ def test_values_without_a_place_on_a_log_scale_stand_on_the_edges(
     )
     axes = find_plot("reconstruction").draw(to_frame([record])).axes[0]
     edge = {line.get_marker(): numbers(line.get_xdata()) for line in axes.lines}
-    assert edge["v"] == [3]
-    assert edge["*"] == [1]
-    assert edge["o"] == [2]
+    assert edge["v"] == [2]
+    assert edge["*"] == [0]
+    assert edge["o"] == [1]
 
 
 def test_random_weights_are_said_in_titles(make_record: MakeRecord) -> None:

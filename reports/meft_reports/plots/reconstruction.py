@@ -67,7 +67,7 @@ def draw(frame: pd.DataFrame) -> Figure:
             axes = grid[index * len(QUANTITIES) + offset]
             _draw_panel(axes, part[part["status"] == "ok"], quantity)
             axes.set_title(describe(part, shown))
-            axes.set_xlabel("block (1 is the lowest)")
+            axes.set_xlabel("block (0 is the lowest)")
             axes.set_ylabel(words)
     canvas.add_legend(figure, drawn["method"])
     canvas.add_note(figure, canvas.failures_note(drawn[drawn["status"] != "ok"]))
@@ -85,13 +85,14 @@ def _draw_panel(axes: Axes, part: pd.DataFrame, quantity: str) -> None:
     for rank, (method, seeds) in enumerate(curves):
         _draw_curve(axes, canvas.line_style(method, rank), seeds)
     num_blocks = max((len(seed) for _, seeds in curves for seed in seeds), default=1)
-    axes.set_xlim(0.5, num_blocks + 0.5)
+    axes.set_xlim(-0.5, num_blocks - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _draw_curve(axes: Axes, style: dict[str, Any], seeds: list[list[float]]) -> None:
-    blocks = range(1, max(map(len, seeds), default=0) + 1)
-    points = {b: [seed[b - 1] for seed in seeds if len(seed) >= b] for b in blocks}
+    # Numbered from 0, as `span` and the library's warnings number them.
+    blocks = range(max(map(len, seeds), default=0))
+    points = {b: [seed[b] for seed in seeds if len(seed) > b] for b in blocks}
     regular = {
         b: values
         for b, values in points.items()
