@@ -137,17 +137,18 @@ def _prepare(backbone: Backbone, cell: Cell, sighting: Sighting) -> Stepper:
 def _train_and_score(
     stepper: Stepper, cell: Cell, task: Task, examples: _Examples, sighting: Sighting
 ) -> None:
-    def score_of(chosen: list[Example]) -> tuple[str, float]:
+    def scores_of(chosen: list[Example]) -> dict[str, float]:
         labels = predict(stepper, chosen, cell.batch_size)
-        return _score(task, labels, [e.label for e in chosen])
+        return _scores(task, labels, [e.label for e in chosen])
+
+    def validate() -> float:
+        return next(iter(scores_of(examples.validation).values()))
 
     clock = StepClock(cell.warmup_steps, cell.device)
     batches = epochs(examples.train, cell)
     losses: list[float] = []
     try:
-        for loss in train(
-            stepper, cell, batches, clock, lambda: score_of(examples.validation)[1]
-        ):
+        for loss in train(stepper, cell, batches, clock, validate):
             losses.append(loss)
     finally:
         sighting.note(
@@ -158,27 +159,30 @@ def _train_and_score(
             step_seconds_iqr=clock.step_seconds_iqr,
         )
     if task.metric is not None:
-        score_name, score = score_of(examples.evaluation)
+        scores = scores_of(examples.evaluation)
         common = Counter(row.label for row in task.train).most_common(1)[0][0]
         references = [row.label for row in task.evaluation]
-        majority = _score(task, [common] * len(references), references)
-        sighting.note(
-            score_name=score_name,
-            score=score,
-            majority_score=majority[1],
-            num_eval_rows=len(references),
-        )
+        majority = _scores(task, [common] * len(references), references)
+        for rank, (name, score) in zip(("", "second_"), scores.items(), strict=False):
+            sighting.note(
+                **{
+                    f"{rank}score_name": name,
+                    f"{rank}score": score,
+                    f"{rank}majority_score": majority[name],
+                }
+            )
+        sighting.note(num_eval_rows=len(references))
     sighting.note(peak_host_bytes=memory.host_peak_bytes())
 
 
-def _score(
+def _scores(
     task: Task, predictions: list[int], references: list[int]
-) -> tuple[str, float]:
+) -> dict[str, float]:
     # Imported here: most cells have no score, and the import costs more than they do.
     from meft_bench.tasks import metrics
 
     assert task.metric is not None
-    return metrics.score(task.metric, predictions, references)
+    return metrics.scores(task.metric, predictions, references)
 
 
 def _probe_memory(

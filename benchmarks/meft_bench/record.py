@@ -67,6 +67,10 @@ class Measurement:
     """Metric on the evaluation split at the selected weights."""
     majority_score: float | None = None
     """The same metric for always answering the most frequent training label."""
+    second_score_name: str | None = None
+    second_score: float | None = None
+    """What the task's metric reports beside its score: F1 of MRPC."""
+    second_majority_score: float | None = None
     num_train_rows: int | None = None
     num_eval_rows: int | None = None
     reconstruction_error: list[float | None] | None = None

@@ -227,6 +227,20 @@ COLUMNS: tuple[Column, ...] = (
         "same metric for always answering the most frequent training label",
         "fraction",
     ),
+    _seen("second_score_name", "string", "the metric behind `second_score`"),
+    _seen(
+        "second_score",
+        "Float64",
+        "what the task's metric reports beside its score",
+        "fraction",
+        False,
+    ),
+    _seen(
+        "second_majority_score",
+        "Float64",
+        "second score of always answering the most frequent training label",
+        "fraction",
+    ),
     _seen("num_train_rows", "Int64", "rows trained on", "count"),
     _seen("num_eval_rows", "Int64", "rows scored on", "count"),
     _seen(

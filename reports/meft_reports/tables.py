@@ -99,6 +99,8 @@ def results(frame: pd.DataFrame) -> list[Table]:
     values = [
         "score",
         "majority_score",
+        "second_score",
+        "second_majority_score",
         "num_trainable_parameters",
         "trainable_fraction",
         "saved_bytes",
@@ -111,20 +113,27 @@ def results(frame: pd.DataFrame) -> list[Table]:
     ]
     table = summarise(rows, values)
     shown = fields_to_show(table, always=WORKLOAD)
-    metrics = rows.groupby("task")["score_name"].first()
+    names = ["score_name", "second_score_name"]
+    metrics = rows.groupby("task")[names].first()
     return [
-        _results_table(part, describe(part, shown), metrics[key["task"]])
+        _results_table(part, describe(part, shown), *metrics.loc[key["task"], names])
         for key, part in split(table, [*WORKLOAD, *PROVENANCE])
     ]
 
 
-def _results_table(part: pd.DataFrame, title: str, metric: Any) -> Table:
+def _results_table(
+    part: pd.DataFrame, title: str, metric: Any, second_metric: Any
+) -> Table:
     part = by_method(part)
     header: dict[str, Callable[[Any], str]] = {
         "method": lambda row: _join(row["method"], option_label(row, part)),
         "seeds": _seeds,
-        f"score ({format_text(metric)})": lambda row: _score(row),
+        f"score ({format_text(metric)})": lambda row: _score(row, "score"),
         "majority class": lambda row: format_score(row["majority_score"]),
+        f"score ({format_text(second_metric)})": lambda row: _score(
+            row, "second_score"
+        ),
+        "majority class, same": lambda row: format_score(row["second_majority_score"]),
         "trainable": lambda row: format_count(row["num_trainable_parameters"]),
         "share": lambda row: format_percent(row["trainable_fraction"]),
         "saved for backward": lambda row: _bytes(row, "saved_bytes"),
@@ -136,6 +145,9 @@ def _results_table(part: pd.DataFrame, title: str, metric: Any) -> Table:
     }
     if part["peak_reserved_bytes"].isna().all():  # only a GPU has it
         del header["peak reserved"]
+    if is_null(second_metric):
+        del header[f"score ({format_text(second_metric)})"]
+        del header["majority class, same"]
     return Table(
         title=title,
         header=tuple(header),
@@ -156,9 +168,9 @@ def _seeds(row: "pd.Series[Any]") -> str:
     return f"{row['num_seeds']} of {total} ({row['num_failed']} failed)"
 
 
-def _score(row: "pd.Series[Any]") -> str:
-    spread = row["score_spread"]
-    text = format_score(row["score"])
+def _score(row: "pd.Series[Any]", name: str) -> str:
+    spread = row[f"{name}_spread"]
+    text = format_score(row[name])
     return text if is_null(spread) else f"{text} ± {format_score(spread)}"
 
 

@@ -212,26 +212,25 @@ def test_the_official_files_have_the_official_counts(
 
 def test_scores_are_what_their_formulas_give() -> None:
     """TP 2, FP 1, FN 1, TN 2: accuracy 4/6, F1 4/6, correlation 1/3."""
-    predictions, references = [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0]
-    name, value = metrics.score("accuracy", predictions, references)
-    assert (name, value) == ("accuracy", 4 / 6)
-    name, value = metrics.score("matthews_correlation", predictions, references)
-    assert name == "matthews_correlation"
-    assert value == pytest.approx(1 / 3)
-    name, value = metrics.score("accuracy_and_f1", predictions, references)
-    assert (name, value) == ("accuracy", 4 / 6)
+    labels = [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0]
+    assert metrics.scores("accuracy", *labels) == {"accuracy": 4 / 6}
+    assert metrics.scores("matthews_correlation", *labels) == {
+        "matthews_correlation": pytest.approx(1 / 3)
+    }
 
 
-def test_mrpc_scores_accuracy_with_f1_beside_it(tmp_path: Path) -> None:
+def test_mrpc_scores_accuracy_with_f1_beside_it() -> None:
     """Four right of six, but no pair that says the same was found: F1 is 0."""
-    metric = metrics.AccuracyAndF1(cache_dir=str(tmp_path), keep_in_memory=True)
-    got = metric.compute(predictions=[0] * 6, references=[0, 0, 0, 0, 1, 1])
-    assert got == {"accuracy": 4 / 6, "f1": 0.0}
+    got = metrics.scores("accuracy_and_f1", [0] * 6, [0, 0, 0, 0, 1, 1])
+    # The first of the two is the score.
+    assert list(got.items()) == [("accuracy", 4 / 6), ("f1", 0.0)]
 
 
 def test_a_constant_answer_correlates_with_nothing() -> None:
     """So the majority score of CoLA is 0."""
-    assert metrics.score("matthews_correlation", [1, 1], [0, 1])[1] == 0.0
+    assert metrics.scores("matthews_correlation", [1, 1], [0, 1]) == {
+        "matthews_correlation": 0.0
+    }
 
 
 # Batches

@@ -39,7 +39,8 @@ NOTHING_SEEN = dict.fromkeys(
     """num_parameters num_trainable_parameters num_blocks saved_bytes resting_bytes
     peak_allocated_bytes peak_reserved_bytes peak_host_bytes nvml_process_bytes
     pcie_rx_bytes pcie_tx_bytes step_seconds step_seconds_iqr all_step_seconds num_steps
-    loss_curve score_name score majority_score num_train_rows num_eval_rows
+    loss_curve score_name score majority_score
+    second_score_name second_score second_majority_score num_train_rows num_eval_rows
     reconstruction_error gradient_error""".split()
 )
 SEEN = {

@@ -45,6 +45,20 @@ def test_results_hold_mean_spread_count_and_cost(frame: pd.DataFrame) -> None:
     assert cells(table, "meft3")["peak allocated"] == "–"  # noqa: RUF001
 
 
+def test_a_second_score_stands_beside_the_first(make_record: MakeRecord) -> None:
+    """F1 of MRPC, with what the majority class gives; other tasks have no column."""
+    scores = {"second_score_name": "f1", "second_majority_score": 0.812}
+    records = [
+        make_record(task="mrpc", method="lora", seed=0, second_score=0.85, **scores),
+        make_record(task="mrpc", method="lora", seed=1, second_score=0.87, **scores),
+        make_record(task="bbc-news", method="lora"),
+    ]
+    other, mrpc = results(to_frame(records))
+    assert cells(mrpc, "lora")["score (f1)"] == "0.860 ± 0.014"
+    assert cells(mrpc, "lora")["majority class, same"] == "0.812"
+    assert "majority class, same" not in other.header
+
+
 def test_memory_shows_how_a_cell_failed_in_its_place(frame: pd.DataFrame) -> None:
     """The word stands where the number would have been."""
     saved = next(t for t in memory(frame) if "fp32" in t.title)

@@ -5,58 +5,26 @@ under ordinary autograd, the reference for memory, speed and exactness. Both tra
 adapters and the new classifier.
 """
 
+from functools import partial
+
 from transformers import BertForSequenceClassification
 
 import meft
 from meft_bench.cell import Cell
 
 
-def meft1(
-    model: BertForSequenceClassification, cell: Cell
-) -> BertForSequenceClassification:
-    """MEFT1, rebuilt."""
-    return _reversible(model, cell, "meft1", "rebuild")
-
-
-def meft2(
-    model: BertForSequenceClassification, cell: Cell
-) -> BertForSequenceClassification:
-    """MEFT2, rebuilt."""
-    return _reversible(model, cell, "meft2", "rebuild")
-
-
-def meft3(
-    model: BertForSequenceClassification, cell: Cell
-) -> BertForSequenceClassification:
-    """MEFT3, rebuilt."""
-    return _reversible(model, cell, "meft3", "rebuild")
-
-
-def meft1_store(
-    model: BertForSequenceClassification, cell: Cell
-) -> BertForSequenceClassification:
-    """MEFT1, stored."""
-    return _reversible(model, cell, "meft1", "store")
-
-
-def meft2_store(
-    model: BertForSequenceClassification, cell: Cell
-) -> BertForSequenceClassification:
-    """MEFT2, stored."""
-    return _reversible(model, cell, "meft2", "store")
-
-
-def meft3_store(
-    model: BertForSequenceClassification, cell: Cell
-) -> BertForSequenceClassification:
-    """MEFT3, stored."""
-    return _reversible(model, cell, "meft3", "store")
-
-
 def _reversible(
-    model: BertForSequenceClassification, cell: Cell, variant: str, backward: str
+    model: BertForSequenceClassification, cell: Cell, *, variant: str, backward: str
 ) -> BertForSequenceClassification:
     config = meft.ReversibleConfig(
         variant=variant, bottleneck_size=cell.bottleneck_size, backward=backward
     )
     return meft.make_reversible(model, config)
+
+
+meft1 = partial(_reversible, variant="meft1", backward="rebuild")
+meft2 = partial(_reversible, variant="meft2", backward="rebuild")
+meft3 = partial(_reversible, variant="meft3", backward="rebuild")
+meft1_store = partial(_reversible, variant="meft1", backward="store")
+meft2_store = partial(_reversible, variant="meft2", backward="store")
+meft3_store = partial(_reversible, variant="meft3", backward="store")

@@ -1,7 +1,8 @@
 """Metrics of the tasks, as `evaluate.Metric` classes that need no network.
 
 `evaluate.load` would fetch the same few lines from the hub. The first value of each
-metric is the score; further values are for people who run one task by hand.
+metric is the score, by which weights are selected; a task whose metric has a second
+value reports that beside it.
 """
 
 import tempfile
@@ -59,13 +60,14 @@ METRICS = {
 }
 
 
-def score(
+def scores(
     metric: str, predictions: Sequence[int], references: Sequence[int]
-) -> tuple[str, float]:
-    """Name and value of the score: the first value of the metric of that name."""
+) -> dict[str, float]:
+    """Every value of the metric of that name, the score first."""
     # The shared cache directory is out of bounds: cells run side by side.
     with tempfile.TemporaryDirectory() as directory:
         scorer = METRICS[metric](cache_dir=directory, keep_in_memory=True)
-        values = scorer.compute(predictions=predictions, references=references)
-    name, value = next(iter(values.items()))
-    return name, value
+        values: dict[str, float] = scorer.compute(
+            predictions=predictions, references=references
+        )
+    return values
