@@ -6,11 +6,14 @@ Public names; everything else may change. `meft.testing` holds the checks.
 from importlib.metadata import PackageNotFoundError, version
 
 from meft.checkpoint import load_adapters, save_adapters
+from meft.chunked_loss import chunk_loss, unchunk_loss
 from meft.errors import (
     AdapterFileError,
     ConfigError,
     LostGradientWarning,
     MeftError,
+    MismatchWarning,
+    ReconstructionError,
     UnsupportedCallError,
     UnsupportedModelError,
 )
@@ -27,11 +30,15 @@ __all__ = [
     "ConfigError",
     "LostGradientWarning",
     "MeftError",
+    "MismatchWarning",
+    "ReconstructionError",
     "ReversibleConfig",
     "UnsupportedCallError",
     "UnsupportedModelError",
     "__version__",
+    "chunk_loss",
     "load_adapters",
     "make_reversible",
     "save_adapters",
+    "unchunk_loss",
 ]

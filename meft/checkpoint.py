@@ -21,11 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from meft.backbone import find_bert
+from meft.backbone.families import find_blocks
 from meft.errors import AdapterFileError
 from meft.reversible.config import ReversibleConfig
-from meft.reversible.convert import find_reversible, make_reversible
-from meft.reversible.encoder import ReversibleEncoder
+from meft.reversible.convert import find_stacks, make_reversible, reversible_stacks
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapters.json"
 FORMAT_VERSION = 1
@@ -36,6 +35,11 @@ _SHAPE_FIELDS = (
     "num_attention_heads",
     "intermediate_size",
     "vocab_size",
+    "num_key_value_heads",
+    "encoder_layers",
+    "decoder_layers",
+    "image_size",
+    "patch_size",
     "max_position_embeddings",
 )
 
@@ -51,10 +55,10 @@ def save_adapters(model: PreTrainedModel, directory: str | Path) -> None:
     Raises:
         UnsupportedModelError: the model is not reversible.
     """
-    encoder = find_reversible(model)
+    stacks = list(reversible_stacks(model).values())
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    adapters = {id(parameter) for parameter in encoder.adapters.parameters()}
+    adapters = {id(p) for stack in stacks for p in stack.adapters.parameters()}
     trained = {
         name: parameter.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
@@ -62,7 +66,7 @@ def save_adapters(model: PreTrainedModel, directory: str | Path) -> None:
     }
     config = {
         "format_version": FORMAT_VERSION,
-        "reversible": encoder.reversible.to_json(),
+        "reversible": stacks[0].reversible.to_json(),
         "model_class": type(model).__name__,
         "backbone": _shape(model),
         "frozen_sha256": _digest(model, without=trained.keys()),
@@ -106,22 +110,25 @@ def _converted(
     model: PreTrainedModel, config: ReversibleConfig, directory: Path
 ) -> Iterator[None]:
     """Make the model reversible with `config`; undo it if the body raises."""
-    bert = find_bert(model)
-    encoder = bert.encoder
-    if isinstance(encoder, ReversibleEncoder):
-        if encoder.reversible != config:
+    for stack in find_stacks(model).values():
+        if not stack.reversible.same_function(config):
             raise AdapterFileError(
                 f"{directory} was saved with {config}, this model was made with "
-                f"{encoder.reversible}"
+                f"{stack.reversible}"
             )
         yield
         return
+    originals = [
+        (found.owner, found.attribute, getattr(found.owner, found.attribute))
+        for found in find_blocks(model)
+    ]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     make_reversible(model, config)
     try:
         yield
     except BaseException:
-        bert.encoder = encoder
+        for owner, attribute, blocks in originals:
+            setattr(owner, attribute, blocks)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise

@@ -4,9 +4,11 @@ MeftError
 ├── ConfigError (ValueError)              a config holds an illegal value
 ├── UnsupportedModelError (TypeError)     this model cannot be converted
 ├── UnsupportedCallError (RuntimeError)   a converted model cannot do that
+├── ReconstructionError (RuntimeError)    a rebuilt activation is not the true one
 └── AdapterFileError (ValueError)         saved adapters do not fit this model
 
 LostGradientWarning (UserWarning)         the inverse is too inexact to train on
+MismatchWarning (UserWarning)             a step was skipped or redone, see its text
 """
 
 
@@ -26,8 +28,16 @@ class UnsupportedCallError(MeftError, RuntimeError):
     """A converted model was asked for something a reversible stack cannot give."""
 
 
+class ReconstructionError(MeftError, RuntimeError):
+    """A rebuilt activation is not the one that the forward saw."""
+
+
 class AdapterFileError(MeftError, ValueError):
     """Saved adapters are missing, damaged, or belong to another backbone."""
+
+
+class MismatchWarning(UserWarning):
+    """A rebuilt activation was not the true one, and the step was skipped or redone."""
 
 
 class LostGradientWarning(UserWarning):

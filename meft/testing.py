@@ -15,19 +15,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from meft.errors import UnsupportedCallError
-from meft.reversible.convert import find_reversible
+from meft.reversible.blocks import ReversibleBlocks
+from meft.reversible.convert import reversible_stacks
 from meft.reversible.coupling import growth
-from meft.reversible.encoder import ReversibleEncoder
 from meft.reversible.probe import LOST, Probe, relative_error
-from meft.reversible.variants import SWAPS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReversibleReport:
     """What `check_reversible` saw. `str()` gives a table, lowest block first."""
 
-    first_block: int
-    """Index in the model of the first block reported."""
+    blocks: tuple[str, ...]
+    """Name in the model of every rebuilt block, the order of what follows."""
     reconstruction_error: tuple[float, ...]
     """Larger relative error of the two rebuilt input streams, per block."""
     point_error: tuple[float, ...]
@@ -36,17 +35,19 @@ class ReversibleReport:
     """Relative error of all parameter gradients of a block against the twin's."""
 
     @property
-    def lost_blocks(self) -> tuple[int, ...]:
+    def lost_blocks(self) -> tuple[str, ...]:
         """Blocks whose gradients are off by more than a tenth."""
-        numbered = enumerate(self.gradient_error, self.first_block)
-        return tuple(block for block, error in numbered if not error <= LOST)
+        errors = zip(self.blocks, self.gradient_error, strict=True)
+        return tuple(block for block, error in errors if not error <= LOST)
 
     def __str__(self) -> str:
-        rows = ["block  reconstruction error  gradient error"]
-        errors = zip(self.reconstruction_error, self.gradient_error, strict=True)
-        for block, (rebuilt, gradient) in enumerate(errors, self.first_block):
+        width = max(map(len, self.blocks))
+        rows = [f"{'block':{width}}  reconstruction error  gradient error"]
+        for block, rebuilt, gradient in zip(
+            self.blocks, self.reconstruction_error, self.gradient_error, strict=True
+        ):
             lost = "  lost" if block in self.lost_blocks else ""
-            rows.append(f"{block:5d}  {rebuilt:20.1e}  {gradient:14.1e}{lost}")
+            rows.append(f"{block:{width}}  {rebuilt:20.1e}  {gradient:14.1e}{lost}")
         return "\n".join(rows)
 
 
@@ -56,7 +57,8 @@ def check_reversible(
     """Hold the rebuilding backward of `model` against its stored twin on one batch.
 
     Both run with the same dropout masks, in the model's present mode. Parameters, their
-    `.grad` and the random generators are left as they were.
+    `.grad` and the random generators are left as they were. With `fixed` streams every
+    error is 0, or the backward raises.
 
     Args:
         model: a model that has been through `make_reversible()`.
@@ -66,25 +68,29 @@ def check_reversible(
         UnsupportedModelError: the model is not reversible.
         UnsupportedCallError: the batch gives no loss.
     """
-    encoder = find_reversible(model)
-    first, end = encoder.span
-    probe = Probe(end - first, num_samples=0)
+    stacks = reversible_stacks(model)
+    probes = {name: Probe(num_samples=0) for name in stacks}
     groups = {
-        block: [
+        f"{name}.{block}": [
             parameter
-            for module in (encoder.blocks[block], encoder.adapters_of(block))
+            for module in (stack[block], stack.adapters_of(block))
             for parameter in module.parameters()
             if parameter.requires_grad
         ]
-        for block in range(first, end)
+        for name, stack in stacks.items()
+        for block in range(*stack.span)
     }
     parameters = [p for group in groups.values() for p in group]
-    stored = _gradients(model, batch, parameters, encoder, "store", None)
-    rebuilt = _gradients(model, batch, parameters, encoder, "rebuild", probe)
+    stored = _gradients(model, batch, parameters, stacks, "store", {})
+    rebuilt = _gradients(model, batch, parameters, stacks, "rebuild", probes)
     return ReversibleReport(
-        first_block=first,
-        reconstruction_error=tuple(max(pair) for pair in probe.errors),
-        point_error=tuple(probe.point_errors(SWAPS[encoder.reversible.variant])),
+        blocks=tuple(groups),
+        reconstruction_error=tuple(
+            error for probe in probes.values() for error in probe.rebuilt_errors()
+        ),
+        point_error=tuple(
+            error for probe in probes.values() for error in probe.point_errors()
+        ),
         gradient_error=tuple(
             relative_error(_joined(rebuilt, group), _joined(stored, group))
             for group in groups.values()
@@ -96,13 +102,14 @@ def _gradients(
     model: PreTrainedModel,
     batch: Mapping[str, Any],
     parameters: list[torch.nn.Parameter],
-    encoder: ReversibleEncoder,
+    stacks: Mapping[str, ReversibleBlocks],
     backward_pass: str,
-    probe: Probe | None,
+    probes: Mapping[str, Probe],
 ) -> dict[int, Tensor]:
     """Gradient of the batch's loss for each parameter, by identity."""
-    before = encoder.backward_pass, encoder.probe
-    encoder.backward_pass, encoder.probe = backward_pass, probe
+    before = {name: (s.backward_pass, s.probe) for name, s in stacks.items()}
+    for name, stack in stacks.items():
+        stack.backward_pass, stack.probe = backward_pass, probes.get(name)
     cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices=cuda):
@@ -115,7 +122,8 @@ def _gradients(
                 )
             gradients = torch.autograd.grad(loss, parameters)
     finally:
-        encoder.backward_pass, encoder.probe = before
+        for name, stack in stacks.items():
+            stack.backward_pass, stack.probe = before[name]
     return {id(p): g for p, g in zip(parameters, gradients, strict=True)}
 
 

@@ -15,7 +15,7 @@ import importlib.metadata
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -26,8 +26,8 @@ from transformers import (
     BertForSequenceClassification,
     PreTrainedTokenizerBase,
 )
+from transformers.models.bert.modeling_bert import BertLayer
 
-from meft.backbone import blocks_of
 from meft_bench.cell import Cell
 from meft_bench.registry import PACKAGED_BACKBONES, RANDOM_BACKBONES, nearest
 from meft_bench.source import MissingError, Source
@@ -103,7 +103,7 @@ def set_depth(model: BertForSequenceClassification, depth: int) -> None:
 
     A repeated block is a copy with parameters of its own.
     """
-    blocks = blocks_of(model.bert)
+    blocks = blocks_of(model)
     chosen = [
         blocks[i] if i < len(blocks) else copy.deepcopy(blocks[i % len(blocks)])
         for i in range(depth)
@@ -231,3 +231,8 @@ def _three_ways(problem: str) -> str:
         "with config.json, model.safetensors and a tokenizer; backbone `hub:NAME` with "
         "`--allow-download`"
     )
+
+
+def blocks_of(model: BertForSequenceClassification) -> list[BertLayer]:
+    """The blocks of a classifier, lowest first."""
+    return [cast(BertLayer, block) for block in model.bert.encoder.layer]

@@ -55,6 +55,8 @@ class Cell:
     """Inner width of every bottleneck adapter."""
     lora_rank: int = 8
     """Rank of every LoRA pair."""
+    lost_bits: int = 4
+    """k of the small scale 2^-k of the `-exact` methods."""
 
     @property
     def id(self) -> str:

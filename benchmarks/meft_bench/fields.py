@@ -23,6 +23,7 @@ _NAMES: dict[str, Collection[str]] = {
     "device": registry.DEVICES,
 }
 _FROM_ONE = {"batch_size", "seq_len", "max_steps", "bottleneck_size", "lora_rank"}
+_AT_MOST = {"lost_bits": 16}
 
 Value = str | int | float
 
@@ -83,6 +84,9 @@ def _check_count(name: str, value: object) -> int:
     least = 1 if name in _FROM_ONE else 0
     if value < least:
         raise ValueError(f"`{name}` = {value!r} should be at least {least}")
+    most = _AT_MOST.get(name, value)
+    if value > most:
+        raise ValueError(f"`{name}` = {value!r} should be at most {most}")
     return value
 
 

@@ -78,7 +78,7 @@ def measure(cell: Cell, source: Source, sighting: Sighting) -> None:
     _train_and_score(stepper, cell, task, examples, sighting)
     batch = full_batch(examples.train, cell)
     _probe_memory(stepper, cell, batch, sighting)
-    if cell.method in ("meft1", "meft2", "meft3"):
+    if cell.method.startswith("meft") and not cell.method.endswith("-store"):
         _check_inverse(stepper, batch, sighting)
 
 

@@ -22,8 +22,15 @@ METHODS = {
     "meft1-store": "meft_bench.methods.reversible:meft1_store",
     "meft2-store": "meft_bench.methods.reversible:meft2_store",
     "meft3-store": "meft_bench.methods.reversible:meft3_store",
+    "meft1-exact": "meft_bench.methods.reversible:meft1_exact",
+    "meft2-exact": "meft_bench.methods.reversible:meft2_exact",
+    "meft3-exact": "meft_bench.methods.reversible:meft3_exact",
+    "meft1-exact-store": "meft_bench.methods.reversible:meft1_exact_store",
+    "meft2-exact-store": "meft_bench.methods.reversible:meft2_exact_store",
+    "meft3-exact-store": "meft_bench.methods.reversible:meft3_exact_store",
 }
-"""Ways of fine-tuning: ours, our plain twins (`-store`), and their rivals."""
+"""Ways of fine-tuning: the paper's, ours with the exact inverse (`-exact`), the plain
+twins of both (`-store`), and their rivals."""
 
 TASKS = {
     "synthetic": "meft_bench.tasks.synthetic:load",

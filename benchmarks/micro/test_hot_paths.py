@@ -4,8 +4,6 @@ Run by `tox -e micro`; the groups compare within one run, which is the only comp
 worth making on a shared machine.
 """
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -14,7 +12,9 @@ from transformers import BertConfig, BertModel
 
 import meft
 from meft.bottleneck import Bottleneck
-from meft.reversible.coupling import couple, uncouple
+from meft.reversible.coupling import Arithmetic, Branch, Coupling
+from meft.reversible.fixed import FRACTION_BITS_WIDE, Fixed
+from meft.reversible.floating import Floating
 
 ROWS, SEQ, HIDDEN, DEPTH = 8, 128, 256, 6
 
@@ -30,12 +30,30 @@ def hidden(requires_grad: bool = False) -> torch.Tensor:
 
 
 @pytest.mark.benchmark(group="coupling")
-@pytest.mark.parametrize("step", [couple, uncouple])
-def test_coupling(benchmark: BenchmarkFixture, step: Callable[..., object]) -> None:
-    """The coupling's own arithmetic, F and G as cheap as they get."""
-    x1, x2 = hidden(), hidden()
-    arguments = (x1, x2, torch.neg, torch.neg, 0.1, 1.0)
-    benchmark.pedantic(step, arguments, rounds=50, warmup_rounds=10)
+@pytest.mark.parametrize("arithmetic", ["float", "fixed"])
+@pytest.mark.parametrize("way", ["couple", "uncouple"])
+def test_step(benchmark: BenchmarkFixture, arithmetic: str, way: str) -> None:
+    """A coupling's own arithmetic, with a branch that costs nothing."""
+    dtype = torch.float32
+    streams: Arithmetic = (
+        Floating(compute_dtype=dtype, stream_dtype=dtype)
+        if arithmetic == "float"
+        else Fixed(compute_dtype=dtype, fraction_bits=FRACTION_BITS_WIDE)
+    )
+    coupling = Coupling(
+        target=0, branch=Branch(), scale=1 / 16, difference=True, block=0, number=0
+    )
+    target, source = streams.enter(hidden()), streams.enter(hidden())
+    value = hidden()
+    kept = streams.couple_(target, source, value, coupling)
+
+    def run() -> None:
+        if way == "couple":
+            streams.couple_(target, source, value, coupling)
+        else:
+            streams.uncouple_(target, source, value, coupling, kept)
+
+    benchmark.pedantic(run, rounds=50, warmup_rounds=10)
 
 
 @pytest.mark.benchmark(group="adapter")
@@ -65,10 +83,11 @@ def encoder_of(way: str) -> BertModel:
     model = BertModel(config, add_pooling_layer=False)
     model.train()
     if way.startswith("meft"):
-        variant, _, backward = way.partition(" ")
-        meft.make_reversible(
-            model, meft.ReversibleConfig(variant=variant, backward=backward)
+        variant, arithmetic, backward = way.split()
+        chosen = meft.ReversibleConfig(
+            variant=variant, arithmetic=arithmetic, backward=backward
         )
+        meft.make_reversible(model, chosen)
     elif way == "checkpointing":
         # The backbone is frozen, as it is for the reversible variants.
         model.requires_grad_(False)
@@ -79,10 +98,11 @@ def encoder_of(way: str) -> BertModel:
 WAYS = [
     "full",
     "checkpointing",
-    "meft1 rebuild",
-    "meft1 store",
-    "meft2 rebuild",
-    "meft3 rebuild",
+    "meft1 float rebuild",
+    "meft1 fixed rebuild",
+    "meft1 fixed store",
+    "meft2 fixed rebuild",
+    "meft3 fixed rebuild",
 ]
 
 

@@ -10,6 +10,7 @@ from meft.errors import ConfigError
 
 PAPER_SCALES = {"meft1": (0.1, 1.0), "meft2": (1.0, 0.1), "meft3": (0.1, 0.1)}
 """(lambda, beta) of the authors' GLUE runs, per variant."""
+MAX_LOST_BITS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,29 +21,74 @@ class ReversibleConfig:
     """`meft1`, `meft2` or `meft3`: what F and G are (`meft.reversible.variants`)."""
     bottleneck_size: int = 8
     """Inner width of every adapter."""
+    arithmetic: str = "fixed"
+    """`fixed`: integer streams with an exact inverse. `float`: the paper's, inverted by
+    subtracting and dividing, whose gradients are wrong below the top few blocks."""
+    lost_bits: int = 4
+    """`fixed` only: k of the small scale 2^-k, 0 to 16. Kept for backward are k bits an
+    element a block (2k for `meft3`). Every bit more halves the deviation from the
+    starting point; 16 is gradient checkpointing of the unchanged backbone."""
+    fraction_bits: int | None = None
+    """`fixed` only: a stream's quantum is 2^-fraction_bits and its range 2^29 of them.
+    None takes 14 for 16-bit compute (range 32768) and 18 for wider (2048). Lower it for
+    a backbone with larger activations, which is told when it is met."""
     scale_1: float | None = None
-    """lambda, the factor on stream 1; None takes the paper's for the variant."""
+    """`float` only: lambda, the factor on stream 1; None takes the paper's."""
     scale_2: float | None = None
-    """beta, the factor on stream 2; None takes the paper's for the variant."""
+    """`float` only: beta, the factor on stream 2; None takes the paper's."""
+    coupling: str | None = None
+    """`difference` scales what one block changed, `paper` the whole carried stream.
+    None takes `difference` for `fixed` and `paper` for `float`."""
     span: tuple[int, int] | None = None
     """Blocks `span[0]` up to, not including, `span[1]` are rebuilt. Blocks below stay
     plain and frozen; blocks above get adapters too, but store their activations. None
     rebuilds all blocks (the paper's figure 7 compares such settings)."""
-    arithmetic: str = "float"
-    """`float`: floating-point streams, inverted by subtracting and dividing."""
     backward: str = "rebuild"
     """`rebuild`: the method. `store`: its plain twin, under ordinary autograd."""
+    mlp_chunks: int = 1
+    """Parts along the sequence in which what treats tokens alone (MLP, norms, adapter)
+    is run and differentiated: a lower peak at the same number of operations."""
+    gradient_dtype: str = "float32"
+    """`fixed` only: `float32` or `bfloat16` for the gradients of streams."""
+    side_buffer: str = "device"
+    """`fixed` only: where the lost bits wait for the backward. `host` copies them to
+    (pinned) host memory, so that nothing that grows with depth stays on the device;
+    `ReversibleBlocks.ledger` counts the bytes."""
+    on_mismatch: str = "raise"
+    """`fixed` only: what to do if a branch gave other bits in the backward. `raise`;
+    `skip`: no gradients for this batch, and a warning; `redo`: compute them with stored
+    activations, and a warning (keeps the input of the stack for that)."""
 
     def __post_init__(self) -> None:
         _one_of("variant", self.variant, PAPER_SCALES)
-        _one_of("arithmetic", self.arithmetic, ("float",))
+        _one_of("arithmetic", self.arithmetic, ("fixed", "float"))
         _one_of("backward", self.backward, ("rebuild", "store"))
-        if self.bottleneck_size < 1:
+        _one_of("gradient_dtype", self.gradient_dtype, ("float32", "bfloat16"))
+        _one_of("side_buffer", self.side_buffer, ("device", "host"))
+        _one_of("on_mismatch", self.on_mismatch, ("raise", "skip", "redo"))
+        if self.coupling is not None:
+            _one_of("coupling", self.coupling, ("difference", "paper"))
+        for name in ("bottleneck_size", "mlp_chunks"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"`{name}` must be at least 1, got {getattr(self, name)}"
+                )
+        if not 0 <= self.lost_bits <= MAX_LOST_BITS:
             raise ConfigError(
-                f"`bottleneck_size` must be at least 1, got {self.bottleneck_size}"
+                f"`lost_bits` must be 0 to {MAX_LOST_BITS}, got {self.lost_bits}"
+            )
+        if self.fraction_bits is not None and not 4 <= self.fraction_bits <= 24:
+            raise ConfigError(
+                f"`fraction_bits` must be 4 to 24, got {self.fraction_bits}"
             )
         for name in ("scale_1", "scale_2"):
-            if getattr(self, name) == 0:
+            scale = getattr(self, name)
+            if scale is not None and self.arithmetic == "fixed":
+                raise ConfigError(
+                    f"`{name}` is for `arithmetic='float'`; with `fixed` the small "
+                    "scale is 2^-lost_bits: set `lost_bits`"
+                )
+            if scale == 0:
                 raise ConfigError(f"`{name}` must not be 0: the inverse divides by it")
         if self.span is not None and not 0 <= self.span[0] < self.span[1]:
             raise ConfigError(
@@ -53,12 +99,26 @@ class ReversibleConfig:
 
     @property
     def scales(self) -> tuple[float, float]:
-        """(lambda, beta) with the paper's values filled in."""
+        """(lambda, beta)."""
         paper_1, paper_2 = PAPER_SCALES[self.variant]
+        if self.arithmetic == "fixed":
+            small = 2.0**-self.lost_bits
+            return (small if paper_1 < 1 else 1.0, small if paper_2 < 1 else 1.0)
         return (
             paper_1 if self.scale_1 is None else self.scale_1,
             paper_2 if self.scale_2 is None else self.scale_2,
         )
+
+    @property
+    def is_difference(self) -> bool:
+        """Whether the coupling scales differences."""
+        return (self.coupling or _COUPLINGS[self.arithmetic]) == "difference"
+
+    def same_function(self, other: "ReversibleConfig") -> bool:
+        """Whether both describe one function, however its backward is computed."""
+        neutral = dict.fromkeys(_HOW_ONLY, None)
+        mine, theirs = self.to_json(), other.to_json()
+        return mine | neutral == theirs | neutral
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
@@ -69,6 +129,16 @@ class ReversibleConfig:
         """The inverse of `to_json`."""
         span = fields["span"]
         return cls(**fields | {"span": None if span is None else tuple(span)})
+
+
+_HOW_ONLY = (
+    "backward",
+    "mlp_chunks",
+    "gradient_dtype",
+    "side_buffer",
+    "on_mismatch",
+)
+_COUPLINGS = {"fixed": "difference", "float": "paper"}
 
 
 def _one_of(name: str, value: str, valid: Iterable[str]) -> None:

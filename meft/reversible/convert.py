@@ -6,27 +6,32 @@ from typing import TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from meft.backbone import blocks_of, find_bert, freeze_all_but_head, is_checkpointing
+from meft.backbone.families import (
+    BlockList,
+    find_blocks,
+    freeze_all_but_head,
+    is_checkpointing,
+)
 from meft.bottleneck import Bottleneck, wide_dtype
 from meft.errors import ConfigError, UnsupportedModelError
+from meft.reversible.blocks import ReversibleBlocks
 from meft.reversible.config import ReversibleConfig
-from meft.reversible.encoder import ReversibleEncoder
 from meft.reversible.variants import make_adapters
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def make_reversible(model: Model, config: ReversibleConfig) -> Model:
-    """Replace the encoder loop of a BERT by a reversible one, in place.
+    """Replace every list of blocks in a model by a reversible stack, in place.
 
     The model keeps its class, its `forward` signature and its outputs. Afterwards the
-    adapters and a newly made task head (`classifier`, `qa_outputs`) are trainable and
-    everything else is frozen (Liao et al., NeurIPS 2023, section 4.1); change
-    `requires_grad` afterwards to train more or less.
+    adapters and a newly made task head (`classifier`, `qa_outputs`, `score`, ...) are
+    trainable and everything else is frozen (Liao et al., NeurIPS 2023, section 4.1);
+    change `requires_grad` afterwards to train more or less.
 
     Args:
-        model: any `Bert*` class of transformers that is not a decoder.
-        config: variant, scales, span, arithmetic and backward pass.
+        model: any class of a supported family, which `meft.backbone.families` lists.
+        config: variant, arithmetic, span and backward pass.
 
     Returns:
         `model` itself.
@@ -36,51 +41,68 @@ def make_reversible(model: Model, config: ReversibleConfig) -> Model:
             checkpointing on.
         ConfigError: `config.span` reaches beyond the model's blocks.
     """
-    bert = find_bert(model)
-    if isinstance(bert.encoder, ReversibleEncoder):
+    if find_stacks(model):
         raise UnsupportedModelError("this model is reversible already")
     if is_checkpointing(model):
         raise UnsupportedModelError(
             "gradient checkpointing is on: a reversible stack rebuilds its activations "
             "already. Call `model.activation_checkpointing_disable()` first"
         )
-    blocks = blocks_of(bert)
-    first, end = config.span or (0, len(blocks))
-    if end > len(blocks):
-        raise ConfigError(
-            f"`span` is {(first, end)}, but {type(model).__name__} has "
-            f"{len(blocks)} blocks"
-        )
-
+    lists = find_blocks(model)
+    for found in lists:
+        if config.span is not None and config.span[1] > len(found.blocks):
+            raise ConfigError(
+                f"`span` is {config.span}, but {found.name} of {type(model).__name__} "
+                f"has {len(found.blocks)} blocks"
+            )
     freeze_all_but_head(model)
-    adapters = nn.ModuleDict()
-    for index, block in enumerate(blocks[first:], first):
-        weight = block.output.dense.weight
-        make = partial(
-            Bottleneck,
-            bert.config.hidden_size,
-            config.bottleneck_size,
-            block.intermediate.intermediate_act_fn,
-            bert.config.hidden_dropout_prob,
-            bert.config.initializer_range,
-        )
-        made = make_adapters(config.variant, make)
-        adapters[str(index)] = made.to(weight.device, wide_dtype(weight.dtype))
-    encoder = ReversibleEncoder(bert.encoder, adapters, config, (first, end))
-    bert.encoder = encoder.train(model.training)  # type: ignore[assignment]
+    for found in lists:
+        stack = _stack(found, config)
+        setattr(found.owner, found.attribute, stack.train(model.training))
     return model
 
 
-def find_reversible(model: PreTrainedModel) -> ReversibleEncoder:
-    """The reversible encoder inside `model`.
+def find_stacks(model: nn.Module) -> dict[str, ReversibleBlocks]:
+    """The reversible stacks inside `model`, by name; empty if it has none."""
+    named = model.named_modules()
+    return {name: m for name, m in named if isinstance(m, ReversibleBlocks)}
+
+
+def reversible_stacks(model: nn.Module) -> dict[str, ReversibleBlocks]:
+    """As `find_stacks`.
 
     Raises:
         UnsupportedModelError: `model` has not been through `make_reversible()`.
     """
-    encoder = find_bert(model).encoder
-    if not isinstance(encoder, ReversibleEncoder):
+    stacks = find_stacks(model)
+    if not stacks:
         raise UnsupportedModelError(
             f"this {type(model).__name__} is not reversible: call "
             "`meft.make_reversible(model, config)` first"
         )
-    return encoder
+    return stacks
+
+
+def _stack(found: BlockList, config: ReversibleConfig) -> ReversibleBlocks:
+    first, end = config.span or (0, len(found.blocks))
+    adapters = nn.ModuleDict()
+    for index, block in enumerate(found.blocks[first:], first):
+        shape = found.family.adapter_shape(block, found.owner.config)
+        weight = next(block.parameters())
+        make = partial(
+            Bottleneck,
+            shape.hidden_size,
+            config.bottleneck_size,
+            shape.activation,
+            shape.dropout,
+            shape.std,
+        )
+        # What only the stale stream of the last block would see has no effect, unless
+        # the read-out mixes both streams.
+        is_last = index == len(found.blocks) - 1
+        unread = is_last and config.variant == "meft1" and config.arithmetic == "fixed"
+        made = make_adapters(config.variant, make, only_f=unread)
+        adapters[str(index)] = made.to(weight.device, wide_dtype(weight.dtype))
+    return ReversibleBlocks(
+        found.blocks, adapters, found.family, config, (first, end), found.owner.config
+    )

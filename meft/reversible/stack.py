@@ -1,20 +1,23 @@
 """A stack of couplings whose backward rebuilds activations instead of storing them.
 
-Kept between forward and backward: the top pair of streams, a seed, and nothing per
-block. The backward walks down. At each block, with dy1 and dy2 the gradients of its
-output pair:
+Kept between forward and backward: the top pair of streams, a seed, and per coupling
+what the arithmetic keeps to undo it. The backward walks down. At each coupling, with dt
+and ds the gradients of target and source:
 
-    recompute g(y1), pull dy2 through it:  dG, v1;    x2 = (y2 - g(y1)) / scale_2
-    recompute f(x2), pull dy1 + v1:        dF, v2;    x1 = (y1 - f(x2)) / scale_1
-    dx1 = scale_1 (dy1 + v1),              dx2 = scale_2 dy2 + v2
+    recompute value = branch(s), pull dt through it:  gradients of parameters, v
+    t <- the coupling undone;    dt <- scale dt;    ds <- ds [- dt] + v
 
 (Liao et al., NeurIPS 2023, section 3.1.) Trainable parameters are inputs of the
 autograd function and their gradients are returned, so hooks, accumulation, gradient
 scaling and `torch.autograd.grad` work as for any other operation, and nothing frozen
-has to pretend to be trainable. Only one branch's graph is alive at a time.
+has to pretend to be trainable. Only half a branch's graph is alive at a time: its
+tokenwise part is differentiated as soon as it has been recomputed, chunk by chunk,
+because the gradient it needs is already there.
 """
 
-from collections.abc import Sequence
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,20 +25,52 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from meft.errors import UnsupportedCallError
-from meft.reversible.probe import Probe
-from meft.reversible.twin import Stack, run
+from meft.errors import MismatchWarning, ReconstructionError, UnsupportedCallError
+from meft.reversible import twin
+from meft.reversible.autocast import Autocast
+from meft.reversible.coupling import Context, Coupling
+from meft.reversible.twin import Stack, Stream, Streams, carrier_like, scaled_gradient
+from meft.reversible.watch import Watch
 from meft.shapes import Hidden
+from meft.transfer import Ledger, to_device, to_host
 
 
 def run_rebuilt(
-    stack: Stack, x1: Hidden, x2: Hidden, probe: Probe | None = None
-) -> tuple[Hidden, Hidden]:
-    """`twin.run(stack, x1, x2)`, rebuilding activations in the backward."""
-    parameters = _trainable(stack)
-    call = _Call(stack, parameters, _Autocast.current(x1.device), probe)
-    y1, y2 = _Rebuild.apply(call, x1, x2, *parameters)  # type: ignore[no-untyped-call]
-    return y1, y2
+    stack: Stack,
+    hidden: Hidden,
+    context: Context,
+    watch: Watch,
+    on_mismatch: str = "raise",
+    host_ledger: Ledger | None = None,
+) -> Streams:
+    """`twin.run(stack, twin.enter(stack, hidden), context)`, nothing stored.
+
+    Args:
+        stack: the couplings.
+        hidden: what both streams start as.
+        context: tensors beside the stream, by name.
+        watch: looks on in the forward and in the backward.
+        on_mismatch: what the backward does if it has not met what the forward saw:
+            `raise`, `skip` (give no gradients, warn) or `redo` (compute them with
+            stored activations, warn; `hidden` is kept for that).
+        host_ledger: if given, what has to be kept waits in host memory, and this counts
+            the bytes.
+    """
+    state = _State.of(stack)
+    call = _Call(
+        stack=stack,
+        names=tuple(context),
+        parameters=state.trainable(),
+        state=state,
+        autocast=Autocast.current(hidden.device),
+        watch=watch,
+        on_mismatch=on_mismatch,
+        host_ledger=host_ledger,
+    )
+    values_1, values_2, finite, carrier_1, carrier_2 = _Rebuild.apply(  # type: ignore[no-untyped-call]
+        call, hidden, *context.values(), *call.parameters
+    )
+    return Streams(Stream(values_1, carrier_1), Stream(values_2, carrier_2), finite)
 
 
 class _Rebuild(torch.autograd.Function):
@@ -43,170 +78,292 @@ class _Rebuild(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: "_Call", x1: Tensor, x2: Tensor, *parameters: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, call: "_Call", hidden: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        ctx.call = call
-        ctx.versions = [p._version for p in parameters]
+        stack = call.stack
+        context = call.context(inputs)
+        streams = [stack.arithmetic.enter(hidden) for _ in range(2)]
+        finite = stack.arithmetic.finite(hidden)
+        kept: list[Tensor | None] = []
         with call.autocast.entered():
-            y1, y2 = run(call.stack, x1, x2, call.probe)
-        ctx.save_for_backward(y1, y2)
-        return y1, y2
+            for index, coupling in enumerate(stack.couplings):
+                target, source = streams[coupling.target], streams[1 - coupling.target]
+                call.watch.before(stack, index, target)
+                x = stack.arithmetic.read(source)
+                wants_input = ctx.needs_input_grad[1] or index > 0
+                value = call.watch.value(stack, coupling, x, context, wants_input)
+                finite = twin.both(finite, stack.arithmetic.finite(value))
+                lost = stack.arithmetic.couple_(target, source, value, coupling)
+                kept.append(call.put_away(lost))
+        ctx.call, ctx.dtype = call, hidden.dtype
+        start = hidden if call.on_mismatch == "redo" else None
+        expected = call.watch.expected()
+        ctx.save_for_backward(*streams, *context.values(), *kept, expected, start)
+        ctx.mark_non_differentiable(*streams)
+        dtype = stack.arithmetic.gradient_dtype
+        carriers = (carrier_like(values, dtype) for values in streams)
+        return (*streams, finite, *carriers)
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, dy1: Tensor | None, dy2: Tensor | None
+        ctx: Any, _1: None, _2: None, _3: None, d1: Tensor | None, d2: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        call.refuse_changed_parameters(ctx.versions)
-        y1, y2 = ctx.saved_tensors
-        if dy1 is None and dy2 is None:
-            return (None, None, None, *[None] * len(call.parameters))
-        dy1 = torch.zeros_like(y1) if dy1 is None else dy1
-        dy2 = torch.zeros_like(y2) if dy2 is None else dy2
-        gradients = _Gradients(call.parameters)
-        wants_input = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        with call.autocast.entered():
-            for index in reversed(range(len(call.stack.branches))):
-                assert dy1 is not None, "only the lowest block may end without"
-                assert dy2 is not None
-                if call.stack.swap:
-                    y1, y2, dy1, dy2 = y2, y1, dy2, dy1
-                y1, y2, dy1, dy2 = _step_down(
-                    call, index, (y1, y2, dy1, dy2), wants_input or index > 0, gradients
-                )
-        if call.probe is not None:
-            call.probe.finish()
-        return (None, dy1, dy2, *gradients.in_order())
+        call.refuse_changed_state()
+        stack, couplings = call.stack, call.stack.couplings
+        first, second, *rest = ctx.saved_tensors
+        streams = [first, second]
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            streams = [first.clone(), second.clone()]
+        beside = {
+            name: tensor.detach().requires_grad_(wanted)
+            for name, tensor, wanted in zip(
+                call.names, rest, ctx.needs_input_grad[2:], strict=False
+            )
+        }
+        *kept, expected, start = rest[len(call.names) :]
+        gradients = _Gradients()
+        d = [d1, d2]
+        if start is None:
+            del d1, d2
+        wants_input = ctx.needs_input_grad[1]
+        for index in reversed(range(len(couplings))):
+            coupling = couplings[index]
+            target, source = coupling.target, 1 - coupling.target
+            value, v = _pull(
+                call,
+                coupling,
+                stack.arithmetic.read(streams[source]),
+                beside,
+                d[target],
+                wants_input or index > 0,
+                gradients,
+            )
+            stack.arithmetic.uncouple_(
+                streams[target],
+                streams[source],
+                value,
+                coupling,
+                call.fetched(kept[index], value.device),
+            )
+            del value
+            call.watch.after(index, streams[target], expected)
+            d[target], d[source] = _down(d[target], d[source], v, coupling)
+        try:
+            call.watch.finish(stack, streams)
+        except ReconstructionError as error:
+            if call.on_mismatch == "raise":
+                raise
+            warnings.warn(str(error), MismatchWarning, stacklevel=2)
+            if start is None:
+                return tuple(None for _ in ctx.needs_input_grad)
+            del streams, gradients, d
+            return _stored(call, start, beside, (d1, d2), wants_input)
+        hidden = twin.added(d[0], d[1]) if wants_input else None
+        return (
+            None,
+            None if hidden is None else hidden.to(ctx.dtype),
+            *(gradients.of(tensor) for tensor in beside.values()),
+            *(gradients.of(parameter) for parameter in call.parameters),
+        )
 
 
-def _step_down(
+def _stored(
     call: "_Call",
-    index: int,
-    above: tuple[Tensor, Tensor, Tensor, Tensor],
+    start: Tensor,
+    beside: Context,
+    d: tuple[Tensor | None, Tensor | None],
     wants_input: bool,
-    gradients: "_Gradients",
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """One block down: output pair and its gradients in, input pair and its out.
+) -> tuple[Tensor | None, ...]:
+    """What the backward returns, by the twin."""
+    start = start.detach().requires_grad_(wants_input)
+    with call.recomputing():
+        streams = twin.run(call.stack, twin.enter(call.stack, start), beside)
+    inputs = [start, *beside.values(), *call.parameters]
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    ends = [
+        (stream.carrier, gradient)
+        for stream, gradient in zip(streams.pair(), d, strict=True)
+        if gradient is not None and stream.carrier.requires_grad
+    ]
+    pulled = iter(
+        torch.autograd.grad(
+            [carrier for carrier, _ in ends],
+            wanted,
+            [gradient for _, gradient in ends],
+            allow_unused=True,
+        )
+    )
+    return (None, *(next(pulled) if t.requires_grad else None for t in inputs))
 
-    Without `wants_input` nothing below the block trains: the gradients of its input
-    pair are None.
+
+def _down(
+    dt: Tensor | None, ds: Tensor | None, v: Tensor | None, coupling: Coupling
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of target and source below a coupling.
+
+    Added in the order in which autograd adds them for the twin, for equality of bits.
     """
-    stack = call.stack
-    y1, y2, dy1, dy2 = above
-
-    value, v1 = _pull(stack, index, 1, y1, dy2, True, gradients)
-    x2 = (y2 - value) / stack.scale_2
-    assert v1 is not None
-    dy1 = dy1 + v1
-    del value, v1, y2
-
-    value, v2 = _pull(stack, index, 0, x2, dy1, wants_input, gradients)
-    x1 = (y1 - value) / stack.scale_1
-    del value, y1
-    if call.probe is not None:
-        call.probe.compare(index, x1, x2)
-    if v2 is None:
-        return x1, x2, None, None
-    return x1, x2, stack.scale_1 * dy1, stack.scale_2 * dy2 + v2
+    if dt is None:
+        return None, ds
+    dt = scaled_gradient(dt, coupling)
+    if coupling.difference:
+        ds = -dt if ds is None else ds - dt
+    return dt, twin.added(ds, None if v is None else v.to(dt.dtype))
 
 
 def _pull(
-    stack: Stack,
-    index: int,
-    side: int,
+    call: "_Call",
+    coupling: Coupling,
     x: Tensor,
-    dy: Tensor,
+    beside: Context,
+    dy: Tensor | None,
     wants_input: bool,
     gradients: "_Gradients",
 ) -> tuple[Tensor, Tensor | None]:
-    """Recompute F or G at `x` and pull `dy` through it.
+    """Recompute a branch at `x` and pull `dy` through it, tokenwise part first.
 
-    Returns its value and, if wanted, the gradient of `x`; adds up those of parameters.
+    Returns its value and, if wanted, the gradient of `x`; adds up those of parameters
+    and of tensors beside the stream.
     """
-    parameters = stack.branches[index][side].trainable()
-    with torch.enable_grad():
-        x = x.detach().requires_grad_(wants_input)
-        y = stack.replayable(index, side)(x)
-    inputs = [*([x] if wants_input else []), *parameters]
-    if not inputs or not y.requires_grad:
-        return y.detach(), torch.zeros_like(x) if wants_input else None
-    pulled = torch.autograd.grad(y, inputs, dy.to(y.dtype), allow_unused=True)
-    gradients.add(parameters, pulled[len(inputs) - len(parameters) :])
-    dx = pulled[0] if wants_input else None
-    if wants_input and dx is None:
-        dx = torch.zeros_like(x)
-    return y.detach(), dx
+    if dy is None:
+        with call.autocast.entered():
+            value = call.watch.value(call.stack, coupling, x, beside, wants_input)
+        return value, None
+    stack, branch = call.stack, coupling.branch
+    x = x.requires_grad_(wants_input)
+    with call.recomputing():
+        mixed = stack.mixed(coupling, x, beside)
+    wants_mixed = mixed.requires_grad
+    outputs: list[Tensor] = []
+    pulled: list[Tensor | None] = []
+    # From the last chunk to the first, as autograd does for the twin.
+    chunks = stack.chunks(coupling, mixed.detach())
+    slices = dy.chunk(len(chunks), dim=1)
+    for index in reversed(range(len(chunks))):
+        chunk = chunks[index].detach().requires_grad_(wants_mixed)
+        with call.recomputing():
+            output = stack.tokenwise(coupling, chunk, index)
+        parameters = [] if branch.tokenwise is None else branch.tokenwise.trainable()
+        pulled.insert(0, gradients.pull(output, chunk, parameters, slices[index]))
+        outputs.insert(0, output.detach())
+        del output
+    value = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    del outputs, chunks, slices
+    if not wants_mixed:
+        return value, None
+    d_chunks = [d for d in pulled if d is not None]
+    d_mixed = d_chunks[0] if len(d_chunks) == 1 else torch.cat(d_chunks, dim=1)
+    if branch.mixing is None:
+        return value, d_mixed
+    others = [t for t in beside.values() if t.requires_grad]
+    v = gradients.pull(mixed, x, [*others, *branch.mixing.trainable()], d_mixed)
+    return value, v
 
 
-@dataclass(frozen=True, slots=True)
-class _Autocast:
-    """The caller's autocast state, to be entered again by the recompute.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _State:
+    """The parameters and buffers that branches may read, and how old they were."""
 
-    Its weight cache stays off: the forward runs without grad, and a cast cached there
-    would be found without history by the recompute and cut the gradient.
-    """
-
-    device_type: str
-    dtype: torch.dtype
-    enabled: bool
+    tensors: list[Tensor]
+    versions: list[tuple[int, int, bool]]
 
     @classmethod
-    def current(cls, device: torch.device) -> "_Autocast":
-        kind = device.type
+    def of(cls, stack: Stack) -> "_State":
+        """As they are now; each tensor once."""
+        branches = (coupling.branch for coupling in stack.couplings)
+        parts = (part for b in branches for part in (b.mixing, b.tokenwise) if part)
+        modules = {id(m): m for part in parts for m in part.modules}
+        every = (t for m in modules.values() for t in (*m.parameters(), *m.buffers()))
+        tensors = list({id(t): t for t in every}.values())
         return cls(
-            kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+            tensors=tensors,
+            # In-place updates count up the version.
+            versions=[(id(t), t._version, t.requires_grad) for t in tensors],
         )
 
-    def entered(self) -> torch.autocast:
-        return torch.autocast(
-            self.device_type, self.dtype, self.enabled, cache_enabled=False
-        )
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that want a gradient."""
+        parameters = (t for t in self.tensors if isinstance(t, nn.Parameter))
+        return [p for p in parameters if p.requires_grad]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Call:
-    """What the backward needs to know of its forward, besides the saved streams."""
+    """What the backward needs to know of its forward, besides the saved tensors."""
 
     stack: Stack
+    names: tuple[str, ...]
+    """Of the tensors beside the stream, which come before the parameters."""
     parameters: list[nn.Parameter]
-    autocast: _Autocast
-    probe: Probe | None
+    """The trainable ones."""
+    state: _State
+    """Before the forward, so that what the blocks themselves change is seen too."""
+    autocast: Autocast
+    watch: Watch
+    on_mismatch: str
+    host_ledger: Ledger | None
 
-    def refuse_changed_parameters(self, versions: list[int]) -> None:
-        """The recompute would silently use weights that the forward did not."""
-        now = [(id(p), p._version) for p in _trainable(self.stack)]
-        if now != list(zip(map(id, self.parameters), versions, strict=True)):
+    def put_away(self, kept: Tensor | None) -> Tensor | None:
+        """Where what is kept waits for the backward."""
+        if kept is None or self.host_ledger is None:
+            return kept
+        return to_host(kept, self.host_ledger)
+
+    def fetched(self, kept: Tensor | None, device: torch.device) -> Tensor | None:
+        """What `put_away` was given."""
+        if kept is None or self.host_ledger is None:
+            return kept
+        return to_device(kept, device, self.host_ledger)
+
+    @contextlib.contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """As the forward ran. Only that: gradients are pulled outside of autocast."""
+        with torch.enable_grad(), self.autocast.entered():
+            yield
+
+    def context(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self.names, inputs, strict=False))
+
+    def refuse_changed_state(self) -> None:
+        """The recompute would use weights or buffers that the forward did not."""
+        if _State.of(self.stack).versions != self.state.versions:
             raise UnsupportedCallError(
-                "a trainable parameter of a reversible block was changed or replaced "
-                "between forward and backward (an optimizer step, an in-place update, "
-                "a changed `requires_grad`, `functional_call`): its activations can no "
+                "a parameter or buffer of a reversible block was changed or replaced "
+                "between forward and backward (an optimizer step, a moving average, "
+                "any in-place update, a changed `requires_grad`, `functional_call`), "
+                "or by the block itself (running statistics): its activations can no "
                 "longer be rebuilt. Run the backward first"
             )
 
 
 class _Gradients:
-    """Gradients of parameters, added up where several branches share one."""
+    """Gradients of parameters and of tensors beside the stream, added up by tensor."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._parameters = parameters
+    def __init__(self) -> None:
         self._sums: dict[int, Tensor] = {}
 
-    def add(
-        self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]
-    ) -> None:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+    def pull(
+        self, output: Tensor, x: Tensor, others: Sequence[Tensor], dy: Tensor
+    ) -> Tensor | None:
+        """Pull `dy` through `output`: add up for `others`, return for `x`."""
+        inputs = [*([x] if x.requires_grad else []), *others]
+        if not inputs or not output.requires_grad:
+            return torch.zeros_like(x) if x.requires_grad else None
+        pulled = list(
+            torch.autograd.grad(output, inputs, dy.to(output.dtype), allow_unused=True)
+        )
+        dx = pulled.pop(0) if x.requires_grad else None
+        for tensor, gradient in zip(others, pulled, strict=True):
             if gradient is not None:
-                earlier = self._sums.get(id(parameter))
+                earlier = self._sums.get(id(tensor))
                 total = gradient if earlier is None else earlier + gradient
-                self._sums[id(parameter)] = total
+                self._sums[id(tensor)] = total
+        if x.requires_grad and dx is None:
+            return torch.zeros_like(x)
+        return dx
 
-    def in_order(self) -> list[Tensor | None]:
-        return [self._sums.get(id(parameter)) for parameter in self._parameters]
-
-
-def _trainable(stack: Stack) -> list[nn.Parameter]:
-    """The parameters of all branches that want a gradient, each once."""
-    every = (p for pair in stack.branches for side in pair for p in side.trainable())
-    return list({id(p): p for p in every}.values())
+    def of(self, tensor: Tensor) -> Tensor | None:
+        return self._sums.get(id(tensor))

@@ -1,70 +1,202 @@
-"""The plain twin: a stack of couplings, run forward, nothing clever.
+"""The plain twin: a stack of couplings, run forward under ordinary autograd.
 
-Under ordinary autograd this is `backward="store"`, the reference of every test; without
-grad it is the forward half of `backward="rebuild"`. Both therefore compute the same
-function to the last bit, dropout masks included.
+This is `backward="store"`, the reference of every test: each branch keeps its own
+activations, and autograd walks back through them. The couplings between branches are
+three small functions of the tape, whose gradients are those of
+
+    t <- scale t [- scale s] + value
+
+with the identity for every rounding. Streams are pairs: values, which the arithmetic
+computes with and autograd never sees, and a carrier, which has the gradient's shape and
+dtype, and no storage.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from meft.reversible.coupling import Function, couple
-from meft.reversible.probe import Probe
+from meft.reversible.autocast import Autocast
+from meft.reversible.coupling import Arithmetic, Context, Coupling
 from meft.reversible.rng import replayed
 from meft.shapes import Hidden
 
 
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """F or G of one block: the function, and the modules whose parameters it uses."""
+class Stream(NamedTuple):
+    """A stream as autograd sees it."""
 
-    function: Function
-    modules: tuple[nn.Module, ...]
+    values: Tensor
+    carrier: Tensor
 
-    def trainable(self) -> list[nn.Parameter]:
-        """The parameters that the branch uses and that want a gradient."""
-        parameters = (p for module in self.modules for p in module.parameters())
-        return [p for p in parameters if p.requires_grad]
+
+class Streams(NamedTuple):
+    """Both, and whether everything that went into them was finite."""
+
+    first: Stream
+    second: Stream
+    finite: Tensor | None
+
+    def pair(self) -> list[Stream]:
+        """The two streams."""
+        return [self.first, self.second]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stack:
-    """A run of blocks as couplings: plain arguments, made anew for every forward."""
+    """A run of couplings: plain arguments, made anew for every forward."""
 
-    branches: Sequence[tuple[Branch, Branch]]
-    """(F, G) per block, lowest first."""
-    scale_1: float
-    scale_2: float
-    swap: bool
-    """Whether the streams change places after every block."""
+    couplings: Sequence[Coupling]
+    """Lowest first."""
+    arithmetic: Arithmetic
     seed: int | None
     """Seed of the dropout masks; None in evaluation."""
-    first_block: int
-    """Index of the lowest block in the model, so that its masks are its own."""
+    num_chunks: int
+    """Parts along the sequence that the tokenwise part of a branch is run in."""
 
-    def replayable(self, index: int, side: int) -> Function:
-        """F (`side` 0) or G (1) of block `index`, with random numbers of its own."""
-        function = self.branches[index][side].function
-        number = 2 * (self.first_block + index) + side
+    def mixed(self, coupling: Coupling, x: Tensor, context: Context) -> Tensor:
+        """The first half of a branch."""
+        part = coupling.branch.mixing
+        if part is None:
+            return x
+        with replayed(self.seed, coupling.number, 0, x.device):
+            return part.function(x, **context)
 
-        def apply(x: Tensor) -> Tensor:
-            with replayed(self.seed, number, x.device):
-                return function(x)
+    def chunks(self, coupling: Coupling, mixed: Tensor) -> Sequence[Tensor]:
+        """What the second half is applied to, one after the other."""
+        if coupling.branch.tokenwise is None:
+            return (mixed,)
+        return mixed.chunk(self.num_chunks, dim=1)
 
-        return apply
+    def tokenwise(self, coupling: Coupling, chunk: Tensor, index: int) -> Tensor:
+        """The second half of a branch, on chunk `index`."""
+        part = coupling.branch.tokenwise
+        if part is None:
+            return chunk
+        with replayed(self.seed, coupling.number, 1 + index, chunk.device):
+            return part.function(chunk)
+
+    def value(self, coupling: Coupling, x: Tensor, context: Context) -> Tensor:
+        """What a branch gives for a source that reads `x`."""
+        chunks = self.chunks(coupling, self.mixed(coupling, x, context))
+        outputs = [self.tokenwise(coupling, c, i) for i, c in enumerate(chunks)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def run(
-    stack: Stack, x1: Hidden, x2: Hidden, probe: Probe | None = None
-) -> tuple[Hidden, Hidden]:
-    """All couplings, lowest first. A probe is shown the input pair of every block."""
-    for index in range(len(stack.branches)):
-        if probe is not None:
-            probe.expect(index, x1, x2)
-        f, g = stack.replayable(index, 0), stack.replayable(index, 1)
-        x1, x2 = couple(x1, x2, f, g, stack.scale_1, stack.scale_2)
-        if stack.swap:
-            x1, x2 = x2, x1
-    return x1, x2
+def enter(stack: Stack, hidden: Hidden) -> Streams:
+    """Two equal streams that hold `hidden`."""
+    values = stack.arithmetic.enter(hidden.detach())
+    carriers = _Enter.apply(hidden, values, stack.arithmetic.gradient_dtype)  # type: ignore[no-untyped-call]
+    first, second = (Stream(values, carrier) for carrier in carriers)
+    return Streams(first, second, stack.arithmetic.finite(hidden))
+
+
+def run(stack: Stack, streams: Streams, context: Context) -> Streams:
+    """All couplings, lowest first."""
+    with Autocast.current(streams.first.values.device).entered():
+        return _run(stack, streams, context)
+
+
+def _run(stack: Stack, streams: Streams, context: Context) -> Streams:
+    pair, finite = streams.pair(), streams.finite
+    # A node for the whole run, which gathers the gradient of a shared tensor as a
+    # rebuilding stack does, before another run's joins it: sums depend on their order.
+    context = {name: tensor.view_as(tensor) for name, tensor in context.items()}
+    for coupling in stack.couplings:
+        target, source = pair[coupling.target], pair[1 - coupling.target]
+        # A node of its own for every coupling, so that each coupling's contributions to
+        # the gradient of a shared tensor are added up before they join the others'.
+        beside = {name: tensor.view_as(tensor) for name, tensor in context.items()}
+        value = stack.value(coupling, read(stack, source), beside)
+        finite = both(finite, stack.arithmetic.finite(value))
+        pair[coupling.target] = _couple(
+            stack.arithmetic, target, source, value, coupling
+        )
+    return Streams(pair[0], pair[1], finite)
+
+
+def read(stack: Stack, stream: Stream) -> Hidden:
+    """What a stream holds, with the gradient of the identity."""
+    out: Tensor = _Read.apply(stream.carrier, stream.values, stack.arithmetic)  # type: ignore[no-untyped-call]
+    return out
+
+
+def added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of what may be missing."""
+    return one if other is None else other if one is None else one + other
+
+
+def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Logical and, on the device, of what may be unknown."""
+    return one if other is None else other if one is None else one & other
+
+
+def carrier_like(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of the shape of `values` that takes no memory."""
+    return values.new_zeros((), dtype=dtype).expand(values.shape)
+
+
+def _couple(
+    arithmetic: Arithmetic,
+    target: Stream,
+    source: Stream,
+    value: Tensor,
+    coupling: Coupling,
+) -> Stream:
+    values = target.values.clone()
+    arithmetic.couple_(values, source.values, value.detach(), coupling)
+    carrier = _Couple.apply(target.carrier, source.carrier, value, coupling)  # type: ignore[no-untyped-call]
+    return Stream(values, carrier)
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, values: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        ctx.dtype = hidden.dtype
+        ctx.set_materialize_grads(False)
+        return carrier_like(values, dtype), carrier_like(values, dtype)
+
+    @staticmethod
+    def backward(
+        ctx: Any, one: Tensor | None, other: Tensor | None
+    ) -> tuple[Tensor | None, None, None]:
+        total = added(one, other)
+        return None if total is None else total.to(ctx.dtype), None, None
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, carrier: Tensor, values: Tensor, arithmetic: Arithmetic
+    ) -> Tensor:
+        ctx.dtype = carrier.dtype
+        return arithmetic.read(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.to(ctx.dtype), None, None
+
+
+class _Couple(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, target: Tensor, source: Tensor, value: Tensor, coupling: Coupling
+    ) -> Tensor:
+        ctx.coupling, ctx.dtype = coupling, value.dtype
+        return carrier_like(target, target.dtype)
+
+    @staticmethod
+    def backward(
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, None]:
+        scaled = scaled_gradient(gradient, ctx.coupling)
+        to_source = -scaled if ctx.coupling.difference else None
+        return scaled, to_source, gradient.to(ctx.dtype), None
+
+
+def scaled_gradient(gradient: Tensor, coupling: Coupling) -> Tensor:
+    """The gradient of a coupling's target before the coupling."""
+    return gradient if coupling.scale == 1.0 else gradient * coupling.scale

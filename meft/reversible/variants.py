@@ -6,22 +6,22 @@
     meft3     attention half + adapter       MLP half + adapter            no
 
 Everything of the original block stays inside F or G: residuals, norms, dropouts. The
-reversible adapter has no residual of its own; the coupling supplies one. The stream
-that has just been through a block (the fresh one) leaves the stack in slot 2, 1, 2.
-"""
+reversible adapter has no residual of its own; the coupling supplies one. Couplings that
+contain a piece of the backbone have the small scale, the others a scale of 1. "Swap"
+says that the streams change places after every block; as a list of couplings, that is
+only a matter of which stream a coupling changes. The stream changed last is the fresh
+one, which has just been through a block."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers.models.bert.modeling_bert import BertLayer
+from torch import nn
 
-from meft.backbone import attention_half, mlp_half
+from meft.backbone.family import Family
 from meft.bottleneck import Bottleneck
-from meft.reversible.coupling import Function
-from meft.reversible.twin import Branch
+from meft.reversible.coupling import Branch, Coupling, Part
 
 SWAPS = {"meft1": True, "meft2": True, "meft3": False}
 
@@ -32,43 +32,85 @@ ADAPTERS = {
 }
 """Names of the adapters in F and in G."""
 
-
-def make_adapters(variant: str, make: Callable[[], Bottleneck]) -> nn.ModuleDict:
-    """The two adapters of one block."""
-    return nn.ModuleDict({name: make() for name in ADAPTERS[variant]})
+HOLDS_BLOCK = {"meft1": (True, False), "meft2": (False, True), "meft3": (True, True)}
+"""Whether F and G contain a piece of the backbone."""
 
 
-def branches(
+def make_adapters(
+    variant: str, make: Callable[[], Bottleneck], only_f: bool
+) -> nn.ModuleDict:
+    """The adapters of one block; `only_f` leaves G's out."""
+    names = ADAPTERS[variant][: 1 if only_f else 2]
+    return nn.ModuleDict({name: make() for name in names})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """What the couplings of all blocks have in common."""
+
+    variant: str
+    scales: tuple[float, float]
+    difference: bool
+    """Whether couplings that hold a piece of the backbone subtract the source first."""
+
+
+def couplings(
+    rule: Rule,
+    family: Family,
+    blocks: Mapping[int, tuple[nn.Module, nn.ModuleDict]],
+    call: Mapping[str, Any],
+) -> Iterator[Coupling]:
+    """Two couplings per block, lowest first; one where the adapter of G is missing.
+
+    Args:
+        rule: variant, scales and form.
+        family: how the blocks are put together.
+        blocks: block and adapters by the block's index in the model, lowest first.
+        call: what the model's loop passes to every block.
+    """
+    for position, (index, (block, adapters)) in enumerate(blocks.items()):
+        swapped = SWAPS[rule.variant] and index % 2 == 1
+        for side, name in enumerate(ADAPTERS[rule.variant]):
+            if name not in adapters:
+                continue
+            holds_block = HOLDS_BLOCK[rule.variant][side]
+            yield Coupling(
+                target=side ^ swapped,
+                branch=_branch(rule.variant, side, family, block, adapters[name], call),
+                scale=rule.scales[side],
+                difference=rule.difference and holds_block,
+                block=index,
+                number=2 * index + side,
+                starts=position == 0 and side == 0,
+            )
+
+
+def fresh_stream(variant: str, couplings: Sequence[Coupling]) -> int:
+    """The stream that has just been through the top block."""
+    side = max(side for side in range(2) if HOLDS_BLOCK[variant][side])
+    return next(
+        coupling.target
+        for coupling in reversed(couplings)
+        if coupling.number % 2 == side
+    )
+
+
+def _branch(
     variant: str,
-    block: BertLayer,
-    adapters: nn.ModuleDict,
-    mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Branch, Branch]:
-    """F and G of one block, for one forward with its mask."""
-    in_f, in_g = (adapters[name] for name in ADAPTERS[variant])
-    dtype = block.output.dense.weight.dtype
+    side: int,
+    family: Family,
+    block: nn.Module,
+    adapter: nn.Module,
+    call: Mapping[str, Any],
+) -> Branch:
+    def attention(inside: nn.Module | None) -> Part:
+        function = partial(family.attention_half, block, adapter=inside, **call)
+        modules = (block,) if inside is None else (block, inside)
+        return Part(function, modules)
+
+    mlp = Part(partial(family.mlp_half, block, adapter=adapter), (block, adapter))
     if variant == "meft3":
-        attention = partial(attention_half, block, mask=mask, adapter=in_f, **kwargs)
-        mlp = partial(mlp_half, block, adapter=in_g)
-        return (
-            Branch(_computed_in(dtype, attention), (block.attention, in_f)),
-            Branch(_computed_in(dtype, mlp), (block.intermediate, block.output, in_g)),
-        )
-    reversible, feed_forward = (in_g, in_f) if variant == "meft1" else (in_f, in_g)
-
-    def layer(x: Tensor) -> Tensor:
-        return mlp_half(block, attention_half(block, x, mask, **kwargs), feed_forward)
-
-    whole = Branch(_computed_in(dtype, layer), (block, feed_forward))
-    alone = Branch(reversible, (reversible,))
-    return (whole, alone) if variant == "meft1" else (alone, whole)
-
-
-def _computed_in(dtype: torch.dtype, function: Function) -> Function:
-    """`function` on a half-precision backbone's dtype, between float32 streams."""
-
-    def cast(x: Tensor) -> Tensor:
-        return function(x.to(dtype)).to(x.dtype)
-
-    return cast
+        return Branch(mixing=attention(adapter)) if side == 0 else Branch(tokenwise=mlp)
+    if HOLDS_BLOCK[variant][side]:
+        return Branch(mixing=attention(None), tokenwise=mlp)
+    return Branch(tokenwise=Part(adapter, (adapter,)))

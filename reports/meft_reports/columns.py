@@ -57,13 +57,15 @@ def _top(name: str, dtype: Dtype, meaning: str, unit: Unit = "") -> Column:
     )
 
 
-def _cell(name: str, dtype: Dtype, meaning: str, unit: Unit = "") -> Column:
+def _cell(
+    name: str, dtype: Dtype, meaning: str, unit: Unit = "", required: bool = True
+) -> Column:
     return Column(
         name=name,
         section="cell",
         dtype=dtype,
         unit=unit,
-        required=True,
+        required=required,
         meaning=meaning,
     )
 
@@ -134,6 +136,8 @@ COLUMNS: tuple[Column, ...] = (
     _cell("eval_rows", "Int64", "rows to score on; 0 takes all", "count"),
     _cell("bottleneck_size", "Int64", "inner width of each adapter", "count"),
     _cell("lora_rank", "Int64", "rank of each LoRA pair", "count"),
+    # Older records have none, and no method that it would matter to.
+    _cell("lost_bits", "Int64", "k of the scale 2^-k, exact methods", "count", False),
     _seen("num_parameters", "Int64", "all parameters", "count"),
     _seen("num_trainable_parameters", "Int64", "those that train", "count", True),
     _derived(

@@ -1,9 +1,10 @@
 """One look for every figure: a method has the same colour and marker everywhere.
 
 Hues are from Okabe and Ito's palette and stay apart for colour-blind readers; where
-two methods are relatives they also differ in marker. Our reversible methods are filled
-and solid, their stored twins hollow and dashed in the same hue. A method this table
-does not know gets a look of its own from its name, the same in every run.
+two methods are relatives they also differ in marker. Reversible methods are filled and
+solid, their stored twins hollow and dashed in the same hue; with the exact inverse they
+are of a darker hue and dotted. A method this table does not know gets a look of its own
+from its name, the same in every run.
 """
 
 import hashlib
@@ -32,6 +33,9 @@ def _twin(look: Look) -> Look:
 _MEFT1 = Look(color="#D55E00", marker="o")
 _MEFT2 = Look(color="#E69F00", marker="s")
 _MEFT3 = Look(color="#009E73", marker="D")
+_MEFT1_EXACT = Look(color="#7A2E00", marker="o", line=":")
+_MEFT2_EXACT = Look(color="#8A5F00", marker="s", line=":")
+_MEFT3_EXACT = Look(color="#00523C", marker="D", line=":")
 
 LOOKS = {
     "full": Look(color="#000000", marker="o"),
@@ -46,6 +50,12 @@ LOOKS = {
     "meft1-store": _twin(_MEFT1),
     "meft2-store": _twin(_MEFT2),
     "meft3-store": _twin(_MEFT3),
+    "meft1-exact": _MEFT1_EXACT,
+    "meft2-exact": _MEFT2_EXACT,
+    "meft3-exact": _MEFT3_EXACT,
+    "meft1-exact-store": _twin(_MEFT1_EXACT),
+    "meft2-exact-store": _twin(_MEFT2_EXACT),
+    "meft3-exact-store": _twin(_MEFT3_EXACT),
 }
 """Every method of the harness, in the order in which methods are shown."""
 

@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from transformers import BertTokenizer
 
 from harness.tiny import HIDDEN, VOCABULARY, cell, classifier
-from meft.backbone import blocks_of
 from meft_bench import backbones
 from meft_bench.source import MissingError, Source
 
@@ -56,10 +55,10 @@ def test_the_seed_alone_decides_the_head(directory: Path) -> None:
 @pytest.mark.parametrize("depth", [1, 3, 7])
 def test_depth_takes_the_first_blocks_and_repeats_them_in_a_cycle(depth: int) -> None:
     """Block i is a copy of block i mod 3, and no two blocks share a parameter."""
-    original = blocks_of(classifier().bert)
+    original = backbones.blocks_of(classifier())
     model = classifier()
     backbones.set_depth(model, depth)
-    blocks = blocks_of(model.bert)
+    blocks = backbones.blocks_of(model)
     assert len(blocks) == model.config.num_hidden_layers == depth
     for index, block in enumerate(blocks):
         expected = original[index % 3].state_dict()
@@ -79,7 +78,7 @@ def test_random_weights_have_the_named_shape_and_say_that_they_are_random(
 ) -> None:
     """No file, no tokenizer, no sha256; blocks differ from one another."""
     loaded = backbones.load(cell(backbone=name, depth=depth), 2, HERE)
-    made = blocks_of(loaded.model.bert)
+    made = backbones.blocks_of(loaded.model)
     assert (len(made), loaded.model.config.hidden_size) == (blocks, hidden)
     assert loaded.origin == "random weights (bert-tiny shape)"
     assert (loaded.tokenizer, loaded.sha256) == (None, None)

@@ -3,8 +3,9 @@ import torch
 from transformers import BertForSequenceClassification
 
 from harness.tiny import BLOCKS, HIDDEN, LABELS, batch, cell, classifier
-from meft.backbone import attention_half, blocks_of, mlp_half
+from meft.backbone.bert import attention_half, mlp_half
 from meft.testing import saved_bytes
+from meft_bench.backbones import blocks_of
 from meft_bench.methods.adapters import AdaptedOutput
 from meft_bench.registry import METHODS, load
 
@@ -29,6 +30,13 @@ FORMULAS = {
     "meft1-store": ADAPTERS,
     "meft2-store": ADAPTERS,
     "meft3-store": ADAPTERS,
+    # Nothing would read a reversible adapter in the top block.
+    "meft1-exact": ADAPTERS - BOTTLENECK,
+    "meft2-exact": ADAPTERS,
+    "meft3-exact": ADAPTERS,
+    "meft1-exact-store": ADAPTERS - BOTTLENECK,
+    "meft2-exact-store": ADAPTERS,
+    "meft3-exact-store": ADAPTERS,
 }
 
 
@@ -84,14 +92,12 @@ def test_adapters_sit_where_meft3_has_them() -> None:
     model = made("adapters").eval()
     plain = classifier().eval()
     hidden = torch.randn(2, 5, HIDDEN)
-    for adapted, block in zip(
-        blocks_of(model.bert), blocks_of(plain.bert), strict=True
-    ):
+    for adapted, block in zip(blocks_of(model), blocks_of(plain), strict=True):
         output = adapted.output
         assert isinstance(output, AdaptedOutput)
         attention = adapted.attention.output.get_submodule("adapter")
         expected = mlp_half(
-            block, attention_half(block, hidden, None, attention), output.adapter
+            block, attention_half(block, hidden, attention), output.adapter
         )
         assert torch.equal(adapted(hidden), expected)
 

@@ -13,6 +13,8 @@ from transformers import (
 )
 
 import meft
+from meft.reversible.blocks import ReversibleBlocks
+from meft.reversible.convert import reversible_stacks
 
 VOCAB, LABELS = 50, 3
 
@@ -56,6 +58,12 @@ def reversible(
     meft.make_reversible(model, meft.ReversibleConfig(**options))
     model.train()
     return model
+
+
+def only_stack(model: PreTrainedModel) -> ReversibleBlocks:
+    """The reversible stack of a model that has one."""
+    (stack,) = reversible_stacks(model).values()
+    return stack
 
 
 def batch(rows: int = 3, seq: int = 7, padded: bool = True) -> dict[str, torch.Tensor]:

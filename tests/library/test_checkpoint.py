@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,10 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification
 
 import meft
-from library.models import batch, classifier, reversible
-from meft.backbone import blocks_of
-from meft.reversible.convert import find_reversible
-from meft.reversible.encoder import ReversibleEncoder
+from library.models import batch, classifier, only_stack, reversible
+from meft.reversible.convert import find_stacks
 
 
 def trained() -> BertForSequenceClassification:
@@ -70,7 +69,9 @@ def test_other_frozen_weights_are_refused(tmp_path: Path) -> None:
     """Same shapes, other values: refused. The same values in bfloat16: accepted."""
     meft.save_adapters(trained(), tmp_path)
     other = classifier(2)
-    torch.nn.init.normal_(blocks_of(other.bert)[1].output.dense.weight)
+    torch.nn.init.normal_(
+        other.get_parameter("bert.encoder.layer.1.output.dense.weight")
+    )
     with pytest.raises(meft.AdapterFileError, match="other frozen weights"):
         meft.load_adapters(other, tmp_path)
     half = classifier(2)
@@ -88,10 +89,20 @@ def test_a_refused_load_leaves_the_model_alone(tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(meft.AdapterFileError, match=r"classifier.bias.*\(7,\)"):
         meft.load_adapters(model, tmp_path)
-    assert not isinstance(model.bert.encoder, ReversibleEncoder)
+    assert not find_stacks(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+def test_how_the_backward_is_computed_does_not_matter(tmp_path: Path) -> None:
+    """Adapters trained with stored activations load into a rebuilding model: the
+    function is the same. Another number of lost bits is another function."""
+    meft.save_adapters(trained(), tmp_path)
+    how: dict[str, Any] = {"backward": "store", "mlp_chunks": 2, "on_mismatch": "redo"}
+    meft.load_adapters(reversible(2, variant="meft2", **how), tmp_path)
+    with pytest.raises(meft.AdapterFileError, match="lost_bits=3"):
+        meft.load_adapters(reversible(2, variant="meft2", lost_bits=3), tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["missing", "config", "version", "weights"])
@@ -121,13 +132,13 @@ def test_a_plain_model_has_nothing_to_save(tmp_path: Path) -> None:
 def test_spans_and_other_trained_parameters_survive(tmp_path: Path) -> None:
     """A span round-trips as it was, and so does a norm the user unfroze."""
     model = reversible(3, variant="meft1", span=(1, 3))
-    norm = find_reversible(model).blocks[2].output.LayerNorm
+    norm: Any = only_stack(model).get_submodule("2.output.LayerNorm")
     norm.weight.requires_grad_(True)
     torch.nn.init.constant_(norm.weight, 5.0)
     meft.save_adapters(model, tmp_path)
     loaded = meft.load_adapters(classifier(3), tmp_path)
-    encoder = find_reversible(loaded)
-    assert encoder.reversible == find_reversible(model).reversible
-    weight = encoder.blocks[2].output.LayerNorm.weight
+    encoder = only_stack(loaded)
+    assert encoder.reversible == only_stack(model).reversible
+    weight = encoder.get_parameter("2.output.LayerNorm.weight")
     assert weight.requires_grad
     assert torch.equal(weight, norm.weight)

@@ -3,38 +3,54 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meft.reversible.coupling import couple, growth, uncouple
+from meft.reversible.coupling import Branch, Coupling, growth
+from meft.reversible.floating import Floating
 from meft.testing import tolerance
 
-scales = st.sampled_from([0.1, 0.3, 1.0, -0.5])
+
+def coupling(scale: float, difference: bool, starts: bool = False) -> Coupling:
+    """A coupling whose branch is never asked."""
+    return Coupling(
+        target=0,
+        branch=Branch(),
+        scale=scale,
+        difference=difference,
+        block=0,
+        number=0,
+        starts=starts,
+    )
 
 
 @given(
     rows=st.integers(1, 4),
     seq=st.integers(1, 5),
     hidden=st.integers(1, 6),
-    scale_1=scales,
-    scale_2=scales,
+    scale=st.sampled_from([0.1, 0.3, 1.0, -0.5]),
+    difference=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_uncouple_inverts_couple(
-    rows: int, seq: int, hidden: int, scale_1: float, scale_2: float, dtype: torch.dtype
+def test_floating_uncouple_inverts_couple(
+    rows: int, seq: int, hidden: int, scale: float, difference: bool, dtype: torch.dtype
 ) -> None:
-    """Whatever F, G, shape, dtype and scales: one step back gives the inputs."""
+    """Whatever the value, shape, dtype and scale: a coupling back gives the target."""
     torch.manual_seed(0)
-    x1, x2 = torch.randn(2, rows, seq, hidden, dtype=dtype)
-    y1, y2 = couple(x1, x2, torch.sin, torch.cos, scale_1, scale_2)
-    back = uncouple(y1, y2, torch.sin, torch.cos, scale_1, scale_2)
-    allowed = tolerance(dtype, 1) / abs(scale_1 * scale_2)
-    torch.testing.assert_close(back[0], x1, atol=allowed, rtol=allowed)
-    torch.testing.assert_close(back[1], x2, atol=allowed, rtol=allowed)
+    target, source, value = torch.randn(3, rows, seq, hidden, dtype=dtype)
+    arithmetic = Floating(compute_dtype=dtype, stream_dtype=dtype)
+    stream = arithmetic.enter(target)
+    one = coupling(scale, difference)
+    arithmetic.couple_(stream, source, value, one)
+    arithmetic.uncouple_(stream, source, value, one, None)
+    allowed = tolerance(dtype, 1) / abs(scale)
+    torch.testing.assert_close(stream, target, atol=allowed, rtol=allowed)
 
 
-def test_couple_by_hand() -> None:
-    """y1 = 2 * 3 + 10 * 5 = 56 and y2 = 4 * 5 + (56 + 1) = 77."""
-    x1, x2 = torch.full((1, 1, 1), 3.0), torch.full((1, 1, 1), 5.0)
-    y1, y2 = couple(x1, x2, lambda x: 10 * x, lambda y: y + 1, 2.0, 4.0)
-    assert (y1.item(), y2.item()) == (56.0, 77.0)
+@pytest.mark.parametrize(("difference", "expected"), [(False, 56.0), (True, 46.0)])
+def test_a_step_by_hand(difference: bool, expected: float) -> None:
+    """2 * 3 + 50 = 56, and 2 * (3 - 5) + 50 = 46."""
+    target, source = torch.full((1, 1, 1), 3.0), torch.full((1, 1, 1), 5.0)
+    arithmetic = Floating(compute_dtype=torch.float32, stream_dtype=torch.float32)
+    arithmetic.couple_(target, source, 10 * source, coupling(2.0, difference))
+    assert target.item() == expected
 
 
 @pytest.mark.parametrize(

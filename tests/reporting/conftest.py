@@ -34,6 +34,7 @@ CELL = {
     "eval_rows": 0,
     "bottleneck_size": 8,
     "lora_rank": 8,
+    "lost_bits": 4,
 }
 NOTHING_SEEN = dict.fromkeys(
     """num_parameters num_trainable_parameters num_blocks saved_bytes resting_bytes

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 from transformers.models.bert.modeling_bert import BertOutput, BertSelfOutput
 
-from meft.backbone import blocks_of
 from meft.bottleneck import Bottleneck
+from meft_bench.backbones import blocks_of
 from meft_bench.cell import Cell
 
 
@@ -24,7 +24,7 @@ def adapters(
     config = model.config
     model.requires_grad_(False)
     model.classifier.requires_grad_(True)
-    for block in blocks_of(model.bert):
+    for block in blocks_of(model):
         attention, feed_forward = (
             Bottleneck(
                 config.hidden_size,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertForSequenceClassification
 
-from meft.backbone import blocks_of
+from meft_bench.backbones import blocks_of
 from meft_bench.cell import Cell
 from meft_bench.methods.full import full
 from meft_bench.methods.lora import lora
@@ -35,7 +35,7 @@ def lora_checkpointing(
 def _checkpointed(
     model: BertForSequenceClassification,
 ) -> BertForSequenceClassification:
-    blocks = [CheckpointedBlock(block) for block in blocks_of(model.bert)]
+    blocks = [CheckpointedBlock(block) for block in blocks_of(model)]
     model.bert.encoder.layer = nn.ModuleList(blocks)
     return model
 

@@ -1,0 +1,74 @@
+"""BERT and RoBERTa: post-norm encoders with the same block.
+
+attention:  a   = LN(x + u [+ adapter(u)]),        u = W_o attend(x)
+mlp:        out = LN(a + W_2 act(W_1 a) [+ adapter(a)])
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.roberta.modeling_roberta import RobertaLayer
+
+from meft.backbone.family import AdapterShape, Family
+from meft.shapes import Hidden
+
+
+def attention_half(
+    block: Any,
+    hidden: Hidden,
+    adapter: nn.Module | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: None = None,
+    encoder_attention_mask: None = None,
+    past_key_values: None = None,
+    **call: Any,
+) -> Hidden:
+    """Self-attention of one block; what belongs to decoders is None."""
+    attended, _ = block.attention.self(hidden, attention_mask=attention_mask, **call)
+    output = block.attention.output
+    update = output.dropout(output.dense(attended))
+    if adapter is not None:
+        update = update + adapter(update)
+    normed: Tensor = output.LayerNorm(update + hidden)
+    return normed
+
+
+def mlp_half(block: Any, hidden: Hidden, adapter: nn.Module | None = None) -> Hidden:
+    """Feed-forward of one block."""
+    update = block.output.dropout(block.output.dense(block.intermediate(hidden)))
+    if adapter is not None:
+        update = update + adapter(hidden)
+    normed: Tensor = block.output.LayerNorm(update + hidden)
+    return normed
+
+
+def adapter_shape(block: Any, config: Any) -> AdapterShape:
+    """Width, activation, dropout and initial size of an adapter in `block`."""
+    return AdapterShape(
+        hidden_size=config.hidden_size,
+        activation=block.intermediate.intermediate_act_fn,
+        dropout=config.hidden_dropout_prob,
+        std=config.initializer_range,
+    )
+
+
+def _refuse(block: Any) -> str | None:
+    if not block.is_decoder:
+        return None
+    return "it has `config.is_decoder=True`: load it with `is_decoder=False`"
+
+
+BERT, ROBERTA = (
+    Family(
+        name=name,
+        block=block,
+        attention_half=attention_half,
+        mlp_half=mlp_half,
+        adapter_shape=adapter_shape,
+        is_post_norm=lambda block: True,
+        refuse=_refuse,
+    )
+    for name, block in (("BERT", BertLayer), ("RoBERTa", RobertaLayer))
+)

@@ -1,0 +1,119 @@
+"""Which families there are, and where a model keeps its blocks.
+
+A model is recognised by the class of its blocks, so every head that transformers puts
+on a family is supported, and so is every part of a model that has blocks of one.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+from torch import nn
+
+from meft.backbone.bart import BART_DECODER, BART_ENCODER
+from meft.backbone.bert import BERT, ROBERTA
+from meft.backbone.family import Family
+from meft.backbone.llama import LLAMA, MISTRAL
+from meft.backbone.opt import OPT
+from meft.backbone.vit import DEIT, VIT
+from meft.errors import UnsupportedModelError
+
+FAMILIES = (
+    BERT,
+    ROBERTA,
+    OPT,
+    BART_ENCODER,
+    BART_DECODER,
+    LLAMA,
+    MISTRAL,
+    VIT,
+    DEIT,
+)
+
+NEW_HEADS = (
+    "classifier",
+    "qa_outputs",
+    "score",
+    "classification_head",
+    "cls_classifier",
+    "distillation_classifier",
+)
+"""Attributes that hold a task head without pre-trained weights, which must train.
+Poolers and language-model heads are pre-trained and stay frozen."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockList:
+    """A list of blocks inside a model."""
+
+    name: str
+    """Of the list in the model, `bert.encoder.layer`."""
+    owner: nn.Module
+    """Whose forward loops over the list."""
+    attribute: str
+    """Of the list in its owner, `layer`."""
+    blocks: list[nn.Module]
+    family: Family
+
+
+def find_blocks(model: nn.Module) -> list[BlockList]:
+    """Every list of blocks of a known family in `model`, as often as there is one.
+
+    Raises:
+        UnsupportedModelError: there is none, or its blocks cannot be taken apart.
+    """
+    families = {family.block: family for family in FAMILIES}
+    found = []
+    for path, owner in model.named_modules():
+        for attribute, child in owner.named_children():
+            blocks = list(child) if isinstance(child, nn.ModuleList) else []
+            if not blocks or type(blocks[0]) not in families:
+                continue
+            name = f"{path}.{attribute}".lstrip(".")
+            family = families[type(blocks[0])]
+            _refuse(model, owner, family, blocks)
+            found.append(
+                BlockList(
+                    name=name,
+                    owner=owner,
+                    attribute=attribute,
+                    blocks=blocks,
+                    family=family,
+                )
+            )
+    if not found:
+        names = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not supported: it has no blocks of a known "
+            f"family. Supported are transformers' {names}, with any head"
+        )
+    return found
+
+
+def freeze_all_but_head(model: nn.Module) -> None:
+    """Freeze every parameter except those of a task head without trained weights."""
+    model.requires_grad_(False)
+    for name in NEW_HEADS:
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Module):
+            head.requires_grad_(True)
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether any block of `model` has gradient checkpointing switched on."""
+    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+def _refuse(
+    model: nn.Module, owner: nn.Module, family: Family, blocks: list[nn.Module]
+) -> None:
+    reasons = [family.refuse(block) for block in blocks]
+    if cast(float, getattr(owner, "layerdrop", 0.0)) > 0:
+        reasons.append(
+            "its loop drops whole blocks at random (`layerdrop` above 0), which a "
+            "stack that runs as one cannot do: set it to 0 in the config"
+        )
+    reason = next((reason for reason in reasons if reason), None)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is a {family.name}, but {reason}"
+        )

@@ -1,0 +1,64 @@
+"""LLaMA and Mistral: pre-norm decoders with the same block.
+
+attention:  a   = x + u [+ adapter(u)],            u = W_o attend(RMS(x))
+mlp:        out = a + W_down(act(W_gate z) * W_up z) [+ adapter(z)],   z = RMS(a)
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+
+from meft.backbone.family import AdapterShape, Family
+from meft.shapes import Hidden
+
+
+def attention_half(
+    block: Any, hidden: Hidden, adapter: nn.Module | None = None, **call: Any
+) -> Hidden:
+    """Self-attention of one block."""
+    update, *_ = block.self_attn(hidden_states=block.input_layernorm(hidden), **call)
+    if adapter is not None:
+        update = update + adapter(update)
+    summed: Tensor = hidden + update
+    return summed
+
+
+def mlp_half(block: Any, hidden: Hidden, adapter: nn.Module | None = None) -> Hidden:
+    """Feed-forward of one block."""
+    inner = block.post_attention_layernorm(hidden)
+    update = block.mlp(inner)
+    if adapter is not None:
+        update = update + adapter(inner)
+    summed: Tensor = hidden + update
+    return summed
+
+
+def adapter_shape(block: Any, config: Any) -> AdapterShape:
+    """Width, activation, dropout and initial size of an adapter in `block`.
+
+    The family has no dropout outside attention.
+    """
+    return AdapterShape(
+        hidden_size=config.hidden_size,
+        activation=block.mlp.act_fn,
+        dropout=0.0,
+        std=config.initializer_range,
+    )
+
+
+LLAMA, MISTRAL = (
+    Family(
+        name=name,
+        block=block,
+        attention_half=attention_half,
+        mlp_half=mlp_half,
+        adapter_shape=adapter_shape,
+        is_post_norm=lambda block: False,
+    )
+    for name, block in (
+        ("LLaMA", LlamaDecoderLayer),
+        ("Mistral", MistralDecoderLayer),
+    )
+)

@@ -1,0 +1,67 @@
+"""OPT: decoders, pre-norm but for the 350M model, which is post-norm.
+
+pre-norm:   a   = x + u [+ adapter(u)],            u = W_o attend(LN(x))
+            out = a + W_2 act(W_1 z) [+ adapter(z)],   z = LN(a)
+post-norm:  the same with LN outside the sums instead
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.models.opt.modeling_opt import OPTDecoderLayer
+
+from meft.backbone.family import AdapterShape, Family
+from meft.shapes import Hidden
+
+
+def attention_half(
+    block: Any,
+    hidden: Hidden,
+    adapter: nn.Module | None = None,
+    *,
+    use_cache: bool | None = None,
+    **call: Any,
+) -> Hidden:
+    """Self-attention of one block."""
+    norm, first = block.self_attn_layer_norm, block.do_layer_norm_before
+    update, *_ = block.self_attn(
+        hidden_states=norm(hidden) if first else hidden, **call
+    )
+    update = functional.dropout(update, block.dropout, block.training)
+    if adapter is not None:
+        update = update + adapter(update)
+    summed: Tensor = hidden + update
+    return summed if first else norm(summed)
+
+
+def mlp_half(block: Any, hidden: Hidden, adapter: nn.Module | None = None) -> Hidden:
+    """Feed-forward of one block."""
+    norm, first = block.final_layer_norm, block.do_layer_norm_before
+    inner = norm(hidden) if first else hidden
+    update = block.fc2(block.activation_fn(block.fc1(inner)))
+    update = functional.dropout(update, block.dropout, block.training)
+    if adapter is not None:
+        update = update + adapter(inner)
+    summed: Tensor = hidden + update
+    return summed if first else norm(summed)
+
+
+def adapter_shape(block: Any, config: Any) -> AdapterShape:
+    """Width, activation, dropout and initial size of an adapter in `block`."""
+    return AdapterShape(
+        hidden_size=config.hidden_size,
+        activation=block.activation_fn,
+        dropout=config.dropout,
+        std=config.init_std,
+    )
+
+
+OPT = Family(
+    name="OPT",
+    block=OPTDecoderLayer,
+    attention_half=attention_half,
+    mlp_half=mlp_half,
+    adapter_shape=adapter_shape,
+    is_post_norm=lambda block: not block.do_layer_norm_before,
+)

@@ -1,0 +1,64 @@
+"""ViT and DeiT: pre-norm encoders of image patches with the same block.
+
+attention:  a   = x + u [+ adapter(u)],            u = W_o attend(LN(x))
+mlp:        out = a + W_2 act(W_1 z) [+ adapter(z)],   z = LN(a)
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.models.deit.modeling_deit import DeiTLayer
+from transformers.models.vit.modeling_vit import ViTLayer
+
+from meft.backbone.family import AdapterShape, Family
+from meft.shapes import Hidden
+
+
+def attention_half(
+    block: Any,
+    hidden: Hidden,
+    adapter: nn.Module | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    **call: Any,
+) -> Hidden:
+    """Self-attention of one block."""
+    update, *_ = block.attention(block.layernorm_before(hidden), attention_mask, **call)
+    update = block.dropout(update)
+    if adapter is not None:
+        update = update + adapter(update)
+    summed: Tensor = update + hidden
+    return summed
+
+
+def mlp_half(block: Any, hidden: Hidden, adapter: nn.Module | None = None) -> Hidden:
+    """Feed-forward of one block."""
+    inner = block.layernorm_after(hidden)
+    update = block.dropout(block.mlp(inner))
+    if adapter is not None:
+        update = update + adapter(inner)
+    summed: Tensor = update + hidden
+    return summed
+
+
+def adapter_shape(block: Any, config: Any) -> AdapterShape:
+    """Width, activation, dropout and initial size of an adapter in `block`."""
+    return AdapterShape(
+        hidden_size=config.hidden_size,
+        activation=block.mlp.activation_fn,
+        dropout=config.hidden_dropout_prob,
+        std=config.initializer_range,
+    )
+
+
+VIT, DEIT = (
+    Family(
+        name=name,
+        block=block,
+        attention_half=attention_half,
+        mlp_half=mlp_half,
+        adapter_shape=adapter_shape,
+        is_post_norm=lambda block: False,
+    )
+    for name, block in (("ViT", ViTLayer), ("DeiT", DeiTLayer))
+)

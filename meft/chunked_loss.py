@@ -1,0 +1,228 @@
+"""`chunk_loss`: a causal language model whose loss never has all its logits.
+
+transformers' causal models compute logits for every token, upcast them, and call the
+loss on them: for a large vocabulary that is the largest tensor of a training step, and
+what a reversible stack saves is small beside it. Here a call with labels goes from the
+last hidden states to the loss in one function, `linear_cross_entropy`; a call without
+labels is the model's own.
+
+The model's `forward` is replaced on the instance, so class, modules, parameters and
+names stay as they are.
+"""
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from meft.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
+from meft.linear_cross_entropy import (
+    IGNORE_INDEX,
+    import_liger,
+    liger_linear_cross_entropy,
+    linear_cross_entropy,
+)
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+Loss = Callable[..., Tensor]
+"""(hidden, weight, labels, bias, ignore_index, num_items): a loss."""
+
+BODIES: dict[type[Any], str] = {
+    OPTForCausalLM: "model.decoder",
+    LlamaForCausalLM: "model",
+    MistralForCausalLM: "model",
+}
+"""Per class, the module that its forward takes the last hidden states from. All of them
+multiply these by `lm_head` and do nothing else to the logits."""
+
+_forwards: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
+"""What `chunk_loss` has put into models. A mark on the function would not do: whoever
+wraps it later copies its attributes."""
+
+
+def chunk_loss(model: Model, chunk_tokens: int = 1024, backend: str = "torch") -> Model:
+    """Let a causal language model compute its loss chunk by chunk, in place.
+
+    For a batch of [batch, seq] tokens, `model(**inputs, labels=labels)` then gives the
+    loss that it gave before, in training and in evaluation, and `logits` in its output
+    is None. Without labels (generation, a loss of one's own, the `Trainer`'s label
+    smoothing) every call is as before, with all logits.
+
+    Logits take `chunk_tokens * vocab * 12` bytes at a time, where they took up to
+    `batch * seq * vocab * 16` (24 and 32 in float64). Kept for backward is a gradient
+    of the size of the last hidden states, `batch * seq * hidden`; and if the head
+    trains, one of `vocab * hidden` in float32 at least.
+
+    The loss is float32; of a float64 model it is float64, where transformers rounds to
+    float32. `num_items_in_batch`, `ignore_index` and `shift_labels` mean what they mean
+    to transformers, so the `Trainer` normalises accumulated gradients as it does. One
+    process per device: `nn.DataParallel` is not supported, nor is pickling the model
+    whole (the copy computes the same, with all logits).
+
+    Args:
+        model: an `OPTForCausalLM`, `LlamaForCausalLM` or `MistralForCausalLM`,
+            reversible or not; it may become so afterwards.
+        chunk_tokens: tokens whose logits exist at a time.
+        backend: `torch`; or `liger`, the fused kernels of the package `liger-kernel`,
+            which choose their chunks themselves and run on CUDA only. This project's
+            own tests have no GPU: they have never run them.
+
+    Returns:
+        `model` itself. `unchunk_loss()` undoes it.
+
+    Raises:
+        UnsupportedModelError: another class, a loss function or a head that is not the
+            one of the class, or a `forward` that has been replaced already.
+        ConfigError: `chunk_tokens` is not positive; no such backend, or not installed.
+    """
+    if chunk_tokens < 1:
+        raise ConfigError(f"`chunk_tokens` must be at least 1, got {chunk_tokens}")
+    path = _body_path(model)
+    reason = _unusual(model)
+    if reason is not None:
+        raise UnsupportedModelError(f"this {type(model).__name__} has {reason}")
+    if "forward" in vars(model):
+        raise UnsupportedModelError(
+            "the loss of this model is chunked already"
+            if _is_chunked(model)
+            else "the `forward` of this model was replaced on the instance "
+            "(accelerate does so in mixed precision): call `chunk_loss()` before that"
+        )
+    forward = _forward(type(model).forward, path, _loss(chunk_tokens, backend))
+    model.forward = MethodType(forward, model)
+    return model
+
+
+def unchunk_loss(model: Model) -> Model:
+    """Undo `chunk_loss()`, in place.
+
+    Raises:
+        UnsupportedModelError: the loss is not chunked, or its `forward` has been
+            wrapped by something else since.
+    """
+    if not _is_chunked(model):
+        raise UnsupportedModelError(
+            "the loss of this model is not chunked, or its `forward` has been wrapped "
+            "since `chunk_loss()`: unwrap it first"
+        )
+    del model.forward
+    return model
+
+
+def _body_path(model: PreTrainedModel) -> str:
+    for supported, path in BODIES.items():
+        # A subclass with a forward of its own may do anything.
+        if getattr(type(model), "forward", None) is supported.forward:
+            return path
+    names = ", ".join(supported.__name__ for supported in BODIES)
+    raise UnsupportedModelError(
+        f"{type(model).__name__} is not supported: where its loss is computed, nothing "
+        f"can take the place of the logits. Supported are transformers' {names}"
+    )
+
+
+def _unusual(model: Any) -> str | None:
+    """What of `model` its class does not account for, as the end of a sentence."""
+    head = model.lm_head
+    if type(head) is not nn.Linear or "forward" in vars(head):
+        return f"an `lm_head` that is not a plain `nn.Linear`, but {head}"
+    if head._forward_hooks or head._forward_pre_hooks:
+        return "hooks on its `lm_head`, which would not be called"
+    if model.loss_function is not ForCausalLMLoss:
+        return "a `loss_function` that is not `ForCausalLMLoss`"
+    return None
+
+
+def _loss(chunk_tokens: int, backend: str) -> Loss:
+    if backend == "torch":
+        return functools.partial(linear_cross_entropy, chunk_tokens=chunk_tokens)
+    if backend == "liger":
+        import_liger()
+        return liger_linear_cross_entropy
+    raise ConfigError(f"`backend` must be 'torch' or 'liger', got {backend!r}")
+
+
+def _is_chunked(model: PreTrainedModel) -> bool:
+    return getattr(vars(model).get("forward"), "__func__", None) in _forwards
+
+
+def _forward(plain: Callable[..., Any], path: str, loss: Loss) -> Callable[..., Any]:
+    """The forward of a class whose own is `plain`."""
+    signature = inspect.signature(plain)
+
+    @functools.wraps(plain)
+    def forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(model, *args, **kwargs).arguments
+        if call.get("labels") is None:
+            return plain(model, *args, **kwargs)
+        del call["self"]
+        call.update(call.pop("kwargs", {}))
+        return _with_loss(model, path, loss, **call)
+
+    _forwards.add(forward)
+    return forward
+
+
+@can_return_tuple  # type: ignore[untyped-decorator]
+def _with_loss(
+    model: Any,
+    path: str,
+    loss: Loss,
+    *,
+    labels: Tensor,
+    logits_to_keep: int | Tensor = 0,
+    label_smoothing: float = 0.0,
+    **call: Any,
+) -> CausalLMOutputWithPast:
+    if not isinstance(logits_to_keep, int) or logits_to_keep != 0:
+        raise UnsupportedCallError(
+            "`logits_to_keep` beside `labels` is not supported: a chunked loss keeps "
+            f"no logits. Set labels that shall not count to {IGNORE_INDEX}"
+        )
+    if label_smoothing != 0:
+        raise UnsupportedCallError(
+            "`label_smoothing` is not supported by a chunked loss; the `Trainer`'s "
+            "`label_smoothing_factor` is, and computes all logits"
+        )
+    reason = _unusual(model)
+    if reason is not None:
+        raise UnsupportedCallError(f"this model has, since `chunk_loss()`, {reason}")
+    outputs = model.get_submodule(path)(**call)
+    hidden = outputs.last_hidden_state
+    # transformers' `ForCausalLMLoss`, up to the logits.
+    ignore_index = call.get("ignore_index", IGNORE_INDEX)
+    shifted = call.get("shift_labels")
+    if shifted is None:
+        shifted = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    if shifted.numel() != hidden.shape[:-1].numel():
+        raise ValueError(
+            f"`labels` must have an entry for each of the {tuple(hidden.shape[:-1])} "
+            f"tokens, got shape {tuple(labels.shape)}"
+        )
+    return CausalLMOutputWithPast(
+        loss=loss(
+            hidden.flatten(0, 1),
+            model.lm_head.weight,
+            shifted.flatten().to(hidden.device),
+            model.lm_head.bias,
+            ignore_index=ignore_index,
+            num_items=call.get("num_items_in_batch"),
+        ),
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )

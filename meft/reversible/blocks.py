@@ -1,0 +1,263 @@
+"""The reversible stack in the place of a model's list of blocks.
+
+    h -> plain frozen blocks -> (h, h) -> rebuilt span -> stored blocks -> read-out
+
+transformers loops over a list of blocks and passes the hidden states through each. To
+that loop this is a list of one block, the whole stack; to everything else it has the
+original blocks under their old names, with the adapters beside them (`adapters.N...`).
+It holds no tensor between forward and backward, so several forwards before a backward
+are fine.
+
+Read-out: with `fixed`, the fresh stream; the other is one block behind. With `float`,
+as the authors do: the mean of both after post-norm blocks, else the fresh stream and a
+tenth of the other.
+"""
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from meft.backbone.families import is_checkpointing
+from meft.backbone.family import Family
+from meft.bottleneck import wide_dtype
+from meft.errors import LostGradientWarning, UnsupportedCallError
+from meft.reversible.config import ReversibleConfig
+from meft.reversible.coupling import Arithmetic, Coupling
+from meft.reversible.fixed import FRACTION_BITS, FRACTION_BITS_WIDE, Fixed
+from meft.reversible.floating import Floating
+from meft.reversible.probe import Probe, warning_text
+from meft.reversible.rng import draw_seed
+from meft.reversible.stack import run_rebuilt
+from meft.reversible.twin import Stack, Streams, enter, read, run
+from meft.reversible.variants import Rule, couplings, fresh_stream
+from meft.reversible.watch import Repeatable, Watch
+from meft.shapes import Hidden
+from meft.transfer import Ledger
+
+STALE_WEIGHT = 0.1
+"""Of the other stream in the read-out of pre-norm `float` stacks."""
+
+
+class ReversibleBlocks(nn.Module):
+    """Blocks with two streams, in the place of a `ModuleList`.
+
+    Args:
+        blocks: the originals; they are taken over, not copied.
+        adapters: one `ModuleDict` of adapters per block from `span[0]` up.
+        family: how the blocks are put together.
+        config: what kind of reversible model this is.
+        span: blocks to rebuild, first and end.
+        model_config: the config of the model that loops over the blocks.
+    """
+
+    def __init__(
+        self,
+        blocks: list[nn.Module],
+        adapters: nn.ModuleDict,
+        family: Family,
+        config: ReversibleConfig,
+        span: tuple[int, int],
+        model_config: Any,
+    ) -> None:
+        super().__init__()
+        for index, block in enumerate(blocks):
+            self.add_module(str(index), block)
+        self.adapters = adapters
+        self.family = family
+        self.reversible = config
+        self.span = span
+        self.backward_pass = config.backward
+        self.probe: Probe | None = None
+        """Set by `meft.testing` to watch one forward and backward."""
+        self.ledger = Ledger()
+        """Bytes that a side buffer in host memory has moved so far."""
+        self._model_config = model_config
+        self._num_blocks = len(blocks)
+        self._repeatable: Repeatable = {}
+        self._first_step_is_over = False
+
+    def __len__(self) -> int:
+        return self._num_blocks
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """What a loop over the blocks sees: one block, which is the stack."""
+        return iter((self,))
+
+    def __getitem__(self, index: Any) -> Any:
+        """A slice is for a loop, an index for one of the original blocks."""
+        return [self] if isinstance(index, slice) else self.blocks[index]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The original blocks, lowest first."""
+        return [self.get_submodule(str(index)) for index in range(self._num_blocks)]
+
+    def adapters_of(self, block: int) -> nn.ModuleDict:
+        """The adapters of one block from `span[0]` up."""
+        return cast(nn.ModuleDict, self.adapters[str(block)])
+
+    def forward(self, hidden_states: Hidden, *args: Any, **kwargs: Any) -> Hidden:
+        """As all blocks one after the other."""
+        return self._read_out(*self.streams(hidden_states, *args, **kwargs))
+
+    def streams(
+        self, hidden_states: Hidden, *args: Any, **kwargs: Any
+    ) -> tuple[Stack, Streams, list[Coupling]]:
+        """Both streams after the top block, the rebuilt stack, and all couplings."""
+        call = self._by_name(hidden_states, args, kwargs)
+        first, end = self.span
+        blocks = self.blocks
+        hidden = hidden_states
+        for block in blocks[:first]:
+            hidden = block(hidden, *args, **kwargs)
+
+        context = {n: t for n, t in call.items() if _wants_gradient(t)}
+        others = {n: value for n, value in call.items() if n not in context}
+        seed = draw_seed() if self.training else None
+        arithmetic = self._arithmetic(hidden)
+        make = partial(self._stack, others, arithmetic, seed)
+        lower, upper = make(first, end), make(end, len(blocks))
+        cached = others.get("past_key_values") is not None
+        if torch.is_grad_enabled() and self.backward_pass == "rebuild" and not cached:
+            watch = self._watch(arithmetic)
+            streams = run_rebuilt(
+                lower,
+                hidden,
+                context,
+                watch,
+                self.reversible.on_mismatch,
+                self.ledger if self.reversible.side_buffer == "host" else None,
+            )
+        else:
+            streams = run(lower, enter(lower, hidden), context)
+        streams = run(upper, streams, context)
+        return lower, streams, [*lower.couplings, *upper.couplings]
+
+    def _by_name(
+        self, hidden: Hidden, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What the loop passes to a block, by name; refuses what cannot be given."""
+        if getattr(self, "_is_replica", False):
+            raise UnsupportedCallError(
+                "`nn.DataParallel` is not supported: its replicas have no parameters, "
+                "so adapters would get no gradient. Start one process per device "
+                "(`torchrun`, `accelerate launch`)"
+            )
+        signature = inspect.signature(self.family.block.forward)
+        bound = signature.bind(self, hidden, *args, **kwargs).arguments
+        call = {**bound, **bound.pop("kwargs", {})}
+        call.pop("kwargs", None)
+        del call["self"], call["hidden_states"]
+        for name in ("output_hidden_states", "output_attentions"):
+            asked = call.pop(name, None)
+            if asked is None:
+                asked = getattr(self._model_config, name, False)
+            if asked:
+                raise UnsupportedCallError(
+                    f"`{name}=True` is not supported by a reversible model: between "
+                    "blocks there are two streams, which are rebuilt and not kept"
+                )
+        if self.training and is_checkpointing(self):
+            raise UnsupportedCallError(
+                "gradient checkpointing is on: a reversible stack rebuilds its "
+                "activations already. Call `model.activation_checkpointing_disable()`"
+            )
+        cache = call.get("past_key_values")
+        if cache is not None and self.training and torch.is_grad_enabled():
+            if cache.get_seq_length() > 0:
+                raise UnsupportedCallError(
+                    "a reversible model in training was given `past_key_values` that "
+                    "hold tokens: its recompute would add them again. Train without "
+                    "a cache, or call `model.eval()`"
+                )
+            # transformers makes an empty one unless told `use_cache=False`.
+            call["past_key_values"] = None
+        return call
+
+    def _arithmetic(self, hidden: Hidden) -> Arithmetic:
+        if self.reversible.arithmetic == "float":
+            return Floating(
+                compute_dtype=hidden.dtype, stream_dtype=wide_dtype(hidden.dtype)
+            )
+        kind = hidden.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        computed_in = torch.get_autocast_dtype(kind) if autocast else hidden.dtype
+        return Fixed(
+            compute_dtype=hidden.dtype,
+            fraction_bits=(
+                FRACTION_BITS.get(computed_in, FRACTION_BITS_WIDE)
+                if self.reversible.fraction_bits is None
+                else self.reversible.fraction_bits
+            ),
+            gradient_dtype=getattr(torch, self.reversible.gradient_dtype),
+        )
+
+    def _stack(
+        self,
+        call: Mapping[str, Any],
+        arithmetic: Arithmetic,
+        seed: int | None,
+        first: int,
+        end: int,
+    ) -> Stack:
+        rule = Rule(
+            variant=self.reversible.variant,
+            scales=self.reversible.scales,
+            difference=self.reversible.is_difference,
+        )
+        blocks = {
+            index: (block, self.adapters_of(index))
+            for index, block in enumerate(self.blocks[first:end], first)
+        }
+        return Stack(
+            couplings=list(couplings(rule, self.family, blocks, call)),
+            arithmetic=arithmetic,
+            seed=seed,
+            num_chunks=self.reversible.mlp_chunks,
+        )
+
+    def _watch(self, arithmetic: Arithmetic) -> Watch:
+        exact = isinstance(arithmetic, Fixed)
+        probe = self.probe
+        if probe is None and not exact and not self._first_step_is_over:
+            dtype = arithmetic.gradient_dtype
+
+            def report(probe: Probe) -> None:
+                if not self._first_step_is_over:
+                    self._first_step_is_over = True
+                    _warn_if_lost(self.reversible, probe, dtype)
+
+            probe = Probe(when_done=report)
+        return Watch(exact, self._repeatable, probe)
+
+    def _read_out(
+        self, stack: Stack, streams: Streams, couplings: list[Coupling]
+    ) -> Hidden:
+        fresh = fresh_stream(self.reversible.variant, couplings)
+        pair = streams.pair()
+        out = read(stack, pair[fresh])
+        if streams.finite is not None:
+            # Streams clamp; this is how a loss scaler gets to see an overflow.
+            zero = out.new_zeros(())
+            out.add_(torch.where(streams.finite, zero, zero + torch.nan))
+        if self.reversible.arithmetic == "fixed":
+            return out
+        stale = read(stack, pair[1 - fresh])
+        if self.family.is_post_norm(self.blocks[-1]):
+            return (out + stale) / 2
+        return out + STALE_WEIGHT * stale
+
+
+def _wants_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _warn_if_lost(config: ReversibleConfig, probe: Probe, dtype: torch.dtype) -> None:
+    text = warning_text(probe.blocks(), probe.point_errors(), *config.scales, dtype)
+    if text is not None:
+        warnings.warn(text, LostGradientWarning, stacklevel=2)

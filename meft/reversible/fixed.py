@@ -1,0 +1,171 @@
+"""Fixed-point streams, whose inverse is exact.
+
+A stream is a tensor of int32, in quanta of q = 2^-fraction_bits. Scales are powers of
+two, 2^-k, so scaling is a shift; the k bits that it drops are kept:
+
+    couple:    d = t [- s];  r = d & (2^k - 1);  t <- (d >> k) + Q(value);   keep r
+    uncouple:  d = ((t - Q(value)) << k) | r;    t <- d [+ s]
+
+Integers make the round trip bit by bit, whatever the depth, the scale or the precision
+of the branches; addition may even wrap around, and wraps back. The one condition is
+that a branch gives the same value again. Rounding has the gradient of the identity, as
+the rounding of floats has under autograd.
+
+What is here is the reference, and what runs on a CPU. On a GPU, where memory traffic is
+what it costs, `fused` computes the same bits in one pass.
+
+Nearest relatives: Maclaurin et al., ICML 2015 (an information buffer makes momentum
+reversible); MacKay et al., NeurIPS 2018 (the bits that forgetting must keep); Zhang et
+al., arXiv 2407.09093 (one side bit for a scale of 1/2, trained from scratch).
+"""
+
+import functools
+import math
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from meft.reversible.coupling import Coupling
+from meft.reversible.packing import pack, unpack
+
+FRACTION_BITS = {torch.float16: 14, torch.bfloat16: 14}
+"""Per compute dtype: below its own rounding for values of ordinary size, and with a
+range of 32768 before a value is clamped."""
+FRACTION_BITS_WIDE = 18
+"""For float32 and wider: range 2048."""
+LIMIT = 2.0**29
+"""Greatest value of one addition, in quanta."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fixed:
+    """Streams of int32, read in `compute_dtype`."""
+
+    compute_dtype: torch.dtype
+    fraction_bits: int
+    gradient_dtype: torch.dtype = torch.float32
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """`hidden` in quanta."""
+        return self.quantise(hidden)
+
+    def read(self, stream: Tensor) -> Tensor:
+        """The stream as numbers again, rounded to what branches compute in."""
+        # A power of two: the product is exact, only the two casts round.
+        return stream.float().mul_(2.0**-self.fraction_bits).to(self.compute_dtype)
+
+    def quantise(self, value: Tensor) -> Tensor:
+        """Q: to the nearest quantum, half to even; clamped, and 0 for not-a-number.
+
+        So that a coupling can always be undone; `finite` tells what is lost by it.
+        """
+        quanta = value.to(torch.float32, copy=True).mul_(2.0**self.fraction_bits)
+        quanta.nan_to_num_(nan=0.0, posinf=LIMIT, neginf=-LIMIT).clamp_(-LIMIT, LIMIT)
+        return quanta.round_().to(torch.int32)
+
+    @property
+    def limit(self) -> float:
+        """The greatest value that is not clamped."""
+        return LIMIT * 2.0**-self.fraction_bits
+
+    def finite(self, value: Tensor) -> Tensor:
+        """Whether nothing in `value` is infinite, not a number, or clamped."""
+        return (value.abs() <= self.limit).all()
+
+    def couple_(
+        self, target: Tensor, source: Tensor, value: Tensor, coupling: Coupling
+    ) -> Tensor | None:
+        """Shift, add; keep the bits that were shifted out."""
+        num_bits = lost_bits(coupling)
+        keep = num_bits > 0 and not coupling.starts
+        if fused := kernels(target, source):
+            out: Tensor | None = fused.couple_(
+                target,
+                source,
+                value,
+                num_bits,
+                coupling.difference,
+                self.fraction_bits,
+                keep,
+            )
+            return out
+        if coupling.difference:
+            target.sub_(source)
+        kept = pack(target, num_bits) if keep else None
+        if num_bits:
+            target.bitwise_right_shift_(num_bits)
+        target.add_(self.quantise(value))
+        return kept
+
+    def uncouple_(
+        self,
+        target: Tensor,
+        source: Tensor,
+        value: Tensor,
+        coupling: Coupling,
+        kept: Tensor | None,
+    ) -> None:
+        """Subtract, shift back, put the bits in."""
+        num_bits = lost_bits(coupling)
+        if fused := kernels(target, source):
+            fused.uncouple_(
+                target,
+                source,
+                value,
+                kept,
+                num_bits,
+                coupling.difference,
+                self.fraction_bits,
+            )
+            return
+        target.sub_(self.quantise(value))
+        if num_bits:
+            target.bitwise_left_shift_(num_bits)
+        if kept is not None:
+            low = unpack(kept, num_bits, target.numel())
+            target.bitwise_or_(low.view(target.shape))
+        elif num_bits and not coupling.difference:
+            # Where the stack starts, both streams were equal: the source has the bits.
+            target.bitwise_or_(source & (2**num_bits - 1))
+        if coupling.difference:
+            target.add_(source)
+
+
+def lost_bits(coupling: Coupling) -> int:
+    """k of a scale of 2^-k."""
+    return round(-math.log2(coupling.scale))
+
+
+def kernels(target: Tensor, source: Tensor) -> ModuleType | None:
+    """`meft.reversible.fused` if it can take these streams; None: the reference does.
+
+    It can on CUDA, if they are contiguous and triton works there.
+    """
+    if target.is_cuda and target.is_contiguous() and source.is_contiguous():
+        return _kernels_on(target.device)
+    return None
+
+
+@functools.cache
+def _kernels_on(device: torch.device) -> ModuleType | None:
+    try:
+        from meft.reversible import fused
+    except ImportError:
+        return None
+    try:
+        target, source = torch.zeros(2, 1, dtype=torch.int32, device=device)
+        fused.couple_(target, source, target.float(), 0, False, 0, False)
+    except Exception as error:
+        # Triton needs a C compiler where it runs and does not know every device. What
+        # it raises then has no common class.
+        warnings.warn(
+            f"streams on {device} are computed without triton, which is slower and "
+            f"gives the same bits: {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return None
+    return fused

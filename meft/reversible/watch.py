@@ -1,0 +1,191 @@
+"""Watching a rebuilt stack: did the backward meet what the forward saw?
+
+With `fixed` streams the inverse is exact if every branch gives the same bits again.
+Three things see to it:
+
+* before a branch is first used at a shape and dtype it is run with and without grad;
+  if the bits differ, its forwards run with grad from then on, graph dropped; if they
+  differ from one run to the next, it is refused;
+* a checksum of every stream before it changes is kept, 8 bytes a coupling, and compared
+  with that of the rebuilt one, so that a fault is found where it happens;
+* at the bottom both streams must meet, element by element.
+
+Comparisons stay on the device; one flag is read at the end of the backward. With
+`floating` streams there is nothing to compare exactly, and a `Probe` may look on.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meft.errors import ReconstructionError, UnsupportedCallError
+from meft.reversible.coupling import Context, Coupling
+from meft.reversible.probe import Probe
+from meft.reversible.twin import Stack
+
+Repeatable = dict[tuple[Any, ...], bool]
+"""Whether a branch without grad gives the bits that it gives with grad, by the
+coupling's number and whatever decides which kernels run."""
+
+CHECKSUM_BASE = 0x5851F42D4C957F2D
+"""Any large odd number."""
+
+
+class Watch:
+    """What is watched over one forward and backward.
+
+    Args:
+        exact: whether rebuilt streams must equal the true ones.
+        repeatable: what is known of the branches; what is found out is added.
+        probe: looks at samples of the streams, or at all of them.
+    """
+
+    def __init__(
+        self, exact: bool, repeatable: Repeatable, probe: Probe | None = None
+    ) -> None:
+        self._exact = exact
+        self._repeatable = repeatable
+        self._probe = probe
+        self._sums: list[Tensor] = []
+        self._faults: dict[int, Tensor] = {}
+        self._weights: Tensor | None = None
+
+    def before(self, stack: Stack, index: int, target: Tensor) -> None:
+        """The forward is about to change `target` in coupling `index`."""
+        if self._exact:
+            self._sums.append(self._checksum(target))
+        if self._probe is not None:
+            self._probe.expect(stack.couplings, index, target)
+
+    def expected(self) -> Tensor | None:
+        """What has been seen so far, to be kept for the backward."""
+        sums, self._sums = self._sums, []
+        return torch.stack(sums) if sums else None
+
+    def after(self, index: int, target: Tensor, expected: Tensor | None) -> None:
+        """The backward has undone coupling `index`, which gave `target`."""
+        if expected is not None:
+            self._faults[index] = self._checksum(target) != expected[index]
+        if self._probe is not None:
+            self._probe.compare(index, target)
+
+    def finish(self, stack: Stack, streams: list[Tensor]) -> None:
+        """The backward has undone all couplings.
+
+        Raises:
+            ReconstructionError: a rebuilt stream is not the true one.
+        """
+        if self._exact:
+            met = (streams[0] != streams[1]).any()
+            faults = torch.stack([*self._faults.values(), met])
+            indices = [*self._faults, 0]
+            self._faults = {}
+            if faults.any():
+                first = indices[int(faults.int().argmax())]
+                raise ReconstructionError(_message(stack, stack.couplings[first]))
+        if self._probe is not None:
+            self._probe.finish()
+
+    def value(
+        self,
+        stack: Stack,
+        coupling: Coupling,
+        x: Tensor,
+        context: Context,
+        wants_input: bool,
+    ) -> Tensor:
+        """What a branch gives, without a graph, in bits that the backward will meet."""
+        if not self._exact:
+            return stack.value(coupling, x, context)
+        kind = x.device.type
+        key = (
+            coupling.number,
+            tuple(x.shape),
+            x.dtype,
+            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+            stack.seed is None,
+        )
+        repeatable = self._repeatable.get(key)
+        if repeatable:
+            return stack.value(coupling, x, context)
+        graded = _graded(stack, coupling, x, context, wants_input)
+        if repeatable is None:
+            _refuse_out_of_range(stack, coupling, graded)
+            same = _same_bits(stack.value(coupling, x, context), graded)
+            if not same:
+                again = _graded(stack, coupling, x, context, wants_input)
+                if not _same_bits(again, graded):
+                    raise UnsupportedCallError(_not_repeatable(coupling))
+            self._repeatable[key] = same
+        return graded
+
+    def _checksum(self, stream: Tensor) -> Tensor:
+        """The sum over tokens and then, times b^c for channel c, over channels.
+
+        Modulo 2^64. Without weights most faults would pass whose way to the stream ends
+        in a norm: what a layer norm gives for a token adds up to nothing.
+        """
+        # In int32, which may wrap around as streams may: torch would sum in int64 by
+        # way of a copy of the whole stream.
+        channels = stream.flatten(0, -2).sum(0, dtype=torch.int32)
+        if self._weights is None:
+            base = torch.full_like(channels, CHECKSUM_BASE, dtype=torch.int64)
+            self._weights = base.cumprod(0)
+        return (channels * self._weights).sum()
+
+
+def _graded(
+    stack: Stack, coupling: Coupling, x: Tensor, context: Context, wants_input: bool
+) -> Tensor:
+    """As the backward will run the branch, one chunk's graph at a time, all dropped."""
+    # As the graphs go at once, nobody's hooks have to count them or move them away.
+    unhooked = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with torch.enable_grad(), unhooked:
+        mixed = stack.mixed(coupling, x.detach().requires_grad_(wants_input), context)
+        wants_mixed = mixed.requires_grad
+        outputs = []
+        for index, chunk in enumerate(stack.chunks(coupling, mixed.detach())):
+            chunk = chunk.detach().requires_grad_(wants_mixed)
+            outputs.append(stack.tokenwise(coupling, chunk, index).detach())
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _refuse_out_of_range(stack: Stack, coupling: Coupling, value: Tensor) -> None:
+    """Streams clamp. Infinities are left to a loss scaler; large numbers come again."""
+    greatest = value.abs().amax().item()
+    limit = getattr(stack.arithmetic, "limit", math.inf)
+    if limit < greatest < math.inf:
+        raise UnsupportedCallError(
+            f"block {coupling.block} gives values up to {greatest:.4g}, and `fixed` "
+            f"streams with this quantum hold {limit:.4g}: set `fraction_bits` lower in "
+            "the `ReversibleConfig` (each bit less doubles the range)"
+        )
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return torch.equal(one.contiguous().view(integer), other.contiguous().view(integer))
+
+
+def _not_repeatable(coupling: Coupling) -> str:
+    return (
+        f"block {coupling.block} does not give the same bits when it is run again on "
+        "the same input, so its activations cannot be rebuilt exactly. Look for "
+        "operations that depend on timing (atomic adds), a noise that does not come "
+        "from torch's generators, or a cache; "
+        "`torch.use_deterministic_algorithms(True)` finds many. Or store the "
+        "activations: `backward='store'`"
+    )
+
+
+def _message(stack: Stack, coupling: Coupling) -> str:
+    return (
+        f"the rebuilt input of block {coupling.block} is not the one that the forward "
+        "saw: the block gave other bits in the backward than in the forward. Something "
+        "it reads has changed in between (a buffer, a frozen weight, a global setting "
+        "such as TF32 or the attention backend), or a kernel is not deterministic. "
+        "Gradients from there on down would be noise, so there are none. "
+        "`on_mismatch='redo'` computes such a step again with stored activations"
+    )

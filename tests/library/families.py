@@ -1,0 +1,320 @@
+"""Tiny models of every block class with every head, and a batch for each.
+
+Weights are larger than transformers starts them and norms and biases are not 1 and 0:
+every part of a block has an effect that is its own, so that a swap is noticed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    BartConfig,
+    BertConfig,
+    DeiTConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+    ViTConfig,
+)
+
+import meft
+from meft.reversible.convert import find_stacks
+
+DEPTH, HIDDEN, VOCAB, LABELS = 3, 16, 50, 2  # question answering asks for 2
+ROWS, SEQ, IMAGE, PATCH = 3, 7, 8, 4
+BOS, PAD, EOS = 0, 1, 2
+DROPOUT, STD = 0.1, 0.2
+
+Batch = dict[str, Tensor]
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """A class of model on a family of blocks."""
+
+    family: str
+    """As the library writes it, `BERT`, but for `OPT post-norm`."""
+    kind: str
+    """Of transformers' model class, `BertForMaskedLM`."""
+    config: Callable[..., PreTrainedConfig]
+    batch: Callable[[], Batch]
+
+    @property
+    def name(self) -> str:
+        """Of the class, and of the family where that does not say it."""
+        return f"{self.kind} {self.family}" if "post" in self.family else self.kind
+
+    def build(self, depth: int = DEPTH, **options: Any) -> PreTrainedModel:
+        """The plain model, in training mode; always with the same weights."""
+        torch.manual_seed(0)
+        config = self.config(depth, **options)
+        model: PreTrainedModel = getattr(transformers, self.kind)(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        model.train()
+        return model
+
+
+def encoder_config(
+    kind: Callable[..., PreTrainedConfig], depth: int, **options: Any
+) -> PreTrainedConfig:
+    """BERT and RoBERTa."""
+    return kind(
+        **text_options(depth),
+        intermediate_size=2 * HIDDEN,
+        hidden_dropout_prob=DROPOUT,
+        attention_probs_dropout_prob=DROPOUT,
+        initializer_range=STD,
+        **options,
+    )
+
+
+def opt_config(is_pre_norm: bool, depth: int, **options: Any) -> PreTrainedConfig:
+    return OPTConfig(
+        **text_options(depth),
+        ffn_dim=2 * HIDDEN,
+        word_embed_proj_dim=HIDDEN,
+        do_layer_norm_before=is_pre_norm,
+        dropout=DROPOUT,
+        attention_dropout=DROPOUT,
+        init_std=STD,
+        **options,
+    )
+
+
+def bart_config(depth: int, **options: Any) -> PreTrainedConfig:
+    return BartConfig(
+        vocab_size=VOCAB,
+        d_model=HIDDEN,
+        encoder_layers=depth,
+        decoder_layers=depth,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=2 * HIDDEN,
+        decoder_ffn_dim=2 * HIDDEN,
+        max_position_embeddings=32,
+        dropout=DROPOUT,
+        attention_dropout=DROPOUT,
+        activation_dropout=DROPOUT,
+        init_std=STD,
+        **{"num_labels": LABELS, **options},
+    )
+
+
+def llama_config(
+    kind: Callable[..., PreTrainedConfig], depth: int, **options: Any
+) -> PreTrainedConfig:
+    """LLaMA and Mistral, both with half as many heads for keys as for queries."""
+    return kind(
+        **text_options(depth),
+        intermediate_size=2 * HIDDEN,
+        num_key_value_heads=1,
+        attention_dropout=DROPOUT,
+        initializer_range=STD,
+        **options,
+    )
+
+
+def image_config(
+    kind: Callable[..., PreTrainedConfig], depth: int, **options: Any
+) -> PreTrainedConfig:
+    """ViT and DeiT."""
+    return kind(
+        hidden_size=HIDDEN,
+        num_hidden_layers=depth,
+        num_attention_heads=2,
+        intermediate_size=2 * HIDDEN,
+        image_size=IMAGE,
+        patch_size=PATCH,
+        encoder_stride=PATCH,
+        hidden_dropout_prob=DROPOUT,
+        attention_probs_dropout_prob=DROPOUT,
+        initializer_range=STD,
+        num_labels=LABELS,
+        **options,
+    )
+
+
+def text_options(depth: int) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+        "bos_token_id": BOS,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "num_labels": LABELS,
+    }
+
+
+def text() -> Batch:
+    """Rows of tokens that end in EOS; the first is padded on the right."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(EOS + 1, VOCAB, (ROWS, SEQ), generator=generator)
+    mask = torch.ones(ROWS, SEQ, dtype=torch.long)
+    mask[0, 4:] = 0
+    ids[:, -1] = EOS
+    ids[0, 3] = EOS
+    return {"input_ids": ids.masked_fill(mask == 0, PAD), "attention_mask": mask}
+
+
+def text_pair() -> Batch:
+    """A padded text for the encoder, another and shorter one for the decoder."""
+    rows = text()
+    return rows | {f"decoder_{name}": x.roll(1, 0)[:, :5] for name, x in rows.items()}
+
+
+def labelled_text() -> Batch:
+    return text() | {"labels": torch.tensor([0, 1, 1])}
+
+
+def labelled_tokens() -> Batch:
+    rows = text()
+    labels = rows["input_ids"] % LABELS
+    return rows | {"labels": labels.masked_fill(rows["attention_mask"] == 0, -100)}
+
+
+def continued_text() -> Batch:
+    rows = text()
+    ids = rows["input_ids"]
+    return rows | {"labels": ids.masked_fill(rows["attention_mask"] == 0, -100)}
+
+
+def questions() -> Batch:
+    positions = torch.tensor([1, 2, 3])
+    return text() | {"start_positions": positions, "end_positions": positions}
+
+
+def choices() -> Batch:
+    """Two texts to choose from in every row."""
+    rows = {name: torch.stack([x, x.roll(1, 0)], 1) for name, x in text().items()}
+    return rows | {"labels": torch.tensor([0, 1, 1])}
+
+
+def images() -> Batch:
+    generator = torch.Generator().manual_seed(2)
+    return {"pixel_values": torch.randn(ROWS, 3, IMAGE, IMAGE, generator=generator)}
+
+
+def labelled_images() -> Batch:
+    return images() | {"labels": torch.tensor([0, 1, 1])}
+
+
+def masked_images() -> Batch:
+    return images() | {"bool_masked_pos": torch.tensor([[True, False, False, True]])}
+
+
+ENCODER_HEADS = {
+    "Model": text,
+    "ForMaskedLM": continued_text,
+    "ForSequenceClassification": labelled_text,
+    "ForTokenClassification": labelled_tokens,
+    "ForQuestionAnswering": questions,
+    "ForMultipleChoice": choices,
+}
+OPT_HEADS = {
+    "Model": text,
+    "ForCausalLM": continued_text,
+    "ForSequenceClassification": labelled_text,
+    "ForQuestionAnswering": questions,
+}
+BART_HEADS = {
+    "Model": text_pair,
+    "ForConditionalGeneration": continued_text,
+    "ForSequenceClassification": labelled_text,
+    "ForQuestionAnswering": questions,
+    "ForCausalLM": continued_text,
+}
+LLAMA_HEADS = OPT_HEADS | {"ForTokenClassification": labelled_tokens}
+VIT_HEADS = {
+    "Model": images,
+    "ForImageClassification": labelled_images,
+    "ForMaskedImageModeling": masked_images,
+}
+DEIT_HEADS = VIT_HEADS | {"ForImageClassificationWithTeacher": images}
+
+CASES = [
+    Case(family=family, kind=prefix + head, config=config, batch=batch)
+    for family, prefix, config, heads in (
+        ("BERT", "Bert", partial(encoder_config, BertConfig), ENCODER_HEADS),
+        ("RoBERTa", "Roberta", partial(encoder_config, RobertaConfig), ENCODER_HEADS),
+        ("OPT", "OPT", partial(opt_config, True), OPT_HEADS),
+        ("OPT post-norm", "OPT", partial(opt_config, False), OPT_HEADS),
+        ("BART", "Bart", bart_config, BART_HEADS),
+        ("LLaMA", "Llama", partial(llama_config, LlamaConfig), LLAMA_HEADS),
+        (
+            "Mistral",
+            "Mistral",
+            partial(llama_config, MistralConfig, sliding_window=None),
+            LLAMA_HEADS,
+        ),
+        ("ViT", "ViT", partial(image_config, ViTConfig), VIT_HEADS),
+        ("DeiT", "DeiT", partial(image_config, DeiTConfig), DEIT_HEADS),
+    )
+    for head, batch in heads.items()
+]
+"""Every head of every family."""
+
+
+def cases(*heads: str) -> pytest.MarkDecorator:
+    """Ask a test of all cases, or of those whose class ends in one of `heads`."""
+    chosen = [case for case in CASES if case.kind.endswith(heads or "")]
+    return pytest.mark.parametrize("case", chosen, ids=lambda case: case.name)
+
+
+def reversible(
+    case: Case, depth: int = DEPTH, dtype: torch.dtype = torch.float32, **config: Any
+) -> PreTrainedModel:
+    """The reversible model of a case, in training mode."""
+    model = case.build(depth)
+    nn.Module.to(model, dtype)
+    torch.manual_seed(1)
+    options = {"variant": "meft1", "bottleneck_size": 3, **config}
+    return meft.make_reversible(model, meft.ReversibleConfig(**options))
+
+
+def twin_of(model: Model) -> Model:
+    """The same model, storing its activations."""
+    for stack in find_stacks(model).values():
+        stack.backward_pass = "store"
+    return model
+
+
+def objective(output: Any) -> Tensor:
+    """The loss; without one, a weighted sum of the first output."""
+    if getattr(output, "loss", None) is not None:
+        loss: Tensor = output.loss
+        return loss
+    first: Tensor = output[0]
+    weights = torch.linspace(-1, 1, first.numel()).view_as(first)
+    return (first * weights).sum()
+
+
+def gradients(model: PreTrainedModel, batch: Batch, seed: int = 3) -> Batch:
+    """Loss and gradients by name, of every parameter that the model reads."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    loss = objective(model(**batch))
+    loss.backward()
+    named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach()} | {n: g.clone() for n, g in named.items()}
+
+
+def assert_same_bits(one: Batch, other: Batch) -> None:
+    """Same names, and every tensor equal."""
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different

@@ -1,0 +1,481 @@
+"""The same questions to every family: is it still the model, and is it exact?"""
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+import meft
+from library.families import (
+    DEPTH,
+    ROWS,
+    SEQ,
+    VOCAB,
+    Batch,
+    Case,
+    assert_same_bits,
+    cases,
+    gradients,
+    objective,
+    reversible,
+    text,
+    twin_of,
+)
+from meft.backbone.families import FAMILIES, find_blocks
+from meft.reversible.blocks import ReversibleBlocks
+from meft.reversible.convert import find_stacks
+from meft.reversible.fixed import FRACTION_BITS_WIDE
+from meft.reversible.packing import packed_bytes
+from meft.testing import check_reversible, saved_bytes
+
+every_head = cases()
+every_kind = cases("Model", "BartForCausalLM")
+every_text_kind = cases(
+    "BertModel",
+    "RobertaModel",
+    "OPTModel",
+    "BartModel",
+    "BartForCausalLM",
+    "LlamaModel",
+    "MistralModel",
+)
+every_decoder = cases("ForCausalLM", "ForConditionalGeneration")
+one_head_each = cases("ForSequenceClassification", "ForImageClassification")
+variants = pytest.mark.parametrize("variant", ["meft1", "meft2", "meft3"])
+
+QUANTUM = 2.0**-FRACTION_BITS_WIDE
+
+
+@every_kind
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_halves_are_the_block(
+    case: Case, attention: str, dtype: torch.dtype
+) -> None:
+    """Without adapters attention half and MLP half compute what the block computes, bit
+    for bit, dropout included, for what the model's own loop passes to each block."""
+    model = nn.Module.to(case.build(attn_implementation=attention), dtype)
+    blocks = [(b, found.family) for found in find_blocks(model) for b in found.blocks]
+    calls: dict[nn.Module, Any] = {}
+
+    def note(block: nn.Module, args: Any, kwargs: Any) -> None:
+        # A copy, because a cache is filled by the block.
+        calls[block] = copy.deepcopy((args, kwargs))
+
+    for block, _ in blocks:
+        block.register_forward_pre_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        model(**case.batch())
+        for block, family in blocks:
+            args, kwargs = copy.deepcopy(calls[block])
+            bound = inspect.signature(block.forward).bind(*args, **kwargs).arguments
+            call = {**bound, **bound.pop("kwargs", {})}
+            call.pop("kwargs", None)
+            hidden = call.pop("hidden_states")
+            torch.manual_seed(5)
+            halves = family.mlp_half(
+                block, family.attention_half(block, hidden, **call)
+            )
+            args, kwargs = copy.deepcopy(calls[block])
+            torch.manual_seed(5)
+            assert torch.equal(halves, block(*args, **kwargs))
+
+
+@every_head
+def test_it_is_still_the_model(case: Case) -> None:
+    """Same class, same signature, same fields of the same shapes, the old names with
+    the old values in the state; only adapters come on top. What is trainable gets a
+    gradient, what is frozen does not."""
+    model = case.build()
+    kind, signature = type(model), inspect.signature(model.forward)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    before = model(**case.batch())
+    converted = meft.make_reversible(model, meft.ReversibleConfig(variant="meft1"))
+    assert converted is model
+    assert type(model) is kind
+    assert inspect.signature(model.forward) == signature
+    now = model.state_dict()
+    assert_same_bits({name: now[name] for name in state}, state)
+    assert all(".adapters." in f".{name}" for name in now.keys() - state.keys())
+
+    after = model(**case.batch())
+    assert type(after) is type(before)
+    assert _shapes(after) == _shapes(before)
+    objective(after).backward()
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable >= {n for n, _ in model.named_parameters() if ".adapters." in n}
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+def _shapes(output: Any) -> dict[str, object]:
+    """Of every tensor in a model's output; the type of everything else."""
+    return {
+        name: value.shape if isinstance(value, Tensor) else type(value)
+        for name, value in output.items()
+    }
+
+
+@every_head
+@pytest.mark.parametrize("trained", ["adapters", "everything"])
+def test_gradients_are_the_twins(case: Case, trained: str) -> None:
+    """Loss and every gradient have the bits that ordinary autograd gives."""
+    model = reversible(case)
+    if trained == "everything":
+        model.requires_grad_(True)
+    rebuilt = gradients(model, case.batch())
+    assert_same_bits(rebuilt, gradients(twin_of(model), case.batch()))
+    assert all(gradient.isfinite().all() for gradient in rebuilt.values())
+
+
+@every_kind
+@variants
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16", "autocast"])
+def test_gradients_are_the_twins_in_every_precision(
+    case: Case, variant: str, precision: str
+) -> None:
+    """So they are for each variant with half-precision weights and under autocast, with
+    embeddings that train below the stack."""
+    autocast = precision == "autocast"
+    dtype = torch.float32 if autocast else getattr(torch, precision)
+    model = reversible(case, dtype=dtype, variant=variant)
+    for name, parameter in model.named_parameters():
+        if "embed" in name:
+            parameter.requires_grad_(True)
+    found = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(gradients(model, case.batch()))
+        twin_of(model)
+    assert_same_bits(*found)
+    assert any("embed" in name for name in found[0])
+    assert all(gradient.isfinite().all() for gradient in found[0].values())
+
+
+@every_kind
+@variants
+def test_the_starting_point_is_preserved(case: Case, variant: str) -> None:
+    """With 16 lost bits and silent adapters the model is the plain one, within a few
+    quanta a coupling: up to 2 for rounding what is added and what is shifted, and 2^-16
+    of the change that the block below made, which is at most twice the greatest value.
+    At depth 3 the blocks above pass such errors on about as large as they are. With 4
+    lost bits the change weighs 2^12 times as much, far outside."""
+    with torch.no_grad():
+        expected = case.build().eval()(**case.batch())
+        deviation = []
+        for lost_bits in (16, 4):
+            model = reversible(case, variant=variant, lost_bits=lost_bits).eval()
+            _silence(model)
+            got = model(**case.batch())
+            deviation.append(_first(got).sub(_first(expected)).abs().max().item())
+    num_steps = 2 * DEPTH if variant == "meft3" else DEPTH
+    change = 2 * _first(expected).abs().max().item()
+    a_step = 2 * QUANTUM + 2.0**-16 * change
+    assert deviation[0] <= num_steps * a_step < deviation[1]
+
+
+def _silence(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if ".adapters." in name and ".up." in name:
+            nn.init.zeros_(parameter)
+
+
+def _first(output: Any) -> Tensor:
+    """Hidden states of a headless model, logits of a headed one."""
+    first: Tensor = output["logits" if "logits" in output else "last_hidden_state"]
+    return first
+
+
+@every_text_kind
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_padding_does_not_leak(case: Case, padding: str) -> None:
+    """Other padded tokens change no bit of the real tokens' outputs nor of a gradient,
+    dropout on. On the left for decoders only, as when they generate."""
+    if padding == "left" and case.family in ("BERT", "RoBERTa"):
+        pytest.skip("positions of encoders count from the left")
+    rows = case.batch()
+    rows.pop("labels", None)
+    if padding == "left":
+        rows = {name: value.flip(1) for name, value in rows.items()}
+    if padding == "left" and case.family in ("LLaMA", "Mistral"):
+        rows["position_ids"] = (rows["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    masks = {n: m == 0 for n, m in rows.items() if n.endswith("attention_mask")}
+    changed = dict(rows)
+    for name, padded in masks.items():
+        ids = name.replace("attention_mask", "input_ids")
+        changed[ids] = rows[ids].masked_fill(padded, VOCAB - 1)
+    seen = next(reversed(masks.values()))
+    model = reversible(case)
+    found = []
+    for batch in (rows, changed):
+        model.zero_grad()
+        torch.manual_seed(3)
+        outputs = _first(model(**batch))[~seen]
+        (
+            outputs * torch.linspace(-1, 1, outputs.numel()).view_as(outputs)
+        ).sum().backward()
+        named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append(
+            {"outputs": outputs.detach()} | {n: g.clone() for n, g in named.items()}
+        )
+    assert_same_bits(*found)
+    assert outputs.isfinite().all()
+
+
+@every_kind
+def test_both_attention_implementations(case: Case) -> None:
+    """Eager and SDPA each have their twin's gradients, and in evaluation they agree: a
+    last bit that differs can turn the rounding to a quantum and the shift, so by 2
+    quanta a coupling."""
+    outputs = []
+    for attention in ("eager", "sdpa"):
+        model = reversible(case)
+        model.set_attn_implementation(attention)
+        rebuilt = gradients(model, case.batch())
+        assert_same_bits(rebuilt, gradients(twin_of(model), case.batch()))
+        with torch.no_grad():
+            outputs.append(_first(model.eval()(**case.batch())))
+    allowed = 2 * 2 * DEPTH * QUANTUM
+    torch.testing.assert_close(*outputs, rtol=0, atol=allowed)
+
+
+@every_decoder
+@pytest.mark.parametrize("variant", ["meft1", "meft3"])
+def test_generation_with_a_cache(case: Case, variant: str) -> None:
+    """Greedy tokens are the same with and without a cache of keys and values, and for a
+    padded row as for that row alone; logits differ by what 2 quanta a coupling can do,
+    and each token enters the cache once."""
+    model = reversible(case, variant=variant).eval()
+    rows = text()
+    if case.kind == "BartForCausalLM":
+        # Its positions count padding: only rows without any are the same alone.
+        rows = {name: value[1:] for name, value in rows.items()}
+    elif not model.config.is_encoder_decoder:
+        rows = _padded_left(rows)
+    real = rows["attention_mask"][0] == 1
+    alone = {name: value[:1, real] for name, value in rows.items()}
+    with_cache = _generate(model, rows, use_cache=True)
+    without = _generate(model, rows, use_cache=False)
+    unpadded = _generate(model, alone, use_cache=True)
+    num_kept = with_cache.past_key_values.get_seq_length()
+    assert num_kept == with_cache.sequences.shape[1] - 1
+    assert without.past_key_values is None
+    assert torch.equal(with_cache.sequences, without.sequences)
+    new = len(with_cache.logits)
+    assert torch.equal(with_cache.sequences[:1, -new:], unpadded.sequences[:, -new:])
+
+    outputs = [torch.stack(o.logits) for o in (with_cache, without, unpadded)]
+    gain = model.get_output_embeddings().weight.abs().sum(1).max().item()
+    allowed = 2 * 2 * DEPTH * QUANTUM * gain
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=allowed)
+    torch.testing.assert_close(outputs[0][:, :1], outputs[2], rtol=0, atol=allowed)
+
+
+def _padded_left(rows: Batch) -> Batch:
+    """As decoders are padded to generate: what stands on the right goes first."""
+    width = int((rows["attention_mask"][0] == 0).sum())
+    return {n: torch.cat([x[:1].roll(width, 1), x[1:]]) for n, x in rows.items()}
+
+
+def _generate(model: Any, rows: Batch, use_cache: bool) -> Any:
+    return model.generate(
+        **rows,
+        do_sample=False,
+        use_cache=use_cache,
+        max_new_tokens=4,
+        min_new_tokens=4,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+
+@every_decoder
+def test_a_cache_in_training(case: Case) -> None:
+    """The empty cache that the model makes by itself is dropped; one that holds tokens
+    is refused, because the recompute would add them again."""
+    model = reversible(case)
+    rows: dict[str, Any] = {**text()}
+    assert model.config.use_cache
+    output = model(**rows)
+    assert output.past_key_values.get_seq_length() == 0
+    objective(output).backward()
+    with torch.no_grad():
+        rows["past_key_values"] = model.eval()(**rows).past_key_values
+    assert rows["past_key_values"].get_seq_length() > 0
+    one_more = torch.full((ROWS, 1), VOCAB - 1)
+    if model.config.is_encoder_decoder:
+        rows["decoder_input_ids"] = one_more
+    else:
+        rows["input_ids"] = one_more
+        rows["attention_mask"] = torch.ones(ROWS, SEQ + 1)
+    model.eval()(**rows).logits.sum().backward()
+    with pytest.raises(meft.UnsupportedCallError, match="`past_key_values` that hold"):
+        model.train()(**rows)
+
+
+@every_kind
+@pytest.mark.parametrize("span", [(1, 3), (0, 2), (1, 2)])
+def test_a_span_equals_its_twin(case: Case, span: tuple[int, int]) -> None:
+    """Plain blocks below, rebuilt ones, stored ones above: the same bits again, and no
+    adapter below the span."""
+    model = reversible(case, span=span)
+    model.requires_grad_(True)
+    rebuilt = gradients(model, case.batch())
+    assert_same_bits(rebuilt, gradients(twin_of(model), case.batch()))
+    for stack in find_stacks(model).values():
+        assert set(stack.adapters) == {str(i) for i in range(span[0], DEPTH)}
+
+
+@one_head_each
+def test_adapters_are_saved_and_loaded(case: Case, tmp_path: Path) -> None:
+    """A plain model that loads them gives the same bits as the one that saved them."""
+    saved = reversible(case, variant="meft3")
+    with torch.no_grad():
+        for parameter in saved.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    meft.save_adapters(saved, tmp_path)
+    loaded = meft.load_adapters(case.build(), tmp_path)
+    assert_same_bits(loaded.state_dict(), saved.state_dict())
+    assert_same_bits(gradients(loaded, case.batch()), gradients(saved, case.batch()))
+
+
+@one_head_each
+def test_a_refused_load_leaves_the_plain_model(case: Case, tmp_path: Path) -> None:
+    """Where a tensor does not fit, every stack of the model has its blocks back, and
+    what was trainable is."""
+    meft.save_adapters(reversible(case), tmp_path)
+    path = tmp_path / "adapters.safetensors"
+    trained = load_file(path)
+    name = max(name for name in trained if ".adapters." in name)
+    save_file(trained | {name: torch.zeros(1)}, path)
+    model = case.build()
+    next(model.parameters()).requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(meft.AdapterFileError, match="with shape"):
+        meft.load_adapters(model, tmp_path)
+    assert not find_stacks(model)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert_same_bits(
+        gradients(model.requires_grad_(True), case.batch()),
+        gradients(case.build(), case.batch()),
+    )
+
+
+@every_kind
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_outputs_of_single_blocks_are_refused(case: Case, name: str) -> None:
+    """Asked for in the call or in the config."""
+    torch.manual_seed(1)
+    config = meft.ReversibleConfig(variant="meft1")
+    model = meft.make_reversible(case.build(1, attn_implementation="eager"), config)
+    with pytest.raises(meft.UnsupportedCallError, match=f"`{name}=True`"):
+        model(**case.batch(), **{name: True})
+    setattr(model.config, name, True)
+    with pytest.raises(meft.UnsupportedCallError, match=f"`{name}=True`"):
+        model(**case.batch())
+
+
+@every_kind
+def test_gradient_checkpointing_is_refused(case: Case) -> None:
+    """When converting, and when it is switched on later; not in evaluation, where it
+    does nothing. What the message says helps."""
+    config = meft.ReversibleConfig(variant="meft1")
+    advice = "activation_checkpointing_disable"
+    plain = case.build(1)
+    plain.activation_checkpointing_enable()
+    with pytest.raises(meft.UnsupportedModelError, match=advice):
+        meft.make_reversible(plain, config)
+    assert not find_stacks(plain)
+    model = reversible(case, 1)
+    model.activation_checkpointing_enable()
+    with pytest.raises(meft.UnsupportedCallError, match=advice):
+        model(**case.batch())
+    model.eval()(**case.batch())
+    model.train().activation_checkpointing_disable()
+    model(**case.batch())
+
+
+@cases("OPTModel", "BartModel")
+@pytest.mark.parametrize("side", ["", "encoder_", "decoder_"])
+def test_layerdrop_is_refused(case: Case, side: str) -> None:
+    """A loop that leaves out blocks at random cannot run them as one stack."""
+    if bool(side) != (case.family == "BART"):
+        pytest.skip("no such option")
+    model = case.build(1, **{f"{side}layerdrop": 0.1})
+    with pytest.raises(meft.UnsupportedModelError, match="`layerdrop` above 0"):
+        meft.make_reversible(model, meft.ReversibleConfig(variant="meft1"))
+    assert not find_stacks(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@cases("BertModel", "RobertaModel")
+def test_a_decoder_bert_is_refused(case: Case) -> None:
+    """Its blocks hold a cache and cross-attention, which the halves leave out."""
+    model = case.build(1, is_decoder=True)
+    with pytest.raises(
+        meft.UnsupportedModelError, match=f"a {case.family}, but it has"
+    ):
+        meft.make_reversible(model, meft.ReversibleConfig(variant="meft1"))
+    assert not find_stacks(model)
+
+
+def test_an_unknown_model_is_named() -> None:
+    """The message says what was given and lists what is supported."""
+    gpt = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))
+    supported = "BERT, RoBERTa, OPT, BART, LLaMA, Mistral, ViT, DeiT"
+    message = f"GPT2LMHeadModel is not supported.* {supported}, with any head"
+    with pytest.raises(meft.UnsupportedModelError, match=message):
+        meft.make_reversible(gpt, meft.ReversibleConfig(variant="meft1"))
+    assert all(parameter.requires_grad for parameter in gpt.parameters())
+
+
+@one_head_each
+@variants
+def test_the_check_finds_no_error(case: Case, variant: str) -> None:
+    """Every block is reported under its name in the model, encoder before decoder, and
+    every error is 0."""
+    kinds = tuple(family.block for family in FAMILIES)
+    named = case.build().named_modules()
+    blocks = tuple(name for name, module in named if isinstance(module, kinds))
+    report = check_reversible(reversible(case, variant=variant), case.batch())
+    assert report.blocks == blocks
+    assert len(blocks) == (2 if case.family == "BART" else 1) * DEPTH
+    assert not any(report.reconstruction_error)
+    assert not any(report.point_error)
+    assert not any(report.gradient_error)
+
+
+@cases("BertModel", "OPTModel", "BartModel", "LlamaModel", "ViTModel")
+@pytest.mark.parametrize(
+    ("variant", "depth"), [("meft1", 2), ("meft1", 8), ("meft2", 2), ("meft3", 2)]
+)
+def test_what_a_stack_keeps(case: Case, variant: str, depth: int) -> None:
+    """To the byte: two streams of int32; the lost bits of every scaled coupling, but
+    not where both streams are still equal; and 8 bytes a coupling for its sum."""
+    model = reversible(case, depth, variant=variant, lost_bits=3)
+    calls: list[tuple[ReversibleBlocks, Any, Any]] = []
+
+    def note(stack: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append((stack, args, kwargs))  # type: ignore[arg-type]
+
+    stacks = find_stacks(model)
+    for stack in stacks.values():
+        stack.register_forward_pre_hook(note, with_kwargs=True)
+    model(**case.batch())
+    assert len(calls) == len(stacks)
+    num_kept = {"meft1": depth - 1, "meft2": depth, "meft3": 2 * depth - 1}[variant]
+    # The last block of MEFT1 has no second step.
+    num_steps = 2 * depth - (variant == "meft1")
+    for stack, args, kwargs in list(calls):
+        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        with saved_bytes([*model.parameters(), *given]) as counter:
+            out = stack(*args, **kwargs)
+        kept = num_kept * packed_bytes(out.numel(), 3)
+        assert counter.total == 2 * 4 * out.numel() + kept + 8 * num_steps
