@@ -347,7 +347,8 @@ def test_activations_out_of_range_are_told_with_the_way_out() -> None:
 def test_data_parallel_replicas_are_refused() -> None:
     """They have no parameters of their own; torch marks them."""
     model = reversible(1, variant="meft1")
-    only_stack(model)._is_replica = True
+    replica: Any = only_stack(model)
+    replica._is_replica = True
     with pytest.raises(meft.UnsupportedCallError, match="one process per device"):
         model(**batch())
 
