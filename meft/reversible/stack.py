@@ -92,7 +92,9 @@ class _Rebuild(torch.autograd.Function):
                 call.watch.before(stack, index, target)
                 x = stack.arithmetic.read(source)
                 wants_input = ctx.needs_input_grad[1] or index > 0
-                value = call.watch.value(stack, coupling, x, context, wants_input)
+                value = call.watch.value(
+                    stack, coupling, x, context, wants_input, finite
+                )
                 finite = twin.both(finite, stack.arithmetic.finite(value))
                 lost = stack.arithmetic.couple_(target, source, value, coupling)
                 kept.append(call.put_away(lost))

@@ -95,8 +95,12 @@ class Watch:
         x: Tensor,
         context: Context,
         wants_input: bool,
+        finite: Tensor | None = None,
     ) -> Tensor:
-        """What a branch gives, without a graph, in bits that the backward will meet."""
+        """What a branch gives, without a graph, in bits that the backward will meet.
+
+        `finite` tells whether everything below was.
+        """
         if not self._exact:
             return stack.value(coupling, x, context)
         kind = x.device.type
@@ -112,7 +116,9 @@ class Watch:
             return stack.value(coupling, x, context)
         graded = _graded(stack, coupling, x, context, wants_input)
         if repeatable is None:
-            _refuse_out_of_range(stack, coupling, graded)
+            # What comes of an overflow further down is not this block's doing.
+            if finite is None or finite:
+                _refuse_out_of_range(stack, coupling, graded)
             same = _same_bits(stack.value(coupling, x, context), graded)
             if not same:
                 again = _graded(stack, coupling, x, context, wants_input)
