@@ -157,7 +157,9 @@ def test_a_method_looks_the_same_everywhere(draw: Draw) -> None:
 
 def test_no_two_methods_look_alike() -> None:
     """By colour, marker or filling; an unknown method has a look of its own."""
-    assert len({(its.color, its.marker, its.hollow) for its in LOOKS.values()}) == 12
+    assert len({(its.color, its.marker, its.hollow) for its in LOOKS.values()}) == len(
+        LOOKS
+    )
     assert look("new-method") == look("new-method")
     assert look("new-method").color not in {its.color for its in LOOKS.values()}
 
