@@ -73,7 +73,7 @@ class Fixed:
 
     def finite(self, value: Tensor) -> Tensor:
         """Whether nothing in `value` is infinite, not a number, or clamped."""
-        return (value.abs() <= self.limit).all()
+        return (value.detach().abs() <= self.limit).all()
 
     def couple_(
         self, target: Tensor, source: Tensor, value: Tensor, coupling: Coupling
