@@ -114,7 +114,6 @@ class _Rebuild(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         call.refuse_changed_state()
-        stack, couplings = call.stack, call.stack.couplings
         first, second, *rest = ctx.saved_tensors
         streams = [first, second]
         if torch._C._autograd._get_current_graph_task_keep_graph():
@@ -131,30 +130,9 @@ class _Rebuild(torch.autograd.Function):
         if start is None:
             del d1, d2
         wants_input = ctx.needs_input_grad[1]
-        for index in reversed(range(len(couplings))):
-            coupling = couplings[index]
-            target, source = coupling.target, 1 - coupling.target
-            value, v = _pull(
-                call,
-                coupling,
-                stack.arithmetic.read(streams[source]),
-                beside,
-                d[target],
-                wants_input or index > 0,
-                gradients,
-            )
-            stack.arithmetic.uncouple_(
-                streams[target],
-                streams[source],
-                value,
-                coupling,
-                call.fetched(kept[index], value.device),
-            )
-            del value
-            call.watch.after(index, streams[target], expected)
-            d[target], d[source] = _down(d[target], d[source], v, coupling)
+        _walk_down(call, streams, d, kept, expected, beside, wants_input, gradients)
         try:
-            call.watch.finish(stack, streams)
+            call.watch.finish(call.stack, streams)
         except ReconstructionError as error:
             if call.on_mismatch == "raise":
                 raise
@@ -170,6 +148,42 @@ class _Rebuild(torch.autograd.Function):
             *(gradients.of(tensor) for tensor in beside.values()),
             *(gradients.of(parameter) for parameter in call.parameters),
         )
+
+
+def _walk_down(
+    call: "_Call",
+    streams: list[Tensor],
+    d: list[Tensor | None],
+    kept: Sequence[Tensor | None],
+    expected: Tensor | None,
+    beside: Context,
+    wants_input: bool,
+    gradients: "_Gradients",
+) -> None:
+    """From the top streams and their gradients `d` to the bottom ones, in place."""
+    stack, couplings = call.stack, call.stack.couplings
+    for index in reversed(range(len(couplings))):
+        coupling = couplings[index]
+        target, source = coupling.target, 1 - coupling.target
+        value, v = _pull(
+            call,
+            coupling,
+            stack.arithmetic.read(streams[source]),
+            beside,
+            d[target],
+            wants_input or index > 0,
+            gradients,
+        )
+        stack.arithmetic.uncouple_(
+            streams[target],
+            streams[source],
+            value,
+            coupling,
+            call.fetched(kept[index], value.device),
+        )
+        del value
+        call.watch.after(index, streams[target], expected)
+        d[target], d[source] = _down(d[target], d[source], v, coupling)
 
 
 def _stored(

@@ -84,7 +84,7 @@ class Watch:
             self._faults = {}
             if faults.any():
                 first = indices[int(faults.int().argmax())]
-                raise ReconstructionError(_message(stack, stack.couplings[first]))
+                raise ReconstructionError(_message(stack.couplings[first]))
         if self._probe is not None:
             self._probe.finish()
 
@@ -186,7 +186,7 @@ def _not_repeatable(coupling: Coupling) -> str:
     )
 
 
-def _message(stack: Stack, coupling: Coupling) -> str:
+def _message(coupling: Coupling) -> str:
     return (
         f"the rebuilt input of block {coupling.block} is not the one that the forward "
         "saw: the block gave other bits in the backward than in the forward. Something "
