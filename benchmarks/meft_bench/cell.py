@@ -26,7 +26,10 @@ class Cell:
     depth: int = 0
     """Number of blocks, taken or repeated from the backbone's; 0 leaves it as it is."""
     dtype: str = "fp32"
-    """Compute dtype: `fp32`, or `bf16`/`fp16` autocast over float32 parameters."""
+    """Compute dtype: `fp32`, or `bf16`/`fp16`, autocast over float32 parameters."""
+    weights_dtype: str = "fp32"
+    """Dtype of the backbone's parameters: `fp32`, or the compute dtype, which then
+    needs no autocast. What a method adds, and the new head, are float32 all the same."""
     batch_size: int = 16
     """Rows per step."""
     seq_len: int = 128
@@ -57,6 +60,16 @@ class Cell:
     """Rank of every LoRA pair."""
     lost_bits: int = 4
     """k of the small scale 2^-k of the `-exact` methods."""
+    reversible_blocks: int = 0
+    """Lowest blocks that MEFT rebuilds, those above store; 0 rebuilds all of them."""
+    mlp_chunks: int = 1
+    """Parts along the sequence in which MEFT runs and differentiates an MLP."""
+    attention: str = "sdpa"
+    """Kernel of attention, one of `meft_bench.registry.ATTENTIONS`."""
+    blocks: str = "eager"
+    """`eager`, or `compiled` by `torch.compile`."""
+    rival: str = ""
+    """A method that is timed in turn with this one, in the same process."""
 
     @property
     def id(self) -> str:

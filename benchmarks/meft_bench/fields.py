@@ -21,8 +21,19 @@ _NAMES: dict[str, Collection[str]] = {
     "task": registry.TASKS,
     "dtype": registry.DTYPES,
     "device": registry.DEVICES,
+    "weights_dtype": registry.DTYPES,
+    "attention": registry.ATTENTIONS,
+    "blocks": registry.BLOCKS,
+    "rival": ("", *registry.METHODS),
 }
-_FROM_ONE = {"batch_size", "seq_len", "max_steps", "bottleneck_size", "lora_rank"}
+_FROM_ONE = {
+    "batch_size",
+    "seq_len",
+    "max_steps",
+    "bottleneck_size",
+    "lora_rank",
+    "mlp_chunks",
+}
 _AT_MOST = {"lost_bits": 16}
 
 Value = str | int | float
@@ -57,6 +68,11 @@ def check_together(cell: Cell) -> None:
         )
     if cell.patience and not cell.eval_every:
         raise ValueError("`patience` counts validations; set `eval_every` above 0 too")
+    if cell.weights_dtype not in ("fp32", cell.dtype):
+        raise ValueError(
+            f"`weights_dtype` = {cell.weights_dtype!r} with `dtype` = {cell.dtype!r}: "
+            "take 'fp32', or the compute dtype"
+        )
 
 
 def _check_text(name: str, value: object) -> str:

@@ -58,6 +58,12 @@ class Measurement:
     """Distance between the quartiles of the same steps."""
     all_step_seconds: list[float] | None = None
     """Every step in order, warm-up first."""
+    rival_step_seconds: float | None = None
+    """Median step of the cell's `rival`, whose steps took turns with this method's."""
+    step_ratio: float | None = None
+    """Median over those turns of this method's step by its rival's."""
+    step_ratio_iqr: float | None = None
+    """Distance between the quartiles of the same ratios."""
     num_steps: int | None = None
     """Optimizer steps done, which early stopping may end below `max_steps`."""
     loss_curve: list[float | None] | None = None
@@ -73,6 +79,9 @@ class Measurement:
     second_majority_score: float | None = None
     num_train_rows: int | None = None
     num_eval_rows: int | None = None
+    start_deviation: float | None = None
+    """Relative deviation of the last hidden state from the backbone's, before training
+    and without dropout: what the method itself changes."""
     reconstruction_error: list[float | None] | None = None
     """Relative error of each block's rebuilt input, lowest block first; None where it
     was not finite."""

@@ -16,6 +16,7 @@ METHODS = {
     "adapters": "meft_bench.methods.adapters:adapters",
     "checkpointing": "meft_bench.methods.checkpointing:checkpointing",
     "lora-checkpointing": "meft_bench.methods.checkpointing:lora_checkpointing",
+    "adapters-checkpointing": "meft_bench.methods.checkpointing:adapters_checkpointing",
     "meft1": "meft_bench.methods.reversible:meft1",
     "meft2": "meft_bench.methods.reversible:meft2",
     "meft3": "meft_bench.methods.reversible:meft3",
@@ -49,6 +50,17 @@ RANDOM_BACKBONES = ("bert-tiny", "bert-base", "bert-large")
 """Shapes by name for `random:NAME`; `random:PATH` reads a config.json."""
 
 DTYPES = ("fp32", "bf16", "fp16")
+BLOCKS = ("eager", "compiled")
+ATTENTIONS = {
+    "eager": None,
+    "sdpa": None,
+    "sdpa-math": "MATH",
+    "sdpa-flash": "FLASH_ATTENTION",
+    "sdpa-efficient": "EFFICIENT_ATTENTION",
+    "sdpa-cudnn": "CUDNN_ATTENTION",
+}
+"""Kernels of attention, with the name of torch's backend where one is asked for:
+transformers' own steps, or torch's fused function, which takes the best it has."""
 DEVICES = ("cpu", "cuda")
 
 

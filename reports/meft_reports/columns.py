@@ -33,6 +33,8 @@ class Column:
     """None where neither direction is an improvement."""
     required: bool = False
     """A record without a value here is refused."""
+    default: str | int | None = None
+    """What older records meant, which lack the field."""
     meaning: str
 
     @property
@@ -57,15 +59,26 @@ def _top(name: str, dtype: Dtype, meaning: str, unit: Unit = "") -> Column:
     )
 
 
-def _cell(
-    name: str, dtype: Dtype, meaning: str, unit: Unit = "", required: bool = True
+def _cell(name: str, dtype: Dtype, meaning: str, unit: Unit = "") -> Column:
+    return Column(
+        name=name,
+        section="cell",
+        dtype=dtype,
+        unit=unit,
+        required=True,
+        meaning=meaning,
+    )
+
+
+def _later_cell(
+    name: str, dtype: Dtype, meaning: str, default: str | int, unit: Unit = ""
 ) -> Column:
     return Column(
         name=name,
         section="cell",
         dtype=dtype,
         unit=unit,
-        required=required,
+        default=default,
         meaning=meaning,
     )
 
@@ -121,7 +134,8 @@ COLUMNS: tuple[Column, ...] = (
     _cell("method", "string", "way of fine-tuning"),
     _cell("backbone", "string", "the pre-trained model that is fine-tuned"),
     _cell("depth", "Int64", "blocks asked for; 0 takes the backbone's own", "count"),
-    _cell("dtype", "string", "compute dtype; parameters are float32"),
+    _cell("dtype", "string", "compute dtype"),
+    _later_cell("weights_dtype", "string", "dtype of the backbone's weights", "fp32"),
     _cell("batch_size", "Int64", "rows per step", "count"),
     _cell("seq_len", "Int64", "tokens per row, or where rows are truncated", "count"),
     _cell("task", "string", "labelled text to learn; `synthetic` has shapes only"),
@@ -136,8 +150,18 @@ COLUMNS: tuple[Column, ...] = (
     _cell("eval_rows", "Int64", "rows to score on; 0 takes all", "count"),
     _cell("bottleneck_size", "Int64", "inner width of each adapter", "count"),
     _cell("lora_rank", "Int64", "rank of each LoRA pair", "count"),
-    # Older records have none, and no method that it would matter to.
-    _cell("lost_bits", "Int64", "k of the scale 2^-k, exact methods", "count", False),
+    _later_cell("lost_bits", "Int64", "k of the scale 2^-k, exact methods", 4, "count"),
+    _later_cell(
+        "reversible_blocks",
+        "Int64",
+        "lowest blocks that MEFT rebuilds, the others store; 0 rebuilds all",
+        0,
+        "count",
+    ),
+    _later_cell("mlp_chunks", "Int64", "parts that MEFT runs an MLP in", 1, "count"),
+    _later_cell("attention", "string", "kernel of attention", "sdpa"),
+    _later_cell("blocks", "string", "eager, or compiled by torch.compile", "eager"),
+    _later_cell("rival", "string", "method timed in turn with this one", ""),
     _seen("num_parameters", "Int64", "all parameters", "count"),
     _seen("num_trainable_parameters", "Int64", "those that train", "count", True),
     _derived(
@@ -215,6 +239,26 @@ COLUMNS: tuple[Column, ...] = (
         True,
     ),
     _seen("all_step_seconds", "list", "every step in order, warm-up first", "seconds"),
+    _seen(
+        "rival_step_seconds",
+        "Float64",
+        "one step of the rival: median over its turns",
+        "seconds",
+    ),
+    _seen(
+        "step_ratio",
+        "Float64",
+        "step by the rival's step: median over their turns",
+        "fraction",
+        True,
+    ),
+    _seen(
+        "step_ratio_iqr",
+        "Float64",
+        "distance between the quartiles of the same ratios",
+        "fraction",
+        True,
+    ),
     _seen("num_steps", "Int64", "optimizer steps done", "count"),
     _seen("loss_curve", "list", "training loss, one value a step"),
     _seen("score_name", "string", "the metric behind `score`"),
@@ -247,6 +291,13 @@ COLUMNS: tuple[Column, ...] = (
     ),
     _seen("num_train_rows", "Int64", "rows trained on", "count"),
     _seen("num_eval_rows", "Int64", "rows scored on", "count"),
+    _seen(
+        "start_deviation",
+        "Float64",
+        "relative deviation of the last hidden state from the backbone's at the start",
+        "fraction",
+        True,
+    ),
     _seen(
         "reconstruction_error",
         "list",

@@ -96,7 +96,7 @@ def load_frame(path: Path) -> pd.DataFrame:
 def _parse(text: str, column: Column) -> Any:
     """The value that one field of a CSV file stands for; empty is null."""
     if not text and not (column.required and column.dtype == "string"):
-        return None
+        return column.default
     match column.dtype:
         case "string":
             return text
@@ -209,7 +209,7 @@ def _lookup(record: dict[str, Any], column: Column) -> Any:
         case "versions":
             return record["environment"]["versions"].get(column.key)
         case section:
-            return record[section].get(column.key)
+            return record[section].get(column.key, column.default)
 
 
 def _rank(record: dict[str, Any]) -> tuple[bool, str]:
@@ -245,7 +245,7 @@ def _series(values: list[Any], column: Column) -> "pd.Series[Any]":
                 for value in values
             ]
             return pd.Series(finite, dtype="Float64")
-        case "string" if not column.required:
+        case "string" if not column.required and column.default is None:
             return pd.Series([value or None for value in values], dtype="string")
         case dtype:
             return pd.Series(values, dtype=dtype)

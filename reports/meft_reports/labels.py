@@ -43,4 +43,8 @@ def fields_to_show(frame: pd.DataFrame, always: Sequence[str]) -> list[str]:
 def option_label(row: "pd.Series[Any]", siblings: pd.DataFrame) -> str:
     """The options in which a row differs from others of its method, else empty."""
     same = siblings[siblings["method"] == row["method"]]
-    return ", ".join(f"{name}={row[name]:g}" for name in varying(same, OPTIONS))
+    return ", ".join(f"{name}={_short(row[name])}" for name in varying(same, OPTIONS))
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

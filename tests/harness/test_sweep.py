@@ -44,12 +44,13 @@ def test_shipped(name: str) -> None:
 
 def test_quickstart() -> None:
     """The quickstart is small, and measures every method of its list everywhere: the
-    rivals and the paper's own. What the exact inverse costs is the sweep `depth`."""
+    rivals and the paper's own. What the exact inverse costs, against its own adapters
+    under checkpointing, is the sweep `depth`."""
     cells = sweep.load("quickstart", device="cpu").cells
     methods = {cell.method for cell in cells}
     assert methods == {
         name for name in registry.METHODS if not OTHERS & {*name.split("-")}
-    }
+    } - {"adapters-checkpointing"}
     assert len(cells) <= 90
     scored = {(cell.method, cell.seed) for cell in cells if cell.task == "bbc-news"}
     assert scored == set(itertools.product(methods, (0, 1)))

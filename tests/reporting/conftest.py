@@ -20,6 +20,7 @@ CELL = {
     "backbone": "minilm-l6",
     "depth": 0,
     "dtype": "fp32",
+    "weights_dtype": "fp32",
     "batch_size": 16,
     "seq_len": 128,
     "task": "bbc-news",
@@ -35,13 +36,19 @@ CELL = {
     "bottleneck_size": 8,
     "lora_rank": 8,
     "lost_bits": 4,
+    "reversible_blocks": 0,
+    "mlp_chunks": 1,
+    "attention": "sdpa",
+    "blocks": "eager",
+    "rival": "",
 }
 NOTHING_SEEN = dict.fromkeys(
     """num_parameters num_trainable_parameters num_blocks saved_bytes resting_bytes
     peak_allocated_bytes peak_reserved_bytes peak_host_bytes nvml_process_bytes
-    pcie_rx_bytes pcie_tx_bytes step_seconds step_seconds_iqr all_step_seconds num_steps
-    loss_curve score_name score majority_score
-    second_score_name second_score second_majority_score num_train_rows num_eval_rows
+    pcie_rx_bytes pcie_tx_bytes step_seconds step_seconds_iqr all_step_seconds
+    rival_step_seconds step_ratio step_ratio_iqr num_steps loss_curve
+    score_name score majority_score second_score_name second_score
+    second_majority_score num_train_rows num_eval_rows start_deviation
     reconstruction_error gradient_error""".split()
 )
 SEEN = {
