@@ -30,6 +30,7 @@ from meft.reversible.config import ReversibleConfig
 from meft.reversible.coupling import Arithmetic, Coupling
 from meft.reversible.fixed import FRACTION_BITS, FRACTION_BITS_WIDE, Fixed
 from meft.reversible.floating import Floating
+from meft.reversible.kernels import Kernels
 from meft.reversible.probe import Probe, warning_text
 from meft.reversible.rng import draw_seed
 from meft.reversible.stack import run_rebuilt
@@ -124,7 +125,7 @@ class ReversibleBlocks(nn.Module):
         lower, upper = make(first, end), make(end, len(blocks))
         cached = others.get("past_key_values") is not None
         if torch.is_grad_enabled() and self.backward_pass == "rebuild" and not cached:
-            watch = self._watch(arithmetic)
+            watch = self._watch(arithmetic, call)
             streams = run_rebuilt(
                 lower,
                 hidden,
@@ -184,9 +185,7 @@ class ReversibleBlocks(nn.Module):
             return Floating(
                 compute_dtype=hidden.dtype, stream_dtype=wide_dtype(hidden.dtype)
             )
-        kind = hidden.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        computed_in = torch.get_autocast_dtype(kind) if autocast else hidden.dtype
+        computed_in = Kernels.current(hidden.device).computed_in or hidden.dtype
         return Fixed(
             compute_dtype=hidden.dtype,
             fraction_bits=(
@@ -221,7 +220,7 @@ class ReversibleBlocks(nn.Module):
             num_chunks=self.reversible.mlp_chunks,
         )
 
-    def _watch(self, arithmetic: Arithmetic) -> Watch:
+    def _watch(self, arithmetic: Arithmetic, call: Mapping[str, Any]) -> Watch:
         exact = isinstance(arithmetic, Fixed)
         probe = self.probe
         if probe is None and not exact and not self._first_step_is_over:
@@ -233,7 +232,7 @@ class ReversibleBlocks(nn.Module):
                     _warn_if_lost(self.reversible, probe, dtype)
 
             probe = Probe(when_done=report)
-        return Watch(exact, self._repeatable, probe)
+        return Watch(exact, self._repeatable, _kind_of(call), probe)
 
     def _read_out(
         self, stack: Stack, streams: Streams, couplings: list[Coupling]
@@ -255,6 +254,14 @@ class ReversibleBlocks(nn.Module):
 
 def _wants_gradient(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
+
+
+def _kind_of(call: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a call tells about the kernels it will run: which tensors, of what form."""
+    return tuple(
+        (n, (v.shape, v.dtype) if isinstance(v, Tensor) else type(v))
+        for n, v in sorted(call.items())
+    )
 
 
 def _warn_if_lost(config: ReversibleConfig, probe: Probe, dtype: torch.dtype) -> None:

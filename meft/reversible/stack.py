@@ -27,8 +27,8 @@ from torch.autograd.function import once_differentiable
 
 from meft.errors import MismatchWarning, ReconstructionError, UnsupportedCallError
 from meft.reversible import twin
-from meft.reversible.autocast import Autocast
 from meft.reversible.coupling import Context, Coupling
+from meft.reversible.kernels import Kernels
 from meft.reversible.twin import Stack, Stream, Streams, carrier_like, scaled_gradient
 from meft.reversible.watch import Watch
 from meft.shapes import Hidden
@@ -62,7 +62,7 @@ def run_rebuilt(
         names=tuple(context),
         parameters=state.trainable(),
         state=state,
-        autocast=Autocast.current(hidden.device),
+        kernels=Kernels.current(hidden.device),
         watch=watch,
         on_mismatch=on_mismatch,
         host_ledger=host_ledger,
@@ -71,6 +71,17 @@ def run_rebuilt(
         call, hidden, *context.values(), *call.parameters
     )
     return Streams(Stream(values_1, carrier_1), Stream(values_2, carrier_2), finite)
+
+
+_RAISED = (
+    "`on_mismatch='redo'` computes such a step again with stored activations, "
+    "`on_mismatch='skip'` leaves it out."
+)
+_SKIPPED = "This batch gives no gradients (`on_mismatch='skip'`)."
+_REDONE = (
+    "The gradients of this batch were computed again with stored activations "
+    "(`on_mismatch='redo'`)."
+)
 
 
 class _Rebuild(torch.autograd.Function):
@@ -86,7 +97,7 @@ class _Rebuild(torch.autograd.Function):
         streams = [stack.arithmetic.enter(hidden) for _ in range(2)]
         finite = stack.arithmetic.finite(hidden)
         kept: list[Tensor | None] = []
-        with call.autocast.entered():
+        with call.kernels.entered():
             for index, coupling in enumerate(stack.couplings):
                 target, source = streams[coupling.target], streams[1 - coupling.target]
                 call.watch.before(stack, index, target)
@@ -135,8 +146,9 @@ class _Rebuild(torch.autograd.Function):
             call.watch.finish(call.stack, streams)
         except ReconstructionError as error:
             if call.on_mismatch == "raise":
-                raise
-            warnings.warn(str(error), MismatchWarning, stacklevel=2)
+                raise ReconstructionError(f"{error} {_RAISED}") from None
+            outcome = _SKIPPED if start is None else _REDONE
+            warnings.warn(f"{error} {outcome}", MismatchWarning, stacklevel=2)
             if start is None:
                 return tuple(None for _ in ctx.needs_input_grad)
             del streams, gradients, d
@@ -245,7 +257,7 @@ def _pull(
     and of tensors beside the stream.
     """
     if dy is None:
-        with call.autocast.entered():
+        with call.kernels.entered():
             value = call.watch.value(call.stack, coupling, x, beside, wants_input)
         return value, None
     stack, branch = call.stack, coupling.branch
@@ -317,7 +329,7 @@ class _Call:
     """The trainable ones."""
     state: _State
     """Before the forward, so that what the blocks themselves change is seen too."""
-    autocast: Autocast
+    kernels: Kernels
     watch: Watch
     on_mismatch: str
     host_ledger: Ledger | None
@@ -337,7 +349,7 @@ class _Call:
     @contextlib.contextmanager
     def recomputing(self) -> Iterator[None]:
         """As the forward ran. Only that: gradients are pulled outside of autocast."""
-        with torch.enable_grad(), self.autocast.entered():
+        with torch.enable_grad(), self.kernels.entered():
             yield
 
     def context(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from meft.reversible.autocast import Autocast
 from meft.reversible.coupling import Arithmetic, Context, Coupling
+from meft.reversible.kernels import Kernels
 from meft.reversible.rng import replayed
 from meft.shapes import Hidden
 
@@ -94,7 +94,7 @@ def enter(stack: Stack, hidden: Hidden) -> Streams:
 
 def run(stack: Stack, streams: Streams, context: Context) -> Streams:
     """All couplings, lowest first."""
-    with Autocast.current(streams.first.values.device).entered():
+    with Kernels.current(streams.first.values.device).entered():
         return _run(stack, streams, context)
 
 

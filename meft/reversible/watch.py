@@ -15,6 +15,7 @@ Comparisons stay on the device; one flag is read at the end of the backward. Wit
 """
 
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from meft.errors import ReconstructionError, UnsupportedCallError
 from meft.reversible.coupling import Context, Coupling
+from meft.reversible.kernels import Kernels
 from meft.reversible.probe import Probe
 from meft.reversible.twin import Stack
 
@@ -39,13 +41,20 @@ class Watch:
     Args:
         exact: whether rebuilt streams must equal the true ones.
         repeatable: what is known of the branches; what is found out is added.
+        call: what every block is given beside the stream, as far as it decides which
+            kernels run.
         probe: looks at samples of the streams, or at all of them.
     """
 
     def __init__(
-        self, exact: bool, repeatable: Repeatable, probe: Probe | None = None
+        self,
+        exact: bool,
+        repeatable: Repeatable,
+        call: Hashable = None,
+        probe: Probe | None = None,
     ) -> None:
         self._exact = exact
+        self._call = call
         self._repeatable = repeatable
         self._probe = probe
         self._sums: list[Tensor] = []
@@ -103,14 +112,9 @@ class Watch:
         """
         if not self._exact:
             return stack.value(coupling, x, context)
-        kind = x.device.type
-        key = (
-            coupling.number,
-            tuple(x.shape),
-            x.dtype,
-            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
-            stack.seed is None,
-        )
+        kernels = Kernels.current(x.device)
+        training = stack.seed is not None
+        key = (coupling.number, x.shape, x.dtype, kernels, training, self._call)
         repeatable = self._repeatable.get(key)
         if repeatable:
             return stack.value(coupling, x, context)
@@ -191,7 +195,6 @@ def _message(coupling: Coupling) -> str:
         f"the rebuilt input of block {coupling.block} is not the one that the forward "
         "saw: the block gave other bits in the backward than in the forward. Something "
         "it reads has changed in between (a buffer, a frozen weight, a global setting "
-        "such as TF32 or the attention backend), or a kernel is not deterministic. "
-        "Gradients from there on down would be noise, so there are none. "
-        "`on_mismatch='redo'` computes such a step again with stored activations"
+        "such as TF32), or a kernel is not deterministic. Gradients rebuilt from there "
+        "on down would be noise."
     )

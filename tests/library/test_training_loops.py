@@ -691,7 +691,7 @@ def test_skip_leaves_the_stack_without_gradient(
     torch.manual_seed(3)
     loss = model(**batch_without_reseeding).loss
     fault.armed = True
-    with pytest.warns(meft.MismatchWarning, match=f"block {block} "):
+    with pytest.warns(meft.MismatchWarning, match=f"block {block} .*'skip'"):
         loss.backward()
     for name, parameter in trainable(model).items():
         if name.startswith("classifier"):
@@ -716,7 +716,7 @@ def test_redo_gives_the_twins_gradients(
     torch.manual_seed(3)
     loss = model(**batch_without_reseeding).loss
     fault.armed = True
-    with pytest.warns(meft.MismatchWarning, match=f"block {block} "):
+    with pytest.warns(meft.MismatchWarning, match=f"block {block} .*'redo'"):
         loss.backward()
     assert_same(left(model), expected)
     assert_same(gradients(model, batch_without_reseeding), expected)
