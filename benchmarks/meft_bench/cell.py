@@ -29,7 +29,7 @@ class Cell:
     """Compute dtype: `fp32`, or `bf16`/`fp16`, autocast over float32 parameters."""
     weights_dtype: str = "fp32"
     """Dtype of the backbone's parameters: `fp32`, or the compute dtype, which then
-    needs no autocast. What a method adds, and the new head, are float32 all the same."""
+    needs no autocast. What a method adds, and the new head, stay float32."""
     batch_size: int = 16
     """Rows per step."""
     seq_len: int = 128

@@ -2,50 +2,33 @@
 
     load task and backbone -> apply the method -> train, timed -> score the weights
     -> probe memory -> check the inverse, if there is one
+    -> time in turn with a rival, if the cell names one
 
 What has been seen is put into a `Sighting` at once, so that a cell that runs out of
-memory half-way still tells what it saw. Memory is probed after training, on the model
-as it is, with a learning rate of 0: the optimizer does all its work and the weights
-stay. The probe's batch is the largest the cell can meet, without padding, so that the
-figures do not depend on which rows came up.
+memory half-way still tells what it saw.
 """
 
 import dataclasses
-import math
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from meft.testing import check_reversible
-from meft_bench import backbones
+from meft_bench import backbones, kernels, probes, start
 from meft_bench.backbones import Backbone
 from meft_bench.cell import Cell
-from meft_bench.meters import memory, transfer
+from meft_bench.meters import memory
 from meft_bench.meters.clock import StepClock
-from meft_bench.out_of_memory import is_out_of_memory
-from meft_bench.record import Measurement
 from meft_bench.registry import METHODS, TASKS, load
+from meft_bench.sighting import Sighting, finite
 from meft_bench.source import MissingError, Source
 from meft_bench.tasks import synthetic
 from meft_bench.tasks.batches import Batch, Example, encode, epochs, full_batch
 from meft_bench.tasks.task import Row, Task
 from meft_bench.training import Stepper, predict, seed_everything, train
-
-
-class Sighting:
-    """What has been seen of a cell so far."""
-
-    def __init__(self) -> None:
-        self.measurement = Measurement()
-        self.environment: dict[str, str | int | None] = {}
-
-    def note(self, **fields: Any) -> None:
-        """Add fields of `Measurement`."""
-        self.measurement = dataclasses.replace(self.measurement, **fields)
 
 
 def measure(cell: Cell, source: Source, sighting: Sighting) -> None:
@@ -59,10 +42,14 @@ def measure(cell: Cell, source: Source, sighting: Sighting) -> None:
         "device_name": _device_name(cell),
         "num_threads": torch.get_num_threads(),
     }
+    with kernels.attention(cell):
+        _measure(cell, source, sighting)
+
+
+def _measure(cell: Cell, source: Source, sighting: Sighting) -> None:
     task: Task = load(TASKS[cell.task])(cell, source)
     sighting.environment["data_origin"] = task.origin
-    seed_everything(cell.seed)
-    backbone = backbones.load(cell, task.num_labels, source)
+    backbone = _backbone(cell, task, source)
     sighting.environment |= {
         "weights_origin": backbone.origin,
         "weights_sha256": backbone.sha256,
@@ -73,13 +60,56 @@ def measure(cell: Cell, source: Source, sighting: Sighting) -> None:
             f"`eval_every` is {cell.eval_every}, but task {cell.task!r} leaves no rows "
             "to select weights with: set it to 0, or `train_rows` to at least 10"
         )
-    stepper = _prepare(backbone, cell, sighting)
-    sighting.note(num_train_rows=len(examples.train))
-    _train_and_score(stepper, cell, task, examples, sighting)
     batch = full_batch(examples.train, cell)
-    _probe_memory(stepper, cell, batch, sighting)
+    num_blocks = len(backbones.blocks_of(backbone.model))
+    before = _start(backbone.model, batch, cell)
+    stepper = _apply_method(backbone, cell)
+    if before is not None:
+        after = start.last_hidden(stepper, batch)
+        sighting.note(start_deviation=finite(start.deviation(before, after)))
+        del before, after
+    parameters = list(stepper.model.parameters())
+    sighting.note(
+        num_parameters=sum(p.numel() for p in parameters),
+        num_trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+        num_blocks=num_blocks,
+        num_train_rows=len(examples.train),
+    )
+    _train_and_score(stepper, cell, task, examples, sighting)
+    probes.probe_memory(stepper, cell, batch, sighting)
     if cell.method.startswith("meft") and not cell.method.endswith("-store"):
-        _check_inverse(stepper, batch, sighting)
+        probes.check_inverse(stepper, batch, sighting)
+    if cell.rival:  # last, as it needs memory for two
+        probes.race(stepper, _rival(cell, task, source), cell, batch, sighting)
+
+
+def _backbone(cell: Cell, task: Task, source: Source) -> Backbone:
+    seed_everything(cell.seed)
+    backbone = backbones.load(cell, task.num_labels, source)
+    if cell.blocks == "compiled":
+        kernels.compile_blocks(backbone.model)
+    return backbone
+
+
+def _apply_method(backbone: Backbone, cell: Cell) -> Stepper:
+    # Seeded again, so that adapters do not depend on how the backbone was loaded.
+    seed_everything(cell.seed)
+    model = load(METHODS[cell.method])(backbone.model, cell)
+    return Stepper(model.to(cell.device), cell)
+
+
+def _start(model: PreTrainedModel, batch: Batch, cell: Cell) -> Tensor | None:
+    """The plain backbone's last hidden state, for methods that change it."""
+    if not cell.method.startswith("meft"):
+        return None
+    # Nothing trains yet, lest the stepper make an optimizer for all of it.
+    nn.Module.to(model.requires_grad_(False), cell.device)
+    return start.last_hidden(Stepper(model, cell), batch)
+
+
+def _rival(cell: Cell, task: Task, source: Source) -> Stepper:
+    rival = dataclasses.replace(cell, method=cell.rival, rival="")
+    return _apply_method(_backbone(rival, task, source), rival)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,21 +149,6 @@ def _examples(task: Task, backbone: Backbone, cell: Cell) -> _Examples:
     )
 
 
-def _prepare(backbone: Backbone, cell: Cell, sighting: Sighting) -> Stepper:
-    """Apply the method and make the optimizer."""
-    num_blocks = len(backbone.model.bert.encoder.layer)
-    # Seeded again, so that adapters do not depend on how the backbone was loaded.
-    seed_everything(cell.seed)
-    model = load(METHODS[cell.method])(backbone.model, cell).to(cell.device)
-    parameters = list(model.parameters())
-    sighting.note(
-        num_parameters=sum(p.numel() for p in parameters),
-        num_trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-        num_blocks=num_blocks,
-    )
-    return Stepper(model, cell)
-
-
 def _train_and_score(
     stepper: Stepper, cell: Cell, task: Task, examples: _Examples, sighting: Sighting
 ) -> None:
@@ -153,7 +168,7 @@ def _train_and_score(
     finally:
         sighting.note(
             num_steps=len(losses),
-            loss_curve=[_finite(loss) for loss in losses],
+            loss_curve=[finite(loss) for loss in losses],
             all_step_seconds=clock.all_step_seconds,
             step_seconds=clock.step_seconds,
             step_seconds_iqr=clock.step_seconds_iqr,
@@ -183,60 +198,3 @@ def _scores(
 
     assert task.metric is not None
     return metrics.scores(task.metric, predictions, references)
-
-
-def _probe_memory(
-    stepper: Stepper, cell: Cell, batch: Batch, sighting: Sighting
-) -> None:
-    def step() -> None:
-        stepper.step(batch, learning_rate=0.0)
-
-    stepper.model.train()
-    for _ in range(2):  # caches of this shape fill, optimizer state comes to be
-        step()
-    on_device = stepper.to_device(batch)
-    sighting.note(
-        saved_bytes=memory.saved_by_forward(stepper.model, on_device, stepper.loss)
-    )
-    del on_device
-    resting_bytes = memory.resting_bytes(stepper.model, stepper.optimizer)
-    sighting.note(resting_bytes=resting_bytes)
-    if cell.device == "cpu":
-        peak_bytes = resting_bytes + memory.cpu_step_peak_bytes(step)
-        sighting.note(peak_allocated_bytes=peak_bytes)
-        return
-    allocated, reserved = memory.cuda_step_peak_bytes(step)
-    sighting.note(peak_allocated_bytes=allocated, peak_reserved_bytes=reserved)
-    import pynvml
-
-    uuid = str(torch.cuda.get_device_properties(0).uuid)
-    with transfer.open_device(pynvml, uuid) as device:
-        if device is None:
-            return
-        sighting.note(nvml_process_bytes=transfer.process_bytes(pynvml, device))
-        with transfer.LinkMeter(pynvml, device) as link:
-            step()
-            torch.cuda.synchronize()
-        sighting.note(pcie_rx_bytes=link.rx_bytes, pcie_tx_bytes=link.tx_bytes)
-
-
-def _check_inverse(stepper: Stepper, batch: Batch, sighting: Sighting) -> None:
-    stepper.model.train()
-    try:
-        with stepper.autocast():
-            report = check_reversible(stepper.model, stepper.to_device(batch))
-    except Exception as error:
-        # The check also runs the stored twin, which the cell itself never has to fit.
-        if not is_out_of_memory(error):
-            raise
-        print(f"no memory left to check the inverse: {error}", file=sys.stderr)
-        return
-    sighting.note(
-        reconstruction_error=[_finite(e) for e in report.reconstruction_error],
-        gradient_error=[_finite(e) for e in report.gradient_error],
-    )
-
-
-def _finite(value: float) -> float | None:
-    """`value`, or None: JSON has neither infinity nor not-a-number."""
-    return value if math.isfinite(value) else None

@@ -16,17 +16,14 @@ import resource
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from meft_bench.cell import Cell
 from meft_bench.leash import die_with_parent
 from meft_bench.options import ChildOptions
 from meft_bench.out_of_memory import is_out_of_memory
 from meft_bench.record import Status
+from meft_bench.sighting import Sighting
 from meft_bench.source import MissingError, Source
-
-if TYPE_CHECKING:
-    from meft_bench.measure import Sighting
 
 
 def main() -> None:
@@ -52,7 +49,7 @@ def main() -> None:
 
 def run(cell: Cell, options: ChildOptions) -> dict[str, object]:
     """Run `cell` and return its result as a JSON object, however it ends."""
-    sighting: Sighting | None = None
+    sighting = Sighting()
     try:
         # Imported here: under a memory limit, torch itself may not fit.
         import torch
@@ -60,7 +57,6 @@ def run(cell: Cell, options: ChildOptions) -> dict[str, object]:
         from meft_bench import measure
 
         torch.set_num_threads(options.num_threads)
-        sighting = measure.Sighting()
         source = Source(
             data_dir=Path(options.data_dir) if options.data_dir else None,
             allow_download=options.allow_download,
@@ -76,8 +72,8 @@ def run(cell: Cell, options: ChildOptions) -> dict[str, object]:
     return {
         "status": status,
         "message": message,
-        "measurement": dataclasses.asdict(sighting.measurement) if sighting else {},
-        "environment": sighting.environment if sighting else {},
+        "measurement": dataclasses.asdict(sighting.measurement),
+        "environment": sighting.environment,
     }
 
 

@@ -67,6 +67,8 @@ def test_every_method_is_measured(method: str) -> None:
     assert (seen.reconstruction_error is not None) == (
         method.startswith("meft") and not method.endswith("-store")
     )
+    assert (seen.start_deviation is not None) == method.startswith("meft")
+    assert seen.step_ratio is None
     assert result["environment"] == {
         "device_name": "cpu",
         "num_threads": 1,
@@ -74,6 +76,71 @@ def test_every_method_is_measured(method: str) -> None:
         "weights_sha256": None,
         "data_origin": "random tokens",
     }
+
+
+def test_a_rival_takes_turns() -> None:
+    """Its step and the ratio are recorded; what is measured of the method itself is
+    what it would be alone."""
+    alone = run(Cell(method="meft1-exact", **TINY), ChildOptions())
+    result = run(
+        Cell(method="meft1-exact", rival="adapters-checkpointing", **TINY),
+        ChildOptions(),
+    )
+    assert (result["status"], result["message"]) == ("ok", "")
+    assert isinstance(result["measurement"], dict)
+    assert isinstance(alone["measurement"], dict)
+    seen = Measurement(**result["measurement"])
+    assert seen.rival_step_seconds is not None
+    assert seen.rival_step_seconds > 0
+    assert seen.step_ratio is not None
+    assert seen.step_ratio > 0
+    assert seen.step_ratio_iqr is not None
+    for name in ("num_parameters", "saved_bytes", "peak_allocated_bytes", "loss_curve"):
+        assert getattr(seen, name) == alone["measurement"][name], name
+
+
+def test_the_start_comes_closer_with_every_bit() -> None:
+    """Bit by bit, down to what the adapters do, which start small but not silent."""
+    deviations = []
+    for k in (0, 1, 2, 3, 16):
+        result = run(Cell(method="meft1-exact", lost_bits=k, **TINY), ChildOptions())
+        assert isinstance(result["measurement"], dict)
+        deviations.append(result["measurement"]["start_deviation"])
+    assert deviations == sorted(deviations, reverse=True)
+    assert len(set(deviations)) == len(deviations)
+    assert deviations[-1] > 0
+
+
+def test_a_kernel_of_attention_that_is_not_there_skips_the_cell() -> None:
+    """It is nobody's error that a device has no such kernel; the message says which."""
+    cell = Cell(method="meft1-exact", attention="sdpa-efficient", **TINY)
+    result = run(cell, ChildOptions())
+    assert result["status"] == "skipped"
+    assert "'sdpa-efficient': torch has no such kernel for cpu" in str(
+        result["message"]
+    )
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa-math"])
+def test_attention_by_name(attention: str) -> None:
+    """Every kernel that a CPU has for attention with dropout gives an exact inverse."""
+    cell = Cell(method="meft1-exact", attention=attention, **TINY)
+    result = run(cell, ChildOptions())
+    assert (result["status"], result["message"]) == ("ok", "")
+    assert result["measurement"]["gradient_error"] == [0.0, 0.0]  # type: ignore[index]
+
+
+@pytest.mark.slow
+# Both from inside torch's compiler.
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:The .grad attribute")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_compiled_blocks_are_rebuilt_exactly(dtype: str) -> None:
+    """Where a compiled module's bits depend on whether gradients are wanted, the
+    library takes the safe path."""
+    cell = Cell(method="meft1-exact", blocks="compiled", dtype=dtype, **TINY)
+    result = run(cell, ChildOptions())
+    assert (result["status"], result["message"]) == ("ok", "")
+    assert result["measurement"]["gradient_error"] == [0.0, 0.0]  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

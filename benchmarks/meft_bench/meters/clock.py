@@ -3,7 +3,7 @@
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -39,12 +39,16 @@ class StepClock:
     @property
     def step_seconds_iqr(self) -> float | None:
         """Distance between the quartiles of the same steps; None below two steps."""
-        steps = self.all_step_seconds[self._warmup_steps :]
-        if len(steps) < 2:
-            return None
-        lower, _, upper = statistics.quantiles(steps, n=4, method="inclusive")
-        return upper - lower
+        return spread_of_quartiles(self.all_step_seconds[self._warmup_steps :])
 
     def _wait(self) -> None:
         if self._device == "cuda":
             torch.cuda.synchronize()
+
+
+def spread_of_quartiles(values: Sequence[float]) -> float | None:
+    """Distance between the quartiles; None below two values."""
+    if len(values) < 2:
+        return None
+    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return upper - lower

@@ -1,0 +1,91 @@
+"""What is measured on the trained model as it is.
+
+Every probe steps with a learning rate of 0: the optimizer does all its work and the
+weights stay. The batch is the largest the cell can meet, without padding, so that the
+figures do not depend on which rows came up.
+"""
+
+import dataclasses
+import sys
+
+import torch
+
+from meft.testing import check_reversible
+from meft_bench.cell import Cell
+from meft_bench.meters import memory, transfer
+from meft_bench.meters.turns import take_turns
+from meft_bench.out_of_memory import is_out_of_memory
+from meft_bench.sighting import Sighting, finite
+from meft_bench.tasks.batches import Batch
+from meft_bench.training import Stepper
+
+
+def probe_memory(
+    stepper: Stepper, cell: Cell, batch: Batch, sighting: Sighting
+) -> None:
+    """Bytes kept for backward, at rest, and at the peak of a step."""
+
+    def step() -> None:
+        stepper.step(batch, learning_rate=0.0)
+
+    stepper.model.train()
+    for _ in range(2):  # caches of this shape fill, optimizer state comes to be
+        step()
+    on_device = stepper.to_device(batch)
+    sighting.note(
+        saved_bytes=memory.saved_by_forward(stepper.model, on_device, stepper.loss)
+    )
+    del on_device
+    resting_bytes = memory.resting_bytes(stepper.model, stepper.optimizer)
+    sighting.note(resting_bytes=resting_bytes)
+    if cell.device == "cpu":
+        peak_bytes = resting_bytes + memory.cpu_step_peak_bytes(step)
+        sighting.note(peak_allocated_bytes=peak_bytes)
+        return
+    allocated, reserved = memory.cuda_step_peak_bytes(step)
+    sighting.note(peak_allocated_bytes=allocated, peak_reserved_bytes=reserved)
+    import pynvml
+
+    uuid = str(torch.cuda.get_device_properties(0).uuid)
+    with transfer.open_device(pynvml, uuid) as device:
+        if device is None:
+            return
+        sighting.note(nvml_process_bytes=transfer.process_bytes(pynvml, device))
+        with transfer.LinkMeter(pynvml, device) as link:
+            step()
+            torch.cuda.synchronize()
+        sighting.note(pcie_rx_bytes=link.rx_bytes, pcie_tx_bytes=link.tx_bytes)
+
+
+def race(
+    stepper: Stepper, rival: Stepper, cell: Cell, batch: Batch, sighting: Sighting
+) -> None:
+    """Steps of a method and of its rival in turn."""
+    for one in (stepper, rival):
+        one.model.train()
+    turns = take_turns(
+        lambda: stepper.step(batch, learning_rate=0.0),
+        lambda: rival.step(batch, learning_rate=0.0),
+        warmup_turns=cell.warmup_steps,
+        num_turns=cell.max_steps,
+        device=cell.device,
+    )
+    sighting.note(**dataclasses.asdict(turns))
+
+
+def check_inverse(stepper: Stepper, batch: Batch, sighting: Sighting) -> None:
+    """Errors of the rebuilt backward against the stored twin."""
+    stepper.model.train()
+    try:
+        with stepper.autocast():
+            report = check_reversible(stepper.model, stepper.to_device(batch))
+    except Exception as error:
+        # The check also runs the stored twin, which the cell itself never has to fit.
+        if not is_out_of_memory(error):
+            raise
+        print(f"no memory left to check the inverse: {error}", file=sys.stderr)
+        return
+    sighting.note(
+        reconstruction_error=[finite(e) for e in report.reconstruction_error],
+        gradient_error=[finite(e) for e in report.gradient_error],
+    )

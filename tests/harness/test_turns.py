@@ -1,0 +1,71 @@
+"""Steps of two methods in turn, and where a method starts from."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from meft_bench.meters import clock
+from meft_bench.meters.turns import take_turns
+from meft_bench.start import deviation
+
+Steps = tuple[list[str], Callable[[str, list[float]], Callable[[], None]]]
+"""Names in the order they ran in, and what makes a step of a name and its times."""
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+    """Steps that take as many seconds as they are told to."""
+    now = [0.0]
+    order: list[str] = []
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+
+    def make(name: str, seconds: list[float]) -> Callable[[], None]:
+        left = iter(seconds)
+
+        def step() -> None:
+            order.append(name)
+            now[0] += next(left)
+
+        return step
+
+    return order, make
+
+
+def test_turns_change_who_goes_first(steps: Steps) -> None:
+    """Else the one that always follows would pay for what the other leaves behind. Warm
+    turns do not count; the ratio is that of each turn, not of the medians."""
+    order, make = steps
+    turns = take_turns(
+        make("own", [9.0, 2.0, 30.0, 4.0]),
+        make("rival", [1.0, 1.0, 10.0, 8.0]),
+        warmup_turns=1,
+        num_turns=4,
+        device="cpu",
+    )
+    assert order == ["own", "rival", "rival", "own", "own", "rival", "rival", "own"]
+    assert turns.rival_step_seconds == 8.0
+    assert turns.step_ratio == 2.0  # of 2, 3 and 0.5; the medians would give 4 / 8
+    assert turns.step_ratio_iqr == 1.25
+
+
+def test_one_turn_has_no_spread(steps: Steps) -> None:
+    """There is none to tell."""
+    _, make = steps
+    turns = take_turns(
+        make("own", [3.0]),
+        make("rival", [2.0]),
+        warmup_turns=0,
+        num_turns=1,
+        device="cpu",
+    )
+    assert turns.step_ratio == 1.5
+    assert turns.step_ratio_iqr is None
+
+
+def test_deviation_is_relative_to_the_backbone() -> None:
+    """A tenth more of everything is a deviation of a tenth; nothing changed is 0."""
+    hidden = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    assert deviation(hidden, hidden) == 0.0
+    assert deviation(hidden, 1.1 * hidden) == pytest.approx(0.1)
+    assert deviation(2 * hidden, hidden) == 0.5
