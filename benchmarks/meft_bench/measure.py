@@ -121,7 +121,7 @@ def _examples(task: Task, backbone: Backbone, cell: Cell) -> _Examples:
 
 def _prepare(backbone: Backbone, cell: Cell, sighting: Sighting) -> Stepper:
     """Apply the method and make the optimizer."""
-    num_blocks = len(backbone.model.bert.encoder.layer)
+    num_blocks = len(backbones.blocks_of(backbone.model))
     # Seeded again, so that adapters do not depend on how the backbone was loaded.
     seed_everything(cell.seed)
     model = load(METHODS[cell.method])(backbone.model, cell).to(cell.device)
