@@ -3,16 +3,16 @@
 AdamW with betas (0.9, 0.98), epsilon 1e-6 and weight decay 0.1, but none on biases and
 norms; gradients clipped to norm 1; a learning rate that rises over the first 6 % of
 `max_steps` and falls linearly to 0. Parameters are float32; `bf16` and `fp16` compute
-under autocast, `fp16` with a loss scale. Where `weights_dtype` puts a backbone into the
-compute dtype itself, there is no autocast. With `eval_every`, the weights kept are those
-with the best score on rows set aside for that choice.
+under autocast, `fp16` with a loss scale. Where `weights_dtype` puts the backbone itself
+into the compute dtype, there is no autocast. With `eval_every`, the weights kept are
+those with the best score on rows set aside for that choice.
 """
 
 import contextlib
 import inspect
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy
 import torch
@@ -102,7 +102,7 @@ class Stepper:
         }
 
 
-def _refuse_fp16(trained: list[Tensor], cell: Cell) -> None:
+def _refuse_fp16(trained: Sequence[Tensor], cell: Cell) -> None:
     if any(parameter.dtype == torch.float16 for parameter in trained):
         raise ValueError(
             f"`weights_dtype` = 'fp16' with method {cell.method!r}, which trains the "

@@ -45,6 +45,7 @@ def set_depth(model: PreTrainedModel, depth: int) -> None:
         blocks[i] if i < len(blocks) else copy.deepcopy(blocks[i % len(blocks)])
         for i in range(depth)
     ]
+    module: Any
     for index, block in enumerate(chosen):
         for module in block.modules():
             if hasattr(module, "layer_idx"):
@@ -123,9 +124,10 @@ def finish(
 def _padding(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> int:
-    if tokenizer is not None and tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    end = config.eos_token_id
+    own: int | None = None if tokenizer is None else tokenizer.pad_token_id
+    if own is not None:
+        return own
+    end: int | list[int] | None = config.eos_token_id
     if end is None:
         raise ValueError(
             "the model has neither a padding token nor an end token to pad with: set "

@@ -94,14 +94,16 @@ def read_model(files: Files, cell: Cell, num_labels: int) -> PreTrainedModel:
 
 def read_tokenizer(files: Files) -> PreTrainedTokenizerBase:
     """The tokenizer of `files`."""
-    if files.gguf is not None:
+    tokenizer: PreTrainedTokenizerBase
+    if files.gguf is None:
+        tokenizer = AutoTokenizer.from_pretrained(
+            files.directory, local_files_only=True, trust_remote_code=False
+        )
+    else:
         # By its class: `AutoTokenizer` would take seconds to read the config first.
-        return PreTrainedTokenizerFast.from_pretrained(
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
             files.directory, gguf_file=files.gguf
         )
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        files.directory, local_files_only=True, trust_remote_code=False
-    )
     return tokenizer
 
 

@@ -46,10 +46,10 @@ class AdaptedBlock(nn.Module):
     ) -> None:
         super().__init__()
         weight = next(block.parameters())
-        place = {"device": weight.device, "dtype": wide_dtype(weight.dtype)}
+        device, dtype = weight.device, wide_dtype(weight.dtype)
         self.block = block
-        self.attention_adapter = attention_adapter.to(**place)
-        self.mlp_adapter = mlp_adapter.to(**place)
+        self.attention_adapter = attention_adapter.to(device, dtype)
+        self.mlp_adapter = mlp_adapter.to(device, dtype)
         self.family = family
         # The halves take by name what a model's loop may pass by position.
         self._names = list(inspect.signature(block.forward).parameters)[1:]
