@@ -1,4 +1,4 @@
-"""Small classifiers of every text family, with weights of its own in every block."""
+"""Small classifiers of every text family, every block with weights of its own."""
 
 from typing import Any
 
@@ -31,7 +31,8 @@ FAMILIES: dict[str, dict[str, object]] = {
 
 def classifier(model_type: str = "bert", **changes: object) -> Any:
     """A `...ForSequenceClassification`, always with the same weights."""
-    config = CONFIG_MAPPING[model_type](**(SHAPE | FAMILIES[model_type] | changes))
+    fields: dict[str, Any] = SHAPE | FAMILIES[model_type] | changes
+    config = CONFIG_MAPPING[model_type](**fields)
     if config.pad_token_id is None:
         config.pad_token_id = config.eos_token_id
     torch.manual_seed(0)
