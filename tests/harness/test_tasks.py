@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from harness.tiny import cell
 from meft_bench.registry import TASKS, load
@@ -245,6 +248,23 @@ def test_a_pair_is_cut_to_the_length_with_its_longer_text_first(
     assert words == ["[CLS]", "a", "b", "c", "[SEP]", "f", "g", "[SEP]"]
     assert example.segment_ids == [0, 0, 0, 0, 0, 1, 1, 1]
     assert example.label == 1
+
+
+def test_a_newline_stands_between_texts_that_nothing_else_parts(
+    tmp_path: Path,
+) -> None:
+    """As with LLaMA, whose tokenizer joins a pair without a mark; segments tell it."""
+    words = {"[UNK]": 0, "\n": 1} | {w: i for i, w in enumerate("abcdefgh", 2)}
+    plain = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    plain.pre_tokenizer = Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain)
+    rows = [Row(("abcde", "fg"), 1), Row(("a", "b"), 0), Row(("abcdefgh", ""), 0)]
+    pairs = encode(rows, tokenizer, seq_len=6)
+    texts = ["".join(tokenizer.convert_ids_to_tokens(e.token_ids)) for e in pairs]
+    assert texts == ["abc\nfg", "a\nb", "abcde\n"]
+    assert pairs[0].segment_ids == [0, 0, 0, 0, 1, 1]
+    (alone,) = encode([Row(("abcdefgh",), 0)], tokenizer, seq_len=6)
+    assert tokenizer.convert_ids_to_tokens(alone.token_ids) == [*"abcdef"]
 
 
 def numbered(*lengths: int) -> list[Example]:

@@ -5,11 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harness.tiny import batch, cell, classifier
+from harness.tiny import FAMILIES, batch, cell, classifier
+from meft_bench import backbones
 from meft_bench.cell import Cell
 from meft_bench.meters.clock import StepClock
+from meft_bench.registry import METHODS, load
+from meft_bench.source import Source
 from meft_bench.tasks import synthetic
-from meft_bench.tasks.batches import Example
+from meft_bench.tasks.batches import Example, collate
 from meft_bench.training import Stepper, learning_rate_at, predict, train
 
 
@@ -77,6 +80,82 @@ def test_training_lowers_the_loss_in_every_dtype(dtype: str) -> None:
     assert len(losses) == 30
     assert losses[-1] < losses[0] / 2
     assert {p.dtype for p in stepper.model.parameters()} == {torch.float32}
+
+
+def made(method: str, dtype: str, family: str) -> Stepper:
+    """A tiny random backbone whose weights are in the compute dtype."""
+    chosen = cell(
+        method=method,
+        backbone=f"random:{family}-tiny",
+        depth=1,
+        dtype=dtype,
+        weights_dtype=dtype,
+    )
+    model = backbones.load(chosen, 2, Source()).model
+    return Stepper(load(METHODS[method])(model, chosen), chosen)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["full", "lora", "adapters", "meft1-exact"])
+def test_narrow_weights_need_no_autocast(method: str, family: str) -> None:
+    """The backbone computes in bf16; what is new, and the loss, are float32."""
+    stepper = made(method, "bf16", family)
+    stepper.model.train()
+    seen = []
+
+    def look(module: torch.nn.Module, args: object, output: torch.Tensor) -> None:
+        seen.append((torch.is_autocast_enabled("cpu"), output.dtype))
+
+    (head,) = backbones.heads_of(stepper.model)
+    head.register_forward_hook(look)
+    assert stepper.loss(stepper.to_device(batch())).dtype == torch.float32
+    assert seen == [(False, torch.float32)]
+    stepper.step(batch(), 1e-3)
+    head_names = ("classifier", "score")
+    for name, parameter in stepper.model.named_parameters():
+        is_new = name.startswith(head_names) or "lora" in name or "adapter" in name
+        assert parameter.dtype == (torch.float32 if is_new else torch.bfloat16), name
+    for name, buffer in stepper.model.named_buffers():
+        # A narrow table of rotations would turn every token a little too far.
+        assert buffer.dtype in (torch.float32, torch.int64), name
+
+
+def test_fp16_weights_train_with_a_loss_scale_if_they_are_frozen() -> None:
+    """Gradients of fp16 parameters cannot be unscaled: refused before any step."""
+    stepper = made("lora", "fp16", "llama")
+    losses = [stepper.step(batch(), 1e-2) for _ in range(12)]
+    assert losses[-1] < losses[0]
+    with pytest.raises(ValueError, match=r"'fp16' with method 'full'.*Take 'fp32'"):
+        made("full", "fp16", "llama")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_models_that_know_segments_are_given_them(family: str) -> None:
+    """The decoders would hand them on to blocks that do not know what they are."""
+    stepper = Stepper(classifier(family), cell())
+    given = set(stepper.to_device(batch()))
+    takes = family in ("bert", "roberta")
+    assert given == set(batch()) - (set() if takes else {"token_type_ids"})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_no_answer(family: str) -> None:
+    """Rows of any length side by side are answered as each one alone."""
+    stepper = Stepper(classifier(family).eval(), cell())
+    rows = [
+        Example(token_ids=[*range(5, 5 + n)], segment_ids=[0] * n, label=0)
+        for n in (1, 4, 8)
+    ]
+
+    def answers(chosen: list[Example]) -> torch.Tensor:
+        given = collate(chosen, stepper.model.config.pad_token_id)
+        with torch.no_grad():
+            logits: torch.Tensor = stepper.model(**stepper.to_device(given)).logits
+        return logits
+
+    together = answers(rows)
+    torch.testing.assert_close(together, torch.cat([answers([row]) for row in rows]))
+    assert not torch.allclose(together[0], together[1])
 
 
 def test_a_run_is_repeated_by_its_seed() -> None:

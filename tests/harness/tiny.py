@@ -1,27 +1,42 @@
-"""A small BERT classifier with weights of its own in every block."""
+"""Small classifiers of every text family, every block with weights of its own."""
+
+from typing import Any
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import AutoModelForSequenceClassification
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from meft_bench.cell import Cell
 from meft_bench.tasks.batches import Batch
 
 HIDDEN, BLOCKS, LABELS, VOCABULARY = 32, 3, 2, 50
 
+SHAPE = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 40,
+    "num_labels": LABELS,
+}
+FAMILIES: dict[str, dict[str, object]] = {
+    "bert": {"intermediate_size": 64},
+    "roberta": {"intermediate_size": 64, "max_position_embeddings": 42},
+    "opt": {"ffn_dim": 64},
+    "llama": {"intermediate_size": 64, "num_key_value_heads": 1},
+    "mistral": {"intermediate_size": 64, "num_key_value_heads": 1},
+}
+"""What each `model_type` adds to the shape; all have positions for 40 tokens."""
 
-def classifier(**changes: object) -> BertForSequenceClassification:
-    fields: dict[str, object] = {
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": BLOCKS,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 40,
-        "num_labels": LABELS,
-    }
+
+def classifier(model_type: str = "bert", **changes: object) -> Any:
+    """A `...ForSequenceClassification`, always with the same weights."""
+    fields: dict[str, Any] = SHAPE | FAMILIES[model_type] | changes
+    config = CONFIG_MAPPING[model_type](**fields)
+    if config.pad_token_id is None:
+        config.pad_token_id = config.eos_token_id
     torch.manual_seed(0)
-    config = BertConfig(**(fields | changes))  # type: ignore[arg-type]
-    return BertForSequenceClassification(config)
+    return AutoModelForSequenceClassification.from_config(config)
 
 
 def cell(**changes: object) -> Cell:

@@ -2,71 +2,72 @@
 
 The same adapters at the same places as MEFT3 has them, in an ordinary stack:
 
-    attention    u = dropout(W_o attend(x)),     a = LN(x + u + adapter(u))
-    feed-forward v = dropout(W_2 act(W_1 a)),  out = LN(a + v + adapter(a))
+    a = attention_half(x, adapter),   out = mlp_half(a, adapter)
 
-so a difference between the two is due to the reversible stack alone.
+with the halves of the library, which `meft.backbone` describes: one adapter after
+attention, sequential with a skip of its own, one beside the feed-forward, on the same
+input. So a difference between the two is due to the reversible stack alone.
 """
 
-from torch import Tensor, nn
-from transformers import BertForSequenceClassification
-from transformers.models.bert.modeling_bert import BertOutput, BertSelfOutput
+import inspect
+from typing import Any
 
-from meft.bottleneck import Bottleneck
-from meft_bench.backbones import blocks_of
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from meft.backbone.families import find_blocks, freeze_all_but_head
+from meft.backbone.family import AdapterShape, Family
+from meft.bottleneck import Bottleneck, wide_dtype
 from meft_bench.cell import Cell
 
 
-def adapters(
-    model: BertForSequenceClassification, cell: Cell
-) -> BertForSequenceClassification:
-    """Two adapters per block train, and the new classifier."""
-    config = model.config
-    model.requires_grad_(False)
-    model.classifier.requires_grad_(True)
-    for block in blocks_of(model):
-        attention, feed_forward = (
-            Bottleneck(
-                config.hidden_size,
-                cell.bottleneck_size,
-                block.intermediate.intermediate_act_fn,
-                config.hidden_dropout_prob,
-            )
-            for _ in range(2)
-        )
-        block.attention.register_module(
-            "output", AdaptedAttentionOutput(block.attention.output, attention)
-        )
-        block.register_module("output", AdaptedOutput(block.output, feed_forward))
+def adapters(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """Two adapters per block train, and the new head."""
+    freeze_all_but_head(model)
+    for found in find_blocks(model):
+        adapted = nn.ModuleList()
+        for block in found.blocks:
+            shape = found.family.adapter_shape(block, found.owner.config)
+            pair = _bottleneck(shape, cell), _bottleneck(shape, cell)
+            adapted.append(AdaptedBlock(block, found.family, *pair))
+        setattr(found.owner, found.attribute, adapted)
     return model
 
 
-class AdaptedAttentionOutput(nn.Module):
-    """`BertSelfOutput` with a sequential adapter that has a skip of its own."""
+class AdaptedBlock(nn.Module):
+    """A block of any family with an adapter in each of its halves."""
 
-    def __init__(self, output: BertSelfOutput, adapter: Bottleneck) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        family: Family,
+        attention_adapter: Bottleneck,
+        mlp_adapter: Bottleneck,
+    ) -> None:
         super().__init__()
-        self.output = output
-        self.adapter = adapter
+        weight = next(block.parameters())
+        device, dtype = weight.device, wide_dtype(weight.dtype)
+        self.block = block
+        self.attention_adapter = attention_adapter.to(device, dtype)
+        self.mlp_adapter = mlp_adapter.to(device, dtype)
+        self.family = family
+        # The halves take by name what a model's loop may pass by position.
+        self._names = list(inspect.signature(block.forward).parameters)[1:]
 
-    def forward(self, attended: Tensor, x: Tensor) -> Tensor:
-        """LN(x + u + adapter(u)), both `batch seq hidden`."""
-        update = self.output.dropout(self.output.dense(attended))
-        update = update + self.adapter(update)
-        normed: Tensor = self.output.LayerNorm(update + x)
-        return normed
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The block's output, `batch seq hidden`."""
+        call = dict(zip(self._names, args, strict=False)) | kwargs
+        attended = self.family.attention_half(
+            self.block, hidden_states, self.attention_adapter, **call
+        )
+        return self.family.mlp_half(self.block, attended, self.mlp_adapter)
 
 
-class AdaptedOutput(nn.Module):
-    """`BertOutput` with an adapter parallel to the two feed-forward projections."""
-
-    def __init__(self, output: BertOutput, adapter: Bottleneck) -> None:
-        super().__init__()
-        self.output = output
-        self.adapter = adapter
-
-    def forward(self, inner: Tensor, a: Tensor) -> Tensor:
-        """LN(a + v + adapter(a)) of `inner`, `batch seq intermediate`, and `a`."""
-        update = self.output.dropout(self.output.dense(inner))
-        normed: Tensor = self.output.LayerNorm(update + self.adapter(a) + a)
-        return normed
+def _bottleneck(shape: AdapterShape, cell: Cell) -> Bottleneck:
+    return Bottleneck(
+        shape.hidden_size,
+        cell.bottleneck_size,
+        shape.activation,
+        shape.dropout,
+        shape.std,
+    )

@@ -6,37 +6,46 @@ makes the embedding's output require a gradient, which a frozen backbone does no
 with the non-reentrant form and would pay for.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BertForSequenceClassification
+from transformers import PreTrainedModel
 
-from meft_bench.backbones import blocks_of
+from meft.backbone.families import find_blocks
 from meft_bench.cell import Cell
+from meft_bench.methods.adapters import adapters
 from meft_bench.methods.full import full
 from meft_bench.methods.lora import lora
 
+Method = Callable[[PreTrainedModel, Cell], PreTrainedModel]
 
-def checkpointing(
-    model: BertForSequenceClassification, cell: Cell
-) -> BertForSequenceClassification:
+
+def checkpointing(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
     """Full fine-tuning with every block checkpointed."""
-    return _checkpointed(full(model, cell))
+    return _checkpointed(full, model, cell)
 
 
-def lora_checkpointing(
-    model: BertForSequenceClassification, cell: Cell
-) -> BertForSequenceClassification:
+def lora_checkpointing(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
     """LoRA with every block checkpointed."""
-    return _checkpointed(lora(model, cell))
+    return _checkpointed(lora, model, cell)
+
+
+def adapters_checkpointing(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """Adapters with every block checkpointed."""
+    return _checkpointed(adapters, model, cell)
 
 
 def _checkpointed(
-    model: BertForSequenceClassification,
-) -> BertForSequenceClassification:
-    blocks = [CheckpointedBlock(block) for block in blocks_of(model)]
-    model.bert.encoder.layer = nn.ModuleList(blocks)
+    method: Method, model: PreTrainedModel, cell: Cell
+) -> PreTrainedModel:
+    # Looked up first: the method may put blocks of its own in the same places.
+    lists = find_blocks(model)
+    model = method(model, cell)
+    for found in lists:
+        blocks = map(CheckpointedBlock, getattr(found.owner, found.attribute))
+        setattr(found.owner, found.attribute, nn.ModuleList(blocks))
     return model
 
 

@@ -1,21 +1,18 @@
 """The two ends of the range: train everything, or only the new head."""
 
-from transformers import BertForSequenceClassification
+from transformers import PreTrainedModel
 
+from meft.backbone.families import freeze_all_but_head
 from meft_bench.cell import Cell
 
 
-def full(
-    model: BertForSequenceClassification, cell: Cell
-) -> BertForSequenceClassification:
+def full(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
     """Full fine-tuning: every parameter trains."""
-    return model.requires_grad_(True)
+    model.requires_grad_(True)
+    return model
 
 
-def head(
-    model: BertForSequenceClassification, cell: Cell
-) -> BertForSequenceClassification:
-    """The new classifier trains; the backbone, its pooler included, is frozen."""
-    model.requires_grad_(False)
-    model.classifier.requires_grad_(True)
+def head(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """The new head trains; the backbone, a pooler included, is frozen."""
+    freeze_all_but_head(model)
     return model

@@ -8,22 +8,38 @@ backbone's own, so that every method here regularises its additions alike.
 """
 
 from peft import LoraConfig, inject_adapter_in_model
-from transformers import BertForSequenceClassification
+from transformers import PreTrainedModel
 
+from meft.backbone.families import find_blocks
+from meft.bottleneck import wide_dtype
+from meft_bench.backbones import heads_of
 from meft_bench.cell import Cell
 
+QUERY_AND_VALUE = {
+    "BERT": ["query", "value"],
+    "RoBERTa": ["query", "value"],
+    "OPT": ["q_proj", "v_proj"],
+    "LLaMA": ["q_proj", "v_proj"],
+    "Mistral": ["q_proj", "v_proj"],
+}
+"""What each family calls the two projections."""
 
-def lora(
-    model: BertForSequenceClassification, cell: Cell
-) -> BertForSequenceClassification:
-    """LoRA pairs on query and value train, and the new classifier."""
+
+def lora(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """LoRA pairs on query and value train, and the new head."""
+    (found,) = find_blocks(model)
+    shape = found.family.adapter_shape(found.blocks[0], found.owner.config)
     config = LoraConfig(
         r=cell.lora_rank,
         lora_alpha=2 * cell.lora_rank,
-        lora_dropout=model.config.hidden_dropout_prob,
-        target_modules=["query", "value"],
+        lora_dropout=shape.dropout,
+        target_modules=QUERY_AND_VALUE[found.family.name],
     )
-    # Injected in place: `get_peft_model` would keep a frozen copy of the classifier.
+    # Injected in place: `get_peft_model` would keep a frozen copy of the head.
     inject_adapter_in_model(config, model)
-    model.classifier.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # peft made it in the dtype of the backbone
+            parameter.data = parameter.data.to(wide_dtype(parameter.dtype))
+    for part in heads_of(model):
+        part.requires_grad_(True)
     return model

@@ -3,40 +3,47 @@
 `meftN` is the paper's, in floats; `meftN_exact` has integer streams and an exact
 inverse. Both rebuild their activations in the backward; `..._store` is the same
 function under ordinary autograd, the reference for memory, speed and exactness. All
-train the adapters and the new classifier.
+train the adapters and the new head.
 """
 
 from functools import partial
+from typing import Any
 
-from transformers import BertForSequenceClassification
+from transformers import PreTrainedModel
 
 import meft
+from meft_bench.backbones import blocks_of
 from meft_bench.cell import Cell
 
 
-def _in_floats(
-    model: BertForSequenceClassification, cell: Cell, *, variant: str, backward: str
-) -> BertForSequenceClassification:
+def _in_floats(model: PreTrainedModel, cell: Cell, **kind: Any) -> PreTrainedModel:
+    return _reversible(model, cell, arithmetic="float", **kind)
+
+
+def _exact(model: PreTrainedModel, cell: Cell, **kind: Any) -> PreTrainedModel:
+    return _reversible(
+        model, cell, arithmetic="fixed", lost_bits=cell.lost_bits, **kind
+    )
+
+
+def _reversible(model: PreTrainedModel, cell: Cell, **kind: Any) -> PreTrainedModel:
     config = meft.ReversibleConfig(
-        variant=variant,
-        arithmetic="float",
         bottleneck_size=cell.bottleneck_size,
-        backward=backward,
+        mlp_chunks=cell.mlp_chunks,
+        span=_span(model, cell),
+        **kind,
     )
     return meft.make_reversible(model, config)
 
 
-def _exact(
-    model: BertForSequenceClassification, cell: Cell, *, variant: str, backward: str
-) -> BertForSequenceClassification:
-    config = meft.ReversibleConfig(
-        variant=variant,
-        arithmetic="fixed",
-        lost_bits=cell.lost_bits,
-        bottleneck_size=cell.bottleneck_size,
-        backward=backward,
-    )
-    return meft.make_reversible(model, config)
+def _span(model: PreTrainedModel, cell: Cell) -> tuple[int, int] | None:
+    num_blocks = len(blocks_of(model))
+    if cell.reversible_blocks > num_blocks:
+        raise ValueError(
+            f"`reversible_blocks` is {cell.reversible_blocks}, but {cell.backbone} has "
+            f"{num_blocks} blocks: lower it, or take 0 to rebuild all of them"
+        )
+    return (0, cell.reversible_blocks) if cell.reversible_blocks else None
 
 
 meft1 = partial(_in_floats, variant="meft1", backward="rebuild")

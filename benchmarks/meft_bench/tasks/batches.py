@@ -16,7 +16,8 @@ from meft_bench.cell import Cell
 from meft_bench.tasks.task import Row
 
 Batch = dict[str, Tensor]
-"""`input_ids`, `token_type_ids`, `attention_mask`: `batch seq`; `labels`: `batch`."""
+"""`input_ids`, `token_type_ids`, `attention_mask`: `batch seq`; `labels`: `batch`.
+`training` leaves out what a model does not take."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,21 +33,45 @@ class Example:
 def encode(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, seq_len: int
 ) -> list[Example]:
-    """Tokenise, cutting the longer text first until a row has `seq_len` tokens."""
+    """Tokenise, cutting the longer text first until a row has `seq_len` tokens.
+
+    Where the tokenizer puts nothing between the texts of a pair, as LLaMA's, a newline
+    stands there, of the first text's segment.
+    """
     if not rows:
         return []
+    between = _separator(tokenizer) if len(rows[0].texts) > 1 else []
     encoded = tokenizer(
         *(list(texts) for texts in zip(*(row.texts for row in rows), strict=True)),
         truncation=True,
-        max_length=seq_len,
+        max_length=seq_len - len(between),
         padding=False,
         return_token_type_ids=True,
     )
-    columns = zip(encoded["input_ids"], encoded["token_type_ids"], rows, strict=True)
-    return [
-        Example(token_ids=token_ids, segment_ids=segment_ids, label=row.label)
-        for token_ids, segment_ids, row in columns
-    ]
+    examples = []
+    for index, row in enumerate(rows):
+        token_ids, segment_ids = (
+            encoded[name][index] for name in ("input_ids", "token_type_ids")
+        )
+        if between:
+            # Not by the segments, which some tokenizers leave at 0 throughout.
+            texts = encoded.sequence_ids(index)
+            end = texts.index(1) if 1 in texts else len(texts)
+            token_ids = [*token_ids[:end], *between, *token_ids[end:]]
+            segment_ids = [*segment_ids[:end], *[0] * len(between), *segment_ids[end:]]
+        examples.append(
+            Example(token_ids=token_ids, segment_ids=segment_ids, label=row.label)
+        )
+    return examples
+
+
+def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens to put between two texts; none if the tokenizer has its own."""
+    added = tokenizer.num_special_tokens_to_add
+    if added(pair=True) > added(pair=False):
+        return []
+    newline: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    return newline
 
 
 def epochs(examples: Sequence[Example], cell: Cell) -> Iterator[list[Example]]:

@@ -1,0 +1,13 @@
+"""Backbones: transformers' sequence classifiers of every text family of the library.
+
+names       from a backbone's name to a model, its tokenizer, and its origin
+packages    weights that installed packages carry
+files       weights on disk, as safetensors or GGUF
+shapes      random weights of a named shape
+classifier  what is done to a classifier whatever its family and origin
+"""
+
+from meft_bench.backbones.classifier import blocks_of, heads_of, set_depth
+from meft_bench.backbones.names import Backbone, load
+
+__all__ = ["Backbone", "blocks_of", "heads_of", "load", "set_depth"]

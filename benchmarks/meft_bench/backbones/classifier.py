@@ -1,0 +1,140 @@
+"""A classifier of any family: which there are, and its head, blocks, depth and dtype.
+
+A classifier is transformers' `...ForSequenceClassification`, with blocks that the
+library knows in one list. `weights_dtype` holds for the backbone alone: the head is new
+and trains, so it is float32, is given its input in float32, and so is the loss.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from meft.backbone.families import NEW_HEADS, find_blocks
+from meft_bench.cell import Cell
+
+MODEL_TYPES = ("bert", "llama", "mistral", "opt", "roberta")
+"""The `model_type` of every supported config. BART is not among them: its classifier
+asks for equally many end tokens in every row, which is a matter of tokenizers."""
+
+WEIGHTS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks of a classifier, lowest first."""
+    (found,) = find_blocks(model)
+    return found.blocks
+
+
+def heads_of(model: nn.Module) -> list[nn.Module]:
+    """The parts of a classifier that have no trained weights, of which there is one."""
+    parts = [getattr(model, name, None) for name in NEW_HEADS]
+    return [part for part in parts if isinstance(part, nn.Module)]
+
+
+def set_depth(model: PreTrainedModel, depth: int) -> None:
+    """Keep the first `depth` blocks, or repeat all of them in a cycle.
+
+    A repeated block is a copy with parameters of its own.
+    """
+    (found,) = find_blocks(model)
+    blocks = found.blocks
+    chosen = [
+        blocks[i] if i < len(blocks) else copy.deepcopy(blocks[i % len(blocks)])
+        for i in range(depth)
+    ]
+    module: Any
+    for index, block in enumerate(chosen):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    setattr(found.owner, found.attribute, nn.ModuleList(chosen))
+    # Not always one object, and both are read.
+    for owner in (model, found.owner):
+        owner.config.num_hidden_layers = depth  # type: ignore[union-attr]
+
+
+def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int) -> None:
+    """Make a config one of a classifier of `num_labels` classes, trained as such.
+
+    Raises:
+        ValueError: `cell.seq_len` is more than the model has positions for.
+    """
+    longest = config.max_position_embeddings
+    if config.model_type == "roberta":  # counts positions from the padding token's on
+        longest -= config.pad_token_id + 1
+    if cell.seq_len > longest:
+        raise ValueError(
+            f"`seq_len` is {cell.seq_len}, but {cell.backbone} has positions for "
+            f"{longest} tokens: lower it to at most {longest}"
+        )
+    config.num_labels = num_labels
+    config.problem_type = "single_label_classification"
+    config.use_cache = False
+
+
+def check_model_type(model_type: object, where: object) -> None:
+    """Raise `ValueError` unless the harness knows classifiers of `model_type`."""
+    if model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"{where} is of model_type {model_type!r}; "
+            f"supported: {', '.join(MODEL_TYPES)}"
+        )
+
+
+def options(cell: Cell) -> dict[str, Any]:
+    """What transformers is told when it makes the model of `cell`.
+
+    Of torch's own kernels of attention, the one that `cell.attention` names is chosen
+    when the model runs.
+    """
+    return {
+        "dtype": WEIGHTS_DTYPES[cell.weights_dtype],
+        "attn_implementation": "eager" if cell.attention == "eager" else "sdpa",
+    }
+
+
+def finish(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, cell: Cell
+) -> None:
+    """Give a classifier a padding token if it has none, and a new head in float32.
+
+    The head is drawn anew even where the weights came with one, and as the last thing,
+    so that nothing but the seed decides it.
+    """
+    # Set on the finished model: an embedding that knows its padding token at birth
+    # would not train it, and here it may be the end token.
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = _padding(model.config, tokenizer)
+    (found,) = find_blocks(model)
+    std = found.family.adapter_shape(found.blocks[0], found.owner.config).std
+    for head in heads_of(model):
+        head.float()
+        for module in head.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if cell.weights_dtype != "fp32":
+            head.register_forward_pre_hook(_in_float32)
+
+
+def _padding(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> int:
+    own: int | None = None if tokenizer is None else tokenizer.pad_token_id
+    if own is not None:
+        return own
+    end: int | list[int] | None = config.eos_token_id
+    if end is None:
+        raise ValueError(
+            "the model has neither a padding token nor an end token to pad with: set "
+            "`pad_token_id` in its config.json"
+        )
+    return end[0] if isinstance(end, list) else end
+
+
+def _in_float32(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor.float() for tensor in args)

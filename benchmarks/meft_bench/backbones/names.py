@@ -1,0 +1,110 @@
+"""From a backbone's name to a model, its tokenizer, and where the weights came from.
+
+    minilm-l6        real weights that a package ships: a BERT
+    smollm2-135m     likewise: a LLaMA
+    dir:PATH         a directory in transformers' layout
+    hub:NAME         a repository of the Hugging Face hub, only if downloads are allowed
+    random:SHAPE     random weights of a named shape, or of PATH/config.json
+
+All are classifiers with a new head of `num_labels` outputs, initialised from torch's
+present random state.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from meft_bench.backbones import files, packages, shapes
+from meft_bench.backbones.classifier import finish, set_depth
+from meft_bench.backbones.files import Files, three_ways
+from meft_bench.cell import Cell
+from meft_bench.registry import PACKAGED_BACKBONES, nearest
+from meft_bench.source import MissingError, Source
+
+_PATTERNS = [
+    "config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_*",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Backbone:
+    """A classifier ready for a method, and where its weights came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    """None for random weights, which have no vocabulary of their own."""
+    origin: str
+    """For people: package and version, directory, hub name, or `random weights`."""
+    sha256: str | None
+    """Of the file of weights, or of its shards; None for random weights."""
+
+
+def load(cell: Cell, num_labels: int, source: Source) -> Backbone:
+    """The backbone that `cell` names, with `cell.depth` blocks.
+
+    Raises:
+        MissingError: the weights are not at hand; says how to provide them.
+        ValueError: no such backbone, not of a supported family, or `cell.seq_len` is
+            too long for it.
+    """
+    log = transformers.utils.logging  # a head that is new would be reported
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    kind, _, name = cell.backbone.partition(":")
+    if cell.backbone in PACKAGED_BACKBONES:
+        return _from_files(packages.find(cell.backbone), cell, num_labels)
+    if kind == "dir":
+        found = files.find(Path(name), f"directory {name}")
+        return _from_files(found, cell, num_labels)
+    if kind == "hub":
+        directory = _download(name, source)
+        found = files.find(directory, f"hub {name} at {directory.name}")
+        return _from_files(found, cell, num_labels)
+    if kind == "random":
+        return _from_nothing(name, cell, num_labels)
+    valid = [*PACKAGED_BACKBONES, "dir:PATH", "hub:NAME", "random:SHAPE"]
+    raise ValueError(
+        f"unknown backbone {cell.backbone!r}; {nearest(cell.backbone, valid)}"
+    )
+
+
+def _from_files(found: Files, cell: Cell, num_labels: int) -> Backbone:
+    model = files.read_model(found, cell, num_labels)
+    tokenizer = files.read_tokenizer(found)
+    finish(model, tokenizer, cell)
+    if cell.depth:
+        set_depth(model, cell.depth)
+    return Backbone(
+        model=model, tokenizer=tokenizer, origin=found.origin, sha256=found.sha256()
+    )
+
+
+def _from_nothing(name: str, cell: Cell, num_labels: int) -> Backbone:
+    model = shapes.build(name, cell, num_labels)
+    finish(model, None, cell)
+    return Backbone(
+        model=model,
+        tokenizer=None,
+        origin=f"random weights ({name} shape)",
+        sha256=None,
+    )
+
+
+def _download(name: str, source: Source) -> Path:
+    if not source.allow_download:
+        raise MissingError(three_ways(f"hub:{name} needs a download"))
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_PATTERNS))
+    except OSError as error:
+        raise MissingError(three_ways(f"hub:{name}: {error}")) from error

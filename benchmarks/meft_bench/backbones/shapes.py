@@ -1,0 +1,99 @@
+"""Random weights in published shapes; the tiny ones, but for BERT's, are our own.
+
+Memory and speed depend on the shape alone. The model is born on the cell's device and
+in the dtype of its weights, so that a large one needs no room on the host.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from meft_bench.backbones.classifier import options, set_up_config
+from meft_bench.backbones.files import read_config
+from meft_bench.cell import Cell
+from meft_bench.registry import RANDOM_BACKBONES, nearest
+from meft_bench.source import MissingError
+
+_TINY = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2}
+
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert-tiny": ("bert", _TINY | {"intermediate_size": 512}),
+    "bert-base": ("bert", {}),
+    "bert-large": (
+        "bert",
+        {
+            "num_hidden_layers": 24,
+            "hidden_size": 1024,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+        },
+    ),
+    "roberta-tiny": (
+        "roberta",
+        _TINY
+        | {
+            "intermediate_size": 512,
+            # As RoBERTa was published; transformers' defaults here are BERT's.
+            "max_position_embeddings": 514,
+            "type_vocab_size": 1,
+            "layer_norm_eps": 1e-5,
+        },
+    ),
+    "opt-tiny": ("opt", _TINY | {"ffn_dim": 512}),
+    "opt-125m": ("opt", {}),
+    "opt-1.3b": (
+        "opt",
+        {
+            "num_hidden_layers": 24,
+            "hidden_size": 2048,
+            "num_attention_heads": 32,
+            "ffn_dim": 8192,
+        },
+    ),
+    "llama-tiny": ("llama", _TINY | {"intermediate_size": 344}),
+    "llama-7b": ("llama", {}),
+    "mistral-tiny": (
+        "mistral",
+        _TINY
+        | {
+            "intermediate_size": 448,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 32768,
+        },
+    ),
+}
+"""What each of `RANDOM_BACKBONES` is: a `model_type`, and what it changes in
+transformers' default config of that type, vocabulary included."""
+
+
+def build(name: str, cell: Cell, num_labels: int) -> PreTrainedModel:
+    """The classifier with random weights that `random:NAME` stands for."""
+    config = _config(name)
+    set_up_config(config, cell, num_labels)
+    if cell.depth:
+        config.num_hidden_layers = cell.depth
+    with torch.device(cell.device):
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
+            config, **options(cell)
+        )
+    return model
+
+
+def _config(name: str) -> PreTrainedConfig:
+    if name in RANDOM_BACKBONES:
+        model_type, fields = SHAPES[name]
+        config: PreTrainedConfig = CONFIG_MAPPING[model_type](**fields)
+        return config
+    if Path(name).name == "config.json":
+        if not Path(name).is_file():
+            raise MissingError(f"{name} does not exist")
+        return read_config(Path(name))
+    valid = [*RANDOM_BACKBONES, "PATH/config.json"]
+    raise ValueError(f"unknown shape in random:{name}; {nearest(name, valid)}")
