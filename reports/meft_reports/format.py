@@ -83,3 +83,10 @@ def format_value(value: Any, unit: str) -> str:
     if unit == "count":
         return format_count(value)
     return f"{float(value):.6g}" + (" s" if unit == "seconds" else "")
+
+
+def format_fact(value: Any) -> str:
+    """A fact of any type: `True` as `yes`."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return NOTHING if is_null(value) else str(value)

@@ -5,7 +5,6 @@ frame gives the same bytes, so a page can be committed and compared.
 """
 
 import base64
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -14,7 +13,6 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from meft_reports import tables
 from meft_reports.columns import COLUMNS
 from meft_reports.errors import NothingToDraw
 from meft_reports.format import format_seconds
@@ -23,6 +21,8 @@ from meft_reports.plots import find_plot
 from meft_reports.plots.canvas import render
 from meft_reports.style import look, method_order
 from meft_reports.summary import has_random_weights
+from meft_reports.tables import find_tables
+from meft_reports.tables.table import to_html
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,14 +78,13 @@ def render_page(frame: pd.DataFrame) -> bytes:
 
 
 def _sections(frame: pd.DataFrame) -> list[Section]:
-    memory = tables.memory(frame)
     return [
         Section(
             anchor="results",
             title="Score, memory and time",
             lead="Fine-tuning on labelled text: what each method reached and took.",
             figures=_figures(frame, "score_memory", "step_seconds", "loss_curve"),
-            tables=_markup(tables.results(frame)),
+            tables=_tables(frame, "results"),
             empty="No cell ran on a real task.",
         ),
         Section(
@@ -93,7 +92,7 @@ def _sections(frame: pd.DataFrame) -> list[Section]:
             title="Memory along batch size and depth",
             lead="Single training steps on random tokens, whose shapes are exact.",
             figures=_figures(frame, "memory_batch", "memory_depth"),
-            folded=tuple((t.title, Markup(tables.to_html(t))) for t in memory),
+            folded=_folded(frame, "memory"),
             empty="No cell ran on synthetic tokens.",
         ),
         Section(
@@ -102,9 +101,7 @@ def _sections(frame: pd.DataFrame) -> list[Section]:
             lead="A reversible stack rebuilds its activations instead of storing them; "
             "this is how far the rebuilt ones and their gradients are off.",
             figures=_figures(frame, "reconstruction"),
-            folded=tuple(
-                (t.title, Markup(tables.to_html(t))) for t in tables.exactness(frame)
-            ),
+            folded=_folded(frame, "exactness"),
             empty="No cell reported errors.",
         ),
         Section(
@@ -112,14 +109,14 @@ def _sections(frame: pd.DataFrame) -> list[Section]:
             title="Cells that failed",
             lead="Running out of memory or time is a result too: every cell that did "
             "not end well, and why.",
-            tables=_markup(tables.failures(frame)),
+            tables=_tables(frame, "failures"),
             empty="Every cell ended well.",
         ),
         Section(
             anchor="origin",
             title="Where the numbers come from",
             lead="Weights, data, code, packages and machine behind every number above.",
-            tables=_markup(tables.origins(frame) + tables.environment(frame)),
+            tables=_tables(frame, "origins", "environment"),
         ),
     ]
 
@@ -150,9 +147,13 @@ def _figure(frame: pd.DataFrame, name: str) -> Figure:
     )
 
 
-def _markup(some: Iterable[tables.Table]) -> tuple[Markup, ...]:
+def _tables(frame: pd.DataFrame, *names: str) -> tuple[Markup, ...]:
+    return tuple(markup for name in names for _, markup in _folded(frame, name))
+
+
+def _folded(frame: pd.DataFrame, name: str) -> tuple[tuple[str, Markup], ...]:
     # to_html escapes every value.
-    return tuple(Markup(tables.to_html(table)) for table in some)
+    return tuple((t.title, Markup(to_html(t))) for t in find_tables(name)(frame))
 
 
 def _facts(frame: pd.DataFrame) -> list[tuple[str, str]]:

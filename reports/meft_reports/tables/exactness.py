@@ -1,0 +1,74 @@
+"""Exactness: how far the rebuilt activations and their gradients are off."""
+
+from typing import Any
+
+import pandas as pd
+
+from meft_reports.format import NOTHING, format_count, format_error
+from meft_reports.labels import describe, fields_to_show, option_label
+from meft_reports.summary import (
+    OPTIONS,
+    PROVENANCE,
+    WORKLOAD,
+    by_method,
+    has_random_weights,
+    split,
+    with_torch_known,
+)
+from meft_reports.tables.table import Table, join_options
+
+
+def make(frame: pd.DataFrame) -> list[Table]:
+    """How exact the rebuilt backward is: the worst of every block and seed."""
+    ok = with_torch_known(frame[frame["status"] == "ok"])
+    ok["random_weights"] = has_random_weights(ok)
+    known = ok["reconstruction_error"].notna() | ok["gradient_error"].notna()
+    rows = by_method(ok[known])
+    if rows.empty:
+        return []
+    shown = fields_to_show(rows, always=("task", "backbone", "dtype"))
+    cells = []
+    for _, part in split(rows, [*WORKLOAD, *PROVENANCE]):
+        for _, same in by_method(part).groupby(["method", *OPTIONS], sort=False):
+            first = same.iloc[0]
+            cells.append(
+                (
+                    join_options(first["method"], option_label(first, part)),
+                    describe(same, shown),
+                    format_count(same["num_blocks"].max()),
+                    format_error(_worst(same["reconstruction_error"])),
+                    format_error(_worst(same["gradient_error"])),
+                    _blocks_kept(same["gradient_error"]),
+                    str(len(same)),
+                )
+            )
+    header = (
+        "method",
+        "workload",
+        "blocks",
+        "worst reconstruction error",
+        "worst gradient error",
+        "blocks with gradient error below 1 %",
+        "cells",
+    )
+    return [
+        Table(
+            title="Exactness of the rebuilt backward",
+            header=header,
+            rows=tuple(cells),
+            num_text_columns=2,
+            notes=("Relative errors, measured; the greatest over blocks and seeds.",),
+        )
+    ]
+
+
+def _worst(lists: "pd.Series[Any]") -> float | None:
+    values = [value for errors in lists.dropna() for value in errors]
+    # max() of a list with NaN depends on the order; a NaN is the worst there is.
+    broken = [value for value in values if value != value]
+    return float("nan") if broken else max(values, default=None)
+
+
+def _blocks_kept(lists: "pd.Series[Any]") -> str:
+    counts = {(sum(e < 0.01 for e in errors), len(errors)) for errors in lists.dropna()}
+    return ", ".join(f"{kept} of {total}" for kept, total in sorted(counts)) or NOTHING
