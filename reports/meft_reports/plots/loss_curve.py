@@ -15,9 +15,8 @@ from meft_reports.plots import canvas
 from meft_reports.summary import (
     PROVENANCE,
     WORKLOAD,
-    has_random_weights,
+    prepare,
     split,
-    with_torch_known,
 )
 
 TITLE = "Training loss"
@@ -35,8 +34,8 @@ def draw(frame: pd.DataFrame) -> Figure:
     Raises:
         NothingToDraw: no ok cell of a real task has a loss curve of two steps.
     """
-    rows = with_torch_known(frame[frame["task"] != "synthetic"])
-    rows["random_weights"] = has_random_weights(rows)
+    rows = prepare(frame)
+    rows = rows[rows["task"] != "synthetic"]
     long_enough = [curve is not None and len(curve) > 1 for curve in rows["loss_curve"]]
     drawn = rows[long_enough & (rows["status"] == "ok").to_numpy(dtype=bool)]
     if drawn.empty:

@@ -15,14 +15,12 @@ from meft_reports.format import MIB
 from meft_reports.labels import describe, fields_to_show
 from meft_reports.plots import canvas
 from meft_reports.summary import (
-    OPTIONS,
     PROVENANCE,
     WORKLOAD,
-    has_random_weights,
+    prepare,
+    settings,
     split,
     summarise,
-    with_blocks_known,
-    with_torch_known,
 )
 
 QUANTITIES = {
@@ -41,9 +39,8 @@ def draw_along(frame: pd.DataFrame, field: str, x_column: str, label: str) -> Fi
     Raises:
         NothingToDraw: no workload was measured at two values of `field`.
     """
-    rows = frame[frame["task"] == "synthetic"].copy()
-    rows["random_weights"] = has_random_weights(rows)
-    rows = with_blocks_known(with_torch_known(rows))
+    rows = prepare(frame)
+    rows = rows[rows["task"] == "synthetic"]
     fixed = [name for name in (*WORKLOAD, *PROVENANCE) if name != field]
     parts = [p for _, p in split(rows, fixed) if _is_curve(p, x_column)]
     if not parts:
@@ -77,10 +74,9 @@ def _is_curve(part: pd.DataFrame, x_column: str) -> bool:
 
 def _draw_panel(axes: Axes, part: pd.DataFrame, x_column: str, quantity: str) -> None:
     means = summarise(part, ["num_blocks", quantity]).dropna(subset=[quantity])
-    lines = means.groupby(["method", *OPTIONS], sort=False, dropna=False)
-    for rank, (key, line) in enumerate(lines):
+    for rank, line in enumerate(settings(means, ignoring=("rival",))):
         ordered = line.sort_values(x_column)
-        style = canvas.line_style(str(key[0]), rank)
+        style = canvas.line_style(line["method"].iloc[0], rank)
         axes.plot(ordered[x_column], ordered[quantity] / MIB, **style)
     _scale(axes, sorted(part[x_column].dropna().unique()), means[quantity])
     failed = part[(part["status"] != "ok") & part[x_column].notna()]

@@ -17,12 +17,11 @@ from meft_reports.errors import NothingToDraw
 from meft_reports.labels import describe, fields_to_show
 from meft_reports.plots import canvas
 from meft_reports.summary import (
-    OPTIONS,
     PROVENANCE,
     WORKLOAD,
-    has_random_weights,
+    prepare,
+    settings,
     split,
-    with_torch_known,
 )
 
 TITLE = "Reconstruction and gradient error per block"
@@ -48,8 +47,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     Raises:
         NothingToDraw: no ok cell did.
     """
-    rows = with_torch_known(frame)
-    rows["random_weights"] = has_random_weights(rows)
+    rows = prepare(frame)
     has_error = rows[list(QUANTITIES)].notna().any(axis=1) & (rows["status"] == "ok")
     if not has_error.any():
         raise NothingToDraw("no ok cell reported a reconstruction or gradient error")
@@ -79,8 +77,8 @@ def _draw_panel(axes: Axes, part: pd.DataFrame, quantity: str) -> None:
     if quantity == "gradient_error":
         axes.axhline(1, color="#888888", linestyle=":", linewidth=1)
     curves = [
-        (key["method"], list(same[quantity].dropna()))
-        for key, same in split(part, ["method", *OPTIONS])
+        (same["method"].iloc[0], list(same[quantity].dropna()))
+        for same in settings(part, ignoring=("rival",))
     ]
     for rank, (method, seeds) in enumerate(curves):
         _draw_curve(axes, canvas.line_style(method, rank), seeds)

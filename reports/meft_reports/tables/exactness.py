@@ -7,33 +7,32 @@ import pandas as pd
 from meft_reports.format import NOTHING, format_count, format_error
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.summary import (
-    OPTIONS,
     PROVENANCE,
     WORKLOAD,
-    by_method,
-    has_random_weights,
+    prepare,
+    settings,
     split,
-    with_torch_known,
 )
 from meft_reports.tables.table import Table, join_options
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
     """How exact the rebuilt backward is: the worst of every block and seed."""
-    ok = with_torch_known(frame[frame["status"] == "ok"])
-    ok["random_weights"] = has_random_weights(ok)
-    known = ok["reconstruction_error"].notna() | ok["gradient_error"].notna()
-    rows = by_method(ok[known])
+    rows = prepare(frame)
+    known = rows["reconstruction_error"].notna() | rows["gradient_error"].notna()
+    rows = rows[known & (rows["status"] == "ok")]
     if rows.empty:
         return []
     shown = fields_to_show(rows, always=("task", "backbone", "dtype"))
     cells = []
     for _, part in split(rows, [*WORKLOAD, *PROVENANCE]):
-        for _, same in by_method(part).groupby(["method", *OPTIONS], sort=False):
+        for same in settings(part, ignoring=("rival",)):
             first = same.iloc[0]
             cells.append(
                 (
-                    join_options(first["method"], option_label(first, part)),
+                    join_options(
+                        first["method"], option_label(first, part, ("rival",))
+                    ),
                     describe(same, shown),
                     format_count(same["num_blocks"].max()),
                     format_error(_worst(same["reconstruction_error"])),

@@ -5,14 +5,11 @@ import pandas as pd
 from meft_reports.format import NOTHING, format_bytes, format_seconds, is_null
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.summary import (
-    OPTIONS,
     PROVENANCE,
     WORKLOAD,
-    by_method,
-    has_random_weights,
+    prepare,
+    settings,
     split,
-    with_blocks_known,
-    with_torch_known,
 )
 from meft_reports.tables.table import Table, join_options, random_note
 
@@ -27,11 +24,10 @@ MEMORY_TITLES = {
 
 def make(frame: pd.DataFrame) -> list[Table]:
     """Methods down, shapes across: one table per quantity, backbone and dtype."""
-    rows = with_torch_known(frame[frame["task"] == "synthetic"])
+    rows = prepare(frame)
+    rows = rows[rows["task"] == "synthetic"]
     if rows.empty:
         return []
-    rows["random_weights"] = has_random_weights(rows)
-    rows = with_blocks_known(rows)
     fixed = [n for n in (*WORKLOAD, *PROVENANCE) if n not in ("batch_size", "depth")]
     shown = fields_to_show(rows, always=("backbone", "dtype", "seq_len", "device"))
     shown = [name for name in shown if name in fixed]
@@ -47,15 +43,19 @@ def _memory_table(part: pd.DataFrame, quantity: str, title: str) -> Table:
     shapes = {
         _shape(cells): cells for _, cells in split(part, ["num_blocks", "batch_size"])
     }
+    # What a rival does in the same process costs this method time, but no bytes.
+    ignoring = () if quantity == "step_seconds" else ("rival",)
     rows = []
-    for _, same in by_method(part).groupby(["method", *OPTIONS], sort=False):
+    for same in settings(part, ignoring):
         first = same.iloc[0]
         here = {
             _shape(cells): cells
             for _, cells in split(same, ["num_blocks", "batch_size"])
         }
         cells = [_memory_cell(here.get(shape), quantity) for shape in shapes]
-        rows.append((join_options(first["method"], option_label(first, part)), *cells))
+        rows.append(
+            (join_options(first["method"], option_label(first, part, ignoring)), *cells)
+        )
     return Table(
         title=title,
         header=("method", *shapes),

@@ -16,13 +16,21 @@ from meft_reports.format import (
     is_null,
 )
 from meft_reports.labels import describe, fields_to_show, option_label
-from meft_reports.summary import PROVENANCE, WORKLOAD, by_method, split, summarise
+from meft_reports.summary import (
+    PROVENANCE,
+    WORKLOAD,
+    by_method,
+    prepare,
+    split,
+    summarise,
+)
 from meft_reports.tables.table import Table, join_options, random_note
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
     """What each method reached on each real task, and what it cost; over seeds."""
-    rows = frame[frame["task"] != "synthetic"]
+    rows = prepare(frame)
+    rows = rows[rows["task"] != "synthetic"]
     if rows.empty:
         return []
     values = [
