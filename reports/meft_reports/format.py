@@ -64,6 +64,17 @@ def format_score(value: Any) -> str:
     return NOTHING if is_null(value) else f"{float(value):.3f}"
 
 
+def format_mean(mean: Any, spread: Any) -> str:
+    """`0.910 ± 0.014`: scores over seeds, nothing for no spread."""
+    text = format_score(mean)
+    return text if is_null(spread) else f"{text} ± {format_score(spread)}"
+
+
+def format_ratio(value: Any) -> str:
+    """`0.25342` as `0.253`: times, of whatever stands below the line."""
+    return NOTHING if is_null(value) else f"{float(value):.3g}"
+
+
 def format_error(value: Any) -> str:
     """A relative error, which may be any power of ten."""
     return NOTHING if is_null(value) else f"{float(value):.1e}"

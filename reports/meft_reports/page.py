@@ -14,7 +14,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from meft_reports.columns import COLUMNS
-from meft_reports.errors import NothingToDraw
+from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.format import format_seconds
 from meft_reports.frame import STATUSES
 from meft_reports.plots import find_plot
@@ -78,12 +78,25 @@ def render_page(frame: pd.DataFrame) -> bytes:
 
 
 def _sections(frame: pd.DataFrame) -> list[Section]:
+    """Those with something to show, or to say where there is nothing."""
+    sections = _all_sections(frame)
+    return [s for s in sections if s.figures or s.tables or s.folded or s.empty]
+
+
+def _all_sections(frame: pd.DataFrame) -> list[Section]:
     return [
         Section(
             anchor="results",
             title="Score, memory and time",
             lead="Fine-tuning on labelled text: what each method reached and took.",
-            figures=_figures(frame, "score_memory", "step_seconds", "loss_curve"),
+            figures=_figures(
+                frame,
+                "score_memory",
+                "step_seconds",
+                "loss_curve",
+                "score_lost_bits",
+                "score_reversible",
+            ),
             tables=_tables(frame, "results"),
             empty="No cell ran on a real task.",
         ),
@@ -96,13 +109,30 @@ def _sections(frame: pd.DataFrame) -> list[Section]:
             empty="No cell ran on synthetic tokens.",
         ),
         Section(
+            anchor="ratios",
+            title="Against checkpointed adapters",
+            lead="MEFT beside the plain way to the same end: bottleneck adapters, one "
+            "checkpoint per block, everything else computed twice.",
+            figures=_figures(frame, "step_ratio"),
+            folded=_folded(frame, "ratios"),
+        ),
+        Section(
             anchor="exactness",
             title="Exactness of the rebuilt backward",
             lead="A reversible stack rebuilds its activations instead of storing them; "
             "this is how far the rebuilt ones and their gradients are off.",
-            figures=_figures(frame, "reconstruction"),
+            figures=_figures(frame, "reconstruction", "gradient_depth"),
+            tables=_tables(frame, "twins"),
             folded=_folded(frame, "exactness"),
             empty="No cell reported errors.",
+        ),
+        Section(
+            anchor="start",
+            title="Deviation at the start",
+            lead="What MEFT's scales alone change of the backbone's function, before "
+            "the first step.",
+            figures=_figures(frame, "start_deviation"),
+            folded=_folded(frame, "start"),
         ),
         Section(
             anchor="failures",
@@ -122,13 +152,17 @@ def _sections(frame: pd.DataFrame) -> list[Section]:
 
 
 def _figures(frame: pd.DataFrame, *names: str) -> tuple[Figure, ...]:
-    return tuple(_figure(frame, name) for name in names)
+    figures = (_figure(frame, name) for name in names)
+    return tuple(figure for figure in figures if figure is not None)
 
 
-def _figure(frame: pd.DataFrame, name: str) -> Figure:
+def _figure(frame: pd.DataFrame, name: str) -> Figure | None:
+    """None where the run asked for nothing that the figure could show."""
     plot = find_plot(name)
     try:
         drawn = plot.draw(frame)
+    except NothingDeclared:
+        return None
     except NothingToDraw as reason:
         return Figure(
             name=name, title=plot.TITLE, caption=plot.CAPTION, reason=str(reason)

@@ -81,6 +81,14 @@ def spread(values: Sequence[float]) -> float | None:
     return float((sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5)
 
 
+def worst(lists: "pd.Series[Any]") -> float | None:
+    """The greatest number of some lists; None where there is none."""
+    values = [value for errors in lists.dropna() for value in errors]
+    # max() of a list with NaN depends on the order; a NaN is the worst there is.
+    broken = [value for value in values if value != value]
+    return float("nan") if broken else max(values, default=None)
+
+
 def split(
     frame: pd.DataFrame, names: Sequence[str]
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:

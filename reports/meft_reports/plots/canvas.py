@@ -15,6 +15,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -49,6 +50,8 @@ RC: dict[Any, Any] = {
 }
 
 WIDTH_INCHES = 10.0
+LOG_RATIO_ACROSS = 16
+"""A scale across is logarithmic when what it shows spans more than this factor."""
 
 
 def styled(draw: Callable[[pd.DataFrame], Figure]) -> Callable[[pd.DataFrame], Figure]:
@@ -111,6 +114,54 @@ def line_style(method: str, rank: int = 5) -> dict[str, Any]:
         "markerfacecolor": its.face,
         "markersize": max(3.5, 8.5 - 0.6 * rank),
     }
+
+
+def shades(color: str, count: int) -> list[str]:
+    """`count` colours from `color` towards white, for lines of one method."""
+    rgb = to_rgb(color)
+    shares = [0.65 * rank / max(1, count - 1) for rank in range(count)]
+    mixed = [[part + (1 - part) * share for part in rgb] for share in shares]
+    return [to_hex((red, green, blue)) for red, green, blue in mixed]
+
+
+def mark_off_scale(axes: Axes, x: float, finite: bool, color: str) -> None:
+    """What a logarithmic scale has no place for, on the edge of the panel.
+
+    A triangle on the lower edge is an exact zero, a star on the upper is not finite.
+    """
+    y, marker = (0.0, "v") if finite else (1.0, "*")
+    edge = axes.get_xaxis_transform()
+    axes.plot([x], [y], marker, clip_on=False, transform=edge, color=color)
+
+
+def name_line(axes: Axes, x: float, y: float, text: str, color: str) -> None:
+    """Small words at the end of a line; nothing for no words."""
+    axes.annotate(
+        text,
+        (x, y),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7,
+        color=color,
+    )
+
+
+def tick_at(axes: Axes, positions: Sequence[float]) -> None:
+    """Ticks where something was measured, on a logarithmic scale if they are far apart.
+
+    The room on either side holds what is drawn beside the outermost ticks.
+    """
+    low, high = positions[0], positions[-1]
+    if low > 0 and high >= LOG_RATIO_ACROSS * low:
+        axes.set_xscale("log", base=2)
+        room = (high / low) ** 0.08
+        axes.set_xlim(low / room, high * room)
+    else:
+        room = 0.08 * (high - low) or 1
+        axes.set_xlim(low - room, high + room)
+    axes.set_xticks(positions, [f"{position:g}" for position in positions])
+    axes.minorticks_off()
 
 
 def failed_entry() -> Line2D:

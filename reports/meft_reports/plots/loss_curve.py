@@ -9,7 +9,7 @@ import math
 import pandas as pd
 from matplotlib.figure import Figure
 
-from meft_reports.errors import NothingToDraw
+from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.labels import describe, fields_to_show
 from meft_reports.plots import canvas
 from meft_reports.summary import (
@@ -36,6 +36,8 @@ def draw(frame: pd.DataFrame) -> Figure:
     """
     rows = prepare(frame)
     rows = rows[rows["task"] != "synthetic"]
+    if rows.empty:
+        raise NothingDeclared("no cell was declared on a real task")
     long_enough = [curve is not None and len(curve) > 1 for curve in rows["loss_curve"]]
     drawn = rows[long_enough & (rows["status"] == "ok").to_numpy(dtype=bool)]
     if drawn.empty:

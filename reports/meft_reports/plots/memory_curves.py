@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from meft_reports.errors import NothingToDraw
+from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.format import MIB
 from meft_reports.labels import describe, fields_to_show
 from meft_reports.plots import canvas
@@ -27,10 +27,9 @@ QUANTITIES = {
     "saved_bytes": "saved for backward (MiB)",
     "peak_allocated_bytes": "peak allocated memory (MiB)",
 }
-# A panel is logarithmic when its values, or the places where they were measured, span
-# more than these factors.
+# A panel is logarithmic when its values span more than this factor, or the places
+# where they were measured more than `LOG_RATIO_ACROSS`.
 LOG_RATIO_UP = 50
-LOG_RATIO_ACROSS = 16
 
 
 def draw_along(frame: pd.DataFrame, field: str, x_column: str, label: str) -> Figure:
@@ -42,11 +41,14 @@ def draw_along(frame: pd.DataFrame, field: str, x_column: str, label: str) -> Fi
     rows = prepare(frame)
     rows = rows[rows["task"] == "synthetic"]
     fixed = [name for name in (*WORKLOAD, *PROVENANCE) if name != field]
-    parts = [p for _, p in split(rows, fixed) if _is_curve(p, x_column)]
+    parts = [p for _, p in split(rows, fixed) if p[x_column].nunique() > 1]
     if not parts:
-        raise NothingToDraw(
-            f"no `synthetic` workload was measured at two values of `{x_column}`"
+        raise NothingDeclared(
+            f"no `synthetic` workload was declared at two values of `{x_column}`"
         )
+    parts = [part for part in parts if _measured(part).any()]
+    if not parts:
+        raise NothingToDraw(f"no ok cell of two values of `{x_column}` has a peak")
     drawn = pd.concat(parts)
     shown = [
         n for n in fields_to_show(drawn, always=("backbone", "dtype")) if n != field
@@ -67,9 +69,8 @@ def draw_along(frame: pd.DataFrame, field: str, x_column: str, label: str) -> Fi
     return figure
 
 
-def _is_curve(part: pd.DataFrame, x_column: str) -> bool:
-    measured = part[(part["status"] == "ok") & part["peak_allocated_bytes"].notna()]
-    return bool(part[x_column].nunique() > 1 and len(measured))
+def _measured(part: pd.DataFrame) -> "pd.Series[bool]":
+    return (part["status"] == "ok") & part["peak_allocated_bytes"].notna()
 
 
 def _draw_panel(axes: Axes, part: pd.DataFrame, x_column: str, quantity: str) -> None:
@@ -85,7 +86,7 @@ def _draw_panel(axes: Axes, part: pd.DataFrame, x_column: str, quantity: str) ->
 
 def _scale(axes: Axes, positions: list[int], values: "pd.Series[float]") -> None:
     """Both axes linear or both logarithmic: proportional growth is a straight line."""
-    wide = positions[-1] >= LOG_RATIO_ACROSS * positions[0]
+    wide = positions[-1] >= canvas.LOG_RATIO_ACROSS * positions[0]
     if len(values):
         wide |= values.max() > LOG_RATIO_UP * values.min()
     positive = positions[0] > 0 and bool((values > 0).all())

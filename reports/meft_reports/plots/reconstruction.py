@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from meft_reports.errors import NothingToDraw
+from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.labels import describe, fields_to_show
+from meft_reports.methods import is_meft, is_stored
 from meft_reports.plots import canvas
 from meft_reports.summary import (
     PROVENANCE,
@@ -48,6 +49,8 @@ def draw(frame: pd.DataFrame) -> Figure:
         NothingToDraw: no ok cell did.
     """
     rows = prepare(frame)
+    if not (rows["method"].map(is_meft) & ~rows["method"].map(is_stored)).any():
+        raise NothingDeclared("no method that rebuilds was declared")
     has_error = rows[list(QUANTITIES)].notna().any(axis=1) & (rows["status"] == "ok")
     if not has_error.any():
         raise NothingToDraw("no ok cell reported a reconstruction or gradient error")
@@ -106,9 +109,6 @@ def _draw_curve(axes: Axes, style: dict[str, Any], seeds: list[list[float]]) -> 
         alpha=0.15,
         linewidth=0,
     )
-    # What a logarithmic scale has no place for stands on the panel's edges.
-    edge = {"transform": axes.get_xaxis_transform(), "color": style["color"]}
     for block in points.keys() - regular.keys():
         finite = all(map(math.isfinite, points[block]))
-        y, marker = (0.0, "v") if finite else (1.0, "*")
-        axes.plot([block], [y], marker, clip_on=False, **edge)
+        canvas.mark_off_scale(axes, block, finite, style["color"])

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from meft_reports.errors import NothingToDraw
+from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.format import MIB
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.plots import canvas
@@ -35,6 +35,8 @@ def draw(frame: pd.DataFrame) -> Figure:
         NothingToDraw: no ok cell has both a score and a peak.
     """
     rows = frame[frame["task"] != "synthetic"]
+    if rows.empty:
+        raise NothingDeclared("no cell was declared on a real task")
     known = rows[["score", "peak_allocated_bytes"]].notna().all(axis=1)
     if not (known & (rows["status"] == "ok")).any():
         raise NothingToDraw("no ok cell has both a score and a peak of memory")

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from meft_reports.errors import NothingToDraw
+from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.format import format_seconds
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.plots import canvas
@@ -32,6 +32,8 @@ def draw(frame: pd.DataFrame) -> Figure:
     Raises:
         NothingToDraw: there is none.
     """
+    if not (frame["method"] == "full").any():
+        raise NothingDeclared("no `full` cell was declared, to which others relate")
     real = frame[frame["task"] != "synthetic"]
     rows = real if real["step_seconds"].notna().any() else frame
     table = summarise(rows, ["step_seconds", "step_seconds_iqr"])

@@ -19,7 +19,17 @@ if TYPE_CHECKING:
 
     from meft_reports.tables.table import Table
 
-TABLES = ("results", "memory", "exactness", "failures", "environment", "origins")
+TABLES = (
+    "results",
+    "memory",
+    "ratios",
+    "exactness",
+    "twins",
+    "start",
+    "failures",
+    "environment",
+    "origins",
+)
 """Every kind of table by name; each may be several tables, or none."""
 
 

@@ -12,6 +12,7 @@ from meft_reports.summary import (
     prepare,
     settings,
     split,
+    worst,
 )
 from meft_reports.tables.table import Table, join_options
 
@@ -35,8 +36,8 @@ def make(frame: pd.DataFrame) -> list[Table]:
                     ),
                     describe(same, shown),
                     format_count(same["num_blocks"].max()),
-                    format_error(_worst(same["reconstruction_error"])),
-                    format_error(_worst(same["gradient_error"])),
+                    format_error(worst(same["reconstruction_error"])),
+                    format_error(worst(same["gradient_error"])),
                     _blocks_kept(same["gradient_error"]),
                     str(len(same)),
                 )
@@ -59,13 +60,6 @@ def make(frame: pd.DataFrame) -> list[Table]:
             notes=("Relative errors, measured; the greatest over blocks and seeds.",),
         )
     ]
-
-
-def _worst(lists: "pd.Series[Any]") -> float | None:
-    values = [value for errors in lists.dropna() for value in errors]
-    # max() of a list with NaN depends on the order; a NaN is the worst there is.
-    broken = [value for value in values if value != value]
-    return float("nan") if broken else max(values, default=None)
 
 
 def _blocks_kept(lists: "pd.Series[Any]") -> str:

@@ -9,6 +9,7 @@ from meft_reports.format import (
     NOTHING,
     format_bytes_spread,
     format_count,
+    format_mean,
     format_percent,
     format_score,
     format_seconds,
@@ -106,9 +107,7 @@ def _seeds(row: "pd.Series[Any]") -> str:
 
 
 def _score(row: "pd.Series[Any]", name: str) -> str:
-    spread = row[f"{name}_spread"]
-    text = format_score(row[name])
-    return text if is_null(spread) else f"{text} ± {format_score(spread)}"
+    return format_mean(row[name], row[f"{name}_spread"])
 
 
 def _bytes(row: "pd.Series[Any]", name: str) -> str:
