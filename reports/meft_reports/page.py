@@ -167,7 +167,7 @@ def _figure(frame: pd.DataFrame, name: str) -> Figure | None:
         return Figure(
             name=name, title=plot.TITLE, caption=plot.CAPTION, reason=str(reason)
         )
-    panels = [axes.get_title(loc="left") for axes in drawn.axes]
+    panels = [axes.get_title(loc="left").replace("\n", " · ") for axes in drawn.axes]
     # An image keeps the SVG's ids to itself and carries a text for those who cannot
     # see it.
     svg = base64.b64encode(render(drawn, "svg")).decode()

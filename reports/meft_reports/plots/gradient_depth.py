@@ -52,7 +52,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     figure, grid = canvas.panels(len(parts), num_columns=2)
     for axes, part in zip(grid, parts, strict=True):
         _draw_panel(axes, part)
-        axes.set_title(describe(part, shown))
+        canvas.set_title(axes, describe(part, shown))
         axes.set_xlabel("depth (blocks)")
         axes.set_ylabel("worst gradient error (relative)")
     failed = [canvas.failed_entry()] if (drawn["status"] != "ok").any() else []
@@ -86,4 +86,5 @@ def _draw_panel(axes: Axes, part: pd.DataFrame) -> None:
         axes.set_ylim(*DECADES)
     canvas.tick_at(axes, sorted(part["num_blocks"].unique().tolist()))
     failed = part[part["status"] != "ok"]
-    canvas.mark_failed(axes, failed, "num_blocks")
+    # The edge itself is for stars.
+    canvas.mark_failed(axes, failed, "num_blocks", top=0.91)

@@ -51,7 +51,7 @@ def draw(frame: pd.DataFrame) -> Figure:
             smooth = running_mean(curve, width)
             style = canvas.line_style(method) | {"marker": "", "linewidth": 1.1}
             axes.plot(range(width, width + len(smooth)), smooth, **style)
-        axes.set_title(describe(part, shown))
+        canvas.set_title(axes, describe(part, shown))
         axes.set_xlabel("step (optimizer updates)")
         axes.set_ylabel(f"training loss (mean of {width} steps)")
     canvas.add_legend(figure, drawn["method"])

@@ -8,6 +8,7 @@ cross at the upper edge, where its number would have been.
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from meft_reports.errors import NothingDeclared, NothingToDraw
@@ -54,18 +55,17 @@ def draw_along(frame: pd.DataFrame, field: str, x_column: str, label: str) -> Fi
         n for n in fields_to_show(drawn, always=("backbone", "dtype")) if n != field
     ]
     shown = shown + [n for n in ("batch_size", "seq_len") if n not in (field, *shown)]
+    entries = canvas.entries_by_k(drawn)
     figure, grid = canvas.panels(len(parts) * len(QUANTITIES), len(QUANTITIES))
     for index, part in enumerate(parts):
         for offset, (quantity, words) in enumerate(QUANTITIES.items()):
             axes = grid[index * len(QUANTITIES) + offset]
-            _draw_panel(axes, part, x_column, quantity)
-            axes.set_title(describe(part, shown))
+            _draw_panel(axes, part, x_column, quantity, entries)
+            canvas.set_title(axes, describe(part, shown))
             axes.set_xlabel(label)
             axes.set_ylabel(words)
-    failed = drawn["status"] != "ok"
-    canvas.add_legend(
-        figure, drawn["method"], [canvas.failed_entry()] if failed.any() else []
-    )
+    failed = [canvas.failed_entry()] if (drawn["status"] != "ok").any() else []
+    canvas.add_legend(figure, [], [*entries.values(), *failed])
     return figure
 
 
@@ -73,11 +73,19 @@ def _measured(part: pd.DataFrame) -> "pd.Series[bool]":
     return (part["status"] == "ok") & part["peak_allocated_bytes"].notna()
 
 
-def _draw_panel(axes: Axes, part: pd.DataFrame, x_column: str, quantity: str) -> None:
+def _draw_panel(
+    axes: Axes,
+    part: pd.DataFrame,
+    x_column: str,
+    quantity: str,
+    entries: dict[tuple[str, int], Line2D],
+) -> None:
     means = summarise(part, ["num_blocks", quantity]).dropna(subset=[quantity])
     for rank, line in enumerate(settings(means, ignoring=("rival",))):
         ordered = line.sort_values(x_column)
-        style = canvas.line_style(line["method"].iloc[0], rank)
+        method, k = line["method"].iloc[0], line["lost_bits"].fillna(-1).iloc[0]
+        style = canvas.line_style(method, rank)
+        style |= canvas.style_of(entries[method, int(k)])
         axes.plot(ordered[x_column], ordered[quantity] / MIB, **style)
     _scale(axes, sorted(part[x_column].dropna().unique()), means[quantity])
     failed = part[(part["status"] != "ok") & part[x_column].notna()]

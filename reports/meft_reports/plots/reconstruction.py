@@ -33,7 +33,7 @@ CAPTION = (
     "mean over its seeds, with a band from the least to the greatest. The backward "
     "runs from the highest block down to block 1. Lower is better. An exact zero "
     "stands on the lower edge as a triangle, a value that is not finite on the upper "
-    "edge as a star."
+    "edge as a star. Of several depths of a workload the greatest is drawn."
 )
 QUANTITIES = {
     "reconstruction_error": "reconstruction error (relative)",
@@ -60,6 +60,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         for _, part in split(rows, [*WORKLOAD, *PROVENANCE])
         if has_error[part.index].any()
     ]
+    parts = _deepest(parts)
     drawn = pd.concat(parts)
     shown = fields_to_show(drawn, always=("task", "backbone", "dtype"))
     figure, grid = canvas.panels(len(parts) * len(QUANTITIES), len(QUANTITIES))
@@ -67,12 +68,24 @@ def draw(frame: pd.DataFrame) -> Figure:
         for offset, (quantity, words) in enumerate(QUANTITIES.items()):
             axes = grid[index * len(QUANTITIES) + offset]
             _draw_panel(axes, part[part["status"] == "ok"], quantity)
-            axes.set_title(describe(part, shown))
+            canvas.set_title(axes, describe(part, shown))
             axes.set_xlabel("block (0 is the lowest)")
             axes.set_ylabel(words)
     canvas.add_legend(figure, drawn["method"])
     canvas.add_note(figure, canvas.failures_note(drawn[drawn["status"] != "ok"]))
     return figure
+
+
+def _deepest(parts: list[pd.DataFrame]) -> list[pd.DataFrame]:
+    """Of parts that differ in depth alone, the one with the most blocks."""
+    fixed = [name for name in (*WORKLOAD, *PROVENANCE) if name != "depth"]
+    kept: dict[tuple[str, ...], pd.DataFrame] = {}
+    for part in parts:
+        key = tuple(str(part[name].iloc[0]) for name in fixed)
+        deepest = kept.setdefault(key, part)
+        if part["num_blocks"].max() > deepest["num_blocks"].max():
+            kept[key] = part
+    return list(kept.values())
 
 
 def _draw_panel(axes: Axes, part: pd.DataFrame, quantity: str) -> None:

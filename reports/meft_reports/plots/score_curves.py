@@ -69,7 +69,7 @@ def draw_along(
     methods: set[str] = set()
     for axes, (part, lines) in zip(grid, parts, strict=True):
         methods |= _draw_panel(axes, part, lines, field, references)
-        axes.set_title(describe(part, shown))
+        canvas.set_title(axes, describe(part, shown))
         axes.set_xlabel(label)
         axes.set_ylabel(f"score ({metrics[part['task'].iloc[0]]})")
     canvas.add_legend(figure, methods, [majority_entry()])
@@ -105,7 +105,7 @@ def _draw_panel(
     shown = {method for method in others if _draw_reference(axes, part, method, drawn)}
     for rank, line in enumerate(lines):
         ordered, method = line.sort_values("x"), line["method"].iloc[0]
-        style = canvas.line_style(method, rank)
+        style = canvas.line_style(method, rank + 2)
         spreads = ordered["score_spread"].fillna(0)
         axes.errorbar(
             ordered["x"], ordered["score"], spreads, capsize=2, elinewidth=1, **style

@@ -22,8 +22,10 @@ CAPTION = (
     "standard deviation. Across: the highest tensor memory during one training step, "
     "resting memory included. Up: the task's metric on the evaluation split. The "
     "dashed line is the score of always answering the most frequent training label. "
-    "Up and to the left is better."
+    "Up and to the left is better. Points of one method are its settings."
 )
+HAVE_THEIR_OWN = ("lost_bits", "reversible_blocks")
+"""Options with a figure of their own, whose many points have no room for labels."""
 VALUES = ("score", "peak_allocated_bytes", "majority_score")
 
 
@@ -50,7 +52,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     figure, grid = canvas.panels(len(parts), num_columns=2)
     for axes, part in zip(grid, parts, strict=True):
         _draw_panel(axes, part, str(metrics[part["task"].iloc[0]]))
-        axes.set_title(describe(part, shown))
+        canvas.set_title(axes, describe(part, shown))
     canvas.add_legend(figure, table["method"], [_majority_entry()])
     canvas.add_note(figure, canvas.failures_note(rows[rows["status"] != "ok"]))
     return figure
@@ -73,7 +75,7 @@ def _draw_panel(axes: Axes, part: pd.DataFrame, metric: str) -> None:
             elinewidth=1,
         )
         axes.annotate(
-            option_label(row, drawn),
+            option_label(row, drawn, HAVE_THEIR_OWN),
             (x, y),
             xytext=(6, 4),
             textcoords="offset points",

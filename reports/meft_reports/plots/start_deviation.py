@@ -4,17 +4,18 @@ Measured before the first step, so that training has no part in it.
 """
 
 import math
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.labels import describe, fields_to_show
-from meft_reports.methods import in_floats, is_exact
+from meft_reports.methods import is_exact
 from meft_reports.plots import canvas
 from meft_reports.start import PLACE, start_deviations
-from meft_reports.style import look, method_order
 from meft_reports.summary import prepare, split
 
 TITLE = "Deviation from the backbone at the start"
@@ -45,12 +46,14 @@ def draw(frame: pd.DataFrame) -> Figure:
     shown = fields_to_show(drawn, always=("backbone", "dtype"))
     shown = [name for name in shown if name in PLACE]
     figure, grid = canvas.panels(len(parts), num_columns=2)
+    lines = zip(drawn["method"], drawn["num_blocks"], strict=True)
+    entries = canvas.shaded_entries({(m, int(n)): f"{n} blocks" for m, n in lines})
     for axes, part in zip(grid, parts, strict=True):
-        _draw_panel(axes, part)
-        axes.set_title(describe(part, shown))
+        _draw_panel(axes, part, entries)
+        canvas.set_title(axes, describe(part, shown))
         axes.set_xlabel("lost bits k (the scale is 2^-k)")
         axes.set_ylabel("deviation at the start (relative)")
-    canvas.add_legend(figure, drawn["method"])
+    canvas.add_legend(figure, [], list(entries.values()))
     return figure
 
 
@@ -58,34 +61,24 @@ def _is_curve(part: pd.DataFrame) -> bool:
     return bool(part["lost_bits"].nunique() > 1)
 
 
-def _draw_panel(axes: Axes, part: pd.DataFrame) -> None:
+def _draw_panel(
+    axes: Axes, part: pd.DataFrame, entries: dict[tuple[str, int], Line2D]
+) -> None:
     axes.set_yscale("log")
-    lines = sorted(
-        (method_order(key["method"]), key["num_blocks"], line)
-        for key, line in split(part, ["method", "num_blocks"])
-    )
-    several = part["num_blocks"].nunique() > 1
-    exact = part[part["method"].map(is_exact).astype(bool)]
-    variants = {in_floats(method) for method in exact["method"]}
-    ticks = sorted(exact["lost_bits"].unique().tolist())
-    canvas.tick_at(axes, ticks)
-    for (_, method), num_blocks, line in lines:
-        words = f"{num_blocks} blocks" if several else ""
-        if is_exact(method):
-            _draw_curve(axes, line.sort_values("lost_bits"), words)
-        elif method in variants:
-            deviation, its = line["start_deviation"].iloc[0], look(method)
-            axes.axhline(deviation, color=its.color, linestyle=its.line, linewidth=1)
-            canvas.name_line(axes, ticks[-1], deviation, words, its.color)
+    for key, line in split(part, ["method", "num_blocks"]):
+        style = canvas.style_of(entries[key["method"], int(key["num_blocks"])])
+        if is_exact(key["method"]):
+            _draw_curve(axes, line.sort_values("lost_bits"), style)
+        else:
+            its = {name: style[name] for name in ("color", "linestyle")}
+            axes.axhline(line["start_deviation"].iloc[0], linewidth=1, **its)
+    canvas.tick_at(axes, sorted(part["lost_bits"].dropna().unique().tolist()))
 
 
-def _draw_curve(axes: Axes, line: pd.DataFrame, words: str) -> None:
-    style = canvas.line_style(line["method"].iloc[0])
+def _draw_curve(axes: Axes, line: pd.DataFrame, style: dict[str, Any]) -> None:
     points = list(zip(line["lost_bits"], line["start_deviation"], strict=True))
     regular = [(k, deviation) for k, deviation in points if deviation > 0]
     axes.plot([k for k, _ in regular], [d for _, d in regular], **style)
-    if regular:
-        canvas.name_line(axes, *regular[-1], words, style["color"])
     for k, deviation in points:
         if not deviation > 0:
             canvas.mark_off_scale(axes, k, math.isfinite(deviation), style["color"])

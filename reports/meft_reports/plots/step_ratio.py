@@ -12,7 +12,6 @@ from matplotlib.lines import Line2D
 from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.labels import describe, fields_to_show
 from meft_reports.plots import canvas
-from meft_reports.style import method_order
 from meft_reports.summary import PROVENANCE, WORKLOAD, prepare, split
 
 TITLE = "Time of a step, relative to a rival's"
@@ -45,52 +44,31 @@ def draw(frame: pd.DataFrame) -> Figure:
     drawn = pd.concat(parts)
     shown = fields_to_show(drawn, always=("backbone", "dtype"))
     shown = [name for name in shown if name in PLACE]
+    several = drawn["rival"].nunique() > 1
     figure, grid = canvas.panels(len(parts), num_columns=2)
-    entries = _entries(drawn[timed[drawn.index]])
+    entries = canvas.entries_by_k(drawn[timed[drawn.index]])
     for axes, part in zip(grid, parts, strict=True):
         _draw_panel(axes, part, entries)
-        axes.set_title(describe(part, shown))
+        rival = f" · against {part['rival'].iloc[0]}" if several else ""
+        canvas.set_title(axes, describe(part, shown) + rival)
         axes.set_xlabel("depth (blocks)")
-        axes.set_ylabel(f"time of a step ({part['rival'].iloc[0]} = 1)")
-    failed = drawn["status"] != "ok"
-    canvas.add_legend(
-        figure,
-        [],
-        [*entries.values(), *([canvas.failed_entry()] if failed.any() else [])],
-    )
+        axes.set_ylabel("time of a step (rival = 1)")
+    rivals = ", ".join(sorted(drawn["rival"].unique()))
+    dotted = Line2D([], [], label=f"{rivals} = 1", color="#888888", linestyle=":")
+    failed = [canvas.failed_entry()] if (drawn["status"] != "ok").any() else []
+    canvas.add_legend(figure, [], [*entries.values(), dotted, *failed])
     return figure
-
-
-def _entries(timed: pd.DataFrame) -> dict[tuple[str, int], Line2D]:
-    """The legend's entry, which is the look, of every method and k (-1 for no k)."""
-    entries = {}
-    for method in sorted(timed["method"].unique(), key=method_order):
-        every_k = timed.loc[timed["method"] == method, "lost_bits"].fillna(-1)
-        ordered = sorted(every_k.unique().tolist())
-        style = canvas.line_style(method)
-        for k, shade in zip(
-            ordered, canvas.shades(style["color"], len(ordered)), strict=True
-        ):
-            its = style | {"color": shade}
-            if style["markerfacecolor"] != "white":
-                its |= {"markerfacecolor": shade}
-            name = method if len(ordered) == 1 else f"{method}, k = {k}"
-            entries[method, k] = Line2D([], [], label=name, **its)
-    return entries
 
 
 def _draw_panel(
     axes: Axes, part: pd.DataFrame, entries: dict[tuple[str, int], Line2D]
 ) -> None:
     axes.axhline(1, color="#888888", linestyle=":", linewidth=1)
-    positions = sorted(part["num_blocks"].unique().tolist())
-    canvas.tick_at(axes, positions)
+    canvas.tick_at(axes, sorted(part["num_blocks"].unique().tolist()))
     timed = part[(part["status"] == "ok") & part["step_ratio"].notna()]
+    own_k = timed["lost_bits"].fillna(-1)
     lines = [
-        (
-            entry,
-            timed[(timed["method"] == method) & (timed["lost_bits"].fillna(-1) == k)],
-        )
+        (entry, timed[(timed["method"] == method) & (own_k == k)])
         for (method, k), entry in entries.items()
     ]
     lines = [(entry, line) for entry, line in lines if len(line)]
@@ -111,9 +89,6 @@ def _draw_panel(
             means["step_ratio_iqr"].fillna(0) / 2,
             capsize=2,
             elinewidth=1,
-            color=entry.get_color(),
-            marker=entry.get_marker(),
-            linestyle=entry.get_linestyle(),
-            markerfacecolor=entry.get_markerfacecolor(),
+            **canvas.style_of(entry),
         )
     canvas.mark_failed(axes, part[part["status"] != "ok"], "num_blocks")

@@ -45,7 +45,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     figure, grid = canvas.panels(len(parts), num_columns=2)
     for axes, part in zip(grid, parts, strict=True):
         _draw_panel(axes, part)
-        axes.set_title(describe(part, shown))
+        canvas.set_title(axes, describe(part, shown))
     canvas.add_legend(figure, drawn["method"])
     canvas.add_note(figure, canvas.failures_note(rows[rows["status"] != "ok"]))
     return figure
