@@ -72,11 +72,13 @@ def format_mean(mean: Any, spread: Any) -> str:
 
 def format_ratio(value: Any) -> str:
     """`0.25342` as `0.253`: times, of whatever stands below the line."""
-    return NOTHING if is_null(value) else f"{float(value):.3g}"
+    return NOTHING if is_null(value) else f"{float(value):.3f}"
 
 
 def format_error(value: Any) -> str:
-    """A relative error, which may be any power of ten."""
+    """A relative error, which may be any power of ten; a NaN is one without bounds."""
+    if isinstance(value, float) and value != value:
+        return "not finite"
     return NOTHING if is_null(value) else f"{float(value):.1e}"
 
 

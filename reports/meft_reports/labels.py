@@ -61,10 +61,13 @@ def option_label(
     """
     same = siblings[siblings["method"] == row["method"]]
     differing = [n for n in varying(same, OPTIONS) if n not in ignoring]
-    return ", ".join(f"{name}={_short(row[name])}" for name in differing)
+    names = {"lost_bits": "k", "reversible_blocks": "rebuilt"}
+    return ", ".join(f"{names.get(n, n)}={_short(n, row[n])}" for n in differing)
 
 
-def _short(value: Any) -> str:
+def _short(name: str, value: Any) -> str:
+    if name == "reversible_blocks" and value == 0:
+        return "all"
     if isinstance(value, float):
         return f"{value:g}"
     return str(value) or "none"

@@ -50,7 +50,7 @@ RC: dict[Any, Any] = {
 }
 
 WIDTH_INCHES = 10.0
-TITLE_LENGTH = 50
+TITLE_LENGTH = 44
 """Characters that fit over one of two panels in a row."""
 LOG_RATIO_ACROSS = 16
 """A scale across is logarithmic when what it shows spans more than this factor."""
@@ -67,12 +67,14 @@ def styled(draw: Callable[[pd.DataFrame], Figure]) -> Callable[[pd.DataFrame], F
     return in_our_look
 
 
-def panels(num_panels: int, num_columns: int) -> tuple[Figure, list[Axes]]:
+def panels(
+    num_panels: int, num_columns: int, row_inches: float = 2.9
+) -> tuple[Figure, list[Axes]]:
     """An empty figure and its panels, row by row. No pyplot, no shared state."""
     num_columns = min(num_panels, num_columns)
     num_rows = -(-num_panels // num_columns)
     # One row still has to be as high as a legend of every method.
-    height = max(3.9, 2.9 * num_rows)
+    height = max(3.9, row_inches * num_rows)
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
     figure = Figure(figsize=(WIDTH_INCHES, height), layout=layout)
     FigureCanvasAgg(figure)

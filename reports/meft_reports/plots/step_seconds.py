@@ -42,7 +42,9 @@ def draw(frame: pd.DataFrame) -> Figure:
         raise NothingToDraw("no workload has the step time of an ok `full` cell")
     drawn = pd.concat(parts)
     shown = fields_to_show(drawn, always=("task", "backbone", "dtype"))
-    figure, grid = canvas.panels(len(parts), num_columns=2)
+    # Every setting of a method is a line of text.
+    row_inches = max(2.9, 1 + 0.17 * max(map(len, parts)))
+    figure, grid = canvas.panels(len(parts), num_columns=2, row_inches=row_inches)
     for axes, part in zip(grid, parts, strict=True):
         _draw_panel(axes, part)
         canvas.set_title(axes, describe(part, shown))
