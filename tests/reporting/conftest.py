@@ -178,6 +178,7 @@ def build_depth() -> list[Record]:
         for depth in (6, 12):
             shape: Any = {"task": "synthetic", "dtype": "bf16", "depth": depth}
             shape |= {"weights_dtype": weights_dtype, "num_blocks": depth}
+            shape |= {"seq_len": 64}
 
             def add(method: str, saved: int, shape: Any = shape, **its: Any) -> None:
                 sizes = {"saved_bytes": saved, "resting_bytes": 8 * MIB}

@@ -86,7 +86,7 @@ def majority_entry() -> Line2D:
 def _lines(rows: pd.DataFrame, field: str) -> list[pd.DataFrame]:
     """The settings of a method in which `field` was varied.
 
-    What it was not varied in, such as a plain twin alone, is a point and no line.
+    Where it was not, as in a plain twin alone, there is a point and no line.
     """
     lines = settings(rows, ignoring=(field, "rival"))
     return [line for line in lines if line[field].nunique() > 1]
