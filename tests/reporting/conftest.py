@@ -181,7 +181,7 @@ def build_depth() -> list[Record]:
             shape |= {"seq_len": 64}
 
             def add(method: str, saved: int, shape: Any = shape, **its: Any) -> None:
-                sizes = {"saved_bytes": saved, "resting_bytes": 8 * MIB}
+                sizes: Any = {"saved_bytes": saved, "resting_bytes": 8 * MIB}
                 sizes |= {"peak_allocated_bytes": saved + 10 * MIB}
                 records.append(build_record(method=method, **shape, **sizes, **its))
 
@@ -214,11 +214,9 @@ def build_quality() -> list[Record]:
     for seed in (0, 1):
 
         def add(method: str, score: float, seed: int = seed, **its: Any) -> None:
-            its = {"loss_curve": curve, "majority_score": 0.7} | its
-            score += 0.02 * seed
-            records.append(
-                build_record(method=method, task="mrpc", seed=seed, score=score, **its)
-            )
+            known: Any = {"loss_curve": curve, "majority_score": 0.7}
+            known |= {"task": "mrpc", "seed": seed, "score": score + 0.02 * seed}
+            records.append(build_record(method=method, **(known | its)))
 
         add("full", 0.9)
         for name in ("meft1-exact", "meft1-exact-store"):
@@ -227,7 +225,7 @@ def build_quality() -> list[Record]:
         add("meft1-exact", 0.84, reversible_blocks=2, start_deviation=2.0**-4)
         add("meft1-store", 0.82, start_deviation=0.25)
         for blocks in (0, 2):
-            its = {"loss_curve": other, "start_deviation": 0.25}
+            its: Any = {"loss_curve": other, "start_deviation": 0.25}
             add("meft1", 0.8, reversible_blocks=blocks, **its)
     failed = build_record("timeout", method="meft1-exact", task="mrpc", seed=2)
     return [*records, failed]

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,12 +21,12 @@ def numbers(data: ArrayLike) -> list[float]:
     return [float(number) for number in np.asarray(data)]
 
 
-def curves(axes: Axes, color: str) -> list[tuple[list[float], list[float]]]:
+def curves(axes: Axes, color: str) -> list[Any]:
     """The lines with markers of one colour: where, and how high."""
     return [
         (numbers(line.get_xdata()), numbers(line.get_ydata()))
         for line in axes.lines
-        if line.get_color() == color and line.get_marker() in "os" and line.get_marker()
+        if line.get_color() == color and line.get_marker() == "o"
     ]
 
 
