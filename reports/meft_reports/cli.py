@@ -13,6 +13,8 @@ from typing import NoReturn
 
 from meft_reports.errors import ReportError, UnknownName
 from meft_reports.files import write_atomically
+from meft_reports.plots import PLOTS, find_plot
+from meft_reports.tables import TABLES, find_tables
 
 EXAMPLES = """\
 examples:
@@ -60,8 +62,6 @@ def frame(arguments: argparse.Namespace) -> int:
 
 def plot(arguments: argparse.Namespace) -> int:
     """Write one figure."""
-    from meft_reports.plots import find_plot
-
     name = arguments.output.suffix.removeprefix(".")
     if name not in ("png", "svg", "pdf"):
         raise UnknownName("ending", arguments.output.suffix, (".png", ".svg", ".pdf"))
@@ -78,10 +78,11 @@ def plot(arguments: argparse.Namespace) -> int:
 
 def table(arguments: argparse.Namespace) -> int:
     """Print tables as Markdown."""
-    from meft_reports.frame import read_frame
-    from meft_reports.tables import find_tables, to_markdown
-
     make = find_tables(arguments.name)
+
+    from meft_reports.frame import read_frame
+    from meft_reports.tables.table import to_markdown
+
     some = make(read_frame(arguments.runs))
     print("\n".join(map(to_markdown, some)) if some else "Nothing to show.")
     return 0
@@ -160,7 +161,8 @@ def parser() -> argparse.ArgumentParser:
     for name, text in subs.items():
         sub = commands.add_parser(name, help=text, description=text)
         if name in ("plot", "table"):
-            sub.add_argument("name", metavar="NAME", help=_names_of(name))
+            kinds = PLOTS if name == "plot" else TABLES
+            sub.add_argument("name", metavar="NAME", help=", ".join(kinds))
         sub.add_argument(
             "runs",
             metavar="RUNS",
@@ -189,14 +191,6 @@ def _add_check_arguments(sub: argparse.ArgumentParser) -> None:
         help="what may get worse by how much, e.g. saved:0, peak_allocated:5MiB, "
         "step_seconds:20%%, score:0.01; repeatable",
     )
-
-
-def _names_of(command: str) -> str:
-    # The names of tables live in a module that imports pandas, which is slow to load.
-    from meft_reports.plots import PLOTS
-
-    tables = "results, memory, exactness, failures, environment, origins"
-    return ", ".join(PLOTS) if command == "plot" else tables
 
 
 def _written(path: Path) -> int:

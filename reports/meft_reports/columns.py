@@ -119,8 +119,21 @@ def _version(package: str) -> Column:
     )
 
 
-def _derived(name: str, dtype: Dtype, meaning: str, unit: Unit = "") -> Column:
-    return Column(name=name, section="derived", dtype=dtype, unit=unit, meaning=meaning)
+def _derived(
+    name: str,
+    dtype: Dtype,
+    meaning: str,
+    unit: Unit = "",
+    lower_is_better: bool | None = None,
+) -> Column:
+    return Column(
+        name=name,
+        section="derived",
+        dtype=dtype,
+        unit=unit,
+        lower_is_better=lower_is_better,
+        meaning=meaning,
+    )
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -186,6 +199,13 @@ COLUMNS: tuple[Column, ...] = (
         "peak_allocated_bytes",
         "Int64",
         "highest tensor memory during one step, resting memory included",
+        "bytes",
+        True,
+    ),
+    _derived(
+        "peak_activation_bytes",
+        "Int64",
+        "what that step needed above `resting_bytes`",
         "bytes",
         True,
     ),
@@ -336,9 +356,11 @@ CELL_FIELDS = tuple(column.name for column in COLUMNS if column.section == "cell
 MEASURED = tuple(
     column
     for column in COLUMNS
-    if column.section == "measurement" and column.dtype in ("Int64", "Float64")
+    if column.section in ("measurement", "derived")
+    and column.dtype in ("Int64", "Float64")
 )
-"""The columns that `check` and `baseline` compare: one number per cell."""
+"""The columns that `check` compares: one number per cell. What is derived from others
+is not in a record, so `baseline` reports what it is derived from."""
 
 
 def find_measured(name: str) -> Column:

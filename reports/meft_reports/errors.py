@@ -4,6 +4,7 @@ ReportError            one line to print; the command line exits 2
 ├── RecordError        a file of records that cannot be read
 ├── UnknownName        a column, plot or table that does not exist
 └── NothingToDraw      the frame holds nothing for this plot; says what it would need
+    └── NothingDeclared  nor was any of its cells asked for, so nothing is missing
 """
 
 import difflib
@@ -31,3 +32,7 @@ class UnknownName(ReportError):
 
 class NothingToDraw(ReportError):
     """The frame holds nothing for this plot; says what it would need."""
+
+
+class NothingDeclared(NothingToDraw):
+    """No cell of the run, however it ended, is of the kind that this plot shows."""

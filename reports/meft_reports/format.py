@@ -64,8 +64,21 @@ def format_score(value: Any) -> str:
     return NOTHING if is_null(value) else f"{float(value):.3f}"
 
 
+def format_mean(mean: Any, spread: Any) -> str:
+    """`0.910 ± 0.014`: scores over seeds, nothing for no spread."""
+    text = format_score(mean)
+    return text if is_null(spread) else f"{text} ± {format_score(spread)}"
+
+
+def format_ratio(value: Any) -> str:
+    """`0.25342` as `0.253`: times, of whatever stands below the line."""
+    return NOTHING if is_null(value) else f"{float(value):.3f}"
+
+
 def format_error(value: Any) -> str:
-    """A relative error, which may be any power of ten."""
+    """A relative error, which may be any power of ten; a NaN is one without bounds."""
+    if isinstance(value, float) and value != value:
+        return "not finite"
     return NOTHING if is_null(value) else f"{float(value):.1e}"
 
 
@@ -83,3 +96,10 @@ def format_value(value: Any, unit: str) -> str:
     if unit == "count":
         return format_count(value)
     return f"{float(value):.6g}" + (" s" if unit == "seconds" else "")
+
+
+def format_fact(value: Any) -> str:
+    """A fact of any type: `True` as `yes`."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return NOTHING if is_null(value) else str(value)

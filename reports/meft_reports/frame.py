@@ -209,7 +209,8 @@ def _lookup(record: dict[str, Any], column: Column) -> Any:
         case "versions":
             return record["environment"]["versions"].get(column.key)
         case section:
-            return record[section].get(column.key, column.default)
+            value = record[section].get(column.key)
+            return column.default if value is None else value
 
 
 def _rank(record: dict[str, Any]) -> tuple[bool, str]:
@@ -223,6 +224,9 @@ def _flatten(record: dict[str, Any]) -> dict[str, Any]:
     trainable, total = row["num_trainable_parameters"], row["num_parameters"]
     known = trainable is not None and total
     row["trainable_fraction"] = trainable / total if known else None
+    peak, resting = row["peak_allocated_bytes"], row["resting_bytes"]
+    known = peak is not None and resting is not None
+    row["peak_activation_bytes"] = peak - resting if known else None
     return row
 
 

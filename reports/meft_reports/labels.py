@@ -12,6 +12,9 @@ import pandas as pd
 from meft_reports.format import is_null
 from meft_reports.summary import OPTIONS, PROVENANCE, WORKLOAD, varying
 
+USUAL = {"weights_dtype": "fp32", "attention": "sdpa", "blocks": "eager"}
+"""Values that go without saying, unless there are others beside them."""
+
 
 def describe(rows: pd.DataFrame, shown: Iterable[str]) -> str:
     """What rows are about, e.g. `sst2 · minilm-l6 · bf16 · batch 16`.
@@ -20,6 +23,9 @@ def describe(rows: pd.DataFrame, shown: Iterable[str]) -> str:
     """
     words: dict[str, Callable[[Any], str]] = {
         "depth": lambda depth: f"depth {depth}" if depth else "own depth",
+        "weights_dtype": lambda dtype: f"{dtype} weights",
+        "attention": lambda kernel: f"{kernel} attention",
+        "blocks": lambda kind: f"{kind} blocks",
         "batch_size": lambda size: f"batch {size}",
         "seq_len": lambda length: f"{length} tokens",
         "code_sha256": lambda digest: f"code {digest[:8]}",
@@ -35,16 +41,33 @@ def describe(rows: pd.DataFrame, shown: Iterable[str]) -> str:
 
 
 def fields_to_show(frame: pd.DataFrame, always: Sequence[str]) -> list[str]:
-    """The fields that titles must show: `always`, and whatever differs in `frame`."""
+    """The fields that titles must show: `always`, and whatever differs in `frame`.
+
+    Of `USUAL` fields, none is shown that has its usual value throughout.
+    """
     differing = varying(frame, (*WORKLOAD, *PROVENANCE))
-    return [n for n in (*WORKLOAD, *PROVENANCE) if n in always or n in differing]
+    unusual = [name for name, usual in USUAL.items() if (frame[name] != usual).any()]
+    usual = USUAL.keys() - {*differing, *unusual}
+    shown = ({*always} | {*differing, *unusual}) - usual
+    return [n for n in (*WORKLOAD, *PROVENANCE) if n in shown]
 
 
-def option_label(row: "pd.Series[Any]", siblings: pd.DataFrame) -> str:
-    """The options in which a row differs from others of its method, else empty."""
+def option_label(
+    row: "pd.Series[Any]", siblings: pd.DataFrame, ignoring: Sequence[str] = ()
+) -> str:
+    """The options in which a row differs from others of its method, else empty.
+
+    Options that are `ignoring` are said elsewhere, or do not matter there.
+    """
     same = siblings[siblings["method"] == row["method"]]
-    return ", ".join(f"{name}={_short(row[name])}" for name in varying(same, OPTIONS))
+    differing = [n for n in varying(same, OPTIONS) if n not in ignoring]
+    names = {"lost_bits": "k", "reversible_blocks": "rebuilt"}
+    return ", ".join(f"{names.get(n, n)}={_short(n, row[n])}" for n in differing)
 
 
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _short(name: str, value: Any) -> str:
+    if name == "reversible_blocks" and value == 0:
+        return "all"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) or "none"

@@ -5,7 +5,6 @@ frame gives the same bytes, so a page can be committed and compared.
 """
 
 import base64
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -14,15 +13,16 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from meft_reports import tables
 from meft_reports.columns import COLUMNS
-from meft_reports.errors import NothingToDraw
+from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.format import format_seconds
 from meft_reports.frame import STATUSES
 from meft_reports.plots import find_plot
 from meft_reports.plots.canvas import render
 from meft_reports.style import look, method_order
 from meft_reports.summary import has_random_weights
+from meft_reports.tables import find_tables
+from meft_reports.tables.table import to_html
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,14 +78,26 @@ def render_page(frame: pd.DataFrame) -> bytes:
 
 
 def _sections(frame: pd.DataFrame) -> list[Section]:
-    memory = tables.memory(frame)
+    """Those with something to show, or to say where there is nothing."""
+    sections = _all_sections(frame)
+    return [s for s in sections if s.figures or s.tables or s.folded or s.empty]
+
+
+def _all_sections(frame: pd.DataFrame) -> list[Section]:
     return [
         Section(
             anchor="results",
             title="Score, memory and time",
             lead="Fine-tuning on labelled text: what each method reached and took.",
-            figures=_figures(frame, "score_memory", "step_seconds", "loss_curve"),
-            tables=_markup(tables.results(frame)),
+            figures=_figures(
+                frame,
+                "score_memory",
+                "step_seconds",
+                "loss_curve",
+                "score_lost_bits",
+                "score_reversible",
+            ),
+            tables=_tables(frame, "results"),
             empty="No cell ran on a real task.",
         ),
         Section(
@@ -93,50 +105,69 @@ def _sections(frame: pd.DataFrame) -> list[Section]:
             title="Memory along batch size and depth",
             lead="Single training steps on random tokens, whose shapes are exact.",
             figures=_figures(frame, "memory_batch", "memory_depth"),
-            folded=tuple((t.title, Markup(tables.to_html(t))) for t in memory),
+            folded=_folded(frame, "memory"),
             empty="No cell ran on synthetic tokens.",
+        ),
+        Section(
+            anchor="ratios",
+            title="Against checkpointed adapters",
+            lead="MEFT beside the plain way to the same end: bottleneck adapters, one "
+            "checkpoint per block, everything else computed twice.",
+            figures=_figures(frame, "step_ratio"),
+            folded=_folded(frame, "ratios"),
         ),
         Section(
             anchor="exactness",
             title="Exactness of the rebuilt backward",
             lead="A reversible stack rebuilds its activations instead of storing them; "
             "this is how far the rebuilt ones and their gradients are off.",
-            figures=_figures(frame, "reconstruction"),
-            folded=tuple(
-                (t.title, Markup(tables.to_html(t))) for t in tables.exactness(frame)
-            ),
+            figures=_figures(frame, "reconstruction", "gradient_depth"),
+            tables=_tables(frame, "twins"),
+            folded=_folded(frame, "exactness"),
             empty="No cell reported errors.",
+        ),
+        Section(
+            anchor="start",
+            title="Deviation at the start",
+            lead="What MEFT's scales alone change of the backbone's function, before "
+            "the first step.",
+            figures=_figures(frame, "start_deviation"),
+            folded=_folded(frame, "start"),
         ),
         Section(
             anchor="failures",
             title="Cells that failed",
             lead="Running out of memory or time is a result too: every cell that did "
             "not end well, and why.",
-            tables=_markup(tables.failures(frame)),
+            tables=_tables(frame, "failures"),
             empty="Every cell ended well.",
         ),
         Section(
             anchor="origin",
             title="Where the numbers come from",
             lead="Weights, data, code, packages and machine behind every number above.",
-            tables=_markup(tables.origins(frame) + tables.environment(frame)),
+            tables=_tables(frame, "origins", "environment"),
         ),
     ]
 
 
 def _figures(frame: pd.DataFrame, *names: str) -> tuple[Figure, ...]:
-    return tuple(_figure(frame, name) for name in names)
+    figures = (_figure(frame, name) for name in names)
+    return tuple(figure for figure in figures if figure is not None)
 
 
-def _figure(frame: pd.DataFrame, name: str) -> Figure:
+def _figure(frame: pd.DataFrame, name: str) -> Figure | None:
+    """None where the run asked for nothing that the figure could show."""
     plot = find_plot(name)
     try:
         drawn = plot.draw(frame)
+    except NothingDeclared:
+        return None
     except NothingToDraw as reason:
         return Figure(
             name=name, title=plot.TITLE, caption=plot.CAPTION, reason=str(reason)
         )
-    panels = [axes.get_title(loc="left") for axes in drawn.axes]
+    panels = [axes.get_title(loc="left").replace("\n", " · ") for axes in drawn.axes]
     # An image keeps the SVG's ids to itself and carries a text for those who cannot
     # see it.
     svg = base64.b64encode(render(drawn, "svg")).decode()
@@ -150,9 +181,13 @@ def _figure(frame: pd.DataFrame, name: str) -> Figure:
     )
 
 
-def _markup(some: Iterable[tables.Table]) -> tuple[Markup, ...]:
+def _tables(frame: pd.DataFrame, *names: str) -> tuple[Markup, ...]:
+    return tuple(markup for name in names for _, markup in _folded(frame, name))
+
+
+def _folded(frame: pd.DataFrame, name: str) -> tuple[tuple[str, Markup], ...]:
     # to_html escapes every value.
-    return tuple(Markup(tables.to_html(table)) for table in some)
+    return tuple((t.title, Markup(to_html(t))) for t in find_tables(name)(frame))
 
 
 def _facts(frame: pd.DataFrame) -> list[tuple[str, str]]:

@@ -44,6 +44,7 @@ LOOKS = {
     "adapters": Look(color="#CC79A7", marker="X"),
     "checkpointing": Look(color="#5B4A8A", marker="v"),
     "lora-checkpointing": Look(color="#56B4E9", marker="<"),
+    "adapters-checkpointing": Look(color="#94356B", marker=">"),
     "meft1": _MEFT1,
     "meft2": _MEFT2,
     "meft3": _MEFT3,
@@ -61,7 +62,7 @@ LOOKS = {
 
 # Wong-safe hues not used above, for methods nobody has given a look yet.
 _SPARE_COLORS = ("#882255", "#117733", "#AA4499", "#44AA99", "#999933", "#661100")
-_SPARE_MARKERS = ("p", "h", "*", ">", "d", "8")
+_SPARE_MARKERS = ("p", "h", "*", "H", "d", "8")
 
 
 def look(method: str) -> Look:

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from meft_reports.columns import CELL_FIELDS
+from meft_reports.methods import heeds
 from meft_reports.style import method_order
 
 WORKLOAD = (
@@ -18,9 +19,12 @@ WORKLOAD = (
     "backbone",
     "depth",
     "dtype",
+    "weights_dtype",
     "batch_size",
     "seq_len",
     "device",
+    "attention",
+    "blocks",
 )
 """The cell fields that decide what is compared with what: one panel, one table part."""
 
@@ -48,20 +52,18 @@ def summarise(frame: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
         deviation, null for fewer than two values); `random_weights`.
     """
     columns = list(columns)
-    rows = [
-        _summary(part, columns) for _, part in split(with_torch_known(frame), GROUP)
-    ]
+    rows = [_summary(part, columns) for _, part in split(prepare(frame), GROUP)]
     names = [*GROUP, "random_weights", "num_seeds", "num_failed"]
     names += [n for column in columns for n in (column, f"{column}_spread")]
     table = pd.DataFrame(rows, columns=pd.Index(names))
-    means = names[len(GROUP) + 3 :]
-    return by_method(table.astype(dict.fromkeys(means, "float64")))
+    means = dict.fromkeys(names[len(GROUP) + 3 :], "float64")
+    return by_method(table.astype(frame.dtypes[list(GROUP)].to_dict() | means))
 
 
 def _summary(part: pd.DataFrame, columns: Sequence[str]) -> dict[str, Any]:
     ok = part[part["status"] == "ok"]
     row: dict[str, Any] = {name: part[name].iloc[0] for name in GROUP}
-    row["random_weights"] = has_random_weights(part).any()
+    row["random_weights"] = part["random_weights"].any()
     row["num_seeds"] = len(ok)
     row["num_failed"] = len(part) - len(ok)
     for column in columns:
@@ -79,6 +81,14 @@ def spread(values: Sequence[float]) -> float | None:
     return float((sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5)
 
 
+def worst(lists: "pd.Series[Any]") -> float | None:
+    """The greatest number of some lists; None where there is none."""
+    values = [value for errors in lists.dropna() for value in errors]
+    # max() of a list with NaN depends on the order; a NaN is the worst there is.
+    broken = [value for value in values if value != value]
+    return float("nan") if broken else max(values, default=None)
+
+
 def split(
     frame: pd.DataFrame, names: Sequence[str]
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
@@ -86,6 +96,19 @@ def split(
     grouped = frame.groupby(list(names), dropna=False, sort=True)
     for values, part in grouped:
         yield dict(zip(names, values, strict=True)), part
+
+
+def settings(
+    rows: pd.DataFrame, ignoring: Sequence[str] = ()
+) -> Iterator[pd.DataFrame]:
+    """The parts that agree in method and options, in the order of methods.
+
+    Options that are `ignoring` may differ within a part.
+    """
+    names = ["method", *(name for name in OPTIONS if name not in ignoring)]
+    # By group and not by row, so that a method's settings stand in order too.
+    parts = [part for _, part in split(rows, names)]
+    yield from sorted(parts, key=lambda part: method_order(part["method"].iloc[0]))
 
 
 def varying(frame: pd.DataFrame, names: Iterable[str]) -> list[str]:
@@ -97,6 +120,23 @@ def by_method(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows in the order in which methods are shown everywhere; stable."""
     order = frame["method"].map(method_order)
     return frame.loc[order.sort_values(kind="stable").index].reset_index(drop=True)
+
+
+def prepare(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows as tables and plots want them.
+
+    Of cells that died, torch and number of blocks are known as far as can be;
+    `random_weights` is a column; options that a method does not heed are null. Cells
+    that are thereby the same, of the same seed, leave one row, an ok one if there is.
+    """
+    rows = with_blocks_known(with_torch_known(frame))
+    rows["random_weights"] = has_random_weights(rows)
+    for name in OPTIONS:
+        idle = [not heeds(method, name) for method in rows["method"]]
+        rows[name] = rows[name].mask(pd.Series(idle, index=rows.index, dtype=bool))
+    first_ok = rows["status"].ne("ok").sort_values(kind="stable").index
+    same = rows.loc[first_ok].duplicated([*GROUP, "seed"])
+    return rows.loc[~same.reindex(rows.index)]
 
 
 def has_random_weights(frame: pd.DataFrame) -> "pd.Series[bool]":

@@ -168,6 +168,87 @@ def build_matrix() -> list[Record]:
     return records
 
 
+def build_depth() -> list[Record]:
+    """MEFT beside checkpointed adapters, on fp32 and on bf16 weights; one cell fails.
+
+    The rival keeps 4 MiB a block in fp32 and 2 in bf16, and the exact method k/2.
+    """
+    records = []
+    for weights_dtype, block in (("fp32", 4 * MIB), ("bf16", 2 * MIB)):
+        for depth in (6, 12):
+            shape: Any = {"task": "synthetic", "dtype": "bf16", "depth": depth}
+            shape |= {"weights_dtype": weights_dtype, "num_blocks": depth}
+            shape |= {"seq_len": 64}
+
+            def add(method: str, saved: int, shape: Any = shape, **its: Any) -> None:
+                sizes: Any = {"saved_bytes": saved, "resting_bytes": 8 * MIB}
+                sizes |= {"peak_allocated_bytes": saved + 10 * MIB}
+                records.append(build_record(method=method, **shape, **sizes, **its))
+
+            add("adapters-checkpointing", depth * block)
+            errors = [1e-3 * depth] * depth
+            add("meft1", MIB, gradient_error=errors, reconstruction_error=errors)
+            for k in (2, 4):
+                add(
+                    "meft1-exact",
+                    depth * k * MIB // 2,
+                    lost_bits=k,
+                    gradient_error=[0.0] * depth,
+                    reconstruction_error=[0.0] * depth,
+                    start_deviation=2.0**-k,
+                    rival="adapters-checkpointing",
+                    step_ratio=1 + k / 10,
+                    step_ratio_iqr=0.1,
+                )
+    shape |= {"depth": 24, "num_blocks": None, "rival": "adapters-checkpointing"}
+    return [*records, build_record("oom", method="meft1-exact", **shape)]
+
+
+def build_quality() -> list[Record]:
+    """MRPC by full fine-tuning and by MEFT, rebuilt and stored, over two seeds.
+
+    The exact method and its plain twin agree in every loss, the float one in two.
+    """
+    records = []
+    curve, other = [1.6, 1.2, 0.9, 0.7], [1.6, 1.2, 0.9000001, 0.7]
+    for seed in (0, 1):
+
+        def add(method: str, score: float, seed: int = seed, **its: Any) -> None:
+            known: Any = {"loss_curve": curve, "majority_score": 0.7}
+            known |= {"task": "mrpc", "seed": seed, "score": score + 0.02 * seed}
+            records.append(build_record(method=method, **(known | its)))
+
+        add("full", 0.9)
+        for name in ("meft1-exact", "meft1-exact-store"):
+            for k in (2, 4):
+                add(name, 0.8 + k / 100, lost_bits=k, start_deviation=2.0**-k)
+        add("meft1-exact", 0.84, reversible_blocks=2, start_deviation=2.0**-4)
+        add("meft1-store", 0.82, start_deviation=0.25)
+        for blocks in (0, 2):
+            its: Any = {"loss_curve": other, "start_deviation": 0.25}
+            add("meft1", 0.8, reversible_blocks=blocks, **its)
+    failed = build_record("timeout", method="meft1-exact", task="mrpc", seed=2)
+    return [*records, failed]
+
+
+@pytest.fixture(scope="session")
+def depth() -> pd.DataFrame:
+    """The frame of `build_depth`; nobody may change it."""
+    return to_frame(build_depth())
+
+
+@pytest.fixture(scope="session")
+def quality() -> pd.DataFrame:
+    """The frame of `build_quality`; nobody may change it."""
+    return to_frame(build_quality())
+
+
+@pytest.fixture
+def every_kind() -> list[Record]:
+    """Records of all made-up runs, of which every figure and table can be made."""
+    return [*build_matrix(), *build_depth(), *build_quality()]
+
+
 @pytest.fixture
 def make_record() -> MakeRecord:
     """`build_record`."""

@@ -39,6 +39,17 @@ def test_a_byte_more_than_allowed_is_a_byte_more(
     assert result.num_compared == 1
 
 
+def test_what_a_step_needs_above_what_rests_is_compared(
+    make_record: MakeRecord,
+) -> None:
+    """It is derived, and has a threshold all the same."""
+    before = make_record(peak_allocated_bytes=300, resting_bytes=200)
+    after = make_record(peak_allocated_bytes=301, resting_bytes=200)
+    result = verdict([before], [after], "peak_activation:0")
+    assert [finding.kind for finding in result.findings] == [Kind.REGRESSION]
+    assert verdict([before], [after], "peak_activation:1").exit_code == 0
+
+
 def test_a_higher_score_is_better(make_record: MakeRecord) -> None:
     """The direction comes from the table of facts."""
     low, high = make_record(score=0.5), make_record(score=0.75)

@@ -202,10 +202,13 @@ def test_page_is_written_whole(
 
 @pytest.mark.parametrize("name", TABLES)
 def test_table_prints_markdown(
-    capsys: pytest.CaptureFixture[str], matrix: list[Record], write: Write, name: str
+    capsys: pytest.CaptureFixture[str],
+    every_kind: list[Record],
+    write: Write,
+    name: str,
 ) -> None:
     """Every kind of table, by the name that `--help` gives it."""
-    assert main(["table", name, str(write(matrix))]) == 0
+    assert main(["table", name, str(write(every_kind))]) == 0
     assert capsys.readouterr().out.startswith("### ")
     with pytest.raises(SystemExit):
         parser().parse_args(["table", "--help"])

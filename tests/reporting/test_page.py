@@ -7,12 +7,19 @@ from markupsafe import escape
 from meft_reports.frame import read_frame, to_frame
 from meft_reports.page import render_page
 from meft_reports.plots import PLOTS, find_plot
+from reporting.conftest import build_depth, build_matrix, build_quality
 from reporting.kinds import MakeRecord, Record, Write
 
 
 @pytest.fixture(scope="module")
+def frame() -> pd.DataFrame:
+    """The frame of all made-up runs."""
+    return to_frame([*build_matrix(), *build_depth(), *build_quality()])
+
+
+@pytest.fixture(scope="module")
 def page(frame: pd.DataFrame) -> str:
-    """The page of the made-up run; drawn once, it takes seconds."""
+    """The page of them; drawn once, it takes seconds."""
     return render_page(frame).decode()
 
 
@@ -27,10 +34,10 @@ def test_the_page_needs_nothing_else(page: str) -> None:
 
 
 def test_the_same_records_give_the_same_page(
-    matrix: list[Record], page: str, write: Write
+    every_kind: list[Record], page: str, write: Write
 ) -> None:
     """Byte for byte, in whatever order the records were written."""
-    shuffled = read_frame([write(reversed(matrix))])
+    shuffled = read_frame([write(reversed(every_kind))])
     assert render_page(shuffled).decode() == page
 
 
@@ -54,8 +61,17 @@ def test_every_figure_has_a_text_and_a_caption(page: str) -> None:
 def test_a_plot_without_data_says_why(make_record: MakeRecord) -> None:
     """The page of a run that only failed is still a page."""
     text = render_page(to_frame([make_record("oom")])).decode()
-    assert text.count("Not drawn: no ") == len(PLOTS)
+    assert text.count("Not drawn: no ") == 3
     assert "<img" not in text
+
+
+def test_what_a_run_did_not_ask_for_is_not_missed(make_record: MakeRecord) -> None:
+    """A run of one task has no word on depth, rivals or lost bits."""
+    text = render_page(to_frame([make_record()])).decode()
+    assert "Not drawn" not in text
+    assert "Against checkpointed adapters" not in text
+    assert "Deviation at the start" not in text
+    assert "No cell ran on synthetic tokens." in text
 
 
 def test_random_weights_are_announced(make_record: MakeRecord) -> None:

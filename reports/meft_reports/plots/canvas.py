@@ -7,7 +7,7 @@ have been, or a line in the note below the panels.
 
 import functools
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -15,6 +15,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -49,6 +50,10 @@ RC: dict[Any, Any] = {
 }
 
 WIDTH_INCHES = 10.0
+TITLE_LENGTH = 44
+"""Characters that fit over one of two panels in a row."""
+LOG_RATIO_ACROSS = 16
+"""A scale across is logarithmic when what it shows spans more than this factor."""
 
 
 def styled(draw: Callable[[pd.DataFrame], Figure]) -> Callable[[pd.DataFrame], Figure]:
@@ -62,12 +67,14 @@ def styled(draw: Callable[[pd.DataFrame], Figure]) -> Callable[[pd.DataFrame], F
     return in_our_look
 
 
-def panels(num_panels: int, num_columns: int) -> tuple[Figure, list[Axes]]:
+def panels(
+    num_panels: int, num_columns: int, row_inches: float = 2.9
+) -> tuple[Figure, list[Axes]]:
     """An empty figure and its panels, row by row. No pyplot, no shared state."""
     num_columns = min(num_panels, num_columns)
     num_rows = -(-num_panels // num_columns)
     # One row still has to be as high as a legend of every method.
-    height = max(3.9, 2.9 * num_rows)
+    height = max(3.9, row_inches * num_rows)
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
     figure = Figure(figsize=(WIDTH_INCHES, height), layout=layout)
     FigureCanvasAgg(figure)
@@ -75,6 +82,15 @@ def panels(num_panels: int, num_columns: int) -> tuple[Figure, list[Axes]]:
     for unused in grid[num_panels:]:
         unused.remove()
     return figure, grid[:num_panels]
+
+
+def set_title(axes: Axes, title: str) -> None:
+    """The panel's title, broken between its parts where it is too long for a line."""
+    lines = [""]
+    for part in title.split(" · "):
+        longer = f"{lines[-1]} · {part}" if lines[-1] else part
+        lines[-1:] = [longer] if len(longer) <= TITLE_LENGTH else [lines[-1], part]
+    axes.set_title("\n".join(filter(None, lines)))
 
 
 def add_legend(
@@ -113,6 +129,92 @@ def line_style(method: str, rank: int = 5) -> dict[str, Any]:
     }
 
 
+def shaded_entries(
+    lines: Mapping[tuple[str, int], str],
+) -> dict[tuple[str, int], Line2D]:
+    """The legend's entry, which is the look, of every line of a method and a number.
+
+    The lines of one method get lighter from the first to the last; `lines` holds what
+    to say of each beside its method.
+    """
+    entries = {}
+    for method in sorted({method for method, _ in lines}, key=method_order):
+        numbers = sorted(number for name, number in lines if name == method)
+        style, hollow = line_style(method), look(method).hollow
+        colors = shades(style["color"], len(numbers))
+        for number, color in zip(numbers, colors, strict=True):
+            its = style | {"color": color}
+            its |= {} if hollow else {"markerfacecolor": color}
+            words = lines[method, number]
+            label = f"{method}, {words}" if len(numbers) > 1 else method
+            entries[method, number] = Line2D([], [], label=label, **its)
+    return entries
+
+
+def entries_by_k(rows: pd.DataFrame) -> dict[tuple[str, int], Line2D]:
+    """The look of every method and k in `rows`; k is -1 where there is none."""
+    lines = zip(rows["method"], rows["lost_bits"].fillna(-1), strict=True)
+    return shaded_entries({(method, int(k)): f"k = {k:.0f}" for method, k in lines})
+
+
+def style_of(entry: Line2D) -> dict[str, Any]:
+    """How matplotlib draws the line of a legend's entry."""
+    return {
+        "color": entry.get_color(),
+        "marker": entry.get_marker(),
+        "linestyle": entry.get_linestyle(),
+        "markerfacecolor": entry.get_markerfacecolor(),
+    }
+
+
+def shades(color: str, count: int) -> list[str]:
+    """`count` colours from `color` towards white, for lines of one method."""
+    rgb = to_rgb(color)
+    shares = [0.65 * rank / max(1, count - 1) for rank in range(count)]
+    mixed = [[part + (1 - part) * share for part in rgb] for share in shares]
+    return [color, *(to_hex((red, green, blue)) for red, green, blue in mixed[1:])]
+
+
+def mark_off_scale(axes: Axes, x: float, finite: bool, color: str) -> None:
+    """What a logarithmic scale has no place for, on the edge of the panel.
+
+    A triangle on the lower edge is an exact zero, a star on the upper is not finite.
+    """
+    y, marker = (0.0, "v") if finite else (1.0, "*")
+    edge = axes.get_xaxis_transform()
+    axes.plot([x], [y], marker, clip_on=False, transform=edge, color=color)
+
+
+def name_line(axes: Axes, x: float, y: float, text: str, color: str) -> None:
+    """Small words at the end of a line; nothing for no words."""
+    axes.annotate(
+        text,
+        (x, y),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7,
+        color=color,
+    )
+
+
+def tick_at(axes: Axes, positions: Sequence[float]) -> None:
+    """Ticks where something was measured, on a logarithmic scale if they are far apart.
+
+    The room on either side holds what is drawn beside the outermost ticks.
+    """
+    low, high = positions[0], positions[-1]
+    if low > 0 and high >= LOG_RATIO_ACROSS * low:
+        axes.set_xscale("log", base=2)
+        room = (high / low) ** 0.08
+        axes.set_xlim(low / room, high * room)
+    else:
+        room = 0.08 * (high - low) or 1
+        axes.set_xlim(low - room, high + room)
+    axes.set_xticks(positions, [f"{position:g}" for position in positions])
+    axes.minorticks_off()
+
+
 def failed_entry() -> Line2D:
     """The legend's entry of the cross that stands for a failed cell."""
     return Line2D(
@@ -120,7 +222,9 @@ def failed_entry() -> Line2D:
     )
 
 
-def mark_failed(axes: Axes, failed: pd.DataFrame, x_column: str) -> None:
+def mark_failed(
+    axes: Axes, failed: pd.DataFrame, x_column: str, top: float = 0.97
+) -> None:
     """A cross with its status at the upper edge, for every failed cell.
 
     Cells that failed at the same place stand below one another; the panel is made
@@ -131,7 +235,7 @@ def mark_failed(axes: Axes, failed: pd.DataFrame, x_column: str) -> None:
     heights: dict[float, int] = {}
     for key, cells in split(failed, [x_column, "method", "status"]):
         x, its = float(key[x_column]), look(key["method"])
-        y = 0.97 - 0.07 * heights.get(x, 0)
+        y = top - 0.07 * heights.get(x, 0)
         heights[x] = heights.get(x, 0) + 1
         at_edge = axes.get_xaxis_transform()
         name = f"failed/{key['method']}/{key['status']}"
@@ -146,7 +250,7 @@ def mark_failed(axes: Axes, failed: pd.DataFrame, x_column: str) -> None:
             fontsize=7,
             color=its.color,
         )
-    add_headroom(axes, 0.07 * max(heights.values()) + 0.04)
+    add_headroom(axes, 0.07 * max(heights.values()) + 1.01 - top)
 
 
 def add_headroom(axes: Axes, share: float) -> None:

@@ -9,15 +9,14 @@ import math
 import pandas as pd
 from matplotlib.figure import Figure
 
-from meft_reports.errors import NothingToDraw
+from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.labels import describe, fields_to_show
 from meft_reports.plots import canvas
 from meft_reports.summary import (
     PROVENANCE,
     WORKLOAD,
-    has_random_weights,
+    prepare,
     split,
-    with_torch_known,
 )
 
 TITLE = "Training loss"
@@ -35,8 +34,10 @@ def draw(frame: pd.DataFrame) -> Figure:
     Raises:
         NothingToDraw: no ok cell of a real task has a loss curve of two steps.
     """
-    rows = with_torch_known(frame[frame["task"] != "synthetic"])
-    rows["random_weights"] = has_random_weights(rows)
+    rows = prepare(frame)
+    rows = rows[rows["task"] != "synthetic"]
+    if rows.empty:
+        raise NothingDeclared("no cell was declared on a real task")
     long_enough = [curve is not None and len(curve) > 1 for curve in rows["loss_curve"]]
     drawn = rows[long_enough & (rows["status"] == "ok").to_numpy(dtype=bool)]
     if drawn.empty:
@@ -50,7 +51,7 @@ def draw(frame: pd.DataFrame) -> Figure:
             smooth = running_mean(curve, width)
             style = canvas.line_style(method) | {"marker": "", "linewidth": 1.1}
             axes.plot(range(width, width + len(smooth)), smooth, **style)
-        axes.set_title(describe(part, shown))
+        canvas.set_title(axes, describe(part, shown))
         axes.set_xlabel("step (optimizer updates)")
         axes.set_ylabel(f"training loss (mean of {width} steps)")
     canvas.add_legend(figure, drawn["method"])

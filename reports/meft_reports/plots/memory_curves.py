@@ -8,31 +8,29 @@ cross at the upper edge, where its number would have been.
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from meft_reports.errors import NothingToDraw
+from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.format import MIB
 from meft_reports.labels import describe, fields_to_show
 from meft_reports.plots import canvas
 from meft_reports.summary import (
-    OPTIONS,
     PROVENANCE,
     WORKLOAD,
-    has_random_weights,
+    prepare,
+    settings,
     split,
     summarise,
-    with_blocks_known,
-    with_torch_known,
 )
 
 QUANTITIES = {
     "saved_bytes": "saved for backward (MiB)",
     "peak_allocated_bytes": "peak allocated memory (MiB)",
 }
-# A panel is logarithmic when its values, or the places where they were measured, span
-# more than these factors.
+# A panel is logarithmic when its values span more than this factor, or the places
+# where they were measured more than `LOG_RATIO_ACROSS`.
 LOG_RATIO_UP = 50
-LOG_RATIO_ACROSS = 16
 
 
 def draw_along(frame: pd.DataFrame, field: str, x_column: str, label: str) -> Figure:
@@ -41,46 +39,53 @@ def draw_along(frame: pd.DataFrame, field: str, x_column: str, label: str) -> Fi
     Raises:
         NothingToDraw: no workload was measured at two values of `field`.
     """
-    rows = frame[frame["task"] == "synthetic"].copy()
-    rows["random_weights"] = has_random_weights(rows)
-    rows = with_blocks_known(with_torch_known(rows))
+    rows = prepare(frame)
+    rows = rows[rows["task"] == "synthetic"]
     fixed = [name for name in (*WORKLOAD, *PROVENANCE) if name != field]
-    parts = [p for _, p in split(rows, fixed) if _is_curve(p, x_column)]
+    parts = [p for _, p in split(rows, fixed) if p[x_column].nunique() > 1]
     if not parts:
-        raise NothingToDraw(
-            f"no `synthetic` workload was measured at two values of `{x_column}`"
+        raise NothingDeclared(
+            f"no `synthetic` workload was declared at two values of `{x_column}`"
         )
+    parts = [part for part in parts if _measured(part).any()]
+    if not parts:
+        raise NothingToDraw(f"no ok cell of two values of `{x_column}` has a peak")
     drawn = pd.concat(parts)
     shown = [
         n for n in fields_to_show(drawn, always=("backbone", "dtype")) if n != field
     ]
     shown = shown + [n for n in ("batch_size", "seq_len") if n not in (field, *shown)]
+    entries = canvas.entries_by_k(drawn)
     figure, grid = canvas.panels(len(parts) * len(QUANTITIES), len(QUANTITIES))
     for index, part in enumerate(parts):
         for offset, (quantity, words) in enumerate(QUANTITIES.items()):
             axes = grid[index * len(QUANTITIES) + offset]
-            _draw_panel(axes, part, x_column, quantity)
-            axes.set_title(describe(part, shown))
+            _draw_panel(axes, part, x_column, quantity, entries)
+            canvas.set_title(axes, describe(part, shown))
             axes.set_xlabel(label)
             axes.set_ylabel(words)
-    failed = drawn["status"] != "ok"
-    canvas.add_legend(
-        figure, drawn["method"], [canvas.failed_entry()] if failed.any() else []
-    )
+    failed = [canvas.failed_entry()] if (drawn["status"] != "ok").any() else []
+    canvas.add_legend(figure, [], [*entries.values(), *failed])
     return figure
 
 
-def _is_curve(part: pd.DataFrame, x_column: str) -> bool:
-    measured = part[(part["status"] == "ok") & part["peak_allocated_bytes"].notna()]
-    return bool(part[x_column].nunique() > 1 and len(measured))
+def _measured(part: pd.DataFrame) -> "pd.Series[bool]":
+    return (part["status"] == "ok") & part["peak_allocated_bytes"].notna()
 
 
-def _draw_panel(axes: Axes, part: pd.DataFrame, x_column: str, quantity: str) -> None:
+def _draw_panel(
+    axes: Axes,
+    part: pd.DataFrame,
+    x_column: str,
+    quantity: str,
+    entries: dict[tuple[str, int], Line2D],
+) -> None:
     means = summarise(part, ["num_blocks", quantity]).dropna(subset=[quantity])
-    lines = means.groupby(["method", *OPTIONS], sort=False, dropna=False)
-    for rank, (key, line) in enumerate(lines):
+    for rank, line in enumerate(settings(means, ignoring=("rival",))):
         ordered = line.sort_values(x_column)
-        style = canvas.line_style(str(key[0]), rank)
+        method, k = line["method"].iloc[0], line["lost_bits"].fillna(-1).iloc[0]
+        style = canvas.line_style(method, rank)
+        style |= canvas.style_of(entries[method, int(k)])
         axes.plot(ordered[x_column], ordered[quantity] / MIB, **style)
     _scale(axes, sorted(part[x_column].dropna().unique()), means[quantity])
     failed = part[(part["status"] != "ok") & part[x_column].notna()]
@@ -89,7 +94,7 @@ def _draw_panel(axes: Axes, part: pd.DataFrame, x_column: str, quantity: str) ->
 
 def _scale(axes: Axes, positions: list[int], values: "pd.Series[float]") -> None:
     """Both axes linear or both logarithmic: proportional growth is a straight line."""
-    wide = positions[-1] >= LOG_RATIO_ACROSS * positions[0]
+    wide = positions[-1] >= canvas.LOG_RATIO_ACROSS * positions[0]
     if len(values):
         wide |= values.max() > LOG_RATIO_UP * values.min()
     positive = positions[0] > 0 and bool((values > 0).all())

@@ -13,16 +13,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from meft_reports.errors import NothingToDraw
+from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.labels import describe, fields_to_show
+from meft_reports.methods import is_meft, is_stored
 from meft_reports.plots import canvas
 from meft_reports.summary import (
-    OPTIONS,
     PROVENANCE,
     WORKLOAD,
-    has_random_weights,
+    prepare,
+    settings,
     split,
-    with_torch_known,
 )
 
 TITLE = "Reconstruction and gradient error per block"
@@ -33,7 +33,7 @@ CAPTION = (
     "mean over its seeds, with a band from the least to the greatest. The backward "
     "runs from the highest block down to block 1. Lower is better. An exact zero "
     "stands on the lower edge as a triangle, a value that is not finite on the upper "
-    "edge as a star."
+    "edge as a star. Of several depths of a workload the greatest is drawn."
 )
 QUANTITIES = {
     "reconstruction_error": "reconstruction error (relative)",
@@ -48,8 +48,9 @@ def draw(frame: pd.DataFrame) -> Figure:
     Raises:
         NothingToDraw: no ok cell did.
     """
-    rows = with_torch_known(frame)
-    rows["random_weights"] = has_random_weights(rows)
+    rows = prepare(frame)
+    if not (rows["method"].map(is_meft) & ~rows["method"].map(is_stored)).any():
+        raise NothingDeclared("no method that rebuilds was declared")
     has_error = rows[list(QUANTITIES)].notna().any(axis=1) & (rows["status"] == "ok")
     if not has_error.any():
         raise NothingToDraw("no ok cell reported a reconstruction or gradient error")
@@ -59,6 +60,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         for _, part in split(rows, [*WORKLOAD, *PROVENANCE])
         if has_error[part.index].any()
     ]
+    parts = _deepest(parts)
     drawn = pd.concat(parts)
     shown = fields_to_show(drawn, always=("task", "backbone", "dtype"))
     figure, grid = canvas.panels(len(parts) * len(QUANTITIES), len(QUANTITIES))
@@ -66,7 +68,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         for offset, (quantity, words) in enumerate(QUANTITIES.items()):
             axes = grid[index * len(QUANTITIES) + offset]
             _draw_panel(axes, part[part["status"] == "ok"], quantity)
-            axes.set_title(describe(part, shown))
+            canvas.set_title(axes, describe(part, shown))
             axes.set_xlabel("block (0 is the lowest)")
             axes.set_ylabel(words)
     canvas.add_legend(figure, drawn["method"])
@@ -74,13 +76,25 @@ def draw(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+def _deepest(parts: list[pd.DataFrame]) -> list[pd.DataFrame]:
+    """Of parts that differ in depth alone, the one with the most blocks."""
+    fixed = [name for name in (*WORKLOAD, *PROVENANCE) if name != "depth"]
+    kept: dict[tuple[str, ...], pd.DataFrame] = {}
+    for part in parts:
+        key = tuple(str(part[name].iloc[0]) for name in fixed)
+        deepest = kept.setdefault(key, part)
+        if part["num_blocks"].max() > deepest["num_blocks"].max():
+            kept[key] = part
+    return list(kept.values())
+
+
 def _draw_panel(axes: Axes, part: pd.DataFrame, quantity: str) -> None:
     axes.set_yscale("log")
     if quantity == "gradient_error":
         axes.axhline(1, color="#888888", linestyle=":", linewidth=1)
     curves = [
-        (key["method"], list(same[quantity].dropna()))
-        for key, same in split(part, ["method", *OPTIONS])
+        (same["method"].iloc[0], list(same[quantity].dropna()))
+        for same in settings(part, ignoring=("rival",))
     ]
     for rank, (method, seeds) in enumerate(curves):
         _draw_curve(axes, canvas.line_style(method, rank), seeds)
@@ -108,9 +122,6 @@ def _draw_curve(axes: Axes, style: dict[str, Any], seeds: list[list[float]]) -> 
         alpha=0.15,
         linewidth=0,
     )
-    # What a logarithmic scale has no place for stands on the panel's edges.
-    edge = {"transform": axes.get_xaxis_transform(), "color": style["color"]}
     for block in points.keys() - regular.keys():
         finite = all(map(math.isfinite, points[block]))
-        y, marker = (0.0, "v") if finite else (1.0, "*")
-        axes.plot([block], [y], marker, clip_on=False, **edge)
+        canvas.mark_off_scale(axes, block, finite, style["color"])

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from meft_reports.errors import NothingToDraw
+from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.format import MIB
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.plots import canvas
@@ -22,8 +22,10 @@ CAPTION = (
     "standard deviation. Across: the highest tensor memory during one training step, "
     "resting memory included. Up: the task's metric on the evaluation split. The "
     "dashed line is the score of always answering the most frequent training label. "
-    "Up and to the left is better."
+    "Up and to the left is better. Points of one method are its settings."
 )
+HAVE_THEIR_OWN = ("lost_bits", "reversible_blocks")
+"""Options with a figure of their own, whose many points have no room for labels."""
 VALUES = ("score", "peak_allocated_bytes", "majority_score")
 
 
@@ -35,6 +37,8 @@ def draw(frame: pd.DataFrame) -> Figure:
         NothingToDraw: no ok cell has both a score and a peak.
     """
     rows = frame[frame["task"] != "synthetic"]
+    if rows.empty:
+        raise NothingDeclared("no cell was declared on a real task")
     known = rows[["score", "peak_allocated_bytes"]].notna().all(axis=1)
     if not (known & (rows["status"] == "ok")).any():
         raise NothingToDraw("no ok cell has both a score and a peak of memory")
@@ -48,7 +52,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     figure, grid = canvas.panels(len(parts), num_columns=2)
     for axes, part in zip(grid, parts, strict=True):
         _draw_panel(axes, part, str(metrics[part["task"].iloc[0]]))
-        axes.set_title(describe(part, shown))
+        canvas.set_title(axes, describe(part, shown))
     canvas.add_legend(figure, table["method"], [_majority_entry()])
     canvas.add_note(figure, canvas.failures_note(rows[rows["status"] != "ok"]))
     return figure
@@ -71,7 +75,7 @@ def _draw_panel(axes: Axes, part: pd.DataFrame, metric: str) -> None:
             elinewidth=1,
         )
         axes.annotate(
-            option_label(row, drawn),
+            option_label(row, drawn, HAVE_THEIR_OWN),
             (x, y),
             xytext=(6, 4),
             textcoords="offset points",

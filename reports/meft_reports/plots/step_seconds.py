@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from meft_reports.errors import NothingToDraw
+from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.format import format_seconds
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.plots import canvas
@@ -32,6 +32,8 @@ def draw(frame: pd.DataFrame) -> Figure:
     Raises:
         NothingToDraw: there is none.
     """
+    if not (frame["method"] == "full").any():
+        raise NothingDeclared("no `full` cell was declared, to which others relate")
     real = frame[frame["task"] != "synthetic"]
     rows = real if real["step_seconds"].notna().any() else frame
     table = summarise(rows, ["step_seconds", "step_seconds_iqr"])
@@ -40,10 +42,12 @@ def draw(frame: pd.DataFrame) -> Figure:
         raise NothingToDraw("no workload has the step time of an ok `full` cell")
     drawn = pd.concat(parts)
     shown = fields_to_show(drawn, always=("task", "backbone", "dtype"))
-    figure, grid = canvas.panels(len(parts), num_columns=2)
+    # Every setting of a method is a line of text.
+    row_inches = max(2.9, 1 + 0.17 * max(map(len, parts)))
+    figure, grid = canvas.panels(len(parts), num_columns=2, row_inches=row_inches)
     for axes, part in zip(grid, parts, strict=True):
         _draw_panel(axes, part)
-        axes.set_title(describe(part, shown))
+        canvas.set_title(axes, describe(part, shown))
     canvas.add_legend(figure, drawn["method"])
     canvas.add_note(figure, canvas.failures_note(rows[rows["status"] != "ok"]))
     return figure

@@ -1,0 +1,55 @@
+"""What a method's name says: whose twin it is, and which options it heeds.
+
+meftN               the paper's arithmetic, in floats
+meftN-exact         integer streams, whose inverse is exact
+...-store           the plain twin: the same function, nothing rebuilt
+"""
+
+from collections.abc import Callable
+
+from meft_reports.style import LOOKS
+
+RIVAL = "adapters-checkpointing"
+"""What the exact methods are held against: adapters whose blocks are checkpointed."""
+
+
+def is_meft(method: str) -> bool:
+    """Whether it has MEFT's two streams, rebuilt or stored."""
+    return method.startswith("meft")
+
+
+def is_exact(method: str) -> bool:
+    """Whether its streams are integers."""
+    return is_meft(method) and "-exact" in method
+
+
+def is_stored(method: str) -> bool:
+    """Whether it is a plain twin, which stores what the method rebuilds."""
+    return method.endswith("-store")
+
+
+def rebuilt(method: str) -> str:
+    """The method itself, of itself or of its plain twin."""
+    return method.removesuffix("-store")
+
+
+def in_floats(method: str) -> str:
+    """The method of the same variant, in the paper's arithmetic and rebuilt."""
+    return rebuilt(method).removesuffix("-exact")
+
+
+_HEEDS: dict[str, Callable[[str], bool]] = {
+    "bottleneck_size": lambda m: is_meft(m) or m.startswith("adapters"),
+    "lora_rank": lambda m: m.startswith("lora"),
+    "lost_bits": is_exact,
+    "reversible_blocks": lambda m: is_meft(m) and not is_stored(m),
+    "mlp_chunks": is_meft,
+}
+
+
+def heeds(method: str, option: str) -> bool:
+    """Whether `option` of a cell changes anything in `method`.
+
+    A method that nobody has described is taken to heed them all.
+    """
+    return method not in LOOKS or option not in _HEEDS or _HEEDS[option](method)

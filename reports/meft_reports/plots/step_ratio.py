@@ -1,0 +1,94 @@
+"""Time of a step by that of the rival, whose steps took turns in the same process.
+
+Taking turns, both meet the same machine in the same minute, so the ratio says what
+seconds of two processes cannot.
+"""
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from meft_reports.errors import NothingDeclared, NothingToDraw
+from meft_reports.labels import describe, fields_to_show
+from meft_reports.plots import canvas
+from meft_reports.summary import PROVENANCE, WORKLOAD, prepare, split
+
+TITLE = "Time of a step, relative to a rival's"
+CAPTION = (
+    "One forward, backward and optimizer update, divided by one of the rival that took "
+    "turns with it in the same process: the median over the turns, with a bar as long "
+    "as the distance between the quartiles. One line per method and k, side by side "
+    "where they share a depth. Below 1 (dotted) is faster than the rival."
+)
+PLACE = [name for name in (*WORKLOAD, *PROVENANCE) if name != "depth"]
+
+
+@canvas.styled
+def draw(frame: pd.DataFrame) -> Figure:
+    """One panel per workload and rival, depth across.
+
+    Raises:
+        NothingToDraw: no cell was timed in turn with a rival, or none ended well.
+    """
+    rows = prepare(frame)
+    rows = rows[(rows["rival"] != "") & rows["num_blocks"].notna()]
+    if rows.empty:
+        raise NothingDeclared("no cell was declared with a `rival` to take turns with")
+    timed = (rows["status"] == "ok") & rows["step_ratio"].notna()
+    parts = [
+        part for _, part in split(rows, [*PLACE, "rival"]) if timed[part.index].any()
+    ]
+    if not parts:
+        raise NothingToDraw("no ok cell was timed in turn with its rival")
+    drawn = pd.concat(parts)
+    shown = fields_to_show(drawn, always=("backbone", "dtype"))
+    shown = [name for name in shown if name in PLACE]
+    several = drawn["rival"].nunique() > 1
+    figure, grid = canvas.panels(len(parts), num_columns=2)
+    entries = canvas.entries_by_k(drawn[timed[drawn.index]])
+    for axes, part in zip(grid, parts, strict=True):
+        _draw_panel(axes, part, entries)
+        rival = f" · against {part['rival'].iloc[0]}" if several else ""
+        canvas.set_title(axes, describe(part, shown) + rival)
+        axes.set_xlabel("depth (blocks)")
+        axes.set_ylabel("time of a step (rival = 1)")
+    rivals = ", ".join(sorted(drawn["rival"].unique()))
+    dotted = Line2D([], [], label=f"{rivals} = 1", color="#888888", linestyle=":")
+    failed = [canvas.failed_entry()] if (drawn["status"] != "ok").any() else []
+    canvas.add_legend(figure, [], [*entries.values(), dotted, *failed])
+    return figure
+
+
+def _draw_panel(
+    axes: Axes, part: pd.DataFrame, entries: dict[tuple[str, int], Line2D]
+) -> None:
+    axes.axhline(1, color="#888888", linestyle=":", linewidth=1)
+    canvas.tick_at(axes, sorted(part["num_blocks"].unique().tolist()))
+    timed = part[(part["status"] == "ok") & part["step_ratio"].notna()]
+    own_k = timed["lost_bits"].fillna(-1)
+    lines = [
+        (entry, timed[(timed["method"] == method) & (own_k == k)])
+        for (method, k), entry in entries.items()
+    ]
+    lines = [(entry, line) for entry, line in lines if len(line)]
+    low, high = axes.get_xlim()
+    for rank, (entry, line) in enumerate(lines):
+        # Side by side, so that no bar hides another; in the measure of the scale.
+        share = 0.006 * (rank - (len(lines) - 1) / 2)
+        means = line.groupby("num_blocks")[["step_ratio", "step_ratio_iqr"]].mean()
+        across = [
+            n * (high / low) ** share
+            if axes.get_xscale() == "log"
+            else n + (high - low) * share
+            for n in means.index
+        ]
+        axes.errorbar(
+            across,
+            means["step_ratio"],
+            means["step_ratio_iqr"].fillna(0) / 2,
+            capsize=2,
+            elinewidth=1,
+            **canvas.style_of(entry),
+        )
+    canvas.mark_failed(axes, part[part["status"] != "ok"], "num_blocks")

@@ -1,0 +1,40 @@
+"""Environment: machine, code and packages behind the cells."""
+
+import json
+
+import pandas as pd
+
+from meft_reports.format import format_fact
+from meft_reports.summary import split, with_torch_known
+from meft_reports.tables.table import Table
+
+
+def make(frame: pd.DataFrame) -> list[Table]:
+    """Where the cells ran: one table per distinct place and code."""
+    fields = {
+        "machine": "machine",
+        "cpu": "processor",
+        "device_name": "accelerator",
+        "platform": "platform",
+        "num_threads": "threads per cell",
+        "num_slots": "cells side by side",
+        "commit": "commit",
+        "dirty": "tracked files changed since",
+        "code_sha256": "digest of the code that ran",
+    }
+    parts = list(split(with_torch_known(frame), [*fields, "versions"]))
+    tables = []
+    for number, (key, part) in enumerate(parts, start=1):
+        rows = [(words, format_fact(key[name])) for name, words in fields.items()]
+        rows += sorted(json.loads(key["versions"]).items())
+        cells = "1 cell" if len(part) == 1 else f"{len(part)} cells"
+        place = f" {number} of {len(parts)}" if len(parts) > 1 else ""
+        tables.append(
+            Table(
+                title=f"Environment{place} ({cells})",
+                header=("fact", "value"),
+                rows=tuple(rows),
+                num_text_columns=2,
+            )
+        )
+    return tables

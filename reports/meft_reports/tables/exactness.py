@@ -1,0 +1,67 @@
+"""Exactness: how far the rebuilt activations and their gradients are off."""
+
+from typing import Any
+
+import pandas as pd
+
+from meft_reports.format import NOTHING, format_count, format_error
+from meft_reports.labels import describe, fields_to_show, option_label
+from meft_reports.summary import (
+    PROVENANCE,
+    WORKLOAD,
+    prepare,
+    settings,
+    split,
+    worst,
+)
+from meft_reports.tables.table import Table, join_options
+
+
+def make(frame: pd.DataFrame) -> list[Table]:
+    """How exact the rebuilt backward is: the worst of every block and seed."""
+    rows = prepare(frame)
+    known = rows["reconstruction_error"].notna() | rows["gradient_error"].notna()
+    rows = rows[known & (rows["status"] == "ok")]
+    if rows.empty:
+        return []
+    shown = fields_to_show(rows, always=("task", "backbone", "dtype"))
+    cells = []
+    for _, part in split(rows, [*WORKLOAD, *PROVENANCE]):
+        for same in settings(part, ignoring=("rival",)):
+            first = same.iloc[0]
+            cells.append(
+                (
+                    join_options(
+                        first["method"], option_label(first, part, ("rival",))
+                    ),
+                    describe(same, shown),
+                    format_count(same["num_blocks"].max()),
+                    format_error(worst(same["reconstruction_error"])),
+                    format_error(worst(same["gradient_error"])),
+                    _blocks_kept(same["gradient_error"]),
+                    str(len(same)),
+                )
+            )
+    header = (
+        "method",
+        "workload",
+        "blocks",
+        "worst reconstruction error",
+        "worst gradient error",
+        "blocks with gradient error below 1 %",
+        "cells",
+    )
+    return [
+        Table(
+            title="Exactness of the rebuilt backward",
+            header=header,
+            rows=tuple(cells),
+            num_text_columns=2,
+            notes=("Relative errors, measured; the greatest over blocks and seeds.",),
+        )
+    ]
+
+
+def _blocks_kept(lists: "pd.Series[Any]") -> str:
+    counts = {(sum(e < 0.01 for e in errors), len(errors)) for errors in lists.dropna()}
+    return ", ".join(f"{kept} of {total}" for kept, total in sorted(counts)) or NOTHING

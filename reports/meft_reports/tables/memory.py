@@ -1,0 +1,84 @@
+"""Memory: bytes and seconds of single steps on random tokens of exact shape."""
+
+import pandas as pd
+
+from meft_reports.format import NOTHING, format_bytes, format_seconds, is_null
+from meft_reports.labels import describe, fields_to_show, option_label
+from meft_reports.summary import (
+    PROVENANCE,
+    WORKLOAD,
+    prepare,
+    settings,
+    split,
+)
+from meft_reports.tables.table import Table, join_options, random_note
+
+MEMORY_TITLES = {
+    "saved_bytes": "Saved for backward",
+    "peak_allocated_bytes": "Peak allocated",
+    "resting_bytes": "Resting",
+    "peak_host_bytes": "Host peak",
+    "step_seconds": "Step (median)",
+}
+
+
+def make(frame: pd.DataFrame) -> list[Table]:
+    """Methods down, shapes across: one table per quantity, backbone and dtype."""
+    rows = prepare(frame)
+    rows = rows[rows["task"] == "synthetic"]
+    if rows.empty:
+        return []
+    fixed = [n for n in (*WORKLOAD, *PROVENANCE) if n not in ("batch_size", "depth")]
+    shown = fields_to_show(rows, always=("backbone", "dtype", "seq_len", "device"))
+    shown = [name for name in shown if name in fixed]
+    return [
+        _memory_table(part, quantity, f"{words} · {describe(part, shown)}")
+        for _, part in split(rows, fixed)
+        for quantity, words in MEMORY_TITLES.items()
+        if part[quantity].notna().any()
+    ]
+
+
+def _memory_table(part: pd.DataFrame, quantity: str, title: str) -> Table:
+    shapes = {
+        _shape(cells): cells for _, cells in split(part, ["num_blocks", "batch_size"])
+    }
+    # What a rival does in the same process costs this method time, but no bytes.
+    ignoring = () if quantity == "step_seconds" else ("rival",)
+    rows = []
+    for same in settings(part, ignoring):
+        first = same.iloc[0]
+        here = {
+            _shape(cells): cells
+            for _, cells in split(same, ["num_blocks", "batch_size"])
+        }
+        cells = [_memory_cell(here.get(shape), quantity) for shape in shapes]
+        rows.append(
+            (join_options(first["method"], option_label(first, part, ignoring)), *cells)
+        )
+    return Table(
+        title=title,
+        header=("method", *shapes),
+        rows=tuple(rows),
+        notes=(
+            "Measured on random tokens of exact shape, the mean where there are "
+            "several seeds. A word instead of a number is how that cell failed.",
+            *random_note(part),
+        ),
+    )
+
+
+def _shape(cells: pd.DataFrame) -> str:
+    blocks, batch = cells["num_blocks"].iloc[0], cells["batch_size"].iloc[0]
+    depth = "own depth" if is_null(blocks) else f"{blocks} blocks"
+    return f"{depth}, batch {batch}"
+
+
+def _memory_cell(cells: pd.DataFrame | None, quantity: str) -> str:
+    if cells is None:
+        return NOTHING
+    format = format_seconds if quantity == "step_seconds" else format_bytes
+    values = cells.loc[cells["status"] == "ok", quantity].dropna()
+    failed = cells.loc[cells["status"] != "ok", "status"].tolist()
+    mean = [format(float(values.mean()))] if len(values) else []
+    return ", ".join([*mean, *failed]) or NOTHING

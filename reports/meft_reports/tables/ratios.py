@@ -1,0 +1,127 @@
+"""Ratios: what a MEFT method needs beside checkpointed adapters of the same shape.
+
+Both keep something per block and run every block twice. The rival keeps one hidden
+state, in the dtype of its weights: fp32 weights leave fp32 checkpoints also under
+autocast. A ratio is therefore taken within one `weights_dtype`, and the titles say what
+the checkpoints are.
+"""
+
+from typing import Any
+
+import pandas as pd
+
+from meft_reports.format import (
+    NOTHING,
+    format_bytes,
+    format_count,
+    format_error,
+    format_ratio,
+    is_null,
+)
+from meft_reports.labels import describe, fields_to_show, option_label
+from meft_reports.methods import RIVAL, is_meft
+from meft_reports.summary import PROVENANCE, WORKLOAD, prepare, settings, split, worst
+from meft_reports.tables.table import Table, join_options, random_note
+
+SAID_ELSEWHERE = ("lost_bits", "rival")
+HEADER = (
+    "method",
+    "blocks",
+    "k",
+    "saved for backward",
+    "the rival saves",
+    "saved ratio",
+    "peak activation",
+    "the rival's peak",
+    "peak ratio",
+    "step ratio, median (IQR)",
+    "worst gradient error",
+    "cells",
+)
+NOTES = (
+    f"The rival is {RIVAL} with bottlenecks of the same width. Bytes are measured, "
+    "the mean where there are several cells; below 1 is less than the rival's. Peak "
+    "activation is what a step needs above what rests.",
+    "A step ratio is only shown where both methods' steps took turns in one process.",
+)
+
+
+def make(frame: pd.DataFrame) -> list[Table]:
+    """One table per workload in which both were declared; blocks and k down."""
+    rows = prepare(frame)
+    synthetic = rows[rows["task"] == "synthetic"]
+    fixed = [name for name in (*WORKLOAD, *PROVENANCE) if name != "depth"]
+    parts = [part for _, part in split(synthetic, fixed) if _side_by_side(part)]
+    if not parts:
+        return []
+    always = ("backbone", "dtype", "batch_size", "seq_len", "device")
+    shown = fields_to_show(pd.concat(parts), always=always)
+    shown = [name for name in shown if name not in ("depth", "weights_dtype")]
+    return [_ratios_table(part, describe(part, shown)) for part in parts]
+
+
+def _side_by_side(part: pd.DataFrame) -> bool:
+    return bool((part["method"] == RIVAL).any() and part["method"].map(is_meft).any())
+
+
+def _ratios_table(part: pd.DataFrame, workload: str) -> Table:
+    ours, rivals = part[part["method"].map(is_meft)], part[part["method"] == RIVAL]
+    rows = []
+    for setting in settings(ours, ignoring=SAID_ELSEWHERE):
+        first = setting.iloc[0]
+        name = join_options(first["method"], option_label(first, ours, SAID_ELSEWHERE))
+        same_width = rivals[rivals["bottleneck_size"] == first["bottleneck_size"]]
+        for key, cells in split(setting, ["num_blocks", "lost_bits"]):
+            rival = same_width[same_width["num_blocks"].eq(key["num_blocks"])]
+            rows.append((name, *map(format_count, key.values()), *_row(cells, rival)))
+    dtype = part["weights_dtype"].iloc[0]
+    return Table(
+        title=f"Against {dtype} checkpoints of {RIVAL} · {workload}",
+        header=HEADER,
+        rows=tuple(rows),
+        notes=(*NOTES, _checkpoint_note(part), *random_note(part)),
+    )
+
+
+def _row(cells: pd.DataFrame, rival: pd.DataFrame) -> tuple[str, ...]:
+    texts = []
+    for quantity in ("saved_bytes", "peak_activation_bytes"):
+        mine, its = _mean(cells, quantity), _mean(rival, quantity)
+        ratio = mine / its if mine is not None and its else None
+        texts += [_bytes(mine, cells), _bytes(its, rival), format_ratio(ratio)]
+    ok = cells[cells["status"] == "ok"]
+    return (
+        *texts,
+        _step_ratio(ok[ok["rival"] == RIVAL]),
+        format_error(worst(ok["gradient_error"])),
+        str(len(cells)),
+    )
+
+
+def _mean(cells: pd.DataFrame, quantity: str) -> float | None:
+    mean = cells.loc[cells["status"] == "ok", quantity].mean()
+    return None if is_null(mean) else float(mean)
+
+
+def _bytes(mean: float | None, cells: pd.DataFrame) -> str:
+    failed: list[Any] = cells.loc[cells["status"] != "ok", "status"].tolist()
+    return ", ".join([format_bytes(mean)] * (mean is not None) + failed) or NOTHING
+
+
+def _step_ratio(cells: pd.DataFrame) -> str:
+    ratio, iqr = cells["step_ratio"].mean(), cells["step_ratio_iqr"].mean()
+    if is_null(ratio):
+        return NOTHING
+    return f"{format_ratio(ratio)} ({format_ratio(iqr)})"
+
+
+def _checkpoint_note(part: pd.DataFrame) -> str:
+    dtype, compute = part["weights_dtype"].iloc[0], part["dtype"].iloc[0]
+    if dtype != "fp32":
+        return f"The rival's checkpoints are {dtype}, as its weights are."
+    if compute == "fp32":
+        return "The rival's checkpoints are fp32."
+    return (
+        f"The rival's checkpoints are fp32, although it computes in {compute}: its "
+        f"weights are fp32. Against {compute} checkpoints see {compute} weights."
+    )

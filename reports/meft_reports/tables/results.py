@@ -1,0 +1,121 @@
+"""Results: what each method reached on each real task, and what it cost."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+
+from meft_reports.format import (
+    NOTHING,
+    format_bytes_spread,
+    format_count,
+    format_mean,
+    format_percent,
+    format_score,
+    format_seconds,
+    format_text,
+    is_null,
+)
+from meft_reports.labels import describe, fields_to_show, option_label
+from meft_reports.summary import (
+    PROVENANCE,
+    WORKLOAD,
+    by_method,
+    prepare,
+    split,
+    summarise,
+)
+from meft_reports.tables.table import Table, join_options, random_note
+
+
+def make(frame: pd.DataFrame) -> list[Table]:
+    """What each method reached on each real task, and what it cost; over seeds."""
+    rows = prepare(frame)
+    rows = rows[rows["task"] != "synthetic"]
+    if rows.empty:
+        return []
+    values = [
+        "score",
+        "majority_score",
+        "second_score",
+        "second_majority_score",
+        "num_trainable_parameters",
+        "trainable_fraction",
+        "saved_bytes",
+        "peak_allocated_bytes",
+        "peak_reserved_bytes",
+        "resting_bytes",
+        "peak_host_bytes",
+        "step_seconds",
+        "step_seconds_iqr",
+    ]
+    table = summarise(rows, values)
+    shown = fields_to_show(table, always=WORKLOAD)
+    names = ["score_name", "second_score_name"]
+    metrics = rows.groupby("task")[names].first()
+    return [
+        _results_table(part, describe(part, shown), *metrics.loc[key["task"], names])
+        for key, part in split(table, [*WORKLOAD, *PROVENANCE])
+    ]
+
+
+def _results_table(
+    part: pd.DataFrame, title: str, metric: Any, second_metric: Any
+) -> Table:
+    part = by_method(part)
+    header: dict[str, Callable[[Any], str]] = {
+        "method": lambda row: join_options(row["method"], option_label(row, part)),
+        "seeds": _seeds,
+        f"score ({format_text(metric)})": lambda row: _score(row, "score"),
+        "majority class": lambda row: format_score(row["majority_score"]),
+        f"score ({format_text(second_metric)})": lambda row: _score(
+            row, "second_score"
+        ),
+        "majority class, same": lambda row: format_score(row["second_majority_score"]),
+        "trainable": lambda row: format_count(row["num_trainable_parameters"]),
+        "share": lambda row: format_percent(row["trainable_fraction"]),
+        "saved for backward": lambda row: _bytes(row, "saved_bytes"),
+        "peak allocated": lambda row: _bytes(row, "peak_allocated_bytes"),
+        "peak reserved": lambda row: _bytes(row, "peak_reserved_bytes"),
+        "resting": lambda row: _bytes(row, "resting_bytes"),
+        "host peak": lambda row: _bytes(row, "peak_host_bytes"),
+        "step, median (IQR)": _step,
+    }
+    if part["peak_reserved_bytes"].isna().all():  # only a GPU has it
+        del header["peak reserved"]
+    if is_null(second_metric):
+        del header[f"score ({format_text(second_metric)})"]
+        del header["majority class, same"]
+    return Table(
+        title=title,
+        header=tuple(header),
+        rows=tuple(
+            tuple(cell(row) for cell in header.values()) for _, row in part.iterrows()
+        ),
+        notes=(
+            "All numbers are measured. Mean over seeds ± sample standard deviation.",
+            *random_note(part),
+        ),
+    )
+
+
+def _seeds(row: "pd.Series[Any]") -> str:
+    total = row["num_seeds"] + row["num_failed"]
+    if not row["num_failed"]:
+        return str(total)
+    return f"{row['num_seeds']} of {total} ({row['num_failed']} failed)"
+
+
+def _score(row: "pd.Series[Any]", name: str) -> str:
+    return format_mean(row[name], row[f"{name}_spread"])
+
+
+def _bytes(row: "pd.Series[Any]", name: str) -> str:
+    return format_bytes_spread(row[name], row[f"{name}_spread"])
+
+
+def _step(row: "pd.Series[Any]") -> str:
+    if is_null(row["step_seconds"]):
+        return NOTHING
+    iqr = format_seconds(row["step_seconds_iqr"])
+    return f"{format_seconds(row['step_seconds'])} ({iqr})"

@@ -1,0 +1,73 @@
+"""A table as data, and as Markdown or HTML; words that several tables share.
+
+A table is text already formatted for people, so both outputs say the same.
+"""
+
+import html
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pandas as pd
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """A heading, a header, rows of text, and what a reader must know about them."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    num_text_columns: int = 1
+    """Columns from the left that hold text; the others hold numbers."""
+    notes: tuple[str, ...] = ()
+
+
+def to_markdown(table: Table) -> str:
+    """The table as GitHub Markdown."""
+
+    def line(cells: Iterable[str]) -> str:
+        escaped = (c.replace("\\", "\\\\").replace("|", "\\|") for c in cells)
+        return "| " + " | ".join(" ".join(c.split()) for c in escaped) + " |"
+
+    rules = [
+        "---" if index < table.num_text_columns else "---:"
+        for index in range(len(table.header))
+    ]
+    lines = [f"### {table.title}", "", line(table.header), line(rules)]
+    lines += [line(row) for row in table.rows]
+    lines += [f"\n{note}" for note in table.notes]
+    return "\n".join(lines) + "\n"
+
+
+def to_html(table: Table) -> str:
+    """The table as an HTML `<table>`, every value escaped."""
+
+    def line(cells: Iterable[str], tag: str) -> str:
+        parts = []
+        for index, cell in enumerate(cells):
+            kind = "text" if index < table.num_text_columns else "number"
+            row_head = index == 0 and tag == "td"
+            name = 'th scope="row"' if row_head else tag
+            end = "th" if row_head else tag
+            parts.append(f'<{name} class="{kind}">{html.escape(cell)}</{end}>')
+        return f"<tr>{''.join(parts)}</tr>"
+
+    body = "\n".join(line(row, "td") for row in table.rows)
+    notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in table.notes)
+    return (
+        f'<div class="scroll"><table><caption>{html.escape(table.title)}</caption>\n'
+        f"<thead>{line(table.header, 'th')}</thead>\n<tbody>{body}</tbody>"
+        f"</table></div>{notes}"
+    )
+
+
+def join_options(name: str, options: str) -> str:
+    """A row's name: the method, and the options that tell it from its siblings."""
+    return f"{name} ({options})" if options else name
+
+
+def random_note(rows: pd.DataFrame) -> list[str]:
+    """A note for tables in which a backbone had random weights."""
+    if not rows["random_weights"].any():
+        return []
+    return ["Random weights: sizes and times only, a score would mean nothing."]
