@@ -1,11 +1,11 @@
 """Steps of two methods in turn, and where a method starts from."""
 
+import time
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from meft_bench.meters import clock
 from meft_bench.meters.turns import take_turns
 from meft_bench.start import deviation
 
@@ -18,7 +18,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     """Steps that take as many seconds as they are told to."""
     now = [0.0]
     order: list[str] = []
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def make(name: str, seconds: list[float]) -> Callable[[], None]:
         left = iter(seconds)
