@@ -63,7 +63,7 @@ class Cell:
     reversible_blocks: int = 0
     """Lowest blocks that MEFT rebuilds, those above store; 0 rebuilds all of them."""
     mlp_chunks: int = 1
-    """Parts along the sequence in which MEFT runs and differentiates an MLP."""
+    """Parts of the tokens in which MEFT runs and differentiates an MLP."""
     attention: str = "sdpa"
     """Kernel of attention, one of `meft_bench.registry.ATTENTIONS`."""
     blocks: str = "eager"

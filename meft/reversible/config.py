@@ -46,7 +46,7 @@ class ReversibleConfig:
     backward: str = "rebuild"
     """`rebuild`: the method. `store`: its plain twin, under ordinary autograd."""
     mlp_chunks: int = 1
-    """Parts along the sequence in which what treats tokens alone (MLP, norms, adapter)
+    """Parts of a batch's tokens in which what treats tokens alone (MLP, norms, adapter)
     is run and differentiated: a lower peak at the same number of operations."""
     gradient_dtype: str = "float32"
     """`fixed` only: `float32` or `bfloat16` for the gradients of streams."""

@@ -269,7 +269,7 @@ def _pull(
     pulled: list[Tensor | None] = []
     # From the last chunk to the first, as autograd does for the twin.
     chunks = stack.chunks(coupling, mixed.detach())
-    slices = dy.chunk(len(chunks), dim=1)
+    slices = stack.chunks(coupling, dy)
     for index in reversed(range(len(chunks))):
         chunk = chunks[index].detach().requires_grad_(wants_mixed)
         with call.recomputing():
@@ -278,12 +278,12 @@ def _pull(
         pulled.insert(0, gradients.pull(output, chunk, parameters, slices[index]))
         outputs.insert(0, output.detach())
         del output
-    value = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    value = twin.joined(outputs, x.shape)
     del outputs, chunks, slices
     if not wants_mixed:
         return value, None
     d_chunks = [d for d in pulled if d is not None]
-    d_mixed = d_chunks[0] if len(d_chunks) == 1 else torch.cat(d_chunks, dim=1)
+    d_mixed = twin.joined(d_chunks, mixed.shape)
     if branch.mixing is None:
         return value, d_mixed
     others = [t for t in beside.values() if t.requires_grad]

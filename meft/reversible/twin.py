@@ -53,7 +53,7 @@ class Stack:
     seed: int | None
     """Seed of the dropout masks; None in evaluation."""
     num_chunks: int
-    """Parts along the sequence that the tokenwise part of a branch is run in."""
+    """Parts of the tokens that the tokenwise part of a branch is run in."""
 
     def mixed(self, coupling: Coupling, x: Tensor, context: Context) -> Tensor:
         """The first half of a branch."""
@@ -64,10 +64,16 @@ class Stack:
             return part.function(x, **context)
 
     def chunks(self, coupling: Coupling, mixed: Tensor) -> Sequence[Tensor]:
-        """What the second half is applied to, one after the other."""
-        if coupling.branch.tokenwise is None:
+        """What the second half is applied to, one after the other.
+
+        Also fit for gradients of its shape.
+        """
+        if coupling.branch.tokenwise is None or self.num_chunks == 1:
             return (mixed,)
-        return mixed.chunk(self.num_chunks, dim=1)
+        # Parts of one long row: parts of every row would not be contiguous, which
+        # costs a linear layer a copy of its weights for each.
+        row = mixed.reshape(1, -1, mixed.shape[-1])
+        return row.chunk(self.num_chunks, dim=1)
 
     def tokenwise(self, coupling: Coupling, chunk: Tensor, index: int) -> Tensor:
         """The second half of a branch, on chunk `index`."""
@@ -81,7 +87,13 @@ class Stack:
         """What a branch gives for a source that reads `x`."""
         chunks = self.chunks(coupling, self.mixed(coupling, x, context))
         outputs = [self.tokenwise(coupling, c, i) for i, c in enumerate(chunks)]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return joined(outputs, x.shape)
+
+
+def joined(chunks: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    """The tensor of that shape whose chunks these are."""
+    whole = chunks[0] if len(chunks) == 1 else torch.cat(list(chunks), dim=1)
+    return whole.view(shape)
 
 
 def enter(stack: Stack, hidden: Hidden) -> Streams:

@@ -25,7 +25,7 @@ from meft.errors import ReconstructionError, UnsupportedCallError
 from meft.reversible.coupling import Context, Coupling
 from meft.reversible.kernels import Kernels
 from meft.reversible.probe import Probe
-from meft.reversible.twin import Stack
+from meft.reversible.twin import Stack, joined
 
 Repeatable = dict[tuple[Any, ...], bool]
 """Whether a branch without grad gives the bits that it gives with grad, by the
@@ -159,7 +159,7 @@ def _graded(
         for index, chunk in enumerate(stack.chunks(coupling, mixed.detach())):
             chunk = chunk.detach().requires_grad_(wants_mixed)
             outputs.append(stack.tokenwise(coupling, chunk, index).detach())
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return joined(outputs, x.shape)
 
 
 def _refuse_out_of_range(stack: Stack, coupling: Coupling, value: Tensor) -> None:

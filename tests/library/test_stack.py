@@ -425,3 +425,18 @@ def test_the_encoder_keeps_no_tensor_of_a_forward() -> None:
     encoder(torch.randn(2, 3, 16))
     assert tensors(encoder) == before == set()
     assert encoder.probe is None
+
+
+@pytest.mark.parametrize("num_chunks", [2, 3, 100])
+def test_chunks_are_contiguous(num_chunks: int) -> None:
+    """In both passes, also where they do not divide the tokens or are more than those:
+    for a part of every row a linear layer would copy its weights row by row."""
+    model = reversible(1, variant="meft1", mlp_chunks=num_chunks)
+    seen: list[bool] = []
+    dense = only_stack(model)[0].intermediate.dense
+    dense.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].is_contiguous())
+    )
+    model(**batch()).loss.backward()
+    assert len(seen) >= 2 * min(num_chunks, 21)  # 3 rows of 7 tokens, twice
+    assert all(seen)
