@@ -12,24 +12,26 @@ autograd function and their gradients are returned, so hooks, accumulation, grad
 scaling and `torch.autograd.grad` work as for any other operation, and nothing frozen
 has to pretend to be trainable. Only half a branch's graph is alive at a time: its
 tokenwise part is differentiated as soon as it has been recomputed, chunk by chunk,
-because the gradient it needs is already there.
+because the gradient it needs is already there. The coupling is undone before the mixing
+part is differentiated: by then nothing that the recompute gave is alive but its graph.
 """
 
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from meft.errors import MismatchWarning, ReconstructionError, UnsupportedCallError
 from meft.reversible import twin
 from meft.reversible.coupling import Context, Coupling
 from meft.reversible.kernels import Kernels
-from meft.reversible.twin import Stack, Stream, Streams, carrier_like, scaled_gradient
+from meft.reversible.twin import Stack, Stream, Streams, carrier_like
 from meft.reversible.watch import Watch
 from meft.shapes import Hidden
 from meft.transfer import Ledger, to_device, to_host
@@ -137,9 +139,7 @@ class _Rebuild(torch.autograd.Function):
         }
         *kept, expected, start = rest[len(call.names) :]
         gradients = _Gradients()
-        d = [d1, d2]
-        if start is None:
-            del d1, d2
+        d = [d1, d2] if start is not None else [_taken(d1), _taken(d2)]
         wants_input = ctx.needs_input_grad[1]
         _walk_down(call, streams, d, kept, expected, beside, wants_input, gradients)
         try:
@@ -177,14 +177,10 @@ def _walk_down(
     for index in reversed(range(len(couplings))):
         coupling = couplings[index]
         target, source = coupling.target, 1 - coupling.target
-        value, v = _pull(
-            call,
-            coupling,
-            stack.arithmetic.read(streams[source]),
-            beside,
-            d[target],
-            wants_input or index > 0,
-            gradients,
+        x = stack.arithmetic.read(streams[source])
+        wants_x = wants_input or index > 0
+        value, mixed = _recompute(
+            call, coupling, x, beside, d[target], wants_x, gradients
         )
         stack.arithmetic.uncouple_(
             streams[target],
@@ -195,7 +191,9 @@ def _walk_down(
         )
         del value
         call.watch.after(index, streams[target], expected)
+        v = _pull_mixed(mixed, coupling, x, beside, gradients)
         d[target], d[source] = _down(d[target], d[source], v, coupling)
+        del x, mixed, v
 
 
 def _stored(
@@ -227,6 +225,20 @@ def _stored(
     return (None, *(next(pulled) if t.requires_grad else None for t in inputs))
 
 
+def _taken(gradient: Tensor | None) -> Tensor | None:
+    """The gradient, in nobody else's hands.
+
+    Autograd's frames hold what they hand over until a backward returns, and here that
+    would be for the whole walk down. Their tensor is emptied: it is the gradient of a
+    carrier, made for this function alone.
+    """
+    if gradient is None:
+        return None
+    taken = gradient.detach()
+    gradient.data = gradient.new_empty(0)
+    return taken
+
+
 def _down(
     dt: Tensor | None, ds: Tensor | None, v: Tensor | None, coupling: Coupling
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -236,59 +248,80 @@ def _down(
     """
     if dt is None:
         return None, ds
-    dt = scaled_gradient(dt, coupling)
+    if coupling.scale != 1.0:
+        dt = dt * coupling.scale
     if coupling.difference:
         ds = -dt if ds is None else ds - dt
     return dt, twin.added(ds, None if v is None else v.to(dt.dtype))
 
 
-def _pull(
+class _Mixed(NamedTuple):
+    """The recomputed mixing part of a branch, yet to be pulled through."""
+
+    edge: GradientEdge | None
+    """Its place in autograd's graph, which is all of it that is still needed."""
+    gradient: Tensor
+
+
+def _recompute(
     call: "_Call",
     coupling: Coupling,
     x: Tensor,
     beside: Context,
     dy: Tensor | None,
-    wants_input: bool,
+    wants_x: bool,
     gradients: "_Gradients",
-) -> tuple[Tensor, Tensor | None]:
-    """Recompute a branch at `x` and pull `dy` through it, tokenwise part first.
+) -> tuple[Tensor, _Mixed | None]:
+    """Recompute a branch at `x` and pull `dy` through its tokenwise part.
 
-    Returns its value and, if wanted, the gradient of `x`; adds up those of parameters
-    and of tensors beside the stream.
+    Returns its value and what is left to pull through; adds up gradients of parameters.
     """
     if dy is None:
         with call.kernels.entered():
-            value = call.watch.value(call.stack, coupling, x, beside, wants_input)
+            value = call.watch.value(call.stack, coupling, x, beside, wants_x)
         return value, None
-    stack, branch = call.stack, coupling.branch
-    x = x.requires_grad_(wants_input)
+    stack, tokenwise = call.stack, coupling.branch.tokenwise
+    x.requires_grad_(wants_x)
     with call.recomputing():
         mixed = stack.mixed(coupling, x, beside)
-    wants_mixed = mixed.requires_grad
+    parameters = [] if tokenwise is None else tokenwise.trainable()
     outputs: list[Tensor] = []
     pulled: list[Tensor | None] = []
     # From the last chunk to the first, as autograd does for the twin.
     chunks = stack.chunks(coupling, mixed.detach())
     slices = stack.chunks(coupling, dy)
     for index in reversed(range(len(chunks))):
-        chunk = chunks[index].detach().requires_grad_(wants_mixed)
+        chunk = chunks[index].detach().requires_grad_(mixed.requires_grad)
         with call.recomputing():
             output = stack.tokenwise(coupling, chunk, index)
-        parameters = [] if branch.tokenwise is None else branch.tokenwise.trainable()
         pulled.insert(0, gradients.pull(output, chunk, parameters, slices[index]))
         outputs.insert(0, output.detach())
         del output
     value = twin.joined(outputs, x.shape)
-    del outputs, chunks, slices
-    if not wants_mixed:
+    if not mixed.requires_grad:
         return value, None
     d_chunks = [d for d in pulled if d is not None]
-    d_mixed = twin.joined(d_chunks, mixed.shape)
-    if branch.mixing is None:
-        return value, d_mixed
+    gradient = twin.joined(d_chunks, mixed.shape)
+    edge = None if coupling.branch.mixing is None else get_gradient_edge(mixed)
+    return value, _Mixed(edge, gradient)
+
+
+def _pull_mixed(
+    mixed: _Mixed | None,
+    coupling: Coupling,
+    x: Tensor,
+    beside: Context,
+    gradients: "_Gradients",
+) -> Tensor | None:
+    """Pull through the mixing part: the gradient of `x`, if wanted."""
+    if mixed is None:
+        return None
+    part = coupling.branch.mixing
+    if part is None or mixed.edge is None:
+        return mixed.gradient
     others = [t for t in beside.values() if t.requires_grad]
-    v = gradients.pull(mixed, x, [*others, *branch.mixing.trainable()], d_mixed)
-    return value, v
+    others += part.trainable()
+    return gradients.pull(mixed.edge, x, others, mixed.gradient)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -374,15 +407,19 @@ class _Gradients:
         self._sums: dict[int, Tensor] = {}
 
     def pull(
-        self, output: Tensor, x: Tensor, others: Sequence[Tensor], dy: Tensor
+        self,
+        output: Tensor | GradientEdge,
+        x: Tensor,
+        others: Sequence[Tensor],
+        dy: Tensor,
     ) -> Tensor | None:
         """Pull `dy` through `output`: add up for `others`, return for `x`."""
         inputs = [*([x] if x.requires_grad else []), *others]
-        if not inputs or not output.requires_grad:
+        if not inputs or (isinstance(output, Tensor) and not output.requires_grad):
             return torch.zeros_like(x) if x.requires_grad else None
-        pulled = list(
-            torch.autograd.grad(output, inputs, dy.to(output.dtype), allow_unused=True)
-        )
+        if isinstance(output, Tensor):
+            dy = dy.to(output.dtype)
+        pulled = list(torch.autograd.grad([output], inputs, [dy], allow_unused=True))
         dx = pulled.pop(0) if x.requires_grad else None
         for tensor, gradient in zip(others, pulled, strict=True):
             if gradient is not None:

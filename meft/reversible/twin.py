@@ -189,7 +189,8 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient.to(ctx.dtype), None, None
+        # A copy always: a rebuilt stack below empties what it is handed.
+        return gradient.to(ctx.dtype, copy=True), None, None
 
 
 class _Couple(torch.autograd.Function):
@@ -204,11 +205,6 @@ class _Couple(torch.autograd.Function):
     def backward(
         ctx: Any, gradient: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor, None]:
-        scaled = scaled_gradient(gradient, ctx.coupling)
+        scaled = gradient * ctx.coupling.scale  # a new tensor, for the same reason
         to_source = -scaled if ctx.coupling.difference else None
         return scaled, to_source, gradient.to(ctx.dtype), None
-
-
-def scaled_gradient(gradient: Tensor, coupling: Coupling) -> Tensor:
-    """The gradient of a coupling's target before the coupling."""
-    return gradient if coupling.scale == 1.0 else gradient * coupling.scale
