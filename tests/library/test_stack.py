@@ -1,3 +1,4 @@
+import weakref
 from typing import Any
 
 import pytest
@@ -440,3 +441,65 @@ def test_chunks_are_contiguous(num_chunks: int) -> None:
     model(**batch()).loss.backward()
     assert len(seen) >= 2 * min(num_chunks, 21)  # 3 rows of 7 tokens, twice
     assert all(seen)
+
+
+class _Alive:
+    """Counts those of the tensors it was shown whose storage is still there."""
+
+    def __init__(self) -> None:
+        self._refs: dict[str, list[weakref.ref[torch.UntypedStorage]]] = {}
+
+    def show(self, name: str, tensor: torch.Tensor) -> None:
+        """Count `tensor` under `name` from now on."""
+        self._refs.setdefault(name, []).append(weakref.ref(tensor.untyped_storage()))
+
+    def count(self) -> dict[str, tuple[int, int]]:
+        """Under each name, how many are there and how many were shown."""
+        return {
+            name: (sum(ref() is not None for ref in refs), len(refs))
+            for name, refs in self._refs.items()
+        }
+
+
+def test_a_mixing_part_is_differentiated_alone() -> None:
+    """While the gradient passes through attention, neither what attention gave nor what
+    the block gave is alive; nor, from the second block on, the gradient that autograd
+    handed over at the top."""
+    encoder = only_stack(reversible(2, variant="meft1", mlp_chunks=3))
+    alive, seen = _Alive(), []
+
+    def as_it_passes(module: Any, args: Any, query: torch.Tensor) -> None:
+        if query.requires_grad:
+            query.register_hook(lambda _: seen.append(alive.count()))
+
+    out = encoder(torch.randn(3, 7, 16, requires_grad=True))
+    for block in encoder.blocks:
+        attention: Any = block.attention
+        attention.self.query.register_forward_hook(as_it_passes)
+        attention.output.LayerNorm.register_forward_hook(
+            lambda module, args, mixed: alive.show("mixed", mixed)
+        )
+        block.output.LayerNorm.register_forward_hook(  # type: ignore[union-attr]
+            lambda module, args, value: alive.show("value", value)
+        )
+    read_out = out.grad_fn
+    while type(read_out).__name__ != "_ReadBackward":
+        read_out = read_out.next_functions[0][0]
+    (rebuild, _), *_ = read_out.next_functions
+    rebuild.register_prehook(lambda top: alive.show("top", top[-1]))
+    out.sin().sum().backward()
+    assert seen == [
+        {"top": (1, 1), "mixed": (0, 1), "value": (0, 3)},
+        {"top": (0, 1), "mixed": (0, 2), "value": (0, 6)},
+    ]
+
+
+def test_the_gradient_of_the_output_is_left_alone() -> None:
+    """A rebuilding backward empties the tensors that it is handed. The one that a hook
+    of the caller's holds is not among them."""
+    encoder = only_stack(reversible(2, variant="meft1"))
+    held: list[torch.Tensor] = []
+    out = encoder(torch.randn(3, 7, 16, requires_grad=True))
+    out.register_hook(held.append)
+    out.sin().sum().backward()
+    assert torch.equal(held[0], out.cos())
