@@ -36,11 +36,6 @@ class Part:
     function: Function
     modules: tuple[nn.Module, ...]
 
-    def trainable(self) -> list[nn.Parameter]:
-        """The parameters it uses that want a gradient."""
-        parameters = (p for module in self.modules for p in module.parameters())
-        return [p for p in parameters if p.requires_grad]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Branch:

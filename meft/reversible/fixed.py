@@ -22,6 +22,7 @@ al., arXiv 2407.09093 (one side bit for a scale of 1/2, trained from scratch).
 import functools
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from meft.reversible.coupling import Coupling
-from meft.reversible.packing import pack, unpack
+from meft.reversible.packing import pack, put_back_
 
 FRACTION_BITS = {torch.float16: 14, torch.bfloat16: 14}
 """Per compute dtype: below its own rounding for values of ordinary size, and with a
@@ -38,6 +39,8 @@ FRACTION_BITS_WIDE = 18
 """For float32 and wider: range 2048."""
 LIMIT = 2.0**29
 """Greatest value of one addition, in quanta."""
+PIECE = 2**17
+"""Elements computed with at a time on a CPU: 512 KiB of a temporary."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,12 +53,15 @@ class Fixed:
 
     def enter(self, hidden: Tensor) -> Tensor:
         """`hidden` in quanta."""
-        return self.quantise(hidden)
+        return self.quantise(hidden.contiguous())
 
     def read(self, stream: Tensor) -> Tensor:
         """The stream as numbers again, rounded to what branches compute in."""
-        # A power of two: the product is exact, only the two casts round.
-        return stream.float().mul_(2.0**-self.fraction_bits).to(self.compute_dtype)
+        out = torch.empty_like(stream, dtype=self.compute_dtype)
+        for part, numbers in _pieces(stream, out):
+            # A power of two: the product is exact, only the two casts round.
+            numbers.copy_(part.float().mul_(2.0**-self.fraction_bits))
+        return out
 
     def quantise(self, value: Tensor) -> Tensor:
         """Q: to the nearest quantum, half to even; clamped, and 0 for not-a-number.
@@ -73,7 +79,8 @@ class Fixed:
 
     def finite(self, value: Tensor) -> Tensor:
         """Whether nothing in `value` is infinite, not a number, or clamped."""
-        return (value.detach().abs() <= self.limit).all()
+        least, greatest = value.detach().aminmax()  # not numbers, if anything is not
+        return (least >= -self.limit) & (greatest <= self.limit)
 
     def couple_(
         self, target: Tensor, source: Tensor, value: Tensor, coupling: Coupling
@@ -97,7 +104,8 @@ class Fixed:
         kept = pack(target, num_bits) if keep else None
         if num_bits:
             target.bitwise_right_shift_(num_bits)
-        target.add_(self.quantise(value))
+        for part, numbers in _pieces(target, value):
+            part.add_(self.quantise(numbers))
         return kept
 
     def uncouple_(
@@ -121,17 +129,28 @@ class Fixed:
                 self.fraction_bits,
             )
             return
-        target.sub_(self.quantise(value))
+        for part, numbers in _pieces(target, value):
+            part.sub_(self.quantise(numbers))
         if num_bits:
             target.bitwise_left_shift_(num_bits)
         if kept is not None:
-            low = unpack(kept, num_bits, target.numel())
-            target.bitwise_or_(low.view(target.shape))
+            put_back_(target, kept, num_bits)
         elif num_bits and not coupling.difference:
             # Where the stack starts, both streams were equal: the source has the bits.
             target.bitwise_or_(source & (2**num_bits - 1))
         if coupling.difference:
             target.add_(source)
+
+
+def _pieces(stream: Tensor, numbers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both, a piece at a time on a CPU: temporaries stay in its cache, and are small.
+
+    For large ones it gets fresh memory, which costs it more than the arithmetic does.
+    """
+    size = PIECE if stream.device.type == "cpu" else max(1, stream.numel())
+    return zip(
+        stream.view(-1).split(size), numbers.reshape(-1).split(size), strict=True
+    )
 
 
 def lost_bits(coupling: Coupling) -> int:

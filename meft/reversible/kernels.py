@@ -53,11 +53,12 @@ class Kernels:
     def entered(self) -> Iterator[None]:
         """Run the body with these settings, and without a cache of casts."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(
-                torch.autocast(
-                    self.device_type, self.dtype, self.autocast, cache_enabled=False
+            if self.autocast or torch.is_autocast_enabled(self.device_type):
+                stack.enter_context(
+                    torch.autocast(
+                        self.device_type, self.dtype, self.autocast, cache_enabled=False
+                    )
                 )
-            )
             if self.attention != _attention():
                 stack.enter_context(sdpa_kernel(list(self.attention)))
             yield

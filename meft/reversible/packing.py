@@ -7,9 +7,10 @@ and neighbouring threads of a GPU touch neighbouring words. n elements take k n 
 bytes, plus at most 4 bytes a field where n does not divide.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 WORD_BITS = 32
 
@@ -17,40 +18,39 @@ WORD_BITS = 32
 def pack(values: Tensor, num_bits: int) -> Tensor:
     """The low `num_bits` bits of int32 `values` as int32 words, one-dimensional."""
     flat = values.reshape(-1)
-    words = []
-    offset = 0
-    for width in widths(num_bits):
-        per_word = WORD_BITS // width
-        num_words = -(-flat.numel() // per_word)
-        padding = num_words * per_word - flat.numel()
-        padded = functional.pad(flat, (0, padding)) if padding else flat
-        mask = _mask(width)
-        joined = padded.new_zeros(num_words)
-        for row, field in enumerate(padded.view(per_word, num_words)):
-            joined |= (field >> offset).bitwise_and_(mask) << (row * width)
-        words.append(joined)
-        offset += width
-    return words[0] if len(words) == 1 else torch.cat(words)
+    words = flat.new_zeros(packed_bytes(flat.numel(), num_bits) // 4)
+    for part, offset, width in _parts(words, flat.numel(), num_bits):
+        scratch = torch.empty_like(part)
+        for row, field in enumerate(flat.split(part.numel())):
+            bits = scratch[: field.numel()]
+            torch.bitwise_right_shift(field, offset, out=bits)
+            bits.bitwise_and_(_mask(width)).bitwise_left_shift_(row * width)
+            part[: field.numel()].bitwise_or_(bits)
+    return words
 
 
-def unpack(words: Tensor, num_bits: int, num_values: int) -> Tensor:
-    """The inverse of `pack`: int32, one-dimensional."""
-    values: Tensor | None = None
-    offset, start = 0, 0
+def put_back_(values: Tensor, words: Tensor, num_bits: int) -> None:
+    """The inverse of `pack`: into the low bits, which are 0, of contiguous `values`."""
+    flat = values.view(-1)
+    for part, offset, width in _parts(words, flat.numel(), num_bits):
+        scratch = torch.empty_like(part)
+        for row, field in enumerate(flat.split(part.numel())):
+            bits = scratch[: field.numel()]
+            torch.bitwise_right_shift(part[: field.numel()], row * width, out=bits)
+            bits.bitwise_and_(_mask(width)).bitwise_left_shift_(offset)
+            field.bitwise_or_(bits)
+
+
+def _parts(
+    words: Tensor, num_values: int, num_bits: int
+) -> Iterator[tuple[Tensor, int, int]]:
+    """For each width its words, the lowest bit that they hold, and the width."""
+    offset = start = 0
     for width in widths(num_bits):
-        per_word = WORD_BITS // width
-        num_words = -(-num_values // per_word)
-        part = words[start : start + num_words]
-        fields = part.new_empty(per_word, num_words)
-        for row, field in enumerate(fields):
-            torch.bitwise_right_shift(part, row * width, out=field)
-        fields.bitwise_and_(_mask(width)).bitwise_left_shift_(offset)
-        flat = fields.view(-1)[:num_values]
-        values = flat if values is None else values.bitwise_or_(flat)
+        end = start + -(-num_values // (WORD_BITS // width))
+        yield words[start:end], offset, width
         offset += width
-        start += num_words
-    assert values is not None, "at least one bit"
-    return values
+        start = end
 
 
 def packed_bytes(num_values: int, num_bits: int) -> int:

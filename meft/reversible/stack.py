@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from meft.errors import MismatchWarning, ReconstructionError, UnsupportedCallError
 from meft.reversible import twin
-from meft.reversible.coupling import Context, Coupling
+from meft.reversible.coupling import Context, Coupling, Part
 from meft.reversible.kernels import Kernels
 from meft.reversible.twin import Stack, Stream, Streams, carrier_like
 from meft.reversible.watch import Watch
@@ -139,7 +139,7 @@ class _Rebuild(torch.autograd.Function):
         }
         *kept, expected, start = rest[len(call.names) :]
         gradients = _Gradients()
-        d = [d1, d2] if start is not None else [_taken(d1), _taken(d2)]
+        d = [_taken(d1), _taken(d2)] if start is None else [_copy(d1), _copy(d2)]
         wants_input = ctx.needs_input_grad[1]
         _walk_down(call, streams, d, kept, expected, beside, wants_input, gradients)
         try:
@@ -191,7 +191,7 @@ def _walk_down(
         )
         del value
         call.watch.after(index, streams[target], expected)
-        v = _pull_mixed(mixed, coupling, x, beside, gradients)
+        v = _pull_mixed(call, mixed, coupling, x, beside, gradients)
         d[target], d[source] = _down(d[target], d[source], v, coupling)
         del x, mixed, v
 
@@ -239,20 +239,26 @@ def _taken(gradient: Tensor | None) -> Tensor | None:
     return taken
 
 
+def _copy(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient.clone()
+
+
 def _down(
     dt: Tensor | None, ds: Tensor | None, v: Tensor | None, coupling: Coupling
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of target and source below a coupling.
+    """Gradients of target and source below a coupling; `ds` is updated in place.
 
     Added in the order in which autograd adds them for the twin, for equality of bits.
     """
     if dt is None:
         return None, ds
-    if coupling.scale != 1.0:
-        dt = dt * coupling.scale
+    # New also for a scale of 1: the branch was given this one, and hooks may hold it.
+    dt = dt * coupling.scale
     if coupling.difference:
-        ds = -dt if ds is None else ds - dt
-    return dt, twin.added(ds, None if v is None else v.to(dt.dtype))
+        ds = -dt if ds is None else ds.sub_(dt)
+    if v is None:
+        return dt, ds
+    return dt, v.to(dt.dtype, copy=True) if ds is None else ds.add_(v.to(dt.dtype))
 
 
 class _Mixed(NamedTuple):
@@ -284,7 +290,7 @@ def _recompute(
     x.requires_grad_(wants_x)
     with call.recomputing():
         mixed = stack.mixed(coupling, x, beside)
-    parameters = [] if tokenwise is None else tokenwise.trainable()
+    parameters = call.state.trainable_in(tokenwise)
     outputs: list[Tensor] = []
     pulled: list[Tensor | None] = []
     # From the last chunk to the first, as autograd does for the twin.
@@ -307,6 +313,7 @@ def _recompute(
 
 
 def _pull_mixed(
+    call: "_Call",
     mixed: _Mixed | None,
     coupling: Coupling,
     x: Tensor,
@@ -316,11 +323,10 @@ def _pull_mixed(
     """Pull through the mixing part: the gradient of `x`, if wanted."""
     if mixed is None:
         return None
-    part = coupling.branch.mixing
-    if part is None or mixed.edge is None:
+    if mixed.edge is None:
         return mixed.gradient
     others = [t for t in beside.values() if t.requires_grad]
-    others += part.trainable()
+    others += call.state.trainable_in(coupling.branch.mixing)
     return gradients.pull(mixed.edge, x, others, mixed.gradient)
 
 
@@ -328,27 +334,35 @@ def _pull_mixed(
 class _State:
     """The parameters and buffers that branches may read, and how old they were."""
 
-    tensors: list[Tensor]
+    tensors: dict[int, list[Tensor]]
+    """Of each module that a branch uses, by its id."""
     versions: list[tuple[int, int, bool]]
 
     @classmethod
     def of(cls, stack: Stack) -> "_State":
-        """As they are now; each tensor once."""
+        """As they are now."""
         branches = (coupling.branch for coupling in stack.couplings)
         parts = (part for b in branches for part in (b.mixing, b.tokenwise) if part)
         modules = {id(m): m for part in parts for m in part.modules}
-        every = (t for m in modules.values() for t in (*m.parameters(), *m.buffers()))
-        tensors = list({id(t): t for t in every}.values())
-        return cls(
-            tensors=tensors,
-            # In-place updates count up the version.
-            versions=[(id(t), t._version, t.requires_grad) for t in tensors],
-        )
+        tensors = {
+            key: [*module.parameters(), *module.buffers()]
+            for key, module in modules.items()
+        }
+        # In-place updates count up the version.
+        versions = [
+            (id(t), t._version, t.requires_grad) for ts in tensors.values() for t in ts
+        ]
+        return cls(tensors=tensors, versions=versions)
 
-    def trainable(self) -> list[nn.Parameter]:
-        """The parameters that want a gradient."""
-        parameters = (t for t in self.tensors if isinstance(t, nn.Parameter))
-        return [p for p in parameters if p.requires_grad]
+    def trainable(self) -> list[Tensor]:
+        """The parameters that want a gradient, each once."""
+        every = (t for tensors in self.tensors.values() for t in tensors)
+        return list({id(t): t for t in every if t.requires_grad}.values())
+
+    def trainable_in(self, part: Part | None) -> list[Tensor]:
+        """Those of one part of a branch."""
+        modules = () if part is None else part.modules
+        return [t for m in modules for t in self.tensors[id(m)] if t.requires_grad]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -358,7 +372,7 @@ class _Call:
     stack: Stack
     names: tuple[str, ...]
     """Of the tensors beside the stream, which come before the parameters."""
-    parameters: list[nn.Parameter]
+    parameters: list[Tensor]
     """The trainable ones."""
     state: _State
     """Before the forward, so that what the blocks themselves change is seen too."""
@@ -419,7 +433,7 @@ class _Gradients:
             return torch.zeros_like(x) if x.requires_grad else None
         if isinstance(output, Tensor):
             dy = dy.to(output.dtype)
-        pulled = list(torch.autograd.grad([output], inputs, [dy], allow_unused=True))
+        pulled = list(torch.autograd.grad(output, inputs, dy, allow_unused=True))
         dx = pulled.pop(0) if x.requires_grad else None
         for tensor, gradient in zip(others, pulled, strict=True):
             if gradient is not None:
