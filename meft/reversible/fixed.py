@@ -22,7 +22,6 @@ al., arXiv 2407.09093 (one side bit for a scale of 1/2, trained from scratch).
 import functools
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -39,8 +38,6 @@ FRACTION_BITS_WIDE = 18
 """For float32 and wider: range 2048."""
 LIMIT = 2.0**29
 """Greatest value of one addition, in quanta."""
-PIECE = 2**17
-"""Elements computed with at a time on a CPU: 512 KiB of a temporary."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,11 +54,8 @@ class Fixed:
 
     def read(self, stream: Tensor) -> Tensor:
         """The stream as numbers again, rounded to what branches compute in."""
-        out = torch.empty_like(stream, dtype=self.compute_dtype)
-        for part, numbers in _pieces(stream, out):
-            # A power of two: the product is exact, only the two casts round.
-            numbers.copy_(part.float().mul_(2.0**-self.fraction_bits))
-        return out
+        # A power of two: the product is exact, only the two casts round.
+        return stream.float().mul_(2.0**-self.fraction_bits).to(self.compute_dtype)
 
     def quantise(self, value: Tensor) -> Tensor:
         """Q: to the nearest quantum, half to even; clamped, and 0 for not-a-number.
@@ -104,8 +98,7 @@ class Fixed:
         kept = pack(target, num_bits) if keep else None
         if num_bits:
             target.bitwise_right_shift_(num_bits)
-        for part, numbers in _pieces(target, value):
-            part.add_(self.quantise(numbers))
+        target.add_(self.quantise(value))
         return kept
 
     def uncouple_(
@@ -129,8 +122,7 @@ class Fixed:
                 self.fraction_bits,
             )
             return
-        for part, numbers in _pieces(target, value):
-            part.sub_(self.quantise(numbers))
+        target.sub_(self.quantise(value))
         if num_bits:
             target.bitwise_left_shift_(num_bits)
         if kept is not None:
@@ -140,17 +132,6 @@ class Fixed:
             target.bitwise_or_(source & (2**num_bits - 1))
         if coupling.difference:
             target.add_(source)
-
-
-def _pieces(stream: Tensor, numbers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both, a piece at a time on a CPU: temporaries stay in its cache, and are small.
-
-    For large ones it gets fresh memory, which costs it more than the arithmetic does.
-    """
-    size = PIECE if stream.device.type == "cpu" else max(1, stream.numel())
-    return zip(
-        stream.view(-1).split(size), numbers.reshape(-1).split(size), strict=True
-    )
 
 
 def lost_bits(coupling: Coupling) -> int:

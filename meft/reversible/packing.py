@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 WORD_BITS = 32
 
@@ -18,37 +19,40 @@ WORD_BITS = 32
 def pack(values: Tensor, num_bits: int) -> Tensor:
     """The low `num_bits` bits of int32 `values` as int32 words, one-dimensional."""
     flat = values.reshape(-1)
-    words = flat.new_zeros(packed_bytes(flat.numel(), num_bits) // 4)
-    for part, offset, width in _parts(words, flat.numel(), num_bits):
-        scratch = torch.empty_like(part)
-        for row, field in enumerate(flat.split(part.numel())):
-            bits = scratch[: field.numel()]
-            torch.bitwise_right_shift(field, offset, out=bits)
-            bits.bitwise_and_(_mask(width)).bitwise_left_shift_(row * width)
-            part[: field.numel()].bitwise_or_(bits)
+    words = flat.new_empty(packed_bytes(flat.numel(), num_bits) // 4)
+    for part, offset, shifts, mask in _parts(words, flat.numel(), num_bits):
+        padding = shifts.numel() * part.numel() - flat.numel()
+        padded = functional.pad(flat, (0, padding)) if padding else flat
+        fields = padded.view(shifts.numel(), part.numel())
+        fields = fields >> offset if offset else fields
+        fields = (fields & mask).bitwise_left_shift_(shifts)
+        # No two rows share a bit: their sum is all of them side by side.
+        torch.sum(fields, 0, dtype=torch.int32, out=part)
     return words
 
 
 def put_back_(values: Tensor, words: Tensor, num_bits: int) -> None:
     """The inverse of `pack`: into the low bits, which are 0, of contiguous `values`."""
     flat = values.view(-1)
-    for part, offset, width in _parts(words, flat.numel(), num_bits):
-        scratch = torch.empty_like(part)
-        for row, field in enumerate(flat.split(part.numel())):
-            bits = scratch[: field.numel()]
-            torch.bitwise_right_shift(part[: field.numel()], row * width, out=bits)
-            bits.bitwise_and_(_mask(width)).bitwise_left_shift_(offset)
-            field.bitwise_or_(bits)
+    for part, offset, shifts, mask in _parts(words, flat.numel(), num_bits):
+        fields = (part >> shifts).bitwise_and_(mask)
+        if offset:
+            fields.bitwise_left_shift_(offset)
+        flat.bitwise_or_(fields.view(-1)[: flat.numel()])
 
 
 def _parts(
     words: Tensor, num_values: int, num_bits: int
-) -> Iterator[tuple[Tensor, int, int]]:
-    """For each width its words, the lowest bit that they hold, and the width."""
+) -> Iterator[tuple[Tensor, int, Tensor, int]]:
+    """For each width: its words, the lowest bit of a value that they hold, the place of
+    each field in a word as a column, and the bits of one field."""
     offset = start = 0
     for width in widths(num_bits):
-        end = start + -(-num_values // (WORD_BITS // width))
-        yield words[start:end], offset, width
+        shifts = torch.arange(
+            0, WORD_BITS, width, dtype=torch.int32, device=words.device
+        ).unsqueeze(1)
+        end = start + -(-num_values // shifts.numel())
+        yield words[start:end], offset, shifts, _mask(width)
         offset += width
         start = end
 
