@@ -159,3 +159,19 @@ def test_the_start_has_k_across_and_the_papers_scales_beside(
         ("meft1", "6", "2.5e-01", NOTHING, NOTHING),
         ("meft1-exact", "6", NOTHING, "2.5e-01", "6.2e-02"),
     )
+
+
+@pytest.mark.parametrize("kind", ["ratios", "exactness"])
+def test_how_long_steps_are_timed_is_no_setting_of_a_method(
+    make_record: MakeRecord, kind: str
+) -> None:
+    """Cells of one method that were timed for longer stand under the same name."""
+    shape: dict[str, object] = {"task": "synthetic", "gradient_error": [0.0]}
+    records = [
+        make_record(method="adapters-checkpointing", task="synthetic"),
+        make_record(method="meft1-exact", lost_bits=2, max_steps=3, **shape),
+        make_record(method="meft1-exact", lost_bits=4, max_steps=9, **shape),
+    ]
+    (table,) = find_tables(kind)(to_frame(records))
+    names = {row["method"] for row in rows(table)} - {"adapters-checkpointing"}
+    assert not any("max_steps" in name for name in names)

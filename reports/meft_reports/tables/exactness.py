@@ -16,6 +16,9 @@ from meft_reports.summary import (
 )
 from meft_reports.tables.table import Table, join_options
 
+IGNORED = ("rival", "max_steps", "warmup_steps")
+"""What steps are timed against, and for how long, makes no inverse worse."""
+
 
 def make(frame: pd.DataFrame) -> list[Table]:
     """How exact the rebuilt backward is: the worst of every block and seed."""
@@ -27,13 +30,11 @@ def make(frame: pd.DataFrame) -> list[Table]:
     shown = fields_to_show(rows, always=("task", "backbone", "dtype"))
     cells = []
     for _, part in split(rows, [*WORKLOAD, *PROVENANCE]):
-        for same in settings(part, ignoring=("rival",)):
+        for same in settings(part, ignoring=IGNORED):
             first = same.iloc[0]
             cells.append(
                 (
-                    join_options(
-                        first["method"], option_label(first, part, ("rival",))
-                    ),
+                    join_options(first["method"], option_label(first, part, IGNORED)),
                     describe(same, shown),
                     format_count(same["num_blocks"].max()),
                     format_error(worst(same["reconstruction_error"])),

@@ -23,7 +23,8 @@ from meft_reports.methods import RIVAL, is_meft
 from meft_reports.summary import PROVENANCE, WORKLOAD, prepare, settings, split, worst
 from meft_reports.tables.table import Table, join_options, random_note
 
-SAID_ELSEWHERE = ("lost_bits", "rival")
+IGNORED = ("lost_bits", "rival", "max_steps", "warmup_steps")
+"""Said in columns; and for how long steps were timed, which changes no byte."""
 HEADER = (
     "method",
     "blocks",
@@ -67,9 +68,9 @@ def _side_by_side(part: pd.DataFrame) -> bool:
 def _ratios_table(part: pd.DataFrame, workload: str) -> Table:
     ours, rivals = part[part["method"].map(is_meft)], part[part["method"] == RIVAL]
     rows = []
-    for setting in settings(ours, ignoring=SAID_ELSEWHERE):
+    for setting in settings(ours, ignoring=IGNORED):
         first = setting.iloc[0]
-        name = join_options(first["method"], option_label(first, ours, SAID_ELSEWHERE))
+        name = join_options(first["method"], option_label(first, ours, IGNORED))
         same_width = rivals[rivals["bottleneck_size"] == first["bottleneck_size"]]
         for key, cells in split(setting, ["num_blocks", "lost_bits"]):
             rival = same_width[same_width["num_blocks"].eq(key["num_blocks"])]
