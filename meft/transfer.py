@@ -1,32 +1,119 @@
 """Moving tensors between device and host, with a ledger of the bytes.
 
-Copies run on the current stream, in order with what computes there. Host memory is
-pinned where there is a GPU, so that a copy does not make the host wait.
+Host memory is pinned where there is a GPU, so that a copy does not make the host wait.
+`to_host` and `to_device` run on the current stream, in order with what computes there;
+a `Link` has a stream of its own for each direction, so that copies go on beside it.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Trip(NamedTuple):
+    """What the bytes of one copy are booked under."""
+
+    place: str = ""
+    """Of the model, the name of a block for one."""
+    phase: str = ""
+    """`forward`, `backward` or `update`."""
+
+
+_UNNAMED = Trip()
 
 
 @dataclass(slots=True)
 class Ledger:
     """Bytes copied so far, per direction. On a CPU both ends are host memory."""
 
-    d2h_bytes: int = 0
-    h2d_bytes: int = 0
+    d2h: Counter[Trip] = field(default_factory=Counter)
+    h2d: Counter[Trip] = field(default_factory=Counter)
+
+    @property
+    def d2h_bytes(self) -> int:
+        """Device to host."""
+        return self.d2h.total()
+
+    @property
+    def h2d_bytes(self) -> int:
+        """Host to device."""
+        return self.h2d.total()
+
+    def clear(self) -> None:
+        """Start again at nothing."""
+        self.d2h.clear()
+        self.h2d.clear()
 
 
-def to_host(tensor: Tensor, ledger: Ledger) -> Tensor:
+def to_host(tensor: Tensor, ledger: Ledger, trip: Trip = _UNNAMED) -> Tensor:
     """A copy of `tensor` in host memory."""
     copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
     copy.copy_(tensor, non_blocking=True)
-    ledger.d2h_bytes += tensor.nbytes
+    ledger.d2h[trip] += tensor.nbytes
     return copy
 
 
-def to_device(tensor: Tensor, device: torch.device, ledger: Ledger) -> Tensor:
+def to_device(
+    tensor: Tensor, device: torch.device, ledger: Ledger, trip: Trip = _UNNAMED
+) -> Tensor:
     """A copy of `tensor`, which is in host memory, on `device`."""
-    ledger.h2d_bytes += tensor.nbytes
+    ledger.h2d[trip] += tensor.nbytes
     return tensor.to(device, non_blocking=True, copy=True)
+
+
+class Link:
+    """Both directions between the host and `device`, each on a stream of its own.
+
+    On a CPU the same calls copy at once.
+    """
+
+    def __init__(self, device: torch.device, ledger: Ledger) -> None:
+        self.device = device
+        self.ledger = ledger
+        is_cuda = device.type == "cuda"
+        self._up = torch.cuda.Stream(device) if is_cuda else None
+        self._down = torch.cuda.Stream(device) if is_cuda else None
+
+    def upload(self, tensor: Tensor, trip: Trip) -> "Copy":
+        """Start to copy `tensor`, in host memory, to the device."""
+        if self._up is None:
+            return Copy(to_device(tensor, self.device, self.ledger, trip), None)
+        # A pinned block is not handed out again before the copy that reads it is done:
+        # torch's host allocator sees to that.
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+        with torch.cuda.stream(self._up):
+            copy = to_device(pinned, self.device, self.ledger, trip)
+            return Copy(copy, self._up.record_event())
+
+    def download(self, tensor: Tensor, trip: Trip) -> "Copy":
+        """Start to copy `tensor`, on the device, to the host."""
+        if self._down is None:
+            return Copy(to_host(tensor, self.ledger, trip), None)
+        self._down.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._down):
+            copy = to_host(tensor, self.ledger, trip)
+            tensor.record_stream(self._down)
+            return Copy(copy, self._down.record_event())
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A copy that may still be under way."""
+
+    _tensor: Tensor
+    _done: torch.cuda.Event | None
+
+    def get(self) -> Tensor:
+        """The copy, safe to use by whoever reads it next on its side."""
+        if self._done is None:
+            return self._tensor
+        if not self._tensor.is_cuda:
+            self._done.synchronize()
+            return self._tensor
+        stream = torch.cuda.current_stream(self._tensor.device)
+        stream.wait_event(self._done)
+        self._tensor.record_stream(stream)
+        return self._tensor

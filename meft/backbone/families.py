@@ -66,10 +66,12 @@ def find_blocks(model: nn.Module) -> list[BlockList]:
     for path, owner in model.named_modules():
         for attribute, child in owner.named_children():
             blocks = list(child) if isinstance(child, nn.ModuleList) else []
-            if not blocks or type(blocks[0]) not in families:
+            # A block that carries a parallel adapter has a class of its own.
+            kind = getattr(blocks[0], "plain", type(blocks[0])) if blocks else None
+            if kind not in families:
                 continue
             name = f"{path}.{attribute}".lstrip(".")
-            family = families[type(blocks[0])]
+            family = families[kind]
             _refuse(model, owner, family, blocks)
             found.append(
                 BlockList(

@@ -1,0 +1,8 @@
+"""Sparse adapters whose neurons live in host memory (Hao et al., ACL 2024).
+
+In reading order: `router` (who answers a token), `dense` (the plain twin),
+`products` and `pieces` (the same at the cost of what was chosen), `token_topk` and
+`union` (the two semantics), `store`, `adam` (home of the rows, and their optimizer),
+`rows`, `cache`, `engine` (how rows get to the device), `anchor`, `adapter`,
+`optimizer`, `convert`.
+"""

@@ -1,0 +1,121 @@
+"""`SparseAdapter`: a second feed-forward of many neurons, few of which answer.
+
+    out = sum over some neurons i of relu(s_i) v_i,        s_i a score of k_i . h
+
+beside the block's own feed-forward, on the same input h, without a scale and without
+biases (Hao et al., ACL 2024, sections 2 and 3). Which neurons: `token_topk` and
+`union`, a file each. Padding chooses none and gets 0.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from meft.errors import UnsupportedCallError
+from meft.sparse import router
+from meft.sparse.anchor import Anchor
+from meft.sparse.config import SparseConfig
+from meft.sparse.rows import Rows, Tokens
+from meft.sparse.token_topk import token_topk
+from meft.sparse.union import union
+
+Hidden = Float[Tensor, "*shape hidden"]
+FUNCTIONS: dict[str, Callable[..., Tokens]] = {"token_topk": token_topk, "union": union}
+
+
+@dataclass(slots=True)
+class Batch:
+    """What all adapters of a model need to know of the batch in the works."""
+
+    token_mask: Bool[Tensor, "batch seq"] | None = None
+    """False for padding; None if there is none."""
+
+
+@dataclass(slots=True)
+class Seen:
+    """What the last batch of one block was like."""
+
+    num_tokens: int = 0
+    num_candidates: int = 0
+    """Distinct neurons that were scored because some token's expert holds them."""
+    num_active: int = 0
+    """Distinct neurons that answer: the union over tokens."""
+
+
+class SparseAdapter(nn.Module):
+    """The adapter of one block. Its neurons are in `rows`, which are no parameters.
+
+    Args:
+        rows: the neurons.
+        router_weight: W_g, one row per expert; None without experts.
+        config: how neurons are chosen and summed.
+        batch: shared by all blocks of a model.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        router_weight: nn.Parameter | None,
+        config: SparseConfig,
+        batch: Batch,
+    ) -> None:
+        super().__init__()
+        self.rows = rows
+        self.config = config
+        self.batch = batch
+        self.router = router_weight
+        self.anchor = Anchor(rows)
+        self.seen = Seen()
+
+    @property
+    def rows_per_expert(self) -> int:
+        """Neurons in an expert; all of them without experts."""
+        return self.config.num_neurons // max(self.config.experts, 1)
+
+    @property
+    def rows_per_piece(self) -> int:
+        """Neurons that are on the device at a time, to compute with."""
+        row_bytes = 2 * 4 * self.rows.store.width  # as float32, and their gradient
+        return max(self.config.device_bytes // 8 // row_bytes, 1)
+
+    def bind(self) -> Callable[[Hidden], Hidden]:
+        """The adapter for the batch in the works, also when it is run again later."""
+        mask = self.batch.token_mask
+        return lambda hidden: self(hidden, mask)
+
+    def forward(
+        self, hidden: Hidden, token_mask: Bool[Tensor, "batch seq"] | None = None
+    ) -> Hidden:
+        """What the neurons add, in the dtype of `hidden`."""
+        flat = hidden.flatten(0, -2)
+        if token_mask is None:
+            return self._of_tokens(flat).view_as(hidden)
+        if token_mask.numel() != len(flat):
+            raise UnsupportedCallError(
+                f"the mask is of {token_mask.numel()} tokens and the batch of "
+                f"{len(flat)}: a sparse adapter needs to know which is padding"
+            )
+        keep = token_mask.flatten().nonzero()[:, 0]
+        out = self._of_tokens(flat[keep])
+        return torch.zeros_like(flat).index_copy(0, keep, out).view_as(hidden)
+
+    def _of_tokens(self, tokens: Tokens) -> Tokens:
+        store = self.rows.store
+        # 16-bit products are for devices that are made for them.
+        compute = torch.float32 if tokens.device.type == "cpu" else store.wire_dtype
+        self.rows.begin_batch(tokens.device)
+        with torch.autocast(tokens.device.type, enabled=False):
+            experts = gates = None
+            if self.router is not None:
+                logits = functional.linear(tokens.float(), self.router.float())
+                experts = router.top(logits.detach(), self.config.top_k_experts)
+                if self.config.is_gated:
+                    gates = router.gates(logits, experts, self.config.gate)
+            function = FUNCTIONS[self.config.semantics]
+            arguments = (tokens.to(compute), gates, self.anchor.enter(), experts, self)
+            out = function(*arguments)
+        return out.to(tokens.dtype)

@@ -1,0 +1,168 @@
+"""`add_sparse_adapters`: a transformers model in, the same with more neurons out."""
+
+import functools
+import inspect
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from meft.backbone import parallel
+from meft.backbone.families import BlockList, find_blocks, freeze_all_but_head
+from meft.backbone.family import Family
+from meft.errors import UnsupportedModelError
+from meft.sparse import router
+from meft.sparse.adapter import Batch, SparseAdapter
+from meft.sparse.config import SparseConfig
+from meft.sparse.engine import Engine
+from meft.sparse.rows import ResidentRows, Rows
+from meft.sparse.store import RowStore
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+FAMILIES = ("BERT", "RoBERTa", "OPT", "LLaMA", "Mistral")
+
+
+def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
+    """Put a sparse adapter beside the feed-forward of every block, in place.
+
+    The model keeps its class, its `forward` signature and its outputs; at the start it
+    computes what it did before. Afterwards routers, rows and a newly made task head are
+    trainable and everything else is frozen; train it with `meft.SparseAdamW`, which
+    knows where the rows are. The rows are no parameters: they stay in host memory
+    whatever the model is moved to (`placement="resident"`: they follow it), and are
+    saved by `meft.save_adapters`.
+
+    Args:
+        model: any class of BERT, RoBERTa, OPT, LLaMA or Mistral, converted by
+            `make_reversible` or not.
+        config: neurons, routing, and where rows live.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        UnsupportedModelError: not such a model, or it has sparse adapters already.
+    """
+    if sparse_adapters(model):
+        raise UnsupportedModelError("this model has sparse adapters already")
+    found = _find(model)
+    freeze_all_but_head(model)
+    batch = Batch()
+    dtype = next(iter(found.blocks[0].parameters())).dtype
+    wire_dtype = getattr(torch, config.wire_dtype) if config.wire_dtype else dtype
+    stores = [_new_store(block, found, config, wire_dtype) for block in found.blocks]
+    for block, rows in zip(found.blocks, _rows(stores, config), strict=True):
+        weight = None
+        device = next(block.parameters()).device
+        if config.experts:
+            keys = rows.store.rows[:, : rows.store.width // 2]
+            weight = router.make_router(keys, config.experts)
+            weight.requires_grad = config.router_learns
+        adapter = SparseAdapter(rows, weight, config, batch)
+        block.add_module(parallel.NAME, adapter.to(device).train(block.training))
+        kind: Any = type(block)
+        block.__class__ = _with_adapter(kind, found.family)
+    _watch_padding(model.base_model, batch)
+    return model
+
+
+def sparse_adapters(model: nn.Module) -> dict[str, SparseAdapter]:
+    """The sparse adapters inside `model`, by name; empty if it has none."""
+    named = model.named_modules()
+    return {name: m for name, m in named if isinstance(m, SparseAdapter)}
+
+
+def _find(model: PreTrainedModel) -> BlockList:
+    if any(getattr(module, parallel.REBUILDS, False) for module in model.modules()):
+        raise UnsupportedModelError(
+            "this model is reversible already: call `meft.add_sparse_adapters()` first "
+            "and `meft.make_reversible()` on the result"
+        )
+    lists = find_blocks(model)
+    if len(lists) != 1 or lists[0].family.name not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not supported by sparse adapters: they go "
+            f"beside the feed-forward of transformers' {', '.join(FAMILIES)}, with any "
+            "head"
+        )
+    return lists[0]
+
+
+def _new_store(
+    block: nn.Module, found: BlockList, config: SparseConfig, wire_dtype: torch.dtype
+) -> RowStore:
+    """Keys N(0, 0.02^2), values 0: at the start the adapter adds nothing."""
+    hidden_size = found.family.adapter_shape(block, found.owner.config).hidden_size
+    rows = torch.zeros(config.num_neurons, 2 * hidden_size)
+    rows[:, :hidden_size].normal_(std=router.KEY_STD)
+    return RowStore(rows, wire_dtype)
+
+
+def _rows(stores: list[RowStore], config: SparseConfig) -> list[Rows]:
+    if config.placement == "resident":
+        return [ResidentRows(store) for store in stores]
+    return list(Engine(stores, config).blocks)
+
+
+@functools.cache
+def _with_adapter(original: Any, family: Family) -> type[nn.Module]:
+    """The class of a block that carries a sparse adapter: still an `original`."""
+    signature = inspect.signature(original.forward)
+
+    class WithSparseAdapter(original):  # type: ignore[misc]
+        plain = original
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            # Into the arguments, so that gradient checkpointing gives it again.
+            mask = self.parallel_adapter.batch.token_mask
+            return super().__call__(*args, token_mask=mask, **kwargs)
+
+        def forward(
+            self,
+            *args: Any,
+            token_mask: Tensor | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            bound = signature.bind(self, *args, **kwargs).arguments
+            call = {**bound, **bound.pop("kwargs", {})}
+            call.pop("kwargs", None)
+            del call["self"]
+            hidden = family.attention_half(self, call.pop("hidden_states"), **call)
+            adapter = functools.partial(self.parallel_adapter, token_mask=token_mask)
+            return family.mlp_half(self, hidden, adapter)
+
+    WithSparseAdapter.__name__ = f"{original.__name__}WithSparseAdapter"
+    WithSparseAdapter.__qualname__ = WithSparseAdapter.__name__
+    return WithSparseAdapter
+
+
+def _watch_padding(model: nn.Module, batch: Batch) -> None:
+    # Partials, not closures: a copy of the model gets hooks on its own `batch`.
+    model.register_forward_pre_hook(
+        functools.partial(_note_padding, batch), with_kwargs=True
+    )
+    model.register_forward_hook(
+        functools.partial(_forget_padding, batch), always_call=True
+    )
+
+
+def _note_padding(
+    batch: Batch, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    given = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
+    call = {**given.arguments, **given.arguments.get("kwargs", {})}
+    mask = call.get("attention_mask")
+    batch.token_mask = None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return  # no padding that could be told from this
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(call.get(name), Tensor):
+            # With a cache, the mask is of what is cached too.
+            mask = mask[:, -call[name].shape[1] :].bool()
+            batch.token_mask = None if mask.all() else mask
+            return
+
+
+def _forget_padding(batch: Batch, *unused: Any) -> None:
+    batch.token_mask = None

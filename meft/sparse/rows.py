@@ -1,0 +1,153 @@
+"""What an adapter asks of its rows, wherever they live.
+
+    choose(h, k)             the k best neurons of each token, every neuron scored
+    take(ids)                rows as they are now, on the device
+    add_gradient(ids, g)     remember a gradient until the next optimizer step
+    gradient()               what was remembered, where the optimizer runs
+
+`ResidentRows` answers from the device's own memory and is the plain twin of
+`meft.sparse.engine.OffloadedRows`: between equal questions there is no arithmetic but
+copies, so both give the same bits.
+"""
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from typing_extensions import override
+
+from meft.sparse.router import top
+from meft.sparse.store import Ids, RowStore, Width
+
+Tokens = Float[Tensor, "tokens hidden"]
+
+
+class Rows(Protocol):
+    """Rows of one block."""
+
+    store: RowStore
+    """Their home."""
+
+    def begin_batch(self, device: torch.device) -> None:
+        """The block starts on another batch, which is on `device`."""
+
+    def chosen(self, flags: Tensor) -> Ids:
+        """Indices of what is True in `flags`, known where rows are looked up."""
+
+    def choose(self, tokens: Tokens, k: int) -> Int[Tensor, "tokens kept"]:
+        """The `k` neurons of each token with the largest scores, ascending."""
+
+    def take(self, ids: Ids) -> Width:
+        """Rows `ids`, ascending, on the device in the wire's dtype."""
+
+    def add_gradient(self, ids: Ids, gradient: Width) -> None:
+        """Add to the gradients of rows `ids`, ascending; float32, on the device."""
+
+    def norm(self) -> Tensor:
+        """Size of all that `add_gradient` added, a float32 scalar on the device."""
+
+    def gradient(self) -> tuple[Ids, Width]:
+        """Rows that have a gradient, and it in float32, where the store is."""
+
+    def scale_gradient(self, factor: Tensor) -> None:
+        """Multiply all that `add_gradient` added."""
+
+    def drop_gradient(self) -> None:
+        """Forget all that `add_gradient` added."""
+
+    def end_step(self) -> None:
+        """Rows of all blocks have taken a step."""
+
+    def forget(self) -> None:
+        """Rows were replaced: what was computed from the old ones is void."""
+
+
+class ResidentRows(Rows):
+    """Rows that live on the device."""
+
+    def __init__(self, store: RowStore) -> None:
+        self.store = store
+        self._gradient: Tensor | None = None
+        self._square = torch.zeros((), dtype=torch.double)
+        self._has_gradient = torch.zeros(len(store), dtype=torch.bool)
+
+    @override
+    def begin_batch(self, device: torch.device) -> None:
+        self.store.to(device)
+        self._square = self._square.to(device)
+        self._has_gradient = self._has_gradient.to(device)
+        if self._gradient is not None:
+            self._gradient = self._gradient.to(device)
+
+    @override
+    def chosen(self, flags: Tensor) -> Ids:
+        return flags.nonzero()[:, 0]
+
+    @override
+    def choose(self, tokens: Tokens, k: int) -> Int[Tensor, "tokens kept"]:
+        return choose(self.store, tokens, k)
+
+    @override
+    def take(self, ids: Ids) -> Width:
+        return self.store.read(ids)
+
+    @override
+    def add_gradient(self, ids: Ids, gradient: Width) -> None:
+        if self._gradient is None:
+            self._gradient = torch.zeros_like(self.store.rows)
+        self._square += add_rows(self._gradient, ids, gradient)
+        self._has_gradient[ids] = True
+
+    @override
+    def norm(self) -> Tensor:
+        return size(self._square)
+
+    @override
+    def gradient(self) -> tuple[Ids, Width]:
+        ids = self.chosen(self._has_gradient)
+        if self._gradient is None:
+            return ids, self.store.rows[:0]
+        return ids, self._gradient[ids].to(self.store.wire_dtype).float()
+
+    @override
+    def scale_gradient(self, factor: Tensor) -> None:
+        self._square *= factor * factor
+        if self._gradient is not None:
+            self._gradient *= factor
+
+    @override
+    def end_step(self) -> None:
+        """Nothing is kept that a step could make wrong."""
+
+    @override
+    def forget(self) -> None:
+        self.drop_gradient()
+
+    @override
+    def drop_gradient(self) -> None:
+        self._has_gradient.fill_(False)
+        self._square.zero_()
+        if self._gradient is not None:
+            self._gradient.zero_()
+
+
+def choose(store: RowStore, tokens: Tokens, k: int) -> Int[Tensor, "tokens kept"]:
+    """`Rows.choose` for tokens that are where the store is."""
+    keys = store.keys()
+    if keys.device.type == "cpu":
+        return top(tokens.float() @ keys.float().T, k)
+    return top((tokens.to(keys.dtype) @ keys.T).float(), k)
+
+
+def add_rows(sums: Width, places: Ids, gradient: Width) -> Tensor:
+    """Add `gradient` to rows of `sums`; by how much their squared size grew."""
+    old = sums[places]
+    new = old + gradient
+    sums[places] = new
+    return (new.square().sum(1) - old.square().sum(1)).double().sum()
+
+
+def size(square: Tensor) -> Tensor:
+    """The root of a sum of differences, which rounding may leave below 0."""
+    return square.clamp(min=0).sqrt().float()

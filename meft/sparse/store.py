@@ -1,0 +1,210 @@
+"""The home of one block's rows: master weights, Adam state, and what travels.
+
+A row is a neuron, key and value side by side, so that one gather, one copy, one
+gradient and one Adam step are each of contiguous memory. Rows and both moments are
+float32; where the wire carries 16 bits, a 16-bit copy of the rows is kept beside them.
+In host memory all of it is page-locked if there is a GPU to copy to.
+
+A store is no module and holds no parameter: `model.to(device)` leaves it where it is
+and `model.state_dict()` does not see it.
+"""
+
+import importlib.util
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from meft.errors import ConfigError, MeftError
+from meft.sparse import adam
+from meft.sparse.adam import Schedule, Table
+
+Width = Float[Tensor, "rows width"]
+Ids = Int[Tensor, " some"]
+
+
+class RowStore:
+    """Rows of one block, with their optimizer state, in one place.
+
+    Args:
+        rows: float32, in the memory that they are to live in.
+        wire_dtype: of what `read()` gives.
+    """
+
+    def __init__(self, rows: Width, wire_dtype: torch.dtype) -> None:
+        self.rows = _pinned(rows)
+        self.wire_dtype = wire_dtype
+        is_wide = wire_dtype == torch.float32
+        self.shadow = None if is_wide else _pinned(rows.to(wire_dtype))
+        self._moments: tuple[Tensor, Tensor] | None = None
+        self.updated_at = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+        """The step that each row stands at."""
+        self.schedule: Schedule | None = None
+        """The optimizer's, once there is one."""
+        self.update = "lazy"
+        """What happens to rows without a gradient."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row: twice the backbone's width."""
+        return self.rows.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything held."""
+        held = [self.rows, self.updated_at, self.shadow, *(self._moments or ())]
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+    @property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Adam's m and v, made when first asked for."""
+        if self._moments is None:
+            self._moments = (
+                _pinned(torch.zeros_like(self.rows)),
+                _pinned(torch.zeros_like(self.rows)),
+            )
+        return self._moments
+
+    def to(self, device: torch.device) -> None:
+        """Move everything; nothing to do where it is there already."""
+        if self.rows.device == device:
+            return
+        self.rows, self.updated_at = self.rows.to(device), self.updated_at.to(device)
+        if self.shadow is not None:
+            self.shadow = self.shadow.to(device)
+        if self._moments is not None:
+            first, second = self._moments
+            self._moments = first.to(device), second.to(device)
+
+    def read(self, ids: Ids) -> Width:
+        """Rows as they are now, in the wire's dtype: a copy."""
+        self.catch_up(ids)
+        source = self.rows if self.shadow is None else self.shadow
+        return source.index_select(0, ids)
+
+    def keys(self) -> Width:
+        """All keys as they are now, in the wire's dtype: a view."""
+        self.catch_up(None)
+        source = self.rows if self.shadow is None else self.shadow
+        return source[:, : self.width // 2]
+
+    def version(self, ids: Ids) -> Int[Tensor, " some"]:
+        """A number per row that changes whenever its value does."""
+        stands_at = self.updated_at[ids]
+        if self.schedule is None or self.update == "lazy":
+            return stands_at
+        moves = (stands_at > 0) | self.schedule.decays
+        return torch.where(moves, self.schedule.step, stands_at)
+
+    def step(self, ids: Ids, gradient: Width) -> None:
+        """Take the schedule's last step with a float32 gradient for rows `ids`."""
+        if self.update == "dense":
+            everything = torch.arange(len(self), device=self.rows.device)
+            whole = torch.zeros_like(self.rows)
+            whole[ids] = gradient
+            self._advance(everything, whole)
+        else:
+            self._advance(ids, gradient)
+
+    def catch_up(self, ids: Ids | None) -> None:
+        """Let rows (None: all) take the idle steps that they have put off."""
+        if self.schedule is None or self.update != "catchup":
+            return
+        if ids is None:
+            ids = torch.arange(len(self), device=self.rows.device)
+        stands_at = self.updated_at[ids]
+        behind = (stands_at < self.schedule.step) & (
+            (stands_at > 0) | self.schedule.decays
+        )
+        if behind.any():
+            self._advance(ids[behind], None)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a later run needs to go on in the same bits."""
+        first, second = self.moments
+        return {
+            "rows": self.rows,
+            "first": first,
+            "second": second,
+            "updated_at": self.updated_at,
+            "schedule": None if self.schedule is None else asdict(self.schedule),
+        }
+
+    def refuse(self, state: dict[str, Any]) -> None:
+        """Raise if `state` is not of a store like this one."""
+        given, mine = tuple(state["rows"].shape), tuple(self.rows.shape)
+        if given != mine:
+            raise ConfigError(
+                f"the state is of {given[0]} rows of {given[1]} numbers, but this "
+                f"model's blocks have {mine[0]} of {mine[1]}"
+            )
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of `state()`."""
+        first, second = self.moments
+        for mine, name in (
+            (self.rows, "rows"),
+            (first, "first"),
+            (second, "second"),
+            (self.updated_at, "updated_at"),
+        ):
+            mine.copy_(state[name])
+        schedule = state["schedule"]
+        self.schedule = None if schedule is None else Schedule(**schedule)
+        self._write_shadow(slice(None))
+
+    def replace(self, rows: Width) -> None:
+        """Take other rows, which no step has touched."""
+        self.rows.copy_(rows)
+        self.updated_at.zero_()
+        self._moments = None
+        self._write_shadow(slice(None))
+
+    def _write_shadow(self, ids: Ids | slice) -> None:
+        if self.shadow is not None:
+            self.shadow[ids] = self.rows[ids].to(self.shadow.dtype)
+
+    def _advance(self, ids: Ids, gradient: Width | None) -> None:
+        assert self.schedule is not None
+        first, second = self.moments
+        table = Table(
+            rows=self.rows, first=first, second=second, updated_at=self.updated_at
+        )
+        function = _advance_function(self.rows.device)
+        function(table, ids, gradient, self.schedule, idle=self.update != "lazy")
+        self._write_shadow(ids)
+
+
+def _advance_function(device: torch.device) -> Callable[..., None]:
+    if device.type == "cpu" and importlib.util.find_spec("numba") is not None:
+        from meft.sparse import adam_kernel
+
+        return adam_kernel.advance
+    return adam.advance
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """The same memory, page-locked where that is of use.
+
+    torch's own pinned allocator rounds every block up to a power of two; registering
+    ordinary memory does not.
+    """
+    if tensor.is_cuda or not torch.cuda.is_available() or tensor.numel() == 0:
+        return tensor
+    tensor, runtime = tensor.contiguous(), torch.cuda.cudart()
+    code = runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+    storage = tensor.untyped_storage()
+    weakref.finalize(storage, runtime.cudaHostUnregister, tensor.data_ptr())
+    if int(code) != 0:
+        raise MeftError(
+            f"{tensor.nbytes} bytes of host memory could not be page-locked (CUDA "
+            f"error {int(code)}): free host memory or take fewer `num_neurons`"
+        )
+    return tensor

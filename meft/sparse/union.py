@@ -1,0 +1,88 @@
+"""Each token is answered by all that any token of the batch kept (the paper).
+
+    out  = relu(h K') V'            K', V': keys and values of the union
+    dV'  = relu(h K')^T d           d: the gradient of out
+    dS   = (d V'^T) where h K' > 0
+    dK'  = h^T dS,   dh = dS K'^T
+
+Hao et al., ACL 2024, equation 4 and algorithm 1. Experts only narrow down what a token
+may keep; their gates are not in the sum, so the router does not learn.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from meft.sparse.rows import Tokens
+from meft.sparse.store import Ids
+from meft.sparse.token_topk import choose, distinct, neurons_of
+
+if TYPE_CHECKING:
+    from meft.sparse.adapter import SparseAdapter
+
+
+def union(
+    tokens: Tokens,
+    gates: None,
+    anchor: Tensor,
+    experts: Int[Tensor, "tokens experts"] | None,
+    adapter: "SparseAdapter",
+) -> Tokens:
+    """What the neurons add; arguments as those of `token_topk`."""
+    out: Tensor = _Union.apply(  # type: ignore[no-untyped-call]
+        tokens, gates, anchor, experts, adapter
+    )
+    return out
+
+
+class _Union(torch.autograd.Function):
+    """The autograd function; its formulas are in the module's docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tokens,
+        gates: None,
+        anchor: Tensor,
+        experts: Int[Tensor, "tokens experts"] | None,
+        adapter: "SparseAdapter",
+    ) -> Tokens:
+        columns, _ = choose(adapter, tokens, None, experts)
+        active = distinct(
+            adapter, neurons_of(columns, experts, adapter.rows_per_expert)
+        )
+        adapter.seen.num_tokens, adapter.seen.num_active = len(tokens), len(active)
+        out = torch.zeros_like(tokens, dtype=torch.float32)
+        for _, keys, values in _pieces(adapter, tokens, active):
+            out += torch.relu(tokens @ keys.T) @ values
+        ctx.adapter, ctx.active = adapter, active
+        ctx.save_for_backward(tokens)
+        return out.to(tokens.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tokens) -> tuple[Tensor | None, ...]:
+        (tokens,) = ctx.saved_tensors
+        adapter: SparseAdapter = ctx.adapter
+        adapter.anchor.settle()
+        grad = grad.to(tokens.dtype)
+        grad_tokens = torch.zeros_like(tokens, dtype=torch.float32)
+        for ids, keys, values in _pieces(adapter, tokens, ctx.active):
+            weights = torch.relu(tokens @ keys.T)
+            grad_dots = (grad @ values.T) * (weights > 0)
+            grad_tokens += grad_dots @ keys
+            grad_rows = torch.cat((grad_dots.T @ tokens, weights.T @ grad), 1)
+            adapter.rows.add_gradient(ids, grad_rows.float())
+        return grad_tokens.to(tokens.dtype), None, adapter.anchor.mark(), None, None
+
+
+def _pieces(
+    adapter: "SparseAdapter", tokens: Tokens, active: Ids
+) -> Iterator[tuple[Ids, Tensor, Tensor]]:
+    for ids in active.split(adapter.rows_per_piece):
+        keys, values = adapter.rows.take(ids).to(tokens.dtype).chunk(2, 1)
+        yield ids, keys, values
