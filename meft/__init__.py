@@ -19,6 +19,9 @@ from meft.errors import (
 )
 from meft.reversible.config import ReversibleConfig
 from meft.reversible.convert import make_reversible
+from meft.sparse.config import SparseConfig
+from meft.sparse.convert import add_sparse_adapters
+from meft.sparse.optimizer import SparseAdamW
 
 try:
     __version__ = version("meft")
@@ -33,9 +36,12 @@ __all__ = [
     "MismatchWarning",
     "ReconstructionError",
     "ReversibleConfig",
+    "SparseAdamW",
+    "SparseConfig",
     "UnsupportedCallError",
     "UnsupportedModelError",
     "__version__",
+    "add_sparse_adapters",
     "chunk_loss",
     "load_adapters",
     "make_reversible",

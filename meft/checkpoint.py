@@ -1,9 +1,10 @@
 """Save and load what is trained, and nothing else.
 
 A directory holds two files: `adapters.safetensors`, every trainable parameter under its
-name in the model, and `adapters.json`, which says what kind of model they belong to:
-the `ReversibleConfig`, the shapes of the backbone, and a digest of its frozen weights.
-Loading compares both before it touches the model.
+name in the model and the rows of sparse adapters beside them, and `adapters.json`,
+which says what kind of model they belong to: the configs of our methods, the shapes of
+the backbone, and a digest of its frozen weights. Loading compares both before it
+touches the model.
 """
 
 import contextlib
@@ -11,23 +12,32 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from meft.backbone.families import find_blocks
-from meft.errors import AdapterFileError
+from meft.errors import AdapterFileError, UnsupportedModelError
 from meft.reversible.config import ReversibleConfig
-from meft.reversible.convert import find_stacks, make_reversible, reversible_stacks
+from meft.reversible.convert import find_stacks, make_reversible
+from meft.sparse.config import SparseConfig
+from meft.sparse.convert import (
+    add_sparse_adapters,
+    remove_sparse_adapters,
+    sparse_adapters,
+)
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapters.json"
 FORMAT_VERSION = 1
+ROWS = "rows"
+"""Name of a sparse adapter's neurons, after that of the adapter."""
 _SHAPE_FIELDS = (
     "model_type",
     "hidden_size",
@@ -55,10 +65,16 @@ def save_adapters(model: PreTrainedModel, directory: str | Path) -> None:
     Raises:
         UnsupportedModelError: the model is not reversible.
     """
-    stacks = list(reversible_stacks(model).values())
+    sparse, stacks = sparse_adapters(model), list(find_stacks(model).values())
+    if not sparse and not stacks:
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} has no adapters to save: call "
+            "`meft.make_reversible()` or `meft.add_sparse_adapters()` first"
+        )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    adapters = {id(p) for stack in stacks for p in stack.adapters.parameters()}
+    modules = [*(stack.adapters for stack in stacks), *sparse.values()]
+    adapters = {id(p) for module in modules for p in module.parameters()}
     trained = {
         name: parameter.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
@@ -66,11 +82,14 @@ def save_adapters(model: PreTrainedModel, directory: str | Path) -> None:
     }
     config = {
         "format_version": FORMAT_VERSION,
-        "reversible": stacks[0].reversible.to_json(),
+        "reversible": stacks[0].reversible.to_json() if stacks else None,
+        "sparse": next(iter(sparse.values())).config.to_json() if sparse else None,
         "model_class": type(model).__name__,
         "backbone": _shape(model),
         "frozen_sha256": _digest(model, without=trained.keys()),
     }
+    for name, adapter in sparse.items():
+        trained[f"{name}.{ROWS}"] = adapter.rows.store.settled().cpu()
     # Weights before config: a directory with a config always has its weights.
     _replace(directory / WEIGHTS, lambda path: save_file(trained, path))
     text = json.dumps(config, indent=2) + "\n"
@@ -95,43 +114,67 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
     config = _read_config(directory)
     trained = _read_weights(directory)
     _refuse_other_backbone(model, config, trained, directory)
-    with _converted(model, ReversibleConfig.from_json(config["reversible"]), directory):
+    rows = {n: trained.pop(n) for n in list(trained) if n.endswith(f".{ROWS}")}
+    with _converted(model, config, directory):
         parameters = dict(model.named_parameters())
-        for name, value in trained.items():
-            _refuse_misfit(name, value, parameters, directory)
+        stores = {
+            f"{name}.{ROWS}": adapter.rows.store
+            for name, adapter in sparse_adapters(model).items()
+        }
+        tensors = parameters | {name: store.rows for name, store in stores.items()}
+        for name, value in (trained | rows).items():
+            _refuse_misfit(name, value, tensors, directory)
+    fixed = {id(p) for a in sparse_adapters(model).values() for p in a.parameters()}
     with torch.no_grad():
         for name, value in trained.items():
-            parameters[name].copy_(value).requires_grad_(True)
+            parameter = parameters[name].copy_(value)
+            parameter.requires_grad |= id(parameter) not in fixed
+        for name, value in rows.items():
+            stores[name].replace(value)
+    for adapter in sparse_adapters(model).values():
+        adapter.rows.forget()
     return model
 
 
 @contextlib.contextmanager
 def _converted(
-    model: PreTrainedModel, config: ReversibleConfig, directory: Path
+    model: PreTrainedModel, config: dict[str, Any], directory: Path
 ) -> Iterator[None]:
-    """Make the model reversible with `config`; undo it if the body raises."""
-    for stack in find_stacks(model).values():
-        if not stack.reversible.same_function(config):
-            raise AdapterFileError(
-                f"{directory} was saved with {config}, this model was made with "
-                f"{stack.reversible}"
-            )
-        yield
-        return
-    originals = [
-        (found.owner, found.attribute, getattr(found.owner, found.attribute))
-        for found in find_blocks(model)
-    ]
+    """Give the model the adapters of `config`; undo it if the body raises."""
+    of_sparse, of_reversible = config.get("sparse"), config["reversible"]
+    sparse = SparseConfig.from_json(of_sparse) if of_sparse else None
+    reversible = ReversibleConfig.from_json(of_reversible) if of_reversible else None
+    stacks, adapters = find_stacks(model), sparse_adapters(model)
+    for stack in stacks.values():
+        if reversible is None or not stack.reversible.same_function(reversible):
+            raise _other_adapters(directory, reversible, stack.reversible)
+    for adapter in adapters.values():
+        if sparse is None or not adapter.config.same_function(sparse):
+            raise _other_adapters(directory, sparse, adapter.config)
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    make_reversible(model, config)
+    undo: list[Callable[[], object]] = []
     try:
+        if sparse and not adapters:
+            add_sparse_adapters(model, sparse)
+            undo.append(lambda: remove_sparse_adapters(model))
+        if reversible and not stacks:
+            for found in find_blocks(model):
+                blocks = getattr(found.owner, found.attribute)
+                undo.append(partial(setattr, found.owner, found.attribute, blocks))
+            make_reversible(model, reversible)
         yield
     except BaseException:
-        for owner, attribute, blocks in originals:
-            setattr(owner, attribute, blocks)
+        for step in reversed(undo):
+            step()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
+
+
+def _other_adapters(directory: Path, saved: object, given: object) -> AdapterFileError:
+    return AdapterFileError(
+        f"{directory} was saved with {saved}, this model was made with {given}"
+    )
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -185,7 +228,7 @@ def _refuse_other_backbone(
 
 
 def _refuse_misfit(
-    name: str, value: Tensor, parameters: dict[str, nn.Parameter], directory: Path
+    name: str, value: Tensor, parameters: Mapping[str, Tensor], directory: Path
 ) -> None:
     if name not in parameters:
         raise AdapterFileError(f"{directory} has {name!r}, which the model has not")

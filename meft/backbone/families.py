@@ -14,6 +14,7 @@ from meft.backbone.bert import BERT, ROBERTA
 from meft.backbone.family import Family
 from meft.backbone.llama import LLAMA, MISTRAL
 from meft.backbone.opt import OPT
+from meft.backbone.parallel import NAME
 from meft.backbone.vit import DEIT, VIT
 from meft.errors import UnsupportedModelError
 
@@ -92,8 +93,15 @@ def find_blocks(model: nn.Module) -> list[BlockList]:
 
 
 def freeze_all_but_head(model: nn.Module) -> None:
-    """Freeze every parameter except those of a task head without trained weights."""
-    model.requires_grad_(False)
+    """Freeze what came with the model, except a task head without trained weights.
+
+    Parallel adapters that another method has added stay as they are.
+    """
+    added = [m for name, m in model.named_modules() if name.endswith(f".{NAME}")]
+    kept = {id(p) for module in added for p in module.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
     for name in NEW_HEADS:
         head = getattr(model, name, None)
         if isinstance(head, nn.Module):

@@ -56,6 +56,8 @@ class ReversibleBlocks(nn.Module):
         model_config: the config of the model that loops over the blocks.
     """
 
+    rebuilds_blocks = True
+
     def __init__(
         self,
         blocks: list[nn.Module],

@@ -1,12 +1,11 @@
 """`ReversibleConfig`: everything that decides which function a reversible model is."""
 
 import dataclasses
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from meft.errors import ConfigError
+from meft.validate import at_least, one_of
 
 PAPER_SCALES = {"meft1": (0.1, 1.0), "meft2": (1.0, 0.1), "meft3": (0.1, 0.1)}
 """(lambda, beta) of the authors' GLUE runs, per variant."""
@@ -60,19 +59,16 @@ class ReversibleConfig:
     activations, and a warning (keeps the input of the stack for that)."""
 
     def __post_init__(self) -> None:
-        _one_of("variant", self.variant, PAPER_SCALES)
-        _one_of("arithmetic", self.arithmetic, ("fixed", "float"))
-        _one_of("backward", self.backward, ("rebuild", "store"))
-        _one_of("gradient_dtype", self.gradient_dtype, ("float32", "bfloat16"))
-        _one_of("side_buffer", self.side_buffer, ("device", "host"))
-        _one_of("on_mismatch", self.on_mismatch, ("raise", "skip", "redo"))
+        one_of("variant", self.variant, PAPER_SCALES)
+        one_of("arithmetic", self.arithmetic, ("fixed", "float"))
+        one_of("backward", self.backward, ("rebuild", "store"))
+        one_of("gradient_dtype", self.gradient_dtype, ("float32", "bfloat16"))
+        one_of("side_buffer", self.side_buffer, ("device", "host"))
+        one_of("on_mismatch", self.on_mismatch, ("raise", "skip", "redo"))
         if self.coupling is not None:
-            _one_of("coupling", self.coupling, ("difference", "paper"))
+            one_of("coupling", self.coupling, ("difference", "paper"))
         for name in ("bottleneck_size", "mlp_chunks"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"`{name}` must be at least 1, got {getattr(self, name)}"
-                )
+            at_least(name, getattr(self, name), 1)
         if not 0 <= self.lost_bits <= MAX_LOST_BITS:
             raise ConfigError(
                 f"`lost_bits` must be 0 to {MAX_LOST_BITS}, got {self.lost_bits}"
@@ -139,11 +135,3 @@ _HOW_ONLY = (
     "on_mismatch",
 )
 _COUPLINGS = {"fixed": "difference", "float": "paper"}
-
-
-def _one_of(name: str, value: str, valid: Iterable[str]) -> None:
-    names = list(valid)
-    if value not in names:
-        close = difflib.get_close_matches(str(value), names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"`{name}` must be one of {names}, got {value!r}{hint}")

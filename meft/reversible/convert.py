@@ -12,6 +12,7 @@ from meft.backbone.families import (
     freeze_all_but_head,
     is_checkpointing,
 )
+from meft.backbone.parallel import NAME
 from meft.bottleneck import Bottleneck, wide_dtype
 from meft.errors import ConfigError, UnsupportedModelError
 from meft.reversible.blocks import ReversibleBlocks
@@ -55,6 +56,7 @@ def make_reversible(model: Model, config: ReversibleConfig) -> Model:
                 f"`span` is {config.span}, but {found.name} of {type(model).__name__} "
                 f"has {len(found.blocks)} blocks"
             )
+        _refuse_beside_parallel(found, config)
     freeze_all_but_head(model)
     for found in lists:
         stack = _stack(found, config)
@@ -81,6 +83,20 @@ def reversible_stacks(model: nn.Module) -> dict[str, ReversibleBlocks]:
             "`meft.make_reversible(model, config)` first"
         )
     return stacks
+
+
+def _refuse_beside_parallel(found: BlockList, config: ReversibleConfig) -> None:
+    """What another method's adapters beside the feed-forward cannot go with."""
+    if not any(hasattr(block, NAME) for block in found.blocks):
+        return
+    for field, only, reason in (
+        ("mlp_chunks", 1, "a chunk of tokens would choose neurons for itself"),
+        ("on_mismatch", "raise", "gradients of rows cannot be taken back"),
+    ):
+        if getattr(config, field) != only:
+            raise ConfigError(
+                f"`{field}` must be {only!r} for a model with sparse adapters: {reason}"
+            )
 
 
 def _stack(found: BlockList, config: ReversibleConfig) -> ReversibleBlocks:

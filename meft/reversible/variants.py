@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from meft.backbone.family import Family
+from meft.backbone.parallel import beside
 from meft.bottleneck import Bottleneck
 from meft.reversible.coupling import Branch, Coupling, Part
 
@@ -108,7 +109,8 @@ def _branch(
         modules = (block,) if inside is None else (block, inside)
         return Part(function, modules)
 
-    mlp = Part(partial(family.mlp_half, block, adapter=adapter), (block, adapter))
+    joined = beside(block, adapter)
+    mlp = Part(partial(family.mlp_half, block, adapter=joined), (block, adapter))
     if variant == "meft3":
         return Branch(mixing=attention(adapter)) if side == 0 else Branch(tokenwise=mlp)
     if HOLDS_BLOCK[variant][side]:

@@ -27,6 +27,7 @@ from torch import Tensor
 UPDATES = ("dense", "lazy", "catchup")
 
 Rows = Float[Tensor, "rows width"]
+SomeRows = Float[Tensor, "some width"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,7 +75,7 @@ class Table:
 def advance(
     table: Table,
     ids: Int[Tensor, " some"],
-    gradient: Rows | None,
+    gradient: SomeRows | None,
     schedule: Schedule,
     *,
     idle: bool,
@@ -108,7 +109,12 @@ def advance(
 
 
 def _step(
-    rows: Rows, first: Rows, second: Rows, gradient: Rows | None, s: Schedule, t: int
+    rows: SomeRows,
+    first: SomeRows,
+    second: SomeRows,
+    gradient: SomeRows | None,
+    s: Schedule,
+    t: int,
 ) -> None:
     rows *= s.decay[t]
     first *= s.beta1

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from meft.sparse.adam import Rows, Schedule, Table
+from meft.sparse.adam import Schedule, SomeRows, Table
 
 
 def advance(
     table: Table,
     ids: Int[Tensor, " some"],
-    gradient: Rows | None,
+    gradient: SomeRows | None,
     schedule: Schedule,
     *,
     idle: bool,

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -64,7 +65,26 @@ def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
         kind: Any = type(block)
         block.__class__ = _with_adapter(kind, found.family)
     _watch_padding(model.base_model, batch)
+    # Trainer saves by this method, which knows parameters only.
+    saving = functools.partial(_save_pretrained, model)
+    model.save_pretrained = saving  # type: ignore[method-assign]
     return model
+
+
+def remove_sparse_adapters(model: PreTrainedModel) -> None:
+    """Undo `add_sparse_adapters()`, but for what is trainable."""
+    blocks: list[Any] = [m for m in model.modules() if hasattr(m, parallel.NAME)]
+    for block in blocks:
+        delattr(block, parallel.NAME)
+        block.__class__ = block.plain
+    for hooks in (
+        model.base_model._forward_pre_hooks,
+        model.base_model._forward_hooks,
+    ):
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, functools.partial) and hook.func in _HOOKS:
+                del hooks[key]
+    del model.save_pretrained
 
 
 def sparse_adapters(model: nn.Module) -> dict[str, SparseAdapter]:
@@ -166,3 +186,15 @@ def _note_padding(
 
 def _forget_padding(batch: Batch, *unused: Any) -> None:
     batch.token_mask = None
+
+
+def _save_pretrained(
+    model: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any
+) -> None:
+    from meft.checkpoint import save_adapters  # which imports this module
+
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    save_adapters(model, save_directory)
+
+
+_HOOKS = (_note_padding, _forget_padding)

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from meft.sparse.cache import Longs, RowCache
 from meft.sparse.config import SparseConfig
-from meft.sparse.rows import Rows, Tokens, add_rows, choose, size
+from meft.sparse.rows import Rows, SomeRows, Tokens, add_rows, choose, size
 from meft.sparse.store import Ids, RowStore, Width
 from meft.transfer import Copy, Ledger, Link, Trip
 
@@ -127,7 +127,7 @@ class OffloadedRows(Rows):
         return self.engine.upload(ids.int(), trip).get().long()
 
     @override
-    def take(self, ids: Ids) -> Width:
+    def take(self, ids: Ids) -> SomeRows:
         engine, cache = self.engine, self.engine.cache
         self._land()
         wanted = ids.numpy()
@@ -147,7 +147,7 @@ class OffloadedRows(Rows):
         return taken
 
     @override
-    def add_gradient(self, ids: Ids, gradient: Width) -> None:
+    def add_gradient(self, ids: Ids, gradient: SomeRows) -> None:
         cache = self.engine.cache
         wanted = ids.numpy()
         slots = cache.find(self.block, wanted)
@@ -170,7 +170,7 @@ class OffloadedRows(Rows):
         return size(self._square + away)
 
     @override
-    def gradient(self) -> tuple[Ids, Width]:
+    def gradient(self) -> tuple[Ids, SomeRows]:
         parts = []
         ids, slots = self.engine.cache.with_gradient(self.block)
         if len(ids):

@@ -81,7 +81,7 @@ def pieces(
         else counts.flatten().nonzero()[:, 0]
     )
     chosen = flat[entries]
-    for ids in active.split(size):
+    for ids in active.split(size) if len(active) else ():
         table = rows.take(ids).to(dtype).view(2 * len(ids), -1)
         inside, mine = entries, chosen
         if len(ids) < len(active):

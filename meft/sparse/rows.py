@@ -10,7 +10,7 @@
 copies, so both give the same bits.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -18,11 +18,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from meft.sparse.router import top
-from meft.sparse.store import Ids, RowStore, Width
+from meft.sparse.store import Ids, RowStore
 
+SomeRows = Float[Tensor, "some width"]
 Tokens = Float[Tensor, "tokens hidden"]
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Rows of one block."""
 
@@ -38,16 +40,16 @@ class Rows(Protocol):
     def choose(self, tokens: Tokens, k: int) -> Int[Tensor, "tokens kept"]:
         """The `k` neurons of each token with the largest scores, ascending."""
 
-    def take(self, ids: Ids) -> Width:
+    def take(self, ids: Ids) -> SomeRows:
         """Rows `ids`, ascending, on the device in the wire's dtype."""
 
-    def add_gradient(self, ids: Ids, gradient: Width) -> None:
+    def add_gradient(self, ids: Ids, gradient: SomeRows) -> None:
         """Add to the gradients of rows `ids`, ascending; float32, on the device."""
 
     def norm(self) -> Tensor:
         """Size of all that `add_gradient` added, a float32 scalar on the device."""
 
-    def gradient(self) -> tuple[Ids, Width]:
+    def gradient(self) -> tuple[Ids, SomeRows]:
         """Rows that have a gradient, and it in float32, where the store is."""
 
     def scale_gradient(self, factor: Tensor) -> None:
@@ -89,11 +91,11 @@ class ResidentRows(Rows):
         return choose(self.store, tokens, k)
 
     @override
-    def take(self, ids: Ids) -> Width:
+    def take(self, ids: Ids) -> SomeRows:
         return self.store.read(ids)
 
     @override
-    def add_gradient(self, ids: Ids, gradient: Width) -> None:
+    def add_gradient(self, ids: Ids, gradient: SomeRows) -> None:
         if self._gradient is None:
             self._gradient = torch.zeros_like(self.store.rows)
         self._square += add_rows(self._gradient, ids, gradient)
@@ -104,7 +106,7 @@ class ResidentRows(Rows):
         return size(self._square)
 
     @override
-    def gradient(self) -> tuple[Ids, Width]:
+    def gradient(self) -> tuple[Ids, SomeRows]:
         ids = self.chosen(self._has_gradient)
         if self._gradient is None:
             return ids, self.store.rows[:0]
@@ -140,7 +142,11 @@ def choose(store: RowStore, tokens: Tokens, k: int) -> Int[Tensor, "tokens kept"
     return top((tokens.to(keys.dtype) @ keys.T).float(), k)
 
 
-def add_rows(sums: Width, places: Ids, gradient: Width) -> Tensor:
+def add_rows(
+    sums: Float[Tensor, "slots width"],
+    places: Ids,
+    gradient: Float[Tensor, "some width"],
+) -> Tensor:
     """Add `gradient` to rows of `sums`; by how much their squared size grew."""
     old = sums[places]
     new = old + gradient

@@ -24,6 +24,7 @@ from meft.sparse import adam
 from meft.sparse.adam import Schedule, Table
 
 Width = Float[Tensor, "rows width"]
+SomeRows = Float[Tensor, "some width"]
 Ids = Int[Tensor, " some"]
 
 
@@ -83,7 +84,7 @@ class RowStore:
             first, second = self._moments
             self._moments = first.to(device), second.to(device)
 
-    def read(self, ids: Ids) -> Width:
+    def read(self, ids: Ids) -> SomeRows:
         """Rows as they are now, in the wire's dtype: a copy."""
         self.catch_up(ids)
         source = self.rows if self.shadow is None else self.shadow
@@ -95,6 +96,11 @@ class RowStore:
         source = self.rows if self.shadow is None else self.shadow
         return source[:, : self.width // 2]
 
+    def settled(self) -> Width:
+        """All master rows as they are now."""
+        self.catch_up(None)
+        return self.rows
+
     def version(self, ids: Ids) -> Int[Tensor, " some"]:
         """A number per row that changes whenever its value does."""
         stands_at = self.updated_at[ids]
@@ -103,7 +109,7 @@ class RowStore:
         moves = (stands_at > 0) | self.schedule.decays
         return torch.where(moves, self.schedule.step, stands_at)
 
-    def step(self, ids: Ids, gradient: Width) -> None:
+    def step(self, ids: Ids, gradient: SomeRows) -> None:
         """Take the schedule's last step with a float32 gradient for rows `ids`."""
         if self.update == "dense":
             everything = torch.arange(len(self), device=self.rows.device)
@@ -171,7 +177,7 @@ class RowStore:
         if self.shadow is not None:
             self.shadow[ids] = self.rows[ids].to(self.shadow.dtype)
 
-    def _advance(self, ids: Ids, gradient: Width | None) -> None:
+    def _advance(self, ids: Ids, gradient: SomeRows | None) -> None:
         assert self.schedule is not None
         first, second = self.moments
         table = Table(

@@ -83,6 +83,6 @@ class _Union(torch.autograd.Function):
 def _pieces(
     adapter: "SparseAdapter", tokens: Tokens, active: Ids
 ) -> Iterator[tuple[Ids, Tensor, Tensor]]:
-    for ids in active.split(adapter.rows_per_piece):
+    for ids in active.split(adapter.rows_per_piece) if len(active) else ():
         keys, values = adapter.rows.take(ids).to(tokens.dtype).chunk(2, 1)
         yield ids, keys, values

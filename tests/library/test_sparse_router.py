@@ -1,0 +1,74 @@
+"""Who answers a token."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import meft
+from meft.errors import ConfigError
+from meft.sparse.router import top
+from library.sparse import config
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_the_largest_scores_are_kept_and_ties_go_to_the_lowest_index(
+    data: st.DataObject,
+) -> None:
+    """Against Python's stable sort, over few distinct values so that there are ties."""
+    tokens, choices = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+    k = data.draw(st.integers(1, choices))
+    values = st.sampled_from([-torch.inf, -1.0, -0.0, 0.0, 0.5, 2.0, torch.inf])
+    scores = data.draw(
+        st.lists(
+            st.lists(values, min_size=choices, max_size=choices),
+            min_size=tokens,
+            max_size=tokens,
+        )
+    )
+    kept = top(torch.tensor(scores), k)
+    for row, found in zip(scores, kept.tolist(), strict=True):
+        assert found == sorted(sorted(range(choices), key=lambda i: -row[i])[:k])
+
+
+def test_a_score_that_is_no_number_is_kept() -> None:
+    """So that it reaches the loss, and a loss scaler."""
+    scores = torch.tensor([[1.0, 3.0, torch.nan, 2.0]])
+    assert top(scores, 2).tolist() == [[1, 2]]
+
+
+def test_more_than_there_are_cannot_be_kept() -> None:
+    with pytest.raises(ConfigError, match="3 of 2 choices"):
+        top(torch.zeros(1, 2), 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"num_neurons": 6144, "top_k_experts": 8}, "316.*256|307.*and 384"),
+        ({"num_experts": 48}, "32 and 64"),
+        ({"top_k_experts": 33}, "only 32 experts"),
+        ({"top_k_neurons": 65}, "only 64 neurons"),
+        ({"semantics": "tokentopk"}, "did you mean 'token_topk'"),
+        ({"placement": "gpu"}, "one of"),
+        ({"num_neurons": 0}, "at least 1"),
+        ({"num_experts": -1}, "at least 0"),
+        ({"wire_dtype": "float64"}, "one of"),
+        ({"cache": "on"}, "one of"),
+        ({"gate": "logits"}, "did you mean 'logit'"),
+    ],
+)
+def test_an_illegal_config_says_what_is_legal(
+    fields: dict[str, object], text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        config(**fields)
+
+
+def test_sizes_of_the_authors_recipe_are_the_defaults() -> None:
+    """N = 4 sqrt(r) experts, 8 of them and 64 neurons a token."""
+    recipe = meft.SparseConfig()
+    assert (recipe.experts, recipe.num_candidates) == (320, 160)
+    assert meft.SparseConfig(num_neurons=4096).experts == 256
+    assert meft.SparseConfig.from_json(recipe.to_json()) == recipe
