@@ -11,11 +11,11 @@ encoder is an input of the block beside the streams.
 from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers.models.bart.modeling_bart import BartDecoderLayer, BartEncoderLayer
 
-from meft.backbone.family import AdapterShape, Family
+from meft.backbone.family import Adapter, AdapterShape, Family
 from meft.shapes import Hidden
 
 Source = Float[Tensor, "batch source hidden"]
@@ -25,7 +25,7 @@ Source = Float[Tensor, "batch source hidden"]
 def attention_half(
     block: Any,
     hidden: Hidden,
-    adapter: nn.Module | None = None,
+    adapter: Adapter | None = None,
     *,
     encoder_hidden_states: Source | None = None,
     encoder_attention_mask: Tensor | None = None,
@@ -49,7 +49,7 @@ def attention_half(
     return crossed
 
 
-def mlp_half(block: Any, hidden: Hidden, adapter: nn.Module | None = None) -> Hidden:
+def mlp_half(block: Any, hidden: Hidden, adapter: Adapter | None = None) -> Hidden:
     """Feed-forward of one block."""
     update = block.activation_fn(block.fc1(hidden))
     update = functional.dropout(update, block.activation_dropout, block.training)

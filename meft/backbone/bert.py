@@ -6,18 +6,18 @@ mlp:        out = LN(a + W_2 act(W_1 a) [+ adapter(a)])
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.roberta.modeling_roberta import RobertaLayer
 
-from meft.backbone.family import AdapterShape, Family
+from meft.backbone.family import Adapter, AdapterShape, Family
 from meft.shapes import Hidden
 
 
 def attention_half(
     block: Any,
     hidden: Hidden,
-    adapter: nn.Module | None = None,
+    adapter: Adapter | None = None,
     *,
     attention_mask: Tensor | None = None,
     encoder_hidden_states: None = None,
@@ -35,7 +35,7 @@ def attention_half(
     return normed
 
 
-def mlp_half(block: Any, hidden: Hidden, adapter: nn.Module | None = None) -> Hidden:
+def mlp_half(block: Any, hidden: Hidden, adapter: Adapter | None = None) -> Hidden:
     """Feed-forward of one block."""
     update = block.output.dropout(block.output.dense(block.intermediate(hidden)))
     if adapter is not None:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from meft.shapes import Hidden
 
+Adapter = Callable[[Tensor], Tensor]
+"""What is added beside or after a half, as a function of its input."""
 AttentionHalf = Callable[..., Hidden]
 """(block, hidden, adapter, **call): what mixes tokens in one block."""
 MlpHalf = Callable[..., Hidden]

@@ -6,16 +6,16 @@ mlp:        out = a + W_down(act(W_gate z) * W_up z) [+ adapter(z)],   z = RMS(a
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
-from meft.backbone.family import AdapterShape, Family
+from meft.backbone.family import Adapter, AdapterShape, Family
 from meft.shapes import Hidden
 
 
 def attention_half(
-    block: Any, hidden: Hidden, adapter: nn.Module | None = None, **call: Any
+    block: Any, hidden: Hidden, adapter: Adapter | None = None, **call: Any
 ) -> Hidden:
     """Self-attention of one block."""
     update, *_ = block.self_attn(hidden_states=block.input_layernorm(hidden), **call)
@@ -25,7 +25,7 @@ def attention_half(
     return summed
 
 
-def mlp_half(block: Any, hidden: Hidden, adapter: nn.Module | None = None) -> Hidden:
+def mlp_half(block: Any, hidden: Hidden, adapter: Adapter | None = None) -> Hidden:
     """Feed-forward of one block."""
     inner = block.post_attention_layernorm(hidden)
     update = block.mlp(inner)

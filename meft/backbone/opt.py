@@ -7,18 +7,18 @@ post-norm:  the same with LN outside the sums instead
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
-from meft.backbone.family import AdapterShape, Family
+from meft.backbone.family import Adapter, AdapterShape, Family
 from meft.shapes import Hidden
 
 
 def attention_half(
     block: Any,
     hidden: Hidden,
-    adapter: nn.Module | None = None,
+    adapter: Adapter | None = None,
     *,
     use_cache: bool | None = None,
     **call: Any,
@@ -35,7 +35,7 @@ def attention_half(
     return summed if first else norm(summed)
 
 
-def mlp_half(block: Any, hidden: Hidden, adapter: nn.Module | None = None) -> Hidden:
+def mlp_half(block: Any, hidden: Hidden, adapter: Adapter | None = None) -> Hidden:
     """Feed-forward of one block."""
     norm, first = block.final_layer_norm, block.do_layer_norm_before
     inner = norm(hidden) if first else hidden

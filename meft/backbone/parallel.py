@@ -8,15 +8,13 @@ A block may carry a module as `parallel_adapter`, with one method:
 block apart into halves runs it too.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from meft.backbone.family import Adapter
 
 NAME = "parallel_adapter"
 REBUILDS = "rebuilds_blocks"
 """Attribute, true of a module that runs blocks in halves and runs them again."""
-Adapter = Callable[[Tensor], Tensor]
 
 
 def beside(block: Any, adapter: Adapter | None = None) -> Adapter | None:

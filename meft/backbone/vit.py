@@ -6,18 +6,18 @@ mlp:        out = a + W_2 act(W_1 z) [+ adapter(z)],   z = LN(a)
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.deit.modeling_deit import DeiTLayer
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from meft.backbone.family import AdapterShape, Family
+from meft.backbone.family import Adapter, AdapterShape, Family
 from meft.shapes import Hidden
 
 
 def attention_half(
     block: Any,
     hidden: Hidden,
-    adapter: nn.Module | None = None,
+    adapter: Adapter | None = None,
     *,
     attention_mask: Tensor | None = None,
     **call: Any,
@@ -31,7 +31,7 @@ def attention_half(
     return summed
 
 
-def mlp_half(block: Any, hidden: Hidden, adapter: nn.Module | None = None) -> Hidden:
+def mlp_half(block: Any, hidden: Hidden, adapter: Adapter | None = None) -> Hidden:
     """Feed-forward of one block."""
     inner = block.layernorm_after(hidden)
     update = block.dropout(block.mlp(inner))

@@ -4,7 +4,7 @@ Each row is read and written once, however many idle steps it takes on the way, 
 16-bit copy is written while it is at hand. Never imported where numba is missing.
 """
 
-from typing import Any
+from typing import no_type_check
 
 import numba
 import numpy as np
@@ -46,27 +46,31 @@ def _columns(schedule: Schedule) -> tuple[list[float], ...]:
     return schedule.decay, schedule.size, schedule.root
 
 
-@numba.njit(parallel=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _advance(  # pragma: no cover - compiled
-    rows: Any,
-    first: Any,
-    second: Any,
-    updated_at: Any,
-    ids: Any,
-    gradient: Any,
-    has_gradient: Any,
-    decay: Any,
-    size: Any,
-    root: Any,
-    beta1: Any,
-    rest1: Any,
-    beta2: Any,
-    rest2: Any,
-    eps: Any,
-    step: Any,
-    idle: Any,
-    decays: Any,
-) -> None:
+# `no_type_check` keeps the type checker of the tests from wrapping what numba compiles.
+
+
+@numba.njit(parallel=True, cache=True, error_model="numpy")
+@no_type_check
+def _advance(
+    rows,
+    first,
+    second,
+    updated_at,
+    ids,
+    gradient,
+    has_gradient,
+    decay,
+    size,
+    root,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    step,
+    idle,
+    decays,
+):
     end = step - 1 if has_gradient else step
     for n in numba.prange(ids.size):
         i = ids[n]

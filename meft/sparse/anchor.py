@@ -37,11 +37,19 @@ class Anchor(nn.Module):
         self._left: tuple[Tensor, int, Tensor] | None = None
         """The gradient tensor as it was left, its version then, and its value."""
         self._is_settled = False
+        self._version = self.size._version
 
     def enter(self) -> nn.Parameter:
         """To be called in every forward: what makes the result depend on the rows."""
         if not in_backward():
             self._is_settled = False
+        if self.size._version != self._version:
+            self._version = self.size._version
+            if self.size.detach().item() != 0:
+                raise UnsupportedCallError(
+                    "an optimizer that does not know the rows of sparse adapters took "
+                    "a step, so they stand still: train with `meft.SparseAdamW`"
+                )
         if (
             torch.distributed.is_initialized()
             and torch.distributed.get_world_size() > 1

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import meft
+from library.sparse import HIDDEN, ROUTINGS, config, lone_adapter
 from meft.sparse.adapter import SparseAdapter
 from meft.sparse.dense import DenseAdapter, dense
 from meft.sparse.pieces import pieces
 from meft.sparse.products import dots, starts, sums
 from meft.testing import tolerance
-from library.sparse import HIDDEN, ROUTINGS, config, lone_adapter
 
 TOLERANCE = tolerance(torch.float32, 1)
 

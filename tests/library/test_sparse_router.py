@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import meft
+from library.sparse import config
 from meft.errors import ConfigError
 from meft.sparse.router import top
-from library.sparse import config
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,221 @@
+"""Rows in host memory: the same bits as on the device, and every byte booked."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import meft
+from library.sparse import (
+    DEPTH,
+    HIDDEN,
+    ROUTINGS,
+    all_rows,
+    batches,
+    config,
+    engine_of,
+    lone_adapter,
+    row_gradients,
+    sparse_model,
+    train,
+)
+from meft.sparse.cache import RowCache
+from meft.sparse.convert import sparse_adapters
+from meft.sparse.engine import Engine, OffloadedRows
+from meft.sparse.store import RowStore
+from meft.transfer import Trip
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "all on": {},
+    "no prefetch": {"prefetch": False},
+    "window": {"cache": "window"},
+    "no cache": {"cache": "off"},
+    "small cache": {"device_bytes": 60_000},
+    "tiny cache": {"device_bytes": 9_000},
+}
+"""The features of the engine, each switched off, and budgets that do not suffice."""
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_offloaded_rows_give_the_bits_of_resident_rows(
+    routing: str, engine: str
+) -> None:
+    """Losses (and so outputs and choices), gradients, and rows after four steps."""
+    fields = ROUTINGS[routing] | ENGINES[engine]
+    here = sparse_model(**fields, placement="resident")
+    away = sparse_model(**fields, placement="offloaded")
+    for model in (here, away):
+        model(**next(batches(1))).loss.backward()
+    assert torch.equal(row_gradients(here), row_gradients(away))
+    for name, parameter in here.named_parameters():
+        if parameter.grad is not None:
+            assert torch.equal(parameter.grad, away.get_parameter(name).grad)  # type: ignore[arg-type]
+    for model in (here, away):
+        model.zero_grad()
+    assert train(here) == train(away)
+    assert torch.equal(all_rows(here), all_rows(away))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_16_bit_wire_gives_the_bits_of_resident_16_bit_rows(engine: str) -> None:
+    """As long as gradients travel once a step; more often, each rounds anew. So does
+    their size, which clipping would use."""
+    fields = {"wire_dtype": "bfloat16", **ENGINES[engine]}
+    here = sparse_model(**fields, placement="resident")
+    away = sparse_model(**fields)
+    found = train(here, window=1, clip=None), train(away, window=1, clip=None)
+    assert found[0] == found[1]
+    assert torch.equal(all_rows(here), all_rows(away))
+
+
+def test_the_ledger_is_the_closed_formula() -> None:
+    """Without a cache, per block: what a batch activates goes up and its gradient down.
+
+    With experts, rows of chosen experts go up to be scored, those that answer again to
+    be summed, and again in backward; a byte per expert and per neuron, four per index.
+    """
+    model = sparse_model(cache="off")
+    engine = engine_of(model)
+    (inputs,) = batches(1)
+    model(**inputs).loss.backward()
+    row = 2 * HIDDEN * 4
+    for index, adapter in enumerate(sparse_adapters(model).values()):
+        name, seen = f"block {index}", adapter.seen
+        assert 0 < seen.num_active < seen.num_candidates
+        up, down = engine.ledger.h2d, engine.ledger.d2h
+        forward = row * (seen.num_candidates + seen.num_active)
+        assert up[Trip(name, "forward")] == forward
+        assert down[Trip(name, "forward")] == 32 + 64
+        # The size of the gradient on the host is 8 bytes, for clipping.
+        assert up[Trip(name, "backward")] == row * seen.num_active + 8
+        assert down[Trip(name, "backward")] == row * seen.num_active
+        assert up[Trip(name, "update")] == down[Trip(name, "update")] == 0
+
+
+def test_in_a_window_every_row_and_gradient_travels_once() -> None:
+    """Four batches, then a step: at most all rows up, at most all gradients down."""
+    model = sparse_model(prefetch=False)
+    engine = engine_of(model)
+    optimizer = meft.SparseAdamW(model.parameters())
+    touched = [set[int]() for _ in range(DEPTH)]
+    for inputs in batches(4):
+        model(**inputs).loss.backward()
+    for index, adapter in enumerate(sparse_adapters(model).values()):
+        touched[index] = set(adapter.rows.gradient()[0].tolist())
+    engine.ledger.d2h.clear()
+    optimizer.step()
+    row = 2 * HIDDEN * 4
+    for index in range(DEPTH):
+        name = f"block {index}"
+        down = engine.ledger.d2h[Trip(name, "update")]
+        assert down == row * len(touched[index])
+    rows_up = sum(engine.num_taken - engine.num_hits for _ in range(1))
+    assert rows_up <= DEPTH * 64
+
+
+def test_prefetched_rows_are_found_in_the_cache() -> None:
+    """After a step, what a block used last is there before it asks."""
+    hits = {}
+    for prefetch in (False, True):
+        model = sparse_model(prefetch=prefetch)
+        train(model)
+        engine = engine_of(model)
+        hits[prefetch] = engine.num_hits / engine.num_taken
+        assert (engine.num_prefetched > 0) == prefetch
+    assert hits[True] > hits[False]
+
+
+def device_bytes(engine: Engine) -> int:
+    """What the engine holds on the device between steps."""
+    return sum(slab.nbytes for slab in engine.slabs)
+
+
+def test_device_bytes_do_not_grow_with_the_number_of_neurons() -> None:
+    """16 times the neurons in the same budget: the same slots, and the same pieces."""
+    found = []
+    for neurons in (1024, 16384):
+        cfg = config(num_neurons=neurons, num_experts=128, device_bytes=100_000)
+        adapter = lone_adapter(cfg)
+        x = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(1))
+        largest = 0
+
+        def note(tensor: torch.Tensor, take: Any = adapter.rows.take) -> torch.Tensor:
+            nonlocal largest
+            rows: torch.Tensor = take(tensor)
+            largest = max(largest, rows.nbytes)
+            return rows
+
+        adapter.rows.take = note  # type: ignore[method-assign]
+        adapter(x).sum().backward()
+        assert isinstance(adapter.rows, OffloadedRows)
+        held = device_bytes(adapter.rows.engine)
+        assert held + 2 * largest <= cfg.device_bytes
+        found.append((held, largest))
+    assert found[0] == found[1]
+
+
+def test_rows_that_changed_are_fetched_again_and_others_are_not() -> None:
+    generator = torch.Generator().manual_seed(1)
+    store = RowStore(torch.randn(64, 8, generator=generator), torch.float32)
+    engine = Engine([store], config())
+    rows = engine.blocks[0]
+    ids = torch.arange(6)
+    rows.begin_batch(torch.device("cpu"))
+    rows.take(ids)
+    with torch.no_grad():
+        store.rows[2] += 1
+    store.updated_at[2] = 1
+    before = engine.ledger.h2d_bytes
+    assert torch.equal(rows.take(ids), store.rows[:6])
+    # One row of 8 floats, and where it goes, and where the others were.
+    assert 8 * 4 < engine.ledger.h2d_bytes - before <= 8 * 4 + 4 * 20
+    assert engine.num_hits == 5
+
+
+def test_a_full_cache_keeps_what_it_has() -> None:
+    """What a block will need again soonest is not thrown out for what comes by."""
+    cache = RowCache(num_blocks=2, rows_per_block=4, num_slots=3)
+    ids = np.arange(3)
+    cache.begin_round(0)
+    assert cache.admit(0, ids).tolist() == [0, 1, 2]
+    cache.begin_round(1)
+    assert cache.admit(1, ids).tolist() == [-1, -1, -1]
+    # Block 0 goes on without row 2, which is given up after two rounds.
+    for _ in range(2):
+        cache.begin_round(0)
+        assert cache.find(0, ids[:2]).tolist() == [0, 1]
+    assert cache.admit(1, ids).tolist() == [2, -1, -1]
+    assert cache.find(0, ids).tolist() == [0, 1, -1]
+    assert cache.find(1, ids).tolist() == [2, -1, -1]
+
+
+def test_a_row_with_a_gradient_is_never_thrown_out() -> None:
+    cache = RowCache(num_blocks=1, rows_per_block=4, num_slots=1)
+    cache.begin_round(0)
+    (slot,) = cache.admit(0, np.array([3]))
+    cache.has_gradient[slot] = True
+    for _ in range(3):
+        cache.begin_round(0)
+    assert cache.admit(0, np.array([1])).tolist() == [-1]
+    ids, slots = cache.with_gradient(0)
+    assert (ids.tolist(), slots.tolist()) == ([3], [slot])
+    cache.has_gradient[slot] = False
+    assert cache.admit(0, np.array([1])).tolist() == [slot]
+
+
+def test_moving_the_model_leaves_the_rows_where_they_are() -> None:
+    """They are in no state dict and no `to()`; a parameter of one number is."""
+    model = sparse_model()
+    rows = [a.rows.store.rows for a in sparse_adapters(model).values()]
+    model.to(torch.float64).to(torch.float32)
+    for adapter, before in zip(sparse_adapters(model).values(), rows, strict=True):
+        assert adapter.rows.store.rows is before
+    names = [name for name in model.state_dict() if "parallel_adapter" in name]
+    assert names == [
+        f"model.layers.{index}.parallel_adapter.{name}"
+        for index in range(DEPTH)
+        for name in ("router", "anchor.size")
+    ]
+    assert all(p.numel() <= 32 * HIDDEN for p in model.parameters() if p.requires_grad)
