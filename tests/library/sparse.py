@@ -45,7 +45,9 @@ def plain_model(depth: int = DEPTH, **fields: Any) -> LlamaForCausalLM:
         "initializer_range": 0.2,
         "pad_token_id": 0,
     }
-    return LlamaForCausalLM(LlamaConfig(**options | fields)).train()
+    model = LlamaForCausalLM(LlamaConfig(**options | fields))
+    model.train()
+    return model
 
 
 def sparse_model(depth: int = DEPTH, **fields: Any) -> LlamaForCausalLM:

@@ -53,9 +53,14 @@ def gradients(share: float = 0.1) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def run(advance: Callable[..., None], update: str, weight_decay: float = 0.0) -> Table:
+def run(
+    advance: Callable[..., None],
+    update: str,
+    weight_decay: float = 0.0,
+    share: float = 0.1,
+) -> Table:
     made, factors = table(), schedule()
-    for step, (ids, gradient) in enumerate(gradients()):
+    for step, (ids, gradient) in enumerate(gradients(share)):
         factors.add(lr_of(step), weight_decay)
         if update == "dense":
             whole = torch.zeros(ROWS, WIDTH)

@@ -147,7 +147,7 @@ def test_device_bytes_do_not_grow_with_the_number_of_neurons() -> None:
             largest = max(largest, rows.nbytes)
             return rows
 
-        adapter.rows.take = note  # type: ignore[method-assign]
+        adapter.rows.take = note  # type: ignore[method-assign, assignment]
         adapter(x).sum().backward()
         assert isinstance(adapter.rows, OffloadedRows)
         held = device_bytes(adapter.rows.engine)
@@ -209,7 +209,7 @@ def test_moving_the_model_leaves_the_rows_where_they_are() -> None:
     """They are in no state dict and no `to()`; a parameter of one number is."""
     model = sparse_model()
     rows = [a.rows.store.rows for a in sparse_adapters(model).values()]
-    model.to(torch.float64).to(torch.float32)
+    torch.nn.Module.to(model, torch.float64).float()
     for adapter, before in zip(sparse_adapters(model).values(), rows, strict=True):
         assert adapter.rows.store.rows is before
     names = [name for name in model.state_dict() if "parallel_adapter" in name]

@@ -218,8 +218,8 @@ def test_generation_with_a_cache_is_that_without() -> None:
     (inputs,) = batches(1)
     text = {n: inputs[n] for n in ("input_ids", "attention_mask")}
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
-    with_cache = model.generate(**text, **options, use_cache=True)  # type: ignore[operator]
-    without = model.generate(**text, **options, use_cache=False)  # type: ignore[operator]
+    with_cache = model.generate(**text, **options, use_cache=True)
+    without = model.generate(**text, **options, use_cache=False)
     assert torch.equal(with_cache, without)
 
 
@@ -346,7 +346,7 @@ def test_a_reversible_model_with_sparse_adapters_has_its_twins_gradients(
     assert grads.keys() == other_grads.keys()
     for key, grad in grads.items():
         assert grad is not None
-        assert torch.equal(grad, other_grads[key])  # type: ignore[arg-type]
+        assert torch.equal(grad, other_grads[key])
 
 
 def test_both_methods_train_save_and_load_together(tmp_path: Path) -> None:
