@@ -58,6 +58,17 @@ class Cell:
     """Inner width of every bottleneck adapter."""
     lora_rank: int = 8
     """Rank of every LoRA pair."""
+    num_neurons: int = 1024
+    """Neurons a block of the `dense` and `sparse` methods."""
+    top_k_neurons: int = 64
+    """Of these, kept by a token."""
+    num_experts: int = 0
+    """Groups of neurons of the `sparse-experts` methods; 0 takes the authors' number,
+    4 times the root of `num_neurons`."""
+    top_k_experts: int = 8
+    """Of these, asked by a token."""
+    accumulation: int = 1
+    """Batches whose gradients one optimizer step adds up."""
     lost_bits: int = 4
     """k of the small scale 2^-k of the `-exact` methods."""
     reversible_blocks: int = 0

@@ -33,6 +33,10 @@ _FROM_ONE = {
     "bottleneck_size",
     "lora_rank",
     "mlp_chunks",
+    "num_neurons",
+    "top_k_neurons",
+    "top_k_experts",
+    "accumulation",
 }
 _AT_MOST = {"lost_bits": 16}
 

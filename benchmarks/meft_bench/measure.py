@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from meft.sparse.convert import sparse_adapters
 from meft_bench import backbones, kernels, probes, start
 from meft_bench.backbones import Backbone
 from meft_bench.cell import Cell
@@ -26,7 +27,7 @@ from meft_bench.registry import METHODS, TASKS, load
 from meft_bench.sighting import Sighting, finite
 from meft_bench.source import MissingError, Source
 from meft_bench.tasks import synthetic
-from meft_bench.tasks.batches import Batch, Example, encode, epochs, full_batch
+from meft_bench.tasks.batches import Batch, Example, encode, epochs, full_batches
 from meft_bench.tasks.task import Row, Task
 from meft_bench.training import Stepper, predict, seed_everything, train
 
@@ -60,27 +61,31 @@ def _measure(cell: Cell, source: Source, sighting: Sighting) -> None:
             f"`eval_every` is {cell.eval_every}, but task {cell.task!r} leaves no rows "
             "to select weights with: set it to 0, or `train_rows` to at least 10"
         )
-    batch = full_batch(examples.train, cell)
+    batches = full_batches(examples.train, cell)
     num_blocks = len(backbones.blocks_of(backbone.model))
-    before = _start(backbone.model, batch, cell)
+    before = _start(backbone.model, batches[0], cell)
     stepper = _apply_method(backbone, cell)
     if before is not None:
-        after = start.last_hidden(stepper, batch)
+        after = start.last_hidden(stepper, batches[0])
         sighting.note(start_deviation=finite(start.deviation(before, after)))
         del before, after
     parameters = list(stepper.model.parameters())
+    # Rows of sparse adapters are none, wherever they live, but they do train.
+    rows = [a.rows.store.rows for a in sparse_adapters(stepper.model).values()]
+    trained = [*rows, *(p for p in parameters if p.requires_grad)]
     sighting.note(
-        num_parameters=sum(p.numel() for p in parameters),
-        num_trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+        num_parameters=sum(p.numel() for p in (*parameters, *rows)),
+        num_trainable_parameters=sum(p.numel() for p in trained),
         num_blocks=num_blocks,
         num_train_rows=len(examples.train),
     )
     _train_and_score(stepper, cell, task, examples, sighting)
-    probes.probe_memory(stepper, cell, batch, sighting)
+    probes.probe_memory(stepper, cell, batches, sighting)
+    probes.probe_rows(stepper, batches, sighting)
     if cell.method.startswith("meft") and not cell.method.endswith("-store"):
-        probes.check_inverse(stepper, batch, sighting)
+        probes.check_inverse(stepper, batches[0], sighting)
     if cell.rival:  # last, as it needs memory for two
-        probes.race(stepper, _rival(cell, task, source), cell, batch, sighting)
+        probes.race(stepper, _rival(cell, task, source), cell, batches, sighting)
 
 
 def _backbone(cell: Cell, task: Task, source: Source) -> Backbone:

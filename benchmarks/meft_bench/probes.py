@@ -7,12 +7,14 @@ figures do not depend on which rows came up.
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 
 import torch
 
+from meft.sparse.convert import sparse_adapters
 from meft.testing import check_reversible
 from meft_bench.cell import Cell
-from meft_bench.meters import memory, transfer
+from meft_bench.meters import memory, rows, transfer
 from meft_bench.meters.turns import take_turns
 from meft_bench.out_of_memory import is_out_of_memory
 from meft_bench.sighting import Sighting, finite
@@ -21,17 +23,17 @@ from meft_bench.training import Stepper
 
 
 def probe_memory(
-    stepper: Stepper, cell: Cell, batch: Batch, sighting: Sighting
+    stepper: Stepper, cell: Cell, batches: Sequence[Batch], sighting: Sighting
 ) -> None:
     """Bytes kept for backward, at rest, and at the peak of a step."""
 
     def step() -> None:
-        stepper.step(batch, learning_rate=0.0)
+        stepper.step(batches, learning_rate=0.0)
 
     stepper.model.train()
     for _ in range(2):  # caches of this shape fill, optimizer state comes to be
         step()
-    on_device = stepper.to_device(batch)
+    on_device = stepper.to_device(batches[0])
     sighting.note(
         saved_bytes=memory.saved_by_forward(stepper.model, on_device, stepper.loss)
     )
@@ -57,15 +59,29 @@ def probe_memory(
         sighting.note(pcie_rx_bytes=link.rx_bytes, pcie_tx_bytes=link.tx_bytes)
 
 
+def probe_rows(stepper: Stepper, batches: Sequence[Batch], sighting: Sighting) -> None:
+    """What rows of sparse adapters move and hold in one step, in the long run."""
+    adapters = list(sparse_adapters(stepper.model).values())
+    if not adapters:
+        return
+    watch = rows.Watch(adapters)
+    stepper.step(batches, learning_rate=0.0)
+    sighting.note(**dataclasses.asdict(watch.result()))
+
+
 def race(
-    stepper: Stepper, rival: Stepper, cell: Cell, batch: Batch, sighting: Sighting
+    stepper: Stepper,
+    rival: Stepper,
+    cell: Cell,
+    batches: Sequence[Batch],
+    sighting: Sighting,
 ) -> None:
     """Steps of a method and of its rival in turn."""
     for one in (stepper, rival):
         one.model.train()
     turns = take_turns(
-        lambda: stepper.step(batch, learning_rate=0.0),
-        lambda: rival.step(batch, learning_rate=0.0),
+        lambda: stepper.step(batches, learning_rate=0.0),
+        lambda: rival.step(batches, learning_rate=0.0),
         warmup_turns=cell.warmup_steps,
         num_turns=cell.max_steps,
         device=cell.device,

@@ -77,6 +77,32 @@ class Measurement:
     second_score: float | None = None
     """What the task's metric reports beside its score: F1 of MRPC."""
     second_majority_score: float | None = None
+    h2d_bytes: int | None = None
+    """Rows and what belongs to them, host to device, in one optimizer step."""
+    d2h_bytes: int | None = None
+    """Gradients of rows and what belongs to them, device to host, likewise."""
+    h2d_forward_bytes: list[int] | None = None
+    h2d_backward_bytes: list[int] | None = None
+    h2d_update_bytes: list[int] | None = None
+    d2h_forward_bytes: list[int] | None = None
+    d2h_backward_bytes: list[int] | None = None
+    d2h_update_bytes: list[int] | None = None
+    """Both by phase, and per block, lowest first."""
+    paper_transfer_bytes: int | None = None
+    """Both directions by the paper's accounting, for the same batches."""
+    dense_transfer_bytes: int | None = None
+    """Both directions if all rows went up and all gradients down in every batch."""
+    union_fraction: list[float] | None = None
+    """Share of each block's neurons that a batch activates, the mean over batches."""
+    cache_hit_fraction: float | None = None
+    """Of the rows asked for, those that were on the device."""
+    num_prefetched_rows: int | None = None
+    row_store_bytes: int | None = None
+    """Rows and their optimizer state, where they live."""
+    row_device_bytes: int | None = None
+    """Slots for rows and their gradients on the device."""
+    peak_staging_bytes: int | None = None
+    """The most that was on its way in one copy."""
     num_train_rows: int | None = None
     num_eval_rows: int | None = None
     start_deviation: float | None = None

@@ -29,9 +29,26 @@ METHODS = {
     "meft1-exact-store": "meft_bench.methods.reversible:meft1_exact_store",
     "meft2-exact-store": "meft_bench.methods.reversible:meft2_exact_store",
     "meft3-exact-store": "meft_bench.methods.reversible:meft3_exact_store",
+    "dense": "meft_bench.methods.sparse:dense",
+    "dense-offload": "meft_bench.methods.sparse:dense_offload",
+    "sparse": "meft_bench.methods.sparse:sparse",
+    "sparse-experts": "meft_bench.methods.sparse:sparse_experts",
+    "sparse-experts-union": "meft_bench.methods.sparse:sparse_experts_union",
+    "sparse-experts-resident": "meft_bench.methods.sparse:sparse_experts_resident",
+    "sparse-experts-no-cache": "meft_bench.methods.sparse:sparse_experts_no_cache",
+    "sparse-experts-window": "meft_bench.methods.sparse:sparse_experts_window",
+    "sparse-experts-no-prefetch": (
+        "meft_bench.methods.sparse:sparse_experts_no_prefetch"
+    ),
+    "sparse-experts-wide": "meft_bench.methods.sparse:sparse_experts_wide",
+    "sparse-experts-lazy": "meft_bench.methods.sparse:sparse_experts_lazy",
+    "sparse-experts-dense-update": (
+        "meft_bench.methods.sparse:sparse_experts_dense_update"
+    ),
 }
 """Ways of fine-tuning: the paper's, ours with the exact inverse (`-exact`), the plain
-twins of both (`-store`), and their rivals."""
+twins of both (`-store`), and their rivals; then adapters of many neurons: dense, and
+sparse with their rows in host memory, whole and with a part switched off."""
 
 TASKS = {
     "synthetic": "meft_bench.tasks.synthetic:load",

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import meft
+from meft.sparse.convert import sparse_adapters
 from meft_bench.cell import Cell
 from meft_bench.meters.clock import StepClock
 from meft_bench.tasks.batches import Batch, Example, collate
@@ -63,7 +65,8 @@ class Stepper:
             {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
         ]
         self._trained = trained
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6)
+        kind = meft.SparseAdamW if sparse_adapters(model) else torch.optim.AdamW
+        self.optimizer = kind(groups, betas=(0.9, 0.98), eps=1e-6)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context a forward runs in."""
@@ -77,21 +80,30 @@ class Stepper:
             loss: Tensor = self.model(**batch).loss
         return loss
 
-    def step(self, batch: Batch, learning_rate: float) -> float:
-        """One optimizer step on `batch`, which may be on the host; returns its loss.
+    def step(self, batches: Sequence[Batch], learning_rate: float) -> float:
+        """One optimizer step; returns the mean loss.
+
+        Args:
+            batches: of one size; may be on the host. Their gradients are added up, each
+                by its share.
+            learning_rate: of this step.
 
         Gradients are let go at the end, so that none rest between two steps.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = self.loss(self.to_device(batch))
-        self._scaler.scale(loss).backward()
+        losses = []
+        for batch in batches:
+            loss = self.loss(self.to_device(batch)) / len(batches)
+            self._scaler.scale(loss).backward()
+            losses.append(loss.detach())
+            del loss
         self._scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self._trained, MAX_GRADIENT_NORM)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return float(sum(losses))
 
     def to_device(self, batch: Batch) -> Batch:
         """What the model takes of `batch`, on its device."""
@@ -123,7 +135,7 @@ def train(
     Args:
         stepper: what to train.
         cell: steps, rates, and when to validate and stop.
-        batches: rows of each step, without end.
+        batches: rows of each batch, without end; a step takes `cell.accumulation`.
         clock: times every step, from rows to updated weights.
         validate: score of the present weights on the validation rows; called only
             with `cell.eval_every`.
@@ -138,8 +150,10 @@ def train(
     stepper.model.train()
     for step in range(cell.max_steps):
         with clock.step():
-            batch = collate(next(batches), pad_token_id)
-            loss = stepper.step(batch, learning_rate_at(step, cell))
+            parts = [
+                collate(next(batches), pad_token_id) for _ in range(cell.accumulation)
+            ]
+            loss = stepper.step(parts, learning_rate_at(step, cell))
         yield loss
         is_last = step + 1 == cell.max_steps
         if not cell.eval_every or ((step + 1) % cell.eval_every and not is_last):
@@ -176,11 +190,17 @@ def predict(stepper: Stepper, examples: list[Example], batch_size: int) -> list[
 
 
 def _copy_trained(model: PreTrainedModel) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    parameters = [p.detach() for p in model.parameters() if p.requires_grad]
+    stores = [a.rows.store for a in sparse_adapters(model).values()]
+    return [t.clone() for t in (*parameters, *(store.settled() for store in stores))]
 
 
 @torch.no_grad()
 def _restore_trained(model: PreTrainedModel, weights: list[Tensor]) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter, weight in zip(trained, weights, strict=True):
+    for parameter, weight in zip(trained, weights, strict=False):
         parameter.copy_(weight)
+    adapters = list(sparse_adapters(model).values())
+    for adapter, weight in zip(adapters, weights[len(trained) :], strict=True):
+        adapter.rows.store.replace(weight)
+        adapter.rows.forget()

@@ -37,13 +37,25 @@ class Batch:
 
 @dataclass(slots=True)
 class Seen:
-    """What the last batch of one block was like."""
+    """What batches of one block were like, since `clear()`."""
 
-    num_tokens: int = 0
-    num_candidates: int = 0
+    num_batches: int = 0
+    total_tokens: int = 0
+    total_candidates: int = 0
     """Distinct neurons that were scored because some token's expert holds them."""
-    num_active: int = 0
-    """Distinct neurons that answer: the union over tokens."""
+    total_active: int = 0
+    """Distinct neurons that answered: the union over a batch's tokens."""
+
+    def clear(self) -> None:
+        """Start again at nothing."""
+        self.num_batches = self.total_tokens = 0
+        self.total_candidates = self.total_active = 0
+
+    def add(self, tokens: int, active: int) -> None:
+        """One more batch."""
+        self.num_batches += 1
+        self.total_tokens += tokens
+        self.total_active += active
 
 
 class SparseAdapter(nn.Module):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meft.errors import ConfigError
+from meft.sparse.adam import UPDATES
 from meft.validate import at_least, one_of
 
 
@@ -44,12 +45,17 @@ class SparseConfig:
     long as its value does not change."""
     prefetch: bool = True
     """Fetch what the next block used last time while this one computes."""
+    update: str = "catchup"
+    """What happens to rows that have no gradient in an optimizer step: `dense`, they
+    take the step; `lazy`, they stand still; `catchup`, they take it when they are next
+    needed, with the result of `dense` at the cost of what is touched."""
 
     def __post_init__(self) -> None:
         one_of("gate", self.gate, ("logit", "softmax", "none"))
         one_of("semantics", self.semantics, ("token_topk", "union"))
         one_of("placement", self.placement, ("offloaded", "resident"))
         one_of("cache", self.cache, ("steps", "window", "off"))
+        one_of("update", self.update, UPDATES)
         if self.wire_dtype is not None:
             one_of("wire_dtype", self.wire_dtype, ("float32", "bfloat16", "float16"))
         for name in ("num_neurons", "top_k_neurons", "top_k_experts", "device_bytes"):
@@ -121,7 +127,7 @@ class SparseConfig:
         return cls(**fields)
 
 
-_HOW_ONLY = ("placement", "wire_dtype", "device_bytes", "cache", "prefetch")
+_HOW_ONLY = ("placement", "wire_dtype", "device_bytes", "cache", "prefetch", "update")
 
 
 def _default_experts(num_neurons: int) -> int:

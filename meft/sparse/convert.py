@@ -116,7 +116,7 @@ def _new_store(
     hidden_size = found.family.adapter_shape(block, found.owner.config).hidden_size
     rows = torch.zeros(config.num_neurons, 2 * hidden_size)
     rows[:, :hidden_size].normal_(std=router.KEY_STD)
-    return RowStore(rows, wire_dtype)
+    return RowStore(rows, wire_dtype, config.update)
 
 
 def _rows(stores: list[RowStore], config: SparseConfig) -> list[Rows]:

@@ -58,6 +58,12 @@ class Engine:
             )
         return self._slabs
 
+    def reset_counters(self) -> None:
+        """Count from nothing again."""
+        self.ledger.clear()
+        self.peak_staging_bytes = 0
+        self.num_taken, self.num_hits, self.num_prefetched = 0, 0, 0
+
     def use(self, device: torch.device) -> None:
         """Compute on `device` from now on."""
         if device == self.link.device:
@@ -111,16 +117,16 @@ class OffloadedRows(Rows):
         if len(ids):
             there = self.engine.slabs[1][self._places(slots)]
             self._square.zero_()
-            self._add_on_host(ids, self.engine.download(there, self._trip()).get())
+            self._add_on_host(ids, self.engine.download(there, self.trip()).get())
 
     @override
     def chosen(self, flags: Tensor) -> Ids:
-        here = self.engine.download(flags, self._trip()).get()
+        here = self.engine.download(flags, self.trip()).get()
         return here.nonzero()[:, 0]
 
     @override
     def choose(self, tokens: Tokens, k: int) -> Tensor:
-        trip = self._trip()
+        trip = self.trip()
         dtype = self.store.wire_dtype
         here = self.engine.download(tokens.to(dtype), trip).get()
         ids = choose(self.store, here, k)
@@ -142,7 +148,7 @@ class OffloadedRows(Rows):
             taken = engine.slabs[0].index_select(0, self._places(slots))
         else:
             taken = self._fetch(wanted, slots, version, fresh)
-        step = 1 if self._trip().phase == "forward" else -1
+        step = 1 if self.trip().phase == "forward" else -1
         engine.prefetch(self.block + step)
         return taken
 
@@ -160,13 +166,13 @@ class OffloadedRows(Rows):
             self._add_on_device(slots[~away], gradient[stay])
             gradient = gradient[self._places(away.nonzero()[0])]
         sent = gradient.to(self.store.wire_dtype)
-        self._add_on_host(wanted[away], self.engine.download(sent, self._trip()).get())
+        self._add_on_host(wanted[away], self.engine.download(sent, self.trip()).get())
 
     @override
     def norm(self) -> Tensor:
         if not self._on_host.any():
             return size(self._square)
-        away = self.engine.upload(self._host_square, self._trip()).get()
+        away = self.engine.upload(self._host_square, self.trip()).get()
         return size(self._square + away)
 
     @override
@@ -175,7 +181,7 @@ class OffloadedRows(Rows):
         ids, slots = self.engine.cache.with_gradient(self.block)
         if len(ids):
             sent = self.engine.slabs[1][self._places(slots)].to(self.store.wire_dtype)
-            here = self.engine.download(sent, self._trip("update")).get()
+            here = self.engine.download(sent, self.trip("update")).get()
             parts.append((torch.from_numpy(ids), here.float()))
         if self._host_gradient is not None and self._on_host.any():
             away = torch.from_numpy(self._on_host.nonzero()[0])
@@ -193,7 +199,7 @@ class OffloadedRows(Rows):
         if len(slots):
             self.engine.slabs[1][self._places(slots)] *= factor
         if self._host_gradient is not None:
-            here = self.engine.download(factor, self._trip()).get()
+            here = self.engine.download(factor, self.trip()).get()
             self._host_gradient *= here
             self._host_square *= here * here
 
@@ -208,6 +214,10 @@ class OffloadedRows(Rows):
         if self._host_gradient is not None:
             self._host_gradient[torch.from_numpy(self._on_host.nonzero()[0])] = 0
             self._on_host.fill(False)
+
+    @override
+    def on_device(self) -> list[Tensor]:
+        return list(self.engine.slabs) if self.block == 0 else []
 
     @override
     def end_step(self) -> None:
@@ -235,7 +245,7 @@ class OffloadedRows(Rows):
             return
         rows = self.store.read(torch.from_numpy(ids[kept]))
         self.engine.num_prefetched += len(rows)
-        trip = self._trip()
+        trip = self.trip()
         self._on_its_way = (
             self.engine.upload(rows, trip),
             self.engine.upload(torch.from_numpy(slots[kept]).int(), trip),
@@ -253,7 +263,7 @@ class OffloadedRows(Rows):
     ) -> Width:
         """Rows of which at least one has to come from the host."""
         missing = self.store.read(torch.from_numpy(wanted[~fresh]))
-        rows = self.engine.upload(missing, self._trip()).get()
+        rows = self.engine.upload(missing, self.trip()).get()
         kept = self._keep(wanted, slots, version, ~fresh)
         if kept.any():
             of_missing = kept[~fresh]
@@ -297,9 +307,10 @@ class OffloadedRows(Rows):
     def _places(self, places: Longs) -> Tensor:
         """Numbers that the device needs to know."""
         numbers = torch.from_numpy(places.astype(np.int32))
-        return self.engine.upload(numbers, self._trip()).get().long()
+        return self.engine.upload(numbers, self.trip()).get().long()
 
-    def _trip(self, phase: str | None = None) -> Trip:
+    def trip(self, phase: str | None = None) -> Trip:
+        """What this block's copies are booked under, by default in this phase."""
         if phase is None:
             phase = "backward" if in_backward() else "forward"
         return Trip(place=f"block {self.block}", phase=phase)

@@ -5,16 +5,15 @@ the rows take their step where they live: gradients come over, one block after t
 other, and touched rows change in place (`meft.sparse.adam`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from meft.errors import ConfigError
-from meft.sparse.adam import UPDATES, Schedule
+from meft.sparse.adam import Schedule
 from meft.sparse.anchor import Anchor, AnchorParameter
-from meft.validate import one_of
 
 ROWS = "rows"
 """Of the state dict: what belongs to rows, per anchor in the order of the groups."""
@@ -29,9 +28,9 @@ class SparseAdamW(torch.optim.AdamW):
         betas: decay of the mean gradient and of the mean squared gradient.
         eps: added to the root of the latter.
         weight_decay: share of lr by which weights shrink each step.
-        update: what happens to rows that have no gradient in a step: `dense`, they take
-            the step; `lazy`, they stand still; `catchup`, they take it when they are
-            next needed, with the result of `dense` at the cost of what is touched.
+
+    What happens to rows that have no gradient in a step is up to `SparseConfig.update`.
+    A step uses up the rows' gradient, as if `zero_grad()` followed.
     """
 
     def __init__(
@@ -41,16 +40,13 @@ class SparseAdamW(torch.optim.AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        update: str = "catchup",
     ) -> None:
-        one_of("update", update, UPDATES)
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         for group, parameter in self._anchors():
             store = parameter.anchor.rows.store
             beta1, beta2 = group["betas"]
             store.schedule = Schedule(beta1=beta1, beta2=beta2, eps=group["eps"])
             store.updated_at.zero_()
-            store.update = update
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -115,8 +111,3 @@ def _step(anchor: Anchor, lr: float | Tensor, weight_decay: float) -> None:
     store.schedule.add(float(lr), weight_decay)
     store.step(ids, gradient * factor)
     anchor.rows.drop_gradient()
-
-
-def anchors(parameters: Iterable[Tensor]) -> list[AnchorParameter]:
-    """The anchors among `parameters`."""
-    return [p for p in parameters if isinstance(p, AnchorParameter)]

@@ -58,6 +58,9 @@ class Rows(Protocol):
     def drop_gradient(self) -> None:
         """Forget all that `add_gradient` added."""
 
+    def on_device(self) -> list[Tensor]:
+        """What this block, or the first of those that share it, holds on the device."""
+
     def end_step(self) -> None:
         """Rows of all blocks have taken a step."""
 
@@ -119,6 +122,11 @@ class ResidentRows(Rows):
             self._gradient *= factor
 
     @override
+    def on_device(self) -> list[Tensor]:
+        held = self.store.tensors()
+        return held if self._gradient is None else [*held, self._gradient]
+
+    @override
     def end_step(self) -> None:
         """Nothing is kept that a step could make wrong."""
 
@@ -136,6 +144,8 @@ class ResidentRows(Rows):
 
 def choose(store: RowStore, tokens: Tokens, k: int) -> Int[Tensor, "tokens kept"]:
     """`Rows.choose` for tokens that are where the store is."""
+    if k == len(store):
+        return top(tokens.new_empty(len(tokens), k), k)
     keys = store.keys()
     if keys.device.type == "cpu":
         return top(tokens.float() @ keys.float().T, k)
@@ -151,7 +161,8 @@ def add_rows(
     old = sums[places]
     new = old + gradient
     sums[places] = new
-    return (new.square().sum(1) - old.square().sum(1)).double().sum()
+    # (a + b)^2 - a^2 = b (2 a + b)
+    return old.add_(new).mul_(gradient).sum(1).double().sum()
 
 
 def size(square: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ and `model.state_dict()` does not see it.
 """
 
 import importlib.util
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict
@@ -34,9 +35,12 @@ class RowStore:
     Args:
         rows: float32, in the memory that they are to live in.
         wire_dtype: of what `read()` gives.
+        update: what happens to rows without a gradient (`SparseConfig.update`).
     """
 
-    def __init__(self, rows: Width, wire_dtype: torch.dtype) -> None:
+    def __init__(
+        self, rows: Width, wire_dtype: torch.dtype, update: str = "catchup"
+    ) -> None:
         self.rows = _pinned(rows)
         self.wire_dtype = wire_dtype
         is_wide = wire_dtype == torch.float32
@@ -46,8 +50,7 @@ class RowStore:
         """The step that each row stands at."""
         self.schedule: Schedule | None = None
         """The optimizer's, once there is one."""
-        self.update = "lazy"
-        """What happens to rows without a gradient."""
+        self.update = update
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,11 +60,15 @@ class RowStore:
         """Numbers in a row: twice the backbone's width."""
         return self.rows.shape[1]
 
+    def tensors(self) -> list[Tensor]:
+        """Everything held."""
+        held = [self.rows, self.updated_at, self.shadow, *(self._moments or ())]
+        return [tensor for tensor in held if tensor is not None]
+
     @property
     def nbytes(self) -> int:
         """Bytes of everything held."""
-        held = [self.rows, self.updated_at, self.shadow, *(self._moments or ())]
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
+        return sum(tensor.nbytes for tensor in self.tensors())
 
     @property
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -189,11 +196,18 @@ class RowStore:
 
 
 def _advance_function(device: torch.device) -> Callable[..., None]:
-    if device.type == "cpu" and importlib.util.find_spec("numba") is not None:
-        from meft.sparse import adam_kernel
+    if device.type != "cpu":
+        return adam.advance
+    if importlib.util.find_spec("numba") is None:
+        warnings.warn(
+            "numba is not installed: rows of sparse adapters take their steps many "
+            "times slower. `pip install 'meft[sparse]'`",
+            stacklevel=5,
+        )
+        return adam.advance
+    from meft.sparse import adam_kernel
 
-        return adam_kernel.advance
-    return adam.advance
+    return adam_kernel.advance
 
 
 def _pinned(tensor: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class _TokenTopK(torch.autograd.Function):
         weights = torch.relu(raw if gate is None else raw * gate)
         kept = weights > 0
         active = distinct(adapter, neurons[kept])
-        adapter.seen.num_tokens, adapter.seen.num_active = len(tokens), len(active)
+        adapter.seen.add(len(tokens), len(active))
         out = torch.zeros_like(tokens, dtype=torch.float32)
         for piece in _pieces(adapter, tokens, neurons, kept, active):
             some = weights.flatten()[piece.entries]
@@ -142,7 +142,7 @@ def choose(
     neurons = (experts[:, :, None] * per_expert + inside).flatten(1)
     candidates = distinct(adapter, experts, per_expert)
     raw = _scores(adapter, tokens, neurons, candidates)
-    adapter.seen.num_candidates = len(candidates)
+    adapter.seen.total_candidates += len(candidates)
     score = raw if gates is None else raw * gates.repeat_interleave(per_expert, 1)
     columns = top(score, k)
     return columns, raw.gather(1, columns)

@@ -55,7 +55,7 @@ class _Union(torch.autograd.Function):
         active = distinct(
             adapter, neurons_of(columns, experts, adapter.rows_per_expert)
         )
-        adapter.seen.num_tokens, adapter.seen.num_active = len(tokens), len(active)
+        adapter.seen.add(len(tokens), len(active))
         out = torch.zeros_like(tokens, dtype=torch.float32)
         for _, keys, values in _pieces(adapter, tokens, active):
             out += torch.relu(tokens @ keys.T) @ values

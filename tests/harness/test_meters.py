@@ -99,9 +99,9 @@ def test_a_step_of_full_fine_tuning_holds_every_gradient_at_once() -> None:
     """At the end of its backward; afterwards they are let go."""
     model = classifier().train()
     stepper = Stepper(model, cell())
-    stepper.step(batch(), 0.0)
+    stepper.step([batch()], 0.0)
     gradients = sum(p.numel() for p in model.parameters()) * FLOAT
-    assert memory.cpu_step_peak_bytes(lambda: stepper.step(batch(), 0.0)) >= gradients
+    assert memory.cpu_step_peak_bytes(lambda: stepper.step([batch()], 0.0)) >= gradients
     assert memory.resting_bytes(model, stepper.optimizer) < 4 * gradients
 
 

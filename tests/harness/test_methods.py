@@ -140,7 +140,7 @@ def test_every_method_trains_every_family(method: str, family: str) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     stepper = Stepper(model, cell(method=method))
     model.train()
-    stepper.step(batch(), learning_rate=1e-2)
+    stepper.step([batch()], learning_rate=1e-2)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     moved = {
         name for name, p in model.named_parameters() if not torch.equal(p, before[name])

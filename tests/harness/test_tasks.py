@@ -14,7 +14,7 @@ from harness.tiny import cell
 from meft_bench.registry import TASKS, load
 from meft_bench.source import MissingError, Source
 from meft_bench.tasks import bbc_news, glue, metrics, synthetic
-from meft_bench.tasks.batches import Example, collate, encode, epochs, full_batch
+from meft_bench.tasks.batches import Example, collate, encode, epochs, full_batches
 from meft_bench.tasks.task import Row, Task, draw, first
 
 NOWHERE = Source()
@@ -297,7 +297,7 @@ def test_an_epoch_shows_every_row_once_and_each_in_another_order() -> None:
 
 def test_the_full_batch_has_no_padding() -> None:
     """Rows hold the tokens of as many examples as it takes."""
-    batch = full_batch(numbered(2, 3), cell(batch_size=2, seq_len=4))
+    (batch,) = full_batches(numbered(2, 3), cell(batch_size=2, seq_len=4))
     assert batch["input_ids"].tolist() == [[5, 5, 6, 6], [6, 5, 5, 6]]
     assert torch.equal(batch["attention_mask"], torch.ones(2, 4, dtype=torch.long))
     assert batch["labels"].tolist() == [0, 1]

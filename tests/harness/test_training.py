@@ -64,7 +64,7 @@ def test_a_step_with_learning_rate_zero_moves_nothing() -> None:
     """So memory can be probed on a trained model without spoiling it."""
     stepper = stepper_for(cell())
     before = [p.clone() for p in stepper.model.parameters()]
-    stepper.step(batch(), 0.0)
+    stepper.step([batch()], 0.0)
     for parameter, expected in zip(stepper.model.parameters(), before, strict=True):
         assert torch.equal(parameter, expected)
         assert parameter.grad is None
@@ -110,7 +110,7 @@ def test_narrow_weights_need_no_autocast(method: str, family: str) -> None:
     head.register_forward_hook(look)
     assert stepper.loss(stepper.to_device(batch())).dtype == torch.float32
     assert seen == [(False, torch.float32)]
-    stepper.step(batch(), 1e-3)
+    stepper.step([batch()], 1e-3)
     head_names = ("classifier", "score")
     for name, parameter in stepper.model.named_parameters():
         is_new = name.startswith(head_names) or "lora" in name or "adapter" in name
@@ -123,7 +123,7 @@ def test_narrow_weights_need_no_autocast(method: str, family: str) -> None:
 def test_fp16_weights_train_with_a_loss_scale_if_they_are_frozen() -> None:
     """Gradients of fp16 parameters cannot be unscaled: refused before any step."""
     stepper = made("lora", "fp16", "llama")
-    losses = [stepper.step(batch(), 1e-2) for _ in range(12)]
+    losses = [stepper.step([batch()], 1e-2) for _ in range(12)]
     assert losses[-1] < losses[0]
     with pytest.raises(ValueError, match=r"'fp16' with method 'full'.*Take 'fp32'"):
         made("full", "fp16", "llama")

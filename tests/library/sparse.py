@@ -70,7 +70,7 @@ def lone_adapter(cfg: meft.SparseConfig, hidden: int = HIDDEN) -> SparseAdapter:
     """An adapter in no model."""
     generator = torch.Generator().manual_seed(5)
     rows = 0.3 * torch.randn(cfg.num_neurons, 2 * hidden, generator=generator)
-    store = RowStore(rows, getattr(torch, cfg.wire_dtype or "float32"))
+    store = RowStore(rows, getattr(torch, cfg.wire_dtype or "float32"), cfg.update)
     weight = make_router(rows[:, :hidden], cfg.experts) if cfg.experts else None
     if weight is not None:
         weight.requires_grad = cfg.router_learns
@@ -99,11 +99,9 @@ def train(
     steps: int = 4,
     window: int = 2,
     clip: float | None = 0.5,
-    **optimizer: Any,
 ) -> list[float]:
     """The losses of a short training run, in windows of `window` batches."""
-    options = {"lr": 1e-2, **optimizer}
-    adam = meft.SparseAdamW(model.parameters(), **options)
+    adam = meft.SparseAdamW(model.parameters(), lr=1e-2)
     losses = []
     data = batches(steps * window)
     for _ in range(steps):

@@ -116,7 +116,7 @@ def test_padding_chooses_nothing(routing: str) -> None:
         out = adapter(torch.where(mask[..., None], x, filler), mask)
         out.square().sum().backward()
         assert not out[~mask].any()
-        found.append((out.detach(), gradient_of(adapter), adapter.seen.num_active))
+        found.append((out.detach(), gradient_of(adapter), adapter.seen.total_active))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
     assert found[0][2] == found[1][2]

@@ -83,14 +83,14 @@ def test_the_ledger_is_the_closed_formula() -> None:
     row = 2 * HIDDEN * 4
     for index, adapter in enumerate(sparse_adapters(model).values()):
         name, seen = f"block {index}", adapter.seen
-        assert 0 < seen.num_active < seen.num_candidates
+        assert 0 < seen.total_active < seen.total_candidates
         up, down = engine.ledger.h2d, engine.ledger.d2h
-        forward = row * (seen.num_candidates + seen.num_active)
+        forward = row * (seen.total_candidates + seen.total_active)
         assert up[Trip(name, "forward")] == forward
         assert down[Trip(name, "forward")] == 32 + 64
         # The size of the gradient on the host is 8 bytes, for clipping.
-        assert up[Trip(name, "backward")] == row * seen.num_active + 8
-        assert down[Trip(name, "backward")] == row * seen.num_active
+        assert up[Trip(name, "backward")] == row * seen.total_active + 8
+        assert down[Trip(name, "backward")] == row * seen.total_active
         assert up[Trip(name, "update")] == down[Trip(name, "update")] == 0
 
 

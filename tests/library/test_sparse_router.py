@@ -57,6 +57,7 @@ def test_more_than_there_are_cannot_be_kept() -> None:
         ({"wire_dtype": "float64"}, "one of"),
         ({"cache": "on"}, "one of"),
         ({"gate": "logits"}, "did you mean 'logit'"),
+        ({"update": "catch-up"}, "did you mean 'catchup'"),
     ],
 )
 def test_an_illegal_config_says_what_is_legal(

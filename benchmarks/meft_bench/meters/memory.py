@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from meft.sparse.convert import sparse_adapters
 from meft.testing import saved_bytes
 from meft_bench.tasks.batches import Batch
 
@@ -44,7 +45,10 @@ def saved_by_forward(
 
 
 def resting_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of parameters, buffers, gradients and optimizer state, each once."""
+    """Bytes of parameters, buffers, gradients and optimizer state, each once.
+
+    Of sparse adapters, what they hold on the device: not rows in host memory.
+    """
     storages = {
         (tensor.device, tensor.untyped_storage().data_ptr()): (
             tensor.untyped_storage().nbytes()
@@ -60,6 +64,8 @@ def _resting(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Ten
         yield parameter
         if parameter.grad is not None:
             yield parameter.grad
+    for adapter in sparse_adapters(model).values():
+        yield from adapter.rows.on_device()
     for state in optimizer.state.values():
         yield from (value for value in state.values() if isinstance(value, Tensor))
 

@@ -35,21 +35,23 @@ def adapters(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
 
 
 class AdaptedBlock(nn.Module):
-    """A block of any family with an adapter in each of its halves."""
+    """A block of any family with an adapter in each of its halves, or in its MLP's."""
 
     def __init__(
         self,
         block: nn.Module,
         family: Family,
-        attention_adapter: Bottleneck,
-        mlp_adapter: Bottleneck,
+        attention_adapter: nn.Module | None,
+        mlp_adapter: nn.Module,
     ) -> None:
         super().__init__()
         weight = next(block.parameters())
-        device, dtype = weight.device, wide_dtype(weight.dtype)
         self.block = block
-        self.attention_adapter = attention_adapter.to(device, dtype)
-        self.mlp_adapter = mlp_adapter.to(device, dtype)
+        self.attention_adapter = attention_adapter
+        self.mlp_adapter = mlp_adapter
+        for adapter in (attention_adapter, mlp_adapter):
+            if adapter is not None:
+                adapter.to(weight.device, wide_dtype(weight.dtype))
         self.family = family
         # The halves take by name what a model's loop may pass by position.
         self._names = list(inspect.signature(block.forward).parameters)[1:]

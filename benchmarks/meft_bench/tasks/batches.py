@@ -102,20 +102,25 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
     return {name: torch.tensor(values) for name, values in columns.items()}
 
 
-def full_batch(examples: Sequence[Example], cell: Cell) -> Batch:
-    """The largest batch a cell can meet: every row has `cell.seq_len` tokens.
+def full_batches(examples: Sequence[Example], cell: Cell) -> list[Batch]:
+    """The largest step a cell can meet: every row has `cell.seq_len` tokens.
 
     Rows are filled with the tokens of as many examples as it takes, one after another.
     """
     tokens = itertools.chain.from_iterable(
         e.token_ids for e in itertools.cycle(examples)
     )
+    labels = (e.label for e in itertools.cycle(examples))
     shape = (cell.batch_size, cell.seq_len)
     num_tokens = cell.batch_size * cell.seq_len
-    labels = (e.label for e in itertools.cycle(examples))
-    return {
-        "input_ids": torch.tensor([*itertools.islice(tokens, num_tokens)]).view(shape),
-        "token_type_ids": torch.zeros(shape, dtype=torch.long),
-        "attention_mask": torch.ones(shape, dtype=torch.long),
-        "labels": torch.tensor([*itertools.islice(labels, cell.batch_size)]),
-    }
+    return [
+        {
+            "input_ids": torch.tensor([*itertools.islice(tokens, num_tokens)]).view(
+                shape
+            ),
+            "token_type_ids": torch.zeros(shape, dtype=torch.long),
+            "attention_mask": torch.ones(shape, dtype=torch.long),
+            "labels": torch.tensor([*itertools.islice(labels, cell.batch_size)]),
+        }
+        for _ in range(cell.accumulation)
+    ]

@@ -1,0 +1,102 @@
+"""What the rows of sparse adapters move and hold, counted by the library's own ledger.
+
+    moved     bytes between host and device in one optimizer step, every copy booked
+              where it is made; on a CPU the same copies between two places in memory
+    paper     what the paper's accounting gives for the same batches: per block and
+              batch, rows that the batch activates up, their gradients down, and the
+              hidden states down: (4 d u + T d) elements (Hao et al., section 3.3)
+    dense     what an adapter of as many neurons moves when all of it is offloaded: rows
+              up and gradients down in every batch, 2 * 2 d r elements a block
+
+d is the width, u the neurons that a batch activates, T its tokens, r all neurons; all
+three in bytes of the same size of number.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from meft.sparse.adapter import SparseAdapter
+from meft.sparse.engine import OffloadedRows
+from meft.transfer import Ledger
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowTraffic:
+    """Of one optimizer step; fields of `Measurement`. None without an engine."""
+
+    paper_transfer_bytes: int
+    dense_transfer_bytes: int
+    union_fraction: list[float]
+    """Share of a block's neurons that a batch activates, the mean over batches."""
+    row_store_bytes: int
+    h2d_bytes: int | None = None
+    d2h_bytes: int | None = None
+    h2d_forward_bytes: list[int] | None = None
+    h2d_backward_bytes: list[int] | None = None
+    h2d_update_bytes: list[int] | None = None
+    d2h_forward_bytes: list[int] | None = None
+    d2h_backward_bytes: list[int] | None = None
+    d2h_update_bytes: list[int] | None = None
+    """The last six per block, lowest first."""
+    cache_hit_fraction: float | None = None
+    num_prefetched_rows: int | None = None
+    row_device_bytes: int | None = None
+    peak_staging_bytes: int | None = None
+
+
+class Watch:
+    """Counts from its making on."""
+
+    def __init__(self, adapters: Sequence[SparseAdapter]) -> None:
+        self._adapters = adapters
+        first = adapters[0].rows
+        self._engine = first.engine if isinstance(first, OffloadedRows) else None
+        for adapter in adapters:
+            adapter.seen.clear()
+        if self._engine is not None:
+            self._engine.reset_counters()
+
+    def result(self) -> RowTraffic:
+        """What came together since."""
+        seen = [adapter.seen for adapter in self._adapters]
+        store = self._adapters[0].rows.store
+        itemsize = store.wire_dtype.itemsize
+        hidden = store.width // 2
+        num_batches = seen[0].num_batches
+        active = sum(one.total_active for one in seen)
+        tokens = sum(one.total_tokens for one in seen)
+        neurons = len(seen) * len(store) * num_batches
+        found = RowTraffic(
+            paper_transfer_bytes=(4 * active + tokens) * hidden * itemsize,
+            dense_transfer_bytes=4 * neurons * hidden * itemsize,
+            union_fraction=[
+                one.total_active / (num_batches * len(store)) for one in seen
+            ],
+            row_store_bytes=sum(a.rows.store.nbytes for a in self._adapters),
+        )
+        engine = self._engine
+        if engine is None:
+            return found
+        return dataclasses.replace(
+            found,
+            h2d_bytes=engine.ledger.h2d_bytes,
+            d2h_bytes=engine.ledger.d2h_bytes,
+            **self._by_block(engine.ledger),
+            cache_hit_fraction=engine.num_hits / max(engine.num_taken, 1),
+            num_prefetched_rows=engine.num_prefetched,
+            row_device_bytes=sum(slab.nbytes for slab in engine.slabs),
+            peak_staging_bytes=engine.peak_staging_bytes,
+        )
+
+    def _by_block(self, ledger: Ledger) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for direction, booked in (("h2d", ledger.h2d), ("d2h", ledger.d2h)):
+            for phase in ("forward", "backward", "update"):
+                found[f"{direction}_{phase}_bytes"] = [
+                    booked[adapter.rows.trip(phase)]
+                    for adapter in self._adapters
+                    if isinstance(adapter.rows, OffloadedRows)
+                ]
+        return found
