@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from meft_reports.columns import Column
+from meft_reports.columns.column import Column
 from meft_reports.format import format_value, is_null
 from meft_reports.threshold import Threshold
 

@@ -19,7 +19,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from meft_reports.columns import BY_NAME, COLUMNS, SCHEMA_VERSION, Column
+from meft_reports.columns import BY_NAME, COLUMNS, SCHEMA_VERSION
+from meft_reports.columns.column import Column
 from meft_reports.errors import RecordError, UnknownName
 from meft_reports.files import write_atomically
 
@@ -227,6 +228,8 @@ def _flatten(record: dict[str, Any]) -> dict[str, Any]:
     peak, resting = row["peak_allocated_bytes"], row["resting_bytes"]
     known = peak is not None and resting is not None
     row["peak_activation_bytes"] = peak - resting if known else None
+    up, down = row["h2d_bytes"], row["d2h_bytes"]
+    row["transfer_bytes"] = None if up is None or down is None else up + down
     return row
 
 

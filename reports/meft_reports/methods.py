@@ -3,6 +3,7 @@
 meftN               the paper's arithmetic, in floats
 meftN-exact         integer streams, whose inverse is exact
 ...-store           the plain twin: the same function, nothing rebuilt
+dense, sparse...    adapters of many neurons; `-experts` are routed
 """
 
 from collections.abc import Callable
@@ -38,12 +39,31 @@ def in_floats(method: str) -> str:
     return rebuilt(method).removesuffix("-exact")
 
 
+def is_sparse(method: str) -> bool:
+    """Whether few of its neurons answer, from host memory."""
+    return method.startswith("sparse")
+
+
+def has_experts(method: str) -> bool:
+    """Whether a router chooses among its neurons."""
+    return method.startswith("sparse-experts")
+
+
+def has_neurons(method: str) -> bool:
+    """Whether it is an adapter of many neurons beside the feed-forward."""
+    return is_sparse(method) or method.startswith("dense")
+
+
 _HEEDS: dict[str, Callable[[str], bool]] = {
     "bottleneck_size": lambda m: is_meft(m) or m.startswith("adapters"),
     "lora_rank": lambda m: m.startswith("lora"),
     "lost_bits": is_exact,
     "reversible_blocks": lambda m: is_meft(m) and not is_stored(m),
     "mlp_chunks": is_meft,
+    "num_neurons": has_neurons,
+    "top_k_neurons": is_sparse,
+    "num_experts": has_experts,
+    "top_k_experts": has_experts,
 }
 
 

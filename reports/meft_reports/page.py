@@ -117,6 +117,14 @@ def _all_sections(frame: pd.DataFrame) -> list[Section]:
             folded=_folded(frame, "ratios"),
         ),
         Section(
+            anchor="traffic",
+            title="Rows between host and device",
+            lead="Sparse adapters keep their neurons in host memory and move what a "
+            "batch activates.",
+            figures=_figures(frame, "traffic_neurons", "union_batch"),
+            tables=_tables(frame, "traffic"),
+        ),
+        Section(
             anchor="exactness",
             title="Exactness of the rebuilt backward",
             lead="A reversible stack rebuilds its activations instead of storing them; "

@@ -36,6 +36,7 @@ _MEFT3 = Look(color="#009E73", marker="D")
 _MEFT1_EXACT = Look(color="#7A2E00", marker="o", line=":")
 _MEFT2_EXACT = Look(color="#8A5F00", marker="s", line=":")
 _MEFT3_EXACT = Look(color="#00523C", marker="D", line=":")
+_SPARSE = Look(color="#0B6E4F", marker="H")
 
 LOOKS = {
     "full": Look(color="#000000", marker="o"),
@@ -57,6 +58,18 @@ LOOKS = {
     "meft1-exact-store": _twin(_MEFT1_EXACT),
     "meft2-exact-store": _twin(_MEFT2_EXACT),
     "meft3-exact-store": _twin(_MEFT3_EXACT),
+    "dense": Look(color="#4D4D4D", marker="s"),
+    "dense-offload": Look(color="#4D4D4D", marker="s", line="--", hollow=True),
+    "sparse": Look(color="#1B9E9E", marker="d"),
+    "sparse-experts": _SPARSE,
+    "sparse-experts-union": Look(color="#A8A032", marker="h"),
+    "sparse-experts-resident": _twin(_SPARSE),
+    "sparse-experts-no-cache": Look(color="#A3123F", marker="v", line=":"),
+    "sparse-experts-window": Look(color="#B05FA8", marker="<", line=":"),
+    "sparse-experts-no-prefetch": Look(color="#CC6677", marker=">", line=":"),
+    "sparse-experts-wide": Look(color="#88CCEE", marker="^", line=":"),
+    "sparse-experts-lazy": Look(color="#DDCC77", marker="*", line=":"),
+    "sparse-experts-dense-update": Look(color="#332288", marker="p", line=":"),
 }
 """Every method of the harness, in the order in which methods are shown."""
 

@@ -14,7 +14,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from meft_reports.columns import Column, find_measured
+from meft_reports.columns import find_measured
+from meft_reports.columns.column import Column
 from meft_reports.errors import ReportError
 
 SIZES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}

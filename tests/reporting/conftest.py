@@ -41,6 +41,11 @@ CELL = {
     "attention": "sdpa",
     "blocks": "eager",
     "rival": "",
+    "num_neurons": 1024,
+    "top_k_neurons": 64,
+    "num_experts": 0,
+    "top_k_experts": 8,
+    "accumulation": 1,
 }
 NOTHING_SEEN = dict.fromkeys(
     """num_parameters num_trainable_parameters num_blocks saved_bytes resting_bytes
@@ -48,7 +53,11 @@ NOTHING_SEEN = dict.fromkeys(
     pcie_rx_bytes pcie_tx_bytes step_seconds step_seconds_iqr all_step_seconds
     rival_step_seconds step_ratio step_ratio_iqr num_steps loss_curve
     score_name score majority_score second_score_name second_score
-    second_majority_score num_train_rows num_eval_rows start_deviation
+    second_majority_score h2d_bytes d2h_bytes
+    h2d_forward_bytes h2d_backward_bytes h2d_update_bytes d2h_forward_bytes
+    d2h_backward_bytes d2h_update_bytes paper_transfer_bytes dense_transfer_bytes
+    union_fraction cache_hit_fraction num_prefetched_rows row_store_bytes
+    row_device_bytes peak_staging_bytes num_train_rows num_eval_rows start_deviation
     reconstruction_error gradient_error""".split()
 )
 SEEN = {
@@ -231,6 +240,35 @@ def build_quality() -> list[Record]:
     return [*records, failed]
 
 
+def build_traffic() -> list[Record]:
+    """Sparse adapters of two sizes, whose rows move, beside the dense rival."""
+    records = []
+    for neurons in (1024, 4096):
+        shape: Any = {"task": "synthetic", "num_neurons": neurons, "dtype": "bf16"}
+        shape |= {"seq_len": 256}
+        records.append(build_record(method="dense", **shape))
+        for size in (1, 4):
+            records.append(
+                build_record(
+                    method="sparse-experts",
+                    batch_size=size,
+                    rival="dense",
+                    step_ratio=0.5,
+                    step_ratio_iqr=0.1,
+                    h2d_bytes=6 * MIB,
+                    d2h_bytes=4 * MIB,
+                    paper_transfer_bytes=80 * MIB,
+                    dense_transfer_bytes=200 * MIB,
+                    union_fraction=[0.1 * size, 0.2 * size],
+                    cache_hit_fraction=0.75,
+                    row_device_bytes=8 * MIB,
+                    row_store_bytes=64 * MIB,
+                    **shape,
+                )
+            )
+    return records
+
+
 @pytest.fixture(scope="session")
 def depth() -> pd.DataFrame:
     """The frame of `build_depth`; nobody may change it."""
@@ -243,10 +281,16 @@ def quality() -> pd.DataFrame:
     return to_frame(build_quality())
 
 
+@pytest.fixture(scope="session")
+def traffic() -> pd.DataFrame:
+    """The frame of `build_traffic`; nobody may change it."""
+    return to_frame(build_traffic())
+
+
 @pytest.fixture
 def every_kind() -> list[Record]:
     """Records of all made-up runs, of which every figure and table can be made."""
-    return [*build_matrix(), *build_depth(), *build_quality()]
+    return [*build_matrix(), *build_depth(), *build_quality(), *build_traffic()]
 
 
 @pytest.fixture

@@ -30,6 +30,8 @@ UNITS = {
     "score_lost_bits": ("lost bits k (the scale is 2^-k)", "score (accuracy)"),
     "score_reversible": ("reversible blocks (lowest of the stack)", "score (accuracy)"),
     "step_ratio": ("depth (blocks)", "time of a step (rival = 1)"),
+    "traffic_neurons": ("neurons per block", "moved in a step (MiB)"),
+    "union_batch": ("tokens of a batch", "share of neurons active"),
     "gradient_depth": ("depth (blocks)", "worst gradient error (relative)"),
     "start_deviation": (
         "lost bits k (the scale is 2^-k)",
@@ -38,16 +40,21 @@ UNITS = {
 }
 OF_DEPTH = ("step_ratio", "gradient_depth", "start_deviation")
 OF_QUALITY = ("score_lost_bits", "score_reversible")
+OF_TRAFFIC = ("traffic_neurons", "union_batch")
 every_plot = pytest.mark.parametrize("name", PLOTS)
 
 
 @pytest.fixture(scope="module")
 def frames(
-    frame: pd.DataFrame, depth: pd.DataFrame, quality: pd.DataFrame
+    frame: pd.DataFrame,
+    depth: pd.DataFrame,
+    quality: pd.DataFrame,
+    traffic: pd.DataFrame,
 ) -> dict[str, pd.DataFrame]:
     """The made-up run of which each plot can be drawn."""
     frames = dict.fromkeys(PLOTS, frame) | dict.fromkeys(OF_DEPTH, depth)
-    return frames | dict.fromkeys(OF_QUALITY, quality)
+    frames |= dict.fromkeys(OF_QUALITY, quality)
+    return frames | dict.fromkeys(OF_TRAFFIC, traffic)
 
 
 @pytest.fixture(scope="module")

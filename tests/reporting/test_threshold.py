@@ -6,7 +6,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from meft_reports.columns import MEASURED, Column
+from meft_reports.columns import MEASURED
+from meft_reports.columns.column import Column
 from meft_reports.errors import ReportError, UnknownName
 from meft_reports.threshold import PATTERN, SIZES, parse_threshold
 

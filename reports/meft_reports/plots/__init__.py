@@ -28,6 +28,8 @@ PLOTS = (
     "memory_batch",
     "memory_depth",
     "step_ratio",
+    "traffic_neurons",
+    "union_batch",
     "reconstruction",
     "gradient_depth",
     "start_deviation",

@@ -23,6 +23,7 @@ TABLES = (
     "results",
     "memory",
     "ratios",
+    "traffic",
     "exactness",
     "twins",
     "start",

@@ -1,0 +1,42 @@
+"""The table of facts: every column of the frame, once.
+
+Where a value lies in a record, its dtype, its unit, whether lower is better and what
+it means are said here and nowhere else. The reader, the tables, the page's legend and
+the thresholds of `check` all look things up in `COLUMNS`. The harness's own account of
+how each number is measured is docs/numbers.md.
+"""
+
+from meft_reports.columns.cell import CELL
+from meft_reports.columns.column import Column
+from meft_reports.columns.environment import ENVIRONMENT
+from meft_reports.columns.measurement import MEASUREMENT
+from meft_reports.errors import UnknownName
+
+SCHEMA_VERSION = 1
+"""The version of the record format that this table describes."""
+
+COLUMNS: tuple[Column, ...] = (*CELL, *MEASUREMENT, *ENVIRONMENT)
+"""Every column, in the order of the frame."""
+
+BY_NAME = {column.name: column for column in COLUMNS}
+CELL_FIELDS = tuple(column.name for column in COLUMNS if column.section == "cell")
+MEASURED = tuple(
+    column
+    for column in COLUMNS
+    if column.section in ("measurement", "derived")
+    and column.dtype in ("Int64", "Float64")
+)
+"""The columns that `check` compares: one number per cell. What is derived from others
+is not in a record, so `baseline` reports what it is derived from."""
+
+
+def find_measured(name: str) -> Column:
+    """The measured column called `name`, in full or without `_bytes`.
+
+    Raises:
+        UnknownName: no column of numbers is called so.
+    """
+    for column in MEASURED:
+        if name in (column.name, column.short_name):
+            return column
+    raise UnknownName("column", name, [column.short_name for column in MEASURED])

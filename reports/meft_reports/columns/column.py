@@ -1,0 +1,132 @@
+"""`Column`: what is known of one column before any record is read."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Section = Literal["", "cell", "measurement", "environment", "versions", "derived"]
+Dtype = Literal["string", "Int64", "Float64", "boolean", "list"]
+Unit = Literal["", "bytes", "seconds", "count", "fraction"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """What is known of one column before any record is read."""
+
+    name: str
+    section: Section
+    """Part of the record that holds the value; "" for its top level."""
+    dtype: Dtype
+    """pandas nullable dtype; `list` holds lists of floats in an object column."""
+    unit: Unit = ""
+    lower_is_better: bool | None = None
+    """None where neither direction is an improvement."""
+    required: bool = False
+    """A record without a value here is refused."""
+    default: str | int | None = None
+    """What older records meant, which lack the field."""
+    meaning: str
+
+    @property
+    def key(self) -> str:
+        """The name of the value inside its section."""
+        return self.name.removesuffix("_version") if self.versioned else self.name
+
+    @property
+    def versioned(self) -> bool:
+        """Whether the value is one entry of the environment's `versions`."""
+        return self.section == "versions"
+
+    @property
+    def short_name(self) -> str:
+        """The name without its unit: `peak_allocated` for `peak_allocated_bytes`."""
+        return self.name.removesuffix("_bytes")
+
+
+def top(name: str, dtype: Dtype, meaning: str, unit: Unit = "") -> Column:
+    """A field of the record itself."""
+    return Column(
+        name=name, section="", dtype=dtype, unit=unit, required=True, meaning=meaning
+    )
+
+
+def cell(name: str, dtype: Dtype, meaning: str, unit: Unit = "") -> Column:
+    """A field of the cell that every record has."""
+    return Column(
+        name=name,
+        section="cell",
+        dtype=dtype,
+        unit=unit,
+        required=True,
+        meaning=meaning,
+    )
+
+
+def later_cell(
+    name: str, dtype: Dtype, meaning: str, default: str | int, unit: Unit = ""
+) -> Column:
+    """A field of the cell that older records lack."""
+    return Column(
+        name=name,
+        section="cell",
+        dtype=dtype,
+        unit=unit,
+        default=default,
+        meaning=meaning,
+    )
+
+
+def seen(
+    name: str,
+    dtype: Dtype,
+    meaning: str,
+    unit: Unit = "",
+    lower_is_better: bool | None = None,
+) -> Column:
+    """A field of the measurement."""
+    return Column(
+        name=name,
+        section="measurement",
+        dtype=dtype,
+        unit=unit,
+        lower_is_better=lower_is_better,
+        meaning=meaning,
+    )
+
+
+def where(name: str, dtype: Dtype, meaning: str, required: bool = False) -> Column:
+    """A field of the environment."""
+    return Column(
+        name=name,
+        section="environment",
+        dtype=dtype,
+        required=required,
+        meaning=meaning,
+    )
+
+
+def version(package: str) -> Column:
+    """The version of a package."""
+    return Column(
+        name=f"{package}_version",
+        section="versions",
+        dtype="string",
+        meaning=f"version of {package}",
+    )
+
+
+def derived(
+    name: str,
+    dtype: Dtype,
+    meaning: str,
+    unit: Unit = "",
+    lower_is_better: bool | None = None,
+) -> Column:
+    """What is worked out from other columns."""
+    return Column(
+        name=name,
+        section="derived",
+        dtype=dtype,
+        unit=unit,
+        lower_is_better=lower_is_better,
+        meaning=meaning,
+    )

@@ -1,0 +1,24 @@
+"""Where it ran."""
+
+from meft_reports.columns.column import Column, derived, version, where
+
+ENVIRONMENT: tuple[Column, ...] = (
+    version("python"),
+    version("torch"),
+    version("transformers"),
+    version("peft"),
+    version("numpy"),
+    derived("versions", "string", "all versions, as a JSON object"),
+    where("commit", "string", "commit of the checkout that ran"),
+    where("dirty", "boolean", "whether tracked files differed from the commit"),
+    where("code_sha256", "string", "digest of the sources that ran", True),
+    where("machine", "string", "class of machine: processor or GPU model", True),
+    where("platform", "string", "operating system", True),
+    where("cpu", "string", "processor", True),
+    where("num_threads", "Int64", "threads each child may use", True),
+    where("num_slots", "Int64", "cells run side by side", True),
+    where("device_name", "string", "the accelerator; empty on cpu"),
+    where("weights_origin", "string", "package, directory, hub, or random weights"),
+    where("weights_sha256", "string", "digest of the weights file"),
+    where("data_origin", "string", "where the rows came from, and the splits"),
+)
