@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import pytest
@@ -5,7 +6,11 @@ import torch
 
 from harness.tiny import BLOCKS, FAMILIES, HIDDEN, LABELS, batch, cell, classifier
 from meft.backbone.families import find_blocks
+from meft.sparse.adapter import SparseAdapter
+from meft.sparse.convert import sparse_adapters
+from meft.sparse.dense import DenseAdapter
 from meft.testing import saved_bytes
+from meft_bench.meters.rows import Watch
 from meft_bench.methods.adapters import AdaptedBlock
 from meft_bench.registry import METHODS, load
 from meft_bench.training import Stepper
@@ -18,6 +23,9 @@ BOTTLENECK = 2 * HIDDEN * R + HIDDEN + R
 ALL = sum(p.numel() for p in classifier().parameters())
 LORA = HEAD + BLOCKS * 2 * 2 * HIDDEN * R
 ADAPTERS = HEAD + BLOCKS * 2 * BOTTLENECK
+NEURONS, EXPERTS = 256, 64
+PHASES = ("forward", "backward", "update")
+ROUTED = HEAD + BLOCKS * (1 + EXPERTS * HIDDEN)
 FORMULAS = {
     "full": ALL,
     "checkpointing": ALL,
@@ -39,11 +47,26 @@ FORMULAS = {
     "meft1-exact-store": ADAPTERS - BOTTLENECK,
     "meft2-exact-store": ADAPTERS,
     "meft3-exact-store": ADAPTERS,
+    "dense": HEAD + BLOCKS * 2 * NEURONS * HIDDEN,
+    # Rows are no parameters; one number stands for them in each block.
+    "dense-offload": HEAD + BLOCKS,
+    "sparse": HEAD + BLOCKS,
+    "sparse-experts": ROUTED,
+    # Without a gate the router cannot learn.
+    "sparse-experts-union": HEAD + BLOCKS,
+    "sparse-experts-resident": ROUTED,
+    "sparse-experts-no-cache": ROUTED,
+    "sparse-experts-window": ROUTED,
+    "sparse-experts-no-prefetch": ROUTED,
+    "sparse-experts-wide": ROUTED,
+    "sparse-experts-lazy": ROUTED,
+    "sparse-experts-dense-update": ROUTED,
 }
 
 
 def made(method: str, family: str = "bert", **changes: object) -> Any:
-    chosen = cell(method=method, bottleneck_size=R, lora_rank=R, **changes)
+    sizes = {"bottleneck_size": R, "lora_rank": R, "num_neurons": NEURONS}
+    chosen = cell(method=method, **(sizes | changes))
     torch.manual_seed(5)
     return load(METHODS[method])(classifier(family), chosen)
 
@@ -242,3 +265,54 @@ def test_a_block_more_keeps_its_input_or_nothing(
     stream_bytes = 4 * 8 * HIDDEN * torch.float32.itemsize
     grown = saved_at(method, 5) - saved_at(method, 3)
     assert grown == 2 * streams_per_block * stream_bytes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offloaded_dense_adapters_are_the_dense_ones(family: str) -> None:
+    """Loss, and the gradients of the head: the same function, elsewhere."""
+    found = []
+    for method in ("dense", "dense-offload"):
+        model = made(method, family).eval()
+        generator = torch.Generator().manual_seed(7)
+        rows = 0.3 * torch.randn(BLOCKS, NEURONS, 2 * HIDDEN, generator=generator)
+        for index, adapter in enumerate(
+            m for m in model.modules() if isinstance(m, DenseAdapter | SparseAdapter)
+        ):
+            if isinstance(adapter, SparseAdapter):
+                adapter.rows.store.replace(rows[index])
+                continue
+            with torch.no_grad():
+                adapter.keys.copy_(rows[index, :, :HIDDEN])
+                adapter.values.copy_(rows[index, :, HIDDEN:])
+        stepper = Stepper(model, cell())
+        loss = stepper.loss(stepper.to_device(batch()))
+        found.append(loss.detach())
+    torch.testing.assert_close(*found)
+
+
+def test_a_step_of_sparse_adapters_moves_their_rows() -> None:
+    """Two batches a step; what they moved is counted, block by block."""
+    model = made("sparse-experts").train()
+    stepper = Stepper(model, cell(method="sparse-experts", accumulation=2))
+    adapters = list(sparse_adapters(model).values())
+    before = [a.rows.store.rows.clone() for a in adapters]
+    stepper.step([batch(), batch()], learning_rate=1e-2)
+    for adapter, rows in zip(adapters, before, strict=True):
+        assert not torch.equal(adapter.rows.store.rows, rows)
+    watch = Watch(adapters)
+    stepper.step([batch(), batch()], learning_rate=1e-2)
+    seen = watch.result()
+    assert seen.h2d_bytes is not None
+    assert seen.d2h_bytes is not None
+    assert 0 < seen.d2h_bytes + seen.h2d_bytes < seen.dense_transfer_bytes
+    by_block = dataclasses.asdict(seen)
+    for way, total in (("h2d", seen.h2d_bytes), ("d2h", seen.d2h_bytes)):
+        phases = [
+            by_block[f"{way}_{p}_bytes"] for p in ("forward", "backward", "update")
+        ]
+        assert sum(map(sum, phases)) == total
+        assert all(len(blocks) == BLOCKS for blocks in phases)
+    # One row is 2 * HIDDEN numbers of 4 bytes; a batch activates whole rows.
+    tokens = 2 * BLOCKS * 4 * 8
+    active = sum(round(share * 2 * NEURONS) for share in seen.union_fraction)
+    assert seen.paper_transfer_bytes == (4 * active + tokens) * HIDDEN * 4
