@@ -50,10 +50,7 @@ class Anchor(nn.Module):
                     "an optimizer that does not know the rows of sparse adapters took "
                     "a step, so they stand still: train with `meft.SparseAdamW`"
                 )
-        if (
-            torch.distributed.is_initialized()
-            and torch.distributed.get_world_size() > 1
-        ):
+        if _is_distributed():
             raise UnsupportedCallError(
                 "sparse adapters train in one process: gradients of rows in host memory"
                 " are not added up between processes"
@@ -116,3 +113,10 @@ class AnchorParameter(nn.Parameter):
         new.anchor = copy.deepcopy(self.anchor, memo)
         new.watch()
         return new
+
+
+def _is_distributed() -> bool:
+    group = torch.distributed
+    return (
+        group.is_available() and group.is_initialized() and group.get_world_size() > 1
+    )

@@ -363,3 +363,11 @@ def test_what_cannot_go_together_is_refused(field: str) -> None:
     meft.make_reversible(model, meft.ReversibleConfig(variant="meft1"))
     with pytest.raises(meft.UnsupportedModelError, match="add_sparse_adapters"):
         meft.add_sparse_adapters(model, config())
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sparse_model()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(UnsupportedCallError, match="one process"):
+        backward(model)
