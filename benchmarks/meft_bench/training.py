@@ -105,6 +105,12 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         return float(sum(losses))
 
+    @property
+    def pad_token_id(self) -> int:
+        """What fills up the rows of a batch."""
+        own: int = self.model.config.pad_token_id
+        return own
+
     def to_device(self, batch: Batch) -> Batch:
         """What the model takes of `batch`, on its device."""
         return {
@@ -146,7 +152,7 @@ def train(
     best_score = -math.inf
     best_weights: list[Tensor] | None = None
     num_worse = 0
-    pad_token_id = stepper.model.config.pad_token_id
+    pad_token_id = stepper.pad_token_id
     stepper.model.train()
     for step in range(cell.max_steps):
         with clock.step():
@@ -175,7 +181,7 @@ def train(
 def predict(stepper: Stepper, examples: list[Example], batch_size: int) -> list[int]:
     """The model's label for each example, dropout off."""
     stepper.model.eval()
-    pad_token_id = stepper.model.config.pad_token_id
+    pad_token_id = stepper.pad_token_id
     # Batches of equal lengths need the least padding.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].token_ids))
     labels = [0] * len(examples)

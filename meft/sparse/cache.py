@@ -26,6 +26,7 @@ class RowCache:
         self._rows_per_block = rows_per_block
         self._slot_of = np.full(num_blocks * rows_per_block, -1, np.int64)
         self._row_of = np.full(num_slots, -1, np.int64)
+        self._free = np.arange(num_slots)[::-1]
         self._used_in = np.zeros(num_slots, np.int64)
         self.version = np.zeros(num_slots, np.int64)
         """What `RowStore.version` said when the row was fetched."""
@@ -46,13 +47,14 @@ class RowCache:
     def admit(self, block: int, ids: Longs) -> Longs:
         """Slots for rows that are not here, -1 for those that must stay out."""
         slots = np.full(len(ids), -1, np.int64)
-        owner = self._row_of // self._rows_per_block
-        is_free = self._row_of < 0
-        is_old = ~is_free & ~self.has_gradient
-        is_old &= self._used_in < self._round[np.maximum(owner, 0)] - 1
-        places = np.concatenate([is_free.nonzero()[0], is_old.nonzero()[0]])[: len(ids)]
-        gone = self._row_of[places]
-        self._slot_of[gone[gone >= 0]] = -1
+        if not len(ids):
+            return slots
+        places = self._free[::-1][: len(ids)]
+        self._free = self._free[: len(self._free) - len(places)]
+        if len(places) < len(ids):
+            old = self._old()[: len(ids) - len(places)]
+            self._slot_of[self._row_of[old]] = -1
+            places = np.concatenate([places, old])
         slots[: len(places)] = places
         rows = block * self._rows_per_block + ids[: len(places)]
         self._row_of[places] = rows
@@ -64,6 +66,7 @@ class RowCache:
         """Throw out every row; gradients must have been taken before."""
         self._slot_of.fill(-1)
         self._row_of.fill(-1)
+        self._free = np.arange(len(self._row_of))[::-1]
         self.has_gradient.fill(False)
 
     def with_gradient(self, block: int) -> tuple[Longs, Longs]:
@@ -73,3 +76,10 @@ class RowCache:
         ids = (slots >= 0).nonzero()[0]
         ids = ids[self.has_gradient[slots[ids]]]
         return ids, slots[ids]
+
+    def _old(self) -> Longs:
+        """Slots of rows that may be thrown out; asked for when no slot is free."""
+        owner = self._row_of // self._rows_per_block
+        old = self._used_in < self._round[owner] - 1
+        found: Longs = (old & ~self.has_gradient & (self._row_of >= 0)).nonzero()[0]
+        return found

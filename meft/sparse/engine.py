@@ -12,6 +12,8 @@ What travels is booked in the ledger under the block and the phase: rows, gradie
 the numbers that say which (int32 to the device, one byte a flag to the host).
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -176,28 +178,35 @@ class OffloadedRows(Rows):
         return size(self._square + away)
 
     @override
-    def gradient(self) -> tuple[Ids, SomeRows]:
-        parts = []
+    def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:
         ids, slots = self.engine.cache.with_gradient(self.block)
+        coming = None
         if len(ids):
-            sent = self.engine.slabs[1][self._places(slots)].to(self.store.wire_dtype)
-            here = self.engine.download(sent, self.trip("update")).get()
-            parts.append((torch.from_numpy(ids), here.float()))
-        if self._host_gradient is not None and self._on_host.any():
-            away = torch.from_numpy(self._on_host.nonzero()[0])
-            parts.append((away, self._host_gradient[away]))
-        if not parts:
-            return torch.zeros(0, dtype=torch.long), self.store.rows[:0]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([i for i, _ in parts]), torch.cat([g for _, g in parts])
+            sums = self.engine.slabs[1][self._places(slots, "update")]
+            sent = sums.to(self.store.wire_dtype)
+            coming = self.engine.download(sent, self.trip("update"))
+
+        def get() -> tuple[Ids, SomeRows]:
+            parts = []
+            if coming is not None:
+                parts.append((torch.from_numpy(ids), coming.get().float()))
+            if self._host_gradient is not None and self._on_host.any():
+                away = torch.from_numpy(self._on_host.nonzero()[0])
+                parts.append((away, self._host_gradient[away]))
+            if not parts:
+                return torch.zeros(0, dtype=torch.long), self.store.rows[:0]
+            if len(parts) == 1:
+                return parts[0]
+            return torch.cat([i for i, _ in parts]), torch.cat([g for _, g in parts])
+
+        return get
 
     @override
     def scale_gradient(self, factor: Tensor) -> None:
         _, slots = self.engine.cache.with_gradient(self.block)
         self._square *= factor * factor
         if len(slots):
-            self.engine.slabs[1][self._places(slots)] *= factor
+            self.engine.slabs[1][self._places(slots, "update")] *= factor
         if self._host_gradient is not None:
             here = self.engine.download(factor, self.trip()).get()
             self._host_gradient *= here
@@ -209,7 +218,7 @@ class OffloadedRows(Rows):
         self._square.zero_()
         self._host_square.zero_()
         if len(slots):
-            self.engine.slabs[1][self._places(slots)] = 0
+            self.engine.slabs[1][self._places(slots, "update")] = 0
             self.engine.cache.has_gradient[slots] = False
         if self._host_gradient is not None:
             self._host_gradient[torch.from_numpy(self._on_host.nonzero()[0])] = 0
@@ -304,10 +313,10 @@ class OffloadedRows(Rows):
         self._host_square += add_rows(self._host_gradient, places, gradient.float())
         self._on_host[ids] = True
 
-    def _places(self, places: Longs) -> Tensor:
+    def _places(self, places: Longs, phase: str | None = None) -> Tensor:
         """Numbers that the device needs to know."""
         numbers = torch.from_numpy(places.astype(np.int32))
-        return self.engine.upload(numbers, self.trip()).get().long()
+        return self.engine.upload(numbers, self.trip(phase)).get().long()
 
     def trip(self, phase: str | None = None) -> Trip:
         """What this block's copies are booked under, by default in this phase."""

@@ -42,11 +42,8 @@ class SparseAdamW(torch.optim.AdamW):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        for group, parameter in self._anchors():
-            store = parameter.anchor.rows.store
-            beta1, beta2 = group["betas"]
-            store.schedule = Schedule(beta1=beta1, beta2=beta2, eps=group["eps"])
-            store.updated_at.zero_()
+        for _, parameter in self._anchors():
+            parameter.anchor.rows.store.begin()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -63,11 +60,18 @@ class SparseAdamW(torch.optim.AdamW):
         for _, parameter, _ in anchors:
             parameter.grad = None  # torch's step is not for them
         super().step()
-        for group, parameter, grad in anchors:
+        for _, parameter, grad in anchors:
             parameter.grad = grad
-            _step(parameter.anchor, group["lr"], group["weight_decay"])
-        for _, parameter, _ in anchors:
-            parameter.anchor.rows.end_step()
+        steps = [(group, parameter.anchor) for group, parameter, _ in anchors]
+        # The gradient of the next block comes over while this one takes its step.
+        coming = steps[0][1].rows.gradient() if steps else None
+        for index, (group, anchor) in enumerate(steps):
+            get, following = coming, steps[index + 1 : index + 2]
+            coming = following[0][1].rows.gradient() if following else None
+            assert get is not None
+            _step(anchor, group, *get())
+        for _, anchor in steps:
+            anchor.rows.end_step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -103,11 +107,11 @@ class SparseAdamW(torch.optim.AdamW):
                     yield group, parameter
 
 
-def _step(anchor: Anchor, lr: float | Tensor, weight_decay: float) -> None:
+def _step(anchor: Anchor, group: dict[str, Any], ids: Tensor, gradient: Tensor) -> None:
     store = anchor.rows.store
-    assert store.schedule is not None
-    ids, gradient = anchor.rows.gradient()
-    factor = anchor.factor().to(gradient.device)
-    store.schedule.add(float(lr), weight_decay)
-    store.step(ids, gradient * factor)
+    if store.schedule is None:
+        beta1, beta2 = group["betas"]
+        store.schedule = Schedule(beta1=beta1, beta2=beta2, eps=group["eps"])
+    store.schedule.add(float(group["lr"]), group["weight_decay"])
+    store.step(ids, gradient * anchor.factor().to(gradient.device))
     anchor.rows.drop_gradient()

@@ -3,13 +3,14 @@
     choose(h, k)             the k best neurons of each token, every neuron scored
     take(ids)                rows as they are now, on the device
     add_gradient(ids, g)     remember a gradient until the next optimizer step
-    gradient()               what was remembered, where the optimizer runs
+    gradient()               what was remembered, on its way to the optimizer
 
 `ResidentRows` answers from the device's own memory and is the plain twin of
 `meft.sparse.engine.OffloadedRows`: between equal questions there is no arithmetic but
 copies, so both give the same bits.
 """
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -49,8 +50,12 @@ class Rows(Protocol):
     def norm(self) -> Tensor:
         """Size of all that `add_gradient` added, a float32 scalar on the device."""
 
-    def gradient(self) -> tuple[Ids, SomeRows]:
-        """Rows that have a gradient, and it in float32, where the store is."""
+    def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:
+        """Start to bring the gradient to where the store is.
+
+        The result waits for it: rows that have one, ascending or not, and it in
+        float32.
+        """
 
     def scale_gradient(self, factor: Tensor) -> None:
         """Multiply all that `add_gradient` added."""
@@ -109,11 +114,11 @@ class ResidentRows(Rows):
         return size(self._square)
 
     @override
-    def gradient(self) -> tuple[Ids, SomeRows]:
-        ids = self.chosen(self._has_gradient)
-        if self._gradient is None:
-            return ids, self.store.rows[:0]
-        return ids, self._gradient[ids].to(self.store.wire_dtype).float()
+    def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:
+        ids, found = self.chosen(self._has_gradient), self.store.rows[:0]
+        if self._gradient is not None:
+            found = self._gradient[ids].to(self.store.wire_dtype).float()
+        return lambda: (ids, found)
 
     @override
     def scale_gradient(self, factor: Tensor) -> None:

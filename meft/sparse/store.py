@@ -116,6 +116,13 @@ class RowStore:
         moves = (stands_at > 0) | self.schedule.decays
         return torch.where(moves, self.schedule.step, stands_at)
 
+    def begin(self) -> None:
+        """Forget every step: another optimizer is about to take its first."""
+        self.catch_up(None)
+        self.schedule = None
+        self.updated_at.zero_()
+        self._moments = None
+
     def step(self, ids: Ids, gradient: SomeRows) -> None:
         """Take the schedule's last step with a float32 gradient for rows `ids`."""
         if self.update == "dense":

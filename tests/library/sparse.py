@@ -126,7 +126,7 @@ def row_gradients(model: PreTrainedModel) -> Tensor:
     """Every block's gradient, 0 where there is none."""
     found = []
     for adapter in sparse_adapters(model).values():
-        ids, gradient = adapter.rows.gradient()
+        ids, gradient = adapter.rows.gradient()()
         whole = torch.zeros_like(adapter.rows.store.rows)
         whole[ids] = gradient
         found.append(whole)

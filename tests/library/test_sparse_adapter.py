@@ -30,7 +30,7 @@ def assert_close(found: Tensor, wanted: Tensor) -> None:
 
 def gradient_of(adapter: SparseAdapter) -> Tensor:
     whole = torch.zeros_like(adapter.rows.store.rows)
-    ids, gradient = adapter.rows.gradient()
+    ids, gradient = adapter.rows.gradient()()
     whole[ids] = gradient
     return whole
 

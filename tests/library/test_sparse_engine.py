@@ -103,7 +103,7 @@ def test_in_a_window_every_row_and_gradient_travels_once() -> None:
     for inputs in batches(4):
         model(**inputs).loss.backward()
     for index, adapter in enumerate(sparse_adapters(model).values()):
-        touched[index] = set(adapter.rows.gradient()[0].tolist())
+        touched[index] = set(adapter.rows.gradient()()[0].tolist())
     engine.ledger.d2h.clear()
     optimizer.step()
     row = 2 * HIDDEN * 4

@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from meft.backbone.families import NEW_HEADS, find_blocks
 from meft_bench.cell import Cell
@@ -18,6 +24,9 @@ from meft_bench.cell import Cell
 MODEL_TYPES = ("bert", "llama", "mistral", "opt", "roberta")
 """The `model_type` of every supported config. BART is not among them: its classifier
 asks for equally many end tokens in every row, which is a matter of tokenizers."""
+
+WRITERS = ("llama", "mistral", "opt")
+"""Those of them that write text."""
 
 WEIGHTS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -56,8 +65,25 @@ def set_depth(model: PreTrainedModel, depth: int) -> None:
         owner.config.num_hidden_layers = depth  # type: ignore[union-attr]
 
 
-def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int) -> None:
-    """Make a config one of a classifier of `num_labels` classes, trained as such.
+def model_class(config: PreTrainedConfig, num_labels: int | None) -> Any:
+    """transformers' factory of classifiers; of language models where there are none.
+
+    Raises:
+        ValueError: a language model is asked of a family of encoders.
+    """
+    if num_labels is not None:
+        return AutoModelForSequenceClassification
+    if config.model_type not in WRITERS:
+        raise ValueError(
+            f"the task wants a model that writes, and {config.model_type!r} does not: "
+            f"take a backbone of {', '.join(WRITERS)}, `smollm2-135m` for one"
+        )
+    return AutoModelForCausalLM
+
+
+def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int | None) -> None:
+    """Make a config one of a classifier of `num_labels` classes, trained as such, or,
+    for None, leave it one of a language model.
 
     Raises:
         ValueError: `cell.seq_len` is more than the model has positions for.
@@ -70,9 +96,10 @@ def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int) -> None
             f"`seq_len` is {cell.seq_len}, but {cell.backbone} has positions for "
             f"{longest} tokens: lower it to at most {longest}"
         )
-    config.num_labels = num_labels
-    config.problem_type = "single_label_classification"
     config.use_cache = False
+    if num_labels is not None:
+        config.num_labels = num_labels
+        config.problem_type = "single_label_classification"
 
 
 def check_model_type(model_type: object, where: object) -> None:
@@ -99,7 +126,7 @@ def options(cell: Cell) -> dict[str, Any]:
 def finish(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, cell: Cell
 ) -> None:
-    """Give a classifier a padding token if it has none, and a new head in float32.
+    """Give a model a padding token if it has none; a classifier, a new head in float32.
 
     The head is drawn anew even where the weights came with one, and as the last thing,
     so that nothing but the seed decides it.

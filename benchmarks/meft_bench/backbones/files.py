@@ -13,7 +13,6 @@ from typing import Any
 
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -22,7 +21,12 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from meft_bench.backbones.classifier import check_model_type, options, set_up_config
+from meft_bench.backbones.classifier import (
+    check_model_type,
+    model_class,
+    options,
+    set_up_config,
+)
 from meft_bench.cell import Cell
 from meft_bench.source import MissingError
 
@@ -68,8 +72,9 @@ def find(directory: Path, origin: str) -> Files:
     return Files(directory=directory, weights=tuple(weights), origin=origin)
 
 
-def read_model(files: Files, cell: Cell, num_labels: int) -> PreTrainedModel:
-    """The classifier with the weights of `files` under a head of no meaning yet."""
+def read_model(files: Files, cell: Cell, num_labels: int | None) -> PreTrainedModel:
+    """The model with the weights of `files`: a classifier under a head of no meaning
+    yet, or, where `num_labels` is None, a language model."""
     reader: dict[str, Any]
     if files.gguf is None:
         config = read_config(files.directory / "config.json")
@@ -80,7 +85,8 @@ def read_model(files: Files, cell: Cell, num_labels: int) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(files.directory, **reader)
         check_model_type(config.model_type, files.weights[0])
     set_up_config(config, cell, num_labels)
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+    kind = model_class(config, num_labels)
+    model: PreTrainedModel = kind.from_pretrained(
         files.directory,
         config=config,
         ignore_mismatched_sizes=True,  # the head's

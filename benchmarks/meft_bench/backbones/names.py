@@ -48,7 +48,7 @@ class Backbone:
     """Of the file of weights, or of its shards; None for random weights."""
 
 
-def load(cell: Cell, num_labels: int, source: Source) -> Backbone:
+def load(cell: Cell, num_labels: int | None, source: Source) -> Backbone:
     """The backbone that `cell` names, with `cell.depth` blocks.
 
     Raises:
@@ -77,7 +77,7 @@ def load(cell: Cell, num_labels: int, source: Source) -> Backbone:
     )
 
 
-def _from_files(found: Files, cell: Cell, num_labels: int) -> Backbone:
+def _from_files(found: Files, cell: Cell, num_labels: int | None) -> Backbone:
     model = files.read_model(found, cell, num_labels)
     tokenizer = files.read_tokenizer(found)
     finish(model, tokenizer, cell)
@@ -88,7 +88,7 @@ def _from_files(found: Files, cell: Cell, num_labels: int) -> Backbone:
     )
 
 
-def _from_nothing(name: str, cell: Cell, num_labels: int) -> Backbone:
+def _from_nothing(name: str, cell: Cell, num_labels: int | None) -> Backbone:
     model = shapes.build(name, cell, num_labels)
     finish(model, None, cell)
     return Backbone(

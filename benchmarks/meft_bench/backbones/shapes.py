@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from meft_bench.backbones.classifier import options, set_up_config
+from meft_bench.backbones.classifier import model_class, options, set_up_config
 from meft_bench.backbones.files import read_config
 from meft_bench.cell import Cell
 from meft_bench.registry import RANDOM_BACKBONES, nearest
@@ -73,14 +72,14 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 transformers' default config of that type, vocabulary included."""
 
 
-def build(name: str, cell: Cell, num_labels: int) -> PreTrainedModel:
+def build(name: str, cell: Cell, num_labels: int | None) -> PreTrainedModel:
     """The classifier with random weights that `random:NAME` stands for."""
     config = _config(name)
     set_up_config(config, cell, num_labels)
     if cell.depth:
         config.num_hidden_layers = cell.depth
     with torch.device(cell.device):
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
+        model: PreTrainedModel = model_class(config, num_labels).from_config(
             config, **options(cell)
         )
     return model

@@ -27,7 +27,13 @@ class Example:
     token_ids: list[int]
     segment_ids: list[int]
     """0 for the first text of a pair, 1 for the second."""
-    label: int
+    label: int | list[int]
+    """Of the row; for a language model the token that each place should have been
+    told, `IGNORED` where nothing is learned."""
+
+
+IGNORED = -100
+"""What transformers' losses pass over."""
 
 
 def encode(
@@ -97,7 +103,10 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         "input_ids": [padded(e.token_ids, pad_token_id) for e in examples],
         "token_type_ids": [padded(e.segment_ids, 0) for e in examples],
         "attention_mask": [padded([1] * len(e.token_ids), 0) for e in examples],
-        "labels": [e.label for e in examples],
+        "labels": [
+            padded(e.label, IGNORED) if isinstance(e.label, list) else e.label
+            for e in examples
+        ],
     }
     return {name: torch.tensor(values) for name, values in columns.items()}
 
@@ -105,22 +114,25 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
 def full_batches(examples: Sequence[Example], cell: Cell) -> list[Batch]:
     """The largest step a cell can meet: every row has `cell.seq_len` tokens.
 
-    Rows are filled with the tokens of as many examples as it takes, one after another.
+    Rows are filled with the tokens of as many examples as it takes, one after another;
+    a language model is told every one of them.
     """
+    shape = (cell.batch_size, cell.seq_len)
     tokens = itertools.chain.from_iterable(
         e.token_ids for e in itertools.cycle(examples)
     )
     labels = (e.label for e in itertools.cycle(examples))
-    shape = (cell.batch_size, cell.seq_len)
-    num_tokens = cell.batch_size * cell.seq_len
-    return [
-        {
-            "input_ids": torch.tensor([*itertools.islice(tokens, num_tokens)]).view(
-                shape
-            ),
-            "token_type_ids": torch.zeros(shape, dtype=torch.long),
-            "attention_mask": torch.ones(shape, dtype=torch.long),
-            "labels": torch.tensor([*itertools.islice(labels, cell.batch_size)]),
-        }
-        for _ in range(cell.accumulation)
-    ]
+    batches = []
+    for _ in range(cell.accumulation):
+        ids = torch.tensor([*itertools.islice(tokens, shape[0] * shape[1])]).view(shape)
+        rows = [*itertools.islice(labels, cell.batch_size)]
+        is_told = isinstance(rows[0], list)
+        batches.append(
+            {
+                "input_ids": ids,
+                "token_type_ids": torch.zeros(shape, dtype=torch.long),
+                "attention_mask": torch.ones(shape, dtype=torch.long),
+                "labels": ids.clone() if is_told else torch.tensor(rows),
+            }
+        )
+    return batches

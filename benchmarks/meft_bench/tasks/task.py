@@ -8,8 +8,11 @@ evaluation   what the score is computed on, never chosen by
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from meft_bench.cell import Cell
+
+AnyRow = TypeVar("AnyRow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,9 @@ class Task:
     """Where the rows came from and which splits they are."""
 
 
-def draw(rows: Sequence[Row], cell: Cell) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+def draw(
+    rows: Sequence[AnyRow], cell: Cell
+) -> tuple[tuple[AnyRow, ...], tuple[AnyRow, ...]]:
     """Draw `cell.train_rows` (0: all) by `cell.seed` and set a tenth of them aside.
 
     The tenth is set aside whether or not the cell stops early, so that cells of one
@@ -52,6 +57,6 @@ def draw(rows: Sequence[Row], cell: Cell) -> tuple[tuple[Row, ...], tuple[Row, .
     return tuple(drawn[num_validation:]), tuple(drawn[:num_validation])
 
 
-def first(rows: Sequence[Row], cell: Cell) -> tuple[Row, ...]:
+def first(rows: Sequence[AnyRow], cell: Cell) -> tuple[AnyRow, ...]:
     """The first `cell.eval_rows` rows; 0 takes all."""
     return tuple(rows[: cell.eval_rows or None])

@@ -1,0 +1,57 @@
+"""NQ-open: questions that people asked a search engine, answered without a text.
+
+Read from `nq-open/` in the data directory: `topics.nq.dev.txt`, a part of the official
+training set, is trained on, and `NQ-open.dev.jsonl`, the official development set, is
+scored on; they share no question. An answer is right if an accepted one appears in it,
+capitals included (Hao et al., ACL 2024, and their code).
+"""
+
+import ast
+import json
+
+from meft_bench.cell import Cell
+from meft_bench.source import Source
+from meft_bench.tasks.files import read
+from meft_bench.tasks.question import AnswerTask, Question
+from meft_bench.tasks.task import draw, first
+
+FOLDER, TRAIN, DEV = "nq-open", "topics.nq.dev.txt", "NQ-open.dev.jsonl"
+INSTEAD = "or take task `bbc-news`, whose text is in a package"
+
+
+def load(cell: Cell, source: Source) -> AnswerTask:
+    """NQ-open as a task.
+
+    Raises:
+        MissingError: the files are not at hand.
+    """
+    train_text, train_sha256 = read(source, FOLDER, TRAIN, INSTEAD)
+    dev_text, dev_sha256 = read(source, FOLDER, DEV, INSTEAD)
+    rows = [line.split("\t") for line in train_text.splitlines()]
+    learned = [_question(text, ast.literal_eval(answers)) for text, answers in rows]
+    asked = [json.loads(line) for line in dev_text.splitlines()]
+    scored = [_question(row["question"], row["answer"]) for row in asked]
+    train, validation = draw(learned, cell)
+    evaluation = first(scored, cell)
+    return AnswerTask(
+        name="nq-open",
+        train=train,
+        validation=validation,
+        evaluation=evaluation,
+        metric="exact_match",
+        max_new_tokens=16,
+        origin=(
+            f"NQ-open from files {TRAIN} (sha256 {train_sha256[:12]}) and {DEV} "
+            f"(sha256 {dev_sha256[:12]}); train {len(train)} and selection "
+            f"{len(validation)} of {len(learned)} official train rows (a part of all), "
+            f"score {len(evaluation)} of {len(scored)} official dev rows"
+        ),
+    )
+
+
+def _question(text: str, answers: list[str]) -> Question:
+    return Question(
+        prompt=f"Question: {text}?\nAnswer:",
+        answer=f" {answers[0]}",
+        accepted=tuple(answers),
+    )
