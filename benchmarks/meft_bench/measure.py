@@ -86,6 +86,7 @@ def _measure(cell: Cell, source: Source, sighting: Sighting) -> None:
     _train_and_score(stepper, cell, task, backbone, examples, sighting)
     probes.probe_memory(stepper, cell, batches, sighting)
     probes.probe_rows(stepper, batches, sighting)
+    probes.look_at_routing(stepper, batches[0], sighting)
     if cell.method.startswith("meft") and not cell.method.endswith("-store"):
         probes.check_inverse(stepper, batches[0], sighting)
     if cell.rival:  # last, as it needs memory for two

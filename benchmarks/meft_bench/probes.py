@@ -14,7 +14,7 @@ import torch
 from meft.sparse.convert import sparse_adapters
 from meft.testing import check_reversible
 from meft_bench.cell import Cell
-from meft_bench.meters import memory, rows, transfer
+from meft_bench.meters import memory, routing, rows, transfer
 from meft_bench.meters.turns import take_turns
 from meft_bench.out_of_memory import is_out_of_memory
 from meft_bench.sighting import Sighting, finite
@@ -67,6 +67,15 @@ def probe_rows(stepper: Stepper, batches: Sequence[Batch], sighting: Sighting) -
     watch = rows.Watch(adapters)
     stepper.step(batches, learning_rate=0.0)
     sighting.note(**dataclasses.asdict(watch.result()))
+
+
+def look_at_routing(stepper: Stepper, batch: Batch, sighting: Sighting) -> None:
+    """How the trained model uses its neurons, dropout off."""
+    stepper.model.eval()
+    inputs = stepper.to_device(batch)
+    found = routing.look(stepper.model, lambda: stepper.loss(inputs))
+    if found is not None:
+        sighting.note(**dataclasses.asdict(found))
 
 
 def race(

@@ -94,6 +94,11 @@ class Measurement:
     """Both directions if all rows went up and all gradients down in every batch."""
     union_fraction: list[float] | None = None
     """Share of each block's neurons that a batch activates, the mean over batches."""
+    routing_recall: list[float] | None = None
+    """Per block: of the neurons that tokens would keep if all were scored, the share
+    that the router led them to."""
+    activation_curve: list[float] | None = None
+    """Mean activations of neurons by size, as shares of the largest, at 64 places."""
     cache_hit_fraction: float | None = None
     """Of the rows asked for, those that were on the device."""
     num_prefetched_rows: int | None = None

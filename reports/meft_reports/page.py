@@ -121,7 +121,13 @@ def _all_sections(frame: pd.DataFrame) -> list[Section]:
             title="Rows between host and device",
             lead="Sparse adapters keep their neurons in host memory and move what a "
             "batch activates.",
-            figures=_figures(frame, "traffic_neurons", "union_batch"),
+            figures=_figures(
+                frame,
+                "traffic_neurons",
+                "union_batch",
+                "routing_recall",
+                "activation_curve",
+            ),
             tables=_tables(frame, "traffic"),
         ),
         Section(

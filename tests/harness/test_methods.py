@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from meft.sparse.adapter import SparseAdapter
 from meft.sparse.convert import sparse_adapters
 from meft.sparse.dense import DenseAdapter
 from meft.testing import saved_bytes
+from meft_bench.meters.routing import look
 from meft_bench.meters.rows import Watch
 from meft_bench.methods.adapters import AdaptedBlock
 from meft_bench.registry import METHODS, load
@@ -316,3 +318,26 @@ def test_a_step_of_sparse_adapters_moves_their_rows() -> None:
     tokens = 2 * BLOCKS * 4 * 8
     active = sum(round(share * 2 * NEURONS) for share in seen.union_fraction)
     assert seen.paper_transfer_bytes == (4 * active + tokens) * HIDDEN * 4
+
+
+def test_a_router_is_held_against_scores_of_all_neurons() -> None:
+    """With every expert asked and no gate, it finds the best; by half of them, less."""
+    found = []
+    text = {name: batch()[name] for name in ("input_ids", "attention_mask")}
+    for top_k in (EXPERTS, EXPERTS // 8):
+        model = made("sparse-experts-union", top_k_experts=top_k, top_k_neurons=16)
+        seen = look(model, functools.partial(model.eval(), **text))
+        assert seen is not None
+        assert seen.routing_recall is not None
+        assert seen.activation_curve is not None
+        assert len(seen.routing_recall) == BLOCKS
+        curve = seen.activation_curve
+        assert curve[0] == 1
+        assert curve == sorted(curve, reverse=True)
+        found.append(sum(seen.routing_recall) / BLOCKS)
+    assert found[0] == 1
+    assert 0 < found[1] < 1
+
+
+def test_methods_without_neurons_have_no_routing() -> None:
+    assert look(made("lora"), lambda: None) is None

@@ -56,7 +56,8 @@ NOTHING_SEEN = dict.fromkeys(
     second_majority_score h2d_bytes d2h_bytes
     h2d_forward_bytes h2d_backward_bytes h2d_update_bytes d2h_forward_bytes
     d2h_backward_bytes d2h_update_bytes paper_transfer_bytes dense_transfer_bytes
-    union_fraction cache_hit_fraction num_prefetched_rows row_store_bytes
+    union_fraction routing_recall activation_curve cache_hit_fraction
+    num_prefetched_rows row_store_bytes
     row_device_bytes peak_staging_bytes num_train_rows num_eval_rows start_deviation
     reconstruction_error gradient_error""".split()
 )
@@ -260,6 +261,8 @@ def build_traffic() -> list[Record]:
                     paper_transfer_bytes=80 * MIB,
                     dense_transfer_bytes=200 * MIB,
                     union_fraction=[0.1 * size, 0.2 * size],
+                    routing_recall=[0.5, 0.7],
+                    activation_curve=[1.0, 0.4, 0.1, 0.0],
                     cache_hit_fraction=0.75,
                     row_device_bytes=8 * MIB,
                     row_store_bytes=64 * MIB,

@@ -32,6 +32,11 @@ UNITS = {
     "step_ratio": ("depth (blocks)", "time of a step (rival = 1)"),
     "traffic_neurons": ("neurons per block", "moved in a step (MiB)"),
     "union_batch": ("tokens of a batch", "share of neurons active"),
+    "routing_recall": ("block (0 is the lowest)", "recall of the best neurons"),
+    "activation_curve": (
+        "neurons by size (share of all)",
+        "activation (largest = 1)",
+    ),
     "gradient_depth": ("depth (blocks)", "worst gradient error (relative)"),
     "start_deviation": (
         "lost bits k (the scale is 2^-k)",
@@ -40,7 +45,7 @@ UNITS = {
 }
 OF_DEPTH = ("step_ratio", "gradient_depth", "start_deviation")
 OF_QUALITY = ("score_lost_bits", "score_reversible")
-OF_TRAFFIC = ("traffic_neurons", "union_batch")
+OF_TRAFFIC = ("traffic_neurons", "union_batch", "routing_recall", "activation_curve")
 every_plot = pytest.mark.parametrize("name", PLOTS)
 
 

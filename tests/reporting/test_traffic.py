@@ -31,7 +31,13 @@ def test_shares_are_of_all_blocks(traffic: pd.DataFrame) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "lines"), [("traffic_neurons", 1), ("union_batch", 2)]
+    ("name", "lines"),
+    [
+        ("traffic_neurons", 1),
+        ("union_batch", 2),
+        ("routing_recall", 4),
+        ("activation_curve", 4),
+    ],
 )
 def test_figures_have_a_line_per_setting(
     traffic: pd.DataFrame, name: str, lines: int
@@ -42,7 +48,9 @@ def test_figures_have_a_line_per_setting(
     assert all(axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)
 
 
-@pytest.mark.parametrize("name", ["traffic_neurons", "union_batch"])
+@pytest.mark.parametrize(
+    "name", ["traffic_neurons", "union_batch", "routing_recall", "activation_curve"]
+)
 def test_without_sparse_adapters_there_is_nothing_to_draw(
     frame: pd.DataFrame, name: str
 ) -> None:

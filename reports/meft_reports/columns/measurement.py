@@ -177,6 +177,18 @@ MEASUREMENT: tuple[Column, ...] = (
         "fraction",
     ),
     seen(
+        "routing_recall",
+        "list",
+        "share of a token's best neurons that its router led it to, per block",
+        "fraction",
+    ),
+    seen(
+        "activation_curve",
+        "list",
+        "mean activations of neurons by size, as shares of the largest",
+        "fraction",
+    ),
+    seen(
         "cache_hit_fraction",
         "Float64",
         "of the rows asked for, those that were on the device",

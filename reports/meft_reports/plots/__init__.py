@@ -30,6 +30,8 @@ PLOTS = (
     "step_ratio",
     "traffic_neurons",
     "union_batch",
+    "routing_recall",
+    "activation_curve",
     "reconstruction",
     "gradient_depth",
     "start_deviation",
