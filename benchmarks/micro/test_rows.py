@@ -1,7 +1,7 @@
 """Time of the host side of sparse adapters, beside a plain copy of as many bytes.
 
-An update reads and writes 28 bytes a number: row, both moments and the gradient in, the
-first three out. `copy` moves as many, half of them in and half out, so that the ratio of
+An update reads and writes 28 bytes a number: row, both moments and the gradient in,
+the first three out. `copy` moves as many, half in and half out, so that the ratio of
 two times of one group is the share of the copy's bandwidth that an update reaches.
 """
 
