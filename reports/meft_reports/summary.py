@@ -39,6 +39,14 @@ PROVENANCE = ("machine", "code_sha256", "torch_version", "num_threads", "num_slo
 GROUP = (*WORKLOAD, "method", *OPTIONS, *PROVENANCE)
 
 
+def learned(frame: pd.DataFrame) -> pd.DataFrame:
+    """The cells that learn a real task.
+
+    Those of one step are not among them: they say where a method starts.
+    """
+    return frame[(frame["task"] != "synthetic") & (frame["max_steps"] > 1)]
+
+
 def summarise(frame: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
     """One row per method, workload, options and place, averaged over seeds.
 

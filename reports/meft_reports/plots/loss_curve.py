@@ -15,6 +15,7 @@ from meft_reports.plots import canvas
 from meft_reports.summary import (
     PROVENANCE,
     WORKLOAD,
+    learned,
     prepare,
     split,
 )
@@ -35,7 +36,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         NothingToDraw: no ok cell of a real task has a loss curve of two steps.
     """
     rows = prepare(frame)
-    rows = rows[rows["task"] != "synthetic"]
+    rows = learned(rows)
     if rows.empty:
         raise NothingDeclared("no cell was declared on a real task")
     long_enough = [curve is not None and len(curve) > 1 for curve in rows["loss_curve"]]

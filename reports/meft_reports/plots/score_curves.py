@@ -21,6 +21,7 @@ from meft_reports.style import look
 from meft_reports.summary import (
     PROVENANCE,
     WORKLOAD,
+    learned,
     prepare,
     settings,
     split,
@@ -49,7 +50,7 @@ def draw_along(
             such cell has a score.
     """
     rows = prepare(frame)
-    rows = rows[rows["task"] != "synthetic"]
+    rows = learned(rows)
     places = [*WORKLOAD, *PROVENANCE]
     if not any(_lines(along(part), field) for _, part in split(rows, places)):
         raise NothingDeclared(

@@ -14,7 +14,7 @@ from meft_reports.format import MIB
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.plots import canvas
 from meft_reports.style import look
-from meft_reports.summary import PROVENANCE, WORKLOAD, split, summarise
+from meft_reports.summary import PROVENANCE, WORKLOAD, learned, split, summarise
 
 TITLE = "Score against peak memory"
 CAPTION = (
@@ -36,7 +36,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     Raises:
         NothingToDraw: no ok cell has both a score and a peak.
     """
-    rows = frame[frame["task"] != "synthetic"]
+    rows = learned(frame)
     if rows.empty:
         raise NothingDeclared("no cell was declared on a real task")
     known = rows[["score", "peak_allocated_bytes"]].notna().all(axis=1)

@@ -13,7 +13,7 @@ from meft_reports.format import format_seconds
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.plots import canvas
 from meft_reports.style import look
-from meft_reports.summary import PROVENANCE, WORKLOAD, split, summarise
+from meft_reports.summary import PROVENANCE, WORKLOAD, learned, split, summarise
 
 TITLE = "Time of a step, relative to full fine-tuning"
 CAPTION = (
@@ -34,7 +34,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     """
     if not (frame["method"] == "full").any():
         raise NothingDeclared("no `full` cell was declared, to which others relate")
-    real = frame[frame["task"] != "synthetic"]
+    real = learned(frame)
     rows = real if real["step_seconds"].notna().any() else frame
     table = summarise(rows, ["step_seconds", "step_seconds_iqr"])
     parts = [p for _, p in split(table, [*WORKLOAD, *PROVENANCE]) if _full(p)]

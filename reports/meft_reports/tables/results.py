@@ -21,6 +21,7 @@ from meft_reports.summary import (
     PROVENANCE,
     WORKLOAD,
     by_method,
+    learned,
     prepare,
     split,
     summarise,
@@ -31,7 +32,7 @@ from meft_reports.tables.table import Table, join_options, random_note
 def make(frame: pd.DataFrame) -> list[Table]:
     """What each method reached on each real task, and what it cost; over seeds."""
     rows = prepare(frame)
-    rows = rows[rows["task"] != "synthetic"]
+    rows = learned(rows)
     if rows.empty:
         return []
     values = [

@@ -17,6 +17,7 @@ from meft_reports.summary import (
     OPTIONS,
     PROVENANCE,
     WORKLOAD,
+    learned,
     prepare,
     settings,
     split,
@@ -58,7 +59,8 @@ class Pair:
 def make(frame: pd.DataFrame) -> list[Table]:
     """One table; a row per method, options and workload, over seeds."""
     rows = prepare(frame)
-    rows = rows[(rows["task"] != "synthetic") & (rows["status"] == "ok")]
+    rows = learned(rows)
+    rows = rows[rows["status"] == "ok"]
     rows = rows[rows["method"].map(is_meft).astype(bool) & rows["loss_curve"].notna()]
     found = [
         (option_label(setting.iloc[0], part), setting, pairs)
