@@ -29,7 +29,7 @@ def load(tmp_path: Path) -> Callable[[str], Sweep]:
     return load_text
 
 
-OTHERS = {"store", "exact"}
+OTHERS = {"store", "exact", "dense", "sparse"}
 
 
 @pytest.mark.parametrize("name", sorted(sweep.shipped()))
@@ -45,7 +45,7 @@ def test_shipped(name: str) -> None:
 def test_quickstart() -> None:
     """The quickstart is small, and measures every method of its list everywhere: the
     rivals and the paper's own. What the exact inverse costs, against its own adapters
-    under checkpointing, is the sweep `depth`."""
+    under checkpointing, is the sweep `depth`; what sparse adapters move, `sparsity`."""
     cells = sweep.load("quickstart", device="cpu").cells
     methods = {cell.method for cell in cells}
     assert methods == {
