@@ -62,7 +62,9 @@ def make(frame: pd.DataFrame) -> list[Table]:
 
 
 def _side_by_side(part: pd.DataFrame) -> bool:
-    return bool((part["method"] == RIVAL).any() and part["method"].map(is_meft).any())
+    """Cells of both, or cells of ours that were timed in turn with the rival."""
+    has_rival = (part["method"] == RIVAL) | (part["rival"] == RIVAL)
+    return bool(has_rival.any() and part["method"].map(is_meft).any())
 
 
 def _ratios_table(part: pd.DataFrame, workload: str) -> Table:
