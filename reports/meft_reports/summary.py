@@ -47,6 +47,11 @@ def learned(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[(frame["task"] != "synthetic") & (frame["max_steps"] > 1)]
 
 
+def mean_list(lists: "pd.Series[Any]") -> list[float]:
+    """The mean of lists of equal length, entry by entry."""
+    return [sum(values) / len(values) for values in zip(*lists, strict=True)]
+
+
 def summarise(frame: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
     """One row per method, workload, options and place, averaged over seeds.
 

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 
 from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.labels import describe, fields_to_show
+from meft_reports.methods import is_sparse
 from meft_reports.plots import canvas
 from meft_reports.style import method_order
 from meft_reports.summary import PROVENANCE, WORKLOAD, prepare, split
@@ -36,7 +37,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         NothingToDraw: no cell with sparse adapters ended well.
     """
     rows = prepare(frame)
-    declared = rows[rows["method"].str.startswith("sparse")]
+    declared = rows[rows["method"].map(is_sparse)]
     if declared.empty:
         raise NothingDeclared("no cell has sparse adapters")
     moved = declared[declared["transfer_bytes"].notna()]

@@ -3,13 +3,17 @@
 Figure 8 of Hao et al. (ACL 2024): the union over tokens is what has to travel.
 """
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.figure import Figure
 
 from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.labels import describe, fields_to_show
+from meft_reports.methods import is_sparse
 from meft_reports.plots import canvas
-from meft_reports.summary import PROVENANCE, WORKLOAD, prepare, split
+from meft_reports.plots.neuron_lists import entries_by_size
+from meft_reports.summary import PROVENANCE, WORKLOAD, mean_list, prepare, split
 
 TITLE = "Neurons that a batch activates"
 CAPTION = (
@@ -27,7 +31,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         NothingToDraw: no cell with sparse adapters ended well.
     """
     rows = prepare(frame)
-    declared = rows[rows["method"].str.startswith("sparse")]
+    declared = rows[rows["method"].map(is_sparse)]
     if declared.empty:
         raise NothingDeclared("no cell has sparse adapters")
     seen = declared[declared["union_fraction"].notna()].copy()
@@ -38,16 +42,13 @@ def draw(frame: pd.DataFrame) -> Figure:
     parts = [part for _, part in split(seen, place)]
     shown = fields_to_show(seen, always=("task", "backbone", "dtype"))
     shown = [name for name in shown if name in place]
-    names = zip(seen["method"], seen["num_neurons"], strict=True)
-    entries = canvas.shaded_entries(
-        {(method, int(count)): f"{count:,} neurons" for method, count in names}
-    )
+    entries = entries_by_size(seen)
     figure, grid = canvas.panels(len(parts), num_columns=2)
     for axes, part in zip(grid, parts, strict=True):
         for (method, count), entry in entries.items():
             line = part[(part["method"] == method) & (part["num_neurons"] == count)]
             points = sorted(
-                (key["tokens"], _mean(cells["union_fraction"].tolist()))
+                (key["tokens"], _mean(cells["union_fraction"]))
                 for key, cells in split(line, ["tokens"])
             )
             if points:
@@ -71,7 +72,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def _mean(lists: list[list[float]]) -> tuple[float, float, float]:
+def _mean(lists: "pd.Series[Any]") -> tuple[float, float, float]:
     """Mean, least and most over blocks; cells are averaged block by block."""
-    blocks = [sum(values) / len(values) for values in zip(*lists, strict=True)]
+    blocks = mean_list(lists)
     return sum(blocks) / len(blocks), min(blocks), max(blocks)

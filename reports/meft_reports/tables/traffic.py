@@ -20,7 +20,14 @@ from meft_reports.format import (
     is_null,
 )
 from meft_reports.labels import describe, fields_to_show, option_label
-from meft_reports.summary import PROVENANCE, WORKLOAD, prepare, settings, split
+from meft_reports.summary import (
+    PROVENANCE,
+    WORKLOAD,
+    mean_list,
+    prepare,
+    settings,
+    split,
+)
 from meft_reports.tables.table import Table, join_options, random_note
 
 IN_COLUMNS = ("num_neurons", "accumulation", "rival", "max_steps", "warmup_steps")
@@ -84,7 +91,7 @@ def _row(cells: pd.DataFrame) -> tuple[str, ...]:
         _by(moved, cells["paper_transfer_bytes"].mean()),
         _by(moved, cells["dense_transfer_bytes"].mean()),
         format_percent(_none(cells["cache_hit_fraction"].mean())),
-        _shares(cells["union_fraction"].dropna().tolist()),
+        _shares(cells["union_fraction"].dropna()),
         _bytes(cells["row_device_bytes"].mean()),
         _bytes(cells["row_store_bytes"].mean()),
         _step_ratio(cells),
@@ -92,11 +99,11 @@ def _row(cells: pd.DataFrame) -> tuple[str, ...]:
     )
 
 
-def _shares(lists: list[list[float]]) -> str:
+def _shares(lists: "pd.Series[Any]") -> str:
     """Of a block's neurons; blocks are averaged over cells first."""
-    if not lists:
+    if lists.empty:
         return NOTHING
-    blocks = [statistics.fmean(values) for values in zip(*lists, strict=True)]
+    blocks = mean_list(lists)
     low, high = format_percent(min(blocks)), format_percent(max(blocks))
     return f"{format_percent(statistics.fmean(blocks))} ({low} to {high})"
 
