@@ -56,7 +56,8 @@ def draw(frame: pd.DataFrame) -> Figure:
             axes.plot(means.index, means, **canvas.line_style(method, rank + 2))
         for name, (_, style) in FORMULAS.items():
             means = part.groupby("num_neurons")[name].mean() / _MIB
-            axes.plot(means.index, means, color="#888888", linestyle=style)
+            # With a marker: of a single number of neurons there is no line to see.
+            axes.plot(means.index, means, color="#888888", linestyle=style, marker="_")
         steps = int(part["accumulation"].iloc[0])
         batches = f" · {steps} batches a step" if steps > 1 else ""
         canvas.set_title(axes, describe(part, shown) + batches)
