@@ -160,14 +160,16 @@ def _train_and_score(
 ) -> None:
     scoring = _scoring(task)
 
-    def scores_of(rows: Sequence[Any]) -> dict[str, float]:
-        found: dict[str, float] = scoring.scores(
+    def predict(rows: Sequence[Any]) -> list[Any]:
+        found: list[Any] = scoring.predict(
             stepper, task, rows, backbone.tokenizer, cell
         )
         return found
 
     def validate() -> float:
-        return next(iter(scores_of(examples.validation).values()))
+        predictions = predict(examples.validation)
+        scores = scoring.scores(task, predictions, examples.validation)
+        return float(next(iter(scores.values())))
 
     clock = StepClock(cell.warmup_steps, cell.device)
     batches = epochs(examples.train, cell)
@@ -184,7 +186,9 @@ def _train_and_score(
             step_seconds_iqr=clock.step_seconds_iqr,
         )
     if task.metric is not None:
-        scores, majority = scores_of(examples.evaluation), scoring.majority(task)
+        predictions = predict(examples.evaluation)
+        scores = scoring.scores(task, predictions, examples.evaluation)
+        majority = scoring.majority(task)
         for rank, (name, score) in zip(("", "second_"), scores.items(), strict=False):
             sighting.note(
                 **{
@@ -193,5 +197,8 @@ def _train_and_score(
                     f"{rank}majority_score": majority[name],
                 }
             )
-        sighting.note(num_eval_rows=len(task.evaluation))
+        right = scoring.is_right(task, predictions, examples.evaluation)
+        sighting.note(
+            num_eval_rows=len(task.evaluation), right_rows=[int(r) for r in right]
+        )
     sighting.note(peak_host_bytes=memory.host_peak_bytes())

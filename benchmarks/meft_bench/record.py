@@ -77,6 +77,8 @@ class Measurement:
     second_score: float | None = None
     """What the task's metric reports beside its score: F1 of MRPC."""
     second_majority_score: float | None = None
+    right_rows: list[int] | None = None
+    """Of each evaluated row, in order: 1 where the answer is right, else 0."""
     h2d_bytes: int | None = None
     """Rows and what belongs to them, host to device, in one optimizer step."""
     d2h_bytes: int | None = None

@@ -64,6 +64,11 @@ def format_score(value: Any) -> str:
     return NOTHING if is_null(value) else f"{float(value):.3f}"
 
 
+def format_difference(value: Any) -> str:
+    """`0.0123` as `+0.012`: a score less another."""
+    return NOTHING if is_null(value) else f"{float(value):+.3f}"
+
+
 def format_mean(mean: Any, spread: Any) -> str:
     """`0.910 ± 0.014`: scores over seeds, nothing for no spread."""
     text = format_score(mean)

@@ -96,8 +96,11 @@ def _all_sections(frame: pd.DataFrame) -> list[Section]:
                 "loss_curve",
                 "score_lost_bits",
                 "score_reversible",
+                "score_top_k",
+                "score_experts",
             ),
             tables=_tables(frame, "results"),
+            folded=_folded(frame, "differences"),
             empty="No cell ran on a real task.",
         ),
         Section(

@@ -196,8 +196,11 @@ def test_the_likeliest_option_is_chosen(tokenizer: PreTrainedTokenizerFast) -> N
         sky(prompt=q.prompt, accepted=(w,))
         for q, w in zip(questions, wanted, strict=True)
     ]
-    found = answers.scores(stepper, task, rows, tokenizer, cell(batch_size=4))
-    assert found == {"options": 1.0}
+    found = answers.predict(stepper, task, rows, tokenizer, cell(batch_size=4))
+    assert found == wanted
+    assert answers.is_right(task, found, rows) == [True] * 3
+    assert answers.scores(task, found, rows) == {"options": 1.0}
+    assert answers.scores(task, found, questions)["options"] < 1.0
 
 
 def test_what_is_written_does_not_depend_on_the_batch(

@@ -53,7 +53,7 @@ NOTHING_SEEN = dict.fromkeys(
     pcie_rx_bytes pcie_tx_bytes step_seconds step_seconds_iqr all_step_seconds
     rival_step_seconds step_ratio step_ratio_iqr num_steps loss_curve
     score_name score majority_score second_score_name second_score
-    second_majority_score h2d_bytes d2h_bytes
+    second_majority_score right_rows h2d_bytes d2h_bytes
     h2d_forward_bytes h2d_backward_bytes h2d_update_bytes d2h_forward_bytes
     d2h_backward_bytes d2h_update_bytes paper_transfer_bytes dense_transfer_bytes
     union_fraction routing_recall activation_curve cache_hit_fraction
@@ -272,6 +272,52 @@ def build_traffic() -> list[Record]:
     return records
 
 
+def build_knowledge() -> list[Record]:
+    """Questions answered by dense and sparse adapters over two seeds.
+
+    Of four questions dense ones know two, then three; sparse ones one less, then as
+    many. K and the number of experts also vary, of one seed.
+    """
+    records = []
+    shape: Any = {"task": "arc-easy", "dtype": "bf16", "score_name": "options"}
+    known = {
+        "dense": ([1, 1, 0, 0], [1, 1, 1, 0]),
+        "sparse": ([1, 0, 0, 0], [1, 1, 0, 1]),
+        "sparse-experts": ([0, 0, 0, 0], [1, 0, 0, 0]),
+    }
+    for method, seeds in known.items():
+        for seed, right in enumerate(seeds):
+            its: Any = {"method": method, "seed": seed, "num_experts": 128, **shape}
+            records.append(build_record(score=sum(right) / 4, right_rows=right, **its))
+    records += [
+        build_record(method="sparse", top_k_neurons=k, score=score, **shape)
+        for k, score in ((4, 0.3), (16, 0.4))
+    ]
+    records += [
+        build_record(
+            method="sparse-experts",
+            num_experts=experts,
+            top_k_experts=experts // 16,
+            score=0.2,
+            **shape,
+        )
+        for experts in (16, 32)
+    ]
+    return records
+
+
+def build_all() -> list[Record]:
+    """All of the runs above, of which every figure and table can be made."""
+    parts = (build_matrix, build_depth, build_quality, build_traffic, build_knowledge)
+    return [record for build in parts for record in build()]
+
+
+@pytest.fixture(scope="session")
+def knowledge() -> pd.DataFrame:
+    """The frame of `build_knowledge`; nobody may change it."""
+    return to_frame(build_knowledge())
+
+
 @pytest.fixture(scope="session")
 def depth() -> pd.DataFrame:
     """The frame of `build_depth`; nobody may change it."""
@@ -292,8 +338,8 @@ def traffic() -> pd.DataFrame:
 
 @pytest.fixture
 def every_kind() -> list[Record]:
-    """Records of all made-up runs, of which every figure and table can be made."""
-    return [*build_matrix(), *build_depth(), *build_quality(), *build_traffic()]
+    """`build_all`, afresh."""
+    return build_all()
 
 
 @pytest.fixture

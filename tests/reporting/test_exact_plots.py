@@ -1,48 +1,15 @@
 import math
-from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
-from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
 
 from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.frame import to_frame
 from meft_reports.plots import find_plot
 from meft_reports.style import look
+from reporting.drawn import curves, horizontal, legend, numbers
 from reporting.kinds import MakeRecord
-
-
-def numbers(data: ArrayLike) -> list[float]:
-    """The coordinates of a line as plain numbers."""
-    return [float(number) for number in np.asarray(data)]
-
-
-def curves(axes: Axes, color: str) -> list[Any]:
-    """The lines with markers of one colour: where, and how high."""
-    return [
-        (numbers(line.get_xdata()), numbers(line.get_ydata()))
-        for line in axes.lines
-        if line.get_color() == color and line.get_marker() == "o"
-    ]
-
-
-def horizontal(axes: Axes, color: str) -> list[float]:
-    """The heights of the horizontal lines of one colour."""
-    lines = [line for line in axes.lines if line.get_color() == color]
-    return [
-        numbers(line.get_ydata())[0]
-        for line in lines
-        if numbers(line.get_xdata()) == [0.0, 1.0]
-    ]
-
-
-def legend(figure: Figure) -> list[str]:
-    """What the legend says."""
-    return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_score_against_k_is_held_against_full_floats_and_majority(

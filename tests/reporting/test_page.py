@@ -7,15 +7,14 @@ from markupsafe import escape
 from meft_reports.frame import read_frame, to_frame
 from meft_reports.page import render_page
 from meft_reports.plots import PLOTS, find_plot
-from reporting.conftest import build_depth, build_matrix, build_quality, build_traffic
+from reporting.conftest import build_all
 from reporting.kinds import MakeRecord, Record, Write
 
 
 @pytest.fixture(scope="module")
 def frame() -> pd.DataFrame:
     """The frame of all made-up runs."""
-    parts = (build_matrix(), build_depth(), build_quality(), build_traffic())
-    return to_frame([record for part in parts for record in part])
+    return to_frame(build_all())
 
 
 @pytest.fixture(scope="module")

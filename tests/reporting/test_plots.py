@@ -3,13 +3,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from numpy.typing import ArrayLike
 
 import meft_reports.plots
 from meft_reports.errors import NothingToDraw, UnknownName
@@ -18,6 +16,7 @@ from meft_reports.plots import PLOTS, find_plot
 from meft_reports.plots.canvas import render
 from meft_reports.plots.loss_curve import running_mean
 from meft_reports.style import LOOKS, look
+from reporting.drawn import numbers
 from reporting.kinds import Draw, MakeRecord, Record
 
 UNITS = {
@@ -29,6 +28,8 @@ UNITS = {
     "reconstruction": ("block (0 is the lowest)", "reconstruction error (relative)"),
     "score_lost_bits": ("lost bits k (the scale is 2^-k)", "score (accuracy)"),
     "score_reversible": ("reversible blocks (lowest of the stack)", "score (accuracy)"),
+    "score_top_k": ("neurons kept by a token, K", "score (options)"),
+    "score_experts": ("experts of a block", "score (options)"),
     "step_ratio": ("depth (blocks)", "time of a step (rival = 1)"),
     "traffic_neurons": ("neurons per block", "moved in a step (MiB)"),
     "union_batch": ("tokens of a batch", "share of neurons active"),
@@ -45,6 +46,7 @@ UNITS = {
 }
 OF_DEPTH = ("step_ratio", "gradient_depth", "start_deviation")
 OF_QUALITY = ("score_lost_bits", "score_reversible")
+OF_KNOWLEDGE = ("score_top_k", "score_experts")
 OF_TRAFFIC = ("traffic_neurons", "union_batch", "routing_recall", "activation_curve")
 every_plot = pytest.mark.parametrize("name", PLOTS)
 
@@ -55,10 +57,12 @@ def frames(
     depth: pd.DataFrame,
     quality: pd.DataFrame,
     traffic: pd.DataFrame,
+    knowledge: pd.DataFrame,
 ) -> dict[str, pd.DataFrame]:
     """The made-up run of which each plot can be drawn."""
     frames = dict.fromkeys(PLOTS, frame) | dict.fromkeys(OF_DEPTH, depth)
     frames |= dict.fromkeys(OF_QUALITY, quality)
+    frames |= dict.fromkeys(OF_KNOWLEDGE, knowledge)
     return frames | dict.fromkeys(OF_TRAFFIC, traffic)
 
 
@@ -71,11 +75,6 @@ def draw(frames: dict[str, pd.DataFrame]) -> Draw:
 def texts(figure: Figure) -> list[str]:
     """Every text of a figure."""
     return [text.get_text() for text in figure.findobj(matplotlib.text.Text)]
-
-
-def numbers(data: ArrayLike) -> list[float]:
-    """The coordinates of a line as plain numbers."""
-    return [float(number) for number in np.asarray(data)]
 
 
 def test_every_file_of_the_folder_is_a_plot_or_a_part_of_one() -> None:

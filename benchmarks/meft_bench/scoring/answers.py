@@ -36,19 +36,32 @@ def examples(
     )
 
 
-def scores(
+def predict(
     stepper: Stepper,
     task: AnswerTask,
     rows: Sequence[Question],
     tokenizer: PreTrainedTokenizerBase,
     cell: Cell,
-) -> dict[str, float]:
-    """The share of questions that are answered right."""
+) -> list[str]:
+    """The option that is chosen, or the text that is written."""
     stepper.model.eval()
     ask = _choose if task.metric == "options" else _write
-    answers = ask(stepper, task, rows, tokenizer, cell)
+    return ask(stepper, task, rows, tokenizer, cell)
+
+
+def is_right(
+    task: AnswerTask, predictions: Sequence[str], rows: Sequence[Question]
+) -> list[bool]:
+    """What the task's metric says of each answer."""
     judge = METRICS[task.metric]
-    right = [judge(*pair) for pair in zip(answers, rows, strict=True)]
+    return [judge(*pair) for pair in zip(predictions, rows, strict=True)]
+
+
+def scores(
+    task: AnswerTask, predictions: Sequence[str], rows: Sequence[Question]
+) -> dict[str, float]:
+    """The share of questions that are answered right."""
+    right = is_right(task, predictions, rows)
     return {task.metric: sum(right) / len(right)}
 
 
@@ -61,9 +74,7 @@ def majority(task: AnswerTask) -> dict[str, float]:
     else:
         common = Counter(q.answer for q in task.train).most_common(1)[0][0]
         answers = [common.strip()] * len(task.evaluation)
-    judge = METRICS[task.metric]
-    right = [judge(*pair) for pair in zip(answers, task.evaluation, strict=True)]
-    return {task.metric: sum(right) / len(right)}
+    return scores(task, answers, task.evaluation)
 
 
 def _example(
@@ -98,10 +109,13 @@ def _choose(
     best: dict[int, tuple[float, str]] = {}
     for chosen in _by_length(encoded, cell.batch_size):
         batch = collate([encoded[n] for n in chosen], stepper.pad_token_id)
-        labels = batch.pop("labels")
+        told = batch.pop("labels")[:, 1:]
+        # The head is the dearest part, and only the option's tokens need it.
+        places = (told != IGNORED).any(0).nonzero()[:, 0]
+        inputs = stepper.to_device(batch | {"logits_to_keep": places})
         with stepper.autocast():
-            logits = stepper.model(**stepper.to_device(batch)).logits
-        likely = _log_likelihood(logits.float().cpu(), labels)
+            logits = stepper.model(**inputs).logits
+        likely = _log_likelihood(logits.float().cpu(), told[:, places])
         for n, value in zip(chosen, likely.tolist(), strict=True):
             i, option = pairs[n]
             per_byte = value / max(1, len(option.encode()))
@@ -110,9 +124,8 @@ def _choose(
     return [best[i][1] for i in range(len(rows))]
 
 
-def _log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+def _log_likelihood(logits: Tensor, told: Tensor) -> Tensor:
     """Of the tokens that count, summed per row."""
-    told, logits = labels[:, 1:], logits[:, :-1]
     found = logits.log_softmax(-1).gather(-1, told.clamp(min=0)[..., None])[..., 0]
     return (found * (told != IGNORED)).sum(1)
 

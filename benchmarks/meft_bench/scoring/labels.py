@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from meft_bench import training
 from meft_bench.cell import Cell
 from meft_bench.scoring.examples import Examples
 from meft_bench.tasks.batches import Example, encode
 from meft_bench.tasks.task import Task
-from meft_bench.training import Stepper, predict
+from meft_bench.training import Stepper
 
 
 def examples(task: Task, tokenizer: PreTrainedTokenizerBase, cell: Cell) -> Examples:
@@ -21,16 +22,30 @@ def examples(task: Task, tokenizer: PreTrainedTokenizerBase, cell: Cell) -> Exam
     return Examples(train=train, validation=validation, evaluation=evaluation)
 
 
-def scores(
+def predict(
     stepper: Stepper,
     task: Task,
     rows: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     cell: Cell,
+) -> list[int]:
+    """The label with the largest logit."""
+    return training.predict(stepper, list(rows), cell.batch_size)
+
+
+def is_right(
+    task: Task, predictions: Sequence[int], rows: Sequence[Example]
+) -> list[bool]:
+    """Whether each label is the true one."""
+    return [p == row.label for p, row in zip(predictions, rows, strict=True)]
+
+
+def scores(
+    task: Task, predictions: Sequence[int], rows: Sequence[Example]
 ) -> dict[str, float]:
     """The metric's values, the score first."""
-    labels = predict(stepper, list(rows), cell.batch_size)
-    return _of(task, labels, [row.label for row in rows if isinstance(row.label, int)])
+    labels = [row.label for row in rows if isinstance(row.label, int)]
+    return _of(task, predictions, labels)
 
 
 def majority(task: Task) -> dict[str, float]:

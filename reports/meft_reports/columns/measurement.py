@@ -137,6 +137,7 @@ MEASUREMENT: tuple[Column, ...] = (
         "second score of always answering the most frequent training label",
         "fraction",
     ),
+    seen("right_rows", "list", "of each evaluated row: 1 where the answer is right"),
     seen(
         "h2d_bytes",
         "Int64",

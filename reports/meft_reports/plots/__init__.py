@@ -25,6 +25,8 @@ PLOTS = (
     "step_seconds",
     "score_lost_bits",
     "score_reversible",
+    "score_top_k",
+    "score_experts",
     "memory_batch",
     "memory_depth",
     "step_ratio",

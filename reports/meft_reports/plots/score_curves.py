@@ -1,4 +1,4 @@
-"""The body of `score_lost_bits` and `score_reversible`: score along one option of MEFT.
+"""The body of the `score_...` figures along one option of a method.
 
 One line per method and setting: the mean over seeds, with bars of one sample standard
 deviation. Methods for which the option means nothing are horizontal lines with a band
@@ -33,7 +33,12 @@ References = Callable[[str], Iterable[str]]
 
 
 def draw_along(
-    frame: pd.DataFrame, field: str, label: str, along: Along, references: References
+    frame: pd.DataFrame,
+    field: str,
+    label: str,
+    along: Along,
+    references: References,
+    also: tuple[str, ...] = (),
 ) -> Figure:
     """Score along the option `field`, on an axis called `label`.
 
@@ -44,6 +49,7 @@ def draw_along(
         along: of one workload's rows those that make lines, with a column `x` and the
             method that the line is named after.
         references: the methods that a line of some method is held against.
+        also: options that vary with `field` along a line.
 
     Raises:
         NothingToDraw: `field` takes two values in no workload of a real task, or no
@@ -52,7 +58,8 @@ def draw_along(
     rows = prepare(frame)
     rows = learned(rows)
     places = [*WORKLOAD, *PROVENANCE]
-    if not any(_lines(along(part), field) for _, part in split(rows, places)):
+    varied = (field, *also, "rival")
+    if not any(_lines(along(part), varied) for _, part in split(rows, places)):
         raise NothingDeclared(
             f"no workload of a real task was declared at two values of `{field}`"
         )
@@ -60,7 +67,7 @@ def draw_along(
     parts = [
         (part, lines)
         for _, part in split(table, places)
-        if (lines := _lines(along(part).dropna(subset=["score", "x"]), field))
+        if (lines := _lines(along(part).dropna(subset=["score", "x"]), varied))
     ]
     if not parts:
         raise NothingToDraw(f"no workload has a score at two values of `{field}`")
@@ -69,7 +76,7 @@ def draw_along(
     figure, grid = canvas.panels(len(parts), num_columns=2)
     methods: set[str] = set()
     for axes, (part, lines) in zip(grid, parts, strict=True):
-        methods |= _draw_panel(axes, part, lines, field, references)
+        methods |= _draw_panel(axes, part, lines, varied, references)
         canvas.set_title(axes, describe(part, shown))
         axes.set_xlabel(label)
         axes.set_ylabel(f"score ({metrics[part['task'].iloc[0]]})")
@@ -84,20 +91,20 @@ def majority_entry() -> Line2D:
     return Line2D([], [], label="majority class", color="#888888", linestyle="--")
 
 
-def _lines(rows: pd.DataFrame, field: str) -> list[pd.DataFrame]:
-    """The settings of a method in which `field` was varied.
+def _lines(rows: pd.DataFrame, varied: tuple[str, ...]) -> list[pd.DataFrame]:
+    """The settings of a method in which the first of `varied` was.
 
     Where it was not, as in a plain twin alone, there is a point and no line.
     """
-    lines = settings(rows, ignoring=(field, "rival"))
-    return [line for line in lines if line[field].nunique() > 1]
+    lines = settings(rows, ignoring=varied)
+    return [line for line in lines if line[varied[0]].nunique() > 1]
 
 
 def _draw_panel(
     axes: Axes,
     part: pd.DataFrame,
     lines: list[pd.DataFrame],
-    field: str,
+    varied: tuple[str, ...],
     references: References,
 ) -> set[str]:
     """Draw the lines and what they are held against; the methods that are drawn."""
@@ -111,7 +118,7 @@ def _draw_panel(
         axes.errorbar(
             ordered["x"], ordered["score"], spreads, capsize=2, elinewidth=1, **style
         )
-        label = option_label(ordered.iloc[0], drawn, (field, "rival"))
+        label = option_label(ordered.iloc[0], drawn, varied)
         last = ordered.iloc[-1]
         canvas.name_line(axes, last["x"], last["score"], label, style["color"])
     for majority in part["majority_score"].dropna().unique():

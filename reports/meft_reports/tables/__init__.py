@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TABLES = (
     "results",
+    "differences",
     "memory",
     "ratios",
     "traffic",
