@@ -174,33 +174,42 @@ def test_only_the_answer_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
     assert torch.equal(full["labels"], full["input_ids"])
 
 
+@torch.no_grad()
+def likeliest(
+    stepper: Stepper, tokenizer: PreTrainedTokenizerFast, question: Question
+) -> str:
+    """The plain way: one option at a time, token by token."""
+    values = {}
+    for option in question.options:
+        prompt = tokenizer(question.prompt)["input_ids"]
+        told = tokenizer(option)["input_ids"]
+        logits = stepper.model.eval()(torch.tensor([[*prompt, *told]])).logits[0]
+        likely = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        total = sum(likely[place, token] for place, token in enumerate(told))
+        values[option] = float(total) / len(option)
+    return max(values, key=lambda option: values[option])
+
+
 def test_the_likeliest_option_is_chosen(tokenizer: PreTrainedTokenizerFast) -> None:
-    """By the byte, held against log-likelihoods of one row at a time."""
+    """By the byte, whichever of the options is right."""
     stepper = writer()
+    options = ("red", "blue", "red blue sky", "sky")
+    prompts = ("Question: sky ?\nAnswer:", "Question: red sky ?\nAnswer:", "Answer:")
     questions = [
-        sky(),
-        sky(prompt="Question: red sky ?\nAnswer:"),
-        sky(prompt="Answer:"),
+        sky(prompt=prompt, options=options, answer=f" {right}", accepted=(right,))
+        for prompt in prompts
+        for right in options
     ]
-    wanted = []
-    for question in questions:
-        values = {}
-        for option in question.options:
-            text = tokenizer(f"{question.prompt} {option}", return_tensors="pt")
-            logits = stepper.model.eval()(text["input_ids"]).logits[0, -2]
-            token = text["input_ids"][0, -1]
-            values[option] = logits.log_softmax(-1)[token].item() / len(option)
-        wanted.append(max(values, key=lambda o: values[o]))
+    wanted = [likeliest(stepper, tokenizer, q) for q in questions]
+    assert len(set(wanted)) > 1
     task = asked("options", *questions)
-    rows = [
-        sky(prompt=q.prompt, accepted=(w,))
-        for q, w in zip(questions, wanted, strict=True)
-    ]
-    found = answers.predict(stepper, task, rows, tokenizer, cell(batch_size=4))
+    found = answers.predict(stepper, task, questions, tokenizer, cell(batch_size=4))
     assert found == wanted
-    assert answers.is_right(task, found, rows) == [True] * 3
-    assert answers.scores(task, found, rows) == {"options": 1.0}
-    assert answers.scores(task, found, questions)["options"] < 1.0
+    right = answers.is_right(task, found, questions)
+    assert right == [
+        w == q.answer.strip() for w, q in zip(wanted, questions, strict=True)
+    ]
+    assert answers.scores(task, found, questions) == {"options": 0.25}
 
 
 def test_what_is_written_does_not_depend_on_the_batch(

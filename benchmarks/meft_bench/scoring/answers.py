@@ -30,7 +30,7 @@ def examples(
 ) -> Examples:
     """Prompts with their answers to train on; questions as they are to score."""
     return Examples(
-        train=[_example(q, q.answer, tokenizer, cell.seq_len) for q in task.train],
+        train=[_learned(q, tokenizer, cell.seq_len) for q in task.train],
         validation=task.validation,
         evaluation=task.evaluation,
     )
@@ -77,16 +77,22 @@ def majority(task: AnswerTask) -> dict[str, float]:
     return scores(task, answers, task.evaluation)
 
 
+def _learned(
+    question: Question, tokenizer: PreTrainedTokenizerBase, seq_len: int
+) -> Example:
+    """The prompt with its answer, and where that ends."""
+    told = _tokens(question.answer, tokenizer)[: seq_len - 1]
+    return _example(question, [*told, tokenizer.eos_token_id], tokenizer, seq_len)
+
+
 def _example(
     question: Question,
-    answer: str,
+    told: list[int],
     tokenizer: PreTrainedTokenizerBase,
     seq_len: int,
 ) -> Example:
     """The prompt loses its beginning where both are too long together."""
-    end = [tokenizer.eos_token_id] if answer == question.answer else []
     prompt: list[int] = tokenizer(question.prompt)["input_ids"]
-    told = tokenizer(answer, add_special_tokens=False)["input_ids"][:seq_len] + end
     prompt = prompt[max(0, len(prompt) + len(told) - seq_len) :]
     tokens = [*prompt, *told][-seq_len:]
     return Example(
@@ -94,6 +100,11 @@ def _example(
         segment_ids=[0] * len(tokens),
         label=[*[IGNORED] * len(prompt), *told][-seq_len:],
     )
+
+
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokens
 
 
 @torch.no_grad()
@@ -105,7 +116,11 @@ def _choose(
     cell: Cell,
 ) -> list[str]:
     pairs = [(i, option) for i, q in enumerate(rows) for option in q.options]
-    encoded = [_example(rows[i], f" {o}", tokenizer, cell.seq_len) for i, o in pairs]
+    encoded = [
+        # Without an end: no option is asked for more than the others.
+        _example(rows[i], _tokens(f" {o}", tokenizer), tokenizer, cell.seq_len)
+        for i, o in pairs
+    ]
     best: dict[int, tuple[float, str]] = {}
     for chosen in _by_length(encoded, cell.batch_size):
         batch = collate([encoded[n] for n in chosen], stepper.pad_token_id)
