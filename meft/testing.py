@@ -146,11 +146,14 @@ class SavedBytes:
         return sum(self._seen.values())
 
     def count(self, tensor: Tensor) -> Tensor:
-        """The pack hook: note the tensor's whole storage and keep it as it is."""
+        """The pack hook: note the tensor's whole storage and keep its values.
+
+        Not the tensor itself: an output that its own node holds is never freed.
+        """
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._excluded:
             self._seen[tensor.device, storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()
 
 
 @contextlib.contextmanager

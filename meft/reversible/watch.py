@@ -16,7 +16,7 @@ Comparisons stay on the device; one flag is read at the end of the backward. Wit
 
 import math
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class Watch:
         self._repeatable = repeatable
         self._probe = probe
         self._sums: list[Tensor] = []
-        self._faults: dict[int, Tensor] = {}
+        self._intact: dict[int, Tensor] = {}
         self._weights: Tensor | None = None
 
     def before(self, stack: Stack, index: int, target: Tensor) -> None:
@@ -76,7 +76,7 @@ class Watch:
     def after(self, index: int, target: Tensor, expected: Tensor | None) -> None:
         """The backward has undone coupling `index`, which gave `target`."""
         if expected is not None:
-            self._faults[index] = self._checksum(target) != expected[index]
+            self._intact[index] = self._checksum(target) == expected[index]
         if self._probe is not None:
             self._probe.compare(index, target)
 
@@ -87,12 +87,12 @@ class Watch:
             ReconstructionError: a rebuilt stream is not the true one.
         """
         if self._exact:
-            met = (streams[0] != streams[1]).any()
-            faults = torch.stack([*self._faults.values(), met])
-            indices = [*self._faults, 0]
-            self._faults = {}
-            if faults.any():
-                first = indices[int(faults.int().argmax())]
+            met = (streams[0] == streams[1]).all()
+            intact = torch.stack([*self._intact.values(), met])
+            indices = [*self._intact, 0]
+            self._intact = {}
+            if not intact.all():
+                first = indices[int(intact.int().argmin())]
                 raise ReconstructionError(_message(stack.couplings[first]))
         if self._probe is not None:
             self._probe.finish()
@@ -150,9 +150,10 @@ def _graded(
     stack: Stack, coupling: Coupling, x: Tensor, context: Context, wants_input: bool
 ) -> Tensor:
     """As the backward will run the branch, one chunk's graph at a time, all dropped."""
-    # As the graphs go at once, nobody's hooks have to count them or move them away.
-    unhooked = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-    with torch.enable_grad(), unhooked:
+    # The graphs are never walked, so they keep nothing. (They must not keep a tensor as
+    # it is: an output that its own node holds is never freed.)
+    empty = torch.autograd.graph.saved_tensors_hooks(lambda _: None, _gone)
+    with torch.enable_grad(), empty:
         mixed = stack.mixed(coupling, x.detach().requires_grad_(wants_input), context)
         wants_mixed = mixed.requires_grad
         outputs = []
@@ -160,6 +161,10 @@ def _graded(
             chunk = chunk.detach().requires_grad_(wants_mixed)
             outputs.append(stack.tokenwise(coupling, chunk, index).detach())
     return joined(outputs, x.shape)
+
+
+def _gone(nothing: None) -> NoReturn:
+    raise AssertionError("a graph that keeps nothing was walked")
 
 
 def _refuse_out_of_range(stack: Stack, coupling: Coupling, value: Tensor) -> None:

@@ -1,3 +1,4 @@
+import weakref
 from typing import Any
 
 import pytest
@@ -83,3 +84,13 @@ def test_tolerance_knows_dtype_depth_and_scale() -> None:
     assert tolerance(torch.float64, 4) < tolerance(torch.float32, 4)
     assert tolerance(torch.float32, 4) < tolerance(torch.float32, 8)
     assert tolerance(torch.float32, 4) < tolerance(torch.float32, 4, 0.1, 1.0)
+
+
+def test_what_was_counted_is_let_go() -> None:
+    """Softmax keeps its output, which may not keep itself by way of the counter."""
+    with saved_bytes() as counter:
+        out = torch.randn(4, 4, requires_grad=True).softmax(-1)
+        assert counter.total == out.untyped_storage().nbytes()
+    memory = weakref.ref(out.untyped_storage())
+    del out
+    assert memory() is None

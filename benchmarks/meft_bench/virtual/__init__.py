@@ -1,0 +1,11 @@
+"""A GPU that is not there: what a training step would take on it.
+
+gpu          what is known of a GPU, from files of data
+shim         makes fake CUDA tensors train on a build without CUDA
+attention    which kernel of attention the GPU would run
+workspaces   what kernels take for themselves
+personality  the virtual GPU itself: all of the above in one context
+ledger       writes down every storage, on any device, fake or real
+trace        what was written down: peaks, kinds, copies
+allocator    what PyTorch's caching allocator makes of it
+"""

@@ -1,0 +1,91 @@
+"""What is known of a GPU: one JSON file each in `gpus/`, or one of your own.
+
+A calibration changes a file and no code. This module imports nothing heavy.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meft_bench.registry import nearest
+
+FOLDER = Path(__file__).with_name("gpus")
+ATTENTION_KERNELS = ("cudnn", "flash", "efficient", "math")
+
+
+class GpuError(ValueError):
+    """No such GPU, or a file that describes none; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """One GPU; rates are the vendor's, dense, without sparsity."""
+
+    name: str
+    """As `torch.cuda.get_device_name` tells it."""
+    compute_capability: tuple[int, int]
+    memory_bytes: int
+    num_multiprocessors: int
+    half_flops_per_second: float
+    """Of 16-bit floats."""
+    tf32_flops_per_second: float
+    fp32_flops_per_second: float
+    memory_bytes_per_second: float
+    link_bytes_per_second: float
+    """Between host and device, each way."""
+    cudnn_version: int
+    attention_order: tuple[str, ...]
+    """In which `scaled_dot_product_attention` tries its kernels."""
+    workspace_bytes: int
+    """That cuBLAS and cuBLASLt keep for each thread that multiplies matrices."""
+    source: str
+    """Where all this is from: read, or measured, and when."""
+
+
+def names() -> list[str]:
+    """The GPUs that come with the harness."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def find(name: str) -> Gpu:
+    """The GPU of a name, of the beginning of one, or of a JSON file.
+
+    Raises:
+        GpuError: there is none, several names begin so, or the file is no GPU's.
+    """
+    if name.endswith(".json"):
+        return _read(Path(name))
+    found = [n for n in names() if n == name] or [
+        n for n in names() if n.casefold().startswith(name.casefold())
+    ]
+    if len(found) != 1:
+        several = f"{name!r} may be {' or '.join(found)}" if found else ""
+        raise GpuError(
+            (several or f"unknown GPU {name!r}; {nearest(name, names())}")
+            + "; or the path of a JSON file like those in meft_bench/virtual/gpus"
+        )
+    return _read(FOLDER / f"{found[0]}.json")
+
+
+def _read(path: Path) -> Gpu:
+    try:
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GpuError(f"{path}: {error}") from error
+    wanted = {field.name for field in dataclasses.fields(Gpu)}
+    if not isinstance(fields, dict) or set(fields) != wanted:
+        given = set(fields) if isinstance(fields, dict) else set()
+        missing, unknown = sorted(wanted - given), sorted(given - wanted)
+        raise GpuError(f"{path}: missing fields {missing}, unknown fields {unknown}")
+    order = tuple(fields["attention_order"])
+    if sorted(order) != sorted(ATTENTION_KERNELS):
+        raise GpuError(
+            f"{path}: attention_order {list(order)} should name each of "
+            f"{', '.join(ATTENTION_KERNELS)} once"
+        )
+    major, minor = fields["compute_capability"]
+    return Gpu(
+        **fields | {"attention_order": order, "compute_capability": (major, minor)}
+    )

@@ -1,0 +1,385 @@
+"""Writes down every storage that a piece of code makes, on any device, fake or real.
+
+    with Ledger() as ledger:
+        ledger.watch(model, optimizer)
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+    ledger.trace().peak("cuda").by_kind
+
+One dispatch mode sees every operator. A storage is born with the first tensor that has
+it and dies when nothing refers to it any more. Forward, backward, recompute and update
+are told apart by asking autograd, and modules by their hooks; the operators of backward
+belong to the module whose forward had the node's number.
+"""
+
+import sys
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import _engine_run_backward
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from meft_bench.virtual.allocator import ROUND_BYTES
+from meft_bench.virtual.trace import Copy, Event, Storage, Trace
+from meft_bench.virtual.workspaces import Workspace
+
+aten = torch.ops.aten
+ADD = aten.add.Tensor
+DEVICE_OF = torch.ops.prim.device.default
+COPIES = (aten.copy_.default, aten._to_copy.default)
+SOLE_OWNER = (4, 2)
+"""References to a tensor, and to its storage, where only autograd holds a gradient and
+hands it to us."""
+LAST_NODE = 1 << 60
+"""Nodes that accumulate into leaves are numbered from the end."""
+
+
+class Ledger(TorchDispatchMode):
+    """Everything that is made between `with` and its end.
+
+    Args:
+        workspaces: what kernels of a real device would take for themselves.
+        round_bytes: that a peak counts storages in multiples of.
+    """
+
+    def __init__(
+        self,
+        workspaces: Mapping[Any, Workspace] | None = None,
+        round_bytes: int = ROUND_BYTES,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.step = 0
+        """Number of the optimizer step under way."""
+        self._workspaces = workspaces or {}
+        self._round_bytes = round_bytes
+        self._phase = "inputs"
+        self._time = 0
+        self._storages: list[Storage] = []
+        self._events: list[Event] = []
+        self._copies: list[Copy] = []
+        self._flops = self._touched = 0
+        self._alive: dict[int, Storage] = {}
+        self._deaths: dict[int, weakref.ref[Any]] = {}
+        self._modules: list[str] = []
+        self._first_nodes: list[int] = []
+        self._module_of_node: list[str] = []
+        self._handles: list[Any] = []
+        self._models: list[nn.Module] = []
+        self._optimizers: list[Optimizer] = []
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Not a mode that changes what operators do."""
+        return True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # No wrapper around the dispatch below: it costs time and hides the engine.
+        return False
+
+    # What there is, told from outside.
+
+    def watch(self, model: nn.Module, *optimizers: Optimizer) -> None:
+        """Tell weights, their gradients and their state from everything else."""
+        self._models.append(model)
+        self._optimizers.extend(optimizers)
+        for name, module in model.named_modules():
+            enter = self._enter(name)
+            self._handles += [
+                module.register_forward_pre_hook(enter, prepend=True),
+                module.register_forward_hook(self._leave, always_call=True),
+            ]
+        self._tell_kinds()
+
+    def trace(self) -> Trace:
+        """What has been written down so far."""
+        self._tell_kinds()
+        return Trace(
+            storages=tuple(self._storages),
+            events=tuple(_in_order(self._events)),
+            copies=tuple(self._copies),
+            num_flops=self._flops,
+            bytes_touched=self._touched,
+            round_bytes=self._round_bytes,
+        )
+
+    @property
+    def time(self) -> int:
+        """Operators so far."""
+        return self._time
+
+    def __enter__(self) -> Self:
+        self._phase = "forward"
+        self._handles += [
+            register_optimizer_step_pre_hook(self._begin_update),
+            register_optimizer_step_post_hook(self._end_update),
+        ]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._tell_kinds()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # Every operator.
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one operator and write down what it made."""
+        if func is DEVICE_OF:
+            return args[0].fake_device if _is_fake(args[0]) else args[0].device
+        if func is ADD and not kwargs and _is_accumulation(args):
+            # As autograd would without us; fake tensors have nothing to add.
+            return args[0] if _is_fake(args[0]) else args[0].add_(args[1])
+        kwargs = kwargs or {}
+        self._time += 1
+        out = func(*args, **kwargs)
+        self._count_work(func, args, kwargs, out)
+        for tensor in _tensors(out):
+            self._see(tensor, func)
+        workspace = self._workspaces.get(func)
+        if workspace is not None and (num_bytes := workspace(args, out)):
+            self._events += [
+                Event(self._time, None, num_bytes, is_birth=True),
+                Event(self._time, None, num_bytes, is_birth=False),
+            ]
+        if func in COPIES:
+            self._count_copy(func, args, out)
+        return out
+
+    def _see(self, tensor: Tensor, func: Any = None) -> Storage | None:
+        if tensor.layout is not torch.strided:
+            return None
+        memory = tensor.untyped_storage()
+        known = self._alive.get(memory._cdata)
+        if known is not None:
+            return known
+        phase = self._present_phase()
+        storage = Storage(
+            index=len(self._storages),
+            num_bytes=memory.nbytes(),
+            device=_device_of(tensor),
+            operator="" if func is None else str(func),
+            module=self._present_module(phase),
+            phase=phase,
+            step=self.step,
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            born=self._time,
+        )
+        self._storages.append(storage)
+        self._alive[memory._cdata] = storage
+        key = memory._cdata
+        self._deaths[storage.index] = weakref.ref(
+            memory, lambda _: self._bury(storage, key)
+        )
+        self._events.append(
+            Event(self._time, storage.index, storage.num_bytes, is_birth=True)
+        )
+        return storage
+
+    def _bury(self, storage: Storage, key: int) -> None:
+        if self._alive.get(key) is storage:
+            del self._alive[key]
+        self._deaths.pop(storage.index, None)
+        storage.died = self._time
+        self._events.append(
+            Event(self._time, storage.index, storage.num_bytes, is_birth=False)
+        )
+
+    # Where and when.
+
+    def _present_phase(self) -> str:
+        if self._phase != "forward":
+            return self._phase
+        if torch._C._current_graph_task_id() == -1:
+            return "forward"
+        return "recompute" if torch.is_grad_enabled() else "backward"
+
+    def _present_module(self, phase: str) -> str:
+        if phase == "backward":
+            node = torch._C._current_autograd_node()
+            number = LAST_NODE if node is None else node._sequence_nr()
+            place = bisect_right(self._first_nodes, number) - 1
+            if place < 0 or number >= LAST_NODE:
+                return ""
+            return self._module_of_node[place]
+        return self._modules[-1] if self._modules else ""
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def enter(module: nn.Module, args: Any) -> None:
+            self._modules.append(name)
+            self._mark_nodes()
+
+        return enter
+
+    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        if self._modules:
+            self._modules.pop()
+        self._mark_nodes()
+
+    def _mark_nodes(self) -> None:
+        """Nodes that are made from now on belong to the module we are in."""
+        if torch._C._current_graph_task_id() != -1:
+            return
+        number = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        name = self._modules[-1] if self._modules else ""
+        if self._first_nodes and self._first_nodes[-1] >= number:
+            self._module_of_node[-1] = name
+        else:
+            self._first_nodes.append(number)
+            self._module_of_node.append(name)
+
+    def _begin_update(self, *_: Any) -> None:
+        self._tell_kinds()
+        self._phase = "update"
+
+    def _end_update(self, *_: Any) -> None:
+        self._tell_kinds()
+        self._phase = "forward"
+
+    def _tell_kinds(self) -> None:
+        for model in self._models:
+            for parameter in model.parameters():
+                kind = "parameters" if parameter.requires_grad else "frozen"
+                self._tell(parameter.detach(), kind)
+                if parameter.grad is not None:
+                    self._tell(parameter.grad, "gradients")
+            for buffer in model.buffers():
+                self._tell(buffer, "buffers")
+        for optimizer in self._optimizers:
+            for state in optimizer.state.values():
+                for value in state.values():
+                    if isinstance(value, Tensor):
+                        self._tell(value, "optimizer")
+
+    def _tell(self, tensor: Tensor, kind: str) -> None:
+        storage = self._see(tensor)
+        if storage is not None:
+            storage.kind = kind
+
+    # How much.
+
+    def _count_work(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self._flops += formula(*args, **kwargs, out_val=out)
+        if not func.is_view:
+            tensors = [
+                *_tensors(args),
+                *_tensors(list(kwargs.values())),
+                *_tensors(out),
+            ]
+            self._touched += sum(t.numel() * t.element_size() for t in tensors)
+
+    def _count_copy(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
+        source, target = (args[0], out) if func is COPIES[1] else (args[1], args[0])
+        pair = _device_of(source), _device_of(target)
+        direction = {("cpu", "cuda"): "h2d", ("cuda", "cpu"): "d2h"}.get(pair)
+        if direction is None:
+            return
+        # A change of dtype happens on the device, whichever the direction is.
+        on_host = source if direction == "h2d" else target
+        num_bytes = source.numel() * on_host.element_size()
+        phase = self._present_phase()
+        self._copies.append(
+            Copy(direction, num_bytes, phase, self._present_module(phase))
+        )
+
+
+def _is_fake(tensor: Any) -> bool:
+    return isinstance(tensor, FakeTensor)
+
+
+def _device_of(tensor: Tensor) -> str:
+    device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+    return device.type
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _is_accumulation(args: tuple[Any, ...]) -> bool:
+    """Whether autograd adds two gradients, the first of which it alone holds.
+
+    It then adds in place, but under a dispatch mode it adds out of place, and backward
+    would take up to an eighth more. The engine calls us with no Python in between.
+    """
+    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
+        return False
+    one, other = args
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return False
+    if not _engine_calls():
+        return False
+    storage = one.untyped_storage()
+    return (
+        one.shape == other.shape
+        and one._use_count() <= SOLE_OWNER[0]  # type: ignore[attr-defined]
+        and torch._C._storage_Use_Count(storage._cdata) <= SOLE_OWNER[1]
+        and _is_dense(one)
+    )
+
+
+def _engine_calls() -> bool:
+    """Whether there is no Python between autograd and the dispatch above."""
+    try:
+        caller = sys._getframe(3)
+    except ValueError:  # a thread of the engine's own, with nothing below us
+        return True
+    return caller.f_code is _engine_run_backward.__code__
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements lie together without gaps, in whatever order."""
+    expected = 1
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, size in sorted(pair for pair in pairs if pair[1] != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _in_order(events: list[Event]) -> Iterator[Event]:
+    """Deaths in a row sorted by storage.
+
+    The cache of autocast is a hash map over addresses, which differ in every process,
+    and lets go in its own order.
+    """
+    row: list[Event] = []
+    for event in events:
+        if event.storage is not None and not event.is_birth:
+            row.append(event)
+            continue
+        yield from sorted(row, key=lambda e: (e.time, e.storage))
+        row.clear()
+        yield event
+    yield from sorted(row, key=lambda e: (e.time, e.storage))

@@ -1,0 +1,277 @@
+"""A virtual GPU: fake tensors on a device that answers as a GPU of that name would.
+
+    with VirtualGpu(gpu.find("H200")) as device:
+        model = build().to("cuda")          # no memory is taken
+        with Ledger(device.workspaces) as ledger: ...
+
+While it lasts, torch and transformers are patched so that a training step takes the
+same way as on the real one. Each patch says what would go wrong without it. All are
+undone at the end.
+"""
+
+import contextlib
+import importlib
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any, Self
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses import fake_impls, fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional
+
+from meft_bench.virtual import attention
+from meft_bench.virtual.gpu import Gpu
+from meft_bench.virtual.shim import fake_cuda
+from meft_bench.virtual.workspaces import WORKSPACES
+
+aten = torch.ops.aten
+
+
+class _Mode(FakeTensorMode):
+    # A property of the base class, which would start a GPU once `is_available()` says
+    # that there is one.
+    avoid_device_init = True
+
+
+class VirtualGpu:
+    """While it lasts, `cuda` is a fake device that behaves as `gpu`."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+        self.workspaces = WORKSPACES
+        self.attention_counts: dict[str, int] = {}
+        """How often each kernel of attention was chosen."""
+        self.mode = _Mode(allow_non_fake_inputs=True, allow_fallback_kernels=False)
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(fake_cuda())
+            for patch in self._patches():
+                stack.enter_context(patch)
+            stack.enter_context(self.mode)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def _patches(self) -> Iterator[contextlib.AbstractContextManager[Any]]:
+        # In the calling thread: the same order in every run, and no thread that is
+        # still at work when the process ends.
+        yield torch.autograd.set_multithreading_enabled(False)
+        yield from _facade(self.gpu)
+        yield from _attention(self.gpu, self.attention_counts)
+        yield from _many_tensors_at_once()
+        yield from _values()
+        yield from _initialisation()
+        yield from _moving_modules()
+        yield from _masks()
+
+
+class _Stream:
+    """A stream on which everything has happened already."""
+
+    device_index = 0
+    device_type = 1
+    stream_id = cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.device = torch.device("cuda:0")
+
+    def wait_stream(self, stream: Any) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, event: Any) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self, event: Any = None) -> Any:
+        """An event that has happened."""
+        return event or _Event()
+
+    def query(self) -> bool:
+        """All done."""
+        return True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+
+class _Event:
+    """Has happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, *args: Any) -> None:
+        """At once."""
+
+    def wait(self, *args: Any) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def query(self) -> bool:
+        """All done."""
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        """No time passes."""
+        return 0.0
+
+
+def _facade(gpu: Gpu) -> Iterator[contextlib.AbstractContextManager[Any]]:
+    """`torch.cuda`, whose functions call into a library that is not there."""
+    major, minor = gpu.compute_capability
+    properties = types.SimpleNamespace(
+        name=gpu.name,
+        major=major,
+        minor=minor,
+        total_memory=gpu.memory_bytes,
+        multi_processor_count=gpu.num_multiprocessors,
+        warp_size=32,
+        max_threads_per_multi_processor=2048,
+        regs_per_multiprocessor=65536,
+        gcnArchName="",
+    )
+
+    def state(*args: Any, **kwargs: Any) -> Tensor:
+        return torch.empty(16, dtype=torch.uint8, device="cpu")
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    def yes(*args: Any, **kwargs: Any) -> bool:
+        return True
+
+    def zero(*args: Any, **kwargs: Any) -> int:
+        return 0
+
+    answers: dict[str, Any] = {
+        "is_available": yes,
+        "is_initialized": yes,
+        "is_bf16_supported": yes,
+        "is_current_stream_capturing": lambda: False,
+        "device_count": lambda: 1,
+        "current_device": zero,
+        "get_rng_state": state,
+        "get_rng_state_all": lambda: [state()],
+        "initial_seed": zero,
+        "get_device_properties": lambda *_: properties,
+        "get_device_capability": lambda *_: gpu.compute_capability,
+        "get_device_name": lambda *_: gpu.name,
+        "Stream": _Stream,
+        "Event": _Event,
+        "current_stream": lambda *_: _Stream(),
+        "default_stream": lambda *_: _Stream(),
+        "stream": lambda *_: contextlib.nullcontext(),
+        "device": lambda *_: contextlib.nullcontext(),
+    }
+    silent = (
+        *("_lazy_init", "synchronize", "set_device", "set_stream", "empty_cache"),
+        *("manual_seed", "manual_seed_all", "seed", "seed_all", "ipc_collect"),
+        *("set_rng_state", "set_rng_state_all"),
+    )
+    answers |= dict.fromkeys(silent, nothing)
+    for name, answer in answers.items():
+        yield mock.patch.object(torch.cuda, name, answer)
+    if hasattr(fake_tensor, "init_gpu_context"):  # before torch 2.13: makes a real one
+        yield mock.patch.object(fake_tensor, "init_gpu_context", nothing)
+
+
+def _attention(
+    gpu: Gpu, counts: dict[str, int]
+) -> Iterator[contextlib.AbstractContextManager[Any]]:
+    """A build without CUDA kernels takes the plain one, which keeps all scores."""
+    plain = functional.scaled_dot_product_attention
+    ours = attention.replacement(gpu, plain, counts)
+    for owner in (functional, torch._C._nn):
+        yield mock.patch.object(owner, "scaled_dot_product_attention", ours)
+
+
+def _many_tensors_at_once() -> Iterator[contextlib.AbstractContextManager[Any]]:
+    """Optimizers and clipping go tensor by tensor for types that they do not know, and
+    their peak is then lower by a copy of all weights."""
+    for name in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
+        module = importlib.import_module(name)
+        known = module._foreach_supported_types
+        yield mock.patch.object(
+            module, "_foreach_supported_types", [*known, FakeTensor]
+        )
+
+
+def _values() -> Iterator[contextlib.AbstractContextManager[Any]]:
+    """Python that looks at a value: a check holds, a number is 0.
+
+    What torch asks so are masks ("is there no padding?"), losses ("is it finite?") and
+    scales; ours asks whether two things are equal.
+    """
+
+    def item(mode: Any, func: Any, tensor: Tensor) -> bool | float | int:
+        if tensor.dtype is torch.bool:
+            return True
+        return 0.0 if tensor.dtype.is_floating_point else 0
+
+    def equal(mode: Any, func: Any, one: Tensor, other: Tensor) -> bool:
+        return one.shape == other.shape and one.dtype == other.dtype
+
+    def pin(mode: Any, func: Any, tensor: Tensor, device: Any = None) -> Tensor:
+        return torch.empty_like(tensor)
+
+    def is_pinned(mode: Any, func: Any, tensor: Tensor, device: Any = None) -> bool:
+        return False
+
+    yield mock.patch.dict(
+        fake_impls.op_implementations_dict,
+        {
+            aten._local_scalar_dense.default: item,
+            aten.equal.default: equal,
+            aten._pin_memory.default: pin,
+            aten.is_pinned.default: is_pinned,
+        },
+    )
+
+
+def _initialisation() -> Iterator[contextlib.AbstractContextManager[Any]]:
+    """There are no values to draw, and a draw that is repeated until it suits never
+    ends. transformers' own way to skip it would also leave weights untied."""
+
+    def same(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return tensor
+
+    for module in (
+        torch.nn.init,
+        importlib.import_module("transformers.initialization"),
+    ):
+        for name in dir(module):
+            if name.endswith("_") and not name.startswith("_"):
+                yield mock.patch.object(module, name, same)
+
+
+def _moving_modules() -> Iterator[contextlib.AbstractContextManager[Any]]:
+    """`Module.to` swaps fake tensors, and refuses those with weak references, which
+    they all have."""
+    plain: Any = torch.utils.swap_tensors
+
+    def swap(one: Tensor, other: Tensor) -> None:
+        with mock.patch.object(weakref, "getweakrefs", return_value=[]):
+            plain(one, other)
+
+    yield mock.patch.object(torch.utils, "swap_tensors", swap)
+
+
+def _masks() -> Iterator[contextlib.AbstractContextManager[Any]]:
+    """transformers takes fake tensors for tracing, and then always makes a mask."""
+    masking = importlib.import_module("transformers.masking_utils")
+    yield mock.patch.object(masking, "is_tracing", return_value=False)

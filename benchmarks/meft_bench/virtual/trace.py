@@ -1,0 +1,166 @@
+"""What a ledger wrote down: every storage from birth to death, and what moved.
+
+Time is counted in operators. A storage's `kind` is decided here and not while it lives,
+because only its death tells what it was for.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+KINDS = (
+    "parameters",
+    "frozen",
+    "buffers",
+    "gradients",
+    "optimizer",
+    "inputs",
+    "saved",
+    "forward",
+    "backward",
+    "recompute",
+    "update",
+    "workspace",
+)
+"""What memory is for, in the order in which it is shown.
+
+parameters, frozen   weights that train, and that do not
+buffers, inputs      of modules; whatever was made before the step
+gradients, optimizer of parameters; state of theirs
+saved                made in forward and still there when backward begins
+forward ... update   made in that phase and gone soon; `recompute` is a forward that
+                     runs inside backward
+workspace            that kernels take for themselves
+"""
+
+
+@dataclass(slots=True, eq=False)
+class Storage:
+    """One piece of memory."""
+
+    index: int
+    num_bytes: int
+    """As asked for; an allocator rounds it up."""
+    device: str
+    operator: str
+    module: str
+    """Where it was made; "" outside of all."""
+    phase: str
+    step: int
+    shape: tuple[int, ...]
+    dtype: str
+    born: int
+    died: int | None = None
+    kind: str = ""
+    """Told by whoever knows; else it follows from phase and life (`Trace.kind_of`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A storage is born or dies, or a kernel takes a workspace and gives it back."""
+
+    time: int
+    storage: int | None
+    num_bytes: int
+    """Of a workspace, which is born and dies in one."""
+    is_birth: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Bytes between host and device, by one operator."""
+
+    direction: str
+    """`h2d` or `d2h`."""
+    num_bytes: int
+    phase: str
+    module: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """The moment at which most was held."""
+
+    num_bytes: int
+    time: int
+    by_kind: dict[str, int]
+    alive: tuple[Storage, ...]
+    """Largest first; without workspaces."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """All of it, in order."""
+
+    storages: tuple[Storage, ...]
+    events: tuple[Event, ...]
+    copies: tuple[Copy, ...]
+    num_flops: int
+    bytes_touched: int
+    """Read and written by operators, as far as their tensors tell."""
+    round_bytes: int
+
+    @cached_property
+    def _backward_began(self) -> dict[int, int]:
+        """By step."""
+        began: dict[int, int] = {}
+        for storage in self.storages:
+            if storage.phase == "backward":
+                began.setdefault(storage.step, storage.born)
+        return began
+
+    def kind_of(self, storage: Storage) -> str:
+        """What the storage was for, one of `KINDS`."""
+        if storage.kind:
+            return storage.kind
+        if storage.phase != "forward":
+            return storage.phase
+        began = self._backward_began.get(storage.step)
+        lives_on = storage.died is None or (began is not None and storage.died > began)
+        return "saved" if lives_on else "forward"
+
+    def rounded(self, num_bytes: int) -> int:
+        """As an allocator's block."""
+        return -(-num_bytes // self.round_bytes) * self.round_bytes
+
+    def held(self, device: str) -> Iterator[tuple[int, int, Counter[str]]]:
+        """(time, bytes held, bytes by kind) after every event on `device`.
+
+        The counter is one object that goes on changing.
+        """
+        by_kind: Counter[str] = Counter()
+        total = 0
+        for event in self.events:
+            if event.storage is None:
+                kind, size = "workspace", self.rounded(event.num_bytes)
+            else:
+                storage = self.storages[event.storage]
+                if storage.device != device:
+                    continue
+                kind = self.kind_of(storage)
+                size = self.rounded(storage.num_bytes)
+            size = size if event.is_birth else -size
+            total += size
+            by_kind[kind] += size
+            yield event.time, total, by_kind
+
+    def peak(self, device: str = "cuda", start: int = 0) -> Peak:
+        """The first moment from time `start` on at which most was held."""
+        most, when, by_kind = -1, start, Counter[str]()
+        for time, total, kinds in self.held(device):
+            if time >= start and total > most:
+                most, when, by_kind = total, time, Counter(kinds)
+        alive = [
+            s
+            for s in self.storages
+            if s.device == device
+            and s.born <= when
+            and (s.died is None or s.died >= when)
+        ]
+        return Peak(
+            num_bytes=max(most, 0),
+            time=when,
+            by_kind={k: by_kind[k] for k in KINDS if by_kind[k]},
+            alive=tuple(sorted(alive, key=lambda s: -s.num_bytes)),
+        )

@@ -1,0 +1,147 @@
+"""The ledger on real tensors of a CPU; on fake ones, see test_virtual_gpu.py."""
+
+import gc
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from harness.tiny import batch, cell, classifier
+from meft_bench.registry import METHODS, load
+from meft_bench.training import Stepper
+from meft_bench.virtual.ledger import Ledger
+from meft_bench.virtual.trace import Trace
+
+
+@pytest.fixture(autouse=True)
+def no_garbage_collection() -> Iterator[None]:
+    """What it frees, and when, depends on the tests before."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def two_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32))
+
+
+def traced(model: nn.Module, num_steps: int = 2) -> Trace:
+    """Steps of AdamW on sixteen rows."""
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    with Ledger() as ledger:
+        ledger.watch(model, optimizer)
+        for step in range(num_steps):
+            ledger.step = step
+            model(torch.ones(16, 64)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return ledger.trace()
+
+
+def test_storages_are_counted_from_birth_to_death() -> None:
+    """By hand: 4 KB, then 8 more, then 4 less; views are nothing new."""
+    with Ledger() as ledger:
+        one = torch.empty(1024)
+        two = torch.empty(2048)
+        view = two.view(2, 1024)[1]
+        del one
+        three = torch.empty(100)  # a block is a multiple of 512 bytes
+        del two
+        del view, three
+    trace = ledger.trace()
+    held = [total for _, total, _ in trace.held("cpu")]
+    assert held == [4096, 12288, 8192, 8704, 512, 0]
+    peak = trace.peak("cpu")
+    assert peak.num_bytes == 12288
+    assert [s.num_bytes for s in peak.alive] == [8192, 4096]
+
+
+def test_kinds_are_told_apart_to_the_byte() -> None:
+    model = two_layers()
+    trace = traced(model)
+    weights = sum(p.numel() for p in model.parameters()) * 4
+    found: Counter[str] = Counter()
+    for storage in trace.storages:
+        if storage.died is None:
+            found[trace.kind_of(storage)] += storage.num_bytes
+    # Steps are counted in a tensor for each of four parameters.
+    assert found == {"parameters": weights, "optimizer": 2 * weights + 4 * 4}
+    saved = [s for s in trace.storages if trace.kind_of(s) == "saved" and s.step == 1]
+    # The input, and what the ReLU gives, which it and the layer after it keep; and two
+    # numbers, the loss and its gradient.
+    assert sorted(s.num_bytes for s in saved) == [4, 4, 16 * 64 * 4, 16 * 128 * 4]
+
+
+def test_backward_belongs_to_the_modules_of_its_forward() -> None:
+    trace = traced(two_layers())
+    made = {
+        s.module: s.shape
+        for s in trace.storages
+        if s.phase == "backward" and s.operator.startswith("aten.mm") and s.step == 1
+    }
+    assert made["2"] in {(16, 128), (32, 128)}
+    assert made["0"] == (128, 64)
+
+
+def test_flops_are_those_of_the_matrices() -> None:
+    """Two a number, forward; in backward as many for weights and for inputs."""
+    trace = traced(two_layers(), num_steps=1)
+    first, second = 2 * 16 * 64 * 128, 2 * 16 * 128 * 32
+    assert trace.num_flops == first + second + first + 2 * second
+
+
+def test_gradients_add_up_in_place_and_to_the_same_bits() -> None:
+    """A weight used twice: autograd adds the second gradient to the first."""
+
+    def run() -> torch.Tensor:
+        torch.manual_seed(0)
+        weight = torch.randn(256, 256, requires_grad=True)
+        (torch.ones(256, 256) @ weight @ weight @ weight).sum().backward()
+        assert weight.grad is not None
+        return weight.grad
+
+    plain = run()
+    with Ledger() as ledger:
+        seen = run()
+    assert torch.equal(plain, seen)
+    adds = [s for s in ledger.trace().storages if s.operator == "aten.add.Tensor"]
+    assert not adds
+
+
+def test_recompute_is_a_forward_inside_backward() -> None:
+    torch.manual_seed(0)
+    model = two_layers()
+    with Ledger() as ledger:
+        ledger.watch(model)
+        rows = torch.ones(16, 64, requires_grad=True)
+        torch.utils.checkpoint.checkpoint(
+            model, rows, use_reentrant=False
+        ).sum().backward()
+    phases = Counter(s.phase for s in ledger.trace().storages)
+    assert phases["recompute"] > 0
+    assert phases["backward"] > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_of_a_step_outlives_it(method: str) -> None:
+    """Of no method; but for what it declares, in slots and caches of later steps."""
+    if "sparse" in method or "dense" in method:
+        pytest.skip("slots and host buffers of rows live on, and are counted apart")
+    stepper = Stepper(load(METHODS[method])(classifier(), cell()), cell())
+    stepper.model.train()
+    with Ledger() as ledger:
+        ledger.watch(stepper.model, stepper.optimizer)
+        for step in range(2):
+            ledger.step = step
+            stepper.step([batch()], 1e-3)
+    trace = ledger.trace()
+    left = [
+        (s.operator, s.shape, s.module)
+        for s in trace.storages
+        if s.died is None and trace.kind_of(s) in ("saved", "forward", "recompute")
+    ]
+    assert not [entry for entry in left if len(entry[1]) > 1]
