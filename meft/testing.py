@@ -137,8 +137,9 @@ class SavedBytes:
     """Counts distinct storage handed to autograd's saved-tensor hooks."""
 
     def __init__(self, exclude: Iterable[Tensor]) -> None:
-        self._excluded = {t.untyped_storage().data_ptr() for t in exclude}
-        self._seen: dict[tuple[torch.device, int], int] = {}
+        # By the storage and not its address, which fake tensors do not have.
+        self._excluded = {t.untyped_storage()._cdata for t in exclude}
+        self._seen: dict[int, int] = {}
 
     @property
     def total(self) -> int:
@@ -151,8 +152,8 @@ class SavedBytes:
         Not the tensor itself: an output that its own node holds is never freed.
         """
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._excluded:
-            self._seen[tensor.device, storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in self._excluded:
+            self._seen[storage._cdata] = storage.nbytes()
         return tensor.detach()
 
 

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from meft_bench.record import Environment
+from meft_bench.registry import VIRTUAL
 
 PACKAGES = (
     "torch",
@@ -40,13 +41,15 @@ def collect(*, num_threads: int, num_slots: int, device: str) -> Environment:
     Args:
         num_threads: threads each child may use.
         num_slots: cells run side by side.
-        device: `cpu` or `cuda`.
+        device: `cpu`, `cuda` or a virtual GPU.
     """
     sources = source_folders()
     code_sha256 = digest(sources)
     commit, dirty = _commit(code_sha256, sources)
     cpu = _cpu_model()
     gpus = gpu_names() if device == "cuda" else []
+    if device.startswith(VIRTUAL):  # the same on any machine
+        gpus = [device]
     return Environment(
         versions=versions(),
         commit=commit,

@@ -22,7 +22,7 @@ from meft_bench.backbones import Backbone
 from meft_bench.cell import Cell
 from meft_bench.meters import memory
 from meft_bench.meters.clock import StepClock
-from meft_bench.registry import METHODS, TASKS, load
+from meft_bench.registry import METHODS, TASKS, VIRTUAL, load
 from meft_bench.scoring import answers, labels
 from meft_bench.scoring.examples import Examples
 from meft_bench.sighting import Sighting, finite
@@ -42,6 +42,11 @@ def measure(cell: Cell, source: Source, sighting: Sighting) -> None:
     Raises:
         MissingError: data, weights or the device are not at hand.
     """
+    if cell.device.startswith(VIRTUAL):
+        from meft_bench.virtual.predict import predict
+
+        predict(cell, source, sighting)
+        return
     _require_device(cell)
     sighting.environment |= {
         "device_name": _device_name(cell),
@@ -68,7 +73,7 @@ def _measure(cell: Cell, source: Source, sighting: Sighting) -> None:
     batches = full_batches(examples.train, cell)
     num_blocks = len(backbones.blocks_of(backbone.model))
     before = _start(backbone.model, batches[0], cell)
-    stepper = _apply_method(backbone, cell)
+    stepper = apply_method(backbone, cell)
     if before is not None:
         after = start.last_hidden(stepper, batches[0])
         sighting.note(start_deviation=finite(start.deviation(before, after)))
@@ -85,6 +90,8 @@ def _measure(cell: Cell, source: Source, sighting: Sighting) -> None:
     )
     _train_and_score(stepper, cell, task, backbone, examples, sighting)
     probes.probe_memory(stepper, cell, batches, sighting)
+    if cell.device == "cuda":
+        probes.probe_link(stepper, batches, sighting)
     probes.probe_rows(stepper, batches, sighting)
     probes.look_at_routing(stepper, batches[0], sighting)
     if cell.method.startswith("meft") and not cell.method.endswith("-store"):
@@ -102,7 +109,8 @@ def _backbone(cell: Cell, task: AnyTask, source: Source) -> Backbone:
     return backbone
 
 
-def _apply_method(backbone: Backbone, cell: Cell) -> Stepper:
+def apply_method(backbone: Backbone, cell: Cell) -> Stepper:
+    """The backbone made ready by the cell's method, on its device."""
     # Seeded again, so that adapters do not depend on how the backbone was loaded.
     seed_everything(cell.seed)
     model = load(METHODS[cell.method])(backbone.model, cell)
@@ -120,7 +128,7 @@ def _start(model: PreTrainedModel, batch: Batch, cell: Cell) -> Tensor | None:
 
 def _rival(cell: Cell, task: AnyTask, source: Source) -> Stepper:
     rival = dataclasses.replace(cell, method=cell.rival, rival="")
-    return _apply_method(_backbone(rival, task, source), rival)
+    return apply_method(_backbone(rival, task, source), rival)
 
 
 def _require_device(cell: Cell) -> None:

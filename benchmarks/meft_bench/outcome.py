@@ -23,6 +23,7 @@ from meft_bench.record import Environment, Measurement, Status
 
 REPORTED = (
     "device_name",
+    "prediction",
     "weights_origin",
     "weights_sha256",
     "data_origin",

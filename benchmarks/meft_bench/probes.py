@@ -46,6 +46,10 @@ def probe_memory(
         return
     allocated, reserved = memory.cuda_step_peak_bytes(step)
     sighting.note(peak_allocated_bytes=allocated, peak_reserved_bytes=reserved)
+
+
+def probe_link(stepper: Stepper, batches: Sequence[Batch], sighting: Sighting) -> None:
+    """What NVML tells of one step: bytes over the link, and of this process."""
     import pynvml
 
     uuid = str(torch.cuda.get_device_properties(0).uuid)
@@ -54,7 +58,7 @@ def probe_memory(
             return
         sighting.note(nvml_process_bytes=transfer.process_bytes(pynvml, device))
         with transfer.LinkMeter(pynvml, device) as link:
-            step()
+            stepper.step(batches, learning_rate=0.0)
             torch.cuda.synchronize()
         sighting.note(pcie_rx_bytes=link.rx_bytes, pcie_tx_bytes=link.tx_bytes)
 

@@ -142,6 +142,9 @@ class Environment:
     num_slots: int
     """Cells run side by side; above 1, times are only comparable within the run."""
     device_name: str | None = None
+    prediction: str | None = None
+    """How the numbers of a virtual GPU came to be, and whether a real one has been held
+    against them; None where they were measured."""
     weights_origin: str | None = None
     """Package and version, directory, hub name, or `random weights`."""
     weights_sha256: str | None = None

@@ -7,6 +7,7 @@ resolves a name to its function with `load`.
 import difflib
 import importlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 METHODS = {
@@ -98,7 +99,13 @@ ATTENTIONS = {
 }
 """Kernels of attention, with the name of torch's backend where one is asked for:
 transformers' own steps, or torch's fused function, which takes the best it has."""
-DEVICES = ("cpu", "cuda")
+VIRTUAL = "virtual-"
+VIRTUAL_DEVICES = tuple(
+    f"{VIRTUAL}{path.stem}"
+    for path in sorted(Path(__file__).parent.glob("virtual/gpus/*.json"))
+)
+"""GPUs that need not be there."""
+DEVICES = ("cpu", "cuda", *VIRTUAL_DEVICES)
 
 
 def load(target: str) -> Any:

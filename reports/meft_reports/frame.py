@@ -220,7 +220,7 @@ def _rank(record: dict[str, Any]) -> tuple[bool, str]:
 
 def _flatten(record: dict[str, Any]) -> dict[str, Any]:
     row = {c.name: _lookup(record, c) for c in COLUMNS if c.section != "derived"}
-    row["source"] = "measured"
+    row["source"] = "measured" if row["prediction"] is None else "predicted"
     row["versions"] = json.dumps(record["environment"]["versions"], sort_keys=True)
     trainable, total = row["num_trainable_parameters"], row["num_parameters"]
     known = trainable is not None and total

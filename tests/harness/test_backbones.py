@@ -136,7 +136,8 @@ def test_every_named_shape_is_known() -> None:
 )
 def test_named_shapes_have_their_published_size(name: str, num_parameters: int) -> None:
     """As counted in the published checkpoint, with a head for two classes instead."""
-    model = shapes.build(name, cell(device="meta"), 2)
+    config = shapes.find_config(name)
+    model = shapes.build(config, cell(device="meta"), 2)
     assert sum(p.numel() for p in model.parameters()) == num_parameters
 
 

@@ -8,6 +8,14 @@ classifier  what is done to a classifier whatever its family and origin
 """
 
 from meft_bench.backbones.classifier import blocks_of, heads_of, set_depth
-from meft_bench.backbones.names import Backbone, load
+from meft_bench.backbones.names import Backbone, from_config, load, load_config
 
-__all__ = ["Backbone", "blocks_of", "heads_of", "load", "set_depth"]
+__all__ = [
+    "Backbone",
+    "blocks_of",
+    "from_config",
+    "heads_of",
+    "load",
+    "load_config",
+    "set_depth",
+]

@@ -75,15 +75,10 @@ def find(directory: Path, origin: str) -> Files:
 def read_model(files: Files, cell: Cell, num_labels: int | None) -> PreTrainedModel:
     """The model with the weights of `files`: a classifier under a head of no meaning
     yet, or, where `num_labels` is None, a language model."""
+    config = config_of(files)
+    is_gguf = files.gguf is not None
     reader: dict[str, Any]
-    if files.gguf is None:
-        config = read_config(files.directory / "config.json")
-        reader = {"use_safetensors": True}
-    else:
-        _require_gguf()
-        reader = {"gguf_file": files.gguf}
-        config = AutoConfig.from_pretrained(files.directory, **reader)
-        check_model_type(config.model_type, files.weights[0])
+    reader = {"gguf_file": files.gguf} if is_gguf else {"use_safetensors": True}
     set_up_config(config, cell, num_labels)
     kind = model_class(config, num_labels)
     model: PreTrainedModel = kind.from_pretrained(
@@ -96,6 +91,18 @@ def read_model(files: Files, cell: Cell, num_labels: int | None) -> PreTrainedMo
         **options(cell),
     )
     return model
+
+
+def config_of(files: Files) -> PreTrainedConfig:
+    """The config beside the weights, or inside them."""
+    if files.gguf is None:
+        return read_config(files.directory / "config.json")
+    _require_gguf()
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        files.directory, gguf_file=files.gguf
+    )
+    check_model_type(config.model_type, files.weights[0])
+    return config
 
 
 def read_tokenizer(files: Files) -> PreTrainedTokenizerBase:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from meft_bench.backbones import files, packages, shapes
 from meft_bench.backbones.classifier import finish, set_depth
@@ -56,21 +56,60 @@ def load(cell: Cell, num_labels: int | None, source: Source) -> Backbone:
         ValueError: no such backbone, not of a supported family, or `cell.seq_len` is
             too long for it.
     """
+    _be_quiet()
+    kind, _, name = cell.backbone.partition(":")
+    if kind == "random" and name:
+        config = shapes.find_config(name)
+        return from_config(config, _random(name), cell, num_labels)
+    return _from_files(_find_files(cell, source), cell, num_labels)
+
+
+def load_config(cell: Cell, source: Source) -> tuple[PreTrainedConfig, str]:
+    """The config of the backbone that `cell` names, and where it came from.
+
+    Raises:
+        MissingError, ValueError: as `load`; of weights, only the files are needed.
+    """
+    _be_quiet()
+    kind, _, name = cell.backbone.partition(":")
+    if kind == "random" and name:
+        return shapes.find_config(name), _random(name)
+    found = _find_files(cell, source)
+    return files.config_of(found), f"no weights, only the shape of {found.origin}"
+
+
+def from_config(
+    config: PreTrainedConfig, origin: str, cell: Cell, num_labels: int | None
+) -> Backbone:
+    """A backbone of random weights; `config` is changed to suit.
+
+    Raises:
+        ValueError: `cell.seq_len` is too long for it.
+    """
+    model = shapes.build(config, cell, num_labels)
+    finish(model, None, cell)
+    return Backbone(model=model, tokenizer=None, origin=origin, sha256=None)
+
+
+def _be_quiet() -> None:
     log = transformers.utils.logging  # a head that is new would be reported
     log.set_verbosity_error()
     log.disable_progress_bar()
+
+
+def _random(name: str) -> str:
+    return f"random weights ({name} shape)"
+
+
+def _find_files(cell: Cell, source: Source) -> Files:
     kind, _, name = cell.backbone.partition(":")
     if cell.backbone in PACKAGED_BACKBONES:
-        return _from_files(packages.find(cell.backbone), cell, num_labels)
+        return packages.find(cell.backbone)
     if kind == "dir":
-        found = files.find(Path(name), f"directory {name}")
-        return _from_files(found, cell, num_labels)
+        return files.find(Path(name), f"directory {name}")
     if kind == "hub":
         directory = _download(name, source)
-        found = files.find(directory, f"hub {name} at {directory.name}")
-        return _from_files(found, cell, num_labels)
-    if kind == "random":
-        return _from_nothing(name, cell, num_labels)
+        return files.find(directory, f"hub {name} at {directory.name}")
     valid = [*PACKAGED_BACKBONES, "dir:PATH", "hub:NAME", "random:SHAPE"]
     raise ValueError(
         f"unknown backbone {cell.backbone!r}; {nearest(cell.backbone, valid)}"
@@ -85,17 +124,6 @@ def _from_files(found: Files, cell: Cell, num_labels: int | None) -> Backbone:
         set_depth(model, cell.depth)
     return Backbone(
         model=model, tokenizer=tokenizer, origin=found.origin, sha256=found.sha256()
-    )
-
-
-def _from_nothing(name: str, cell: Cell, num_labels: int | None) -> Backbone:
-    model = shapes.build(name, cell, num_labels)
-    finish(model, None, cell)
-    return Backbone(
-        model=model,
-        tokenizer=None,
-        origin=f"random weights ({name} shape)",
-        sha256=None,
     )
 
 

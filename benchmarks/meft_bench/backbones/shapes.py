@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from meft_bench.backbones.classifier import model_class, options, set_up_config
@@ -72,9 +69,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 transformers' default config of that type, vocabulary included."""
 
 
-def build(name: str, cell: Cell, num_labels: int | None) -> PreTrainedModel:
-    """The classifier with random weights that `random:NAME` stands for."""
-    config = _config(name)
+def build(
+    config: PreTrainedConfig, cell: Cell, num_labels: int | None
+) -> PreTrainedModel:
+    """The model of that config with random weights; `config` is changed to suit."""
     set_up_config(config, cell, num_labels)
     if cell.depth:
         config.num_hidden_layers = cell.depth
@@ -85,7 +83,8 @@ def build(name: str, cell: Cell, num_labels: int | None) -> PreTrainedModel:
     return model
 
 
-def _config(name: str) -> PreTrainedConfig:
+def find_config(name: str) -> PreTrainedConfig:
+    """The config that `random:NAME` stands for."""
     if name in RANDOM_BACKBONES:
         model_type, fields = SHAPES[name]
         config: PreTrainedConfig = CONFIG_MAPPING[model_type](**fields)

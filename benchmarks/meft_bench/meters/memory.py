@@ -50,9 +50,8 @@ def resting_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     Of sparse adapters, what they hold on the device: not rows in host memory.
     """
     storages = {
-        (tensor.device, tensor.untyped_storage().data_ptr()): (
-            tensor.untyped_storage().nbytes()
-        )
+        # By the storage and not its address, which fake tensors do not have.
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
         for tensor in _resting(model, optimizer)
     }
     return sum(storages.values())

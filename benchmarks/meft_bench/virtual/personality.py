@@ -25,6 +25,8 @@ from torch.nn import functional
 
 from meft_bench.virtual import attention
 from meft_bench.virtual.gpu import Gpu
+from meft_bench.virtual.ledger import Ledger
+from meft_bench.virtual.replay import Replay, replay
 from meft_bench.virtual.shim import fake_cuda
 from meft_bench.virtual.workspaces import WORKSPACES
 
@@ -46,7 +48,28 @@ class VirtualGpu:
         self.attention_counts: dict[str, int] = {}
         """How often each kernel of attention was chosen."""
         self.mode = _Mode(allow_non_fake_inputs=True, allow_fallback_kernels=False)
+        self.ledger: Ledger | None = None
+        """Answers for `torch.cuda`'s figures of memory, once there is one."""
+        self._peaks_since = 0
         self._stack = contextlib.ExitStack()
+
+    def start_anew(self, *_: Any) -> None:
+        """Empty the cache and forget the peaks."""
+        self._peaks_since = 0 if self.ledger is None else self.ledger.time
+
+    def peaks(self) -> Replay:
+        """The most that was allocated and reserved since then.
+
+        Raises:
+            torch.OutOfMemoryError: it was more than the GPU has.
+        """
+        assert self.ledger is not None, "no ledger has been put in"
+        return replay(
+            self.ledger.trace(),
+            capacity_bytes=self.gpu.memory_bytes,
+            workspace_bytes=self.gpu.workspace_bytes,
+            start=self._peaks_since,
+        )
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -65,12 +88,23 @@ class VirtualGpu:
         # still at work when the process ends.
         yield torch.autograd.set_multithreading_enabled(False)
         yield from _facade(self.gpu)
+        yield from self._memory()
         yield from _attention(self.gpu, self.attention_counts)
         yield from _many_tensors_at_once()
         yield from _values()
         yield from _initialisation()
         yield from _moving_modules()
         yield from _masks()
+
+    def _memory(self) -> Iterator[contextlib.AbstractContextManager[Any]]:
+        """Code that reads `torch.cuda`'s figures reads the ledger's."""
+        answers: dict[str, Any] = {
+            "reset_peak_memory_stats": self.start_anew,
+            "max_memory_allocated": lambda *_: self.peaks().allocated_bytes,
+            "max_memory_reserved": lambda *_: self.peaks().reserved_bytes,
+        }
+        for name, answer in answers.items():
+            yield mock.patch.object(torch.cuda, name, answer)
 
 
 class _Stream:

@@ -9,7 +9,7 @@ CELL: tuple[Column, ...] = (
     top("message", "string", "why, in one line, when the status is not ok"),
     top("started_at", "string", "UTC, ISO 8601"),
     top("wall_seconds", "Float64", "the whole child process, imports in", "seconds"),
-    derived("source", "string", "`measured`: the cell was really run"),
+    derived("source", "string", "`measured`, or `predicted` by a virtual GPU"),
     cell("method", "string", "way of fine-tuning"),
     cell("backbone", "string", "the pre-trained model that is fine-tuned"),
     cell("depth", "Int64", "blocks asked for; 0 takes the backbone's own", "count"),

@@ -18,6 +18,7 @@ ENVIRONMENT: tuple[Column, ...] = (
     where("num_threads", "Int64", "threads each child may use", True),
     where("num_slots", "Int64", "cells run side by side", True),
     where("device_name", "string", "the accelerator; empty on cpu"),
+    where("prediction", "string", "how a number was predicted; empty if measured"),
     where("weights_origin", "string", "package, directory, hub, or random weights"),
     where("weights_sha256", "string", "digest of the weights file"),
     where("data_origin", "string", "where the rows came from, and the splits"),
