@@ -299,7 +299,7 @@ def _moving_modules() -> Iterator[contextlib.AbstractContextManager[Any]]:
     plain: Any = torch.utils.swap_tensors
 
     def swap(one: Tensor, other: Tensor) -> None:
-        with mock.patch.object(weakref, "getweakrefs", return_value=[]):
+        with mock.patch.object(weakref, "getweakrefs", _none):
             plain(one, other)
 
     yield mock.patch.object(torch.utils, "swap_tensors", swap)
@@ -308,4 +308,15 @@ def _moving_modules() -> Iterator[contextlib.AbstractContextManager[Any]]:
 def _masks() -> Iterator[contextlib.AbstractContextManager[Any]]:
     """transformers takes fake tensors for tracing, and then always makes a mask."""
     masking = importlib.import_module("transformers.masking_utils")
-    yield mock.patch.object(masking, "is_tracing", return_value=False)
+    yield mock.patch.object(masking, "is_tracing", _no)
+
+
+# Functions and no mocks, which would remember what they were called with.
+
+
+def _no(*args: Any) -> bool:
+    return False
+
+
+def _none(*args: Any) -> list[Any]:
+    return []

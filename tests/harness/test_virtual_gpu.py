@@ -1,0 +1,216 @@
+"""Training on a GPU that is not there."""
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from harness.tiny import BLOCKS, FAMILIES, batch, cell, classifier
+from meft_bench.registry import METHODS, load
+from meft_bench.training import Stepper
+from meft_bench.virtual import gpu, ledger, personality, shim
+from meft_bench.virtual.ledger import Ledger
+from meft_bench.virtual.personality import VirtualGpu
+from meft_bench.virtual.trace import Trace
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there is a real GPU, which is left alone"
+)
+FAITHFUL = ("full", "lora", "adapters", "checkpointing", "meft1", "meft1-exact")
+
+
+@pytest.fixture(autouse=True)
+def no_garbage_collection() -> Iterator[None]:
+    """What it frees, and when, depends on the tests before."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def h200() -> VirtualGpu:
+    return VirtualGpu(gpu.find("H200"))
+
+
+def steps(method: str, model_type: str, device: str) -> Trace:
+    """Two steps of a small classifier, under a ledger."""
+    here = cell(method=method, device=device)
+    with Ledger() as book:
+        model = load(METHODS[method])(classifier(model_type), here)
+        stepper = Stepper(model.to(device), here)
+        stepper.model.train()
+        book.watch(stepper.model, stepper.optimizer)
+        for step in range(2):
+            book.step = step
+            stepper.step([batch()], 1e-3)
+    return book.trace()
+
+
+@pytest.mark.parametrize("method", FAITHFUL)
+def test_fake_and_real_tensors_take_the_same_memory(method: str) -> None:
+    """Both on a CPU, whose kernels both then choose: to the byte."""
+    steps(method, "bert", "cpu")  # libraries keep constants from their first use on
+    real = steps(method, "bert", "cpu").peak("cpu")
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        patches = (personality._values, personality._masks, personality._moving_modules)
+        with contextlib.ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(*patch())
+            fake = steps(method, "bert", "cpu").peak("cpu")
+    assert fake.by_kind == real.by_kind
+    assert fake.num_bytes == real.num_bytes
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_trains_on_a_gpu_that_is_not_there(model_type: str) -> None:
+    with h200() as device:
+        trace = steps("full", model_type, "cuda")
+    assert trace.peak("cuda").num_bytes > 0
+    assert device.attention_counts
+    optimizer = sum(
+        s.num_bytes for s in trace.storages if trace.kind_of(s) == "optimizer"
+    )
+    weights = sum(
+        s.num_bytes
+        for s in trace.storages
+        if trace.kind_of(s) == "parameters" and s.died is None and s.device == "cuda"
+    )
+    assert optimizer >= 2 * weights
+
+
+def test_the_same_every_time() -> None:
+    with h200():
+        first = steps("full", "bert", "cuda")
+    with h200():
+        second = steps("full", "bert", "cuda")
+    assert first.events == second.events
+
+
+def test_nothing_stays_patched() -> None:
+    before = _patched_places()
+    with h200():
+        assert torch.cuda.is_available()
+        assert _patched_places() != before
+    assert _patched_places() == before
+    assert not torch.cuda.is_available()
+    assert torch.accelerator.current_accelerator() is None
+    with pytest.raises(RuntimeError), h200():
+        raise RuntimeError
+    assert _patched_places() == before
+
+
+def test_a_real_gpu_is_left_alone() -> None:
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        pytest.raises(shim.ShimError, match="real GPU"),
+        shim.fake_cuda(),
+    ):
+        pass
+
+
+# Traps: each of these goes wrong without one of the patches.
+
+
+def test_optimizers_step_all_tensors_at_once() -> None:
+    """And so hold one more copy of the weights at their peak, as on a GPU."""
+
+    def update_bytes() -> int:
+        with Ledger() as book:
+            model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))).to("cuda")
+            optimizer = torch.optim.AdamW(model.parameters())
+            book.watch(model, optimizer)
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            trace = book.trace()
+        weights = sum(p.numel() * 4 for p in model.parameters())
+        return trace.peak("cuda").by_kind.get("update", 0) - weights
+
+    with h200():
+        assert update_bytes() >= 0
+    with (
+        mock.patch.object(personality, "_many_tensors_at_once", return_value=[]),
+        h200(),
+    ):
+        assert update_bytes() < 0
+
+
+def test_gradients_are_added_in_place() -> None:
+    """A dispatch mode keeps autograd from it; backward would take more."""
+
+    def made_by_adding() -> int:
+        with h200(), Ledger() as book:
+            weight = torch.randn(256, 256, device="cuda", requires_grad=True)
+            (weight @ weight @ weight).sum().backward()
+        added = [s for s in book.trace().storages if s.operator == "aten.add.Tensor"]
+        return len(added)
+
+    assert made_by_adding() == 0
+    with mock.patch.object(ledger, "_is_accumulation", return_value=False):
+        assert made_by_adding() > 0
+
+
+def test_a_mask_without_padding_is_no_mask() -> None:
+    """transformers would take fake tensors for tracing, and give attention a mask."""
+
+    def kernels() -> dict[str, int]:
+        with VirtualGpu(gpu.find("A100-80GB")) as device:
+            model = classifier("bert").to("cuda", torch.bfloat16)
+            model(**{k: v.to("cuda") for k, v in batch().items()})
+        return device.attention_counts
+
+    assert kernels() == {"flash": BLOCKS}
+    with mock.patch.object(personality, "_masks", return_value=[]):
+        assert kernels() == {"efficient": BLOCKS}
+
+
+def test_tied_weights_are_one() -> None:
+    """transformers' own way not to draw weights would leave them two."""
+    with h200():
+        config = transformers.OPTConfig(
+            num_hidden_layers=1, hidden_size=32, ffn_dim=64, num_attention_heads=2
+        )
+        with torch.device("cuda"):
+            model = transformers.OPTForCausalLM(config)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_attention_keeps_no_scores() -> None:
+    """A CPU build has the plain kernel only, which keeps all of them."""
+    shape = (2, 4, 512, 64)
+
+    def kept() -> tuple[int, dict[str, int]]:
+        with h200() as device, Ledger() as book:
+            q = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+            q.requires_grad_()
+            out = nn.functional.scaled_dot_product_attention(q, q, q)
+            held = book.trace().peak("cuda").num_bytes
+            del out
+        return held, device.attention_counts
+
+    held, counts = kept()
+    assert counts == {"cudnn": 1}
+    scores = 2 * 4 * 512 * 512 * 2
+    assert held < scores
+    with mock.patch.object(personality, "_attention", return_value=[]):
+        assert kept()[0] > scores
+
+
+def _patched_places() -> list[Any]:
+    """What the personality changes, as it is now."""
+    optimizer = __import__("torch.optim.optimizer", fromlist=["_"])
+    return [
+        {n: getattr(torch.cuda, n) for n in dir(torch.cuda) if not n.startswith("__")},
+        {n: getattr(nn.init, n) for n in dir(nn.init)},
+        nn.functional.scaled_dot_product_attention,
+        [t for t in optimizer._foreach_supported_types if t is FakeTensor],
+        torch.utils.swap_tensors,
+        transformers.masking_utils.is_tracing,
+    ]
