@@ -212,5 +212,5 @@ def _patched_places() -> list[Any]:
         nn.functional.scaled_dot_product_attention,
         [t for t in optimizer._foreach_supported_types if t is FakeTensor],
         torch.utils.swap_tensors,
-        transformers.masking_utils.is_tracing,
+        vars(transformers.masking_utils)["is_tracing"],
     ]
