@@ -13,12 +13,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from harness.tiny import BLOCKS, FAMILIES, batch, cell, classifier
+from meft_bench.options import ChildOptions
 from meft_bench.registry import METHODS, load
 from meft_bench.training import Stepper
 from meft_bench.virtual import gpu, ledger, personality, shim
 from meft_bench.virtual.ledger import Ledger
 from meft_bench.virtual.personality import VirtualGpu
 from meft_bench.virtual.trace import Trace
+from meft_bench.worker import run
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a real GPU, which is left alone"
@@ -214,3 +216,35 @@ def _patched_places() -> list[Any]:
         torch.utils.swap_tensors,
         vars(transformers.masking_utils)["is_tracing"],
     ]
+
+
+def test_a_cell_is_predicted_by_the_worker_that_measures() -> None:
+    """From its shapes, and says so; a GPU too small for it is out of memory."""
+    told = run(
+        cell(device="virtual-A100-80GB", backbone="random:bert-tiny"), ChildOptions()
+    )
+    assert told["status"] == "ok", told["message"]
+    measured: Any = told["measurement"]
+    peaks = ("saved_bytes", "resting_bytes", "peak_allocated_bytes")
+    saved, resting, allocated = (measured[name] for name in peaks)
+    assert 0 < saved < allocated <= measured["peak_reserved_bytes"]
+    assert resting < allocated
+    assert measured["score"] is None
+    environment: Any = told["environment"]
+    assert environment["device_name"] == "NVIDIA A100-SXM4-80GB"
+    assert "not held against a real GPU" in environment["prediction"]
+    large = cell(
+        device="virtual-RTX3090-24GB",
+        backbone="random:bert-tiny",
+        batch_size=60_000,
+        seq_len=512,
+    )
+    told = run(large, ChildOptions())
+    assert told["status"] == "oom"
+    assert "no room for a segment" in str(told["message"])
+
+
+def test_what_needs_values_says_so() -> None:
+    told = run(cell(method="sparse", device="virtual-H200"), ChildOptions())
+    assert told["status"] == "skipped"
+    assert "run it on `cpu`" in str(told["message"])

@@ -15,7 +15,7 @@ from meft_bench import backbones, kernels, measure, probes
 from meft_bench.cell import Cell
 from meft_bench.registry import TASKS, VIRTUAL, load
 from meft_bench.sighting import Sighting
-from meft_bench.source import Source
+from meft_bench.source import MissingError, Source
 from meft_bench.tasks.batches import Batch, Example, full_batches
 from meft_bench.tasks.question import AnswerTask
 from meft_bench.virtual import gpu
@@ -32,6 +32,12 @@ def predict(cell: Cell, source: Source, sighting: Sighting) -> None:
         MissingError: the backbone's config or the task is not at hand.
         torch.OutOfMemoryError: the GPU is too small for it.
     """
+    if cell.method.startswith(("sparse", "dense-offload")):
+        raise MissingError(
+            f"method {cell.method!r} moves the rows that a batch activates, and on a "
+            "virtual GPU there are no values to tell which: run it on `cpu`, where "
+            "every byte is counted, or on `cuda`"
+        )
     task = load(TASKS[cell.task])(cell, source)
     config, origin = backbones.load_config(cell, source)
     device = VirtualGpu(gpu.find(cell.device.removeprefix(VIRTUAL)))
