@@ -67,6 +67,8 @@ class Cell:
     4 times the root of `num_neurons`."""
     top_k_experts: int = 8
     """Of these, asked by a token."""
+    row_budget_bytes: int = 2**30
+    """What rows of sparse adapters may take on the device, all blocks together."""
     accumulation: int = 1
     """Batches whose gradients one optimizer step adds up."""
     lost_bits: int = 4

@@ -1,24 +1,36 @@
-"""The command `meft-bench`: list, run, show, doctor.
+"""The command `meft-bench`: list, run, plan, fit, show, doctor.
 
 Exit codes: 0 every cell is ok or skipped, 2 the command or a file it names is wrong
 (one line on stderr, nothing written), 4 a cell failed, 130 interrupted.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from meft_bench import doctor, environment, harness, registry, runs, show, sweep
+from meft_bench import (
+    doctor,
+    environment,
+    harness,
+    planning,
+    registry,
+    runs,
+    show,
+    sweep,
+)
 from meft_bench.cell import Cell
 from meft_bench.harness import Plan
 from meft_bench.isolate import WORKER
 from meft_bench.options import ChildOptions
+from meft_bench.planning import PlanningError
 from meft_bench.quantities import parse_bytes
 from meft_bench.runs import RunsError
 from meft_bench.sweep import Sweep, SweepError
+from meft_bench.virtual import gpu
 
 EXIT_USAGE = 2
 
@@ -40,11 +52,13 @@ def main(argv: Sequence[str] | None = None, *, worker_module: str = WORKER) -> i
             return _list(arguments)
         if arguments.command == "run":
             return harness.run(_plan(arguments), worker_module=worker_module)
+        if arguments.command in ("plan", "fit"):
+            return _plan_or_fit(arguments)
         if arguments.command == "show":
             return _show(arguments)
         _print_pairs(doctor.examine(_data_dir(arguments)))
         return harness.EXIT_OK
-    except (SweepError, RunsError, UsageError) as error:
+    except (SweepError, RunsError, UsageError, PlanningError) as error:
         print(f"meft-bench: {error}", file=sys.stderr)
         return EXIT_USAGE
 
@@ -81,6 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--force", action="store_true", help="run the cells that are done, too"
     )
+    planned = commands.add_parser("plan", help="tell what a step takes on a GPU")
+    _add_shape(planned)
+    fitted = commands.add_parser("fit", help="tell the largest that fits on a GPU")
+    _add_shape(fitted)
+    fitted.add_argument(
+        "--maximize", choices=planning.FIELDS, default="batch", help="default: batch"
+    )
     shown = commands.add_parser("show", help="print the last record of a cell")
     shown.add_argument("cell", help="its id, or a part that only one cell's has")
     shown.add_argument("runs", type=Path, help="records file")
@@ -98,6 +119,42 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
         "--device", choices=registry.DEVICES, help="default: cuda where NVML sees a GPU"
     )
     parser.add_argument("--only", help="a method, or a part of the cells' ids")
+
+
+def _add_shape(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "backbone",
+        help="a shape such as roberta-large or opt-66b, a packaged backbone, a "
+        "directory, a config.json, or hub:NAME; no weights are read",
+    )
+    parser.add_argument(
+        "--method", nargs="+", default=["all"], help="names, or all (the default)"
+    )
+    names = ", ".join(gpu.names())
+    parser.add_argument("--gpu", required=True, help=f"{names}, or a JSON file")
+    parser.add_argument("--batch", type=_count, default=8, help="default 8")
+    parser.add_argument("--seq", type=_count, default=512, help="default 512")
+    parser.add_argument("--depth", type=_count, default=0, help="default: its own")
+    parser.add_argument("--accumulation", type=_count, default=1, help="default 1")
+    parser.add_argument("--dtype", choices=registry.DTYPES, default="fp32")
+    parser.add_argument(
+        "--weights-dtype", choices=registry.DTYPES, help="default fp32: autocast"
+    )
+    parser.add_argument("--attention", choices=registry.ATTENTIONS, default="sdpa")
+    parser.add_argument(
+        "--allow-download", action="store_true", help="let a config be fetched"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _plan_or_fit(arguments: argparse.Namespace) -> int:
+    maximize = arguments.maximize if arguments.command == "fit" else None
+    cells = planning.cells(arguments)
+    options = ChildOptions(allow_download=arguments.allow_download)
+    plans = planning.ask(cells, options, maximize)
+    shown = json.dumps(plans, indent=2) if arguments.json else None
+    print(shown or planning.table(cells, plans, maximize))
+    return harness.EXIT_OK
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:

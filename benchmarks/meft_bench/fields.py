@@ -36,6 +36,7 @@ _FROM_ONE = {
     "num_neurons",
     "top_k_neurons",
     "top_k_experts",
+    "row_budget_bytes",
     "accumulation",
 }
 _AT_MOST = {"lost_bits": 16}

@@ -78,12 +78,16 @@ RANDOM_BACKBONES = (
     "bert-base",
     "bert-large",
     "roberta-tiny",
+    "roberta-large",
     "opt-tiny",
     "opt-125m",
     "opt-1.3b",
+    "opt-6.7b",
+    "opt-66b",
     "llama-tiny",
     "llama-7b",
     "mistral-tiny",
+    "mistral-7b",
 )
 """Shapes by name for `random:NAME`; `random:PATH` reads a config.json."""
 

@@ -63,6 +63,7 @@ _HEEDS: dict[str, Callable[[str], bool]] = {
     "num_neurons": has_neurons,
     "top_k_neurons": is_sparse,
     "num_experts": has_experts,
+    "row_budget_bytes": lambda m: is_sparse(m) or m == "dense-offload",
     "top_k_experts": has_experts,
 }
 

@@ -45,6 +45,7 @@ CELL = {
     "top_k_neurons": 64,
     "num_experts": 0,
     "top_k_experts": 8,
+    "row_budget_bytes": 2**30,
     "accumulation": 1,
 }
 NOTHING_SEEN = dict.fromkeys(

@@ -68,12 +68,20 @@ def load_config(cell: Cell, source: Source) -> tuple[PreTrainedConfig, str]:
     """The config of the backbone that `cell` names, and where it came from.
 
     Raises:
-        MissingError, ValueError: as `load`; of weights, only the files are needed.
+        MissingError, ValueError: as `load`; of a directory or a hub repository, only
+            config.json is needed, and fetched.
     """
     _be_quiet()
     kind, _, name = cell.backbone.partition(":")
     if kind == "random" and name:
         return shapes.find_config(name), _random(name)
+    if kind in ("dir", "hub") and name:
+        hub = kind == "hub"
+        folder = _download(name, source, ["config.json"]) if hub else Path(name)
+        file = folder / "config.json"
+        if not file.is_file():
+            raise MissingError(f"no shape: {file} does not exist")
+        return files.read_config(file), f"no weights, only the shape of {cell.backbone}"
     found = _find_files(cell, source)
     return files.config_of(found), f"no weights, only the shape of {found.origin}"
 
@@ -108,7 +116,7 @@ def _find_files(cell: Cell, source: Source) -> Files:
     if kind == "dir":
         return files.find(Path(name), f"directory {name}")
     if kind == "hub":
-        directory = _download(name, source)
+        directory = _download(name, source, _PATTERNS)
         return files.find(directory, f"hub {name} at {directory.name}")
     valid = [*PACKAGED_BACKBONES, "dir:PATH", "hub:NAME", "random:SHAPE"]
     raise ValueError(
@@ -127,12 +135,12 @@ def _from_files(found: Files, cell: Cell, num_labels: int | None) -> Backbone:
     )
 
 
-def _download(name: str, source: Source) -> Path:
+def _download(name: str, source: Source, patterns: list[str]) -> Path:
     if not source.allow_download:
         raise MissingError(three_ways(f"hub:{name} needs a download"))
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except OSError as error:
         raise MissingError(three_ways(f"hub:{name}: {error}")) from error

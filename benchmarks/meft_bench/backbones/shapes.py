@@ -42,6 +42,19 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_norm_eps": 1e-5,
         },
     ),
+    "roberta-large": (
+        "roberta",
+        {
+            "num_hidden_layers": 24,
+            "hidden_size": 1024,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+            "vocab_size": 50265,
+            "max_position_embeddings": 514,
+            "type_vocab_size": 1,
+            "layer_norm_eps": 1e-5,
+        },
+    ),
     "opt-tiny": ("opt", _TINY | {"ffn_dim": 512}),
     "opt-125m": ("opt", {}),
     "opt-1.3b": (
@@ -51,6 +64,24 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "hidden_size": 2048,
             "num_attention_heads": 32,
             "ffn_dim": 8192,
+        },
+    ),
+    "opt-6.7b": (
+        "opt",
+        {
+            "num_hidden_layers": 32,
+            "hidden_size": 4096,
+            "num_attention_heads": 32,
+            "ffn_dim": 16384,
+        },
+    ),
+    "opt-66b": (
+        "opt",
+        {
+            "num_hidden_layers": 64,
+            "hidden_size": 9216,
+            "num_attention_heads": 72,
+            "ffn_dim": 36864,
         },
     ),
     "llama-tiny": ("llama", _TINY | {"intermediate_size": 344}),
@@ -64,6 +95,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "max_position_embeddings": 32768,
         },
     ),
+    "mistral-7b": ("mistral", {"max_position_embeddings": 32768}),
 }
 """What each of `RANDOM_BACKBONES` is: a `model_type`, and what it changes in
 transformers' default config of that type, vocabulary included."""

@@ -39,6 +39,7 @@ def _sparse(model: PreTrainedModel, cell: Cell, **fields: Any) -> PreTrainedMode
         "top_k_neurons": cell.top_k_neurons,
         "top_k_experts": cell.top_k_experts,
         "num_experts": cell.num_experts or None,
+        "device_bytes": cell.row_budget_bytes,
         # Beside autocast, the backbone's own dtype is not the one it computes in.
         "wire_dtype": {"bf16": "bfloat16", "fp16": "float16"}.get(cell.dtype),
     }

@@ -5,6 +5,8 @@ A calibration changes a file and no code. This module imports nothing heavy.
 
 import dataclasses
 import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,10 +40,23 @@ class Gpu:
     cudnn_version: int
     attention_order: tuple[str, ...]
     """In which `scaled_dot_product_attention` tries its kernels."""
-    workspace_bytes: int
-    """That cuBLAS and cuBLASLt keep for each thread that multiplies matrices."""
+    cublas_workspace_bytes: int
+    cublaslt_workspace_bytes: int
+    """Both kept for each thread that multiplies matrices."""
+    context_bytes: int
+    """What the driver and its libraries take before the first tensor; about."""
     source: str
     """Where all this is from: read, or measured, and when."""
+
+
+def workspace_bytes(gpu: Gpu) -> int:
+    """For each thread that multiplies matrices, as the environment asks for it.
+
+    `CUBLAS_WORKSPACE_CONFIG` holds pairs of KiB and how often, as in `:4096:8`.
+    """
+    asked = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    own = sum(1024 * int(size) * int(count) for size, count in asked)
+    return (own or gpu.cublas_workspace_bytes) + gpu.cublaslt_workspace_bytes
 
 
 def names() -> list[str]:
@@ -53,10 +68,20 @@ def find(name: str) -> Gpu:
     """The GPU of a name, of the beginning of one, or of a JSON file.
 
     Raises:
-        GpuError: there is none, several names begin so, or the file is no GPU's.
+        GpuError: as `resolve`, or the file is no GPU's.
+    """
+    name = resolve(name)
+    return _read(Path(name) if name.endswith(".json") else FOLDER / f"{name}.json")
+
+
+def resolve(name: str) -> str:
+    """The whole name; of a JSON file, its path.
+
+    Raises:
+        GpuError: there is none, or several names begin so.
     """
     if name.endswith(".json"):
-        return _read(Path(name))
+        return str(Path(name).resolve())
     found = [n for n in names() if n == name] or [
         n for n in names() if n.casefold().startswith(name.casefold())
     ]
@@ -66,7 +91,7 @@ def find(name: str) -> Gpu:
             (several or f"unknown GPU {name!r}; {nearest(name, names())}")
             + "; or the path of a JSON file like those in meft_bench/virtual/gpus"
         )
-    return _read(FOLDER / f"{found[0]}.json")
+    return found[0]
 
 
 def _read(path: Path) -> Gpu:

@@ -62,6 +62,10 @@ class Ledger(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.step = 0
         """Number of the optimizer step under way."""
+        self.num_flops = 0
+        """Of matrix products and attention so far."""
+        self.bytes_touched = 0
+        """Read and written by operators so far, as far as their tensors tell."""
         self._workspaces = workspaces or {}
         self._round_bytes = round_bytes
         self._phase = "inputs"
@@ -69,7 +73,6 @@ class Ledger(TorchDispatchMode):
         self._storages: list[Storage] = []
         self._events: list[Event] = []
         self._copies: list[Copy] = []
-        self._flops = self._touched = 0
         self._alive: dict[int, Storage] = {}
         self._deaths: dict[int, weakref.ref[Any]] = {}
         self._modules: list[str] = []
@@ -110,8 +113,6 @@ class Ledger(TorchDispatchMode):
             storages=tuple(self._storages),
             events=tuple(_in_order(self._events)),
             copies=tuple(self._copies),
-            num_flops=self._flops,
-            bytes_touched=self._touched,
             round_bytes=self._round_bytes,
         )
 
@@ -285,14 +286,14 @@ class Ledger(TorchDispatchMode):
     ) -> None:
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            self._flops += formula(*args, **kwargs, out_val=out)
+            self.num_flops += formula(*args, **kwargs, out_val=out)
         if not func.is_view:
             tensors = [
                 *_tensors(args),
                 *_tensors(list(kwargs.values())),
                 *_tensors(out),
             ]
-            self._touched += sum(t.numel() * t.element_size() for t in tensors)
+            self.bytes_touched += sum(t.numel() * t.element_size() for t in tensors)
 
     def _count_copy(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
         source, target = (args[0], out) if func is COPIES[1] else (args[1], args[0])
@@ -305,7 +306,7 @@ class Ledger(TorchDispatchMode):
         num_bytes = source.numel() * on_host.element_size()
         phase = self._present_phase()
         self._copies.append(
-            Copy(direction, num_bytes, phase, self._present_module(phase))
+            Copy(self._time, direction, num_bytes, phase, self._present_module(phase))
         )
 
 

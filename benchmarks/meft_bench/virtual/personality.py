@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 
 from meft_bench.virtual import attention
-from meft_bench.virtual.gpu import Gpu
+from meft_bench.virtual.gpu import Gpu, workspace_bytes
 from meft_bench.virtual.ledger import Ledger
 from meft_bench.virtual.replay import Replay, replay
 from meft_bench.virtual.shim import fake_cuda
@@ -66,8 +66,8 @@ class VirtualGpu:
         assert self.ledger is not None, "no ledger has been put in"
         return replay(
             self.ledger.trace(),
-            capacity_bytes=self.gpu.memory_bytes,
-            workspace_bytes=self.gpu.workspace_bytes,
+            capacity_bytes=self.gpu.memory_bytes - self.gpu.context_bytes,
+            workspace_bytes=workspace_bytes(self.gpu),
             start=self._peaks_since,
         )
 

@@ -7,7 +7,10 @@ There are no values, so nothing trains and nothing is scored; weights stay on di
 of the rows only their shape is used.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -18,6 +21,7 @@ from meft_bench.sighting import Sighting
 from meft_bench.source import MissingError, Source
 from meft_bench.tasks.batches import Batch, Example, full_batches
 from meft_bench.tasks.question import AnswerTask
+from meft_bench.training import Stepper
 from meft_bench.virtual import gpu
 from meft_bench.virtual.ledger import Ledger
 from meft_bench.virtual.personality import VirtualGpu
@@ -25,12 +29,34 @@ from meft_bench.virtual.personality import VirtualGpu
 HOW = "fake CUDA tensors; not held against a real GPU yet"
 
 
-def predict(cell: Cell, source: Source, sighting: Sighting) -> None:
-    """Note in `sighting` what a step of `cell` would take.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ready:
+    """A cell that can step, and who watches it."""
+
+    cell: Cell
+    """Its device is `cuda`."""
+    device: VirtualGpu
+    ledger: Ledger
+    stepper: Stepper
+    batches: list[Batch]
+    """One step's."""
+    origins: dict[str, str]
+    """Fields of `Environment`."""
+
+
+def device_name_of(cell: Cell) -> str:
+    """Of a cell on a virtual GPU, what `gpu.find` knows it by."""
+    return cell.device.removeprefix(VIRTUAL)
+
+
+@contextlib.contextmanager
+def ready(cell: Cell, source: Source) -> Iterator[Ready]:
+    """Everything of `cell` on its virtual GPU, for as long as the body lasts.
 
     Raises:
-        MissingError: the backbone's config or the task is not at hand.
-        torch.OutOfMemoryError: the GPU is too small for it.
+        MissingError: the backbone's config or the task is not at hand, or the method
+            needs values.
+        ValueError: the config, the method and the shape do not go together.
     """
     if cell.method.startswith(("sparse", "dense-offload")):
         raise MissingError(
@@ -40,32 +66,49 @@ def predict(cell: Cell, source: Source, sighting: Sighting) -> None:
         )
     task = load(TASKS[cell.task])(cell, source)
     config, origin = backbones.load_config(cell, source)
-    device = VirtualGpu(gpu.find(cell.device.removeprefix(VIRTUAL)))
-    sighting.environment |= {
-        "device_name": device.gpu.name,
-        "num_threads": torch.get_num_threads(),
-        "data_origin": f"shapes only; {task.origin}",
-        "weights_origin": origin,
-        "prediction": HOW,
-    }
+    device = VirtualGpu(gpu.find(device_name_of(cell)))
     cell = dataclasses.replace(cell, device="cuda")
+    tells_tokens = isinstance(task, AnswerTask)
     num_labels = None if isinstance(task, AnswerTask) else task.num_labels
     with device, kernels.attention(cell), Ledger(device.workspaces) as ledger:
         device.ledger = ledger
         backbone = backbones.from_config(config, origin, cell, num_labels)
-        num_blocks = len(backbones.blocks_of(backbone.model))
         stepper = measure.apply_method(backbone, cell)
         ledger.watch(stepper.model, stepper.optimizer)
-        parameters = list(stepper.model.parameters())
-        sighting.note(
-            num_parameters=sum(p.numel() for p in parameters),
-            num_trainable_parameters=sum(
-                p.numel() for p in parameters if p.requires_grad
-            ),
-            num_blocks=num_blocks,
+        yield Ready(
+            cell=cell,
+            device=device,
+            ledger=ledger,
+            stepper=stepper,
+            batches=_batches(cell, tells_tokens),
+            origins={
+                "data_origin": f"shapes only; {task.origin}",
+                "weights_origin": origin,
+            },
         )
-        batches = _batches(cell, tells_tokens=isinstance(task, AnswerTask))
-        probes.probe_memory(stepper, cell, batches, sighting)
+
+
+def predict(cell: Cell, source: Source, sighting: Sighting) -> None:
+    """Note in `sighting` what a step of `cell` would take.
+
+    Raises:
+        MissingError, ValueError: as `ready`.
+        torch.OutOfMemoryError: the GPU is too small for it.
+    """
+    sighting.environment |= {
+        "num_threads": torch.get_num_threads(),
+        "prediction": HOW,
+    }
+    with ready(cell, source) as it:
+        model = it.stepper.model
+        sighting.environment |= {"device_name": it.device.gpu.name, **it.origins}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        sighting.note(
+            num_parameters=sum(p.numel() for p in model.parameters()),
+            num_trainable_parameters=sum(p.numel() for p in trained),
+            num_blocks=it.cell.depth or model.config.num_hidden_layers,
+        )
+        probes.probe_memory(it.stepper, it.cell, it.batches, sighting)
 
 
 def _batches(cell: Cell, tells_tokens: bool) -> list[Batch]:

@@ -71,6 +71,7 @@ class Event:
 class Copy:
     """Bytes between host and device, by one operator."""
 
+    time: int
     direction: str
     """`h2d` or `d2h`."""
     num_bytes: int
@@ -96,9 +97,6 @@ class Trace:
     storages: tuple[Storage, ...]
     events: tuple[Event, ...]
     copies: tuple[Copy, ...]
-    num_flops: int
-    bytes_touched: int
-    """Read and written by operators, as far as their tensors tell."""
     round_bytes: int
 
     @cached_property

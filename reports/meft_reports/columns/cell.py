@@ -45,5 +45,12 @@ CELL: tuple[Column, ...] = (
     later_cell("top_k_neurons", "Int64", "of these, kept by a token", 64, "count"),
     later_cell("num_experts", "Int64", "groups of neurons; 0 by rule", 0, "count"),
     later_cell("top_k_experts", "Int64", "of these, asked by a token", 8, "count"),
+    later_cell(
+        "row_budget_bytes",
+        "Int64",
+        "what rows may take on the device, all blocks together",
+        2**30,
+        "bytes",
+    ),
     later_cell("accumulation", "Int64", "batches that a step adds up", 1, "count"),
 )

@@ -1,0 +1,175 @@
+"""The commands `plan` and `fit`: what a step takes on a GPU, without one.
+
+The plans are made in one child process (`virtual/planner.py`); here is what is asked
+and how the answer is shown.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from meft_bench import isolate, registry
+from meft_bench.cell import Cell
+from meft_bench.options import ChildOptions
+from meft_bench.quantities import format_bytes
+from meft_bench.virtual import gpu
+
+ALIASES = {"exact": "meft1-exact"}
+FIELDS = {"batch": "batch_size", "seq": "seq_len", "depth": "depth"}
+"""What `--maximize` may name."""
+AT_MOST = {"batch_size": 1 << 16, "seq_len": 1 << 20, "depth": 1000}
+PLANNER = "meft_bench.virtual.planner"
+NOTE = (
+    "Predicted from fake CUDA tensors and a model of the caching allocator; no number "
+    "here has been held against a real GPU yet. Needed is what is reserved and about "
+    "{context} of the driver's own; fits leaves 5 % free."
+)
+
+
+class PlanningError(Exception):
+    """The command line asks for what cannot be planned; the message is one line."""
+
+
+def cells(arguments: argparse.Namespace) -> list[Cell]:
+    """A cell for each method that is asked for.
+
+    Raises:
+        PlanningError: no such method, backbone or GPU.
+    """
+    try:
+        name = gpu.resolve(arguments.gpu)
+    except gpu.GpuError as error:
+        raise PlanningError(str(error)) from error
+    backbone = _backbone(arguments.backbone)
+    return [
+        Cell(
+            method=method,
+            backbone=backbone,
+            batch_size=arguments.batch,
+            seq_len=arguments.seq,
+            dtype=arguments.dtype,
+            weights_dtype=arguments.weights_dtype or "fp32",
+            depth=arguments.depth,
+            accumulation=arguments.accumulation,
+            attention=arguments.attention,
+            device=f"{registry.VIRTUAL}{name}",
+        )
+        for method in _methods(arguments.method)
+    ]
+
+
+def ask(
+    cells: Sequence[Cell], options: ChildOptions, maximize: str | None
+) -> list[dict[str, Any]]:
+    """The plan of each cell, or of the largest that fits, as JSON objects.
+
+    Raises:
+        PlanningError: the child died; says of what.
+    """
+    field = None if maximize is None else FIELDS[maximize]
+    request = {
+        "cells": [cell.to_json() for cell in cells],
+        "options": json.loads(options.to_json()),
+        "maximize": field,
+        "at_most": AT_MOST.get(field or ""),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "plans.json")
+        command = [sys.executable, "-P", "-m", PLANNER, "--request"]
+        command += [json.dumps(request), "--out", str(out)]
+        command += ["--parent", str(os.getpid())]
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=isolate.child_environment(options),
+            check=False,
+        )
+        if not out.is_file():
+            lines = done.stdout.strip().splitlines() or ["no output"]
+            raise PlanningError(f"the planner ended without an answer: {lines[-1]}")
+        plans: list[dict[str, Any]] = json.loads(out.read_text())["plans"]
+    return plans
+
+
+def table(
+    cells: Sequence[Cell], plans: Sequence[dict[str, Any]], maximize: str | None
+) -> str:
+    """The answer for people."""
+    first = cells[0]
+    name = first.device.removeprefix(registry.VIRTUAL)
+    found = gpu.find(name)
+    shape = f"batch {first.batch_size}, {first.seq_len} tokens, {first.dtype}"
+    lines = [
+        f"{first.backbone} on {found.name} ({format_bytes(found.memory_bytes)}): {shape}"
+    ]
+    header = ["method", "verdict", "needed", "reserved", "allocated"]
+    if maximize is not None:
+        header.insert(1, f"largest {maximize}")
+    header += ["trainable", "TFLOP", "at least", "up", "most is held by", "at"]
+    rows = [header, *(_row(plan, maximize) for plan in plans)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines += [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    lines += [f"{p['method']}: {p['message']}" for p in plans if p["message"]]
+    lines.append(NOTE.format(context=format_bytes(found.context_bytes)))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _row(plan: dict[str, Any], maximize: str | None) -> list[str]:
+    sizes = [
+        "-" if plan[name] is None else format_bytes(plan[name])
+        for name in ("needed_bytes", "reserved_bytes", "allocated_bytes")
+    ]
+    row = [plan["method"], plan["verdict"], *sizes]
+    if maximize is not None:
+        row.insert(1, str(plan["largest"]))
+    if plan["by_kind"] is None:
+        return [*row, *["-"] * 6]
+    kinds = sorted(plan["by_kind"].items(), key=lambda item: -item[1])[:3]
+    return [
+        *row,
+        f"{plan['num_trainable_parameters']:,}",
+        f"{plan['num_flops'] / 1e12:.1f}",
+        f"{plan['seconds_at_least']:.3g} s",
+        format_bytes(plan["h2d_bytes"]),
+        ", ".join(f"{kind} {format_bytes(size)}" for kind, size in kinds),
+        plan["where"],
+    ]
+
+
+def _methods(asked: Sequence[str]) -> list[str]:
+    known = [*ALIASES, *registry.METHODS]
+    for name in asked:
+        if name != "all" and name not in known:
+            hint = registry.nearest(name, ["all", *known])
+            raise PlanningError(f"unknown method {name!r}; {hint}")
+    if "all" in asked:
+        return [m for m in registry.METHODS if not m.startswith("sparse")]
+    return [ALIASES.get(name, name) for name in asked]
+
+
+def _backbone(asked: str) -> str:
+    """As a cell names it: shapes by their name alone, directories by their path."""
+    if asked in registry.RANDOM_BACKBONES:
+        return f"random:{asked}"
+    path = Path(asked)
+    if path.name == "config.json":
+        return f"random:{path.resolve()}"
+    if path.is_dir():
+        return f"dir:{path.resolve()}"
+    if asked in registry.PACKAGED_BACKBONES or ":" in asked:
+        return asked
+    valid = [*registry.RANDOM_BACKBONES, *registry.PACKAGED_BACKBONES]
+    hint = registry.nearest(asked, [*valid, "DIRECTORY", "hub:NAME"])
+    raise PlanningError(f"unknown backbone {asked!r}; {hint}")
