@@ -44,6 +44,7 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
     """
     try:
         name = gpu.resolve(arguments.gpu)
+        gpu.find(name)
     except gpu.GpuError as error:
         raise PlanningError(str(error)) from error
     backbone = _backbone(arguments.backbone)
@@ -108,9 +109,8 @@ def table(
     name = first.device.removeprefix(registry.VIRTUAL)
     found = gpu.find(name)
     shape = f"batch {first.batch_size}, {first.seq_len} tokens, {first.dtype}"
-    lines = [
-        f"{first.backbone} on {found.name} ({format_bytes(found.memory_bytes)}): {shape}"
-    ]
+    size = format_bytes(found.memory_bytes)
+    lines = [f"{first.backbone} on {found.name} ({size}): {shape}"]
     header = ["method", "verdict", "needed", "reserved", "allocated"]
     if maximize is not None:
         header.insert(1, f"largest {maximize}")

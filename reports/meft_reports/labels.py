@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from meft_reports.format import is_null
+from meft_reports.format import format_bytes, is_null
 from meft_reports.summary import OPTIONS, PROVENANCE, WORKLOAD, varying
 
 USUAL = {"weights_dtype": "fp32", "attention": "sdpa", "blocks": "eager"}
@@ -61,13 +61,19 @@ def option_label(
     """
     same = siblings[siblings["method"] == row["method"]]
     differing = [n for n in varying(same, OPTIONS) if n not in ignoring]
-    names = {"lost_bits": "k", "reversible_blocks": "rebuilt"}
+    names = {
+        "lost_bits": "k",
+        "reversible_blocks": "rebuilt",
+        "row_budget_bytes": "budget",
+    }
     return ", ".join(f"{names.get(n, n)}={_short(n, row[n])}" for n in differing)
 
 
 def _short(name: str, value: Any) -> str:
     if name == "reversible_blocks" and value == 0:
         return "all"
+    if name.endswith("_bytes") and not is_null(value):
+        return format_bytes(value)
     if isinstance(value, float):
         return f"{value:g}"
     return str(value) or "none"

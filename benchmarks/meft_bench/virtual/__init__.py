@@ -7,5 +7,10 @@ workspaces   what kernels take for themselves
 personality  the virtual GPU itself: all of the above in one context
 ledger       writes down every storage, on any device, fake or real
 trace        what was written down: peaks, kinds, copies
+fused        takes the memory that our own kernels take
+predict      one cell, and `plan` one table row, on a virtual GPU
+replay       allocated, reserved, or out of memory, of a whole trace
+fit          the largest value that fits, from few probes
+planner      the child of the commands `plan` and `fit`
 allocator    what PyTorch's caching allocator makes of it
 """

@@ -11,9 +11,11 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 
+from meft.reversible import fixed
 from meft_bench import backbones, kernels, measure, probes
 from meft_bench.cell import Cell
 from meft_bench.registry import TASKS, VIRTUAL, load
@@ -22,7 +24,7 @@ from meft_bench.source import MissingError, Source
 from meft_bench.tasks.batches import Batch, Example, full_batches
 from meft_bench.tasks.question import AnswerTask
 from meft_bench.training import Stepper
-from meft_bench.virtual import gpu
+from meft_bench.virtual import fused, gpu
 from meft_bench.virtual.ledger import Ledger
 from meft_bench.virtual.personality import VirtualGpu
 
@@ -70,7 +72,8 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
     cell = dataclasses.replace(cell, device="cuda")
     tells_tokens = isinstance(task, AnswerTask)
     num_labels = None if isinstance(task, AnswerTask) else task.num_labels
-    with device, kernels.attention(cell), Ledger(device.workspaces) as ledger:
+    ours = mock.patch.object(fixed, "_kernels_on", return_value=fused)
+    with device, ours, kernels.attention(cell), Ledger(device.workspaces) as ledger:
         device.ledger = ledger
         backbone = backbones.from_config(config, origin, cell, num_labels)
         stepper = measure.apply_method(backbone, cell)

@@ -1,0 +1,107 @@
+"""`plan` and `fit`, as people type them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from meft_bench import cli, planning
+from meft_bench.virtual import gpu
+
+MIB = 2**20
+TINY = ["--batch", "2", "--seq", "16", "--gpu", "RTX3090"]
+
+
+def test_a_plan_tells_what_a_step_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two methods, in order; `exact` is a short name."""
+    words = ["plan", "bert-tiny", "--method", "full", "exact", *TINY, "--json"]
+    assert cli.main(words) == 0
+    full, exact = json.loads(capsys.readouterr().out)
+    assert (full["method"], exact["method"]) == ("full", "meft1-exact")
+    for plan in (full, exact):
+        assert plan["verdict"] == "fits"
+        assert plan["needed_bytes"] > plan["reserved_bytes"] >= plan["allocated_bytes"]
+        # Two workspaces for matrices are in it, and what blocks have too much.
+        held = sum(plan["by_kind"].values())
+        assert 66 * MIB <= plan["allocated_bytes"] - held < 80 * MIB
+        assert "not held against a real GPU" in plan["prediction"]
+    assert full["num_trainable_parameters"] > exact["num_trainable_parameters"]
+    assert full["by_kind"]["optimizer"] > exact["by_kind"]["optimizer"]
+
+
+def test_the_table_says_that_it_is_a_prediction(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And, of what cannot be planned, why."""
+    words = ["plan", "bert-tiny", "--method", "lora", "sparse", *TINY]
+    assert cli.main([*words, "--attention", "sdpa-math"]) == 0
+    out = capsys.readouterr().out
+    assert "random:bert-tiny on NVIDIA GeForce RTX 3090 (24 GiB)" in out
+    assert "lora    fits" in out
+    assert "sparse  unknown" in out
+    assert "run it on `cpu`" in out
+    assert "no number here has been held against a real GPU yet" in out
+
+
+def test_what_fits_is_the_largest(capsys: pytest.CaptureFixture[str]) -> None:
+    """Held against the plans of the answer and of the next."""
+    words = ["fit", "bert-tiny", "--method", "lora", "--seq", "512", "--gpu", "RTX3090"]
+    assert cli.main([*words, "--maximize", "batch", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    room = 0.95 * gpu.find("RTX3090").memory_bytes
+    assert found["needed_bytes"] <= room < found["beyond_bytes"]
+    assert found["largest"] > 100
+    assert found["num_probes"] <= 16
+
+
+def test_a_config_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A directory without weights."""
+    config = {"model_type": "bert", "num_hidden_layers": 1, "hidden_size": 32}
+    config |= {"num_attention_heads": 2, "intermediate_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.main(["plan", str(tmp_path), "--method", "full", *TINY, "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert plan["verdict"] == "fits"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["bert-tiny", "--gpu", "H20O"], "unknown GPU 'H20O'; did you mean 'H200'?"),
+        (["bert-tiny", "--gpu", "RTX"], "'RTX' may be RTX3090-24GB or RTX4090-24GB"),
+        (["bert-tinny", "--gpu", "H200"], "did you mean 'bert-tiny'?"),
+        (
+            ["bert-tiny", "--gpu", "H200", "--method", "exakt"],
+            "did you mean 'exact'?",
+        ),
+        (["bert-tiny", "--gpu", "no.json"], "No such file"),
+    ],
+)
+def test_a_mistake_is_named(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_gpu_of_ones_own(tmp_path: Path) -> None:
+    """A JSON file; what is missing in one, or too much, is named."""
+    path = tmp_path / "mine.json"
+    text = (gpu.FOLDER / "H200.json").read_text()
+    path.write_text(text)
+    assert gpu.find(str(path)) == gpu.find("H200")
+    fields = json.loads(text)
+    del fields["memory_bytes"]
+    path.write_text(json.dumps(fields | {"memory": 1}))
+    with pytest.raises(gpu.GpuError, match=r"missing fields \['memory_bytes'\]"):
+        gpu.find(str(path))
+    path.write_text(text.replace('"math"', '"maths"'))
+    with pytest.raises(gpu.GpuError, match="should name each of cudnn, flash"):
+        gpu.find(str(path))
+
+
+def test_every_gpu_that_comes_along_is_whole() -> None:
+    for name in gpu.names():
+        found = gpu.find(name)
+        assert found.memory_bytes > found.context_bytes > 0
+    assert set(planning.FIELDS.values()) == set(planning.AT_MOST)
