@@ -1,0 +1,97 @@
+"""What memory grows with, at the sizes of papers, on a GPU that is not there."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from harness.tiny import cell
+from meft.reversible.packing import packed_bytes
+from meft_bench.options import ChildOptions
+from meft_bench.record import Measurement
+from meft_bench.source import Source
+from meft_bench.virtual.plan import Plan, plan
+from meft_bench.worker import run
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there is a real GPU, which is left alone"
+)
+BATCH, TOKENS, WIDTH = 16, 512, 1024
+"""Of RoBERTa-large."""
+
+
+@functools.cache
+def step(method: str, depth: int, **changes: Any) -> Measurement:
+    fields: dict[str, Any] = {"backbone": "random:roberta-large", "dtype": "bf16"}
+    fields |= {"device": "virtual-H200", "batch_size": BATCH, "seq_len": TOKENS}
+    told = run(cell(method=method, depth=depth, **fields | changes), ChildOptions())
+    assert told["status"] == "ok", told["message"]
+    measured: Any = told["measurement"]
+    return Measurement(**measured)
+
+
+@functools.cache
+def planned(method: str) -> Plan:
+    return plan(
+        cell(
+            method=method,
+            backbone="random:roberta-large",
+            depth=6,
+            dtype="bf16",
+            device="virtual-H200",
+            batch_size=BATCH,
+            seq_len=TOKENS,
+        ),
+        Source(),
+    )
+
+
+def per_block(method: str, name: str = "saved_bytes", **changes: Any) -> float:
+    """What each of six further blocks adds."""
+    low, high = (getattr(step(method, depth, **changes), name) for depth in (6, 12))
+    return float(high - low) / 6
+
+
+def test_exact_streams_keep_k_bits_an_element() -> None:
+    """And a number for each of two couplings, by which they are checked."""
+    bits = packed_bytes(BATCH * TOKENS * WIDTH, 4)
+    assert bits == BATCH * TOKENS * WIDTH // 2
+    assert per_block("meft1-exact") == bits + 2 * 8
+
+
+def test_streams_of_floats_keep_nothing() -> None:
+    assert per_block("meft1") <= 64
+
+
+def test_checkpoints_keep_an_input_a_block() -> None:
+    """In the dtype of the weights."""
+    element = {"fp32": 4, "bf16": 2}
+    for dtype, size in element.items():
+        kept = per_block("adapters-checkpointing", weights_dtype=dtype)
+        inputs = BATCH * TOKENS * WIDTH * size
+        # Each block also keeps the state of random numbers that it began with.
+        assert inputs <= kept <= inputs + 8192
+
+
+def test_frozen_weights_have_no_state() -> None:
+    """Two numbers for each that trains, and a count of steps for each parameter."""
+    found = planned("lora")
+    kinds = found.by_kind
+    assert kinds is not None
+    assert found.num_trainable_parameters is not None
+    assert 8 * found.num_trainable_parameters <= kinds["optimizer"]
+    assert kinds["optimizer"] < 9 * found.num_trainable_parameters
+    assert kinds["frozen"] > 50 * kinds["parameters"]
+
+
+def test_everything_at_the_peak_is_told() -> None:
+    """The kinds add up to all of it; what is allocated beside is blocks' slack."""
+    for method in ("full", "meft1-exact"):
+        found = planned(method)
+        assert found.by_kind is not None
+        assert found.allocated_bytes is not None
+        held = sum(found.by_kind.values())
+        workspaces = 2 * (2**25 + 2**20)
+        rest = found.allocated_bytes - held - workspaces
+        assert 0 <= rest < 0.01 * found.allocated_bytes
