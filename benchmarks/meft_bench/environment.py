@@ -49,7 +49,7 @@ def collect(*, num_threads: int, num_slots: int, device: str) -> Environment:
     cpu = _cpu_model()
     gpus = gpu_names() if device == "cuda" else []
     if device.startswith(VIRTUAL):  # the same on any machine
-        gpus = [device]
+        gpus = ["virtual GPU"]
     return Environment(
         versions=versions(),
         commit=commit,

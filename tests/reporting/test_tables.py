@@ -103,6 +103,30 @@ def test_random_weights_are_labelled_in_every_table(
         assert "andom weights" in to_html(table), table.title
 
 
+def test_predictions_are_labelled_and_stand_alone(make_record: MakeRecord) -> None:
+    """Never in one table with what was measured."""
+    shape = {"task": "synthetic", "backbone": "random:bert-tiny"}
+    how = "fake CUDA tensors; not held against a real GPU yet"
+    records = [
+        make_record(method="full", device="cuda", machine="NVIDIA H200", **shape),
+        make_record(
+            method="full",
+            device="virtual-H200",
+            machine="virtual GPU",
+            prediction=how,
+            **shape,
+        ),
+    ]
+    frame = to_frame(records)
+    assert list(frame["source"]) == ["measured", "predicted"]
+    tables = find_tables("memory")(frame)
+    predicted = [t for t in tables if "virtual-H200" in t.title]
+    assert len(tables) == 2 * len(predicted)
+    for table in tables:
+        said = any(note.startswith("Predicted") for note in table.notes)
+        assert said == (table in predicted)
+
+
 def test_two_machines_are_two_tables(make_record: MakeRecord) -> None:
     """Nothing is averaged over machines, and the titles tell them apart."""
     records = [make_record(seed=0), make_record(seed=1, machine="Another CPU")]

@@ -11,7 +11,7 @@ from meft_reports.summary import (
     settings,
     split,
 )
-from meft_reports.tables.table import Table, join_options, random_note
+from meft_reports.tables.table import Table, join_options, notes_on
 
 MEMORY_TITLES = {
     "saved_bytes": "Saved for backward",
@@ -61,9 +61,9 @@ def _memory_table(part: pd.DataFrame, quantity: str, title: str) -> Table:
         header=("method", *shapes),
         rows=tuple(rows),
         notes=(
-            "Measured on random tokens of exact shape, the mean where there are "
+            "Of random tokens of exact shape, the mean where there are "
             "several seeds. A word instead of a number is how that cell failed.",
-            *random_note(part),
+            *notes_on(part),
         ),
     )
 

@@ -21,7 +21,7 @@ from meft_reports.format import (
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.methods import RIVAL, is_meft
 from meft_reports.summary import PROVENANCE, WORKLOAD, prepare, settings, split, worst
-from meft_reports.tables.table import Table, join_options, random_note
+from meft_reports.tables.table import Table, join_options, notes_on
 
 IGNORED = ("lost_bits", "rival", "max_steps", "warmup_steps")
 """Said in columns; and for how long steps were timed, which changes no byte."""
@@ -82,7 +82,7 @@ def _ratios_table(part: pd.DataFrame, workload: str) -> Table:
         title=f"Against {dtype} checkpoints of {RIVAL} · {workload}",
         header=HEADER,
         rows=tuple(rows),
-        notes=(*NOTES, _checkpoint_note(part), *random_note(part)),
+        notes=(*NOTES, _checkpoint_note(part), *notes_on(part)),
     )
 
 

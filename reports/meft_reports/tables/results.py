@@ -26,7 +26,7 @@ from meft_reports.summary import (
     split,
     summarise,
 )
-from meft_reports.tables.table import Table, join_options, random_note
+from meft_reports.tables.table import Table, join_options, notes_on
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
@@ -95,7 +95,7 @@ def _results_table(
         ),
         notes=(
             "All numbers are measured. Mean over seeds ± sample standard deviation.",
-            *random_note(part),
+            *notes_on(part),
         ),
     )
 

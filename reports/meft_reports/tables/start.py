@@ -12,7 +12,7 @@ from meft_reports.methods import is_exact
 from meft_reports.start import PLACE, start_deviations
 from meft_reports.style import method_order
 from meft_reports.summary import split
-from meft_reports.tables.table import Table, random_note
+from meft_reports.tables.table import Table, notes_on
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
@@ -43,6 +43,6 @@ def _start_table(part: pd.DataFrame, workload: str) -> Table:
             "Relative deviation of the last hidden state from the backbone's, before "
             "training and without dropout. A method and its plain twin are the same "
             "function and share a row; the mean over seeds.",
-            *random_note(part),
+            *notes_on(part),
         ),
     )

@@ -66,8 +66,16 @@ def join_options(name: str, options: str) -> str:
     return f"{name} ({options})" if options else name
 
 
-def random_note(rows: pd.DataFrame) -> list[str]:
-    """A note for tables in which a backbone had random weights."""
-    if not rows["random_weights"].any():
-        return []
-    return ["Random weights: sizes and times only, a score would mean nothing."]
+def notes_on(rows: pd.DataFrame) -> list[str]:
+    """What must be said of some rows: random weights, numbers that are predictions."""
+    notes = []
+    if rows["random_weights"].any():
+        notes.append(
+            "Random weights: sizes and times only, a score would mean nothing."
+        )
+    if rows["device"].str.startswith("virtual-").any():
+        notes.append(
+            "Predicted, not measured: nothing ran on a virtual GPU, and no prediction "
+            "has been held against a real one yet."
+        )
+    return notes

@@ -28,7 +28,7 @@ from meft_reports.summary import (
     settings,
     split,
 )
-from meft_reports.tables.table import Table, join_options, random_note
+from meft_reports.tables.table import Table, join_options, notes_on
 
 IN_COLUMNS = ("num_neurons", "accumulation", "rival", "max_steps", "warmup_steps")
 HEADER = (
@@ -79,7 +79,7 @@ def _table(part: pd.DataFrame, workload: str) -> Table:
         title=f"Rows of sparse adapters · {workload}",
         header=HEADER,
         rows=tuple(rows),
-        notes=(*NOTES, *random_note(part)),
+        notes=(*NOTES, *notes_on(part)),
     )
 
 

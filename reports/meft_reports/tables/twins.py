@@ -23,7 +23,7 @@ from meft_reports.summary import (
     split,
     spread,
 )
-from meft_reports.tables.table import Table, join_options, random_note
+from meft_reports.tables.table import Table, join_options, notes_on
 
 MAY_DIFFER = ("reversible_blocks", "rival")
 PLACE = (*WORKLOAD, *PROVENANCE)
@@ -85,7 +85,7 @@ def make(frame: pd.DataFrame) -> list[Table]:
                 for options, setting, pairs in found
             ),
             num_text_columns=2,
-            notes=(*NOTES, *random_note(drawn)),
+            notes=(*NOTES, *notes_on(drawn)),
         )
     ]
 
