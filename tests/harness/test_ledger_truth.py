@@ -1,0 +1,135 @@
+"""The ledger against others who count: the CPU's allocator, PyTorch's MemTracker."""
+
+import gc
+import hashlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from harness.tiny import BLOCKS, FAMILIES, batch, cell, classifier
+from meft_bench.meters.memory import cpu_step_peak_bytes
+from meft_bench.registry import METHODS, load
+from meft_bench.training import Stepper
+from meft_bench.virtual import gpu
+from meft_bench.virtual.ledger import Ledger
+from meft_bench.virtual.personality import VirtualGpu
+
+ACCURACY = 0.0005
+RANDOM_STATE_BYTES = 6_000
+SIZE = {"batch_size": 8, "seq_len": 32}
+
+
+@pytest.fixture(autouse=True)
+def no_garbage_collection() -> Iterator[None]:
+    """What it frees, and when, depends on the tests before."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def ready(method: str, model_type: str) -> Stepper:
+    here = cell(method=method, **SIZE)
+    model = classifier(model_type, _attn_implementation="eager", use_cache=False)
+    stepper = Stepper(load(METHODS[method])(model, here), here)
+    stepper.model.train()
+    for _ in range(2):
+        stepper.step([batch(**SIZE)], 1e-3)
+    return stepper
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("method", ["full", "lora", "checkpointing", "meft1"])
+def test_a_peak_is_what_the_allocator_saw(method: str, model_type: str) -> None:
+    """From the profiler's events, without a mode in between."""
+    stepper, rows = ready(method, model_type), [batch(**SIZE)]
+    truth = cpu_step_peak_bytes(lambda: stepper.step(rows, 1e-3))
+    with Ledger(round_bytes=1) as ledger:
+        ledger.watch(stepper.model, stepper.optimizer)
+        for tensor in rows[0].values():
+            ledger._see(tensor)
+        before = sum(s.num_bytes for s in ledger.trace().storages)
+        started = ledger.time
+        stepper.step(rows, 1e-3)
+    peak = ledger.trace().peak("cpu", started).num_bytes - before
+    # A checkpoint keeps the state of random numbers, which no operator makes.
+    unseen = BLOCKS * RANDOM_STATE_BYTES if method == "checkpointing" else 0
+    assert peak == pytest.approx(truth, rel=ACCURACY, abs=unseen)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
+@pytest.mark.filterwarnings("ignore:Module is None")
+def test_pytorchs_tracker_counts_as_much() -> None:
+    """One step, whose totals both know."""
+    tracker_of = pytest.importorskip("torch.distributed._tools.mem_tracker")
+    with VirtualGpu(gpu.find("H200")):
+        model = classifier("bert").to("cuda").train()
+        optimizer = torch.optim.SGD(model.parameters())
+        rows = {name: tensor.to("cuda") for name, tensor in batch(**SIZE).items()}
+        tracker = tracker_of.MemTracker()
+        tracker.track_external(model, optimizer, *rows.values())
+        with tracker:
+            model(**rows).loss.backward()
+            optimizer.step()
+        theirs = tracker.get_tracker_snapshot("peak")[torch.device("cuda:0")]["Total"]
+        model.zero_grad(set_to_none=True)
+        with Ledger() as ledger:
+            ledger.watch(model, optimizer)
+            for tensor in rows.values():
+                ledger._see(tensor)
+            model(**rows).loss.backward()
+            optimizer.step()
+    ours = ledger.trace().peak("cuda").num_bytes
+    # It sees gradients that are added up out of place.
+    assert ours <= theirs <= 1.05 * ours
+
+
+PROGRAM = """
+from harness.test_ledger_truth import fingerprint
+print(fingerprint())
+"""
+
+
+def fingerprint() -> str:
+    """Of every event of two steps on a virtual GPU, under autocast."""
+    here = cell(method="full", dtype="fp16", device="cuda", **SIZE)
+    with VirtualGpu(gpu.find("H200")), Ledger() as ledger:
+        stepper = Stepper(classifier("bert").to("cuda"), here)
+        stepper.model.train()
+        ledger.watch(stepper.model, stepper.optimizer)
+        for _ in range(2):
+            stepper.step([batch(**SIZE)], 1e-3)
+    events = repr(ledger.trace().events)
+    return hashlib.sha256(events.encode()).hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
+def test_every_process_sees_the_same() -> None:
+    """Five of them, whose addresses and hashes differ."""
+    runs = [
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                f"import sys; sys.path[:0] = {sys.path}{PROGRAM}",
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for _ in range(5)
+    ]
+    assert len({run.stdout for run in runs}) == 1
+
+
+def test_fake_tensors_leave_no_trace_of_their_mode() -> None:
+    """A ledger under a plain fake mode counts what is fake, and nothing else."""
+    with FakeTensorMode(), Ledger() as ledger:
+        torch.empty(1 << 40)
+    (storage,) = ledger.trace().storages
+    assert storage.num_bytes == 4 << 40
