@@ -126,6 +126,7 @@ def _all_sections(frame: pd.DataFrame) -> list[Section]:
             "batch activates.",
             figures=_figures(
                 frame,
+                "step_neurons",
                 "traffic_neurons",
                 "union_batch",
                 "routing_recall",

@@ -42,9 +42,11 @@ GROUP = (*WORKLOAD, "method", *OPTIONS, *PROVENANCE)
 def learned(frame: pd.DataFrame) -> pd.DataFrame:
     """The cells that learn a real task.
 
-    Those of one step are not among them: they say where a method starts.
+    Those of one step are not among them, which say where a method starts, nor those
+    that take turns with a rival, which train for the clock.
     """
-    return frame[(frame["task"] != "synthetic") & (frame["max_steps"] > 1)]
+    learns = (frame["task"] != "synthetic") & (frame["max_steps"] > 1)
+    return frame[learns & (frame["rival"] == "")]
 
 
 def mean_list(lists: "pd.Series[Any]") -> list[float]:

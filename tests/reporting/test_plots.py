@@ -31,6 +31,7 @@ UNITS = {
     "score_top_k": ("neurons kept by a token, K", "score (options)"),
     "score_experts": ("experts of a block", "score (options)"),
     "step_ratio": ("depth (blocks)", "time of a step (rival = 1)"),
+    "step_neurons": ("neurons per block", "time of a step (rival = 1)"),
     "traffic_neurons": ("neurons per block", "moved in a step (MiB)"),
     "union_batch": ("tokens of a batch", "share of neurons active"),
     "routing_recall": ("block (0 is the lowest)", "recall of the best neurons"),
@@ -47,7 +48,10 @@ UNITS = {
 OF_DEPTH = ("step_ratio", "gradient_depth", "start_deviation")
 OF_QUALITY = ("score_lost_bits", "score_reversible")
 OF_KNOWLEDGE = ("score_top_k", "score_experts")
-OF_TRAFFIC = ("traffic_neurons", "union_batch", "routing_recall", "activation_curve")
+OF_TRAFFIC = (
+    *("step_neurons", "traffic_neurons", "union_batch"),
+    *("routing_recall", "activation_curve"),
+)
 every_plot = pytest.mark.parametrize("name", PLOTS)
 
 

@@ -30,6 +30,7 @@ PLOTS = (
     "memory_batch",
     "memory_depth",
     "step_ratio",
+    "step_neurons",
     "traffic_neurons",
     "union_batch",
     "routing_recall",

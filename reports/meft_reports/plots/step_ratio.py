@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 
 from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.labels import describe, fields_to_show
+from meft_reports.methods import has_neurons
 from meft_reports.plots import canvas
 from meft_reports.summary import PROVENANCE, WORKLOAD, prepare, split
 
@@ -33,6 +34,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     """
     rows = prepare(frame)
     rows = rows[(rows["rival"] != "") & rows["num_blocks"].notna()]
+    rows = rows[~rows["method"].map(has_neurons).astype(bool)]
     if rows.empty:
         raise NothingDeclared("no cell was declared with a `rival` to take turns with")
     timed = (rows["status"] == "ok") & rows["step_ratio"].notna()
@@ -72,19 +74,10 @@ def _draw_panel(
         for (method, k), entry in entries.items()
     ]
     lines = [(entry, line) for entry, line in lines if len(line)]
-    low, high = axes.get_xlim()
     for rank, (entry, line) in enumerate(lines):
-        # Side by side, so that no bar hides another; in the measure of the scale.
-        share = 0.006 * (rank - (len(lines) - 1) / 2)
         means = line.groupby("num_blocks")[["step_ratio", "step_ratio_iqr"]].mean()
-        across = [
-            n * (high / low) ** share
-            if axes.get_xscale() == "log"
-            else n + (high - low) * share
-            for n in means.index
-        ]
         axes.errorbar(
-            across,
+            [canvas.beside(axes, n, rank, len(lines)) for n in means.index],
             means["step_ratio"],
             means["step_ratio_iqr"].fillna(0) / 2,
             capsize=2,

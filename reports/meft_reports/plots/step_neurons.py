@@ -1,0 +1,66 @@
+"""Time of a step of adapters of many neurons by that of a rival, against their number.
+
+Steps took turns in the same process, as in `step_ratio`.
+"""
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from meft_reports.errors import NothingDeclared, NothingToDraw
+from meft_reports.labels import describe, fields_to_show
+from meft_reports.methods import has_neurons
+from meft_reports.plots import canvas
+from meft_reports.style import method_order
+from meft_reports.summary import PROVENANCE, WORKLOAD, prepare, split
+
+TITLE = "Time of a step, relative to a rival's of as many neurons"
+CAPTION = (
+    "One forward, backward and optimizer update, divided by one of the rival that took "
+    "turns with it in the same process: the median over the turns, with a bar as long "
+    "as the distance between the quartiles. Below 1 (dotted) is faster than the rival."
+)
+
+
+@canvas.styled
+def draw(frame: pd.DataFrame) -> Figure:
+    """One panel per workload, window of accumulation and rival, neurons across.
+
+    Raises:
+        NothingToDraw: no such cell ended well.
+    """
+    rows = prepare(frame)
+    declared = rows[(rows["rival"] != "") & rows["method"].map(has_neurons)]
+    if declared.empty:
+        raise NothingDeclared("no adapters of many neurons take turns with a rival")
+    timed = declared[(declared["status"] == "ok") & declared["step_ratio"].notna()]
+    if timed.empty:
+        raise NothingToDraw("no ok cell was timed in turn with its rival")
+    place = [*WORKLOAD, *PROVENANCE, "accumulation", "rival"]
+    parts = [part for _, part in split(timed, place)]
+    shown = fields_to_show(timed, always=("task", "backbone", "dtype", "batch_size"))
+    figure, grid = canvas.panels(len(parts), num_columns=2)
+    for axes, part in zip(grid, parts, strict=True):
+        canvas.tick_at(axes, sorted(part["num_neurons"].unique().tolist()))
+        axes.axhline(1, color="#888888", linestyle=":", linewidth=1)
+        methods = sorted(part["method"].unique(), key=method_order)
+        for rank, method in enumerate(methods):
+            line = part[part["method"] == method].groupby("num_neurons")
+            means = line[["step_ratio", "step_ratio_iqr"]].mean()
+            axes.errorbar(
+                [canvas.beside(axes, n, rank, len(methods)) for n in means.index],
+                means["step_ratio"],
+                means["step_ratio_iqr"].fillna(0) / 2,
+                capsize=2,
+                elinewidth=1,
+                **canvas.line_style(method, rank + 2),
+            )
+        canvas.set_title(
+            axes, f"{describe(part, shown)} · against {part['rival'].iloc[0]}"
+        )
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("neurons per block")
+        axes.set_ylabel("time of a step (rival = 1)")
+    dotted = Line2D([], [], label="the rival = 1", color="#888888", linestyle=":")
+    canvas.add_legend(figure, set(timed["method"]), [dotted])
+    return figure
