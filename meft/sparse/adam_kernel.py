@@ -77,16 +77,18 @@ def _advance(
         p, m, v = rows[i], first[i], second[i]
         if idle and (updated_at[i] > 0 or decays):
             for t in range(updated_at[i], end):
+                # Into variables, as the compiler has to reckon with tables that overlap.
+                keep, by, under = decay[t], size[t], root[t]
                 for c in range(p.size):
-                    m[c] = m[c] * beta1
-                    v[c] = v[c] * beta2
-                    moved = m[c] * size[t] / (np.sqrt(v[c]) * root[t] + eps)
-                    p[c] = p[c] * decay[t] - moved
+                    mean, square = m[c] * beta1, v[c] * beta2
+                    m[c], v[c] = mean, square
+                    p[c] = p[c] * keep - mean * by / (np.sqrt(square) * under + eps)
         if has_gradient:
             g = gradient[n]
+            keep, by, under = decay[end], size[end], root[end]
             for c in range(p.size):
-                m[c] = m[c] * beta1 + g[c] * rest1
-                v[c] = v[c] * beta2 + g[c] * g[c] * rest2
-                moved = m[c] * size[end] / (np.sqrt(v[c]) * root[end] + eps)
-                p[c] = p[c] * decay[end] - moved
+                mean = m[c] * beta1 + g[c] * rest1
+                square = v[c] * beta2 + g[c] * g[c] * rest2
+                m[c], v[c] = mean, square
+                p[c] = p[c] * keep - mean * by / (np.sqrt(square) * under + eps)
         updated_at[i] = step
