@@ -77,7 +77,7 @@ def _advance(
         p, m, v = rows[i], first[i], second[i]
         if idle and (updated_at[i] > 0 or decays):
             for t in range(updated_at[i], end):
-                # Into variables, as the compiler has to reckon with tables that overlap.
+                # Into variables: for all the compiler knows, tables overlap.
                 keep, by, under = decay[t], size[t], root[t]
                 for c in range(p.size):
                     mean, square = m[c] * beta1, v[c] * beta2
