@@ -35,6 +35,7 @@ from meft_bench.cell import Cell
 from meft_bench.options import ChildOptions
 from meft_bench.outcome import Outcome
 from meft_bench.record import Environment, Measurement, Record, Status
+from meft_bench.registry import VIRTUAL
 
 WORKER = "meft_bench.worker"
 
@@ -89,7 +90,7 @@ def run(
             stdin=subprocess.DEVNULL,
             stdout=log_file,
             stderr=subprocess.STDOUT,
-            env=child_environment(options),
+            env=child_environment(options, cell.device),
             start_new_session=True,
         )
     try:
@@ -115,8 +116,11 @@ def log_path(folder: Path, cell: Cell) -> Path:
     return folder / f"{cell.method}-{cell.key[:16]}.log"
 
 
-def child_environment(options: ChildOptions) -> dict[str, str]:
-    """The environment variables of a child: the parent's, and what makes it steady."""
+def child_environment(options: ChildOptions, device: str) -> dict[str, str]:
+    """The environment variables of a child: the parent's, and what makes it steady.
+
+    A virtual GPU does not stand beside a real one, so that is hidden.
+    """
     variables = {
         **os.environ,
         "OMP_NUM_THREADS": str(options.num_threads),
@@ -129,6 +133,8 @@ def child_environment(options: ChildOptions) -> dict[str, str]:
         # NVML counts devices in this order; CUDA's own default is another.
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     }
+    if device.startswith(VIRTUAL):
+        variables["CUDA_VISIBLE_DEVICES"] = ""
     if options.allow_download:
         variables.pop("HF_HUB_OFFLINE", None)
     else:

@@ -91,7 +91,7 @@ def ask(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=isolate.child_environment(options),
+            env=isolate.child_environment(options, cells[0].device),
             check=False,
         )
         if not out.is_file():

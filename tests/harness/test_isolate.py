@@ -152,7 +152,7 @@ def test_child_environment(
     """A child is offline, seeded and as wide as it is told, and knows its options."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     options = ChildOptions(data_dir="/data", num_threads=2)
-    variables = isolate.child_environment(options)
+    variables = isolate.child_environment(options, "cpu")
     expected = {
         "OMP_NUM_THREADS": "2",
         "MKL_NUM_THREADS": "2",
@@ -164,8 +164,11 @@ def test_child_environment(
     }
     assert expected.items() <= variables.items()
     assert variables["PATH"] == os.environ["PATH"]
-    online = isolate.child_environment(ChildOptions(allow_download=True))
+    online = isolate.child_environment(ChildOptions(allow_download=True), "cpu")
     assert "HF_HUB_OFFLINE" not in online
+    assert online.get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")
+    virtual = isolate.child_environment(options, "virtual-H200")
+    assert virtual["CUDA_VISIBLE_DEVICES"] == ""
     monkeypatch.setattr(isolate, "_MESSAGE_LENGTH", 10**6)
     record = run("fake_echo", options=options)
     assert record.status == Status.SKIPPED

@@ -25,6 +25,7 @@ TABLES = (
     "memory",
     "ratios",
     "traffic",
+    "predictions",
     "exactness",
     "twins",
     "start",
