@@ -308,10 +308,24 @@ def build_knowledge() -> list[Record]:
     return records
 
 
+def build_prediction() -> list[Record]:
+    """A cell on a GPU and on its virtual twin, and a cell each that the other lacks."""
+    shape: Any = {"task": "synthetic", "device_name": "NVIDIA H200"}
+    real: Any = {"device": "cuda", "machine": "NVIDIA H200", **shape}
+    virtual: Any = {"device": "virtual-H200", "machine": "virtual GPU", **shape}
+    virtual |= {"prediction": "fake CUDA tensors"}
+    return [
+        build_record(method="full", peak_allocated_bytes=1000, **real),
+        build_record(method="full", peak_allocated_bytes=1015, **virtual),
+        build_record(method="lora", **virtual),
+        build_record(method="head", **real),
+    ]
+
+
 def build_all() -> list[Record]:
     """All of the runs above, of which every figure and table can be made."""
     parts = (build_matrix, build_depth, build_quality, build_traffic, build_knowledge)
-    return [record for build in parts for record in build()]
+    return [record for build in (*parts, build_prediction) for record in build()]
 
 
 @pytest.fixture(scope="session")

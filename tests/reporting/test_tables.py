@@ -7,6 +7,7 @@ from meft_reports.format import format_bytes, format_bytes_spread, format_second
 from meft_reports.frame import to_frame
 from meft_reports.tables import TABLES, find_tables
 from meft_reports.tables.table import Table, to_html, to_markdown
+from reporting.conftest import build_prediction
 from reporting.kinds import MakeRecord
 
 
@@ -127,28 +128,14 @@ def test_predictions_are_labelled_and_stand_alone(make_record: MakeRecord) -> No
         assert said == (table in predicted)
 
 
-def test_predictions_are_held_against_the_gpu_of_their_name(
-    make_record: MakeRecord,
-) -> None:
+def test_predictions_are_held_against_the_gpu_of_their_name() -> None:
     """The same cell on both; a cell that only one of them ran has no row."""
-    shape = {"task": "synthetic", "backbone": "random:bert-tiny"}
-    real = {"device": "cuda", "machine": "NVIDIA H200", "device_name": "NVIDIA H200"}
-    virtual = {"device": "virtual-H200", "machine": "virtual GPU"}
-    virtual |= {"device_name": "NVIDIA H200", "prediction": "fake"}
-    sizes = {"saved_bytes": 2**20, "peak_reserved_bytes": 2**21}
-    records = [
-        make_record(method="full", peak_allocated_bytes=1000, **sizes, **shape, **real),
-        make_record(
-            method="full", peak_allocated_bytes=1015, **sizes, **shape, **virtual
-        ),
-        make_record(method="lora", **shape, **virtual),
-        make_record(method="head", **shape, **real),
-    ]
-    (table,) = find_tables("predictions")(to_frame(records))
+    (table,) = find_tables("predictions")(to_frame(build_prediction()))
     assert table.title == "Predictions held against NVIDIA H200"
     (row,) = table.rows
     assert row[0] == "full"
-    assert [row[4], row[7], row[10]] == ["+0.00 %", "+1.50 %", "+0.00 %"]
+    assert [row[4], row[7]] == ["+0.00 %", "+1.50 %"]
+    assert row[8:11] == ("\N{EN DASH}",) * 3
 
 
 def test_two_machines_are_two_tables(make_record: MakeRecord) -> None:
