@@ -22,7 +22,7 @@ from meft_bench.backbones import Backbone
 from meft_bench.cell import Cell
 from meft_bench.meters import memory
 from meft_bench.meters.clock import StepClock
-from meft_bench.registry import METHODS, TASKS, VIRTUAL, load
+from meft_bench.registry import METHODS, TASKS, load
 from meft_bench.scoring import answers, labels
 from meft_bench.scoring.examples import Examples
 from meft_bench.sighting import Sighting, finite
@@ -42,11 +42,6 @@ def measure(cell: Cell, source: Source, sighting: Sighting) -> None:
     Raises:
         MissingError: data, weights or the device are not at hand.
     """
-    if cell.device.startswith(VIRTUAL):
-        from meft_bench.virtual.predict import predict
-
-        predict(cell, source, sighting)
-        return
     _require_device(cell)
     sighting.environment |= {
         "device_name": _device_name(cell),

@@ -106,8 +106,7 @@ def table(
 ) -> str:
     """The answer for people."""
     first = cells[0]
-    name = first.device.removeprefix(registry.VIRTUAL)
-    found = gpu.find(name)
+    found = gpu.find(gpu.name_in(first.device))
     shape = f"batch {first.batch_size}, {first.seq_len} tokens, {first.dtype}"
     size = format_bytes(found.memory_bytes)
     lines = [f"{first.backbone} on {found.name} ({size}): {shape}"]
@@ -155,7 +154,7 @@ def _methods(asked: Sequence[str]) -> list[str]:
             hint = registry.nearest(name, ["all", *known])
             raise PlanningError(f"unknown method {name!r}; {hint}")
     if "all" in asked:
-        return [m for m in registry.METHODS if not m.startswith("sparse")]
+        return [m for m in registry.METHODS if m not in registry.NEED_VALUES]
     return [ALIASES.get(name, name) for name in asked]
 
 

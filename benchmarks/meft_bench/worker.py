@@ -22,6 +22,7 @@ from meft_bench.leash import die_with_parent
 from meft_bench.options import ChildOptions
 from meft_bench.out_of_memory import is_out_of_memory
 from meft_bench.record import Status
+from meft_bench.registry import VIRTUAL
 from meft_bench.sighting import Sighting
 from meft_bench.source import MissingError, Source
 
@@ -54,14 +55,17 @@ def run(cell: Cell, options: ChildOptions) -> dict[str, object]:
         # Imported here: under a memory limit, torch itself may not fit.
         import torch
 
-        from meft_bench import measure
+        if cell.device.startswith(VIRTUAL):
+            from meft_bench.virtual.predict import predict as look
+        else:
+            from meft_bench.measure import measure as look
 
         torch.set_num_threads(options.num_threads)
         source = Source(
             data_dir=Path(options.data_dir) if options.data_dir else None,
             allow_download=options.allow_download,
         )
-        measure.measure(cell, source, sighting)
+        look(cell, source, sighting)
         status, message = Status.OK, ""
     except MissingError as error:
         status, message = Status.SKIPPED, str(error)

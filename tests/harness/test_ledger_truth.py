@@ -51,7 +51,7 @@ def test_a_peak_is_what_the_allocator_saw(method: str, model_type: str) -> None:
     with Ledger(round_bytes=1) as ledger:
         ledger.watch(stepper.model, stepper.optimizer)
         for tensor in rows[0].values():
-            ledger._see(tensor)
+            ledger.see(tensor)
         before = sum(s.num_bytes for s in ledger.trace().storages)
         started = ledger.time
         stepper.step(rows, 1e-3)
@@ -80,7 +80,7 @@ def test_pytorchs_tracker_counts_as_much() -> None:
         with Ledger() as ledger:
             ledger.watch(model, optimizer)
             for tensor in rows.values():
-                ledger._see(tensor)
+                ledger.see(tensor)
             model(**rows).loss.backward()
             optimizer.step()
     ours = ledger.trace().peak("cuda").num_bytes

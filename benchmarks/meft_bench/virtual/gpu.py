@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meft_bench.registry import nearest
+from meft_bench.registry import VIRTUAL, nearest
 
 FOLDER = Path(__file__).with_name("gpus")
 ATTENTION_KERNELS = ("cudnn", "flash", "efficient", "math")
@@ -72,6 +72,11 @@ def find(name: str) -> Gpu:
     """
     name = resolve(name)
     return _read(Path(name) if name.endswith(".json") else FOLDER / f"{name}.json")
+
+
+def name_in(device: str) -> str:
+    """What `find` knows the GPU by that a cell's `device` names."""
+    return device.removeprefix(VIRTUAL)
 
 
 def resolve(name: str) -> str:

@@ -157,7 +157,7 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **kwargs)
         self._count_work(func, args, kwargs, out)
         for tensor in _tensors(out):
-            self._see(tensor, func)
+            self.see(tensor, func)
         workspace = self._workspaces.get(func)
         if workspace is not None and (num_bytes := workspace(args, out)):
             self._events += [
@@ -168,7 +168,8 @@ class Ledger(TorchDispatchMode):
             self._count_copy(func, args, out)
         return out
 
-    def _see(self, tensor: Tensor, func: Any = None) -> Storage | None:
+    def see(self, tensor: Tensor, func: Any = None) -> Storage | None:
+        """The storage of `tensor`, from now on written down; None if it has none."""
         if tensor.layout is not torch.strided:
             return None
         memory = tensor.untyped_storage()
@@ -275,7 +276,7 @@ class Ledger(TorchDispatchMode):
                         self._tell(value, "optimizer")
 
     def _tell(self, tensor: Tensor, kind: str) -> None:
-        storage = self._see(tensor)
+        storage = self.see(tensor)
         if storage is not None:
             storage.kind = kind
 

@@ -56,7 +56,6 @@ def _fit(
     from meft_bench.virtual import gpu
     from meft_bench.virtual.fit import largest_that_fits
     from meft_bench.virtual.plan import MARGIN, Plan, plan
-    from meft_bench.virtual.predict import device_name_of
 
     plans: dict[int, Plan] = {}
 
@@ -65,7 +64,7 @@ def _fit(
         size = plans[value].needed_bytes
         return float("inf") if size is None else size
 
-    room = (1 - MARGIN) * gpu.find(device_name_of(cell)).memory_bytes
+    room = (1 - MARGIN) * gpu.find(gpu.name_in(cell.device)).memory_bytes
     found = largest_that_fits(needed, room, request["at_most"])
     told = plans[max(found.largest, 1)].to_json()
     beyond = plans.get(found.largest + 1)

@@ -18,7 +18,7 @@ import torch
 from meft.reversible import fixed
 from meft_bench import backbones, kernels, measure, probes
 from meft_bench.cell import Cell
-from meft_bench.registry import TASKS, VIRTUAL, load
+from meft_bench.registry import NEED_VALUES, TASKS, load
 from meft_bench.sighting import Sighting
 from meft_bench.source import MissingError, Source
 from meft_bench.tasks.batches import Batch, Example, full_batches
@@ -46,11 +46,6 @@ class Ready:
     """Fields of `Environment`."""
 
 
-def device_name_of(cell: Cell) -> str:
-    """Of a cell on a virtual GPU, what `gpu.find` knows it by."""
-    return cell.device.removeprefix(VIRTUAL)
-
-
 @contextlib.contextmanager
 def ready(cell: Cell, source: Source) -> Iterator[Ready]:
     """Everything of `cell` on its virtual GPU, for as long as the body lasts.
@@ -60,7 +55,7 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
             needs values.
         ValueError: the config, the method and the shape do not go together.
     """
-    if cell.method.startswith(("sparse", "dense-offload")):
+    if cell.method in NEED_VALUES:
         raise MissingError(
             f"method {cell.method!r} moves the rows that a batch activates, and on a "
             "virtual GPU there are no values to tell which: run it on `cpu`, where "
@@ -68,7 +63,7 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
         )
     task = load(TASKS[cell.task])(cell, source)
     config, origin = backbones.load_config(cell, source)
-    device = VirtualGpu(gpu.find(device_name_of(cell)))
+    device = VirtualGpu(gpu.find(gpu.name_in(cell.device)))
     cell = dataclasses.replace(cell, device="cuda")
     tells_tokens = isinstance(task, AnswerTask)
     num_labels = None if isinstance(task, AnswerTask) else task.num_labels
