@@ -32,12 +32,16 @@ class Anchor(nn.Module):
         super().__init__()
         self.rows = rows
         self.size = AnchorParameter(torch.zeros(1))
-        self.size.anchor = self
-        self.size.watch()
+        self.watch(self.size)
         self._left: tuple[Tensor, int, Tensor] | None = None
         """The gradient tensor as it was left, its version then, and its value."""
         self._is_settled = False
         self._version = self.size._version
+
+    def watch(self, parameter: Any) -> None:
+        """Be told after every backward of `parameter`, and known by it."""
+        parameter.anchor = self
+        parameter.register_post_accumulate_grad_hook(self.after_backward)
 
     def enter(self) -> nn.Parameter:
         """To be called in every forward: what makes the result depend on the rows."""
@@ -101,17 +105,11 @@ class AnchorParameter(nn.Parameter):
 
     anchor: Anchor
 
-    def watch(self) -> None:
-        """Have the anchor told after every backward."""
-        hook = self.anchor.after_backward
-        self.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "AnchorParameter":
         """torch's own copy would forget the anchor and its hook."""
         new = AnchorParameter(self.detach().clone(), self.requires_grad)
         memo[id(self)] = new
-        new.anchor = copy.deepcopy(self.anchor, memo)
-        new.watch()
+        copy.deepcopy(self.anchor, memo).watch(new)
         return new
 
 

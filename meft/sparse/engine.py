@@ -202,6 +202,10 @@ class OffloadedRows(Rows):
         return get
 
     @override
+    def at_home(self, number: Tensor) -> Tensor:
+        return self.engine.download(number, self.trip("update")).get()
+
+    @override
     def scale_gradient(self, factor: Tensor) -> None:
         _, slots = self.engine.cache.with_gradient(self.block)
         self._square *= factor * factor

@@ -103,7 +103,8 @@ class SparseAdamW(torch.optim.AdamW):
     def _anchors(self) -> Iterator[tuple[dict[str, Any], AnchorParameter]]:
         for group in self.param_groups:
             for parameter in group["params"]:
-                if isinstance(parameter, AnchorParameter):
+                # Not by its class, which a tensor without values does not keep.
+                if hasattr(parameter, "anchor"):
                     yield group, parameter
 
 
@@ -113,5 +114,5 @@ def _step(anchor: Anchor, group: dict[str, Any], ids: Tensor, gradient: Tensor) 
         beta1, beta2 = group["betas"]
         store.schedule = Schedule(beta1=beta1, beta2=beta2, eps=group["eps"])
     store.schedule.add(float(group["lr"]), group["weight_decay"])
-    store.step(ids, gradient * anchor.factor().to(gradient.device))
+    store.step(ids, gradient * anchor.rows.at_home(anchor.factor()))
     anchor.rows.drop_gradient()

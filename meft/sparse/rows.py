@@ -57,6 +57,9 @@ class Rows(Protocol):
         float32.
         """
 
+    def at_home(self, number: Tensor) -> Tensor:
+        """A number of the device, where the rows live."""
+
     def scale_gradient(self, factor: Tensor) -> None:
         """Multiply all that `add_gradient` added."""
 
@@ -119,6 +122,10 @@ class ResidentRows(Rows):
         if self._gradient is not None:
             found = self._gradient[ids].to(self.store.wire_dtype).float()
         return lambda: (ids, found)
+
+    @override
+    def at_home(self, number: Tensor) -> Tensor:
+        return number
 
     @override
     def scale_gradient(self, factor: Tensor) -> None:

@@ -114,7 +114,7 @@ class RowStore:
         if self.schedule is None or self.update == "lazy":
             return stands_at
         moves = (stands_at > 0) | self.schedule.decays
-        return torch.where(moves, self.schedule.step, stands_at)
+        return stands_at.masked_fill(moves, self.schedule.step)
 
     def begin(self) -> None:
         """Forget every step: another optimizer is about to take its first."""
@@ -137,14 +137,13 @@ class RowStore:
         """Let rows (None: all) take the idle steps that they have put off."""
         if self.schedule is None or self.update != "catchup":
             return
-        if ids is None:
-            ids = torch.arange(len(self), device=self.rows.device)
-        stands_at = self.updated_at[ids]
+        stands_at = self.updated_at if ids is None else self.updated_at[ids]
         behind = (stands_at < self.schedule.step) & (
             (stands_at > 0) | self.schedule.decays
         )
         if behind.any():
-            self._advance(ids[behind], None)
+            late = behind.nonzero()[:, 0]
+            self._advance(late if ids is None else ids[late], None)
 
     def state(self) -> dict[str, Any]:
         """Everything that a later run needs to go on in the same bits."""
