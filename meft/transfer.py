@@ -7,7 +7,7 @@ a `Link` has a stream of its own for each direction, so that copies go on beside
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,7 +104,8 @@ class Copy:
     """A copy that may still be under way."""
 
     _tensor: Tensor
-    _done: torch.cuda.Event | None
+    _done: Any
+    """The event after it, or what stands in for one; None where it was made at once."""
 
     def get(self) -> Tensor:
         """The copy, safe to use by whoever reads it next on its side."""

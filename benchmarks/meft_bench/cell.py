@@ -39,7 +39,7 @@ class Cell:
     seed: int = 0
     """Seeds the head, the adapters, dropout, and the order of the rows."""
     device: str = "cpu"
-    """`cpu` or `cuda`."""
+    """`cpu`, `cuda`, or a virtual GPU: `virtual-NAME`, `virtual-PATH.json`."""
     learning_rate: float = 5e-4
     """Peak of the linear schedule."""
     max_steps: int = 5
@@ -69,6 +69,9 @@ class Cell:
     """Of these, asked by a token."""
     row_budget_bytes: int = 2**30
     """What rows of sparse adapters may take on the device, all blocks together."""
+    active_fraction: float = 1.0
+    """Share of a block's neurons that a batch is said to activate on a virtual GPU,
+    which has no values to tell; at most what its tokens could keep."""
     accumulation: int = 1
     """Batches whose gradients one optimizer step adds up."""
     lost_bits: int = 4

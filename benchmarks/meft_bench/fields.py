@@ -12,6 +12,7 @@ from pathlib import Path
 
 from meft_bench import registry
 from meft_bench.cell import Cell
+from meft_bench.virtual import gpu
 
 FIELDS = {field.name: field for field in dataclasses.fields(Cell)}
 """The fields of a cell, by name."""
@@ -39,7 +40,7 @@ _FROM_ONE = {
     "row_budget_bytes",
     "accumulation",
 }
-_AT_MOST = {"lost_bits": 16}
+_AT_MOST = {"lost_bits": 16, "active_fraction": 1}
 
 Value = str | int | float
 
@@ -71,6 +72,11 @@ def check_together(cell: Cell) -> None:
             f"`warmup_steps` = {cell.warmup_steps} leaves no step to measure; "
             f"make it smaller than `max_steps` = {cell.max_steps}"
         )
+    if cell.active_fraction != 1 and not cell.device.startswith(registry.VIRTUAL):
+        raise ValueError(
+            f"`active_fraction` = {cell.active_fraction} on device {cell.device!r}, "
+            "where batches tell themselves: leave it out, or take a virtual GPU"
+        )
     if cell.patience and not cell.eval_every:
         raise ValueError("`patience` counts validations; set `eval_every` above 0 too")
     if cell.weights_dtype not in ("fp32", cell.dtype):
@@ -85,6 +91,8 @@ def _check_text(name: str, value: object) -> str:
         raise ValueError(f"`{name}` = {value!r} should be a string")
     if name == "backbone":
         _check_backbone(value)
+    elif name == "device" and value.endswith(".json"):
+        gpu.find(gpu.name_in(value))
     elif value not in _NAMES[name]:
         hint = registry.nearest(value, _NAMES[name])
         raise ValueError(f"unknown {name} {value!r}; {hint}")
@@ -96,6 +104,7 @@ def _check_float(name: str, value: object) -> float:
         raise ValueError(f"`{name}` = {value!r} should be a number")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"`{name}` = {value!r} should be finite and above 0")
+    _check_most(name, value)
     return float(value)
 
 
@@ -105,10 +114,14 @@ def _check_count(name: str, value: object) -> int:
     least = 1 if name in _FROM_ONE else 0
     if value < least:
         raise ValueError(f"`{name}` = {value!r} should be at least {least}")
+    _check_most(name, value)
+    return value
+
+
+def _check_most(name: str, value: float) -> None:
     most = _AT_MOST.get(name, value)
     if value > most:
         raise ValueError(f"`{name}` = {value!r} should be at most {most}")
-    return value
 
 
 def _check_backbone(value: str) -> None:

@@ -73,13 +73,8 @@ def _measure(cell: Cell, source: Source, sighting: Sighting) -> None:
         after = start.last_hidden(stepper, batches[0])
         sighting.note(start_deviation=finite(start.deviation(before, after)))
         del before, after
-    parameters = list(stepper.model.parameters())
-    # Rows of sparse adapters are none, wherever they live, but they do train.
-    rows = [a.rows.store.rows for a in sparse_adapters(stepper.model).values()]
-    trained = [*rows, *(p for p in parameters if p.requires_grad)]
     sighting.note(
-        num_parameters=sum(p.numel() for p in (*parameters, *rows)),
-        num_trainable_parameters=sum(p.numel() for p in trained),
+        **count(stepper.model),
         num_blocks=num_blocks,
         num_train_rows=len(examples.train),
     )
@@ -110,6 +105,18 @@ def apply_method(backbone: Backbone, cell: Cell) -> Stepper:
     seed_everything(cell.seed)
     model = load(METHODS[cell.method])(backbone.model, cell)
     return Stepper(model.to(cell.device), cell)
+
+
+def count(model: PreTrainedModel) -> dict[str, int]:
+    """How many parameters there are, and how many train: fields of `Measurement`."""
+    parameters = list(model.parameters())
+    # Rows of sparse adapters are none, wherever they live, but they do train.
+    rows = [a.rows.store.rows for a in sparse_adapters(model).values()]
+    trained = [*rows, *(p for p in parameters if p.requires_grad)]
+    return {
+        "num_parameters": sum(p.numel() for p in (*parameters, *rows)),
+        "num_trainable_parameters": sum(p.numel() for p in trained),
+    }
 
 
 def _start(model: PreTrainedModel, batch: Batch, cell: Cell) -> Tensor | None:

@@ -154,7 +154,7 @@ def _methods(asked: Sequence[str]) -> list[str]:
             hint = registry.nearest(name, ["all", *known])
             raise PlanningError(f"unknown method {name!r}; {hint}")
     if "all" in asked:
-        return [m for m in registry.METHODS if m not in registry.NEED_VALUES]
+        return [*registry.METHODS]
     return [ALIASES.get(name, name) for name in asked]
 
 

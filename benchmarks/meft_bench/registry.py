@@ -109,8 +109,6 @@ VIRTUAL_DEVICES = tuple(
     for path in sorted(Path(__file__).parent.glob("virtual/gpus/*.json"))
 )
 """GPUs that need not be there."""
-NEED_VALUES = ("dense-offload", *(m for m in METHODS if m.startswith("sparse")))
-"""Methods whose memory depends on values, which a virtual GPU does not have."""
 DEVICES = ("cpu", "cuda", *VIRTUAL_DEVICES)
 
 

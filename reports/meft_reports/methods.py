@@ -65,6 +65,7 @@ _HEEDS: dict[str, Callable[[str], bool]] = {
     "num_experts": has_experts,
     "row_budget_bytes": lambda m: is_sparse(m) or m == "dense-offload",
     "top_k_experts": has_experts,
+    "active_fraction": is_sparse,
 }
 
 

@@ -95,3 +95,27 @@ def test_everything_at_the_peak_is_told() -> None:
         workspaces = 2 * (2**25 + 2**20)
         rest = found.allocated_bytes - held - workspaces
         assert 0 <= rest < 0.01 * found.allocated_bytes
+
+
+def test_sparse_adapters_take_as_much_of_the_device_however_many_neurons() -> None:
+    """16 times the neurons, in one budget: all that grows is who was chosen."""
+
+    def peak(method: str, num_neurons: int) -> int:
+        found = step(
+            method,
+            2,
+            num_neurons=num_neurons,
+            num_experts=128,
+            row_budget_bytes=2**24,
+            active_fraction=1024 / num_neurons,
+        ).peak_allocated_bytes
+        assert found is not None
+        return found
+
+    few, many = 1024, 16384
+    row_bytes = 2 * WIDTH * 4
+    sparse = peak("sparse", many) - peak("sparse", few)
+    # A flag and a place for each neuron, of the block at hand.
+    assert 0 <= sparse <= 32 * (many - few)
+    dense = peak("dense", many) - peak("dense", few)
+    assert dense >= 2 * row_bytes * (many - few)

@@ -242,9 +242,3 @@ def test_a_cell_is_predicted_by_the_worker_that_measures() -> None:
     told = run(large, ChildOptions())
     assert told["status"] == "oom"
     assert "no room for a segment" in str(told["message"])
-
-
-def test_what_needs_values_says_so() -> None:
-    told = run(cell(method="sparse", device="virtual-H200"), ChildOptions())
-    assert told["status"] == "skipped"
-    assert "run it on `cpu`" in str(told["message"])

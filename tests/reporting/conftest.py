@@ -46,6 +46,7 @@ CELL = {
     "num_experts": 0,
     "top_k_experts": 8,
     "row_budget_bytes": 2**30,
+    "active_fraction": 1.0,
     "accumulation": 1,
 }
 NOTHING_SEEN = dict.fromkeys(

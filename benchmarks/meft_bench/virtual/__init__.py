@@ -3,6 +3,7 @@
 gpu          what is known of a GPU, from files of data
 shim         makes fake CUDA tensors train on a build without CUDA
 attention    which kernel of attention the GPU would run
+declared     which neurons of sparse adapters a batch activates
 workspaces   what kernels take for themselves
 personality  the virtual GPU itself: all of the above in one context
 ledger       writes down every storage, on any device, fake or real

@@ -11,14 +11,15 @@ undone at the end.
 
 import contextlib
 import importlib
-import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, Self
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses import fake_impls, fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
@@ -31,12 +32,26 @@ from meft_bench.virtual.shim import fake_cuda
 from meft_bench.virtual.workspaces import WORKSPACES
 
 aten = torch.ops.aten
+PINNING = (aten._pin_memory.default, aten.is_pinned.default)
+"""Asks CUDA, which is not there."""
 
 
 class _Mode(FakeTensorMode):
     # A property of the base class, which would start a GPU once `is_available()` says
     # that there is one.
     avoid_device_init = True
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] = MappingProxyType({}),
+    ) -> object:
+        """What is made on the host of real tensors alone is real."""
+        if not types and func not in PINNING and _is_real(args, kwargs):
+            return func(*args, **kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class VirtualGpu:
@@ -168,7 +183,7 @@ class _Event:
 def _facade(gpu: Gpu) -> Iterator[contextlib.AbstractContextManager[Any]]:
     """`torch.cuda`, whose functions call into a library that is not there."""
     major, minor = gpu.compute_capability
-    properties = types.SimpleNamespace(
+    properties = SimpleNamespace(
         name=gpu.name,
         major=major,
         minor=minor,
@@ -220,6 +235,7 @@ def _facade(gpu: Gpu) -> Iterator[contextlib.AbstractContextManager[Any]]:
     answers |= dict.fromkeys(silent, nothing)
     for name, answer in answers.items():
         yield mock.patch.object(torch.cuda, name, answer)
+    yield mock.patch.object(Tensor, "record_stream", nothing)
     if hasattr(fake_tensor, "init_gpu_context"):  # before torch 2.13: makes a real one
         yield mock.patch.object(fake_tensor, "init_gpu_context", nothing)
 
@@ -298,9 +314,16 @@ def _moving_modules() -> Iterator[contextlib.AbstractContextManager[Any]]:
     they all have."""
     plain: Any = torch.utils.swap_tensors
 
-    def swap(one: Tensor, other: Tensor) -> None:
+    def swap(one: Any, other: Tensor) -> None:
+        written = dict(vars(one))
+        hooks = [*(one._post_accumulate_grad_hooks or {}).values()]
         with mock.patch.object(weakref, "getweakrefs", _none):
             plain(one, other)
+        # A move leaves on a parameter what others have written there.
+        vars(one).update({k: v for k, v in written.items() if k not in vars(one)})
+        one._post_accumulate_grad_hooks = None
+        for hook in hooks:
+            one.register_post_accumulate_grad_hook(hook)
 
     yield mock.patch.object(torch.utils, "swap_tensors", swap)
 
@@ -309,6 +332,17 @@ def _masks() -> Iterator[contextlib.AbstractContextManager[Any]]:
     """transformers takes fake tensors for tracing, and then always makes a mask."""
     masking = importlib.import_module("transformers.masking_utils")
     yield mock.patch.object(masking, "is_tracing", _no)
+
+
+def _is_real(args: Sequence[object], kwargs: Mapping[str, Any]) -> bool:
+    """Whether real tensors go in, as none is fake, and what comes out stays with them
+    on the host."""
+    device = kwargs.get("device")
+    return (device is None or torch.device(device).type == "cpu") and any(
+        isinstance(arg, Tensor)
+        or (isinstance(arg, list | tuple) and any(isinstance(a, Tensor) for a in arg))
+        for arg in args
+    )
 
 
 # Functions and no mocks, which would remember what they were called with.

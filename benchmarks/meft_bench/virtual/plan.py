@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from meft_bench import measure
 from meft_bench.cell import Cell
 from meft_bench.source import MissingError, Source
 from meft_bench.virtual.gpu import Gpu, workspace_bytes
@@ -82,7 +83,7 @@ def _plan(it: Ready) -> Plan:
     for copy in trace.copies:
         if copy.time > started:
             moved[copy.direction] += copy.num_bytes
-    trained = [p for p in it.stepper.model.parameters() if p.requires_grad]
+    count = measure.count(it.stepper.model)
     return Plan(
         method=it.cell.method,
         verdict=_verdict(needed, gpu),
@@ -91,7 +92,7 @@ def _plan(it: Ready) -> Plan:
         needed_bytes=needed,
         by_kind=peak.by_kind,
         where=_where(trace, peak),
-        num_trainable_parameters=sum(p.numel() for p in trained),
+        num_trainable_parameters=count["num_trainable_parameters"],
         num_flops=num_flops,
         h2d_bytes=moved["h2d"],
         d2h_bytes=moved["d2h"],

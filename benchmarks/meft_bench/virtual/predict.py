@@ -16,15 +16,16 @@ from unittest import mock
 import torch
 
 from meft.reversible import fixed
+from meft.sparse.convert import sparse_adapters
 from meft_bench import backbones, kernels, measure, probes
 from meft_bench.cell import Cell
-from meft_bench.registry import NEED_VALUES, TASKS, load
+from meft_bench.registry import TASKS, load
 from meft_bench.sighting import Sighting
-from meft_bench.source import MissingError, Source
+from meft_bench.source import Source
 from meft_bench.tasks.batches import Batch, Example, full_batches
 from meft_bench.tasks.question import AnswerTask
 from meft_bench.training import Stepper
-from meft_bench.virtual import fused, gpu
+from meft_bench.virtual import declared, fused, gpu
 from meft_bench.virtual.ledger import Ledger
 from meft_bench.virtual.personality import VirtualGpu
 
@@ -51,16 +52,9 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
     """Everything of `cell` on its virtual GPU, for as long as the body lasts.
 
     Raises:
-        MissingError: the backbone's config or the task is not at hand, or the method
-            needs values.
+        MissingError: the backbone's config or the task is not at hand.
         ValueError: the config, the method and the shape do not go together.
     """
-    if cell.method in NEED_VALUES:
-        raise MissingError(
-            f"method {cell.method!r} moves the rows that a batch activates, and on a "
-            "virtual GPU there are no values to tell which: run it on `cpu`, where "
-            "every byte is counted, or on `cuda`"
-        )
     task = load(TASKS[cell.task])(cell, source)
     config, origin = backbones.load_config(cell, source)
     device = VirtualGpu(gpu.find(gpu.name_in(cell.device)))
@@ -68,7 +62,14 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
     tells_tokens = isinstance(task, AnswerTask)
     num_labels = None if isinstance(task, AnswerTask) else task.num_labels
     ours = mock.patch.object(fixed, "_kernels_on", return_value=fused)
-    with device, ours, kernels.attention(cell), Ledger(device.workspaces) as ledger:
+    sizes = declared.rows(cell.active_fraction)
+    with (
+        device,
+        ours,
+        sizes,
+        kernels.attention(cell),
+        Ledger(device.workspaces) as ledger,
+    ):
         device.ledger = ledger
         backbone = backbones.from_config(config, origin, cell, num_labels)
         stepper = measure.apply_method(backbone, cell)
@@ -100,13 +101,16 @@ def predict(cell: Cell, source: Source, sighting: Sighting) -> None:
     with ready(cell, source) as it:
         model = it.stepper.model
         sighting.environment |= {"device_name": it.device.gpu.name, **it.origins}
-        trained = [p for p in model.parameters() if p.requires_grad]
+        if sparse_adapters(model):
+            share = f"{it.cell.active_fraction:.0%} of a block's neurons"
+            how = f"{HOW}; a batch is said to activate {share}"
+            sighting.environment["prediction"] = how
         sighting.note(
-            num_parameters=sum(p.numel() for p in model.parameters()),
-            num_trainable_parameters=sum(p.numel() for p in trained),
+            **measure.count(model),
             num_blocks=it.cell.depth or model.config.num_hidden_layers,
         )
         probes.probe_memory(it.stepper, it.cell, it.batches, sighting)
+        probes.probe_rows(it.stepper, it.batches, sighting)
 
 
 def _batches(cell: Cell, tells_tokens: bool) -> list[Batch]:

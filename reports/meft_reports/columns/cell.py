@@ -52,5 +52,12 @@ CELL: tuple[Column, ...] = (
         2**30,
         "bytes",
     ),
+    later_cell(
+        "active_fraction",
+        "Float64",
+        "declared share of active neurons",
+        1.0,
+        "fraction",
+    ),
     later_cell("accumulation", "Int64", "batches that a step adds up", 1, "count"),
 )

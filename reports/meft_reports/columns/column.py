@@ -22,7 +22,7 @@ class Column:
     """None where neither direction is an improvement."""
     required: bool = False
     """A record without a value here is refused."""
-    default: str | int | None = None
+    default: str | float | None = None
     """What older records meant, which lack the field."""
     meaning: str
 
@@ -62,7 +62,7 @@ def cell(name: str, dtype: Dtype, meaning: str, unit: Unit = "") -> Column:
 
 
 def later_cell(
-    name: str, dtype: Dtype, meaning: str, default: str | int, unit: Unit = ""
+    name: str, dtype: Dtype, meaning: str, default: str | float, unit: Unit = ""
 ) -> Column:
     """A field of the cell that older records lack."""
     return Column(

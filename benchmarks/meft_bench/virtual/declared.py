@@ -1,0 +1,158 @@
+"""Sparse adapters on a virtual GPU: which neurons a batch activates is declared.
+
+Fake tensors have no values, so no token can choose. Instead every batch activates the
+first neurons of each block, as many as the cell's `active_fraction` says, though never
+more than its tokens could choose; and every other size that depends on values is the
+largest it can be. All batches activate the same neurons, as far as a cache is asked.
+
+The host side of the engine (`meft.sparse.engine`) runs as it is: which row stands where
+is kept in real tensors, and its books tell what travelled.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses import fake_impls
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+from meft.sparse import store, token_topk, union
+from meft.sparse.adapter import SparseAdapter
+from meft.sparse.engine import OffloadedRows
+from meft.sparse.rows import ResidentRows, Rows
+from meft.sparse.store import Ids, RowStore
+
+aten = torch.ops.aten
+
+
+@contextlib.contextmanager
+def rows(active_fraction: float) -> Iterator[None]:
+    """While it lasts, rows can live and move beside fake tensors.
+
+    Args:
+        active_fraction: share of a block's neurons that a batch activates; of methods
+            that run every neuron, it is 1 whatever is declared.
+    """
+    declared = _Declared(active_fraction)
+    patches: list[tuple[Any, str, Any]] = [
+        (token_topk, "distinct", declared.distinct),
+        (union, "distinct", declared.distinct),
+        (OffloadedRows, "chosen", declared.after(_to_host)),
+        (ResidentRows, "chosen", declared.after(_nowhere)),
+        (RowStore, "__init__", _with_real_steps(RowStore.__init__)),
+        (store, "_pinned", _same),
+        (store, "_advance_function", _advance_function(store._advance_function)),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, ours in patches:
+            stack.enter_context(mock.patch.object(owner, name, ours))
+        stack.enter_context(mock.patch.dict(fake_impls.op_implementations_dict, _SIZES))
+        yield
+
+
+class _Declared:
+    """How many neurons answer."""
+
+    def __init__(self, fraction: float) -> None:
+        self._fraction = fraction
+        self._most = 0
+        """Of the choice that is being looked at."""
+        self._share = 1.0
+
+    def distinct(self, adapter: SparseAdapter, choice: Tensor, size: int = 1) -> Ids:
+        """The library's own, which knows how much there is to choose."""
+        config = adapter.config
+        self._most = choice.numel()
+        # Experts are so few that a batch asks all that it can.
+        chooses = size == 1 and config.top_k_neurons < config.num_neurons
+        self._share = self._fraction if chooses else 1.0
+        found: Ids = _distinct(adapter, choice, size)
+        return _first(len(found)) if found.device.type == "cpu" else found
+
+    def after(self, travel: Callable[[Rows, Tensor], Tensor]) -> Callable[..., Ids]:
+        """`Rows.chosen`, which looks at the flags where `travel` brings them."""
+
+        def chosen(of: Rows, flags: Tensor) -> Ids:
+            here = travel(of, flags)
+            count = min(math.ceil(self._share * len(flags)), self._most)
+            return torch.arange(count, device=here.device)
+
+        return chosen
+
+
+_distinct = token_topk.distinct
+
+
+def _first(count: int) -> Ids:
+    """In real memory, as the engine's books are."""
+    with unset_fake_temporarily():
+        return torch.arange(count)
+
+
+def _to_host(of: Any, flags: Tensor) -> Tensor:
+    here: Tensor = of.engine.download(flags, of.trip()).get()
+    return here
+
+
+def _nowhere(of: Rows, flags: Tensor) -> Tensor:
+    return flags
+
+
+def _with_real_steps(plain: Callable[..., None]) -> Callable[..., None]:
+    def init(self: RowStore, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        with unset_fake_temporarily():
+            self.updated_at = torch.zeros(len(self.rows), dtype=torch.long)
+
+    return init
+
+
+def _same(tensor: Tensor) -> Tensor:
+    """Page-locking takes no memory."""
+    return tensor
+
+
+def _advance_function(
+    plain: Callable[[torch.device], Callable[..., None]],
+) -> Callable[[torch.device], Callable[..., None]]:
+    """The kernel that runs on a host takes no memory; the one on a device does."""
+
+    def on_host(
+        table: Any, ids: Ids, gradient: Any, schedule: Any, *, idle: bool
+    ) -> None:
+        if isinstance(ids, FakeTensor):  # of every row, as only the library makes it
+            table.updated_at.fill_(schedule.step)
+        else:
+            table.updated_at[ids] = schedule.step
+
+    return lambda device: on_host if device.type == "cpu" else plain(device)
+
+
+# Sizes that depend on values: as if every condition held.
+
+
+def _nonzero(mode: Any, func: Any, tensor: Tensor) -> Tensor:
+    return tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.long)
+
+
+def _bincount(
+    mode: Any, func: Any, tensor: Tensor, weights: Any = None, minlength: int = 0
+) -> Tensor:
+    return tensor.new_empty(minlength, dtype=torch.long)
+
+
+def _unique(mode: Any, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """One value: rows that stand at one step."""
+    none = tensor.new_empty(0, dtype=torch.long)
+    return tensor.new_empty(1), none, none
+
+
+_SIZES: dict[Any, Callable[..., Any]] = {
+    aten.nonzero.default: _nonzero,
+    aten.bincount.default: _bincount,
+    aten._unique2.default: _unique,
+}

@@ -1,0 +1,134 @@
+"""Sparse adapters on a GPU that is not there: rows move as on a real one."""
+
+import gc
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from harness.tiny import BLOCKS, HIDDEN, batch, cell, classifier
+from meft.sparse.convert import sparse_adapters
+from meft_bench.meters.rows import RowTraffic, Watch
+from meft_bench.options import ChildOptions
+from meft_bench.registry import METHODS, load
+from meft_bench.training import Stepper
+from meft_bench.virtual import declared, gpu
+from meft_bench.virtual.ledger import Ledger
+from meft_bench.virtual.personality import VirtualGpu
+from meft_bench.worker import run
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there is a real GPU, which is left alone"
+)
+NEURONS = 256
+SPARSE = [m for m in METHODS if m.startswith("sparse") or m == "dense-offload"]
+OFFLOADED = [m for m in SPARSE if not m.endswith("resident")]
+SHAPE = {"num_neurons": NEURONS, "num_experts": 16, "top_k_neurons": 16}
+
+
+@pytest.fixture(autouse=True)
+def no_garbage_collection() -> Iterator[None]:
+    """What it frees, and when, depends on the tests before."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def ready(method: str, **changes: Any) -> Stepper:
+    here = cell(method=method, **SHAPE | {"top_k_experts": 2} | changes)
+    model = load(METHODS[method])(classifier("llama"), here)
+    stepper = Stepper(model.to(here.device), here)
+    stepper.model.train()
+    return stepper
+
+
+def moved(stepper: Stepper, num_batches: int = 2) -> RowTraffic:
+    """By one step in the long run, as the engine's own books tell."""
+    batches = [batch() for _ in range(num_batches)]
+    for _ in range(2):
+        stepper.step(batches, 1e-3)
+    watch = Watch(list(sparse_adapters(stepper.model).values()))
+    stepper.step(batches, 1e-3)
+    return watch.result()
+
+
+@pytest.mark.parametrize("method", OFFLOADED)
+def test_every_byte_that_moves_is_in_the_engines_books(method: str) -> None:
+    """Held against a ledger that sees all copies; beside rows, only batches move."""
+    with VirtualGpu(gpu.find("H200")), declared.rows(0.5), Ledger() as ledger:
+        stepper = ready(method, device="cuda")
+        batches = [batch()] * 2
+        for _ in range(2):
+            stepper.step(batches, 1e-3)
+        watch = Watch(list(sparse_adapters(stepper.model).values()))
+        started = ledger.time
+        stepper.step(batches, 1e-3)
+        books = watch.result()
+    found: Counter[str] = Counter()
+    for copy in ledger.trace().copies:
+        if copy.time > started:
+            found[copy.direction] += copy.num_bytes
+    kept = ("input_ids", "attention_mask", "labels")
+    inputs = sum(each[name].nbytes for each in batches for name in kept)
+    assert books.h2d_bytes is not None
+    assert found["h2d"] - inputs == books.h2d_bytes > 0
+    assert found["d2h"] == books.d2h_bytes
+
+
+def test_where_every_neuron_answers_fake_rows_move_as_real_ones_do() -> None:
+    """No choice is left to values, so both books are the same to the byte."""
+    real = moved(ready("dense-offload"))
+    with VirtualGpu(gpu.find("H200")), declared.rows(0.1):
+        fake = moved(ready("dense-offload", device="cuda"))
+    assert fake == real
+    assert fake.union_fraction == [1.0] * BLOCKS
+
+
+@pytest.mark.parametrize("method", ["sparse", "sparse-experts", "sparse-experts-union"])
+def test_what_is_declared_is_what_is_active(method: str) -> None:
+    def found(fraction: float) -> RowTraffic:
+        with VirtualGpu(gpu.find("H200")), declared.rows(fraction):
+            return moved(ready(method, device="cuda"))
+
+    half, all_of_them = found(0.5), found(1.0)
+    assert half.union_fraction == [0.5] * BLOCKS
+    assert all_of_them.union_fraction == [1.0] * BLOCKS
+    assert half.d2h_bytes is not None
+    assert all_of_them.d2h_bytes is not None
+    # Gradients of half the rows stay away.
+    row_bytes = 2 * HIDDEN * 4
+    saved = all_of_them.d2h_bytes - half.d2h_bytes
+    assert saved == BLOCKS * row_bytes * NEURONS // 2
+
+
+def test_no_more_is_active_than_tokens_can_keep() -> None:
+    with VirtualGpu(gpu.find("H200")), declared.rows(1.0):
+        found = moved(ready("sparse", device="cuda", top_k_neurons=1))
+    tokens = batch()["input_ids"].numel()
+    assert found.union_fraction == [tokens / NEURONS] * BLOCKS
+
+
+@pytest.mark.parametrize("method", SPARSE)
+def test_a_cell_of_each_is_predicted(method: str) -> None:
+    fields: dict[str, Any] = SHAPE | {"top_k_experts": 2, "active_fraction": 0.25}
+    told = run(
+        cell(
+            method=method,
+            device="virtual-H200",
+            backbone="random:bert-tiny",
+            **fields,
+        ),
+        ChildOptions(),
+    )
+    assert told["status"] == "ok", told["message"]
+    measured: Any = told["measurement"]
+    environment: Any = told["environment"]
+    assert "activate 25% of a block's neurons" in environment["prediction"]
+    share = 1.0 if method == "dense-offload" else 0.25
+    assert set(measured["union_fraction"]) == {share}
+    assert measured["row_store_bytes"] > 0
+    is_resident = method.endswith("resident")
+    assert (measured["h2d_bytes"] is None) == is_resident
