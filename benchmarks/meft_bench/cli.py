@@ -15,6 +15,7 @@ from typing import NoReturn
 from meft_bench import (
     doctor,
     environment,
+    fields,
     harness,
     planning,
     registry,
@@ -97,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     planned = commands.add_parser("plan", help="tell what a step takes on a GPU")
     _add_shape(planned)
+    planned.add_argument(
+        "--details", action="store_true", help="tell where memory and traffic come from"
+    )
+    planned.add_argument(
+        "--timeline", type=Path, help="write every moment of the step here, as CSV"
+    )
     fitted = commands.add_parser("fit", help="tell the largest that fits on a GPU")
     _add_shape(fitted)
     fitted.add_argument(
@@ -116,7 +123,10 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, help="records file (default runs/SWEEP.jsonl)"
     )
     parser.add_argument(
-        "--device", choices=registry.DEVICES, help="default: cuda where NVML sees a GPU"
+        "--device",
+        type=_device,
+        help=f"{', '.join(registry.DEVICES)}, or virtual-PATH.json; "
+        "default: cuda where NVML sees a GPU",
     )
     parser.add_argument("--only", help="a method, or a part of the cells' ids")
 
@@ -142,18 +152,42 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--attention", choices=registry.ATTENTIONS, default="sdpa")
     parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="other fields of a cell, such as num_neurons=6400 active_fraction=0.5",
+    )
+    parser.add_argument(
+        "--margin", type=_share, default=0.05, help="memory left free; default 0.05"
+    )
+    parser.add_argument(
         "--allow-download", action="store_true", help="let a config be fetched"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _plan_or_fit(arguments: argparse.Namespace) -> int:
-    maximize = arguments.maximize if arguments.command == "fit" else None
+    is_plan, margin = arguments.command == "plan", arguments.margin
+    maximize = None if is_plan else arguments.maximize
     cells = planning.cells(arguments)
     options = ChildOptions(allow_download=arguments.allow_download)
-    plans = planning.ask(cells, options, maximize)
-    shown = json.dumps(plans, indent=2) if arguments.json else None
-    print(shown or planning.table(cells, plans, maximize))
+    timeline = arguments.timeline if is_plan else None
+    plans = planning.ask(
+        cells,
+        options,
+        maximize=maximize,
+        margin=margin,
+        timeline=timeline is not None,
+    )
+    if timeline is not None:
+        planning.write_timeline(plans, timeline)
+    if arguments.json:
+        print(json.dumps(plans, indent=2))
+        return harness.EXIT_OK
+    print(planning.table(cells, plans, maximize, margin))
+    for told in plans if is_plan and arguments.details else ():
+        print(f"\n{planning.details(told)}")
     return harness.EXIT_OK
 
 
@@ -268,6 +302,25 @@ def _seconds(text: str) -> float:
     if not seconds > 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return seconds
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below 1")
+    return share
+
+
+def _device(text: str) -> str:
+    if text.endswith(".json"):  # children start elsewhere
+        text = f"{registry.VIRTUAL}{Path(gpu.name_in(text)).resolve()}"
+    try:
+        return str(fields.check("device", text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _size(text: str) -> int:

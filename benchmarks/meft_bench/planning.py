@@ -5,6 +5,7 @@ and how the answer is shown.
 """
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meft_bench import isolate, registry
+from meft_bench import fields, isolate, registry
 from meft_bench.cell import Cell
 from meft_bench.options import ChildOptions
 from meft_bench.quantities import format_bytes
@@ -24,11 +25,13 @@ ALIASES = {"exact": "meft1-exact"}
 FIELDS = {"batch": "batch_size", "seq": "seq_len", "depth": "depth"}
 """What `--maximize` may name."""
 AT_MOST = {"batch_size": 1 << 16, "seq_len": 1 << 20, "depth": 1000}
+NUM_SHOWN = 8
+"""Lines of a part of the details."""
 PLANNER = "meft_bench.virtual.planner"
 NOTE = (
     "Predicted from fake CUDA tensors and a model of the caching allocator; no number "
     "here has been held against a real GPU yet. Needed is what is reserved and about "
-    "{context} of the driver's own; fits leaves 5 % free."
+    "{context} of the driver's own; fits leaves {margin:.0%} free."
 )
 
 
@@ -47,28 +50,43 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
         gpu.find(name)
     except gpu.GpuError as error:
         raise PlanningError(str(error)) from error
-    backbone = _backbone(arguments.backbone)
-    return [
-        Cell(
-            method=method,
-            backbone=backbone,
-            batch_size=arguments.batch,
-            seq_len=arguments.seq,
-            dtype=arguments.dtype,
-            weights_dtype=arguments.weights_dtype or "fp32",
-            depth=arguments.depth,
-            accumulation=arguments.accumulation,
-            attention=arguments.attention,
-            device=f"{registry.VIRTUAL}{name}",
-        )
-        for method in _methods(arguments.method)
-    ]
+    asked: dict[str, Any] = {
+        "backbone": _backbone(arguments.backbone),
+        "batch_size": arguments.batch,
+        "seq_len": arguments.seq,
+        "dtype": arguments.dtype,
+        "weights_dtype": arguments.weights_dtype or "fp32",
+        "depth": arguments.depth,
+        "accumulation": arguments.accumulation,
+        "attention": arguments.attention,
+        "device": f"{registry.VIRTUAL}{name}",
+    }
+    asked |= dict(_field(text) for text in arguments.set)
+    found = [Cell(method=method, **asked) for method in _methods(arguments.method)]
+    for cell in found:
+        try:
+            fields.check_together(cell)
+        except ValueError as error:
+            raise PlanningError(str(error)) from error
+    return found
 
 
 def ask(
-    cells: Sequence[Cell], options: ChildOptions, maximize: str | None
+    cells: Sequence[Cell],
+    options: ChildOptions,
+    *,
+    maximize: str | None,
+    margin: float,
+    timeline: bool = False,
 ) -> list[dict[str, Any]]:
     """The plan of each cell, or of the largest that fits, as JSON objects.
+
+    Args:
+        cells: what to plan.
+        options: of the child.
+        maximize: one of `FIELDS`, or None for the cells as they are.
+        margin: share of the GPU's memory that is left free by what fits.
+        timeline: whether a plan has every moment of its step.
 
     Raises:
         PlanningError: the child died; says of what.
@@ -79,6 +97,8 @@ def ask(
         "options": json.loads(options.to_json()),
         "maximize": field,
         "at_most": AT_MOST.get(field or ""),
+        "margin": margin,
+        "timeline": timeline,
     }
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "plans.json")
@@ -102,7 +122,10 @@ def ask(
 
 
 def table(
-    cells: Sequence[Cell], plans: Sequence[dict[str, Any]], maximize: str | None
+    cells: Sequence[Cell],
+    plans: Sequence[dict[str, Any]],
+    maximize: str | None,
+    margin: float,
 ) -> str:
     """The answer for people."""
     first = cells[0]
@@ -114,15 +137,91 @@ def table(
     if maximize is not None:
         header.insert(1, f"largest {maximize}")
     header += ["trainable", "TFLOP", "at least", "up", "most is held by", "at"]
-    rows = [header, *(_row(plan, maximize) for plan in plans)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines += [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+    lines += _aligned([header, *(_row(plan, maximize) for plan in plans)])
+    lines += [f"{p['method']}: {p['message']}" for p in plans if p["message"]]
+    context = format_bytes(found.context_bytes)
+    lines.append(NOTE.format(context=context, margin=margin))
+    return "\n".join(lines)
+
+
+def details(plan: dict[str, Any]) -> str:
+    """Where the memory and the traffic of one plan come from, for people."""
+    lines = [f"{plan['method']}:"]
+    if plan["by_kind"] is None:
+        return lines[0] + " no plan"
+    sums = {
+        "at the peak, by kind": plan["by_kind"],
+        "most, by phase": plan["by_phase"],
+        "at the peak, by block": plan["by_block"],
+        "at the peak, by operator": plan["by_operator"],
+        "saved for backward, by block": plan["saved_by_block"],
+        "between host and device": {
+            f"{m['direction']} {m['phase']} {m['block']}": m["num_bytes"]
+            for m in plan["moved"]
+        },
+    }
+    for title, parts in sums.items():
+        shown = dict(list(parts.items())[:NUM_SHOWN])
+        rest = sum(parts.values()) - sum(shown.values())
+        rows = [[f"    {name or '-'}", format_bytes(n)] for name, n in shown.items()]
+        if len(parts) > NUM_SHOWN and title != "most, by phase":
+            more = f"    {len(parts) - NUM_SHOWN} more"
+            rows.append([more, format_bytes(rest)])
+        lines += [f"  {title}", *_aligned(rows)]
+    lines.append(f"  unattributed {format_bytes(plan['unattributed_bytes'])}")
+    lines.append("  largest at the peak")
+    lines += _aligned(
+        [
+            [
+                f"    {format_bytes(one['num_bytes'])}",
+                f"{one['dtype']} {one['shape']}",
+                one["kind"],
+                f"{one['operator']} of {one['module'] or '-'}",
+            ]
+            for one in plan["largest"]
+        ]
+    )
+    return "\n".join(lines)
+
+
+def write_timeline(plans: Sequence[dict[str, Any]], path: Path) -> None:
+    """Every moment of each plan's step as a table of CSV, whole or not at all."""
+    moments = [
+        {"method": plan["method"]} | moment
+        for plan in plans
+        for moment in plan.pop("timeline") or ()
+    ]
+    names = dict.fromkeys(name for moment in moments for name in moment)
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(names), restval=0)
+        writer.writeheader()
+        writer.writerows(moments)
+    part.replace(path)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(text) for text in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            text.ljust(width) for text, width in zip(row, widths, strict=True)
+        ).rstrip()
         for row in rows
     ]
-    lines += [f"{p['method']}: {p['message']}" for p in plans if p["message"]]
-    lines.append(NOTE.format(context=format_bytes(found.context_bytes)))
-    return "\n".join(line.rstrip() for line in lines)
+
+
+def _field(text: str) -> tuple[str, Any]:
+    """`NAME=VALUE` as a field of a cell."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise PlanningError(f"{text!r}: write `--set NAME=VALUE`")
+    try:
+        fields.check_name(name)
+        kind = fields.FIELDS[name].type
+        given = value if kind is str else kind(value)  # type: ignore[operator]
+        return name, fields.check(name, given)
+    except ValueError as error:
+        raise PlanningError(f"{text!r}: {error}") from error
 
 
 def _row(plan: dict[str, Any], maximize: str | None) -> list[str]:

@@ -242,8 +242,6 @@ class Ledger(TorchDispatchMode):
 
     def _mark_nodes(self) -> None:
         """Nodes that are made from now on belong to the module we are in."""
-        if torch._C._current_graph_task_id() != -1:
-            return
         number = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         name = self._modules[-1] if self._modules else ""
         if self._first_nodes and self._first_nodes[-1] >= number:
@@ -261,24 +259,27 @@ class Ledger(TorchDispatchMode):
         self._phase = "forward"
 
     def _tell_kinds(self) -> None:
+        owners: dict[Tensor, str] = {}
         for model in self._models:
-            for parameter in model.parameters():
+            for name, parameter in model.named_parameters():
+                owners[parameter] = owner = name.rpartition(".")[0]
                 kind = "parameters" if parameter.requires_grad else "frozen"
-                self._tell(parameter.detach(), kind)
+                self._tell(parameter.detach(), kind, owner)
                 if parameter.grad is not None:
-                    self._tell(parameter.grad, "gradients")
-            for buffer in model.buffers():
-                self._tell(buffer, "buffers")
+                    self._tell(parameter.grad, "gradients", owner)
+            for name, buffer in model.named_buffers():
+                self._tell(buffer, "buffers", name.rpartition(".")[0])
         for optimizer in self._optimizers:
-            for state in optimizer.state.values():
+            for of, state in optimizer.state.items():
                 for value in state.values():
                     if isinstance(value, Tensor):
-                        self._tell(value, "optimizer")
+                        self._tell(value, "optimizer", owners.get(of, ""))
 
-    def _tell(self, tensor: Tensor, kind: str) -> None:
+    def _tell(self, tensor: Tensor, kind: str, owner: str) -> None:
         storage = self.see(tensor)
         if storage is not None:
             storage.kind = kind
+            storage.module = storage.module or owner
 
     # How much.
 

@@ -13,13 +13,14 @@ import torch
 from meft_bench import measure
 from meft_bench.cell import Cell
 from meft_bench.source import MissingError, Source
+from meft_bench.virtual import views
 from meft_bench.virtual.gpu import Gpu, workspace_bytes
 from meft_bench.virtual.predict import HOW, Ready, ready
-from meft_bench.virtual.replay import replay
-from meft_bench.virtual.trace import Peak, Trace
+from meft_bench.virtual.replay import NUM_THREADS, replay
+from meft_bench.virtual.trace import Peak, Storage, Trace
 
-MARGIN = 0.05
-"""Of the GPU's memory, left free by what is said to fit."""
+NUM_LARGEST = 12
+"""Storages that are told one by one."""
 HALF = ("bf16", "fp16")
 
 
@@ -37,13 +38,31 @@ class Plan:
     needed_bytes: int | None = None
     """Reserved, and what the driver takes beside it."""
     by_kind: dict[str, int] | None = None
-    """Of the moment at which most was held; adds up to the ledger's peak."""
+    """Of the moment at which most was held. `libraries` is what those that multiply
+    matrices keep for ever."""
+    unattributed_bytes: int | None = None
+    """Allocated, but in no kind: what blocks have too much."""
+    by_phase: dict[str, int] | None = None
+    """The most that was held during each."""
+    by_block: dict[str, int] | None = None
+    by_operator: dict[str, int] | None = None
+    """At the same moment, by where it was made; largest first, no workspaces."""
+    largest: list[dict[str, Any]] | None = None
+    """The largest storages of that moment, and where each was made."""
+    saved_by_block: dict[str, int] | None = None
+    """What each block leaves for backward."""
+    timeline: list[dict[str, Any]] | None = None
+    """Time in operators, phase, and bytes of each kind, one row per change."""
     where: str = ""
     """That moment: phase, module, operator."""
     num_trainable_parameters: int | None = None
     num_flops: int | None = None
     h2d_bytes: int | None = None
     d2h_bytes: int | None = None
+    moved: list[dict[str, Any]] | None = None
+    """These two by direction, phase and block."""
+    bytes_touched: int | None = None
+    """Read and written by operators."""
     seconds_at_least: float | None = None
     """What arithmetic or memory alone would take at the vendor's rates."""
     prediction: str = HOW
@@ -53,18 +72,25 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-def plan(cell: Cell, source: Source) -> Plan:
-    """The plan of a cell on the virtual GPU that is its device; raises nothing."""
+def plan(cell: Cell, source: Source, margin: float, timeline: bool = False) -> Plan:
+    """The plan of a cell on the virtual GPU that is its device; raises nothing.
+
+    Args:
+        cell: what to plan.
+        source: of its config.
+        margin: share of the GPU's memory that is left free by what fits.
+        timeline: whether the plan has every moment of the step.
+    """
     try:
         with ready(cell, source) as it:
-            return _plan(it)
+            return _plan(it, margin, timeline)
     except torch.OutOfMemoryError as error:
         return Plan(method=cell.method, verdict="too large", message=str(error))
     except (MissingError, ValueError, NotImplementedError) as error:
         return Plan(method=cell.method, verdict="unknown", message=str(error))
 
 
-def _plan(it: Ready) -> Plan:
+def _plan(it: Ready, margin: float, timeline: bool) -> Plan:
     gpu = it.device.gpu
     ledger = it.ledger
     it.stepper.model.train()
@@ -79,23 +105,32 @@ def _plan(it: Ready) -> Plan:
     memory = replay(trace, workspace_bytes=workspace_bytes(gpu), start=started)
     needed = memory.reserved_bytes + gpu.context_bytes
     peak = trace.peak("cuda", started)
-    moved = Counter[str]()
-    for copy in trace.copies:
-        if copy.time > started:
-            moved[copy.direction] += copy.num_bytes
+    kinds = peak.by_kind | {"libraries": NUM_THREADS * workspace_bytes(gpu)}
+    directions = Counter[str]()
+    for copy in views.copies_after(trace, started):
+        directions[copy.direction] += copy.num_bytes
     count = measure.count(it.stepper.model)
     return Plan(
         method=it.cell.method,
-        verdict=_verdict(needed, gpu),
+        verdict=_verdict(needed, gpu, margin),
         allocated_bytes=memory.allocated_bytes,
         reserved_bytes=memory.reserved_bytes,
         needed_bytes=needed,
-        by_kind=peak.by_kind,
+        by_kind=kinds,
+        unattributed_bytes=memory.allocated_bytes - sum(kinds.values()),
+        by_phase=views.peak_by_phase(trace, "cuda", started),
+        by_block=views.at_peak(trace, peak, "block"),
+        by_operator=views.at_peak(trace, peak, "operator"),
+        largest=[_told(trace, storage) for storage in peak.alive[:NUM_LARGEST]],
+        saved_by_block=views.saved_by_block(trace, ledger.step),
+        timeline=_moments(trace, started) if timeline else None,
         where=_where(trace, peak),
         num_trainable_parameters=count["num_trainable_parameters"],
         num_flops=num_flops,
-        h2d_bytes=moved["h2d"],
-        d2h_bytes=moved["d2h"],
+        h2d_bytes=directions["h2d"],
+        d2h_bytes=directions["d2h"],
+        moved=_moved(trace, started),
+        bytes_touched=bytes_touched,
         seconds_at_least=max(
             num_flops / _flops_per_second(it.cell, gpu),
             bytes_touched / gpu.memory_bytes_per_second,
@@ -103,10 +138,30 @@ def _plan(it: Ready) -> Plan:
     )
 
 
-def _verdict(needed_bytes: int, gpu: Gpu) -> str:
+def _verdict(needed_bytes: int, gpu: Gpu, margin: float) -> str:
     if needed_bytes > gpu.memory_bytes:
         return "too large"
-    return "fits" if needed_bytes <= (1 - MARGIN) * gpu.memory_bytes else "tight"
+    return "fits" if needed_bytes <= (1 - margin) * gpu.memory_bytes else "tight"
+
+
+def _told(trace: Trace, storage: Storage) -> dict[str, Any]:
+    told = dataclasses.asdict(storage)
+    names = ("num_bytes", "shape", "dtype", "operator", "module", "phase", "step")
+    return {name: told[name] for name in names} | {"kind": trace.kind_of(storage)}
+
+
+def _moments(trace: Trace, started: int) -> list[dict[str, Any]]:
+    return [
+        {"time": moment.time, "phase": moment.phase} | moment.by_kind
+        for moment in views.timeline(trace, "cuda", started)
+    ]
+
+
+def _moved(trace: Trace, started: int) -> list[dict[str, Any]]:
+    return [
+        {"direction": direction, "phase": phase, "block": block, "num_bytes": size}
+        for (direction, phase, block), size in views.moved(trace, started).items()
+    ]
 
 
 def _where(trace: Trace, peak: Peak) -> str:

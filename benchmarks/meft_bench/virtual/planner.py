@@ -45,9 +45,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(options.num_threads)
     source = Source(allow_download=options.allow_download)
     field = request["maximize"]
-    if field is None:
-        return {"plans": [plan(cell, source).to_json() for cell in cells]}
-    return {"plans": [_fit(cell, field, request, source) for cell in cells]}
+    if field is not None:
+        return {"plans": [_fit(cell, field, request, source) for cell in cells]}
+    margin, timeline = request["margin"], request["timeline"]
+    return {"plans": [plan(cell, source, margin, timeline).to_json() for cell in cells]}
 
 
 def _fit(
@@ -55,16 +56,17 @@ def _fit(
 ) -> dict[str, Any]:
     from meft_bench.virtual import gpu
     from meft_bench.virtual.fit import largest_that_fits
-    from meft_bench.virtual.plan import MARGIN, Plan, plan
+    from meft_bench.virtual.plan import Plan, plan
 
     plans: dict[int, Plan] = {}
+    margin: float = request["margin"]
 
     def needed(value: int) -> float:
-        plans[value] = plan(_changed(cell, field, value), source)
+        plans[value] = plan(_changed(cell, field, value), source, margin)
         size = plans[value].needed_bytes
         return float("inf") if size is None else size
 
-    room = (1 - MARGIN) * gpu.find(gpu.name_in(cell.device)).memory_bytes
+    room = (1 - margin) * gpu.find(gpu.name_in(cell.device)).memory_bytes
     found = largest_that_fits(needed, room, request["at_most"])
     told = plans[max(found.largest, 1)].to_json()
     beyond = plans.get(found.largest + 1)

@@ -22,6 +22,7 @@ KINDS = (
     "recompute",
     "update",
     "workspace",
+    "libraries",
 )
 """What memory is for, in the order in which it is shown.
 
@@ -32,6 +33,7 @@ saved                made in forward and still there when backward begins
 forward ... update   made in that phase and gone soon; `recompute` is a forward that
                      runs inside backward
 workspace            that kernels take for themselves
+libraries            that those which multiply matrices keep for ever
 """
 
 
@@ -45,7 +47,7 @@ class Storage:
     device: str
     operator: str
     module: str
-    """Where it was made; "" outside of all."""
+    """Where it was made, or whose parameter it belongs to; "" outside of all."""
     phase: str
     step: int
     shape: tuple[int, ...]

@@ -1,0 +1,121 @@
+"""A trace, summed up; on real tensors of a CPU."""
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from harness.tiny import BLOCKS, batch, cell, classifier
+from meft_bench.training import Stepper
+from meft_bench.virtual import views
+from meft_bench.virtual.ledger import Ledger
+from meft_bench.virtual.trace import Copy, Trace
+
+
+@pytest.fixture(autouse=True)
+def no_garbage_collection() -> Iterator[None]:
+    """What it frees, and when, depends on the tests before."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def one_step() -> Trace:
+    """Of two layers of 1 MiB each, whose input is 256 KiB."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 512, bias=False), nn.ReLU())
+    model.append(nn.Linear(512, 512, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), foreach=False)
+    with Ledger() as ledger:
+        ledger.watch(model, optimizer)
+        model(torch.ones(128, 512)).sum().backward()
+        optimizer.step()
+    return ledger.trace()
+
+
+def test_each_phase_has_a_peak() -> None:
+    """By hand."""
+    trace = one_step()
+    most = views.peak_by_phase(trace, "cpu")
+    assert list(most) == ["forward", "backward"]
+    peak = trace.peak("cpu")
+    assert max(most.values()) == peak.num_bytes
+    # Weights; the input, what the ReLU gives, and the last output; the sum of it.
+    assert most["forward"] == 2 * 2**20 + 3 * 2**18 + 512
+
+
+def test_a_timeline_ends_in_what_is_left() -> None:
+    moments = list(views.timeline(one_step(), "cpu"))
+    assert moments[-1].by_kind == {"parameters": 2**21, "gradients": 2**21}
+    totals = [sum(moment.by_kind.values()) for moment in moments]
+    assert max(totals) == one_step().peak("cpu").num_bytes
+    assert [m.time for m in moments] == sorted(m.time for m in moments)
+
+
+@pytest.mark.parametrize("of", ["kind", "phase", "block", "module", "operator"])
+def test_a_peak_is_the_same_bytes_however_it_is_cut(of: str) -> None:
+    trace = one_step()
+    peak = trace.peak("cpu")
+    parts = views.at_peak(trace, peak, of)
+    assert sum(parts.values()) == peak.num_bytes
+    assert list(parts.values()) == sorted(parts.values(), reverse=True)
+
+
+def test_blocks_are_told_by_their_number() -> None:
+    found = {
+        name: views.block_of(name)
+        for name in (
+            "",
+            "bert.embeddings",
+            "bert.encoder.layer.3",
+            "bert.encoder.layer.3.attention.self",
+            "model.layers.10.mlp",
+            "0",
+            "conv1.weight",
+        )
+    }
+    assert found == {
+        "": "",
+        "bert.embeddings": "bert.embeddings",
+        "bert.encoder.layer.3": "bert.encoder.layer.3",
+        "bert.encoder.layer.3.attention.self": "bert.encoder.layer.3",
+        "model.layers.10.mlp": "model.layers.10",
+        "0": "0",
+        "conv1.weight": "conv1.weight",
+    }
+
+
+def test_blocks_alike_save_as_much() -> None:
+    """And none of it is of no block."""
+    here = cell(method="full")
+    stepper = Stepper(classifier("bert"), here)
+    stepper.model.train()
+    with Ledger() as ledger:
+        ledger.watch(stepper.model, stepper.optimizer)
+        stepper.step([batch()], 1e-3)
+    saved = views.saved_by_block(ledger.trace(), 0, "cpu")
+    blocks = [saved[f"bert.encoder.layer.{index}"] for index in range(BLOCKS)]
+    assert len(set(blocks)) == 1
+    outside = saved.get("", 0) - sum(tensor.nbytes for tensor in batch().values())
+    assert outside < 0.01 * sum(saved.values())
+
+
+def test_copies_are_summed_by_where_they_belong() -> None:
+    copies = tuple(
+        Copy(time, direction, 8, phase, module)
+        for time, direction, phase, module in (
+            (1, "h2d", "forward", "a.0.b"),
+            (2, "h2d", "forward", "a.0.c"),
+            (3, "d2h", "backward", "a.0.b"),
+            (4, "h2d", "forward", "a.1"),
+        )
+    )
+    trace = Trace(storages=(), events=(), copies=copies, round_bytes=1)
+    assert views.moved(trace, start=1) == {
+        ("d2h", "backward", "a.0"): 8,
+        ("h2d", "forward", "a.0"): 8,
+        ("h2d", "forward", "a.1"): 8,
+    }
