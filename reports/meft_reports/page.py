@@ -109,7 +109,7 @@ def _all_sections(frame: pd.DataFrame) -> list[Section]:
             lead="Single training steps on random tokens, whose shapes are exact.",
             figures=_figures(frame, "memory_batch", "memory_depth"),
             tables=_tables(frame, "predictions"),
-            folded=_folded(frame, "memory"),
+            folded=_folded(frame, "memory", "activations"),
             empty="No cell ran on synthetic tokens.",
         ),
         Section(
@@ -201,12 +201,13 @@ def _figure(frame: pd.DataFrame, name: str) -> Figure | None:
 
 
 def _tables(frame: pd.DataFrame, *names: str) -> tuple[Markup, ...]:
-    return tuple(markup for name in names for _, markup in _folded(frame, name))
+    return tuple(markup for _, markup in _folded(frame, *names))
 
 
-def _folded(frame: pd.DataFrame, name: str) -> tuple[tuple[str, Markup], ...]:
+def _folded(frame: pd.DataFrame, *names: str) -> tuple[tuple[str, Markup], ...]:
+    tables = [table for name in names for table in find_tables(name)(frame)]
     # to_html escapes every value.
-    return tuple((t.title, Markup(to_html(t))) for t in find_tables(name)(frame))
+    return tuple((table.title, Markup(to_html(table))) for table in tables)
 
 
 def _facts(frame: pd.DataFrame) -> list[tuple[str, str]]:

@@ -1,9 +1,15 @@
 import re
+from typing import Any
 
 import pandas as pd
 import pytest
 
-from meft_reports.format import format_bytes, format_bytes_spread, format_seconds
+from meft_reports.format import (
+    NOTHING,
+    format_bytes,
+    format_bytes_spread,
+    format_seconds,
+)
 from meft_reports.frame import to_frame
 from meft_reports.tables import TABLES, find_tables
 from meft_reports.tables.table import Table, to_html, to_markdown
@@ -102,6 +108,45 @@ def test_random_weights_are_labelled_in_every_table(
     for table in shown:
         assert "andom weights" in to_markdown(table), table.title
         assert "andom weights" in to_html(table), table.title
+
+
+def test_activations_are_what_a_step_adds_to_what_rests(
+    make_record: MakeRecord,
+) -> None:
+    """By hand, in both units; nothing is compared with a cell that failed."""
+    gib = 2**30
+    shape: Any = {"task": "synthetic", "resting_bytes": gib}
+    records = [
+        make_record(
+            method="full",
+            peak_allocated_bytes=11 * gib,
+            saved_bytes=8 * gib,
+            **shape,
+        ),
+        make_record(
+            method="meft1-exact",
+            peak_allocated_bytes=3 * gib,
+            saved_bytes=gib,
+            **shape,
+        ),
+        make_record(method="checkpointing", status="oom", **shape),
+    ]
+    (table,) = find_tables("activations")(to_frame(records))
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert table.header[1:6] == (
+        "peak",
+        "in the paper's GB",
+        "of it at rest",
+        "activations",
+        "in the paper's GB",
+    )
+    assert rows["meft1-exact"][:8] == (
+        *("3.0 GiB", "3.07", "1.0 GiB", "2.0 GiB", "2.05"),
+        *("80 %", NOTHING, NOTHING),
+    )
+    assert rows["meft1-exact"][8:10] == ("1.0 GiB", "87.5 %")
+    assert rows["full"][3:6] == ("10.0 GiB", "10.24", NOTHING)
+    assert rows["checkpointing"][0] == "oom"
 
 
 def test_predictions_are_labelled_and_stand_alone(make_record: MakeRecord) -> None:

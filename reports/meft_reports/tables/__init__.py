@@ -23,6 +23,7 @@ TABLES = (
     "results",
     "differences",
     "memory",
+    "activations",
     "ratios",
     "traffic",
     "predictions",

@@ -1,0 +1,94 @@
+"""Activations: what a step holds beyond what rests, by the protocol of the paper.
+
+    rest           what lives between two steps: weights, optimizer state
+    activations    the peak of a step less the rest, in GiB and in the unit of the
+                   authors' code, which says "GB" and means 1000 * 2^20 bytes
+    saved          what forward leaves for backward, counted tensor by tensor
+
+Liao et al., NeurIPS 2023, section 4, and their code. Gradients are among activations
+here; theirs rest.
+"""
+
+from typing import Any
+
+import pandas as pd
+
+from meft_reports.format import NOTHING, format_bytes, format_percent, is_null
+from meft_reports.labels import describe, fields_to_show, option_label
+from meft_reports.summary import PROVENANCE, WORKLOAD, prepare, settings, split
+from meft_reports.tables.table import Table, join_options, notes_on
+
+GB_OF_THE_PAPER = 1000 * 2**20
+BASES = ("full", "checkpointing", "adapters-checkpointing")
+"""What the others save memory against."""
+HEADER = (
+    "method",
+    "peak",
+    "in the paper's GB",
+    "of it at rest",
+    "activations",
+    "in the paper's GB",
+    *(f"less than {base}" for base in BASES),
+    "saved for backward",
+    *(f"less than {base}" for base in BASES),
+)
+NOTES = (
+    "Single steps on random tokens. Activations are what the peak of a step needs "
+    "beyond weights and optimizer state, gradients among it. The paper's GB is "
+    "1000 · 2^20 bytes. A word instead of a number is how that cell failed.",
+)
+
+
+def make(frame: pd.DataFrame) -> list[Table]:
+    """One table per workload that has a method to save against."""
+    rows = prepare(frame)
+    rows = rows[(rows["task"] == "synthetic") & (rows["rival"] == "")]
+    shown = fields_to_show(rows, always=("backbone", "dtype", "batch_size", "device"))
+    return [
+        _table(part, describe(part, shown))
+        for _, part in split(rows, [*WORKLOAD, *PROVENANCE])
+        if part["method"].isin(BASES).any() and part["method"].nunique() > 1
+    ]
+
+
+def _table(part: pd.DataFrame, workload: str) -> Table:
+    measured = part[(part["status"] == "ok") & part["peak_activation_bytes"].notna()]
+    bases = {base: measured[measured["method"] == base] for base in BASES}
+    rows = []
+    for same in settings(part):
+        first = same.iloc[0]
+        name = join_options(first["method"], option_label(first, part))
+        rows.append((name, *_row(same, bases)))
+    return Table(
+        title=f"Activations · {workload}",
+        header=HEADER,
+        rows=tuple(rows),
+        notes=(*NOTES, *notes_on(part)),
+    )
+
+
+def _row(same: pd.DataFrame, bases: dict[str, pd.DataFrame]) -> tuple[str, ...]:
+    ok = same[same["status"] == "ok"]
+    if ok.empty:
+        return (same["status"].iloc[0], *[NOTHING] * (len(HEADER) - 2))
+    cells: list[str] = []
+    for name in ("peak_allocated_bytes", "peak_activation_bytes", "saved_bytes"):
+        mean = ok[name].mean()
+        cells.append(format_bytes(mean))
+        if name != "saved_bytes":
+            cells.append(_in_paper_unit(mean))
+        if name == "peak_allocated_bytes":
+            cells.append(format_bytes(ok["resting_bytes"].mean()))
+            continue
+        cells += [_less(mean, base[name].mean()) for base in bases.values()]
+    return tuple(cells)
+
+
+def _in_paper_unit(num_bytes: Any) -> str:
+    return NOTHING if is_null(num_bytes) else f"{num_bytes / GB_OF_THE_PAPER:.2f}"
+
+
+def _less(value: Any, base: Any) -> str:
+    """By how much `value` is less than `base`; below 0 where it is more."""
+    known = not is_null(value) and not is_null(base) and base != value
+    return format_percent(1 - value / base) if known else NOTHING
