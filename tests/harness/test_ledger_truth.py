@@ -4,7 +4,7 @@ import gc
 import hashlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from harness.tiny import BLOCKS, FAMILIES, batch, cell, classifier
 from meft_bench.meters.memory import cpu_step_peak_bytes
 from meft_bench.registry import METHODS, load
+from meft_bench.tasks.batches import Batch
 from meft_bench.training import Stepper
-from meft_bench.virtual import gpu
+from meft_bench.virtual import gpu, views
 from meft_bench.virtual.ledger import Ledger
 from meft_bench.virtual.personality import VirtualGpu
 
@@ -59,6 +60,72 @@ def test_a_peak_is_what_the_allocator_saw(method: str, model_type: str) -> None:
     # A checkpoint keeps the state of random numbers, which no operator makes.
     unseen = BLOCKS * RANDOM_STATE_BYTES if method == "checkpointing" else 0
     assert peak == pytest.approx(truth, rel=ACCURACY, abs=unseen)
+
+
+PHASES = ("forward", "backward", "update")
+
+
+def phases_of(
+    stepper: Stepper, rows: Batch
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """One step, phase by phase."""
+    losses: list[torch.Tensor] = []
+    yield "forward", lambda: losses.append(stepper.loss(rows))
+    yield "backward", lambda: losses.pop().backward()
+    yield "update", stepper.optimizer.step
+    stepper.optimizer.zero_grad()
+
+
+def peaks_that_the_allocator_saw(stepper: Stepper, rows: Batch) -> dict[str, int]:
+    """Of each phase, from the start of the step on."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        for phase, work in phases_of(stepper, rows):
+            with torch.profiler.record_function(f"phase {phase}"):
+                work()
+    assert profile.profiler is not None
+    results = profile.profiler.kineto_results
+    assert results is not None
+    events = list(results.events())
+    spans = {
+        e.name().removeprefix("phase "): (e.start_ns(), e.start_ns() + e.duration_ns())
+        for e in events
+        if e.name().startswith("phase ")
+    }
+    held, peaks = 0, dict.fromkeys(PHASES, 0)
+    memory = (e for e in events if e.name() == "[memory]")
+    for event in sorted(memory, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        for phase, (start, end) in spans.items():
+            if start <= event.start_ns() <= end:
+                peaks[phase] = max(peaks[phase], held)
+    return peaks
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("method", ["full", "lora", "meft1"])
+def test_every_phase_peaks_where_the_allocator_says(
+    method: str, model_type: str
+) -> None:
+    stepper = ready(method, model_type)
+    rows = stepper.to_device(batch(**SIZE))
+    truth = peaks_that_the_allocator_saw(stepper, rows)
+    with Ledger(round_bytes=1) as ledger:
+        ledger.watch(stepper.model, stepper.optimizer)
+        for tensor in rows.values():
+            ledger.see(tensor)
+        before = sum(s.num_bytes for s in ledger.trace().storages)
+        started = ledger.time
+        for _, work in phases_of(stepper, rows):
+            work()
+    found = views.peak_by_phase(ledger.trace(), "cpu", started)
+    found["backward"] = max(found["backward"], found.pop("recompute", 0))
+    assert found.keys() == truth.keys()
+    # What no operator makes: MEFT's state of random numbers, numbers as tensors.
+    unseen = RANDOM_STATE_BYTES if method == "meft1" else 64
+    for phase, peak in found.items():
+        within = pytest.approx(truth[phase], rel=ACCURACY, abs=unseen)
+        assert peak - before == within, phase
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")

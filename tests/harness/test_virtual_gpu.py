@@ -55,17 +55,20 @@ def steps(method: str, model_type: str, device: str) -> Trace:
     return book.trace()
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("method", FAITHFUL)
-def test_fake_and_real_tensors_take_the_same_memory(method: str) -> None:
+def test_fake_and_real_tensors_take_the_same_memory(
+    method: str, model_type: str
+) -> None:
     """Both on a CPU, whose kernels both then choose: to the byte."""
-    steps(method, "bert", "cpu")  # libraries keep constants from their first use on
-    real = steps(method, "bert", "cpu").peak("cpu")
+    steps(method, model_type, "cpu")  # libraries keep constants from first use on
+    real = steps(method, model_type, "cpu").peak("cpu")
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         patches = (personality._values, personality._masks, personality._moving_modules)
         with contextlib.ExitStack() as stack:
             for patch in patches:
                 stack.enter_context(*patch())
-            fake = steps(method, "bert", "cpu").peak("cpu")
+            fake = steps(method, model_type, "cpu").peak("cpu")
     assert fake.by_kind == real.by_kind
     assert fake.num_bytes == real.num_bytes
 
