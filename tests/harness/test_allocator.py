@@ -4,15 +4,19 @@ import itertools
 import random
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.tiny import batch, cell, classifier
+from meft_bench.training import Stepper
 from meft_bench.virtual.allocator import (
     MIB,
     Block,
     CachingAllocator,
     OutOfMemoryError,
 )
+from meft_bench.virtual.snapshot import serve
 
 
 def take(allocator: CachingAllocator, *sizes: int) -> list[Block]:
@@ -127,3 +131,47 @@ def test_blocks_never_overlap_and_nothing_is_lost(sizes: list[int], seed: int) -
     assert allocator.allocated_bytes == 0
     allocator.empty_cache()
     assert allocator.reserved_bytes == 0
+
+
+def test_a_real_history_is_served_in_its_order() -> None:
+    """By hand: two segments of 20 MiB for 4 MiB, of which one serves twice."""
+
+    def entry(action: str, address: int, size: int) -> dict[str, object]:
+        return {"action": action, "addr": address, "size": size, "stream": 0}
+
+    history = [
+        entry("segment_alloc", 0, 20 * MIB),
+        entry("alloc", 1, 9 * MIB),
+        entry("alloc", 2, 9 * MIB),
+        entry("alloc", 3, 4 * MIB),  # 2 MiB are left of the first segment
+        entry("free_requested", 2, 9 * MIB),
+        entry("free_completed", 2, 9 * MIB),
+        entry("alloc", 4, 9 * MIB),
+        entry("free_completed", 99, MIB),  # from before the history
+    ]
+    found = serve(history)
+    assert found.reserved_bytes == 40 * MIB
+    assert found.allocated_bytes == 22 * MIB
+    assert serve(history, start_bytes=30 * MIB).allocated_bytes == 52 * MIB
+
+
+@pytest.mark.gpu
+def test_the_model_reserves_what_the_real_allocator_does() -> None:
+    """Of a training step, from its recorded history; within a hundredth."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    start_bytes = torch.cuda.memory_allocated()
+    torch.cuda.memory._record_memory_history(context=None, max_entries=1_000_000)
+    try:
+        stepper = Stepper(classifier().cuda(), cell(device="cuda"))
+        stepper.model.train()
+        for _ in range(2):
+            stepper.step([batch()], 1e-3)
+        torch.cuda.synchronize()
+        (history,) = torch.cuda.memory._snapshot()["device_traces"]
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+    found = serve(history, start_bytes)
+    real = torch.cuda.max_memory_reserved()
+    assert found.allocated_bytes == torch.cuda.max_memory_allocated()
+    assert found.reserved_bytes == pytest.approx(real, rel=0.01)

@@ -11,6 +11,9 @@ trace        what was written down: peaks, kinds, copies
 fused        takes the memory that our own kernels take
 predict      one cell, and `plan` one table row, on a virtual GPU
 replay       allocated, reserved, or out of memory, of a whole trace
+snapshot     a real allocator's history, served by the model of it
+views        a trace, summed up by phase, block and operator
+plan         what a step of one cell takes, and why so much
 fit          the largest value that fits, from few probes
 planner      the child of the commands `plan` and `fit`
 allocator    what PyTorch's caching allocator makes of it
