@@ -9,7 +9,7 @@ personality  the virtual GPU itself: all of the above in one context
 ledger       writes down every storage, on any device, fake or real
 trace        what was written down: peaks, kinds, copies
 fused        takes the memory that our own kernels take
-predict      one cell, and `plan` one table row, on a virtual GPU
+predict      one cell of a sweep on a virtual GPU
 replay       allocated, reserved, or out of memory, of a whole trace
 snapshot     a real allocator's history, served by the model of it
 views        a trace, summed up by phase, block and operator
