@@ -24,7 +24,8 @@ class Cell:
     backbone: str = "minilm-l6"
     """A packaged name, `dir:PATH`, `hub:NAME`, or `random:CONFIG`."""
     depth: int = 0
-    """Number of blocks, taken or repeated from the backbone's; 0 leaves it as it is."""
+    """Number of blocks, taken or repeated from the backbone's; 0 leaves it as it is.
+    BART's encoder and decoder each get as many."""
     dtype: str = "fp32"
     """Compute dtype: `fp32`, or `bf16`/`fp16`, autocast over float32 parameters."""
     weights_dtype: str = "fp32"
@@ -77,7 +78,8 @@ class Cell:
     lost_bits: int = 4
     """k of the small scale 2^-k of the `-exact` methods."""
     reversible_blocks: int = 0
-    """Lowest blocks that MEFT rebuilds, those above store; 0 rebuilds all of them."""
+    """Lowest blocks that MEFT rebuilds, those above store; 0 rebuilds all of them.
+    Of BART's encoder and decoder each."""
     mlp_chunks: int = 1
     """Parts of the tokens in which MEFT runs and differentiates an MLP."""
     attention: str = "sdpa"

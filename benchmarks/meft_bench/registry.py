@@ -79,6 +79,8 @@ RANDOM_BACKBONES = (
     "bert-large",
     "roberta-tiny",
     "roberta-large",
+    "bart-tiny",
+    "bart-large",
     "opt-tiny",
     "opt-125m",
     "opt-1.3b",

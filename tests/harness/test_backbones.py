@@ -10,9 +10,13 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import BertTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    BartForSequenceClassification,
+    BertTokenizer,
+    PreTrainedTokenizerFast,
+)
 
-from harness.tiny import FAMILIES, HIDDEN, VOCABULARY, cell, classifier
+from harness.tiny import FAMILIES, HIDDEN, VOCABULARY, cell, classifier, num_lists
 from meft_bench import backbones
 from meft_bench.backbones import files, packages, shapes
 from meft_bench.cell import Cell
@@ -75,14 +79,16 @@ def test_the_seed_alone_decides_the_head(directory: Path) -> None:
 def test_depth_takes_the_first_blocks_and_repeats_them_in_a_cycle(
     depth: int, family: str
 ) -> None:
-    """Block i is a copy of block i mod 3, and no two blocks share a parameter."""
+    """Block i of a list is a copy of block i mod 3; no two blocks share a parameter."""
     original = backbones.blocks_of(classifier(family))
     model = classifier(family)
     backbones.set_depth(model, depth)
     blocks = backbones.blocks_of(model)
-    assert len(blocks) == model.config.num_hidden_layers == depth
-    for index, block in enumerate(blocks):
-        expected = original[index % 3].state_dict()
+    assert len(blocks) == num_lists(family) * depth
+    assert model.config.num_hidden_layers == depth
+    for number, block in enumerate(blocks):
+        which_list, index = divmod(number, depth)
+        expected = original[3 * which_list + index % 3].state_dict()
         for name, weight in block.state_dict().items():
             assert torch.equal(weight, expected[name])
         modules = block.modules()
@@ -103,7 +109,7 @@ def test_every_block_takes_part(depth: int, family: str) -> None:
     for index, block in enumerate(backbones.blocks_of(model)):
         block.register_forward_hook(lambda *_, index=index: seen.append(index))
     model(input_ids=torch.tensor([[5, 6, 7]]))
-    assert seen == list(range(depth))
+    assert seen == list(range(num_lists(family) * depth))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -111,11 +117,30 @@ def test_every_block_takes_part(depth: int, family: str) -> None:
 def test_random_weights_are_made_for_every_family(depth: int, family: str) -> None:
     """With one new head, no cache, something to pad with, and the depth asked for."""
     model = load(cell(backbone=f"random:{family}-tiny", depth=depth), num_labels=3)
-    assert len(backbones.blocks_of(model)) == (depth or 2)
+    assert len(backbones.blocks_of(model)) == num_lists(family) * (depth or 2)
     assert len(backbones.heads_of(model)) == 1
     assert model.config.use_cache is False
     assert isinstance(model.config.pad_token_id, int)
     assert model(input_ids=torch.tensor([[5, 6], [7, 8]])).logits.shape == (2, 3)
+
+
+def test_barts_classifier_is_transformers_own_on_rows_that_end_once() -> None:
+    """In logits, loss and every gradient, to the last bit; rows of unequal length."""
+    ours = classifier("bart").eval()
+    theirs = BartForSequenceClassification(ours.config).eval()
+    theirs.load_state_dict(ours.state_dict())
+    end, pad = ours.config.eos_token_id, ours.config.pad_token_id
+    rows = torch.tensor([[0, 7, 8, end, pad, pad], [0, 9, 10, 11, 12, end]])
+    mask, labels = (rows != pad).long(), torch.tensor([0, 1])
+    outs = [
+        m(input_ids=rows, attention_mask=mask, labels=labels) for m in (ours, theirs)
+    ]
+    assert torch.equal(outs[0].logits, outs[1].logits)
+    assert torch.equal(outs[0].loss, outs[1].loss)
+    for out in outs:
+        out.loss.backward()
+    for got, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(got.grad, expected.grad)
 
 
 def test_every_named_shape_is_known() -> None:
@@ -129,6 +154,7 @@ def test_every_named_shape_is_known() -> None:
     [
         ("bert-base", 109_482_240 + 2 * 768 + 2),
         ("bert-large", 335_141_888 + 2 * 1024 + 2),
+        ("bart-large", 406_291_456 + 1024 * 1024 + 1024 + 2 * 1024 + 2),
         ("roberta-large", 355_359_744 + 2 * 1024 + 2),
         ("opt-6.7b", 6_658_473_984 + 2 * 4096),
         ("opt-66b", 65_719_701_504 + 2 * 9216),
@@ -230,7 +256,7 @@ def test_too_many_tokens_are_refused(tmp_path: Path, name: str, family: str) -> 
     classifier(family)(input_ids=longest)
 
 
-@pytest.mark.parametrize("model_type", ["vit", "bart", "electra", None])
+@pytest.mark.parametrize("model_type", ["vit", "electra", None])
 @pytest.mark.parametrize("name", ["dir:{}", "random:{}/config.json"])
 def test_a_model_of_another_family_is_refused(
     directory: Path, name: str, model_type: str | None
@@ -238,7 +264,7 @@ def test_a_model_of_another_family_is_refused(
     """The error names it and lists what is supported."""
     config = directory / "config.json"
     config.write_text(json.dumps({"model_type": model_type}))
-    expected = f"model_type {model_type!r}; supported: bert, llama, mistral, opt, rob"
+    expected = f"model_type {model_type!r}; supported: bart, bert, llama, mistral, opt"
     with pytest.raises(ValueError, match=expected):
         load(cell(backbone=name.format(directory)))
 

@@ -5,8 +5,18 @@ from typing import Any
 import pytest
 import torch
 
-from harness.tiny import BLOCKS, FAMILIES, HIDDEN, LABELS, batch, cell, classifier
-from meft.backbone.families import find_blocks
+from harness.tiny import (
+    BLOCKS,
+    FAMILIES,
+    HIDDEN,
+    LABELS,
+    batch,
+    cell,
+    classifier,
+    num_lists,
+)
+from meft.backbone.families import NEW_HEADS, BlockList, find_blocks
+from meft.errors import UnsupportedModelError
 from meft.sparse.adapter import SparseAdapter
 from meft.sparse.convert import sparse_adapters
 from meft.sparse.dense import DenseAdapter
@@ -14,7 +24,7 @@ from meft.testing import saved_bytes
 from meft_bench.meters.routing import look
 from meft_bench.meters.rows import Watch
 from meft_bench.methods.adapters import AdaptedBlock
-from meft_bench.registry import METHODS, load
+from meft_bench.registry import METHODS, NEED_VALUES, load
 from meft_bench.training import Stepper
 
 HEAD = HIDDEN * LABELS + LABELS
@@ -26,6 +36,8 @@ ALL = sum(p.numel() for p in classifier().parameters())
 LORA = HEAD + BLOCKS * 2 * 2 * HIDDEN * R
 ADAPTERS = HEAD + BLOCKS * 2 * BOTTLENECK
 NEURONS, EXPERTS = 256, 64
+SPARSE = [family for family in FAMILIES if family != "bart"]
+"""Those that rows in host memory go beside."""
 PHASES = ("forward", "backward", "update")
 ROUTED = HEAD + BLOCKS * (1 + EXPERTS * HIDDEN)
 FORMULAS = {
@@ -132,33 +144,44 @@ def test_an_adapted_block_whose_adapters_output_zero_is_the_block(family: str) -
 def test_adapters_sit_where_meft3_has_them(family: str) -> None:
     """A block equals its family's two halves, given the same adapters."""
     plain, adapted = classifier(family), made("adapters", family)
-    (found,) = find_blocks(plain)
     seen = []
 
     def compare(
-        module: torch.nn.Module, args: Any, kwargs: Any, output: torch.Tensor
+        found: BlockList,
+        module: torch.nn.Module,
+        args: Any,
+        kwargs: Any,
+        output: torch.Tensor,
     ) -> None:
         assert isinstance(module, AdaptedBlock)
-        call = dict(kwargs)
-        if len(args) > 1:  # BERT's loop gives the mask by position
-            call["attention_mask"] = args[1]
+        # BERT's loop gives the mask by position, BART's what the encoder saw too.
+        names = ("attention_mask", "encoder_hidden_states")
+        call = kwargs | dict(zip(names, args[1:], strict=False))
         attended = found.family.attention_half(
             found.blocks[1], args[0], module.attention_adapter, **call
         )
         expected = found.family.mlp_half(found.blocks[1], attended, module.mlp_adapter)
         seen.append(torch.equal(output, expected))
 
-    plain.eval()
-    blocks = adapted.eval().get_submodule(found.name)
-    blocks[1].register_forward_hook(compare, with_kwargs=True)
+    adapted.eval()
+    for found in find_blocks(plain.eval()):
+        blocks = adapted.get_submodule(found.name)
+        hook = functools.partial(compare, found)
+        blocks[1].register_forward_hook(hook, with_kwargs=True)
     rows = {name: batch()[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         adapted(**rows)
-    assert seen == [True]
+    assert seen == [True] * num_lists(family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        (method, family)
+        for method in METHODS
+        for family in (SPARSE if method in NEED_VALUES else FAMILIES)
+    ],
+)
 def test_every_method_trains_every_family(method: str, family: str) -> None:
     """A step moves what trains and nothing else; the head trains in every method."""
     model = made(method, family)
@@ -174,7 +197,7 @@ def test_every_method_trains_every_family(method: str, family: str) -> None:
     # bias on the keys is.
     matrices = {name for name in trained if before[name].ndim > 1}
     assert matrices <= moved <= trained
-    assert any(name.startswith(("classifier", "score")) for name in moved)
+    assert any(name.startswith(NEW_HEADS) for name in moved)
     assert (trained == set(before)) == (method in ("full", "checkpointing"))
 
 
@@ -228,10 +251,10 @@ def test_a_cell_says_how_much_of_a_stack_is_rebuilt(method: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_goes_to_queries_and_values(family: str) -> None:
-    """Two pairs a block, in the family's own words."""
+    """Two pairs an attention, in the family's own words; BART's decoder has two."""
     model = made("lora", family)
     found = [n for n, _ in model.named_modules() if n.endswith("lora_A")]
-    assert len(found) == 2 * BLOCKS
+    assert len(found) == 2 * BLOCKS * (3 if family == "bart" else 1)
     words = {name.split(".")[-2] for name in found}
     assert words in ({"query", "value"}, {"q_proj", "v_proj"})
 
@@ -269,7 +292,16 @@ def test_a_block_more_keeps_its_input_or_nothing(
     assert grown == 2 * streams_per_block * stream_bytes
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", NEED_VALUES)
+def test_rows_beside_a_decoder_that_reads_an_encoder_are_refused(method: str) -> None:
+    """By the library, which says where they go."""
+    with pytest.raises(
+        UnsupportedModelError, match=r"transformers' BERT, RoBERTa, OPT"
+    ):
+        made(method, "bart")
+
+
+@pytest.mark.parametrize("family", SPARSE)
 def test_offloaded_dense_adapters_are_the_dense_ones(family: str) -> None:
     """Loss, and the gradients of the head: the same function, elsewhere."""
     found = []

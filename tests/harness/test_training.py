@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from harness.tiny import FAMILIES, batch, cell, classifier
+from meft.backbone.families import NEW_HEADS
 from meft_bench import backbones
 from meft_bench.cell import Cell
 from meft_bench.meters.clock import StepClock
@@ -111,9 +112,8 @@ def test_narrow_weights_need_no_autocast(method: str, family: str) -> None:
     assert stepper.loss(stepper.to_device(batch())).dtype == torch.float32
     assert seen == [(False, torch.float32)]
     stepper.step([batch()], 1e-3)
-    head_names = ("classifier", "score")
     for name, parameter in stepper.model.named_parameters():
-        is_new = name.startswith(head_names) or "lora" in name or "adapter" in name
+        is_new = name.startswith(NEW_HEADS) or "lora" in name or "adapter" in name
         assert parameter.dtype == (torch.float32 if is_new else torch.bfloat16), name
     for name, buffer in stepper.model.named_buffers():
         # A narrow table of rotations would turn every token a little too far.

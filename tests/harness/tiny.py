@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from meft_bench.backbones.classifier import model_class
 from meft_bench.cell import Cell
 from meft_bench.tasks.batches import Batch
 
@@ -22,11 +22,22 @@ SHAPE = {
 FAMILIES: dict[str, dict[str, object]] = {
     "bert": {"intermediate_size": 64},
     "roberta": {"intermediate_size": 64, "max_position_embeddings": 42},
+    "bart": {
+        "decoder_layers": BLOCKS,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+    },
     "opt": {"ffn_dim": 64},
     "llama": {"intermediate_size": 64, "num_key_value_heads": 1},
     "mistral": {"intermediate_size": 64, "num_key_value_heads": 1},
 }
 """What each `model_type` adds to the shape; all have positions for 40 tokens."""
+
+
+def num_lists(model_type: str) -> int:
+    """Lists of `BLOCKS` blocks: an encoder's and a decoder's in BART."""
+    return 2 if model_type == "bart" else 1
 
 
 def classifier(model_type: str = "bert", **changes: object) -> Any:
@@ -36,7 +47,7 @@ def classifier(model_type: str = "bert", **changes: object) -> Any:
     if config.pad_token_id is None:
         config.pad_token_id = config.eos_token_id
     torch.manual_seed(0)
-    return AutoModelForSequenceClassification.from_config(config)
+    return model_class(config, LABELS).from_config(config)
 
 
 def cell(**changes: object) -> Cell:

@@ -5,6 +5,7 @@ packages    weights that installed packages carry
 files       weights on disk, as safetensors or GGUF
 shapes      random weights of a named shape
 classifier  what is done to a classifier whatever its family and origin
+bart        a classifier of our own, where transformers' looks at values
 """
 
 from meft_bench.backbones.classifier import blocks_of, heads_of, set_depth

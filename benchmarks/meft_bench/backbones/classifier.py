@@ -1,8 +1,10 @@
 """A classifier of any family: which there are, and its head, blocks, depth and dtype.
 
 A classifier is transformers' `...ForSequenceClassification`, with blocks that the
-library knows in one list. `weights_dtype` holds for the backbone alone: the head is new
-and trains, so it is float32, is given its input in float32, and so is the loss.
+library knows in one list; BART's are in two, its encoder's and its decoder's, of which
+`depth` and `reversible_blocks` count each. `weights_dtype` holds for the backbone
+alone: the head is new and trains, so it is float32, is given its input in float32, and
+so is the loss.
 """
 
 import copy
@@ -19,11 +21,11 @@ from transformers import (
 )
 
 from meft.backbone.families import NEW_HEADS, find_blocks
+from meft_bench.backbones.bart import BartClassifier
 from meft_bench.cell import Cell
 
-MODEL_TYPES = ("bert", "llama", "mistral", "opt", "roberta")
-"""The `model_type` of every supported config. BART is not among them: its classifier
-asks for equally many end tokens in every row, which is a matter of tokenizers."""
+MODEL_TYPES = ("bart", "bert", "llama", "mistral", "opt", "roberta")
+"""The `model_type` of every supported config."""
 
 WRITERS = ("llama", "mistral", "opt")
 """Those of them that write text."""
@@ -32,9 +34,8 @@ WEIGHTS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.f
 
 
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The blocks of a classifier, lowest first."""
-    (found,) = find_blocks(model)
-    return found.blocks
+    """The blocks of a classifier, lowest first, an encoder's before its decoder's."""
+    return [block for found in find_blocks(model) for block in found.blocks]
 
 
 def heads_of(model: nn.Module) -> list[nn.Module]:
@@ -44,25 +45,32 @@ def heads_of(model: nn.Module) -> list[nn.Module]:
 
 
 def set_depth(model: PreTrainedModel, depth: int) -> None:
-    """Keep the first `depth` blocks, or repeat all of them in a cycle.
+    """Keep the first `depth` blocks of every list, or repeat all of them in a cycle.
 
     A repeated block is a copy with parameters of its own.
     """
-    (found,) = find_blocks(model)
-    blocks = found.blocks
-    chosen = [
-        blocks[i] if i < len(blocks) else copy.deepcopy(blocks[i % len(blocks)])
-        for i in range(depth)
-    ]
-    module: Any
-    for index, block in enumerate(chosen):
-        for module in block.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = index
-    setattr(found.owner, found.attribute, nn.ModuleList(chosen))
-    # Not always one object, and both are read.
-    for owner in (model, found.owner):
-        owner.config.num_hidden_layers = depth  # type: ignore[union-attr]
+    for found in find_blocks(model):
+        blocks = found.blocks
+        chosen = [
+            blocks[i] if i < len(blocks) else copy.deepcopy(blocks[i % len(blocks)])
+            for i in range(depth)
+        ]
+        module: Any
+        for index, block in enumerate(chosen):
+            for module in block.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = index
+        setattr(found.owner, found.attribute, nn.ModuleList(chosen))
+        # Not always one object, and both are read.
+        for owner in (model, found.owner):
+            set_depth_of_config(owner.config, depth)  # type: ignore[arg-type]
+
+
+def set_depth_of_config(config: PreTrainedConfig, depth: int) -> None:
+    """Make a config one of `depth` blocks a list."""
+    config.num_hidden_layers = depth
+    if config.is_encoder_decoder:  # what it calls so is its encoder's
+        config.decoder_layers = depth
 
 
 def model_class(config: PreTrainedConfig, num_labels: int | None) -> Any:
@@ -72,6 +80,8 @@ def model_class(config: PreTrainedConfig, num_labels: int | None) -> Any:
         ValueError: a language model is asked of a family of encoders.
     """
     if num_labels is not None:
+        if config.model_type == "bart":
+            return BartClassifier
         return AutoModelForSequenceClassification
     if config.model_type not in WRITERS:
         raise ValueError(
@@ -135,7 +145,7 @@ def finish(
     # would not train it, and here it may be the end token.
     if model.config.pad_token_id is None:
         model.config.pad_token_id = _padding(model.config, tokenizer)
-    (found,) = find_blocks(model)
+    found, *_ = find_blocks(model)
     std = found.family.adapter_shape(found.blocks[0], found.owner.config).std
     for head in heads_of(model):
         head.float()

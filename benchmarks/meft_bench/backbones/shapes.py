@@ -11,7 +11,12 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from meft_bench.backbones.classifier import model_class, options, set_up_config
+from meft_bench.backbones.classifier import (
+    model_class,
+    options,
+    set_depth_of_config,
+    set_up_config,
+)
 from meft_bench.backbones.files import read_config
 from meft_bench.cell import Cell
 from meft_bench.registry import RANDOM_BACKBONES, nearest
@@ -55,6 +60,17 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_norm_eps": 1e-5,
         },
     ),
+    "bart-tiny": (
+        "bart",
+        _TINY
+        | {
+            "decoder_layers": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 512,
+            "decoder_ffn_dim": 512,
+        },
+    ),
+    "bart-large": ("bart", {}),
     "opt-tiny": ("opt", _TINY | {"ffn_dim": 512}),
     "opt-125m": ("opt", {}),
     "opt-1.3b": (
@@ -107,7 +123,7 @@ def build(
     """The model of that config with random weights; `config` is changed to suit."""
     set_up_config(config, cell, num_labels)
     if cell.depth:
-        config.num_hidden_layers = cell.depth
+        set_depth_of_config(config, cell.depth)
     with torch.device(cell.device):
         model: PreTrainedModel = model_class(config, num_labels).from_config(
             config, **options(cell)

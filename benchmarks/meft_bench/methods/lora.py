@@ -2,9 +2,10 @@
 
     W x  becomes  W x + (alpha / r) B A dropout(x),   B = 0 at the start
 
-on the query and value projections, with r = `cell.lora_rank` and alpha = 2 r, the
-factor that peft's and the paper's classification runs commonly use. Dropout is the
-backbone's own, so that every method here regularises its additions alike.
+on the query and value projections of every attention, with r = `cell.lora_rank` and
+alpha = 2 r, the factor that peft's and the paper's classification runs commonly use.
+Dropout is the backbone's own, so that every method here regularises its additions
+alike.
 """
 
 from peft import LoraConfig, inject_adapter_in_model
@@ -18,6 +19,7 @@ from meft_bench.cell import Cell
 QUERY_AND_VALUE = {
     "BERT": ["query", "value"],
     "RoBERTa": ["query", "value"],
+    "BART": ["q_proj", "v_proj"],
     "OPT": ["q_proj", "v_proj"],
     "LLaMA": ["q_proj", "v_proj"],
     "Mistral": ["q_proj", "v_proj"],
@@ -27,7 +29,7 @@ QUERY_AND_VALUE = {
 
 def lora(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
     """LoRA pairs on query and value train, and the new head."""
-    (found,) = find_blocks(model)
+    found, *_ = find_blocks(model)
     shape = found.family.adapter_shape(found.blocks[0], found.owner.config)
     config = LoraConfig(
         r=cell.lora_rank,

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 import meft
-from meft_bench.backbones import blocks_of
+from meft.backbone.families import find_blocks
 from meft_bench.cell import Cell
 
 
@@ -37,11 +37,12 @@ def _reversible(model: PreTrainedModel, cell: Cell, **kind: Any) -> PreTrainedMo
 
 
 def _span(model: PreTrainedModel, cell: Cell) -> tuple[int, int] | None:
-    num_blocks = len(blocks_of(model))
+    num_blocks = min(len(found.blocks) for found in find_blocks(model))
     if cell.reversible_blocks > num_blocks:
         raise ValueError(
             f"`reversible_blocks` is {cell.reversible_blocks}, but {cell.backbone} has "
-            f"{num_blocks} blocks: lower it, or take 0 to rebuild all of them"
+            f"{num_blocks} blocks in a stack: lower it, or take 0 to rebuild all of "
+            "them"
         )
     return (0, cell.reversible_blocks) if cell.reversible_blocks else None
 

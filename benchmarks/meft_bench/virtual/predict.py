@@ -41,6 +41,8 @@ class Ready:
     device: VirtualGpu
     ledger: Ledger
     stepper: Stepper
+    num_blocks: int
+    """Before the method takes them apart."""
     batches: list[Batch]
     """One step's."""
     origins: dict[str, str]
@@ -72,6 +74,7 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
     ):
         device.ledger = ledger
         backbone = backbones.from_config(config, origin, cell, num_labels)
+        num_blocks = len(backbones.blocks_of(backbone.model))
         stepper = measure.apply_method(backbone, cell)
         ledger.watch(stepper.model, stepper.optimizer)
         yield Ready(
@@ -79,6 +82,7 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
             device=device,
             ledger=ledger,
             stepper=stepper,
+            num_blocks=num_blocks,
             batches=_batches(cell, tells_tokens),
             origins={
                 "data_origin": f"shapes only; {task.origin}",
@@ -107,7 +111,7 @@ def predict(cell: Cell, source: Source, sighting: Sighting) -> None:
             sighting.environment["prediction"] = how
         sighting.note(
             **measure.count(model),
-            num_blocks=it.cell.depth or model.config.num_hidden_layers,
+            num_blocks=it.num_blocks,
         )
         probes.probe_memory(it.stepper, it.cell, it.batches, sighting)
         probes.probe_rows(it.stepper, it.batches, sighting)
