@@ -41,6 +41,8 @@ class Cell:
     """Seeds the head, the adapters, dropout, and the order of the rows."""
     device: str = "cpu"
     """`cpu`, `cuda`, or a virtual GPU: `virtual-NAME`, `virtual-PATH.json`."""
+    optimizer: str = "adamw"
+    """What steps the weights, one of `meft_bench.registry.OPTIMIZERS`."""
     learning_rate: float = 5e-4
     """Peak of the linear schedule."""
     max_steps: int = 5

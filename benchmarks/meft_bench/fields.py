@@ -25,6 +25,7 @@ _NAMES: dict[str, Collection[str]] = {
     "weights_dtype": registry.DTYPES,
     "attention": registry.ATTENTIONS,
     "blocks": registry.BLOCKS,
+    "optimizer": registry.OPTIMIZERS,
     "rival": ("", *registry.METHODS),
 }
 _FROM_ONE = {
@@ -84,6 +85,13 @@ def check_together(cell: Cell) -> None:
             f"`weights_dtype` = {cell.weights_dtype!r} with `dtype` = {cell.dtype!r}: "
             "take 'fp32', or the compute dtype"
         )
+    for name in ("method", "rival"):
+        method = getattr(cell, name)
+        if cell.optimizer != "adamw" and method in registry.HAVE_ROWS:
+            raise ValueError(
+                f"`optimizer` = {cell.optimizer!r} with `{name}` = {method!r}, whose "
+                "rows have an AdamW of their own: take 'adamw', or another method"
+            )
 
 
 def _check_text(name: str, value: object) -> str:

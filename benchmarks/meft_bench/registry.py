@@ -95,6 +95,8 @@ RANDOM_BACKBONES = (
 
 DTYPES = ("fp32", "bf16", "fp16")
 BLOCKS = ("eager", "compiled")
+OPTIMIZERS = ("adamw", "adamw-fused", "sgd")
+"""As torch runs it by default, by one kernel for all of a step, and without state."""
 ATTENTIONS = {
     "eager": None,
     "sdpa": None,
@@ -111,6 +113,8 @@ VIRTUAL_DEVICES = tuple(
     for path in sorted(Path(__file__).parent.glob("virtual/gpus/*.json"))
 )
 """GPUs that need not be there."""
+HAVE_ROWS = ("dense-offload", *(m for m in METHODS if m.startswith("sparse")))
+"""Methods whose neurons are rows of a store, which `meft.SparseAdamW` steps."""
 DEVICES = ("cpu", "cuda", *VIRTUAL_DEVICES)
 
 

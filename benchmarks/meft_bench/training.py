@@ -5,7 +5,8 @@ norms; gradients clipped to norm 1; a learning rate that rises over the first 6 
 `max_steps` and falls linearly to 0. Parameters are float32; `bf16` and `fp16` compute
 under autocast, `fp16` with a loss scale. Where `weights_dtype` puts the backbone itself
 into the compute dtype, there is no autocast. With `eval_every`, the weights kept are
-those with the best score on rows set aside for that choice.
+those with the best score on rows set aside for that choice. To see what AdamW's state
+and its many kernels take, a cell may name another optimizer, with the same decay.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import inspect
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy
 import torch
@@ -65,8 +67,7 @@ class Stepper:
             {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
         ]
         self._trained = trained
-        kind = meft.SparseAdamW if sparse_adapters(model) else torch.optim.AdamW
-        self.optimizer = kind(groups, betas=(0.9, 0.98), eps=1e-6)
+        self.optimizer = _optimizer(model, groups, cell)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context a forward runs in."""
@@ -118,6 +119,19 @@ class Stepper:
             for name, tensor in batch.items()
             if name not in self._left_out
         }
+
+
+def _optimizer(
+    model: PreTrainedModel, groups: list[dict[str, Any]], cell: Cell
+) -> torch.optim.Optimizer:
+    adam: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-6}
+    if sparse_adapters(model):
+        return meft.SparseAdamW(groups, **adam)
+    if cell.optimizer == "sgd":
+        return torch.optim.SGD(groups)
+    if cell.optimizer == "adamw-fused":
+        return torch.optim.AdamW(groups, **adam, fused=True)
+    return torch.optim.AdamW(groups, **adam)
 
 
 def _refuse_fp16(trained: Sequence[Tensor], cell: Cell) -> None:

@@ -232,6 +232,16 @@ BAD = {
     "exclude no condition": (AXES + "[[matrix.exclude]]", "exclude: no condition"),
     "exclude everything": (AXES + "[[matrix.exclude]]\nseed = 0", "every cell"),
     "all warm-up": (AXES + "defaults = { max_steps = 2 }", "`warmup_steps` = 2"),
+    "rows step by themselves": (
+        MATRIX + "axes = { method = ['sparse'], optimizer = ['sgd'] }",
+        "`optimizer` = 'sgd'",
+        "`method` = 'sparse'",
+        "take 'adamw'",
+    ),
+    "a rival's rows, too": (
+        AXES + "defaults = { rival = 'dense-offload', optimizer = 'adamw-fused' }",
+        "`rival` = 'dense-offload'",
+    ),
     "patience alone": (AXES + "defaults = { patience = 2 }", "`eval_every`"),
 }
 

@@ -10,7 +10,7 @@ from meft.backbone.families import NEW_HEADS
 from meft_bench import backbones
 from meft_bench.cell import Cell
 from meft_bench.meters.clock import StepClock
-from meft_bench.registry import METHODS, load
+from meft_bench.registry import METHODS, OPTIMIZERS, load
 from meft_bench.source import Source
 from meft_bench.tasks import synthetic
 from meft_bench.tasks.batches import Example, collate
@@ -81,6 +81,41 @@ def test_training_lowers_the_loss_in_every_dtype(dtype: str) -> None:
     assert len(losses) == 30
     assert losses[-1] < losses[0] / 2
     assert {p.dtype for p in stepper.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_lowers_the_loss(optimizer: str, dtype: str) -> None:
+    """With a loss scale, too, and with the same groups to decay."""
+    rate = 0.5 if optimizer == "sgd" else 5e-3
+    chosen = cell(optimizer=optimizer, dtype=dtype, max_steps=30, learning_rate=rate)
+    stepper = stepper_for(chosen)
+    losses = losses_of(stepper, chosen)
+    assert losses[-1] < losses[0] / 2
+    decays = [group["weight_decay"] for group in stepper.optimizer.param_groups]
+    assert decays == [0.1, 0.0]
+
+
+def test_one_kernel_takes_the_step_of_many() -> None:
+    """Fused or not, AdamW is AdamW: the same weights within rounding."""
+    weights = []
+    for optimizer in ("adamw", "adamw-fused"):
+        stepper = stepper_for(cell(optimizer=optimizer))
+        torch.manual_seed(3)
+        for _ in range(3):
+            stepper.step([batch()], 1e-3)
+        weights.append([p.detach() for p in stepper.model.parameters()])
+    torch.testing.assert_close(*weights)
+
+
+def test_plain_sgd_keeps_nothing() -> None:
+    """Between two steps there are the weights and no state beside them."""
+    stepper = stepper_for(cell(optimizer="sgd"))
+    before = [p.detach().clone() for p in stepper.model.parameters()]
+    stepper.step([batch()], 1e-1)
+    assert not any(stepper.optimizer.state.values())
+    moved = zip(stepper.model.parameters(), before, strict=True)
+    assert any(not torch.equal(*pair) for pair in moved)
 
 
 def made(method: str, dtype: str, family: str) -> Stepper:

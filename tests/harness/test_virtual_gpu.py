@@ -41,9 +41,9 @@ def h200() -> VirtualGpu:
     return VirtualGpu(gpu.find("H200"))
 
 
-def steps(method: str, model_type: str, device: str) -> Trace:
+def steps(method: str, model_type: str, device: str, optimizer: str = "adamw") -> Trace:
     """Two steps of a small classifier, under a ledger."""
-    here = cell(method=method, device=device)
+    here = cell(method=method, device=device, optimizer=optimizer)
     with Ledger() as book:
         model = load(METHODS[method])(classifier(model_type), here)
         stepper = Stepper(model.to(device), here)
@@ -88,6 +88,28 @@ def test_every_family_trains_on_a_gpu_that_is_not_there(model_type: str) -> None
         if trace.kind_of(s) == "parameters" and s.died is None and s.device == "cuda"
     )
     assert optimizer >= 2 * weights
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "num_kept", "num_made"),
+    [("adamw", 2, 1), ("adamw-fused", 2, 0), ("sgd", 0, 1)],
+)
+def test_an_optimizer_keeps_and_makes_copies_of_matrices(
+    optimizer: str, num_kept: int, num_made: int
+) -> None:
+    """Two moments of AdamW are kept. An update makes AdamW's denominators or SGD's
+    decayed gradients, of all matrices at once; one kernel for all makes nothing."""
+    with h200():
+        trace = steps("full", "bert", "cuda", optimizer)
+    found = dict.fromkeys(("parameters", "optimizer", "update"), 0)
+    for storage in trace.storages:
+        kind = trace.kind_of(storage)
+        is_matrix = storage.device == "cuda" and len(storage.shape) > 1
+        if is_matrix and kind in found and storage.step == 0:
+            found[kind] += storage.num_bytes
+    assert found["parameters"] > 0
+    assert found["optimizer"] == num_kept * found["parameters"]
+    assert found["update"] == num_made * found["parameters"]
 
 
 def test_the_same_every_time() -> None:

@@ -26,6 +26,7 @@ CELL = {
     "task": "bbc-news",
     "seed": 0,
     "device": "cpu",
+    "optimizer": "adamw",
     "learning_rate": 5e-4,
     "max_steps": 40,
     "warmup_steps": 2,

@@ -20,6 +20,7 @@ CELL: tuple[Column, ...] = (
     cell("task", "string", "labelled text to learn; `synthetic` has shapes only"),
     cell("seed", "Int64", "seeds the head, adapters, dropout and order of rows"),
     cell("device", "string", "cpu or cuda"),
+    later_cell("optimizer", "string", "what steps the weights", "adamw"),
     cell("learning_rate", "Float64", "peak of the linear schedule"),
     cell("max_steps", "Int64", "optimizer steps at most, warm-up in", "count"),
     cell("warmup_steps", "Int64", "first steps, not in `step_seconds`", "count"),
