@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from meft.sparse.convert import sparse_adapters
 from meft_bench import backbones, kernels, probes, start
@@ -28,7 +28,7 @@ from meft_bench.scoring.examples import Examples
 from meft_bench.sighting import Sighting, finite
 from meft_bench.source import MissingError, Source
 from meft_bench.tasks import synthetic
-from meft_bench.tasks.batches import Batch, epochs, full_batches
+from meft_bench.tasks.batches import Batch, Example, Image, epochs, full_batches
 from meft_bench.tasks.question import AnswerTask
 from meft_bench.tasks.task import Task
 from meft_bench.training import Stepper, seed_everything, train
@@ -149,7 +149,7 @@ def _scoring(task: AnyTask) -> Any:
 
 def _examples(task: AnyTask, backbone: Backbone, cell: Cell) -> Examples:
     if task.metric is None:
-        batch = synthetic.examples(cell, backbone.model.config.vocab_size)
+        batch = _noise(backbone.model.config, cell)
         return Examples(train=batch, validation=[], evaluation=[])
     if backbone.tokenizer is None:
         raise ValueError(
@@ -158,6 +158,13 @@ def _examples(task: AnyTask, backbone: Backbone, cell: Cell) -> Examples:
         )
     found: Examples = _scoring(task).examples(task, backbone.tokenizer, cell)
     return found
+
+
+def _noise(config: PreTrainedConfig, cell: Cell) -> Sequence[Example | Image]:
+    shape = backbones.image_shape(config)
+    if shape is None:
+        return synthetic.examples(cell, config.vocab_size)
+    return synthetic.images(cell, shape)
 
 
 def _train_and_score(

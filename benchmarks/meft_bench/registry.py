@@ -90,6 +90,8 @@ RANDOM_BACKBONES = (
     "llama-7b",
     "mistral-tiny",
     "mistral-7b",
+    "vit-tiny",
+    "vit-large",
 )
 """Shapes by name for `random:NAME`; `random:PATH` reads a config.json."""
 

@@ -25,7 +25,7 @@ import meft
 from meft.sparse.convert import sparse_adapters
 from meft_bench.cell import Cell
 from meft_bench.meters.clock import StepClock
-from meft_bench.tasks.batches import Batch, Example, collate
+from meft_bench.tasks.batches import Batch, Example, Image, collate
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WARMUP_FRACTION = 0.06
@@ -109,7 +109,8 @@ class Stepper:
     @property
     def pad_token_id(self) -> int:
         """What fills up the rows of a batch."""
-        own: int = self.model.config.pad_token_id
+        # Models of images have none, nor rows to fill up.
+        own: int = getattr(self.model.config, "pad_token_id", 0)
         return own
 
     def to_device(self, batch: Batch) -> Batch:
@@ -146,7 +147,7 @@ def _refuse_fp16(trained: Sequence[Tensor], cell: Cell) -> None:
 def train(
     stepper: Stepper,
     cell: Cell,
-    batches: Iterator[list[Example]],
+    batches: Iterator[Sequence[Example | Image]],
     clock: StepClock,
     validate: Callable[[], float],
 ) -> Iterator[float]:

@@ -106,7 +106,7 @@ def _all_sections(frame: pd.DataFrame) -> list[Section]:
         Section(
             anchor="memory",
             title="Memory along batch size and depth",
-            lead="Single training steps on random tokens, whose shapes are exact.",
+            lead="Single training steps on random input, whose shapes are exact.",
             figures=_figures(frame, "memory_batch", "memory_depth"),
             tables=_tables(frame, "predictions"),
             folded=_folded(frame, "memory", "activations"),

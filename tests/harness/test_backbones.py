@@ -256,7 +256,7 @@ def test_too_many_tokens_are_refused(tmp_path: Path, name: str, family: str) -> 
     classifier(family)(input_ids=longest)
 
 
-@pytest.mark.parametrize("model_type", ["vit", "electra", None])
+@pytest.mark.parametrize("model_type", ["deit", "electra", None])
 @pytest.mark.parametrize("name", ["dir:{}", "random:{}/config.json"])
 def test_a_model_of_another_family_is_refused(
     directory: Path, name: str, model_type: str | None

@@ -15,7 +15,7 @@ from harness.tiny import cell
 from meft_bench.registry import TASKS, load
 from meft_bench.scoring import answers
 from meft_bench.source import MissingError, Source
-from meft_bench.tasks.batches import IGNORED, collate, full_batches
+from meft_bench.tasks.batches import IGNORED, Example, collate, full_batches
 from meft_bench.tasks.question import AnswerTask, Question
 from meft_bench.training import Stepper
 
@@ -164,9 +164,11 @@ def test_only_the_answer_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
     """And the end; a prompt that is too long loses its beginning."""
     task = asked("options", sky())
     (example,) = answers.examples(task, tokenizer, cell(seq_len=8)).train
+    assert isinstance(example, Example)
     assert example.token_ids == [3, 5, 8, 4, 6, 1]
     assert example.label == [IGNORED] * 4 + [6, 1]
     (short,) = answers.examples(task, tokenizer, cell(seq_len=4)).train
+    assert isinstance(short, Example)
     assert short.token_ids == [8, 4, 6, 1]
     batch = collate([example, short], 0)
     assert batch["labels"].tolist()[1] == [IGNORED] * 2 + [6, 1] + [IGNORED] * 2

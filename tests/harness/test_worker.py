@@ -74,7 +74,7 @@ def test_every_method_is_measured(method: str) -> None:
         "num_threads": 1,
         "weights_origin": "random weights (bert-tiny shape)",
         "weights_sha256": None,
-        "data_origin": "random tokens",
+        "data_origin": "random input",
     }
 
 

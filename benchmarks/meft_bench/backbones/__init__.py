@@ -1,4 +1,5 @@
-"""Backbones: transformers' sequence classifiers of every text family of the library.
+"""Backbones: transformers' classifiers, of text of every such family of the library, of
+images of ViT.
 
 names       from a backbone's name to a model, its tokenizer, and its origin
 packages    weights that installed packages carry
@@ -8,7 +9,12 @@ classifier  what is done to a classifier whatever its family and origin
 bart        a classifier of our own, where transformers' looks at values
 """
 
-from meft_bench.backbones.classifier import blocks_of, heads_of, set_depth
+from meft_bench.backbones.classifier import (
+    blocks_of,
+    heads_of,
+    image_shape,
+    set_depth,
+)
 from meft_bench.backbones.names import Backbone, from_config, load, load_config
 
 __all__ = [
@@ -16,6 +22,7 @@ __all__ = [
     "blocks_of",
     "from_config",
     "heads_of",
+    "image_shape",
     "load",
     "load_config",
     "set_depth",

@@ -1,19 +1,22 @@
 """A classifier of any family: which there are, and its head, blocks, depth and dtype.
 
-A classifier is transformers' `...ForSequenceClassification`, with blocks that the
-library knows in one list; BART's are in two, its encoder's and its decoder's, of which
-`depth` and `reversible_blocks` count each. `weights_dtype` holds for the backbone
-alone: the head is new and trains, so it is float32, is given its input in float32, and
-so is the loss.
+A classifier is transformers' `...ForSequenceClassification`, of images
+`...ForImageClassification`, with blocks that the library knows in one list; BART's are
+in two, its encoder's and its decoder's, of which `depth` and `reversible_blocks` count
+each. `weights_dtype` holds for the backbone alone: the head is new and trains, so it is
+float32, is given its input in float32, and so is the loss.
 """
 
 import copy
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -24,13 +27,20 @@ from meft.backbone.families import NEW_HEADS, find_blocks
 from meft_bench.backbones.bart import BartClassifier
 from meft_bench.cell import Cell
 
-MODEL_TYPES = ("bart", "bert", "llama", "mistral", "opt", "roberta")
+MODEL_TYPES = ("bart", "bert", "llama", "mistral", "opt", "roberta", "vit")
 """The `model_type` of every supported config."""
 
 WRITERS = ("llama", "mistral", "opt")
 """Those of them that write text."""
 
 WEIGHTS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def image_shape(config: PreTrainedConfig) -> tuple[int, int, int] | None:
+    """`channels height width` of images that a model sees; None if it reads text."""
+    if config.model_type != "vit":
+        return None
+    return (config.num_channels, *_pair(config.image_size))
 
 
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
@@ -82,6 +92,8 @@ def model_class(config: PreTrainedConfig, num_labels: int | None) -> Any:
     if num_labels is not None:
         if config.model_type == "bart":
             return BartClassifier
+        if config.model_type == "vit":
+            return AutoModelForImageClassification
         return AutoModelForSequenceClassification
     if config.model_type not in WRITERS:
         raise ValueError(
@@ -96,8 +108,38 @@ def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int | None) 
     for None, leave it one of a language model.
 
     Raises:
-        ValueError: `cell.seq_len` is more than the model has positions for.
+        ValueError: `cell.seq_len` is more than the model has positions for, or not what
+            it makes of an image; the task has text and the model sees images.
     """
+    shape = image_shape(config)
+    if shape is None:
+        _check_text(config, cell)
+    else:
+        _check_images(config, cell, shape)
+    config.use_cache = False
+    if num_labels is not None:
+        config.num_labels = num_labels
+        config.problem_type = "single_label_classification"
+
+
+def _check_images(
+    config: PreTrainedConfig, cell: Cell, shape: tuple[int, int, int]
+) -> None:
+    if cell.task != "synthetic":
+        raise ValueError(
+            f"task {cell.task!r} has text and {cell.backbone} sees images: take task "
+            "`synthetic`, or a backbone of text"
+        )
+    patches = zip(shape[1:], _pair(config.patch_size), strict=True)
+    num_tokens = 1 + math.prod(side // patch for side, patch in patches)
+    if cell.seq_len != num_tokens:
+        raise ValueError(
+            f"`seq_len` is {cell.seq_len}, but {cell.backbone} makes {num_tokens} "
+            f"tokens of an image: set it to {num_tokens}"
+        )
+
+
+def _check_text(config: PreTrainedConfig, cell: Cell) -> None:
     longest = config.max_position_embeddings
     if config.model_type == "roberta":  # counts positions from the padding token's on
         longest -= config.pad_token_id + 1
@@ -106,10 +148,12 @@ def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int | None) 
             f"`seq_len` is {cell.seq_len}, but {cell.backbone} has positions for "
             f"{longest} tokens: lower it to at most {longest}"
         )
-    config.use_cache = False
-    if num_labels is not None:
-        config.num_labels = num_labels
-        config.problem_type = "single_label_classification"
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width, of which a config may name one for both."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def check_model_type(model_type: object, where: object) -> None:
@@ -136,14 +180,15 @@ def options(cell: Cell) -> dict[str, Any]:
 def finish(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, cell: Cell
 ) -> None:
-    """Give a model a padding token if it has none; a classifier, a new head in float32.
+    """Give text a token to be padded with; a classifier, a new head in float32.
 
     The head is drawn anew even where the weights came with one, and as the last thing,
     so that nothing but the seed decides it.
     """
     # Set on the finished model: an embedding that knows its padding token at birth
     # would not train it, and here it may be the end token.
-    if model.config.pad_token_id is None:
+    reads = image_shape(model.config) is None
+    if reads and model.config.pad_token_id is None:
         model.config.pad_token_id = _padding(model.config, tokenizer)
     found, *_ = find_blocks(model)
     std = found.family.adapter_shape(found.blocks[0], found.owner.config).std

@@ -17,7 +17,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from meft_bench.backbones import files, packages, shapes
-from meft_bench.backbones.classifier import finish, set_depth
+from meft_bench.backbones.classifier import finish, image_shape, set_depth
 from meft_bench.backbones.files import Files, three_ways
 from meft_bench.cell import Cell
 from meft_bench.registry import PACKAGED_BACKBONES, nearest
@@ -41,7 +41,8 @@ class Backbone:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-    """None for random weights, which have no vocabulary of their own."""
+    """None for random weights, which have no vocabulary of their own, and for images.
+    """
     origin: str
     """For people: package and version, directory, hub name, or `random weights`."""
     sha256: str | None
@@ -126,7 +127,8 @@ def _find_files(cell: Cell, source: Source) -> Files:
 
 def _from_files(found: Files, cell: Cell, num_labels: int | None) -> Backbone:
     model = files.read_model(found, cell, num_labels)
-    tokenizer = files.read_tokenizer(found)
+    reads = image_shape(model.config) is None
+    tokenizer = files.read_tokenizer(found) if reads else None
     finish(model, tokenizer, cell)
     if cell.depth:
         set_depth(model, cell.depth)

@@ -112,6 +112,19 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mistral-7b": ("mistral", {"max_position_embeddings": 32768}),
+    "vit-tiny": (
+        "vit",
+        _TINY | {"intermediate_size": 512, "image_size": 32, "patch_size": 8},
+    ),
+    "vit-large": (
+        "vit",
+        {
+            "num_hidden_layers": 24,
+            "hidden_size": 1024,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+        },
+    ),
 }
 """What each of `RANDOM_BACKBONES` is: a `model_type`, and what it changes in
 transformers' default config of that type, vocabulary included."""

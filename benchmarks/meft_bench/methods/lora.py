@@ -23,6 +23,7 @@ QUERY_AND_VALUE = {
     "OPT": ["q_proj", "v_proj"],
     "LLaMA": ["q_proj", "v_proj"],
     "Mistral": ["q_proj", "v_proj"],
+    "ViT": ["q_proj", "v_proj"],
 }
 """What each family calls the two projections."""
 

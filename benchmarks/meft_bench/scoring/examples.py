@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from meft_bench.tasks.batches import Example
+from meft_bench.tasks.batches import Example, Image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Examples:
     """Three splits; the last two are for `scores` of the same kind."""
 
-    train: list[Example]
+    train: Sequence[Example | Image]
     validation: Sequence[Any]
     evaluation: Sequence[Any]

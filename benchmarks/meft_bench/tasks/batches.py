@@ -1,4 +1,4 @@
-"""From rows of text to batches of tensors.
+"""From rows of text, or images, to batches of tensors.
 
 rows --encode--> examples --epochs--> lists of examples --collate--> batch
 """
@@ -7,6 +7,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from meft_bench.tasks.task import Row
 
 Batch = dict[str, Tensor]
 """`input_ids`, `token_type_ids`, `attention_mask`: `batch seq`; `labels`: `batch`.
-`training` leaves out what a model does not take."""
+`training` leaves out what a model does not take. Of images, `pixel_values`: `batch
+channels height width`, and `labels`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +33,17 @@ class Example:
     """Of the row; for a language model the token that each place should have been
     told, `IGNORED` where nothing is learned."""
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Image:
+    """One image as the model sees it."""
+
+    pixels: Tensor
+    """`channels height width`."""
+    label: int
+
+
+AnyExample = TypeVar("AnyExample", bound=Example | Image)
 
 IGNORED = -100
 """What transformers' losses pass over."""
@@ -80,7 +93,7 @@ def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return newline
 
 
-def epochs(examples: Sequence[Example], cell: Cell) -> Iterator[list[Example]]:
+def epochs(examples: Sequence[AnyExample], cell: Cell) -> Iterator[list[AnyExample]]:
     """Batches of exactly `cell.batch_size` without end, each epoch in a new order.
 
     A batch may reach across the end of an epoch, so that every step does equal work.
@@ -92,8 +105,15 @@ def epochs(examples: Sequence[Example], cell: Cell) -> Iterator[list[Example]]:
         yield list(itertools.islice(stream, cell.batch_size))
 
 
-def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
-    """One batch, padded on the right to its longest example."""
+def collate(rows: Sequence[Example | Image], pad_token_id: int) -> Batch:
+    """One batch of either kind; text is padded on the right to its longest example."""
+    images = [row for row in rows if isinstance(row, Image)]
+    if images:
+        return {
+            "pixel_values": torch.stack([image.pixels for image in images]),
+            "labels": torch.tensor([image.label for image in images]),
+        }
+    examples = [row for row in rows if isinstance(row, Example)]
     longest = max(len(example.token_ids) for example in examples)
 
     def padded(sequence: list[int], value: int) -> list[int]:
@@ -111,12 +131,20 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
     return {name: torch.tensor(values) for name, values in columns.items()}
 
 
-def full_batches(examples: Sequence[Example], cell: Cell) -> list[Batch]:
+def full_batches(rows: Sequence[Example | Image], cell: Cell) -> list[Batch]:
     """The largest step a cell can meet: every row has `cell.seq_len` tokens.
 
     Rows are filled with the tokens of as many examples as it takes, one after another;
-    a language model is told every one of them.
+    a language model is told every one of them. Images have one size as it is.
     """
+    images = [row for row in rows if isinstance(row, Image)]
+    if images:
+        stream = itertools.cycle(images)
+        return [
+            collate([*itertools.islice(stream, cell.batch_size)], pad_token_id=0)
+            for _ in range(cell.accumulation)
+        ]
+    examples = [row for row in rows if isinstance(row, Example)]
     shape = (cell.batch_size, cell.seq_len)
     tokens = itertools.chain.from_iterable(
         e.token_ids for e in itertools.cycle(examples)
@@ -125,14 +153,14 @@ def full_batches(examples: Sequence[Example], cell: Cell) -> list[Batch]:
     batches = []
     for _ in range(cell.accumulation):
         ids = torch.tensor([*itertools.islice(tokens, shape[0] * shape[1])]).view(shape)
-        rows = [*itertools.islice(labels, cell.batch_size)]
-        is_told = isinstance(rows[0], list)
+        told = [*itertools.islice(labels, cell.batch_size)]
+        is_told = isinstance(told[0], list)
         batches.append(
             {
                 "input_ids": ids,
                 "token_type_ids": torch.zeros(shape, dtype=torch.long),
                 "attention_mask": torch.ones(shape, dtype=torch.long),
-                "labels": ids.clone() if is_told else torch.tensor(rows),
+                "labels": ids.clone() if is_told else torch.tensor(told),
             }
         )
     return batches

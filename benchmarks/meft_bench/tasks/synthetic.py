@@ -1,4 +1,4 @@
-"""Random tokens of an exact shape: memory and time without data.
+"""Random tokens or images of an exact shape: memory and time without data.
 
 Memory and speed do not depend on the values, so these cells measure what real text of
 that shape would. There is one fixed batch, two labels, and nothing to score.
@@ -6,14 +6,16 @@ that shape would. There is one fixed batch, two labels, and nothing to score.
 
 import random
 
+import torch
+
 from meft_bench.cell import Cell
 from meft_bench.source import Source
-from meft_bench.tasks.batches import Example
+from meft_bench.tasks.batches import Example, Image
 from meft_bench.tasks.task import Task
 
 
 def load(cell: Cell, source: Source) -> Task:
-    """A task without rows; `examples` makes its batch once the vocabulary is known."""
+    """A task without rows; its batch is made once the model is known."""
     return Task(
         name="synthetic",
         num_labels=2,
@@ -21,7 +23,7 @@ def load(cell: Cell, source: Source) -> Task:
         validation=(),
         evaluation=(),
         metric=None,
-        origin="random tokens",
+        origin="random input",
     )
 
 
@@ -33,6 +35,18 @@ def examples(cell: Cell, vocab_size: int) -> list[Example]:
             token_ids=generator.choices(range(vocab_size), k=cell.seq_len),
             segment_ids=[0] * cell.seq_len,
             label=generator.randrange(2),
+        )
+        for _ in range(cell.batch_size)
+    ]
+
+
+def images(cell: Cell, shape: tuple[int, int, int]) -> list[Image]:
+    """One batch of `cell.batch_size` images of noise, `channels height width` each."""
+    generator = torch.Generator().manual_seed(cell.seed)
+    return [
+        Image(
+            pixels=torch.randn(shape, generator=generator),
+            label=int(torch.randint(2, (), generator=generator)),
         )
         for _ in range(cell.batch_size)
     ]

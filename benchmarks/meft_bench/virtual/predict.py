@@ -22,7 +22,7 @@ from meft_bench.cell import Cell
 from meft_bench.registry import TASKS, load
 from meft_bench.sighting import Sighting
 from meft_bench.source import Source
-from meft_bench.tasks.batches import Batch, Example, full_batches
+from meft_bench.tasks.batches import Batch, Example, Image, full_batches
 from meft_bench.tasks.question import AnswerTask
 from meft_bench.training import Stepper
 from meft_bench.virtual import declared, fused, gpu
@@ -83,7 +83,7 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
             ledger=ledger,
             stepper=stepper,
             num_blocks=num_blocks,
-            batches=_batches(cell, tells_tokens),
+            batches=_batches(cell, backbones.image_shape(config), tells_tokens),
             origins={
                 "data_origin": f"shapes only; {task.origin}",
                 "weights_origin": origin,
@@ -117,8 +117,12 @@ def predict(cell: Cell, source: Source, sighting: Sighting) -> None:
         probes.probe_rows(it.stepper, it.batches, sighting)
 
 
-def _batches(cell: Cell, tells_tokens: bool) -> list[Batch]:
-    """The largest step the cell can meet, of no particular tokens."""
+def _batches(
+    cell: Cell, image_shape: tuple[int, int, int] | None, tells_tokens: bool
+) -> list[Batch]:
+    """The largest step the cell can meet, of no particular tokens or images."""
+    if image_shape is not None:
+        return full_batches([Image(pixels=torch.zeros(image_shape), label=0)], cell)
     tokens = [0] * cell.seq_len
     row = Example(
         token_ids=tokens, segment_ids=tokens, label=tokens if tells_tokens else 0

@@ -8,7 +8,7 @@ from meft_reports.plots.memory_curves import draw_along
 
 TITLE = "Memory against depth"
 CAPTION = (
-    "One training step on random tokens of exact shape, with blocks of the backbone "
+    "One training step on random input of exact shape, with blocks of the backbone "
     "taken or repeated. Left: distinct storage that autograd keeps for the backward "
     "pass, counted by hooks, parameters excluded. Right: the highest tensor memory "
     "during the step, resting memory included. Lower is better; a flat line does not "

@@ -1,4 +1,4 @@
-"""Memory: bytes and seconds of single steps on random tokens of exact shape."""
+"""Memory: bytes and seconds of single steps on random input of exact shape."""
 
 import pandas as pd
 
@@ -61,7 +61,7 @@ def _memory_table(part: pd.DataFrame, quantity: str, title: str) -> Table:
         header=("method", *shapes),
         rows=tuple(rows),
         notes=(
-            "Of random tokens of exact shape, the mean where there are "
+            "Of random input of exact shape, the mean where there are "
             "several seeds. A word instead of a number is how that cell failed.",
             *notes_on(part),
         ),
