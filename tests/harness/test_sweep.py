@@ -42,6 +42,14 @@ def test_shipped(name: str) -> None:
     assert len({cell.key for cell in loaded.cells}) == len(loaded.cells)
 
 
+def test_every_cell_of_the_gpu_has_a_virtual_twin() -> None:
+    """Of the sweep that holds one against the other."""
+    on = {"cuda": set[Cell](), "virtual-H200": set[Cell]()}
+    for cell in sweep.load("gpu-validation", device="cpu").cells:
+        on[cell.device].add(dataclasses.replace(cell, device=""))
+    assert on["cuda"] == on["virtual-H200"]
+
+
 def test_quickstart() -> None:
     """The quickstart is small, and measures every method of its list everywhere: the
     rivals and the paper's own. What the exact inverse costs, against its own adapters
