@@ -98,7 +98,7 @@ RANDOM_BACKBONES = (
 DTYPES = ("fp32", "bf16", "fp16")
 BLOCKS = ("eager", "compiled")
 OPTIMIZERS = ("adamw", "adamw-fused", "sgd")
-"""As torch runs it by default, by one kernel for all of a step, and without state."""
+"""AdamW as torch runs it by default, AdamW in one kernel, SGD without momentum."""
 ATTENTIONS = {
     "eager": None,
     "sdpa": None,

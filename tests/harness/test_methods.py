@@ -24,7 +24,7 @@ from meft.testing import saved_bytes
 from meft_bench.meters.routing import look
 from meft_bench.meters.rows import Watch
 from meft_bench.methods.adapters import AdaptedBlock
-from meft_bench.registry import METHODS, NEED_VALUES, load
+from meft_bench.registry import HAVE_ROWS, METHODS, load
 from meft_bench.training import Stepper
 
 HEAD = HIDDEN * LABELS + LABELS
@@ -179,7 +179,7 @@ def test_adapters_sit_where_meft3_has_them(family: str) -> None:
     [
         (method, family)
         for method in METHODS
-        for family in (SPARSE if method in NEED_VALUES else FAMILIES)
+        for family in (SPARSE if method in HAVE_ROWS else FAMILIES)
     ],
 )
 def test_every_method_trains_every_family(method: str, family: str) -> None:
@@ -292,7 +292,7 @@ def test_a_block_more_keeps_its_input_or_nothing(
     assert grown == 2 * streams_per_block * stream_bytes
 
 
-@pytest.mark.parametrize("method", NEED_VALUES)
+@pytest.mark.parametrize("method", HAVE_ROWS)
 def test_rows_beside_a_decoder_that_reads_an_encoder_are_refused(method: str) -> None:
     """By the library, which says where they go."""
     with pytest.raises(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from meft_bench.cell import Cell
 from meft_bench.options import ChildOptions
@@ -76,6 +77,21 @@ def test_every_method_is_measured(method: str) -> None:
         "weights_sha256": None,
         "data_origin": "random input",
     }
+
+
+@pytest.mark.parametrize("device", ["cpu", "virtual-H200"])
+def test_an_encoder_and_a_decoder_have_one_depth(device: str) -> None:
+    """All blocks of both are counted, and held against their twins, encoder first."""
+    if device != "cpu" and torch.cuda.is_available():
+        pytest.skip("there is a real GPU, which is left alone")
+    fields = TINY | {"backbone": "random:bart-tiny", "depth": 3, "device": device}
+    result = run(Cell(method="meft1-exact", **fields), ChildOptions())
+    assert (result["status"], result["message"]) == ("ok", "")
+    assert isinstance(result["measurement"], dict)
+    seen = Measurement(**result["measurement"])
+    assert seen.num_blocks == 6
+    if device == "cpu":
+        assert seen.reconstruction_error == seen.gradient_error == [0.0] * 6
 
 
 def test_a_rival_takes_turns() -> None:
