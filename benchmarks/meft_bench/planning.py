@@ -240,7 +240,7 @@ def _row(plan: dict[str, Any], maximize: str | None) -> list[str]:
         f"{plan['num_trainable_parameters']:,}",
         f"{plan['num_flops'] / 1e12:.1f}",
         f"{plan['seconds_at_least']:.3g} s",
-        format_bytes(plan["h2d_bytes"]),
+        "-" if plan["h2d_bytes"] is None else format_bytes(plan["h2d_bytes"]),
         ", ".join(f"{kind} {format_bytes(size)}" for kind, size in kinds),
         plan["where"],
     ]

@@ -184,6 +184,22 @@ def test_gradients_are_added_in_place() -> None:
         assert made_by_adding() > 0
 
 
+def test_backward_of_an_activation_is_one_operator() -> None:
+    """A build without CUDA has steps for it only, and would hold what each makes."""
+
+    def made_by_backward() -> list[str]:
+        with h200(), Ledger() as book:
+            x = torch.zeros(64, 64, device="cuda", requires_grad=True)
+            nn.functional.silu(x).sum().backward()
+        made = [s for s in book.trace().storages if s.phase == "backward"]
+        return [s.operator for s in made if s.shape == (64, 64)]
+
+    assert made_by_backward() == ["aten.silu_backward.default"]
+    parts = contextlib.nullcontext()
+    with mock.patch.object(personality, "_whole_operators", return_value=parts):
+        assert len(made_by_backward()) > 3
+
+
 def test_a_mask_without_padding_is_no_mask() -> None:
     """transformers would take fake tensors for tracing, and give attention a mask."""
 

@@ -1,7 +1,9 @@
 """A GPU that is not there: what a training step would take on it.
 
 gpu          what is known of a GPU, from files of data
+path         what the two ways to train on it have in common
 shim         makes fake CUDA tensors train on a build without CUDA
+pure         leads fake CPU tensors CUDA's way, where the shim cannot be
 attention    which kernel of attention the GPU would run
 declared     which neurons of sparse adapters a batch activates
 workspaces   what kernels take for themselves

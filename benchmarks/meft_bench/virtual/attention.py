@@ -75,11 +75,14 @@ def chosen(gpu: Gpu, call: Call) -> str:
     return "math"
 
 
-def replacement(gpu: Gpu, plain: Attention, counts: dict[str, int]) -> Attention:
-    """What stands in for `scaled_dot_product_attention`; others than CUDA's go on.
+def replacement(
+    gpu: Gpu, device: str, plain: Attention, counts: dict[str, int]
+) -> Attention:
+    """What stands in for `scaled_dot_product_attention`; other devices' tensors go on.
 
     Args:
         gpu: whose kernels.
+        device: type of the device that its tensors live on.
         plain: torch's own function.
         counts: how often each kernel was chosen; is added to.
     """
@@ -94,7 +97,7 @@ def replacement(gpu: Gpu, plain: Attention, counts: dict[str, int]) -> Attention
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if query.device.type != "cuda":
+        if query.device.type != device:
             return plain(
                 query,
                 key,
@@ -105,8 +108,8 @@ def replacement(gpu: Gpu, plain: Attention, counts: dict[str, int]) -> Attention
                 scale=scale,
                 enable_gqa=enable_gqa,
             )
-        if torch.is_autocast_enabled("cuda"):
-            dtype = torch.get_autocast_dtype("cuda")
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
             if attn_mask is not None and attn_mask.dtype != torch.bool:
                 attn_mask = attn_mask.to(dtype)
@@ -122,7 +125,7 @@ def replacement(gpu: Gpu, plain: Attention, counts: dict[str, int]) -> Attention
         )
         name = chosen(gpu, call)
         counts[name] = counts.get(name, 0) + 1
-        with torch.autocast("cuda", enabled=False):
+        with torch.autocast(device, enabled=False):
             return _RUN[name](call)
 
     return attention

@@ -52,12 +52,14 @@ class Ledger(TorchDispatchMode):
     Args:
         workspaces: what kernels of a real device would take for themselves.
         round_bytes: that a peak counts storages in multiples of.
+        accelerator: type of the device that copies go to and from.
     """
 
     def __init__(
         self,
         workspaces: Mapping[Any, Workspace] | None = None,
         round_bytes: int = ROUND_BYTES,
+        accelerator: str = "cuda",
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.step = 0
@@ -68,6 +70,7 @@ class Ledger(TorchDispatchMode):
         """Read and written by operators so far, as far as their tensors tell."""
         self._workspaces = workspaces or {}
         self._round_bytes = round_bytes
+        self._accelerator = accelerator
         self._phase = "inputs"
         self._time = 0
         self._storages: list[Storage] = []
@@ -114,6 +117,7 @@ class Ledger(TorchDispatchMode):
             events=tuple(_in_order(self._events)),
             copies=tuple(self._copies),
             round_bytes=self._round_bytes,
+            accelerator=self._accelerator,
         )
 
     @property
@@ -300,8 +304,9 @@ class Ledger(TorchDispatchMode):
     def _count_copy(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
         source, target = (args[0], out) if func is COPIES[1] else (args[1], args[0])
         pair = _device_of(source), _device_of(target)
-        direction = {("cpu", "cuda"): "h2d", ("cuda", "cpu"): "d2h"}.get(pair)
-        if direction is None:
+        here, there = "cpu", self._accelerator
+        direction = {(here, there): "h2d", (there, here): "d2h"}.get(pair)
+        if direction is None or here == there:
             return
         # A change of dtype happens on the device, whichever the direction is.
         on_host = source if direction == "h2d" else target

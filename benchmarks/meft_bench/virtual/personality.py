@@ -1,8 +1,8 @@
 """A virtual GPU: fake tensors on a device that answers as a GPU of that name would.
 
     with VirtualGpu(gpu.find("H200")) as device:
-        model = build().to("cuda")          # no memory is taken
-        with Ledger(device.workspaces) as ledger: ...
+        model = build().to(device.path.device)  # no memory is taken
+        with device.new_ledger() as ledger: ...
 
 While it lasts, torch and transformers are patched so that a training step takes the
 same way as on the real one. Each patch says what would go wrong without it. All are
@@ -24,11 +24,11 @@ from torch._subclasses import fake_impls, fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 
-from meft_bench.virtual import attention
+from meft_bench.virtual import attention, pure, shim
 from meft_bench.virtual.gpu import Gpu, workspace_bytes
 from meft_bench.virtual.ledger import Ledger
+from meft_bench.virtual.path import GpuPath
 from meft_bench.virtual.replay import Replay, replay
-from meft_bench.virtual.shim import fake_cuda
 from meft_bench.virtual.workspaces import WORKSPACES
 
 aten = torch.ops.aten
@@ -55,11 +55,13 @@ class _Mode(FakeTensorMode):
 
 
 class VirtualGpu:
-    """While it lasts, `cuda` is a fake device that behaves as `gpu`."""
+    """While it lasts, there is a fake device that behaves as `gpu`."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
         self.workspaces = WORKSPACES
+        self.path = shim.PATH
+        """Which was taken, and on which device tensors live: told once it is there."""
         self.attention_counts: dict[str, int] = {}
         """How often each kernel of attention was chosen."""
         self.mode = _Mode(allow_non_fake_inputs=True, allow_fallback_kernels=False)
@@ -67,6 +69,11 @@ class VirtualGpu:
         """Answers for `torch.cuda`'s figures of memory, once there is one."""
         self._peaks_since = 0
         self._stack = contextlib.ExitStack()
+
+    def new_ledger(self) -> Ledger:
+        """One for its tensors, which from now on answers for `torch.cuda`'s figures."""
+        self.ledger = Ledger(self.workspaces, accelerator=self.path.device)
+        return self.ledger
 
     def start_anew(self, *_: Any) -> None:
         """Empty the cache and forget the peaks."""
@@ -88,7 +95,7 @@ class VirtualGpu:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(fake_cuda())
+            self.path = _enter_path(stack)
             for patch in self._patches():
                 stack.enter_context(patch)
             stack.enter_context(self.mode)
@@ -102,10 +109,11 @@ class VirtualGpu:
         # In the calling thread: the same order in every run, and no thread that is
         # still at work when the process ends.
         yield torch.autograd.set_multithreading_enabled(False)
-        yield from _facade(self.gpu)
+        yield from _facade(self.gpu, self.path)
         yield from self._memory()
-        yield from _attention(self.gpu, self.attention_counts)
+        yield from _attention(self.gpu, self.path, self.attention_counts)
         yield from _many_tensors_at_once()
+        yield _whole_operators()
         yield from _values()
         yield from _initialisation()
         yield from _moving_modules()
@@ -120,6 +128,18 @@ class VirtualGpu:
         }
         for name, answer in answers.items():
             yield mock.patch.object(torch.cuda, name, answer)
+
+
+def _enter_path(stack: contextlib.ExitStack) -> GpuPath:
+    """The one path that this build of torch can take."""
+    try:
+        stack.enter_context(shim.fake_cuda())
+    except shim.RealGpuError:
+        raise
+    except shim.ShimError:
+        stack.enter_context(pure.like_cuda())
+        return pure.PATH
+    return shim.PATH
 
 
 class _Stream:
@@ -180,8 +200,12 @@ class _Event:
         return 0.0
 
 
-def _facade(gpu: Gpu) -> Iterator[contextlib.AbstractContextManager[Any]]:
+def _facade(
+    gpu: Gpu, path: GpuPath
+) -> Iterator[contextlib.AbstractContextManager[Any]]:
     """`torch.cuda`, whose functions call into a library that is not there."""
+    # Code that looks for a GPU has to find the device on which tensors live.
+    is_found = path.device == "cuda"
     major, minor = gpu.compute_capability
     properties = SimpleNamespace(
         name=gpu.name,
@@ -208,11 +232,11 @@ def _facade(gpu: Gpu) -> Iterator[contextlib.AbstractContextManager[Any]]:
         return 0
 
     answers: dict[str, Any] = {
-        "is_available": yes,
-        "is_initialized": yes,
+        "is_available": lambda: is_found,
+        "is_initialized": lambda: is_found,
         "is_bf16_supported": yes,
         "is_current_stream_capturing": lambda: False,
-        "device_count": lambda: 1,
+        "device_count": lambda: int(is_found),
         "current_device": zero,
         "get_rng_state": state,
         "get_rng_state_all": lambda: [state()],
@@ -241,11 +265,11 @@ def _facade(gpu: Gpu) -> Iterator[contextlib.AbstractContextManager[Any]]:
 
 
 def _attention(
-    gpu: Gpu, counts: dict[str, int]
+    gpu: Gpu, path: GpuPath, counts: dict[str, int]
 ) -> Iterator[contextlib.AbstractContextManager[Any]]:
     """A build without CUDA kernels takes the plain one, which keeps all scores."""
     plain = functional.scaled_dot_product_attention
-    ours = attention.replacement(gpu, plain, counts)
+    ours = attention.replacement(gpu, path.device, plain, counts)
     for owner in (functional, torch._C._nn):
         yield mock.patch.object(owner, "scaled_dot_product_attention", ours)
 
@@ -259,6 +283,24 @@ def _many_tensors_at_once() -> Iterator[contextlib.AbstractContextManager[Any]]:
         yield mock.patch.object(
             module, "_foreach_supported_types", [*known, FakeTensor]
         )
+
+
+@contextlib.contextmanager
+def _whole_operators() -> Iterator[None]:
+    """A build without CUDA takes these operators apart, into steps each of which makes
+    a tensor: backward of LLaMA's activation would hold two of them more.
+
+    They are those which have kernels on CUDA, and steps for devices that have none.
+    """
+    lacking = [
+        name
+        for name in ("silu_backward", "mish_backward")
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CUDA")
+    ]
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        for name in lacking:
+            library.impl(name, _never_run, "CUDA")
+        yield
 
 
 def _values() -> Iterator[contextlib.AbstractContextManager[Any]]:
@@ -350,6 +392,10 @@ def _is_real(args: Sequence[object], kwargs: Mapping[str, Any]) -> bool:
 
 def _no(*args: Any) -> bool:
     return False
+
+
+def _never_run(*args: Any) -> None:
+    raise AssertionError("fake tensors come first")
 
 
 def _none(*args: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from meft_bench.cell import Cell
 from meft_bench.source import MissingError, Source
 from meft_bench.virtual import views
 from meft_bench.virtual.gpu import Gpu, workspace_bytes
-from meft_bench.virtual.predict import HOW, Ready, ready
+from meft_bench.virtual.predict import UNPROVEN, Ready, ready
 from meft_bench.virtual.replay import NUM_THREADS, replay
 from meft_bench.virtual.trace import Peak, Storage, Trace
 
@@ -59,13 +59,14 @@ class Plan:
     num_flops: int | None = None
     h2d_bytes: int | None = None
     d2h_bytes: int | None = None
+    """Over the link; unknown where host and GPU cannot be told apart."""
     moved: list[dict[str, Any]] | None = None
     """These two by direction, phase and block."""
     bytes_touched: int | None = None
     """Read and written by operators."""
     seconds_at_least: float | None = None
     """What arithmetic or memory alone would take at the vendor's rates."""
-    prediction: str = HOW
+    prediction: str = UNPROVEN
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -104,7 +105,7 @@ def _plan(it: Ready, margin: float, timeline: bool) -> Plan:
     # Without a limit, so that what does not fit can be told in full.
     memory = replay(trace, workspace_bytes=workspace_bytes(gpu), start=started)
     needed = memory.reserved_bytes + gpu.context_bytes
-    peak = trace.peak("cuda", started)
+    peak = trace.peak(start=started)
     kinds = peak.by_kind | {"libraries": NUM_THREADS * workspace_bytes(gpu)}
     directions = Counter[str]()
     for copy in views.copies_after(trace, started):
@@ -118,7 +119,7 @@ def _plan(it: Ready, margin: float, timeline: bool) -> Plan:
         needed_bytes=needed,
         by_kind=kinds,
         unattributed_bytes=memory.allocated_bytes - sum(kinds.values()),
-        by_phase=views.peak_by_phase(trace, "cuda", started),
+        by_phase=views.peak_by_phase(trace, start=started),
         by_block=views.at_peak(trace, peak, "block"),
         by_operator=views.at_peak(trace, peak, "operator"),
         largest=[_told(trace, storage) for storage in peak.alive[:NUM_LARGEST]],
@@ -127,14 +128,15 @@ def _plan(it: Ready, margin: float, timeline: bool) -> Plan:
         where=_where(trace, peak),
         num_trainable_parameters=count["num_trainable_parameters"],
         num_flops=num_flops,
-        h2d_bytes=directions["h2d"],
-        d2h_bytes=directions["d2h"],
-        moved=_moved(trace, started),
+        h2d_bytes=directions["h2d"] if trace.has_link else None,
+        d2h_bytes=directions["d2h"] if trace.has_link else None,
+        moved=_moved(trace, started) if trace.has_link else None,
         bytes_touched=bytes_touched,
         seconds_at_least=max(
             num_flops / _flops_per_second(it.cell, gpu),
             bytes_touched / gpu.memory_bytes_per_second,
         ),
+        prediction=it.how,
     )
 
 
@@ -153,7 +155,7 @@ def _told(trace: Trace, storage: Storage) -> dict[str, Any]:
 def _moments(trace: Trace, started: int) -> list[dict[str, Any]]:
     return [
         {"time": moment.time, "phase": moment.phase} | moment.by_kind
-        for moment in views.timeline(trace, "cuda", started)
+        for moment in views.timeline(trace, start=started)
     ]
 
 

@@ -16,12 +16,11 @@ from unittest import mock
 import torch
 
 from meft.reversible import fixed
-from meft.sparse.convert import sparse_adapters
 from meft_bench import backbones, kernels, measure, probes
 from meft_bench.cell import Cell
-from meft_bench.registry import TASKS, load
+from meft_bench.registry import HAVE_ROWS, TASKS, load
 from meft_bench.sighting import Sighting
-from meft_bench.source import Source
+from meft_bench.source import MissingError, Source
 from meft_bench.tasks.batches import Batch, Example, Image, full_batches
 from meft_bench.tasks.question import AnswerTask
 from meft_bench.training import Stepper
@@ -29,7 +28,7 @@ from meft_bench.virtual import declared, fused, gpu
 from meft_bench.virtual.ledger import Ledger
 from meft_bench.virtual.personality import VirtualGpu
 
-HOW = "fake CUDA tensors; not held against a real GPU yet"
+UNPROVEN = "not held against a real GPU yet"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +36,6 @@ class Ready:
     """A cell that can step, and who watches it."""
 
     cell: Cell
-    """Its device is `cuda`."""
     device: VirtualGpu
     ledger: Ledger
     stepper: Stepper
@@ -45,6 +43,8 @@ class Ready:
     """Before the method takes them apart."""
     batches: list[Batch]
     """One step's."""
+    how: str
+    """How what is told of the cell comes to be."""
     origins: dict[str, str]
     """Fields of `Environment`."""
 
@@ -54,13 +54,13 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
     """Everything of `cell` on its virtual GPU, for as long as the body lasts.
 
     Raises:
-        MissingError: the backbone's config or the task is not at hand.
+        MissingError: the backbone's config or the task is not at hand, or the method
+            needs what this build of torch cannot tell.
         ValueError: the config, the method and the shape do not go together.
     """
     task = load(TASKS[cell.task])(cell, source)
     config, origin = backbones.load_config(cell, source)
     device = VirtualGpu(gpu.find(gpu.name_in(cell.device)))
-    cell = dataclasses.replace(cell, device="cuda")
     tells_tokens = isinstance(task, AnswerTask)
     num_labels = None if isinstance(task, AnswerTask) else task.num_labels
     ours = mock.patch.object(fixed, "_kernels_on", return_value=fused)
@@ -70,12 +70,13 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
         ours,
         sizes,
         kernels.attention(cell),
-        Ledger(device.workspaces) as ledger,
+        device.new_ledger() as ledger,
     ):
-        device.ledger = ledger
-        backbone = backbones.from_config(config, origin, cell, num_labels)
+        how = _how(cell, device)
+        on_it = dataclasses.replace(cell, device=device.path.device)
+        backbone = backbones.from_config(config, origin, on_it, num_labels)
         num_blocks = len(backbones.blocks_of(backbone.model))
-        stepper = measure.apply_method(backbone, cell)
+        stepper = measure.apply_method(backbone, on_it)
         ledger.watch(stepper.model, stepper.optimizer)
         yield Ready(
             cell=cell,
@@ -84,6 +85,7 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
             stepper=stepper,
             num_blocks=num_blocks,
             batches=_batches(cell, backbones.image_shape(config), tells_tokens),
+            how=how,
             origins={
                 "data_origin": f"shapes only; {task.origin}",
                 "weights_origin": origin,
@@ -100,21 +102,35 @@ def predict(cell: Cell, source: Source, sighting: Sighting) -> None:
     """
     sighting.environment |= {
         "num_threads": torch.get_num_threads(),
-        "prediction": HOW,
+        "prediction": UNPROVEN,
     }
     with ready(cell, source) as it:
         model = it.stepper.model
-        sighting.environment |= {"device_name": it.device.gpu.name, **it.origins}
-        if sparse_adapters(model):
-            share = f"{it.cell.active_fraction:.0%} of a block's neurons"
-            how = f"{HOW}; a batch is said to activate {share}"
-            sighting.environment["prediction"] = how
+        sighting.environment |= {
+            "device_name": it.device.gpu.name,
+            "prediction": it.how,
+            **it.origins,
+        }
         sighting.note(
             **measure.count(model),
             num_blocks=it.num_blocks,
         )
         probes.probe_memory(it.stepper, it.cell, it.batches, sighting)
         probes.probe_rows(it.stepper, it.batches, sighting)
+
+
+def _how(cell: Cell, device: VirtualGpu) -> str:
+    words = [device.path.how, UNPROVEN]
+    if cell.method in HAVE_ROWS:
+        if device.path.device == "cpu":
+            raise MissingError(
+                f"method {cell.method!r} keeps rows on the host, which this build of "
+                f"torch ({torch.__version__}) cannot tell from a virtual GPU: run it "
+                "on `cpu`, where every byte is counted, or take another build"
+            )
+        share = f"{cell.active_fraction:.0%} of a block's neurons"
+        words.append(f"a batch is said to activate {share}")
+    return "; ".join(words)
 
 
 def _batches(

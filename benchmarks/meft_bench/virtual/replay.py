@@ -33,7 +33,7 @@ def replay(
     workspace_bytes: int = 0,
     start: int = 0,
 ) -> Replay:
-    """Serve all allocations of a trace on `cuda`, in order.
+    """Serve all allocations of a trace on its accelerator, in order.
 
     Args:
         trace: what was allocated and freed.
@@ -81,7 +81,7 @@ def _start_anew(allocator: CachingAllocator) -> None:
 
 def _is_on_device(trace: Trace, event: Event) -> bool:
     assert event.storage is not None
-    return trace.storages[event.storage].device == "cuda"
+    return trace.storages[event.storage].device == trace.accelerator
 
 
 def _where(trace: Trace, event: Event, blocks: dict[int | None, Block | None]) -> str:

@@ -27,6 +27,9 @@ from typing import Any
 
 import torch
 
+from meft_bench.virtual.path import GpuPath
+
+PATH = GpuPath(name="shim", device="cuda", how="fake CUDA tensors")
 CUDA = 1
 """c10::DeviceType::CUDA."""
 NUM_DEVICE_TYPES = 22
@@ -41,6 +44,10 @@ class ShimError(RuntimeError):
     """This build of torch cannot be made to train on fake CUDA tensors."""
 
 
+class RealGpuError(ShimError):
+    """There is a real GPU, beside which a virtual one does not stand."""
+
+
 _kept: list[Any] = []
 """What compiled code points to from now on, and must not be collected."""
 
@@ -50,10 +57,11 @@ def fake_cuda() -> Iterator[None]:
     """While it lasts, autograd believes that there is one CUDA device.
 
     Raises:
+        RealGpuError: there is a real one.
         ShimError: it cannot be made to; nothing has changed.
     """
     if torch.cuda.is_available():
-        raise ShimError("there is a real GPU, which is left alone")
+        raise RealGpuError("there is a real GPU, which is left alone")
     _install_guard()
     with _hooks_that_answer_yes():
         yield

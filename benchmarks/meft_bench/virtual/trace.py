@@ -99,7 +99,15 @@ class Trace:
     storages: tuple[Storage, ...]
     events: tuple[Event, ...]
     copies: tuple[Copy, ...]
+    """Between host and accelerator; none are seen where `has_link` is false."""
     round_bytes: int
+    accelerator: str = "cuda"
+    """Type of the device on which what is the GPU's lives."""
+
+    @property
+    def has_link(self) -> bool:
+        """Whether the accelerator's memory can be told from the host's."""
+        return self.accelerator != "cpu"
 
     @cached_property
     def _backward_began(self) -> dict[int, int]:
@@ -145,8 +153,14 @@ class Trace:
             by_kind[kind] += size
             yield event.time, total, by_kind
 
-    def peak(self, device: str = "cuda", start: int = 0) -> Peak:
-        """The first moment from time `start` on at which most was held."""
+    def peak(self, device: str | None = None, start: int = 0) -> Peak:
+        """The first moment from time `start` on at which most was held.
+
+        Args:
+            device: whose memory; None for the accelerator's.
+            start: what was before does not count.
+        """
+        device = device or self.accelerator
         most, when, by_kind = -1, start, Counter[str]()
         for time, total, kinds in self.held(device):
             if time >= start and total > most:

@@ -34,8 +34,14 @@ def block_of(module: str) -> str:
     return found.group() if found else module
 
 
-def timeline(trace: Trace, device: str = "cuda", start: int = 0) -> Iterator[Moment]:
-    """What was held on `device` from time `start` on, one moment per change."""
+def timeline(
+    trace: Trace, device: str | None = None, start: int = 0
+) -> Iterator[Moment]:
+    """What was held on `device` from time `start` on, one moment per change.
+
+    Here and below, a device of None is the accelerator.
+    """
+    device = device or trace.accelerator
     phases = _phases(trace, device)
     for time, _, by_kind in trace.held(device):
         phase = next(phases)
@@ -44,8 +50,11 @@ def timeline(trace: Trace, device: str = "cuda", start: int = 0) -> Iterator[Mom
             yield Moment(time=time, phase=phase, by_kind=kinds)
 
 
-def peak_by_phase(trace: Trace, device: str = "cuda", start: int = 0) -> dict[str, int]:
+def peak_by_phase(
+    trace: Trace, device: str | None = None, start: int = 0
+) -> dict[str, int]:
     """The most that was held on `device` during each phase."""
+    device = device or trace.accelerator
     most: dict[str, int] = {}
     for phase, (time, total, _) in zip(
         _phases(trace, device), trace.held(device), strict=True
@@ -71,8 +80,11 @@ def at_peak(trace: Trace, peak: Peak, of: str) -> dict[str, int]:
     return dict(found.most_common())
 
 
-def saved_by_block(trace: Trace, step: int, device: str = "cuda") -> dict[str, int]:
+def saved_by_block(
+    trace: Trace, step: int, device: str | None = None
+) -> dict[str, int]:
     """Bytes that the forward of a step left for its backward, by block."""
+    device = device or trace.accelerator
     found: dict[str, int] = defaultdict(int)
     for storage in trace.storages:
         is_of_step = storage.step == step and storage.device == device

@@ -1,0 +1,329 @@
+"""The two ways to train on a GPU that is not there: both take the same memory."""
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional
+
+from harness.tiny import FAMILIES, batch, cell, classifier
+from meft_bench.options import ChildOptions
+from meft_bench.registry import METHODS, load
+from meft_bench.source import Source
+from meft_bench.training import Stepper
+from meft_bench.virtual import gpu, personality, pure, shim
+from meft_bench.virtual.personality import VirtualGpu
+from meft_bench.virtual.plan import Plan, plan
+from meft_bench.virtual.trace import Trace
+from meft_bench.worker import run
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there is a real GPU, which is left alone"
+)
+SIZE = {"batch_size": 8, "seq_len": 32}
+
+
+def without_shim() -> contextlib.AbstractContextManager[Any]:
+    """As on a build of torch that cannot be patched."""
+    error = shim.ShimError("another order of methods")
+    return mock.patch.object(shim, "fake_cuda", side_effect=error)
+
+
+def steps(
+    method: str, model_type: str, dtype: str = "fp32", attention: str = "sdpa"
+) -> Trace:
+    """Two of a small classifier, on whichever path there is."""
+    with VirtualGpu(gpu.find("H200")) as device, device.new_ledger() as ledger:
+        here = cell(method=method, dtype=dtype, device=device.path.device, **SIZE)
+        with torch.device(here.device):  # so that the host never holds weights
+            backbone = classifier(model_type, _attn_implementation=attention)
+            model = load(METHODS[method])(backbone, here)
+        stepper = Stepper(model.to(here.device), here)
+        stepper.model.train()
+        ledger.watch(stepper.model, stepper.optimizer)
+        for step in range(2):
+            ledger.step = step
+            stepper.step([batch(**SIZE)], 1e-3)
+    return ledger.trace()
+
+
+@pytest.fixture(autouse=True)
+def no_garbage_collection() -> Iterator[None]:
+    """What it frees, and when, depends on the tests before."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+NO_PATCH = contextlib.nullcontext()
+
+
+def check_same_peak(
+    method: str,
+    model_type: str,
+    dtype: str,
+    attention: str = "sdpa",
+    without: contextlib.AbstractContextManager[Any] = NO_PATCH,
+) -> None:
+    """No more is between them than what the host holds, which one counts as the GPU's:
+    batches, and a number for each parameter that an optimizer steps."""
+    shimmed = steps(method, model_type, dtype, attention)
+    with without_shim(), without:
+        plain = steps(method, model_type, dtype, attention)
+    more = plain.peak().num_bytes - shimmed.peak("cuda").num_bytes
+    assert 0 <= more <= shimmed.peak("cpu").num_bytes
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(
+    "method", ["full", "lora", "checkpointing", "meft1", "meft1-exact"]
+)
+def test_both_paths_take_the_same(method: str, model_type: str) -> None:
+    check_same_peak(method, model_type, "fp32")
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+@pytest.mark.parametrize("method", ["full", "lora", "checkpointing", "meft1-exact"])
+def test_both_paths_take_the_same_under_autocast(method: str, model_type: str) -> None:
+    check_same_peak(method, model_type, "bf16")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_both_paths_take_the_same_by_transformers_own_attention(
+    model_type: str, dtype: str
+) -> None:
+    """Whose softmax autocast computes in float32; in fp16, with a scaled loss."""
+    check_same_peak("full", model_type, dtype, "eager")
+
+
+def dropout_of_a_cpu(tensor: Tensor, p: float, train: bool) -> Tensor:
+    return tensor * torch.empty_like(tensor).bernoulli_(1 - p) if train else tensor
+
+
+WITHOUT: dict[str, tuple[contextlib.AbstractContextManager[Any], str]] = {
+    "attention": (
+        mock.patch.object(personality, "_attention", return_value=[]),
+        "sdpa",
+    ),
+    "dropout": (mock.patch.object(pure, "_dropout", dropout_of_a_cpu), "sdpa"),
+    "float32": (mock.patch.multiple(pure, IN_FLOAT32=(), TO_FLOAT32=()), "eager"),
+}
+
+
+@pytest.mark.parametrize("choice", WITHOUT)
+def test_each_choice_of_cudas_is_needed(choice: str) -> None:
+    """Without any one of them, the pure path is farther off than the host's share."""
+    patch, attention = WITHOUT[choice]
+    with pytest.raises(AssertionError):
+        check_same_peak("full", "bert", "bf16", attention, patch)
+
+
+def test_optimizers_go_through_lists_of_tensors() -> None:
+    """And hold one more copy of all weights; with it, a counter for each of them."""
+
+    def peak_bytes() -> int:
+        with VirtualGpu(gpu.find("H200")) as device, device.new_ledger() as ledger:
+            place = device.path.device
+            weights = [torch.zeros(64, 64, device=place) for _ in range(16)]
+            for weight in weights:
+                weight.requires_grad_().grad = torch.zeros_like(weight)
+            torch.optim.AdamW(weights).step()
+        return ledger.trace().peak().num_bytes
+
+    with_lists = peak_bytes()
+    with without_shim():
+        assert peak_bytes() - with_lists in range(16 * 512, 18 * 512)
+        one_by_one = contextlib.nullcontext()
+        with mock.patch.object(pure, "_many_tensors_at_once", return_value=one_by_one):
+            assert peak_bytes() <= with_lists - 8 * 64 * 64 * 4
+
+
+@pytest.mark.parametrize("name", [*pure.IN_FLOAT32, *pure.TO_FLOAT32])
+def test_autocast_of_cuda_knows_the_operator(name: str) -> None:
+    """And that of the CPU does not, so that nothing of it is lost."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has_kernel(f"aten::{name}", "AutocastCUDA")
+    assert not has_kernel(f"aten::{name}", "AutocastCPU")
+
+
+def test_autocast_gives_the_same_dtypes() -> None:
+    """Of everything that is told apart, and of what is not."""
+
+    def dtypes() -> list[torch.dtype]:
+        with VirtualGpu(gpu.find("H200")) as device:
+            place = device.path.device
+            x = torch.zeros(4, 8, device=place, dtype=torch.bfloat16)
+            wide = torch.zeros(8, 8, device=place)
+            target = torch.zeros(4, dtype=torch.long, device=place)
+            with torch.autocast(place, torch.bfloat16):
+                results = [
+                    functional.layer_norm(x, (8,)),
+                    functional.rms_norm(x, (8,)),
+                    x.softmax(-1),
+                    functional.softmax(x, -1, dtype=torch.bfloat16),
+                    functional.log_softmax(x, -1),
+                    functional.cross_entropy(x, target),
+                    functional.gelu(x),
+                    functional.silu(x),
+                    functional.linear(x, wide),
+                    functional.embedding(target, wide),
+                    x @ wide,
+                    x.pow(2),
+                    x.exp(),
+                    x.rsqrt(),
+                    x.sum(),
+                    x.sum(-1),
+                    x.sum(dtype=torch.bfloat16),
+                    x.mean(-1),
+                    x.cumsum(-1),
+                    x.cumsum(-1, dtype=torch.float64),
+                    x.double().exp(),
+                    target.sum(),
+                    x.norm(),
+                    x + wide[:4],
+                    torch.cat([x, wide]),
+                ]
+        return [result.dtype for result in results]
+
+    shimmed = dtypes()
+    with without_shim():
+        assert dtypes() == shimmed
+
+
+@pytest.mark.parametrize("is_shimmed", [True, False])
+def test_nothing_stays_patched(is_shimmed: bool) -> None:
+    path = contextlib.nullcontext() if is_shimmed else without_shim()
+    before = _patched_places()
+    with path, VirtualGpu(gpu.find("H200")) as device:
+        assert device.path is (shim.PATH if is_shimmed else pure.PATH)
+        # What looks for a GPU finds the device on which tensors live.
+        assert torch.cuda.is_available() is is_shimmed
+        assert _patched_places() != before
+    assert _patched_places() == before
+    path = contextlib.nullcontext() if is_shimmed else without_shim()
+    with pytest.raises(RuntimeError), path, VirtualGpu(gpu.find("H200")):
+        raise RuntimeError
+    assert _patched_places() == before
+
+
+def _patched_places() -> list[Any]:
+    optimizer = __import__("torch.optim.optimizer", fromlist=["_"])
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key
+    return [
+        *(sorted(registered(key)) for key in ("AutocastCPU", "AutogradCPU", "CUDA")),
+        {n: getattr(torch.cuda, n) for n in dir(torch.cuda) if not n.startswith("__")},
+        vars(FakeTensor).get("is_cuda"),
+        optimizer._get_foreach_kernels_supported_devices,
+        functional.scaled_dot_product_attention,
+        vars(transformers.masking_utils)["is_tracing"],
+    ]
+
+
+def test_no_path_stands_beside_a_real_gpu() -> None:
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        pytest.raises(shim.RealGpuError, match="left alone"),
+        VirtualGpu(gpu.find("H200")),
+    ):
+        pass
+
+
+def test_a_cell_says_which_path_it_took() -> None:
+    """And holds the same figures, but for what the host's memory is taken for."""
+    asked = cell(device="virtual-H200", backbone="random:bert-tiny", dtype="bf16")
+    shimmed = run(asked, ChildOptions())
+    with without_shim():
+        plain = run(asked, ChildOptions())
+    assert plain["status"] == shimmed["status"] == "ok", plain["message"]
+    of_shim: Any = shimmed["environment"]
+    of_pure: Any = plain["environment"]
+    assert of_shim["prediction"].startswith("fake CUDA tensors; not held against")
+    assert of_pure["prediction"].startswith("fake CPU tensors")
+    assert of_pure["device_name"] == of_shim["device_name"]
+    seen: Any = plain["measurement"]
+    known: Any = shimmed["measurement"]
+    for name in ("saved_bytes", "peak_allocated_bytes", "peak_reserved_bytes"):
+        assert seen[name] == pytest.approx(known[name], rel=0.01), name
+
+
+def test_a_plan_without_a_link_knows_no_traffic() -> None:
+    """None, which is not 0."""
+    asked = cell(device="virtual-H200", backbone="random:bert-tiny")
+    rows, labels = 3 * 4 * 8 * 8, 4 * 8
+    assert plan(asked, Source(), margin=0.05).h2d_bytes == rows + labels
+    with without_shim():
+        found = plan(asked, Source(), margin=0.05)
+    assert found.verdict == "fits", found.message
+    assert found.h2d_bytes is None
+    assert found.d2h_bytes is None
+    assert found.prediction.startswith("fake CPU tensors")
+    assert found.needed_bytes is not None
+
+
+REAL_SIZES: dict[str, dict[str, Any]] = {
+    "BERT-base, full, fp32, 16 x 128": {
+        "backbone": "random:bert-base",
+        "batch_size": 16,
+        "seq_len": 128,
+    },
+    "RoBERTa-large, full, bf16 autocast, 32 x 512": {
+        "backbone": "random:roberta-large",
+        "dtype": "bf16",
+        "batch_size": 32,
+        "seq_len": 512,
+    },
+    "OPT-1.3B, full, bf16 weights, 16 x 512": {
+        "backbone": "random:opt-1.3b",
+        "dtype": "bf16",
+        "weights_dtype": "bf16",
+        "batch_size": 16,
+        "seq_len": 512,
+    },
+    "LLaMA-7B, lora, bf16 weights, 16 x 512": {
+        "backbone": "random:llama-7b",
+        "method": "lora",
+        "dtype": "bf16",
+        "weights_dtype": "bf16",
+        "batch_size": 16,
+        "seq_len": 512,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL_SIZES)
+def test_both_paths_at_real_sizes(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prints a row of the table in docs/virtual-gpu.md."""
+
+    def planned() -> tuple[int, Plan]:
+        found = plan(cell(device="virtual-H200", **REAL_SIZES[name]), Source(), margin=0.05)
+        assert found.by_kind is not None, found.message
+        return sum(found.by_kind.values()), found
+
+    shimmed, of_shim = planned()
+    with without_shim():
+        plain, of_pure = planned()
+    assert of_shim.allocated_bytes is not None
+    assert of_pure.allocated_bytes is not None
+    rates = [
+        100 * (one / other - 1)
+        for one, other in (
+            (plain, shimmed),
+            (of_pure.allocated_bytes, of_shim.allocated_bytes),
+        )
+    ]
+    with capsys.disabled():
+        print(f"\n| {name} | {shimmed:,} | {plain:,} | {rates[0]:+.4f} % | ", end="")
+        print(f"{rates[1]:+.4f} % |")
+    assert abs(rates[0]) < 0.05
