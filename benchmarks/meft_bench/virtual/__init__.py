@@ -8,6 +8,7 @@ attention    which kernel of attention the GPU would run
 declared     which neurons of sparse adapters a batch activates
 workspaces   what kernels take for themselves
 personality  the virtual GPU itself: all of the above in one context
+limits       where it has no answer, and what to do then
 ledger       writes down every storage, on any device, fake or real
 trace        what was written down: peaks, kinds, copies
 fused        takes the memory that our own kernels take

@@ -24,7 +24,7 @@ from torch._subclasses import fake_impls, fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 
-from meft_bench.virtual import attention, pure, shim
+from meft_bench.virtual import attention, limits, pure, shim
 from meft_bench.virtual.gpu import Gpu, workspace_bytes
 from meft_bench.virtual.ledger import Ledger
 from meft_bench.virtual.path import GpuPath
@@ -95,6 +95,7 @@ class VirtualGpu:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(limits.told_in_words())
             self.path = _enter_path(stack)
             for patch in self._patches():
                 stack.enter_context(patch)
