@@ -29,8 +29,8 @@ NUM_SHOWN = 8
 """Lines of a part of the details."""
 PLANNER = "meft_bench.virtual.planner"
 NOTE = (
-    "Predicted from fake CUDA tensors and a model of the caching allocator; no number "
-    "here has been held against a real GPU yet. Needed is what is reserved and about "
+    "Predicted from fake tensors and a model of the caching allocator; no number here "
+    "has been held against a real GPU yet. Needed is what is reserved and about "
     "{context} of the driver's own; fits leaves {margin:.0%} free."
 )
 

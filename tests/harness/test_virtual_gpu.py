@@ -200,6 +200,21 @@ def test_backward_of_an_activation_is_one_operator() -> None:
         assert len(made_by_backward()) > 3
 
 
+def test_all_operators_that_would_be_taken_apart_are_known() -> None:
+    """Those with steps, and with kernels for a CPU, which a CUDA build has for GPUs."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    both = {
+        name
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("aten::")
+        and has_kernel(name, "CompositeImplicitAutograd")
+        and has_kernel(name, "CPU")
+    }
+    # The last has a kernel for CPUs alone.
+    known = {*personality.WHOLE_OPERATORS, "native_channel_shuffle"}
+    assert both == {f"aten::{name}" for name in known}
+
+
 def test_a_mask_without_padding_is_no_mask() -> None:
     """transformers would take fake tensors for tracing, and give attention a mask."""
 

@@ -34,6 +34,8 @@ from meft_bench.virtual.workspaces import WORKSPACES
 aten = torch.ops.aten
 PINNING = (aten._pin_memory.default, aten.is_pinned.default)
 """Asks CUDA, which is not there."""
+WHOLE_OPERATORS = ("silu_backward", "mish_backward")
+"""They have kernels on CUDA, and steps for devices that have none."""
 
 
 class _Mode(FakeTensorMode):
@@ -289,13 +291,10 @@ def _many_tensors_at_once() -> Iterator[contextlib.AbstractContextManager[Any]]:
 @contextlib.contextmanager
 def _whole_operators() -> Iterator[None]:
     """A build without CUDA takes these operators apart, into steps each of which makes
-    a tensor: backward of LLaMA's activation would hold two of them more.
-
-    They are those which have kernels on CUDA, and steps for devices that have none.
-    """
+    a tensor: backward of LLaMA's activation would hold two of them more."""
     lacking = [
         name
-        for name in ("silu_backward", "mish_backward")
+        for name in WHOLE_OPERATORS
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CUDA")
     ]
     with torch.library._scoped_library("aten", "IMPL") as library:
