@@ -1,5 +1,8 @@
-"""What training can ask of a GPU that is not there: each thing leaves its mark on what
-the ledger holds, by which it is known to have been done."""
+"""What training can ask of a GPU that is not there.
+
+Each thing leaves its mark on what the ledger holds or on what has been run, by which it
+is known to have been done; and what has no answer says so.
+"""
 
 import functools
 import gc

@@ -304,9 +304,11 @@ class Ledger(TorchDispatchMode):
     def _count_copy(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
         source, target = (args[0], out) if func is COPIES[1] else (args[1], args[0])
         pair = _device_of(source), _device_of(target)
-        here, there = "cpu", self._accelerator
-        direction = {(here, there): "h2d", (there, here): "d2h"}.get(pair)
-        if direction is None or here == there:
+        if pair[0] == pair[1]:
+            return
+        there = self._accelerator
+        direction = {("cpu", there): "h2d", (there, "cpu"): "d2h"}.get(pair)
+        if direction is None:
             return
         # A change of dtype happens on the device, whichever the direction is.
         on_host = source if direction == "h2d" else target
