@@ -457,7 +457,7 @@ def test_a_plan_and_a_record_say_so() -> None:
     here = cell(device="virtual-H200", backbone="random:bert-tiny", method="full")
     name = f"{__name__}:{a_method_that_looks.__name__}"
     with mock.patch.dict(METHODS, {"full": name}):
-        planned = plan(here, Source())
+        planned = plan(here, Source(), margin=0.05)
         told = run(here, ChildOptions())
     assert planned.verdict == "unknown"
     assert told["status"] == "skipped"
