@@ -115,7 +115,8 @@ def ask(
             check=False,
         )
         if not out.is_file():
-            lines = done.stdout.strip().splitlines() or ["no output"]
+            code = f"it said nothing and ended with {done.returncode}"
+            lines = done.stdout.strip().splitlines() or [code]
             raise PlanningError(f"the planner ended without an answer: {lines[-1]}")
         plans: list[dict[str, Any]] = json.loads(out.read_text())["plans"]
     return plans

@@ -34,8 +34,7 @@ def traced(model: nn.Module, num_steps: int = 2) -> Trace:
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     with Ledger() as ledger:
         ledger.watch(model, optimizer)
-        for step in range(num_steps):
-            ledger.step = step
+        for _ in range(num_steps):
             model(torch.ones(16, 64)).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -137,8 +136,7 @@ def test_nothing_of_a_step_outlives_it(method: str) -> None:
     stepper.model.train()
     with Ledger() as ledger:
         ledger.watch(stepper.model, stepper.optimizer)
-        for step in range(2):
-            ledger.step = step
+        for _ in range(2):
             stepper.step([batch()], 1e-3)
     trace = ledger.trace()
     left = [
@@ -147,3 +145,43 @@ def test_nothing_of_a_step_outlives_it(method: str) -> None:
         if s.died is None and trace.kind_of(s) in ("saved", "forward", "recompute")
     ]
     assert not [entry for entry in left if len(entry[1]) > 1]
+
+
+def test_batches_of_one_step_each_have_a_backward() -> None:
+    """What the second forward lets go is not saved; steps are counted by updates."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    with Ledger() as ledger:
+        ledger.watch(model, optimizer)
+        for _ in range(2):
+            for _ in range(2):
+                model(torch.ones(16, 64)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert ledger.step == 2
+    trace = ledger.trace()
+    # Of each batch: the input of each layer, the sum, and the gradient it begins with.
+    outputs = [s for s in trace.storages if s.operator.startswith("aten.addmm")]
+    assert len(outputs) == 2 * 2 * 2
+    assert [trace.kind_of(s) for s in outputs] == ["saved", "forward"] * 4
+    assert {s.step for s in trace.storages} == {0, 1}
+
+
+def test_an_update_made_of_another_is_one() -> None:
+    """An optimizer whose step calls its base's, both with hooks."""
+
+    class Wrapped(torch.optim.AdamW):
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            super().step()
+            self.left = torch.ones(256)
+
+    weight = nn.Parameter(torch.ones(4))
+    torch.optim.AdamW([weight])  # gives the base's step hooks
+    optimizer = Wrapped([weight])
+    weight.grad = torch.ones(4)
+    with Ledger() as ledger:
+        optimizer.step()
+    (left,) = (s for s in ledger.trace().storages if s.num_bytes == 1024)
+    assert left.phase == "update"
+    assert ledger.step == 1

@@ -29,7 +29,6 @@ from meft_bench.registry import METHODS
 from meft_bench.source import MissingError, Source
 from meft_bench.training import Stepper
 from meft_bench.virtual import gpu
-from meft_bench.virtual.ledger import Ledger
 from meft_bench.virtual.personality import VirtualGpu
 from meft_bench.virtual.plan import plan
 from meft_bench.virtual.trace import Trace
@@ -81,14 +80,6 @@ def trained(model: nn.Module) -> int:
 # The Trainer of transformers, as it comes.
 
 
-class NextStep(transformers.TrainerCallback):
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.ledger.step += 1
-
-
 @dataclass(frozen=True, kw_only=True)
 class Trained:
     trace: Trace
@@ -125,7 +116,6 @@ def by_trainer(
                 model=model,
                 args=arguments,
                 train_dataset=rows,
-                callbacks=[NextStep(ledger)],
             )
             ledger.watch(model, trainer.create_optimizer())
             trainer.train()
@@ -261,8 +251,7 @@ def stepped(num_batches: int = 1, **fields: Any) -> tuple[Trace, Counter[str], i
         stepper = Stepper(classifier("bert").to("cuda"), here)
         stepper.model.train()
         ledger.watch(stepper.model, stepper.optimizer)
-        for step in range(2):
-            ledger.step = step
+        for _ in range(2):
             stepper.step([batch(**SIZE)] * num_batches, 1e-3)
         weight_bytes = trained(stepper.model)
     return ledger.trace(), seen.counts, weight_bytes

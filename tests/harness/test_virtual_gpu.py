@@ -49,8 +49,7 @@ def steps(method: str, model_type: str, device: str, optimizer: str = "adamw") -
         stepper = Stepper(model.to(device), here)
         stepper.model.train()
         book.watch(stepper.model, stepper.optimizer)
-        for step in range(2):
-            book.step = step
+        for _ in range(2):
             stepper.step([batch()], 1e-3)
     return book.trace()
 

@@ -48,8 +48,7 @@ def steps(
         stepper = Stepper(model.to(here.device), here)
         stepper.model.train()
         ledger.watch(stepper.model, stepper.optimizer)
-        for step in range(2):
-            ledger.step = step
+        for _ in range(2):
             stepper.step([batch(**SIZE)], 1e-3)
     return ledger.trace()
 

@@ -63,7 +63,7 @@ class Ledger(TorchDispatchMode):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.step = 0
-        """Number of the optimizer step under way."""
+        """Optimizer steps so far."""
         self.num_flops = 0
         """Of matrix products and attention so far."""
         self.bytes_touched = 0
@@ -82,6 +82,7 @@ class Ledger(TorchDispatchMode):
         self._first_nodes: list[int] = []
         self._module_of_node: list[str] = []
         self._handles: list[Any] = []
+        self._num_updating = 0
         self._models: list[nn.Module] = []
         self._optimizers: list[Optimizer] = []
 
@@ -255,12 +256,17 @@ class Ledger(TorchDispatchMode):
             self._module_of_node.append(name)
 
     def _begin_update(self, *_: Any) -> None:
+        # An optimizer's step may be made of another's, with hooks of its own.
+        self._num_updating += 1
         self._tell_kinds()
         self._phase = "update"
 
     def _end_update(self, *_: Any) -> None:
+        self._num_updating -= 1
         self._tell_kinds()
-        self._phase = "forward"
+        if not self._num_updating:
+            self._phase = "forward"
+            self.step += 1
 
     def _tell_kinds(self) -> None:
         owners: dict[Tensor, str] = {}

@@ -32,7 +32,8 @@ class Plan:
     verdict: str
     """`fits`, `tight` (fits without the margin), `too large`, or `unknown`."""
     message: str = ""
-    """Why, where it is neither of the first two."""
+    """Why, where it is neither of the first two: what there was no room for, when, and
+    what was alive."""
     allocated_bytes: int | None = None
     reserved_bytes: int | None = None
     needed_bytes: int | None = None
@@ -97,7 +98,7 @@ def _plan(it: Ready, margin: float, timeline: bool) -> Plan:
     it.stepper.model.train()
     it.stepper.step(it.batches, learning_rate=1e-3)
     started, num_flops = ledger.time, ledger.num_flops
-    bytes_touched, ledger.step = ledger.bytes_touched, 1
+    bytes_touched = ledger.bytes_touched
     it.stepper.step(it.batches, learning_rate=1e-3)
     num_flops = ledger.num_flops - num_flops
     bytes_touched = ledger.bytes_touched - bytes_touched
@@ -114,6 +115,7 @@ def _plan(it: Ready, margin: float, timeline: bool) -> Plan:
     return Plan(
         method=it.cell.method,
         verdict=_verdict(needed, gpu, margin),
+        message=_first_that_fails(trace, gpu) if needed > gpu.memory_bytes else "",
         allocated_bytes=memory.allocated_bytes,
         reserved_bytes=memory.reserved_bytes,
         needed_bytes=needed,
@@ -123,7 +125,7 @@ def _plan(it: Ready, margin: float, timeline: bool) -> Plan:
         by_block=views.at_peak(trace, peak, "block"),
         by_operator=views.at_peak(trace, peak, "operator"),
         largest=[_told(trace, storage) for storage in peak.alive[:NUM_LARGEST]],
-        saved_by_block=views.saved_by_block(trace, ledger.step),
+        saved_by_block=views.saved_by_block(trace, ledger.step - 1),
         timeline=_moments(trace, started) if timeline else None,
         where=_where(trace, peak),
         num_trainable_parameters=count["num_trainable_parameters"],
@@ -144,6 +146,19 @@ def _verdict(needed_bytes: int, gpu: Gpu, margin: float) -> str:
     if needed_bytes > gpu.memory_bytes:
         return "too large"
     return "fits" if needed_bytes <= (1 - margin) * gpu.memory_bytes else "tight"
+
+
+def _first_that_fails(trace: Trace, gpu: Gpu) -> str:
+    """What there is no room for first; "" if only what libraries take is too much."""
+    try:
+        replay(
+            trace,
+            capacity_bytes=gpu.memory_bytes - gpu.context_bytes,
+            workspace_bytes=workspace_bytes(gpu),
+        )
+    except torch.OutOfMemoryError as error:
+        return str(error)
+    return ""
 
 
 def _told(trace: Trace, storage: Storage) -> dict[str, Any]:

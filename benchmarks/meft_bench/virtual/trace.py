@@ -4,6 +4,8 @@ Time is counted in operators. A storage's `kind` is decided here and not while i
 because only its death tells what it was for.
 """
 
+import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +37,9 @@ forward ... update   made in that phase and gone soon; `recompute` is a forward 
 workspace            that kernels take for themselves
 libraries            that those which multiply matrices keep for ever
 """
+
+BACKWARD = ("backward", "recompute")
+"""Phases that are mixed in one backward."""
 
 
 @dataclass(slots=True, eq=False)
@@ -110,12 +115,13 @@ class Trace:
         return self.accelerator != "cpu"
 
     @cached_property
-    def _backward_began(self) -> dict[int, int]:
-        """By step."""
-        began: dict[int, int] = {}
+    def _backwards(self) -> list[int]:
+        """When each of them began: the first thing that one made, after a forward."""
+        began, before = [], ""
         for storage in self.storages:
-            if storage.phase == "backward":
-                began.setdefault(storage.step, storage.born)
+            if storage.phase in BACKWARD and before not in BACKWARD:
+                began.append(storage.born)
+            before = storage.phase
         return began
 
     def kind_of(self, storage: Storage) -> str:
@@ -124,8 +130,9 @@ class Trace:
             return storage.kind
         if storage.phase != "forward":
             return storage.phase
-        began = self._backward_began.get(storage.step)
-        lives_on = storage.died is None or (began is not None and storage.died > began)
+        place = bisect_right(self._backwards, storage.born)
+        began = self._backwards[place] if place < len(self._backwards) else math.inf
+        lives_on = storage.died is None or storage.died > began
         return "saved" if lives_on else "forward"
 
     def rounded(self, num_bytes: int) -> int:
