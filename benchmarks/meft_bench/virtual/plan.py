@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from meft.errors import MeftError
 from meft_bench import measure
 from meft_bench.cell import Cell
 from meft_bench.source import MissingError, Source
@@ -88,7 +89,7 @@ def plan(cell: Cell, source: Source, margin: float, timeline: bool = False) -> P
             return _plan(it, margin, timeline)
     except torch.OutOfMemoryError as error:
         return Plan(method=cell.method, verdict="too large", message=str(error))
-    except (MissingError, ValueError, NotImplementedError) as error:
+    except (MissingError, MeftError, ValueError, NotImplementedError) as error:
         return Plan(method=cell.method, verdict="unknown", message=str(error))
 
 
