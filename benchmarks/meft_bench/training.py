@@ -127,6 +127,7 @@ def _optimizer(
 ) -> torch.optim.Optimizer:
     adam: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-6}
     if sparse_adapters(model):
+        assert cell.optimizer == "adamw", cell.optimizer
         return meft.SparseAdamW(groups, **adam)
     if cell.optimizer == "sgd":
         return torch.optim.SGD(groups)

@@ -47,6 +47,14 @@ def test_a_short_run_has_a_learning_rate_from_its_first_step() -> None:
     assert learning_rate_at(0, cell(max_steps=5, learning_rate=1.0)) == 1.0
 
 
+def test_rows_are_stepped_by_an_adamw_of_their_own() -> None:
+    """Sweeps and plans tell people so before a step is made for another."""
+    chosen = cell(method="sparse", optimizer="sgd", num_neurons=64)
+    model = load(METHODS["sparse"])(classifier("llama"), chosen)
+    with pytest.raises(AssertionError, match="sgd"):
+        Stepper(model, chosen)
+
+
 def test_biases_and_norms_do_not_decay() -> None:
     """Matrices decay by 0.1, vectors by nothing, and every parameter is in a group."""
     stepper = stepper_for(cell())
