@@ -20,7 +20,7 @@ from meft_reports.frame import STATUSES
 from meft_reports.plots import find_plot
 from meft_reports.plots.canvas import render
 from meft_reports.style import look, method_order
-from meft_reports.summary import has_random_weights
+from meft_reports.summary import has_random_weights, on_random_input
 from meft_reports.tables import find_tables
 from meft_reports.tables.table import to_html
 
@@ -110,7 +110,7 @@ def _all_sections(frame: pd.DataFrame) -> list[Section]:
             figures=_figures(frame, "memory_batch", "memory_depth"),
             tables=_tables(frame, "predictions"),
             folded=_folded(frame, "memory", "activations"),
-            empty="No cell ran on synthetic tokens.",
+            empty="No cell ran on random input.",
         ),
         Section(
             anchor="ratios",
@@ -212,10 +212,10 @@ def _folded(frame: pd.DataFrame, *names: str) -> tuple[tuple[str, Markup], ...]:
 
 def _facts(frame: pd.DataFrame) -> list[tuple[str, str]]:
     """The summary on top: counts and names, no judgement."""
-    tasks = [task for task in _names(frame["task"]) if task != "synthetic"]
+    tasks = _names(frame.loc[~on_random_input(frame), "task"])
     threads = ", ".join(_names(frame["num_threads"]))
     return [
-        ("Tasks", ", ".join(tasks) or "none, synthetic shapes only"),
+        ("Tasks", ", ".join(tasks) or "none, shapes only"),
         ("Backbones", ", ".join(_names(frame["backbone"]))),
         ("Compute dtypes", ", ".join(_names(frame["dtype"]))),
         ("Seeds", ", ".join(_names(frame["seed"]))),

@@ -39,13 +39,18 @@ PROVENANCE = ("machine", "code_sha256", "torch_version", "num_threads", "num_slo
 GROUP = (*WORKLOAD, "method", *OPTIONS, *PROVENANCE)
 
 
+def on_random_input(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Whether each row's task has exact shapes, and nothing to learn."""
+    return frame["task"].isin(("synthetic", "synthetic-lm"))
+
+
 def learned(frame: pd.DataFrame) -> pd.DataFrame:
     """The cells that learn a real task.
 
     Those of one step are not among them, which say where a method starts, nor those
     that take turns with a rival, which train for the clock.
     """
-    learns = (frame["task"] != "synthetic") & (frame["max_steps"] > 1)
+    learns = ~on_random_input(frame) & (frame["max_steps"] > 1)
     return frame[learns & (frame["rival"] == "")]
 
 

@@ -117,7 +117,7 @@ def build_record(
     where = ENVIRONMENT | {k: v for k, v in changes.items() if k in ENVIRONMENT}
     unknown = changes.keys() - CELL.keys() - NOTHING_SEEN.keys() - ENVIRONMENT.keys()
     assert not unknown, unknown
-    if cell["task"] == "synthetic":
+    if cell["task"] in ("synthetic", "synthetic-lm"):
         seen |= {"score": None, "majority_score": None, "score_name": None}
     cell_id = "/".join(str(cell[name]) for name in CELL)
     if message is None:

@@ -223,7 +223,7 @@ def test_table_prints_markdown(
             "did you mean 'memory_depth'?",
         ),
         (["plot", "memory_depth", "RUN", "-o", "a.pgn"], "did you mean '.png'?"),
-        (["plot", "memory_depth", "ONE", "-o", "a.png"], "no `synthetic` workload"),
+        (["plot", "memory_depth", "ONE", "-o", "a.png"], "no workload on random input"),
         (["frame", "RUN", "-o", "a.parket"], "did you mean '.parquet'?"),
         (["frame", "RUN", "-o", "no/folder/a.csv"], "cannot write no/folder/a.csv"),
         (["page", "absent.jsonl", "-o", "a.html"], "cannot read absent.jsonl"),

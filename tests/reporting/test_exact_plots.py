@@ -138,6 +138,7 @@ def test_long_titles_are_broken_between_their_parts(make_record: MakeRecord) -> 
     title = axes.get_title(loc="left")
     assert all(len(line) <= 44 for line in title.split("\n"))
     assert set(title.replace("\n", " · ").split(" · ")) == {
+        "synthetic",
         "minilm-l6",
         "bf16",
         "64 tokens",

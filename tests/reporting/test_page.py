@@ -71,7 +71,7 @@ def test_what_a_run_did_not_ask_for_is_not_missed(make_record: MakeRecord) -> No
     assert "Not drawn" not in text
     assert "Against checkpointed adapters" not in text
     assert "Deviation at the start" not in text
-    assert "No cell ran on synthetic tokens." in text
+    assert "No cell ran on random input." in text
 
 
 def test_random_weights_are_announced(make_record: MakeRecord) -> None:

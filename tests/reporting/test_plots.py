@@ -251,6 +251,17 @@ def test_random_weights_are_said_in_titles(make_record: MakeRecord) -> None:
         assert "random weights" in axes.get_title(loc="left")
 
 
+def test_random_input_of_two_heads_is_two_panels(make_record: MakeRecord) -> None:
+    """Their titles begin with the task; the curves never meet in one."""
+    tasks = ("synthetic", "synthetic-lm")
+    frame = to_frame(
+        [make_record(task=task, batch_size=size) for task in tasks for size in (2, 4)]
+    )
+    axes = find_plot("memory_batch").draw(frame).axes
+    firsts = [panel.get_title(loc="left").split(" · ")[0] for panel in axes]
+    assert firsts == [task for task in tasks for _ in range(2)]
+
+
 def test_two_machines_are_two_panels(make_record: MakeRecord) -> None:
     """Their curves never meet in one."""
     frame = to_frame(

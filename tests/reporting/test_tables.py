@@ -83,7 +83,22 @@ def test_exactness_is_the_worst_of_blocks_and_seeds(frame: pd.DataFrame) -> None
     assert row["blocks with gradient error below 1 %"] == "2 of 3"
 
 
-@pytest.mark.parametrize("task", ["bbc-news", "synthetic"])
+@pytest.mark.parametrize("name", ["memory", "activations", "ratios"])
+def test_random_input_of_two_heads_is_two_tables(
+    make_record: MakeRecord, name: str
+) -> None:
+    """A classifier's and a language model's, told apart also where one is alone."""
+    methods = ("adapters-checkpointing", "meft1-exact")
+    titles = []
+    for task in ("synthetic", "synthetic-lm"):
+        records = [make_record(task=task, method=method) for method in methods]
+        titles.append([t.title for t in find_tables(name)(to_frame(records))])
+        assert all(f"· {task} ·" in title for title in titles[-1])
+    assert [t.replace("synthetic", "synthetic-lm") for t in titles[0]] == titles[1]
+    assert titles[0]
+
+
+@pytest.mark.parametrize("task", ["bbc-news", "synthetic", "synthetic-lm"])
 @pytest.mark.parametrize("status", ["ok", "oom"])
 def test_random_weights_are_labelled_in_every_table(
     make_record: MakeRecord, task: str, status: str

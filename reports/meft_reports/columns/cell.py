@@ -17,7 +17,7 @@ CELL: tuple[Column, ...] = (
     later_cell("weights_dtype", "string", "dtype of the backbone's weights", "fp32"),
     cell("batch_size", "Int64", "rows per step", "count"),
     cell("seq_len", "Int64", "tokens per row, or where rows are truncated", "count"),
-    cell("task", "string", "labelled text to learn; `synthetic` has shapes only"),
+    cell("task", "string", "what is learned; `synthetic...` has shapes only"),
     cell("seed", "Int64", "seeds the head, adapters, dropout and order of rows"),
     cell("device", "string", "cpu or cuda"),
     later_cell("optimizer", "string", "what steps the weights", "adamw"),

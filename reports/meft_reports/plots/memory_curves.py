@@ -1,8 +1,8 @@
 """The body of `memory_batch` and `memory_depth`: memory of one step along one axis.
 
 Two panels per workload, bytes saved for backward beside peak allocated, one line per
-method. Drawn from `synthetic` cells, whose shapes are exact. A cell that failed is a
-cross at the upper edge, where its number would have been.
+method. Drawn from cells on random input, whose shapes are exact. A cell that failed is
+a cross at the upper edge, where its number would have been.
 """
 
 import pandas as pd
@@ -18,6 +18,7 @@ from meft_reports.plots import canvas
 from meft_reports.summary import (
     PROVENANCE,
     WORKLOAD,
+    on_random_input,
     prepare,
     settings,
     split,
@@ -40,20 +41,19 @@ def draw_along(frame: pd.DataFrame, field: str, x_column: str, label: str) -> Fi
         NothingToDraw: no workload was measured at two values of `field`.
     """
     rows = prepare(frame)
-    rows = rows[rows["task"] == "synthetic"]
+    rows = rows[on_random_input(rows)]
     fixed = [name for name in (*WORKLOAD, *PROVENANCE) if name != field]
     parts = [p for _, p in split(rows, fixed) if p[x_column].nunique() > 1]
     if not parts:
         raise NothingDeclared(
-            f"no `synthetic` workload was declared at two values of `{x_column}`"
+            f"no workload on random input was declared at two values of `{x_column}`"
         )
     parts = [part for part in parts if _measured(part).any()]
     if not parts:
         raise NothingToDraw(f"no ok cell of two values of `{x_column}` has a peak")
     drawn = pd.concat(parts)
-    shown = [
-        n for n in fields_to_show(drawn, always=("backbone", "dtype")) if n != field
-    ]
+    shown = fields_to_show(drawn, always=("task", "backbone", "dtype"))
+    shown = [n for n in shown if n != field]
     shown = shown + [n for n in ("batch_size", "seq_len") if n not in (field, *shown)]
     entries = canvas.entries_by_k(drawn)
     figure, grid = canvas.panels(len(parts) * len(QUANTITIES), len(QUANTITIES))

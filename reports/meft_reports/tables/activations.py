@@ -15,7 +15,14 @@ import pandas as pd
 
 from meft_reports.format import NOTHING, format_bytes, format_percent, is_null
 from meft_reports.labels import describe, fields_to_show, option_label
-from meft_reports.summary import PROVENANCE, WORKLOAD, prepare, settings, split
+from meft_reports.summary import (
+    PROVENANCE,
+    WORKLOAD,
+    on_random_input,
+    prepare,
+    settings,
+    split,
+)
 from meft_reports.tables.table import Table, join_options, notes_on
 
 GB_OF_THE_PAPER = 1000 * 2**20
@@ -42,8 +49,9 @@ NOTES = (
 def make(frame: pd.DataFrame) -> list[Table]:
     """One table per workload that has a method to save against."""
     rows = prepare(frame)
-    rows = rows[(rows["task"] == "synthetic") & (rows["rival"] == "")]
-    shown = fields_to_show(rows, always=("backbone", "dtype", "batch_size", "device"))
+    rows = rows[on_random_input(rows) & (rows["rival"] == "")]
+    always = ("task", "backbone", "dtype", "batch_size", "device")
+    shown = fields_to_show(rows, always=always)
     return [
         _table(part, describe(part, shown))
         for _, part in split(rows, [*WORKLOAD, *PROVENANCE])

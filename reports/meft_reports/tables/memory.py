@@ -7,6 +7,7 @@ from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.summary import (
     PROVENANCE,
     WORKLOAD,
+    on_random_input,
     prepare,
     settings,
     split,
@@ -25,11 +26,12 @@ MEMORY_TITLES = {
 def make(frame: pd.DataFrame) -> list[Table]:
     """Methods down, shapes across: one table per quantity, backbone and dtype."""
     rows = prepare(frame)
-    rows = rows[rows["task"] == "synthetic"]
+    rows = rows[on_random_input(rows)]
     if rows.empty:
         return []
     fixed = [n for n in (*WORKLOAD, *PROVENANCE) if n not in ("batch_size", "depth")]
-    shown = fields_to_show(rows, always=("backbone", "dtype", "seq_len", "device"))
+    always = ("task", "backbone", "dtype", "seq_len", "device")
+    shown = fields_to_show(rows, always=always)
     shown = [name for name in shown if name in fixed]
     return [
         _memory_table(part, quantity, f"{words} · {describe(part, shown)}")

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from meft_reports.format import format_count, format_fact
-from meft_reports.summary import has_random_weights, split
+from meft_reports.summary import has_random_weights, on_random_input, split
 from meft_reports.tables.table import Table
 
 
@@ -18,7 +18,7 @@ def make(frame: pd.DataFrame) -> list[Table]:
         (*map(format_fact, key.values()), format_count(len(part)))
         for key, part in weights
     ]
-    ok = frame[(frame["status"] == "ok") & (frame["task"] != "synthetic")]
+    ok = frame[(frame["status"] == "ok") & ~on_random_input(frame)]
     fields = ["task", "data_origin", "num_train_rows", "num_eval_rows"]
     data = [
         (*map(format_fact, key.values()), format_count(len(part)))

@@ -20,7 +20,15 @@ from meft_reports.format import (
 )
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.methods import RIVAL, is_meft
-from meft_reports.summary import PROVENANCE, WORKLOAD, prepare, settings, split, worst
+from meft_reports.summary import (
+    PROVENANCE,
+    WORKLOAD,
+    on_random_input,
+    prepare,
+    settings,
+    split,
+    worst,
+)
 from meft_reports.tables.table import Table, join_options, notes_on
 
 IGNORED = ("lost_bits", "rival", "max_steps", "warmup_steps")
@@ -50,12 +58,12 @@ NOTES = (
 def make(frame: pd.DataFrame) -> list[Table]:
     """One table per workload in which both were declared; blocks and k down."""
     rows = prepare(frame)
-    synthetic = rows[rows["task"] == "synthetic"]
+    synthetic = rows[on_random_input(rows)]
     fixed = [name for name in (*WORKLOAD, *PROVENANCE) if name != "depth"]
     parts = [part for _, part in split(synthetic, fixed) if _side_by_side(part)]
     if not parts:
         return []
-    always = ("backbone", "dtype", "batch_size", "seq_len", "device")
+    always = ("task", "backbone", "dtype", "batch_size", "seq_len", "device")
     shown = fields_to_show(pd.concat(parts), always=always)
     shown = [name for name in shown if name not in ("depth", "weights_dtype")]
     return [_ratios_table(part, describe(part, shown)) for part in parts]
