@@ -34,10 +34,11 @@ class Cell:
     batch_size: int = 16
     """Rows per step."""
     seq_len: int = 128
-    """Tokens per row: exact for `synthetic`, the truncation length for a real task; of
+    """Tokens per row: exact for random input, the truncation length for a real task; of
     images, what the backbone makes of one."""
     task: str = "synthetic"
-    """A task of `meft_bench.tasks.TASKS`; `synthetic` has random input, no score."""
+    """A task of `meft_bench.registry.TASKS`; `synthetic` and `synthetic-lm` have random
+    input, no score."""
     seed: int = 0
     """Seeds the head, the adapters, dropout, and the order of the rows."""
     device: str = "cpu"

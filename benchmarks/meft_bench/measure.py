@@ -92,11 +92,15 @@ def _measure(cell: Cell, source: Source, sighting: Sighting) -> None:
 
 def _backbone(cell: Cell, task: AnyTask, source: Source) -> Backbone:
     seed_everything(cell.seed)
-    num_labels = None if isinstance(task, AnswerTask) else task.num_labels
-    backbone = backbones.load(cell, num_labels, source)
+    backbone = backbones.load(cell, num_labels_of(task), source)
     if cell.blocks == "compiled":
         kernels.compile_blocks(backbone.model)
     return backbone
+
+
+def num_labels_of(task: AnyTask) -> int | None:
+    """What a backbone is asked for: classes, or for None a language model."""
+    return None if isinstance(task, AnswerTask) else task.num_labels
 
 
 def apply_method(backbone: Backbone, cell: Cell) -> Stepper:
@@ -149,22 +153,26 @@ def _scoring(task: AnyTask) -> Any:
 
 def _examples(task: AnyTask, backbone: Backbone, cell: Cell) -> Examples:
     if task.metric is None:
-        batch = _noise(backbone.model.config, cell)
+        batch = _noise(backbone.model.config, cell, num_labels_of(task))
         return Examples(train=batch, validation=[], evaluation=[])
     if backbone.tokenizer is None:
         raise ValueError(
             f"task {cell.task!r} needs a tokenizer and {cell.backbone} has none: take "
-            "task `synthetic`, or a backbone with real weights"
+            "task `synthetic` or `synthetic-lm`, or a backbone with real weights"
         )
     found: Examples = _scoring(task).examples(task, backbone.tokenizer, cell)
     return found
 
 
-def _noise(config: PreTrainedConfig, cell: Cell) -> Sequence[Example | Image]:
+def _noise(
+    config: PreTrainedConfig, cell: Cell, num_labels: int | None
+) -> Sequence[Example | Image]:
     shape = backbones.image_shape(config)
-    if shape is None:
-        return synthetic.examples(cell, config.vocab_size)
-    return synthetic.images(cell, shape)
+    if shape is not None:
+        return synthetic.images(cell, shape)
+    if num_labels is None:
+        return synthetic.told_examples(cell, config.vocab_size)
+    return synthetic.examples(cell, config.vocab_size)
 
 
 def _train_and_score(

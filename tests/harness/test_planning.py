@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas
 import pytest
+from transformers import LlamaConfig
 
 from meft_bench import cli, planning
 from meft_bench.virtual import gpu
@@ -83,6 +84,32 @@ def test_what_sparse_adapters_need_is_asked_by_its_field(
         return int(plan["d2h_bytes"])
 
     assert down("active_fraction=0.25") < down("active_fraction=1")
+
+
+def test_a_plan_of_a_language_model_is_asked_by_its_task(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whose head is as frozen as LoRA leaves it, and whose logits are there."""
+    words = ["plan", "llama-tiny", "--method", "lora", *TINY, "--json"]
+    assert cli.main([*words, "--set", "task=synthetic-lm"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert plan["verdict"] == "fits"
+    assert plan["num_trainable_parameters"] == 2 * 2 * 2 * 128 * 8
+    logits = [2 * 16, LlamaConfig().vocab_size]
+    assert any(one["shape"] == logits for one in plan["largest"])
+
+
+@pytest.mark.parametrize("command", ["plan", "fit"])
+@pytest.mark.parametrize("task", ["synthetic", "synthetic-lm"])
+def test_what_the_library_refuses_it_says_itself(
+    command: str, task: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of sparse adapters have no place beside BART's feed-forward."""
+    words = [command, "bart-tiny", "--method", "sparse", *TINY, "--json"]
+    assert cli.main([*words, "--set", f"task={task}"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert plan["verdict"] == "unknown"
+    assert "is not supported by sparse adapters" in plan["message"]
 
 
 def test_what_fits_is_the_largest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from harness.tiny import cell
+from meft_bench import backbones
 from meft_bench.registry import TASKS, load
 from meft_bench.scoring import answers
 from meft_bench.source import MissingError, Source
@@ -257,8 +257,10 @@ def test_the_most_frequent_answer_is_what_scores_are_held_against() -> None:
     assert answers.majority(asked("exact_match", *written)) == {"exact_match": 2 / 3}
 
 
-def test_an_encoder_cannot_write() -> None:
-    from meft_bench.backbones.classifier import model_class
-
-    with pytest.raises(ValueError, match="`smollm2-135m` for one"):
-        model_class(SimpleNamespace(model_type="bert"), None)  # type: ignore[arg-type]
+@pytest.mark.parametrize("family", ["bert", "bart", "vit"])
+def test_questions_are_not_asked_of_what_cannot_write(family: str) -> None:
+    """Nor of a second stack, which scoring does not know."""
+    chosen = cell(backbone=f"random:{family}-tiny", task="nq-open")
+    words = f"'nq-open' wants a language model of llama, mistral, opt, .* '{family}'"
+    with pytest.raises(ValueError, match=words):
+        backbones.load(chosen, None, Source())

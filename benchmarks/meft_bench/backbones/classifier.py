@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -31,7 +32,11 @@ MODEL_TYPES = ("bart", "bert", "llama", "mistral", "opt", "roberta", "vit")
 """The `model_type` of every supported config."""
 
 WRITERS = ("llama", "mistral", "opt")
-"""Those of them that write text."""
+"""Those of them that questions can be asked of."""
+
+LANGUAGE_MODELS = ("bart", *WRITERS)
+"""Those of them that learn told tokens, of which BART makes its decoder's input; how
+questions are put to a second stack, scoring does not know."""
 
 WEIGHTS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -84,22 +89,15 @@ def set_depth_of_config(config: PreTrainedConfig, depth: int) -> None:
 
 
 def model_class(config: PreTrainedConfig, num_labels: int | None) -> Any:
-    """transformers' factory of classifiers; of language models where there are none.
-
-    Raises:
-        ValueError: a language model is asked of a family of encoders.
-    """
+    """transformers' factory of classifiers; of language models where there are none."""
     if num_labels is not None:
         if config.model_type == "bart":
             return BartClassifier
         if config.model_type == "vit":
             return AutoModelForImageClassification
         return AutoModelForSequenceClassification
-    if config.model_type not in WRITERS:
-        raise ValueError(
-            f"the task wants a model that writes, and {config.model_type!r} does not: "
-            f"take a backbone of {', '.join(WRITERS)}, `smollm2-135m` for one"
-        )
+    if config.model_type == "bart":
+        return AutoModelForSeq2SeqLM
     return AutoModelForCausalLM
 
 
@@ -109,8 +107,11 @@ def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int | None) 
 
     Raises:
         ValueError: `cell.seq_len` is more than the model has positions for, or not what
-            it makes of an image; the task has text and the model sees images.
+            it makes of an image; the task has text and the model sees images, or the
+            task wants a language model and the family has none.
     """
+    if num_labels is None:
+        _check_language_model(config, cell)
     shape = image_shape(config)
     if shape is None:
         _check_text(config, cell)
@@ -120,6 +121,16 @@ def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int | None) 
     if num_labels is not None:
         config.num_labels = num_labels
         config.problem_type = "single_label_classification"
+
+
+def _check_language_model(config: PreTrainedConfig, cell: Cell) -> None:
+    able = LANGUAGE_MODELS if cell.task == "synthetic-lm" else WRITERS
+    if config.model_type not in able:
+        raise ValueError(
+            f"task {cell.task!r} wants a language model of {', '.join(able)}, and "
+            f"{cell.backbone} is of model_type {config.model_type!r}: take one of "
+            "these, `smollm2-135m` for one"
+        )
 
 
 def _check_images(

@@ -3,6 +3,7 @@
 from transformers import PreTrainedModel
 
 from meft.backbone.families import freeze_all_but_head
+from meft_bench.backbones import heads_of
 from meft_bench.cell import Cell
 
 
@@ -13,6 +14,15 @@ def full(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
 
 
 def head(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
-    """The new head trains; the backbone, a pooler included, is frozen."""
+    """The new head trains; the backbone, a pooler included, is frozen.
+
+    Raises:
+        ValueError: a language model has no new head.
+    """
+    if not heads_of(model):
+        raise ValueError(
+            f"method 'head' trains a new head, and for task {cell.task!r} a model "
+            "keeps the one it has: take another method, or a task of labels"
+        )
     freeze_all_but_head(model)
     return model

@@ -1,9 +1,13 @@
 """Random tokens or images of an exact shape: memory and time without data.
 
 Memory and speed do not depend on the values, so these cells measure what real text of
-that shape would. There is one fixed batch, two labels, and nothing to score.
+that shape would. There is one fixed batch and nothing to score.
+
+    synthetic      a classifier of two labels
+    synthetic-lm   a language model, told every token of the text that it reads
 """
 
+import dataclasses
 import random
 
 import torch
@@ -16,9 +20,18 @@ from meft_bench.tasks.task import Task
 
 def load(cell: Cell, source: Source) -> Task:
     """A task without rows; its batch is made once the model is known."""
+    return _without_rows("synthetic", num_labels=2)
+
+
+def load_lm(cell: Cell, source: Source) -> Task:
+    """Likewise, of a language model, whose logits over the vocabulary take memory."""
+    return _without_rows("synthetic-lm", num_labels=None)
+
+
+def _without_rows(name: str, num_labels: int | None) -> Task:
     return Task(
-        name="synthetic",
-        num_labels=2,
+        name=name,
+        num_labels=num_labels,
         train=(),
         validation=(),
         evaluation=(),
@@ -38,6 +51,12 @@ def examples(cell: Cell, vocab_size: int) -> list[Example]:
         )
         for _ in range(cell.batch_size)
     ]
+
+
+def told_examples(cell: Cell, vocab_size: int) -> list[Example]:
+    """The same tokens, each of which is also what is to be learned."""
+    rows = examples(cell, vocab_size)
+    return [dataclasses.replace(row, label=row.token_ids) for row in rows]
 
 
 def images(cell: Cell, shape: tuple[int, int, int]) -> list[Image]:

@@ -28,7 +28,8 @@ class Task:
     """Rows to learn from and to be scored on."""
 
     name: str
-    num_labels: int
+    num_labels: int | None
+    """None for a language model, which is told tokens."""
     train: tuple[Row, ...]
     validation: tuple[Row, ...]
     evaluation: tuple[Row, ...]

@@ -21,8 +21,7 @@ from meft_bench.cell import Cell
 from meft_bench.registry import HAVE_ROWS, TASKS, load
 from meft_bench.sighting import Sighting
 from meft_bench.source import MissingError, Source
-from meft_bench.tasks.batches import Batch, Example, Image, full_batches
-from meft_bench.tasks.question import AnswerTask
+from meft_bench.tasks.batches import Batch
 from meft_bench.training import Stepper
 from meft_bench.virtual import declared, fused, gpu
 from meft_bench.virtual.ledger import Ledger
@@ -61,8 +60,7 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
     task = load(TASKS[cell.task])(cell, source)
     config, origin = backbones.load_config(cell, source)
     device = VirtualGpu(gpu.find(gpu.name_in(cell.device)))
-    tells_tokens = isinstance(task, AnswerTask)
-    num_labels = None if isinstance(task, AnswerTask) else task.num_labels
+    num_labels = measure.num_labels_of(task)
     ours = mock.patch.object(fixed, "_kernels_on", return_value=fused)
     # For others, a size that depends on values is an error, and says so.
     has_rows = cell.method in HAVE_ROWS
@@ -88,7 +86,7 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
             ledger=ledger,
             stepper=stepper,
             num_blocks=num_blocks,
-            batches=_batches(cell, backbones.image_shape(config), tells_tokens),
+            batches=_batches(cell, backbones.image_shape(config), num_labels),
             how=how,
             origins={
                 "data_origin": f"shapes only; {task.origin}",
@@ -138,13 +136,28 @@ def _how(cell: Cell, device: VirtualGpu) -> str:
 
 
 def _batches(
-    cell: Cell, image_shape: tuple[int, int, int] | None, tells_tokens: bool
+    cell: Cell, image_shape: tuple[int, int, int] | None, num_labels: int | None
 ) -> list[Batch]:
-    """The largest step the cell can meet, of no particular tokens or images."""
-    if image_shape is not None:
-        return full_batches([Image(pixels=torch.zeros(image_shape), label=0)], cell)
-    tokens = [0] * cell.seq_len
-    row = Example(
-        token_ids=tokens, segment_ids=tokens, label=tokens if tells_tokens else 0
-    )
-    return full_batches([row], cell)
+    """The largest step the cell can meet, of no particular tokens or images.
+
+    As `meft_bench.tasks.batches.full_batches`, which goes through every token.
+    """
+    shape = (cell.batch_size, cell.seq_len)
+    told = shape if num_labels is None else shape[:1]
+    batches: list[Batch] = []
+    for _ in range(cell.accumulation):
+        labels = torch.zeros(told, dtype=torch.long)
+        if image_shape is not None:
+            pixels = torch.zeros(cell.batch_size, *image_shape)
+            batches.append({"pixel_values": pixels, "labels": labels})
+            continue
+        ids = torch.zeros(shape, dtype=torch.long)
+        batches.append(
+            {
+                "input_ids": ids,
+                "token_type_ids": torch.zeros_like(ids),
+                "attention_mask": torch.ones_like(ids),
+                "labels": labels,
+            }
+        )
+    return batches

@@ -1,0 +1,146 @@
+"""Random tokens told to language models: the same methods and meters, another head."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.tiny import cell
+from meft_bench import backbones
+from meft_bench.backbones.classifier import LANGUAGE_MODELS
+from meft_bench.cell import Cell
+from meft_bench.options import ChildOptions
+from meft_bench.registry import METHODS, load
+from meft_bench.source import Source
+from meft_bench.tasks import synthetic
+from meft_bench.tasks.batches import Batch, full_batches
+from meft_bench.training import Stepper
+from meft_bench.virtual.plan import Plan, plan
+from meft_bench.worker import run
+
+HERE = Source()
+without_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there is a real GPU, which is left alone"
+)
+
+
+def told(family: str = "llama", **changes: object) -> Cell:
+    """A cell of that family's tiny shape, whose vocabulary is of full size."""
+    fields: dict[str, object] = {"backbone": f"random:{family}-tiny", "max_steps": 3}
+    fields |= {"task": "synthetic-lm", "num_neurons": 64, "top_k_neurons": 8}
+    return cell(**(fields | changes))
+
+
+def made(chosen: Cell) -> Stepper:
+    torch.manual_seed(0)
+    model = backbones.load(chosen, None, HERE).model
+    return Stepper(load(METHODS[chosen.method])(model, chosen), chosen)
+
+
+def batch_of(stepper: Stepper, chosen: Cell) -> Batch:
+    rows = synthetic.told_examples(chosen, stepper.model.config.vocab_size)
+    return stepper.to_device(full_batches(rows, chosen)[0])
+
+
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+def test_every_token_is_told(family: str) -> None:
+    """The loss is that of all of them, from logits over the whole vocabulary."""
+    stepper = made(told(family))
+    batch = batch_of(stepper, told(family))
+    assert torch.equal(batch["labels"], batch["input_ids"])
+    assert batch["input_ids"].shape == (4, 8)
+    stepper.model.eval()
+    out = stepper.model(**batch)
+    assert out.logits.shape == (4, 8, stepper.model.config.vocab_size)
+    # A decoder alone sees the token whose place it is in; BART's input is shifted.
+    ahead = 0 if family == "bart" else 1
+    logits, labels = out.logits[:, : 8 - ahead], batch["labels"][:, ahead:]
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert torch.equal(out.loss, wanted)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "head"])
+def test_every_method_trains_a_language_model(method: str) -> None:
+    """A step moves what trains and nothing else, the head only with all of it."""
+    chosen = told(method=method)
+    stepper = made(chosen)
+    before = {n: p.detach().clone() for n, p in stepper.model.named_parameters()}
+    stepper.model.train()
+    stepper.step([batch_of(stepper, chosen)], learning_rate=1e-2)
+    for name, parameter in stepper.model.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, before[name]), name
+        elif parameter.ndim > 1:  # decay moves every matrix
+            assert not torch.equal(parameter, before[name]), name
+    head = stepper.model.get_parameter("lm_head.weight")
+    assert head.requires_grad == (method in ("full", "checkpointing"))
+
+
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+@pytest.mark.parametrize(
+    ("method", "device"),
+    [
+        ("meft1-exact", "cpu"),
+        pytest.param("full", "virtual-H200", marks=without_gpu),
+        pytest.param("lora-checkpointing", "virtual-H200", marks=without_gpu),
+    ],
+)
+def test_a_cell_of_a_language_model_is_measured(
+    method: str, device: str, family: str
+) -> None:
+    """Whole, by the worker: on a CPU, and on a GPU that is not there."""
+    seen: Any = run(told(family, method=method, device=device), ChildOptions())
+    assert seen["status"] == "ok", seen["message"]
+    measured = seen["measurement"]
+    assert 0 < measured["saved_bytes"] < measured["peak_allocated_bytes"]
+    assert measured["score"] is None
+    if method == "meft1-exact":
+        assert measured["reconstruction_error"] == [0.0] * measured["num_blocks"]
+
+
+def planned(family: str, task: str) -> Plan:
+    sizes = {"batch_size": 8, "seq_len": 128, "method": "lora-checkpointing"}
+    return plan(told(family, task=task, device="virtual-H200", **sizes), HERE, 0.05)
+
+
+@without_gpu
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+def test_logits_are_most_of_what_a_small_stack_takes(family: str) -> None:
+    """The peak is where their gradient is made, of 4 bytes a place: beside it are the
+    logarithms that it is made of, and nothing of the kind in a classifier."""
+    large, small = (planned(family, task) for task in ("synthetic-lm", "synthetic"))
+    assert large.by_operator is not None
+    assert small.by_operator is not None
+    config, _ = backbones.load_config(told(family), HERE)
+    num_bytes = 8 * 128 * config.vocab_size * 4
+    assert "_log_softmax_backward_data" in large.where
+    names = ("aten._log_softmax.default", "aten._log_softmax_backward_data.default")
+    for name in names:
+        assert 0.99 * num_bytes < large.by_operator[name] <= num_bytes
+        assert small.by_operator.get(name, 0) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "words"),
+    [
+        ("bert", "full", r"'synthetic-lm' wants a language model of bart, llama, m"),
+        ("roberta", "full", r"random:roberta-tiny is of model_type 'roberta': take"),
+        ("vit", "full", r"random:vit-tiny is of model_type 'vit': take one of these"),
+        ("llama", "head", r"'head' trains a new head.*keeps the one it has: take anot"),
+    ],
+)
+def test_what_has_no_such_head_is_refused(family: str, method: str, words: str) -> None:
+    """With what to do instead."""
+    with pytest.raises(ValueError, match=words):
+        made(told(family, method=method))
+
+
+def test_a_directory_may_hold_barts_language_model(tmp_path: Path) -> None:
+    """Its head is read with its other weights."""
+    model = backbones.load(told("bart"), None, HERE).model
+    model.save_pretrained(tmp_path)
+    stored = told(backbone=f"dir:{tmp_path}")
+    loaded = backbones.load(stored, None, HERE).model.state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded[name], weight), name
