@@ -50,6 +50,18 @@ def test_every_cell_of_the_gpu_has_a_virtual_twin() -> None:
     assert on["cuda"] == on["virtual-H200"]
 
 
+@pytest.mark.parametrize("name", ["gpu-validation", "memory-paper"])
+def test_decoders_have_the_head_that_they_were_trained_with(name: str) -> None:
+    """Of those whose memory is looked at, encoders have a classifier's."""
+    heads: dict[str, set[str]] = {"synthetic": set(), "synthetic-lm": set()}
+    for cell in sweep.load(name, device="cpu").cells:
+        family, *_ = cell.backbone.removeprefix("random:").split("-")
+        heads[cell.task].add(family)
+    assert heads["synthetic-lm"] >= {"opt", "llama"}
+    assert heads["synthetic"] >= {"bert", "roberta"}
+    assert not heads["synthetic"] & heads["synthetic-lm"]
+
+
 def test_quickstart() -> None:
     """The quickstart is small, and measures every method of its list everywhere: the
     rivals and the paper's own. What the exact inverse costs, against its own adapters
