@@ -1,6 +1,7 @@
 """Training on a GPU that is not there."""
 
 import contextlib
+import dataclasses
 import gc
 from collections.abc import Iterator
 from typing import Any
@@ -13,10 +14,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from harness.tiny import BLOCKS, FAMILIES, batch, cell, classifier
+from meft_bench import backbones, measure
 from meft_bench.options import ChildOptions
-from meft_bench.registry import METHODS, load
+from meft_bench.registry import METHODS, TASKS, load
+from meft_bench.source import Source
+from meft_bench.tasks.batches import Example, Image, full_batches
 from meft_bench.training import Stepper
-from meft_bench.virtual import gpu, ledger, personality, shim
+from meft_bench.virtual import gpu, ledger, personality, predict, shim
 from meft_bench.virtual.ledger import Ledger
 from meft_bench.virtual.personality import VirtualGpu
 from meft_bench.virtual.trace import Trace
@@ -179,7 +183,7 @@ def test_gradients_are_added_in_place() -> None:
         return len(added)
 
     assert made_by_adding() == 0
-    with mock.patch.object(ledger, "_is_accumulation", return_value=False):
+    with mock.patch.object(ledger, "is_accumulation", return_value=False):
         assert made_by_adding() > 0
 
 
@@ -297,3 +301,34 @@ def test_a_cell_is_predicted_by_the_worker_that_measures() -> None:
     told = run(large, ChildOptions())
     assert told["status"] == "oom"
     assert "no room for a segment" in str(told["message"])
+
+
+@pytest.mark.parametrize(
+    ("backbone", "task", "seq_len"),
+    [
+        ("bert-tiny", "synthetic", 16),
+        ("llama-tiny", "synthetic-lm", 16),
+        ("vit-tiny", "synthetic", None),
+    ],
+)
+def test_a_batch_is_of_the_shape_that_trains(
+    backbone: str, task: str, seq_len: int | None
+) -> None:
+    """Held against the batches of the worker that measures."""
+    here = cell(backbone=f"random:{backbone}", task=task, accumulation=2)
+    config, _ = backbones.load_config(here, Source())
+    shape = backbones.image_shape(config)
+    if seq_len is None:
+        assert shape is not None
+        row: Any = Image(pixels=torch.zeros(shape), label=0)
+    else:
+        here = dataclasses.replace(here, seq_len=seq_len)
+        label: Any = [0] * seq_len if task.endswith("lm") else 0
+        tokens = [0] * seq_len
+        row = Example(token_ids=tokens, segment_ids=tokens, label=label)
+    num_labels = measure.num_labels_of(load(TASKS[task])(here, Source()))
+    real = full_batches([row], here)
+    fake = predict._batches(here, shape, num_labels)
+    assert [[(n, t.shape, t.dtype) for n, t in each.items()] for each in fake] == [
+        [(n, t.shape, t.dtype) for n, t in each.items()] for each in real
+    ]

@@ -13,7 +13,6 @@ are told apart by asking autograd, and modules by their hooks; the operators of 
 belong to the module whose forward had the node's number.
 """
 
-import sys
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.graph import _engine_run_backward
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -31,6 +29,7 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from meft_bench.virtual.accumulation import is_accumulation
 from meft_bench.virtual.allocator import ROUND_BYTES
 from meft_bench.virtual.trace import Copy, Event, Storage, Trace
 from meft_bench.virtual.workspaces import Workspace
@@ -39,9 +38,6 @@ aten = torch.ops.aten
 ADD = aten.add.Tensor
 DEVICE_OF = torch.ops.prim.device.default
 COPIES = (aten.copy_.default, aten._to_copy.default)
-SOLE_OWNER = (4, 2)
-"""References to a tensor, and to its storage, where only autograd holds a gradient and
-hands it to us."""
 LAST_NODE = 1 << 60
 """Nodes that accumulate into leaves are numbered from the end."""
 
@@ -154,7 +150,7 @@ class Ledger(TorchDispatchMode):
         """Run one operator and write down what it made."""
         if func is DEVICE_OF:
             return args[0].fake_device if _is_fake(args[0]) else args[0].device
-        if func is ADD and not kwargs and _is_accumulation(args):
+        if func is ADD and not kwargs and is_accumulation(args):
             # As autograd would without us; fake tensors have nothing to add.
             return args[0] if _is_fake(args[0]) else args[0].add_(args[1])
         kwargs = kwargs or {}
@@ -340,48 +336,6 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     elif isinstance(values, list | tuple):
         for value in values:
             yield from _tensors(value)
-
-
-def _is_accumulation(args: tuple[Any, ...]) -> bool:
-    """Whether autograd adds two gradients, the first of which it alone holds.
-
-    It then adds in place, but under a dispatch mode it adds out of place, and backward
-    would take up to an eighth more. The engine calls us with no Python in between.
-    """
-    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
-        return False
-    one, other = args
-    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
-        return False
-    if not _engine_calls():
-        return False
-    storage = one.untyped_storage()
-    return (
-        one.shape == other.shape
-        and one._use_count() <= SOLE_OWNER[0]  # type: ignore[attr-defined]
-        and torch._C._storage_Use_Count(storage._cdata) <= SOLE_OWNER[1]
-        and _is_dense(one)
-    )
-
-
-def _engine_calls() -> bool:
-    """Whether there is no Python between autograd and the dispatch above."""
-    try:
-        caller = sys._getframe(3)
-    except ValueError:  # a thread of the engine's own, with nothing below us
-        return True
-    return caller.f_code is _engine_run_backward.__code__
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether its elements lie together without gaps, in whatever order."""
-    expected = 1
-    pairs = zip(tensor.stride(), tensor.shape, strict=True)
-    for stride, size in sorted(pair for pair in pairs if pair[1] != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _in_order(events: list[Event]) -> Iterator[Event]:
