@@ -203,7 +203,11 @@ def test_nothing_stays_patched(is_shimmed: bool) -> None:
     path = contextlib.nullcontext() if is_shimmed else without_shim()
     before = _patched_places()
     with path, VirtualGpu(gpu.find("H200")) as device:
-        assert device.path is (shim.PATH if is_shimmed else pure.PATH)
+        expected = shim.PATH if is_shimmed else pure.PATH
+        assert device.path.name == expected.name
+        # Why the shim could not be is told.
+        assert device.path.how.startswith(expected.how)
+        assert ("another order of methods" in device.path.how) != is_shimmed
         # What looks for a GPU finds the device on which tensors live.
         assert torch.cuda.is_available() is is_shimmed
         assert _patched_places() != before
