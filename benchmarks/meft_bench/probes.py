@@ -23,15 +23,28 @@ from meft_bench.training import Stepper
 
 
 def probe_memory(
-    stepper: Stepper, cell: Cell, batches: Sequence[Batch], sighting: Sighting
+    stepper: Stepper,
+    cell: Cell,
+    batches: Sequence[Batch],
+    sighting: Sighting,
+    num_first_steps: int = 2,
 ) -> None:
-    """Bytes kept for backward, at rest, and at the peak of a step."""
+    """Bytes kept for backward, at rest, and at the peak of a step.
+
+    Args:
+        stepper: the model as it is.
+        cell: whose device it is on.
+        batches: of one step.
+        sighting: where it is noted.
+        num_first_steps: in which caches of this shape fill and optimizer state comes
+            to be.
+    """
 
     def step() -> None:
         stepper.step(batches, learning_rate=0.0)
 
     stepper.model.train()
-    for _ in range(2):  # caches of this shape fill, optimizer state comes to be
+    for _ in range(num_first_steps):
         step()
     on_device = stepper.to_device(batches[0])
     sighting.note(

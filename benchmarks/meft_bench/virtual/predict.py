@@ -117,7 +117,10 @@ def predict(cell: Cell, source: Source, sighting: Sighting) -> None:
             **measure.count(model),
             num_blocks=it.num_blocks,
         )
-        probes.probe_memory(it.stepper, it.cell, it.batches, sighting)
+        # No kernel is tuned and no library warms up: after one step, all are alike.
+        probes.probe_memory(
+            it.stepper, it.cell, it.batches, sighting, num_first_steps=1
+        )
         probes.probe_rows(it.stepper, it.batches, sighting)
 
 
