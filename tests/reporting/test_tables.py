@@ -162,6 +162,10 @@ def test_activations_are_what_a_step_adds_to_what_rests(
     assert rows["meft1-exact"][8:10] == ("1.0 GiB", "87.5 %")
     assert rows["full"][3:6] == ("10.0 GiB", "10.24", NOTHING)
     assert rows["checkpointing"][0] == "oom"
+    assert table.notes[:2] == (
+        "meft1-exact takes 2.0 GiB of activations in a step: 80 % less than full.",
+        "meft1-exact keeps 1.0 GiB for backward: 87.5 % less than full.",
+    )
 
 
 def test_predictions_are_labelled_and_stand_alone(make_record: MakeRecord) -> None:

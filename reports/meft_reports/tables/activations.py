@@ -28,6 +28,12 @@ from meft_reports.tables.table import Table, join_options, notes_on
 GB_OF_THE_PAPER = 1000 * 2**20
 BASES = ("full", "checkpointing", "adapters-checkpointing")
 """What the others save memory against."""
+EXACT = "meft1-exact"
+"""Of whose savings a sentence tells."""
+QUANTITIES = {
+    "peak_activation_bytes": "takes {size} of activations in a step",
+    "saved_bytes": "keeps {size} for backward",
+}
 HEADER = (
     "method",
     "peak",
@@ -71,7 +77,7 @@ def _table(part: pd.DataFrame, workload: str) -> Table:
         title=f"Activations · {workload}",
         header=HEADER,
         rows=tuple(rows),
-        notes=(*NOTES, *notes_on(part)),
+        notes=(*_sentences(measured, bases), *NOTES, *notes_on(part)),
     )
 
 
@@ -90,6 +96,23 @@ def _row(same: pd.DataFrame, bases: dict[str, pd.DataFrame]) -> tuple[str, ...]:
             continue
         cells += [_less(mean, base[name].mean()) for base in bases.values()]
     return tuple(cells)
+
+
+def _sentences(measured: pd.DataFrame, bases: dict[str, pd.DataFrame]) -> list[str]:
+    """What the exact inverse saves, in words."""
+    own = measured[measured["method"] == EXACT]
+    sentences = []
+    for name, words in QUANTITIES.items():
+        mean = own[name].mean()
+        compared = [
+            f"{_less(mean, base[name].mean())} less than {method}"
+            for method, base in bases.items()
+            if not is_null(base[name].mean())
+        ]
+        if compared and not is_null(mean):
+            told = words.format(size=format_bytes(mean))
+            sentences.append(f"{EXACT} {told}: {', '.join(compared)}.")
+    return sentences
 
 
 def _in_paper_unit(num_bytes: Any) -> str:
