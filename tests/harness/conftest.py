@@ -1,3 +1,4 @@
+import gc
 import os
 import subprocess
 import sys
@@ -19,6 +20,15 @@ def find_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     package = Path(meft_bench.__file__).parents[1]
     places = [str(TESTS), str(package), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, places)))
+
+
+@pytest.fixture
+def no_garbage_collection() -> Iterator[None]:
+    """What it frees, and when, depends on the tests before."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture

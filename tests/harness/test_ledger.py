@@ -1,8 +1,6 @@
 """The ledger on real tensors of a CPU; on fake ones, see test_virtual_gpu.py."""
 
-import gc
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,14 +12,7 @@ from meft_bench.training import Stepper
 from meft_bench.virtual.ledger import Ledger
 from meft_bench.virtual.trace import Trace
 
-
-@pytest.fixture(autouse=True)
-def no_garbage_collection() -> Iterator[None]:
-    """What it frees, and when, depends on the tests before."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
+pytestmark = pytest.mark.usefixtures("no_garbage_collection")
 
 
 def two_layers() -> nn.Sequential:

@@ -19,18 +19,11 @@ from meft_bench.virtual import gpu, views
 from meft_bench.virtual.ledger import Ledger
 from meft_bench.virtual.personality import VirtualGpu
 
+pytestmark = pytest.mark.usefixtures("no_garbage_collection")
+
 ACCURACY = 0.0005
 RANDOM_STATE_BYTES = 6_000
 SIZE = {"batch_size": 8, "seq_len": 32}
-
-
-@pytest.fixture(autouse=True)
-def no_garbage_collection() -> Iterator[None]:
-    """What it frees, and when, depends on the tests before."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def ready(method: str, model_type: str) -> Stepper:

@@ -1,8 +1,5 @@
 """A trace, summed up; on real tensors of a CPU."""
 
-import gc
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
@@ -13,14 +10,7 @@ from meft_bench.virtual import views
 from meft_bench.virtual.ledger import Ledger
 from meft_bench.virtual.trace import Copy, Trace
 
-
-@pytest.fixture(autouse=True)
-def no_garbage_collection() -> Iterator[None]:
-    """What it frees, and when, depends on the tests before."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
+pytestmark = pytest.mark.usefixtures("no_garbage_collection")
 
 
 def one_step() -> Trace:

@@ -5,9 +5,8 @@ is known to have been done; and what has no answer says so.
 """
 
 import functools
-import gc
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -34,19 +33,13 @@ from meft_bench.virtual.plan import plan
 from meft_bench.virtual.trace import Trace
 from meft_bench.worker import run
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="there is a real GPU, which is left alone"
-)
+pytestmark = [
+    pytest.mark.usefixtures("no_garbage_collection"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="there is a real GPU, which is left alone"
+    ),
+]
 SIZE = {"batch_size": 8, "seq_len": 32}
-
-
-@pytest.fixture(autouse=True)
-def no_garbage_collection() -> Iterator[None]:
-    """What it frees, and when, depends on the tests before."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def h200() -> VirtualGpu:

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -26,19 +24,13 @@ from meft_bench.virtual.personality import VirtualGpu
 from meft_bench.virtual.trace import Trace
 from meft_bench.worker import run
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="there is a real GPU, which is left alone"
-)
+pytestmark = [
+    pytest.mark.usefixtures("no_garbage_collection"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="there is a real GPU, which is left alone"
+    ),
+]
 FAITHFUL = ("full", "lora", "adapters", "checkpointing", "meft1", "meft1-exact")
-
-
-@pytest.fixture(autouse=True)
-def no_garbage_collection() -> Iterator[None]:
-    """What it frees, and when, depends on the tests before."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def h200() -> VirtualGpu:

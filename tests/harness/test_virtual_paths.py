@@ -1,8 +1,6 @@
 """The two ways to train on a GPU that is not there: both take the same memory."""
 
 import contextlib
-import gc
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -24,9 +22,12 @@ from meft_bench.virtual.plan import Plan, plan
 from meft_bench.virtual.trace import Trace
 from meft_bench.worker import run
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="there is a real GPU, which is left alone"
-)
+pytestmark = [
+    pytest.mark.usefixtures("no_garbage_collection"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="there is a real GPU, which is left alone"
+    ),
+]
 SIZE = {"batch_size": 8, "seq_len": 32}
 
 
@@ -51,15 +52,6 @@ def steps(
         for _ in range(2):
             stepper.step([batch(**SIZE)], 1e-3)
     return ledger.trace()
-
-
-@pytest.fixture(autouse=True)
-def no_garbage_collection() -> Iterator[None]:
-    """What it frees, and when, depends on the tests before."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 NO_PATCH = contextlib.nullcontext()

@@ -1,8 +1,6 @@
 """Sparse adapters on a GPU that is not there: rows move as on a real one."""
 
-import gc
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,22 +17,16 @@ from meft_bench.virtual.ledger import Ledger
 from meft_bench.virtual.personality import VirtualGpu
 from meft_bench.worker import run
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="there is a real GPU, which is left alone"
-)
+pytestmark = [
+    pytest.mark.usefixtures("no_garbage_collection"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="there is a real GPU, which is left alone"
+    ),
+]
 NEURONS = 256
 SPARSE = [m for m in METHODS if m.startswith("sparse") or m == "dense-offload"]
 OFFLOADED = [m for m in SPARSE if not m.endswith("resident")]
 SHAPE = {"num_neurons": NEURONS, "num_experts": 16, "top_k_neurons": 16}
-
-
-@pytest.fixture(autouse=True)
-def no_garbage_collection() -> Iterator[None]:
-    """What it frees, and when, depends on the tests before."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def ready(method: str, **changes: Any) -> Stepper:
