@@ -166,7 +166,7 @@ def test_timeout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "bad.toml"], "bad.toml: matrix 'one': axes: unknown method 'ful'"),
         (["run", "mine.toml", "--only", "mft1"], "did you mean 'meft1'?"),
         (["run", "mine.toml", "--device", "cuda"], "NVML sees no GPU"),
-        (["run", "mine.toml", "--device", "gpu"], "invalid choice: 'gpu'"),
+        (["run", "mine.toml", "--device", "gpu"], "unknown device 'gpu'"),
         (["run", "mine.toml", "--data", "nowhere"], "data directory 'nowhere'"),
         (["run", "mine.toml", "--slots", "0"], "'0' is not a whole number above 0"),
         (["run", "mine.toml", "--threads", "x"], "'x' is not a whole number"),

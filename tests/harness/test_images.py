@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.tiny import cell
+from harness.tiny import cell, slow_but_for
 from meft_bench import backbones
 from meft_bench.backbones import shapes
 from meft_bench.cell import Cell
@@ -65,7 +65,10 @@ def test_vit_large_has_its_published_size() -> None:
     assert num_parameters == 303_301_632 + 2 * 1024 + 2
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in HAVE_ROWS])
+@pytest.mark.parametrize(
+    "method",
+    slow_but_for([m for m in METHODS if m not in HAVE_ROWS], "full", "meft1-exact"),
+)
 def test_every_method_trains_on_images(method: str) -> None:
     """A step moves what trains and nothing else."""
     stepper = made(seen(method=method))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.tiny import cell
+from harness.tiny import cell, slow_but_for
 from meft_bench import backbones
 from meft_bench.backbones.classifier import LANGUAGE_MODELS
 from meft_bench.cell import Cell
@@ -60,7 +60,10 @@ def test_every_token_is_told(family: str) -> None:
     assert torch.equal(out.loss, wanted)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "head"])
+@pytest.mark.parametrize(
+    "method",
+    slow_but_for([m for m in METHODS if m != "head"], "full", "lora", "meft1-exact"),
+)
 def test_every_method_trains_a_language_model(method: str) -> None:
     """A step moves what trains and nothing else, the head only with all of it."""
     chosen = told(method=method)
@@ -77,7 +80,7 @@ def test_every_method_trains_a_language_model(method: str) -> None:
     assert head.requires_grad == (method in ("full", "checkpointing"))
 
 
-@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+@pytest.mark.parametrize("family", slow_but_for(LANGUAGE_MODELS, "llama"))
 @pytest.mark.parametrize(
     ("method", "device"),
     [
@@ -105,7 +108,7 @@ def planned(family: str, task: str) -> Plan:
 
 
 @without_gpu
-@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+@pytest.mark.parametrize("family", slow_but_for(LANGUAGE_MODELS, "llama"))
 def test_logits_are_most_of_what_a_small_stack_takes(family: str) -> None:
     """The peak is where their gradient is made, of 4 bytes a place: beside it are the
     logarithms that it is made of, and nothing of the kind in a classifier."""

@@ -106,6 +106,7 @@ def test_everything_at_the_peak_is_told(method: str) -> None:
     assert most == sum(found.by_kind.values()) - found.by_kind["libraries"]
 
 
+@pytest.mark.slow
 def test_sparse_adapters_take_as_much_of_the_device_however_many_neurons() -> None:
     """16 times the neurons, in one budget: all that grows is who was chosen."""
 

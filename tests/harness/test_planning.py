@@ -7,6 +7,7 @@ import pandas
 import pytest
 from transformers import LlamaConfig
 
+from harness.tiny import slow_but_for
 from meft_bench import cli, planning
 from meft_bench.virtual import gpu
 
@@ -51,6 +52,7 @@ def test_the_table_says_that_it_is_a_prediction(
     assert "sparse: no plan" in out
 
 
+@pytest.mark.slow
 def test_a_timeline_is_a_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,6 +68,7 @@ def test_a_timeline_is_a_table(
     assert list(dict.fromkeys(frame["phase"])) == ["forward", "backward", "update"]
 
 
+@pytest.mark.slow
 def test_what_sparse_adapters_need_is_asked_by_its_field(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -86,6 +89,7 @@ def test_what_sparse_adapters_need_is_asked_by_its_field(
     assert down("active_fraction=0.25") < down("active_fraction=1")
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_language_model_is_asked_by_its_task(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -99,8 +103,10 @@ def test_a_plan_of_a_language_model_is_asked_by_its_task(
     assert any(one["shape"] == logits for one in plan["largest"])
 
 
-@pytest.mark.parametrize("command", ["plan", "fit"])
-@pytest.mark.parametrize("task", ["synthetic", "synthetic-lm"])
+@pytest.mark.parametrize("command", slow_but_for(["plan", "fit"], "plan"))
+@pytest.mark.parametrize(
+    "task", slow_but_for(["synthetic", "synthetic-lm"], "synthetic")
+)
 def test_what_the_library_refuses_it_says_itself(
     command: str, task: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from harness.tiny import BLOCKS, FAMILIES, batch, cell, classifier
+from harness.tiny import BLOCKS, FAMILIES, batch, cell, classifier, slow_but_for
 from meft_bench import backbones, measure
 from meft_bench.options import ChildOptions
 from meft_bench.registry import METHODS, TASKS, load
@@ -50,8 +50,8 @@ def steps(method: str, model_type: str, device: str, optimizer: str = "adamw") -
     return book.trace()
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-@pytest.mark.parametrize("method", FAITHFUL)
+@pytest.mark.parametrize("model_type", slow_but_for(FAMILIES, "bert", "llama"))
+@pytest.mark.parametrize("method", slow_but_for(FAITHFUL, "full", "meft1-exact"))
 def test_fake_and_real_tensors_take_the_same_memory(
     method: str, model_type: str
 ) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
-from harness.tiny import FAMILIES, batch, cell, classifier
+from harness.tiny import FAMILIES, batch, cell, classifier, slow_but_for
 from meft_bench.options import ChildOptions
 from meft_bench.registry import METHODS, load
 from meft_bench.source import Source
@@ -73,16 +73,22 @@ def check_same_peak(
     assert 0 <= more <= shimmed.peak("cpu").num_bytes
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", slow_but_for(FAMILIES, "bert", "llama"))
 @pytest.mark.parametrize(
-    "method", ["full", "lora", "checkpointing", "meft1", "meft1-exact"]
+    "method",
+    slow_but_for(
+        ["full", "lora", "checkpointing", "meft1", "meft1-exact"], "full", "meft1-exact"
+    ),
 )
 def test_both_paths_take_the_same(method: str, model_type: str) -> None:
     check_same_peak(method, model_type, "fp32")
 
 
 @pytest.mark.parametrize("model_type", ["bert", "llama"])
-@pytest.mark.parametrize("method", ["full", "lora", "checkpointing", "meft1-exact"])
+@pytest.mark.parametrize(
+    "method",
+    slow_but_for(["full", "lora", "checkpointing", "meft1-exact"], "full"),
+)
 def test_both_paths_take_the_same_under_autocast(method: str, model_type: str) -> None:
     check_same_peak(method, model_type, "bf16")
 

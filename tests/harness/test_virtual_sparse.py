@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.tiny import BLOCKS, HIDDEN, batch, cell, classifier
+from harness.tiny import BLOCKS, HIDDEN, batch, cell, classifier, slow_but_for
 from meft.sparse.convert import sparse_adapters
 from meft_bench.meters.rows import RowTraffic, Watch
 from meft_bench.options import ChildOptions
@@ -47,7 +47,9 @@ def moved(stepper: Stepper, num_batches: int = 2) -> RowTraffic:
     return watch.result()
 
 
-@pytest.mark.parametrize("method", OFFLOADED)
+@pytest.mark.parametrize(
+    "method", slow_but_for(OFFLOADED, "dense-offload", "sparse", "sparse-experts")
+)
 def test_every_byte_that_moves_is_in_the_engines_books(method: str) -> None:
     """Held against a ledger that sees all copies; beside rows, only batches move."""
     with VirtualGpu(gpu.find("H200")), declared.rows(0.5), Ledger() as ledger:
@@ -79,7 +81,10 @@ def test_where_every_neuron_answers_fake_rows_move_as_real_ones_do() -> None:
     assert fake.union_fraction == [1.0] * BLOCKS
 
 
-@pytest.mark.parametrize("method", ["sparse", "sparse-experts", "sparse-experts-union"])
+@pytest.mark.parametrize(
+    "method",
+    slow_but_for(["sparse", "sparse-experts", "sparse-experts-union"], "sparse"),
+)
 def test_what_is_declared_is_what_is_active(method: str) -> None:
     def found(fraction: float) -> RowTraffic:
         with VirtualGpu(gpu.find("H200")), declared.rows(fraction):
@@ -103,7 +108,9 @@ def test_no_more_is_active_than_tokens_can_keep() -> None:
     assert found.union_fraction == [tokens / NEURONS] * BLOCKS
 
 
-@pytest.mark.parametrize("method", SPARSE)
+@pytest.mark.parametrize(
+    "method", slow_but_for(SPARSE, "dense-offload", "sparse-experts")
+)
 def test_a_cell_of_each_is_predicted(method: str) -> None:
     fields: dict[str, Any] = SHAPE | {"top_k_experts": 2, "active_fraction": 0.25}
     told = run(
