@@ -166,6 +166,9 @@ def test_activations_are_what_a_step_adds_to_what_rests(
         "meft1-exact takes 2.0 GiB of activations in a step: 80 % less than full.",
         "meft1-exact keeps 1.0 GiB for backward: 87.5 % less than full.",
     )
+    failed = [records[0], make_record(method="meft1-exact", status="oom", **shape)]
+    (table,) = find_tables("activations")(to_frame(failed))
+    assert not table.notes[0].startswith("meft1-exact")
 
 
 def test_predictions_are_labelled_and_stand_alone(make_record: MakeRecord) -> None:

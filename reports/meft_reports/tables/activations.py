@@ -105,12 +105,14 @@ def _sentences(measured: pd.DataFrame, bases: dict[str, pd.DataFrame]) -> list[s
     sentences = []
     for name, words in QUANTITIES.items():
         mean = own[name].mean()
+        if is_null(mean):  # it failed
+            continue
         compared = [
             f"{_less(mean, base[name].mean())} {_than(mean, base[name].mean())}{method}"
             for method, base in bases.items()
             if not is_null(base[name].mean())
         ]
-        if compared and not is_null(mean):
+        if compared:
             told = words.format(size=format_bytes(mean))
             sentences.append(f"{EXACT} {told}: {', '.join(compared)}.")
     return sentences
