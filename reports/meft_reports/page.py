@@ -68,6 +68,7 @@ def render_page(frame: pd.DataFrame) -> bytes:
         counts=[(s, int((frame["status"] == s).sum())) for s in STATUSES],
         methods=_methods(frame),
         random_weights=bool(has_random_weights(frame).any()),
+        predictions=sorted(frame["prediction"].dropna().unique()),
         sections=_sections(frame),
         columns=COLUMNS,
         versions=_names(frame["torch_version"]),
@@ -109,7 +110,7 @@ def _all_sections(frame: pd.DataFrame) -> list[Section]:
             lead="Single training steps on random input, whose shapes are exact.",
             figures=_figures(frame, "memory_batch", "memory_depth"),
             tables=_tables(frame, "predictions"),
-            folded=_folded(frame, "memory", "activations"),
+            folded=_folded(frame, "activations", "memory"),
             empty="No cell ran on random input.",
         ),
         Section(

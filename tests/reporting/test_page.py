@@ -74,6 +74,17 @@ def test_what_a_run_did_not_ask_for_is_not_missed(make_record: MakeRecord) -> No
     assert "No cell ran on random input." in text
 
 
+def test_predictions_are_announced(make_record: MakeRecord) -> None:
+    """Before the first number, and how they came about."""
+    how = "fake CUDA tensors; not held against a real GPU yet"
+    frame = to_frame([make_record("ok", device="virtual-H200", prediction=how)])
+    top = render_page(frame).decode().partition("<main>")[0]
+    assert "predicted, not measured" in top
+    assert how in top
+    measured = to_frame([make_record("ok")])
+    assert "predicted" not in render_page(measured).decode().partition("<main>")[0]
+
+
 def test_random_weights_are_announced(make_record: MakeRecord) -> None:
     """Before the first number."""
     frame = to_frame([make_record("oom", backbone="random:bert-tiny")])
