@@ -25,7 +25,8 @@ from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 
-from meft_bench.virtual import attention, facade, limits, pure, shim
+from meft.reversible import fixed
+from meft_bench.virtual import attention, facade, fused, limits, pure, shim
 from meft_bench.virtual.gpu import Gpu, workspace_bytes
 from meft_bench.virtual.ledger import Ledger
 from meft_bench.virtual.path import GpuPath
@@ -124,6 +125,7 @@ class VirtualGpu:
         yield from self._memory()
         yield from _attention(self.gpu, self.path, self.attention_counts)
         yield from _many_tensors_at_once()
+        yield _our_kernels()
         yield _whole_operators()
         yield from _values()
         yield from _initialisation()
@@ -172,6 +174,11 @@ def _many_tensors_at_once() -> Iterator[contextlib.AbstractContextManager[Any]]:
         yield mock.patch.object(
             module, "_foreach_supported_types", [*known, FakeTensor]
         )
+
+
+def _our_kernels() -> contextlib.AbstractContextManager[Any]:
+    """Triton would launch them, and warn that it cannot."""
+    return mock.patch.object(fixed, "_kernels_on", return_value=fused)
 
 
 @contextlib.contextmanager

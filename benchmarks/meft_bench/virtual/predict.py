@@ -11,11 +11,9 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 
-from meft.reversible import fixed
 from meft_bench import backbones, kernels, measure, probes
 from meft_bench.cell import Cell
 from meft_bench.registry import HAVE_ROWS, TASKS, load
@@ -23,7 +21,7 @@ from meft_bench.sighting import Sighting
 from meft_bench.source import MissingError, Source
 from meft_bench.tasks.batches import Batch
 from meft_bench.training import Stepper
-from meft_bench.virtual import declared, fused, gpu
+from meft_bench.virtual import declared, gpu
 from meft_bench.virtual.ledger import Ledger
 from meft_bench.virtual.personality import VirtualGpu
 
@@ -61,7 +59,6 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
     config, origin = backbones.load_config(cell, source)
     device = VirtualGpu(gpu.find(gpu.name_in(cell.device)))
     num_labels = measure.num_labels_of(task)
-    ours = mock.patch.object(fixed, "_kernels_on", return_value=fused)
     # For others, a size that depends on values is an error, and says so.
     has_rows = cell.method in HAVE_ROWS
     sizes = (
@@ -69,7 +66,6 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
     )
     with (
         device,
-        ours,
         sizes,
         kernels.attention(cell),
         device.new_ledger() as ledger,
