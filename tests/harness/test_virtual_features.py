@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -372,7 +372,7 @@ def test_a_side_buffer_on_the_host_moves_what_it_counts() -> None:
 # What has no answer without values.
 
 
-@torch.library.custom_op("meft_tests::twice", mutates_args=())
+@library.custom_op("meft_tests::twice", mutates_args=())
 def twice(x: Tensor) -> Tensor:
     return 2 * x
 

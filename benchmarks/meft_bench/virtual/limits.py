@@ -25,7 +25,7 @@ NEEDS_VALUES = (
 )
 IS_UNKNOWN = (
     "{what} does not tell what it makes of tensors without values: register that with "
-    "`torch.library.register_fake`, or run it on `cpu` or `cuda`"
+    "`register_fake` of torch's module `library`, or run it on `cpu` or `cuda`"
 )
 SAYINGS = {
     ".numpy() is not supported": ("`Tensor.numpy`", NEEDS_VALUES),

@@ -19,7 +19,7 @@ from typing import Any, Self
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._ops import OpOverload
 from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -190,9 +190,9 @@ def _whole_operators() -> Iterator[None]:
         for name in WHOLE_OPERATORS
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CUDA")
     ]
-    with torch.library._scoped_library("aten", "IMPL") as library:
+    with library._scoped_library("aten", "IMPL") as kernels:
         for name in lacking:
-            library.impl(name, _never_run, "CUDA")
+            kernels.impl(name, _never_run, "CUDA")
         yield
 
 

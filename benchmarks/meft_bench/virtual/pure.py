@@ -26,7 +26,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _foreach_utils
 
@@ -57,12 +57,12 @@ Operator = Callable[..., Any]
 def like_cuda() -> Iterator[None]:
     """While it lasts, fake CPU tensors are led CUDA's way."""
     with contextlib.ExitStack() as stack:
-        library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
-        library.impl("dropout", _dropout, "AutogradCPU")
+        kernels = stack.enter_context(library._scoped_library("aten", "IMPL"))
+        kernels.impl("dropout", _dropout, "AutogradCPU")
         for name in IN_FLOAT32:
-            library.impl(name, _in_float32(_operator(name)), "AutocastCPU")
+            kernels.impl(name, _in_float32(_operator(name)), "AutocastCPU")
         for name in TO_FLOAT32:
-            library.impl(name, _to_float32(_operator(name)), "AutocastCPU")
+            kernels.impl(name, _to_float32(_operator(name)), "AutocastCPU")
         for patch in (_is_cuda(), _many_tensors_at_once()):
             stack.enter_context(patch)
         yield
