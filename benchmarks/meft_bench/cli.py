@@ -173,6 +173,8 @@ def _plan_or_fit(arguments: argparse.Namespace) -> int:
     cells = planning.cells(arguments)
     options = ChildOptions(allow_download=arguments.allow_download)
     timeline = arguments.timeline if is_plan else None
+    if timeline is not None and not timeline.parent.is_dir():
+        raise UsageError(f"--timeline: there is no folder {str(timeline.parent)!r}")
     plans = planning.ask(
         cells,
         options,

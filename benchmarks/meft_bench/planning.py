@@ -158,7 +158,7 @@ def details(plan: dict[str, Any]) -> str:
         "saved for backward, by block": plan["saved_by_block"],
         "between host and device": {
             f"{m['direction']} {m['phase']} {m['block']}": m["num_bytes"]
-            for m in plan["moved"]
+            for m in plan["moved"] or ()
         },
     }
     for title, parts in sums.items():
@@ -179,7 +179,7 @@ def details(plan: dict[str, Any]) -> str:
                 one["kind"],
                 f"{one['operator']} of {one['module'] or '-'}",
             ]
-            for one in plan["largest"]
+            for one in plan["alive"]
         ]
     )
     return "\n".join(lines)

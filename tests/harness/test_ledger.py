@@ -43,7 +43,7 @@ def test_storages_are_counted_from_birth_to_death() -> None:
         del two
         del view, three
     trace = ledger.trace()
-    held = [total for _, total, _ in trace.held("cpu")]
+    held = [total for _, _, total, _ in trace.held("cpu")]
     assert held == [4096, 12288, 8192, 8704, 512, 0]
     peak = trace.peak("cpu")
     assert peak.num_bytes == 12288

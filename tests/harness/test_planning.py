@@ -100,7 +100,7 @@ def test_a_plan_of_a_language_model_is_asked_by_its_task(
     assert plan["verdict"] == "fits"
     assert plan["num_trainable_parameters"] == 2 * 2 * 2 * 128 * 8
     logits = [2 * 16, LlamaConfig().vocab_size]
-    assert any(one["shape"] == logits for one in plan["largest"])
+    assert any(one["shape"] == logits for one in plan["alive"])
 
 
 @pytest.mark.parametrize("command", slow_but_for(["plan", "fit"], "plan"))
@@ -157,6 +157,10 @@ def test_a_config_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (
             ["bert-tiny", "--gpu", "H200", "--set", "num_neurons=many"],
             "'num_neurons=many'",
+        ),
+        (
+            ["bert-tiny", "--gpu", "H200", "--timeline", "none/moments.csv"],
+            "there is no folder 'none'",
         ),
     ],
 )

@@ -37,15 +37,28 @@ def test_each_phase_has_a_peak() -> None:
     assert most["forward"] == 2 * 2**20 + 3 * 2**18 + 512
 
 
-def test_a_timeline_ends_in_what_is_left() -> None:
-    moments = list(views.timeline(one_step(), "cpu"))
-    assert moments[-1].by_kind == {"parameters": 2**21, "gradients": 2**21}
-    totals = [sum(moment.by_kind.values()) for moment in moments]
-    assert max(totals) == one_step().peak("cpu").num_bytes
+@pytest.mark.parametrize(
+    ("of", "left"),
+    [
+        ("kind", {"parameters": 2**21, "gradients": 2**21}),
+        ("module", {"0": 2**21, "2": 2**21}),
+    ],
+)
+def test_a_timeline_ends_in_what_is_left(of: str, left: dict[str, int]) -> None:
+    trace = one_step()
+    moments = list(views.timeline(trace, "cpu", of=of))
+    assert moments[-1].by_name == left
+    totals = [sum(moment.by_name.values()) for moment in moments]
+    assert max(totals) == trace.peak("cpu").num_bytes
     assert [m.time for m in moments] == sorted(m.time for m in moments)
 
 
-@pytest.mark.parametrize("of", ["kind", "phase", "block", "module", "operator"])
+def test_what_nothing_is_summed_up_by_is_an_error() -> None:
+    with pytest.raises(ValueError, match="'modul'; did you mean 'module'"):
+        next(views.timeline(one_step(), "cpu", of="modul"))
+
+
+@pytest.mark.parametrize("of", views.NAMES)
 def test_a_peak_is_the_same_bytes_however_it_is_cut(of: str) -> None:
     trace = one_step()
     peak = trace.peak("cpu")

@@ -62,7 +62,7 @@ class Operators(TorchDispatchMode):
 
 def held(trace: Trace, kind: str, device: str = "cuda") -> int:
     """The most bytes of a kind at a time."""
-    return max(kinds[kind] for _, _, kinds in trace.held(device))
+    return max(kinds[kind] for *_, kinds in trace.held(device))
 
 
 def trained(model: nn.Module) -> int:

@@ -107,6 +107,23 @@ def test_an_optimizer_keeps_and_makes_copies_of_matrices(
     assert found["update"] == num_made * found["parameters"]
 
 
+def test_figures_of_memory_are_the_ledgers() -> None:
+    """What is held now and at the most, reserved or not, and what is left."""
+    with h200() as device, device.new_ledger():
+        before = torch.cuda.memory_allocated()
+        tensor = torch.ones(2**20, device=device.path.device)
+        double = tensor + tensor
+        del tensor
+        now, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        reserved = torch.cuda.memory_reserved()
+        free, total = torch.cuda.mem_get_info()
+        assert now - before == double.nbytes
+        assert most - before == 2 * double.nbytes
+        assert reserved == torch.cuda.max_memory_reserved() > most
+    assert total == device.gpu.memory_bytes
+    assert free == total - reserved - device.gpu.context_bytes
+
+
 def test_the_same_every_time() -> None:
     with h200():
         first = steps("full", "bert", "cuda")

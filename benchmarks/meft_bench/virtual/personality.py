@@ -104,6 +104,10 @@ class VirtualGpu:
             self._replays = {asked: found}
         return self._replays[asked]
 
+    def _free_bytes(self) -> int:
+        taken = self.gpu.context_bytes + self.peaks().end_reserved_bytes
+        return self.gpu.memory_bytes - taken
+
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             stack.enter_context(limits.told_in_words())
@@ -138,6 +142,9 @@ class VirtualGpu:
             "reset_peak_memory_stats": self.start_anew,
             "max_memory_allocated": lambda *_: self.peaks().allocated_bytes,
             "max_memory_reserved": lambda *_: self.peaks().reserved_bytes,
+            "memory_allocated": lambda *_: self.peaks().end_allocated_bytes,
+            "memory_reserved": lambda *_: self.peaks().end_reserved_bytes,
+            "mem_get_info": lambda *_: (self._free_bytes(), self.gpu.memory_bytes),
         }
         for name, answer in answers.items():
             yield mock.patch.object(torch.cuda, name, answer)

@@ -17,10 +17,10 @@ from meft_bench.source import MissingError, Source
 from meft_bench.virtual import views
 from meft_bench.virtual.gpu import Gpu, workspace_bytes
 from meft_bench.virtual.predict import UNPROVEN, Ready, ready
-from meft_bench.virtual.replay import NUM_THREADS, replay
+from meft_bench.virtual.replay import NUM_THREADS, replay_in_full
 from meft_bench.virtual.trace import Peak, Storage, Trace
 
-NUM_LARGEST = 12
+NUM_ALIVE = 12
 """Storages that are told one by one."""
 HALF = ("bf16", "fp16")
 
@@ -49,7 +49,7 @@ class Plan:
     by_block: dict[str, int] | None = None
     by_operator: dict[str, int] | None = None
     """At the same moment, by where it was made; largest first, no workspaces."""
-    largest: list[dict[str, Any]] | None = None
+    alive: list[dict[str, Any]] | None = None
     """The largest storages of that moment, and where each was made."""
     saved_by_block: dict[str, int] | None = None
     """What each block leaves for backward."""
@@ -104,8 +104,12 @@ def _plan(it: Ready, margin: float, timeline: bool) -> Plan:
     num_flops = ledger.num_flops - num_flops
     bytes_touched = ledger.bytes_touched - bytes_touched
     trace = ledger.trace()
-    # Without a limit, so that what does not fit can be told in full.
-    memory = replay(trace, workspace_bytes=workspace_bytes(gpu), start=started)
+    memory, message = replay_in_full(
+        trace,
+        capacity_bytes=gpu.memory_bytes - gpu.context_bytes,
+        workspace_bytes=workspace_bytes(gpu),
+        start=started,
+    )
     needed = memory.reserved_bytes + gpu.context_bytes
     peak = trace.peak(start=started)
     kinds = peak.by_kind | {"libraries": NUM_THREADS * workspace_bytes(gpu)}
@@ -115,8 +119,8 @@ def _plan(it: Ready, margin: float, timeline: bool) -> Plan:
     count = measure.count(it.stepper.model)
     return Plan(
         method=it.cell.method,
-        verdict=_verdict(needed, gpu, margin),
-        message=_first_that_fails(trace, gpu) if needed > gpu.memory_bytes else "",
+        verdict="too large" if message else _verdict(needed, gpu, margin),
+        message=message,
         allocated_bytes=memory.allocated_bytes,
         reserved_bytes=memory.reserved_bytes,
         needed_bytes=needed,
@@ -125,7 +129,7 @@ def _plan(it: Ready, margin: float, timeline: bool) -> Plan:
         by_phase=views.peak_by_phase(trace, start=started),
         by_block=views.at_peak(trace, peak, "block"),
         by_operator=views.at_peak(trace, peak, "operator"),
-        largest=[_told(trace, storage) for storage in peak.alive[:NUM_LARGEST]],
+        alive=[_told(trace, storage) for storage in peak.alive[:NUM_ALIVE]],
         saved_by_block=views.saved_by_block(trace, ledger.step - 1),
         timeline=_moments(trace, started) if timeline else None,
         where=_where(trace, peak),
@@ -144,22 +148,7 @@ def _plan(it: Ready, margin: float, timeline: bool) -> Plan:
 
 
 def _verdict(needed_bytes: int, gpu: Gpu, margin: float) -> str:
-    if needed_bytes > gpu.memory_bytes:
-        return "too large"
     return "fits" if needed_bytes <= (1 - margin) * gpu.memory_bytes else "tight"
-
-
-def _first_that_fails(trace: Trace, gpu: Gpu) -> str:
-    """What there is no room for first; "" if only what libraries take is too much."""
-    try:
-        replay(
-            trace,
-            capacity_bytes=gpu.memory_bytes - gpu.context_bytes,
-            workspace_bytes=workspace_bytes(gpu),
-        )
-    except torch.OutOfMemoryError as error:
-        return str(error)
-    return ""
 
 
 def _told(trace: Trace, storage: Storage) -> dict[str, Any]:
@@ -170,7 +159,7 @@ def _told(trace: Trace, storage: Storage) -> dict[str, Any]:
 
 def _moments(trace: Trace, started: int) -> list[dict[str, Any]]:
     return [
-        {"time": moment.time, "phase": moment.phase} | moment.by_kind
+        {"time": moment.time, "phase": moment.phase} | moment.by_name
         for moment in views.timeline(trace, start=started)
     ]
 

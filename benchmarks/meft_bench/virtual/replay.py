@@ -19,11 +19,24 @@ NUM_SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replay:
-    """The most that was held from some moment on."""
+    """The most that was held from some moment on, and what is held at the end."""
 
     allocated_bytes: int
     reserved_bytes: int
+    end_allocated_bytes: int
+    end_reserved_bytes: int
     num_retries: int
+
+
+def held_by(allocator: CachingAllocator) -> Replay:
+    """What an allocator that has served everything has counted."""
+    return Replay(
+        allocated_bytes=allocator.peak_allocated_bytes,
+        reserved_bytes=allocator.peak_reserved_bytes,
+        end_allocated_bytes=allocator.allocated_bytes,
+        end_reserved_bytes=allocator.reserved_bytes,
+        num_retries=allocator.num_retries,
+    )
 
 
 def replay(
@@ -46,6 +59,7 @@ def replay(
     """
     allocator = CachingAllocator(capacity_bytes)
     blocks: dict[int | None, Block | None] = {}
+    event = None
     try:
         for _ in range(NUM_THREADS):
             allocator.malloc(workspace_bytes)
@@ -66,11 +80,28 @@ def replay(
         raise torch.OutOfMemoryError(
             f"CUDA out of memory, predicted: {error}. {_where(trace, event, blocks)}"
         ) from None
-    return Replay(
-        allocated_bytes=allocator.peak_allocated_bytes,
-        reserved_bytes=allocator.peak_reserved_bytes,
-        num_retries=allocator.num_retries,
-    )
+    return held_by(allocator)
+
+
+def replay_in_full(
+    trace: Trace, *, capacity_bytes: int, workspace_bytes: int = 0, start: int = 0
+) -> tuple[Replay, str]:
+    """As `replay`, and what there was no room for: "" if there was for everything.
+
+    A trace for which there is no room is served once more without a limit, so that all
+    it needs can be told.
+    """
+    try:
+        held = replay(
+            trace,
+            capacity_bytes=capacity_bytes,
+            workspace_bytes=workspace_bytes,
+            start=start,
+        )
+    except torch.OutOfMemoryError as error:
+        held = replay(trace, workspace_bytes=workspace_bytes, start=start)
+        return held, str(error)
+    return held, ""
 
 
 def _start_anew(allocator: CachingAllocator) -> None:
@@ -84,8 +115,12 @@ def _is_on_device(trace: Trace, event: Event) -> bool:
     return trace.storages[event.storage].device == trace.accelerator
 
 
-def _where(trace: Trace, event: Event, blocks: dict[int | None, Block | None]) -> str:
+def _where(
+    trace: Trace, event: Event | None, blocks: dict[int | None, Block | None]
+) -> str:
     """For what there was no room, and the largest things that are alive."""
+    if event is None:
+        return "Wanted for libraries, before the first tensor"
     if event.storage is None:
         wanted = "a kernel's workspace"
     else:

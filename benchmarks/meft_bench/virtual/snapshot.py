@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from meft_bench.virtual.allocator import Block, CachingAllocator
-from meft_bench.virtual.replay import Replay
+from meft_bench.virtual.replay import Replay, held_by
 
 
 def serve(history: Iterable[Mapping[str, Any]], start_bytes: int = 0) -> Replay:
@@ -32,8 +32,4 @@ def serve(history: Iterable[Mapping[str, Any]], start_bytes: int = 0) -> Replay:
             blocks[entry["addr"]] = allocator.malloc(entry["size"])
         elif entry["action"] == "free_completed":
             allocator.free(blocks.pop(entry["addr"], None))
-    return Replay(
-        allocated_bytes=allocator.peak_allocated_bytes,
-        reserved_bytes=allocator.peak_reserved_bytes,
-        num_retries=allocator.num_retries,
-    )
+    return held_by(allocator)

@@ -7,7 +7,7 @@ because only its death tells what it was for.
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -139,26 +139,36 @@ class Trace:
         """As an allocator's block."""
         return -(-num_bytes // self.round_bytes) * self.round_bytes
 
-    def held(self, device: str) -> Iterator[tuple[int, int, Counter[str]]]:
-        """(time, bytes held, bytes by kind) after every event on `device`.
+    def held(
+        self, device: str, name: Callable[[Storage], str] | None = None
+    ) -> Iterator[tuple[int, str, int, Counter[str]]]:
+        """(time, phase, bytes held, bytes by name) after every event on `device`.
 
-        The counter is one object that goes on changing.
+        Args:
+            device: whose memory.
+            name: what a storage is summed up under; None for its kind.
+
+        The phase is that of what was made last, in any place. The counter is one object
+        that goes on changing; a kernel's workspace has no other name.
         """
-        by_kind: Counter[str] = Counter()
+        name = name or self.kind_of
+        by_name: Counter[str] = Counter()
         total = 0
+        phase = "forward"
         for event in self.events:
             if event.storage is None:
-                kind, size = "workspace", self.rounded(event.num_bytes)
+                summed, size = "workspace", self.rounded(event.num_bytes)
             else:
                 storage = self.storages[event.storage]
+                if event.is_birth:
+                    phase = storage.phase
                 if storage.device != device:
                     continue
-                kind = self.kind_of(storage)
-                size = self.rounded(storage.num_bytes)
+                summed, size = name(storage), self.rounded(storage.num_bytes)
             size = size if event.is_birth else -size
             total += size
-            by_kind[kind] += size
-            yield event.time, total, by_kind
+            by_name[summed] += size
+            yield event.time, phase, total, by_name
 
     def peak(self, device: str | None = None, start: int = 0) -> Peak:
         """The first moment from time `start` on at which most was held.
@@ -169,7 +179,7 @@ class Trace:
         """
         device = device or self.accelerator
         most, when, by_kind = -1, start, Counter[str]()
-        for time, total, kinds in self.held(device):
+        for time, _, total, kinds in self.held(device):
             if time >= start and total > most:
                 most, when, by_kind = total, time, Counter(kinds)
         alive = [

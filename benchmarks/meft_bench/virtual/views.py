@@ -1,16 +1,21 @@
 """A trace, summed up: what for, when, where and by what memory was held and moved.
 
-`Trace.peak` tells what a peak consists of; here are the same bytes by phase, module,
-block and operator, what each block saves for backward, and what crossed the link.
+`Trace.peak` tells what a peak consists of by kind; here are the same bytes, at the peak
+or at any moment, by phase, module, block and operator, what each block saves for
+backward, and what crossed the link. A device of None is the accelerator.
 """
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
+from meft_bench.registry import nearest
 from meft_bench.virtual.trace import Copy, Peak, Storage, Trace
 
+NAMES = ("kind", "phase", "block", "module", "operator")
+"""What memory is summed up by: what it is for, or where and by what it was made."""
 _BLOCK = re.compile(r"(?:^|.*?\.)\d+(?=\.|$)")
 
 
@@ -22,7 +27,7 @@ class Moment:
     """In operators."""
     phase: str
     """Of the last thing made."""
-    by_kind: dict[str, int]
+    by_name: dict[str, int]
 
 
 def block_of(module: str) -> str:
@@ -35,30 +40,29 @@ def block_of(module: str) -> str:
 
 
 def timeline(
-    trace: Trace, device: str | None = None, start: int = 0
+    trace: Trace, device: str | None = None, start: int = 0, of: str = "kind"
 ) -> Iterator[Moment]:
     """What was held on `device` from time `start` on, one moment per change.
 
-    Here and below, a device of None is the accelerator.
+    Args:
+        trace: what was written down.
+        device: whose memory.
+        start: in operators.
+        of: one of `NAMES`, by which each moment is summed up.
     """
-    device = device or trace.accelerator
-    phases = _phases(trace, device)
-    for time, _, by_kind in trace.held(device):
-        phase = next(phases)
+    held = trace.held(device or trace.accelerator, _name(trace, of))
+    for time, phase, _, by_name in held:
         if time >= start:
-            kinds = {kind: size for kind, size in by_kind.items() if size}
-            yield Moment(time=time, phase=phase, by_kind=kinds)
+            sums = {name: size for name, size in by_name.items() if size}
+            yield Moment(time=time, phase=phase, by_name=sums)
 
 
 def peak_by_phase(
     trace: Trace, device: str | None = None, start: int = 0
 ) -> dict[str, int]:
     """The most that was held on `device` during each phase."""
-    device = device or trace.accelerator
     most: dict[str, int] = {}
-    for phase, (time, total, _) in zip(
-        _phases(trace, device), trace.held(device), strict=True
-    ):
+    for time, phase, total, _ in trace.held(device or trace.accelerator):
         if time >= start:
             most[phase] = max(most.get(phase, 0), total)
     return most
@@ -70,13 +74,14 @@ def at_peak(trace: Trace, peak: Peak, of: str) -> dict[str, int]:
     Args:
         trace: that the peak is of.
         peak: from `Trace.peak`.
-        of: `kind`, `phase`, `block`, `module` or `operator`, by which it was made.
+        of: one of `NAMES`.
 
     Workspaces are of no module, and not in it.
     """
+    name = _name(trace, of)
     found: Counter[str] = Counter()
     for storage in peak.alive:
-        found[_name(trace, storage, of)] += trace.rounded(storage.num_bytes)
+        found[name(storage)] += trace.rounded(storage.num_bytes)
     return dict(found.most_common())
 
 
@@ -106,23 +111,11 @@ def copies_after(trace: Trace, start: int) -> Iterator[Copy]:
     return (copy for copy in trace.copies if copy.time > start)
 
 
-def _phases(trace: Trace, device: str) -> Iterator[str]:
-    """Of every event on `device`, the phase of what was made last, in any place."""
-    phase = "forward"
-    for event in trace.events:
-        if event.storage is None:
-            yield phase
-            continue
-        storage = trace.storages[event.storage]
-        if event.is_birth:
-            phase = storage.phase
-        if storage.device == device:
-            yield phase
-
-
-def _name(trace: Trace, storage: Storage, of: str) -> str:
+def _name(trace: Trace, of: str) -> Callable[[Storage], str]:
+    if of not in NAMES:
+        raise ValueError(f"memory is not summed up by {of!r}; {nearest(of, NAMES)}")
     if of == "kind":
-        return trace.kind_of(storage)
+        return trace.kind_of
     if of == "block":
-        return block_of(storage.module)
-    return str(getattr(storage, of))
+        return lambda storage: block_of(storage.module)
+    return attrgetter(of)
