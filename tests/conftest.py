@@ -1,5 +1,6 @@
 """What every test shares: the seed, the two markers, and where real data may lie."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -20,6 +21,12 @@ def pytest_collection_modifyitems(
             item.add_marker(slow)
         if "gpu" in item.keywords and not _has_cuda():
             item.add_marker(gpu)
+
+
+def pytest_collection_finish() -> None:
+    """What libraries made stays; each look at it would take half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def _has_cuda() -> bool:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from harness.tiny import cell, slow_but_for
+from harness.tiny import cell
+from marks import slow_but_for
 from meft_bench import backbones
 from meft_bench.backbones.classifier import LANGUAGE_MODELS
 from meft_bench.cell import Cell

@@ -17,8 +17,8 @@ from harness.tiny import (
     cell,
     classifier,
     num_lists,
-    slow_but_for,
 )
+from marks import slow_but_for
 from meft_bench.meters.memory import cpu_step_peak_bytes
 from meft_bench.registry import METHODS, load
 from meft_bench.tasks.batches import Batch
@@ -44,7 +44,7 @@ def ready(method: str, model_type: str) -> Stepper:
     return stepper
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", slow_but_for(FAMILIES, "bert", "llama"))
 @pytest.mark.parametrize("method", ["full", "lora", "checkpointing", "meft1"])
 def test_a_peak_is_what_the_allocator_saw(method: str, model_type: str) -> None:
     """From the profiler's events, without a mode in between."""

@@ -7,7 +7,7 @@ import pandas
 import pytest
 from transformers import LlamaConfig
 
-from harness.tiny import slow_but_for
+from marks import slow_but_for
 from meft_bench import cli, planning
 from meft_bench.virtual import gpu
 
@@ -129,6 +129,7 @@ def test_what_fits_is_the_largest(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["num_probes"] <= 16
 
 
+@pytest.mark.slow
 def test_a_config_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A directory without weights."""
     config = {"model_type": "bert", "num_hidden_layers": 1, "hidden_size": 32}

@@ -11,7 +11,8 @@ import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from harness.tiny import BLOCKS, FAMILIES, batch, cell, classifier, slow_but_for
+from harness.tiny import BLOCKS, FAMILIES, batch, cell, classifier
+from marks import slow_but_for
 from meft_bench import backbones, measure
 from meft_bench.options import ChildOptions
 from meft_bench.registry import METHODS, TASKS, load

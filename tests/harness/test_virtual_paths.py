@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
-from harness.tiny import FAMILIES, batch, cell, classifier, slow_but_for
+from harness.tiny import FAMILIES, batch, cell, classifier
+from marks import slow_but_for
 from meft_bench.options import ChildOptions
 from meft_bench.registry import METHODS, load
 from meft_bench.source import Source

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from harness.tiny import BLOCKS, HIDDEN, batch, cell, classifier, slow_but_for
+from harness.tiny import BLOCKS, HIDDEN, batch, cell, classifier
+from marks import slow_but_for
 from meft.sparse.convert import sparse_adapters
 from meft_bench.meters.rows import RowTraffic, Watch
 from meft_bench.options import ChildOptions

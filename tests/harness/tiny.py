@@ -1,9 +1,7 @@
 """Small classifiers of every text family, every block with weights of its own."""
 
-from collections.abc import Iterable
 from typing import Any
 
-import pytest
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -66,11 +64,3 @@ def batch(batch_size: int = 4, seq_len: int = 8) -> Batch:
         "attention_mask": torch.ones(shape, dtype=torch.long),
         "labels": torch.arange(batch_size) % LABELS,
     }
-
-
-def slow_but_for(values: Iterable[str], *kept: str) -> list[Any]:
-    """Values to test with, most of them only with `--slow`."""
-    return [
-        value if value in kept else pytest.param(value, marks=pytest.mark.slow)
-        for value in values
-    ]

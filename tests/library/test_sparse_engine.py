@@ -20,6 +20,7 @@ from library.sparse import (
     sparse_model,
     train,
 )
+from marks import slow_but_for
 from meft.sparse.cache import RowCache
 from meft.sparse.convert import sparse_adapters
 from meft.sparse.engine import Engine, OffloadedRows
@@ -38,7 +39,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", slow_but_for(ENGINES, "all on", "tiny cache"))
 def test_offloaded_rows_give_the_bits_of_resident_rows(
     routing: str, engine: str
 ) -> None:

@@ -6,6 +6,7 @@ import torch
 
 import meft
 from library.models import batch, gradient, gradients, only_stack, reversible
+from marks import slow_but_for
 from meft.reversible.blocks import ReversibleBlocks
 from meft.reversible.fixed import FRACTION_BITS_WIDE
 from meft.reversible.packing import packed_bytes
@@ -44,7 +45,7 @@ def agree(
             assert error <= allowed, name
 
 
-@variants
+@pytest.mark.parametrize("variant", slow_but_for(VARIANTS, "meft1"))
 def test_gradcheck_through_two_blocks(variant: str) -> None:
     """The rebuilding backward agrees with finite differences in float64, for the input
     and for every trainable parameter."""
@@ -102,7 +103,7 @@ def test_it_equals_the_twin(
 
 @variants
 @pytest.mark.parametrize("coupling", ["difference", "paper"])
-@pytest.mark.parametrize("lost_bits", [0, 1, 3, 4, 8, 16])
+@pytest.mark.parametrize("lost_bits", slow_but_for([0, 1, 3, 4, 8, 16], 0, 3, 16))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fixed_streams_have_the_twins_bits(
     variant: str, coupling: str, lost_bits: int, dtype: torch.dtype

@@ -33,6 +33,7 @@ def test_the_page_needs_nothing_else(page: str) -> None:
     assert not re.search(r"<script|<link|@import|url\(", page)
 
 
+@pytest.mark.slow
 def test_the_same_records_give_the_same_page(
     every_kind: list[Record], page: str, write: Write
 ) -> None:
