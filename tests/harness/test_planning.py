@@ -7,7 +7,6 @@ import pandas
 import pytest
 from transformers import LlamaConfig
 
-from marks import slow_but_for
 from meft_bench import cli, planning
 from meft_bench.virtual import gpu
 
@@ -103,10 +102,9 @@ def test_a_plan_of_a_language_model_is_asked_by_its_task(
     assert any(one["shape"] == logits for one in plan["alive"])
 
 
-@pytest.mark.parametrize("command", slow_but_for(["plan", "fit"], "plan"))
-@pytest.mark.parametrize(
-    "task", slow_but_for(["synthetic", "synthetic-lm"], "synthetic")
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["plan", "fit"])
+@pytest.mark.parametrize("task", ["synthetic", "synthetic-lm"])
 def test_what_the_library_refuses_it_says_itself(
     command: str, task: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

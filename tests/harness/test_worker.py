@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from marks import slow_but_for
 from meft_bench.cell import Cell
 from meft_bench.options import ChildOptions
 from meft_bench.out_of_memory import is_out_of_memory
@@ -38,7 +39,10 @@ def child(folder: Path, cell: Cell, **options: Any) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    slow_but_for(METHODS, "full", "checkpointing", "meft1", "meft1-exact", "sparse"),
+)
 def test_every_method_is_measured(method: str) -> None:
     """Each ends ok, with every figure that a CPU can give and no score."""
     result = run(Cell(method=method, **TINY), ChildOptions())
@@ -159,9 +163,8 @@ def test_compiled_blocks_are_rebuilt_exactly(dtype: str) -> None:
     assert result["measurement"]["gradient_error"] == [0.0, 0.0]  # type: ignore[index]
 
 
-@pytest.mark.parametrize(
-    "method", ["full", pytest.param("meft1", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "meft1"])
 def test_memory_is_the_same_in_every_process(tmp_path: Path, method: str) -> None:
     """Saved bytes, resting bytes and the allocator's peak agree to the byte."""
     seen = []

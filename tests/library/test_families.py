@@ -27,6 +27,7 @@ from library.families import (
     text,
     twin_of,
 )
+from marks import slow_but_for
 from meft.backbone.families import FAMILIES, find_blocks
 from meft.reversible.blocks import ReversibleBlocks
 from meft.reversible.convert import find_stacks
@@ -47,7 +48,9 @@ every_text_kind = cases(
 )
 every_decoder = cases("ForCausalLM", "ForConditionalGeneration")
 one_head_each = cases("ForSequenceClassification", "ForImageClassification")
-variants = pytest.mark.parametrize("variant", ["meft1", "meft2", "meft3"])
+variants = pytest.mark.parametrize(
+    "variant", slow_but_for(["meft1", "meft2", "meft3"], "meft1", "meft3")
+)
 
 QUANTUM = 2.0**-FRACTION_BITS_WIDE
 

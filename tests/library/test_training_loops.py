@@ -27,6 +27,7 @@ from transformers import (
 
 import meft
 from library.models import VOCAB, batch, classifier, gradient, gradients, reversible
+from marks import slow_but_for
 from meft.reversible.blocks import ReversibleBlocks
 from meft.reversible.convert import find_stacks
 from meft.reversible.fixed import FRACTION_BITS_WIDE
@@ -36,7 +37,9 @@ from meft.testing import check_reversible
 Gradients = dict[str, torch.Tensor]
 Batch = dict[str, torch.Tensor]
 
-variants = pytest.mark.parametrize("variant", ["meft1", "meft2", "meft3"])
+variants = pytest.mark.parametrize(
+    "variant", slow_but_for(["meft1", "meft2", "meft3"], "meft1", "meft3")
+)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 families = pytest.mark.parametrize("family", ["bert", "llama"])
 

@@ -116,6 +116,7 @@ def test_the_legend_does_not_cover_data(draw: Draw, name: str) -> None:
     assert figure.bbox.y0 <= box.y0
 
 
+@pytest.mark.slow
 @every_plot
 def test_equal_frames_give_equal_bytes(
     every_kind: list[Record], frames: dict[str, pd.DataFrame], name: str
