@@ -25,6 +25,7 @@ ALIASES = {"exact": "meft1-exact"}
 FIELDS = {"batch": "batch_size", "seq": "seq_len", "depth": "depth"}
 """What `--maximize` may name."""
 AT_MOST = {"batch_size": 1 << 16, "seq_len": 1 << 20, "depth": 1000}
+MIB = 2**20
 NUM_SHOWN = 8
 """Lines of a part of the details."""
 PLANNER = "meft_bench.virtual.planner"
@@ -131,15 +132,24 @@ def table(
     """The answer for people."""
     first = cells[0]
     found = gpu.find(gpu.name_in(first.device))
-    shape = f"batch {first.batch_size}, {first.seq_len} tokens, {first.dtype}"
+    shape = {"batch": f"batch {first.batch_size}", "seq": f"{first.seq_len} tokens"}
+    given = [words for name, words in shape.items() if name != maximize]
     size = format_bytes(found.memory_bytes)
-    lines = [f"{first.backbone} on {found.name} ({size}): {shape}"]
+    shown = ", ".join([*given, first.dtype])
+    lines = [f"{first.backbone} on {found.name} ({size}): {shown}"]
     header = ["method", "verdict", "needed", "reserved", "allocated"]
     if maximize is not None:
         header.insert(1, f"largest {maximize}")
     header += ["trainable", "TFLOP", "at least", "up", "most is held by", "at"]
     lines += _aligned([header, *(_row(plan, maximize) for plan in plans)])
     lines += [f"{p['method']}: {p['message']}" for p in plans if p["message"]]
+    room = (1 - margin) * found.memory_bytes / MIB
+    lines += [
+        f"{p['method']}: {maximize} {p['largest'] + 1} would need "
+        f"{p['beyond_bytes'] / MIB:,.0f} MiB of {room:,.0f}"
+        for p in plans
+        if p.get("beyond_bytes") is not None
+    ]
     context = format_bytes(found.context_bytes)
     lines.append(NOTE.format(context=context, margin=margin))
     return "\n".join(lines)

@@ -8,6 +8,7 @@ import pytest
 from transformers import LlamaConfig
 
 from meft_bench import cli, planning
+from meft_bench.cell import Cell
 from meft_bench.virtual import gpu
 
 TINY = ["--batch", "2", "--seq", "16", "--gpu", "RTX3090"]
@@ -125,6 +126,10 @@ def test_what_fits_is_the_largest(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["needed_bytes"] <= room < found["beyond_bytes"]
     assert found["largest"] > 100
     assert found["num_probes"] <= 16
+    cells = [Cell(method="lora", backbone="random:bert-tiny", device="virtual-RTX3090")]
+    out = planning.table(cells, [found], "batch", 0.05)
+    assert f"lora: batch {found['largest'] + 1} would need" in out
+    assert f"MiB of {room / 2**20:,.0f}" in out
 
 
 @pytest.mark.slow
