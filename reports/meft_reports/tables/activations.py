@@ -78,7 +78,7 @@ def _table(part: pd.DataFrame, workload: str) -> Table:
         title=f"Activations · {workload}",
         header=HEADER,
         rows=tuple(rows),
-        notes=(*_sentences(measured, bases), *NOTES, *notes_on(part)),
+        notes=(*_sentences(part, bases), *NOTES, *notes_on(part)),
     )
 
 
@@ -99,23 +99,36 @@ def _row(same: pd.DataFrame, bases: dict[str, pd.DataFrame]) -> tuple[str, ...]:
     return tuple(cells)
 
 
-def _sentences(measured: pd.DataFrame, bases: dict[str, pd.DataFrame]) -> list[str]:
-    """What the exact inverse saves, in words."""
-    own = measured[measured["method"] == EXACT]
+def _sentences(part: pd.DataFrame, bases: dict[str, pd.DataFrame]) -> list[str]:
+    """What the exact inverse saves, in words; or how it ended."""
+    ends = {
+        method: "ok" if "ok" in set(statuses) else statuses.iloc[0]
+        for method, statuses in part.groupby("method")["status"]
+    }
+    if EXACT not in ends:
+        return []
+    if ends[EXACT] != "ok":
+        return [f"{EXACT} ended as {ends[EXACT]}."]
+    own = part[part["method"] == EXACT]
     sentences = []
     for name, words in QUANTITIES.items():
         mean = own[name].mean()
-        if is_null(mean):  # it failed
-            continue
         compared = [
-            f"{_less(mean, base[name].mean())} {_than(mean, base[name].mean())}{method}"
+            _compared(mean, base[name].mean(), method, ends[method])
             for method, base in bases.items()
-            if not is_null(base[name].mean())
+            if method in ends
         ]
-        if compared:
+        if compared and not is_null(mean):
             told = words.format(size=format_bytes(mean))
             sentences.append(f"{EXACT} {told}: {', '.join(compared)}.")
     return sentences
+
+
+def _compared(value: Any, base: Any, method: str, end: str) -> str:
+    if is_null(base):
+        return f"{method} ended as {end}"
+    than = "" if value > base else "less than "
+    return f"{_less(value, base)} {than}{method}"
 
 
 def _in_paper_unit(num_bytes: Any) -> str:
@@ -129,7 +142,3 @@ def _less(value: Any, base: Any) -> str:
     if value > base:
         return f"{value / base:.1f} times"
     return format_percent(1 - value / base)
-
-
-def _than(value: float, base: float) -> str:
-    return "" if value > base else "less than "
