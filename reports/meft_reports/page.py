@@ -109,7 +109,7 @@ def _all_sections(frame: pd.DataFrame) -> list[Section]:
             title="Memory along batch size and depth",
             lead="Single training steps on random input, whose shapes are exact.",
             figures=_figures(frame, "memory_batch", "memory_depth"),
-            tables=_tables(frame, "predictions"),
+            tables=_tables(frame, "predictions", "savings"),
             folded=_folded(frame, "activations", "memory"),
             empty="No cell ran on random input.",
         ),

@@ -311,7 +311,7 @@ def build_knowledge() -> list[Record]:
 
 
 def build_prediction() -> list[Record]:
-    """A cell on a GPU and on its virtual twin, and a cell each that the other lacks."""
+    """A cell on a GPU and on its virtual twin, and cells that the other lacks."""
     shape: Any = {"task": "synthetic", "device_name": "NVIDIA H200"}
     real: Any = {"device": "cuda", "machine": "NVIDIA H200", **shape}
     virtual: Any = {"device": "virtual-H200", "machine": "virtual GPU", **shape}
@@ -320,6 +320,7 @@ def build_prediction() -> list[Record]:
         build_record(method="full", peak_allocated_bytes=1000, **real),
         build_record(method="full", peak_allocated_bytes=1015, **virtual),
         build_record(method="lora", **virtual),
+        build_record(method="meft1-exact", **virtual),
         build_record(method="head", **real),
     ]
 

@@ -168,7 +168,15 @@ def test_activations_are_what_a_step_adds_to_what_rests(
         "meft1-exact keeps 1.0 GiB for backward: 87.5 % less than full, "
         "checkpointing ended as oom.",
     )
+    (savings,) = find_tables("savings")(to_frame(records))
+    (row,) = savings.rows
+    assert row[1:] == (
+        *("2.0 GiB", "2.05", "80 %", "oom", NOTHING),
+        *("1.0 GiB", "87.5 %", "oom", NOTHING),
+    )
     failed = [records[0], make_record(method="meft1-exact", status="oom", **shape)]
+    (savings,) = find_tables("savings")(to_frame(failed))
+    assert savings.rows[0][1:3] == ("oom", NOTHING)
     (table,) = find_tables("activations")(to_frame(failed))
     assert table.notes[0] == "meft1-exact ended as oom."
 

@@ -23,6 +23,7 @@ TABLES = (
     "results",
     "differences",
     "memory",
+    "savings",
     "activations",
     "ratios",
     "traffic",

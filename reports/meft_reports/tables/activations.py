@@ -55,20 +55,24 @@ NOTES = (
 
 def make(frame: pd.DataFrame) -> list[Table]:
     """One table per workload that has a method to save against."""
+    return [_table(part, workload) for workload, part in workloads(frame)]
+
+
+def workloads(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Each workload on random input that has a method to save against, by its words."""
     rows = prepare(frame)
     rows = rows[on_random_input(rows) & (rows["rival"] == "")]
     always = ("task", "backbone", "dtype", "batch_size", "device")
     shown = fields_to_show(rows, always=always)
     return [
-        _table(part, describe(part, shown))
+        (describe(part, shown), part)
         for _, part in split(rows, [*WORKLOAD, *PROVENANCE])
         if part["method"].isin(BASES).any() and part["method"].nunique() > 1
     ]
 
 
 def _table(part: pd.DataFrame, workload: str) -> Table:
-    measured = part[(part["status"] == "ok") & part["peak_activation_bytes"].notna()]
-    bases = {base: measured[measured["method"] == base] for base in BASES}
+    bases = bases_of(part)
     rows = []
     for same in settings(part):
         first = same.iloc[0]
@@ -82,6 +86,20 @@ def _table(part: pd.DataFrame, workload: str) -> Table:
     )
 
 
+def bases_of(part: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """What was measured of each of `BASES`."""
+    measured = part[(part["status"] == "ok") & part["peak_activation_bytes"].notna()]
+    return {base: measured[measured["method"] == base] for base in BASES}
+
+
+def ends_of(part: pd.DataFrame) -> dict[str, str]:
+    """How each method ended: `ok` if any of its cells did."""
+    return {
+        str(method): "ok" if "ok" in set(statuses) else statuses.iloc[0]
+        for method, statuses in part.groupby("method")["status"]
+    }
+
+
 def _row(same: pd.DataFrame, bases: dict[str, pd.DataFrame]) -> tuple[str, ...]:
     ok = same[same["status"] == "ok"]
     if ok.empty:
@@ -91,20 +109,17 @@ def _row(same: pd.DataFrame, bases: dict[str, pd.DataFrame]) -> tuple[str, ...]:
         mean = ok[name].mean()
         cells.append(format_bytes(mean))
         if name != "saved_bytes":
-            cells.append(_in_paper_unit(mean))
+            cells.append(in_paper_unit(mean))
         if name == "peak_allocated_bytes":
             cells.append(format_bytes(ok["resting_bytes"].mean()))
             continue
-        cells += [_less(mean, base[name].mean()) for base in bases.values()]
+        cells += [less(mean, base[name].mean()) for base in bases.values()]
     return tuple(cells)
 
 
 def _sentences(part: pd.DataFrame, bases: dict[str, pd.DataFrame]) -> list[str]:
     """What the exact inverse saves, in words; or how it ended."""
-    ends = {
-        method: "ok" if "ok" in set(statuses) else statuses.iloc[0]
-        for method, statuses in part.groupby("method")["status"]
-    }
+    ends = ends_of(part)
     if EXACT not in ends:
         return []
     if ends[EXACT] != "ok":
@@ -128,14 +143,15 @@ def _compared(value: Any, base: Any, method: str, end: str) -> str:
     if is_null(base):
         return f"{method} ended as {end}"
     than = "" if value > base else "less than "
-    return f"{_less(value, base)} {than}{method}"
+    return f"{less(value, base)} {than}{method}"
 
 
-def _in_paper_unit(num_bytes: Any) -> str:
+def in_paper_unit(num_bytes: Any) -> str:
+    """In units of 1000 * 2^20 bytes."""
     return NOTHING if is_null(num_bytes) else f"{num_bytes / GB_OF_THE_PAPER:.2f}"
 
 
-def _less(value: Any, base: Any) -> str:
+def less(value: Any, base: Any) -> str:
     """By how much `value` is less than `base`; how many times it, where it is more."""
     if is_null(value) or is_null(base) or base == value:
         return NOTHING

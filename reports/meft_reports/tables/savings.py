@@ -1,0 +1,69 @@
+"""What the exact inverse saves: one line per workload of the tables of activations."""
+
+from typing import Any
+
+import pandas as pd
+
+from meft_reports.format import NOTHING, format_bytes, is_null
+from meft_reports.tables.activations import (
+    BASES,
+    EXACT,
+    bases_of,
+    ends_of,
+    in_paper_unit,
+    less,
+    workloads,
+)
+from meft_reports.tables.table import Table, notes_on
+
+HEADER = (
+    "workload",
+    "activations",
+    "in the paper's GB",
+    *(f"less than {base}" for base in BASES),
+    "saved for backward",
+    *(f"less than {base}" for base in BASES),
+)
+NOTES = (
+    "Single steps on random input. Activations are what the peak of a step needs "
+    "beyond weights and optimizer state, gradients among it; the paper's GB is "
+    "1000 · 2^20 bytes. Where it takes more than another, it is said how many times as "
+    "much. A word instead of a number is how that cell failed.",
+)
+
+
+def make(frame: pd.DataFrame) -> list[Table]:
+    """One table, if the exact inverse ran beside what it saves against."""
+    parts = [
+        (workload, part)
+        for workload, part in workloads(frame)
+        if (part["method"] == EXACT).any()
+    ]
+    if not parts:
+        return []
+    rows = tuple((workload, *_row(part)) for workload, part in parts)
+    notes = notes_on(pd.concat([part for _, part in parts]))
+    title = f"What {EXACT} saves"
+    return [Table(title=title, header=HEADER, rows=rows, notes=(*NOTES, *notes))]
+
+
+def _row(part: pd.DataFrame) -> tuple[str, ...]:
+    ends, bases = ends_of(part), bases_of(part)
+    if ends[EXACT] != "ok":
+        return (ends[EXACT], *[NOTHING] * (len(HEADER) - 2))
+    own = part[part["method"] == EXACT]
+    cells: list[str] = []
+    for name in ("peak_activation_bytes", "saved_bytes"):
+        mean = own[name].mean()
+        cells.append(format_bytes(mean))
+        if name == "peak_activation_bytes":
+            cells.append(in_paper_unit(mean))
+        cells += [
+            _against(mean, base[name].mean(), ends.get(method, "ok"))
+            for method, base in bases.items()
+        ]
+    return tuple(cells)
+
+
+def _against(mean: Any, base: Any, end: str) -> str:
+    return less(mean, base) if end == "ok" or not is_null(base) else end
