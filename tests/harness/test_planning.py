@@ -31,6 +31,9 @@ def test_a_plan_tells_what_a_step_takes(capsys: pytest.CaptureFixture[str]) -> N
         assert "not held against a real GPU" in plan["prediction"]
     assert full["num_trainable_parameters"] > exact["num_trainable_parameters"]
     assert full["by_kind"]["optimizer"] > exact["by_kind"]["optimizer"]
+    assert "h2d forward" in planning.details(full)
+    # Where host and GPU cannot be told apart, nothing is known to move.
+    assert "h2d" not in planning.details(full | {"moved": None})
 
 
 def test_the_table_says_that_it_is_a_prediction(
