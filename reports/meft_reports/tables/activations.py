@@ -46,7 +46,7 @@ HEADER = (
     *(f"less than {base}" for base in BASES),
 )
 NOTES = (
-    "Single steps on random tokens. Activations are what the peak of a step needs "
+    "Single steps on random input. Activations are what the peak of a step needs "
     "beyond weights and optimizer state, gradients among it. The paper's GB is "
     "1000 · 2^20 bytes. Where a method takes more than another, it is said how many "
     "times as much. A word instead of a number is how that cell failed.",

@@ -8,6 +8,7 @@ from meft_reports.format import NOTHING, format_bytes, is_null
 from meft_reports.tables.activations import (
     BASES,
     EXACT,
+    NOTES,
     bases_of,
     ends_of,
     in_paper_unit,
@@ -23,12 +24,6 @@ HEADER = (
     *(f"less than {base}" for base in BASES),
     "saved for backward",
     *(f"less than {base}" for base in BASES),
-)
-NOTES = (
-    "Single steps on random input. Activations are what the peak of a step needs "
-    "beyond weights and optimizer state, gradients among it; the paper's GB is "
-    "1000 · 2^20 bytes. Where it takes more than another, it is said how many times as "
-    "much. A word instead of a number is how that cell failed.",
 )
 
 
