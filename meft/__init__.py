@@ -10,10 +10,12 @@ from meft.chunked_loss import chunk_loss, unchunk_loss
 from meft.errors import (
     AdapterFileError,
     ConfigError,
+    FrozenWarning,
     LostGradientWarning,
     MeftError,
     MismatchWarning,
     ReconstructionError,
+    SavingWarning,
     UnsupportedCallError,
     UnsupportedModelError,
 )
@@ -31,11 +33,13 @@ except PackageNotFoundError:  # a source tree that was never installed
 __all__ = [
     "AdapterFileError",
     "ConfigError",
+    "FrozenWarning",
     "LostGradientWarning",
     "MeftError",
     "MismatchWarning",
     "ReconstructionError",
     "ReversibleConfig",
+    "SavingWarning",
     "SparseAdamW",
     "SparseConfig",
     "UnsupportedCallError",

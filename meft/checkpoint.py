@@ -3,8 +3,8 @@
 A directory holds two files: `adapters.safetensors`, every trainable parameter under its
 name in the model and the rows of sparse adapters beside them, and `adapters.json`,
 which says what kind of model they belong to: the configs of our methods, the shapes of
-the backbone, and a digest of its frozen weights. Loading compares both before it
-touches the model.
+the backbone, and digests of its frozen weights and of the tensors in the first file.
+Loading compares all of them before it touches the model.
 """
 
 import contextlib
@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,13 +21,13 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from meft.backbone.families import find_blocks
-from meft.errors import AdapterFileError, UnsupportedModelError
+from meft.errors import AdapterFileError, FrozenWarning, UnsupportedModelError
 from meft.reversible.config import ReversibleConfig
 from meft.reversible.convert import find_stacks, make_reversible
+from meft.saving import remove_saving
 from meft.sparse.config import SparseConfig
 from meft.sparse.convert import (
     add_sparse_adapters,
@@ -53,45 +54,86 @@ _SHAPE_FIELDS = (
     "max_position_embeddings",
 )
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def save_adapters(model: PreTrainedModel, directory: str | Path) -> None:
+def save_adapters(model: nn.Module, directory: str | Path) -> None:
     """Write the adapters, whatever else is trainable, and the config of a model.
 
     An earlier save in the same directory is replaced; each file appears whole or not at
     all.
 
+    Args:
+        model: a converted model, or a PeftModel that holds one.
+        directory: where to write; it is made if it does not exist.
+
     Raises:
-        UnsupportedModelError: the model is not reversible.
+        UnsupportedModelError: the model has not been converted.
+        OSError: `directory` cannot be written to; nothing half-written is left in it.
     """
-    sparse, stacks = sparse_adapters(model), list(find_stacks(model).values())
-    if not sparse and not stacks:
+    if not sparse_adapters(model) and not find_stacks(model):
         raise UnsupportedModelError(
             f"this {type(model).__name__} has no adapters to save: call "
             "`meft.make_reversible()` or `meft.add_sparse_adapters()` first"
         )
+    write_adapters(model, directory, trained_tensors(model))
+
+
+def trained_tensors(
+    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """What `save_adapters` writes: adapters, and whatever else is trainable, by name.
+
+    Args:
+        model: a converted model.
+        state_dict: the values to take instead of the model's own, such as averages.
+            Without any of these names in it, nothing is to be written.
+
+    Raises:
+        AdapterFileError: `state_dict` has some of the names and not all.
+    """
+    adapters = _adapter_names(model)
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or name in adapters
+    }
+    values: Mapping[str, Tensor] = parameters
+    if state_dict is not None:
+        missing = [name for name in parameters if name not in state_dict]
+        if len(missing) == len(parameters):
+            return {}
+        if missing:
+            raise AdapterFileError(
+                f"`state_dict` has {len(parameters) - len(missing)} of the "
+                f"{len(parameters)} tensors that were trained, but not {missing[0]!r}: "
+                "pass all of them, or none to save the backbone alone"
+            )
+        values = state_dict
+    trained = {name: values[name].detach().cpu().contiguous() for name in parameters}
+    for name, adapter in sparse_adapters(model).items():
+        trained[f"{name}.{ROWS}"] = adapter.rows.store.settled().cpu()
+    return trained
+
+
+def write_adapters(
+    model: nn.Module, directory: str | Path, trained: Mapping[str, Tensor]
+) -> None:
+    """Write `trained`, the result of `trained_tensors`, and the config of `model`."""
+    sparse, stacks = sparse_adapters(model), list(find_stacks(model).values())
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    modules = [*(stack.adapters for stack in stacks), *sparse.values()]
-    adapters = {id(p) for module in modules for p in module.parameters()}
-    trained = {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad or id(parameter) in adapters
-    }
     config = {
         "format_version": FORMAT_VERSION,
         "reversible": stacks[0].reversible.to_json() if stacks else None,
         "sparse": next(iter(sparse.values())).config.to_json() if sparse else None,
         "model_class": type(model).__name__,
         "backbone": _shape(model),
-        "frozen_sha256": _digest(model, without=trained.keys()),
+        "frozen_sha256": _digest_of_frozen(model, trained),
+        "trained_sha256": _digest(trained),
     }
-    for name, adapter in sparse.items():
-        trained[f"{name}.{ROWS}"] = adapter.rows.store.settled().cpu()
     # Weights before config: a directory with a config always has its weights.
-    _replace(directory / WEIGHTS, lambda path: save_file(trained, path))
+    _replace(directory / WEIGHTS, lambda path: save_file(dict(trained), path))
     text = json.dumps(config, indent=2) + "\n"
     _replace(directory / CONFIG, lambda path: path.write_text(text))
 
@@ -100,15 +142,18 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
     """Put saved adapters into `model`, converting it first if it is not reversible yet.
 
     Args:
-        model: the class and backbone that the adapters were trained with.
-        directory: where `save_adapters()` wrote.
+        model: the class and backbone that the adapters were trained with. For what a
+            PeftModel has saved, a PeftModel with the same tuners.
+        directory: where `save_adapters()` or `model.save_pretrained()` wrote, such as a
+            checkpoint of `Trainer`.
 
     Returns:
         `model` itself. It is left as it was if anything is refused.
 
     Raises:
         AdapterFileError: files missing or damaged; another model class, backbone shape,
-            frozen weights, or reversible config; or tensors that do not fit.
+            frozen weights, or reversible config; or tensors that do not fit or are
+            missing.
     """
     directory = Path(directory)
     config = _read_config(directory)
@@ -124,6 +169,18 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
         tensors = parameters | {name: store.rows for name, store in stores.items()}
         for name, value in (trained | rows).items():
             _refuse_misfit(name, value, tensors, directory)
+        wanted = _adapter_names(model) | stores.keys()
+        missing = sorted(wanted - trained.keys() - rows.keys())
+        if missing:
+            raise AdapterFileError(
+                f"{directory / WEIGHTS} lacks {missing[0]!r}, an adapter of the model"
+            )
+        written = config.get("trained_sha256")  # not by the first release
+        if written is not None and written != _digest(trained | rows):
+            raise AdapterFileError(
+                f"{directory / WEIGHTS} does not hold the tensors that {CONFIG} was "
+                "written with: a save was interrupted, or files of two saves were mixed"
+            )
     fixed = {id(p) for a in sparse_adapters(model).values() for p in a.parameters()}
     with torch.no_grad():
         for name, value in trained.items():
@@ -138,7 +195,7 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
 
 @contextlib.contextmanager
 def _converted(
-    model: PreTrainedModel, config: dict[str, Any], directory: Path
+    model: nn.Module, config: dict[str, Any], directory: Path
 ) -> Iterator[None]:
     """Give the model the adapters of `config`; undo it if the body raises."""
     of_sparse, of_reversible = config.get("sparse"), config["reversible"]
@@ -155,13 +212,17 @@ def _converted(
     undo: list[Callable[[], object]] = []
     try:
         if sparse and not adapters:
-            add_sparse_adapters(model, sparse)
+            with _quietly():
+                add_sparse_adapters(model, sparse)
             undo.append(lambda: remove_sparse_adapters(model))
         if reversible and not stacks:
             for found in find_blocks(model):
                 blocks = getattr(found.owner, found.attribute)
                 undo.append(partial(setattr, found.owner, found.attribute, blocks))
-            make_reversible(model, reversible)
+            if not adapters:
+                undo.append(lambda: remove_saving(model))
+            with _quietly():
+                make_reversible(model, reversible)
         yield
     except BaseException:
         for step in reversed(undo):
@@ -169,6 +230,22 @@ def _converted(
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """What is trainable is decided by the files that are being loaded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FrozenWarning)
+        yield
+
+
+def _adapter_names(model: nn.Module) -> set[str]:
+    """Names of all parameters of adapters, trainable or not."""
+    stacks, sparse = find_stacks(model), sparse_adapters(model)
+    modules = [*(stack.adapters for stack in stacks.values()), *sparse.values()]
+    adapters = {id(p) for module in modules for p in module.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in adapters}
 
 
 def _other_adapters(directory: Path, saved: object, given: object) -> AdapterFileError:
@@ -184,7 +261,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
     except OSError as error:
         raise AdapterFileError(
             f"no saved adapters in {directory}: {CONFIG} cannot be read "
-            f"({error.strerror}); expected a directory written by `save_adapters()`"
+            f"({error.strerror}); expected a directory written by `save_adapters()` or "
+            f"by a converted model's `save_pretrained()`{_nearby(directory)}"
         ) from None
     except ValueError as error:
         raise AdapterFileError(f"{path} is not valid JSON: {error}") from None
@@ -196,6 +274,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def _nearby(directory: Path) -> str:
+    found = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
+    return f". There are some in {', '.join(found)} inside it" if found else ""
+
+
 def _read_weights(directory: Path) -> dict[str, Tensor]:
     path = directory / WEIGHTS
     try:
@@ -205,7 +288,7 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def _refuse_other_backbone(
-    model: PreTrainedModel,
+    model: nn.Module,
     config: dict[str, Any],
     trained: dict[str, Tensor],
     directory: Path,
@@ -220,7 +303,7 @@ def _refuse_other_backbone(
         raise AdapterFileError(
             f"{directory} belongs to another backbone: expected {'; '.join(wrong)}"
         )
-    if _digest(model, without=trained.keys()) != config["frozen_sha256"]:
+    if _digest_of_frozen(model, trained) != config["frozen_sha256"]:
         raise AdapterFileError(
             f"{directory} belongs to other frozen weights: the shapes agree, the "
             "values do not. Load the checkpoint that the adapters were trained on"
@@ -239,23 +322,31 @@ def _refuse_misfit(
         )
 
 
-def _shape(model: PreTrainedModel) -> dict[str, Any]:
+def _shape(model: Any) -> dict[str, Any]:
     return {name: getattr(model.config, name, None) for name in _SHAPE_FIELDS}
 
 
-def _digest(model: PreTrainedModel, without: Collection[str]) -> str:
-    """sha256 over names, shapes and a sample of the values of the frozen parameters.
+def _digest_of_frozen(model: nn.Module, trained: Mapping[str, Tensor]) -> str:
+    """As `_digest`, of the parameters that are not saved.
 
-    64 evenly spaced values of each: a digest in no time, whatever the size. They are
-    rounded to bfloat16, so that a checkpoint loaded in float32 and in bfloat16 agree.
+    They are rounded to bfloat16, so that a checkpoint loaded in float32 and in bfloat16
+    agree.
+    """
+    parameters = model.named_parameters()
+    frozen = {name: p for name, p in parameters if name not in trained}
+    return _digest(frozen, torch.bfloat16)
+
+
+def _digest(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """sha256 over names, shapes and a sample of the values.
+
+    64 evenly spaced values of each: a digest in no time, whatever the size.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if name in without:
-            continue
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", dtype)
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

@@ -9,6 +9,8 @@ MeftError
 
 LostGradientWarning (UserWarning)         the inverse is too inexact to train on
 MismatchWarning (UserWarning)             a step was skipped or redone, see its text
+FrozenWarning (UserWarning)               what is usually trained is frozen
+SavingWarning (UserWarning)               a saved model needs `meft.load_adapters`
 """
 
 
@@ -42,3 +44,11 @@ class MismatchWarning(UserWarning):
 
 class LostGradientWarning(UserWarning):
     """Rebuilt activations are so inexact that some blocks would train on noise."""
+
+
+class FrozenWarning(UserWarning):
+    """Adapters or a task head are frozen, possibly by another library."""
+
+
+class SavingWarning(UserWarning):
+    """`from_pretrained` alone does not restore what was saved."""

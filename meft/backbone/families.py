@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from meft.backbone.bart import BART_DECODER, BART_ENCODER
 from meft.backbone.bert import BERT, ROBERTA
@@ -29,6 +30,12 @@ FAMILIES = (
     VIT,
     DEIT,
 )
+
+
+def family_of(block: type[nn.Module]) -> Family:
+    """The family whose blocks are of class `block`."""
+    return next(family for family in FAMILIES if family.block is block)
+
 
 NEW_HEADS = (
     "classifier",
@@ -92,6 +99,12 @@ def find_blocks(model: nn.Module) -> list[BlockList]:
     return found
 
 
+def transformers_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a wrapper such as peft's; else `model` itself."""
+    inside = (m for m in model.modules() if isinstance(m, PreTrainedModel))
+    return next(inside, model)
+
+
 def freeze_all_but_head(model: nn.Module) -> None:
     """Freeze what came with the model, except a task head without trained weights.
 
@@ -103,7 +116,7 @@ def freeze_all_but_head(model: nn.Module) -> None:
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
     for name in NEW_HEADS:
-        head = getattr(model, name, None)
+        head = getattr(transformers_model(model), name, None)
         if isinstance(head, nn.Module):
             head.requires_grad_(True)
 

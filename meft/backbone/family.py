@@ -41,3 +41,9 @@ class Family:
     """Whether the block ends in a norm: then streams keep their size by themselves."""
     refuse: Callable[[Any], str | None] = lambda block: None
     """Why this very block cannot be taken apart; None if it can."""
+
+    def __reduce__(self) -> tuple[Callable[[type[nn.Module]], "Family"], tuple[Any]]:
+        """A family is pickled by the class of its blocks, and copied not at all."""
+        from meft.backbone.families import family_of  # which imports this module
+
+        return family_of, (self.block,)

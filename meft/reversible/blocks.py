@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from meft.backbone.families import is_checkpointing
 from meft.backbone.family import Family
-from meft.bottleneck import wide_dtype
+from meft.bottleneck import Bottleneck, wide_dtype
 from meft.errors import LostGradientWarning, UnsupportedCallError
 from meft.reversible.config import ReversibleConfig
 from meft.reversible.coupling import Arithmetic, Coupling
@@ -38,10 +38,18 @@ from meft.reversible.twin import Stack, Streams, enter, read, run
 from meft.reversible.variants import Rule, couplings, fresh_stream
 from meft.reversible.watch import Repeatable, Watch
 from meft.shapes import Hidden
+from meft.trainable import has_peft_layers, warn_if_frozen
 from meft.transfer import Ledger
 
 STALE_WEIGHT = 0.1
 """Of the other stream in the read-out of pre-norm `float` stacks."""
+CHECKPOINTING_IS_ON = (
+    "gradient checkpointing is on: a reversible stack rebuilds its activations "
+    "already. Pass `gradient_checkpointing=False`, in newer versions also called "
+    "`activation_checkpointing=False`, to `TrainingArguments` or to TRL's `SFTConfig`, "
+    "where it is on by default, or call `model.activation_checkpointing_disable()`"
+)
+"""The start of an error message."""
 
 
 class ReversibleBlocks(nn.Module):
@@ -83,6 +91,8 @@ class ReversibleBlocks(nn.Module):
         self._num_blocks = len(blocks)
         self._repeatable: Repeatable = {}
         self._first_step_is_over = False
+        self._had_peft_layers = has_peft_layers(self)
+        self._has_warned_of_frozen = False
 
     def __len__(self) -> int:
         return self._num_blocks
@@ -166,10 +176,9 @@ class ReversibleBlocks(nn.Module):
                     "blocks there are two streams, which are rebuilt and not kept"
                 )
         if self.training and is_checkpointing(self):
-            raise UnsupportedCallError(
-                "gradient checkpointing is on: a reversible stack rebuilds its "
-                "activations already. Call `model.activation_checkpointing_disable()`"
-            )
+            raise UnsupportedCallError(f"{CHECKPOINTING_IS_ON} before training")
+        if self.training and torch.is_grad_enabled():
+            self._warn_if_frozen()
         cache = call.get("past_key_values")
         if cache is not None and self.training and torch.is_grad_enabled():
             if cache.get_seq_length() > 0:
@@ -181,6 +190,16 @@ class ReversibleBlocks(nn.Module):
             # transformers makes an empty one unless told `use_cache=False`.
             call["past_key_values"] = None
         return call
+
+    def _warn_if_frozen(self) -> None:
+        if not self._has_warned_of_frozen:
+            adapters = (m for m in self.adapters.modules() if isinstance(m, Bottleneck))
+            self._has_warned_of_frozen = warn_if_frozen(
+                [w for m in adapters for w in (m.down.weight, m.up.weight)],
+                "meft.make_reversible",
+                ".adapters.",
+                peft_came_last=has_peft_layers(self) and not self._had_peft_layers,
+            )
 
     def _arithmetic(self, hidden: Hidden) -> Arithmetic:
         if self.reversible.arithmetic == "float":

@@ -4,22 +4,18 @@ from functools import partial
 from typing import TypeVar
 
 from torch import nn
-from transformers import PreTrainedModel
 
-from meft.backbone.families import (
-    BlockList,
-    find_blocks,
-    freeze_all_but_head,
-    is_checkpointing,
-)
+from meft.backbone.families import BlockList, find_blocks, is_checkpointing
 from meft.backbone.parallel import NAME
 from meft.bottleneck import Bottleneck, wide_dtype
 from meft.errors import ConfigError, UnsupportedModelError
-from meft.reversible.blocks import ReversibleBlocks
+from meft.reversible.blocks import CHECKPOINTING_IS_ON, ReversibleBlocks
 from meft.reversible.config import ReversibleConfig
 from meft.reversible.variants import make_adapters
+from meft.saving import add_saving
+from meft.trainable import choose_trainable
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def make_reversible(model: Model, config: ReversibleConfig) -> Model:
@@ -27,11 +23,16 @@ def make_reversible(model: Model, config: ReversibleConfig) -> Model:
 
     The model keeps its class, its `forward` signature and its outputs. Afterwards the
     adapters and a newly made task head (`classifier`, `qa_outputs`, `score`, ...) are
-    trainable and everything else is frozen (Liao et al., NeurIPS 2023, section 4.1);
-    change `requires_grad` afterwards to train more or less.
+    trainable and everything else is frozen (Liao et al., NeurIPS 2023, section 4.1).
+    If some parameters were frozen before and others were not, by hand or because the
+    model is a PeftModel, that choice is kept and the adapters are trained in addition.
+    Change `requires_grad` afterwards to train more or less.
+
+    `model.save_pretrained` also writes the files of `meft.save_adapters` from now on.
 
     Args:
-        model: any class of a supported family, which `meft.backbone.families` lists.
+        model: any class of a supported family, which `meft.backbone.families` lists, or
+            a PeftModel that holds one.
         config: variant, arithmetic, span and backward pass.
 
     Returns:
@@ -41,13 +42,15 @@ def make_reversible(model: Model, config: ReversibleConfig) -> Model:
         UnsupportedModelError: not such a model, or already reversible, or with gradient
             checkpointing on.
         ConfigError: `config.span` reaches beyond the model's blocks.
+
+    Warns:
+        FrozenWarning: a task head was frozen before, and so stays frozen.
     """
     if find_stacks(model):
         raise UnsupportedModelError("this model is reversible already")
     if is_checkpointing(model):
         raise UnsupportedModelError(
-            "gradient checkpointing is on: a reversible stack rebuilds its activations "
-            "already. Call `model.activation_checkpointing_disable()` first"
+            f"{CHECKPOINTING_IS_ON} before `meft.make_reversible`"
         )
     lists = find_blocks(model)
     for found in lists:
@@ -57,10 +60,11 @@ def make_reversible(model: Model, config: ReversibleConfig) -> Model:
                 f"has {len(found.blocks)} blocks"
             )
         _refuse_beside_parallel(found, config)
-    freeze_all_but_head(model)
+    choose_trainable(model)
     for found in lists:
         stack = _stack(found, config)
         setattr(found.owner, found.attribute, stack.train(model.training))
+    add_saving(model, ReversibleBlocks)
     return model
 
 
@@ -104,7 +108,8 @@ def _stack(found: BlockList, config: ReversibleConfig) -> ReversibleBlocks:
     adapters = nn.ModuleDict()
     for index, block in enumerate(found.blocks[first:], first):
         shape = found.family.adapter_shape(block, found.owner.config)
-        weight = next(block.parameters())
+        # Not of a quantised weight, whose dtype is that of its storage.
+        weight = next(p for p in block.parameters() if p.is_floating_point())
         make = partial(
             Bottleneck,
             shape.hidden_size,

@@ -33,6 +33,9 @@ class Batch:
 
     token_mask: Bool[Tensor, "batch seq"] | None = None
     """False for padding; None if there is none."""
+    had_peft_layers: bool = False
+    """Whether peft had been applied to the model before the conversion."""
+    has_warned_of_frozen: bool = False
 
 
 @dataclass(slots=True)

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -10,17 +9,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from meft.backbone import parallel
-from meft.backbone.families import BlockList, find_blocks, freeze_all_but_head
+from meft.backbone.families import BlockList, find_blocks, transformers_model
 from meft.backbone.family import Family
 from meft.errors import UnsupportedModelError
+from meft.saving import add_saving, remove_saving
 from meft.sparse import router
 from meft.sparse.adapter import Batch, SparseAdapter
 from meft.sparse.config import SparseConfig
 from meft.sparse.engine import Engine
 from meft.sparse.rows import ResidentRows, Rows
 from meft.sparse.store import RowStore
+from meft.trainable import choose_trainable, has_peft_layers, warn_if_frozen
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 FAMILIES = ("BERT", "RoBERTa", "OPT", "LLaMA", "Mistral")
 
 
@@ -29,14 +30,15 @@ def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
 
     The model keeps its class, its `forward` signature and its outputs; at the start it
     computes what it did before. Afterwards routers, rows and a newly made task head are
-    trainable and everything else is frozen; train it with `meft.SparseAdamW`, which
+    trainable and everything else is frozen, unless some parameters were frozen before
+    and others were not: that choice is kept. Train it with `meft.SparseAdamW`, which
     knows where the rows are. The rows are no parameters: they stay in host memory
     whatever the model is moved to (`placement="resident"`: they follow it), and are
     saved by `meft.save_adapters`.
 
     Args:
-        model: any class of BERT, RoBERTa, OPT, LLaMA or Mistral, converted by
-            `make_reversible` or not.
+        model: any class of BERT, RoBERTa, OPT, LLaMA or Mistral, or a PeftModel that
+            holds one. Call `make_reversible` afterwards, if at all.
         config: neurons, routing, and where rows live.
 
     Returns:
@@ -44,13 +46,18 @@ def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
 
     Raises:
         UnsupportedModelError: not such a model, or it has sparse adapters already.
+
+    Warns:
+        FrozenWarning: a task head was frozen before, and so stays frozen.
     """
     if sparse_adapters(model):
         raise UnsupportedModelError("this model has sparse adapters already")
     found = _find(model)
-    freeze_all_but_head(model)
-    batch = Batch()
-    dtype = next(iter(found.blocks[0].parameters())).dtype
+    choose_trainable(model)
+    batch = Batch(had_peft_layers=has_peft_layers(model))
+    # Not of a quantised weight, whose dtype is that of its storage.
+    weights = found.blocks[0].parameters()
+    dtype = next(p.dtype for p in weights if p.is_floating_point())
     wire_dtype = getattr(torch, config.wire_dtype) if config.wire_dtype else dtype
     stores = [_new_store(block, found, config, wire_dtype) for block in found.blocks]
     for block, rows in zip(found.blocks, _rows(stores, config), strict=True):
@@ -64,27 +71,23 @@ def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
         block.add_module(parallel.NAME, adapter.to(device).train(block.training))
         kind: Any = type(block)
         block.__class__ = _with_adapter(kind, found.family)
-    _watch_padding(model.base_model, batch)
-    # Trainer saves by this method, which knows parameters only.
-    saving = functools.partial(_save_pretrained, model)
-    model.save_pretrained = saving  # type: ignore[method-assign]
+    _watch_padding(_base_model(model), batch)
+    add_saving(model, SparseAdapter)
     return model
 
 
-def remove_sparse_adapters(model: PreTrainedModel) -> None:
+def remove_sparse_adapters(model: nn.Module) -> None:
     """Undo `add_sparse_adapters()`, but for what is trainable."""
     blocks: list[Any] = [m for m in model.modules() if hasattr(m, parallel.NAME)]
     for block in blocks:
         delattr(block, parallel.NAME)
         block.__class__ = block.plain
-    for hooks in (
-        model.base_model._forward_pre_hooks,
-        model.base_model._forward_hooks,
-    ):
+    base_model = _base_model(model)
+    for hooks in (base_model._forward_pre_hooks, base_model._forward_hooks):
         for key, hook in list(hooks.items()):
             if isinstance(hook, functools.partial) and hook.func in _HOOKS:
                 del hooks[key]
-    del model.save_pretrained
+    remove_saving(model)
 
 
 def sparse_adapters(model: nn.Module) -> dict[str, SparseAdapter]:
@@ -93,7 +96,13 @@ def sparse_adapters(model: nn.Module) -> dict[str, SparseAdapter]:
     return {name: m for name, m in named if isinstance(m, SparseAdapter)}
 
 
-def _find(model: PreTrainedModel) -> BlockList:
+def _base_model(model: nn.Module) -> nn.Module:
+    """The part of a model that is given the mask: all but the head."""
+    inner = transformers_model(model)
+    return inner.base_model if isinstance(inner, PreTrainedModel) else inner
+
+
+def _find(model: nn.Module) -> BlockList:
     if any(getattr(module, parallel.REBUILDS, False) for module in model.modules()):
         raise UnsupportedModelError(
             "this model is reversible already: call `meft.add_sparse_adapters()` first "
@@ -170,6 +179,7 @@ def _watch_padding(model: nn.Module, batch: Batch) -> None:
 def _note_padding(
     batch: Batch, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
+    _warn_if_frozen(batch, model)
     given = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
     call = {**given.arguments, **given.arguments.get("kwargs", {})}
     mask = call.get("attention_mask")
@@ -184,17 +194,20 @@ def _note_padding(
             return
 
 
+def _warn_if_frozen(batch: Batch, model: nn.Module) -> None:
+    if not model.training or not torch.is_grad_enabled() or batch.has_warned_of_frozen:
+        return
+    adapters = sparse_adapters(model).values()
+    batch.has_warned_of_frozen = warn_if_frozen(
+        [p for adapter in adapters for p in adapter.parameters()],
+        "meft.add_sparse_adapters",
+        f".{parallel.NAME}.",
+        peft_came_last=has_peft_layers(model) and not batch.had_peft_layers,
+    )
+
+
 def _forget_padding(batch: Batch, *unused: Any) -> None:
     batch.token_mask = None
-
-
-def _save_pretrained(
-    model: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any
-) -> None:
-    from meft.checkpoint import save_adapters  # which imports this module
-
-    type(model).save_pretrained(model, save_directory, *args, **kwargs)
-    save_adapters(model, save_directory)
 
 
 _HOOKS = (_note_padding, _forget_padding)

@@ -1,0 +1,149 @@
+"""What transformers' and peft's own saving and loading does on a converted model.
+
+`save_pretrained` writes a model's weights, adapters included, but `from_pretrained`
+makes a model of the plain class and leaves the adapters out. So `save_pretrained` of a
+converted model, which `Trainer` and `push_to_hub` call, also writes the two files of
+`meft.save_adapters`, and warns once of how to load them. `load_adapter` of a PeftModel,
+which `Trainer` calls to resume and to load the best checkpoint, also reads them.
+
+Both are set on the instance, under the names that transformers and peft call: classes
+stay as they are, and a copy of the model has them as well.
+"""
+
+import inspect
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from meft.errors import SavingWarning, UnsupportedCallError
+
+METHODS = ("save_pretrained", "load_adapter")
+
+
+def add_saving(model: nn.Module, converted: type[nn.Module]) -> None:
+    """Let `model`, and each model inside that has all that was converted, save it.
+
+    Args:
+        model: a converted model.
+        converted: the class of the modules that a conversion has put in.
+    """
+    number = _count(model, converted)
+    for module in model.modules():
+        saves = hasattr(type(module), "save_pretrained")
+        if saves and _count(module, converted) == number:
+            module.__dict__["save_pretrained"] = SavePretrained(module)
+            if _is_peft_model(module):
+                module.__dict__["load_adapter"] = LoadAdapter(module)
+
+
+def remove_saving(model: nn.Module) -> None:
+    """Undo `add_saving`."""
+    for module in model.modules():
+        for name in METHODS:
+            module.__dict__.pop(name, None)
+
+
+class SavePretrained:
+    """`save_pretrained` of `model`, followed by `meft.save_adapters`.
+
+    Args:
+        model: a converted transformers model, or a PeftModel that holds one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.has_warned = False
+
+    def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Takes and returns what `save_pretrained` of the model's class does.
+
+        Raises:
+            UnsupportedCallError: the call would upload the directory before the
+                adapters are in it.
+            AdapterFileError: `state_dict` is given and has some of the adapters only.
+
+        Warns:
+            SavingWarning: once per model, of what `from_pretrained` leaves out.
+        """
+        from meft.checkpoint import trained_tensors, write_adapters  # imports us
+
+        plain: Any = type(self.model).save_pretrained  # type: ignore[attr-defined]
+        call = inspect.signature(plain).bind(
+            self.model, save_directory, *args, **kwargs
+        )
+        given = {**call.arguments, **call.arguments.get("kwargs", {})}
+        if given.get("push_to_hub"):
+            raise UnsupportedCallError(
+                "`save_pretrained(push_to_hub=True)` would upload this model without "
+                "the files of its adapters: call `model.push_to_hub(repo_id)`"
+            )
+        is_main_process = given.get("is_main_process", True)
+        tensors = trained_tensors(self.model, given.get("state_dict"))
+        out = plain(self.model, save_directory, *args, **kwargs)
+        if tensors and is_main_process:
+            write_adapters(self.model, save_directory, tensors)
+            self._warn()
+        return out
+
+    def _warn(self) -> None:
+        if self.has_warned:
+            return
+        self.has_warned = True
+        kind, loaded = type(self.model).__name__, "directory"
+        if _is_peft_model(self.model):
+            kind, loaded = "PeftModel", "base_model, directory"
+        warnings.warn(
+            f"`{kind}.from_pretrained` loads what `save_pretrained` has written "
+            "without the adapters of meft. To load all of it, call "
+            f"`meft.load_adapters({kind}.from_pretrained({loaded}), directory)`",
+            SavingWarning,
+            stacklevel=3,
+        )
+
+
+class LoadAdapter:
+    """`load_adapter` of a PeftModel, followed by `meft.load_adapters`.
+
+    Args:
+        model: a PeftModel that holds a converted model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(
+        self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Takes and returns what `load_adapter` of the model's class does.
+
+        Raises:
+            UnsupportedCallError: `adapter_name` is new, and `model_id` holds adapters
+                of meft, of which a model has one set.
+            AdapterFileError: see `meft.load_adapters`.
+        """
+        from meft.checkpoint import CONFIG, load_adapters  # imports this module
+
+        model: Any = self.model
+        has_ours = (Path(model_id) / CONFIG).is_file()
+        if has_ours and adapter_name not in model.peft_config:
+            known = ", ".join(map(repr, model.peft_config))
+            raise UnsupportedCallError(
+                f"{model_id} holds adapters of meft, of which a model has one set: "
+                f"`load_adapter` can load it under a name that the model has already "
+                f"({known}), not under {adapter_name!r}"
+            )
+        out = type(model).load_adapter(model, model_id, adapter_name, *args, **kwargs)
+        if has_ours:
+            load_adapters(model, model_id)
+        return out
+
+
+def _is_peft_model(module: nn.Module) -> bool:
+    kinds = type(module).__mro__
+    return any(kind.__module__.startswith("peft.") for kind in kinds)
+
+
+def _count(model: nn.Module, kind: type[nn.Module]) -> int:
+    return sum(isinstance(module, kind) for module in model.modules())
