@@ -34,6 +34,7 @@ from meft.sparse.convert import (
     remove_sparse_adapters,
     sparse_adapters,
 )
+from meft.trainable import has_peft_layers
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapters.json"
 FORMAT_VERSION = 1
@@ -300,8 +301,12 @@ def _refuse_other_backbone(
         f"{name} {want!r}, got {got!r}" for name, want, got in pairs if want != got
     ]
     if wrong:
+        # A PeftModel's names and layers are its own.
+        peft = config["model_class"].startswith("Peft") and not has_peft_layers(model)
+        advice = ". Load `PeftModel.from_pretrained(model, directory)` first"
         raise AdapterFileError(
             f"{directory} belongs to another backbone: expected {'; '.join(wrong)}"
+            f"{advice if peft else ''}"
         )
     if _digest_of_frozen(model, trained) != config["frozen_sha256"]:
         raise AdapterFileError(

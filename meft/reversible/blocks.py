@@ -184,8 +184,8 @@ class ReversibleBlocks(nn.Module):
             if cache.get_seq_length() > 0:
                 raise UnsupportedCallError(
                     "a reversible model in training was given `past_key_values` that "
-                    "hold tokens: its recompute would add them again. Train without "
-                    "a cache, or call `model.eval()`"
+                    "hold tokens, as peft's prefix tuning does: its recompute would "
+                    "add them again. Train without a cache, or call `model.eval()`"
                 )
             # transformers makes an empty one unless told `use_cache=False`.
             call["past_key_values"] = None

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import meft
@@ -59,7 +59,7 @@ def sparse_model(depth: int = DEPTH, **fields: Any) -> LlamaForCausalLM:
     return model
 
 
-def randomise(model: PreTrainedModel) -> None:
+def randomise(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(4)
     for adapter in sparse_adapters(model).values():
         store = adapter.rows.store
