@@ -363,6 +363,8 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(Path(name))
         Path(name).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):
+            raise OSError(f"{path} could not be written: {error}") from None
         raise

@@ -1,0 +1,373 @@
+"""A converted model goes through every way of saving whole, or the way is refused.
+
+The measure is the logits: the bits of the model that was saved.
+"""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    BertForSequenceClassification,
+    BertModel,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+
+import meft
+from library.models import batch, classifier, reversible
+from library.sparse import plain_model
+from meft.reversible.convert import find_stacks
+
+quiet = pytest.mark.filterwarnings("ignore::meft.SavingWarning")
+FILES = {"adapters.json", "adapters.safetensors"}
+
+
+def moved(model: nn.Module, seed: int = 5) -> Any:
+    """The model with trainable parameters away from their start."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def trained(seed: int = 5) -> Any:
+    return moved(reversible(2, variant="meft2"), seed)
+
+
+def logits(model: nn.Module) -> Tensor:
+    rows = batch()
+    del rows["labels"]
+    with torch.no_grad():
+        out: Tensor = model.eval()(**rows).logits
+    model.train()
+    return out
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+# save_pretrained -------------------------------------------------------------------
+
+
+def test_save_pretrained_says_once_how_to_load(tmp_path: Path) -> None:
+    """The advice, run as it is written, gives the model back; `from_pretrained` alone
+    gives the backbone. A second save says nothing."""
+    model = trained()
+    with pytest.warns(meft.SavingWarning) as seen:
+        model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+    assert FILES < names(tmp_path)
+    kind, directory = BertForSequenceClassification, tmp_path
+    assert not torch.equal(logits(kind.from_pretrained(directory)), logits(model))
+    advice = str(seen[0].message).split("`")[-2]
+    scope = {"meft": meft, kind.__name__: kind, "directory": directory}
+    assert torch.equal(logits(eval(advice, scope)), logits(model))
+
+
+@quiet
+@pytest.mark.parametrize("shard", ["50GB", "5KB"])
+def test_the_backbone_keeps_its_names_in_a_full_save(
+    shard: str, tmp_path: Path
+) -> None:
+    """`from_pretrained` finds every tensor of the backbone, in one file or in shards;
+    adapters load onto it and onto the original backbone."""
+    model = trained()
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    loaded, report = BertForSequenceClassification.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert all(".adapters." in name for name in report["unexpected_keys"])
+    plain = classifier(2).state_dict()
+    for name, tensor in loaded.state_dict().items():
+        assert "classifier" in name or torch.equal(tensor, plain[name]), name
+    for target in (loaded, classifier(2)):
+        assert torch.equal(logits(meft.load_adapters(target, tmp_path)), logits(model))
+
+
+@quiet
+def test_the_model_inside_saves_its_adapters_too(tmp_path: Path) -> None:
+    """`model.bert.save_pretrained`, for whoever wants the encoder alone."""
+    model = trained()
+    model.bert.save_pretrained(tmp_path)
+    encoder = BertModel.from_pretrained(tmp_path)
+    meft.load_adapters(encoder, tmp_path)
+    expected = model.bert.state_dict()
+    assert encoder.state_dict().keys() == expected.keys()
+    assert all(torch.equal(t, expected[n]) for n, t in encoder.state_dict().items())
+
+
+@quiet
+def test_tied_and_trained_weights_come_back(tmp_path: Path) -> None:
+    """A tied head that was unfrozen, and a norm: saved once, loaded, still tied."""
+    config = plain_model(1).config
+    config.tie_word_embeddings = True
+    model = meft.make_reversible(
+        LlamaForCausalLM(config),
+        meft.ReversibleConfig(variant="meft1", bottleneck_size=3),
+    )
+    model.lm_head.weight.requires_grad_(True)
+    model.model.norm.weight.requires_grad_(True)
+    moved(model).save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    meft.load_adapters(loaded, tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@quiet
+def test_a_state_dict_of_averages_is_saved_whole(tmp_path: Path) -> None:
+    """`state_dict` stands for the model: both files take its values. One without any
+    adapter saves the backbone alone; one with some of them is refused."""
+    model, averages = trained(), trained(seed=6)
+    model.save_pretrained(tmp_path / "whole", state_dict=averages.state_dict())
+    loaded = meft.load_adapters(classifier(2), tmp_path / "whole")
+    assert torch.equal(logits(loaded), logits(averages))
+    state = model.state_dict()
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    some = {n: t for n, t in state.items() if n != trainable[0]}
+    with pytest.raises(meft.AdapterFileError, match=trainable[0]):
+        model.save_pretrained(tmp_path / "some", state_dict=some)
+    assert not (tmp_path / "some").exists()
+    backbone = {n: t for n, t in state.items() if n not in trainable}
+    model.save_pretrained(tmp_path / "backbone", state_dict=backbone)
+    assert not FILES & names(tmp_path / "backbone")
+
+
+@quiet
+def test_what_is_pushed_to_the_hub_is_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`push_to_hub` uploads the adapters' files as well; `save_pretrained` with
+    `push_to_hub=True` would upload before they are written, and is refused."""
+    from transformers.utils import hub
+
+    class Api:
+        def create_repo(self, repo_id: str, **options: Any) -> Any:
+            return type("Repo", (), {"repo_id": repo_id})
+
+    class Card:
+        def save(self, path: str) -> None:
+            Path(path).write_text("card")
+
+    uploaded: set[str] = set()
+    model = trained()
+    monkeypatch.setattr(hub, "hf_api", Api)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *a, **k: Card())
+    monkeypatch.setattr(
+        type(model),
+        "_upload_modified_files",
+        lambda self, directory, *a, **k: uploaded.update(names(Path(directory))),
+    )
+    model.push_to_hub("someone/something")
+    assert FILES | {"model.safetensors", "config.json"} <= uploaded
+    with pytest.raises(meft.UnsupportedCallError, match=r"model.push_to_hub\(repo_id"):
+        model.save_pretrained("anywhere", push_to_hub=True)
+    assert not Path("anywhere").exists()
+
+
+# Trainer ---------------------------------------------------------------------------
+
+
+def run(directory: Path, resume: str | None = None, **options: Any) -> Trainer:
+    """Four steps with a checkpoint after each two, at a rate that overshoots."""
+    rows = batch(rows=12, padded=False)
+    dataset = [{name: tensor[i] for name, tensor in rows.items()} for i in range(12)]
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        max_steps=4,
+        per_device_train_batch_size=3,
+        learning_rate=0.5,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **options,
+    )
+    trainer = Trainer(
+        model=reversible(2, dropout=0.1, variant="meft2"),
+        args=arguments,
+        train_dataset=dataset,
+        eval_dataset=dataset,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@quiet
+def test_a_trainers_checkpoints_are_whole(tmp_path: Path) -> None:
+    """Each directory loads onto the base model and onto what it holds itself; a run
+    resumed from the first ends in the bits of the uninterrupted one."""
+    trainer = run(tmp_path)
+    expected: Any = trainer.model
+    trainer.save_model(str(tmp_path / "final"))
+    for name in ("final", "checkpoint-4"):
+        for base in (
+            classifier(2, dropout=0.1),
+            BertForSequenceClassification.from_pretrained(tmp_path / name),
+        ):
+            loaded = meft.load_adapters(base, tmp_path / name)
+            assert torch.equal(logits(loaded), logits(expected))
+    earlier = meft.load_adapters(classifier(2, dropout=0.1), tmp_path / "checkpoint-2")
+    assert not torch.equal(logits(earlier), logits(expected))
+    resumed: Any = run(tmp_path, str(tmp_path / "checkpoint-2")).model
+    assert torch.equal(logits(resumed), logits(expected))
+
+
+@quiet
+def test_the_best_checkpoint_is_the_model_at_the_end(tmp_path: Path) -> None:
+    """`load_best_model_at_end`, without optimizer states and with rotation: what is
+    left in memory is what the best directory holds; the rotated one is named."""
+    trainer = run(
+        tmp_path,
+        load_best_model_at_end=True,
+        save_only_model=True,
+        save_total_limit=1,
+    )
+    best = Path(str(trainer.state.best_model_checkpoint))
+    loaded = meft.load_adapters(classifier(2, dropout=0.1), best)
+    model: Any = trainer.model
+    assert torch.equal(logits(loaded), logits(model))
+    assert "optimizer.pt" not in names(best)
+    gone = ({"checkpoint-2", "checkpoint-4"} - names(tmp_path)).pop()
+    with pytest.raises(meft.AdapterFileError, match=f"{gone}: adapters.json cannot"):
+        meft.load_adapters(classifier(2, dropout=0.1), tmp_path / gone)
+    with pytest.raises(meft.AdapterFileError, match=f"some in {best.name} inside it"):
+        meft.load_adapters(classifier(2, dropout=0.1), tmp_path)
+
+
+@quiet
+@pytest.mark.slow
+def test_another_process_computes_the_same_bits(tmp_path: Path) -> None:
+    """A script that knows the base model and the directory, and nothing else."""
+    classifier(2).save_pretrained(tmp_path / "base")
+    model = trained()
+    model.save_pretrained(tmp_path / "tuned")
+    rows = batch()
+    del rows["labels"]
+    torch.save(rows, tmp_path / "batch.pt")
+    script = (
+        "import sys, torch, meft\n"
+        "from transformers import AutoModelForSequenceClassification as Auto\n"
+        "base, tuned, rows, out = sys.argv[1:]\n"
+        "model = meft.load_adapters(Auto.from_pretrained(base), tuned).eval()\n"
+        "with torch.no_grad():\n"
+        "    torch.save(model(**torch.load(rows)).logits, out)\n"
+    )
+    paths = [str(tmp_path / name) for name in ("base", "tuned", "batch.pt", "out.pt")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run(
+        [sys.executable, "-c", script, *paths], check=True, env=environment, timeout=200
+    )
+    assert torch.equal(torch.load(tmp_path / "out.pt"), logits(model))
+
+
+# accelerate ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Any]:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_accelerate_saves_and_loads_all_weights(
+    accelerator: Any, tmp_path: Path
+) -> None:
+    """`save_model` writes a state dict, which a model of the same config loads; and
+    `save_state` and `load_state` restore what training has changed."""
+    from accelerate import load_checkpoint_in_model
+
+    model = trained()
+    expected = logits(model)
+    accelerator.save_model(model, tmp_path / "weights")
+    other = trained(seed=6)
+    load_checkpoint_in_model(other, tmp_path / "weights")
+    assert torch.equal(logits(other), expected)
+    model = accelerator.prepare(model)
+    accelerator.save_state(tmp_path / "state")
+    moved(model, seed=7)
+    accelerator.load_state(tmp_path / "state")
+    assert torch.equal(logits(model), expected)
+
+
+# Files that are not what they should be ----------------------------------------------
+
+
+def test_a_missing_adapter_is_refused(tmp_path: Path) -> None:
+    """A file with some of the adapters would leave the others at random."""
+    meft.save_adapters(trained(), tmp_path)
+    tensors = load_file(tmp_path / "adapters.safetensors")
+    gone = next(name for name in tensors if ".adapters." in name)
+    del tensors[gone]
+    save_file(tensors, tmp_path / "adapters.safetensors")
+    model = classifier(2)
+    with pytest.raises(meft.AdapterFileError, match=f"lacks '{gone}'"):
+        meft.load_adapters(model, tmp_path)
+    assert not find_stacks(model)
+    assert "save_pretrained" not in vars(model)
+
+
+def test_files_of_two_saves_are_refused(tmp_path: Path) -> None:
+    """Interrupted between its two files, a save leaves the new tensors beside the old
+    config; both are valid, but of two models."""
+    meft.save_adapters(trained(seed=5), tmp_path / "old")
+    meft.save_adapters(trained(seed=6), tmp_path / "new")
+    shutil.copy(tmp_path / "new" / "adapters.safetensors", tmp_path / "old")
+    with pytest.raises(meft.AdapterFileError, match="interrupted"):
+        meft.load_adapters(classifier(2), tmp_path / "old")
+
+
+@pytest.mark.parametrize("already", [False, True])
+def test_a_disk_that_fills_up_leaves_the_earlier_save(
+    already: bool, tmp_path: Path
+) -> None:
+    """With room for 1,000 bytes more per file, the save fails, and the directory holds
+    what it held before: nothing, or a save that still loads."""
+    before = trained(seed=6)
+    if already:
+        meft.save_adapters(before, tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=str(tmp_path)):
+            meft.save_adapters(trained(), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == (FILES if already else set())
+    if already:
+        loaded = meft.load_adapters(classifier(2), tmp_path)
+        assert torch.equal(logits(loaded), logits(before))
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """A file where a directory should be; as root, permissions would not stop it."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=str(tmp_path / "file")):
+        meft.save_adapters(trained(), tmp_path / "file")
+    with pytest.raises(OSError, match=str(tmp_path / "file")):
+        meft.save_adapters(trained(), tmp_path / "file" / "inside")
