@@ -29,6 +29,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from meft.backbone.families import transformers_model
 from meft.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
 from meft.linear_cross_entropy import (
     IGNORE_INDEX,
@@ -37,7 +38,7 @@ from meft.linear_cross_entropy import (
     linear_cross_entropy,
 )
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 Loss = Callable[..., Tensor]
 """(hidden, weight, labels, bias, ignore_index, num_items): a loss."""
 
@@ -123,15 +124,17 @@ def unchunk_loss(model: Model) -> Model:
     return model
 
 
-def _body_path(model: PreTrainedModel) -> str:
+def _body_path(model: nn.Module) -> str:
     for supported, path in BODIES.items():
         # A subclass with a forward of its own may do anything.
         if getattr(type(model), "forward", None) is supported.forward:
             return path
     names = ", ".join(supported.__name__ for supported in BODIES)
+    inner = transformers_model(model)
+    advice = "" if inner is model else f". Call it on the {type(inner).__name__} inside"
     raise UnsupportedModelError(
         f"{type(model).__name__} is not supported: where its loss is computed, nothing "
-        f"can take the place of the logits. Supported are transformers' {names}"
+        f"can take the place of the logits. Supported are transformers' {names}{advice}"
     )
 
 
@@ -156,7 +159,7 @@ def _loss(chunk_tokens: int, backend: str) -> Loss:
     raise ConfigError(f"`backend` must be 'torch' or 'liger', got {backend!r}")
 
 
-def _is_chunked(model: PreTrainedModel) -> bool:
+def _is_chunked(model: nn.Module) -> bool:
     return getattr(vars(model).get("forward"), "__func__", None) in _forwards
 
 

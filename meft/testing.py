@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from meft.errors import UnsupportedCallError
 from meft.reversible.blocks import ReversibleBlocks
@@ -51,9 +50,7 @@ class ReversibleReport:
         return "\n".join(rows)
 
 
-def check_reversible(
-    model: PreTrainedModel, batch: Mapping[str, Any]
-) -> ReversibleReport:
+def check_reversible(model: nn.Module, batch: Mapping[str, Any]) -> ReversibleReport:
     """Hold the rebuilding backward of `model` against its stored twin on one batch.
 
     Both run with the same dropout masks, in the model's present mode. Parameters, their
@@ -99,9 +96,9 @@ def check_reversible(
 
 
 def _gradients(
-    model: PreTrainedModel,
+    model: nn.Module,
     batch: Mapping[str, Any],
-    parameters: list[torch.nn.Parameter],
+    parameters: list[nn.Parameter],
     stacks: Mapping[str, ReversibleBlocks],
     backward_pass: str,
     probes: Mapping[str, Probe],
@@ -127,9 +124,7 @@ def _gradients(
     return {id(p): g for p, g in zip(parameters, gradients, strict=True)}
 
 
-def _joined(
-    gradients: dict[int, Tensor], parameters: list[torch.nn.Parameter]
-) -> Tensor:
+def _joined(gradients: dict[int, Tensor], parameters: list[nn.Parameter]) -> Tensor:
     return torch.cat([gradients[id(p)].flatten().double() for p in parameters])
 
 

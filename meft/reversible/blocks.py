@@ -47,7 +47,9 @@ CHECKPOINTING_IS_ON = (
     "gradient checkpointing is on: a reversible stack rebuilds its activations "
     "already. Pass `gradient_checkpointing=False`, in newer versions also called "
     "`activation_checkpointing=False`, to `TrainingArguments` or to TRL's `SFTConfig`, "
-    "where it is on by default, or call `model.activation_checkpointing_disable()`"
+    "where it is on by default, and `use_gradient_checkpointing=False` to peft's "
+    "`prepare_model_for_kbit_training`; or call "
+    "`model.activation_checkpointing_disable()`"
 )
 """The start of an error message."""
 

@@ -21,8 +21,6 @@ from marks import slow_but_for
 from meft.reversible.convert import find_stacks
 
 peft = pytest.importorskip("peft")
-# peft 0.21 calls what transformers 5.23 has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient:FutureWarning")
 
 REVERSIBLE = meft.ReversibleConfig(variant="meft1", bottleneck_size=3)
 SPARSE = meft.SparseConfig(
@@ -326,6 +324,21 @@ def test_peft_methods_on_a_reversible_model() -> None:
     assert_twins(merged, batch())
 
 
+def test_a_chunked_loss_goes_inside() -> None:
+    """On the PeftModel it is refused with the way; on the model inside it gives LoRA
+    and adapters the gradients of the whole loss, up to the order of sums."""
+    model: Any = peft.get_peft_model(
+        plain_model(2), lora(task_type=CAUSAL, target_modules=["q_proj"])
+    )
+    moved(meft.make_reversible(model, REVERSIBLE)).train()
+    expected = assert_twins(model, lm_batch())
+    with pytest.raises(meft.UnsupportedModelError, match="LlamaForCausalLM inside"):
+        meft.chunk_loss(model)
+    meft.chunk_loss(model.get_base_model(), chunk_tokens=4)
+    for name, gradient in assert_twins(model, lm_batch()).items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
 @pytest.mark.parametrize("how", ["disable_adapter", "merge_adapter"])
 def test_a_tuner_changed_before_the_backward_is_refused(how: str) -> None:
     """The recompute would run with other weights than the forward."""
@@ -341,7 +354,6 @@ def test_a_tuner_changed_before_the_backward_is_refused(how: str) -> None:
 
 
 @pytest.mark.parametrize("convert", ["reversible", "sparse"])
-@pytest.mark.filterwarnings("ignore::meft.SavingWarning")
 def test_a_saved_peft_model_comes_back_whole(convert: str, tmp_path: Path) -> None:
     """`save_pretrained` writes the files of both; `load_adapters` after
     `PeftModel.from_pretrained`, or after `get_peft_model`, gives the same bits."""
@@ -364,7 +376,6 @@ def test_a_saved_peft_model_comes_back_whole(convert: str, tmp_path: Path) -> No
         meft.load_adapters(classifier(2), tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore::meft.SavingWarning")
 def test_a_merged_model_is_saved_with_its_adapters(tmp_path: Path) -> None:
     """`merge_and_unload` returns the inner model, which saves adapters as well."""
     model: Any = tuned()
@@ -376,7 +387,6 @@ def test_a_merged_model_is_saved_with_its_adapters(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.filterwarnings("ignore::meft.SavingWarning")
 def test_load_adapter_of_a_peft_model_loads_ours_too(tmp_path: Path) -> None:
     """Under a name that the model has: LoRA and adapters are those of the file. Under
     a new name: refused, since a model has one set of adapters. A directory without
@@ -395,7 +405,6 @@ def test_load_adapter_of_a_peft_model_loads_ours_too(tmp_path: Path) -> None:
     assert "second" in other.peft_config
 
 
-@pytest.mark.filterwarnings("ignore::meft.SavingWarning")
 def test_the_trainer_resumes_and_restores_the_best_peft_model(tmp_path: Path) -> None:
     """`Trainer` loads a PeftModel by `load_adapter`. Resumed half-way, it ends in the
     bits of an uninterrupted run; the best checkpoint is restored whole."""

@@ -30,7 +30,6 @@ from library.models import batch, classifier, reversible
 from library.sparse import plain_model
 from meft.reversible.convert import find_stacks
 
-quiet = pytest.mark.filterwarnings("ignore::meft.SavingWarning")
 FILES = {"adapters.json", "adapters.safetensors"}
 
 
@@ -81,7 +80,6 @@ def test_save_pretrained_says_once_how_to_load(tmp_path: Path) -> None:
     assert torch.equal(logits(eval(advice, scope)), logits(model))
 
 
-@quiet
 @pytest.mark.parametrize("shard", ["50GB", "5KB"])
 def test_the_backbone_keeps_its_names_in_a_full_save(
     shard: str, tmp_path: Path
@@ -102,7 +100,6 @@ def test_the_backbone_keeps_its_names_in_a_full_save(
         assert torch.equal(logits(meft.load_adapters(target, tmp_path)), logits(model))
 
 
-@quiet
 def test_the_model_inside_saves_its_adapters_too(tmp_path: Path) -> None:
     """`model.bert.save_pretrained`, for whoever wants the encoder alone."""
     model = trained()
@@ -114,7 +111,6 @@ def test_the_model_inside_saves_its_adapters_too(tmp_path: Path) -> None:
     assert all(torch.equal(t, expected[n]) for n, t in encoder.state_dict().items())
 
 
-@quiet
 def test_tied_and_trained_weights_come_back(tmp_path: Path) -> None:
     """A tied head that was unfrozen, and a norm: saved once, loaded, still tied."""
     config = plain_model(1).config
@@ -132,7 +128,6 @@ def test_tied_and_trained_weights_come_back(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model))
 
 
-@quiet
 def test_a_state_dict_of_averages_is_saved_whole(tmp_path: Path) -> None:
     """`state_dict` stands for the model: both files take its values. One without any
     adapter saves the backbone alone; one with some of them is refused."""
@@ -151,7 +146,6 @@ def test_a_state_dict_of_averages_is_saved_whole(tmp_path: Path) -> None:
     assert not FILES & names(tmp_path / "backbone")
 
 
-@quiet
 def test_what_is_pushed_to_the_hub_is_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -214,7 +208,6 @@ def run(directory: Path, resume: str | None = None, **options: Any) -> Trainer:
     return trainer
 
 
-@quiet
 def test_a_trainers_checkpoints_are_whole(tmp_path: Path) -> None:
     """Each directory loads onto the base model and onto what it holds itself; a run
     resumed from the first ends in the bits of the uninterrupted one."""
@@ -234,7 +227,6 @@ def test_a_trainers_checkpoints_are_whole(tmp_path: Path) -> None:
     assert torch.equal(logits(resumed), logits(expected))
 
 
-@quiet
 def test_the_best_checkpoint_is_the_model_at_the_end(tmp_path: Path) -> None:
     """`load_best_model_at_end`, without optimizer states and with rotation: what is
     left in memory is what the best directory holds; the rotated one is named."""
@@ -256,7 +248,6 @@ def test_the_best_checkpoint_is_the_model_at_the_end(tmp_path: Path) -> None:
         meft.load_adapters(classifier(2, dropout=0.1), tmp_path)
 
 
-@quiet
 @pytest.mark.slow
 def test_another_process_computes_the_same_bits(tmp_path: Path) -> None:
     """A script that knows the base model and the directory, and nothing else."""

@@ -22,7 +22,6 @@ pytestmark = [
     # Of trl and peft about transformers, and of transformers about trl.
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::meft.SavingWarning"),
 ]
 
 NUM_WORDS = VOCAB - 3
