@@ -75,7 +75,8 @@ def warn_if_frozen(
     Warns:
         FrozenWarning: all of `parameters` are frozen, or `peft_came_last`.
     """
-    is_frozen = not any(parameter.requires_grad for parameter in parameters)
+    flags = {parameter.requires_grad for parameter in parameters}
+    is_frozen = flags == {False}
     advice = PEFT_LAST.format(converter=converter, names=names)
     if peft_came_last:
         state = "froze the adapters" if is_frozen else "has frozen the adapters once"

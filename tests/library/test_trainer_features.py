@@ -118,6 +118,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "cosine": {"lr_scheduler_type": "cosine", "warmup_steps": 2},
     "eval_accumulation_steps": {"eval_accumulation_steps": 1},
     "adafactor": {"optim": "adafactor"},
+    "adagrad": {"optim": "adagrad"},
+    "rmsprop": {"optim": "rmsprop"},
     "sgd": {"optim": "sgd"},
     "adamw_torch": {"optim": "adamw_torch"},
 }
