@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from meft.backbone.families import find_blocks
+from meft.backbone.families import find_blocks, transformers_model
 from meft.errors import AdapterFileError, FrozenWarning, UnsupportedModelError
 from meft.reversible.config import ReversibleConfig
 from meft.reversible.convert import find_stacks, make_reversible
@@ -327,8 +327,9 @@ def _refuse_misfit(
         )
 
 
-def _shape(model: Any) -> dict[str, Any]:
-    return {name: getattr(model.config, name, None) for name in _SHAPE_FIELDS}
+def _shape(model: nn.Module) -> dict[str, Any]:
+    config = transformers_model(model).config
+    return {name: getattr(config, name, None) for name in _SHAPE_FIELDS}
 
 
 def _digest_of_frozen(model: nn.Module, trained: Mapping[str, Tensor]) -> str:

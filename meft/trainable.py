@@ -13,8 +13,12 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from meft.backbone.families import NEW_HEADS, freeze_all_but_head, transformers_model
-from meft.backbone.parallel import NAME
+from meft.backbone.families import (
+    NEW_HEADS,
+    backbone_parameters,
+    freeze_all_but_head,
+    transformers_model,
+)
 from meft.errors import FrozenWarning
 
 PEFT_LAST = (
@@ -103,9 +107,7 @@ def _is_chosen(model: nn.Module) -> bool:
     # Quantised weights cannot be trained, so that nobody has chosen to freeze them.
     flags = {
         parameter.requires_grad
-        for name, parameter in model.named_parameters()
-        if f".{NAME}." not in f".{name}"
-        and parameter.is_floating_point()
-        and type(parameter) is nn.Parameter
+        for parameter in backbone_parameters(model)
+        if parameter.is_floating_point() and type(parameter) is nn.Parameter
     }
     return len(flags) == 2

@@ -105,16 +105,26 @@ def transformers_model(model: nn.Module) -> nn.Module:
     return next(inside, model)
 
 
+def backbone_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What came with the transformers models inside `model`, each parameter once.
+
+    Neither what a module around them has of its own, nor parallel adapters.
+    """
+    inside = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    added = [m for name, m in model.named_modules() if name.endswith(f".{NAME}")]
+    ours = {id(p) for module in added for p in module.parameters()}
+    found = {id(p): p for m in inside or [model] for p in m.parameters()}
+    return [parameter for key, parameter in found.items() if key not in ours]
+
+
 def freeze_all_but_head(model: nn.Module) -> None:
     """Freeze what came with the model, except a task head without trained weights.
 
-    Parallel adapters that another method has added stay as they are.
+    Parallel adapters that another method has added stay as they are, and so does what a
+    module around the transformers model has of its own.
     """
-    added = [m for name, m in model.named_modules() if name.endswith(f".{NAME}")]
-    kept = {id(p) for module in added for p in module.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in kept:
-            parameter.requires_grad_(False)
+    for parameter in backbone_parameters(model):
+        parameter.requires_grad_(False)
     for name in NEW_HEADS:
         head = getattr(transformers_model(model), name, None)
         if isinstance(head, nn.Module):

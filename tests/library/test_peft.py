@@ -284,6 +284,25 @@ def test_no_choice_means_adapters_and_a_new_head(flag: bool) -> None:
     assert others == {"classifier.weight", "classifier.bias"}
 
 
+def test_what_a_module_around_the_model_has_is_kept(tmp_path: Path) -> None:
+    """A head of one's own on an encoder stays trainable, and is saved and loaded with
+    the adapters."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = classifier(2).bert
+            self.top = nn.Linear(16, 2)
+
+    model = moved(meft.make_reversible(Own(), REVERSIBLE))
+    others = {name for name in trainable(model) if ".adapters." not in name}
+    assert others == {"top.weight", "top.bias"}
+    meft.save_adapters(model, tmp_path)
+    loaded = meft.load_adapters(Own(), tmp_path)
+    expected = model.state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in loaded.state_dict().items())
+
+
 def test_quantised_weights_are_not_a_choice() -> None:
     """Integer storage cannot require gradients; norms and embeddings of a quantised
     model, which do after loading, are frozen as in any other model."""
