@@ -11,7 +11,7 @@ has not made itself. `warn_if_frozen` finds adapters that were frozen in this wa
 import warnings
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from meft.backbone.families import (
     NEW_HEADS,
@@ -63,7 +63,7 @@ def has_peft_layers(module: nn.Module) -> bool:
 
 
 def warn_if_frozen(
-    parameters: Iterable[nn.Parameter], converter: str, names: str, peft_came_last: bool
+    parameters: Iterable[Tensor], converter: str, names: str, peft_came_last: bool
 ) -> bool:
     """Warn if adapters are about to be left out of a training.
 

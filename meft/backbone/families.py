@@ -110,7 +110,9 @@ def backbone_parameters(model: nn.Module) -> list[nn.Parameter]:
 
     Neither what a module around them has of its own, nor parallel adapters.
     """
-    inside = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    inside: list[nn.Module] = [
+        module for module in model.modules() if isinstance(module, PreTrainedModel)
+    ]
     added = [m for name, m in model.named_modules() if name.endswith(f".{NAME}")]
     ours = {id(p) for module in added for p in module.parameters()}
     found = {id(p): p for m in inside or [model] for p in m.parameters()}

@@ -383,7 +383,7 @@ def test_a_saved_peft_model_comes_back_whole(convert: str, tmp_path: Path) -> No
             return meft.add_sparse_adapters(model, SPARSE)
         return meft.make_reversible(model, REVERSIBLE)
 
-    model = moved(made())
+    model: Any = moved(made())
     expected = logits(model)
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(classifier(2), tmp_path)

@@ -76,7 +76,7 @@ def assert_twins(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def run(model: Any, directory: Path, inputs: dict[str, Tensor], **options: Any) -> Any:
     """Four steps and an evaluation."""
     dataset = [{name: t[i] for name, t in inputs.items()} for i in range(12)]
-    fields = {
+    fields: dict[str, Any] = {
         "output_dir": str(directory),
         "max_steps": 4,
         "per_device_train_batch_size": 3,

@@ -63,7 +63,7 @@ def model(with_lora: bool = False, backward: str = "rebuild") -> Any:
 
 
 def trainer(of: Any, directory: Path, peft_config: Any = None, **options: Any) -> Any:
-    fields = {
+    fields: dict[str, Any] = {
         "output_dir": str(directory),
         "max_steps": 4,
         "per_device_train_batch_size": 3,
