@@ -99,7 +99,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but_for(OPTIONS, "plain", "packed"))
+@pytest.mark.parametrize("name", slow_but_for(OPTIONS, "plain"))
 @pytest.mark.parametrize("with_lora", [False, True], ids=["alone", "lora"])
 def test_sft_gives_the_twins_numbers(
     name: str, with_lora: bool, tmp_path: Path
