@@ -206,6 +206,7 @@ def _train_and_score(
         sighting.note(
             num_steps=len(losses),
             loss_curve=[finite(loss) for loss in losses],
+            loss_mean="tokens" if num_labels_of(task) is None else "labels",
             all_step_seconds=clock.all_step_seconds,
             step_seconds=clock.step_seconds,
             step_seconds_iqr=clock.step_seconds_iqr,

@@ -68,6 +68,9 @@ class Measurement:
     """Optimizer steps done, which early stopping may end below `max_steps`."""
     loss_curve: list[float | None] | None = None
     """Training loss, one value a step; None where it was not finite."""
+    loss_mean: str | None = None
+    """What the loss of a step is the mean over: `labels`, or `tokens` of a language
+    model. None in records from before micro-batches were weighted by their tokens."""
     score_name: str | None = None
     score: float | None = None
     """Metric on the evaluation split at the selected weights."""

@@ -1,12 +1,12 @@
 """The protocol every method trains by (Liao et al., NeurIPS 2023, and their code).
 
-AdamW with betas (0.9, 0.98), epsilon 1e-6 and weight decay 0.1, but none on biases and
-norms; gradients clipped to norm 1; a learning rate that rises over the first 6 % of
-`max_steps` and falls linearly to 0. Parameters are float32; `bf16` and `fp16` compute
-under autocast, `fp16` with a loss scale. Where `weights_dtype` puts the backbone itself
-into the compute dtype, there is no autocast. With `eval_every`, the weights kept are
-those with the best score on rows set aside for that choice. To see what AdamW's state
-and its many kernels take, a cell may name another optimizer, with the same decay.
+AdamW with weight decay, but none on biases and norms; clipped gradients; a learning
+rate that rises over the first steps and falls linearly to 0. The numbers are constants
+of `protocol`. Parameters are float32; `bf16` and `fp16` compute under autocast, `fp16`
+with a loss scale. Where `weights_dtype` puts the backbone itself into the compute
+dtype, there is no autocast. With `eval_every`, the weights kept are those with the best
+score on rows set aside for that choice. To see what AdamW's state and its many kernels
+take, a cell may name another optimizer, with the same decay.
 """
 
 import contextlib
@@ -23,13 +23,12 @@ from transformers import PreTrainedModel
 
 import meft
 from meft.sparse.convert import sparse_adapters
+from meft_bench import protocol
 from meft_bench.cell import Cell
 from meft_bench.meters.clock import StepClock
-from meft_bench.tasks.batches import Batch, Example, Image, collate
+from meft_bench.tasks.batches import IGNORED, Batch, Example, Image, collate
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-WARMUP_FRACTION = 0.06
-MAX_GRADIENT_NORM = 1.0
 
 
 def seed_everything(seed: int) -> None:
@@ -41,7 +40,7 @@ def seed_everything(seed: int) -> None:
 
 def learning_rate_at(step: int, cell: Cell) -> float:
     """Rate of optimizer step `step`, counted from 0: up, then linearly down to 0."""
-    num_rising = round(WARMUP_FRACTION * cell.max_steps)
+    num_rising = round(protocol.WARMUP_FRACTION * cell.max_steps)
     if step < num_rising:
         return cell.learning_rate * step / num_rising
     return cell.learning_rate * (cell.max_steps - step) / (cell.max_steps - num_rising)
@@ -61,10 +60,11 @@ class Stepper:
         self._left_out = {"token_type_ids"} - set(parameters)
         trained = [p for p in model.parameters() if p.requires_grad]
         _refuse_fp16(trained, cell)
+        matrices = [p for p in trained if _is_matrix(p)]
+        vectors = [p for p in trained if not _is_matrix(p)]
         groups = [
-            # Biases and norms are the parameters of one dimension.
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
-            {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": protocol.WEIGHT_DECAY},
+            {"params": vectors, "weight_decay": protocol.WEIGHT_DECAY_OF_VECTORS},
         ]
         self._trained = trained
         self.optimizer = _optimizer(model, groups, cell)
@@ -82,29 +82,57 @@ class Stepper:
         return loss
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> float:
-        """One optimizer step; returns the mean loss.
+        """Take one optimizer step on the gradient of the mean loss of all `batches`.
 
         Args:
-            batches: of one size; may be on the host. Their gradients are added up, each
-                by its share.
-            learning_rate: of this step.
+            batches: Micro-batches of one size, on the host or on the device. See
+                `divisors` for how much each of them counts.
+            learning_rate: The learning rate of this step.
 
-        Gradients are let go at the end, so that none rest between two steps.
+        Returns:
+            The mean loss over all target tokens of a language model, over all rows of
+            a classifier.
+
+        Gradients are released at the end, so that none exist between two steps.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         losses = []
-        for batch in batches:
-            loss = self.loss(self.to_device(batch)) / len(batches)
+        for batch, divisor in zip(batches, self.divisors(batches), strict=True):
+            loss = self.loss(self.to_device(batch)) / divisor
             self._scaler.scale(loss).backward()
             losses.append(loss.detach())
             del loss
         self._scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self._trained, MAX_GRADIENT_NORM)
+        torch.nn.utils.clip_grad_norm_(self._trained, protocol.MAX_GRADIENT_NORM)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return float(sum(losses))
+
+    def divisors(self, batches: Sequence[Batch]) -> list[Tensor | int]:
+        """What the mean loss of each micro-batch is divided by before it is added up.
+
+        A language model's loss is the mean over the target tokens of its micro-batch,
+        so each is weighted by its share of the target tokens of the whole window, as
+        transformers' `Trainer` does by `num_items_in_batch`: every token then counts
+        the same, whichever micro-batch it is in. A classifier's micro-batches have
+        equally many labels and count the same.
+
+        Args:
+            batches: The micro-batches of one optimizer step.
+
+        Returns:
+            One number per micro-batch, as a tensor where it depends on the labels, so
+            that a virtual GPU, whose tensors have no values, needs none.
+        """
+        if batches[0]["labels"].ndim == 1:
+            return [len(batches)] * len(batches)
+        # Models of one stack predict each token from those before it: the first label
+        # of a row is no target. BART's decoder predicts all of them.
+        begin = 0 if self.model.config.is_encoder_decoder else 1
+        counts = [b["labels"][:, begin:].ne(IGNORED).sum() for b in batches]
+        return [sum(counts) / count for count in counts]
 
     @property
     def pad_token_id(self) -> int:
@@ -122,10 +150,22 @@ class Stepper:
         }
 
 
+def _is_matrix(parameter: Tensor) -> bool:
+    """Whether weight decay applies; biases and norms are the tensors of one dimension.
+
+    The rows of a sparse adapter are a matrix, as they are in the dense adapter,
+    whatever the shape of the parameter by which an optimizer reaches them.
+    """
+    return parameter.ndim > 1 or hasattr(parameter, "anchor")
+
+
 def _optimizer(
     model: PreTrainedModel, groups: list[dict[str, Any]], cell: Cell
 ) -> torch.optim.Optimizer:
-    adam: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-6}
+    adam: dict[str, Any] = {
+        "betas": protocol.ADAM_BETAS,
+        "eps": protocol.ADAM_EPSILON,
+    }
     if sparse_adapters(model):
         assert cell.optimizer == "adamw", cell.optimizer
         return meft.SparseAdamW(groups, **adam)

@@ -3,7 +3,8 @@
     W x  becomes  W x + (alpha / r) B A dropout(x),   B = 0 at the start
 
 on the query and value projections of every attention, with r = `cell.lora_rank` and
-alpha = 2 r, the factor that peft's and the paper's classification runs commonly use.
+alpha = 2 r (`protocol.LORA_ALPHA_PER_RANK`), the factor that peft's and the paper's
+classification runs commonly use.
 Dropout is the backbone's own, so that every method here regularises its additions
 alike.
 """
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from meft.backbone.families import find_blocks
 from meft.bottleneck import wide_dtype
+from meft_bench import protocol
 from meft_bench.backbones import heads_of
 from meft_bench.cell import Cell
 
@@ -34,7 +36,7 @@ def lora(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
     shape = found.family.adapter_shape(found.blocks[0], found.owner.config)
     config = LoraConfig(
         r=cell.lora_rank,
-        lora_alpha=2 * cell.lora_rank,
+        lora_alpha=protocol.LORA_ALPHA_PER_RANK * cell.lora_rank,
         lora_dropout=shape.dropout,
         target_modules=QUERY_AND_VALUE[found.family.name],
     )

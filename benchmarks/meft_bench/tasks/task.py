@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from meft_bench import protocol
 from meft_bench.cell import Cell
 
 AnyRow = TypeVar("AnyRow")
@@ -54,7 +55,7 @@ def draw(
     random.Random(cell.seed).shuffle(drawn)
     if cell.train_rows:
         drawn = drawn[: cell.train_rows]
-    num_validation = len(drawn) // 10
+    num_validation = len(drawn) // protocol.ROWS_PER_VALIDATION_ROW
     return tuple(drawn[num_validation:]), tuple(drawn[:num_validation])
 
 

@@ -109,6 +109,7 @@ MEASUREMENT: tuple[Column, ...] = (
     ),
     seen("num_steps", "Int64", "optimizer steps done", "count"),
     seen("loss_curve", "list", "training loss, one value a step"),
+    seen("loss_mean", "string", "what a step's loss is the mean over; null: older code"),
     seen("score_name", "string", "the metric behind `score`"),
     seen(
         "score",

@@ -1,0 +1,153 @@
+"""What one optimizer step makes of several micro-batches."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from harness.tiny import FAMILIES, SHAPE, cell, classifier
+from harness.tiny import batch as labelled_batch
+from meft_bench.cell import Cell
+from meft_bench.registry import METHODS, load
+from meft_bench.tasks.batches import IGNORED, Batch, Example, collate
+from meft_bench.training import Stepper
+
+NUM_TARGETS = (1, 6, 3, 2, 7, 1, 1, 1)
+"""Of each row: the tokens of its answer."""
+
+
+def rows() -> list[Example]:
+    """Prompts of equal length whose answers differ in length."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for num in NUM_TARGETS:
+        tokens = torch.randint(3, 50, (3 + num,), generator=generator).tolist()
+        label = [IGNORED] * 3 + tokens[3:]
+        found.append(
+            Example(token_ids=tokens, segment_ids=[0] * len(tokens), label=label)
+        )
+    return found
+
+
+def micro_batches(size: int) -> list[Batch]:
+    """The same eight rows, so many at a time."""
+    every = rows()
+    return [collate(every[i : i + size], 1) for i in range(0, len(every), size)]
+
+
+def model_of(here: Cell, family: str = "llama") -> Any:
+    """A tiny language model, the same weights each time, without dropout."""
+    config = CONFIG_MAPPING[family](**SHAPE | FAMILIES[family], pad_token_id=1)
+    config.dropout = config.attention_dropout = config.activation_dropout = 0.0
+    torch.manual_seed(0)
+    kind = AutoModelForSeq2SeqLM if family == "bart" else AutoModelForCausalLM
+    return load(METHODS[here.method])(kind.from_config(config), here).train()
+
+
+def gradients_and_loss(
+    model: Any, batches: Sequence[Batch], monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Tensor], float]:
+    """What the optimizer is given, before clipping, and the loss that is reported."""
+    stepper = Stepper(model, cell())
+    trained = [p for p in stepper.model.parameters() if p.requires_grad]
+    found: list[Tensor] = []
+
+    def keep(parameters: list[Tensor], norm: float) -> None:
+        found.extend(p.grad.clone() for p in trained if p.grad is not None)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
+    loss = stepper.step(batches, learning_rate=0.0)
+    monkeypatch.undo()
+    return found, loss
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("family", "method"), [("llama", "full"), ("bart", "full"), ("llama", "lora")]
+)
+def test_every_target_token_of_a_window_counts_the_same(
+    family: str, method: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Micro-batches of any size give the gradients and the loss of one large batch."""
+    (wanted, wanted_loss), (found, loss) = (
+        gradients_and_loss(
+            model_of(cell(method=method), family), micro_batches(num), monkeypatch
+        )
+        for num in (8, size)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+
+
+class KeepGradients(TrainerCallback):
+    """Copies the gradients that the optimizer of a `Trainer` is about to use."""
+
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+
+    def on_pre_optimizer_step(
+        self, *args: Any, model: Any = None, **others: Any
+    ) -> None:
+        self.found = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_window_has_the_gradients_that_transformers_trainer_computes(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four micro-batches of two rows, whose answers have 1 to 7 tokens."""
+    keep = KeepGradients()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_steps=1,
+        max_grad_norm=0.0,
+        train_sampling_strategy="sequential",
+        report_to=[],
+        use_cpu=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+    stepper = Stepper(model_of(cell(), family), cell())
+    trainer = Trainer(
+        model=stepper.model,
+        args=arguments,
+        train_dataset=rows(),
+        data_collator=lambda some: stepper.to_device(collate(some, 1)),
+        callbacks=[keep],
+    )
+    trainer.train()
+    model = model_of(cell(), family)
+    found, _ = gradients_and_loss(model, micro_batches(2), monkeypatch)
+    torch.testing.assert_close(found, keep.found, rtol=1e-4, atol=1e-6)
+
+
+def test_a_window_of_micro_batches_with_equally_many_targets_is_their_plain_mean(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As before: to the last bit, so that memory probes and races are unchanged."""
+    whole = micro_batches(8)[0]
+    found, _ = gradients_and_loss(model_of(cell()), [whole] * 3, monkeypatch)
+    stepper = Stepper(model_of(cell()), cell())
+    for _ in range(3):
+        (stepper.loss(stepper.to_device(whole)) / 3).backward()
+    wanted = [p.grad for p in stepper.model.parameters() if p.requires_grad]
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_micro_batches_of_a_classifier_count_the_same() -> None:
+    """Each has as many labels as the others, whatever the lengths of its texts."""
+    stepper = Stepper(classifier(), cell())
+    assert stepper.divisors([labelled_batch(seq_len=n) for n in (2, 8, 5)]) == [3, 3, 3]

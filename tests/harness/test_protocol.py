@@ -1,0 +1,228 @@
+"""The numbers of the protocol, each written down here a second time.
+
+A constant that is changed by mistake, in `protocol` or on its way to torch, fails a
+test of this file.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harness.tiny import HIDDEN, SHAPE, batch, cell, classifier
+from meft.sparse.adapter import SparseAdapter
+from meft.sparse.convert import sparse_adapters
+from meft.sparse.dense import DenseAdapter
+from meft_bench import protocol
+from meft_bench.registry import METHODS, OPTIMIZERS, load
+from meft_bench.training import Stepper, learning_rate_at
+from meft_bench.virtual import gpu
+
+DOCS = Path(__file__).parents[2] / "docs"
+PROTOCOL = {
+    "ADAM_BETAS": (0.9, 0.98),
+    "ADAM_EPSILON": 1e-6,
+    "WEIGHT_DECAY": 0.1,
+    "WEIGHT_DECAY_OF_VECTORS": 0.0,
+    "WARMUP_FRACTION": 0.06,
+    "MAX_GRADIENT_NORM": 1.0,
+    "LORA_ALPHA_PER_RANK": 2,
+    "ROWS_PER_VALIDATION_ROW": 10,
+}
+
+
+def test_the_constants_are_those_of_the_papers_code() -> None:
+    found = {name: value for name, value in vars(protocol).items() if name.isupper()}
+    assert found == PROTOCOL
+
+
+def test_the_documentation_prints_the_constants() -> None:
+    """docs/numbers.md has a table with a row per constant: its name and its value."""
+    text = (DOCS / "numbers.md").read_text()
+    rows = re.findall(r"^\| `([A-Z_]+)` \| `([^`]+)` \|", text, re.MULTILINE)
+    assert rows == [(name, repr(value)) for name, value in PROTOCOL.items()]
+
+
+def small() -> Any:
+    """A classifier without dropout."""
+    return classifier(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def by_hand(model: nn.Module, num_steps: int, factor: float) -> list[float]:
+    """Train as the protocol says, written out with nothing but torch.
+
+    Returns:
+        The norm of the gradient of each step, before clipping.
+    """
+    named = list(model.named_parameters())
+    vectors = [p for n, p in named if n.endswith("bias") or "LayerNorm" in n]
+    matrices = [p for n, p in named if not any(p is v for v in vectors)]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": 0.1},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.98),
+        eps=1e-6,
+    )
+    norms = []
+    for step in range(num_steps):
+        for group in optimizer.param_groups:
+            # 6 % of 50 steps are 3.
+            rising, falling = step / 3, (50 - step) / 47
+            group["lr"] = 1e-2 * (rising if step < 3 else falling)
+        optimizer.zero_grad()
+        for _ in range(2):
+            (factor * model(**batch()).loss / 2).backward()
+        norm = torch.stack(
+            [p.grad.norm() for _, p in named if p.grad is not None]
+        ).norm()
+        norms.append(float(norm))
+        if norm > 1.0:
+            for _, parameter in named:
+                assert parameter.grad is not None
+                parameter.grad.mul_(1.0 / (norm + 1e-6))
+        optimizer.step()
+    return norms
+
+
+@pytest.mark.parametrize(("factor", "is_clipped"), [(1e-3, False), (50.0, True)])
+def test_training_takes_the_steps_of_a_plain_loop(
+    factor: float, is_clipped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Betas, epsilon, decay, clipping, schedule and accumulation, held against a loop
+    that has the numbers of the paper's code written into it.
+
+    The loss is multiplied by `factor`, lest all gradients be above or below the norm
+    that they are clipped to; at the smaller one, epsilon matters.
+    """
+    plain, model = small().train(), small().train()
+    norms = by_hand(plain, 5, factor)
+    assert [norm > 1 for norm in norms] == [is_clipped] * 5
+    here = cell(max_steps=50, learning_rate=1e-2, accumulation=2)
+    stepper = Stepper(model, here)
+    loss_of = stepper.loss
+    monkeypatch.setattr(stepper, "loss", lambda one: factor * loss_of(one))
+    for step in range(5):
+        stepper.step([batch(), batch()], learning_rate_at(step, here))
+    pairs = zip(model.named_parameters(), plain.parameters(), strict=True)
+    for (name, found), wanted in pairs:
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "sgd"])
+@pytest.mark.parametrize("method", ["full", "sparse"])
+def test_every_adamw_has_the_same_numbers(optimizer: str, method: str) -> None:
+    """torch's own, fused or not, and the one that knows rows of sparse adapters."""
+    if method == "sparse" and optimizer != "adamw":
+        pytest.skip("rows have an AdamW of their own")
+    here = cell(method=method, optimizer=optimizer, num_neurons=64)
+    groups = Stepper(load(METHODS[method])(classifier("llama"), here), here).optimizer
+    found = [(g["betas"], g["eps"], g["weight_decay"]) for g in groups.param_groups]
+    assert found == [((0.9, 0.98), 1e-6, 0.1), ((0.9, 0.98), 1e-6, 0.0)]
+
+
+def test_plain_sgd_decays_by_the_same_groups() -> None:
+    groups = Stepper(classifier(), cell(optimizer="sgd")).optimizer.param_groups
+    assert [(g["weight_decay"], g["momentum"]) for g in groups] == [(0.1, 0), (0.0, 0)]
+
+
+def rows_after_a_step(method: str) -> list[Tensor]:
+    """Keys and values side by side, per block."""
+    torch.manual_seed(0)
+    here = cell(method=method, num_neurons=16)
+    model = load(METHODS[method])(classifier("llama"), here)
+    generator = torch.Generator().manual_seed(7)
+    for module in model.modules():
+        rows = 0.3 * torch.randn(16, 2 * HIDDEN, generator=generator)
+        if isinstance(module, SparseAdapter):
+            module.rows.store.replace(rows)
+        elif isinstance(module, DenseAdapter):
+            with torch.no_grad():
+                module.keys.copy_(rows[:, :HIDDEN])
+                module.values.copy_(rows[:, HIDDEN:])
+        else:
+            generator.manual_seed(7)
+    Stepper(model.train(), here).step([batch()], learning_rate=1e-2)
+    if sparse_adapters(model):
+        return [a.rows.store.settled() for a in sparse_adapters(model).values()]
+    dense = [m for m in model.modules() if isinstance(m, DenseAdapter)]
+    return [torch.cat([m.keys.detach(), m.values.detach()], dim=1) for m in dense]
+
+
+def test_rows_of_sparse_adapters_decay_as_those_of_dense_ones_do() -> None:
+    """Both are matrices, whatever the optimizer holds in place of rows elsewhere."""
+    found, wanted = rows_after_a_step("dense-offload"), rows_after_a_step("dense")
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 16])
+def test_loras_alpha_is_twice_the_rank(rank: int) -> None:
+    """So its output is multiplied by 2, whatever the rank."""
+    here = cell(method="lora", lora_rank=rank)
+    model = load(METHODS["lora"])(classifier(), here)
+    pairs = [m for m in model.modules() if hasattr(m, "lora_alpha")]
+    assert len(pairs) == 2 * SHAPE["num_hidden_layers"]
+    for pair in pairs:
+        assert pair.lora_alpha == {"default": 2 * rank}
+        assert pair.scaling == {"default": 2.0}
+        assert pair.lora_A["default"].weight.shape[0] == rank
+
+
+# What vendors' data sheets say: memory, bandwidth of the memory and of the link (PCIe 4
+# and 5 by 16, each way), multiprocessors, and operations per second of 16-bit floats,
+# TF32 and FP32, dense.
+GPUS: dict[str, tuple[float, ...]] = {
+    "A100-40GB": (40 * 2**30, 1555e9, 32e9, 108, 312e12, 156e12, 19.5e12),
+    "A100-80GB": (80 * 2**30, 2039e9, 32e9, 108, 312e12, 156e12, 19.5e12),
+    "H100": (85_520_809_984, 3350e9, 64e9, 132, 989e12, 494e12, 67e12),
+    "H200": (150_754_820_096, 4800e9, 64e9, 132, 989e12, 494e12, 67e12),
+    "RTX3090-24GB": (24 * 2**30, 936e9, 32e9, 82, 71e12, 35.6e12, 35.6e12),
+    "RTX4090-24GB": (25_757_220_864, 1008e9, 32e9, 128, 165.2e12, 82.6e12, 82.6e12),
+}
+CAPABILITY = {"A100": (8, 0), "H100": (9, 0), "H200": (9, 0), "RTX3090": (8, 6)}
+
+
+def test_every_gpu_is_written_down_twice() -> None:
+    assert sorted(GPUS) == gpu.names()
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_a_gpu_has_the_numbers_of_its_data_sheet(name: str) -> None:
+    """A bandwidth or a memory that is changed by mistake changes every plan."""
+    found = gpu.find(name)
+    assert GPUS[name] == (
+        found.memory_bytes,
+        found.memory_bytes_per_second,
+        found.link_bytes_per_second,
+        found.num_multiprocessors,
+        found.half_flops_per_second,
+        found.tf32_flops_per_second,
+        found.fp32_flops_per_second,
+    )
+    capability = CAPABILITY.get(name.partition("-")[0], (8, 9))
+    assert found.compute_capability == capability
+    # What cuBLAS keeps, as in PyTorch's sources: 32 MiB on Hopper, else :4096:2:16:8.
+    is_hopper = capability == (9, 0)
+    assert found.cublas_workspace_bytes == (
+        32 * 2**20 if is_hopper else 2**10 * (4096 * 2 + 16 * 8)
+    )
+    assert found.cublaslt_workspace_bytes == 2**20
+    order = ("flash", "efficient", "math")
+    assert found.attention_order == (
+        ("cudnn", *order) if is_hopper else (*order, "cudnn")
+    )
+    assert found.context_bytes == 600 * 2**20
+
+
+def test_weight_decay_leaves_no_parameter_out() -> None:
+    """Every one is in one group, one without a dimension among those of none."""
+    model = classifier("llama")
+    model.scale = nn.Parameter(torch.ones(()))
+    decayed, plain = Stepper(model, cell()).optimizer.param_groups
+    ids = [id(p) for group in (decayed, plain) for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+    assert any(p is model.scale for p in plain["params"])
