@@ -215,7 +215,8 @@ def _train_and_score(
         predictions = predict(examples.evaluation)
         scores = scoring.scores(task, predictions, examples.evaluation)
         majority = scoring.majority(task)
-        for rank, (name, score) in zip(("", "second_"), scores.items(), strict=False):
+        ranks = ("", "second_", "third_")
+        for rank, (name, score) in zip(ranks, scores.items(), strict=False):
             sighting.note(
                 **{
                     f"{rank}score_name": name,

@@ -78,8 +78,12 @@ class Measurement:
     """The same metric for always answering the most frequent training label."""
     second_score_name: str | None = None
     second_score: float | None = None
-    """What the task's metric reports beside its score: F1 of MRPC."""
+    """What the task's metric reports next to its score: F1 of MRPC, of SQuAD."""
     second_majority_score: float | None = None
+    third_score_name: str | None = None
+    third_score: float | None = None
+    """Likewise: containment of short answers."""
+    third_majority_score: float | None = None
     right_rows: list[int] | None = None
     """Of each evaluated row, in order: 1 where the answer is right, else 0."""
     h2d_bytes: int | None = None

@@ -60,6 +60,7 @@ TASKS = {
     "rte": "meft_bench.tasks.glue:load_rte",
     "cola": "meft_bench.tasks.glue:load_cola",
     "nq-open": "meft_bench.tasks.nq_open:load",
+    "triviaqa": "meft_bench.tasks.triviaqa:load",
     "squad": "meft_bench.tasks.squad:load",
     "gsm8k": "meft_bench.tasks.gsm8k:load",
     "arc-easy": "meft_bench.tasks.arc:load_easy",

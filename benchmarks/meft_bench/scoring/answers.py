@@ -1,16 +1,13 @@
 """Language models: the likeliest option, or what the model writes, read by a rule.
 
-    options                the option with the largest log-likelihood per byte
-    exact_match            an accepted answer appears in the first line written
-    exact_match_any_case   likewise, capitals aside
-    number                 the number after the last `####`, as a number
-
-Texts are written greedily. `majority` always gives the most frequent answer of the
-training rows; of options, the place that is most often right.
+An option's likelihood is its log-likelihood per byte. Texts are written greedily and
+end at the model's end token, where the next prompt would begin, or after
+`max_new_tokens`. `rules` has the metrics. `majority` always gives the most frequent
+answer of the training rows; of options, the place that is most often right.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,17 +15,21 @@ from transformers import PreTrainedTokenizerBase
 
 from meft_bench.cell import Cell
 from meft_bench.scoring.examples import Examples
+from meft_bench.scoring.rules import METRICS
 from meft_bench.tasks.batches import IGNORED, Example, collate
-from meft_bench.tasks.question import AnswerTask, Question
+from meft_bench.tasks.question import NEXT_PROMPT, AnswerTask, Question
 from meft_bench.training import Stepper
-
-Judge = Callable[[str, Question], bool]
 
 
 def examples(
     task: AnswerTask, tokenizer: PreTrainedTokenizerBase, cell: Cell
 ) -> Examples:
-    """Prompts with their answers to train on; questions as they are to score."""
+    """Prompts with their answers to train on; questions as they are to score.
+
+    Raises:
+        ValueError: `cell.seq_len` leaves no room for a question next to its answer.
+    """
+    _refuse_short(task, tokenizer, cell)
     return Examples(
         train=[_learned(q, tokenizer, cell.seq_len) for q in task.train],
         validation=task.validation,
@@ -52,59 +53,87 @@ def predict(
 def is_right(
     task: AnswerTask, predictions: Sequence[str], rows: Sequence[Question]
 ) -> list[bool]:
-    """What the task's metric says of each answer."""
-    judge = METRICS[task.metric]
-    return [judge(*pair) for pair in zip(predictions, rows, strict=True)]
+    """Whether each answer is right by the score of the task's metric."""
+    rule = next(iter(METRICS[task.metric].values.values()))
+    return [rule(*pair) == 1 for pair in zip(predictions, rows, strict=True)]
 
 
 def scores(
     task: AnswerTask, predictions: Sequence[str], rows: Sequence[Question]
 ) -> dict[str, float]:
-    """The share of questions that are answered right."""
-    right = is_right(task, predictions, rows)
-    return {task.metric: sum(right) / len(right)}
+    """The mean over the questions of each value of the metric, the score first."""
+    pairs = list(zip(predictions, rows, strict=True))
+    return {
+        name: sum(rule(*pair) for pair in pairs) / len(pairs)
+        for name, rule in METRICS[task.metric].values.items()
+    }
 
 
 def majority(task: AnswerTask) -> dict[str, float]:
-    """For always answering alike."""
+    """The scores of always giving the most frequent answer."""
     if task.metric == "options":
         places = Counter(q.options.index(q.accepted[0]) for q in task.train)
         place = places.most_common(1)[0][0]
         answers = [q.options[min(place, len(q.options) - 1)] for q in task.evaluation]
     else:
-        common = Counter(q.answer for q in task.train).most_common(1)[0][0]
-        answers = [common.strip()] * len(task.evaluation)
+        # Solutions of GSM8K are all different, and their numbers are not.
+        keys = [METRICS[task.metric].key(q.accepted[0]) for q in task.train]
+        common = Counter(keys).most_common(1)[0][0]
+        answer = task.train[keys.index(common)].answer
+        answers = [answer] * len(task.evaluation)
     return scores(task, answers, task.evaluation)
+
+
+def _refuse_short(
+    task: AnswerTask, tokenizer: PreTrainedTokenizerBase, cell: Cell
+) -> None:
+    """Raise before the first step where no prompt would be left in a row."""
+    needed = task.max_new_tokens
+    for question in (*task.validation, *task.evaluation):
+        for option in question.options:
+            needed = max(
+                needed, len(_split(question.prompt, f" {option}", tokenizer)[1])
+            )
+    needed = max(1, needed)
+    if cell.seq_len <= needed:
+        raise ValueError(
+            f"`seq_len` is {cell.seq_len}, but an answer of task {task.name!r} has up "
+            f"to {needed} tokens: set it above, to make room for the questions too"
+        )
 
 
 def _learned(
     question: Question, tokenizer: PreTrainedTokenizerBase, seq_len: int
 ) -> Example:
-    """The prompt with its answer, and where that ends."""
-    told = _tokens(question.answer, tokenizer)[: seq_len - 1]
-    return _example(question, [*told, tokenizer.eos_token_id], tokenizer, seq_len)
+    """The prompt with its answer, and where that ends, if it is not cut."""
+    prompt, answer = _split(question.prompt, question.answer, tokenizer)
+    # A tokenizer without an end token leaves the end to `NEXT_PROMPT`.
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    # One token of the prompt is kept: the first of a row is no target.
+    return _example(prompt, [*answer, *end][: seq_len - 1], seq_len)
 
 
-def _example(
-    question: Question,
-    told: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    seq_len: int,
-) -> Example:
+def _example(prompt: list[int], answer: list[int], seq_len: int) -> Example:
     """The prompt loses its beginning where both are too long together."""
-    prompt: list[int] = tokenizer(question.prompt)["input_ids"]
-    prompt = prompt[max(0, len(prompt) + len(told) - seq_len) :]
-    tokens = [*prompt, *told][-seq_len:]
+    prompt = prompt[max(0, len(prompt) + len(answer) - seq_len) :]
     return Example(
-        token_ids=tokens,
-        segment_ids=[0] * len(tokens),
-        label=[*[IGNORED] * len(prompt), *told][-seq_len:],
+        token_ids=[*prompt, *answer],
+        segment_ids=[0] * (len(prompt) + len(answer)),
+        label=[*[IGNORED] * len(prompt), *answer],
     )
 
 
-def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokens
+def _split(
+    prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """The tokens of both texts together, split where the prompt's own tokens end.
+
+    As in lm-evaluation-harness. Tokenised alone, the answer would begin otherwise where
+    a tokenizer marks the beginning of a text, as those of LLaMA and Mistral do.
+    """
+    begin: list[int] = tokenizer(prompt)["input_ids"]
+    whole: list[int] = tokenizer(prompt + answer)["input_ids"]
+    return whole[: len(begin)], whole[len(begin) :]
 
 
 @torch.no_grad()
@@ -117,8 +146,8 @@ def _choose(
 ) -> list[str]:
     pairs = [(i, option) for i, q in enumerate(rows) for option in q.options]
     encoded = [
-        # Without an end: no option is asked for more than the others.
-        _example(rows[i], _tokens(f" {o}", tokenizer), tokenizer, cell.seq_len)
+        # Without an end token: it would be a part of every option.
+        _example(*_split(rows[i].prompt, f" {o}", tokenizer), cell.seq_len)
         for i, o in pairs
     ]
     best: dict[int, tuple[float, str]] = {}
@@ -153,7 +182,8 @@ def _write(
     tokenizer: PreTrainedTokenizerBase,
     cell: Cell,
 ) -> list[str]:
-    room = max(1, cell.seq_len - task.max_new_tokens)
+    room = cell.seq_len - task.max_new_tokens
+    end = tokenizer.eos_token_id
     prompts = [tokenizer(q.prompt)["input_ids"][-room:] for q in rows]
     written = [""] * len(rows)
     encoded = [Example(token_ids=p, segment_ids=[0] * len(p), label=0) for p in prompts]
@@ -175,11 +205,15 @@ def _write(
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=stepper.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=end,
+                stop_strings=[NEXT_PROMPT],
+                tokenizer=tokenizer,
             )
-        texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-        for n, text in zip(chosen, texts, strict=True):
-            written[n] = text
+        for n, tokens in zip(chosen, out[:, longest:].tolist(), strict=True):
+            # Behind the end of a row there is padding, until the last row has ended.
+            tokens = tokens[: tokens.index(end)] if end in tokens else tokens
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            written[n] = text.partition(NEXT_PROMPT)[0]
     return written
 
 
@@ -187,36 +221,3 @@ def _by_length(rows: Sequence[Example], size: int) -> list[list[int]]:
     """Batches of equal lengths need the least padding."""
     order = sorted(range(len(rows)), key=lambda n: len(rows[n].token_ids))
     return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]
-
-
-def _contains(text: str, question: Question) -> bool:
-    return any(answer in _first_line(text) for answer in question.accepted)
-
-
-def _contains_any_case(text: str, question: Question) -> bool:
-    line = _first_line(text).lower()
-    return any(answer.lower() in line for answer in question.accepted)
-
-
-def _is_number(text: str, question: Question) -> bool:
-    found, wanted = (
-        part.rpartition("####")[2].replace(",", "").strip()
-        for part in (text, question.accepted[0])
-    )
-    try:
-        return abs(float(found) - float(wanted)) < 1e-6
-    except ValueError:
-        return False
-
-
-METRICS: dict[str, Judge] = {
-    "options": lambda text, question: text in question.accepted,
-    "exact_match": _contains,
-    "exact_match_any_case": _contains_any_case,
-    "number": _is_number,
-}
-"""Whether what was answered is right."""

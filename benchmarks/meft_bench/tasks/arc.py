@@ -1,8 +1,9 @@
 """ARC-Easy and ARC-Challenge: science questions of school exams, with options.
 
 Read from `arc-easy/` and `arc-challenge/` in the data directory: `train.json` and
-`test.json`, the official splits, in instruction form. The option is chosen that the
-model finds likeliest, by the byte.
+`test.json`, the official splits, in instruction form. The option with the largest
+log-likelihood per byte is chosen, as by lm-evaluation-harness's `acc_bytes` (its
+`acc_norm`, where all characters are ASCII).
 """
 
 import json

@@ -6,14 +6,13 @@ score is computed on the official development set, as is usual where the test la
 are secret; the rows that select weights are taken from the official training set.
 """
 
-import gzip
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from meft_bench.cell import Cell
 from meft_bench.source import MissingError, Source
+from meft_bench.tasks import files
 from meft_bench.tasks.task import Row, Task, draw, first
 
 
@@ -111,18 +110,13 @@ def _find_folder(glue: _Glue, source: Source) -> Path | None:
     places = (source.data_dir / "glue" / glue.folder, source.data_dir / glue.folder)
     names = ("train.tsv", "msr_paraphrase_train.txt")
     for place in places:
-        if any(_find_file(place, name) for name in names):
+        if any(files.find(place, name) for name in names):
             return place
     return None
 
 
-def _find_file(folder: Path, name: str) -> Path | None:
-    candidates = (folder / name, folder / f"{name}.gz")
-    return next((file for file in candidates if file.is_file()), None)
-
-
 def _from_files(glue: _Glue, folder: Path) -> tuple[list[Row], list[Row], str]:
-    if glue is _MRPC and _find_file(folder, "msr_paraphrase_train.txt"):
+    if glue is _MRPC and files.find(folder, "msr_paraphrase_train.txt"):
         return _from_mrpc_originals(folder)
     train, train_sha256 = _read_table(folder, "train.tsv", glue.header)
     dev, dev_sha256 = _read_table(folder, "dev.tsv", glue.header)
@@ -152,27 +146,15 @@ def _from_mrpc_originals(folder: Path) -> tuple[list[Row], list[Row], str]:
 def _read_table(
     folder: Path, name: str, header: Sequence[str] | None = None
 ) -> tuple[_Table, str]:
-    """Rows of a tab-separated file as dicts, and the sha256 of its plain content.
+    """Rows of a file as dicts, and the sha256 of its plain content.
 
-    Quotes are text in these files, and so is any line separator but the newline.
+    Quotes are text in these files.
     """
-    file = _find_file(folder, name)
+    file = files.find(folder, name)
     if file is None:
         raise MissingError(f"{folder / name} does not exist, plain or as .gz")
-    content = file.read_bytes()
-    if file.suffix == ".gz":
-        content = gzip.decompress(content)
-    lines = content.decode("utf-8-sig").removesuffix("\n").split("\n")
-    table = [line.removesuffix("\r").split("\t") for line in lines]
-    columns = header or table.pop(0)
-    for number, cells in enumerate(table, start=1 if header else 2):
-        if len(cells) != len(columns):
-            raise ValueError(
-                f"{file}, line {number}: {len(cells)} columns, expected "
-                f"{len(columns)} ({', '.join(columns)})"
-            )
-    digest = hashlib.sha256(content).hexdigest()
-    return [dict(zip(columns, cells, strict=True)) for cells in table], digest
+    text, sha256 = files.text_of(file)
+    return files.table(text, str(file), header, is_quoted=False), sha256
 
 
 def _rows(glue: _Glue, table: _Table) -> list[Row]:

@@ -1,20 +1,21 @@
 """GSM8K: word problems of grade-school mathematics, solved in steps.
 
 Read from `gsm8k/train.jsonl` and `gsm8k/test.jsonl` in the data directory, the official
-splits. An answer is right if the number after its last `####` is.
+splits. An answer is right by the official rule: the number after its first `#### ` is
+the one after that of the solution.
 """
 
-import json
+import re
 
 from meft_bench.cell import Cell
 from meft_bench.source import Source
-from meft_bench.tasks.files import read
+from meft_bench.tasks.files import json_lines, read
 from meft_bench.tasks.question import AnswerTask, Question
 from meft_bench.tasks.task import draw, first
 
 FOLDER, TRAIN, TEST = "gsm8k", "train.jsonl", "test.jsonl"
+FINAL_NUMBER = re.compile(r"#### (-?[0-9.,]+)")
 INSTEAD = "or take task `bbc-news`, whose text is in a package"
-MARK = "####"
 
 
 def load(cell: Cell, source: Source) -> AnswerTask:
@@ -26,8 +27,8 @@ def load(cell: Cell, source: Source) -> AnswerTask:
     train_text, train_sha256 = read(source, FOLDER, TRAIN, INSTEAD)
     test_text, test_sha256 = read(source, FOLDER, TEST, INSTEAD)
     learned, scored = (
-        [_question(json.loads(line)) for line in text.splitlines()]
-        for text in (train_text, test_text)
+        [_question(row) for row in json_lines(text, name)]
+        for text, name in ((train_text, TRAIN), (test_text, TEST))
     )
     train, validation = draw(learned, cell)
     evaluation = first(scored, cell)
@@ -36,7 +37,7 @@ def load(cell: Cell, source: Source) -> AnswerTask:
         train=train,
         validation=validation,
         evaluation=evaluation,
-        metric="number",
+        metric="gsm8k",
         max_new_tokens=160,
         origin=(
             f"GSM8K from files {TRAIN} (sha256 {train_sha256[:12]}) and {TEST} (sha256 "
@@ -47,9 +48,22 @@ def load(cell: Cell, source: Source) -> AnswerTask:
     )
 
 
+def final_number(text: str) -> str | None:
+    """The number after the first `#### ` without its commas; None if there is none.
+
+    It is compared as text, as in OpenAI's grade_school_math/dataset.py.
+    """
+    found = FINAL_NUMBER.search(text)
+    return found[1].replace(",", "") if found else None
+
+
 def _question(row: dict[str, str]) -> Question:
+    if final_number(row["answer"]) is None:
+        raise ValueError(
+            f"a solution of GSM8K has no number after `#### `: {row['answer'][-60:]!r}"
+        )
     return Question(
         prompt=f"Question: {row['question']}\nAnswer:",
         answer=f" {row['answer']}",
-        accepted=(row["answer"].rpartition(MARK)[2].strip(),),
+        accepted=(row["answer"],),
     )

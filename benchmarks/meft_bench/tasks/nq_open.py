@@ -2,16 +2,15 @@
 
 Read from `nq-open/` in the data directory: `topics.nq.dev.txt`, a part of the official
 training set, is trained on, and `NQ-open.dev.jsonl`, the official development set, is
-scored on; they share no question. An answer is right if an accepted one appears in it,
-capitals included (Hao et al., ACL 2024, and their code).
+scored on; they share no question. Scores are exact match and F1, normalised as in the
+official evaluation, and whether an accepted answer appears in what the model writes
+(Hao et al., ACL 2024, and their code).
 """
-
-import ast
-import json
 
 from meft_bench.cell import Cell
 from meft_bench.source import Source
-from meft_bench.tasks.files import read
+from meft_bench.tasks import topics
+from meft_bench.tasks.files import json_lines, read
 from meft_bench.tasks.question import AnswerTask, Question
 from meft_bench.tasks.task import draw, first
 
@@ -27,10 +26,10 @@ def load(cell: Cell, source: Source) -> AnswerTask:
     """
     train_text, train_sha256 = read(source, FOLDER, TRAIN, INSTEAD)
     dev_text, dev_sha256 = read(source, FOLDER, DEV, INSTEAD)
-    rows = [line.split("\t") for line in train_text.splitlines()]
-    learned = [_question(text, ast.literal_eval(answers)) for text, answers in rows]
-    asked = [json.loads(line) for line in dev_text.splitlines()]
-    scored = [_question(row["question"], row["answer"]) for row in asked]
+    learned = [_question(*row) for row in topics.rows(train_text, TRAIN)]
+    scored = [
+        _question(row["question"], row["answer"]) for row in json_lines(dev_text, DEV)
+    ]
     train, validation = draw(learned, cell)
     evaluation = first(scored, cell)
     return AnswerTask(
@@ -38,7 +37,7 @@ def load(cell: Cell, source: Source) -> AnswerTask:
         train=train,
         validation=validation,
         evaluation=evaluation,
-        metric="exact_match",
+        metric="nq_open",
         max_new_tokens=16,
         origin=(
             f"NQ-open from files {TRAIN} (sha256 {train_sha256[:12]}) and {DEV} "

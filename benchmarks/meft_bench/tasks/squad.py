@@ -2,7 +2,8 @@
 
 Read from `squad-xquad-en/xquad.en.json` in the data directory. The full training set is
 not in it, so four articles in five are trained on and the fifth is scored on; a score
-is therefore not one of SQuAD. An answer is right if an accepted one appears in it.
+is therefore not one of SQuAD. Scores are exact match and F1 as SQuAD 1.1 defines them,
+and whether an accepted answer appears in what the model writes.
 """
 
 import json
@@ -35,7 +36,7 @@ def load(cell: Cell, source: Source) -> AnswerTask:
         train=train,
         validation=validation,
         evaluation=evaluation,
-        metric="exact_match_any_case",
+        metric="squad",
         max_new_tokens=16,
         origin=(
             f"XQuAD-en, a part of SQuAD's dev set, from file {FILE} (sha256 "
