@@ -152,6 +152,11 @@ def _scoring(task: AnyTask) -> Any:
 
 
 def _examples(task: AnyTask, backbone: Backbone, cell: Cell) -> Examples:
+    if num_labels_of(task) is None and cell.seq_len < 2:
+        raise ValueError(
+            f"`seq_len` is {cell.seq_len}, but a language model predicts each token "
+            "from those before it: set it to 2 or more"
+        )
     if task.metric is None:
         batch = _noise(backbone.model.config, cell, num_labels_of(task))
         return Examples(train=batch, validation=[], evaluation=[])

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from meft_reports.columns import BY_NAME, COLUMNS, SCHEMA_VERSION
 from meft_reports.columns.column import Column
+from meft_reports.columns.measurement import OLD_SCORE_NAMES
 from meft_reports.errors import RecordError, UnknownName
 from meft_reports.files import write_atomically
 
@@ -220,6 +221,8 @@ def _rank(record: dict[str, Any]) -> tuple[bool, str]:
 
 def _flatten(record: dict[str, Any]) -> dict[str, Any]:
     row = {c.name: _lookup(record, c) for c in COLUMNS if c.section != "derived"}
+    if row["loss_mean"] is None:  # from before scores had the names of their rules
+        row["score_name"] = OLD_SCORE_NAMES.get(row["score_name"], row["score_name"])
     row["source"] = "measured" if row["prediction"] is None else "predicted"
     row["versions"] = json.dumps(record["environment"]["versions"], sort_keys=True)
     trainable, total = row["num_trainable_parameters"], row["num_parameters"]

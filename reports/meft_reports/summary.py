@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 
 from meft_reports.columns import CELL_FIELDS
-from meft_reports.methods import heeds
+from meft_reports.columns.measurement import OLD_SCORE_NAMES
+from meft_reports.methods import heeds, is_sparse
 from meft_reports.style import method_order
 
 WORKLOAD = (
@@ -37,6 +38,9 @@ PROVENANCE = ("machine", "code_sha256", "torch_version", "num_threads", "num_slo
 """Where a cell ran. Numbers from two of these do not mix."""
 
 GROUP = (*WORKLOAD, "method", *OPTIONS, *PROVENANCE)
+
+FLAGS = ("random_weights", "equal_batches", "undecayed_rows")
+"""Columns that `prepare` adds: what must be said of a row wherever it is shown."""
 
 
 def on_random_input(frame: pd.DataFrame) -> "pd.Series[bool]":
@@ -69,21 +73,21 @@ def summarise(frame: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
     Returns:
         The columns of `GROUP`; `num_seeds` (ok cells averaged), `num_failed`; for
         every name of `columns`, `NAME` (mean) and `NAME_spread` (sample standard
-        deviation, null for fewer than two values); `random_weights`.
+        deviation, null for fewer than two values); those of `FLAGS`.
     """
     columns = list(columns)
     rows = [_summary(part, columns) for _, part in split(prepare(frame), GROUP)]
-    names = [*GROUP, "random_weights", "num_seeds", "num_failed"]
+    names = [*GROUP, *FLAGS, "num_seeds", "num_failed"]
     names += [n for column in columns for n in (column, f"{column}_spread")]
     table = pd.DataFrame(rows, columns=pd.Index(names))
-    means = dict.fromkeys(names[len(GROUP) + 3 :], "float64")
+    means = dict.fromkeys(names[len(GROUP) + len(FLAGS) + 2 :], "float64")
     return by_method(table.astype(frame.dtypes[list(GROUP)].to_dict() | means))
 
 
 def _summary(part: pd.DataFrame, columns: Sequence[str]) -> dict[str, Any]:
     ok = part[part["status"] == "ok"]
     row: dict[str, Any] = {name: part[name].iloc[0] for name in GROUP}
-    row["random_weights"] = part["random_weights"].any()
+    row |= {name: part[name].any() for name in FLAGS}
     row["num_seeds"] = len(ok)
     row["num_failed"] = len(part) - len(ok)
     for column in columns:
@@ -145,12 +149,14 @@ def by_method(frame: pd.DataFrame) -> pd.DataFrame:
 def prepare(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows as tables and plots want them.
 
-    Of cells that died, torch and number of blocks are known as far as can be;
-    `random_weights` is a column; options that a method does not heed are null. Cells
+    Of cells that died, torch and number of blocks are known as far as can be; `FLAGS`
+    are columns; options that a method does not heed are null. Cells
     that are thereby the same, of the same seed, leave one row, an ok one if there is.
     """
     rows = with_blocks_known(with_torch_known(frame))
     rows["random_weights"] = has_random_weights(rows)
+    rows["equal_batches"] = has_equal_batches(rows)
+    rows["undecayed_rows"] = has_undecayed_rows(rows)
     for name in OPTIONS:
         idle = [not heeds(method, name) for method in rows["method"]]
         rows[name] = rows[name].mask(pd.Series(idle, index=rows.index, dtype=bool))
@@ -163,6 +169,21 @@ def has_random_weights(frame: pd.DataFrame) -> "pd.Series[bool]":
     """Whether each row's backbone had random weights, known also of cells that died."""
     origin = frame["weights_origin"].fillna("").str.startswith("random")
     return (origin | frame["backbone"].str.startswith("random:")).astype(bool)
+
+
+def has_equal_batches(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Whether a language model's micro-batches counted the same in each row's steps,
+    whatever their numbers of target tokens, as they did in older code."""
+    answers = frame["score_name"].isin(("options", *OLD_SCORE_NAMES.values()))
+    is_old = answers & frame["loss_mean"].isna() & (frame["accumulation"] > 1)
+    return is_old.astype(bool)
+
+
+def has_undecayed_rows(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Whether weight decay left out the rows of sparse adapters, as in older code."""
+    has_rows = [is_sparse(m) or m == "dense-offload" for m in frame["method"]]
+    is_old = frame["loss_mean"].isna() & frame["score_name"].notna()
+    return (is_old & pd.Series(has_rows, index=frame.index, dtype=bool)).astype(bool)
 
 
 def with_torch_known(frame: pd.DataFrame) -> pd.DataFrame:

@@ -148,3 +148,10 @@ def test_a_directory_may_hold_barts_language_model(tmp_path: Path) -> None:
     loaded = backbones.load(stored, None, HERE).model.state_dict()
     for name, weight in model.state_dict().items():
         assert torch.equal(loaded[name], weight), name
+
+
+def test_a_row_of_one_token_is_refused() -> None:
+    """It has no target, and the mean over none is no number."""
+    seen: Any = run(told(seq_len=1), ChildOptions())
+    assert seen["status"] == "error"
+    assert "`seq_len` is 1, but a language model predicts each token" in seen["message"]

@@ -54,9 +54,10 @@ NOTHING_SEEN = dict.fromkeys(
     """num_parameters num_trainable_parameters num_blocks saved_bytes resting_bytes
     peak_allocated_bytes peak_reserved_bytes peak_host_bytes nvml_process_bytes
     pcie_rx_bytes pcie_tx_bytes step_seconds step_seconds_iqr all_step_seconds
-    rival_step_seconds step_ratio step_ratio_iqr num_steps loss_curve
+    rival_step_seconds step_ratio step_ratio_iqr num_steps loss_curve loss_mean
     score_name score majority_score second_score_name second_score
-    second_majority_score right_rows h2d_bytes d2h_bytes
+    second_majority_score third_score_name third_score third_majority_score
+    right_rows h2d_bytes d2h_bytes
     h2d_forward_bytes h2d_backward_bytes h2d_update_bytes d2h_forward_bytes
     d2h_backward_bytes d2h_update_bytes paper_transfer_bytes dense_transfer_bytes
     union_fraction routing_recall activation_curve cache_hit_fraction

@@ -257,3 +257,32 @@ def test_a_score_that_is_not_a_number_is_null(
     frame = read_frame([write([make_record(score=math.nan, loss_curve=[math.nan])])])
     assert frame["score"].isna().tolist() == [True]
     assert math.isnan(frame["loss_curve"].iloc[0][0])
+
+
+@pytest.mark.parametrize(
+    ("name", "loss_mean", "wanted"),
+    [
+        ("exact_match", None, "contains"),
+        ("exact_match_any_case", None, "contains_any_case"),
+        ("number", None, "last_number"),
+        ("exact_match", "tokens", "exact_match"),
+        ("accuracy", None, "accuracy"),
+    ],
+)
+def test_scores_of_older_code_have_the_name_of_their_rule(
+    name: str, loss_mean: str | None, wanted: str, make_record: MakeRecord
+) -> None:
+    """What it called exact match was containment, and would be taken for another."""
+    frame = to_frame([make_record(score_name=name, loss_mean=loss_mean)])
+    assert list(frame["score_name"]) == [wanted]
+
+
+def test_the_published_answers_are_read_by_the_name_of_their_rule() -> None:
+    """NQ-open's are containment; ARC's rule has not changed."""
+    path = Path(__file__).parents[2] / "reports" / "published" / "knowledge"
+    frame = read_frame([path / "records.jsonl"])
+    names = frame.groupby("task")["score_name"].unique()
+    assert {task: list(found) for task, found in names.items()} == {
+        "arc-easy": ["options"],
+        "nq-open": ["contains"],
+    }

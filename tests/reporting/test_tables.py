@@ -53,8 +53,88 @@ def test_a_second_score_stands_beside_the_first(make_record: MakeRecord) -> None
     ]
     other, mrpc = find_tables("results")(to_frame(records))
     assert cells(mrpc, "lora")["score (f1)"] == "0.860 ± 0.014"
-    assert cells(mrpc, "lora")["majority class, same"] == "0.812"
-    assert "majority class, same" not in other.header
+    assert cells(mrpc, "lora")["majority class (f1)"] == "0.812"
+    assert not any("f1" in name for name in other.header)
+
+
+def test_three_values_of_a_metric_stand_side_by_side(make_record: MakeRecord) -> None:
+    """Exact match, F1 and containment, each with that of the most frequent answer."""
+    record = make_record(
+        task="nq-open",
+        method="lora",
+        loss_mean="tokens",
+        score_name="exact_match",
+        score=0.1,
+        majority_score=0.01,
+        second_score_name="f1",
+        second_score=0.2,
+        second_majority_score=0.02,
+        third_score_name="contains",
+        third_score=0.3,
+        third_majority_score=0.03,
+    )
+    (table,) = find_tables("results")(to_frame([record]))
+    row = cells(table, "lora")
+    assert row["score (exact_match)"] == "0.100"
+    assert (row["score (f1)"], row["majority class (f1)"]) == ("0.200", "0.020")
+    assert row["score (contains)"] == "0.300"
+    assert row["majority class (contains)"] == "0.030"
+
+
+def test_two_rules_of_one_name_do_not_share_a_table(make_record: MakeRecord) -> None:
+    """Older code called containment exact match; its records say what they hold."""
+    shape: Any = {"task": "nq-open", "score_name": "exact_match"}
+    records = [
+        make_record(method="lora", code_sha256="aa", **shape),
+        make_record(method="dense", code_sha256="bb", loss_mean="tokens", **shape),
+    ]
+    old, new = find_tables("results")(to_frame(records))
+    assert "score (contains)" in old.header
+    assert "score (exact_match)" in new.header
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_marked"),
+    [
+        ({}, True),
+        ({"accumulation": 1}, False),
+        ({"loss_mean": "tokens"}, False),
+        ({"score_name": "accuracy"}, False),
+        ({"score_name": "exact_match"}, True),
+    ],
+)
+def test_answers_learned_by_equal_micro_batches_are_marked(
+    changes: dict[str, Any], is_marked: bool, make_record: MakeRecord
+) -> None:
+    """Where a step had several of a language model, in records of older code."""
+    shape: Any = {"task": "arc-easy", "accumulation": 4, "score_name": "options"}
+    records = [
+        make_record(method=m, seed=s, right_rows=[1, 0], score=0.5, **shape | changes)
+        for m in ("lora", "dense")
+        for s in (0, 1)
+    ]
+    for name in ("results", "differences"):
+        (table,) = find_tables(name)(to_frame(records))
+        said = any("micro-batches of a step counted the same" in n for n in table.notes)
+        assert said == is_marked, name
+
+
+@pytest.mark.parametrize(
+    ("method", "loss_mean", "is_marked"),
+    [
+        ("sparse", None, True),
+        ("dense-offload", None, True),
+        ("dense", None, False),
+        ("sparse", "labels", False),
+    ],
+)
+def test_rows_that_did_not_decay_are_marked(
+    method: str, loss_mean: str | None, is_marked: bool, make_record: MakeRecord
+) -> None:
+    """In records of older code, which left the rows of sparse adapters out."""
+    record = make_record(task="bbc-news", method=method, loss_mean=loss_mean)
+    (table,) = find_tables("results")(to_frame([record]))
+    assert any("no weight decay" in note for note in table.notes) == is_marked
 
 
 def test_memory_shows_how_a_cell_failed_in_its_place(frame: pd.DataFrame) -> None:

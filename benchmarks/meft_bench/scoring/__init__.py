@@ -6,5 +6,6 @@
     scores(task, predictions, rows)            every value of the metric, by name
     majority(task)                             the same for always answering alike
 
-`labels` is for classifiers, `answers` for language models.
+`labels` is for classifiers, `answers` for language models, by the metrics of `rules`
+with exact match and F1 of `normalised`.
 """

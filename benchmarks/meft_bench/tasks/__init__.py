@@ -2,6 +2,6 @@
 
     load(cell, source) -> Task
 
-`task` holds what a task is, `metrics` how it is scored, `batches` how rows become
-tensors. The registry names the tasks.
+`task` and `question` hold what a task is, `files` and `topics` read its rows, `metrics`
+scores labels, `batches` makes rows tensors. The registry names the tasks.
 """

@@ -2,6 +2,15 @@
 
 from meft_reports.columns.column import Column, derived, seen
 
+OLD_SCORE_NAMES = {
+    "exact_match": "contains",
+    "exact_match_any_case": "contains_any_case",
+    "number": "last_number",
+}
+"""What older code called the scores of questions, and what they are. It called
+containment exact match, which is another rule today, and `number` the number after the
+last `####`, or the whole answer if there was none."""
+
 MEASUREMENT: tuple[Column, ...] = (
     seen("num_parameters", "Int64", "all parameters", "count"),
     seen("num_trainable_parameters", "Int64", "those that train", "count", True),
@@ -109,7 +118,9 @@ MEASUREMENT: tuple[Column, ...] = (
     ),
     seen("num_steps", "Int64", "optimizer steps done", "count"),
     seen("loss_curve", "list", "training loss, one value a step"),
-    seen("loss_mean", "string", "what a step's loss is the mean over; null: older code"),
+    seen(
+        "loss_mean", "string", "what a step's loss is the mean over; null: older code"
+    ),
     seen("score_name", "string", "the metric behind `score`"),
     seen(
         "score",
@@ -136,6 +147,20 @@ MEASUREMENT: tuple[Column, ...] = (
         "second_majority_score",
         "Float64",
         "second score of always answering the most frequent training label",
+        "fraction",
+    ),
+    seen("third_score_name", "string", "the metric behind `third_score`"),
+    seen(
+        "third_score",
+        "Float64",
+        "likewise: containment of short answers",
+        "fraction",
+        False,
+    ),
+    seen(
+        "third_majority_score",
+        "Float64",
+        "third score of always answering the most frequent training label",
         "fraction",
     ),
     seen("right_rows", "list", "of each evaluated row: 1 where the answer is right"),

@@ -31,7 +31,7 @@ from meft_reports.summary import (
     split,
     spread,
 )
-from meft_reports.tables.table import Table, join_options, notes_on
+from meft_reports.tables.table import Table, join_options, notes_on, notes_on_scores
 
 TAIL = 0.975
 """An interval of 95 % ends where this much lies below."""
@@ -82,7 +82,7 @@ def make(frame: pd.DataFrame) -> list[Table]:
                     header=HEADER,
                     rows=tuple(found),
                     num_text_columns=2,
-                    notes=(*NOTES, *notes_on(part)),
+                    notes=(*NOTES, *notes_on(part), *notes_on_scores(part)),
                 )
             )
     return tables

@@ -26,7 +26,7 @@ from meft_reports.summary import (
     split,
     summarise,
 )
-from meft_reports.tables.table import Table, join_options, notes_on
+from meft_reports.tables.table import Table, join_options, notes_on, notes_on_scores
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
@@ -40,6 +40,8 @@ def make(frame: pd.DataFrame) -> list[Table]:
         "majority_score",
         "second_score",
         "second_majority_score",
+        "third_score",
+        "third_majority_score",
         "num_trainable_parameters",
         "trainable_fraction",
         "saved_bytes",
@@ -52,16 +54,21 @@ def make(frame: pd.DataFrame) -> list[Table]:
     ]
     table = summarise(rows, values)
     shown = fields_to_show(table, always=WORKLOAD)
-    names = ["score_name", "second_score_name"]
-    metrics = rows.groupby("task")[names].first()
+    names = ["score_name", "second_score_name", "third_score_name"]
+    # A task's metrics may have changed between two versions of the code.
+    metrics = rows.groupby(["task", "code_sha256"])[names].first()
     return [
-        _results_table(part, describe(part, shown), *metrics.loc[key["task"], names])
+        _results_table(
+            part,
+            describe(part, shown),
+            *metrics.loc[(key["task"], key["code_sha256"]), names],
+        )
         for key, part in split(table, [*WORKLOAD, *PROVENANCE])
     ]
 
 
 def _results_table(
-    part: pd.DataFrame, title: str, metric: Any, second_metric: Any
+    part: pd.DataFrame, title: str, metric: Any, second_metric: Any, third_metric: Any
 ) -> Table:
     part = by_method(part)
     header: dict[str, Callable[[Any], str]] = {
@@ -69,10 +76,8 @@ def _results_table(
         "seeds": _seeds,
         f"score ({format_text(metric)})": lambda row: _score(row, "score"),
         "majority class": lambda row: format_score(row["majority_score"]),
-        f"score ({format_text(second_metric)})": lambda row: _score(
-            row, "second_score"
-        ),
-        "majority class, same": lambda row: format_score(row["second_majority_score"]),
+        **_further(second_metric, "second_"),
+        **_further(third_metric, "third_"),
         "trainable": lambda row: format_count(row["num_trainable_parameters"]),
         "share": lambda row: format_percent(row["trainable_fraction"]),
         "saved for backward": lambda row: _bytes(row, "saved_bytes"),
@@ -84,9 +89,6 @@ def _results_table(
     }
     if part["peak_reserved_bytes"].isna().all():  # only a GPU has it
         del header["peak reserved"]
-    if is_null(second_metric):
-        del header[f"score ({format_text(second_metric)})"]
-        del header["majority class, same"]
     return Table(
         title=title,
         header=tuple(header),
@@ -96,8 +98,21 @@ def _results_table(
         notes=(
             "All numbers are measured. Mean over seeds ± sample standard deviation.",
             *notes_on(part),
+            *notes_on_scores(part),
         ),
     )
+
+
+def _further(metric: Any, rank: str) -> dict[str, Callable[[Any], str]]:
+    """Columns of the metric's second or third value; none where it has no such."""
+    if is_null(metric):
+        return {}
+    return {
+        f"score ({format_text(metric)})": lambda row: _score(row, f"{rank}score"),
+        f"majority class ({format_text(metric)})": lambda row: format_score(
+            row[f"{rank}majority_score"]
+        ),
+    }
 
 
 def _seeds(row: "pd.Series[Any]") -> str:

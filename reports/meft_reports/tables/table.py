@@ -79,3 +79,20 @@ def notes_on(rows: pd.DataFrame) -> list[str]:
             "has been held against a real one yet."
         )
     return notes
+
+
+def notes_on_scores(rows: pd.DataFrame) -> list[str]:
+    """What must be said of how some rows were trained: by older code."""
+    notes = []
+    if rows["equal_batches"].any():
+        notes.append(
+            "Trained by older code, in which the micro-batches of a step counted the "
+            "same, whatever their numbers of target tokens: gradients are not those of "
+            "the mean over all tokens of a step."
+        )
+    if rows["undecayed_rows"].any():
+        notes.append(
+            "Trained by older code, in which rows of sparse adapters had no weight "
+            "decay, where the neurons of dense adapters had."
+        )
+    return notes
