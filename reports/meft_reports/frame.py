@@ -8,6 +8,7 @@ by the table of facts; this module does not know the harness.
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from io import BytesIO
@@ -115,7 +116,7 @@ def _records_of(path: Path) -> Iterable[dict[str, Any]]:
         content = path.read_bytes()
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error.strerror}") from error
-    lines = content.split(b"\n")
+    lines = re.split(rb"\r\n|\r|\n", content)
     unknown: set[str] = set()
     for number, line in enumerate(lines, start=1):
         if not line.strip():

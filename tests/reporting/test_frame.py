@@ -95,6 +95,34 @@ def test_a_file_gives_the_same_frame_back(
     pd.testing.assert_frame_equal(load_frame(tmp_path / name), frame, check_exact=True)
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_records_are_read_whatever_ends_their_lines(
+    end: bytes, mark: bytes, make_record: MakeRecord, write: Write
+) -> None:
+    """With a byte-order mark, blank lines and no last newline: as an editor left it."""
+    path = write([make_record(seed=seed, message="a\u2028b") for seed in (0, 1)])
+    first, second = path.read_bytes().splitlines()
+    path.write_bytes(mark + first + end + end + b" " + end + second)
+    assert list(read_frame([path])["seed"]) == [0, 1]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_frame_of_csv_is_read_as_other_programs_write_it(
+    end: str, mark: str, make_record: MakeRecord, tmp_path: Path
+) -> None:
+    """Quotes, commas and newlines in a message; a mark and a blank line in the file."""
+    text = 'say "no", twice\nand\u2028again'
+    frame = to_frame([make_record("error", message=text)])
+    save_frame(frame, tmp_path / "cells.csv")
+    content = (tmp_path / "cells.csv").read_text(encoding="utf-8")
+    header, _, rest = content.partition("\n")
+    path = tmp_path / "other.csv"
+    path.write_bytes((mark + header + end + rest.rstrip("\n") + end + end).encode())
+    pd.testing.assert_frame_equal(load_frame(path), frame, check_exact=True)
+
+
 def test_parquet_is_typed_for_any_reader(frame: pd.DataFrame, tmp_path: Path) -> None:
     """pandas alone sees integers for bytes, also where every value is null."""
     save_frame(frame, tmp_path / "cells.parquet")
