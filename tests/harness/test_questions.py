@@ -272,12 +272,13 @@ class Speller:
         self.tokens = tokens
         self.config = LlamaConfig(vocab_size=len(WORDS), pad_token_id=0)
         self.asked: dict[str, Any] = {}
+        self.read: list[list[int]] = []
 
     def eval(self) -> None:
         pass
 
     def generate(self, input_ids: torch.Tensor, **asked: Any) -> torch.Tensor:
-        self.asked = asked
+        self.asked, self.read = asked, input_ids.tolist()
         new = torch.tensor([self.tokens] * len(input_ids))
         return torch.cat([input_ids, new], dim=1)
 
@@ -424,28 +425,31 @@ def test_an_answer_without_an_end_token_is_learned_as_it_is(
     assert example.token_ids == [3, 5, 8, 4, 6]
 
 
-@pytest.mark.parametrize(
-    ("metric", "changes", "seq_len", "needed"),
-    [
-        ("gsm8k", {"max_new_tokens": 160}, 128, 160),
-        ("options", {"max_new_tokens": 0}, 3, 3),
-        ("nq_open", {"max_new_tokens": 0}, 1, 1),
-    ],
-)
-def test_a_row_without_room_for_its_question_is_refused(
-    metric: str,
-    changes: dict[str, int],
-    seq_len: int,
-    needed: int,
+@pytest.mark.parametrize("split", ["validation", "evaluation"])
+def test_an_option_without_room_is_refused(
+    split: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Before anything trains: of an option that is cut, the rest would be scored."""
+    fits, long = sky(), sky(options=("blue", "blue red sky"))
+    task = asked("options", fits, **{"evaluation": (), split: (fits, long)})
+    words = "`seq_len` is 3, but an option of task 'made up' has 3 tokens"
+    with pytest.raises(ValueError, match=words):
+        answers.examples(task, tokenizer, cell(seq_len=3))
+    answers.examples(task, tokenizer, cell(seq_len=4))
+
+
+def test_a_prompt_that_is_too_long_to_continue_loses_its_beginning(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    """Before anything trains: answers to nothing, or half an option, score nothing."""
-    options = ("red", "blue red sky") if metric == "options" else ()
-    question = sky(options=options)
-    task = asked(metric, question, **changes)
-    words = f"`seq_len` is {seq_len}, but an answer of .* has up to {needed} tokens"
-    with pytest.raises(ValueError, match=words):
-        answers.examples(task, tokenizer, cell(seq_len=seq_len))
+    """It has `seq_len` tokens left, whatever the length of the answer to come."""
+    stepper = writer()
+    stepper.model = Speller([6, 1])
+    task = asked("nq_open", sky(), max_new_tokens=20)
+    for seq_len, wanted in ((3, [5, 8, 4]), (8, [3, 5, 8, 4])):
+        here = cell(seq_len=seq_len)
+        answers.predict(stepper, task, task.evaluation, tokenizer, here)
+        assert stepper.model.read == [wanted]
+        assert stepper.model.asked["max_new_tokens"] == 20
 
 
 def test_of_options_that_are_equally_likely_the_first_is_chosen(

@@ -27,9 +27,9 @@ def examples(
     """Prompts with their answers to train on; questions as they are to score.
 
     Raises:
-        ValueError: `cell.seq_len` leaves no room for a question next to its answer.
+        ValueError: an option does not fit into `cell.seq_len` tokens.
     """
-    _refuse_short(task, tokenizer, cell)
+    _refuse_long_options(task, tokenizer, cell.seq_len)
     return Examples(
         train=[_learned(q, tokenizer, cell.seq_len) for q in task.train],
         validation=task.validation,
@@ -84,22 +84,18 @@ def majority(task: AnswerTask) -> dict[str, float]:
     return scores(task, answers, task.evaluation)
 
 
-def _refuse_short(
-    task: AnswerTask, tokenizer: PreTrainedTokenizerBase, cell: Cell
+def _refuse_long_options(
+    task: AnswerTask, tokenizer: PreTrainedTokenizerBase, seq_len: int
 ) -> None:
-    """Raise before the first step where no prompt would be left in a row."""
-    needed = task.max_new_tokens
+    """Raise before the first step where an option and a token before it do not fit."""
     for question in (*task.validation, *task.evaluation):
         for option in question.options:
-            needed = max(
-                needed, len(_split(question.prompt, f" {option}", tokenizer)[1])
-            )
-    needed = max(1, needed)
-    if cell.seq_len <= needed:
-        raise ValueError(
-            f"`seq_len` is {cell.seq_len}, but an answer of task {task.name!r} has up "
-            f"to {needed} tokens: set it above, to make room for the questions too"
-        )
+            _, tokens = _split(question.prompt, f" {option}", tokenizer)
+            if len(tokens) >= seq_len:
+                raise ValueError(
+                    f"`seq_len` is {seq_len}, but an option of task {task.name!r} has "
+                    f"{len(tokens)} tokens: set it above, to make room for questions"
+                )
 
 
 def _learned(
@@ -182,9 +178,9 @@ def _write(
     tokenizer: PreTrainedTokenizerBase,
     cell: Cell,
 ) -> list[str]:
-    room = cell.seq_len - task.max_new_tokens
     end = tokenizer.eos_token_id
-    prompts = [tokenizer(q.prompt)["input_ids"][-room:] for q in rows]
+    # As in training, a prompt that is too long loses its beginning.
+    prompts = [tokenizer(q.prompt)["input_ids"][-cell.seq_len :] for q in rows]
     written = [""] * len(rows)
     encoded = [Example(token_ids=p, segment_ids=[0] * len(p), label=0) for p in prompts]
     for chosen in _by_length(encoded, cell.batch_size):

@@ -38,7 +38,7 @@ def load(cell: Cell, source: Source) -> AnswerTask:
         validation=validation,
         evaluation=evaluation,
         metric="gsm8k",
-        max_new_tokens=160,
+        max_new_tokens=400,
         origin=(
             f"GSM8K from files {TRAIN} (sha256 {train_sha256[:12]}) and {TEST} (sha256 "
             f"{test_sha256[:12]}); train {len(train)} and selection {len(validation)} "

@@ -37,7 +37,7 @@ def load(cell: Cell, source: Source) -> AnswerTask:
         validation=validation,
         evaluation=evaluation,
         metric="squad",
-        max_new_tokens=16,
+        max_new_tokens=32,
         origin=(
             f"XQuAD-en, a part of SQuAD's dev set, from file {FILE} (sha256 "
             f"{sha256[:12]}); train {len(train)} and selection {len(validation)} rows "

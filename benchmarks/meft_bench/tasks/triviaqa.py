@@ -38,7 +38,7 @@ def load(cell: Cell, source: Source) -> AnswerTask:
         validation=validation,
         evaluation=evaluation,
         metric="trivia_qa",
-        max_new_tokens=16,
+        max_new_tokens=32,
         origin=(
             f"TriviaQA from files {TRAIN} (sha256 {train_sha256[:12]}) and {DEV} "
             f"(sha256 {dev_sha256[:12]}); train {len(train)} and selection "
