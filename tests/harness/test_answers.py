@@ -237,14 +237,38 @@ def test_the_most_frequent_number_is_what_gsm8k_is_compared_with() -> None:
 
 def test_the_most_frequent_place_is_what_options_are_compared_with() -> None:
     """Where a question has fewer options, it is the last of them."""
-    first, second = ("a", "b", "c"), ("b", "a")
-    questions = [
-        question("c", options=first),
-        question("c", options=first),
-        question("b", options=second),
-        question("a", options=second),
-    ]
-    assert answers.majority(asked("options", *questions)) == {"options": 3 / 4}
+    long, short = ("a", "b", "c"), ("b", "a")
+    questions = [question("c", options=long)] * 3
+    questions += [question("a", options=long), question("b", options=short)]
+    questions += [question("a", options=short)]
+    assert answers.majority(asked("options", *questions)) == {"options": 4 / 6}
+
+
+def test_as_many_answers_as_questions_are_scored() -> None:
+    task = asked("squad", question("blue"), question("red"))
+    for score in (answers.scores, answers.is_right):
+        with pytest.raises(ValueError, match="zip"):
+            score(task, ["blue"], task.evaluation)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("metric", "same", "other"),
+    [
+        ("squad", "Beyonc\u00e9", "Beyonce\u0301"),
+        ("nq_open", "beyonce\u0301!", "Beyonce"),
+        ("trivia_qa", "beyonc\u00e9", "b eyonc\u00e9"),
+    ],
+)
+def test_each_metric_has_its_own_normalisation(
+    metric: str, same: str, other: str
+) -> None:
+    """In exact match, in F1, and in what it takes as one answer."""
+    task = asked(metric, question("Beyonc\u00e9"))
+    values = list(METRICS[metric].values.values())[:2]
+    assert [rule(same, task.evaluation[0]) for rule in values] == [1, 1]
+    assert [rule(other, task.evaluation[0]) for rule in values] == [0, 0]
+    key = METRICS[metric].key
+    assert key(same) == key("Beyonc\u00e9") != key(other)
 
 
 def test_the_first_line_that_is_not_blank_is_read() -> None:

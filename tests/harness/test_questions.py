@@ -192,8 +192,10 @@ def test_the_most_frequent_number_of_gsm8k_is_4(data_dir: Path) -> None:
 
 def test_only_the_answer_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
     """And the end; a prompt that is too long loses its beginning."""
-    task = asked("options", sky())
-    (example,) = answers.examples(task, tokenizer, cell(seq_len=8)).train
+    task = asked("options", sky(), validation=(sky(prompt="Answer:"),))
+    found = answers.examples(task, tokenizer, cell(seq_len=8))
+    assert (found.validation, found.evaluation) == (task.validation, task.evaluation)
+    (example,) = found.train
     assert isinstance(example, Example)
     assert example.token_ids == [3, 5, 8, 4, 6, 1]
     assert example.label == [IGNORED] * 4 + [6, 1]

@@ -1,7 +1,9 @@
 import itertools
+import random
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
@@ -14,7 +16,13 @@ from meft_bench.registry import METHODS, OPTIMIZERS, load
 from meft_bench.source import Source
 from meft_bench.tasks import synthetic
 from meft_bench.tasks.batches import Example, collate
-from meft_bench.training import Stepper, learning_rate_at, predict, train
+from meft_bench.training import (
+    Stepper,
+    learning_rate_at,
+    predict,
+    seed_everything,
+    train,
+)
 
 
 def stepper_for(chosen: Cell) -> Stepper:
@@ -240,13 +248,19 @@ class _LengthTeller(torch.nn.Module):
 
     config = classifier().config
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, ...]] = []
+
     def forward(self, attention_mask: torch.Tensor, **others: object) -> object:
+        self.seen.append(tuple(attention_mask.shape))
         lengths = attention_mask.sum(-1)
         return SimpleNamespace(logits=torch.nn.functional.one_hot(lengths, 10))
 
 
 def test_predictions_come_in_the_order_of_the_rows() -> None:
-    """Rows are predicted by length, so each label must find its way back."""
+    """Rows are predicted by length, with no more padding than there must be, so each
+    label must find its way back; dropout is off."""
     stepper = stepper_for(cell())
     stepper.model = _LengthTeller()  # type: ignore[assignment]
     lengths = [7, 2, 5, 3, 6]
@@ -254,3 +268,19 @@ def test_predictions_come_in_the_order_of_the_rows() -> None:
         Example(token_ids=[5] * n, segment_ids=[0] * n, label=0) for n in lengths
     ]
     assert predict(stepper, examples, batch_size=2) == lengths
+    assert stepper.model.seen == [(2, 3), (2, 6), (1, 7)]
+    assert not stepper.model.training
+
+
+def test_a_seed_decides_every_random_number() -> None:
+    """Python's, numpy's and torch's."""
+
+    def draw() -> list[float]:
+        return [random.random(), numpy.random.rand(), float(torch.rand(()))]  # noqa: NPY002
+
+    drawn = []
+    for seed in (3, 3, 4):
+        seed_everything(seed)
+        drawn.append(draw())
+    assert drawn[0] == drawn[1]
+    assert all(a != b for a, b in zip(drawn[0], drawn[2], strict=True))

@@ -15,6 +15,7 @@ metric is the score; it is 1 or 0 for each row.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from meft_bench.scoring import normalised
 from meft_bench.tasks.gsm8k import final_number
@@ -58,29 +59,41 @@ def first_line(text: str) -> str:
     return text.strip().partition("\n")[0].strip()
 
 
-def _short_answers(
-    normalise: normalised.Normalise, contains: str, rule: Rule
-) -> Metric:
-    """Exact match and F1 of the first line, and containment."""
+def _exact_match(
+    text: str, question: Question, normalise: normalised.Normalise
+) -> float:
+    return normalised.exact_match(first_line(text), question.accepted, normalise)
 
-    def exact_match(text: str, question: Question) -> float:
-        line = first_line(text)
-        return normalised.exact_match(line, question.accepted, normalise)
 
-    def f1(text: str, question: Question) -> float:
-        return normalised.f1(first_line(text), question.accepted, normalise)
-
-    return Metric(
-        values={"exact_match": exact_match, "f1": f1, contains: rule}, key=normalise
-    )
+def _f1(text: str, question: Question, normalise: normalised.Normalise) -> float:
+    return normalised.f1(first_line(text), question.accepted, normalise)
 
 
 METRICS = {
     "options": Metric(values={"options": _options}, key=str),
-    "squad": _short_answers(normalised.squad, "contains_any_case", _contains_any_case),
-    "nq_open": _short_answers(normalised.nq_open, "contains", _contains),
-    "trivia_qa": _short_answers(
-        normalised.trivia_qa, "contains_any_case", _contains_any_case
+    "squad": Metric(
+        values={
+            "exact_match": partial(_exact_match, normalise=normalised.squad),
+            "f1": partial(_f1, normalise=normalised.squad),
+            "contains_any_case": _contains_any_case,
+        },
+        key=normalised.squad,
+    ),
+    "nq_open": Metric(
+        values={
+            "exact_match": partial(_exact_match, normalise=normalised.nq_open),
+            "f1": partial(_f1, normalise=normalised.nq_open),
+            "contains": _contains,
+        },
+        key=normalised.nq_open,
+    ),
+    "trivia_qa": Metric(
+        values={
+            "exact_match": partial(_exact_match, normalise=normalised.trivia_qa),
+            "f1": partial(_f1, normalise=normalised.trivia_qa),
+            "contains_any_case": _contains_any_case,
+        },
+        key=normalised.trivia_qa,
     ),
     "gsm8k": Metric(
         values={"final_number": _final_number},
