@@ -48,10 +48,11 @@ def micro_batches(size: int) -> list[Batch]:
 
 def model_of(here: Cell, family: str = "llama") -> Any:
     """A tiny language model, the same weights each time, without dropout."""
-    config = CONFIG_MAPPING[family](**SHAPE | FAMILIES[family], pad_token_id=1)
+    fields: dict[str, Any] = SHAPE | FAMILIES[family] | {"pad_token_id": 1}
+    config: Any = CONFIG_MAPPING[family](**fields)
     config.dropout = config.attention_dropout = config.activation_dropout = 0.0
     torch.manual_seed(0)
-    kind = AutoModelForSeq2SeqLM if family == "bart" else AutoModelForCausalLM
+    kind: Any = AutoModelForSeq2SeqLM if family == "bart" else AutoModelForCausalLM
     return load(METHODS[here.method])(kind.from_config(config), here).train()
 
 
@@ -143,8 +144,10 @@ def test_a_window_of_micro_batches_with_equally_many_targets_is_their_plain_mean
     stepper = Stepper(model_of(cell()), cell())
     for _ in range(3):
         (stepper.loss(stepper.to_device(whole)) / 3).backward()
-    wanted = [p.grad for p in stepper.model.parameters() if p.requires_grad]
-    assert all(map(torch.equal, found, wanted))
+    trained = [p for p in stepper.model.parameters() if p.requires_grad]
+    for gradient, parameter in zip(found, trained, strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(gradient, parameter.grad)
 
 
 def test_micro_batches_of_a_classifier_count_the_same() -> None:

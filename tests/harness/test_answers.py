@@ -248,7 +248,7 @@ def test_as_many_answers_as_questions_are_scored() -> None:
     task = asked("squad", question("blue"), question("red"))
     for score in (answers.scores, answers.is_right):
         with pytest.raises(ValueError, match="zip"):
-            score(task, ["blue"], task.evaluation)  # type: ignore[operator]
+            score(task, ["blue"], task.evaluation)
 
 
 @pytest.mark.parametrize(

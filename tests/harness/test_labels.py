@@ -47,7 +47,9 @@ def test_every_split_becomes_tokens(tokenizer: BertTokenizer) -> None:
         (found.evaluation, [0, 1, 1, 1]),
     ):
         assert [row.label for row in split] == wanted
-        assert all(len(row.token_ids) <= 3 for row in split)
+        for row in split:
+            assert isinstance(row, Example)
+            assert len(row.token_ids) <= 3
 
 
 def test_a_label_is_the_one_with_the_largest_logit(tokenizer: BertTokenizer) -> None:

@@ -208,7 +208,7 @@ def _write(
         for n, tokens in zip(chosen, out[:, longest:].tolist(), strict=True):
             # Behind the end of a row there is padding, until the last row has ended.
             tokens = tokens[: tokens.index(end)] if end in tokens else tokens
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            text = str(tokenizer.decode(tokens, skip_special_tokens=True))
             written[n] = text.partition(NEXT_PROMPT)[0]
     return written
 
