@@ -8,15 +8,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from meft_bench import (
     doctor,
     environment,
     fields,
     harness,
+    output,
     planning,
     registry,
     runs,
@@ -33,6 +34,9 @@ from meft_bench.runs import RunsError
 from meft_bench.sweep import Sweep, SweepError
 from meft_bench.virtual import gpu
 
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
+
 EXIT_USAGE = 2
 
 
@@ -47,28 +51,49 @@ def main(argv: Sequence[str] | None = None, *, worker_module: str = WORKER) -> i
         argv: the words after the program's name; None takes them from `sys.argv`.
         worker_module: module that plays the child; tests put their own here.
     """
-    arguments = _parser().parse_args(argv)
+    output.prepare()
     try:
-        if arguments.command == "list":
-            return _list(arguments)
-        if arguments.command == "run":
-            return harness.run(_plan(arguments), worker_module=worker_module)
-        if arguments.command in ("plan", "fit"):
-            return _plan_or_fit(arguments)
-        if arguments.command == "show":
-            return _show(arguments)
-        _print_pairs(doctor.examine(_data_dir(arguments)))
-        return harness.EXIT_OK
+        try:
+            return _command(_parser().parse_args(argv), worker_module)
+        finally:
+            sys.stdout.flush()  # here, where it can be said that it failed
+    except BrokenPipeError:
+        output.forget(sys.stdout)
+        return output.EXIT_CLOSED
+    except KeyboardInterrupt:
+        output.complain("meft-bench: interrupted")
+        return harness.EXIT_INTERRUPTED
     except (SweepError, RunsError, UsageError, PlanningError) as error:
-        print(f"meft-bench: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        output.complain(f"meft-bench: {error}")
+    except OSError as error:
+        output.complain(f"meft-bench: {error.filename or 'output'}: {error.strerror}")
+        output.forget(sys.stdout)
+    return EXIT_USAGE
+
+
+def _command(arguments: argparse.Namespace, worker_module: str) -> int:
+    if arguments.command == "list":
+        return _list(arguments)
+    if arguments.command == "run":
+        return harness.run(_plan(arguments), worker_module=worker_module)
+    if arguments.command in ("plan", "fit"):
+        return _plan_or_fit(arguments)
+    if arguments.command == "show":
+        return _show(arguments)
+    _print_pairs(doctor.examine(_data_dir(arguments)))
+    return harness.EXIT_OK
 
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as every other error of ours does."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+        output.complain(f"{self.prog}: {message}; see {self.prog} --help")
+        self.exit(EXIT_USAGE)
+
+    def print_help(self, file: 'SupportsWrite[str] | None' = None) -> None:
+        """Print the help; argparse itself hides that it could not be printed."""
+        print(self.format_help(), end="", file=file)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -236,7 +261,19 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         num_slots=arguments.slots,
         timeout_seconds=arguments.timeout or chosen.timeout_seconds,
         force=arguments.force,
+        left_out=tuple(_left_out(chosen, cells, arguments.only)),
     )
+
+
+def _left_out(
+    chosen: Sweep, cells: Sequence[Cell], only: str | None
+) -> Iterator[str]:
+    """What the sweep declares and the command line does not ask for."""
+    if chosen.num_excluded:
+        yield f"excluded, {chosen.num_excluded}: by the sweep's own rules"
+    num_others = len(chosen.cells) - len(cells)
+    if num_others:
+        yield f"not selected, {num_others} of {len(chosen.cells)}: `--only {only}`"
 
 
 def _show(arguments: argparse.Namespace) -> int:

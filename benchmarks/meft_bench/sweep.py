@@ -13,6 +13,7 @@ line that names the file, the offending thing and the nearest valid one.
 """
 
 import itertools
+import math
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ class Sweep:
     question: str
     cells: tuple[Cell, ...]
     """In declared order, no two alike."""
+    num_excluded: int
+    """Points that the matrices exclude."""
     memory_limit_bytes: int | None
     """Data each child may allocate; None sets no limit."""
     timeout_seconds: float
@@ -186,6 +189,7 @@ def _parse(name: str, table: dict[str, Any], device: str) -> Sweep:
     if not tables:
         raise ValueError("no [[matrix]]; declare at least one")
     cells: dict[Cell, None] = {}
+    num_excluded = 0
     names: list[str] = []
     for index, entry in enumerate(tables, start=1):
         label = entry.get("name")
@@ -194,25 +198,32 @@ def _parse(name: str, table: dict[str, Any], device: str) -> Sweep:
         if label in names:
             raise ValueError(f"two matrices are named {label!r}; rename one")
         names.append(label)
-        cells.update(dict.fromkeys(_cells(label, entry, device)))
+        kept, num_points = _cells(label, entry, device)
+        cells.update(dict.fromkeys(kept))
+        num_excluded += num_points - len(kept)
     return Sweep(
         name=name,
         question=question,
         cells=tuple(cells),
+        num_excluded=num_excluded,
         memory_limit_bytes=_memory_limit(table),
         timeout_seconds=_timeout(table),
         num_threads=_num_threads(table),
     )
 
 
-def _cells(label: str, entry: dict[str, Any], device: str) -> list[Cell]:
+def _cells(
+    label: str, entry: dict[str, Any], device: str
+) -> tuple[list[Cell], int]:
+    """The cells of a matrix, and how many there would be without exclusions."""
     try:
-        cells = list(expand(_matrix(label, entry), device=device))
+        matrix = _matrix(label, entry)
+        cells = list(expand(matrix, device=device))
         if not cells:
             raise ValueError("every cell is excluded")
     except ValueError as error:
         raise ValueError(f"matrix {label!r}: {error}") from error
-    return cells
+    return cells, math.prod(map(len, matrix.axes))
 
 
 def _memory_limit(table: dict[str, Any]) -> int | None:

@@ -99,7 +99,42 @@ def test_failures(capsys: pytest.CaptureFixture[str]) -> None:
     told = re.search(r"\noom: head/\S+: too small \((.+\.log)\)\n", seen.err)
     assert told is not None
     assert Path(told[1]).is_file()
-    assert run("--only", "lora", worker="fake_mixed") == 0
+
+
+def test_nothing_ran(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where every cell was skipped the exit code says so, however often it is run."""
+    for _ in range(2):
+        assert run("--only", "lora", worker="fake_mixed") == 3
+        assert capsys.readouterr().out.startswith("skipped 1\n")
+
+
+def test_why_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of every cell that does not run it is said why: a line for each reason, with how
+    many there are and the first of them. Some are ok, so the code is 0, also when this
+    very run only skipped."""
+    axes = 'axes = { method = ["full", "lora"], seed = [0, 1, 2, 3] }\n'
+    exclude = 'exclude = [{ method = "full", seed = [2, 3] }]\n'
+    (folder / "mine.toml").write_text(
+        f'question = "Why not?"\n[[matrix]]\nname = "one"\n{axes}{exclude}'
+    )
+    assert run("--only", "full") == 0
+    assert run(worker="fake_mixed") == 0
+    said = capsys.readouterr().err.splitlines()
+    ids = [f"{{}}/minilm-l6/b16-s128-fp32/synthetic/seed{seed}" for seed in range(4)]
+    full, lora = ([name.format(method) for name in ids] for method in ("full", "lora"))
+    assert said[:2] == [
+        "excluded, 2: by the sweep's own rules",
+        "not selected, 4 of 6: `--only full`",
+    ]
+    assert said[4:6] == [
+        "excluded, 2: by the sweep's own rules",
+        "not run again, 2 of 6: ok under the same code, machine and torch (`--force` "
+        f"runs them, too): {full[0]}, {full[1]}",
+    ]
+    assert said[-1] == (
+        f"skipped, 4 of 4: no such data: {', '.join(lora[:3])} and 1 more"
+    )
+    assert len(said) == 6 + 4 + 1
 
 
 def test_force(folder: Path) -> None:

@@ -95,7 +95,7 @@ def test_unusable_path(tmp_path: Path) -> None:
     with pytest.raises(RunsError, match="Is a directory"):
         RecordsFile(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(RunsError, match=r"file.runs.jsonl: "):
+    with pytest.raises(RunsError, match=r"file: File exists"):
         RecordsFile(tmp_path / "file" / "runs.jsonl")
 
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from marks import slow_but_for
+from meft_bench import outcome
 from meft_bench.cell import Cell
 from meft_bench.options import ChildOptions
 from meft_bench.out_of_memory import is_out_of_memory
 from meft_bench.record import Measurement
 from meft_bench.registry import METHODS
-from meft_bench.worker import one_line, run, write_result
+from meft_bench.worker import one_line, run
 
 TINY: dict[str, Any] = {
     "backbone": "random:bert-tiny",
@@ -249,9 +250,9 @@ def test_a_result_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     """What JSON cannot hold leaves no file behind."""
     path = tmp_path / "seen.json"
     with pytest.raises(ValueError, match="JSON"):
-        write_result(path, {"measurement": float("nan")})
+        outcome.write(path, {"measurement": float("nan")})
     assert not list(tmp_path.iterdir())
-    write_result(path, {"status": "ok"})
+    outcome.write(path, {"status": "ok"})
     assert [p.name for p in tmp_path.iterdir()] == ["seen.json"]
 
 
