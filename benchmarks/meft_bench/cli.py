@@ -163,13 +163,17 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
         "directory, a config.json, or hub:NAME; no weights are read",
     )
     parser.add_argument(
-        "--method", nargs="+", default=["all"], help="names, or all (the default)"
+        "--method",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="names, or all (the default)",
     )
     names = ", ".join(gpu.names())
     parser.add_argument("--gpu", required=True, help=f"{names}, or a JSON file")
-    parser.add_argument("--batch", type=_count, default=8, help="default 8")
-    parser.add_argument("--seq", type=_count, default=512, help="default 512")
-    parser.add_argument("--depth", type=_count, default=0, help="default: its own")
+    parser.add_argument("--batch", type=_count, help="default 8")
+    parser.add_argument("--seq", type=_count, help="default 512")
+    parser.add_argument("--depth", type=_count, help="default: its own")
     parser.add_argument("--accumulation", type=_count, default=1, help="default 1")
     parser.add_argument("--dtype", choices=registry.DTYPES, default="fp32")
     parser.add_argument(
@@ -179,6 +183,7 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=VALUE",
         help="other fields of a cell, such as num_neurons=6400 active_fraction=0.5",
@@ -207,14 +212,25 @@ def _plan_or_fit(arguments: argparse.Namespace) -> int:
         margin=margin,
         timeline=timeline is not None,
     )
-    if timeline is not None:
+    refused = planning.unanswered(plans)
+    if timeline is not None and len(refused) < len(plans):
         planning.write_timeline(plans, timeline)
     if arguments.json:
         print(json.dumps(plans, indent=2))
-        return harness.EXIT_OK
-    print(planning.table(cells, plans, maximize, margin))
-    for told in plans if is_plan and arguments.details else ():
-        print(f"\n{planning.details(told)}")
+    if len(refused) == len(plans):
+        raise PlanningError("nothing can be planned: " + "; ".join(planning.reasons(plans)))
+    if not arguments.json:
+        print(planning.table(cells, plans, maximize, margin))
+        for told in plans if is_plan and arguments.details else ():
+            print(f"\n{planning.details(told)}")
+    if refused:
+        names = ", ".join(plan["method"] for plan in refused)
+        output.complain(
+            f"meft-bench: no plan for {len(refused)} of {len(plans)} methods: {names}"
+        )
+    if not planning.anything_fits(plans):
+        output.complain(f"meft-bench: nothing fits on {arguments.gpu}")
+        return harness.EXIT_FAILED
     return harness.EXIT_OK
 
 

@@ -151,8 +151,10 @@ def _check_backbone(value: str) -> None:
 
 
 def _check_random(value: str, place: str) -> None:
-    if place not in registry.RANDOM_BACKBONES and not Path(place).is_file():
+    is_config = place.endswith(".json") and Path(place).is_file()
+    if place not in registry.RANDOM_BACKBONES and not is_config:
         hint = registry.nearest(place, registry.RANDOM_BACKBONES)
         raise ValueError(
-            f"backbone {value!r}: {place!r} is neither a file nor a known shape; {hint}"
+            f"backbone {value!r}: {place!r} is neither the path of a config.json nor a "
+            f"known shape; {hint}"
         )

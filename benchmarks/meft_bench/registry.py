@@ -74,6 +74,9 @@ PACKAGED_BACKBONES = {
 }
 """Real weights that a package ships: backbone name to distribution name."""
 
+MODEL_TYPES = ("bart", "bert", "llama", "mistral", "opt", "roberta", "vit")
+"""The `model_type` of every supported config."""
+
 RANDOM_BACKBONES = (
     "bert-tiny",
     "bert-base",
