@@ -80,8 +80,7 @@ def _command(arguments: argparse.Namespace, worker_module: str) -> int:
         return _plan_or_fit(arguments)
     if arguments.command == "show":
         return _show(arguments)
-    _print_pairs(doctor.examine(_data_dir(arguments)))
-    return harness.EXIT_OK
+    return _doctor(arguments)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -259,7 +258,8 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     chosen = _load(arguments)
     cells = _select(chosen, arguments.only)
     if any(cell.device == "cuda" for cell in cells) and not environment.gpu_names():
-        raise UsageError("device cuda: NVML sees no GPU here; use --device cpu")
+        reason = environment.why_no_gpu()
+        raise UsageError(f"device cuda: no GPU here ({reason}); use --device cpu")
     data_dir = _data_dir(arguments)
     if data_dir is not None and not data_dir.is_dir():
         raise UsageError(f"data directory {str(data_dir)!r} does not exist")
@@ -293,7 +293,12 @@ def _left_out(
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    records = runs.read(arguments.runs)
+    path: Path = arguments.runs
+    if not path.exists():
+        raise UsageError(f"records file {str(path)!r} does not exist")
+    records = runs.read(path)
+    if not records:
+        raise UsageError(f"records file {str(path)!r} holds no records")
     last = {record.cell.id: record for record in records}
     found = [name for name in last if arguments.cell in name]
     if arguments.cell in last:
@@ -301,8 +306,18 @@ def _show(arguments: argparse.Namespace) -> int:
     if len(found) != 1:
         hint = registry.nearest(arguments.cell, found or last)
         many = f"{len(found)} cells" if found else "no cell"
-        raise UsageError(f"{many} in {arguments.runs} named {arguments.cell!r}; {hint}")
+        raise UsageError(f"{many} in {path} named {arguments.cell!r}; {hint}")
     _print_pairs(show.describe(last[found[0]]))
+    return harness.EXIT_OK
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    findings = list(doctor.examine(_data_dir(arguments)))
+    _print_pairs((finding.thing, finding.state) for finding in findings)
+    missing = [finding.thing for finding in findings if finding.is_missing]
+    if missing:
+        output.complain(f"meft-bench: missing: {', '.join(missing)}")
+        return harness.EXIT_FAILED
     return harness.EXIT_OK
 
 

@@ -130,9 +130,15 @@ def load(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+NUM_NAMES = 50
+"""Names that a hint lists."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A sentence that helps someone who mistyped `name`."""
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}valid: {', '.join(names)}"
+    rest = len(names) - NUM_NAMES
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"{hint}valid: {', '.join(names[:NUM_NAMES])}{more}"

@@ -198,7 +198,7 @@ def test_missing_data_skips_the_cell_and_names_three_ways(tmp_path: Path) -> Non
     cell = Cell(method="full", task="rte", **TINY)
     result = child(tmp_path, cell, data_dir=None)
     assert result["status"] == "skipped"
-    for way in ("--data-dir", "--allow-download", "bbc-news"):
+    for way in ("--data DIR", "--allow-download", "bbc-news"):
         assert way in result["message"]
 
 
