@@ -90,7 +90,7 @@ class _Parser(argparse.ArgumentParser):
         output.complain(f"{self.prog}: {message}; see {self.prog} --help")
         self.exit(EXIT_USAGE)
 
-    def print_help(self, file: 'SupportsWrite[str] | None' = None) -> None:
+    def print_help(self, file: "SupportsWrite[str] | None" = None) -> None:
         """Print the help; argparse itself hides that it could not be printed."""
         print(self.format_help(), end="", file=file)
 
@@ -217,7 +217,9 @@ def _plan_or_fit(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(plans, indent=2))
     if len(refused) == len(plans):
-        raise PlanningError("nothing can be planned: " + "; ".join(planning.reasons(plans)))
+        raise PlanningError(
+            "nothing can be planned: " + "; ".join(planning.reasons(plans))
+        )
     if not arguments.json:
         print(planning.table(cells, plans, maximize, margin))
         for told in plans if is_plan and arguments.details else ():
@@ -281,9 +283,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     )
 
 
-def _left_out(
-    chosen: Sweep, cells: Sequence[Cell], only: str | None
-) -> Iterator[str]:
+def _left_out(chosen: Sweep, cells: Sequence[Cell], only: str | None) -> Iterator[str]:
     """What the sweep declares and the command line does not ask for."""
     if chosen.num_excluded:
         yield f"excluded, {chosen.num_excluded}: by the sweep's own rules"

@@ -98,7 +98,9 @@ def examine(data_dir: Path | None) -> Iterator[Finding]:
         wrong = _unmet(requirements)
         yield Finding(
             thing=f"packages of {extra}",
-            state=", ".join(wrong.values()) + f": {_install(wrong)}" if wrong else "all",
+            state=", ".join(wrong.values()) + f": {_install(wrong)}"
+            if wrong
+            else "all",
             is_missing=bool(wrong) and extra in NEEDED,
         )
     for thing, pin in _PACKAGED.items():

@@ -22,7 +22,6 @@ from typing import Self
 from meft_bench.cell import Cell
 from meft_bench.record import Environment, Record, Status
 
-
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -212,9 +212,7 @@ def _parse(name: str, table: dict[str, Any], device: str) -> Sweep:
     )
 
 
-def _cells(
-    label: str, entry: dict[str, Any], device: str
-) -> tuple[list[Cell], int]:
+def _cells(label: str, entry: dict[str, Any], device: str) -> tuple[list[Cell], int]:
     """The cells of a matrix, and how many there would be without exclusions."""
     try:
         matrix = _matrix(label, entry)

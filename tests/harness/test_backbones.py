@@ -264,7 +264,9 @@ def test_a_model_of_another_family_is_refused(
     """The error names it and lists what is supported."""
     config = directory / "config.json"
     config.write_text(json.dumps({"model_type": model_type}))
-    named = f"is of model_type {model_type!r}" if model_type else "names no `model_type`"
+    named = (
+        f"is of model_type {model_type!r}" if model_type else "names no `model_type`"
+    )
     expected = f"{named}; supported: bart, bert, llama, mistral, opt"
     with pytest.raises(ValueError, match=expected):
         load(cell(backbone=name.format(directory)))

@@ -321,7 +321,9 @@ def test_doctor_knows_the_requirements() -> None:
     text = Path(__file__).parents[2].joinpath("pyproject.toml").read_text()
     project = tomllib.loads(text)["project"]
     declared = {"library": project["dependencies"], **project["optional-dependencies"]}
-    assert {name: list(lines) for name, lines in doctor.REQUIREMENTS.items()} == declared
+    assert {
+        name: list(lines) for name, lines in doctor.REQUIREMENTS.items()
+    } == declared
 
 
 @pytest.mark.parametrize("task", [t for t in registry.TASKS if "synthetic" not in t])

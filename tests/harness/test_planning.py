@@ -14,7 +14,8 @@ from meft_bench import cli, planning
 from meft_bench.backbones.files import read_config
 from meft_bench.cell import Cell
 from meft_bench.source import Source
-from meft_bench.virtual import gpu, plan
+from meft_bench.virtual import gpu
+from meft_bench.virtual.plan import plan as make_plan
 
 TINY = ["--batch", "2", "--seq", "16", "--gpu", "RTX3090"]
 
@@ -126,7 +127,9 @@ def test_what_the_library_refuses_it_says_itself(
     (plan,) = json.loads(seen.out)
     assert plan["verdict"] == "unknown"
     assert "is not supported by sparse adapters" in plan["message"]
-    assert seen.err == f"meft-bench: nothing can be planned: sparse: {plan['message']}\n"
+    assert (
+        seen.err == f"meft-bench: nothing can be planned: sparse: {plan['message']}\n"
+    )
 
 
 def test_what_fits_is_the_largest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,7 +193,12 @@ MISTAKES = {
 def nothing_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A current directory with configs of every wrong kind; no packages, no cache of
     the hub's, and no child that could be asked."""
-    contents = {"t5": '{"model_type": "t5"}', "nameless": "{}", "torn": "{", "list": "[]"}
+    contents = {
+        "t5": '{"model_type": "t5"}',
+        "nameless": "{}",
+        "torn": "{",
+        "list": "[]",
+    }
     for name, content in contents.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(content)
@@ -224,7 +232,7 @@ def test_a_mistake_is_named(
 
 
 def test_a_mistake_is_found_without_torch(tmp_path: Path) -> None:
-    """Within a second of a processor's time, also by what looks into the hub's cache."""
+    """Within a second of processor time, also by what looks into the hub's cache."""
     program = (
         "import sys, time\n"
         "from meft_bench.cli import main\n"
@@ -330,7 +338,7 @@ def test_one_method_does_not_take_the_others_along(
         raise RuntimeError("shapes do\nnot match")
 
     monkeypatch.setattr("meft_bench.virtual.plan.ready", fails)
-    found = plan.plan(Cell(method="full"), Source(), 0.05)
+    found = make_plan(Cell(method="full"), Source(), 0.05)
     assert (found.verdict, found.message) == (
         "unknown",
         "RuntimeError: shapes do not match",
@@ -341,7 +349,9 @@ def test_a_field_that_transformers_refuses(tmp_path: Path) -> None:
     """The error names the file."""
     file = tmp_path / "config.json"
     file.write_text('{"model_type": "bert", "hidden_size": "many"}')
-    with pytest.raises(ValueError, match=r"config\.json is no config of transformers: "):
+    with pytest.raises(
+        ValueError, match=r"config\.json is no config of transformers: "
+    ):
         read_config(file)
 
 

@@ -6,7 +6,6 @@ as it is read. Nothing pickled is read, and no code.
 
 import hashlib
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -152,7 +152,9 @@ def _download(
             snapshot_download(name, allow_patterns=patterns, local_files_only=offline)
         )
     except LocalEntryNotFoundError as error:
-        problem = "is not in the hub's cache" if offline else f"was not fetched: {error}"
+        problem = (
+            "is not in the hub's cache" if offline else f"was not fetched: {error}"
+        )
         raise MissingError(ways(f"hub:{name} {problem}")) from error
     except OSError as error:
         raise MissingError(ways(f"hub:{name}: {error}")) from error
