@@ -217,9 +217,8 @@ def _plan_or_fit(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(plans, indent=2))
     if len(refused) == len(plans):
-        raise PlanningError(
-            "nothing can be planned: " + "; ".join(planning.reasons(plans))
-        )
+        reasons = "; ".join(planning.reasons(plans))
+        raise PlanningError(f"nothing can be planned: {reasons}")
     if not arguments.json:
         print(planning.table(cells, plans, maximize, margin))
         for told in plans if is_plan and arguments.details else ():

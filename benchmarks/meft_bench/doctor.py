@@ -96,11 +96,10 @@ def examine(data_dir: Path | None) -> Iterator[Finding]:
         yield Finding(thing=name, state=version or _missing(name))
     for extra, requirements in REQUIREMENTS.items():
         wrong = _unmet(requirements)
+        reasons = ", ".join(wrong.values())
         yield Finding(
             thing=f"packages of {extra}",
-            state=", ".join(wrong.values()) + f": {_install(wrong)}"
-            if wrong
-            else "all",
+            state=f"{reasons}: {_install(wrong)}" if wrong else "all",
             is_missing=bool(wrong) and extra in NEEDED,
         )
     for thing, pin in _PACKAGED.items():

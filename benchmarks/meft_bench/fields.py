@@ -41,7 +41,7 @@ _FROM_ONE = {
     "row_budget_bytes",
     "accumulation",
 }
-_AT_MOST = {"lost_bits": 16, "active_fraction": 1}
+_AT_MOST = {"lost_bits": 16, "active_fraction": 1, "seed": 2**32 - 1}
 
 Value = str | int | float
 
@@ -133,6 +133,8 @@ def _check_most(name: str, value: float) -> None:
 
 
 def _check_backbone(value: str) -> None:
+    if not value.isprintable():  # ids are shown in lines
+        raise ValueError(f"backbone {value!r} has characters that cannot be printed")
     if value in registry.PACKAGED_BACKBONES:
         return
     kind, colon, place = value.partition(":")

@@ -97,7 +97,7 @@ def load(source: str, *, device: str) -> Sweep:
         raise SweepError(f"{path}: not TOML: {_one_line(error)}") from error
     try:
         return _parse(path.stem, table, device)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # of what it names, such as a directory
         raise SweepError(f"{path}: {_one_line(error)}") from error
 
 
@@ -283,10 +283,12 @@ def _zipped(table: dict[str, Any]) -> tuple[Point, ...]:
     if len(set(lengths.values())) > 1:
         shown = ", ".join(f"{name} has {count}" for name, count in lengths.items())
         raise ValueError(f"zip: lists of unequal length ({shown})")
-    return tuple(
-        dict(zip(lists, values, strict=True))
-        for values in zip(*lists.values(), strict=True)
-    )
+    rows = list(zip(*lists.values(), strict=True))
+    for row in rows:
+        if rows.count(row) > 1:
+            shown = ", ".join(f"{n} = {v!r}" for n, v in zip(lists, row, strict=True))
+            raise ValueError(f"zip: {{{shown}}} is given twice; keep one")
+    return tuple(dict(zip(lists, row, strict=True)) for row in rows)
 
 
 def _rule(table: dict[str, Any]) -> Rule:

@@ -9,10 +9,11 @@ import termios
 import time
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from meft_bench import cli, doctor, environment, registry, runs
+from meft_bench import cli, doctor, environment, harness, planning, registry, runs
 from meft_bench.cell import Cell
 from meft_bench.quantities import format_bytes, parse_bytes
 from meft_bench.record import Status
@@ -195,6 +196,36 @@ def test_timeout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("--only", "head", "--timeout", "0.5", worker="fake_hangs") == 4
     (record,) = runs.read(folder / "runs" / "mine.jsonl")
     assert record.status == Status.TIMEOUT
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (harness, ["run", "mine.toml"]),  # before its first cell
+        (runs, ["show", "full", "runs/mine.jsonl"]),
+        (doctor, ["doctor"]),
+        (planning, ["plan", "bert-tiny", "--gpu", "H100"]),
+    ],
+)
+def test_interrupted(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    place: ModuleType,
+    words: list[str],
+) -> None:
+    """Ctrl-C ends any command with the code of the docs, and leaves nothing behind."""
+    name = {harness: "environments_for", runs: "read", doctor: "examine"}
+    (folder / "runs").mkdir()
+    (folder / "runs" / "mine.jsonl").touch()
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, name.get(place, "ask"), interrupt)
+    assert cli.main(words) == 130
+    seen = capsys.readouterr()
+    assert (seen.out, seen.err) == ("", "meft-bench: interrupted\n")
 
 
 @pytest.mark.parametrize(

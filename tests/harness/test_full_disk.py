@@ -295,7 +295,7 @@ def test_nobody_reads_the_output(folder: Path, command: str) -> None:
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_nowhere_to_write_the_output(folder: Path, command: str) -> None:
-    """As of `meft-bench show ... > file` on a full disk: never with the code of success."""
+    """As of `meft-bench show ... > file` on a full disk: not the code of success."""
     cli.main(list(RUN), worker_module="harness.workers.fake_ok")
     with Path("/dev/full").open("w") as full:
         ended = subprocess.run(

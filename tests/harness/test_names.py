@@ -128,7 +128,8 @@ VARIABLE = (
 
 SUFFIXES = "py|md|toml|txt|tsv|jsonl?|html|j2|csv|parquet|svg|ini|h|cpp"
 FILE = rf"(?<![\w/.:<}}-])[\w.*/-]*[\w*]\.(?:{SUFFIXES})\b(?!\.\w)"
-FOLDER = r"(?<![\w/.:<}-])(?:\.ci|docs|meft|meft_bench|meft_reports|benchmarks|reports|tests)/[\w./*-]*"
+FOLDERS = r"\.ci|docs|meft|meft_bench|meft_reports|benchmarks|reports|tests"
+FOLDER = rf"(?<![\w/.:<}}-])(?:{FOLDERS})/[\w./*-]*"
 
 
 @functools.cache

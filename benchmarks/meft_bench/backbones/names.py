@@ -152,9 +152,7 @@ def _download(
             snapshot_download(name, allow_patterns=patterns, local_files_only=offline)
         )
     except LocalEntryNotFoundError as error:
-        problem = (
-            "is not in the hub's cache" if offline else f"was not fetched: {error}"
-        )
-        raise MissingError(ways(f"hub:{name} {problem}")) from error
+        reason = "is not in the hub's cache" if offline else f"was not fetched: {error}"
+        raise MissingError(ways(f"hub:{name} {reason}")) from error
     except OSError as error:
         raise MissingError(ways(f"hub:{name}: {error}")) from error
