@@ -1,7 +1,13 @@
 """The command `meft-bench`: list, run, plan, fit, show, doctor.
 
-Exit codes: 0 every cell is ok or skipped, 2 the command or a file it names is wrong
-(one line on stderr, nothing written), 4 a cell failed, 130 interrupted.
+Exit codes, which benchmarks/README.md explains for each command:
+
+    0    there is an answer: cells are ok, a method fits
+    2    the command or a file that it names is wrong, or there is no room to write
+    3    every cell of a run was skipped
+    4    a cell failed, nothing fits, or what every run needs is missing
+    130  interrupted
+    141  the reader of the output went away
 """
 
 import argparse

@@ -148,7 +148,7 @@ def _unmet(requirements: Sequence[str]) -> dict[str, str]:
 
 def _commit(commit: str | None, dirty: bool | None) -> str:
     if commit is None:
-        return "none: these sources are in no checkout"
+        return "unknown: no git, or these sources are in no checkout of it"
     return f"{commit}, changed since" if dirty else commit
 
 

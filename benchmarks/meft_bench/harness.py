@@ -141,6 +141,8 @@ def _run_left(
                 stop.set()  # else the run would wait for the cells of other slots
                 raise
 
+        if file.is_torn:
+            progress.tell(f"the last line of {plan.path} is half written: left out")
         for line in _left_out(plan, left):
             progress.tell(line)
 

@@ -60,6 +60,8 @@ class RecordsFile:
             os.close(self._file)
             raise
         self._end = content.rfind(b"\n") + 1
+        self.is_torn = self._end < len(content)
+        """Whether the last line was half written, and is left out."""
 
     def append(self, record: Record) -> None:
         """Add one record and wait until it is on disk.

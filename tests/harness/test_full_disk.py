@@ -269,6 +269,23 @@ def test_an_outcome_is_left_whole_or_not_at_all(
     assert json.loads(out.read_text()) == {"status": "ok"}
 
 
+def test_a_line_half_written_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after `kill -9` or a loss of power, which may leave zeros behind."""
+    assert cli.main(list(RUN), worker_module="harness.workers.fake_ok") == 0
+    before = ids(FILE)
+    for rest in (b'{"schema_version": 1, "cell_', b"\0" * 512):
+        whole = FILE.read_bytes()
+        FILE.write_bytes(whole + rest)
+        capsys.readouterr()
+        assert cli.main(list(RUN), worker_module="harness.workers.fake_ok") == 0
+        said = capsys.readouterr().err.splitlines()
+        assert said[0] == f"the last line of {FILE} is half written: left out"
+        FILE.write_bytes(whole)
+    assert ids(FILE) == before
+
+
 def test_text_of_any_kind_is_recorded(folder: Path, record: Record) -> None:
     """A path of bytes that are no text reaches Python as lone surrogates."""
     odd = dataclasses.replace(record, message="no such file: \udcff in µ")

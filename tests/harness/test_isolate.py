@@ -118,6 +118,13 @@ def test_silent(run: Callable[..., Record]) -> None:
     assert record.message == "exited without an outcome: nothing to do"
 
 
+def test_mute(run: Callable[..., Record]) -> None:
+    """A child that says nothing at all is told by its exit status."""
+    record = run("fake_mute")
+    assert record.status == Status.ERROR
+    assert record.message == "exit status 3, and an empty log"
+
+
 def test_noisy(run: Callable[..., Record], tmp_path: Path) -> None:
     """What a child prints is kept and never taken for its outcome."""
     assert run("fake_noisy").status == Status.OK
