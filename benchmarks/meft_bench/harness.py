@@ -163,8 +163,9 @@ def _left_out(plan: Plan, left: Sequence[Cell]) -> Iterator[str]:
     not_again = [cell for cell in plan.cells if cell not in set(left)]
     if not_again:
         yield (
-            f"not run again, {len(not_again)} of {len(plan.cells)}: ok under the same "
-            "code, machine and torch (`--force` runs them, too): " + _names(not_again)
+            f"not run again, {len(not_again)} of {len(plan.cells)} "
+            f"({_names(not_again)}): ok under the same code, machine and torch; "
+            "`--force` runs them, too"
         )
 
 
@@ -175,7 +176,7 @@ def _skipped(ended: Sequence[Record]) -> Iterator[str]:
         if record.status == Status.SKIPPED:
             reasons.setdefault(record.message, []).append(record.cell)
     for reason, cells in list(reasons.items())[:NUM_REASONS]:
-        yield f"skipped, {len(cells)} of {len(ended)}: {reason}: {_names(cells)}"
+        yield f"skipped, {len(cells)} of {len(ended)} ({_names(cells)}): {reason}"
     if len(reasons) > NUM_REASONS:
         rest = len(reasons) - NUM_REASONS
         yield f"skipped, for {rest} more reasons: `meft-bench show CELL FILE` says why"

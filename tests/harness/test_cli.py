@@ -133,11 +133,11 @@ def test_why_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert said[4:6] == [
         "excluded, 2: by the sweep's own rules",
-        "not run again, 2 of 6: ok under the same code, machine and torch (`--force` "
-        f"runs them, too): {full[0]}, {full[1]}",
+        f"not run again, 2 of 6 ({full[0]}, {full[1]}): ok under the same code, "
+        "machine and torch; `--force` runs them, too",
     ]
     assert said[-1] == (
-        f"skipped, 4 of 4: no such data: {', '.join(lora[:3])} and 1 more"
+        f"skipped, 4 of 4 ({', '.join(lora[:3])} and 1 more): no such data"
     )
     assert len(said) == 6 + 4 + 1
 

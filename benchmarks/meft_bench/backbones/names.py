@@ -85,6 +85,8 @@ def load_config(cell: Cell, source: Source) -> tuple[PreTrainedConfig, str]:
             folder = _download(name, source, [configs.FILE], configs.ways)
         config = files.read_config(folder / configs.FILE)
         return config, f"no weights, only the shape of {cell.backbone}"
+    if cell.backbone in PACKAGED_BACKBONES:  # says that a config is missing
+        configs.check(cell.backbone, allow_download=source.allow_download)
     found = _find_files(cell, source)
     return files.config_of(found), f"no weights, only the shape of {found.origin}"
 
