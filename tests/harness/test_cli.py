@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import termios
-import time
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -45,22 +44,23 @@ def run(*words: str, worker: str = "fake_ok") -> int:
 
 
 def test_list_is_light(folder: Path) -> None:
-    """Listing a sweep takes well under a second and imports nothing heavy."""
+    """Listing a sweep takes well under a second of processor time and imports nothing
+    heavy."""
     program = (
-        "import sys\n"
+        "import sys, time\n"
         "from meft_bench.cli import main\n"
         "main(['list', 'quickstart', '--device', 'cpu'])\n"
         "heavy = {'torch', 'transformers', 'meft', 'peft', 'datasets', 'numpy'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
+        "print(time.process_time())\n"
     )
     times = []
     for _ in range(3):
-        start = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, check=True
         )
-        times.append(time.monotonic() - start)
-    *_, summary, heavy = done.stdout.splitlines()
+        *_, summary, heavy, seconds = done.stdout.splitlines()
+        times.append(float(seconds))
     assert summary == "90 cells, 0 done in runs/quickstart.jsonl"
     assert heavy == "[]"
     assert min(times) < 0.8
