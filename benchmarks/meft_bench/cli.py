@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None, *, worker_module: str = WORKER) -> i
     except (SweepError, RunsError, UsageError, PlanningError) as error:
         output.complain(f"meft-bench: {error}")
     except OSError as error:
-        output.complain(f"meft-bench: {error.filename or 'output'}: {error.strerror}")
+        place = "output" if error.errno in runs.NO_ROOM else "system"
+        output.complain(f"meft-bench: {error.filename or place}: {error.strerror}")
         output.forget(sys.stdout)
     return EXIT_USAGE
 

@@ -160,7 +160,8 @@ def _run_left(
 def _left_out(plan: Plan, left: Sequence[Cell]) -> Iterator[str]:
     """What the sweep declares and this run does not start, a line for each reason."""
     yield from plan.left_out
-    not_again = [cell for cell in plan.cells if cell not in set(left)]
+    started = set(left)
+    not_again = [cell for cell in plan.cells if cell not in started]
     if not_again:
         yield (
             f"not run again, {len(not_again)} of {len(plan.cells)} "

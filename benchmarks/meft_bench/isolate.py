@@ -90,14 +90,18 @@ def run(
     command += ["--cell", json.dumps(cell.to_json()), "--options", options.to_json()]
     command += ["--out", str(out), "--parent", str(os.getpid())]
     with log.open("wb") as log_file:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log_file,
-            stderr=subprocess.STDOUT,
-            env=child_environment(options, cell.device),
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=subprocess.STDOUT,
+                env=child_environment(options, cell.device),
+                start_new_session=True,
+            )
+        except OSError as error:  # too many processes, no memory for one more
+            reason = f"no child could be started: {error.strerror}"
+            raise OSError(error.errno, reason, sys.executable) from error
     try:
         code = _wait(process, start + timeout_seconds, stop)
     finally:

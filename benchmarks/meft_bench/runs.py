@@ -22,7 +22,8 @@ from typing import Self
 from meft_bench.cell import Cell
 from meft_bench.record import Environment, Record, Status
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the errors by which a system says that there is no room to write."""
 
 
 class RunsError(Exception):
@@ -32,7 +33,7 @@ class RunsError(Exception):
 def unusable(path: Path, error: OSError) -> RunsError:
     """What a failed call of the system means for the run that writes to `path`."""
     message = f"{error.filename or path}: {error.strerror}"
-    if error.errno in _NO_ROOM:
+    if error.errno in NO_ROOM:
         message += "; make room, and run the same command again to go on"
     return RunsError(message)
 
@@ -56,6 +57,9 @@ class RecordsFile:
         try:
             content = path.read_bytes()
             self.records = _parse(path, content)
+        except OSError as error:
+            os.close(self._file)
+            raise unusable(path, error) from error
         except BaseException:
             os.close(self._file)
             raise
