@@ -318,9 +318,9 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    findings = list(doctor.examine(_data_dir(arguments)))
-    _print_pairs((finding.thing, finding.state) for finding in findings)
-    missing = [finding.thing for finding in findings if finding.is_missing]
+    entries = list(doctor.examine(_data_dir(arguments)))
+    _print_pairs((entry.thing, entry.state) for entry in entries)
+    missing = [entry.thing for entry in entries if entry.is_missing]
     if missing:
         output.complain(f"meft-bench: missing: {', '.join(missing)}")
         return harness.EXIT_FAILED

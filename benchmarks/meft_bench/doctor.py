@@ -70,7 +70,7 @@ each plain or as .gz."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
+class Entry:
     """One thing and its state."""
 
     thing: str
@@ -79,25 +79,25 @@ class Finding:
     """Whether no cell, or nothing that was asked for, can do without it."""
 
 
-def examine(data_dir: Path | None) -> Iterator[Finding]:
+def examine(data_dir: Path | None) -> Iterator[Entry]:
     """What is here and what is not, in the order in which to read it."""
     here = environment.collect(
         num_threads=environment.num_cores(), num_slots=1, device="cpu"
     )
-    yield Finding(thing="machine", state=here.machine)
-    yield Finding(thing="platform", state=here.platform)
-    yield Finding(thing="gpu", state=_gpu())
-    yield Finding(thing="commit", state=_commit(here.commit, here.dirty))
-    yield Finding(thing="python", state=here.versions["python"])
+    yield Entry(thing="machine", state=here.machine)
+    yield Entry(thing="platform", state=here.platform)
+    yield Entry(thing="gpu", state=_gpu())
+    yield Entry(thing="commit", state=_commit(here.commit, here.dirty))
+    yield Entry(thing="python", state=here.versions["python"])
     for name in environment.PACKAGES:
         version = environment.installed(name)
         if name == "meft":  # nothing to fetch: it is these very sources
             version = version or "runs from sources that are not installed"
-        yield Finding(thing=name, state=version or _missing(name))
+        yield Entry(thing=name, state=version or _missing(name))
     for extra, requirements in REQUIREMENTS.items():
         wrong = _unmet(requirements)
         reasons = ", ".join(wrong.values())
-        yield Finding(
+        yield Entry(
             thing=f"packages of {extra}",
             state=f"{reasons}: {_install(wrong)}" if wrong else "all",
             is_missing=bool(wrong) and extra in NEEDED,
@@ -105,7 +105,7 @@ def examine(data_dir: Path | None) -> Iterator[Finding]:
     for thing, pin in _PACKAGED.items():
         # Without what they depend on: only the files inside are read.
         version = environment.installed(pin.partition("==")[0])
-        yield Finding(thing=thing, state=version or _missing(f"--no-deps {pin}"))
+        yield Entry(thing=thing, state=version or _missing(f"--no-deps {pin}"))
     yield from _data(data_dir)
 
 
@@ -152,18 +152,18 @@ def _commit(commit: str | None, dirty: bool | None) -> str:
     return f"{commit}, changed since" if dirty else commit
 
 
-def _data(root: Path | None) -> Iterator[Finding]:
+def _data(root: Path | None) -> Iterator[Entry]:
     if root is None:
         state = "none: name one with --data DIR or MEFT_DATA_DIR"
-        yield Finding(thing="data directory", state=state)
+        yield Entry(thing="data directory", state=state)
         return
     if not root.is_dir():
         state = f"missing: {str(root)!r} is no directory"
-        yield Finding(thing="data directory", state=state, is_missing=True)
+        yield Entry(thing="data directory", state=state, is_missing=True)
         return
-    yield Finding(thing="data directory", state=str(root))
+    yield Entry(thing="data directory", state=str(root))
     for task, (folder, sets) in DATA.items():
-        yield Finding(thing=f"data {task}", state=_files(root, folder, sets))
+        yield Entry(thing=f"data {task}", state=_files(root, folder, sets))
 
 
 def _files(root: Path, folder: str, sets: Sequence[tuple[str, ...]]) -> str:

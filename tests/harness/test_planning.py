@@ -211,7 +211,7 @@ def nothing_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_child(*_: object, **__: object) -> None:
         raise AssertionError("a child was started")
 
-    monkeypatch.setattr(planning.subprocess, "run", no_child)
+    monkeypatch.setattr("meft_bench.planning.subprocess.run", no_child)
 
 
 @pytest.mark.usefixtures("nothing_at_hand")
