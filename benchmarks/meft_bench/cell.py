@@ -20,7 +20,7 @@ class Cell:
     """
 
     method: str
-    """Way of fine-tuning, one of `meft_bench.methods.METHODS`."""
+    """Way of fine-tuning, one of `meft_bench.registry.METHODS`."""
     backbone: str = "minilm-l6"
     """A packaged name, `dir:PATH`, `hub:NAME`, or `random:CONFIG`."""
     depth: int = 0

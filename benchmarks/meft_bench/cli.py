@@ -1,22 +1,29 @@
 """The command `meft-bench`: list, run, plan, fit, show, doctor.
 
-Exit codes: 0 every cell is ok or skipped, 2 the command or a file it names is wrong
-(one line on stderr, nothing written), 4 a cell failed, 130 interrupted.
+Exit codes, which benchmarks/README.md explains for each command:
+
+    0    there is an answer: cells are ok, a method fits
+    2    the command or a file that it names is wrong, or there is no room to write
+    3    every cell of a run was skipped
+    4    a cell failed, nothing fits, or what every run needs is missing
+    130  interrupted
+    141  the reader of the output went away
 """
 
 import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from meft_bench import (
     doctor,
     environment,
     fields,
     harness,
+    output,
     planning,
     registry,
     runs,
@@ -33,6 +40,9 @@ from meft_bench.runs import RunsError
 from meft_bench.sweep import Sweep, SweepError
 from meft_bench.virtual import gpu
 
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
+
 EXIT_USAGE = 2
 
 
@@ -47,28 +57,49 @@ def main(argv: Sequence[str] | None = None, *, worker_module: str = WORKER) -> i
         argv: the words after the program's name; None takes them from `sys.argv`.
         worker_module: module that plays the child; tests put their own here.
     """
-    arguments = _parser().parse_args(argv)
+    output.prepare()
     try:
-        if arguments.command == "list":
-            return _list(arguments)
-        if arguments.command == "run":
-            return harness.run(_plan(arguments), worker_module=worker_module)
-        if arguments.command in ("plan", "fit"):
-            return _plan_or_fit(arguments)
-        if arguments.command == "show":
-            return _show(arguments)
-        _print_pairs(doctor.examine(_data_dir(arguments)))
-        return harness.EXIT_OK
+        try:
+            return _command(_parser().parse_args(argv), worker_module)
+        finally:
+            sys.stdout.flush()  # here, where it can be said that it failed
+    except BrokenPipeError:
+        output.forget(sys.stdout)
+        return output.EXIT_CLOSED
+    except KeyboardInterrupt:
+        output.complain("meft-bench: interrupted")
+        return harness.EXIT_INTERRUPTED
     except (SweepError, RunsError, UsageError, PlanningError) as error:
-        print(f"meft-bench: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        output.complain(f"meft-bench: {error}")
+    except OSError as error:
+        place = "output" if error.errno in runs.NO_ROOM else "system"
+        output.complain(f"meft-bench: {error.filename or place}: {error.strerror}")
+        output.forget(sys.stdout)
+    return EXIT_USAGE
+
+
+def _command(arguments: argparse.Namespace, worker_module: str) -> int:
+    if arguments.command == "list":
+        return _list(arguments)
+    if arguments.command == "run":
+        return harness.run(_plan(arguments), worker_module=worker_module)
+    if arguments.command in ("plan", "fit"):
+        return _plan_or_fit(arguments)
+    if arguments.command == "show":
+        return _show(arguments)
+    return _doctor(arguments)
 
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as every other error of ours does."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+        output.complain(f"{self.prog}: {message}; see {self.prog} --help")
+        self.exit(EXIT_USAGE)
+
+    def print_help(self, file: "SupportsWrite[str] | None" = None) -> None:
+        """Print the help; argparse itself hides that it could not be printed."""
+        print(self.format_help(), end="", file=file)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,13 +169,17 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
         "directory, a config.json, or hub:NAME; no weights are read",
     )
     parser.add_argument(
-        "--method", nargs="+", default=["all"], help="names, or all (the default)"
+        "--method",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="names, or all (the default)",
     )
     names = ", ".join(gpu.names())
     parser.add_argument("--gpu", required=True, help=f"{names}, or a JSON file")
-    parser.add_argument("--batch", type=_count, default=8, help="default 8")
-    parser.add_argument("--seq", type=_count, default=512, help="default 512")
-    parser.add_argument("--depth", type=_count, default=0, help="default: its own")
+    parser.add_argument("--batch", type=_count, help="default 8")
+    parser.add_argument("--seq", type=_count, help="default 512")
+    parser.add_argument("--depth", type=_count, help="default: its own")
     parser.add_argument("--accumulation", type=_count, default=1, help="default 1")
     parser.add_argument("--dtype", choices=registry.DTYPES, default="fp32")
     parser.add_argument(
@@ -154,6 +189,7 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=VALUE",
         help="other fields of a cell, such as num_neurons=6400 active_fraction=0.5",
@@ -182,14 +218,26 @@ def _plan_or_fit(arguments: argparse.Namespace) -> int:
         margin=margin,
         timeline=timeline is not None,
     )
-    if timeline is not None:
+    refused = planning.unanswered(plans)
+    if timeline is not None and len(refused) < len(plans):
         planning.write_timeline(plans, timeline)
     if arguments.json:
         print(json.dumps(plans, indent=2))
-        return harness.EXIT_OK
-    print(planning.table(cells, plans, maximize, margin))
-    for told in plans if is_plan and arguments.details else ():
-        print(f"\n{planning.details(told)}")
+    if len(refused) == len(plans):
+        reasons = "; ".join(planning.reasons(plans))
+        raise PlanningError(f"nothing can be planned: {reasons}")
+    if not arguments.json:
+        print(planning.table(cells, plans, maximize, margin))
+        for told in plans if is_plan and arguments.details else ():
+            print(f"\n{planning.details(told)}")
+    if refused:
+        names = ", ".join(plan["method"] for plan in refused)
+        output.complain(
+            f"meft-bench: no plan for {len(refused)} of {len(plans)} methods: {names}"
+        )
+    if not planning.anything_fits(plans):
+        output.complain(f"meft-bench: nothing fits on {arguments.gpu}")
+        return harness.EXIT_FAILED
     return harness.EXIT_OK
 
 
@@ -218,7 +266,8 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     chosen = _load(arguments)
     cells = _select(chosen, arguments.only)
     if any(cell.device == "cuda" for cell in cells) and not environment.gpu_names():
-        raise UsageError("device cuda: NVML sees no GPU here; use --device cpu")
+        reason = environment.why_no_gpu()
+        raise UsageError(f"device cuda: no GPU here ({reason}); use --device cpu")
     data_dir = _data_dir(arguments)
     if data_dir is not None and not data_dir.is_dir():
         raise UsageError(f"data directory {str(data_dir)!r} does not exist")
@@ -236,11 +285,26 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         num_slots=arguments.slots,
         timeout_seconds=arguments.timeout or chosen.timeout_seconds,
         force=arguments.force,
+        left_out=tuple(_left_out(chosen, cells, arguments.only)),
     )
 
 
+def _left_out(chosen: Sweep, cells: Sequence[Cell], only: str | None) -> Iterator[str]:
+    """What the sweep declares and the command line does not ask for."""
+    if chosen.num_excluded:
+        yield f"excluded, {chosen.num_excluded}: by the sweep's own rules"
+    num_others = len(chosen.cells) - len(cells)
+    if num_others:
+        yield f"not selected, {num_others} of {len(chosen.cells)}: `--only {only}`"
+
+
 def _show(arguments: argparse.Namespace) -> int:
-    records = runs.read(arguments.runs)
+    path: Path = arguments.runs
+    if not path.exists():
+        raise UsageError(f"records file {str(path)!r} does not exist")
+    records = runs.read(path)
+    if not records:
+        raise UsageError(f"records file {str(path)!r} holds no records")
     last = {record.cell.id: record for record in records}
     found = [name for name in last if arguments.cell in name]
     if arguments.cell in last:
@@ -248,8 +312,18 @@ def _show(arguments: argparse.Namespace) -> int:
     if len(found) != 1:
         hint = registry.nearest(arguments.cell, found or last)
         many = f"{len(found)} cells" if found else "no cell"
-        raise UsageError(f"{many} in {arguments.runs} named {arguments.cell!r}; {hint}")
+        raise UsageError(f"{many} in {path} named {arguments.cell!r}; {hint}")
     _print_pairs(show.describe(last[found[0]]))
+    return harness.EXIT_OK
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    entries = list(doctor.examine(_data_dir(arguments)))
+    _print_pairs((entry.thing, entry.state) for entry in entries)
+    missing = [entry.thing for entry in entries if entry.is_missing]
+    if missing:
+        output.complain(f"meft-bench: missing: {', '.join(missing)}")
+        return harness.EXIT_FAILED
     return harness.EXIT_OK
 
 

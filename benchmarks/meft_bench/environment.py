@@ -93,28 +93,44 @@ def gpu_names() -> list[str]:
 
     `CUDA_VISIBLE_DEVICES`, which NVML itself ignores, is taken into account.
     """
+    names, _ = _look_for_gpus()
+    return names
+
+
+def why_no_gpu() -> str:
+    """Why `gpu_names` is empty; itself empty if it is not."""
+    _, reason = _look_for_gpus()
+    return reason
+
+
+def _look_for_gpus() -> tuple[list[str], str]:
+    """Models of GPUs, and why there are none."""
     try:
         import pynvml  # here, because machines without the bench extra lack it
     except ImportError:
-        return []
+        return [], "cannot tell without `python -m pip install nvidia-ml-py`"
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
+    except pynvml.NVMLError as error:
+        return [], f"NVML sees none: {error}"
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = f"none is left by CUDA_VISIBLE_DEVICES={chosen!r}"
     try:
-        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
         if chosen is None:
             handles = map(
                 pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount())
             )
         else:
             handles = map(_gpu_handle, filter(None, chosen.split(",")))
-        return [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
-    except (pynvml.NVMLError, ValueError):
+        names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
+    except (pynvml.NVMLError, ValueError) as error:
         # CUDA, too, sees nothing when the variable names a device that is not there.
-        return []
+        return [], hidden if chosen is not None else f"NVML fails: {error}"
     finally:
         pynvml.nvmlShutdown()
+    if names:
+        return names, ""
+    return [], hidden if chosen is not None else "NVML sees none"
 
 
 def source_folders() -> dict[str, Path]:

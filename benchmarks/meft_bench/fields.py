@@ -41,7 +41,7 @@ _FROM_ONE = {
     "row_budget_bytes",
     "accumulation",
 }
-_AT_MOST = {"lost_bits": 16, "active_fraction": 1}
+_AT_MOST = {"lost_bits": 16, "active_fraction": 1, "seed": 2**32 - 1}
 
 Value = str | int | float
 
@@ -133,6 +133,8 @@ def _check_most(name: str, value: float) -> None:
 
 
 def _check_backbone(value: str) -> None:
+    if not value.isprintable():  # ids are shown in lines
+        raise ValueError(f"backbone {value!r} has characters that cannot be printed")
     if value in registry.PACKAGED_BACKBONES:
         return
     kind, colon, place = value.partition(":")
@@ -151,8 +153,10 @@ def _check_backbone(value: str) -> None:
 
 
 def _check_random(value: str, place: str) -> None:
-    if place not in registry.RANDOM_BACKBONES and not Path(place).is_file():
+    is_config = place.endswith(".json") and Path(place).is_file()
+    if place not in registry.RANDOM_BACKBONES and not is_config:
         hint = registry.nearest(place, registry.RANDOM_BACKBONES)
         raise ValueError(
-            f"backbone {value!r}: {place!r} is neither a file nor a known shape; {hint}"
+            f"backbone {value!r}: {place!r} is neither the path of a config.json nor a "
+            f"known shape; {hint}"
         )

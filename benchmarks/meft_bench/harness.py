@@ -9,12 +9,12 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from meft_bench import environment, isolate, runs
+from meft_bench import environment, isolate, output, runs
 from meft_bench.cell import Cell
 from meft_bench.engines import local
 from meft_bench.options import ChildOptions
@@ -23,8 +23,14 @@ from meft_bench.record import Environment, Record, Status
 from meft_bench.runs import RecordsFile
 
 EXIT_OK = 0
+EXIT_NOTHING = 3
 EXIT_FAILED = 4
 EXIT_INTERRUPTED = 130
+
+NUM_NAMED = 3
+"""Cells that are named where several share a reason."""
+NUM_REASONS = 10
+"""Reasons that are printed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,13 +46,15 @@ class Plan:
     timeout_seconds: float
     force: bool
     """Run cells that are done, too."""
+    left_out: tuple[str, ...] = ()
+    """What the sweep declares and this run leaves out, each a line for people."""
 
 
 def run(plan: Plan, *, worker_module: str = isolate.WORKER) -> int:
     """Run what is left of a plan, tell how it went, and return the exit code.
 
     Raises:
-        runs.RunsError: the records file cannot be used.
+        runs.RunsError: the records file, or a log beside it, cannot be used.
     """
     environments = environments_for(
         plan.cells, num_threads=plan.options.num_threads, num_slots=plan.num_slots
@@ -56,20 +64,33 @@ def run(plan: Plan, *, worker_module: str = isolate.WORKER) -> int:
             set() if plan.force else runs.done(file.records, plan.cells, environments)
         )
         left = [cell for cell in plan.cells if cell not in done]
-        ended = _run_left(plan, left, environments, file, worker_module)
-    print(count([*(Status.OK for _ in done), *(record.status for record in ended)]))
+        try:
+            ended = _run_left(plan, left, environments, file, worker_module)
+        except OSError as error:
+            raise runs.unusable(plan.path, error) from error
+    statuses = [*(Status.OK for _ in done), *(record.status for record in ended)]
     if len(ended) < len(left):
-        print(
-            f"interrupted: {len(done) + len(ended)} of {len(plan.cells)} cells are "
-            f"recorded in {plan.path}; run the same command again to go on",
-            file=sys.stderr,
+        output.summarize([count(statuses)])
+        output.complain(
+            f"interrupted: {len(statuses)} of {len(plan.cells)} cells are recorded in "
+            f"{plan.path}; run the same command again to go on"
         )
         return EXIT_INTERRUPTED
     page = plan.path.with_suffix(".html")
-    print(f"records: {plan.path}")
-    print(f"page:    meft-report page {plan.path} -o {page}")
-    fine = all(record.status in (Status.OK, Status.SKIPPED) for record in ended)
-    return EXIT_OK if fine else EXIT_FAILED
+    output.summarize(
+        [
+            count(statuses),
+            f"records: {plan.path}",
+            f"page:    meft-report page {plan.path} -o {page}",
+        ]
+    )
+    return _exit_code(statuses)
+
+
+def _exit_code(statuses: Sequence[Status]) -> int:
+    if any(status not in (Status.OK, Status.SKIPPED) for status in statuses):
+        return EXIT_FAILED
+    return EXIT_OK if Status.OK in statuses else EXIT_NOTHING
 
 
 def environments_for(
@@ -95,7 +116,7 @@ def _run_left(
     stop = threading.Event()
     folder = plan.path.with_suffix(".logs")
     folder.mkdir(exist_ok=True)
-    ended = []
+    ended: list[Record] = []
     with Progress(
         num_cells=len(plan.cells),
         num_done=len(plan.cells) - len(left),
@@ -105,16 +126,25 @@ def _run_left(
 
         def run_one(cell: Cell) -> Record:
             progress.started(cell)
-            return isolate.run(
-                cell,
-                sweep=plan.sweep,
-                environment=environments[cell.device],
-                options=plan.options,
-                timeout_seconds=plan.timeout_seconds,
-                folder=folder,
-                stop=stop,
-                worker_module=worker_module,
-            )
+            try:
+                return isolate.run(
+                    cell,
+                    sweep=plan.sweep,
+                    environment=environments[cell.device],
+                    options=plan.options,
+                    timeout_seconds=plan.timeout_seconds,
+                    folder=folder,
+                    stop=stop,
+                    worker_module=worker_module,
+                )
+            except OSError:
+                stop.set()  # else the run would wait for the cells of other slots
+                raise
+
+        if file.is_torn:
+            progress.tell(f"the last line of {plan.path} is half written: left out")
+        for line in _left_out(plan, left):
+            progress.tell(line)
 
         records = local.run_cells(left, run_one, plan.num_slots)
         with contextlib.closing(records), _stopping(stop):
@@ -122,7 +152,41 @@ def _run_left(
                 file.append(record)
                 progress.ended(record)
                 ended.append(record)
+        for line in _skipped(ended):
+            progress.tell(line)
     return ended
+
+
+def _left_out(plan: Plan, left: Sequence[Cell]) -> Iterator[str]:
+    """What the sweep declares and this run does not start, a line for each reason."""
+    yield from plan.left_out
+    started = set(left)
+    not_again = [cell for cell in plan.cells if cell not in started]
+    if not_again:
+        yield (
+            f"not run again, {len(not_again)} of {len(plan.cells)} "
+            f"({_names(not_again)}): ok under the same code, machine and torch; "
+            "`--force` runs them, too"
+        )
+
+
+def _skipped(ended: Sequence[Record]) -> Iterator[str]:
+    """Why cells were skipped, a line for each reason."""
+    reasons: dict[str, list[Cell]] = {}
+    for record in ended:
+        if record.status == Status.SKIPPED:
+            reasons.setdefault(record.message, []).append(record.cell)
+    for reason, cells in list(reasons.items())[:NUM_REASONS]:
+        yield f"skipped, {len(cells)} of {len(ended)} ({_names(cells)}): {reason}"
+    if len(reasons) > NUM_REASONS:
+        rest = len(reasons) - NUM_REASONS
+        yield f"skipped, for {rest} more reasons: `meft-bench show CELL FILE` says why"
+
+
+def _names(cells: Sequence[Cell]) -> str:
+    names = ", ".join(cell.id for cell in cells[:NUM_NAMED])
+    rest = len(cells) - NUM_NAMED
+    return f"{names} and {rest} more" if rest > 0 else names
 
 
 @contextlib.contextmanager

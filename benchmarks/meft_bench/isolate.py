@@ -14,6 +14,7 @@ How an ending becomes a status:
     none, and the time is over               timeout
     none, and a signal ended the child       killed
     none, and it exited; or a malformed one  error
+    none, as it could not be written         error; the child exits with 74
 
 The child leads its own session: whatever it started is killed with it, and Ctrl-C in a
 terminal reaches the parent alone.
@@ -22,6 +23,7 @@ terminal reaches the parent alone.
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +36,7 @@ from meft_bench import outcome
 from meft_bench.cell import Cell
 from meft_bench.options import ChildOptions
 from meft_bench.outcome import Outcome
+from meft_bench.quantities import format_bytes
 from meft_bench.record import Environment, Measurement, Record, Status
 from meft_bench.registry import VIRTUAL
 
@@ -72,7 +75,9 @@ def run(
         worker_module: module that plays the child.
 
     Raises:
-        Stopped: `stop` was set. No ending of the child raises.
+        Stopped: `stop` was set.
+        OSError: the log cannot be written, or no child started. No ending of the child
+            raises.
     """
     if stop.is_set():
         raise Stopped
@@ -85,14 +90,18 @@ def run(
     command += ["--cell", json.dumps(cell.to_json()), "--options", options.to_json()]
     command += ["--out", str(out), "--parent", str(os.getpid())]
     with log.open("wb") as log_file:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log_file,
-            stderr=subprocess.STDOUT,
-            env=child_environment(options, cell.device),
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=subprocess.STDOUT,
+                env=child_environment(options, cell.device),
+                start_new_session=True,
+            )
+        except OSError as error:  # too many processes, no memory for one more
+            reason = f"no child could be started: {error.strerror}"
+            raise OSError(error.errno, reason, sys.executable) from error
     try:
         code = _wait(process, start + timeout_seconds, stop)
     finally:
@@ -178,7 +187,14 @@ def _ending(out: Path, log: Path, code: int | None, timeout_seconds: float) -> O
         return _failure(Status.TIMEOUT, f"still running after {timeout_seconds:g} s")
     if code < 0:
         return _failure(Status.KILLED, _describe_signal(-code))
-    last = _last_line(log)
+    last = _last_line(log) or f"exit status {code}, and an empty log"
+    if code == outcome.EXIT_UNWRITTEN:
+        free = format_bytes(shutil.disk_usage(out.parent).free)
+        return _failure(
+            Status.ERROR,
+            f"the child could not write its outcome: {last}; {free} are free in "
+            f"{out.parent}",
+        )
     if code == 0:
         return _failure(Status.ERROR, f"exited without an outcome: {last}")
     return _failure(Status.ERROR, last)
@@ -204,6 +220,7 @@ def _describe_signal(number: int) -> str:
 
 
 def _last_line(log: Path) -> str:
+    """The last line of a log that shows anything; empty if there is none."""
     with log.open("rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - _LOG_TAIL_BYTES))
@@ -212,4 +229,4 @@ def _last_line(log: Path) -> str:
         shown = "".join(char for char in line if char.isprintable()).strip()
         if shown:
             return shown
-    return "the log is empty"
+    return ""

@@ -9,10 +9,13 @@ is there is whole:
      "environment": {...}}               some of `REPORTED`
 
 The other statuses are the parent's to give: only it can see that a child was killed or
-took too long.
+took too long, or that there was no room for its outcome (`EXIT_UNWRITTEN`).
 """
 
+import contextlib
 import json
+import os
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -35,6 +38,10 @@ _STATUSES = (Status.OK, Status.OOM, Status.ERROR, Status.SKIPPED)
 _KEYS = {"status", "message", "measurement", "environment"}
 
 
+EXIT_UNWRITTEN = 74
+"""How a child ends that cannot write its outcome: EX_IOERR of sysexits.h."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
     """How a child says it ended, and what it saw."""
@@ -43,6 +50,29 @@ class Outcome:
     message: str
     measurement: Measurement
     environment: dict[str, Any]
+
+
+def leave(path: Path, result: dict[str, object]) -> None:
+    """`write` as the last act of a child, which ends here if it fails."""
+    try:
+        write(path, result)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the log may be on the same full disk
+            print(f"{path}: {error.strerror}", file=sys.stderr, flush=True)
+        # As it is: flushing a log that cannot be written would change the exit status.
+        os._exit(EXIT_UNWRITTEN)
+
+
+def write(path: Path, result: dict[str, object]) -> None:
+    """Write `result` to `path` whole, or not at all."""
+    text = json.dumps(result, allow_nan=False)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text)
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def read(path: Path) -> Outcome:

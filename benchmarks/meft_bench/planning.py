@@ -15,15 +15,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meft_bench import fields, isolate, registry
+from meft_bench import configs, fields, isolate, registry
 from meft_bench.cell import Cell
 from meft_bench.options import ChildOptions
 from meft_bench.quantities import format_bytes
+from meft_bench.source import MissingError
 from meft_bench.virtual import gpu
 
 ALIASES = {"exact": "meft1-exact"}
 FIELDS = {"batch": "batch_size", "seq": "seq_len", "depth": "depth"}
 """What `--maximize` may name."""
+FLAGS = {
+    "method": "--method",
+    "backbone": "the first argument",
+    "device": "--gpu",
+    "batch_size": "--batch",
+    "seq_len": "--seq",
+    "depth": "--depth",
+    "dtype": "--dtype",
+    "weights_dtype": "--weights-dtype",
+    "accumulation": "--accumulation",
+    "attention": "--attention",
+}
+"""Fields that are not for `--set`."""
+DEFAULTS = {"batch": 8, "seq": 512, "depth": 0}
 AT_MOST = {"batch_size": 1 << 16, "seq_len": 1 << 20, "depth": 1000}
 MIB = 2**20
 NUM_SHOWN = 8
@@ -44,25 +59,32 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
     """A cell for each method that is asked for.
 
     Raises:
-        PlanningError: no such method, backbone or GPU.
+        PlanningError: no such method, backbone or GPU, or no config of the backbone.
     """
     try:
         name = gpu.resolve(arguments.gpu)
         gpu.find(name)
-    except gpu.GpuError as error:
+        backbone = _backbone(arguments.backbone)
+        configs.check(backbone, allow_download=arguments.allow_download)
+    except (ValueError, MissingError) as error:
         raise PlanningError(str(error)) from error
     asked: dict[str, Any] = {
-        "backbone": _backbone(arguments.backbone),
-        "batch_size": arguments.batch,
-        "seq_len": arguments.seq,
+        "backbone": backbone,
         "dtype": arguments.dtype,
         "weights_dtype": arguments.weights_dtype or "fp32",
-        "depth": arguments.depth,
         "accumulation": arguments.accumulation,
         "attention": arguments.attention,
         "device": f"{registry.VIRTUAL}{name}",
     }
-    asked |= dict(_field(text) for text in arguments.set)
+    for flag, field in FIELDS.items():
+        given = getattr(arguments, flag)
+        if given is not None and flag == getattr(arguments, "maximize", None):
+            raise PlanningError(
+                f"--{flag} {given} has no effect with --maximize {flag}; leave it out, "
+                f"or maximize one of {', '.join(f for f in FIELDS if f != flag)}"
+            )
+        asked[field] = DEFAULTS[flag] if given is None else given
+    asked |= _set_fields(arguments.set)
     found = [Cell(method=method, **asked) for method in _methods(arguments.method)]
     for cell in found:
         try:
@@ -91,6 +113,7 @@ def ask(
 
     Raises:
         PlanningError: the child died; says of what.
+        OSError: there is no room for its answer.
     """
     field = None if maximize is None else FIELDS[maximize]
     request = {
@@ -142,7 +165,7 @@ def table(
         header.insert(1, f"largest {maximize}")
     header += ["trainable", "TFLOP", "at least", "up", "most is held by", "at"]
     lines += _aligned([header, *(_row(plan, maximize) for plan in plans)])
-    lines += [f"{p['method']}: {p['message']}" for p in plans if p["message"]]
+    lines += reasons(plans)
     room = (1 - margin) * found.memory_bytes / MIB
     lines += [
         f"{p['method']}: {maximize} {p['largest'] + 1} would need "
@@ -150,9 +173,36 @@ def table(
         for p in plans
         if p.get("beyond_bytes") is not None
     ]
+    lines += [
+        f"{p['method']}: no {maximize} above {p['largest']}: {p['beyond_message']}"
+        for p in plans
+        if p.get("beyond_bytes") is None and p.get("beyond_message")
+    ]
     context = format_bytes(found.context_bytes)
     lines.append(NOTE.format(context=context, margin=margin))
     return "\n".join(lines)
+
+
+def reasons(plans: Sequence[dict[str, Any]]) -> list[str]:
+    """What the plans have to say, a line for each message with all its methods."""
+    methods: dict[str, list[str]] = {}
+    for plan in plans:
+        if plan["message"]:
+            methods.setdefault(plan["message"], []).append(plan["method"])
+    return [f"{', '.join(names)}: {message}" for message, names in methods.items()]
+
+
+def unanswered(plans: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the plans that say nothing but why there is no plan."""
+    return [plan for plan in plans if plan["verdict"] == "unknown"]
+
+
+def anything_fits(plans: Sequence[dict[str, Any]]) -> bool:
+    """Whether one of the methods fits, with what was maximized if anything was."""
+    return any(
+        plan["verdict"] in ("fits", "tight") and plan.get("largest", 1)
+        for plan in plans
+    )
 
 
 def details(plan: dict[str, Any]) -> str:
@@ -204,11 +254,15 @@ def write_timeline(plans: Sequence[dict[str, Any]], path: Path) -> None:
     ]
     names = dict.fromkeys(name for moment in moments for name in moment)
     part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(names), restval=0)
-        writer.writeheader()
-        writer.writerows(moments)
-    part.replace(path)
+    try:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(names), restval=0)
+            writer.writeheader()
+            writer.writerows(moments)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -219,6 +273,19 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def _set_fields(texts: Sequence[str]) -> dict[str, Any]:
+    """What `--set` names, each field once."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, value = _field(text)
+        if name in FLAGS:
+            raise PlanningError(f"{text!r}: `{name}` is set by {FLAGS[name]}")
+        if name in found:
+            raise PlanningError(f"{text!r}: `{name}` is set twice; keep one")
+        found[name] = value
+    return found
 
 
 def _field(text: str) -> tuple[str, Any]:
@@ -258,27 +325,32 @@ def _row(plan: dict[str, Any], maximize: str | None) -> list[str]:
 
 
 def _methods(asked: Sequence[str]) -> list[str]:
+    """Methods by their own names, each once."""
     known = [*ALIASES, *registry.METHODS]
     for name in asked:
         if name != "all" and name not in known:
             hint = registry.nearest(name, ["all", *known])
             raise PlanningError(f"unknown method {name!r}; {hint}")
-    if "all" in asked:
+    if not asked or "all" in asked:
         return [*registry.METHODS]
-    return [ALIASES.get(name, name) for name in asked]
+    return list(dict.fromkeys(ALIASES.get(name, name) for name in asked))
 
 
 def _backbone(asked: str) -> str:
-    """As a cell names it: shapes by their name alone, directories by their path."""
+    """As a cell names it: shapes by their name alone, files by their path.
+
+    Raises:
+        ValueError: there is no such backbone.
+    """
     if asked in registry.RANDOM_BACKBONES:
         return f"random:{asked}"
     path = Path(asked)
-    if path.name == "config.json":
-        return f"random:{path.resolve()}"
     if path.is_dir():
         return f"dir:{path.resolve()}"
     if asked in registry.PACKAGED_BACKBONES or ":" in asked:
-        return asked
+        return str(fields.check("backbone", asked))
+    if path.suffix == ".json":
+        return f"random:{path.resolve()}"
     valid = [*registry.RANDOM_BACKBONES, *registry.PACKAGED_BACKBONES]
     hint = registry.nearest(asked, [*valid, "DIRECTORY", "hub:NAME"])
     raise PlanningError(f"unknown backbone {asked!r}; {hint}")

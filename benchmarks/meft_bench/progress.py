@@ -3,19 +3,21 @@
     12/90 ok 11, oom 1 |███▎      | 04:10 left, meft1/minilm-l6/b16-s64-fp32/...
 
 Where the output is no terminal, one line for each cell that ended. Time left is the
-mean of the cells that ended in this run, times those that are left.
+mean of the cells that ended in this run, times those that are left. A run goes on where
+nobody reads this: its records are what it is for.
 """
 
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
 
 from tqdm import tqdm
 
-from meft_bench import isolate
+from meft_bench import isolate, output
 from meft_bench.cell import Cell
 from meft_bench.record import Record, Status
 
@@ -50,24 +52,40 @@ class Progress:
 
     def started(self, cell: Cell) -> None:
         """A cell begins; may be called from any thread."""
-        self._bar.set_postfix_str(cell.id)
+        with self._unread():
+            self._bar.set_postfix_str(cell.id)
 
     def ended(self, record: Record) -> None:
         """A cell ended and is recorded."""
         self._statuses[record.status] += 1
+        with self._unread():
+            self._show(record)
+
+    def tell(self, line: str) -> None:
+        """Print a line above the bar."""
+        with self._unread():
+            self._bar.write(line, file=self._stream)
+            self._stream.flush()
+
+    def _show(self, record: Record) -> None:
         if self._bar.disable:
             self._bar.n += 1
             place = f"[{self._bar.n}/{self._bar.total}]"
-            self._tell(f"{place} {_line(record)}")
+            self.tell(f"{place} {_line(record)}")
         if record.status not in (Status.OK, Status.SKIPPED):
             log = isolate.log_path(self._logs, record.cell)
-            self._tell(f"{record.status}: {record.cell.id}: {record.message} ({log})")
+            self.tell(f"{record.status}: {record.cell.id}: {record.message} ({log})")
         self._bar.set_description_str(count(self._statuses.elements()), refresh=False)
         self._bar.update()
 
-    def _tell(self, line: str) -> None:
-        self._bar.write(line, file=self._stream)
-        self._stream.flush()
+    @contextlib.contextmanager
+    def _unread(self) -> Iterator[None]:
+        """Stop showing anything as soon as it cannot be shown."""
+        try:
+            yield
+        except OSError:  # the pipe or the terminal is closed, or the disk is full
+            self._bar.disable = True
+            output.forget(self._stream)
 
     def __enter__(self) -> Self:
         return self
@@ -78,7 +96,8 @@ class Progress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bar.close()
+        with self._unread():
+            self._bar.close()
 
 
 def count(statuses: Iterable[Status]) -> str:

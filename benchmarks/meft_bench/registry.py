@@ -75,6 +75,9 @@ PACKAGED_BACKBONES = {
 }
 """Real weights that a package ships: backbone name to distribution name."""
 
+MODEL_TYPES = ("bart", "bert", "llama", "mistral", "opt", "roberta", "vit")
+"""The `model_type` of every supported config."""
+
 RANDOM_BACKBONES = (
     "bert-tiny",
     "bert-base",
@@ -128,9 +131,15 @@ def load(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+NUM_NAMES = 50
+"""Names that a hint lists."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A sentence that helps someone who mistyped `name`."""
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}valid: {', '.join(names)}"
+    rest = len(names) - NUM_NAMES
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"{hint}valid: {', '.join(names[:NUM_NAMES])}{more}"

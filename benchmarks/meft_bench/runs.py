@@ -1,13 +1,16 @@
 """The records file: one line of JSON per cell that ended.
 
 A line is appended whole or not at all, and is on disk before the next cell's. What a
-killed writer left of a line is never read, and is cut off by the next append. One
-writer at a time: the file is locked while a run has it open, and the kernel drops the
-lock with the process, however that ends.
+killed writer left of a line is never read, and is cut off by the next append. A file
+that holds nothing when it is closed is removed. One writer at a time: the file is
+locked while a run has it open, and the kernel drops the lock with the process, however
+that ends.
 
 The last record of a cell counts; earlier ones remain as history.
 """
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -19,9 +22,20 @@ from typing import Self
 from meft_bench.cell import Cell
 from meft_bench.record import Environment, Record, Status
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the errors by which a system says that there is no room to write."""
+
 
 class RunsError(Exception):
     """A records file cannot be read or written; the message is one line."""
+
+
+def unusable(path: Path, error: OSError) -> RunsError:
+    """What a failed call of the system means for the run that writes to `path`."""
+    message = f"{error.filename or path}: {error.strerror}"
+    if error.errno in NO_ROOM:
+        message += "; make room, and run the same command again to go on"
+    return RunsError(message)
 
 
 class RecordsFile:
@@ -37,26 +51,21 @@ class RecordsFile:
         self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._file = _open_locked(path)
         except OSError as error:
-            raise RunsError(f"{path}: {error.strerror}") from error
+            raise unusable(path, error) from error
         try:
-            self._lock()
             content = path.read_bytes()
             self.records = _parse(path, content)
+        except OSError as error:
+            os.close(self._file)
+            raise unusable(path, error) from error
         except BaseException:
             os.close(self._file)
             raise
         self._end = content.rfind(b"\n") + 1
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunsError(
-                f"{self._path}: another run is writing to it; wait for it to end, "
-                "or give this one a file of its own with -o"
-            ) from error
+        self.is_torn = self._end < len(content)
+        """Whether the last line was half written, and is left out."""
 
     def append(self, record: Record) -> None:
         """Add one record and wait until it is on disk.
@@ -64,20 +73,32 @@ class RecordsFile:
         Raises:
             RunsError: there is no room for it; the file keeps its whole records.
         """
-        line = json.dumps(record.to_json(), ensure_ascii=False).encode() + b"\n"
+        text = json.dumps(record.to_json(), ensure_ascii=False)
+        # A lone surrogate, of a file name that is no text, becomes JSON's escape of it.
+        line = text.encode(errors="backslashreplace") + b"\n"
         try:
             os.ftruncate(self._file, self._end)
-            written = os.pwrite(self._file, line, self._end)
+            written = 0
+            while written < len(line):
+                written += os.pwrite(self._file, line[written:], self._end + written)
             os.fsync(self._file)
         except OSError as error:
-            raise RunsError(f"{self._path}: {error.strerror}") from error
-        if written != len(line):
-            raise RunsError(f"{self._path}: no room for the next record")
+            self._cut()
+            raise unusable(self._path, error) from error
         self._end += len(line)
         self.records.append(record)
 
+    def _cut(self) -> None:
+        """Take away what there is of a record that could not be added."""
+        with contextlib.suppress(OSError):  # it is not read, and cut off another time
+            os.ftruncate(self._file, self._end)
+
     def close(self) -> None:
-        """Let go of the file and of its lock."""
+        """Let go of the file and of its lock, and of a file that holds nothing."""
+        with contextlib.suppress(OSError):
+            is_empty = os.fstat(self._file).st_size == 0
+            if is_empty and _is_at(self._path, self._file):
+                self._path.unlink()
         os.close(self._file)
 
     def __enter__(self) -> Self:
@@ -92,6 +113,39 @@ class RecordsFile:
         self.close()
 
 
+def _open_locked(path: Path) -> int:
+    """The file, opened and locked; made where it is missing.
+
+    Raises:
+        RunsError: another run has it open.
+        OSError: it cannot be opened.
+    """
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between the two calls, a run that recorded nothing may have removed it.
+            if path.is_symlink() or _is_at(path, file):
+                return file
+        except BlockingIOError as error:
+            os.close(file)
+            raise RunsError(
+                f"{path}: another run is writing to it; wait for it to end, "
+                "or give this one a file of its own with -o"
+            ) from error
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def _is_at(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(file))
+    except FileNotFoundError:
+        return False
+
+
 def read(path: Path) -> list[Record]:
     """The records in a file, oldest first; none when there is no file.
 
@@ -103,7 +157,7 @@ def read(path: Path) -> list[Record]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise RunsError(f"{path}: {error.strerror}") from error
+        raise unusable(path, error) from error
 
 
 def done(

@@ -13,6 +13,7 @@ line that names the file, the offending thing and the nearest valid one.
 """
 
 import itertools
+import math
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ class Sweep:
     question: str
     cells: tuple[Cell, ...]
     """In declared order, no two alike."""
+    num_excluded: int
+    """Points that the matrices exclude."""
     memory_limit_bytes: int | None
     """Data each child may allocate; None sets no limit."""
     timeout_seconds: float
@@ -94,7 +97,7 @@ def load(source: str, *, device: str) -> Sweep:
         raise SweepError(f"{path}: not TOML: {_one_line(error)}") from error
     try:
         return _parse(path.stem, table, device)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # of what it names, such as a directory
         raise SweepError(f"{path}: {_one_line(error)}") from error
 
 
@@ -186,6 +189,7 @@ def _parse(name: str, table: dict[str, Any], device: str) -> Sweep:
     if not tables:
         raise ValueError("no [[matrix]]; declare at least one")
     cells: dict[Cell, None] = {}
+    num_excluded = 0
     names: list[str] = []
     for index, entry in enumerate(tables, start=1):
         label = entry.get("name")
@@ -194,25 +198,30 @@ def _parse(name: str, table: dict[str, Any], device: str) -> Sweep:
         if label in names:
             raise ValueError(f"two matrices are named {label!r}; rename one")
         names.append(label)
-        cells.update(dict.fromkeys(_cells(label, entry, device)))
+        kept, num_points = _cells(label, entry, device)
+        cells.update(dict.fromkeys(kept))
+        num_excluded += num_points - len(kept)
     return Sweep(
         name=name,
         question=question,
         cells=tuple(cells),
+        num_excluded=num_excluded,
         memory_limit_bytes=_memory_limit(table),
         timeout_seconds=_timeout(table),
         num_threads=_num_threads(table),
     )
 
 
-def _cells(label: str, entry: dict[str, Any], device: str) -> list[Cell]:
+def _cells(label: str, entry: dict[str, Any], device: str) -> tuple[list[Cell], int]:
+    """The cells of a matrix, and how many there would be without exclusions."""
     try:
-        cells = list(expand(_matrix(label, entry), device=device))
+        matrix = _matrix(label, entry)
+        cells = list(expand(matrix, device=device))
         if not cells:
             raise ValueError("every cell is excluded")
     except ValueError as error:
         raise ValueError(f"matrix {label!r}: {error}") from error
-    return cells
+    return cells, math.prod(map(len, matrix.axes))
 
 
 def _memory_limit(table: dict[str, Any]) -> int | None:
@@ -274,10 +283,12 @@ def _zipped(table: dict[str, Any]) -> tuple[Point, ...]:
     if len(set(lengths.values())) > 1:
         shown = ", ".join(f"{name} has {count}" for name, count in lengths.items())
         raise ValueError(f"zip: lists of unequal length ({shown})")
-    return tuple(
-        dict(zip(lists, values, strict=True))
-        for values in zip(*lists.values(), strict=True)
-    )
+    rows = list(zip(*lists.values(), strict=True))
+    for row in rows:
+        if rows.count(row) > 1:
+            shown = ", ".join(f"{n} = {v!r}" for n, v in zip(lists, row, strict=True))
+            raise ValueError(f"zip: {{{shown}}} is given twice; keep one")
+    return tuple(dict(zip(lists, row, strict=True)) for row in rows)
 
 
 def _rule(table: dict[str, Any]) -> Rule:

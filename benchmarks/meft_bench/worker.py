@@ -9,6 +9,7 @@ parent to see.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,6 +18,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from meft_bench import outcome
 from meft_bench.cell import Cell
 from meft_bench.leash import die_with_parent
 from meft_bench.options import ChildOptions
@@ -45,7 +47,7 @@ def main() -> None:
         # Set before the libraries are imported, which is when they look.
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    write_result(args.out, run(cell, options))
+    outcome.leave(args.out, run(cell, options))
 
 
 def run(cell: Cell, options: ChildOptions) -> dict[str, object]:
@@ -70,7 +72,8 @@ def run(cell: Cell, options: ChildOptions) -> dict[str, object]:
     except MissingError as error:
         status, message = Status.SKIPPED, str(error)
     except Exception as error:
-        traceback.print_exc(file=sys.stderr)
+        with contextlib.suppress(OSError):  # there may be no room for a log
+            traceback.print_exc(file=sys.stderr)
         status = Status.OOM if is_out_of_memory(error) else Status.ERROR
         message = one_line(error)
     return {
@@ -85,14 +88,6 @@ def one_line(error: BaseException) -> str:
     """`Type: message`, the first line of it."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def write_result(path: Path, result: dict[str, object]) -> None:
-    """Write `result` to `path` whole, or not at all."""
-    text = json.dumps(result, allow_nan=False)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_text(text)
-    unfinished.replace(path)
 
 
 if __name__ == "__main__":

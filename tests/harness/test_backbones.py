@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from harness.tiny import FAMILIES, HIDDEN, VOCABULARY, cell, classifier, num_lists
-from meft_bench import backbones
+from meft_bench import backbones, configs, environment
 from meft_bench.backbones import files, packages, shapes
 from meft_bench.cell import Cell
 from meft_bench.registry import PACKAGED_BACKBONES, RANDOM_BACKBONES
@@ -264,7 +264,10 @@ def test_a_model_of_another_family_is_refused(
     """The error names it and lists what is supported."""
     config = directory / "config.json"
     config.write_text(json.dumps({"model_type": model_type}))
-    expected = f"model_type {model_type!r}; supported: bart, bert, llama, mistral, opt"
+    named = (
+        f"is of model_type {model_type!r}" if model_type else "names no `model_type`"
+    )
+    expected = f"{named}; supported: bart, bert, llama, mistral, opt"
     with pytest.raises(ValueError, match=expected):
         load(cell(backbone=name.format(directory)))
 
@@ -299,6 +302,37 @@ def test_missing_weights_name_three_ways_to_provide_them(name: str) -> None:
     assert "dir:PATH" in message
     assert "hub:NAME" in message
     assert "--allow-download" in message
+
+
+@pytest.mark.parametrize("name", ["dir:/nowhere", "hub:some/model", "minilm-l6"])
+def test_where_a_config_is_enough_it_is_a_config_that_is_missing(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not weights, which a virtual GPU does not read."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(environment, "installed", {}.get)
+    with pytest.raises(MissingError, match=r"^no config: .*Ways to provide one"):
+        backbones.load_config(cell(backbone=name), HERE)
+
+
+def test_what_was_downloaded_before_needs_no_download(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The hub's cache is read; of weights that are not in it, it is said that they are
+    missing."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--some--model"
+    snapshot = repository / "snapshots" / ("c0ffee" * 7)[:40]
+    (repository / "refs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(snapshot.name)
+    (snapshot / "config.json").write_text('{"model_type": "opt", "ffn_dim": 7}')
+    chosen = cell(backbone="hub:some/model")
+    configs.check(chosen.backbone, allow_download=False)
+    config, _ = backbones.load_config(chosen, HERE)
+    assert config.ffn_dim == 7
+    with pytest.raises(MissingError, match=r"no weights: .*safetensors does not exist"):
+        backbones.load(chosen, 2, HERE)
 
 
 def test_a_package_that_is_not_installed_names_three_ways_too(

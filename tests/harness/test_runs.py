@@ -67,9 +67,12 @@ def test_torn_line(tmp_path: Path, records: list[Record], kept: float) -> None:
     assert runs.read(path) == records[:1]
     with RecordsFile(path) as file:
         assert file.records == records[:1]
+        assert file.is_torn
         assert path.read_bytes() == first + second[:cut]
         file.append(records[2])
     assert runs.read(path) == [records[0], records[2]]
+    with RecordsFile(path) as file:
+        assert not file.is_torn
     content = path.read_bytes()
     assert json.loads(content.removeprefix(first)) == records[2].to_json()
 
@@ -95,7 +98,7 @@ def test_unusable_path(tmp_path: Path) -> None:
     with pytest.raises(RunsError, match="Is a directory"):
         RecordsFile(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(RunsError, match=r"file.runs.jsonl: "):
+    with pytest.raises(RunsError, match=r"file: File exists"):
         RecordsFile(tmp_path / "file" / "runs.jsonl")
 
 

@@ -227,6 +227,19 @@ BAD = {
         AXES + "[[matrix.zip]]\nseed = [1, 2]\ndepth = [1]",
         "seed has 2, depth has 1",
     ),
+    "twice in a zip": (
+        AXES + "[[matrix.zip]]\nseed = [1, 2, 1]\ndepth = [1, 1, 1]",
+        "zip: {seed = 1, depth = 1} is given twice",
+    ),
+    "larger than any seed": (AXES + f"defaults = {{ seed = {2**32} }}", "`seed`"),
+    "a name of two lines": (
+        AXES + 'defaults = { backbone = "hub:a\\nb" }',
+        "cannot be printed",
+    ),
+    "a path too long": (
+        AXES + f"defaults = {{ backbone = 'dir:{'x' * 5000}' }}",
+        "File name too long",
+    ),
     "empty zip": (AXES + "[[matrix.zip]]", "zip", "empty"),
     "set nothing": (AXES + "[[matrix.set]]\nwhen = { seed = 0 }", "nothing to set"),
     "set without when": (AXES + "[[matrix.set]]\nseed = 0", "when", "no condition"),

@@ -187,7 +187,7 @@ def test_missing_data_names_three_ways_to_provide_it(name: str, tmp_path: Path) 
         load(TASKS[name])(cell(task=name), Source(data_dir=tmp_path))
     message = str(caught.value)
     assert str(tmp_path) in message
-    for way in ("--data-dir", "--allow-download", "bbc-news"):
+    for way in ("--data DIR", "--allow-download", "bbc-news"):
         assert way in message
 
 

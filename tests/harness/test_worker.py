@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from marks import slow_but_for
+from meft_bench import outcome
 from meft_bench.cell import Cell
 from meft_bench.options import ChildOptions
 from meft_bench.out_of_memory import is_out_of_memory
 from meft_bench.record import Measurement
 from meft_bench.registry import METHODS
-from meft_bench.worker import one_line, run, write_result
+from meft_bench.worker import one_line, run
 
 TINY: dict[str, Any] = {
     "backbone": "random:bert-tiny",
@@ -197,7 +198,7 @@ def test_missing_data_skips_the_cell_and_names_three_ways(tmp_path: Path) -> Non
     cell = Cell(method="full", task="rte", **TINY)
     result = child(tmp_path, cell, data_dir=None)
     assert result["status"] == "skipped"
-    for way in ("--data-dir", "--allow-download", "bbc-news"):
+    for way in ("--data DIR", "--allow-download", "bbc-news"):
         assert way in result["message"]
 
 
@@ -249,9 +250,9 @@ def test_a_result_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     """What JSON cannot hold leaves no file behind."""
     path = tmp_path / "seen.json"
     with pytest.raises(ValueError, match="JSON"):
-        write_result(path, {"measurement": float("nan")})
+        outcome.write(path, {"measurement": float("nan")})
     assert not list(tmp_path.iterdir())
-    write_result(path, {"status": "ok"})
+    outcome.write(path, {"status": "ok"})
     assert [p.name for p in tmp_path.iterdir()] == ["seen.json"]
 
 

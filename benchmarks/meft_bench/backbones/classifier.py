@@ -28,11 +28,8 @@ from meft.backbone.families import NEW_HEADS, find_blocks
 from meft_bench.backbones.bart import BartClassifier
 from meft_bench.cell import Cell
 
-MODEL_TYPES = ("bart", "bert", "llama", "mistral", "opt", "roberta", "vit")
-"""The `model_type` of every supported config."""
-
 WRITERS = ("llama", "mistral", "opt")
-"""Those of them that questions can be asked of."""
+"""Those of `MODEL_TYPES` that questions can be asked of."""
 
 LANGUAGE_MODELS = ("bart", *WRITERS)
 """Those of them that learn told tokens, of which BART makes its decoder's input; how
@@ -165,15 +162,6 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width, of which a config may name one for both."""
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
-
-
-def check_model_type(model_type: object, where: object) -> None:
-    """Raise `ValueError` unless the harness knows classifiers of `model_type`."""
-    if model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"{where} is of model_type {model_type!r}; "
-            f"supported: {', '.join(MODEL_TYPES)}"
-        )
 
 
 def options(cell: Cell) -> dict[str, Any]:

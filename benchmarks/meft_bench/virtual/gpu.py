@@ -102,13 +102,17 @@ def resolve(name: str) -> str:
 def _read(path: Path) -> Gpu:
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise GpuError(f"{path}: {error}") from error
+    except OSError as error:
+        raise GpuError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise GpuError(f"{path} is not JSON: {error}") from error
     wanted = {field.name for field in dataclasses.fields(Gpu)}
     if not isinstance(fields, dict) or set(fields) != wanted:
         given = set(fields) if isinstance(fields, dict) else set()
         missing, unknown = sorted(wanted - given), sorted(given - wanted)
         raise GpuError(f"{path}: missing fields {missing}, unknown fields {unknown}")
+    for field in dataclasses.fields(Gpu):
+        _check(path, field.name, field.type, fields[field.name])
     order = tuple(fields["attention_order"])
     if sorted(order) != sorted(ATTENTION_KERNELS):
         raise GpuError(
@@ -119,3 +123,21 @@ def _read(path: Path) -> Gpu:
     return Gpu(
         **fields | {"attention_order": order, "compute_capability": (major, minor)}
     )
+
+
+def _check(path: Path, name: str, kind: object, value: Any) -> None:
+    """Raise `GpuError` unless JSON's `value` is what the field `name` holds."""
+    if name == "compute_capability":
+        words = "two integers"
+        fits = isinstance(value, list) and [*map(type, value)] == [int, int]
+    elif name == "attention_order":
+        words = "a list of names"
+        fits = isinstance(value, list) and {*map(type, value)} <= {str}
+    elif kind is str:
+        words, fits = "text", isinstance(value, str)
+    elif kind is int:
+        words, fits = "an integer, 0 or more", type(value) is int and value >= 0
+    else:
+        words, fits = "a number above 0", type(value) in (int, float) and value > 0
+    if not fits:
+        raise GpuError(f"{path}: `{name}` = {value!r} should be {words}")

@@ -90,7 +90,11 @@ def plan(cell: Cell, source: Source, margin: float, timeline: bool = False) -> P
     except torch.OutOfMemoryError as error:
         return Plan(method=cell.method, verdict="too large", message=str(error))
     except (MissingError, MeftError, ValueError, NotImplementedError) as error:
-        return Plan(method=cell.method, verdict="unknown", message=str(error))
+        message = " ".join(str(error).split())
+        return Plan(method=cell.method, verdict="unknown", message=message)
+    except Exception as error:  # else the plans of other methods were lost with it
+        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return Plan(method=cell.method, verdict="unknown", message=message)
 
 
 def _plan(it: Ready, margin: float, timeline: bool) -> Plan:

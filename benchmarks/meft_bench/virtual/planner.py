@@ -13,11 +13,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from meft_bench import outcome
 from meft_bench.cell import Cell
 from meft_bench.leash import die_with_parent
 from meft_bench.options import ChildOptions
 from meft_bench.source import Source
-from meft_bench.worker import write_result
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--parent", required=True, type=int)
     arguments = parser.parse_args()
     die_with_parent(arguments.parent)
-    write_result(arguments.out, answer(json.loads(arguments.request)))
+    outcome.leave(arguments.out, answer(json.loads(arguments.request)))
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:

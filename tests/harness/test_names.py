@@ -1,0 +1,491 @@
+"""Every name that a message or a document mentions exists.
+
+Texts are the documents of the repository and every string of its sources, docstrings
+and the fixed parts of f-strings among them. What looks like a name of something is
+looked up where that thing is declared: flags in the parsers, files among those that git
+tracks, sweeps, extras and environments in their own files, variables where the sources
+read them, dotted names and arguments by importing them. Names that belong to others are
+listed here, each with the reason.
+"""
+
+import argparse
+import ast
+import configparser
+import dataclasses
+import fnmatch
+import functools
+import importlib
+import inspect
+import re
+import shlex
+import subprocess
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import meft
+import meft.testing
+from meft_bench import cli, planning, sweep
+from meft_bench.cell import Cell
+from meft_bench.isolate import child_environment
+from meft_bench.options import ChildOptions
+from meft_bench.virtual import gpu
+from meft_reports import cli as reports_cli
+from meft_reports.plots import PLOTS
+from meft_reports.tables import TABLES
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("meft", "benchmarks", "reports")
+HISTORY = "CHANGELOG.md"
+"""Speaks of names as they were."""
+
+FOREIGN_FLAGS = {
+    "--no-deps": "pip",
+    "--require-hashes": "pip",
+    "--hash": "pip, in a file of requirements",
+    "--group": "pip",
+    "--quiet": "pip",
+    "--upgrade": "pip",
+    "--numprocesses": "pytest-xdist",
+    "--dist": "pytest-xdist",
+    "--slow": "pytest, by tests/conftest.py",
+    "--doctest-modules": "pytest",
+    "--doctest-glob": "pytest",
+    "--pyargs": "pytest",
+    "--strict-markers": "pytest",
+    "--strict-config": "pytest",
+    "--import-mode": "pytest",
+    "--jaxtyping-packages": "jaxtyping's plugin of pytest",
+    "--benchmark-disable": "pytest-benchmark",
+    "--benchmark-enable": "pytest-benchmark",
+    "--benchmark-only": "pytest-benchmark",
+    "--benchmark-group-by": "pytest-benchmark",
+    "--benchmark-columns": "pytest-benchmark",
+    "--check": "ruff format",
+    "--show-toplevel": "git",
+    "--porcelain": "git",
+    "--untracked-files": "git",
+    "--cell": "meft_bench.worker, of which isolate.py is the one caller",
+    "--options": "meft_bench.worker, likewise",
+    "--out": "meft_bench.worker and planner, likewise",
+    "--parent": "meft_bench.worker and planner, likewise",
+    "--request": "meft_bench.virtual.planner, likewise",
+}
+
+FOREIGN_FILES = {
+    # Files of others.
+    "aten/native/*": "PyTorch's sources",
+    "ATen/*": "PyTorch's sources",
+    "c10/cuda/*": "PyTorch's sources",
+    "flash_api.cpp": "flash attention's sources",
+    "sysexits.h": "the C library",
+    "config.json": "transformers' file of a model",
+    "PATH/config.json": "a user's",
+    "model.safetensors.index.json": "transformers' file of a model",
+    "merges.txt": "transformers' file of a tokenizer",
+    "*train.tsv": "data of a task",
+    "dev.tsv": "data of a task",
+    "dev_ids.tsv": "data of a task",
+    "msr_paraphrase_train.txt": "data of a task",
+    "topics.nq.dev.txt": "data of a task",
+    "NQ-open.dev.jsonl": "data of a task",
+    "*xquad.en.json": "data of a task",
+    "*train.json": "data of a task",
+    "*test.json": "data of a task",
+    "*train.jsonl": "data of a task",
+    "*test.jsonl": "data of a task",
+    "meft_bench/sweeps": "inside a wheel",
+    # Files that ours write, or that a user has.
+    "adapters.json": "written by meft.save_adapters",
+    "plans.json": "written by the planner for its parent",
+    "runs/*.jsonl": "written by meft-bench run",
+    "runs/*.html": "written by meft-report page",
+    "*/gate.jsonl": "written by meft-bench run",
+    "report.html": "written by meft-report page",
+    "cells.parquet": "written by meft-report frame",
+    "out.*": "written by meft-report",
+    "depth.svg": "written by meft-report plot",
+    "baseline.jsonl": "written by meft-report baseline",
+    "moments.csv": "written by meft-bench plan",
+    "FILE.jsonl": "a user's",
+    "path/to/mine.toml": "a user's",
+    "mine.json": "a user's",
+    "virtual-mine.json": "a device, by a user's file",
+    "virtual-PATH.json": "a device, by a user's file",
+}
+
+FOREIGN_VARIABLES = {
+    "CUBLAS_STATUS_ALLOC_FAILED": "an error's name, no variable",
+    "PIP_CONSTRAINT": "set in tox.ini, for pip",
+    "PIP_DISABLE_PIP_VERSION_CHECK": "set in tox.ini, for pip",
+}
+VARIABLE = (
+    r"\b(?:MEFT|HF|CUDA|CUBLAS|OMP|MKL|TOKENIZERS|PIP|PYTORCH|TRITON)_[A-Z0-9_]+\b"
+)
+
+SUFFIXES = "py|md|toml|txt|tsv|jsonl?|html|j2|csv|parquet|svg|ini|h|cpp"
+FILE = rf"(?<![\w/.:<}}-])[\w.*/-]*[\w*]\.(?:{SUFFIXES})\b(?!\.\w)"
+FOLDERS = r"\.ci|docs|meft|meft_bench|meft_reports|benchmarks|reports|tests"
+FOLDER = rf"(?<![\w/.:<}}-])(?:{FOLDERS})/[\w./*-]*"
+
+
+@functools.cache
+def tracked() -> list[str]:
+    """Every file of the repository, by its path in it."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others"]
+    try:
+        done = subprocess.run(
+            [*command, "--exclude-standard"], capture_output=True, text=True, check=True
+        )
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        pytest.skip("needs a checkout and git")
+    return [name for name in done.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+@functools.cache
+def documents() -> dict[str, str]:
+    """Documents and files of settings, by path."""
+    kinds = {".md", ".toml", ".txt", ".ini"}
+    names = [n for n in tracked() if Path(n).suffix in kinds or n == ".ci/run"]
+    return {n: (ROOT / n).read_text() for n in names if n != HISTORY}
+
+
+@functools.cache
+def strings() -> dict[str, list[str]]:
+    """The strings of every source, by path; a value in an f-string is a NUL."""
+    found = {}
+    for name in tracked():
+        if name.endswith(".py") and name.startswith(PACKAGES):
+            found[name] = list(_strings(ast.parse((ROOT / name).read_text())))
+    return found
+
+
+def _strings(tree: ast.AST) -> Iterator[str]:
+    inside: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            inside |= {id(part) for part in node.values}
+            yield "".join(
+                part.value if isinstance(part, ast.Constant) else "\0"  # type: ignore[misc]
+                for part in node.values
+            )
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) not in inside:
+                yield node.value
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    """Every text, with the file it is in."""
+    yield from documents().items()
+    for name, parts in strings().items():
+        for part in parts:
+            yield name, part
+
+
+def mentions(pattern: str) -> dict[str, str]:
+    """What a pattern finds in the texts, with a file that mentions it."""
+    found: dict[str, str] = {}
+    for place, text in texts():
+        for match in re.finditer(pattern, text):
+            found.setdefault(match[0], place)
+    return found
+
+
+def unknown(found: dict[str, str], is_known: Callable[[str], bool]) -> list[str]:
+    """Those mentioned that are not known, and where."""
+    return [f"{name} in {place}" for name, place in found.items() if not is_known(name)]
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A parser and those of its subcommands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                yield from parsers(sub)
+
+
+COMMANDS = {"meft-bench": cli._parser, "meft-report": reports_cli.parser}
+
+
+def subcommands(program: str) -> set[str]:
+    """The words that may follow the name of a program."""
+    (action,) = (
+        a
+        for a in COMMANDS[program]()._actions
+        if isinstance(a, argparse._SubParsersAction)
+    )
+    return set(action.choices)
+
+
+def test_every_flag_exists() -> None:
+    """Of our commands, or of a tool that is named with it."""
+    flags = {
+        flag
+        for make in COMMANDS.values()
+        for parser in parsers(make())
+        for action in parser._actions
+        for flag in action.option_strings
+    }
+    # A name with two dashes at its end is a phase of the meters.
+    found = mentions(r"(?<![\w/-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*(?![\w-])")
+    assert unknown(found, (flags | set(FOREIGN_FLAGS)).__contains__) == []
+    assert set(FOREIGN_FLAGS) <= set(found), "allowed, and mentioned nowhere"
+
+
+def test_every_subcommand_exists() -> None:
+    """Behind the name of one of our programs, in code."""
+    found = mentions(r"(?<=`)meft-(?:bench|report) [\w-]+|(?<=[$] )meft-\w+ [\w-]+")
+
+    def is_known(words: str) -> bool:
+        program, _, command = words.partition(" ")
+        return command in subcommands(program)
+
+    assert len(found) > 5
+    assert unknown(found, is_known) == []
+
+
+def examples() -> dict[str, str]:
+    """Command lines that are shown whole, each with a file that shows it."""
+    found = {}
+    for place, text in texts():
+        for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+            match = re.match(r"\s*(?:[$] )?(meft-(?:bench|report) [\w-]+.*)", line)
+            if match is not None:
+                # Behind it is a comment, or what it does.
+                found[re.split(r"\s{3,}|\s#", match[1])[0]] = place
+        # In a sentence, what the last argument is may be clear.
+        for match in re.finditer(r"`(meft-(?:bench|report) \w+ [^`]+)`", text):
+            is_short = re.fullmatch(r"meft-report table \w+", match[1])
+            found[f"{match[1]} RUNS" if is_short else match[1]] = place
+    return {line: place for line, place in found.items() if not _is_prose(line)}
+
+
+def _is_prose(line: str) -> bool:
+    """Whether a sentence happens to begin with the name of a program."""
+    program, command, *_ = [*line.split(), ""]
+    return command.isalpha() and command not in subcommands(program)
+
+
+def test_every_example_can_be_typed() -> None:
+    """The parser takes it, and sweeps, plots, tables, backbones and GPUs exist."""
+    shown = examples()
+    assert len(shown) > 25
+    wrong = []
+    for line, place in shown.items():
+        program, *words = shlex.split(line.replace("{posargs}", ""))
+        try:
+            given = COMMANDS[program]().parse_args(words)
+        except SystemExit:
+            wrong.append(f"{line} in {place}")
+            continue
+        wrong += [f"{name} of {line} in {place}" for name in _unknown_names(given)]
+    assert wrong == []
+
+
+def _unknown_names(given: argparse.Namespace) -> Iterator[str]:
+    """What an example names that is not there; capitals are for the reader to fill."""
+    for name, known in [
+        ("sweep", sweep.shipped()),
+        ("name", {*PLOTS, *TABLES}),
+        ("gpu", None),
+        ("backbone", None),
+    ]:
+        value = getattr(given, name, None)
+        if value is None or value.isupper():
+            continue
+        if known is not None and value not in known:
+            yield value
+        if name == "gpu" and not value.endswith(".json"):
+            gpu.find(value)
+        if name == "backbone":
+            planning._backbone(value)
+    if hasattr(given, "method"):
+        planning._methods(given.method)
+        planning._set_fields(given.set)
+
+
+def test_every_extra_exists() -> None:
+    """In brackets behind the name of the distribution, or of a checkout."""
+    declared = _pyproject()["project"]["optional-dependencies"]
+    found = mentions(r"(?<=meft\[)[\w,]+(?=\])|(?<='\.\[)[\w,]+(?=\])")
+    assert len(found) > 2
+    assert unknown(found, lambda names: set(names.split(",")) <= set(declared)) == []
+
+
+def test_every_environment_of_tox_exists() -> None:
+    """And every keyword and marker that pytest is to choose tests by."""
+    ini = configparser.ConfigParser(interpolation=None)
+    ini.read(ROOT / "tox.ini")
+    found = mentions(r"(?<=tox -e[ \n])[\w-]+")
+    assert len(found) > 3
+    assert unknown(found, lambda name: f"testenv:{name}" in ini) == []
+    tests = " ".join(
+        (ROOT / n).read_text() for n in tracked() if n.startswith("tests/")
+    )
+    names = " ".join(re.findall(r"def (test_\w+)", tests))
+    keys = mentions(r"(?<= -k )\w+")
+    assert len(keys) > 1
+    assert unknown(keys, names.__contains__) == []
+    markers = [
+        m.split(":")[0]
+        for m in _pyproject()["tool"]["pytest"]["ini_options"]["markers"]
+    ]
+    assert unknown(mentions(r"(?<=pytest -m )\w+"), markers.__contains__) == []
+
+
+def test_every_file_exists() -> None:
+    """In the repository, by its path or the end of it; a pattern finds one."""
+    paths = tracked()
+    folders = {str(parent) for path in paths for parent in Path(path).parents}
+
+    def is_known(name: str) -> bool:
+        name = name.removesuffix(".").removesuffix("/")
+        if any(fnmatch.fnmatch(path, f"*/{name}") for path in (f"/{p}" for p in paths)):
+            return True
+        return any(fnmatch.fnmatch(f"/{folder}", f"*/{name}") for folder in folders)
+
+    found = {**mentions(FILE), **mentions(FOLDER)}
+    assert len(found) > 150
+    foreign = {
+        pattern: [name for name in found if fnmatch.fnmatch(name, pattern)]
+        for pattern in FOREIGN_FILES
+    }
+    allowed = {name for names in foreign.values() for name in names}
+    assert unknown(found, lambda name: is_known(name) or name in allowed) == []
+    assert [pattern for pattern, names in foreign.items() if not names] == []
+
+
+@pytest.mark.parametrize("place", sorted(n for n in documents() if n.endswith(".md")))
+def test_every_link_leads_somewhere(place: str) -> None:
+    """From where the document is."""
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", documents()[place])
+    own = [link for link in links if "://" not in link]
+    assert [
+        link for link in own if not (ROOT / place).parent.joinpath(link).exists()
+    ] == []
+
+
+def test_every_variable_is_read() -> None:
+    """One of ours by the sources; of others', those that we set for our children."""
+    read, written = set[str](), set(child_environment(ChildOptions(), "virtual-H200"))
+    for name in strings():
+        for node in ast.walk(ast.parse((ROOT / name).read_text())):
+            if isinstance(node, ast.Subscript) and _is_environ(node.value):
+                (written if isinstance(node.ctx, ast.Store) else read).update(
+                    _constant(node.slice)
+                )
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                if node.func.attr == "get" and _is_environ(node.func.value):
+                    read.update(_constant(node.args[0]))
+    assert "MEFT_DATA_DIR" in read
+    found = mentions(VARIABLE)
+
+    def is_known(name: str) -> bool:
+        if name.startswith("MEFT_"):
+            return name in read
+        return name in read | written | set(FOREIGN_VARIABLES)
+
+    assert unknown(found, is_known) == []
+    assert set(FOREIGN_VARIABLES) <= set(found)
+
+
+def _is_environ(node: ast.expr) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == "environ"
+
+
+def _constant(node: ast.expr) -> list[str]:
+    return [str(node.value)] if isinstance(node, ast.Constant) else []
+
+
+def test_every_dotted_name_can_be_imported() -> None:
+    """Of a module, or of what is in one."""
+    pattern = (
+        r"(?<![\w/.@-])(?:meft|meft_bench|meft_reports)(?:\.[A-Za-z_]\w*)+\b(?![/*])"
+    )
+    found = mentions(pattern)
+    assert len(found) > 50
+    assert unknown(found, lambda name: name.endswith(".py") or _resolves(name)) == []
+
+
+def _resolves(name: str) -> bool:
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            thing: Any = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        except ImportError:  # there, and in need of what is not
+            return True
+        for part in parts[end:]:
+            if not hasattr(thing, part):
+                return False
+            thing = getattr(thing, part)
+        return True
+    return False
+
+
+def test_what_is_public_exists() -> None:
+    """A message that says `meft.something` means what users may import."""
+    public = {f"meft.{name}" for name in meft.__all__}
+    public |= {f"meft.testing.{name}" for name in dir(meft.testing)}
+    found = mentions(r"(?<=`)meft\.\w+(?:\.\w+)?(?=[`(])")
+    modules = {name for name in found if (ROOT / name.replace(".", "/")).is_dir()}
+    modules |= {n for n in found if (ROOT / f"{n.replace('.', '/')}.py").is_file()}
+    assert unknown(found, (public | modules).__contains__) == []
+
+
+def test_every_call_can_be_made() -> None:
+    """In code, of a function or class of ours, with arguments it has."""
+    public = _public()
+    calls = mentions(
+        rf"(?<=`)(?:meft\.)?(?:testing\.)?(?:{'|'.join(public)})\([^`]*\)(?=`)"
+    )
+    assert len(calls) > 3
+
+    def can_be_made(text: str) -> bool:
+        call = ast.parse(re.sub(r"\.\.\.|\0", "x", text), mode="eval").body
+        assert isinstance(call, ast.Call)
+        name = ast.unparse(call.func).rpartition(".")[2]
+        known = inspect.signature(public[name]).parameters
+        return {keyword.arg for keyword in call.keywords} <= set(known)
+
+    assert unknown(calls, can_be_made) == []
+
+
+FOREIGN_ARGUMENTS = {
+    "is_decoder": "a field of transformers' configs",
+    "create_graph": "torch.autograd.grad",
+}
+
+
+def test_every_argument_exists() -> None:
+    """What a message sets, in code: an argument, or a field of a config or a cell."""
+    known = {field.name for field in dataclasses.fields(Cell)}
+    for thing in _public().values():
+        known |= set(inspect.signature(thing).parameters)
+    found = {
+        name: place
+        for name, place in mentions(r"(?<=`)[a-z_]+(?= ?=[^=])").items()
+        if place.endswith(".py")
+    }
+    assert unknown(found, (known | set(FOREIGN_ARGUMENTS)).__contains__) == []
+
+
+def _public() -> dict[str, Callable[..., Any]]:
+    """Functions and configs that users may call, by name."""
+    names = {name: getattr(meft, name) for name in meft.__all__}
+    names |= {name: getattr(meft.testing, name) for name in dir(meft.testing)}
+    return {
+        name: thing
+        for name, thing in names.items()
+        if getattr(thing, "__module__", "").startswith("meft")
+        and not (isinstance(thing, type) and issubclass(thing, BaseException))
+    }
+
+
+def _pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
