@@ -68,7 +68,7 @@ def test_another_optimizer_is_refused_before_it_moves_anything(other: str) -> No
         optimizer.zero_grad()
         loss = model(**inputs).loss
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     closure()
     with pytest.raises(UnsupportedCallError, match=r"meft\.SparseAdamW"):

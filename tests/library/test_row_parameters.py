@@ -402,7 +402,8 @@ def test_a_replaced_parameter_is_refused() -> None:
     """What the adapter would not use must not seem to be used."""
     model = sparse_model(depth=1)
     (inputs,) = batches(1)
-    state = {n: p.detach().clone() for n, p in model.named_parameters()}
+    state = {n: torch.ones(p.shape) for n, p in model.named_parameters()}
+    state["model.layers.0.parallel_adapter.router"].requires_grad_()
     with pytest.raises(UnsupportedCallError, match="was replaced"):
         torch.func.functional_call(model, state, kwargs=inputs)
     adapter = sparse_adapters(model)["model.layers.0.parallel_adapter"]
