@@ -11,6 +11,7 @@ from meft.errors import (
     AdapterFileError,
     ConfigError,
     FrozenWarning,
+    HostMemoryError,
     LostGradientWarning,
     MeftError,
     MismatchWarning,
@@ -23,7 +24,7 @@ from meft.reversible.config import ReversibleConfig
 from meft.reversible.convert import make_reversible
 from meft.sparse.config import SparseConfig
 from meft.sparse.convert import add_sparse_adapters
-from meft.sparse.optimizer import SparseAdamW
+from meft.sparse.optimizer import SparseAdamW, optimizer_cls_and_kwargs
 
 try:
     __version__ = version("meft")
@@ -34,6 +35,7 @@ __all__ = [
     "AdapterFileError",
     "ConfigError",
     "FrozenWarning",
+    "HostMemoryError",
     "LostGradientWarning",
     "MeftError",
     "MismatchWarning",
@@ -49,6 +51,7 @@ __all__ = [
     "chunk_loss",
     "load_adapters",
     "make_reversible",
+    "optimizer_cls_and_kwargs",
     "save_adapters",
     "unchunk_loss",
 ]

@@ -1,27 +1,29 @@
 """Save and load what is trained, and nothing else.
 
 A directory holds two files: `adapters.safetensors`, every trainable parameter under its
-name in the model and the rows of sparse adapters beside them, and `adapters.json`,
-which says what kind of model they belong to: the configs of our methods, the shapes of
-the backbone, and digests of its frozen weights and of the tensors in the first file.
-Loading compares all of them before it touches the model.
+name in the model, and `adapters.json`, which says what kind of model they belong to:
+the configs of our methods, the shapes of the backbone, and digests of its frozen
+weights and of the saved tensors. Loading compares all of them before it touches the
+model. Next to a whole model written by `save_pretrained()`, the rows of sparse adapters
+are in the model's file only.
 """
 
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
+import re
+import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_NAME as MODEL
 
 from meft.backbone.families import find_blocks, transformers_model
 from meft.errors import AdapterFileError, FrozenWarning, UnsupportedModelError
@@ -34,12 +36,15 @@ from meft.sparse.convert import (
     remove_sparse_adapters,
     sparse_adapters,
 )
+from meft.sparse.row_parameter import rows_of
 from meft.trainable import has_peft_layers
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapters.json"
-FORMAT_VERSION = 1
-ROWS = "rows"
-"""Name of a sparse adapter's neurons, after that of the adapter."""
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""In version 1, a sparse adapter's neurons were called `rows`."""
+IN_MODEL = "in_model_file"
+"""Key of the config: names that are in transformers' file of the whole model."""
 _SHAPE_FIELDS = (
     "model_type",
     "hidden_size",
@@ -111,19 +116,31 @@ def trained_tensors(
                 "pass all of them, or none to save the backbone alone"
             )
         values = state_dict
-    trained = {name: values[name].detach().cpu().contiguous() for name in parameters}
-    for name, adapter in sparse_adapters(model).items():
-        trained[f"{name}.{ROWS}"] = adapter.rows.store.settled().cpu()
-    return trained
+    return {name: values[name].detach().cpu().contiguous() for name in parameters}
 
 
 def write_adapters(
-    model: nn.Module, directory: str | Path, trained: Mapping[str, Tensor]
+    model: nn.Module,
+    directory: str | Path,
+    trained: Mapping[str, Tensor],
+    *,
+    next_to_model: bool = False,
 ) -> None:
-    """Write `trained`, the result of `trained_tensors`, and the config of `model`."""
+    """Write what was trained, and the config of a model.
+
+    Args:
+        model: a converted model.
+        directory: where to write; it is made if it does not exist.
+        trained: the result of `trained_tensors`.
+        next_to_model: whether `save_pretrained` of transformers has just written there.
+            Rows that its files have are not written a second time.
+    """
     sparse, stacks = sparse_adapters(model), list(find_stacks(model).values())
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    rows = {name for name, p in model.named_parameters() if rows_of(p) is not None}
+    in_model = rows & _model_files(directory).keys() if next_to_model else set()
+    written = {name: t for name, t in trained.items() if name not in in_model}
     config = {
         "format_version": FORMAT_VERSION,
         "reversible": stacks[0].reversible.to_json() if stacks else None,
@@ -132,9 +149,10 @@ def write_adapters(
         "backbone": _shape(model),
         "frozen_sha256": _digest_of_frozen(model, trained),
         "trained_sha256": _digest(trained),
+        IN_MODEL: sorted(in_model),
     }
     # Weights before config: a directory with a config always has its weights.
-    _replace(directory / WEIGHTS, lambda path: save_file(dict(trained), path))
+    _replace(directory / WEIGHTS, lambda path: save_file(written, path))
     text = json.dumps(config, indent=2) + "\n"
     _replace(directory / CONFIG, lambda path: path.write_text(text))
 
@@ -158,26 +176,19 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
     """
     directory = Path(directory)
     config = _read_config(directory)
-    trained = _read_weights(directory)
+    trained = _read_weights(directory, config)
     _refuse_other_backbone(model, config, trained, directory)
-    rows = {n: trained.pop(n) for n in list(trained) if n.endswith(f".{ROWS}")}
     with _converted(model, config, directory):
         parameters = dict(model.named_parameters())
-        stores = {
-            f"{name}.{ROWS}": adapter.rows.store
-            for name, adapter in sparse_adapters(model).items()
-        }
-        tensors = parameters | {name: store.rows for name, store in stores.items()}
-        for name, value in (trained | rows).items():
-            _refuse_misfit(name, value, tensors, directory)
-        wanted = _adapter_names(model) | stores.keys()
-        missing = sorted(wanted - trained.keys() - rows.keys())
+        for name, value in trained.items():
+            _refuse_misfit(name, value, parameters, directory)
+        missing = sorted(_adapter_names(model) - trained.keys())
         if missing:
             raise AdapterFileError(
                 f"{directory / WEIGHTS} lacks {missing[0]!r}, an adapter of the model"
             )
-        written = config.get("trained_sha256")  # not by the first release
-        if written is not None and written != _digest(trained | rows):
+        is_first = config["format_version"] == 1
+        if not is_first and config["trained_sha256"] != _digest(trained):
             raise AdapterFileError(
                 f"{directory / WEIGHTS} does not hold the tensors that {CONFIG} was "
                 "written with: a save was interrupted, or files of two saves were mixed"
@@ -187,10 +198,6 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
         for name, value in trained.items():
             parameter = parameters[name].copy_(value)
             parameter.requires_grad |= id(parameter) not in fixed
-        for name, value in rows.items():
-            stores[name].replace(value)
-    for adapter in sparse_adapters(model).values():
-        adapter.rows.forget()
     return model
 
 
@@ -267,12 +274,13 @@ def _read_config(directory: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise AdapterFileError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if version not in READABLE_VERSIONS:
         raise AdapterFileError(
-            f"{path} is not of format version {FORMAT_VERSION}, the one this release "
-            "of meft reads"
+            f"{path} is of format version {version!r}, but this release of meft reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}"
         )
-    return config
+    return cast(dict[str, Any], config)
 
 
 def _nearby(directory: Path) -> str:
@@ -280,12 +288,34 @@ def _nearby(directory: Path) -> str:
     return f". There are some in {', '.join(found)} inside it" if found else ""
 
 
-def _read_weights(directory: Path) -> dict[str, Tensor]:
+def _read_weights(directory: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     path = directory / WEIGHTS
     try:
-        return load_file(path)
+        found = load_file(path)
+        elsewhere = _model_files(directory) if config.get(IN_MODEL) else {}
+        for name in config.get(IN_MODEL, ()):
+            path = elsewhere.get(name, directory / MODEL)
+            with safe_open(path, "pt") as file:
+                found[name] = file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise AdapterFileError(f"{path} cannot be read: {error}") from None
+    if config["format_version"] == 1 and config.get("sparse"):
+        return {re.sub(r"\.rows$", ".neurons", n): t for n, t in found.items()}
+    return found
+
+
+def _model_files(directory: Path) -> dict[str, Path]:
+    """The file of each tensor that `save_pretrained()` has last written there."""
+    whole, index = directory / MODEL, directory / f"{MODEL}.index.json"
+    found = [path for path in (whole, index) if path.exists()]
+    if not found:
+        return {}
+    # Either may be left over from an earlier save.
+    if max(found, key=lambda path: path.stat().st_mtime_ns) == index:
+        names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return {name: directory / file for name, file in names.items()}
+    with safe_open(whole, "pt") as file:
+        return dict.fromkeys(file.keys(), whole)
 
 
 def _refuse_other_backbone(
@@ -351,21 +381,24 @@ def _digest(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> 
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", dtype)
+        sample = flat[:: max(1, flat.numel() // 64)][:64].clone().to("cpu", dtype)
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path`, then rename over it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    """Write beside `path`, then rename over it. Permissions follow the umask."""
+    # Not `tempfile`, whose files are private; those of safetensors are, too.
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    beside.touch(exist_ok=False)
+    mode = beside.stat().st_mode
     try:
-        write(Path(name))
-        Path(name).replace(path)
+        write(beside)
+        beside.chmod(mode)
+        beside.replace(path)
     except BaseException as error:
-        Path(name).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         if isinstance(error, SafetensorError):
             raise OSError(f"{path} could not be written: {error}") from None
         raise

@@ -5,7 +5,8 @@ MeftError
 ├── UnsupportedModelError (TypeError)     this model cannot be converted
 ├── UnsupportedCallError (RuntimeError)   a converted model cannot do that
 ├── ReconstructionError (RuntimeError)    a rebuilt activation is not the true one
-└── AdapterFileError (ValueError)         saved adapters do not fit this model
+├── AdapterFileError (ValueError)         saved adapters do not fit this model
+└── HostMemoryError (MemoryError)         rows would not fit into host memory
 
 LostGradientWarning (UserWarning)         the inverse is too inexact to train on
 MismatchWarning (UserWarning)             a step was skipped or redone, see its text
@@ -36,6 +37,10 @@ class ReconstructionError(MeftError, RuntimeError):
 
 class AdapterFileError(MeftError, ValueError):
     """Saved adapters are missing, damaged, or belong to another backbone."""
+
+
+class HostMemoryError(MeftError, MemoryError):
+    """Rows of sparse adapters would not fit into host memory; nothing was allocated."""
 
 
 class MismatchWarning(UserWarning):

@@ -83,7 +83,7 @@ class SavePretrained:
         tensors = trained_tensors(self.model, given.get("state_dict"))
         out = plain(self.model, save_directory, *args, **kwargs)
         if tensors and is_main_process:
-            write_adapters(self.model, save_directory, tensors)
+            write_adapters(self.model, save_directory, tensors, next_to_model=True)
             self._warn()
         return out
 

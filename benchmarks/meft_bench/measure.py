@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from meft.sparse.convert import sparse_adapters
 from meft_bench import backbones, kernels, probes, start
 from meft_bench.backbones import Backbone
 from meft_bench.cell import Cell
@@ -114,11 +113,9 @@ def apply_method(backbone: Backbone, cell: Cell) -> Stepper:
 def count(model: PreTrainedModel) -> dict[str, int]:
     """How many parameters there are, and how many train: fields of `Measurement`."""
     parameters = list(model.parameters())
-    # Rows of sparse adapters are none, wherever they live, but they do train.
-    rows = [a.rows.store.rows for a in sparse_adapters(model).values()]
-    trained = [*rows, *(p for p in parameters if p.requires_grad)]
+    trained = [p for p in parameters if p.requires_grad]
     return {
-        "num_parameters": sum(p.numel() for p in (*parameters, *rows)),
+        "num_parameters": sum(p.numel() for p in parameters),
         "num_trainable_parameters": sum(p.numel() for p in trained),
     }
 

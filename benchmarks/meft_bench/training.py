@@ -151,12 +151,8 @@ class Stepper:
 
 
 def _is_matrix(parameter: Tensor) -> bool:
-    """Whether weight decay applies; biases and norms are the tensors of one dimension.
-
-    The rows of a sparse adapter are a matrix, as they are in the dense adapter,
-    whatever the shape of the parameter by which an optimizer reaches them.
-    """
-    return parameter.ndim > 1 or hasattr(parameter, "anchor")
+    """Whether weight decay applies; biases and norms have one dimension."""
+    return parameter.ndim > 1
 
 
 def _optimizer(
@@ -252,17 +248,11 @@ def predict(stepper: Stepper, examples: list[Example], batch_size: int) -> list[
 
 
 def _copy_trained(model: PreTrainedModel) -> list[Tensor]:
-    parameters = [p.detach() for p in model.parameters() if p.requires_grad]
-    stores = [a.rows.store for a in sparse_adapters(model).values()]
-    return [t.clone() for t in (*parameters, *(store.settled() for store in stores))]
+    return [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
 
 @torch.no_grad()
 def _restore_trained(model: PreTrainedModel, weights: list[Tensor]) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter, weight in zip(trained, weights, strict=False):
+    for parameter, weight in zip(trained, weights, strict=True):
         parameter.copy_(weight)
-    adapters = list(sparse_adapters(model).values())
-    for adapter, weight in zip(adapters, weights[len(trained) :], strict=True):
-        adapter.rows.store.replace(weight)
-        adapter.rows.forget()

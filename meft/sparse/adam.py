@@ -34,12 +34,12 @@ SomeRows = Float[Tensor, "some width"]
 class Schedule:
     """The factors of every step so far; step t is entry t - 1."""
 
-    beta1: float
-    beta2: float
-    eps: float
     decay: list[float] = field(default_factory=list)
     size: list[float] = field(default_factory=list)
     root: list[float] = field(default_factory=list)
+    beta1: list[float] = field(default_factory=list)
+    beta2: list[float] = field(default_factory=list)
+    eps: list[float] = field(default_factory=list)
 
     @property
     def step(self) -> int:
@@ -51,12 +51,18 @@ class Schedule:
         """Whether any step shrinks a row that never had a gradient."""
         return any(decay != 1 for decay in self.decay)
 
-    def add(self, lr: float, weight_decay: float) -> None:
-        """One more step."""
+    def add(
+        self, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    ) -> None:
+        """One more step, with these values of the optimizer's group."""
         t = self.step + 1
+        beta1, beta2 = betas
         self.decay.append(1 - lr * weight_decay)
-        self.size.append(lr / (1 - self.beta1**t))
-        self.root.append((1 - self.beta2**t) ** -0.5)
+        self.size.append(lr / (1 - beta1**t))
+        self.root.append((1 - beta2**t) ** -0.5)
+        self.beta1.append(beta1)
+        self.beta2.append(beta2)
+        self.eps.append(eps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,9 +123,9 @@ def _step(
     t: int,
 ) -> None:
     rows *= s.decay[t]
-    first *= s.beta1
-    second *= s.beta2
+    first *= s.beta1[t]
+    second *= s.beta2[t]
     if gradient is not None:
-        first += gradient * (1 - s.beta1)
-        second += gradient * gradient * (1 - s.beta2)
-    rows -= first * s.size[t] / (second.sqrt() * s.root[t] + s.eps)
+        first += gradient * (1 - s.beta1[t])
+        second += gradient * gradient * (1 - s.beta2[t])
+    rows -= first * s.size[t] / (second.sqrt() * s.root[t] + s.eps[t])

@@ -25,7 +25,6 @@ def advance(
 ) -> None:
     """As the plain one, in the same bits."""
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    scalars = (schedule.beta1, 1 - schedule.beta1, schedule.beta2, 1 - schedule.beta2)
     _advance(
         table.rows.numpy(),
         table.first.numpy(),
@@ -35,7 +34,6 @@ def advance(
         (table.rows[:0] if gradient is None else gradient).numpy(),
         gradient is not None,
         *(np.asarray(column, np.float32) for column in _columns(schedule)),
-        *(np.float32(scalar) for scalar in (*scalars, schedule.eps)),
         np.int64(schedule.step),
         idle,
         schedule.decays,
@@ -43,7 +41,9 @@ def advance(
 
 
 def _columns(schedule: Schedule) -> tuple[list[float], ...]:
-    return schedule.decay, schedule.size, schedule.root
+    s = schedule
+    rest1, rest2 = ([1 - beta for beta in betas] for betas in (s.beta1, s.beta2))
+    return s.decay, s.size, s.root, s.beta1, rest1, s.beta2, rest2, s.eps
 
 
 # `no_type_check` keeps the type checker of the tests from wrapping what numba compiles.
@@ -79,16 +79,19 @@ def _advance(
             for t in range(updated_at[i], end):
                 # Into variables: for all the compiler knows, tables overlap.
                 keep, by, under = decay[t], size[t], root[t]
+                b1, b2, floor = beta1[t], beta2[t], eps[t]
                 for c in range(p.size):
-                    mean, square = m[c] * beta1, v[c] * beta2
+                    mean, square = m[c] * b1, v[c] * b2
                     m[c], v[c] = mean, square
-                    p[c] = p[c] * keep - mean * by / (np.sqrt(square) * under + eps)
+                    p[c] = p[c] * keep - mean * by / (np.sqrt(square) * under + floor)
         if has_gradient:
             g = gradient[n]
             keep, by, under = decay[end], size[end], root[end]
+            b1, r1, b2, r2 = beta1[end], rest1[end], beta2[end], rest2[end]
+            floor = eps[end]
             for c in range(p.size):
-                mean = m[c] * beta1 + g[c] * rest1
-                square = v[c] * beta2 + g[c] * g[c] * rest2
+                mean = m[c] * b1 + g[c] * r1
+                square = v[c] * b2 + g[c] * g[c] * r2
                 m[c], v[c] = mean, square
-                p[c] = p[c] * keep - mean * by / (np.sqrt(square) * under + eps)
+                p[c] = p[c] * keep - mean * by / (np.sqrt(square) * under + floor)
         updated_at[i] = step

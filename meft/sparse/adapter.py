@@ -9,6 +9,7 @@ biases (Hao et al., ACL 2024, sections 2 and 3). Which neurons: `token_topk` and
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,8 +18,8 @@ from torch.nn import functional
 
 from meft.errors import UnsupportedCallError
 from meft.sparse import router
-from meft.sparse.anchor import Anchor
 from meft.sparse.config import SparseConfig
+from meft.sparse.row_parameter import begin_forward, row_parameter
 from meft.sparse.rows import Rows, Tokens
 from meft.sparse.token_topk import token_topk
 from meft.sparse.union import union
@@ -62,7 +63,10 @@ class Seen:
 
 
 class SparseAdapter(nn.Module):
-    """The adapter of one block. Its neurons are in `rows`, which are no parameters.
+    """The adapter of one block.
+
+    Its neurons are the parameter `neurons`, which stays where `rows` has it and in
+    float32, whatever the module is moved or cast to.
 
     Args:
         rows: the neurons.
@@ -83,7 +87,7 @@ class SparseAdapter(nn.Module):
         self.config = config
         self.batch = batch
         self.router = router_weight
-        self.anchor = Anchor(rows)
+        self.neurons = row_parameter(rows)
         self.seen = Seen()
 
     @property
@@ -101,6 +105,22 @@ class SparseAdapter(nn.Module):
         """The adapter for the batch in the works, also when it is run again later."""
         mask = self.batch.token_mask
         return lambda hidden: self(hidden, mask)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "SparseAdapter":
+        """`to(...)`, `half()` and the like, of everything but the neurons."""
+        neurons = self._parameters.pop("neurons")
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._parameters["neurons"] = neurons
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any
+    ) -> None:
+        """Copies into the neurons also where others are assigned (`assign=True`)."""
+        copying = {**local_metadata, "assign_to_params_buffers": False}
+        super()._load_from_state_dict(state_dict, prefix, copying, *rest)
 
     def forward(
         self, hidden: Hidden, token_mask: Bool[Tensor, "batch seq"] | None = None
@@ -123,6 +143,7 @@ class SparseAdapter(nn.Module):
         # 16-bit products are for devices that are made for them.
         compute = torch.float32 if tokens.device.type == "cpu" else store.wire_dtype
         self.rows.begin_batch(tokens.device)
+        begin_forward(self.neurons, self.rows)
         with torch.autocast(tokens.device.type, enabled=False):
             experts = gates = None
             if self.router is not None:
@@ -131,6 +152,6 @@ class SparseAdapter(nn.Module):
                 if self.config.is_gated:
                     gates = router.gates(logits, experts, self.config.gate)
             function = FUNCTIONS[self.config.semantics]
-            arguments = (tokens.to(compute), gates, self.anchor.enter(), experts, self)
+            arguments = (tokens.to(compute), gates, self.neurons, experts, self)
             out = function(*arguments)
         return out.to(tokens.dtype)

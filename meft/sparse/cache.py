@@ -63,11 +63,17 @@ class RowCache:
         return slots
 
     def clear(self) -> None:
-        """Throw out every row; gradients must have been taken before."""
-        self._slot_of.fill(-1)
-        self._row_of.fill(-1)
-        self._free = np.arange(len(self._row_of))[::-1]
-        self.has_gradient.fill(False)
+        """Throw out every row but those whose gradient waits in their slot."""
+        gone = (self._row_of >= 0) & ~self.has_gradient
+        self._slot_of[self._row_of[gone]] = -1
+        self._row_of[gone] = -1
+        self._free = (self._row_of < 0).nonzero()[0][::-1]
+
+    def invalidate(self, block: int) -> None:
+        """No row of a block is up to date any more; gradients stay."""
+        first = block * self._rows_per_block
+        slots = self._slot_of[first : first + self._rows_per_block]
+        self.version[slots[slots >= 0]] = -1
 
     def with_gradient(self, block: int) -> tuple[Longs, Longs]:
         """Rows of a block whose gradient waits here, ascending, and their slots."""

@@ -8,21 +8,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from meft import host_memory
 from meft.backbone import parallel
+from meft.backbone.families import FAMILIES as KNOWN
 from meft.backbone.families import BlockList, find_blocks, transformers_model
 from meft.backbone.family import Family
-from meft.errors import UnsupportedModelError
+from meft.errors import HostMemoryError, UnsupportedModelError
 from meft.saving import add_saving, remove_saving
 from meft.sparse import router
 from meft.sparse.adapter import Batch, SparseAdapter
 from meft.sparse.config import SparseConfig
-from meft.sparse.engine import Engine
+from meft.sparse.engine import Engine, slots_for
+from meft.sparse.row_parameter import rows_of
 from meft.sparse.rows import ResidentRows, Rows
 from meft.sparse.store import RowStore
 from meft.trainable import choose_trainable, has_peft_layers, warn_if_frozen
 
 Model = TypeVar("Model", bound=nn.Module)
 FAMILIES = ("BERT", "RoBERTa", "OPT", "LLaMA", "Mistral")
+_IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 
 def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
@@ -31,10 +35,11 @@ def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
     The model keeps its class, its `forward` signature and its outputs; at the start it
     computes what it did before. Afterwards routers, rows and a newly made task head are
     trainable and everything else is frozen, unless some parameters were frozen before
-    and others were not: that choice is kept. Train it with `meft.SparseAdamW`, which
-    knows where the rows are. The rows are no parameters: they stay in host memory
-    whatever the model is moved to (`placement="resident"`: they follow it), and are
-    saved by `meft.save_adapters`.
+    and others were not: that choice is kept. Train it with `meft.SparseAdamW`, as every
+    other optimizer is refused. The rows are the parameter `neurons` of each adapter: in
+    float32 always, and in host memory whatever the model is moved to
+    (`placement="resident"`: they follow it). `save_pretrained()` and
+    `meft.save_adapters()` save them.
 
     Args:
         model: any class of BERT, RoBERTa, OPT, LLaMA or Mistral, or a PeftModel that
@@ -46,6 +51,7 @@ def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
 
     Raises:
         UnsupportedModelError: not such a model, or it has sparse adapters already.
+        HostMemoryError: host memory does not suffice to train that many neurons.
 
     Warns:
         FrozenWarning: a task head was frozen before, and so stays frozen.
@@ -53,12 +59,13 @@ def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
     if sparse_adapters(model):
         raise UnsupportedModelError("this model has sparse adapters already")
     found = _find(model)
-    choose_trainable(model)
-    batch = Batch(had_peft_layers=has_peft_layers(model))
     # Not of a quantised weight, whose dtype is that of its storage.
     weights = found.blocks[0].parameters()
     dtype = next(p.dtype for p in weights if p.is_floating_point())
     wire_dtype = getattr(torch, config.wire_dtype) if config.wire_dtype else dtype
+    _refuse_too_many_rows(found, config, wire_dtype)
+    choose_trainable(model)
+    batch = Batch(had_peft_layers=has_peft_layers(model))
     stores = [_new_store(block, found, config, wire_dtype) for block in found.blocks]
     for block, rows in zip(found.blocks, _rows(stores, config), strict=True):
         weight = None
@@ -73,6 +80,9 @@ def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
         block.__class__ = _with_adapter(kind, found.family)
     _watch_padding(_base_model(model), batch)
     add_saving(model, SparseAdapter)
+    # Else `DistributedDataParallel` would copy rows into its buckets.
+    names = [name for name, p in model.named_parameters() if rows_of(p) is not None]
+    model.__dict__[_IGNORED_BY_DDP] = names
     return model
 
 
@@ -88,6 +98,7 @@ def remove_sparse_adapters(model: nn.Module) -> None:
             if isinstance(hook, functools.partial) and hook.func in _HOOKS:
                 del hooks[key]
     remove_saving(model)
+    model.__dict__.pop(_IGNORED_BY_DDP, None)
 
 
 def sparse_adapters(model: nn.Module) -> dict[str, SparseAdapter]:
@@ -118,6 +129,61 @@ def _find(model: nn.Module) -> BlockList:
     return lists[0]
 
 
+def _refuse_too_many_rows(
+    found: BlockList, config: SparseConfig, wire_dtype: torch.dtype
+) -> None:
+    available = host_memory.available_bytes()
+    if available is None:
+        return
+    first = found.blocks[0]
+    width = 2 * found.family.adapter_shape(first, found.owner.config).hidden_size
+    num_rows = len(found.blocks) * config.num_neurons
+    is_on_host = next(first.parameters()).device.type == "cpu"
+    parts = host_bytes(config, num_rows, width, wire_dtype, is_on_host=is_on_host)
+    needed = sum(parts.values())
+    if needed > available:
+        listed = ", ".join(f"{name} {n:,}" for name, n in parts.items() if n)
+        raise HostMemoryError(
+            f"to train {num_rows:,} neurons of {width} numbers takes {needed:,} bytes "
+            f"of host memory ({listed}), but {available:,} bytes are available: lower "
+            f"`num_neurons` (now {config.num_neurons} a block)"
+        )
+
+
+def host_bytes(
+    config: SparseConfig,
+    num_rows: int,
+    width: int,
+    wire_dtype: torch.dtype,
+    *,
+    is_on_host: bool,
+) -> dict[str, int]:
+    """Bytes of host memory that rows take in training, by what they are for.
+
+    Args:
+        config: where rows live.
+        num_rows: of all blocks.
+        width: numbers in a row.
+        wire_dtype: of the copy that travels.
+        is_on_host: whether the model itself is in host memory.
+    """
+    numbers = num_rows * width
+    found = {"rows": 4 * numbers}
+    if wire_dtype != torch.float32:
+        found["16-bit copy"] = 2 * numbers
+    if config.placement == "resident":
+        if is_on_host:
+            found |= {"moments": 8 * numbers, "gradients": 4 * numbers}
+        return found
+    slots = slots_for(config, num_rows, width, wire_dtype)
+    found["moments"] = 8 * numbers
+    if slots < num_rows:
+        found["gradients"] = 4 * numbers
+    if is_on_host:
+        found["cache"] = slots * width * (wire_dtype.itemsize + 4)
+    return found
+
+
 def _new_store(
     block: nn.Module, found: BlockList, config: SparseConfig, wire_dtype: torch.dtype
 ) -> RowStore:
@@ -142,6 +208,11 @@ def _with_adapter(original: Any, family: Family) -> type[nn.Module]:
     class WithSparseAdapter(original):  # type: ignore[misc]
         plain = original
 
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            # This class has no name to be found by.
+            _, _, *state = super().__reduce_ex__(protocol)
+            return (_bare_block, (original,), *state)
+
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             # Into the arguments, so that gradient checkpointing gives it again.
             mask = self.parallel_adapter.batch.token_mask
@@ -164,6 +235,13 @@ def _with_adapter(original: Any, family: Family) -> type[nn.Module]:
     WithSparseAdapter.__name__ = f"{original.__name__}WithSparseAdapter"
     WithSparseAdapter.__qualname__ = WithSparseAdapter.__name__
     return WithSparseAdapter
+
+
+def _bare_block(original: Any) -> nn.Module:
+    """A block with a sparse adapter, for `copy` and `pickle` to fill."""
+    family = next(family for family in KNOWN if family.block is original)
+    kind = _with_adapter(original, family)
+    return kind.__new__(kind)
 
 
 def _watch_padding(model: nn.Module, batch: Batch) -> None:

@@ -2,7 +2,8 @@
 
     take(ids):  rows in the cache, unchanged since they were fetched: from there
                 all others: gathered on the host, one upload, kept if there is room
-    gradients:  of rows in the cache: summed there, one download a step
+    gradients:  of rows in the cache: summed there, one download a step; they stay until
+                they are cleared, and clipping and scaling change them where they are
                 of all others: one download a batch, summed on the host
 
 Weights change only at the optimizer step, so a row that was fetched once is right for
@@ -13,6 +14,7 @@ the numbers that say which (int32 to the device, one byte a flag to the host).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from typing_extensions import override
 
 from meft.sparse.cache import Longs, RowCache
 from meft.sparse.config import SparseConfig
-from meft.sparse.rows import Rows, SomeRows, Tokens, add_rows, choose, size
+from meft.sparse.rows import Rows, SomeRows, Tokens, choose
 from meft.sparse.store import Ids, RowStore, Width
 from meft.transfer import Copy, Ledger, Link, Trip
 
@@ -33,10 +35,13 @@ class Engine:
         self.config = config
         self.ledger = Ledger()
         self.link = Link(torch.device("cpu"), self.ledger)
+        for store in stores:
+            # A model may be unpickled on to a device.
+            store.to(torch.device("cpu"))
         first = stores[0]
-        row_bytes = first.width * (first.wire_dtype.itemsize + 4)
-        budget = config.device_bytes * 7 // 8 if config.cache != "off" else 0
-        num_slots = min(budget // row_bytes, len(stores) * len(first))
+        num_slots = slots_for(
+            config, len(stores) * len(first), first.width, first.wire_dtype
+        )
         self.cache = RowCache(len(stores), len(first), num_slots)
         self._num_slots = num_slots
         self._slabs: tuple[Tensor, Tensor] | None = None
@@ -47,6 +52,10 @@ class Engine:
         """The most that was on its way in one copy."""
         self.num_taken, self.num_hits, self.num_prefetched = 0, 0, 0
         """Rows asked for; of these found in the cache; and fetched ahead of time."""
+
+    def __reduce__(self) -> Any:
+        """A copy, also a saved one, has the rows, no gradients and an empty cache."""
+        return Engine, ([block.store for block in self.blocks], self.config)
 
     @property
     def slabs(self) -> tuple[Tensor, Tensor]:
@@ -92,6 +101,14 @@ class Engine:
             self.blocks[block].prefetch()
 
 
+def slots_for(
+    config: SparseConfig, num_rows: int, width: int, wire_dtype: torch.dtype
+) -> int:
+    """Slots of the cache: what the budget has room for, a row and its gradient each."""
+    budget = config.device_bytes * 7 // 8 if config.cache != "off" else 0
+    return min(budget // (width * (wire_dtype.itemsize + 4)), num_rows)
+
+
 class OffloadedRows(Rows):
     """Rows of one block that live in host memory."""
 
@@ -102,14 +119,20 @@ class OffloadedRows(Rows):
         self._last_taken: Longs = np.zeros(0, np.int64)
         self._on_its_way: tuple[Copy, Copy] | None = None
         self._host_gradient: Tensor | None = None
-        self._square = torch.zeros((), dtype=torch.double)
-        self._host_square = torch.zeros((), dtype=torch.double)
         self._on_host = np.zeros(len(store), bool)
+        self._gradient_places: Tensor | None = None
+        """Slots of the gradients on the device, if the device knows them already."""
+        self.is_settled = False
+        self.live = None
+        self.owner = None
+
+    def __reduce__(self) -> Any:
+        """See `Engine.__reduce__`."""
+        return _block_of, (self.engine, self.block)
 
     @override
     def begin_batch(self, device: torch.device) -> None:
         self.engine.use(device)
-        self._square = self._square.to(device)
         self.engine.cache.begin_round(self.block)
 
     def leave_device(self) -> None:
@@ -118,8 +141,9 @@ class OffloadedRows(Rows):
         self._on_its_way = None
         if len(ids):
             there = self.engine.slabs[1][self._places(slots)]
-            self._square.zero_()
             self._add_on_host(ids, self.engine.download(there, self.trip()).get())
+            self.engine.cache.has_gradient[slots] = False
+            self._gradient_places = None
 
     @override
     def chosen(self, flags: Tensor) -> Ids:
@@ -171,18 +195,11 @@ class OffloadedRows(Rows):
         self._add_on_host(wanted[away], self.engine.download(sent, self.trip()).get())
 
     @override
-    def norm(self) -> Tensor:
-        if not self._on_host.any():
-            return size(self._square)
-        away = self.engine.upload(self._host_square, self.trip()).get()
-        return size(self._square + away)
-
-    @override
     def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:
         ids, slots = self.engine.cache.with_gradient(self.block)
         coming = None
         if len(ids):
-            sums = self.engine.slabs[1][self._places(slots, "update")]
+            sums = self.engine.slabs[1][self._places_of_gradient(slots)]
             sent = sums.to(self.store.wire_dtype)
             coming = self.engine.download(sent, self.trip("update"))
 
@@ -191,7 +208,7 @@ class OffloadedRows(Rows):
             if coming is not None:
                 parts.append((torch.from_numpy(ids), coming.get().float()))
             if self._host_gradient is not None and self._on_host.any():
-                away = torch.from_numpy(self._on_host.nonzero()[0])
+                away = self._ids_on_host()
                 parts.append((away, self._host_gradient[away]))
             if not parts:
                 return torch.zeros(0, dtype=torch.long), self.store.rows[:0]
@@ -202,30 +219,53 @@ class OffloadedRows(Rows):
         return get
 
     @override
-    def at_home(self, number: Tensor) -> Tensor:
-        return self.engine.download(number, self.trip("update")).get()
+    def held_ids(self) -> list[Tensor]:
+        ids, _ = self.engine.cache.with_gradient(self.block)
+        held = [torch.from_numpy(ids)] if len(ids) else []
+        return [*held, self._ids_on_host()] if self._on_host.any() else held
 
     @override
-    def scale_gradient(self, factor: Tensor) -> None:
+    def parts(self) -> list[Tensor]:
         _, slots = self.engine.cache.with_gradient(self.block)
-        self._square *= factor * factor
+        found = []
         if len(slots):
-            self.engine.slabs[1][self._places(slots, "update")] *= factor
-        if self._host_gradient is not None:
-            here = self.engine.download(factor, self.trip()).get()
-            self._host_gradient *= here
-            self._host_square *= here * here
+            found.append(self.engine.slabs[1][self._places_of_gradient(slots)])
+        if self._host_gradient is not None and self._on_host.any():
+            found.append(self._host_gradient[self._ids_on_host()])
+        return found
+
+    @override
+    def put_parts(self, parts: list[Tensor]) -> None:
+        _, slots = self.engine.cache.with_gradient(self.block)
+        rest = iter(parts)
+        if len(slots):
+            self.engine.slabs[1][self._places_of_gradient(slots)] = next(rest)
+        if self._host_gradient is not None and self._on_host.any():
+            self._host_gradient[self._ids_on_host()] = next(rest)
+
+    @override
+    def bring(self, tensor: Tensor, device: torch.device) -> Tensor:
+        if tensor.device == device:
+            return tensor
+        move = (
+            self.engine.upload if tensor.device.type == "cpu" else self.engine.download
+        )
+        return move(tensor, self.trip("update")).get()
+
+    @override
+    def replace_gradient(self, ids: Ids, gradient: SomeRows) -> None:
+        self.drop_gradient()
+        self._add_on_host(ids.numpy(), gradient)
 
     @override
     def drop_gradient(self) -> None:
         _, slots = self.engine.cache.with_gradient(self.block)
-        self._square.zero_()
-        self._host_square.zero_()
         if len(slots):
-            self.engine.slabs[1][self._places(slots, "update")] = 0
+            self.engine.slabs[1][self._places_of_gradient(slots)] = 0
             self.engine.cache.has_gradient[slots] = False
-        if self._host_gradient is not None:
-            self._host_gradient[torch.from_numpy(self._on_host.nonzero()[0])] = 0
+            self._gradient_places = None
+        if self._host_gradient is not None and self._on_host.any():
+            self._host_gradient[self._ids_on_host()] = 0
             self._on_host.fill(False)
 
     @override
@@ -238,10 +278,9 @@ class OffloadedRows(Rows):
             self.engine.cache.clear()
 
     @override
-    def forget(self) -> None:
-        self.drop_gradient()
+    def invalidate(self) -> None:
         self._on_its_way = None
-        self.engine.cache.clear()
+        self.engine.cache.invalidate(self.block)
 
     def prefetch(self) -> None:
         """Fetch what was used last time and is not here, as far as there is room."""
@@ -306,16 +345,23 @@ class OffloadedRows(Rows):
         return kept
 
     def _add_on_device(self, slots: Longs, gradient: Width) -> None:
-        sums = self.engine.slabs[1]
-        self._square += add_rows(sums, self._places(slots), gradient)
+        self.engine.slabs[1].index_add_(0, self._places(slots), gradient)
         self.engine.cache.has_gradient[slots] = True
+        self._gradient_places = None
 
     def _add_on_host(self, ids: Longs, gradient: Width) -> None:
         if self._host_gradient is None:
             self._host_gradient = torch.zeros_like(self.store.rows)
-        places = torch.from_numpy(ids)
-        self._host_square += add_rows(self._host_gradient, places, gradient.float())
+        self._host_gradient.index_add_(0, torch.from_numpy(ids), gradient.float())
         self._on_host[ids] = True
+
+    def _ids_on_host(self) -> Ids:
+        return torch.from_numpy(self._on_host.nonzero()[0])
+
+    def _places_of_gradient(self, slots: Longs) -> Tensor:
+        if self._gradient_places is None:
+            self._gradient_places = self._places(slots, "update")
+        return self._gradient_places
 
     def _places(self, places: Longs, phase: str | None = None) -> Tensor:
         """Numbers that the device needs to know."""
@@ -327,6 +373,10 @@ class OffloadedRows(Rows):
         if phase is None:
             phase = "backward" if in_backward() else "forward"
         return Trip(place=f"block {self.block}", phase=phase)
+
+
+def _block_of(engine: Engine, block: int) -> OffloadedRows:
+    return engine.blocks[block]
 
 
 def in_backward() -> bool:

@@ -1,26 +1,40 @@
-"""`SparseAdamW`: AdamW for a model whose sparse adapters keep their rows elsewhere.
+"""`SparseAdamW`: AdamW for a model with sparse adapters.
 
-Ordinary parameters take torch's AdamW. For an anchor, which stands for a block's rows,
-the rows take their step where they live: gradients come over, one block after the
-other, and touched rows change in place (`meft.sparse.adam`).
+Ordinary parameters take torch's AdamW. Rows of sparse adapters take their step where
+they live: gradients come over, one block after the other, and touched rows change in
+place (`meft.sparse.adam`).
 """
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
+from transformers import TrainingArguments
 
-from meft.errors import ConfigError
+from meft.errors import ConfigError, UnsupportedCallError
 from meft.sparse.adam import Schedule
-from meft.sparse.anchor import Anchor, AnchorParameter
+from meft.sparse.row_parameter import rows_of, settle
+from meft.sparse.rows import Rows
+from meft.sparse.store import RowStore
 
 ROWS = "rows"
-"""Of the state dict: what belongs to rows, per anchor in the order of the groups."""
+"""Key of the state dict: the state of each row parameter, in the order of groups."""
+_PLAIN = {
+    "amsgrad": False,
+    "maximize": False,
+    "differentiable": False,
+    "decoupled_weight_decay": True,
+}
+"""Settings of torch's AdamW that rows have in one way only."""
 
 
 class SparseAdamW(torch.optim.AdamW):
-    """AdamW over `model.parameters()`, rows included.
+    """AdamW over all parameters of a model with sparse adapters.
+
+    What happens to rows without a gradient in a step is set by `SparseConfig.update`.
+    Learning rate, betas, eps and weight decay may differ by group and by step.
 
     Args:
         params: parameters or groups of them, as for any optimizer of torch.
@@ -29,9 +43,12 @@ class SparseAdamW(torch.optim.AdamW):
         eps: added to the root of the latter.
         weight_decay: share of lr by which weights shrink each step.
 
-    What happens to rows that have no gradient in a step is up to `SparseConfig.update`.
-    A step uses up the rows' gradient, as if `zero_grad()` followed.
+    Raises:
+        ConfigError: a group with rows sets `amsgrad` or another option of torch's AdamW
+            that rows do not have.
     """
+
+    steps_rows = True
 
     def __init__(
         self,
@@ -41,78 +58,177 @@ class SparseAdamW(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
+        self._name = object()
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        for _, parameter in self._anchors():
-            parameter.anchor.rows.store.begin()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as to any optimizer. Its rows start at their first step."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for _, rows in _with_rows(group):
+            _values(group)
+            rows.owner = self._name
+            rows.store.begin()
+            rows.invalidate()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of every parameter and of every row that has a gradient."""
+        """One step of every parameter that has a gradient, and of its rows.
+
+        Raises:
+            UnsupportedCallError: the rows belong to an optimizer that was made later.
+        """
+        self._refuse_rows_of_others()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        anchors = [
-            (group, parameter, parameter.grad)
-            for group, parameter in self._anchors()
-            if parameter.grad is not None
-        ]
-        for _, parameter, _ in anchors:
+        stepping = []
+        for group in self.param_groups:
+            here = [pair for pair in _with_rows(group) if pair[0].grad is not None]
+            if here:
+                stores = [rows.store for _, rows in _with_rows(group)]
+                count_step(stores, [rows.store for _, rows in here], _values(group))
+            stepping += here
+        for parameter, _ in stepping:
+            settle(parameter)
+        grads = [parameter.grad for parameter, _ in stepping]
+        for parameter, _ in stepping:
             parameter.grad = None  # torch's step is not for them
         super().step()
-        for _, parameter, grad in anchors:
+        for (parameter, _), grad in zip(stepping, grads, strict=True):
             parameter.grad = grad
-        steps = [(group, parameter.anchor) for group, parameter, _ in anchors]
         # The gradient of the next block comes over while this one takes its step.
-        coming = steps[0][1].rows.gradient() if steps else None
-        for index, (group, anchor) in enumerate(steps):
-            get, following = coming, steps[index + 1 : index + 2]
-            coming = following[0][1].rows.gradient() if following else None
+        coming = stepping[0][1].gradient() if stepping else None
+        for index, (parameter, rows) in enumerate(stepping):
+            get, following = coming, stepping[index + 1 : index + 2]
+            coming = following[0][1].gradient() if following else None
             assert get is not None
-            _step(anchor, group, *get())
-        for _, anchor in steps:
-            anchor.rows.end_step()
+            rows.store.step(*get())
+            torch.autograd.graph.increment_version(parameter)
+        for _, rows in stepping:
+            rows.end_step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, and per anchor the rows with their moments and steps."""
-        rows = [parameter.anchor.rows.store.state() for _, parameter in self._anchors()]
-        return {**super().state_dict(), ROWS: rows}
+        """torch's, and per row parameter its moments and steps."""
+        stores = [rows.store for _, rows in self._rows()]
+        books = list({id(store.schedule): store.schedule for store in stores}.values())
+        states = [
+            {**store.state(), "book": _index(books, store.schedule)} for store in stores
+        ]
+        return {**super().state_dict(), ROWS: states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of `state_dict()`.
+        """The inverse of `state_dict()`. The rows themselves are in the model's.
 
         Raises:
             ConfigError: the state is of another optimizer, or of other adapters.
         """
-        anchors = [parameter.anchor for _, parameter in self._anchors()]
-        rows = state_dict.get(ROWS)
-        if rows is None or len(rows) != len(anchors):
+        found = list(self._rows())
+        states = state_dict.get(ROWS)
+        if states is None or len(states) != len(found):
             raise ConfigError(
-                f"the state holds rows of {len(rows or ())} adapters, but this model "
-                f"has {len(anchors)}: it was not saved by a `SparseAdamW` of this model"
+                f"the state holds rows of {len(states or ())} adapters, but this model "
+                f"has {len(found)}: it was not saved by a `SparseAdamW` of this model"
             )
-        for anchor, state in zip(anchors, rows, strict=True):
-            anchor.rows.store.refuse(state)
+        for (_, rows), state in zip(found, states, strict=True):
+            rows.store.refuse(state)
         others = {name: value for name, value in state_dict.items() if name != ROWS}
         super().load_state_dict(others)
-        for anchor, state in zip(anchors, rows, strict=True):
-            anchor.rows.store.load(state)
-            anchor.rows.forget()
+        books: dict[int, Schedule | None] = {}
+        for (_, rows), state in zip(found, states, strict=True):
+            rows.store.load(state)
+            # Rows that shared a schedule do so again.
+            rows.store.schedule = books.setdefault(state["book"], rows.store.schedule)
+            rows.invalidate()
 
-    def _anchors(self) -> Iterator[tuple[dict[str, Any], AnchorParameter]]:
+    def __getstate__(self) -> dict[str, Any]:
+        """With the name by which rows know it."""
+        return {**super().__getstate__(), "_name": self._name}
+
+    def _rows(self) -> Iterator[tuple[nn.Parameter, Rows]]:
         for group in self.param_groups:
-            for parameter in group["params"]:
-                # Not by its class, which a tensor without values does not keep.
-                if hasattr(parameter, "anchor"):
-                    yield group, parameter
+            yield from _with_rows(group)
+
+    def _refuse_rows_of_others(self) -> None:
+        if any(rows.owner is not self._name for _, rows in self._rows()):
+            raise UnsupportedCallError(
+                "the rows of this model belong to another optimizer, and nothing was "
+                "changed: each `SparseAdamW` takes over the rows that it is made with, "
+                "and a copied model or optimizer has none. Call `step()` of the one "
+                "made last, or make optimizers of different parameters"
+            )
 
 
-def _step(anchor: Anchor, group: dict[str, Any], ids: Tensor, gradient: Tensor) -> None:
-    store = anchor.rows.store
-    if store.schedule is None:
-        beta1, beta2 = group["betas"]
-        store.schedule = Schedule(beta1=beta1, beta2=beta2, eps=group["eps"])
-    store.schedule.add(float(group["lr"]), group["weight_decay"])
-    store.step(ids, gradient * anchor.rows.at_home(anchor.factor()))
-    anchor.rows.drop_gradient()
+def optimizer_cls_and_kwargs(
+    args: TrainingArguments,
+) -> tuple[type[SparseAdamW], dict[str, Any]]:
+    """`SparseAdamW` with the learning rate, betas and eps of a Trainer's arguments.
+
+        Trainer(model, args, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args))
+
+    Trainer itself sets `args.weight_decay`, for all but biases and norms.
+
+    Args:
+        args: of the Trainer.
+
+    Returns:
+        The class and its keyword arguments.
+    """
+    return SparseAdamW, {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+
+
+def count_step(
+    stores: Sequence[RowStore], stepping: Sequence[RowStore], values: dict[str, Any]
+) -> None:
+    """Count one more step of some stores of a group.
+
+    Stores that have taken the same steps share one schedule. A store without a gradient
+    does not step, as a parameter of torch's AdamW without one does not; from then on
+    the others have a schedule of their own.
+
+    Args:
+        stores: all of the group.
+        stepping: those that step now.
+        values: what `Schedule.add` takes.
+    """
+    for schedule in {id(store.schedule): store.schedule for store in stepping}.values():
+        sharing = [store for store in stores if store.schedule is schedule]
+        those = [store for store in stepping if store.schedule is schedule]
+        book = Schedule() if schedule is None else schedule
+        if schedule is not None and len(those) < len(sharing):
+            book = copy.deepcopy(schedule)
+        book.add(**values)
+        for store in those:
+            store.schedule = book
+
+
+def _with_rows(group: dict[str, Any]) -> list[tuple[nn.Parameter, Rows]]:
+    pairs = [(parameter, rows_of(parameter)) for parameter in group["params"]]
+    return [(parameter, rows) for parameter, rows in pairs if rows is not None]
+
+
+def _values(group: dict[str, Any]) -> dict[str, Any]:
+    for name, only in _PLAIN.items():
+        if group.get(name, only) != only:
+            raise ConfigError(
+                f"`{name}` is {group[name]!r} in a group with rows of sparse adapters, "
+                f"which support {only!r} only: put other parameters into a group of "
+                "their own"
+            )
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    return {
+        "lr": float(group["lr"]),
+        "betas": (beta1, beta2),
+        "eps": float(group["eps"]),
+        "weight_decay": float(group["weight_decay"]),
+    }
+
+
+def _index(books: list[Schedule | None], book: Schedule | None) -> int:
+    return next(index for index, each in enumerate(books) if each is book)

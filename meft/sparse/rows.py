@@ -2,8 +2,9 @@
 
     choose(h, k)             the k best neurons of each token, every neuron scored
     take(ids)                rows as they are now, on the device
-    add_gradient(ids, g)     remember a gradient until the next optimizer step
-    gradient()               what was remembered, on its way to the optimizer
+    add_gradient(ids, g)     remember a gradient until gradients are cleared
+    parts(), put_parts()     what is remembered, to be read and changed where it is
+    gradient()               what is remembered, on its way to the optimizer
 
 `ResidentRows` answers from the device's own memory and is the plain twin of
 `meft.sparse.engine.OffloadedRows`: between equal questions there is no arithmetic but
@@ -11,7 +12,7 @@ copies, so both give the same bits.
 """
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -26,11 +27,41 @@ Tokens = Float[Tensor, "tokens hidden"]
 
 
 @runtime_checkable
-class Rows(Protocol):
+class Holder(Protocol):
+    """Gradients of some rows of a table."""
+
+    def held_ids(self) -> list[Tensor]:
+        """Rows that have a gradient, per part, where the store is."""
+
+    def parts(self) -> list[Tensor]:
+        """Copies of the gradients, float32, one tensor per place where some are."""
+
+    def put_parts(self, parts: list[Tensor]) -> None:
+        """Replace the gradients, given as `parts()` returns them."""
+
+    def bring(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """A tensor of the optimizer's or of the user's on `device`."""
+
+    def replace_gradient(self, ids: Ids, gradient: SomeRows) -> None:
+        """Remember this and nothing else; float32, both where the store is."""
+
+    def drop_gradient(self) -> None:
+        """Forget all that `add_gradient` added."""
+
+
+@runtime_checkable
+class Rows(Holder, Protocol):
     """Rows of one block."""
 
     store: RowStore
     """Their home."""
+    is_settled: bool
+    """Whether the backward in the works has compared what is remembered with the
+    parameter's gradient."""
+    live: Callable[[], Any] | None
+    """A weak reference to what gives others the remembered gradient."""
+    owner: object | None
+    """What the optimizer that trains them calls itself."""
 
     def begin_batch(self, device: torch.device) -> None:
         """The block starts on another batch, which is on `device`."""
@@ -47,9 +78,6 @@ class Rows(Protocol):
     def add_gradient(self, ids: Ids, gradient: SomeRows) -> None:
         """Add to the gradients of rows `ids`, ascending; float32, on the device."""
 
-    def norm(self) -> Tensor:
-        """Size of all that `add_gradient` added, a float32 scalar on the device."""
-
     def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:
         """Start to bring the gradient to where the store is.
 
@@ -57,23 +85,14 @@ class Rows(Protocol):
         float32.
         """
 
-    def at_home(self, number: Tensor) -> Tensor:
-        """A number of the device, where the rows live."""
-
-    def scale_gradient(self, factor: Tensor) -> None:
-        """Multiply all that `add_gradient` added."""
-
-    def drop_gradient(self) -> None:
-        """Forget all that `add_gradient` added."""
-
     def on_device(self) -> list[Tensor]:
         """What this block, or the first of those that share it, holds on the device."""
 
     def end_step(self) -> None:
         """Rows of all blocks have taken a step."""
 
-    def forget(self) -> None:
-        """Rows were replaced: what was computed from the old ones is void."""
+    def invalidate(self) -> None:
+        """Rows were changed other than by a step: copies on the device are void."""
 
 
 class ResidentRows(Rows):
@@ -81,14 +100,19 @@ class ResidentRows(Rows):
 
     def __init__(self, store: RowStore) -> None:
         self.store = store
+        self.is_settled = False
+        self.live = None
+        self.owner = None
         self._gradient: Tensor | None = None
-        self._square = torch.zeros((), dtype=torch.double)
         self._has_gradient = torch.zeros(len(store), dtype=torch.bool)
+
+    def __reduce__(self) -> Any:
+        """A copy, also a saved one, has the rows and no gradient."""
+        return ResidentRows, (self.store,)
 
     @override
     def begin_batch(self, device: torch.device) -> None:
         self.store.to(device)
-        self._square = self._square.to(device)
         self._has_gradient = self._has_gradient.to(device)
         if self._gradient is not None:
             self._gradient = self._gradient.to(device)
@@ -109,12 +133,8 @@ class ResidentRows(Rows):
     def add_gradient(self, ids: Ids, gradient: SomeRows) -> None:
         if self._gradient is None:
             self._gradient = torch.zeros_like(self.store.rows)
-        self._square += add_rows(self._gradient, ids, gradient)
+        self._gradient.index_add_(0, ids, gradient)
         self._has_gradient[ids] = True
-
-    @override
-    def norm(self) -> Tensor:
-        return size(self._square)
 
     @override
     def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:
@@ -124,14 +144,35 @@ class ResidentRows(Rows):
         return lambda: (ids, found)
 
     @override
-    def at_home(self, number: Tensor) -> Tensor:
-        return number
+    def held_ids(self) -> list[Tensor]:
+        return [] if self._gradient is None else [self.chosen(self._has_gradient)]
 
     @override
-    def scale_gradient(self, factor: Tensor) -> None:
-        self._square *= factor * factor
+    def parts(self) -> list[Tensor]:
+        if self._gradient is None:
+            return []
+        return [self._gradient[ids] for ids in self.held_ids()]
+
+    @override
+    def put_parts(self, parts: list[Tensor]) -> None:
+        for ids, part in zip(self.held_ids(), parts, strict=True):
+            assert self._gradient is not None
+            self._gradient[ids] = part
+
+    @override
+    def bring(self, tensor: Tensor, device: torch.device) -> Tensor:
+        return tensor.to(device)
+
+    @override
+    def replace_gradient(self, ids: Ids, gradient: SomeRows) -> None:
+        self.drop_gradient()
+        self.add_gradient(ids, gradient)
+
+    @override
+    def drop_gradient(self) -> None:
+        self._has_gradient.fill_(False)
         if self._gradient is not None:
-            self._gradient *= factor
+            self._gradient.zero_()
 
     @override
     def on_device(self) -> list[Tensor]:
@@ -143,15 +184,8 @@ class ResidentRows(Rows):
         """Nothing is kept that a step could make wrong."""
 
     @override
-    def forget(self) -> None:
-        self.drop_gradient()
-
-    @override
-    def drop_gradient(self) -> None:
-        self._has_gradient.fill_(False)
-        self._square.zero_()
-        if self._gradient is not None:
-            self._gradient.zero_()
+    def invalidate(self) -> None:
+        """Nothing is copied."""
 
 
 def choose(store: RowStore, tokens: Tokens, k: int) -> Int[Tensor, "tokens kept"]:
@@ -162,21 +196,3 @@ def choose(store: RowStore, tokens: Tokens, k: int) -> Int[Tensor, "tokens kept"
     if keys.device.type == "cpu":
         return top(tokens.float() @ keys.float().T, k)
     return top((tokens.to(keys.dtype) @ keys.T).float(), k)
-
-
-def add_rows(
-    sums: Float[Tensor, "slots width"],
-    places: Ids,
-    gradient: Float[Tensor, "some width"],
-) -> Tensor:
-    """Add `gradient` to rows of `sums`; by how much their squared size grew."""
-    old = sums[places]
-    new = old + gradient
-    sums[places] = new
-    # (a + b)^2 - a^2 = b (2 a + b)
-    return old.add_(new).mul_(gradient).sum(1).double().sum()
-
-
-def size(square: Tensor) -> Tensor:
-    """The root of a sum of differences, which rounding may leave below 0."""
-    return square.clamp(min=0).sqrt().float()

@@ -5,8 +5,8 @@ gradient and one Adam step are each of contiguous memory. Rows and both moments 
 float32; where the wire carries 16 bits, a 16-bit copy of the rows is kept beside them.
 In host memory all of it is page-locked if there is a GPU to copy to.
 
-A store is no module and holds no parameter: `model.to(device)` leaves it where it is
-and `model.state_dict()` does not see it.
+A store is no module and holds no parameter: `meft.sparse.row_parameter` makes one in
+its memory.
 """
 
 import importlib.util
@@ -51,6 +51,16 @@ class RowStore:
         self.schedule: Schedule | None = None
         """The optimizer's, once there is one."""
         self.update = update
+
+    def __reduce__(self) -> Any:
+        """A copy, also a saved one, has the rows as they are now, and no steps."""
+        return RowStore, (self.settled(), self.wire_dtype, self.update)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RowStore":
+        """See `__reduce__`."""
+        copied = RowStore(self.settled().clone(), self.wire_dtype, self.update)
+        memo[id(self)] = copied
+        return copied
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -145,11 +155,18 @@ class RowStore:
             late = behind.nonzero()[:, 0]
             self._advance(late if ids is None else ids[late], None)
 
+    def assign(self, rows: Width) -> None:
+        """Set all rows, which may be what `settled()` returned; moments stay."""
+        if rows is not self.rows:
+            self.rows.copy_(rows)
+        self._write_shadow(slice(None))
+
     def state(self) -> dict[str, Any]:
-        """Everything that a later run needs to go on in the same bits."""
+        """What a later run needs, beside the rows, to go on in the same bits."""
+        self.catch_up(None)
         first, second = self.moments
         return {
-            "rows": self.rows,
+            "update": self.update,
             "first": first,
             "second": second,
             "updated_at": self.updated_at,
@@ -158,7 +175,19 @@ class RowStore:
 
     def refuse(self, state: dict[str, Any]) -> None:
         """Raise if `state` is not of a store like this one."""
-        given, mine = tuple(state["rows"].shape), tuple(self.rows.shape)
+        if "update" not in state:
+            raise ConfigError(
+                "the state was saved by an earlier release of meft, which kept rows in "
+                "the optimizer's state: load the rows by `meft.load_adapters()` and "
+                "start with a new optimizer"
+            )
+        given, mine = tuple(state["first"].shape), tuple(self.rows.shape)
+        if (state["update"] == "lazy") != (self.update == "lazy"):
+            raise ConfigError(
+                f"the state was saved with update={state['update']!r}, but this model "
+                f"has update={self.update!r}: what `lazy` does to idle rows cannot be "
+                "continued otherwise. Take `SparseConfig(update=...)` of the saved run"
+            )
         if given != mine:
             raise ConfigError(
                 f"the state is of {given[0]} rows of {given[1]} numbers, but this "
@@ -167,9 +196,9 @@ class RowStore:
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of `state()`."""
+        self.catch_up(None)
         first, second = self.moments
         for mine, name in (
-            (self.rows, "rows"),
             (first, "first"),
             (second, "second"),
             (self.updated_at, "updated_at"),
@@ -177,7 +206,6 @@ class RowStore:
             mine.copy_(state[name])
         schedule = state["schedule"]
         self.schedule = None if schedule is None else Schedule(**schedule)
-        self._write_shadow(slice(None))
 
     def replace(self, rows: Width) -> None:
         """Take other rows, which no step has touched."""

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from meft.sparse.pieces import Piece, pieces
 from meft.sparse.products import dots, sums
 from meft.sparse.router import top
+from meft.sparse.row_parameter import begin_backward, mark
 from meft.sparse.rows import Tokens
 from meft.sparse.store import Ids
 
@@ -37,7 +38,7 @@ PerKept = Float[Tensor, "tokens kept"]
 def token_topk(
     tokens: Tokens,
     gates: PerExpert | None,
-    anchor: Tensor,
+    parameter: nn.Parameter,
     experts: Int[Tensor, "tokens experts"] | None,
     adapter: "SparseAdapter",
 ) -> Tokens:
@@ -46,12 +47,12 @@ def token_topk(
     Args:
         tokens: h, in the dtype to compute in.
         gates: factors on the scores of each token's experts; None for 1.
-        anchor: what makes the result depend on the rows.
+        parameter: of the rows.
         experts: of each token, ascending; None without experts.
         adapter: its rows and how many to keep.
     """
     out: Tensor = _TokenTopK.apply(  # type: ignore[no-untyped-call]
-        tokens, gates, anchor, experts, adapter
+        tokens, gates, parameter, experts, adapter
     )
     return out
 
@@ -64,7 +65,7 @@ class _TokenTopK(torch.autograd.Function):
         ctx: Any,
         tokens: Tokens,
         gates: PerExpert | None,
-        anchor: Tensor,
+        parameter: nn.Parameter,
         experts: Int[Tensor, "tokens experts"] | None,
         adapter: "SparseAdapter",
     ) -> Tokens:
@@ -81,6 +82,7 @@ class _TokenTopK(torch.autograd.Function):
             some = weights.flatten()[piece.entries]
             out += sums(some, piece.table, piece.start, piece.values)
         ctx.adapter, ctx.active = adapter, active
+        ctx.parameter, ctx.version = parameter, parameter._version
         ctx.save_for_backward(tokens, gates, experts, columns.int(), raw)
         return out.to(tokens.dtype)
 
@@ -89,7 +91,7 @@ class _TokenTopK(torch.autograd.Function):
     def backward(ctx: Any, grad: Tokens) -> tuple[Tensor | None, ...]:
         tokens, gates, experts, columns, raw = ctx.saved_tensors
         adapter: SparseAdapter = ctx.adapter
-        adapter.anchor.settle()
+        wants_rows = begin_backward(ctx, ctx.parameter, ctx.version)
         columns = columns.long()
         neurons = neurons_of(columns, experts, adapter.rows_per_expert)
         gate = _gate(gates, columns, adapter.rows_per_expert)
@@ -103,6 +105,8 @@ class _TokenTopK(torch.autograd.Function):
             weight = weights.flatten()[piece.entries]
             dot = score if gate is None else score * gate.flatten()[piece.entries]
             grad_tokens += sums(dot, piece.table, piece.start, piece.keys)
+            if not wants_rows:
+                continue
             order, start, token = piece.by_row()
             keys = sums(dot[order], tokens, start, token)
             values = sums(weight[order], grad, start, token)
@@ -116,7 +120,7 @@ class _TokenTopK(torch.autograd.Function):
         return (
             grad_tokens.to(tokens.dtype),
             grad_gates,
-            adapter.anchor.mark(),
+            mark(ctx.parameter) if wants_rows else None,
             None,
             None,
         )

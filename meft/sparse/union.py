@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from meft.sparse.row_parameter import begin_backward, mark
 from meft.sparse.rows import Tokens
 from meft.sparse.store import Ids
 from meft.sparse.token_topk import choose, distinct, neurons_of
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
 def union(
     tokens: Tokens,
     gates: None,
-    anchor: Tensor,
+    parameter: nn.Parameter,
     experts: Int[Tensor, "tokens experts"] | None,
     adapter: "SparseAdapter",
 ) -> Tokens:
     """What the neurons add; arguments as those of `token_topk`."""
     out: Tensor = _Union.apply(  # type: ignore[no-untyped-call]
-        tokens, gates, anchor, experts, adapter
+        tokens, gates, parameter, experts, adapter
     )
     return out
 
@@ -47,7 +48,7 @@ class _Union(torch.autograd.Function):
         ctx: Any,
         tokens: Tokens,
         gates: None,
-        anchor: Tensor,
+        parameter: nn.Parameter,
         experts: Int[Tensor, "tokens experts"] | None,
         adapter: "SparseAdapter",
     ) -> Tokens:
@@ -60,6 +61,7 @@ class _Union(torch.autograd.Function):
         for _, keys, values in _pieces(adapter, tokens, active):
             out += torch.relu(tokens @ keys.T) @ values
         ctx.adapter, ctx.active = adapter, active
+        ctx.parameter, ctx.version = parameter, parameter._version
         ctx.save_for_backward(tokens)
         return out.to(tokens.dtype)
 
@@ -68,16 +70,18 @@ class _Union(torch.autograd.Function):
     def backward(ctx: Any, grad: Tokens) -> tuple[Tensor | None, ...]:
         (tokens,) = ctx.saved_tensors
         adapter: SparseAdapter = ctx.adapter
-        adapter.anchor.settle()
+        wants_rows = begin_backward(ctx, ctx.parameter, ctx.version)
         grad = grad.to(tokens.dtype)
         grad_tokens = torch.zeros_like(tokens, dtype=torch.float32)
         for ids, keys, values in _pieces(adapter, tokens, ctx.active):
             weights = torch.relu(tokens @ keys.T)
             grad_dots = (grad @ values.T) * (weights > 0)
             grad_tokens += grad_dots @ keys
-            grad_rows = torch.cat((grad_dots.T @ tokens, weights.T @ grad), 1)
-            adapter.rows.add_gradient(ids, grad_rows.float())
-        return grad_tokens.to(tokens.dtype), None, adapter.anchor.mark(), None, None
+            if wants_rows:
+                grad_rows = torch.cat((grad_dots.T @ tokens, weights.T @ grad), 1)
+                adapter.rows.add_gradient(ids, grad_rows.float())
+        grad_parameter = mark(ctx.parameter) if wants_rows else None
+        return grad_tokens.to(tokens.dtype), None, grad_parameter, None, None
 
 
 def _pieces(

@@ -39,7 +39,8 @@ NEURONS, EXPERTS = 256, 64
 SPARSE = [family for family in FAMILIES if family != "bart"]
 """Those that rows in host memory go beside."""
 PHASES = ("forward", "backward", "update")
-ROUTED = HEAD + BLOCKS * (1 + EXPERTS * HIDDEN)
+ROWS = HEAD + BLOCKS * 2 * NEURONS * HIDDEN
+ROUTED = ROWS + BLOCKS * EXPERTS * HIDDEN
 FORMULAS = {
     "full": ALL,
     "checkpointing": ALL,
@@ -61,13 +62,12 @@ FORMULAS = {
     "meft1-exact-store": ADAPTERS - BOTTLENECK,
     "meft2-exact-store": ADAPTERS,
     "meft3-exact-store": ADAPTERS,
-    "dense": HEAD + BLOCKS * 2 * NEURONS * HIDDEN,
-    # Rows are no parameters; one number stands for them in each block.
-    "dense-offload": HEAD + BLOCKS,
-    "sparse": HEAD + BLOCKS,
+    "dense": ROWS,
+    "dense-offload": ROWS,
+    "sparse": ROWS,
     "sparse-experts": ROUTED,
     # Without a gate the router cannot learn.
-    "sparse-experts-union": HEAD + BLOCKS,
+    "sparse-experts-union": ROWS,
     "sparse-experts-resident": ROUTED,
     "sparse-experts-no-cache": ROUTED,
     "sparse-experts-window": ROUTED,

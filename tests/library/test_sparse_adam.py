@@ -31,8 +31,7 @@ def table() -> Table:
     )
 
 
-def schedule() -> Schedule:
-    return Schedule(beta1=0.9, beta2=0.999, eps=1e-8)
+VALUES: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
 def lr_of(step: int) -> float:
@@ -59,9 +58,9 @@ def run(
     weight_decay: float = 0.0,
     share: float = 0.1,
 ) -> Table:
-    made, factors = table(), schedule()
+    made, factors = table(), Schedule()
     for step, (ids, gradient) in enumerate(gradients(share)):
-        factors.add(lr_of(step), weight_decay)
+        factors.add(lr=lr_of(step), weight_decay=weight_decay, **VALUES)
         if update == "dense":
             whole = torch.zeros(ROWS, WIDTH)
             whole[ids] = gradient
@@ -141,9 +140,9 @@ def test_where_every_row_has_a_gradient_all_updates_are_one(kernel: str) -> None
 
 
 def test_rows_without_a_gradient_so_far_stand_still() -> None:
-    made, factors = table(), schedule()
+    made, factors = table(), Schedule()
     before = made.rows.clone()
-    factors.add(1e-2, 0.0)
+    factors.add(lr=1e-2, weight_decay=0.0, **VALUES)
     adam.advance(made, torch.tensor([3]), torch.ones(1, WIDTH), factors, idle=True)
     moved: Any = (made.rows != before).any(1).nonzero().flatten().tolist()
     assert moved == [3]

@@ -40,7 +40,7 @@ def test_at_the_start_the_model_computes_what_it_did() -> None:
     names = {n for n, p in model.named_parameters() if p.requires_grad}
     assert {name.split("parallel_adapter.")[1] for name in names} == {
         "router",
-        "anchor.size",
+        "neurons",
     }
 
 
@@ -50,7 +50,7 @@ def test_a_global_norm_has_the_rows_in_it() -> None:
     others = [
         p.grad.square().sum()
         for n, p in model.named_parameters()
-        if p.grad is not None and not n.endswith("anchor.size")
+        if p.grad is not None and not n.endswith("neurons")
     ]
     wanted = torch.stack([*others, row_gradients(model).square().sum()]).sum().sqrt()
     found = clip_grad_norm_(model.parameters(), torch.inf)
@@ -92,7 +92,7 @@ def test_zeroing_gradients_zeroes_the_rows(how: str, device_bytes: int) -> None:
 
 
 def test_gradients_add_up_over_a_window() -> None:
-    """Also where the anchor's gradient was scaled on the way."""
+    """Also where they were scaled on the way."""
     model = sparse_model(num_experts=0)
     backward(model)
     one = row_gradients(model).clone()
@@ -122,8 +122,8 @@ def test_a_loss_scaler_unscales_rows_and_skips_an_overflow() -> None:
             scaler.scale(loss).backward()
             if model is scaled and step == 1:
                 overflowed = sparse_adapters(model)["model.layers.1.parallel_adapter"]
-                assert overflowed.anchor.size.grad is not None
-                overflowed.anchor.size.grad.fill_(torch.inf)
+                assert overflowed.neurons.grad is not None
+                overflowed.neurons.grad.mul_(torch.inf)
             scaler.unscale_(optimizer)
             clip_grad_norm_(model.parameters(), 1.0)
             if model is scaled or step != 1:
@@ -167,15 +167,6 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
     with pytest.raises(ConfigError, match="32 rows"):
         optimizer.load_state_dict(state)
     assert torch.equal(all_rows(model), before)
-
-
-def test_an_optimizer_that_does_not_know_the_rows_is_noticed() -> None:
-    model = sparse_model()
-    optimizer = torch.optim.AdamW(model.parameters())
-    backward(model)
-    optimizer.step()
-    with pytest.raises(UnsupportedCallError, match="SparseAdamW"):
-        backward(model)
 
 
 def test_a_copy_of_a_model_has_rows_of_its_own() -> None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from meft.sparse.convert import sparse_adapters
+from meft.sparse.row_parameter import rows_of
 from meft.testing import saved_bytes
 from meft_bench.tasks.batches import Batch
 
@@ -60,6 +61,8 @@ def resting_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 def _resting(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     yield from model.buffers()
     for parameter in model.parameters():
+        if rows_of(parameter) is not None:
+            continue
         yield parameter
         if parameter.grad is not None:
             yield parameter.grad

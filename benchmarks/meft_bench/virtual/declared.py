@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from meft import host_memory
 from meft.sparse import store, token_topk, union
 from meft.sparse.adapter import SparseAdapter
 from meft.sparse.engine import OffloadedRows
@@ -45,6 +46,7 @@ def rows(active_fraction: float) -> Iterator[None]:
         (ResidentRows, "chosen", declared.after(_nowhere)),
         (RowStore, "__init__", _with_real_steps(RowStore.__init__)),
         (store, "_pinned", _same),
+        (host_memory, "available_bytes", _unknown),
         (store, "_advance_function", _advance_function(store._advance_function)),
     ]
     with contextlib.ExitStack() as stack:
@@ -109,6 +111,10 @@ def _with_real_steps(plain: Callable[..., None]) -> Callable[..., None]:
             self.updated_at = torch.zeros(len(self.rows), dtype=torch.long)
 
     return init
+
+
+def _unknown() -> None:
+    """Fake rows take no memory."""
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from meft.sparse.row_grad import RowGrad
+from meft.sparse.row_parameter import RowTensor
 from meft_bench.virtual.accumulation import is_accumulation
 from meft_bench.virtual.allocator import ROUND_BYTES
 from meft_bench.virtual.trace import Copy, Event, Storage, Trace
@@ -148,6 +150,8 @@ class Ledger(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run one operator and write down what it made."""
+        if any(issubclass(kind, RowTensor | RowGrad) for kind in types):
+            return NotImplemented  # made of operators that come here in their turn
         if func is DEVICE_OF:
             return args[0].fake_device if _is_fake(args[0]) else args[0].device
         if func is ADD and not kwargs and is_accumulation(args):
@@ -171,7 +175,7 @@ class Ledger(TorchDispatchMode):
 
     def see(self, tensor: Tensor, func: Any = None) -> Storage | None:
         """The storage of `tensor`, from now on written down; None if it has none."""
-        if tensor.layout is not torch.strided:
+        if tensor.layout is not torch.strided or isinstance(tensor, RowGrad):
             return None
         memory = tensor.untyped_storage()
         known = self._alive.get(memory._cdata)

@@ -1,0 +1,383 @@
+"""`RowParameter`: the rows of one block as a parameter.
+
+Its memory is the store's, wherever that is: moving the model or changing its dtype does
+not change it. Rows may be behind, because idle rows take their steps later, and copies
+of rows may be on a device. So an operation that reads the parameter brings all rows up
+to date first, and one that writes it makes every copy void afterwards. Views of the
+parameter, `detach()`, `data` and what `state_dict()` returns do the same.
+
+Its gradient is a `RowGrad`. A backward adds to what the rows remember piece by piece
+and gives autograd a mark in place of a gradient:
+
+    forward    begin_forward(parameter)       its result depends on the parameter
+    backward   begin_backward(ctx, ...)       make both agree: `parameter.grad`, which
+                                              may have been cleared or replaced, and
+                                              what the rows remember
+               rows.add_gradient(...)
+               return mark(parameter)         then `parameter.grad` is a `RowGrad` of
+                                              what the rows remember
+"""
+
+import copy
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.overrides import enable_reentrant_dispatch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from meft.errors import UnsupportedCallError
+from meft.sparse.engine import in_backward
+from meft.sparse.row_grad import (
+    Live,
+    RowGrad,
+    forget,
+    live_of,
+    replace_dense,
+    written,
+)
+from meft.sparse.rows import Rows
+
+TRAIN_WITH = (
+    "`meft.SparseAdamW(model.parameters(), lr=...)`, or with transformers' Trainer "
+    "`Trainer(..., optimizer_cls_and_kwargs=meft.optimizer_cls_and_kwargs(args))`"
+)
+
+
+class RowTensor(torch.Tensor):
+    """The memory of rows, or a view of it, up to date whenever it is read."""
+
+    rows: Rows
+
+    @staticmethod
+    def of(rows: Rows, plain: Tensor) -> "RowTensor":
+        """`plain`, which is memory of the store, as an instance."""
+        made: RowTensor = torch.Tensor._make_subclass(RowTensor, plain, False)
+        made.rows = rows
+        return made
+
+    def settled(self) -> Tensor:
+        """The same as an ordinary tensor in the same memory, as it is now."""
+        return _like(self, self.rows.store.settled())
+
+    @property
+    def data(self) -> Tensor:
+        """As of any tensor; assigning to it copies."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        with torch.no_grad():
+            self.detach().copy_(value)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """A copy, which cannot be written to: a write to it would not reach the rows.
+
+        Raises:
+            RuntimeError: without `force`, if it requires a gradient or is on another
+                device, as for any tensor.
+        """
+        if self.requires_grad and not force:
+            raise RuntimeError(
+                "Can't call numpy() on Tensor that requires grad. Use "
+                "tensor.detach().numpy() instead."
+            )
+        found = self.settled().detach().clone().numpy(force=force)
+        found.flags.writeable = False
+        return found
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        """For numpy's own functions."""
+        return np.asarray(self.numpy(), dtype)
+
+    def tolist(self) -> Any:
+        """The numbers in lists."""
+        return self.settled().tolist()
+
+    def data_ptr(self) -> int:
+        """The address, of memory that is up to date now."""
+        return self.settled().data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """The memory, up to date now."""
+        return self.settled().untyped_storage()
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        """A copy: a write to it would not reach the rows."""
+        return self.settled().detach().clone().__dlpack__(**kwargs)
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        """As of any tensor."""
+        return f"{type(self).__name__}({self.settled().detach()!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """An ordinary tensor."""
+        copied = memo[id(self)] = self.settled().detach().clone()
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Saved as an ordinary tensor."""
+        return self.settled().detach().__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Results are ordinary tensors."""
+        if func is torch.autograd.grad and not in_backward():
+            raise UnsupportedCallError(
+                "`torch.autograd.grad` cannot return the gradient of the rows of a "
+                "sparse adapter: call `backward()` and read `parameter.grad`, or leave "
+                "the rows out of `inputs`"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Every operation on rows."""
+        # Operations within are ordinary ones again, also for modes that look on.
+        with torch.no_grad(), enable_reentrant_dispatch():
+            return cls._dispatch(func, args, kwargs or {})
+
+    @classmethod
+    def _dispatch(cls, func: Any, args: Any, kwargs: Any) -> Any:
+        leaves = tree_leaves((args, kwargs))
+        every = {id(t.rows): t.rows for t in leaves if isinstance(t, RowTensor)}
+        stores = {key: rows.store for key, rows in every.items()}
+        # A view shows rows as they are when it is read.
+        memory = {
+            key: store.rows if func.is_view else store.settled()
+            for key, store in stores.items()
+        }
+
+        def plain(tensor: RowTensor) -> Tensor:
+            return _like(tensor, memory[id(tensor.rows)])
+
+        new_args, new_kwargs = tree_map_only(RowTensor, plain, (args, kwargs))
+        out = func(*new_args, **new_kwargs)
+        if func.is_view:
+            (rows,) = every.values()
+            return tree_map_only(Tensor, lambda view: _view(rows, view), out)
+        changed = written(func, args, kwargs, RowTensor)
+        for key in {id(tensor.rows) for tensor in changed}:
+            stores[key].assign(memory[key])
+            every[key].invalidate()
+        if not changed or out is None:
+            return out
+        # Operations in place return what they changed.
+        return changed[0] if isinstance(out, Tensor) else args[0]
+
+
+def _view(rows: Rows, plain: Tensor) -> RowTensor:
+    if plain.dtype != torch.float32:
+        raise UnsupportedCallError(
+            f"the rows of sparse adapters cannot be viewed as {plain.dtype}: `clone()` "
+            "them first"
+        )
+    return RowTensor.of(rows, plain)
+
+
+def _like(tensor: Tensor, memory: Tensor) -> Tensor:
+    """The part of `memory`, a table of rows, that `tensor` is of its own table."""
+    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+class RowParameter(RowTensor, nn.Parameter):
+    """See the module's docstring. Made by `row_parameter`."""
+
+    def register_hook(self, hook: Any) -> Any:
+        """Refused: the gradient does not pass through autograd.
+
+        Raises:
+            UnsupportedCallError: always.
+        """
+        raise UnsupportedCallError(
+            "`register_hook` is not supported by the rows of sparse adapters, whose "
+            "gradient is added up without passing through autograd: use "
+            "`register_post_accumulate_grad_hook`, which may change `parameter.grad`"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """Rows of its own, without the state of an optimizer, as of any parameter."""
+        rows = copy.deepcopy(self.rows, memo)
+        made = memo[id(self)] = row_parameter(rows, self.requires_grad)
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Made again from its rows."""
+        return row_parameter, (self.rows, self.requires_grad)
+
+
+def row_parameter(rows: Rows, requires_grad: bool = True) -> nn.Parameter:
+    """The parameter of `rows`, in the memory of their store.
+
+    Returns:
+        A `RowParameter`; an ordinary parameter if the memory is not that of an ordinary
+        tensor, as under `FakeTensorMode`. Either has `rows` as an attribute.
+    """
+    _refuse_other_optimizers()
+    # `data` has a version of its own, which catching up does not count up.
+    memory = rows.store.rows.data
+    parameter: Any
+    if type(memory) is Tensor:
+        parameter = torch.Tensor._make_subclass(RowParameter, memory, True)
+    else:
+        parameter = nn.Parameter(memory)
+    parameter.rows = rows
+    # Also of frozen rows, which may be unfrozen later.
+    parameter.register_post_accumulate_grad_hook(_after_backward)
+    return cast(nn.Parameter, parameter.requires_grad_(requires_grad))
+
+
+def rows_of(parameter: Tensor) -> Rows | None:
+    """The rows of a row parameter; None for any other tensor."""
+    # Not by its class, which a tensor without values does not have.
+    return getattr(parameter, "rows", None)
+
+
+def begin_forward(parameter: Tensor, rows: Rows) -> None:
+    """Refuse what cannot be trained, and notice a gradient that was cleared.
+
+    Raises:
+        UnsupportedCallError: the parameter was replaced, or there is more than one
+            process.
+    """
+    if rows_of(parameter) is not rows:
+        raise UnsupportedCallError(
+            "the parameter of a sparse adapter's rows was replaced by another tensor "
+            f"({type(parameter).__name__}), which the adapter does not use: copy "
+            "values into it instead, by `load_state_dict(...)` or "
+            "`parameter.copy_(...)`. Sharding and `torch.func.functional_call` are not "
+            "supported"
+        )
+    if _is_distributed():
+        raise UnsupportedCallError(
+            "sparse adapters train in one process: gradients of rows in host memory"
+            " are not added up between processes"
+        )
+    memory = rows.store.rows
+    if memory.device != parameter.device:
+        moved: Any = memory.data
+        if isinstance(parameter, RowParameter):
+            moved = RowTensor.of(rows, moved)
+        grad, parameter.grad = parameter.grad, None
+        setter: Any = torch.Tensor.data
+        setter.__set__(parameter, moved)
+        if isinstance(grad, RowGrad):
+            grad = RowGrad(grad.holder, grad.shape, memory.device)
+        parameter.grad = grad
+    if not in_backward():
+        rows.is_settled = False
+        if parameter.grad is None:
+            forget(rows)
+
+
+def begin_backward(ctx: Any, parameter: nn.Parameter, version: int) -> bool:
+    """Prepare to add to the gradient.
+
+    Args:
+        ctx: of the autograd function that the parameter is an input of.
+        parameter: of the rows.
+        version: of the parameter in the forward.
+
+    Returns:
+        Whether this backward wants the gradient of the rows.
+
+    Raises:
+        UnsupportedCallError: the rows were changed since the forward.
+    """
+    if parameter._version != version:
+        raise UnsupportedCallError(
+            "the rows of a sparse adapter were changed between forward and backward "
+            "(an optimizer step, or an in-place update): run the backward first"
+        )
+    node = next(
+        (n for n, _ in ctx.next_functions if getattr(n, "variable", None) is parameter),
+        None,
+    )
+    if node is None or not _is_wanted(node):
+        return False
+    rows = rows_of(parameter)
+    assert rows is not None
+    if not rows.is_settled:
+        rows.is_settled = True
+        settle(parameter)
+    return True
+
+
+def settle(parameter: nn.Parameter) -> None:
+    """Make the rows remember what `parameter.grad` says, if it was replaced."""
+    rows, grad = rows_of(parameter), parameter.grad
+    assert rows is not None
+    if grad is None:
+        forget(rows)
+        return
+    if not isinstance(grad, RowGrad) or grad.holder is None:
+        forget(rows)
+        replace_dense(rows, grad.float())
+    elif grad.holder is not live_of(rows):
+        home = rows.store.rows.device
+        ids, parts = grad.holder.held_ids(), grad.holder.parts()
+        forget(rows)
+        if parts:
+            values = torch.cat([rows.bring(part, home) for part in parts])
+            rows.replace_gradient(torch.cat(ids).to(home), values)
+    else:
+        return
+    parameter.grad = RowGrad(Live(rows), parameter.shape, parameter.device)
+
+
+def mark(parameter: nn.Parameter) -> RowGrad:
+    """What a backward returns: its gradient has been added where it is held."""
+    return RowGrad(None, parameter.shape, parameter.device)
+
+
+def _after_backward(parameter: Any) -> None:
+    parameter.rows.is_settled = False
+    grad, live = parameter.grad, live_of(parameter.rows)
+    if live is None or not isinstance(grad, RowGrad) or grad.holder is not live:
+        live = live or Live(parameter.rows)
+        parameter.grad = RowGrad(live, parameter.shape, parameter.device)
+
+
+def _is_wanted(node: Any) -> bool:
+    """Whether the backward in the works needs the gradient of a leaf."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:
+        # It is an input of a `torch.autograd.grad` inside of a backward, whose result
+        # is handed on to autograd by the caller.
+        return True
+
+
+def _is_distributed() -> bool:
+    group = torch.distributed
+    return (
+        group.is_available() and group.is_initialized() and group.get_world_size() > 1
+    )
+
+
+_is_refusing = False
+
+
+def _refuse_other_optimizers() -> None:
+    """From the first row parameter on, look at every optimizer before its step."""
+    global _is_refusing
+    if not _is_refusing:
+        register_optimizer_step_pre_hook(_refuse_other_optimizer)
+        _is_refusing = True
+
+
+def _refuse_other_optimizer(optimizer: Optimizer, *_: Any) -> None:
+    if getattr(optimizer, "steps_rows", False):
+        return
+    if any(rows_of(p) is not None for g in optimizer.param_groups for p in g["params"]):
+        raise UnsupportedCallError(
+            f"{type(optimizer).__name__} cannot train the rows of sparse adapters, and "
+            f"has not changed any parameter. Train all parameters with {TRAIN_WITH}"
+        )
