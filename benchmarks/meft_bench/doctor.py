@@ -60,6 +60,10 @@ DATA: Mapping[str, tuple[str, Sequence[tuple[str, ...]]]] = {
     "rte": ("glue/RTE", _GLUE),
     "cola": ("glue/CoLA", _GLUE),
     "nq-open": ("nq-open", (("topics.nq.dev.txt", "NQ-open.dev.jsonl"),)),
+    "triviaqa": (
+        "triviaqa",
+        (("topics.dpr.trivia.dev.txt", "topics.dpr.trivia.test.txt"),),
+    ),
     "squad": ("squad-xquad-en", (("xquad.en.json",),)),
     "gsm8k": ("gsm8k", (("train.jsonl", "test.jsonl"),)),
     "arc-easy": ("arc-easy", (("train.json", "test.json"),)),

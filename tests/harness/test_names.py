@@ -80,6 +80,10 @@ FOREIGN_FILES = {
     "aten/native/*": "PyTorch's sources",
     "ATen/*": "PyTorch's sources",
     "c10/cuda/*": "PyTorch's sources",
+    "evaluate-v1.1.py": "SQuAD's official script",
+    "eval_utils.py": "ORQA's, of the authors of NQ-open",
+    "triviaqa_evaluation.py": "TriviaQA's official script",
+    "grade_school_math/dataset.py": "GSM8K's repository",
     "flash_api.cpp": "flash attention's sources",
     "sysexits.h": "the C library",
     "config.json": "transformers' file of a model",
@@ -92,6 +96,7 @@ FOREIGN_FILES = {
     "msr_paraphrase_train.txt": "data of a task",
     "topics.nq.dev.txt": "data of a task",
     "NQ-open.dev.jsonl": "data of a task",
+    "topics.dpr.trivia.*.txt": "data of a task",
     "*xquad.en.json": "data of a task",
     "*train.json": "data of a task",
     "*test.json": "data of a task",
@@ -185,10 +190,17 @@ def texts() -> Iterator[tuple[str, str]]:
             yield name, part
 
 
-def mentions(pattern: str) -> dict[str, str]:
-    """What a pattern finds in the texts, with a file that mentions it."""
+def mentions(pattern: str, suffix: str = "") -> dict[str, str]:
+    """What a pattern finds in the texts, with a file that mentions it.
+
+    Args:
+        pattern: a regular expression.
+        suffix: the end of the names of the files to look into.
+    """
     found: dict[str, str] = {}
     for place, text in texts():
+        if not place.endswith(suffix):
+            continue
         for match in re.finditer(pattern, text):
             found.setdefault(match[0], place)
     return found
@@ -459,6 +471,10 @@ def test_every_call_can_be_made() -> None:
 FOREIGN_ARGUMENTS = {
     "is_decoder": "a field of transformers' configs",
     "create_graph": "torch.autograd.grad",
+    "modules_to_save": "peft's LoraConfig",
+    "activation_checkpointing": "transformers' TrainingArguments",
+    "gradient_checkpointing": "transformers' TrainingArguments",
+    "use_gradient_checkpointing": "peft's prepare_model_for_kbit_training",
 }
 
 
@@ -467,11 +483,7 @@ def test_every_argument_exists() -> None:
     known = {field.name for field in dataclasses.fields(Cell)}
     for thing in _public().values():
         known |= set(inspect.signature(thing).parameters)
-    found = {
-        name: place
-        for name, place in mentions(r"(?<=`)[a-z_]+(?= ?=[^=])").items()
-        if place.endswith(".py")
-    }
+    found = mentions(r"(?<=`)[a-z_]+(?= ?=[^=])", ".py")
     assert unknown(found, (known | set(FOREIGN_ARGUMENTS)).__contains__) == []
 
 
