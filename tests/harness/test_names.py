@@ -89,6 +89,7 @@ FOREIGN_FILES = {
     "config.json": "transformers' file of a model",
     "PATH/config.json": "a user's",
     "model.safetensors.index.json": "transformers' file of a model",
+    ".index.json": "the end of such names",
     "merges.txt": "transformers' file of a tokenizer",
     "*train.tsv": "data of a task",
     "dev.tsv": "data of a task",
@@ -469,6 +470,7 @@ def test_every_call_can_be_made() -> None:
 
 
 FOREIGN_ARGUMENTS = {
+    "assign": "torch's load_state_dict",
     "is_decoder": "a field of transformers' configs",
     "create_graph": "torch.autograd.grad",
     "modules_to_save": "peft's LoraConfig",
