@@ -27,6 +27,10 @@ class Floating:
         """That of the streams."""
         return self.stream_dtype
 
+    @property
+    def limit(self) -> None:
+        """Streams hold infinity and not-a-number as they come."""
+
     def enter(self, hidden: Tensor) -> Tensor:
         """A copy of `hidden`."""
         return hidden.to(self.stream_dtype, copy=True)
@@ -34,9 +38,6 @@ class Floating:
     def read(self, stream: Tensor) -> Tensor:
         """The stream, rounded to what branches compute in."""
         return stream.to(self.compute_dtype)
-
-    def finite(self, value: Tensor) -> None:
-        """Streams hold infinity and not-a-number as they come."""
 
     def couple_(
         self, target: Tensor, source: Tensor, value: Tensor, coupling: Coupling
