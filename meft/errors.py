@@ -7,7 +7,7 @@ MeftError
 ├── ReconstructionError (RuntimeError)    a rebuilt activation is not the true one
 └── AdapterFileError (ValueError)         saved adapters do not fit this model
 
-LostGradientWarning (UserWarning)         the inverse is too inexact to train on
+LostGradientWarning (UserWarning)         an inexact inverse makes gradients wrong
 MismatchWarning (UserWarning)             a step was skipped or redone, see its text
 FrozenWarning (UserWarning)               what is usually trained is frozen
 SavingWarning (UserWarning)               a saved model needs `meft.load_adapters`
@@ -43,7 +43,7 @@ class MismatchWarning(UserWarning):
 
 
 class LostGradientWarning(UserWarning):
-    """Rebuilt activations are so inexact that some blocks would train on noise."""
+    """Rebuilt activations are so inexact that gradients are wrong by more than 1%."""
 
 
 class FrozenWarning(UserWarning):

@@ -157,7 +157,11 @@ class ReversibleBlocks(nn.Module):
             extremes = Extremes(arithmetic)
             make = partial(self._stack, others, arithmetic, seed)
             lower, upper = make(first, end), make(end, len(blocks))
-            if torch.is_grad_enabled() and self.backward_pass == "rebuild" and not cached:
+            if (
+                torch.is_grad_enabled()
+                and self.backward_pass == "rebuild"
+                and not cached
+            ):
                 streams = run_rebuilt(
                     lower,
                     hidden,
@@ -335,6 +339,7 @@ def _too_large(block: int, greatest: float | None) -> str:
 
 
 def _warn_if_lost(config: ReversibleConfig, probe: Probe, dtype: torch.dtype) -> None:
-    text = warning_text(probe.blocks(), probe.point_errors(), *config.scales, dtype)
+    errors = probe.estimated_errors()
+    text = warning_text(probe.blocks(), errors, *config.scales, dtype)
     if text is not None:
         warnings.warn(text, LostGradientWarning, stacklevel=2)

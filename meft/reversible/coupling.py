@@ -76,8 +76,10 @@ class Arithmetic(Protocol):
 
     @property
     def limit(self) -> tuple[float, int] | None:
-        """The greatest value that one addition takes, and what no stream may reach; None
-        if streams hold every number that a value can be."""
+        """The greatest value that one addition takes, and what no stream may reach.
+
+        None if streams hold every number that a value can be.
+        """
 
     def enter(self, hidden: Tensor) -> Tensor:
         """A new stream that holds `hidden`."""

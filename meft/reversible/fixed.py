@@ -11,9 +11,10 @@ of the branches; addition may even wrap around, and wraps back. The one conditio
 that a branch gives the same value again. Rounding has the gradient of the identity, as
 the rounding of floats has under autograd.
 
-Integers have 32 bits as long as all numbers fit, and 64 if they do not (`extremes` finds
-out, `blocks` decides). Quanta are the same, so both widths compute the same function,
-bit for bit, and nothing about the width has to be saved or agreed on between processes.
+Integers have 32 bits as long as all numbers fit, and 64 if they do not (`extremes`
+finds out, `blocks` decides). Quanta are the same, so both widths compute the same
+function, bit for bit, and nothing about the width has to be saved or agreed on between
+processes.
 
 What is here is the reference, and what runs on a CPU. On a GPU, where memory traffic is
 what it costs, `fused` computes the same bits in one pass.

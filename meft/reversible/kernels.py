@@ -44,6 +44,7 @@ def _attribute(module: Any, module_name: str, attribute: str) -> _Setting:
     )
 
 
+_MKLDNN: Any = mkldnn  # torch's annotations lack its `matmul`
 _SETTINGS = (
     _Setting(
         "torch.get_default_dtype()", torch.get_default_dtype, torch.set_default_dtype
@@ -60,7 +61,7 @@ _SETTINGS = (
     _attribute(cuda.matmul, "cuda.matmul", "allow_fp16_accumulation"),
     _attribute(cuda.matmul, "cuda.matmul", "allow_fp16_reduced_precision_reduction"),
     _attribute(cuda.matmul, "cuda.matmul", "allow_bf16_reduced_precision_reduction"),
-    _attribute(mkldnn.matmul, "mkldnn.matmul", "fp32_precision"),
+    _attribute(_MKLDNN.matmul, "mkldnn.matmul", "fp32_precision"),
 )
 
 

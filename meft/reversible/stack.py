@@ -186,6 +186,7 @@ def _walk_down(
         target, source = coupling.target, 1 - coupling.target
         x = stack.arithmetic.read(streams[source])
         wants_x = wants_input or index > 0
+        call.watch.point(index, d[target])
         value, mixed = _recompute(
             call, coupling, x, beside, d[target], wants_x, gradients
         )
@@ -442,7 +443,10 @@ def _name_of(identity: int, stack: Stack) -> str:
     for coupling in stack.couplings:
         for part in (coupling.branch.mixing, coupling.branch.tokenwise):
             for module in part.modules if part else ():
-                for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                for name, tensor in (
+                    *module.named_parameters(),
+                    *module.named_buffers(),
+                ):
                     if id(tensor) == identity:
                         return f"`{name}` of block {coupling.block}"
     return "one of them"

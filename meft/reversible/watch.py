@@ -79,6 +79,12 @@ class Watch:
         if self._probe is not None:
             self._probe.compare(index, target)
 
+    def point(self, index: int, gradient: Tensor | None) -> None:
+        """The backward is about to differentiate coupling `index`, given the gradient
+        of its target."""
+        if self._probe is not None:
+            self._probe.weigh(index, gradient)
+
     def finish(self, stack: Stack, streams: list[Tensor]) -> None:
         """The backward has undone all couplings.
 

@@ -161,7 +161,11 @@ def test_streams_of_64_bits_are_computed_as_the_reference_computes_them(
     fused: ModuleType, num_bits: int, difference: bool, starts: bool
 ) -> None:
     """What is kept has 32 bits a word either way."""
-    for size, dtype in ((33, torch.float32), (300, torch.float16), (70, torch.bfloat16)):
+    for size, dtype in (
+        (33, torch.float32),
+        (300, torch.float16),
+        (70, torch.bfloat16),
+    ):
         at = coupling(num_bits, difference, starts)
         target, source = streams(size, starts, torch.int64)
         assert_same(fused, at, target, source, values(size, dtype, 14), 14)
