@@ -8,7 +8,7 @@ MeftError
 ├── AdapterFileError (ValueError)         saved adapters do not fit this model
 └── HostMemoryError (MemoryError)         rows would not fit into host memory
 
-LostGradientWarning (UserWarning)         the inverse is too inexact to train on
+LostGradientWarning (UserWarning)         an inexact inverse makes gradients wrong
 MismatchWarning (UserWarning)             a step was skipped or redone, see its text
 FrozenWarning (UserWarning)               what is usually trained is frozen
 SavingWarning (UserWarning)               a saved model needs `meft.load_adapters`
@@ -48,7 +48,7 @@ class MismatchWarning(UserWarning):
 
 
 class LostGradientWarning(UserWarning):
-    """Rebuilt activations are so inexact that some blocks would train on noise."""
+    """Rebuilt activations are so inexact that gradients are wrong by more than 1%."""
 
 
 class FrozenWarning(UserWarning):

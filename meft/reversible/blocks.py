@@ -11,6 +11,11 @@ are fine.
 Read-out: with `fixed`, the fresh stream; the other is one block behind. With `float`,
 as the authors do: the mean of both after post-norm blocks, else the fresh stream and a
 tenth of the other.
+
+Integer streams begin with 32 bits. A forward in which some number does not fit is run
+again with 64, before anything is returned, and so are all later ones: the quantum stays
+the same, and with it the function. With a cache, which a second run would fill again,
+streams have 64 bits from the start. What does not fit into 64 either is refused.
 """
 
 import inspect
@@ -28,6 +33,7 @@ from meft.bottleneck import Bottleneck, wide_dtype
 from meft.errors import LostGradientWarning, UnsupportedCallError
 from meft.reversible.config import ReversibleConfig
 from meft.reversible.coupling import Arithmetic, Coupling
+from meft.reversible.extremes import Extremes
 from meft.reversible.fixed import FRACTION_BITS, FRACTION_BITS_WIDE, Fixed
 from meft.reversible.floating import Floating
 from meft.reversible.kernels import Kernels
@@ -90,6 +96,10 @@ class ReversibleBlocks(nn.Module):
         self.ledger = Ledger()
         """Bytes that a side buffer in host memory has moved so far."""
         self._model_config = model_config
+        self.stream_dtype = torch.int32
+        """Of `fixed` streams: int64 once a forward has met numbers that int32 cannot
+        hold. Both give the same function; set int64 to spare the forward that finds
+        out, which is run twice."""
         self._num_blocks = len(blocks)
         self._repeatable: Repeatable = {}
         self._first_step_is_over = False
@@ -122,8 +132,14 @@ class ReversibleBlocks(nn.Module):
 
     def streams(
         self, hidden_states: Hidden, *args: Any, **kwargs: Any
-    ) -> tuple[Stack, Streams, list[Coupling]]:
-        """Both streams after the top block, the rebuilt stack, and all couplings."""
+    ) -> tuple[Stack, Streams, list[Coupling], Tensor | None]:
+        """Both streams after the top block, the rebuilt stack, all couplings, and
+        whether every value was finite (None where the streams show it).
+
+        Raises:
+            UnsupportedCallError: a block gives numbers that `fixed` streams of 64 bits
+                cannot hold; or the call asks for what a stack cannot give.
+        """
         call = self._by_name(hidden_states, args, kwargs)
         first, end = self.span
         blocks = self.blocks
@@ -134,24 +150,39 @@ class ReversibleBlocks(nn.Module):
         context = {n: t for n, t in call.items() if _wants_gradient(t)}
         others = {n: value for n, value in call.items() if n not in context}
         seed = draw_seed() if self.training else None
-        arithmetic = self._arithmetic(hidden)
-        make = partial(self._stack, others, arithmetic, seed)
-        lower, upper = make(first, end), make(end, len(blocks))
         cached = others.get("past_key_values") is not None
-        if torch.is_grad_enabled() and self.backward_pass == "rebuild" and not cached:
-            watch = self._watch(arithmetic, call)
-            streams = run_rebuilt(
-                lower,
-                hidden,
-                context,
-                watch,
-                self.reversible.on_mismatch,
-                self.ledger if self.reversible.side_buffer == "host" else None,
-            )
-        else:
-            streams = run(lower, enter(lower, hidden), context)
-        streams = run(upper, streams, context)
-        return lower, streams, [*lower.couplings, *upper.couplings]
+        while True:
+            dtype = torch.int64 if cached else self.stream_dtype
+            arithmetic = self._arithmetic(hidden, dtype)
+            extremes = Extremes(arithmetic)
+            make = partial(self._stack, others, arithmetic, seed)
+            lower, upper = make(first, end), make(end, len(blocks))
+            if (
+                torch.is_grad_enabled()
+                and self.backward_pass == "rebuild"
+                and not cached
+            ):
+                streams = run_rebuilt(
+                    lower,
+                    hidden,
+                    context,
+                    self._watch(arithmetic, call),
+                    extremes,
+                    self.reversible.on_mismatch,
+                    self.ledger if self.reversible.side_buffer == "host" else None,
+                )
+            else:
+                entered = enter(lower, hidden, extremes)
+                streams = run(lower, entered, context, extremes)
+                del entered
+            streams = run(upper, streams, context, extremes)
+            if extremes.fit():
+                couplings = [*lower.couplings, *upper.couplings]
+                return lower, streams, couplings, extremes.finite()
+            if dtype == torch.int64:
+                raise UnsupportedCallError(_too_large(*extremes.first_too_large()))
+            del streams
+            self.stream_dtype = torch.int64
 
     def _by_name(
         self, hidden: Hidden, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -203,7 +234,7 @@ class ReversibleBlocks(nn.Module):
                 peft_came_last=has_peft_layers(self) and not self._had_peft_layers,
             )
 
-    def _arithmetic(self, hidden: Hidden) -> Arithmetic:
+    def _arithmetic(self, hidden: Hidden, stream_dtype: torch.dtype) -> Arithmetic:
         if self.reversible.arithmetic == "float":
             return Floating(
                 compute_dtype=hidden.dtype, stream_dtype=wide_dtype(hidden.dtype)
@@ -217,6 +248,7 @@ class ReversibleBlocks(nn.Module):
                 else self.reversible.fraction_bits
             ),
             gradient_dtype=getattr(torch, self.reversible.gradient_dtype),
+            stream_dtype=stream_dtype,
         )
 
     def _stack(
@@ -258,15 +290,19 @@ class ReversibleBlocks(nn.Module):
         return Watch(exact, self._repeatable, _kind_of(call), probe)
 
     def _read_out(
-        self, stack: Stack, streams: Streams, couplings: list[Coupling]
+        self,
+        stack: Stack,
+        streams: Streams,
+        couplings: list[Coupling],
+        finite: Tensor | None,
     ) -> Hidden:
         fresh = fresh_stream(self.reversible.variant, couplings)
         pair = streams.pair()
         out = read(stack, pair[fresh])
-        if streams.finite is not None:
+        if finite is not None:
             # Streams clamp; this is how a loss scaler gets to see an overflow.
             zero = out.new_zeros(())
-            out.add_(torch.where(streams.finite, zero, zero + torch.nan))
+            out.add_(torch.where(finite, zero, zero + torch.nan))
         if self.reversible.arithmetic == "fixed":
             return out
         stale = read(stack, pair[1 - fresh])
@@ -287,7 +323,23 @@ def _kind_of(call: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
+def _too_large(block: int, greatest: float | None) -> str:
+    if greatest is None:
+        return (
+            f"the streams of block {block} have grown beyond what 64-bit integers "
+            "hold, though all values of its branches fit: set `lost_bits` higher in "
+            "the `ReversibleConfig`, at 0 the streams grow with every block"
+        )
+    return (
+        f"block {block} computes values up to {greatest:.4g}, which `fixed` streams "
+        "cannot hold in 64 bits either: look for what made them so large, or set "
+        "`fraction_bits` lower in the `ReversibleConfig` (each bit less doubles the "
+        "range)"
+    )
+
+
 def _warn_if_lost(config: ReversibleConfig, probe: Probe, dtype: torch.dtype) -> None:
-    text = warning_text(probe.blocks(), probe.point_errors(), *config.scales, dtype)
+    errors = probe.estimated_errors()
+    text = warning_text(probe.blocks(), errors, *config.scales, dtype)
     if text is not None:
         warnings.warn(text, LostGradientWarning, stacklevel=2)

@@ -74,14 +74,18 @@ class Arithmetic(Protocol):
     def gradient_dtype(self) -> torch.dtype:
         """Of the gradients of streams."""
 
+    @property
+    def limit(self) -> tuple[float, int] | None:
+        """The greatest value that one addition takes, and what no stream may reach.
+
+        None if streams hold every number that a value can be.
+        """
+
     def enter(self, hidden: Tensor) -> Tensor:
         """A new stream that holds `hidden`."""
 
     def read(self, stream: Tensor) -> Tensor:
         """The stream as a branch reads it."""
-
-    def finite(self, value: Tensor) -> Tensor | None:
-        """Whether `value` is finite, if its stream will not show it."""
 
     def couple_(
         self, target: Tensor, source: Tensor, value: Tensor, coupling: Coupling

@@ -1,7 +1,7 @@
 """Fixed-point streams, whose inverse is exact.
 
-A stream is a tensor of int32, in quanta of q = 2^-fraction_bits. Scales are powers of
-two, 2^-k, so scaling is a shift; the k bits that it drops are kept:
+A stream is a tensor of integers, in quanta of q = 2^-fraction_bits. Scales are powers
+of two, 2^-k, so scaling is a shift; the k bits that it drops are kept:
 
     couple:    d = t [- s];  r = d & (2^k - 1);  t <- (d >> k) + Q(value);   keep r
     uncouple:  d = ((t - Q(value)) << k) | r;    t <- d [+ s]
@@ -10,6 +10,11 @@ Integers make the round trip bit by bit, whatever the depth, the scale or the pr
 of the branches; addition may even wrap around, and wraps back. The one condition is
 that a branch gives the same value again. Rounding has the gradient of the identity, as
 the rounding of floats has under autograd.
+
+Integers have 32 bits as long as all numbers fit, and 64 if they do not (`extremes`
+finds out, `blocks` decides). Quanta are the same, so both widths compute the same
+function, bit for bit, and nothing about the width has to be saved or agreed on between
+processes.
 
 What is here is the reference, and what runs on a CPU. On a GPU, where memory traffic is
 what it costs, `fused` computes the same bits in one pass.
@@ -33,20 +38,21 @@ from meft.reversible.packing import pack, put_back_
 
 FRACTION_BITS = {torch.float16: 14, torch.bfloat16: 14}
 """Per compute dtype: below its own rounding for values of ordinary size, and with a
-range of 32768 before a value is clamped."""
+range of 32768 in 32 bits."""
 FRACTION_BITS_WIDE = 18
-"""For float32 and wider: range 2048."""
-LIMIT = 2.0**29
-"""Greatest value of one addition, in quanta."""
+"""For float32 and wider: range 2048 in 32 bits, 8.8e12 in 64."""
+LIMITS = {torch.int32: 2.0**29, torch.int64: 2.0**61}
+"""Greatest value of one addition, in quanta, by the dtype of streams."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fixed:
-    """Streams of int32, read in `compute_dtype`."""
+    """Streams of `stream_dtype`, int32 or int64, read in `compute_dtype`."""
 
     compute_dtype: torch.dtype
     fraction_bits: int
     gradient_dtype: torch.dtype = torch.float32
+    stream_dtype: torch.dtype = torch.int32
 
     def enter(self, hidden: Tensor) -> Tensor:
         """`hidden` in quanta."""
@@ -60,21 +66,22 @@ class Fixed:
     def quantise(self, value: Tensor) -> Tensor:
         """Q: to the nearest quantum, half to even; clamped, and 0 for not-a-number.
 
-        So that a coupling can always be undone; `finite` tells what is lost by it.
+        So that a coupling can always be undone; `extremes` finds what is lost by it.
         """
+        limit = LIMITS[self.stream_dtype]
         quanta = value.to(torch.float32, copy=True).mul_(2.0**self.fraction_bits)
-        quanta.nan_to_num_(nan=0.0, posinf=LIMIT, neginf=-LIMIT).clamp_(-LIMIT, LIMIT)
-        return quanta.round_().to(torch.int32)
+        quanta.nan_to_num_(nan=0.0, posinf=limit, neginf=-limit).clamp_(-limit, limit)
+        return quanta.round_().to(self.stream_dtype)
 
     @property
-    def limit(self) -> float:
-        """The greatest value that is not clamped."""
-        return LIMIT * 2.0**-self.fraction_bits
+    def limit(self) -> tuple[float, int]:
+        """The greatest value that is not clamped; what no stream may reach, in quanta.
 
-    def finite(self, value: Tensor) -> Tensor:
-        """Whether nothing in `value` is infinite, not a number, or clamped."""
-        least, greatest = value.detach().aminmax()  # not numbers, if anything is not
-        return (least >= -self.limit) & (greatest <= self.limit)
+        With both streams below twice the limit of an addition, neither their difference
+        nor its sum with a value leaves the integers without being seen.
+        """
+        limit = LIMITS[self.stream_dtype]
+        return limit * 2.0**-self.fraction_bits, 2 * int(limit)
 
     def couple_(
         self, target: Tensor, source: Tensor, value: Tensor, coupling: Coupling

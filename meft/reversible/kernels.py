@@ -1,7 +1,10 @@
 """The caller's settings that decide which kernels run, to be entered by a recompute.
 
-A backward runs outside of the contexts that the forward ran in: autocast, and a choice
-of backends for `scaled_dot_product_attention`. Another backend gives other bits.
+A backward runs outside of the contexts that the forward ran in: autocast, a choice of
+backends for `scaled_dot_product_attention`, the number of threads. Another backend, or
+a sum that is split among other threads, gives other bits. The precision of float32
+products is not entered again, because torch refuses to mix the two ways of setting it;
+if it changed, the error of the watch says so.
 
 Autocast's weight cache stays off. A cast cached by a forward without grad would be
 found without history by the recompute and cut the gradient; and one cast shared by
@@ -11,9 +14,10 @@ several chunks would add up their gradients in half precision.
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch.backends import cuda
+from torch.backends import cuda, mkldnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _IS_ENABLED: dict[SDPBackend, Callable[[], bool]] = {
@@ -24,24 +28,68 @@ _IS_ENABLED: dict[SDPBackend, Callable[[], bool]] = {
 }
 
 
+class _Setting(NamedTuple):
+    name: str
+    read: Callable[[], Any]
+    write: Callable[[Any], object] | None = None
+    """None: a recompute takes the value of the backward."""
+    device_type: str | None = None
+    """The only kind of device that it has an effect on."""
+
+
+def _attribute(module: Any, module_name: str, attribute: str) -> _Setting:
+    return _Setting(
+        f"torch.backends.{module_name}.{attribute}",
+        lambda: getattr(module, attribute, None),
+    )
+
+
+_MKLDNN: Any = mkldnn  # torch's annotations lack its `matmul`
+_SETTINGS = (
+    _Setting(
+        "torch.get_default_dtype()", torch.get_default_dtype, torch.set_default_dtype
+    ),
+    _Setting(
+        "torch.get_deterministic_debug_mode()",
+        torch.get_deterministic_debug_mode,
+        torch.set_deterministic_debug_mode,
+    ),
+    _Setting(
+        "torch.get_num_threads()", torch.get_num_threads, torch.set_num_threads, "cpu"
+    ),
+    _attribute(cuda.matmul, "cuda.matmul", "fp32_precision"),
+    _attribute(cuda.matmul, "cuda.matmul", "allow_fp16_accumulation"),
+    _attribute(cuda.matmul, "cuda.matmul", "allow_fp16_reduced_precision_reduction"),
+    _attribute(cuda.matmul, "cuda.matmul", "allow_bf16_reduced_precision_reduction"),
+    _attribute(_MKLDNN.matmul, "mkldnn.matmul", "fp32_precision"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """Device, dtype and switch of `torch.autocast`; backends of attention."""
+    """Autocast, backends of attention and other settings of torch at one moment."""
 
     device_type: str
     dtype: torch.dtype
+    """That autocast computes in."""
     autocast: bool
     attention: tuple[SDPBackend, ...]
+    settings: tuple[Any, ...]
+    """The values of `_SETTINGS`."""
 
     @classmethod
     def current(cls, device: torch.device) -> "Kernels":
-        """The caller's."""
+        """The caller's, for computations on `device`."""
         kind = device.type
         return cls(
             kind,
             torch.get_autocast_dtype(kind),
             torch.is_autocast_enabled(kind),
             _attention(),
+            tuple(
+                setting.read() if setting.device_type in (None, kind) else None
+                for setting in _SETTINGS
+            ),
         )
 
     @property
@@ -61,7 +109,22 @@ class Kernels:
                 )
             if self.attention != _attention():
                 stack.enter_context(sdpa_kernel(list(self.attention)))
+            for setting, value in zip(_SETTINGS, self.settings, strict=True):
+                if setting.write is None or value is None:
+                    continue
+                if (current := setting.read()) != value:
+                    stack.callback(setting.write, current)
+                    setting.write(value)
             yield
+
+    def changed(self, now: "Kernels") -> list[str]:
+        """What `now` differs in that `entered` does not enter again, as text."""
+        settings = zip(_SETTINGS, self.settings, now.settings, strict=True)
+        return [
+            f"`{setting.name}` from {before!r} to {after!r}"
+            for setting, before, after in settings
+            if setting.write is None and before != after
+        ]
 
 
 def _attention() -> tuple[SDPBackend, ...]:

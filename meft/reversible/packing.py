@@ -17,15 +17,16 @@ WORD_BITS = 32
 
 
 def pack(values: Tensor, num_bits: int) -> Tensor:
-    """The low `num_bits` bits of int32 `values` as int32 words, one-dimensional."""
+    """The low `num_bits` bits of integer `values` as int32 words, one-dimensional."""
     flat = values.reshape(-1)
-    words = flat.new_empty(packed_bytes(flat.numel(), num_bits) // 4)
+    num_words = packed_bytes(flat.numel(), num_bits) // 4
+    words = flat.new_empty(num_words, dtype=torch.int32)
     for part, offset, shifts, mask in _parts(words, flat.numel(), num_bits):
         padding = shifts.numel() * part.numel() - flat.numel()
         padded = functional.pad(flat, (0, padding)) if padding else flat
         fields = padded.view(shifts.numel(), part.numel())
         fields = fields >> offset if offset else fields
-        fields = (fields & mask).bitwise_left_shift_(shifts)
+        fields = (fields & mask).to(torch.int32).bitwise_left_shift_(shifts)
         # No two rows share a bit: their sum is all of them side by side.
         torch.sum(fields, 0, dtype=torch.int32, out=part)
     return words

@@ -1,10 +1,14 @@
 """How exact was the inverse? Samples of the true streams, compared when rebuilt.
 
 A branch's gradients are taken at its source: F sees the rebuilt x2, G the rebuilt y1.
-So a block trains well if these two are right, and on noise if they are not, whatever
-its own x1 looks like. The probe keeps some elements of every stream before a coupling
-changes it and reports relative errors in the backward. The library probes the first
-step of `floating` stacks only; `meft.testing` probes every element.
+So a block trains well if these two are right, whatever its own x1 looks like, and its
+gradients are about as wrong as these are: between a tenth and three times as much, in
+relative numbers, until they are wrong by all of their size. Tokens count by the
+gradient that they receive: what padding looks like does not matter.
+
+The probe keeps some elements of every stream before a coupling changes it and reports
+relative errors in the backward. The library probes the first step of `floating` stacks
+only; `meft.testing` probes every element.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +19,9 @@ from torch import Tensor
 from meft.reversible.coupling import Coupling, growth
 
 LOST = 0.1
-"""Relative error of a block's point above which its gradients count as lost."""
+"""Relative error of a block's gradients above which a report calls them lost."""
+WARN_ABOVE = 0.01
+"""Estimated relative error of a block's gradients above which training warns."""
 
 
 class Probe:
@@ -38,6 +44,9 @@ class Probe:
         self.errors: dict[int, float] = {}
         """Relative error of the rebuilt target of each coupling, by the coupling's
         index."""
+        self._rebuilt: dict[int, tuple[Tensor, Tensor]] = {}
+        """Samples of each stream as it was last rebuilt: its error, its true value."""
+        self._estimates: dict[int, float] = {}
 
     def expect(self, couplings: Sequence[Coupling], index: int, target: Tensor) -> None:
         """Remember the true target of coupling `index` of `couplings`."""
@@ -46,7 +55,24 @@ class Probe:
 
     def compare(self, index: int, target: Tensor) -> None:
         """Hold the rebuilt target of coupling `index` against the true one."""
-        self.errors[index] = relative_error(self._sample(target), self._expected[index])
+        got, expected = self._sample(target), self._expected[index]
+        self.errors[index] = relative_error(got, expected)
+        error = got.double() - expected.double()
+        self._rebuilt[self._couplings[index].target] = error, expected.double()
+
+    def weigh(self, index: int, gradient: Tensor | None) -> None:
+        """Coupling `index` is about to be differentiated, given the gradient of its
+        target: estimate the relative error of what comes out."""
+        source = 1 - self._couplings[index].target
+        if gradient is None or source not in self._rebuilt:
+            self._estimates[index] = 0.0
+            return
+        error, expected = self._rebuilt[source]
+        weight = self._sample(gradient.norm(dim=-1, keepdim=True).expand_as(gradient))
+        weight = weight.double()
+        self._estimates[index] = relative_error(
+            weight * (expected + error), weight * expected
+        )
 
     def finish(self) -> None:
         """The backward has seen every coupling."""
@@ -61,6 +87,12 @@ class Probe:
         """Error of the rebuilt input of each block: the larger of its streams'."""
         return _worst(
             self._couplings, [self.errors[i] for i in range(len(self._couplings))]
+        )
+
+    def estimated_errors(self) -> list[float]:
+        """Estimated relative error of the gradients of each block."""
+        return _worst(
+            self._couplings, [self._estimates[i] for i in range(len(self._couplings))]
         )
 
     def point_errors(self) -> list[float]:
@@ -104,21 +136,39 @@ def warning_text(
     scale_2: float,
     dtype: torch.dtype,
 ) -> str | None:
-    """Which blocks have lost their gradient and what to do; None if none has."""
-    lost = [b for b, error in zip(blocks, errors, strict=True) if not error <= LOST]
-    if not lost:
+    """By how much the gradients of which blocks are wrong, and what to do.
+
+    Args:
+        blocks: index in the model of each rebuilt block, lowest first.
+        errors: estimated relative error of the gradients of each.
+        scale_1: of the first coupling of a block.
+        scale_2: of the second.
+        dtype: of streams.
+
+    Returns:
+        None if no error is above `WARN_ABOVE`.
+    """
+    by_block = dict(zip(blocks, errors, strict=True))
+    wrong = [block for block, error in by_block.items() if not error <= WARN_ABOVE]
+    if not wrong:
         return None
+    noise = [block for block in wrong if not by_block[block] < 1]
+    parts = [f"those of block {b} by about {by_block[b]:.0%}" for b in wrong[::-1]]
+    parts = parts[: len(wrong) - len(noise)]
+    if noise:
+        block = f"block{'s' if len(noise) > 1 else ''} {_ranges(noise)}"
+        parts.append(f"those of {block} by 100% or more, which is noise")
     end = blocks[-1] + 1
-    fewer = f"rebuild fewer blocks (`span=({lost[-1] + 1}, {end})`), "
+    fewer = f"rebuild fewer blocks (`span=({wrong[-1] + 1}, {end})`), "
     return (
-        f"the floating-point inverse has lost the gradient of blocks {_ranges(lost)}: "
-        f"their rebuilt activations are off by up to {max(errors):.0e} "
-        f"(relative), so their adapters would train on noise. Scales ({scale_1:g}, "
+        "the floating-point inverse makes gradients wrong, by an estimate from the "
+        f"activations that were rebuilt: {', '.join(parts)}. Scales ({scale_1:g}, "
         f"{scale_2:g}) magnify rounding about {growth(scale_1, scale_2):.0f}-fold per "
         f"block, and streams are {str(dtype).removeprefix('torch.')}. Take "
         "`arithmetic='fixed'`, whose inverse is exact; or "
-        f"{fewer if lost[-1] + 1 < end else ''}move the scales towards 1, or use "
-        "`backward='store'`. `meft.testing.check_reversible()` shows every block"
+        f"{fewer if wrong[-1] + 1 < end else ''}move the scales towards 1, or use "
+        "`backward='store'`. `meft.testing.check_reversible()` measures the error of "
+        "every block"
     )
 
 

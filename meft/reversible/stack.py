@@ -23,13 +23,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from meft.errors import MismatchWarning, ReconstructionError, UnsupportedCallError
 from meft.reversible import twin
 from meft.reversible.coupling import Context, Coupling, Part
+from meft.reversible.extremes import Extremes
 from meft.reversible.kernels import Kernels
 from meft.reversible.twin import Stack, Stream, Streams, carrier_like
 from meft.reversible.watch import Watch
@@ -42,16 +43,18 @@ def run_rebuilt(
     hidden: Hidden,
     context: Context,
     watch: Watch,
+    extremes: Extremes,
     on_mismatch: str = "raise",
     host_ledger: Ledger | None = None,
 ) -> Streams:
-    """`twin.run(stack, twin.enter(stack, hidden), context)`, nothing stored.
+    """`twin.run` on the streams of `twin.enter`, nothing stored.
 
     Args:
         stack: the couplings.
         hidden: what both streams start as.
         context: tensors beside the stream, by name.
         watch: looks on in the forward and in the backward.
+        extremes: of the forward.
         on_mismatch: what the backward does if it has not met what the forward saw:
             `raise`, `skip` (give no gradients, warn) or `redo` (compute them with
             stored activations, warn; `hidden` is kept for that).
@@ -69,10 +72,10 @@ def run_rebuilt(
         on_mismatch=on_mismatch,
         host_ledger=host_ledger,
     )
-    values_1, values_2, finite, carrier_1, carrier_2 = _Rebuild.apply(  # type: ignore[no-untyped-call]
-        call, hidden, *context.values(), *call.parameters
+    values_1, values_2, carrier_1, carrier_2 = _Rebuild.apply(  # type: ignore[no-untyped-call]
+        call, extremes, hidden, *context.values(), *call.parameters
     )
-    return Streams(Stream(values_1, carrier_1), Stream(values_2, carrier_2), finite)
+    return Streams(Stream(values_1, carrier_1), Stream(values_2, carrier_2))
 
 
 _RAISED = (
@@ -91,25 +94,25 @@ class _Rebuild(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: "_Call", hidden: Tensor, *inputs: Tensor
-    ) -> tuple[Tensor | None, ...]:
+        ctx: Any, call: "_Call", extremes: Extremes, hidden: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         stack = call.stack
         context = call.context(inputs)
         streams = [stack.arithmetic.enter(hidden) for _ in range(2)]
-        finite = stack.arithmetic.finite(hidden)
+        extremes.note(stack.lowest, hidden, streams[0])
         kept: list[Tensor | None] = []
         with call.kernels.entered():
             for index, coupling in enumerate(stack.couplings):
                 target, source = streams[coupling.target], streams[1 - coupling.target]
                 call.watch.before(stack, index, target)
                 x = stack.arithmetic.read(source)
-                wants_input = ctx.needs_input_grad[1] or index > 0
+                wants_input = ctx.needs_input_grad[2] or index > 0
                 value = call.watch.value(
-                    stack, coupling, x, context, wants_input, finite
+                    stack, coupling, x, context, wants_input, call.kernels
                 )
-                finite = twin.both(finite, stack.arithmetic.finite(value))
                 lost = stack.arithmetic.couple_(target, source, value, coupling)
+                extremes.note(coupling.block, value, target)
                 kept.append(call.put_away(lost))
         ctx.call, ctx.dtype = call, hidden.dtype
         start = hidden if call.on_mismatch == "redo" else None
@@ -118,12 +121,12 @@ class _Rebuild(torch.autograd.Function):
         ctx.mark_non_differentiable(*streams)
         dtype = stack.arithmetic.gradient_dtype
         carriers = (carrier_like(values, dtype) for values in streams)
-        return (*streams, finite, *carriers)
+        return (*streams, *carriers)
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, _1: None, _2: None, _3: None, d1: Tensor | None, d2: Tensor | None
+        ctx: Any, _1: None, _2: None, d1: Tensor | None, d2: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         call.refuse_changed_state()
@@ -134,27 +137,31 @@ class _Rebuild(torch.autograd.Function):
         beside = {
             name: tensor.detach().requires_grad_(wanted)
             for name, tensor, wanted in zip(
-                call.names, rest, ctx.needs_input_grad[2:], strict=False
+                call.names, rest, ctx.needs_input_grad[3:], strict=False
             )
         }
         *kept, expected, start = rest[len(call.names) :]
         gradients = _Gradients()
         d = [_taken(d1), _taken(d2)] if start is None else [_copy(d1), _copy(d2)]
-        wants_input = ctx.needs_input_grad[1]
-        _walk_down(call, streams, d, kept, expected, beside, wants_input, gradients)
+        wants_input = ctx.needs_input_grad[2]
+        with call.state.modes():
+            _walk_down(call, streams, d, kept, expected, beside, wants_input, gradients)
         try:
             call.watch.finish(call.stack, streams)
         except ReconstructionError as error:
+            message = f"{error}{call.changes(streams[0].device)}"
             if call.on_mismatch == "raise":
-                raise ReconstructionError(f"{error} {_RAISED}") from None
+                raise ReconstructionError(f"{message} {_RAISED}") from None
             outcome = _SKIPPED if start is None else _REDONE
-            warnings.warn(f"{error} {outcome}", MismatchWarning, stacklevel=2)
+            warnings.warn(f"{message} {outcome}", MismatchWarning, stacklevel=2)
             if start is None:
                 return tuple(None for _ in ctx.needs_input_grad)
             del streams, gradients, d
-            return _stored(call, start, beside, (d1, d2), wants_input)
+            with call.state.modes():
+                return _stored(call, start, beside, (d1, d2), wants_input)
         hidden = twin.added(d[0], d[1]) if wants_input else None
         return (
+            None,
             None,
             None if hidden is None else hidden.to(ctx.dtype),
             *(gradients.of(tensor) for tensor in beside.values()),
@@ -179,6 +186,7 @@ def _walk_down(
         target, source = coupling.target, 1 - coupling.target
         x = stack.arithmetic.read(streams[source])
         wants_x = wants_input or index > 0
+        call.watch.point(index, d[target])
         value, mixed = _recompute(
             call, coupling, x, beside, d[target], wants_x, gradients
         )
@@ -205,8 +213,10 @@ def _stored(
 ) -> tuple[Tensor | None, ...]:
     """What the backward returns, by the twin."""
     start = start.detach().requires_grad_(wants_input)
+    unread = Extremes(call.stack.arithmetic)
     with call.recomputing():
-        streams = twin.run(call.stack, twin.enter(call.stack, start), beside)
+        entered = twin.enter(call.stack, start, unread)
+        streams = twin.run(call.stack, entered, beside, unread)
     inputs = [start, *beside.values(), *call.parameters]
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
     ends = [
@@ -222,7 +232,7 @@ def _stored(
             allow_unused=True,
         )
     )
-    return (None, *(next(pulled) if t.requires_grad else None for t in inputs))
+    return (None, None, *(next(pulled) if t.requires_grad else None for t in inputs))
 
 
 def _taken(gradient: Tensor | None) -> Tensor | None:
@@ -284,7 +294,9 @@ def _recompute(
     """
     if dy is None:
         with call.kernels.entered():
-            value = call.watch.value(call.stack, coupling, x, beside, wants_x)
+            value = call.watch.value(
+                call.stack, coupling, x, beside, wants_x, call.kernels
+            )
         return value, None
     stack, tokenwise = call.stack, coupling.branch.tokenwise
     x.requires_grad_(wants_x)
@@ -330,29 +342,79 @@ def _pull_mixed(
     return gradients.pull(mixed.edge, x, others, mixed.gradient)
 
 
+class _Tensor(NamedTuple):
+    """What of a parameter or buffer tells whether it is still the same."""
+
+    identity: int
+    storage: int
+    dtype: torch.dtype
+    device: torch.device
+    version: int
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Tensor":
+        return cls(
+            id(tensor),
+            tensor.untyped_storage()._cdata,
+            tensor.dtype,
+            tensor.device,
+            tensor._version,  # in-place updates count it up
+            tensor.requires_grad,
+        )
+
+    def change(self, now: "_Tensor") -> str:
+        """What happened to it, as the end of a sentence."""
+        if self.requires_grad != now.requires_grad:
+            return f"`requires_grad` was set to {now.requires_grad}"
+        if (self.dtype, self.device) != (now.dtype, now.device):
+            return f"it was moved or converted to {now.dtype} on {now.device}"
+        if (self.identity, self.storage) != (now.identity, now.storage):
+            return "it was replaced by another tensor, or its `.data` was"
+        return "it was updated in place"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _State:
-    """The parameters and buffers that branches may read, and how old they were."""
+    """The parameters and buffers that branches may read, and modes of their modules."""
 
     tensors: dict[int, list[Tensor]]
     """Of each module that a branch uses, by its id."""
-    versions: list[tuple[int, int, bool]]
+    seen: list[_Tensor]
+    """All of these."""
+    training: list[tuple[nn.Module, bool]]
+    """The flag of every module inside."""
+    attention: list[str]
+    """transformers' names of the implementations of attention inside."""
 
     @classmethod
     def of(cls, stack: Stack) -> "_State":
         """As they are now."""
         branches = (coupling.branch for coupling in stack.couplings)
         parts = (part for b in branches for part in (b.mixing, b.tokenwise) if part)
-        modules = {id(m): m for part in parts for m in part.modules}
-        tensors = {
-            key: [*module.parameters(), *module.buffers()]
-            for key, module in modules.items()
-        }
-        # In-place updates count up the version.
-        versions = [
-            (id(t), t._version, t.requires_grad) for ts in tensors.values() for t in ts
-        ]
-        return cls(tensors=tensors, versions=versions)
+        modules = {id(m): [*m.modules()] for part in parts for m in part.modules}
+        tensors = {key: _tensors_of(inside) for key, inside in modules.items()}
+        every = [module for inside in modules.values() for module in inside]
+        configs = (module.__dict__.get("config") for module in every)
+        kinds = (getattr(config, "_attn_implementation", None) for config in configs)
+        return cls(
+            tensors=tensors,
+            seen=[_Tensor.of(t) for ts in tensors.values() for t in ts],
+            training=[(module, module.training) for module in every],
+            attention=list(dict.fromkeys(kind for kind in kinds if kind is not None)),
+        )
+
+    @contextlib.contextmanager
+    def modes(self) -> Iterator[None]:
+        """Run the body with every module in the mode that it was in."""
+        changed = [pair for pair in self.training if pair[0].training != pair[1]]
+        for module, was_training in changed:
+            module.training = was_training
+        try:
+            yield
+        finally:
+            for module, was_training in changed:
+                module.training = not was_training
 
     def trainable(self) -> list[Tensor]:
         """The parameters that want a gradient, each once."""
@@ -363,6 +425,31 @@ class _State:
         """Those of one part of a branch."""
         modules = () if part is None else part.modules
         return [t for m in modules for t in self.tensors[id(m)] if t.requires_grad]
+
+
+def _tensors_of(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """The parameters and buffers of these, each once."""
+    owned = (
+        tensor
+        for module in modules
+        for tensors in (module._parameters, module._buffers)
+        for tensor in tensors.values()
+    )
+    return list({id(tensor): tensor for tensor in owned if tensor is not None}.values())
+
+
+def _name_of(identity: int, stack: Stack) -> str:
+    """Of a parameter or buffer, if it is still there."""
+    for coupling in stack.couplings:
+        for part in (coupling.branch.mixing, coupling.branch.tokenwise):
+            for module in part.modules if part else ():
+                for name, tensor in (
+                    *module.named_parameters(),
+                    *module.named_buffers(),
+                ):
+                    if id(tensor) == identity:
+                        return f"`{name}` of block {coupling.block}"
+    return "one of them"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -404,14 +491,33 @@ class _Call:
 
     def refuse_changed_state(self) -> None:
         """The recompute would use weights or buffers that the forward did not."""
-        if _State.of(self.stack).versions != self.state.versions:
-            raise UnsupportedCallError(
-                "a parameter or buffer of a reversible block was changed or replaced "
-                "between forward and backward (an optimizer step, a moving average, "
-                "any in-place update, a changed `requires_grad`, `functional_call`), "
-                "or by the block itself (running statistics): its activations can no "
-                "longer be rebuilt. Run the backward first"
+        seen, now = self.state.seen, _State.of(self.stack).seen
+        if seen == now:
+            return
+        pairs = zip(seen, now, strict=False)
+        changes = (
+            f"{_name_of(after.identity, self.stack)}: {before.change(after)}"
+            for before, after in pairs
+            if before != after
+        )
+        raise UnsupportedCallError(
+            "a parameter or buffer of a reversible block was changed or replaced "
+            f"between forward and backward ({next(changes, 'one came or went')}). This "
+            "may be an optimizer step, a moving average, any in-place update, "
+            "`functional_call`, or the block itself (running statistics): its "
+            "activations can no longer be rebuilt. Run the backward first"
+        )
+
+    def changes(self, device: torch.device) -> str:
+        """What else is known to have changed since the forward, as a sentence."""
+        changed = self.kernels.changed(Kernels.current(device))
+        before, now = self.state.attention, _State.of(self.stack).attention
+        if before != now:
+            changed.append(
+                f"the implementation of attention from {', '.join(before)} to "
+                f"{', '.join(now)}"
             )
+        return f" Changed since the forward: {'; '.join(changed)}." if changed else ""
 
 
 class _Gradients:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from meft.reversible.coupling import Arithmetic, Context, Coupling
+from meft.reversible.extremes import Extremes
 from meft.reversible.kernels import Kernels
 from meft.reversible.rng import replayed
 from meft.shapes import Hidden
@@ -32,11 +33,10 @@ class Stream(NamedTuple):
 
 
 class Streams(NamedTuple):
-    """Both, and whether everything that went into them was finite."""
+    """Both of them."""
 
     first: Stream
     second: Stream
-    finite: Tensor | None
 
     def pair(self) -> list[Stream]:
         """The two streams."""
@@ -54,6 +54,11 @@ class Stack:
     """Seed of the dropout masks; None in evaluation."""
     num_chunks: int
     """Parts of the tokens that the tokenwise part of a branch is run in."""
+
+    @property
+    def lowest(self) -> int:
+        """Index in the model of the lowest block."""
+        return self.couplings[0].block
 
     def mixed(self, coupling: Coupling, x: Tensor, context: Context) -> Tensor:
         """The first half of a branch."""
@@ -96,22 +101,27 @@ def joined(chunks: Sequence[Tensor], shape: torch.Size) -> Tensor:
     return whole.view(shape)
 
 
-def enter(stack: Stack, hidden: Hidden) -> Streams:
+def enter(stack: Stack, hidden: Hidden, extremes: Extremes) -> Streams:
     """Two equal streams that hold `hidden`."""
     values = stack.arithmetic.enter(hidden.detach())
     carriers = _Enter.apply(hidden, values, stack.arithmetic.gradient_dtype)  # type: ignore[no-untyped-call]
+    extremes.note(stack.lowest, hidden, values)
     first, second = (Stream(values, carrier) for carrier in carriers)
-    return Streams(first, second, stack.arithmetic.finite(hidden))
+    return Streams(first, second)
 
 
-def run(stack: Stack, streams: Streams, context: Context) -> Streams:
+def run(
+    stack: Stack, streams: Streams, context: Context, extremes: Extremes
+) -> Streams:
     """All couplings, lowest first."""
     with Kernels.current(streams.first.values.device).entered():
-        return _run(stack, streams, context)
+        return _run(stack, streams, context, extremes)
 
 
-def _run(stack: Stack, streams: Streams, context: Context) -> Streams:
-    pair, finite = streams.pair(), streams.finite
+def _run(
+    stack: Stack, streams: Streams, context: Context, extremes: Extremes
+) -> Streams:
+    pair = streams.pair()
     # A node for the whole run, which gathers the gradient of a shared tensor as a
     # rebuilding stack does, before another run's joins it: sums depend on their order.
     context = {name: tensor.view_as(tensor) for name, tensor in context.items()}
@@ -121,11 +131,10 @@ def _run(stack: Stack, streams: Streams, context: Context) -> Streams:
         # the gradient of a shared tensor are added up before they join the others'.
         beside = {name: tensor.view_as(tensor) for name, tensor in context.items()}
         value = stack.value(coupling, read(stack, source), beside)
-        finite = both(finite, stack.arithmetic.finite(value))
-        pair[coupling.target] = _couple(
-            stack.arithmetic, target, source, value, coupling
-        )
-    return Streams(pair[0], pair[1], finite)
+        coupled = _couple(stack.arithmetic, target, source, value, coupling)
+        extremes.note(coupling.block, value, coupled.values)
+        pair[coupling.target] = coupled
+    return Streams(pair[0], pair[1])
 
 
 def read(stack: Stack, stream: Stream) -> Hidden:
@@ -137,11 +146,6 @@ def read(stack: Stack, stream: Stream) -> Hidden:
 def added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     """The sum of what may be missing."""
     return one if other is None else other if one is None else one + other
-
-
-def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """Logical and, on the device, of what may be unknown."""
-    return one if other is None else other if one is None else one & other
 
 
 def carrier_like(values: Tensor, dtype: torch.dtype) -> Tensor:

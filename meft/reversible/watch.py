@@ -14,7 +14,6 @@ Comparisons stay on the device; one flag is read at the end of the backward. Wit
 `floating` streams there is nothing to compare exactly, and a `Probe` may look on.
 """
 
-import math
 from collections.abc import Hashable
 from typing import Any, NoReturn
 
@@ -80,6 +79,12 @@ class Watch:
         if self._probe is not None:
             self._probe.compare(index, target)
 
+    def point(self, index: int, gradient: Tensor | None) -> None:
+        """The backward is about to differentiate coupling `index`, given the gradient
+        of its target."""
+        if self._probe is not None:
+            self._probe.weigh(index, gradient)
+
     def finish(self, stack: Stack, streams: list[Tensor]) -> None:
         """The backward has undone all couplings.
 
@@ -104,15 +109,11 @@ class Watch:
         x: Tensor,
         context: Context,
         wants_input: bool,
-        finite: Tensor | None = None,
+        kernels: Kernels,
     ) -> Tensor:
-        """What a branch gives, without a graph, in bits that the backward will meet.
-
-        `finite` tells whether everything below was.
-        """
+        """What a branch gives, without a graph, in bits that the backward will meet."""
         if not self._exact:
             return stack.value(coupling, x, context)
-        kernels = Kernels.current(x.device)
         training = stack.seed is not None
         key = (coupling.number, x.shape, x.dtype, kernels, training, self._call)
         repeatable = self._repeatable.get(key)
@@ -120,9 +121,6 @@ class Watch:
             return stack.value(coupling, x, context)
         graded = _graded(stack, coupling, x, context, wants_input)
         if repeatable is None:
-            # What comes of an overflow further down is not this block's doing.
-            if finite is None or finite:
-                _refuse_out_of_range(stack, coupling, graded)
             same = _same_bits(stack.value(coupling, x, context), graded)
             if not same:
                 again = _graded(stack, coupling, x, context, wants_input)
@@ -137,9 +135,9 @@ class Watch:
         Modulo 2^64. Without weights most faults would pass whose way to the stream ends
         in a norm: what a layer norm gives for a token adds up to nothing.
         """
-        # In int32, which may wrap around as streams may: torch would sum in int64 by
-        # way of a copy of the whole stream.
-        channels = stream.flatten(0, -2).sum(0, dtype=torch.int32)
+        # In the dtype of the stream, which may wrap around as streams may: torch would
+        # sum int32 in int64 by way of a copy of the whole stream.
+        channels = stream.flatten(0, -2).sum(0, dtype=stream.dtype)
         if self._weights is None:
             base = torch.full_like(channels, CHECKSUM_BASE, dtype=torch.int64)
             self._weights = base.cumprod(0)
@@ -167,18 +165,6 @@ def _gone(nothing: None) -> NoReturn:
     raise AssertionError("a graph that keeps nothing was walked")
 
 
-def _refuse_out_of_range(stack: Stack, coupling: Coupling, value: Tensor) -> None:
-    """Streams clamp. Infinities are left to a loss scaler; large numbers come again."""
-    greatest = value.abs().amax().item()
-    limit = getattr(stack.arithmetic, "limit", math.inf)
-    if limit < greatest < math.inf:
-        raise UnsupportedCallError(
-            f"block {coupling.block} gives values up to {greatest:.4g}, and `fixed` "
-            f"streams with this quantum hold {limit:.4g}: set `fraction_bits` lower in "
-            "the `ReversibleConfig` (each bit less doubles the range)"
-        )
-
-
 def _same_bits(one: Tensor, other: Tensor) -> bool:
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
     return torch.equal(one.contiguous().view(integer), other.contiguous().view(integer))
@@ -199,7 +185,8 @@ def _message(coupling: Coupling) -> str:
     return (
         f"the rebuilt input of block {coupling.block} is not the one that the forward "
         "saw: the block gave other bits in the backward than in the forward. Something "
-        "it reads has changed in between (a buffer, a frozen weight, a global setting "
-        "such as TF32), or a kernel is not deterministic. Gradients rebuilt from there "
-        "on down would be noise."
+        "it reads has changed in between (a weight that was written through `.data` or "
+        "by a fused optimizer, a module's attribute or hook, a setting of torch), or a "
+        "kernel is not deterministic. Gradients rebuilt from there on down would be "
+        "wrong."
     )

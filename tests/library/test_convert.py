@@ -126,7 +126,7 @@ def test_in_the_limit_the_fresh_stream_is_the_pretrained_model(
             scale_2=scale_2,
         )
     )
-    stack, streams, couplings = only_stack(model).streams(hidden)
+    stack, streams, couplings, _ = only_stack(model).streams(hidden)
     fresh = read(stack, streams.pair()[fresh_stream(variant, couplings)])
     torch.testing.assert_close(fresh, expected, rtol=0, atol=1e-5)
 
@@ -170,7 +170,7 @@ def test_the_paper_merges_by_the_mean_and_the_order_switches(variant: str) -> No
     model = reversible(2, dtype=torch.float64, variant=variant, arithmetic="float")
     encoder = only_stack(model.eval())
     x1 = x2 = hidden = torch.randn(2, 3, 16, dtype=torch.float64)
-    stack, _, couplings = encoder.streams(hidden)
+    stack, _, couplings, _ = encoder.streams(hidden)
     for f, g in (couplings[:2], couplings[2:]):
         x1 = f.scale * x1 + stack.value(f, x2, {})
         x2 = g.scale * x2 + stack.value(g, x1, {})
@@ -186,7 +186,7 @@ def test_fixed_streams_by_hand(variant: str, coupling: str) -> None:
     model = reversible(2, variant=variant, lost_bits=3, coupling=coupling)
     encoder = only_stack(model.eval())
     hidden = torch.randn(2, 3, 16)
-    stack, _, couplings = encoder.streams(hidden)
+    stack, _, couplings, _ = encoder.streams(hidden)
     quanta = 2.0**FRACTION_BITS_WIDE
     pair = [(hidden * quanta).round().long() for _ in range(2)]
     for each in couplings:
@@ -326,22 +326,6 @@ def test_what_a_model_does_not_ask_for_is_not_refused() -> None:
     with pytest.raises(meft.UnsupportedCallError, match="output_hidden_states"):
         model(**batch())
     assert model(**batch(), output_hidden_states=False).loss.isfinite()
-
-
-def test_activations_out_of_range_are_told_with_the_way_out() -> None:
-    """A norm with a gain of 1e4 gives values that a quantum of 2^-18 cannot hold; with
-    fewer fraction bits the same model trains, and has the twin's bits."""
-    for fraction_bits in (None, 12):
-        model = reversible(2, variant="meft1", fraction_bits=fraction_bits)
-        norm: Any = only_stack(model).get_submodule("1.output.LayerNorm")
-        torch.nn.init.constant_(norm.weight, 1e4)
-        if fraction_bits is None:
-            with pytest.raises(meft.UnsupportedCallError, match="`fraction_bits` low"):
-                model(**batch())
-    rebuilt = gradients(model, batch())
-    only_stack(model).backward_pass = "store"
-    for name, expected in gradients(model, batch()).items():
-        assert torch.equal(rebuilt[name], expected), name
 
 
 def test_data_parallel_replicas_are_refused() -> None:

@@ -71,14 +71,19 @@ def coupling(num_bits: int, difference: bool, starts: bool) -> Coupling:
     )
 
 
-def streams(size: int, starts: bool) -> tuple[Tensor, Tensor]:
-    """Any int32 there is, the extremes among them, so that sums wrap around."""
+def streams(
+    size: int, starts: bool, dtype: torch.dtype = torch.int32
+) -> tuple[Tensor, Tensor]:
+    """Any integers there are, the extremes among them, so that sums wrap around."""
     generator = torch.Generator().manual_seed(size)
     drawn = torch.randint(-(2**31), 2**31, (2, size), generator=generator)
-    extremes = torch.tensor([-(2**31), 2**31 - 1, 0, -1, 1])
+    if dtype == torch.int64:
+        drawn = (drawn << 32) + torch.randint(0, 2**32, (2, size), generator=generator)
+    bounds = torch.iinfo(dtype)
+    extremes = torch.tensor([bounds.min, bounds.max, 0, -1, 1])
     drawn[0, : len(extremes)] = extremes[:size]
     drawn[1, : len(extremes)] = extremes.flip(0)[:size]
-    target, source = drawn.to(torch.int32)
+    target, source = drawn.to(dtype)
     return (source.clone(), source) if starts else (target, source)
 
 
@@ -86,7 +91,8 @@ def values(size: int, dtype: torch.dtype, fraction_bits: int) -> Tensor:
     """Ordinary numbers; every sort of other one first, as far as there is room."""
     quantum = 2.0**-fraction_bits
     half = [(i + 0.5) * quantum for i in (-3, -2, -1, 0, 1, 2, 4194303, 4194304)]
-    whole = [sign * 2.0**i * quantum for i in (22, 23, 24, 29, 30) for sign in (1, -1)]
+    powers = (22, 23, 24, 29, 30, 31, 33, 60, 61, 62)
+    whole = [sign * 2.0**i * quantum for i in powers for sign in (1, -1)]
     other = [float("nan"), float("inf"), -float("inf"), 1e38, -1e38, 1e-45, -1e-40, 0.0]
     generator = torch.Generator().manual_seed(size)
     drawn = torch.randn(size, generator=generator) * 10
@@ -104,7 +110,11 @@ def assert_same(
     fraction_bits: int,
 ) -> None:
     """Target, kept and inverse of the two paths; each undoes what the other did."""
-    arithmetic = Fixed(compute_dtype=torch.float32, fraction_bits=fraction_bits)
+    arithmetic = Fixed(
+        compute_dtype=torch.float32,
+        fraction_bits=fraction_bits,
+        stream_dtype=target.dtype,
+    )
     num_bits = fixed.lost_bits(coupling)
     keep = num_bits > 0 and not coupling.starts
     expected, got, untouched = target.clone(), target.clone(), source.clone()
@@ -114,6 +124,7 @@ def assert_same(
     assert torch.equal(got, expected)
     if keep:
         assert kept is not None
+        assert got_kept.dtype == kept.dtype == torch.int32
         assert torch.equal(got_kept, kept)
     else:
         assert kept is None
@@ -141,6 +152,23 @@ def test_the_kernels_compute_the_bits_of_the_reference(
             values(size, dtype, bits),
             bits,
         )
+
+
+@pytest.mark.parametrize("num_bits", [0, 1, 4, 5])
+@couplings
+@pytest.mark.parametrize("starts", [False, True], ids=["", "starts"])
+def test_streams_of_64_bits_are_computed_as_the_reference_computes_them(
+    fused: ModuleType, num_bits: int, difference: bool, starts: bool
+) -> None:
+    """What is kept has 32 bits a word either way."""
+    for size, dtype in (
+        (33, torch.float32),
+        (300, torch.float16),
+        (70, torch.bfloat16),
+    ):
+        at = coupling(num_bits, difference, starts)
+        target, source = streams(size, starts, torch.int64)
+        assert_same(fused, at, target, source, values(size, dtype, 14), 14)
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -188,16 +216,18 @@ def test_all_numbers_of_16_bits_are_rounded_as_the_reference_rounds(
     assert_same(fused, coupling(0, False, False), zeros, zeros, value, 14)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("fraction_bits", [14, 18])
 def test_floats_are_rounded_half_to_even_at_every_magnitude(
-    fused: ModuleType, fraction_bits: int
+    fused: ModuleType, fraction_bits: int, dtype: torch.dtype
 ) -> None:
     """The floats around halves and wholes, from 2^-2 quanta to where they clamp."""
-    whole = torch.cat([2.0 ** torch.arange(-2, 31) + i for i in range(4)])
+    end = torch.iinfo(dtype).bits - 1
+    whole = torch.cat([2.0 ** torch.arange(-2, end) + i for i in range(4)])
     exact = torch.cat([whole, whole + 0.5])
     near = [exact, exact.nextafter(exact * 2), exact.nextafter(exact * 0)]
     value = torch.cat([*near, *(-x for x in near)]) * 2.0**-fraction_bits
-    zeros = torch.zeros(len(value), dtype=torch.int32)
+    zeros = torch.zeros(len(value), dtype=dtype)
     assert_same(fused, coupling(0, False, False), zeros, zeros, value, fraction_bits)
 
 
@@ -335,13 +365,18 @@ def ptx(kernel: Any, dtype: str, num_bits: int, difference: bool) -> str:
 @couplings
 @pytest.mark.parametrize("num_bits", [0, 3, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [torch.int32, torch.int64], ids=str)
 def test_a_gpu_computes_the_bits_of_the_reference(
-    compiled: ModuleType, num_bits: int, difference: bool, dtype: torch.dtype
+    compiled: ModuleType,
+    num_bits: int,
+    difference: bool,
+    dtype: torch.dtype,
+    width: torch.dtype,
 ) -> None:
     """A stream of a real model's size, on CUDA by triton and by torch."""
     size = 8 * 512 * 1024 + 1
     bits = fixed.FRACTION_BITS.get(dtype, fixed.FRACTION_BITS_WIDE)
-    target, source = (stream.cuda() for stream in streams(size, False))
+    target, source = (stream.cuda() for stream in streams(size, False, width))
     value = values(size, dtype, bits).cuda()
     at = coupling(num_bits, difference, False)
     with pytest.MonkeyPatch.context() as patch:

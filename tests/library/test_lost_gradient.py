@@ -4,6 +4,8 @@ Scales below 1 divide every rounding error on the way down. These tests hold the
 the numbers and the warning in place; `fixed` streams remove the cause.
 """
 
+import dataclasses
+import re
 import warnings
 from typing import Any
 
@@ -12,7 +14,10 @@ import torch
 
 import meft
 from library.models import batch, reversible
+from library.test_coupling import coupling
+from meft.reversible import blocks
 from meft.reversible.coupling import growth
+from meft.reversible.probe import Probe, warning_text
 from meft.testing import ReversibleReport, check_reversible, tolerance
 
 DEPTH = 12
@@ -63,14 +68,59 @@ def test_scales_of_one_keep_it(variant: str, dtype: torch.dtype) -> None:
     assert seen.lost_blocks == ()
 
 
+@pytest.mark.parametrize("variant", ["meft1", "meft2", "meft3"])
+@pytest.mark.parametrize("depth", [4, 6, 8])
+def test_the_estimate_is_near_the_error_of_the_gradients(
+    variant: str, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the error lies between rounding and all of the gradient, the estimate,
+    which costs nothing but samples, is between a third and three times of what a
+    comparison with the twin measures; rows are padded."""
+    estimates: list[float] = []
+
+    def text(numbers: Any, errors: list[float], *others: Any) -> None:
+        estimates.extend(errors)
+        assert (warning_text(numbers, errors, *others) is None) == (max(errors) <= 0.01)
+
+    monkeypatch.setattr(blocks, "warning_text", text)
+    model = reversible(depth, hidden=32, variant=variant, arithmetic="float")
+    model(**batch()).loss.backward()
+    measured = check_reversible(model, batch()).gradient_error
+    pairs = list(zip(estimates, measured, strict=True))
+    known = [(e, m) for e, m in pairs if 1e-5 < m < 0.7]
+    assert known
+    for estimate, error in known:
+        assert estimate / 3 < error < estimate * 3
+
+
+def test_padding_does_not_count() -> None:
+    """What rounding does to tokens that receive no gradient is no error."""
+    probe = Probe(num_samples=0)
+    one, two = (coupling(0.1, False), coupling(0.1, False))
+    pair = [dataclasses.replace(one, target=0), dataclasses.replace(two, target=1)]
+    true = torch.ones(1, 2, 4)
+    for index in range(2):
+        probe.expect(pair, index, true)
+    rebuilt = true.clone()
+    rebuilt[:, 1] = 1e6  # of a padded token
+    rebuilt[:, 0] *= 1.25
+    gradient = torch.randn(1, 2, 4)
+    gradient[:, 1] = 0
+    probe.compare(1, rebuilt)
+    probe.weigh(1, gradient)
+    probe.weigh(0, gradient)
+    assert probe.estimated_errors() == [pytest.approx(0.25)]
+
+
 def test_the_first_step_warns_once_and_says_what_to_do() -> None:
-    """The warning names the blocks, the cause and the ways out; the second step is
-    silent."""
+    """The warning names the blocks and by how much they are wrong, the cause and the
+    ways out; the second step is silent."""
     model = reversible(DEPTH, hidden=32, variant="meft3", arithmetic="float")
     with pytest.warns(meft.LostGradientWarning) as caught:
         model(**batch()).loss.backward()
     message = str(caught[0].message)
-    assert "blocks 0-8" in message
+    assert re.search(r"those of block 8 by about \d\d%", message)
+    assert "those of blocks 0-7 by 100% or more, which is noise" in message
     assert "`span=(9, 12)`" in message
     assert "arithmetic='fixed'" in message
     assert "backward='store'" in message

@@ -6,6 +6,7 @@ A build of torch for CUDA brings the triton that they need.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from meft.reversible.packing import packed_bytes
@@ -23,7 +24,8 @@ def couple_(
     """The bits shifted out, if to `keep`; `target` stays where it is."""
     if not keep:
         return None
-    return target.new_empty(packed_bytes(target.numel(), num_bits) // 4)
+    num_words = packed_bytes(target.numel(), num_bits) // 4
+    return target.new_empty(num_words, dtype=torch.int32)
 
 
 def uncouple_(*args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,94 @@
+"""Did every number fit into its stream, and was it finite?
+
+Integer streams have a range. A value beyond it is clamped and a sum beyond it wraps
+around: the coupling can still be undone, but the numbers are wrong. So the forward
+keeps the extremes of every value and of every stream, four scalars a coupling that stay
+on the device, and decides at its end:
+
+* Everything fits if no value exceeds the limit of one addition and no stream reaches
+  twice that: then nothing was clamped, and no sum or difference has wrapped around.
+* An infinity or a not-a-number is an overflow of the backbone itself. The output of the
+  stack becomes not-a-number, which a loss scaler expects, and whatever follows it does
+  not count as too large.
+
+The host waits for one value a forward, that of `fit`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from meft.reversible.coupling import Arithmetic
+
+
+class _Seen(NamedTuple):
+    least: Tensor
+    greatest: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+
+class Extremes:
+    """The extremes of all values and streams of one forward.
+
+    Args:
+        arithmetic: of the streams. Streams of floats hold every number that a value
+            can be, so nothing is kept for them.
+    """
+
+    def __init__(self, arithmetic: Arithmetic) -> None:
+        self._limit = arithmetic.limit
+        self._blocks: list[int] = []
+        self._seen: list[_Seen] = []
+
+    def note(self, block: int, value: Tensor, stream: Tensor) -> None:
+        """Record that a value of `block` was added to `stream`.
+
+        Args:
+            block: index in the model.
+            value: what the block gave, or the input of the stack.
+            stream: the stream after the addition.
+        """
+        if self._limit is None:
+            return
+        self._blocks.append(block)
+        # A tensor with a not-a-number has no other extremes.
+        self._seen.append(_Seen(*value.detach().aminmax(), *stream.aminmax()))
+
+    def finite(self) -> Tensor | None:
+        """Whether every value was finite, on the device; None for streams of floats."""
+        return self._finite().all() if self._seen else None
+
+    def fit(self) -> bool:
+        """Whether every number fitted into its stream. Waits for the device."""
+        return not self._seen or bool((~self._too_large()).all())
+
+    def first_too_large(self) -> tuple[int, float | None]:
+        """The lowest block with a number that did not fit.
+
+        Returns:
+            Its index, and the greatest value that it computed; None if all its values
+            fitted and the sum in the stream did not.
+        """
+        assert self._limit is not None
+        index = int(self._too_large().int().argmax())
+        seen = self._seen[index]
+        greatest = max(-float(seen.least), float(seen.greatest))
+        return self._blocks[index], greatest if greatest > self._limit[0] else None
+
+    def _finite(self) -> Tensor:
+        least, greatest, *_ = self._stacked()
+        return least.isfinite() & greatest.isfinite()
+
+    def _too_large(self) -> Tensor:
+        """Per value, whether it or its stream did not fit, all before being finite."""
+        assert self._limit is not None
+        least, greatest, lowest, highest = self._stacked()
+        value, stream = self._limit
+        beyond = (least < -value) | (greatest > value)
+        beyond |= (lowest <= -stream) | (highest >= stream)
+        return beyond & self._finite().cumprod(0).bool()
+
+    def _stacked(self) -> list[Tensor]:
+        return [torch.stack(list(column)) for column in zip(*self._seen, strict=True)]
