@@ -237,11 +237,11 @@ def test_the_most_frequent_number_is_what_gsm8k_is_compared_with() -> None:
 
 def test_the_most_frequent_place_is_what_options_are_compared_with() -> None:
     """Where a question has fewer options, it is the last of them."""
-    long, short = ("a", "b", "c"), ("b", "a")
-    questions = [question("c", options=long)] * 3
-    questions += [question("a", options=long), question("b", options=short)]
+    long, short = ("a", "b", "c", "d"), ("b", "a")
+    questions = [question("d", options=long)] * 2
+    questions += [question("a", options=long), question("c", options=long)]
     questions += [question("a", options=short)]
-    assert answers.majority(asked("options", *questions)) == {"options": 4 / 6}
+    assert answers.majority(asked("options", *questions)) == {"options": 3 / 5}
 
 
 def test_as_many_answers_as_questions_are_scored() -> None:
