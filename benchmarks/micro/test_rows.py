@@ -49,10 +49,10 @@ def test_update(benchmark: BenchmarkFixture, what: str, share: float) -> None:
         benchmark.pedantic(optimizer.step, rounds=10, warmup_rounds=2)
         return
     made, gradient = table(), torch.randn(len(ids), WIDTH)
-    schedule = Schedule(beta1=0.9, beta2=0.999, eps=1e-8)
+    schedule = Schedule()
 
     def run() -> None:
-        schedule.add(1e-3, 0.0)
+        schedule.add(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
         UPDATES[what](made, ids, gradient, schedule, idle=False)
 
     benchmark.pedantic(run, rounds=10, warmup_rounds=2)
