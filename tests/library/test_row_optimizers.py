@@ -453,7 +453,7 @@ def test_the_state_of_a_lazy_run_is_for_a_lazy_run(saved: str, given: str) -> No
     first, second = sparse_model(update=saved), sparse_model(update=given)
     state = meft.SparseAdamW(first.parameters()).state_dict()
     before = copies(second)
-    with pytest.raises(ConfigError, match=f"update='{saved}'.*update='{given}'"):
+    with pytest.raises(ConfigError, match=f"update='{saved}'.*'{given}'"):
         meft.SparseAdamW(second.parameters()).load_state_dict(state)
     assert_unmoved(second, before)
 
@@ -523,3 +523,17 @@ def test_fully_sharded_training_is_refused(tmp_path: Path) -> None:
             model(**inputs)
     finally:
         group.destroy_process_group()
+
+
+@pytest.mark.parametrize("update", ["dense", "catchup"])
+def test_rows_go_on_from_a_value_that_was_written(update: str) -> None:
+    """With the moments that they have, as a parameter under torch's AdamW does."""
+    adapter = lone_adapter(sparse_config(update=update))
+
+    def act(optimizer: torch.optim.Optimizer, step: int) -> None:
+        if step == 5:
+            with torch.no_grad():
+                for parameter in optimizer.param_groups[0]["params"]:
+                    parameter.mul_(1.5)
+
+    held_against_torch(adapter, act, weight_decay=0.1)
