@@ -185,7 +185,12 @@ def test_what_cannot_be_right_is_refused_with_the_way_to_do_it() -> None:
     (parameter,) = row_parameters(model)
     before = dense_grad(parameter)
     assert parameter.grad is not None
-    for view in (lambda g: g[3], lambda g: g.view(-1), lambda g: g.T):
+    views: list[Callable[[Tensor], Tensor]] = [
+        lambda g: g[3],
+        lambda g: g.view(-1),
+        lambda g: g.T,
+    ]
+    for view in views:
         with pytest.raises(UnsupportedCallError, match="to_dense"):
             view(parameter.grad)
     with pytest.raises(UnsupportedCallError, match="register_post_accumulate"):

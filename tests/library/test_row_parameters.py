@@ -194,13 +194,14 @@ def test_moving_and_casting_leave_rows_in_float32_where_they_are() -> None:
     nn.Module.half(model)
     assert router is not None
     assert router.dtype == torch.float16
-    for move in (
+    moves: list[Callable[[nn.Module], object]] = [
         nn.Module.bfloat16,
         nn.Module.double,
         nn.Module.float,
         nn.Module.cpu,
         lambda m: nn.Module.to(m, "cpu", torch.float32),
-    ):
+    ]
+    for move in moves:
         move(model)
         assert parameter is row_parameters(model)[0]
         assert (parameter.dtype, parameter.data_ptr()) == (torch.float32, before)
