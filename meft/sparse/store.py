@@ -208,9 +208,10 @@ class RowStore:
         self.schedule = None if schedule is None else Schedule(**schedule)
 
     def replace(self, rows: Width) -> None:
-        """Take other rows, which no step has touched."""
+        """Take other rows, which no step so far moves."""
         self.rows.copy_(rows)
-        self.updated_at.zero_()
+        # At 0 they would catch up on the weight decay of every step so far.
+        self.updated_at.fill_(0 if self.schedule is None else self.schedule.step)
         self._moments = None
         self._write_shadow(slice(None))
 

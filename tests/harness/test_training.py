@@ -9,6 +9,7 @@ import torch
 
 from harness.tiny import FAMILIES, batch, cell, classifier
 from meft.backbone.families import NEW_HEADS
+from meft.sparse.convert import sparse_adapters
 from meft_bench import backbones
 from meft_bench.cell import Cell
 from meft_bench.meters.clock import StepClock
@@ -235,6 +236,27 @@ def test_the_weights_with_the_best_score_are_kept() -> None:
     list(itertools.islice(run, 4))
     trained = zip(stepper.model.parameters(), expected.model.parameters(), strict=True)
     assert all(torch.equal(got, wanted) for got, wanted in trained)
+
+
+def test_the_rows_with_the_best_score_are_kept() -> None:
+    """Those of sparse adapters, which are no parameters, with the parameters."""
+    chosen = cell(method="sparse", num_neurons=64, max_steps=3, eval_every=1)
+
+    def rows_after(num_steps: int, scores: list[float]) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        stepper = Stepper(load(METHODS["sparse"])(classifier("llama"), chosen), chosen)
+        given = iter(scores)
+        clock = StepClock(0, "cpu")
+        run = train(stepper, chosen, batches(chosen), clock, lambda: next(given))
+        torch.manual_seed(4)
+        # After its last step, a run validates and restores.
+        list(itertools.islice(run, num_steps))
+        stores = [a.rows.store for a in sparse_adapters(stepper.model).values()]
+        trained = [p for p in stepper.model.parameters() if p.requires_grad]
+        return [*(store.settled() for store in stores), *trained]
+
+    restored, wanted = rows_after(4, [0.5, 0.7, 0.6]), rows_after(2, [0.5])
+    assert all(map(torch.equal, restored, wanted))
 
 
 def test_the_last_step_is_always_validated() -> None:
