@@ -26,7 +26,12 @@ else:
     FORMS["kernel"] = adam_kernel
 forms = pytest.mark.parametrize("form", FORMS)
 
-ROWS, WIDTH, STEPS = 20, 12, 260
+
+def slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+ROWS, WIDTH, STEPS = 12, 12, 250
 REST = 226
 """Idle steps after which a row rests, with the usual betas: H."""
 SOURCE = torch.arange(ROWS)
@@ -98,11 +103,10 @@ def run(
     values: Callable[[int], dict[str, Any]] = usual,
     *,
     lazy: bool = False,
-    share: float | None = None,
     shadow: torch.dtype | None = None,
 ) -> Table:
     made, schedule = table(shadow), Schedule(idle=not lazy)
-    for step, (ids, gradient) in enumerate(gradients(share)):
+    for step, (ids, gradient) in enumerate(gradients()):
         schedule.add(**values(step))
         form.advance(made, ids, gradient, schedule, idle=not lazy)
     return made
@@ -196,7 +200,7 @@ def dense(values: Callable[[int], dict[str, Any]]) -> tuple[Tensor, ...]:
 
 
 @forms
-@pytest.mark.parametrize("values", [usual, wild])
+@pytest.mark.parametrize("values", [wild, slow(usual)])
 def test_catching_up_is_the_dense_update(
     form: str, values: Callable[[int], dict[str, Any]]
 ) -> None:
@@ -232,9 +236,7 @@ def no_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(idle, "SPREAD", 1e9)
 
 
-@pytest.mark.parametrize(
-    "mutant", [lost_step, early_rest, pytest.param(no_events, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("mutant", [lost_step, early_rest, slow(no_events)])
 def test_the_comparison_notices(
     mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,7 +358,7 @@ def test_without_the_terms_in_eps_it_is_not(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("form", list(FORMS)[-1:])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("gap", [1, REST - 1, REST, REST + 1, 5000])
+@pytest.mark.parametrize("gap", [1, REST - 1, REST, REST + 1, slow(5000)])
 def test_a_gap_of_any_length_is_adamws(
     form: str, gap: int, weight_decay: float
 ) -> None:
@@ -421,10 +423,14 @@ def test_the_lazy_update_is_torchs_sparse_adam(form: str) -> None:
 @forms
 def test_where_every_row_has_a_gradient_both_updates_are_one(form: str) -> None:
     """Bit for bit, as no step is idle."""
-    lazy, late = (run(FORMS[form], lazy=lazy, share=2.0).rows for lazy in (True, False))
-    made = [run(FORMS[form], lazy=lazy, share=2.0).rows[1:] for lazy in (True, False)]
-    assert torch.equal(*made)
-    assert torch.equal(lazy[1:], late[1:])
+    made = []
+    for lazy in (True, False):
+        one, schedule = table(), Schedule(idle=not lazy)
+        for step, (ids, gradient) in enumerate(gradients(share=2.0, steps=20)):
+            schedule.add(**wild(step))
+            FORMS[form].advance(one, ids, gradient, schedule, idle=not lazy)
+        made.append(one)
+    assert torch.equal(made[0].rows[1:], made[1].rows[1:])
 
 
 @forms
@@ -486,7 +492,7 @@ LOOKS: dict[str, Callable[[int, RowStore], object]] = {
     "some rows, often": lambda step, mine: mine.read(some_ids(step)),
     "all keys, sometimes": lambda step, mine: step % 7 or mine.keys(),
     "master rows, sometimes": lambda step, mine: step % 11 or mine.settled(),
-    "all, always": lambda step, mine: (mine.catch_up(), mine.read(SOURCE)),
+    "all, always": lambda step, mine: (mine.settled(), mine.read(SOURCE)),
 }
 
 
@@ -544,7 +550,7 @@ def copied(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("update", ["catchup", "lazy"])
-@pytest.mark.parametrize("at", [3, 150, 259])
+@pytest.mark.parametrize("at", [3, 150, 249])
 def test_a_store_goes_on_from_its_state(update: str, at: int) -> None:
     """Saved and loaded on the way, also just after someone has read it all."""
     whole = take_steps(store(update))
@@ -702,43 +708,38 @@ needs_kernel = pytest.mark.skipif("kernel" not in FORMS, reason="numba is missin
 
 
 @needs_kernel
-@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
-def test_a_step_costs_the_same_after_100_and_after_100000_steps(
-    weight_decay: float,
-) -> None:
-    """Of schedule and rows together, with every value of the group changing."""
+@pytest.mark.parametrize("longest", [10_000, slow(100_000)])
+def test_a_step_costs_the_same_after_100_and_after_100000_steps(longest: int) -> None:
+    """Of schedule and rows together, within 10 %, with every value of the group
+    changing."""
     torch.set_num_threads(1)
-    rows, share = torch.randn(256, 512), torch.arange(0, 256, 4)
-    gradient = 1e-4 * torch.randn(len(share), 512)
-    made = {}
-    for count in (100, 1000, 10_000, 100_000):
-        schedule = Schedule()
-        for _ in range(count):
-            schedule.add(lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
-        made[str(count)] = schedule, table(torch.bfloat16, rows)
+    rows, some = torch.randn(256, 512), torch.arange(0, 256, 4)
+    gradient = 1e-4 * torch.randn(len(some), 512)
 
-    def step_of(schedule: Schedule, one: Table) -> Callable[[], None]:
+    def after(count: int) -> Callable[[], None]:
+        schedule, one = Schedule(), table(torch.bfloat16, rows)
+        for _ in range(count):
+            schedule.add(**USUAL | {"lr": 1e-4, "weight_decay": 0.01})
+
         def take() -> None:
             for turn in range(20):
                 schedule.add(
                     lr=1e-4 * (1 + turn),
                     betas=(0.9 + 1e-3 * turn, 0.999 - 1e-5 * turn),
                     eps=1e-8 * (1 + 0.01 * turn),
-                    weight_decay=weight_decay * turn,
+                    weight_decay=0.01 * turn,
                 )
-                FORMS["kernel"].advance(one, share, gradient, schedule, idle=True)
+                FORMS["kernel"].advance(one, some, gradient, schedule, idle=True)
 
         return take
 
-    found = least({name: step_of(*both) for name, both in made.items()}, rounds=40)
+    found = least({str(n): after(n) for n in (100, longest)}, rounds=60)
     assert max(found.values()) <= 1.1 * min(found.values()), found
 
 
 @needs_kernel
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
-@pytest.mark.parametrize(
-    "longest", [5000, pytest.param(100_000, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("longest", [5000, slow(100_000)])
 def test_a_row_costs_the_same_after_10_and_after_100000_idle_steps(
     longest: int, weight_decay: float
 ) -> None:
