@@ -10,122 +10,155 @@ One step on one number, with gradient g (Loshchilov & Hutter, ICLR 2019):
 
 An idle row, one without a gradient, has g = 0 and moves on by what m remembers:
 
-    dense     every row takes every step
+    dense     every row is computed anew in every step
     lazy      an idle row stands still, and so do its moments (torch's SparseAdam)
-    catchup   an idle row takes its steps later, when it is next read or has a gradient:
-              the same steps in the same order, so the same bits as `dense`
+    catchup   an idle row is computed when it is next read or has a gradient
 
-`advance` is the plain form, held against `meft.sparse.adam_kernel`, which does the same
-in one pass over memory.
+`dense` and `catchup` are one function, in the same bits: a table holds a row as it was
+after its last gradient, and what it is now follows from that and from the factors of
+the steps since (`meft.sparse.idle`), however often it was looked at in between.
+
+This is the plain form, for any device, held against `meft.sparse.adam_kernel`, which
+does the same on a CPU in one pass over memory.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 
+import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from meft.sparse import idle as idling
+from meft.sparse.idle import Factors, SomeRows
+from meft.sparse.schedule import Schedule
 
 UPDATES = ("dense", "lazy", "catchup")
 
 Rows = Float[Tensor, "rows width"]
-SomeRows = Float[Tensor, "some width"]
+Ids = Int[Tensor, " some"]
 
-
-@dataclass(kw_only=True, slots=True)
-class Schedule:
-    """The factors of every step so far; step t is entry t - 1."""
-
-    decay: list[float] = field(default_factory=list)
-    size: list[float] = field(default_factory=list)
-    root: list[float] = field(default_factory=list)
-    beta1: list[float] = field(default_factory=list)
-    beta2: list[float] = field(default_factory=list)
-    eps: list[float] = field(default_factory=list)
-
-    @property
-    def step(self) -> int:
-        """Steps so far."""
-        return len(self.size)
-
-    @property
-    def decays(self) -> bool:
-        """Whether any step shrinks a row that never had a gradient."""
-        return any(decay != 1 for decay in self.decay)
-
-    def add(
-        self, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-    ) -> None:
-        """One more step, with these values of the optimizer's group."""
-        t = self.step + 1
-        beta1, beta2 = betas
-        self.decay.append(1 - lr * weight_decay)
-        self.size.append(lr / (1 - beta1**t))
-        self.root.append((1 - beta2**t) ** -0.5)
-        self.beta1.append(beta1)
-        self.beta2.append(beta2)
-        self.eps.append(eps)
+PIECE = 1024
+"""Rows that are computed with at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Rows and their Adam state, in place."""
+    """Rows and their Adam state as of each row's last gradient, in place."""
 
     rows: Rows
     first: Rows
     """m, the mean gradient."""
     second: Rows
     """v, the mean squared gradient."""
+    factors: Factors
+    """What the idle steps since have made of a row: `meft.sparse.idle`."""
     updated_at: Int[Tensor, " rows"]
-    """The step that each row stands at."""
+    """The last step that changed the value of a row."""
+    shadow: Float[Tensor, "rows width"] | None = None
+    """A 16-bit copy of rows that `advance` writes along with them."""
 
 
 def advance(
     table: Table,
-    ids: Int[Tensor, " some"],
-    gradient: SomeRows | None,
+    ids: Ids,
+    gradient: SomeRows,
     schedule: Schedule,
     *,
     idle: bool,
 ) -> None:
-    """Bring rows to the schedule's last step.
+    """Take the schedule's last step.
 
     Args:
         table: what to change.
-        ids: which rows; distinct.
-        gradient: of these rows in the last step; None if that too is idle.
-        schedule: all steps, the last included.
-        idle: whether idle steps are taken (`dense`, `catchup`) or left out (`lazy`).
+        ids: rows that have a gradient; distinct.
+        gradient: of these rows.
+        schedule: the last step is the one to take.
+        idle: whether all others take an idle step (`dense`, `catchup`) or none
+            (`lazy`).
     """
-    end = schedule.step if gradient is None else schedule.step - 1
-    rows, first, second = table.rows[ids], table.first[ids], table.second[ids]
+    for some, of_some in zip(ids.split(PIECE), gradient.split(PIECE), strict=True):
+        _step(table, some, of_some, schedule)
     if idle:
-        stands_at = table.updated_at[ids]
-        # Rows that stand at one step are moved on together.
-        for step in stands_at.unique().tolist():
-            if step == 0 and not schedule.decays:
-                continue  # no gradient yet: nothing to remember
-            here = stands_at == step
-            some = rows[here], first[here], second[here]
-            for t in range(step, end):
-                _step(*some, None, schedule, t)
-            rows[here], first[here], second[here] = some
-    if gradient is not None:
-        _step(rows, first, second, gradient, schedule, end)
-    table.rows[ids], table.first[ids], table.second[ids] = rows, first, second
+        others = torch.ones_like(table.updated_at, dtype=torch.bool)
+        others[ids] = False
+        _idle_step(table, others.nonzero()[:, 0], schedule)
+    mine = table.factors[ids]
+    moves = torch.ones_like(ids, dtype=torch.bool)
+    idling.anchor(mine, idling.centre_of(schedule) if idle else 1.0, moves)
+    mine[:, idling.FADE] = 1
+    table.factors[ids] = mine
     table.updated_at[ids] = schedule.step
 
 
-def _step(
-    rows: SomeRows,
-    first: SomeRows,
-    second: SomeRows,
-    gradient: SomeRows | None,
-    s: Schedule,
-    t: int,
+def values(
+    table: Table, ids: Ids, out: Float[Tensor, "places width"], places: Ids
 ) -> None:
-    rows *= s.decay[t]
-    first *= s.beta1[t]
-    second *= s.beta2[t]
-    if gradient is not None:
-        first += gradient * (1 - s.beta1[t])
-        second += gradient * gradient * (1 - s.beta2[t])
-    rows -= first * s.size[t] / (second.sqrt() * s.root[t] + s.eps[t])
+    """Compute what rows are now; the table stays as it is.
+
+    Args:
+        table: what to read.
+        ids: which rows.
+        out: where to write, in the dtype of that: float32, bfloat16 or float16. It may
+            be `table.rows` with `places` equal to `ids`.
+        places: rows of `out`, one for each of `ids`.
+    """
+    for some, there in zip(ids.split(PIECE), places.split(PIECE), strict=True):
+        out[there] = _rows_now(table, some).to(out.dtype)
+
+
+def _step(table: Table, ids: Ids, gradient: SomeRows, s: Schedule) -> None:
+    factors = table.factors[ids]
+    rows = _rows_now(table, ids)
+    first, second = idling.moments_now(
+        table.first[ids], table.second[ids], factors, s.beta1, s.beta2
+    )
+    is_lost = gradient.abs() < smallest_gradient(s)
+    gradient = torch.where(is_lost, 0.0, gradient)
+    first = first + gradient * (1 - s.beta1)
+    second = second + gradient * gradient * (1 - s.beta2)
+    rows = rows * s.decay - first * s.size / (idling.sqrt(second) * s.root + s.eps)
+    table.rows[ids], table.first[ids], table.second[ids] = rows, first, second
+    if table.shadow is not None:
+        table.shadow[ids] = rows.to(table.shadow.dtype)
+
+
+def _idle_step(table: Table, ids: Ids, s: Schedule) -> None:
+    rests, recentres = idling.events(table.factors[ids], s)
+    for some in ids[rests | recentres].split(PIECE):
+        _settle(table, some, s)
+    factors = table.factors[ids]
+    idling.age(factors, s)
+    table.factors[ids] = factors
+    moves = (factors[:, idling.MEAN] > 0) & (s.weight > 0) | (s.decay != 1)
+    table.updated_at[ids] = table.updated_at[ids].masked_fill(moves, s.step)
+
+
+def _settle(table: Table, ids: Ids, s: Schedule) -> None:
+    """Put rows where the idle steps before the last one have brought them."""
+    table.rows[ids] = _rows_now(table, ids)
+    rests, _ = idling.events(table.factors[ids], s)
+    anchor(table, ids, s)
+    table.first[ids] = table.first[ids].masked_fill(rests[:, None], 0.0)
+    table.factors[ids, idling.MEAN] = (~rests).double()
+
+
+def anchor(table: Table, ids: Ids, s: Schedule) -> None:
+    """Let rows go on from what they are, with the moments that they have now."""
+    factors = table.factors[ids]
+    table.first[ids], table.second[ids] = idling.moments_now(
+        table.first[ids], table.second[ids], factors
+    )
+    idling.anchor(factors, idling.centre_of(s), factors[:, idling.MEAN] > 0)
+    table.factors[ids] = factors
+
+
+def _rows_now(table: Table, ids: Ids) -> SomeRows:
+    at_last = table.rows[ids], table.first[ids], table.second[ids]
+    return idling.rows_now(*at_last, table.factors[ids])
+
+
+def smallest_gradient(s: Schedule) -> float:
+    """Size below which a gradient counts as 0: what it adds to v would be denormal."""
+    return float(np.float32(math.sqrt(idling.SMALLEST / (1 - s.beta2))))

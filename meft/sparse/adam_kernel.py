@@ -1,49 +1,107 @@
-"""`meft.sparse.adam.advance` in one pass over memory, by all cores, compiled by numba.
+"""`meft.sparse.adam` in one pass over memory, by all cores, compiled by numba.
 
-Each row is read and written once, however many idle steps it takes on the way, and its
-16-bit copy is written while it is at hand. Never imported where numba is missing.
+Each row is read and written once, however many idle steps it took, and its 16-bit copy
+is written while it is at hand. The same bits as the plain form: every operation there
+is one here, in the same order. Never imported where numba is missing.
 """
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import numba
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float
 from torch import Tensor
 
-from meft.sparse.adam import Schedule, SomeRows, Table
+from meft.sparse import adam, idle
+from meft.sparse.adam import Ids, Table
+from meft.sparse.idle import (
+    CENTRE,
+    FADE,
+    MEAN,
+    NEGLIGIBLE,
+    ROOT,
+    SHRINK,
+    SMALLEST,
+    SMALLEST_ROOT,
+    SUMS,
+    SomeRows,
+)
+from meft.sparse.schedule import Schedule
+
+BLOCK = 512
+"""Elements of a row whose 16-bit copy is made while they are in the first cache."""
+WIDE, BFLOAT16, FLOAT16 = range(3)
+"""Kinds of what is written: float32, or which 16 bits."""
+KINDS = {torch.float32: WIDE, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+_f32, _u32, _u16 = np.float32, np.uint32, np.uint16
+_ZERO = _f32(0)
 
 
 def advance(
     table: Table,
-    ids: Int[Tensor, " some"],
-    gradient: SomeRows | None,
+    ids: Ids,
+    gradient: SomeRows,
     schedule: Schedule,
     *,
     idle: bool,
 ) -> None:
     """As the plain one, in the same bits."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    _use_threads()
+    s = schedule
+    steps = (s.decay, s.size, s.root, s.eps, 1 - s.beta1, 1 - s.beta2)
     _advance(
-        table.rows.numpy(),
-        table.first.numpy(),
-        table.second.numpy(),
+        *(t.numpy() for t in (table.rows, table.first, table.second)),
+        table.factors.numpy(),
         table.updated_at.numpy(),
+        *_bits(table.shadow, table.rows),
         ids.numpy(),
-        (table.rows[:0] if gradient is None else gradient).numpy(),
-        gradient is not None,
-        *(np.asarray(column, np.float32) for column in _columns(schedule)),
-        np.int64(schedule.step),
+        gradient.numpy(),
+        *(_f32(scalar) for scalar in (*steps, adam.smallest_gradient(s))),
+        (s.beta1, s.beta2, s.decay, s.sqrt_beta2, s.fading, s.weight, s.offset),
+        *_choices(),
+        _centre_of(s, idle),
+        s.step,
         idle,
-        schedule.decays,
     )
 
 
-def _columns(schedule: Schedule) -> tuple[list[float], ...]:
-    s = schedule
-    rest1, rest2 = ([1 - beta for beta in betas] for betas in (s.beta1, s.beta2))
-    return s.decay, s.size, s.root, s.beta1, rest1, s.beta2, rest2, s.eps
+def values(
+    table: Table, ids: Ids, out: Float[Tensor, "places width"], places: Ids
+) -> None:
+    """As the plain one, in the same bits."""
+    _use_threads()
+    bits, kind = _bits(out, out)
+    _values(
+        *(t.numpy() for t in (table.rows, table.first, table.second)),
+        table.factors.numpy(),
+        ids.numpy(),
+        places.numpy(),
+        out.numpy() if kind == WIDE else table.rows[:0].numpy(),
+        bits,
+        kind,
+        idle.POWERS,
+    )
+
+
+def _choices() -> tuple[Any, ...]:
+    """What `idle` chose: arguments, as numba's cache goes by this file alone."""
+    return idle.NODES, idle.POWERS, idle.REST, idle.SPREAD
+
+
+def _use_threads() -> None:
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+def _centre_of(schedule: Schedule, idling: bool) -> float:
+    return idle.centre_of(schedule) if idling else 1.0
+
+
+def _bits(out: Tensor | None, like: Tensor) -> tuple[Any, int]:
+    """Memory of 16-bit numbers as integers, which numba knows, and their kind."""
+    if out is None or out.dtype == torch.float32:
+        return np.empty((0, like.shape[1]), _u16), WIDE
+    return out.view(torch.int16).numpy().view(_u16), KINDS[out.dtype]
 
 
 # `no_type_check` keeps the type checker of the tests from wrapping what numba compiles.
@@ -55,43 +113,270 @@ def _advance(
     rows,
     first,
     second,
+    factors,
     updated_at,
+    shadow,
+    kind,
     ids,
     gradient,
-    has_gradient,
     decay,
     size,
     root,
-    beta1,
-    rest1,
-    beta2,
-    rest2,
     eps,
+    rest1,
+    rest2,
+    from_new,
+    scalars,
+    nodes,
+    powers,
+    rest,
+    spread,
+    centre,
     step,
-    idle,
-    decays,
+    is_idle,
 ):
-    end = step - 1 if has_gradient else step
+    wide = rows.view(_u32)
+    of_step = decay, size, root, eps, rest1, rest2, from_new
     for n in numba.prange(ids.size):
         i = ids[n]
-        p, m, v = rows[i], first[i], second[i]
-        if idle and (updated_at[i] > 0 or decays):
-            for t in range(updated_at[i], end):
-                # Into variables: for all the compiler knows, tables overlap.
-                keep, by, under = decay[t], size[t], root[t]
-                b1, b2, floor = beta1[t], beta2[t], eps[t]
-                for c in range(p.size):
-                    mean, square = m[c] * b1, v[c] * b2
-                    m[c], v[c] = mean, square
-                    p[c] = p[c] * keep - mean * by / (np.sqrt(square) * under + floor)
-        if has_gradient:
-            g = gradient[n]
-            keep, by, under = decay[end], size[end], root[end]
-            b1, r1, b2, r2 = beta1[end], rest1[end], beta2[end], rest2[end]
-            floor = eps[end]
-            for c in range(p.size):
-                mean = m[c] * b1 + g[c] * r1
-                square = v[c] * b2 + g[c] * g[c] * r2
-                m[c], v[c] = mean, square
-                p[c] = p[c] * keep - mean * by / (np.sqrt(square) * under + floor)
+        idle_steps = _idle_steps(factors[i], powers)
+        of_row = _of_row(factors[i], scalars[0], scalars[1])
+        for start in range(0, rows.shape[1], BLOCK):
+            stop = min(start + BLOCK, rows.shape[1])
+            p, m, v = rows[i, start:stop], first[i, start:stop], second[i, start:stop]
+            g = gradient[n, start:stop]
+            # Into variables first: for all the compiler knows, tables overlap.
+            if kind == BFLOAT16:
+                bits = shadow[i, start:stop]
+                for k in range(p.size):
+                    now = _moved(p[k], m[k], v[k], idle_steps)
+                    at, by, under = _stepped(now, m[k], v[k], g[k], of_row, of_step)
+                    p[k], m[k], v[k] = at, by, under
+                    at = np.float32(at if at == at else np.nan)
+                    bits[k] = _bfloat16(at.view(np.uint32))
+                continue
+            for k in range(p.size):
+                now = _moved(p[k], m[k], v[k], idle_steps)
+                at, by, under = _stepped(now, m[k], v[k], g[k], of_row, of_step)
+                p[k], m[k], v[k] = at, by, under
+            if kind == FLOAT16:
+                _narrow(wide[i, start:stop], shadow[i, start:stop], kind)
+    if is_idle:
+        has_gradient = np.zeros(rows.shape[0], np.bool_)
+        for n in range(ids.size):
+            has_gradient[ids[n]] = True
+        due = _due(factors, has_gradient, scalars, rest, spread)
+        for n in numba.prange(due.size):
+            i = due[n]
+            row = rows[i], first[i], second[i], factors[i]
+            _settle(*row, powers, rest, centre)
+        _age(factors, has_gradient, updated_at, scalars, nodes, step)
+    for n in range(ids.size):
+        i = ids[n]
+        factors[i] = 0
+        factors[i, SHRINK] = factors[i, MEAN] = factors[i, ROOT] = 1
+        factors[i, FADE] = 1
+        factors[i, CENTRE] = centre
         updated_at[i] = step
+
+
+@numba.njit(error_model="numpy")
+@no_type_check
+def _age(factors, has_gradient, updated_at, scalars, nodes, step):
+    """An idle step of all rows without a gradient."""
+    beta1, _, decay, sqrt_beta2, fading, of_weight, offset = scalars
+    for i in range(has_gradient.size):
+        if has_gradient[i]:
+            continue
+        of_row = factors[i]
+        shrink = of_row[SHRINK] * decay
+        of_row[SHRINK] = shrink if shrink >= SMALLEST else 0.0
+        of_row[FADE] *= fading
+        mean = of_row[MEAN] * beta1
+        root = max(of_row[ROOT] * sqrt_beta2, SMALLEST_ROOT)
+        of_row[MEAN], of_row[ROOT] = mean, root
+        sums = of_row[SUMS : SUMS + 7]
+        if mean > 0:
+            weight, middle = mean / root * of_weight, of_row[CENTRE]
+            away = offset / root - middle
+            for j in range(7):
+                sums[j] = sums[j] * decay + weight / (away * nodes[j] + middle)
+        else:
+            for j in range(7):
+                sums[j] = sums[j] * decay
+        if (mean > 0 and of_weight > 0) or decay != 1:
+            updated_at[i] = step
+
+
+@numba.njit(error_model="numpy")
+@no_type_check
+def _due(factors, has_gradient, scalars, rest, spread):
+    """Rows without a gradient that rest or recentre."""
+    sqrt_beta2, offset = scalars[3], scalars[6]
+    is_due = np.zeros(has_gradient.size, np.bool_)
+    for i in range(has_gradient.size):
+        root = max(factors[i, ROOT] * sqrt_beta2, SMALLEST_ROOT)
+        middle = factors[i, CENTRE] * root
+        is_far = offset > middle * spread or offset * spread < middle
+        is_live = factors[i, MEAN] > 0 and not has_gradient[i]
+        is_due[i] = is_live and (is_far or factors[i, FADE] <= rest)
+    return is_due.nonzero()[0]
+
+
+@numba.njit(error_model="numpy")
+@no_type_check
+def _settle(p, m, v, factors, powers, rest, centre):
+    """Put a row where its idle steps have brought it."""
+    rests = factors[FADE] <= rest
+    _now(p, m, v, factors, powers, p)
+    of_row = _of_row(factors, 1.0, 1.0)
+    for k in range(p.size):
+        by, under = _faded(m[k], v[k], of_row)
+        m[k] = _ZERO if rests else by
+        v[k] = under
+    factors[SHRINK] = factors[ROOT] = 1
+    factors[MEAN] = 0.0 if rests else 1.0
+    factors[CENTRE] = centre
+    factors[SUMS:] = 0
+
+
+@numba.njit(parallel=True, cache=True, error_model="numpy")
+@no_type_check
+def _values(rows, first, second, factors, ids, places, out, bits, kind, powers):
+    for n in numba.prange(ids.size):
+        i, place = ids[n], places[n]
+        if kind == WIDE:
+            _now(rows[i], first[i], second[i], factors[i], powers, out[place])
+        else:
+            some = np.empty(BLOCK, _f32)
+            as_bits = some.view(_u32)
+            for start in range(0, rows.shape[1], BLOCK):
+                stop = min(start + BLOCK, rows.shape[1])
+                p, m = rows[i, start:stop], first[i, start:stop]
+                _now(p, m, second[i, start:stop], factors[i], powers, some[: p.size])
+                _narrow(as_bits[: p.size], bits[place, start:stop], kind)
+
+
+@numba.njit(error_model="numpy")
+@no_type_check
+def _now(p, m, v, factors, powers, out):
+    """The value of part of a row."""
+    idle_steps = _idle_steps(factors, powers)
+    if idle_steps[3] != 0:
+        for k in range(p.size):
+            out[k] = _moved(p[k], m[k], v[k], idle_steps)
+    else:
+        for k in range(p.size):
+            out[k] = p[k] * idle_steps[0]
+
+
+@numba.njit(error_model="numpy")
+@no_type_check
+def _idle_steps(factors, powers):
+    """What a row's factors do to p: D, c, the least m that counts, coefficients."""
+    return (
+        _f32(factors[SHRINK]),
+        _f32(factors[CENTRE]),
+        _f32(NEGLIGIBLE) / _f32(factors[MEAN]),
+        _coefficient(factors, powers, 0),
+        _coefficient(factors, powers, 1),
+        _coefficient(factors, powers, 2),
+        _coefficient(factors, powers, 3),
+        _coefficient(factors, powers, 4),
+        _coefficient(factors, powers, 5),
+        _coefficient(factors, powers, 6),
+    )
+
+
+@numba.njit(error_model="numpy")
+@no_type_check
+def _coefficient(factors, powers, k):
+    found = 0.0
+    for j in range(7):
+        found = found + factors[SUMS + j] * powers[k, j]
+    return _f32(found)
+
+
+@numba.njit(error_model="numpy")
+@no_type_check
+def _of_row(factors, beta1, beta2):
+    """What a row's factors do to m and v, and below which sizes these are 0."""
+    mean = _f32(factors[MEAN] * beta1)
+    square = factors[ROOT] * factors[ROOT] * beta2
+    square = _f32(square) if square >= SMALLEST else _ZERO
+    from_mean = _f32(NEGLIGIBLE) / _f32(factors[MEAN])
+    return mean, square, from_mean, _f32(SMALLEST) / square
+
+
+@numba.njit(error_model="numpy")
+@no_type_check
+def _moved(at, by, under, idle_steps):
+    """p after idle steps."""
+    shrink, c, from_mean, a0, a1, a2, a3, a4, a5, a6 = idle_steps
+    by = _ZERO if abs(by) < from_mean else by
+    x = c / (np.sqrt(under) + c)
+    phi = a6 * x + a5
+    phi = (((phi * x + a4) * x + a3) * x + a2) * x + a1
+    phi = phi * x + a0
+    moved = at * shrink - by * (x * phi)
+    return moved if a0 != 0 else at * shrink
+
+
+@numba.njit(error_model="numpy")
+@no_type_check
+def _faded(by, under, of_row):
+    """m and v after idle steps."""
+    mean, square, from_mean, from_square = of_row
+    by = _ZERO if abs(by) < from_mean else by
+    under = _ZERO if under < from_square else under * square
+    return by * mean, under
+
+
+@numba.njit(error_model="numpy")
+@no_type_check
+def _stepped(at, by, under, new, of_row, of_step):
+    """p, m and v after the step that brings a gradient."""
+    decay, size, root, eps, rest1, rest2, from_new = of_step
+    by, under = _faded(by, under, of_row)
+    new = _ZERO if abs(new) < from_new else new
+    by = by + new * rest1
+    under = under + new * new * rest2
+    return at * decay - by * size / (np.sqrt(under) * root + eps), by, under
+
+
+@numba.njit(error_model="numpy")
+@no_type_check
+def _narrow(wide, out, kind):
+    """16 bits of the bits of float32 numbers, rounded to the nearest, ties to even."""
+    if kind == BFLOAT16:
+        for k in range(wide.size):
+            is_nan = (wide[k] & _u32(0x7FFFFFFF)) > _u32(0x7F800000)
+            out[k] = _u16(0x7FC0) if is_nan else _bfloat16(wide[k])
+    else:
+        for k in range(wide.size):
+            out[k] = _half(wide[k])
+
+
+@numba.njit(error_model="numpy", inline="always")
+@no_type_check
+def _bfloat16(b):
+    """Of bits that are not those of a NaN which rounding would carry over to 0."""
+    odd = (b >> _u32(16)) & _u32(1)
+    return _u16((b + _u32(0x7FFF) + odd) >> _u32(16))
+
+
+@numba.njit(error_model="numpy", inline="always")
+@no_type_check
+def _half(b):
+    sign = (b >> _u32(16)) & _u32(0x8000)
+    b = np.uint32(b & _u32(0x7FFFFFFF))  # numba would go on in 64 bits
+    odd = (b >> _u32(13)) & _u32(1)
+    # The exponent's offset is 127 in 32 bits and 15 in 16.
+    normal = (b - _u32((127 - 15) << 23) + _u32(0xFFF) + odd) >> _u32(13)
+    # Below 2^-14 there are only multiples of 2^-24: what adding 1/2 rounds to.
+    lifted = np.float32(b.view(np.float32) + np.float32(0.5))
+    small = lifted.view(np.uint32) - _u32(0x3F000000)
+    found = small if b < _u32(113 << 23) else normal
+    found = _u32(0x7C00) if b >= _u32(0x47800000) else found
+    found = _u32(0x7E00) if b > _u32(0x7F800000) else found
+    return _u16(found | sign)

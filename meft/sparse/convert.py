@@ -168,15 +168,18 @@ def host_bytes(
         is_on_host: whether the model itself is in host memory.
     """
     numbers = num_rows * width
+    steps = RowStore.bytes_per_row * num_rows
     found = {"rows": 4 * numbers}
     if wire_dtype != torch.float32:
         found["16-bit copy"] = 2 * numbers
     if config.placement == "resident":
         if is_on_host:
             found |= {"moments": 8 * numbers, "gradients": 4 * numbers}
+            found |= {"idle steps": steps, "rows while they are saved": 4 * numbers}
         return found
     slots = slots_for(config, num_rows, width, wire_dtype)
     found["moments"] = 8 * numbers
+    found |= {"idle steps": steps, "rows while they are saved": 4 * numbers}
     if slots < num_rows:
         found["gradients"] = 4 * numbers
     if is_on_host:

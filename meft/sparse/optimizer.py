@@ -14,9 +14,9 @@ from torch import nn
 from transformers import TrainingArguments
 
 from meft.errors import ConfigError, UnsupportedCallError
-from meft.sparse.adam import Schedule
 from meft.sparse.row_parameter import rows_of, settle
 from meft.sparse.rows import Rows
+from meft.sparse.schedule import Schedule
 from meft.sparse.store import RowStore
 
 ROWS = "rows"
@@ -45,7 +45,7 @@ class SparseAdamW(torch.optim.AdamW):
 
     Raises:
         ConfigError: a group with rows sets `amsgrad` or another option of torch's AdamW
-            that rows do not have.
+            that rows do not have, or values that no step can be taken with.
     """
 
     steps_rows = True
@@ -83,13 +83,16 @@ class SparseAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        stepping = []
+        stepping, groups = [], []
         for group in self.param_groups:
             here = [pair for pair in _with_rows(group) if pair[0].grad is not None]
             if here:
                 stores = [rows.store for _, rows in _with_rows(group)]
-                count_step(stores, [rows.store for _, rows in here], _values(group))
+                values = _values(group)  # refused here if at all, in any group
+                groups.append((stores, [rows.store for _, rows in here], values))
             stepping += here
+        for stores, of_step, values in groups:
+            count_step(stores, of_step, values)
         for parameter, _ in stepping:
             settle(parameter)
         grads = [parameter.grad for parameter, _ in stepping]
@@ -200,7 +203,7 @@ def count_step(
     for schedule in {id(store.schedule): store.schedule for store in stepping}.values():
         sharing = [store for store in stores if store.schedule is schedule]
         those = [store for store in stepping if store.schedule is schedule]
-        book = Schedule() if schedule is None else schedule
+        book = Schedule(idle=_is_idle(those)) if schedule is None else schedule
         if schedule is not None and len(those) < len(sharing):
             book = copy.deepcopy(schedule)
         book.add(**values)
@@ -222,12 +225,19 @@ def _values(group: dict[str, Any]) -> dict[str, Any]:
                 "their own"
             )
     beta1, beta2 = (float(beta) for beta in group["betas"])
-    return {
+    values = {
         "lr": float(group["lr"]),
         "betas": (beta1, beta2),
         "eps": float(group["eps"]),
         "weight_decay": float(group["weight_decay"]),
     }
+    Schedule(idle=_is_idle([rows.store for _, rows in _with_rows(group)])).add(**values)
+    return values
+
+
+def _is_idle(stores: Sequence[RowStore]) -> bool:
+    """Whether some of these have rows that take idle steps."""
+    return any(store.update != "lazy" for store in stores)
 
 
 def _index(books: list[Schedule | None], book: Schedule | None) -> int:

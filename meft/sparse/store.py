@@ -5,6 +5,10 @@ gradient and one Adam step are each of contiguous memory. Rows and both moments 
 float32; where the wire carries 16 bits, a 16-bit copy of the rows is kept beside them.
 In host memory all of it is page-locked if there is a GPU to copy to.
 
+The master rows are as of their last gradient (`meft.sparse.adam`). Reading computes
+what they are now into memory of its own, or into the 16-bit copy, from which later
+reads of the same value are plain gathers.
+
 A store is no module and holds no parameter: `meft.sparse.row_parameter` makes one in
 its memory.
 """
@@ -12,8 +16,8 @@ its memory.
 import importlib.util
 import warnings
 import weakref
-from collections.abc import Callable
 from dataclasses import asdict
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,8 +25,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from meft.errors import ConfigError, MeftError
-from meft.sparse import adam
-from meft.sparse.adam import Schedule, Table
+from meft.sparse import adam, idle
+from meft.sparse.adam import Table
+from meft.sparse.schedule import Schedule
 
 Width = Float[Tensor, "rows width"]
 SomeRows = Float[Tensor, "some width"]
@@ -38,6 +43,9 @@ class RowStore:
         update: what happens to rows without a gradient (`SparseConfig.update`).
     """
 
+    bytes_per_row = 8 * idle.NUM_FACTORS + 16
+    """Of what is held of a row besides its numbers."""
+
     def __init__(
         self, rows: Width, wire_dtype: torch.dtype, update: str = "catchup"
     ) -> None:
@@ -47,7 +55,15 @@ class RowStore:
         self.shadow = None if is_wide else _pinned(rows.to(wire_dtype))
         self._moments: tuple[Tensor, Tensor] | None = None
         self.updated_at = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-        """The step that each row stands at."""
+        """The last step that changed the value of a row."""
+        self.shadow_at = torch.zeros_like(self.updated_at)
+        """The same, of the value that the 16-bit copy holds."""
+        self.factors = idle.new_factors(len(rows), rows.device)
+        """What idle steps have made of a row since its last gradient."""
+        self._at_last: Tensor | None = None
+        """Rows as of their last gradient, while `rows` are what they are now."""
+        self._life = 0
+        """How often rows were put in place of others."""
         self.schedule: Schedule | None = None
         """The optimizer's, once there is one."""
         self.update = update
@@ -72,7 +88,9 @@ class RowStore:
 
     def tensors(self) -> list[Tensor]:
         """Everything held."""
-        held = [self.rows, self.updated_at, self.shadow, *(self._moments or ())]
+        held: list[Tensor | None]
+        held = [self.rows, self.updated_at, self.shadow_at, self.factors]
+        held += [self.shadow, self._at_last, *(self._moments or ())]
         return [tensor for tensor in held if tensor is not None]
 
     @property
@@ -94,92 +112,116 @@ class RowStore:
         """Move everything; nothing to do where it is there already."""
         if self.rows.device == device:
             return
-        self.rows, self.updated_at = self.rows.to(device), self.updated_at.to(device)
+        for name in ("rows", "updated_at", "shadow_at", "factors"):
+            setattr(self, name, getattr(self, name).to(device))
         if self.shadow is not None:
             self.shadow = self.shadow.to(device)
+        if self._at_last is not None:
+            self._at_last = self._at_last.to(device)
         if self._moments is not None:
             first, second = self._moments
             self._moments = first.to(device), second.to(device)
 
     def read(self, ids: Ids) -> SomeRows:
         """Rows as they are now, in the wire's dtype: a copy."""
-        self.catch_up(ids)
-        source = self.rows if self.shadow is None else self.shadow
-        return source.index_select(0, ids)
+        if self.shadow is not None:
+            self._renew_shadow(ids)
+            return self.shadow.index_select(0, ids)
+        if self._at_last is not None or self._moments is None:
+            return self.rows.index_select(0, ids)
+        out = self.rows.new_empty(len(ids), self.width)
+        places = torch.arange(len(ids), device=ids.device)
+        self._form().values(self._table(), ids, out, places)
+        return out
 
     def keys(self) -> Width:
         """All keys as they are now, in the wire's dtype: a view."""
-        self.catch_up(None)
-        source = self.rows if self.shadow is None else self.shadow
-        return source[:, : self.width // 2]
+        if self.shadow is None:
+            return self.settled()[:, : self.width // 2]
+        self._renew_shadow(self._everyone())
+        return self.shadow[:, : self.width // 2]
 
     def settled(self) -> Width:
-        """All master rows as they are now."""
-        self.catch_up(None)
+        """All master rows as they are now: `rows`, which hold them until the next step.
+
+        What they were after their last gradient is kept aside until then, so that it
+        makes no difference to later steps whether anyone has looked.
+        """
+        if self._at_last is None and len(self._behind()):
+            at_last = self.rows.clone()
+            everyone = self._everyone()
+            self._form().values(self._table(), everyone, self.rows, everyone)
+            self._at_last = at_last
         return self.rows
+
+    def assign(self, rows: Width) -> None:
+        """Set all rows, which may be what `settled()` returned; moments stay.
+
+        Rows that are given the value they have are left as they are.
+        """
+        if rows is not self.rows:
+            self.settled()
+            self.rows.copy_(rows)
+        self._anchor_changed()
+        self._life += 1
+        self._fill_shadow()
 
     def version(self, ids: Ids) -> Int[Tensor, " some"]:
         """A number per row that changes whenever its value does."""
-        stands_at = self.updated_at[ids]
-        if self.schedule is None or self.update == "lazy":
-            return stands_at
-        moves = (stands_at > 0) | self.schedule.decays
-        return stands_at.masked_fill(moves, self.schedule.step)
+        return self.updated_at[ids] + self._life * _STEPS_OF_A_LIFE
 
     def begin(self) -> None:
         """Forget every step: another optimizer is about to take its first."""
-        self.catch_up(None)
+        self.settled()
+        self._start_again()
         self.schedule = None
-        self.updated_at.zero_()
-        self._moments = None
 
     def step(self, ids: Ids, gradient: SomeRows) -> None:
-        """Take the schedule's last step with a float32 gradient for rows `ids`."""
-        if self.update == "dense":
-            everything = torch.arange(len(self), device=self.rows.device)
-            whole = torch.zeros_like(self.rows)
-            whole[ids] = gradient
-            self._advance(everything, whole)
-        else:
-            self._advance(ids, gradient)
+        """Take the schedule's last step with a float32 gradient for rows `ids`.
 
-    def catch_up(self, ids: Ids | None) -> None:
-        """Let rows (None: all) take the idle steps that they have put off."""
-        if self.schedule is None or self.update != "catchup":
-            return
-        stands_at = self.updated_at if ids is None else self.updated_at[ids]
-        behind = (stands_at < self.schedule.step) & (
-            (stands_at > 0) | self.schedule.decays
-        )
-        if behind.any():
-            late = behind.nonzero()[:, 0]
-            self._advance(late if ids is None else ids[late], None)
-
-    def assign(self, rows: Width) -> None:
-        """Set all rows, which may be what `settled()` returned; moments stay."""
-        if rows is not self.rows:
-            self.rows.copy_(rows)
-        self._write_shadow(slice(None))
+        What idle rows are now is computed at once (`dense`) or when it is needed.
+        """
+        assert self.schedule is not None
+        self._unsettle()
+        table = self._table(self.shadow)
+        is_idle = self.update != "lazy"
+        self._form().advance(table, ids, gradient, self.schedule, idle=is_idle)
+        self.shadow_at[ids] = self.schedule.step
+        if self.update == "dense" and self.shadow is not None:
+            self._renew_shadow(self._everyone())
 
     def state(self) -> dict[str, Any]:
-        """What a later run needs, beside the rows, to go on in the same bits."""
-        self.catch_up(None)
+        """What a later run needs, beside the rows, to go on in the same bits.
+
+        Of rows that have taken idle steps since their last gradient, that is also what
+        they were then.
+        """
         first, second = self.moments
+        behind = self._behind()
+        rows = self.rows if self._at_last is None else self._at_last
         return {
             "update": self.update,
             "first": first,
             "second": second,
             "updated_at": self.updated_at,
+            "factors": self.factors,
+            "behind": behind,
+            "at_last": rows[behind],
             "schedule": None if self.schedule is None else asdict(self.schedule),
         }
 
     def refuse(self, state: dict[str, Any]) -> None:
-        """Raise if `state` is not of a store like this one."""
-        if "update" not in state:
+        """Raise if `state` is not of a store like this one.
+
+        Raises:
+            ConfigError: `state` was saved by an earlier release, with another `update`,
+                or of rows of another shape.
+        """
+        if not {"update", "factors"} <= state.keys():
             raise ConfigError(
-                "the state was saved by an earlier release of meft, which kept rows in "
-                "the optimizer's state: load the rows by `meft.load_adapters()` and "
-                "start with a new optimizer"
+                "the state was saved by an earlier release of meft, which kept other "
+                "things in the optimizer's state: load the rows by "
+                "`meft.load_adapters()` and start with a new optimizer"
             )
         given, mine = tuple(state["first"].shape), tuple(self.rows.shape)
         if (state["update"] == "lazy") != (self.update == "lazy"):
@@ -195,54 +237,124 @@ class RowStore:
             )
 
     def load(self, state: dict[str, Any]) -> None:
-        """The inverse of `state()`."""
-        self.catch_up(None)
+        """Take over what `state()` returned, after `refuse()` has looked at it.
+
+        The rows themselves are not in it. Where they are what they were when it was
+        made, the run goes on in the same bits; where not, from what they are, with the
+        moments of the state.
+        """
+        self.settled()
         first, second = self.moments
         for mine, name in (
             (first, "first"),
             (second, "second"),
             (self.updated_at, "updated_at"),
+            (self.factors, "factors"),
         ):
             mine.copy_(state[name])
         schedule = state["schedule"]
         self.schedule = None if schedule is None else Schedule(**schedule)
+        self._at_last = None
+        if len(state["behind"]):
+            self._at_last = self.rows.clone()
+            behind = state["behind"].to(self.rows.device)
+            self._at_last[behind] = state["at_last"].to(self.rows.device)
+            self._anchor_changed()
+        self._life += 1
+        self._fill_shadow()
 
     def replace(self, rows: Width) -> None:
         """Take other rows, which no step so far moves."""
         self.rows.copy_(rows)
-        # At 0 they would catch up on the weight decay of every step so far.
-        self.updated_at.fill_(0 if self.schedule is None else self.schedule.step)
-        self._moments = None
-        self._write_shadow(slice(None))
+        self._start_again()
 
-    def _write_shadow(self, ids: Ids | slice) -> None:
+    def _start_again(self) -> None:
+        """Rows are what they are, and no step has touched them."""
+        self._at_last = self._moments = None
+        self._life += 1
+        self.updated_at.zero_()
+        self.factors.copy_(idle.new_factors(len(self), self.factors.device))
+        self._fill_shadow()
+
+    def _behind(self) -> Ids:
+        """Rows that are no longer what they were after their last gradient."""
+        if self._moments is None:
+            return self._everyone()[:0]
+        shrunk = self.factors[:, idle.SHRINK] != 1
+        return (shrunk | (self.factors[:, idle.SUMS] != 0)).nonzero()[:, 0]
+
+    def _anchor_changed(self) -> None:
+        """Let rows in `rows` that are not what they were go on from what they are."""
+        if self._at_last is None or self.schedule is None:
+            return
+        for ids in self._everyone().split(adam.PIECE):
+            was = self.rows.new_empty(len(ids), self.width)
+            places = torch.arange(len(ids), device=ids.device)
+            self._form().values(self._table(), ids, was, places)
+            changed = ids[(was != self.rows[ids]).any(1)]
+            adam.anchor(self._table(), changed, self.schedule)
+            self._at_last[changed] = self.rows[changed]
+
+    def _unsettle(self) -> None:
+        """Put rows back to their last gradient."""
+        if self._at_last is not None:
+            self.rows.copy_(self._at_last)
+            self._at_last = None
+
+    def _renew_shadow(self, ids: Ids) -> None:
+        """Write what rows are now into their 16-bit copy, where that is out of date."""
+        assert self.shadow is not None
+        late = ids[self.shadow_at[ids] != self.updated_at[ids]]
+        if not len(late):
+            return
+        if self._at_last is not None or self._moments is None:
+            self.shadow[late] = self.rows[late].to(self.shadow.dtype)
+        else:
+            self._form().values(self._table(), late, self.shadow, late)
+        self.shadow_at[late] = self.updated_at[late]
+
+    def _fill_shadow(self) -> None:
+        """The same for all rows, whatever the copy held."""
+        self.shadow_at.fill_(-1)
         if self.shadow is not None:
-            self.shadow[ids] = self.rows[ids].to(self.shadow.dtype)
+            self._renew_shadow(self._everyone())
 
-    def _advance(self, ids: Ids, gradient: SomeRows | None) -> None:
-        assert self.schedule is not None
+    def _everyone(self) -> Ids:
+        return torch.arange(len(self), device=self.rows.device)
+
+    def _table(self, shadow: Tensor | None = None) -> Table:
         first, second = self.moments
-        table = Table(
-            rows=self.rows, first=first, second=second, updated_at=self.updated_at
+        return Table(
+            rows=self.rows if self._at_last is None else self._at_last,
+            first=first,
+            second=second,
+            factors=self.factors,
+            updated_at=self.updated_at,
+            shadow=shadow,
         )
-        function = _advance_function(self.rows.device)
-        function(table, ids, gradient, self.schedule, idle=self.update != "lazy")
-        self._write_shadow(ids)
+
+    def _form(self) -> ModuleType:
+        return form_for(self.rows.device)
 
 
-def _advance_function(device: torch.device) -> Callable[..., None]:
+_STEPS_OF_A_LIFE = 2**40
+"""More than there will be, so that versions of one life are not those of another."""
+
+
+def form_for(device: torch.device) -> ModuleType:
+    """The form of Adam that runs on `device`: `adam`, or `adam_kernel` on a CPU."""
     if device.type != "cpu":
-        return adam.advance
+        return adam
     if importlib.util.find_spec("numba") is None:
         warnings.warn(
             "numba is not installed: rows of sparse adapters take their steps many "
             "times slower. `pip install 'meft[sparse]'`",
             stacklevel=5,
         )
-        return adam.advance
+        return adam
     from meft.sparse import adam_kernel
 
-    return adam_kernel.advance
+    return adam_kernel
 
 
 def _pinned(tensor: Tensor) -> Tensor:
