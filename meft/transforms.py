@@ -39,25 +39,24 @@ def refuse_func(what: str) -> None:
     """
     if torch._C._are_functorch_transforms_active():
         raise UnsupportedCallError(
-            f"`torch.func` and `torch.vmap` are not supported by {what}: call the model "
-            "outside of them, and use `torch.autograd.grad()` or `backward()`"
+            f"`torch.func` and `torch.vmap` are not supported by {what}: call the "
+            "model outside of them, and use `torch.autograd.grad()` or `backward()`"
         )
 
 
-def refuse_recording(what: str, is_allowed: bool, remedy: str) -> None:
-    """Refuse `torch.jit.trace` and `torch.export`.
+def refuse_recording(what: str, can_export: bool, remedy: str) -> None:
+    """Refuse `torch.jit.trace` and, unless it is right here and now, `torch.export`.
 
     Args:
         what: does not support them, as part of the message.
-        is_allowed: whether a recorded program would compute the same, here and now.
-        remedy: what to do instead, as part of the message.
+        can_export: whether an exported program would compute the same.
+        remedy: the end of the message.
 
     Raises:
-        UnsupportedCallError: the model is being recorded and that is not allowed.
+        UnsupportedCallError: the model is being traced or exported.
     """
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        if not is_allowed:
-            raise UnsupportedCallError(
-                f"`torch.jit.trace` and `torch.export` are not supported by {what}: "
-                f"{remedy}"
-            )
+    if torch.jit.is_tracing() or (torch.compiler.is_exporting() and not can_export):
+        raise UnsupportedCallError(
+            f"this program cannot be recorded by `torch.jit.trace` or `torch.export`: "
+            f"{what} {remedy}"
+        )

@@ -47,7 +47,9 @@ def ignored(module: Any) -> str | None:
             # They do nothing by themselves, and that argument is refused elsewhere.
             if hook.__module__ != "transformers.utils.output_capturing":
                 return f"a {kind} (`{getattr(hook, '__qualname__', hook)}`)"
-    if "forward" in vars(module):
+    forward = vars(module).get("forward")
+    # What takes its replacement away again may leave the module's own method there.
+    if getattr(forward, "__func__", forward) not in (None, type(module).forward):
         return (
             "a `forward` that was replaced on the instance (accelerate does so to move "
             "inputs between devices)"
@@ -81,11 +83,12 @@ def refuse_what_would_not_run(
             inside = ", ".join(
                 f"`{child}`" for child in _called_children(family, module, name)
             )
+            outside = "the block" if is_called else "the module that holds all blocks"
             owner = f"`{name}` of {label}" if name else label
             raise UnsupportedCallError(
                 f"{owner} has {found}, which would never run: this module is run in "
                 "parts and not called. Remove it, or attach it to a module that is "
-                f"called: {inside}, or the module that holds all blocks"
+                f"called: {inside}, or {outside}"
             )
 
 

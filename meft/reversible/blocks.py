@@ -198,9 +198,10 @@ class ReversibleBlocks(nn.Module):
         """Refuse what has been done to the blocks or is done around this call."""
         refuse_func("a reversible model")
         refuse_recording(
-            "a reversible model in training",
-            is_allowed=not (self.training or torch.is_grad_enabled()),
-            remedy="call `model.eval()` and record it under `torch.no_grad()`",
+            "a reversible model",
+            can_export=not (self.training or torch.is_grad_enabled()),
+            remedy="can be exported in evaluation only: call `model.eval()`, then "
+            "`torch.export.export()` under `torch.no_grad()`",
         )
         for index, block in enumerate(self.blocks[self.span[0] :], self.span[0]):
             refuse_what_would_not_run(self.family, block, f"block {index}")

@@ -229,7 +229,8 @@ def _with_adapter(original: Any, family: Family) -> type[nn.Module]:
             call = {**bound, **bound.pop("kwargs", {})}
             call.pop("kwargs", None)
             del call["self"]
-            refuse_what_would_not_run(family, self, "a block", is_called=True)
+            label = f"a {original.__name__}"
+            refuse_what_would_not_run(family, self, label, is_called=True)
             hidden = family.attention_half(self, call.pop("hidden_states"), **call)
             adapter = functools.partial(self.parallel_adapter, token_mask=token_mask)
             return family.mlp_half(self, hidden, adapter)
