@@ -199,7 +199,7 @@ def test_the_blocks_of_every_family_refuse() -> None:
         for stack in find_stacks(model).values():
             stack[-1].register_forward_hook(lambda *_: None)
         with pytest.raises(
-            meft.UnsupportedCallError, match="block . has a forward hook"
+            meft.UnsupportedCallError, match=r"block . has a forward hook"
         ):
             model(**case.batch())
 

@@ -305,7 +305,7 @@ def test_double_backward_is_refused() -> None:
     model = reversible(2, variant="meft2")
     parameter = next(only_stack(model).adapters.parameters())
     loss = model(**batch()).loss
-    with pytest.raises(meft.UnsupportedCallError, match="create_graph.*'store'"):
+    with pytest.raises(meft.UnsupportedCallError, match=r"create_graph.*'store'"):
         torch.autograd.grad(loss, parameter, create_graph=True)
 
 
