@@ -12,7 +12,9 @@ from meft.errors import UnsupportedCallError
 def refuse_create_graph(what: str, remedy: str = "") -> None:
     """Refuse a backward pass that records its own graph. For use in a `backward`.
 
-    `once_differentiable` would raise only when the gradients are differentiated.
+    `once_differentiable` would raise when the gradients are differentiated, but not if
+    the incoming gradient is a constant: a penalty on gradients would then leave a part
+    of them out.
 
     Args:
         what: does not support it, as part of the message.
