@@ -57,7 +57,7 @@ def refuse_recording(what: str, can_export: bool, remedy: str) -> None:
     Raises:
         UnsupportedCallError: the model is being traced or exported.
     """
-    if torch.jit.is_tracing() or (torch.compiler.is_exporting() and not can_export):
+    if torch._C._is_tracing() or (torch.compiler.is_exporting() and not can_export):
         raise UnsupportedCallError(
             f"this program cannot be recorded by `torch.jit.trace` or `torch.export`: "
             f"{what} {remedy}"

@@ -134,7 +134,7 @@ class ReversibleBlocks(nn.Module):
         """The adapters of one block from `span[0]` up."""
         return cast(nn.ModuleDict, self.adapters[str(block)])
 
-    @torch.compiler.disable(reason=_NOT_COMPILED)
+    @torch.compiler.disable(reason=_NOT_COMPILED)  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Hidden, *args: Any, **kwargs: Any) -> Hidden:
         """As all blocks one after the other."""
         return self._read_out(*self.streams(hidden_states, *args, **kwargs))

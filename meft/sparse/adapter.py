@@ -123,7 +123,7 @@ class SparseAdapter(nn.Module):
         copying = {**local_metadata, "assign_to_params_buffers": False}
         super()._load_from_state_dict(state_dict, prefix, copying, *rest)
 
-    @torch.compiler.disable(reason="its rows are chosen and moved by plain Python")
+    @torch.compiler.disable(reason="its rows are chosen and moved by plain Python")  # type: ignore[untyped-decorator]
     def forward(
         self, hidden: Hidden, token_mask: Bool[Tensor, "batch seq"] | None = None
     ) -> Hidden:

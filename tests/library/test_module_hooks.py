@@ -82,7 +82,7 @@ def test_hooks_run_as_often_as_under_checkpointing() -> None:
         found = counts(model, inside(model, 0))
         assert found.pop("output.LayerNorm") == [2, 2, 1, 1]
         assert found == under_checkpointing
-        adapter = only_stack(model).adapters_of(0).feed_forward
+        adapter = only_stack(model).adapters_of(0)["feed_forward"]
         assert counts(model, {"adapter": adapter})["adapter"] == [2, 2, 1, 1]
         stack = only_stack(model)
         assert counts(model, {"stack": stack})["stack"] == [1, 1, 1, 1]
@@ -249,7 +249,7 @@ def test_containers_beside_a_sparse_adapter_are_refused() -> None:
     """A block that carries one is called, and its containers are not."""
     model = classifier(2)
     meft.add_sparse_adapters(model, config())
-    block = model.bert.encoder.layer[1]
+    block: Any = model.bert.encoder.layer[1]
     assert counts(model, {"block": block})["block"][:2] == [1, 1]
     block.output.register_forward_hook(lambda *_: None)
     with pytest.raises(
@@ -277,6 +277,18 @@ def test_hooks_of_all_modules_see_those_that_are_called() -> None:
     assert not {"1", "1.attention", "1.attention.output", "1.output"} & seen
 
 
+def _twice(module: nn.Module, d_in: Any, d_out: Any) -> Any:
+    return (2 * d_in[0],)
+
+
+def _negated(module: nn.Module, d_out: Any) -> Any:
+    return (-d_out[0],)
+
+
+def _first_negated(module: nn.Module, d_in: Any, d_out: Any) -> Any:
+    return (-d_in[0], *d_in[1:])
+
+
 @pytest.mark.parametrize("num_chunks", [1, 3])
 def test_a_hook_that_changes_what_passes_it(num_chunks: int) -> None:
     """Inputs, outputs and gradients, elementwise: as for the twin, bit for bit."""
@@ -286,11 +298,11 @@ def test_a_hook_that_changes_what_passes_it(num_chunks: int) -> None:
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(lambda m, args: (args[0] * 1.5,))
             module.register_forward_hook(lambda m, args, out: out.tanh())
-            module.register_full_backward_hook(lambda m, d, _: (d[0] * 2,))
-            module.register_full_backward_pre_hook(lambda m, d: (-d[0],))
+            module.register_full_backward_hook(_twice)
+            module.register_full_backward_pre_hook(_negated)
     stack = only_stack(model)
     stack.register_forward_hook(lambda m, args, out: out * 0.5)
-    stack.register_full_backward_hook(lambda m, d, _: (-d[0], *d[1:]))
+    stack.register_full_backward_hook(_first_negated)
     rebuilt = gradients(model, batch())
     stack.backward_pass = "store"
     stored = gradients(model, batch())
@@ -327,8 +339,8 @@ def test_a_sparse_adapter_runs_its_hooks() -> None:
         model, meft.ReversibleConfig(variant="meft1", bottleneck_size=3)
     )
     seen: list[int] = []
-    adapter = only_stack(model)[0].parallel_adapter
-    adapter.register_forward_hook(lambda *_: seen.append(1))  # type: ignore[union-attr, operator]
+    adapter: Any = only_stack(model)[0].parallel_adapter
+    adapter.register_forward_hook(lambda *_: seen.append(1))
     first, second = batches(2)
     model(**first).loss.backward()
     assert len(seen) == 3
