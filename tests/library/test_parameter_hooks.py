@@ -494,7 +494,11 @@ def test_a_backward_of_another_thread_calls_hooks() -> None:
 def test_gradients_of_lora_inside() -> None:
     """Adapters of peft in the blocks: their hooks run once, in the twin's bits."""
     peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(r=2, target_modules=["query", "value", "output.dense"])
+    lora = peft.LoraConfig(
+        r=2,
+        target_modules=["query", "value", "output.dense"],
+        modules_to_save=["classifier"],
+    )
     model = peft.get_peft_model(classifier(3), lora)
     options = meft.ReversibleConfig(variant="meft1", bottleneck_size=3, mlp_chunks=2)
     meft.make_reversible(model, options).train()
