@@ -46,19 +46,17 @@ def refuse_func(what: str) -> None:
         )
 
 
-def refuse_recording(what: str, can_export: bool, remedy: str) -> None:
-    """Refuse `torch.jit.trace` and, unless it is right here and now, `torch.export`.
+def refuse_recording(reason: str) -> None:
+    """Refuse `torch.jit.trace` and `torch.export`.
 
     Args:
-        what: does not support them, as part of the message.
-        can_export: whether an exported program would compute the same.
-        remedy: the end of the message.
+        reason: why a recorded program would be wrong, the end of the message.
 
     Raises:
         UnsupportedCallError: the model is being traced or exported.
     """
-    if torch._C._is_tracing() or (torch.compiler.is_exporting() and not can_export):
+    if torch._C._is_tracing() or torch.compiler.is_exporting():
         raise UnsupportedCallError(
-            f"this program cannot be recorded by `torch.jit.trace` or `torch.export`: "
-            f"{what} {remedy}"
+            "this model cannot be recorded by `torch.jit.trace` or `torch.export`: "
+            f"{reason}"
         )

@@ -197,12 +197,7 @@ class ReversibleBlocks(nn.Module):
     def _refuse_call(self) -> None:
         """Refuse what has been done to the blocks or is done around this call."""
         refuse_func("a reversible model")
-        refuse_recording(
-            "a reversible model",
-            can_export=not (self.training or torch.is_grad_enabled()),
-            remedy="can be exported in evaluation only: call `model.eval()`, then "
-            "`torch.export.export()` under `torch.no_grad()`",
-        )
+        refuse_recording("how wide its streams are depends on the values of the batch")
         for index, block in enumerate(self.blocks[self.span[0] :], self.span[0]):
             refuse_what_would_not_run(self.family, block, f"block {index}")
 

@@ -130,9 +130,7 @@ class SparseAdapter(nn.Module):
         """What the neurons add, in the dtype of `hidden`."""
         refuse_func("a sparse adapter")
         refuse_recording(
-            "which neurons of a sparse adapter answer",
-            can_export=False,
-            remedy="depends on the batch",
+            "which neurons of a sparse adapter answer depends on the batch"
         )
         flat = hidden.flatten(0, -2)
         if token_mask is None:

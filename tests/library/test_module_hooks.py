@@ -109,6 +109,13 @@ def test_the_first_batch_of_a_shape_runs_forward_hooks_once_more() -> None:
     floats = whole(arithmetic="float")
     assert counts(floats, inside(floats, 0))["output.dense"] == [2, 2, 1, 1]
 
+    # Values that need wider streams: the forward runs once more.
+    model = whole()
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.LayerNorm.bias.fill_(1e6)
+    assert counts(model, inside(model, 0))["output.dense"] == [4, 4, 1, 1]
+    assert counts(model, inside(model, 0))["output.dense"] == [2, 2, 1, 1]
+
     model = whole()
     seen = []
 
