@@ -30,6 +30,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from meft.backbone.families import transformers_model
+from meft.backbone.uncalled import ignored
 from meft.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
 from meft.linear_cross_entropy import (
     IGNORE_INDEX,
@@ -141,10 +142,11 @@ def _body_path(model: nn.Module) -> str:
 def _unusual(model: Any) -> str | None:
     """What of `model` its class does not account for, as the end of a sentence."""
     head = model.lm_head
-    if type(head) is not nn.Linear or "forward" in vars(head):
+    if type(head) is not nn.Linear:
         return f"an `lm_head` that is not a plain `nn.Linear`, but {head}"
-    if head._forward_hooks or head._forward_pre_hooks:
-        return "hooks on its `lm_head`, which would not be called"
+    attached = ignored(head)
+    if attached is not None:
+        return f"on its `lm_head` {attached}, which would not run"
     if model.loss_function is not ForCausalLMLoss:
         return "a `loss_function` that is not `ForCausalLMLoss`"
     return None

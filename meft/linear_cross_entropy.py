@@ -30,6 +30,7 @@ from torch.nn import functional
 
 from meft.bottleneck import wide_dtype
 from meft.errors import ConfigError, UnsupportedCallError
+from meft.transforms import refuse_create_graph
 
 IGNORE_INDEX = -100
 """The label of tokens that have no part in the loss, as in torch and transformers."""
@@ -239,13 +240,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            # `once_differentiable` would not notice: the incoming gradient of a loss
-            # is a constant.
-            raise UnsupportedCallError(
-                "`create_graph=True` is not supported by a chunked loss: its gradients "
-                "were computed without a graph, so they have no derivative"
-            )
+        refuse_create_graph("a chunked loss", "Call `meft.unchunk_loss(model)` first")
         *products, power = ctx.saved_tensors
         factor = gradient * power
         # In the dtype of the loss, because the factor alone may be out of the range of

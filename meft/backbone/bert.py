@@ -68,6 +68,7 @@ BERT, ROBERTA = (
         mlp_half=mlp_half,
         adapter_shape=adapter_shape,
         is_post_norm=lambda block: True,
+        in_parts=("attention", "attention.output", "output"),
         refuse=_refuse,
     )
     for name, block in (("BERT", BertLayer), ("RoBERTa", RobertaLayer))

@@ -91,6 +91,7 @@ def find_blocks(model: nn.Module) -> list[BlockList]:
                 )
             )
     if not found:
+        _refuse_compiled(model, families)
         names = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
         raise UnsupportedModelError(
             f"{type(model).__name__} is not supported: it has no blocks of a known "
@@ -136,6 +137,18 @@ def freeze_all_but_head(model: nn.Module) -> None:
 def is_checkpointing(model: nn.Module) -> bool:
     """Whether any block of `model` has gradient checkpointing switched on."""
     return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+def _refuse_compiled(model: nn.Module, families: dict[type[nn.Module], Family]) -> None:
+    for module in model.modules():
+        plain = getattr(module, "_orig_mod", None)  # of what `torch.compile` returns
+        if type(plain) in families:
+            raise UnsupportedModelError(
+                f"the blocks of this {type(model).__name__} were compiled by "
+                f"`torch.compile`, and a {type(plain).__name__} has to be run in parts:"
+                " convert the plain model, then call `module.compile()` on modules "
+                "inside its blocks, such as attention and MLP"
+            )
 
 
 def _refuse(

@@ -39,6 +39,9 @@ class Family:
     """Of a block and its model's config."""
     is_post_norm: Callable[[Any], bool]
     """Whether the block ends in a norm: then streams keep their size by themselves."""
+    in_parts: tuple[str, ...] = ()
+    """Names, in a block, of modules that the halves run in parts, as the block itself:
+    they call what is inside and not the module (`meft.backbone.uncalled`)."""
     refuse: Callable[[Any], str | None] = lambda block: None
     """Why this very block cannot be taken apart; None if it can."""
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from meft.backbone.families import is_checkpointing
 from meft.backbone.family import Family
+from meft.backbone.uncalled import refuse_what_would_not_run
 from meft.bottleneck import Bottleneck, wide_dtype
 from meft.errors import LostGradientWarning, UnsupportedCallError
 from meft.reversible.config import ReversibleConfig
@@ -46,6 +47,7 @@ from meft.reversible.watch import Repeatable, Watch
 from meft.shapes import Hidden
 from meft.trainable import has_peft_layers, warn_if_frozen
 from meft.transfer import Ledger
+from meft.transforms import refuse_func, refuse_recording
 
 STALE_WEIGHT = 0.1
 """Of the other stream in the read-out of pre-norm `float` stacks."""
@@ -58,6 +60,12 @@ CHECKPOINTING_IS_ON = (
     "`model.activation_checkpointing_disable()`"
 )
 """The start of an error message."""
+_NOT_COMPILED = (
+    "a reversible stack runs eagerly: its backward is not one graph, and rebuilds "
+    "activations exactly only where forward and recompute run the same kernels. "
+    "Use `torch.compile(model)` without `fullgraph=True` for what is around it, and "
+    "`module.compile()` on modules inside its blocks, such as attention and MLP"
+)
 
 
 class ReversibleBlocks(nn.Module):
@@ -126,6 +134,7 @@ class ReversibleBlocks(nn.Module):
         """The adapters of one block from `span[0]` up."""
         return cast(nn.ModuleDict, self.adapters[str(block)])
 
+    @torch.compiler.disable(reason=_NOT_COMPILED)  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Hidden, *args: Any, **kwargs: Any) -> Hidden:
         """As all blocks one after the other."""
         return self._read_out(*self.streams(hidden_states, *args, **kwargs))
@@ -140,6 +149,7 @@ class ReversibleBlocks(nn.Module):
             UnsupportedCallError: a block gives numbers that `fixed` streams of 64 bits
                 cannot hold; or the call asks for what a stack cannot give.
         """
+        self._refuse_call()
         call = self._by_name(hidden_states, args, kwargs)
         first, end = self.span
         blocks = self.blocks
@@ -183,6 +193,13 @@ class ReversibleBlocks(nn.Module):
                 raise UnsupportedCallError(_too_large(*extremes.first_too_large()))
             del streams
             self.stream_dtype = torch.int64
+
+    def _refuse_call(self) -> None:
+        """Refuse what has been done to the blocks or is done around this call."""
+        refuse_func("a reversible model")
+        refuse_recording("how wide its streams are depends on the values of the batch")
+        for index, block in enumerate(self.blocks[self.span[0] :], self.span[0]):
+            refuse_what_would_not_run(self.family, block, f"block {index}")
 
     def _by_name(
         self, hidden: Hidden, args: tuple[Any, ...], kwargs: dict[str, Any]

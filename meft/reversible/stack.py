@@ -24,18 +24,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from meft.errors import MismatchWarning, ReconstructionError, UnsupportedCallError
 from meft.reversible import twin
 from meft.reversible.coupling import Context, Coupling, Part
 from meft.reversible.extremes import Extremes
+from meft.reversible.gradients import (
+    Gradients,
+    Pull,
+    keep_hooks_for_whole_gradients,
+)
 from meft.reversible.kernels import Kernels
 from meft.reversible.twin import Stack, Stream, Streams, carrier_like
 from meft.reversible.watch import Watch
 from meft.shapes import Hidden
 from meft.transfer import Ledger, to_device, to_host
+from meft.transforms import refuse_create_graph
 
 
 def run_rebuilt(
@@ -124,12 +128,13 @@ class _Rebuild(torch.autograd.Function):
         return (*streams, *carriers)
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, _1: None, _2: None, d1: Tensor | None, d2: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        refuse_create_graph("a rebuilding backward", "Set `backward='store'` for that")
         call: _Call = ctx.call
         call.refuse_changed_state()
+        keep_hooks_for_whole_gradients(call.parameters)
         first, second, *rest = ctx.saved_tensors
         streams = [first, second]
         if torch._C._autograd._get_current_graph_task_keep_graph():
@@ -141,7 +146,7 @@ class _Rebuild(torch.autograd.Function):
             )
         }
         *kept, expected, start = rest[len(call.names) :]
-        gradients = _Gradients()
+        gradients = Gradients()
         d = [_taken(d1), _taken(d2)] if start is None else [_copy(d1), _copy(d2)]
         wants_input = ctx.needs_input_grad[2]
         with call.state.modes():
@@ -156,10 +161,12 @@ class _Rebuild(torch.autograd.Function):
             warnings.warn(f"{message} {outcome}", MismatchWarning, stacklevel=2)
             if start is None:
                 return tuple(None for _ in ctx.needs_input_grad)
-            del streams, gradients, d
+            del streams, d
+            gradients = Gradients()
             with call.state.modes():
-                return _stored(call, start, beside, (d1, d2), wants_input)
-        hidden = twin.added(d[0], d[1]) if wants_input else None
+                hidden = _stored(call, start, beside, (d1, d2), wants_input, gradients)
+        else:
+            hidden = twin.added(d[0], d[1]) if wants_input else None
         return (
             None,
             None,
@@ -177,7 +184,7 @@ def _walk_down(
     expected: Tensor | None,
     beside: Context,
     wants_input: bool,
-    gradients: "_Gradients",
+    gradients: Gradients,
 ) -> None:
     """From the top streams and their gradients `d` to the bottom ones, in place."""
     stack, couplings = call.stack, call.stack.couplings
@@ -199,7 +206,7 @@ def _walk_down(
         )
         del value
         call.watch.after(index, streams[target], expected)
-        v = _pull_mixed(call, mixed, coupling, x, beside, gradients)
+        v = _pull_mixed(mixed, x, gradients)
         d[target], d[source] = _down(d[target], d[source], v, coupling)
         del x, mixed, v
 
@@ -210,29 +217,24 @@ def _stored(
     beside: Context,
     d: tuple[Tensor | None, Tensor | None],
     wants_input: bool,
-) -> tuple[Tensor | None, ...]:
-    """What the backward returns, by the twin."""
+    gradients: Gradients,
+) -> Tensor | None:
+    """The gradient of the input, if wanted, by the twin; adds up the others."""
     start = start.detach().requires_grad_(wants_input)
     unread = Extremes(call.stack.arithmetic)
     with call.recomputing():
         entered = twin.enter(call.stack, start, unread)
         streams = twin.run(call.stack, entered, beside, unread)
-    inputs = [start, *beside.values(), *call.parameters]
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
     ends = [
         (stream.carrier, gradient)
         for stream, gradient in zip(streams.pair(), d, strict=True)
         if gradient is not None and stream.carrier.requires_grad
     ]
-    pulled = iter(
-        torch.autograd.grad(
-            [carrier for carrier, _ in ends],
-            wanted,
-            [gradient for _, gradient in ends],
-            allow_unused=True,
-        )
+    others = [t for t in beside.values() if t.requires_grad]
+    pull = gradients.prepare(
+        [carrier for carrier, _ in ends], [*others, *call.parameters]
     )
-    return (None, None, *(next(pulled) if t.requires_grad else None for t in inputs))
+    return gradients.pull(pull, start, [gradient for _, gradient in ends])
 
 
 def _taken(gradient: Tensor | None) -> Tensor | None:
@@ -274,8 +276,8 @@ def _down(
 class _Mixed(NamedTuple):
     """The recomputed mixing part of a branch, yet to be pulled through."""
 
-    edge: GradientEdge | None
-    """Its place in autograd's graph, which is all of it that is still needed."""
+    pull: Pull | None
+    """None if there is none: what was recomputed is the input itself."""
     gradient: Tensor
 
 
@@ -286,7 +288,7 @@ def _recompute(
     beside: Context,
     dy: Tensor | None,
     wants_x: bool,
-    gradients: "_Gradients",
+    gradients: Gradients,
 ) -> tuple[Tensor, _Mixed | None]:
     """Recompute a branch at `x` and pull `dy` through its tokenwise part.
 
@@ -302,6 +304,7 @@ def _recompute(
     x.requires_grad_(wants_x)
     with call.recomputing():
         mixed = stack.mixed(coupling, x, beside)
+    pull = _prepare_mixed(call, coupling, mixed, beside, gradients)
     parameters = call.state.trainable_in(tokenwise)
     outputs: list[Tensor] = []
     pulled: list[Tensor | None] = []
@@ -312,34 +315,41 @@ def _recompute(
         chunk = chunks[index].detach().requires_grad_(mixed.requires_grad)
         with call.recomputing():
             output = stack.tokenwise(coupling, chunk, index)
-        pulled.insert(0, gradients.pull(output, chunk, parameters, slices[index]))
+        chunk_pull = gradients.prepare([output], parameters)
+        pulled.insert(0, gradients.pull(chunk_pull, chunk, [slices[index]]))
         outputs.insert(0, output.detach())
-        del output
+        del output, chunk_pull
     value = twin.joined(outputs, x.shape)
     if not mixed.requires_grad:
         return value, None
     d_chunks = [d for d in pulled if d is not None]
     gradient = twin.joined(d_chunks, mixed.shape)
-    edge = None if coupling.branch.mixing is None else get_gradient_edge(mixed)
-    return value, _Mixed(edge, gradient)
+    return value, _Mixed(pull, gradient)
 
 
-def _pull_mixed(
-    call: "_Call",
-    mixed: _Mixed | None,
-    coupling: Coupling,
-    x: Tensor,
-    beside: Context,
-    gradients: "_Gradients",
-) -> Tensor | None:
+def _pull_mixed(mixed: _Mixed | None, x: Tensor, gradients: Gradients) -> Tensor | None:
     """Pull through the mixing part: the gradient of `x`, if wanted."""
     if mixed is None:
         return None
-    if mixed.edge is None:
+    if mixed.pull is None:
         return mixed.gradient
+    return gradients.pull(mixed.pull, x, [mixed.gradient])
+
+
+def _prepare_mixed(
+    call: "_Call",
+    coupling: Coupling,
+    mixed: Tensor,
+    beside: Context,
+    gradients: Gradients,
+) -> Pull | None:
+    """Prepare the pull through the mixing part, for when `mixed` itself is gone."""
+    if coupling.branch.mixing is None:
+        return None
     others = [t for t in beside.values() if t.requires_grad]
     others += call.state.trainable_in(coupling.branch.mixing)
-    return gradients.pull(mixed.edge, x, others, mixed.gradient)
+    meanwhile = call.state.trainable_in(coupling.branch.tokenwise)
+    return gradients.prepare([mixed], others, meanwhile)
 
 
 class _Tensor(NamedTuple):
@@ -518,37 +528,3 @@ class _Call:
                 f"{', '.join(now)}"
             )
         return f" Changed since the forward: {'; '.join(changed)}." if changed else ""
-
-
-class _Gradients:
-    """Gradients of parameters and of tensors beside the stream, added up by tensor."""
-
-    def __init__(self) -> None:
-        self._sums: dict[int, Tensor] = {}
-
-    def pull(
-        self,
-        output: Tensor | GradientEdge,
-        x: Tensor,
-        others: Sequence[Tensor],
-        dy: Tensor,
-    ) -> Tensor | None:
-        """Pull `dy` through `output`: add up for `others`, return for `x`."""
-        inputs = [*([x] if x.requires_grad else []), *others]
-        if not inputs or (isinstance(output, Tensor) and not output.requires_grad):
-            return torch.zeros_like(x) if x.requires_grad else None
-        if isinstance(output, Tensor):
-            dy = dy.to(output.dtype)
-        pulled = list(torch.autograd.grad(output, inputs, dy, allow_unused=True))
-        dx = pulled.pop(0) if x.requires_grad else None
-        for tensor, gradient in zip(others, pulled, strict=True):
-            if gradient is not None:
-                earlier = self._sums.get(id(tensor))
-                total = gradient if earlier is None else earlier + gradient
-                self._sums[id(tensor)] = total
-        if x.requires_grad and dx is None:
-            return torch.zeros_like(x)
-        return dx
-
-    def of(self, tensor: Tensor) -> Tensor | None:
-        return self._sums.get(id(tensor))

@@ -127,10 +127,7 @@ def _run(
     context = {name: tensor.view_as(tensor) for name, tensor in context.items()}
     for coupling in stack.couplings:
         target, source = pair[coupling.target], pair[1 - coupling.target]
-        # A node of its own for every coupling, so that each coupling's contributions to
-        # the gradient of a shared tensor are added up before they join the others'.
-        beside = {name: tensor.view_as(tensor) for name, tensor in context.items()}
-        value = stack.value(coupling, read(stack, source), beside)
+        value = stack.value(coupling, read(stack, source), context)
         coupled = _couple(stack.arithmetic, target, source, value, coupling)
         extremes.note(coupling.block, value, coupled.values)
         pair[coupling.target] = coupled

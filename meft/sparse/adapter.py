@@ -23,6 +23,7 @@ from meft.sparse.row_parameter import begin_forward, row_parameter
 from meft.sparse.rows import Rows, Tokens
 from meft.sparse.token_topk import token_topk
 from meft.sparse.union import union
+from meft.transforms import refuse_func, refuse_recording
 
 Hidden = Float[Tensor, "*shape hidden"]
 FUNCTIONS: dict[str, Callable[..., Tokens]] = {"token_topk": token_topk, "union": union}
@@ -122,10 +123,15 @@ class SparseAdapter(nn.Module):
         copying = {**local_metadata, "assign_to_params_buffers": False}
         super()._load_from_state_dict(state_dict, prefix, copying, *rest)
 
+    @torch.compiler.disable(reason="its rows are chosen and moved by plain Python")  # type: ignore[untyped-decorator]
     def forward(
         self, hidden: Hidden, token_mask: Bool[Tensor, "batch seq"] | None = None
     ) -> Hidden:
         """What the neurons add, in the dtype of `hidden`."""
+        refuse_func("a sparse adapter")
+        refuse_recording(
+            "which neurons of a sparse adapter answer depends on the batch"
+        )
         flat = hidden.flatten(0, -2)
         if token_mask is None:
             return self._of_tokens(flat).view_as(hidden)

@@ -13,6 +13,7 @@ from meft.backbone import parallel
 from meft.backbone.families import FAMILIES as KNOWN
 from meft.backbone.families import BlockList, find_blocks, transformers_model
 from meft.backbone.family import Family
+from meft.backbone.uncalled import refuse_what_would_not_run
 from meft.errors import HostMemoryError, UnsupportedModelError
 from meft.saving import add_saving, remove_saving
 from meft.sparse import router
@@ -231,6 +232,8 @@ def _with_adapter(original: Any, family: Family) -> type[nn.Module]:
             call = {**bound, **bound.pop("kwargs", {})}
             call.pop("kwargs", None)
             del call["self"]
+            label = f"a {original.__name__}"
+            refuse_what_would_not_run(family, self, label, is_called=True)
             hidden = family.attention_half(self, call.pop("hidden_states"), **call)
             adapter = functools.partial(self.parallel_adapter, token_mask=token_mask)
             return family.mlp_half(self, hidden, adapter)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from meft.sparse.pieces import Piece, pieces
 from meft.sparse.products import dots, sums
@@ -27,6 +26,7 @@ from meft.sparse.router import top
 from meft.sparse.row_parameter import begin_backward, mark
 from meft.sparse.rows import Tokens
 from meft.sparse.store import Ids
+from meft.transforms import refuse_create_graph
 
 if TYPE_CHECKING:
     from meft.sparse.adapter import SparseAdapter
@@ -87,9 +87,9 @@ class _TokenTopK(torch.autograd.Function):
         return out.to(tokens.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tokens) -> tuple[Tensor | None, ...]:
         tokens, gates, experts, columns, raw = ctx.saved_tensors
+        refuse_create_graph("a sparse adapter")
         adapter: SparseAdapter = ctx.adapter
         wants_rows = begin_backward(ctx, ctx.parameter, ctx.version)
         columns = columns.long()

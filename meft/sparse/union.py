@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from meft.sparse.row_parameter import begin_backward, mark
 from meft.sparse.rows import Tokens
 from meft.sparse.store import Ids
 from meft.sparse.token_topk import choose, distinct, neurons_of
+from meft.transforms import refuse_create_graph
 
 if TYPE_CHECKING:
     from meft.sparse.adapter import SparseAdapter
@@ -66,9 +66,9 @@ class _Union(torch.autograd.Function):
         return out.to(tokens.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tokens) -> tuple[Tensor | None, ...]:
         (tokens,) = ctx.saved_tensors
+        refuse_create_graph("a sparse adapter")
         adapter: SparseAdapter = ctx.adapter
         wants_rows = begin_backward(ctx, ctx.parameter, ctx.version)
         grad = grad.to(tokens.dtype)

@@ -727,6 +727,10 @@ def _with_hook(model: Any) -> None:
     model.lm_head.register_forward_hook(lambda *_: None)
 
 
+def _with_backward_hook(model: Any) -> None:
+    model.lm_head.register_full_backward_hook(lambda *_: None)
+
+
 def _with_loss(model: Any) -> None:
     model.loss_function = lambda **_: torch.zeros(())
 
@@ -735,7 +739,8 @@ def _with_loss(model: Any) -> None:
     ("change", "says"),
     [
         (_with_more, "not a plain `nn.Linear`"),
-        (_with_hook, "hooks on its `lm_head`"),
+        (_with_hook, "on its `lm_head` a forward hook"),
+        (_with_backward_hook, "on its `lm_head` a backward hook"),
         (_with_loss, "not `ForCausalLMLoss`"),
     ],
 )

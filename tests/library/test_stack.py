@@ -301,13 +301,31 @@ def test_changed_parameters_are_refused() -> None:
 
 
 def test_double_backward_is_refused() -> None:
-    """The backward is not differentiable, and says so."""
+    """The rebuilding backward has no derivative, and says so before it runs; also where
+    the incoming gradient is a constant, so that autograd itself would not notice."""
     model = reversible(2, variant="meft2")
     parameter = next(only_stack(model).adapters.parameters())
-    loss = model(**batch()).loss
-    (once,) = torch.autograd.grad(loss, parameter, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        once.sum().backward()
+    loss = only_stack(model)(torch.randn(2, 3, 16)).sum()
+    with pytest.raises(meft.UnsupportedCallError, match=r"create_graph.*'store'"):
+        torch.autograd.grad(loss, parameter, create_graph=True)
+
+
+@pytest.mark.parametrize("variant", slow_but_for(VARIANTS, "meft1"))
+def test_double_backward_of_the_twin(variant: str) -> None:
+    """The way out that the refusal names: with stored activations, second derivatives
+    agree with finite differences in float64."""
+    model = reversible(
+        1, hidden=4, dtype=torch.float64, variant=variant, backward="store", **FLOAT
+    )
+    model.set_attn_implementation("eager")  # fused attention has no second derivative
+    stack = only_stack(model.eval())
+    trainable = [p for p in stack.parameters() if p.requires_grad][:2]
+    hidden = torch.randn(1, 2, 4, dtype=torch.float64, requires_grad=True)
+
+    def run(hidden: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return stack(hidden)  # type: ignore[no-any-return]
+
+    assert torch.autograd.gradgradcheck(run, (hidden, *trainable))
 
 
 @pytest.mark.parametrize("retain", [True, False])

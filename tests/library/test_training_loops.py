@@ -505,20 +505,6 @@ def test_a_change_that_leaves_no_trace_is_found_where_it_matters(
 
 
 @variants
-def test_double_backward_is_refused(variant: str) -> None:
-    """The backward is not differentiable, and says so; the first order is right even
-    with `create_graph=True`."""
-    model = reversible(2, variant=variant)
-    parameters = list(trainable(model).values())
-    loss = model(**batch()).loss
-    once = torch.autograd.grad(loss, parameters, create_graph=True)
-    plain = torch.autograd.grad(model(**batch()).loss, parameters)
-    assert all(map(torch.equal, once, plain))
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        sum(gradient.sum() for gradient in once).backward()  # type: ignore[union-attr]
-
-
-@variants
 def test_a_second_backward_only_on_request(variant: str) -> None:
     """`retain_graph=True` gives the same bits again, any number of times; without it
     torch refuses."""

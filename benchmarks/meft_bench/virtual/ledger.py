@@ -15,12 +15,16 @@ belong to the module whose forward had the node's number.
 
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -76,6 +80,7 @@ class Ledger(TorchDispatchMode):
         self._copies: list[Copy] = []
         self._alive: dict[int, Storage] = {}
         self._deaths: dict[int, weakref.ref[Any]] = {}
+        self._names: dict[nn.Module, str] = {}
         self._modules: list[str] = []
         self._first_nodes: list[int] = []
         self._module_of_node: list[str] = []
@@ -100,12 +105,14 @@ class Ledger(TorchDispatchMode):
         """Tell weights, their gradients and their state from everything else."""
         self._models.append(model)
         self._optimizers.extend(optimizers)
-        for name, module in model.named_modules():
-            enter = self._enter(name)
+        if not self._names:
+            # Not on the modules: a model that runs some of them in parts refuses hooks
+            # there, which would never be called.
             self._handles += [
-                module.register_forward_pre_hook(enter, prepend=True),
-                module.register_forward_hook(self._leave, always_call=True),
+                register_module_forward_pre_hook(self._enter),
+                register_module_forward_hook(self._leave, always_call=True),
             ]
+        self._names |= {module: name for name, module in model.named_modules()}
         self._tell_kinds()
 
     def trace(self) -> Trace:
@@ -233,14 +240,14 @@ class Ledger(TorchDispatchMode):
             return self._module_of_node[place]
         return self._modules[-1] if self._modules else ""
 
-    def _enter(self, name: str) -> Callable[..., None]:
-        def enter(module: nn.Module, args: Any) -> None:
-            self._modules.append(name)
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if module in self._names:
+            self._modules.append(self._names[module])
             self._mark_nodes()
 
-        return enter
-
     def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        if module not in self._names:
+            return
         if self._modules:
             self._modules.pop()
         self._mark_nodes()

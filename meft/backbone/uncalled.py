@@ -1,0 +1,101 @@
+"""Modules that are run in parts, and what people attach to them that would never run.
+
+The two halves of a family call the modules inside a block, not the block: its own
+`forward`, and the hooks that `nn.Module.__call__` runs around it, would be passed over
+without a word. A few containers inside a block are run in parts as well; a family lists
+them as `in_parts`. Whoever runs the halves calls `refuse_what_would_not_run` first.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from meft.backbone.family import Family
+from meft.errors import UnsupportedCallError
+
+_HOOKS = {
+    "_forward_pre_hooks": "forward pre-hook",
+    "_forward_hooks": "forward hook",
+    "_backward_pre_hooks": "full backward pre-hook",
+    "_backward_hooks": "backward hook",
+}
+"""Attributes of a module that hold hooks, and how PyTorch calls these."""
+
+
+def run_in_parts(
+    family: Family, block: nn.Module, is_called: bool = False
+) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a block that are never called, by their name in the block.
+
+    Args:
+        family: how the block is put together.
+        block: one block.
+        is_called: whether the block itself is called, and only its inside in parts.
+    """
+    if not is_called:
+        yield "", block
+    for name in family.in_parts:
+        yield name, block.get_submodule(name)
+
+
+def ignored(module: Any) -> str | None:
+    """What is attached to `module` that runs only if it is called; None for nothing."""
+    for attribute, kind in _HOOKS.items():
+        for hook in getattr(module, attribute).values():
+            # transformers leaves these after a call with `output_hidden_states=True`.
+            # They do nothing by themselves, and that argument is refused elsewhere.
+            if hook.__module__ != "transformers.utils.output_capturing":
+                return f"a {kind} (`{getattr(hook, '__qualname__', hook)}`)"
+    forward = vars(module).get("forward")
+    # What takes its replacement away again may leave the module's own method there.
+    if getattr(forward, "__func__", forward) not in (None, type(module).forward):
+        return (
+            "a `forward` that was replaced on the instance (accelerate does so to move "
+            "inputs between devices)"
+        )
+    return None
+
+
+def refuse_what_would_not_run(
+    family: Family, block: nn.Module, label: str, is_called: bool = False
+) -> None:
+    """Refuse a block with something attached that would never run.
+
+    Args:
+        family: how the block is put together.
+        block: one block.
+        label: what to call it in the message, `block 3`.
+        is_called: whether the block itself is called, and only its inside in parts.
+
+    Raises:
+        UnsupportedCallError: there is such a thing, or the block has been wrapped.
+    """
+    if not isinstance(block, family.block):
+        raise UnsupportedCallError(
+            f"{label} was replaced by a {type(block).__name__}: wrap or compile "
+            f"modules inside the {family.block.__name__}, not the block itself, which "
+            "is run in parts and never called"
+        )
+    for name, module in run_in_parts(family, block, is_called):
+        found = ignored(module)
+        if found is not None:
+            inside = ", ".join(
+                f"`{child}`" for child in _called_children(family, module, name)
+            )
+            outside = "the block" if is_called else "the module that holds all blocks"
+            owner = f"`{name}` of {label}" if name else label
+            raise UnsupportedCallError(
+                f"{owner} has {found}, which would never run: this module is run in "
+                "parts and not called. Remove it, or attach it to a module that is "
+                f"called: {inside}, or {outside}"
+            )
+
+
+def _called_children(family: Family, module: nn.Module, name: str) -> Iterator[str]:
+    for child_name, child in module.named_children():
+        path = f"{name}.{child_name}".lstrip(".")
+        if path in family.in_parts:
+            yield from _called_children(family, child, path)
+        else:
+            yield path

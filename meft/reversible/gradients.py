@@ -1,0 +1,187 @@
+"""Gradients of the tensors that several parts of a stack share, one part at a time.
+
+A rebuilding backward differentiates a stack in parts: the two halves of a branch, and
+every chunk of tokens, have a graph of their own. A parameter's gradient is the sum over
+the parts that use it. The result is the same as if there had been one graph:
+
+* **One sum, in autograd's order.** Autograd adds the uses of a parameter one by one.
+  Where a part uses a parameter twice, adding sums of parts would round differently.
+  Where there is a sum already, a pull therefore starts at a `_Root`, a node whose
+  backward gives the sums so far to the same parameters, so that autograd itself
+  continues them: ((earlier + first use) + second use).
+* **Hooks see the whole gradient.** Autograd calls the tensor hooks of a parameter
+  whenever it has computed a gradient for it, also for `torch.autograd.grad`. A pull
+  computes a part; the whole is what the stack returns to the outer backward, which
+  calls the hooks then. So they are wrapped, in the parameter's own dictionary of
+  hooks, and do nothing during a pull.
+
+A pull is recognised by the id of its graph task, which is noted when its first node
+runs. Nothing is changed on modules or threads: a backward in another thread through the
+same parameter calls its hooks, and after an exception there is nothing to put back.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from meft.reversible.twin import carrier_like
+
+_pulls: set[int] = set()
+"""Ids of the graph tasks that compute a part of a gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """What `Gradients.pull` needs of a graph; it keeps none of the outputs alive."""
+
+    edges: list[GradientEdge]
+    """Where the gradients of the outputs enter the graph; empty if no output requires a
+    gradient."""
+    dtypes: list[torch.dtype]
+    """Of the outputs."""
+    shared: list[Tensor]
+    """The tensors whose gradients are added up."""
+
+
+class Gradients:
+    """The sums, by tensor, of one backward."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        """The sum for `tensor` so far."""
+        return self._sums.get(id(tensor))
+
+    def prepare(
+        self,
+        outputs: Sequence[Tensor],
+        shared: Iterable[Tensor],
+        meanwhile: Iterable[Tensor] = (),
+    ) -> Pull:
+        """Prepare a pull through `outputs` that adds to the sums of `shared`.
+
+        `meanwhile` are the tensors of pulls that come between this call and the pull.
+        """
+        distinct = list({id(t): t for t in shared}.values())
+        starts = [output for output in outputs if output.requires_grad]
+        summed = {*self._sums, *map(id, meanwhile)}
+        if starts and not summed.isdisjoint(map(id, distinct)):
+            with torch.enable_grad():
+                starts = _Root.apply(self, len(starts), *starts, *distinct)  # type: ignore[no-untyped-call]
+        edges = [get_gradient_edge(start) for start in starts]
+        return Pull(edges, [start.dtype for start in starts], distinct)
+
+    def pull(self, pull: Pull, x: Tensor, dy: Sequence[Tensor]) -> Tensor | None:
+        """Pull gradients through a graph and add them to the sums.
+
+        Args:
+            pull: what was prepared for this graph.
+            x: a leaf of this graph alone.
+            dy: the gradient of every output that requires one.
+
+        Returns:
+            The gradient of `x`: zeros if no output depends on `x`, None if `x` does not
+            require one.
+        """
+        inputs = [*([x] if x.requires_grad else []), *pull.shared]
+        if not inputs or not pull.edges:
+            return torch.zeros_like(x) if x.requires_grad else None
+        dy = [d.to(dtype) for d, dtype in zip(dy, pull.dtypes, strict=True)]
+        task = _Task()
+        if keep_hooks_for_whole_gradients(pull.shared):
+            for edge in pull.edges:
+                edge.node.register_prehook(task.note)
+        try:
+            pulled = list(
+                torch.autograd.grad(pull.edges, inputs, dy, allow_unused=True)
+            )
+        finally:
+            _pulls.discard(task.id)
+        dx = pulled.pop(0) if x.requires_grad else None
+        for tensor, total in zip(pull.shared, pulled, strict=True):
+            if total is not None:
+                self._sums[id(tensor)] = total
+        if x.requires_grad and dx is None:
+            return torch.zeros_like(x)
+        return dx
+
+
+class _Root(torch.autograd.Function):
+    """Outputs in; in backward, the sums so far for the shared tensors as well."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gradients: Gradients, num_outputs: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.gradients, ctx.shared = gradients, tensors[num_outputs:]
+        return tuple(carrier_like(t, t.dtype) for t in tensors[:num_outputs])
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, *dy, *(ctx.gradients.of(tensor) for tensor in ctx.shared)
+
+
+class _Task:
+    """The graph task of one pull."""
+
+    id = -1
+
+    def note(self, gradients: Sequence[Tensor | None]) -> None:
+        """Note its id; a hook of the nodes that run first."""
+        self.id = torch._C._current_graph_task_id()
+        _pulls.add(self.id)
+
+
+def keep_hooks_for_whole_gradients(parameters: Iterable[Tensor]) -> bool:
+    """Wrap the hooks that parameters have by now, in place, so that they see no part.
+
+    Nor are they called where there is no gradient: autograd has an edge from a rebuilt
+    stack to each of its parameters, whether or not a block used it.
+
+    Returns:
+        Whether any of `parameters` has a tensor hook.
+    """
+    found = False
+    for parameter in parameters:
+        found |= _wrap(parameter._backward_hooks, _TensorHook)
+        _wrap(parameter._post_accumulate_grad_hooks, _PostAccumulateGradHook)
+    return found
+
+
+def _wrap(
+    hooks: dict[int, Callable[[Tensor], Any]] | None,
+    kind: "type[_TensorHook | _PostAccumulateGradHook]",
+) -> bool:
+    """Wrap the values: autograd calls these, and handles remove hooks by their keys."""
+    if not hooks:
+        return False
+    for key, hook in list(hooks.items()):
+        if not isinstance(hook, kind):
+            hooks[key] = kind(hook)
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class _TensorHook:
+    hook: Callable[[Tensor], Any]
+
+    def __call__(self, gradient: Tensor | None) -> Tensor | None:
+        if gradient is None or torch._C._current_graph_task_id() in _pulls:
+            return None
+        changed: Tensor | None = self.hook(gradient)
+        return changed
+
+
+@dataclass(frozen=True, slots=True)
+class _PostAccumulateGradHook:
+    hook: Callable[[Tensor], Any]
+
+    def __call__(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self.hook(parameter)
