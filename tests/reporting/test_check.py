@@ -90,18 +90,29 @@ def test_a_finding_says_everything(make_record: MakeRecord) -> None:
         ("step_seconds:20%", {"num_threads": 8}, "num_threads 8"),
         ("step_seconds:20%", {"num_slots": 2}, "num_slots 2"),
         ("score:0", {"weights_sha256": "cc"}, "weights_sha256 cc"),
-        ("score:0", {"score_name": "f1"}, "f1"),
+        ("score:0", {"score_name": "f1"}, "score_name f1"),
+        ("score:0", {"num_eval_rows": 7}, "num_eval_rows 7"),
+        ("score:0", {"data_origin": None}, "data_origin unknown"),
+        ("majority_score:0", {"score_name": "f1"}, "score_name f1"),
+        ("majority_score:0", {"data_origin": "rows"}, "data_origin rows"),
+        ("second_score:0", {"second_score_name": "f1"}, "second_score_name f1"),
+        ("start_deviation:0", {"weights_sha256": "cc"}, "weights_sha256 cc"),
+        ("step_ratio:20%", {"machine": "Another"}, "machine Another"),
+        ("step_ratio_iqr:20%", {"num_slots": 2}, "num_slots 2"),
     ],
 )
 def test_what_may_not_be_compared_is_refused(
     make_record: MakeRecord, limit: str, place: dict[str, Any], words: str
 ) -> None:
     """Both values are said, and no verdict is given on the number."""
-    result = verdict([make_record()], [make_record(**place)], limit)
+    seen = {"second_score": 0.5, "start_deviation": 0.1, "step_ratio": 1.0}
+    known: dict[str, Any] = seen | {"step_ratio_iqr": 0.1}
+    before, after = make_record(**known), make_record(**(known | place))
+    result = verdict([before], [after], limit)
     (finding,) = result.findings
     assert finding.kind == Kind.NOT_COMPARABLE
     assert finding.got == words
-    assert finding.expected.split()[0] in (words.split()[0], "accuracy")
+    assert finding.expected.split()[0] == words.split()[0]
     assert (result.exit_code, result.num_compared) == (3, 0)
 
 
@@ -111,11 +122,16 @@ def test_bytes_are_compared_across_machines(make_record: MakeRecord) -> None:
     assert verdict([make_record()], [other], "saved:0").exit_code == 0
 
 
-def test_times_of_cells_side_by_side_are_not_compared(make_record: MakeRecord) -> None:
-    """They are comparable within their own run only."""
-    record = make_record(num_slots=2)
-    assert verdict([record], [record], "step_seconds:20%").exit_code == 3
-    assert verdict([record], [record], "saved:0").exit_code == 0
+def test_times_compare_where_as_many_cells_ran_side_by_side(
+    make_record: MakeRecord,
+) -> None:
+    """Two and two as well as one and one; two and one are not comparable."""
+    two, one = make_record(num_slots=2), make_record(num_slots=1)
+    slower = make_record(num_slots=2, step_seconds=0.61)
+    assert verdict([two], [two], "step_seconds:20%").exit_code == 0
+    assert verdict([two], [slower], "step_seconds:20%").exit_code == 1
+    assert verdict([two], [one], "step_seconds:20%").exit_code == 3
+    assert verdict([two], [one], "saved:0").exit_code == 0
 
 
 @pytest.mark.parametrize("side", [0, 1, 2])
@@ -163,3 +179,180 @@ def test_a_baseline_without_an_ok_cell_proves_nothing(make_record: MakeRecord) -
     """Nothing was compared, so nothing passed."""
     result = verdict([make_record("oom")], [make_record("oom")], "saved:0")
     assert result.exit_code == 3
+
+
+def test_a_cell_that_ran_with_older_code_only_is_missing(
+    make_record: MakeRecord,
+) -> None:
+    """That it once ended well says nothing of the code that is checked."""
+    before = [make_record(seed=0), make_record(seed=1)]
+    stale = make_record(seed=0, started_at="2026-01-01T00:00:00Z", code_sha256="old!")
+    result = verdict(before, [stale, before[1]], "saved:0")
+    (finding,) = result.findings
+    assert (finding.kind, result.exit_code) == (Kind.MISSING, 1)
+    assert finding.expected == "an ok cell with the newest code of the runs"
+    assert finding.got == "an ok cell with older code, old!, of 2026-01-01T00:00:00Z"
+    assert finding.advice == "run the whole sweep with one code"
+
+
+def test_a_cell_that_last_failed_with_older_code_has_failed(
+    make_record: MakeRecord,
+) -> None:
+    """What is known of it last is that it failed."""
+    before = [make_record(seed=0), make_record(seed=1)]
+    stale = make_record(
+        "oom", seed=0, started_at="2026-01-01T00:00:00Z", code_sha256="old"
+    )
+    assert verdict(before, [stale, before[1]], "saved:0").exit_code == 4
+
+
+def test_one_name_for_two_cells_is_not_comparable(make_record: MakeRecord) -> None:
+    """Numbers of two workloads say nothing of each other, whatever they are called."""
+    before, after = make_record(), make_record()
+    after["cell"] = after["cell"] | {"batch_size": 1}
+    (finding,) = verdict([before], [after], "saved:0").findings
+    assert finding.kind == Kind.NOT_COMPARABLE
+    assert (finding.expected, finding.got) == ("batch_size 16", "batch_size 1")
+    assert finding.advice == "two cells of one name; write the baseline again"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [
+        ([0.1, 0.2], [0.2, 0.1], None),
+        ([0.1, 0.2], [0.2, 0.2], None),
+        ([0.1, 0.2], [0.1, 0.25], Kind.REGRESSION),
+        ([0.1, 0.2], [0.0, 0.1], Kind.IMPROVED),
+        ([0.0, 0.0], [0.0, 0.0], None),
+        ([0.0, 0.0], [0.0, 1e-300], Kind.REGRESSION),
+        ([0.1, 0.2], [0.1, None], Kind.REGRESSION),
+        ([0.1, None], [0.1, 0.2], Kind.IMPROVED),
+        ([0.1, None], [0.1, None], Kind.NOT_COMPARABLE),
+        ([0.1, 0.2], [0.2], Kind.NOT_COMPARABLE),
+        ([0.1, 0.2], [], Kind.NOT_COMPARABLE),
+        ([], [0.1, 0.2], Kind.NOT_COMPARABLE),
+        ([0.1, 0.2], None, Kind.NOT_COMPARABLE),
+        (None, [0.1, 0.2], Kind.NOT_COMPARABLE),
+    ],
+)
+@pytest.mark.parametrize("name", ["gradient_error", "reconstruction_error"])
+def test_a_list_is_compared_by_its_worst_entry(
+    make_record: MakeRecord, name: str, before: Any, after: Any, kind: Kind | None
+) -> None:
+    """An entry that was not finite is worse than any, and a missing one is no entry."""
+    pair = [make_record(**{name: errors}) for errors in (before, after)]
+    result = verdict(pair[:1], pair[1:], f"{name}:10%")
+    assert [f.kind for f in result.findings] == ([] if kind is None else [kind])
+
+
+def test_an_error_that_is_not_finite_is_said(make_record: MakeRecord) -> None:
+    """What was expected and allowed is a number, what was found is none."""
+    before = make_record(gradient_error=[0.5, 0.25])
+    after = make_record(gradient_error=[0.5, None])
+    (finding,) = verdict([before], [after], "gradient_error:20%").findings
+    assert finding.kind == Kind.REGRESSION
+    assert (finding.expected, finding.got) == ("0.5", "not finite")
+    assert (finding.difference, finding.allowed) == ("", "0.1")
+    (back,) = verdict([after], [before], "gradient_error:20%").findings
+    assert (back.kind, back.expected, back.got) == (Kind.IMPROVED, "not finite", "0.5")
+    assert (back.difference, back.allowed) == ("", "")
+    assert back.advice == "consider updating the baseline"
+
+
+def test_of_a_list_where_more_is_better_the_least_counts(
+    make_record: MakeRecord,
+) -> None:
+    """One block whose router leads astray is a regression."""
+    before = make_record(routing_recall=[0.5, 0.75])
+    after = make_record(routing_recall=[0.25, 1.0])
+    result = verdict([before], [after], "routing_recall:0.1")
+    assert [f.kind for f in result.findings] == [Kind.REGRESSION]
+    assert result.findings[0].difference == "-0.25"
+    assert verdict([after], [before], "routing_recall:0.1").exit_code == 0
+
+
+@pytest.mark.parametrize("limit", ["h2d:5%", "h2d:0", "h2d:0%", "h2d:99%"])
+def test_any_share_of_zero_is_zero(make_record: MakeRecord, limit: str) -> None:
+    """One byte where there was none is beyond every share."""
+    nothing, a_byte = make_record(h2d_bytes=0), make_record(h2d_bytes=1)
+    assert verdict([nothing], [nothing], limit).exit_code == 0
+    assert verdict([nothing], [a_byte], limit).exit_code == 1
+
+
+def test_numbers_that_look_alike_are_written_out(make_record: MakeRecord) -> None:
+    """A finding never says that a number was expected and got."""
+    before, after = make_record(score=0.5), make_record(score=0.4999999999)
+    (finding,) = verdict([before], [after], "score:0").findings
+    assert (finding.expected, finding.got) == ("0.5", "0.4999999999")
+    assert finding.difference == "-1e-10"
+
+
+def test_other_code_versions_and_machines_are_said(make_record: MakeRecord) -> None:
+    """They decide nothing, and are the first thing to look at."""
+    there: dict[str, Any] = {
+        "versions": {"torch": "2.13.0", "transformers": "5.24.0", "peft": "1"},
+        "machine": "Another CPU",
+        "code_sha256": "bb" * 32,
+        "dirty": True,
+    }
+    before = [make_record(seed=seed) for seed in range(5)]
+    after = [make_record(seed=seed, **there) for seed in range(4)]
+    after.append(make_record("ok", seed=4, **(there | {"machine": "Third CPU"})))
+    result = verdict(before, after, "saved:0")
+    assert result.exit_code == 0
+    assert list(result.notes) == [
+        "note: code: aaaaaaaa in the baseline, bbbbbbbb in the runs (5 cells)",
+        "note: machine: Example CPU in the baseline, Another CPU in the runs (4 cells);"
+        " Example CPU in the baseline, Third CPU in the runs (1 cells)",
+        "note: uncommitted changes: no in the baseline, yes in the runs (5 cells)",
+        "note: version of peft: unknown in the baseline, 1 in the runs (5 cells)",
+        "note: version of python: 3.11.9 in the baseline, unknown in the runs "
+        "(5 cells)",
+        "note: version of transformers: 5.23.0 in the baseline, 5.24.0 in the runs "
+        "(5 cells)",
+    ]
+    assert all(note in str(result) for note in result.notes)
+    assert verdict(before, before, "saved:0").notes == ()
+
+
+def test_many_differences_of_one_fact_are_counted(make_record: MakeRecord) -> None:
+    """Three are said, however many there are."""
+    before = [make_record(seed=seed) for seed in range(5)]
+    after = [make_record(seed=seed, platform=f"OS {seed}") for seed in range(5)]
+    (note,) = verdict(before, after, "saved:0").notes
+    assert note.endswith("OS 2 in the runs (1 cells); 2 more")
+    (note,) = verdict(before[:3], after[:3], "saved:0").notes
+    assert note.endswith("OS 2 in the runs (1 cells)")
+
+
+def test_a_baseline_says_how_many_of_its_cells_hold_nothing(
+    make_record: MakeRecord,
+) -> None:
+    """A cell that failed in the baseline is held to nothing."""
+    before = [make_record(seed=0), make_record("oom", seed=1)]
+    after = [make_record(seed=0), make_record("error", seed=1)]
+    result = verdict(before, after, "saved:0")
+    assert result.notes == ("note: the baseline holds 1 cells that are not ok",)
+    (finding,) = result.findings
+    assert (finding.kind, finding.got) == (Kind.NEW, "error: made-up error")
+
+
+def test_a_verdict_sums_up_in_one_line(make_record: MakeRecord) -> None:
+    """Each kind of finding is counted, and so is what was compared."""
+    before = [make_record(seed=seed) for seed in range(4)]
+    after = [
+        make_record("killed", seed=0),
+        make_record(seed=1, saved_bytes=7),
+        make_record(seed=2, saved_bytes=8),
+        make_record(seed=5),
+    ]
+    last = str(verdict(before, after, "saved:0", "resting:0")).splitlines()[-1]
+    assert last == (
+        "4 cells in the baseline, 4 numbers compared: 1 failed, 1 missing, 2 improved, "
+        "1 new"
+    )
+    fine = str(verdict(before, before, "saved:0")).splitlines()
+    assert fine == [
+        "4 cells in the baseline, 4 numbers compared: no difference beyond what is "
+        "allowed"
+    ]
