@@ -5,6 +5,7 @@ table of facts (`meft_reports.columns`); this module does not know the harness. 
 several records of a cell counts is said in `latest`.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -283,4 +284,6 @@ def lookup(record: Record, column: Column) -> Any:
 
 
 def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    # Where nobody can be told, the records are still what they are.
+    with contextlib.suppress(OSError):
+        print(f"note: {text}", file=sys.stderr)

@@ -30,12 +30,12 @@ def printable(text: str, max_length: int = MAX_LENGTH) -> str:
     return f"{shown}… [{num_left_out:,} more characters, {_digest(text)}]"
 
 
-def short(text: str) -> str:
+def short(text: str, max_length: int = SHORT_LENGTH) -> str:
     """Return `text`, or where it is too long for a figure its start and its digest."""
-    if len(text) <= SHORT_LENGTH:
+    if len(text) <= max_length:
         return text
     digest = _digest(text)
-    return f"{text[: SHORT_LENGTH - len(digest) - 1]}…{digest}"
+    return f"{text[: max_length - len(digest) - 1]}…{digest}"
 
 
 def _escaped(character: str) -> str:

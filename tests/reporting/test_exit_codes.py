@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from marks import slow_but_for
 from meft_reports import cli as command_line
 from meft_reports.cli import EXIT_BUG, EXIT_MISTAKE, main
 from reporting.kinds import MakeRecord, Write
@@ -101,7 +102,7 @@ def test_what_is_not_installed_is_named(
 WRITERS = ("frame", "plot", "page", "baseline")
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", slow_but_for(WRITERS, "frame", "baseline"))
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_full_disk_leaves_what_was_there(
     commands: dict[str, list[str]], name: str, exists: bool
