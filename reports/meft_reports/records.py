@@ -29,6 +29,8 @@ from meft_reports.text import SHORT_LENGTH, printable
 
 STATUSES = ("ok", "oom", "timeout", "killed", "error", "skipped")
 SECTIONS = ("cell", "measurement", "environment")
+GREATEST = {"bytes": 2.0**60, "seconds": 1e12, "count": 2.0**53}
+"""The greatest number in a unit, beyond anything measured, so that sums stay finite."""
 SLACK = 1e-6
 """By how much a share may exceed its bound: what float32 rounds."""
 
@@ -226,7 +228,7 @@ def _check_range(column: Column, value: Any, record: Record, where: str) -> None
     if value is None or column.dtype in ("string", "boolean"):
         return
     least = 0.0 if column.unit else -math.inf
-    greatest = math.inf if column.greatest is None else column.greatest
+    greatest = column.greatest or GREATEST.get(column.unit, math.inf)
     if column.name in SCORE_NAMES:
         metric = record["measurement"].get(SCORE_NAMES[column.name])
         least = LEAST_SCORES.get(metric, least)
