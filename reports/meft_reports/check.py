@@ -276,9 +276,10 @@ def _why_not(column: Column, expected: Any, got: Any) -> tuple[str, str, str] | 
         )
     numbers = [compared_number(column, cell[column.name]) for cell in (expected, got)]
     before, after = (format_number(column, number) for number in numbers)
-    if None in numbers:
+    known = [number for number in numbers if number is not None]
+    if len(known) < len(numbers):
         return before, after, "a number that was not measured proves nothing"
-    if all(math.isnan(number) for number in numbers):
+    if all(map(math.isnan, known)):
         return before, after, "a number that is not finite proves nothing"
     if column.dtype == "list":
         lengths = [f"{len(cell[column.name])} entries" for cell in (expected, got)]

@@ -20,6 +20,7 @@ from meft_reports.errors import ReportError, UnknownName
 from meft_reports.files import write_atomically
 from meft_reports.plots import PLOTS, find_plot
 from meft_reports.tables import TABLES, find_tables
+from meft_reports.text import printable
 
 EXAMPLES = """\
 examples:
@@ -36,6 +37,8 @@ exit codes:
   2 usage, or a file that cannot be read or written   70 a bug of meft-report
 """
 
+MESSAGE_LENGTH = 10_000
+"""Characters of an error."""
 EXIT_MISTAKE = 2
 EXIT_BUG = 70
 
@@ -235,7 +238,7 @@ def _add_check_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _written(path: Path) -> int:
-    _say(f"wrote {path}")
+    _say(f"wrote {printable(str(path))}")
     return 0
 
 
@@ -264,5 +267,6 @@ def _discard_stdout() -> None:
 
 def _mistake(where: str, error: Exception | str) -> int:
     with contextlib.suppress(OSError):
-        print(f"{where}: {error}", file=sys.stderr)
+        # One line, whatever the names in it are.
+        print(f"{where}: {printable(str(error), MESSAGE_LENGTH)}", file=sys.stderr)
     return EXIT_MISTAKE

@@ -31,6 +31,8 @@ STATUSES = ("ok", "oom", "timeout", "killed", "error", "skipped")
 SECTIONS = ("cell", "measurement", "environment")
 GREATEST = {"bytes": 2.0**60, "seconds": 1e12, "count": 2.0**53}
 """The greatest number in a unit, beyond anything measured, so that sums stay finite."""
+NOTE_LENGTH = 10_000
+"""Characters of a note."""
 SLACK = 1e-6
 """By how much a share may exceed its bound: what float32 rounds."""
 
@@ -237,15 +239,17 @@ def _check_range(column: Column, value: Any, record: Record, where: str) -> None
             continue
         if not (math.isfinite(number) and least <= number <= greatest + SLACK):
             raise RecordError(
-                f"{where}: `{_place(column)}` should be {_range(least, greatest)}, got "
+                f"{where}: `{_place(column)}` should be {_range(column, least)}, got "
                 f"{_quoted(number)}"
             )
 
 
-def _range(least: float, greatest: float) -> str:
-    if greatest == math.inf:
-        return "a finite number" + (" of at least 0" if least == 0 else "")
-    return f"from {least:g} to {greatest:g}"
+def _range(column: Column, least: float) -> str:
+    if column.greatest is not None:
+        return f"from {least:g} to {column.greatest:g}"
+    bounds = "a finite number" + (" of at least 0" if least == 0 else "")
+    most = GREATEST.get(column.unit)
+    return bounds if most is None else f"{bounds}, and of at most {most:g}"
 
 
 _EXPECTED = {
@@ -288,4 +292,4 @@ def lookup(record: Record, column: Column) -> Any:
 def _note(text: str) -> None:
     # Where nobody can be told, the records are still what they are.
     with contextlib.suppress(OSError):
-        print(f"note: {text}", file=sys.stderr)
+        print(f"note: {printable(text, NOTE_LENGTH)}", file=sys.stderr)

@@ -250,3 +250,19 @@ def test_a_link_is_followed(
     assert main([*commands["baseline"][:-1], str(link)]) == 0
     assert link.is_symlink()
     assert target.read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["no\nsuch \x1b[31m.jsonl", "\udcff.jsonl", "x" * 5000]
+)
+def test_a_mistake_in_any_file_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+    make_record: MakeRecord,
+    write: Write,
+    name: str,
+) -> None:
+    """Whatever the file is called."""
+    assert main(["table", "failures", name]) == EXIT_MISTAKE
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert errors[:-1].isprintable()
