@@ -68,6 +68,7 @@ SAID = {
     "num_threads": "threads per cell",
     "num_slots": "cells side by side",
     "prediction": "way of predicting",
+    "loss_mean": "mean that a loss is",
 }
 """What may differ between the run and the baseline and is then said, beside the version
 of every package."""

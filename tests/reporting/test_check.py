@@ -96,6 +96,7 @@ def test_a_finding_says_everything(make_record: MakeRecord) -> None:
         ("majority_score:0", {"score_name": "f1"}, "score_name f1"),
         ("majority_score:0", {"data_origin": "rows"}, "data_origin rows"),
         ("second_score:0", {"second_score_name": "f1"}, "second_score_name f1"),
+        ("third_score:0", {"third_score_name": "f1"}, "third_score_name f1"),
         ("start_deviation:0", {"weights_sha256": "cc"}, "weights_sha256 cc"),
         ("step_ratio:20%", {"machine": "Another"}, "machine Another"),
         ("step_ratio_iqr:20%", {"num_slots": 2}, "num_slots 2"),
@@ -105,7 +106,12 @@ def test_what_may_not_be_compared_is_refused(
     make_record: MakeRecord, limit: str, place: dict[str, Any], words: str
 ) -> None:
     """Both values are said, and no verdict is given on the number."""
-    seen = {"second_score": 0.5, "start_deviation": 0.1, "step_ratio": 1.0}
+    seen = {
+        "second_score": 0.5,
+        "third_score": 0.5,
+        "start_deviation": 0.1,
+        "step_ratio": 1.0,
+    }
     known: dict[str, Any] = seen | {"step_ratio_iqr": 0.1}
     before, after = make_record(**known), make_record(**(known | place))
     result = verdict([before], [after], limit)
@@ -356,3 +362,11 @@ def test_a_verdict_sums_up_in_one_line(make_record: MakeRecord) -> None:
         "4 cells in the baseline, 4 numbers compared: no difference beyond what is "
         "allowed"
     ]
+
+
+def test_another_mean_of_losses_is_said(make_record: MakeRecord) -> None:
+    """Weights that were trained by another mean score differently."""
+    after = make_record(loss_mean="tokens", score_name="accuracy")
+    (note,) = verdict([make_record()], [after], "score:0").notes
+    assert note.startswith("note: mean that a loss is: ")
+    assert note.endswith(" in the baseline, tokens in the runs (1 cells)")

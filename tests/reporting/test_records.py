@@ -6,16 +6,15 @@ from typing import Any
 import pytest
 
 from meft_reports.cli import main
-from meft_reports.columns import BY_NAME, COLUMNS
+from meft_reports.columns import BY_NAME, COLUMNS, SCORE_NAMES
 from meft_reports.errors import RecordError
 from meft_reports.frame import read_frame
 from meft_reports.records import read_baseline, read_records
 from reporting.kinds import MakeRecord, Write
 
 LIMIT = ("--fail-on", "saved:0")
-SCORES = ("score", "majority_score", "second_score", "second_majority_score")
+SCORES = tuple(SCORE_NAMES)
 IN_UNITS = [c for c in COLUMNS if c.unit and c.section != "derived"]
-SHARES = ("cache_hit_fraction", *SCORES)
 
 
 @pytest.mark.parametrize(
@@ -24,7 +23,7 @@ SHARES = ("cache_hit_fraction", *SCORES)
         *[(c.name, -1) for c in IN_UNITS if c.dtype == "Int64"],
         *[(c.name, -0.5) for c in IN_UNITS if c.dtype == "Float64"],
         *[(c.name, [1, -1]) for c in IN_UNITS if c.dtype == "list"],
-        *[(name, 1.00001) for name in SHARES],
+        *[(name, 1.00001) for name in ("cache_hit_fraction", *SCORES)],
         ("union_fraction", [0.5, 1.5]),
         ("right_rows", [0, 2]),
         ("active_fraction", 2.0),
@@ -56,7 +55,7 @@ def test_what_a_score_can_be_depends_on_its_metric(
     make_record: MakeRecord, write: Write, name: str
 ) -> None:
     """Matthews' correlation may be negative, a share of right rows may not."""
-    metric = "second_score_name" if name.startswith("second") else "score_name"
+    metric = SCORE_NAMES[name]
     known: Any = {"majority_score": 0.0, "score": 0.0, name: -0.5}
     matthews = make_record(**(known | {metric: "matthews_correlation"}))
     assert read_frame([write([matthews])])[name].tolist() == [-0.5]

@@ -29,6 +29,8 @@ SCORE_NAMES = {
     "majority_score": "score_name",
     "second_score": "second_score_name",
     "second_majority_score": "second_score_name",
+    "third_score": "third_score_name",
+    "third_majority_score": "third_score_name",
 }
 """The column that names the metric of a score."""
 
