@@ -24,9 +24,7 @@ Records = Mapping[str, dict[str, Any]]
 """Records by `cell_id`."""
 
 
-def update_baseline(
-    runs: Sequence[Path], path: Path, *, may_remove: bool = False
-) -> list[str]:
+def update_baseline(runs: Sequence[Path], path: Path, *, may_remove: bool) -> list[str]:
     """Make `path` hold the ok cells of `runs` and nothing else.
 
     Args:

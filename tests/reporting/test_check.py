@@ -327,6 +327,8 @@ def test_many_differences_of_one_fact_are_counted(make_record: MakeRecord) -> No
     after = [make_record(seed=seed, platform=f"OS {seed}") for seed in range(5)]
     (note,) = verdict(before, after, "saved:0").notes
     assert note.endswith("OS 2 in the runs (1 cells); 2 more")
+    (note,) = verdict(before[:4], after[:4], "saved:0").notes
+    assert note.endswith("OS 2 in the runs (1 cells); 1 more")
     (note,) = verdict(before[:3], after[:3], "saved:0").notes
     assert note.endswith("OS 2 in the runs (1 cells)")
 
@@ -370,3 +372,72 @@ def test_another_mean_of_losses_is_said(make_record: MakeRecord) -> None:
     (note,) = verdict([make_record()], [after], "score:0").notes
     assert note.startswith("note: mean that a loss is: ")
     assert note.endswith(" in the baseline, tokens in the runs (1 cells)")
+
+
+def test_every_cell_of_a_baseline_is_looked_at(make_record: MakeRecord) -> None:
+    """Also those after a missing, a failed or an incomparable one."""
+    before = [make_record(seed=seed) for seed in range(5)]
+    after = [
+        make_record("oom", seed=1),
+        make_record(seed=2, versions={"torch": "1.0"}),
+        make_record(seed=3, saved_bytes=2**40),
+        make_record("error", seed=4),
+    ]
+    result = verdict(before, after, "saved:0")
+    assert [finding.kind for finding in result.findings] == [
+        Kind.MISSING,
+        Kind.FAILED,
+        Kind.NOT_COMPARABLE,
+        Kind.REGRESSION,
+        Kind.FAILED,
+    ]
+
+
+def test_what_may_not_be_compared_comes_with_advice(make_record: MakeRecord) -> None:
+    """In words that say what to do, or why the numbers say nothing."""
+    before = make_record(gradient_error=[0.1, 0.2])
+    other = make_record(gradient_error=[0.1, 0.2], versions={"torch": "1.0"})
+    shorter, broken = (
+        make_record(gradient_error=errors) for errors in ([0.1], [None, None])
+    )
+    text = str(verdict([before], [other], "gradient_error:0"))
+    assert text.splitlines()[:4] == [
+        f"not comparable: {before['cell_id']} gradient_error",
+        "  expected   torch_version 2.13.0",
+        "  got        torch_version 1.0",
+        "  make a baseline with the same torch_version, or run with that of the "
+        "baseline",
+    ]
+    (finding,) = verdict([before], [shorter], "gradient_error:0").findings
+    assert (finding.expected, finding.got) == ("2 entries", "1 entries")
+    assert finding.advice == "an entry that is missing proves nothing"
+    (finding,) = verdict([broken], [broken], "gradient_error:0").findings
+    assert (finding.expected, finding.got) == ("not finite", "not finite")
+    assert finding.advice == "a number that is not finite proves nothing"
+    unseen = make_record()
+    (finding,) = verdict([before], [unseen], "gradient_error:0").findings
+    assert (finding.expected, finding.got) == ("0.2", "null")
+    assert finding.advice == "a number that was not measured proves nothing"
+
+
+def test_bytes_do_not_depend_on_weights_or_rows(make_record: MakeRecord) -> None:
+    """Only what is a share of something needs the same of both."""
+    after = make_record(weights_sha256="cc", data_origin="rows", num_eval_rows=7)
+    for limit in ("saved:0", "num_blocks:0", "step_seconds:0"):
+        assert verdict([make_record()], [after], limit).exit_code == 0
+    assert verdict([make_record()], [after], "trainable_fraction:0").exit_code == 0
+
+
+def test_a_small_difference_has_its_sign(make_record: MakeRecord) -> None:
+    """Less than one second more is more."""
+    before, after = make_record(step_seconds=0.5), make_record(step_seconds=0.75)
+    (finding,) = verdict([before], [after], "step_seconds:0").findings
+    assert finding.difference == "+0.25 s"
+    (finding,) = verdict([after], [before], "step_seconds:0").findings
+    assert finding.difference == "-0.25 s"
+
+
+def test_a_byte_counts_beyond_the_precision_of_floats(make_record: MakeRecord) -> None:
+    """2^53 + 1 is no float."""
+    before, after = (make_record(saved_bytes=2**53 + more) for more in (0, 1))
+    assert verdict([before], [after], "saved:0").exit_code == 1

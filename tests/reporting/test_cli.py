@@ -105,14 +105,12 @@ def test_baseline_keeps_ok_cells_in_order(
     write: Write,
     tmp_path: Path,
 ) -> None:
-    """The records whole, one a line, sorted by cell."""
+    """The records whole, one a line, sorted by cell and their fields by name."""
     records = [make_record(seed=2), make_record("oom", seed=1), make_record(seed=0)]
     out = tmp_path / "new.jsonl"
     assert main(["baseline", str(write(records)), "-o", str(out)]) == 0
-    assert [json.loads(line) for line in out.read_text().splitlines()] == [
-        records[2],
-        records[0],
-    ]
+    lines = [json.dumps(records[place], sort_keys=True) for place in (2, 0)]
+    assert out.read_text().splitlines() == lines
     assert "2 cells: 2 added, 0 removed" in capsys.readouterr().out
 
 
@@ -180,7 +178,10 @@ def test_many_cells_that_would_be_lost_are_counted(
         out = write(records, "baseline.jsonl")
         assert main(["baseline", str(write(records[:1])), "-o", str(out)]) == 2
         errors = capsys.readouterr().err
-        assert f"would lose {count} of its cells" in errors
+        assert (
+            f"would lose {count} of its cells: {records[1]['cell_id']} (not" in errors
+        )
+        assert f"(not in the runs), {records[2]['cell_id']} (not" in errors
         assert errors.count("(not in the runs)") == 5
         assert more in errors
 
@@ -231,10 +232,9 @@ def test_a_run_without_an_ok_cell_makes_no_baseline(
 ) -> None:
     """The old file stays as it was."""
     before = baseline.read_bytes()
-    assert (
-        main(["baseline", str(write([make_record("oom")])), "-o", str(baseline)]) == 2
-    )
-    assert "no ok cell" in capsys.readouterr().err
+    runs = [str(write([make_record("oom")], name)) for name in ("a.jsonl", "b.jsonl")]
+    assert main(["baseline", *runs, "-o", str(baseline)]) == 2
+    assert f"no ok cell in {', '.join(runs)}: nothing" in capsys.readouterr().err
     assert baseline.read_bytes() == before
 
 

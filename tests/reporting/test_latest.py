@@ -177,3 +177,16 @@ def test_leaving_records_out_is_said(
     )
     read_frame([write([ok])])
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("status", ["oom", "timeout", "killed", "error"])
+def test_a_failure_counts_until_it_is_retried_on_its_machine(
+    make_record: MakeRecord, write: Write, status: str
+) -> None:
+    """In whatever way it failed."""
+    failed = make_record(status, started_at="2026-01-01T00:00:00Z", machine=HERE)
+    elsewhere = make_record(started_at="2026-01-02T00:00:00Z", machine=THERE)
+    retried = make_record(started_at="2026-01-03T00:00:00Z", machine=HERE)
+    assert read_frame([write([failed, elsewhere])])["status"].tolist() == [status]
+    run = write([failed, elsewhere, retried])
+    assert read_frame([run])["status"].tolist() == ["ok"]
