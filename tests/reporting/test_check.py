@@ -441,3 +441,80 @@ def test_a_byte_counts_beyond_the_precision_of_floats(make_record: MakeRecord) -
     """2^53 + 1 is no float."""
     before, after = (make_record(saved_bytes=2**53 + more) for more in (0, 1))
     assert verdict([before], [after], "saved:0").exit_code == 1
+
+
+def test_an_unknown_torch_is_not_the_same_torch(make_record: MakeRecord) -> None:
+    """Neither side says which; an unknown accelerator is none on both."""
+    unknown = make_record(versions={})
+    (finding,) = verdict([unknown], [unknown], "saved:0").findings
+    assert finding.kind == Kind.NOT_COMPARABLE
+    assert (finding.expected, finding.got) == ("torch_version unknown",) * 2
+
+
+def test_every_finding_says_what_was_expected(make_record: MakeRecord) -> None:
+    """In words, where there is no number."""
+    before = [make_record(seed=seed) for seed in range(3)]
+    after = [
+        make_record("oom", seed=1),
+        make_record(seed=2, score_name="f1"),
+        make_record(seed=3),
+    ]
+    found = {
+        finding.kind: finding for finding in verdict(before, after, "score:0").findings
+    }
+    said = {
+        kind: (finding.expected, finding.got, finding.advice)
+        for kind, finding in found.items()
+    }
+    assert said == {
+        Kind.MISSING: (
+            "an ok cell, as in the baseline",
+            "no such cell in the runs",
+            "run the whole sweep, or update the baseline if the cell was removed",
+        ),
+        Kind.FAILED: ("ok", "oom: made-up oom", ""),
+        Kind.NOT_COMPARABLE: (
+            "score_name accuracy",
+            "score_name f1",
+            "another metric",
+        ),
+        Kind.NEW: ("not in the baseline", "ok", ""),
+    }
+    (nothing,) = verdict(
+        [make_record("oom")], [make_record("oom")], "score:0"
+    ).findings[1:]
+    assert nothing.cell_id == "all cells"
+    assert nothing.expected == "at least one ok cell in the baseline"
+    assert nothing.got == "none"
+    assert nothing.advice == "write one with meft-report baseline"
+
+
+def test_every_fact_that_is_said_has_a_name(make_record: MakeRecord) -> None:
+    """A package that some cells lack is unknown there."""
+    places = {"platform": "OS", "cpu": "CPU", "num_threads": 8, "num_slots": 2}
+    versions = {"torch": "2.13.0", "python": "3.11.9", "transformers": "5.23.0"}
+    after = [
+        make_record(seed=0, prediction="a model", **places),
+        make_record(seed=1, versions=versions | {"peft": "1"}),
+    ]
+    before = [make_record(seed=seed) for seed in (0, 1)]
+    notes = verdict(before, after, "saved:0").notes
+    assert [note.split(":")[1] for note in notes] == [
+        " cells side by side",
+        " platform",
+        " processor",
+        " threads per cell",
+        " version of peft",
+        " way of predicting",
+    ]
+    assert "unknown in the baseline, 1 in the runs (1 cells)" in notes[4]
+    two = verdict(after, before, "saved:0").notes[4]
+    assert two == (
+        "note: version of peft: 1 in the baseline, unknown in the runs (1 cells)"
+    )
+    lacking = [after[1], make_record(seed=0, versions=versions)]
+    having = [make_record(seed=s, versions=versions | {"peft": "1"}) for s in (0, 1)]
+    (note,) = verdict(lacking, having, "saved:0").notes
+    assert note == (
+        "note: version of peft: unknown in the baseline, 1 in the runs (1 cells)"
+    )
