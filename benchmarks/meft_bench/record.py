@@ -147,7 +147,7 @@ class Environment:
     num_threads: int
     """Threads each child may use."""
     num_slots: int
-    """Cells run side by side; above 1, times are only comparable within the run."""
+    """Cells run side by side; times are comparable between equal numbers only."""
     device_name: str | None = None
     prediction: str | None = None
     """How the numbers of a virtual GPU came to be, and whether a real one has been held

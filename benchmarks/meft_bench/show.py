@@ -6,19 +6,37 @@ from collections.abc import Iterator
 from meft_bench.quantities import format_bytes
 from meft_bench.record import Record
 
+MAX_LENGTH = 1000
+"""Characters of one text that are shown."""
+
 
 def describe(record: Record) -> Iterator[tuple[str, str]]:
-    """Pairs of a name and its value; what was not seen is left out."""
-    yield "cell", record.cell.id
-    yield "status", f"{record.status} {record.message}".strip()
-    yield "sweep", record.sweep
-    yield "started_at", record.started_at
+    """Pairs of a name and its value; what was not seen is left out.
+
+    Texts are printable, and where they are too long cut, with a mark.
+    """
+    yield "cell", printable(record.cell.id)
+    yield "status", printable(f"{record.status} {record.message}".strip())
+    yield "sweep", printable(record.sweep)
+    yield "started_at", printable(record.started_at)
     yield "wall_seconds", f"{record.wall_seconds:.1f}"
     for part in (record.measurement, record.environment):
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
             if value not in (None, []):
                 yield field.name, _format(field.name, value)
+
+
+def printable(text: str) -> str:
+    """Return `text` with what moves a terminal's cursor escaped, and not too long."""
+    shown = "".join(
+        character
+        if character.isprintable()
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text[:MAX_LENGTH]
+    )
+    num_left_out = len(text) - MAX_LENGTH
+    return f"{shown}… [{num_left_out:,} more characters]" if num_left_out > 0 else shown
 
 
 def _format(name: str, value: object) -> str:
@@ -29,5 +47,5 @@ def _format(name: str, value: object) -> str:
     if isinstance(value, list):
         return " ".join(_format(name, entry) for entry in value)
     if isinstance(value, dict):
-        return ", ".join(f"{key} {entry}" for key, entry in value.items())
-    return str(value)
+        return printable(", ".join(f"{key} {entry}" for key, entry in value.items()))
+    return printable(str(value))

@@ -6,53 +6,88 @@ where a number came from is part of it.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from meft_reports.columns import MEASURED
+from meft_reports.compared import compared_number, format_number
 from meft_reports.errors import ReportError
 from meft_reports.files import write_atomically
-from meft_reports.format import format_value
-from meft_reports.frame import read_records
+from meft_reports.records import read_baseline, read_records
+from meft_reports.text import printable
+
+MAX_NAMES = 5
+"""Cells that an error names."""
+
+Records = Mapping[str, dict[str, Any]]
+"""Records by `cell_id`."""
 
 
-def update_baseline(runs: Sequence[Path], path: Path) -> list[str]:
+def update_baseline(runs: Sequence[Path], path: Path, *, may_remove: bool) -> list[str]:
     """Make `path` hold the ok cells of `runs` and nothing else.
 
+    Args:
+        runs: files of records.
+        path: the baseline; it is made where there is none.
+        may_remove: whether cells of `path` that are not ok in `runs`, or not in them,
+            may be removed.
+
     Returns:
-        Lines that say what changed: cells added, cells removed, numbers changed.
+        Lines that say what changed: cells added, cells removed, numbers changed, and
+        the cells of `runs` that are not kept.
 
     Raises:
         RecordError: a file cannot be read.
-        ReportError: no cell of `runs` is ok; `path` is left as it was.
+        ReportError: no cell of `runs` is ok, or a cell would be removed and may not be;
+            `path` is left as it was.
     """
-    records = {record["cell_id"]: record for record in read_records(runs)}
+    found, _ = read_records(runs)
+    records = {record["cell_id"]: record for record in found}
     kept = {name: r for name, r in records.items() if r["status"] == "ok"}
     if not kept:
         raise ReportError(f"no ok cell in {', '.join(map(str, runs))}: nothing to keep")
     before = {}
     if path.exists() and path.stat().st_size:
-        before = {record["cell_id"]: record for record in read_records([path])}
+        before = {record["cell_id"]: record for record in read_baseline(path)}
+    removed = sorted(before.keys() - kept.keys())
+    if removed and not may_remove:
+        raise ReportError(_refusal(path, removed, records))
     changes = _changes(before, kept, records)
     lines = [json.dumps(kept[name], sort_keys=True) + "\n" for name in sorted(kept)]
     write_atomically(path, "".join(lines).encode())
     return changes
 
 
-def _changes(
-    before: dict[str, Any], kept: dict[str, Any], records: dict[str, Any]
-) -> list[str]:
+def _refusal(path: Path, removed: Sequence[str], records: Records) -> str:
+    names = [
+        f"{printable(name)} ({_ending(name, records)})" for name in removed[:MAX_NAMES]
+    ]
+    more = len(removed) - MAX_NAMES
+    names += [f"{more} more"] if more > 0 else []
+    return (
+        f"{path} would lose {len(removed)} of its cells: {', '.join(names)}; run these "
+        "cells until they end well, or pass --remove to drop them"
+    )
+
+
+def _ending(name: str, records: Records) -> str:
+    return str(records[name]["status"]) if name in records else "not in the runs"
+
+
+def _changes(before: Records, kept: Records, records: Records) -> list[str]:
     lines = []
-    for name in sorted(before.keys() | kept.keys()):
-        if name not in before:
-            lines.append(f"added    {name}")
+    for name in sorted(before.keys() | records.keys()):
+        shown = printable(name)
+        if name in before and name not in kept:
+            lines.append(f"removed  {shown} ({_ending(name, records)})")
         elif name not in kept:
-            ended = records[name]["status"] if name in records else "not in the runs"
-            lines.append(f"removed  {name} ({ended})")
+            lines.append(f"not kept {shown} ({_ending(name, records)})")
+        elif name not in before:
+            lines.append(f"added    {shown}")
         else:
             differing = _differing(before[name], kept[name])
-            lines += [f"changed  {name} {text}" for text in differing]
+            lines += [f"changed  {shown} {text}" for text in differing]
     num_changed = sum(
         before[name] != kept[name] for name in before.keys() & kept.keys()
     )
@@ -67,9 +102,12 @@ def _changes(
 def _differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     texts = []
     for column in MEASURED:
-        old = before["measurement"].get(column.name)
-        new = after["measurement"].get(column.name)
-        if old != new:
-            was, now = (format_value(value, column.unit) for value in (old, new))
+        was, now = (
+            format_number(
+                column, compared_number(column, record["measurement"].get(column.name))
+            )
+            for record in (before, after)
+        )
+        if was != now:
             texts.append(f"{column.name}: {was} → {now}")
     return texts

@@ -1,15 +1,20 @@
 """Frame against baseline, cell by cell: findings, and an exit code.
 
     0  fine              every compared number is within what is allowed
-    1  regression        a number is worse by more, or a cell of the baseline is missing
+    1  regression        a number is worse by more, or a cell of the baseline did not
+                         run with the newest code
     3  not comparable    two torch versions, devices or machines, or no number
     4  a cell failed     which the baseline holds as ok
 
-(2 is the command line's own: it was used wrongly.) Where several apply the code is that
-of the first of 4, 1, 3. Cells are joined by `cell_id`, which names every field of a
-cell. What is better by more than is allowed is reported and passes.
+(The command line has codes of its own for what is no verdict.) Where several apply the
+code is that of the first of 4, 1, 3. Cells are joined by `cell_id`, which names every
+field of a cell. What is better by more than is allowed is reported and passes. Of a
+list its worst entry is compared.
 """
 
+import json
+import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,8 +23,10 @@ from typing import Any
 
 import pandas as pd
 
+from meft_reports.columns import CELL_FIELDS, SCORE_NAMES
 from meft_reports.columns.column import Column
-from meft_reports.format import format_value, is_null
+from meft_reports.compared import Number, compared_number, format_number
+from meft_reports.format import format_fact, format_value, is_null
 from meft_reports.threshold import Threshold
 
 
@@ -44,7 +51,29 @@ EXIT_CODES = {
 
 SAME_FOR_ALL = ("torch_version", "device", "device_name")
 SAME_FOR_SECONDS = (*SAME_FOR_ALL, "machine", "num_threads", "num_slots")
-SAME_FOR_SCORE = (*SAME_FOR_ALL, "weights_sha256", "data_origin")
+SAME_FOR_VALUES = (
+    *SAME_FOR_ALL,
+    "weights_sha256",
+    "data_origin",
+    "num_train_rows",
+    "num_eval_rows",
+)
+RATIOS_OF_SECONDS = ("step_ratio", "step_ratio_iqr")
+SAID = {
+    "code_sha256": "code",
+    "dirty": "uncommitted changes",
+    "machine": "machine",
+    "cpu": "processor",
+    "platform": "platform",
+    "num_threads": "threads per cell",
+    "num_slots": "cells side by side",
+    "prediction": "way of predicting",
+    "loss_mean": "mean that a loss is",
+}
+"""What may differ between the run and the baseline and is then said, beside the version
+of every package."""
+MAX_PAIRS = 3
+"""Differences of one fact that are said in full."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +112,8 @@ class CheckResult:
     """Cells of the baseline."""
     num_compared: int
     """Numbers that were held against each other."""
+    notes: tuple[str, ...] = ()
+    """What else differs between the run and the baseline; decides nothing."""
 
     @property
     def exit_code(self) -> int:
@@ -91,7 +122,7 @@ class CheckResult:
         return next((code for kind, code in EXIT_CODES.items() if kind in kinds), 0)
 
     def __str__(self) -> str:
-        """Every finding, then one line that sums them up."""
+        """Every finding, what else differs, and one line that sums the findings up."""
         counts = [
             f"{sum(f.kind == kind for f in self.findings)} {kind}"
             for kind in Kind
@@ -101,7 +132,7 @@ class CheckResult:
             f"{self.num_cells} cells in the baseline, {self.num_compared} numbers "
             f"compared: {', '.join(counts) or 'no difference beyond what is allowed'}"
         )
-        return "\n".join([*map(str, self.findings), summary])
+        return "\n".join([*map(str, self.findings), *self.notes, summary])
 
 
 def check(
@@ -109,7 +140,10 @@ def check(
 ) -> CheckResult:
     """Hold every ok cell of `baseline` against the cell of the same id in `frame`.
 
-    Both are frames of `read_frame`; only the columns of `thresholds` are compared.
+    Args:
+        frame: of `read_frame`: of each cell the record that counts.
+        baseline: of `read_baseline`.
+        thresholds: the columns that are compared, and what is allowed in each.
     """
     expected_cells = baseline[baseline["status"] == "ok"].set_index("cell_id")
     got_cells = frame.set_index("cell_id")
@@ -121,8 +155,9 @@ def check(
             findings.append(_missing(name))
             continue
         got = got_cells.loc[name]
-        if got["status"] != "ok":
-            findings.append(_failed(name, got))
+        whole = _whole_cell(name, expected, got)
+        if whole is not None:
+            findings.append(whole)
             continue
         for threshold in thresholds:
             finding, compared = _compare(name, threshold, expected, got)
@@ -135,7 +170,26 @@ def check(
         findings=tuple(findings),
         num_cells=len(expected_cells),
         num_compared=num_compared,
+        notes=tuple(_notes(baseline, expected_cells, got_cells)),
     )
+
+
+def _whole_cell(cell_id: str, expected: Any, got: Any) -> Finding | None:
+    """The finding of a cell of which no number can be compared."""
+    if got["status"] != "ok":
+        return _failed(cell_id, got)
+    if not got["newest_code"]:
+        return _not_run_again(cell_id, got)
+    for name in CELL_FIELDS:
+        if not _equal(expected[name], got[name]):
+            return Finding(
+                kind=Kind.NOT_COMPARABLE,
+                cell_id=cell_id,
+                expected=_fact(name, expected[name]),
+                got=_fact(name, got[name]),
+                advice="two cells of one name; write the baseline again",
+            )
+    return None
 
 
 def _compare(
@@ -153,30 +207,55 @@ def _compare(
             got=reason[1],
             advice=reason[2],
         ), False
-    before, after = _exact(column, expected), _exact(column, got)
-    difference, allowed = after - before, threshold.allowed(before)
-    if abs(difference) <= allowed:
+    before = compared_number(column, expected[column.name])
+    after = compared_number(column, got[column.name])
+    # `_why_not` has seen to it.
+    assert before is not None
+    assert after is not None
+    known = math.isfinite(before)
+    allowed = threshold.allowed(Fraction(before)) if known else None
+    difference = _difference(before, after)
+    if difference is not None and allowed is not None and abs(difference) <= allowed:
         return None, True
-    better = column.lower_is_better is not None and (
-        (difference < 0) == column.lower_is_better
-    )
-    sign = "+" if difference > 0 else "-"
+    better = _is_better(column, before, after)
+    texts = [format_number(column, number) for number in (before, after)]
+    if texts[0] == texts[1]:
+        texts = [repr(number) for number in (before, after)]
     return Finding(
         kind=Kind.IMPROVED if better else Kind.REGRESSION,
         cell_id=cell_id,
         column=column.name,
-        expected=format_value(expected[column.name], column.unit),
-        got=format_value(got[column.name], column.unit),
-        difference=sign + format_value(abs(difference), column.unit),
-        allowed=format_value(allowed, column.unit),
+        expected=texts[0],
+        got=texts[1],
+        difference=_signed(column, difference),
+        allowed="" if allowed is None else format_value(allowed, column.unit),
         advice="consider updating the baseline" if better else "",
     ), True
 
 
-def _exact(column: Column, cell: Any) -> Fraction:
-    # By way of Python's own numbers: those of numpy are bounded and would overflow.
-    value = cell[column.name]
-    return Fraction(int(value) if column.dtype == "Int64" else float(value))
+def _difference(before: Number, after: Number) -> Fraction | None:
+    """By how much `after` is more, exactly; None where one of them is not finite."""
+    if math.isfinite(before) and math.isfinite(after):
+        return Fraction(after) - Fraction(before)
+    return None
+
+
+def _is_better(column: Column, before: Number, after: Number) -> bool:
+    """Whether `after` is the better of two numbers; one that is not finite is worst."""
+    if not math.isfinite(after):
+        return False
+    if not math.isfinite(before):
+        return True
+    if column.lower_is_better is None:
+        return False
+    return (after < before) == column.lower_is_better
+
+
+def _signed(column: Column, difference: Fraction | None) -> str:
+    if difference is None:
+        return ""
+    sign = "+" if difference > 0 else "-"
+    return sign + format_value(abs(difference), column.unit)
 
 
 def _why_not(column: Column, expected: Any, got: Any) -> tuple[str, str, str] | None:
@@ -187,25 +266,43 @@ def _why_not(column: Column, expected: Any, got: Any) -> tuple[str, str, str] | 
         # A torch that nobody wrote down may be any torch.
         if both_null and name != "torch_version":
             continue
-        if both_null or is_null(before) or is_null(after) or before != after:
+        if both_null or not _equal(before, after):
             return _fact(name, before), _fact(name, after), _advice(name)
-    if column.unit == "seconds" and got["num_slots"] > 1:
-        slots = f"{got['num_slots']} cells side by side"
-        return slots, slots, "times are comparable within one such run only"
-    if column.name == "score" and expected["score_name"] != got["score_name"]:
-        return str(expected["score_name"]), str(got["score_name"]), "another metric"
-    if is_null(expected[column.name]) or is_null(got[column.name]):
-        values = [
-            format_value(cell[column.name], column.unit) for cell in (expected, got)
-        ]
-        return values[0], values[1], "a number that was not measured proves nothing"
+    metric = SCORE_NAMES.get(column.name)
+    if metric is not None and not _equal(expected[metric], got[metric]):
+        return (
+            _fact(metric, expected[metric]),
+            _fact(metric, got[metric]),
+            ("another metric"),
+        )
+    numbers = [compared_number(column, cell[column.name]) for cell in (expected, got)]
+    before, after = (format_number(column, number) for number in numbers)
+    known = [number for number in numbers if number is not None]
+    if len(known) < len(numbers):
+        return before, after, "a number that was not measured proves nothing"
+    if all(map(math.isnan, known)):
+        return before, after, "a number that is not finite proves nothing"
+    if column.dtype == "list":
+        lengths = [f"{len(cell[column.name])} entries" for cell in (expected, got)]
+        if lengths[0] != lengths[1]:
+            return lengths[0], lengths[1], "an entry that is missing proves nothing"
     return None
 
 
+def _equal(before: Any, after: Any) -> bool:
+    """Whether two facts are the same; what is unknown equals only what is unknown."""
+    if is_null(before) or is_null(after):
+        return is_null(before) and is_null(after)
+    return bool(before == after)
+
+
 def _must_match(column: Column) -> Iterable[str]:
-    if column.unit == "seconds":
+    if column.unit == "seconds" or column.name in RATIOS_OF_SECONDS:
         return SAME_FOR_SECONDS
-    return SAME_FOR_SCORE if column.name == "score" else SAME_FOR_ALL
+    # What is left in this unit depends on weights and rows, but for one.
+    if column.unit == "fraction" and column.name != "trainable_fraction":
+        return SAME_FOR_VALUES
+    return SAME_FOR_ALL
 
 
 def _fact(name: str, value: Any) -> str:
@@ -226,13 +323,19 @@ def _missing(cell_id: str) -> Finding:
     )
 
 
-def _failed(cell_id: str, got: Any) -> Finding:
+def _not_run_again(cell_id: str, got: Any) -> Finding:
     return Finding(
-        kind=Kind.FAILED,
+        kind=Kind.MISSING,
         cell_id=cell_id,
-        expected="ok",
-        got=f"{got['status']}: {got['message']}",
+        expected="an ok cell with the newest code of the runs",
+        got=f"an ok cell with older code, {got['code_sha256']:.8}, of "
+        f"{got['started_at']}",
+        advice="run the whole sweep with one code",
     )
+
+
+def _failed(cell_id: str, got: Any) -> Finding:
+    return Finding(kind=Kind.FAILED, cell_id=cell_id, expected="ok", got=_ending(got))
 
 
 def _new(cell_ids: Iterable[Any], cells: pd.DataFrame) -> list[Finding]:
@@ -241,10 +344,16 @@ def _new(cell_ids: Iterable[Any], cells: pd.DataFrame) -> list[Finding]:
             kind=Kind.NEW,
             cell_id=str(cell_id),
             expected="not in the baseline",
-            got=str(cells.loc[cell_id, "status"]),
+            got=_ending(cells.loc[cell_id]),
         )
         for cell_id in cell_ids
     ]
+
+
+def _ending(cell: Any) -> str:
+    """How a cell ended, and why where it did not end well."""
+    message = cell["message"]
+    return str(cell["status"]) + (f": {message}" if message else "")
 
 
 def _nothing_to_compare() -> Finding:
@@ -255,3 +364,49 @@ def _nothing_to_compare() -> Finding:
         got="none",
         advice="write one with meft-report baseline",
     )
+
+
+def _notes(
+    baseline: pd.DataFrame, expected_cells: pd.DataFrame, got_cells: pd.DataFrame
+) -> list[str]:
+    """What differs between the cells of both sides, a line per fact."""
+    notes = []
+    num_failed = len(baseline) - len(expected_cells)
+    if num_failed:
+        notes.append(f"note: the baseline holds {num_failed} cells that are not ok")
+    both = expected_cells.index.intersection(got_cells.index)
+    before, after = _facts(expected_cells.loc[both]), _facts(got_cells.loc[both])
+    for name in sorted(before.keys() | after.keys(), key=str):
+        nothing = ["unknown"] * len(both)
+        pairs = Counter(
+            zip(before.get(name, nothing), after.get(name, nothing), strict=True)
+        )
+        differing = [
+            f"{one} in the baseline, {other} in the runs ({count} cells)"
+            for (one, other), count in pairs.most_common()
+            if one != other
+        ]
+        if differing:
+            num_more = len(differing) - MAX_PAIRS
+            more = [f"{num_more} more"] if num_more > 0 else []
+            notes.append(f"note: {name}: {'; '.join(differing[:MAX_PAIRS] + more)}")
+    return notes
+
+
+def _facts(cells: pd.DataFrame) -> dict[str, list[str]]:
+    """What is said where it differs: by its name, the value of every cell."""
+    facts = {
+        words: [_said(name, value) for value in cells[name]]
+        for name, words in SAID.items()
+    }
+    versions = [json.loads(text) for text in cells["versions"]]
+    for package in sorted({name for its in versions for name in its}):
+        facts[f"version of {package}"] = [
+            its.get(package, "unknown") for its in versions
+        ]
+    return facts
+
+
+def _said(name: str, value: Any) -> str:
+    text = format_fact(value)
+    return text[:8] if name == "code_sha256" else text

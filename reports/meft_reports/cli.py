@@ -1,12 +1,17 @@
 """`meft-report`: from files of records to tables, plots, a page and a verdict.
 
-Every mistake is one line on stderr and exit code 2, and writes nothing. pandas and
-matplotlib are imported by the commands that need them, so that `--help` answers at
-once.
+Every mistake is one line on stderr and exit code 2, and writes nothing. An exception
+that nobody foresaw is a bug of ours and exit code 70 (`EX_SOFTWARE` of BSD), never the
+code of a verdict. pandas and matplotlib are imported by the commands that need them, so
+that `--help` answers at once.
 """
 
 import argparse
+import contextlib
+import io
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -15,6 +20,7 @@ from meft_reports.errors import ReportError, UnknownName
 from meft_reports.files import write_atomically
 from meft_reports.plots import PLOTS, find_plot
 from meft_reports.tables import TABLES, find_tables
+from meft_reports.text import printable
 
 EXAMPLES = """\
 examples:
@@ -27,8 +33,14 @@ examples:
       --fail-on saved:0 --fail-on peak_allocated:2% --fail-on step_seconds:20%
 
 exit codes:
-  0 fine   1 regression   2 usage   3 not comparable   4 a cell failed
+  0 fine   1 regression   3 not comparable   4 a cell failed
+  2 usage, or a file that cannot be read or written   70 a bug of meft-report
 """
+
+MESSAGE_LENGTH = 10_000
+"""Characters of an error."""
+EXIT_MISTAKE = 2
+EXIT_BUG = 70
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,20 +48,38 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the mistake and exit with code 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(EXIT_MISTAKE, f"{self.prog}: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # What the terminal's encoding lacks is escaped.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     words = sys.argv[1:] if argv is None else argv
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
         # argparse would list the commands; the nearest one is of more help.
         return _mistake("meft-report", UnknownName("command", words[0], COMMANDS))
     arguments = parser().parse_args(words)
+    where = f"meft-report {arguments.command}"
     try:
         return COMMANDS[arguments.command](arguments)
     except ReportError as error:
-        return _mistake(f"meft-report {arguments.command}", error)
+        return _mistake(where, error)
+    except ModuleNotFoundError as error:
+        return _mistake(where, f"{error}; install it with pip install 'meft[report]'")
+    except OSError as error:
+        return _mistake(where, error)
+    except Exception:
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+            print(
+                f"{where}: the error above is a bug of meft-report and no verdict on "
+                "the records; please report it with the records",
+                file=sys.stderr,
+            )
+        return EXIT_BUG
 
 
 def frame(arguments: argparse.Namespace) -> int:
@@ -84,7 +114,7 @@ def table(arguments: argparse.Namespace) -> int:
     from meft_reports.tables.table import to_markdown
 
     some = make(read_frame(arguments.runs))
-    print("\n".join(map(to_markdown, some)) if some else "Nothing to show.")
+    _say("\n".join(map(to_markdown, some)) if some else "Nothing to show.")
     return 0
 
 
@@ -107,12 +137,17 @@ def check(arguments: argparse.Namespace) -> int:
         if names.count(name) > 1:
             raise ReportError(f"--fail-on is given twice for {name}; keep one")
 
-    from meft_reports.check import check as compare
-    from meft_reports.frame import read_frame
+    for path in arguments.runs:
+        if path.exists() and path.resolve() == arguments.baseline.resolve():
+            raise ReportError(f"{path} is both the run and the baseline")
 
-    baseline_frame = read_frame([arguments.baseline])
+    from meft_reports.check import check as compare
+    from meft_reports.frame import read_frame, to_frame
+    from meft_reports.records import read_baseline
+
+    baseline_frame = to_frame(read_baseline(arguments.baseline))
     result = compare(read_frame(arguments.runs), baseline_frame, thresholds)
-    print(result)
+    _say(str(result))
     return result.exit_code
 
 
@@ -120,7 +155,10 @@ def baseline(arguments: argparse.Namespace) -> int:
     """Write the baseline and print what changes."""
     from meft_reports.baseline import update_baseline
 
-    print("\n".join(update_baseline(arguments.runs, arguments.output)))
+    changes = update_baseline(
+        arguments.runs, arguments.output, may_remove=arguments.remove
+    )
+    _say("\n".join(changes))
     return _written(arguments.output)
 
 
@@ -174,6 +212,12 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "-o", "--output", required=True, type=Path, help=outputs[name]
             )
+        if name == "baseline":
+            sub.add_argument(
+                "--remove",
+                action="store_true",
+                help="drop cells of the baseline that are not ok in the runs",
+            )
         if name == "check":
             _add_check_arguments(sub)
     return root
@@ -194,10 +238,35 @@ def _add_check_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _written(path: Path) -> int:
-    print(f"wrote {path}")
+    _say(f"wrote {printable(str(path))}")
     return 0
 
 
-def _mistake(where: str, error: ReportError) -> int:
-    print(f"{where}: {error}", file=sys.stderr)
-    return 2
+def _say(text: str) -> None:
+    """Print to stdout, all of it, before the exit code is known.
+
+    A reader that closes the pipe early has read what it wanted.
+
+    Raises:
+        ReportError: stdout cannot be written to.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _discard_stdout()
+    except OSError as error:
+        _discard_stdout()
+        raise ReportError(f"cannot write to stdout: {error.strerror}") from error
+
+
+def _discard_stdout() -> None:
+    # What is left in the buffer would fail once more when Python ends, and change the
+    # exit code.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _mistake(where: str, error: Exception | str) -> int:
+    with contextlib.suppress(OSError):
+        # One line, whatever the names in it are.
+        print(f"{where}: {printable(str(error), MESSAGE_LENGTH)}", file=sys.stderr)
+    return EXIT_MISTAKE

@@ -105,6 +105,6 @@ def format_value(value: Any, unit: str) -> str:
 
 def format_fact(value: Any) -> str:
     """A fact of any type: `True` as `yes`."""
-    if isinstance(value, bool):
+    if pd.api.types.is_bool(value):
         return "yes" if value else "no"
     return NOTHING if is_null(value) else str(value)

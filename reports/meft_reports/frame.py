@@ -1,15 +1,13 @@
-"""The one door to records: files of JSON lines in, one tidy table out.
+"""Records as one tidy table, and that table as a file.
 
 One row per cell, one column per fact of `meft_reports.columns`, nullable dtypes, bytes
-as integers. When a cell appears more than once the latest ok record wins, or the
-latest one if none is ok. Every status is kept. What a record must look like is decided
-by the table of facts; this module does not know the harness.
+as integers. Every status is kept. Texts are printable and of bounded length, as `text`
+makes them.
 """
 
+import itertools
 import json
 import math
-import re
-import sys
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -20,14 +18,20 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from meft_reports.columns import BY_NAME, COLUMNS, SCHEMA_VERSION
+from meft_reports.columns import COLUMNS
 from meft_reports.columns.column import Column
 from meft_reports.columns.measurement import OLD_SCORE_NAMES
 from meft_reports.errors import RecordError, UnknownName
 from meft_reports.files import write_atomically
+from meft_reports.latest import code_of, in_order, newest_code
+from meft_reports.records import lookup, read_records
+from meft_reports.text import SHORT_LENGTH, printable
 
-STATUSES = ("ok", "oom", "timeout", "killed", "error", "skipped")
-SECTIONS = ("cell", "measurement", "environment")
+MAX_VERSIONS = 100
+"""Packages of an environment that the frame keeps, in the order of their names."""
+FORMULA_STARTS = ("=", "+", "-", "@", "'")
+"""What a spreadsheet takes for a formula at the start of a field of CSV, and the mark
+that keeps it from doing so."""
 
 
 def read_frame(paths: Sequence[Path]) -> pd.DataFrame:
@@ -37,46 +41,42 @@ def read_frame(paths: Sequence[Path]) -> pd.DataFrame:
         RecordError: a file is missing, holds no record, or has a line that is not a
             record of this schema version; names the file and the line.
     """
-    return to_frame(read_records(paths))
+    records, newest = read_records(paths)
+    return to_frame(records, newest)
 
 
-def read_records(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """The records of `paths` as JSON objects: one per cell, sorted by `cell_id`.
+def to_frame(
+    records: Iterable[dict[str, Any]], newest: str | None = None
+) -> pd.DataFrame:
+    """One row per record, by `cell_id`, with the columns and dtypes of `COLUMNS`.
+
+    Args:
+        records: valid ones, of distinct cells.
+        newest: digest of the newest code; by default that of the last of `records`.
 
     Raises:
-        RecordError: as `read_frame`.
+        RecordError: two cells have the same name once it is printable.
     """
-    winners: dict[str, dict[str, Any]] = {}
-    num_superseded = num_hidden = 0
-    for path in paths:
-        found = list(_records_of(path))
-        if not found:
-            raise RecordError(f"{path} holds no record; run a sweep into it first")
-        for record in found:
-            known = winners.get(record["cell_id"])
-            if known is None:
-                winners[record["cell_id"]] = record
-                continue
-            loser, winner = sorted([known, record], key=_rank)
-            winners[record["cell_id"]] = winner
-            num_superseded += 1
-            num_hidden += loser["started_at"] > winner["started_at"]
-    if num_superseded:
-        hidden = f", {num_hidden} of them later failures" if num_hidden else ""
-        _note(f"{num_superseded} records of cells run again left out{hidden}")
-    return [winners[cell_id] for cell_id in sorted(winners)]
-
-
-def to_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """One row per record, by `cell_id`, with the columns and dtypes of `COLUMNS`."""
-    rows = sorted(map(_flatten, records), key=lambda row: str(row["cell_id"]))
+    records = list(records)
+    if newest is None:
+        newest = newest_code(in_order(records)) if records else ""
+    rows = sorted(
+        (_flatten(record, newest) for record in records),
+        key=lambda row: str(row["cell_id"]),
+    )
+    for row, following in itertools.pairwise(rows):
+        if row["cell_id"] == following["cell_id"]:
+            raise RecordError(
+                f"two cells are both shown as {row['cell_id']!r}; rename one of them"
+            )
     return _typed({c.name: [row[c.name] for row in rows] for c in COLUMNS})
 
 
 def save_frame(frame: pd.DataFrame, path: Path) -> None:
     """Write the frame as Parquet or CSV, by the ending of `path`.
 
-    Parquet holds lists as lists; CSV holds them as JSON, and null as an empty field.
+    Parquet holds lists as lists; CSV holds them as JSON, null as an empty field, and a
+    text that a spreadsheet would take for a formula with a `'` before it.
 
     Raises:
         UnknownName: the ending is neither `.parquet` nor `.csv`.
@@ -102,7 +102,7 @@ def _parse(text: str, column: Column) -> Any:
         return column.default
     match column.dtype:
         case "string":
-            return text
+            return text.removeprefix("'")
         case "boolean":
             return text == "True"
         case "Int64":
@@ -111,121 +111,14 @@ def _parse(text: str, column: Column) -> Any:
             return json.loads(text)
 
 
-def _records_of(path: Path) -> Iterable[dict[str, Any]]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise RecordError(f"cannot read {path}: {error.strerror}") from error
-    lines = re.split(rb"\r\n|\r|\n", content)
-    unknown: set[str] = set()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            # Every complete line ends in a newline, so what follows the last one was
-            # being written when its writer was killed.
-            if number == len(lines):
-                _note(f"{where}: torn by a killed run, left out")
-                return
-            raise RecordError(f"{where}: not JSON ({error})") from error
-        unknown |= _validate(record, where)
-        yield record
-    if unknown:
-        _note(f"{path}: fields this report does not know: {', '.join(sorted(unknown))}")
-
-
-def _validate(record: Any, where: str) -> set[str]:
-    """Refuse what is not a record; the names of fields the table does not hold."""
-    if not isinstance(record, dict):
-        raise RecordError(f"{where}: expected a JSON object, got {record!r:.60}")
-    version = record.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise RecordError(
-            f"{where}: schema version {version!r}, expected {SCHEMA_VERSION}; "
-            "use the meft-report of the meft-bench that wrote it"
-        )
-    for section in SECTIONS:
-        if not isinstance(record.get(section), dict):
-            raise RecordError(f"{where}: `{section}` is missing or not an object")
-    if not isinstance(record["environment"].get("versions"), dict):
-        raise RecordError(f"{where}: `environment.versions` is not an object")
-    for column in COLUMNS:
-        if column.section != "derived":
-            _check_value(column, _lookup(record, column), where)
-    if record["status"] not in STATUSES:
-        raise RecordError(
-            f"{where}: {UnknownName('status', record['status'], STATUSES)}"
-        )
-    return {
-        f"{section}.{key}"
-        for section in SECTIONS
-        for key in record[section]
-        if key != "versions" and (key not in BY_NAME or BY_NAME[key].section != section)
-    }
-
-
-def _check_value(column: Column, value: Any, where: str) -> None:
-    place = ".".join(filter(None, [column.section, column.key]))
-    if value is None:
-        if column.required:
-            raise RecordError(f"{where}: `{place}` is missing")
-        return
-    fits = {
-        "string": isinstance(value, str),
-        "boolean": isinstance(value, bool),
-        "Int64": _is_integer(value),
-        "Float64": _is_number(value),
-        # An element is null where a number was not finite, as JSON has it.
-        "list": isinstance(value, list)
-        and all(number is None or _is_number(number) for number in value),
-    }
-    if not fits[column.dtype]:
-        raise RecordError(
-            f"{where}: `{place}` should be {_EXPECTED[column.dtype]}, got {value!r:.60}"
-        )
-
-
-_EXPECTED = {
-    "string": "a string",
-    "boolean": "true or false",
-    "Int64": "a 64-bit integer",
-    "Float64": "a number",
-    "list": "a list of numbers",
-}
-
-
-def _is_integer(value: Any) -> bool:
-    return type(value) is int and -(2**63) <= value < 2**63
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) is float or _is_integer(value)
-
-
-def _lookup(record: dict[str, Any], column: Column) -> Any:
-    match column.section:
-        case "":
-            return record.get(column.key)
-        case "versions":
-            return record["environment"]["versions"].get(column.key)
-        case section:
-            value = record[section].get(column.key)
-            return column.default if value is None else value
-
-
-def _rank(record: dict[str, Any]) -> tuple[bool, str]:
-    return record["status"] == "ok", record["started_at"]
-
-
-def _flatten(record: dict[str, Any]) -> dict[str, Any]:
-    row = {c.name: _lookup(record, c) for c in COLUMNS if c.section != "derived"}
+def _flatten(record: dict[str, Any], newest: str) -> dict[str, Any]:
+    row = {c.name: lookup(record, c) for c in COLUMNS if c.section != "derived"}
+    row = {n: printable(v) if isinstance(v, str) else v for n, v in row.items()}
     if row["loss_mean"] is None:  # from before scores had the names of their rules
         row["score_name"] = OLD_SCORE_NAMES.get(row["score_name"], row["score_name"])
     row["source"] = "measured" if row["prediction"] is None else "predicted"
-    row["versions"] = json.dumps(record["environment"]["versions"], sort_keys=True)
+    row["versions"] = _versions(record["environment"]["versions"])
+    row["newest_code"] = code_of(record) == newest
     trainable, total = row["num_trainable_parameters"], row["num_parameters"]
     known = trainable is not None and total
     row["trainable_fraction"] = trainable / total if known else None
@@ -235,6 +128,15 @@ def _flatten(record: dict[str, Any]) -> dict[str, Any]:
     up, down = row["h2d_bytes"], row["d2h_bytes"]
     row["transfer_bytes"] = None if up is None or down is None else up + down
     return row
+
+
+def _versions(versions: dict[str, str]) -> str:
+    kept = sorted(versions.items())[:MAX_VERSIONS]
+    texts = {
+        printable(name, SHORT_LENGTH): printable(version, SHORT_LENGTH)
+        for name, version in kept
+    }
+    return json.dumps(texts, sort_keys=True)
 
 
 def _typed(columns: dict[str, list[Any]]) -> pd.DataFrame:
@@ -271,6 +173,10 @@ def _or_null(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _not_a_formula(text: str) -> str:
+    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
+
+
 _ARROW_TYPES = {
     "string": pa.string(),
     "boolean": pa.bool_(),
@@ -296,8 +202,8 @@ def _csv(frame: pd.DataFrame) -> bytes:
                 None if value is None else json.dumps([*map(_or_null, value)])
                 for value in frame[column.name]
             ]
+        if column.dtype == "string":
+            text[column.name] = frame[column.name].map(
+                _not_a_formula, na_action="ignore"
+            )
     return text.to_csv(index=False, lineterminator="\n").encode()
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)

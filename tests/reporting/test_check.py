@@ -90,18 +90,35 @@ def test_a_finding_says_everything(make_record: MakeRecord) -> None:
         ("step_seconds:20%", {"num_threads": 8}, "num_threads 8"),
         ("step_seconds:20%", {"num_slots": 2}, "num_slots 2"),
         ("score:0", {"weights_sha256": "cc"}, "weights_sha256 cc"),
-        ("score:0", {"score_name": "f1"}, "f1"),
+        ("score:0", {"score_name": "f1"}, "score_name f1"),
+        ("score:0", {"num_eval_rows": 7}, "num_eval_rows 7"),
+        ("score:0", {"data_origin": None}, "data_origin unknown"),
+        ("majority_score:0", {"score_name": "f1"}, "score_name f1"),
+        ("majority_score:0", {"data_origin": "rows"}, "data_origin rows"),
+        ("second_score:0", {"second_score_name": "f1"}, "second_score_name f1"),
+        ("third_score:0", {"third_score_name": "f1"}, "third_score_name f1"),
+        ("start_deviation:0", {"weights_sha256": "cc"}, "weights_sha256 cc"),
+        ("step_ratio:20%", {"machine": "Another"}, "machine Another"),
+        ("step_ratio_iqr:20%", {"num_slots": 2}, "num_slots 2"),
     ],
 )
 def test_what_may_not_be_compared_is_refused(
     make_record: MakeRecord, limit: str, place: dict[str, Any], words: str
 ) -> None:
     """Both values are said, and no verdict is given on the number."""
-    result = verdict([make_record()], [make_record(**place)], limit)
+    seen = {
+        "second_score": 0.5,
+        "third_score": 0.5,
+        "start_deviation": 0.1,
+        "step_ratio": 1.0,
+    }
+    known: dict[str, Any] = seen | {"step_ratio_iqr": 0.1}
+    before, after = make_record(**known), make_record(**(known | place))
+    result = verdict([before], [after], limit)
     (finding,) = result.findings
     assert finding.kind == Kind.NOT_COMPARABLE
     assert finding.got == words
-    assert finding.expected.split()[0] in (words.split()[0], "accuracy")
+    assert finding.expected.split()[0] == words.split()[0]
     assert (result.exit_code, result.num_compared) == (3, 0)
 
 
@@ -111,11 +128,16 @@ def test_bytes_are_compared_across_machines(make_record: MakeRecord) -> None:
     assert verdict([make_record()], [other], "saved:0").exit_code == 0
 
 
-def test_times_of_cells_side_by_side_are_not_compared(make_record: MakeRecord) -> None:
-    """They are comparable within their own run only."""
-    record = make_record(num_slots=2)
-    assert verdict([record], [record], "step_seconds:20%").exit_code == 3
-    assert verdict([record], [record], "saved:0").exit_code == 0
+def test_times_compare_where_as_many_cells_ran_side_by_side(
+    make_record: MakeRecord,
+) -> None:
+    """Two and two as well as one and one; two and one are not comparable."""
+    two, one = make_record(num_slots=2), make_record(num_slots=1)
+    slower = make_record(num_slots=2, step_seconds=0.61)
+    assert verdict([two], [two], "step_seconds:20%").exit_code == 0
+    assert verdict([two], [slower], "step_seconds:20%").exit_code == 1
+    assert verdict([two], [one], "step_seconds:20%").exit_code == 3
+    assert verdict([two], [one], "saved:0").exit_code == 0
 
 
 @pytest.mark.parametrize("side", [0, 1, 2])
@@ -163,3 +185,336 @@ def test_a_baseline_without_an_ok_cell_proves_nothing(make_record: MakeRecord) -
     """Nothing was compared, so nothing passed."""
     result = verdict([make_record("oom")], [make_record("oom")], "saved:0")
     assert result.exit_code == 3
+
+
+def test_a_cell_that_ran_with_older_code_only_is_missing(
+    make_record: MakeRecord,
+) -> None:
+    """That it once ended well says nothing of the code that is checked."""
+    before = [make_record(seed=0), make_record(seed=1)]
+    stale = make_record(seed=0, started_at="2026-01-01T00:00:00Z", code_sha256="old!")
+    result = verdict(before, [stale, before[1]], "saved:0")
+    (finding,) = result.findings
+    assert (finding.kind, result.exit_code) == (Kind.MISSING, 1)
+    assert finding.expected == "an ok cell with the newest code of the runs"
+    assert finding.got == "an ok cell with older code, old!, of 2026-01-01T00:00:00Z"
+    assert finding.advice == "run the whole sweep with one code"
+
+
+def test_a_cell_that_last_failed_with_older_code_has_failed(
+    make_record: MakeRecord,
+) -> None:
+    """What is known of it last is that it failed."""
+    before = [make_record(seed=0), make_record(seed=1)]
+    stale = make_record(
+        "oom", seed=0, started_at="2026-01-01T00:00:00Z", code_sha256="old"
+    )
+    assert verdict(before, [stale, before[1]], "saved:0").exit_code == 4
+
+
+def test_one_name_for_two_cells_is_not_comparable(make_record: MakeRecord) -> None:
+    """Numbers of two workloads say nothing of each other, whatever they are called."""
+    before, after = make_record(), make_record()
+    after["cell"] = after["cell"] | {"batch_size": 1}
+    (finding,) = verdict([before], [after], "saved:0").findings
+    assert finding.kind == Kind.NOT_COMPARABLE
+    assert (finding.expected, finding.got) == ("batch_size 16", "batch_size 1")
+    assert finding.advice == "two cells of one name; write the baseline again"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [
+        ([0.1, 0.2], [0.2, 0.1], None),
+        ([0.1, 0.2], [0.2, 0.2], None),
+        ([0.1, 0.2], [0.1, 0.25], Kind.REGRESSION),
+        ([0.1, 0.2], [0.0, 0.1], Kind.IMPROVED),
+        ([0.0, 0.0], [0.0, 0.0], None),
+        ([0.0, 0.0], [0.0, 1e-300], Kind.REGRESSION),
+        ([0.1, 0.2], [0.1, None], Kind.REGRESSION),
+        ([0.1, None], [0.1, 0.2], Kind.IMPROVED),
+        ([0.1, None], [0.1, None], Kind.NOT_COMPARABLE),
+        ([0.1, 0.2], [0.2], Kind.NOT_COMPARABLE),
+        ([0.1, 0.2], [], Kind.NOT_COMPARABLE),
+        ([], [0.1, 0.2], Kind.NOT_COMPARABLE),
+        ([0.1, 0.2], None, Kind.NOT_COMPARABLE),
+        (None, [0.1, 0.2], Kind.NOT_COMPARABLE),
+    ],
+)
+@pytest.mark.parametrize("name", ["gradient_error", "reconstruction_error"])
+def test_a_list_is_compared_by_its_worst_entry(
+    make_record: MakeRecord, name: str, before: Any, after: Any, kind: Kind | None
+) -> None:
+    """An entry that was not finite is worse than any, and a missing one is no entry."""
+    pair = [make_record(**{name: errors}) for errors in (before, after)]
+    result = verdict(pair[:1], pair[1:], f"{name}:10%")
+    assert [f.kind for f in result.findings] == ([] if kind is None else [kind])
+
+
+def test_an_error_that_is_not_finite_is_said(make_record: MakeRecord) -> None:
+    """What was expected and allowed is a number, what was found is none."""
+    before = make_record(gradient_error=[0.5, 0.25])
+    after = make_record(gradient_error=[0.5, None])
+    (finding,) = verdict([before], [after], "gradient_error:20%").findings
+    assert finding.kind == Kind.REGRESSION
+    assert (finding.expected, finding.got) == ("0.5", "not finite")
+    assert (finding.difference, finding.allowed) == ("", "0.1")
+    (back,) = verdict([after], [before], "gradient_error:20%").findings
+    assert (back.kind, back.expected, back.got) == (Kind.IMPROVED, "not finite", "0.5")
+    assert (back.difference, back.allowed) == ("", "")
+    assert back.advice == "consider updating the baseline"
+
+
+def test_of_a_list_where_more_is_better_the_least_counts(
+    make_record: MakeRecord,
+) -> None:
+    """One block whose router leads astray is a regression."""
+    before = make_record(routing_recall=[0.5, 0.75])
+    after = make_record(routing_recall=[0.25, 1.0])
+    result = verdict([before], [after], "routing_recall:0.1")
+    assert [f.kind for f in result.findings] == [Kind.REGRESSION]
+    assert result.findings[0].difference == "-0.25"
+    assert verdict([after], [before], "routing_recall:0.1").exit_code == 0
+
+
+@pytest.mark.parametrize("limit", ["h2d:5%", "h2d:0", "h2d:0%", "h2d:99%"])
+def test_any_share_of_zero_is_zero(make_record: MakeRecord, limit: str) -> None:
+    """One byte where there was none is beyond every share."""
+    nothing, a_byte = make_record(h2d_bytes=0), make_record(h2d_bytes=1)
+    assert verdict([nothing], [nothing], limit).exit_code == 0
+    assert verdict([nothing], [a_byte], limit).exit_code == 1
+
+
+def test_numbers_that_look_alike_are_written_out(make_record: MakeRecord) -> None:
+    """A finding never says that a number was expected and got."""
+    before, after = make_record(score=0.5), make_record(score=0.4999999999)
+    (finding,) = verdict([before], [after], "score:0").findings
+    assert (finding.expected, finding.got) == ("0.5", "0.4999999999")
+    assert finding.difference == "-1e-10"
+
+
+def test_other_code_versions_and_machines_are_said(make_record: MakeRecord) -> None:
+    """They decide nothing, and are the first thing to look at."""
+    there: dict[str, Any] = {
+        "versions": {"torch": "2.13.0", "transformers": "5.24.0", "peft": "1"},
+        "machine": "Another CPU",
+        "code_sha256": "bb" * 32,
+        "dirty": True,
+    }
+    before = [make_record(seed=seed) for seed in range(5)]
+    after = [make_record(seed=seed, **there) for seed in range(4)]
+    after.append(make_record("ok", seed=4, **(there | {"machine": "Third CPU"})))
+    result = verdict(before, after, "saved:0")
+    assert result.exit_code == 0
+    assert list(result.notes) == [
+        "note: code: aaaaaaaa in the baseline, bbbbbbbb in the runs (5 cells)",
+        "note: machine: Example CPU in the baseline, Another CPU in the runs (4 cells);"
+        " Example CPU in the baseline, Third CPU in the runs (1 cells)",
+        "note: uncommitted changes: no in the baseline, yes in the runs (5 cells)",
+        "note: version of peft: unknown in the baseline, 1 in the runs (5 cells)",
+        "note: version of python: 3.11.9 in the baseline, unknown in the runs "
+        "(5 cells)",
+        "note: version of transformers: 5.23.0 in the baseline, 5.24.0 in the runs "
+        "(5 cells)",
+    ]
+    assert all(note in str(result) for note in result.notes)
+    assert verdict(before, before, "saved:0").notes == ()
+
+
+def test_many_differences_of_one_fact_are_counted(make_record: MakeRecord) -> None:
+    """Three are said, however many there are."""
+    before = [make_record(seed=seed) for seed in range(5)]
+    after = [make_record(seed=seed, platform=f"OS {seed}") for seed in range(5)]
+    (note,) = verdict(before, after, "saved:0").notes
+    assert note.endswith("OS 2 in the runs (1 cells); 2 more")
+    (note,) = verdict(before[:4], after[:4], "saved:0").notes
+    assert note.endswith("OS 2 in the runs (1 cells); 1 more")
+    (note,) = verdict(before[:3], after[:3], "saved:0").notes
+    assert note.endswith("OS 2 in the runs (1 cells)")
+
+
+def test_a_baseline_says_how_many_of_its_cells_hold_nothing(
+    make_record: MakeRecord,
+) -> None:
+    """A cell that failed in the baseline is held to nothing."""
+    before = [make_record(seed=0), make_record("oom", seed=1)]
+    after = [make_record(seed=0), make_record("error", seed=1)]
+    result = verdict(before, after, "saved:0")
+    assert result.notes == ("note: the baseline holds 1 cells that are not ok",)
+    (finding,) = result.findings
+    assert (finding.kind, finding.got) == (Kind.NEW, "error: made-up error")
+
+
+def test_a_verdict_sums_up_in_one_line(make_record: MakeRecord) -> None:
+    """Each kind of finding is counted, and so is what was compared."""
+    before = [make_record(seed=seed) for seed in range(4)]
+    after = [
+        make_record("killed", seed=0),
+        make_record(seed=1, saved_bytes=7),
+        make_record(seed=2, saved_bytes=8),
+        make_record(seed=5),
+    ]
+    last = str(verdict(before, after, "saved:0", "resting:0")).splitlines()[-1]
+    assert last == (
+        "4 cells in the baseline, 4 numbers compared: 1 failed, 1 missing, 2 improved, "
+        "1 new"
+    )
+    fine = str(verdict(before, before, "saved:0")).splitlines()
+    assert fine == [
+        "4 cells in the baseline, 4 numbers compared: no difference beyond what is "
+        "allowed"
+    ]
+
+
+def test_another_mean_of_losses_is_said(make_record: MakeRecord) -> None:
+    """Weights that were trained by another mean score differently."""
+    after = make_record(loss_mean="tokens", score_name="accuracy")
+    (note,) = verdict([make_record()], [after], "score:0").notes
+    assert note.startswith("note: mean that a loss is: ")
+    assert note.endswith(" in the baseline, tokens in the runs (1 cells)")
+
+
+def test_every_cell_of_a_baseline_is_looked_at(make_record: MakeRecord) -> None:
+    """Also those after a missing, a failed or an incomparable one."""
+    before = [make_record(seed=seed) for seed in range(5)]
+    after = [
+        make_record("oom", seed=1),
+        make_record(seed=2, versions={"torch": "1.0"}),
+        make_record(seed=3, saved_bytes=2**40),
+        make_record("error", seed=4),
+    ]
+    result = verdict(before, after, "saved:0")
+    assert [finding.kind for finding in result.findings] == [
+        Kind.MISSING,
+        Kind.FAILED,
+        Kind.NOT_COMPARABLE,
+        Kind.REGRESSION,
+        Kind.FAILED,
+    ]
+
+
+def test_what_may_not_be_compared_comes_with_advice(make_record: MakeRecord) -> None:
+    """In words that say what to do, or why the numbers say nothing."""
+    before = make_record(gradient_error=[0.1, 0.2])
+    other = make_record(gradient_error=[0.1, 0.2], versions={"torch": "1.0"})
+    shorter, broken = (
+        make_record(gradient_error=errors) for errors in ([0.1], [None, None])
+    )
+    text = str(verdict([before], [other], "gradient_error:0"))
+    assert text.splitlines()[:4] == [
+        f"not comparable: {before['cell_id']} gradient_error",
+        "  expected   torch_version 2.13.0",
+        "  got        torch_version 1.0",
+        "  make a baseline with the same torch_version, or run with that of the "
+        "baseline",
+    ]
+    (finding,) = verdict([before], [shorter], "gradient_error:0").findings
+    assert (finding.expected, finding.got) == ("2 entries", "1 entries")
+    assert finding.advice == "an entry that is missing proves nothing"
+    (finding,) = verdict([broken], [broken], "gradient_error:0").findings
+    assert (finding.expected, finding.got) == ("not finite", "not finite")
+    assert finding.advice == "a number that is not finite proves nothing"
+    unseen = make_record()
+    (finding,) = verdict([before], [unseen], "gradient_error:0").findings
+    assert (finding.expected, finding.got) == ("0.2", "null")
+    assert finding.advice == "a number that was not measured proves nothing"
+
+
+def test_bytes_do_not_depend_on_weights_or_rows(make_record: MakeRecord) -> None:
+    """Only what is a share of something needs the same of both."""
+    after = make_record(weights_sha256="cc", data_origin="rows", num_eval_rows=7)
+    for limit in ("saved:0", "num_blocks:0", "step_seconds:0"):
+        assert verdict([make_record()], [after], limit).exit_code == 0
+    assert verdict([make_record()], [after], "trainable_fraction:0").exit_code == 0
+
+
+def test_a_small_difference_has_its_sign(make_record: MakeRecord) -> None:
+    """Less than one second more is more."""
+    before, after = make_record(step_seconds=0.5), make_record(step_seconds=0.75)
+    (finding,) = verdict([before], [after], "step_seconds:0").findings
+    assert finding.difference == "+0.25 s"
+    (finding,) = verdict([after], [before], "step_seconds:0").findings
+    assert finding.difference == "-0.25 s"
+
+
+def test_a_byte_counts_beyond_the_precision_of_floats(make_record: MakeRecord) -> None:
+    """2^53 + 1 is no float."""
+    before, after = (make_record(saved_bytes=2**53 + more) for more in (0, 1))
+    assert verdict([before], [after], "saved:0").exit_code == 1
+
+
+def test_an_unknown_torch_is_not_the_same_torch(make_record: MakeRecord) -> None:
+    """Neither side says which; an unknown accelerator is none on both."""
+    unknown = make_record(versions={})
+    (finding,) = verdict([unknown], [unknown], "saved:0").findings
+    assert finding.kind == Kind.NOT_COMPARABLE
+    assert (finding.expected, finding.got) == ("torch_version unknown",) * 2
+
+
+def test_every_finding_says_what_was_expected(make_record: MakeRecord) -> None:
+    """In words, where there is no number."""
+    before = [make_record(seed=seed) for seed in range(3)]
+    after = [
+        make_record("oom", seed=1),
+        make_record(seed=2, score_name="f1"),
+        make_record(seed=3),
+    ]
+    found = {
+        finding.kind: finding for finding in verdict(before, after, "score:0").findings
+    }
+    said = {
+        kind: (finding.expected, finding.got, finding.advice)
+        for kind, finding in found.items()
+    }
+    assert said == {
+        Kind.MISSING: (
+            "an ok cell, as in the baseline",
+            "no such cell in the runs",
+            "run the whole sweep, or update the baseline if the cell was removed",
+        ),
+        Kind.FAILED: ("ok", "oom: made-up oom", ""),
+        Kind.NOT_COMPARABLE: (
+            "score_name accuracy",
+            "score_name f1",
+            "another metric",
+        ),
+        Kind.NEW: ("not in the baseline", "ok", ""),
+    }
+    (nothing,) = verdict(
+        [make_record("oom")], [make_record("oom")], "score:0"
+    ).findings[1:]
+    assert nothing.cell_id == "all cells"
+    assert nothing.expected == "at least one ok cell in the baseline"
+    assert nothing.got == "none"
+    assert nothing.advice == "write one with meft-report baseline"
+
+
+def test_every_fact_that_is_said_has_a_name(make_record: MakeRecord) -> None:
+    """A package that some cells lack is unknown there."""
+    places = {"platform": "OS", "cpu": "CPU", "num_threads": 8, "num_slots": 2}
+    versions = {"torch": "2.13.0", "python": "3.11.9", "transformers": "5.23.0"}
+    after = [
+        make_record(seed=0, prediction="a model", **places),
+        make_record(seed=1, versions=versions | {"peft": "1"}),
+    ]
+    before = [make_record(seed=seed) for seed in (0, 1)]
+    notes = verdict(before, after, "saved:0").notes
+    assert [note.split(":")[1] for note in notes] == [
+        " cells side by side",
+        " platform",
+        " processor",
+        " threads per cell",
+        " version of peft",
+        " way of predicting",
+    ]
+    assert "unknown in the baseline, 1 in the runs (1 cells)" in notes[4]
+    two = verdict(after, before, "saved:0").notes[4]
+    assert two == (
+        "note: version of peft: 1 in the baseline, unknown in the runs (1 cells)"
+    )
+    lacking = [after[1], make_record(seed=0, versions=versions)]
+    having = [make_record(seed=s, versions=versions | {"peft": "1"}) for s in (0, 1)]
+    (note,) = verdict(lacking, having, "saved:0").notes
+    assert note == (
+        "note: version of peft: unknown in the baseline, 1 in the runs (1 cells)"
+    )

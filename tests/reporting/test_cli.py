@@ -105,14 +105,12 @@ def test_baseline_keeps_ok_cells_in_order(
     write: Write,
     tmp_path: Path,
 ) -> None:
-    """The records whole, one a line, sorted by cell."""
+    """The records whole, one a line, sorted by cell and their fields by name."""
     records = [make_record(seed=2), make_record("oom", seed=1), make_record(seed=0)]
     out = tmp_path / "new.jsonl"
     assert main(["baseline", str(write(records)), "-o", str(out)]) == 0
-    assert [json.loads(line) for line in out.read_text().splitlines()] == [
-        records[2],
-        records[0],
-    ]
+    lines = [json.dumps(records[place], sort_keys=True) for place in (2, 0)]
+    assert out.read_text().splitlines() == lines
     assert "2 cells: 2 added, 0 removed" in capsys.readouterr().out
 
 
@@ -122,24 +120,97 @@ def test_baseline_shows_what_changes(
     write: Write,
     baseline: Path,
 ) -> None:
-    """Added, removed and why, changed from what to what."""
+    """Added, removed and why, changed from what to what, not kept and why."""
     run = write(
         [
-            make_record(seed=0, saved_bytes=7),
+            make_record(seed=0, saved_bytes=7, gradient_error=[0.1, None]),
             make_record("oom", seed=1),
             make_record(seed=2),
+            make_record("killed", seed=3),
         ]
     )
-    assert main(["baseline", str(run), "-o", str(baseline)]) == 0
+    assert main(["baseline", str(run), "-o", str(baseline), "--remove"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    names = [make_record(seed=seed)["cell_id"] for seed in range(3)]
-    assert lines[:4] == [
+    names = [make_record(seed=seed)["cell_id"] for seed in range(4)]
+    assert lines == [
         f"changed  {names[0]} saved_bytes: 104,857,600 bytes (100.0 MiB) → "
         "7 bytes (7 B)",
+        f"changed  {names[0]} gradient_error: null → not finite",
         f"removed  {names[1]} (oom)",
         f"added    {names[2]}",
+        f"not kept {names[3]} (killed)",
         "2 cells: 1 added, 1 removed, 1 with another record",
+        f"wrote {baseline}",
     ]
+
+
+@pytest.mark.parametrize("status", ["oom", "error", "timeout", "killed", "skipped", ""])
+def test_a_baseline_does_not_lose_a_cell_unasked(
+    capsys: pytest.CaptureFixture[str],
+    make_record: MakeRecord,
+    write: Write,
+    baseline: Path,
+    status: str,
+) -> None:
+    """Neither to a cell that failed nor to a run of fewer cells; the flag is named."""
+    before = baseline.read_bytes()
+    failed = [make_record(status, seed=1)] if status else []
+    run = write([make_record(seed=0, saved_bytes=7), *failed])
+    arguments = ["baseline", str(run), "-o", str(baseline)]
+    assert main(arguments) == 2
+    name = make_record(seed=1)["cell_id"]
+    assert capsys.readouterr().err == (
+        f"meft-report baseline: {baseline} would lose 1 of its cells: {name} "
+        f"({status or 'not in the runs'}); run these cells until they end well, or "
+        "pass --remove to drop them\n"
+    )
+    assert baseline.read_bytes() == before
+    assert main([*arguments, "--remove"]) == 0
+    assert len(baseline.read_text().splitlines()) == 1
+
+
+def test_many_cells_that_would_be_lost_are_counted(
+    capsys: pytest.CaptureFixture[str], make_record: MakeRecord, write: Write
+) -> None:
+    """Five are named, however many there are."""
+    for count, more in ((7, ", 2 more; run"), (6, ", 1 more; run"), (5, "runs); run")):
+        records = [make_record(seed=seed) for seed in range(count + 1)]
+        out = write(records, "baseline.jsonl")
+        assert main(["baseline", str(write(records[:1])), "-o", str(out)]) == 2
+        errors = capsys.readouterr().err
+        assert (
+            f"would lose {count} of its cells: {records[1]['cell_id']} (not" in errors
+        )
+        assert f"(not in the runs), {records[2]['cell_id']} (not" in errors
+        assert errors.count("(not in the runs)") == 5
+        assert more in errors
+
+
+def test_a_baseline_that_is_not_whole_is_not_overwritten(
+    capsys: pytest.CaptureFixture[str],
+    make_record: MakeRecord,
+    write: Write,
+    baseline: Path,
+) -> None:
+    """What it had held is not known; an empty file has held nothing."""
+    torn = baseline.read_bytes()[:-9]
+    baseline.write_bytes(torn)
+    run = write([make_record(seed=0)])
+    assert main(["baseline", str(run), "-o", str(baseline)]) == 2
+    assert "line 2: the last line is not whole" in capsys.readouterr().err
+    assert baseline.read_bytes() == torn
+    baseline.write_bytes(b"")
+    assert main(["baseline", str(run), "-o", str(baseline)]) == 0
+
+
+def test_a_run_is_not_its_own_baseline(
+    capsys: pytest.CaptureFixture[str], baseline: Path
+) -> None:
+    """It would always pass; by whatever path the file is named."""
+    again = baseline.parent / "sub" / ".." / baseline.name
+    (baseline.parent / "sub").mkdir()
+    assert main(["check", str(again), "--baseline", str(baseline), *LIMITS]) == 2
+    assert "is both the run and the baseline" in capsys.readouterr().err
 
 
 def test_a_baseline_passes_its_own_check(
@@ -161,10 +232,9 @@ def test_a_run_without_an_ok_cell_makes_no_baseline(
 ) -> None:
     """The old file stays as it was."""
     before = baseline.read_bytes()
-    assert (
-        main(["baseline", str(write([make_record("oom")])), "-o", str(baseline)]) == 2
-    )
-    assert "no ok cell" in capsys.readouterr().err
+    runs = [str(write([make_record("oom")], name)) for name in ("a.jsonl", "b.jsonl")]
+    assert main(["baseline", *runs, "-o", str(baseline)]) == 2
+    assert f"no ok cell in {', '.join(runs)}: nothing" in capsys.readouterr().err
     assert baseline.read_bytes() == before
 
 

@@ -1,6 +1,6 @@
+import csv
 import dataclasses
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from meft_bench.record import (
 from meft_reports import columns
 from meft_reports.errors import RecordError, UnknownName
 from meft_reports.frame import (
-    STATUSES,
     load_frame,
     read_frame,
     save_frame,
     to_frame,
 )
+from meft_reports.records import STATUSES
 from reporting.kinds import MakeRecord, Write
 
 
@@ -138,39 +138,6 @@ def test_a_file_ends_in_parquet_or_csv(frame: pd.DataFrame, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_latest_ok_record_of_a_cell_wins(
-    make_record: MakeRecord, write: Write
-) -> None:
-    """Neither an older ok record nor a later failure takes its place."""
-    old = make_record(started_at="2026-01-01T00:00:00Z", score=0.1)
-    new = make_record(started_at="2026-01-02T00:00:00Z", score=0.2)
-    failed = make_record("oom", started_at="2026-01-03T00:00:00Z")
-    for order in ([old, new, failed], [failed, new, old], [new, failed, old]):
-        frame = read_frame([write(order)])
-        assert frame["score"].tolist() == [0.2]
-
-
-def test_leaving_records_out_is_said(
-    make_record: MakeRecord, write: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Also that one of them is a failure later than the record that is shown."""
-    old = make_record(started_at="2026-01-01T00:00:00Z")
-    failed = make_record("oom", started_at="2026-01-03T00:00:00Z")
-    read_frame([write([old, failed])])
-    assert capsys.readouterr().err == (
-        "note: 1 records of cells run again left out, 1 of them later failures\n"
-    )
-
-
-def test_the_latest_failure_wins_where_nothing_went_well(
-    make_record: MakeRecord, write: Write
-) -> None:
-    """The last word on a cell that never ended well is its last failure."""
-    first = make_record("oom", started_at="2026-01-01T00:00:00Z")
-    last = make_record("killed", started_at="2026-01-02T00:00:00Z")
-    assert read_frame([write([last, first])])["status"].tolist() == ["killed"]
-
-
 def test_files_are_read_together_in_any_order(
     make_record: MakeRecord, write: Write
 ) -> None:
@@ -278,13 +245,45 @@ def test_fields_of_a_newer_harness_are_named_and_ignored(
     assert "measurement.energy_joules" in capsys.readouterr().err
 
 
-def test_a_score_that_is_not_a_number_is_null(
-    make_record: MakeRecord, write: Write
+def test_texts_are_printable_and_bounded(make_record: MakeRecord) -> None:
+    """Line breaks, reversed reading, lone surrogates and megabytes end at the door."""
+    message = "a\nb \u202e \ud800 \x1b[31m" + "x" * 10**6
+    row = to_frame([make_record("error", message=message)]).iloc[0]
+    assert row["message"].startswith(r"a\nb \u202e \ud800 \x1b[31mxxx")
+    assert "… [999,0" in row["message"]
+    assert len(row["message"]) < 1100
+    assert row["message"].isprintable()
+
+
+def test_long_names_that_begin_alike_remain_two(make_record: MakeRecord) -> None:
+    """A cell's name is its key, also where it is cut."""
+    one, other = make_record(), make_record()
+    one["cell_id"], other["cell_id"] = "x" * 5000 + "1", "x" * 5000 + "2"
+    assert to_frame([one, other])["cell_id"].nunique() == 2
+
+
+def test_two_cells_with_one_printable_name_are_an_error(
+    make_record: MakeRecord,
 ) -> None:
-    """NaN cannot be compared; it does not pass for a measurement."""
-    frame = read_frame([write([make_record(score=math.nan, loss_curve=[math.nan])])])
-    assert frame["score"].isna().tolist() == [True]
-    assert math.isnan(frame["loss_curve"].iloc[0][0])
+    """One of the two would stand for both."""
+    one, other = make_record(), make_record()
+    one["cell_id"], other["cell_id"] = "a\n", r"a\n"
+    with pytest.raises(RecordError, match="two cells are both shown as"):
+        to_frame([one, other])
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "'=1", "a=1"])
+def test_a_spreadsheet_takes_no_text_for_a_formula(
+    make_record: MakeRecord, tmp_path: Path, text: str
+) -> None:
+    """No field of the CSV begins like one, and reading it back gives the text again."""
+    frame = to_frame([make_record("error", message=text)])
+    save_frame(frame, tmp_path / "cells.csv")
+    with (tmp_path / "cells.csv").open(newline="") as file:
+        _, fields = csv.reader(file)
+    starts = ("=", "+", "@", "-")
+    assert not any(field.startswith(starts) for field in fields)
+    assert load_frame(tmp_path / "cells.csv")["message"].tolist() == [text]
 
 
 @pytest.mark.parametrize(

@@ -78,3 +78,34 @@ def test_a_mistake_is_named(text: str, message: str) -> None:
     """The error quotes what was given and says what was expected."""
     with pytest.raises(ReportError, match=re.escape(message)):
         parse_threshold(text)
+
+
+@pytest.mark.parametrize(
+    ("limit", "amount"),
+    [
+        ("0", 0),
+        ("7", 7),
+        ("7B", 7),
+        ("1KiB", 1024),
+        ("1.5KiB", 1536),
+        ("1MiB", 1_048_576),
+        ("3 GiB", 3_221_225_472),
+        ("2.5e2", 250),
+        ("25%", 50),
+        ("0.5%", 1),
+    ],
+)
+def test_what_is_allowed_in_plain_numbers(limit: str, amount: int) -> None:
+    """Of 200 expected bytes, and of 200 too few."""
+    threshold = parse_threshold(f"saved:{limit}")
+    assert threshold.allowed(Fraction(200)) == amount
+    assert threshold.allowed(Fraction(-200)) == amount
+    assert threshold.relative == limit.endswith("%")
+
+
+@pytest.mark.parametrize("name", ["gradient_error", "h2d_update", "routing_recall"])
+def test_a_list_with_a_better_direction_can_be_compared(name: str) -> None:
+    """Under its short name too; a list without one is no column of the gate."""
+    assert parse_threshold(f"{name}:0").column.short_name == name
+    with pytest.raises(UnknownName, match=name):
+        parse_threshold(f"{name}s:0")

@@ -20,21 +20,29 @@ COLUMNS: tuple[Column, ...] = (*CELL, *MEASUREMENT, *ENVIRONMENT)
 
 BY_NAME = {column.name: column for column in COLUMNS}
 CELL_FIELDS = tuple(column.name for column in COLUMNS if column.section == "cell")
-MEASURED = tuple(
-    column
-    for column in COLUMNS
-    if column.section in ("measurement", "derived")
-    and column.dtype in ("Int64", "Float64")
-)
-"""The columns that `check` compares: one number per cell. What is derived from others
-is not in a record, so `baseline` reports what it is derived from."""
+MEASURED = tuple(column for column in COLUMNS if column.comparable)
+"""The columns that `check` compares, of lists the worst entry. What is derived from
+others is not in a record, so `baseline` reports what it is derived from."""
+
+SCORE_NAMES = {
+    "score": "score_name",
+    "majority_score": "score_name",
+    "second_score": "second_score_name",
+    "second_majority_score": "second_score_name",
+    "third_score": "third_score_name",
+    "third_majority_score": "third_score_name",
+}
+"""The column that names the metric of a score."""
+
+LEAST_SCORES = {"matthews_correlation": -1.0}
+"""The least value of scores that can be negative; any other score is at least 0."""
 
 
 def find_measured(name: str) -> Column:
     """The measured column called `name`, in full or without `_bytes`.
 
     Raises:
-        UnknownName: no column of numbers is called so.
+        UnknownName: no column that can be compared is called so.
     """
     for column in MEASURED:
         if name in (column.name, column.short_name):

@@ -59,6 +59,7 @@ CELL: tuple[Column, ...] = (
         "declared share of active neurons",
         1.0,
         "fraction",
+        greatest=1,
     ),
     later_cell("accumulation", "Int64", "batches that a step adds up", 1, "count"),
 )

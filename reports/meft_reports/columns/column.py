@@ -20,6 +20,9 @@ class Column:
     unit: Unit = ""
     lower_is_better: bool | None = None
     """None where neither direction is an improvement."""
+    greatest: float | None = None
+    """The greatest value that there can be; None where there is no bound. What has a
+    unit is at least 0."""
     required: bool = False
     """A record without a value here is refused."""
     default: str | float | None = None
@@ -40,6 +43,18 @@ class Column:
     def short_name(self) -> str:
         """The name without its unit: `peak_allocated` for `peak_allocated_bytes`."""
         return self.name.removesuffix("_bytes")
+
+    @property
+    def comparable(self) -> bool:
+        """Whether `check` can compare it: a number, or a list with a better direction.
+
+        Of a list the worst entry is compared.
+        """
+        if self.section not in ("measurement", "derived"):
+            return False
+        if self.dtype == "list":
+            return self.lower_is_better is not None
+        return self.dtype in ("Int64", "Float64")
 
 
 def top(name: str, dtype: Dtype, meaning: str, unit: Unit = "") -> Column:
@@ -62,7 +77,12 @@ def cell(name: str, dtype: Dtype, meaning: str, unit: Unit = "") -> Column:
 
 
 def later_cell(
-    name: str, dtype: Dtype, meaning: str, default: str | float, unit: Unit = ""
+    name: str,
+    dtype: Dtype,
+    meaning: str,
+    default: str | float,
+    unit: Unit = "",
+    greatest: float | None = None,
 ) -> Column:
     """A field of the cell that older records lack."""
     return Column(
@@ -71,6 +91,7 @@ def later_cell(
         dtype=dtype,
         unit=unit,
         default=default,
+        greatest=greatest,
         meaning=meaning,
     )
 
@@ -81,6 +102,7 @@ def seen(
     meaning: str,
     unit: Unit = "",
     lower_is_better: bool | None = None,
+    greatest: float | None = None,
 ) -> Column:
     """A field of the measurement."""
     return Column(
@@ -89,6 +111,7 @@ def seen(
         dtype=dtype,
         unit=unit,
         lower_is_better=lower_is_better,
+        greatest=greatest,
         meaning=meaning,
     )
 
@@ -120,6 +143,7 @@ def derived(
     meaning: str,
     unit: Unit = "",
     lower_is_better: bool | None = None,
+    greatest: float | None = None,
 ) -> Column:
     """What is worked out from other columns."""
     return Column(
@@ -128,5 +152,6 @@ def derived(
         dtype=dtype,
         unit=unit,
         lower_is_better=lower_is_better,
+        greatest=greatest,
         meaning=meaning,
     )

@@ -12,6 +12,7 @@ ENVIRONMENT: tuple[Column, ...] = (
     where("commit", "string", "commit of the checkout that ran"),
     where("dirty", "boolean", "whether tracked files differed from the commit"),
     where("code_sha256", "string", "digest of the sources that ran", True),
+    derived("newest_code", "boolean", "whether no cell of the runs had newer code"),
     where("machine", "string", "class of machine: processor or GPU model", True),
     where("platform", "string", "operating system", True),
     where("cpu", "string", "processor", True),

@@ -6,7 +6,9 @@ have been, or a line in the note below the panels.
 """
 
 import functools
+import math
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
@@ -19,9 +21,11 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatter
 
 from meft_reports.style import look, method_order
 from meft_reports.summary import split
+from meft_reports.text import SHORT_LENGTH, short
 
 RC: dict[Any, Any] = {
     "figure.dpi": 100,
@@ -37,6 +41,7 @@ RC: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.edgecolor": "#666666",
     "axes.unicode_minus": True,
+    "text.parse_math": False,  # a name with two dollar signs is a name, no formula
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.7,
     "legend.frameon": False,
@@ -54,17 +59,41 @@ TITLE_LENGTH = 44
 """Characters that fit over one of two panels in a row."""
 LOG_RATIO_ACROSS = 16
 """A scale across is logarithmic when what it shows spans more than this factor."""
+MAX_FAILURES = 20
+"""Failed cells that a note below the panels names."""
+CELL_ID_LENGTH = 240
+"""Characters of a cell's name in that note."""
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def styled(draw: Callable[[pd.DataFrame], Figure]) -> Callable[[pd.DataFrame], Figure]:
-    """Run `draw` in our look, without touching matplotlib's global settings."""
+    """Run `draw` in our look, without touching matplotlib's global settings.
+
+    The names it is given fit into a figure.
+    """
 
     @functools.wraps(draw)
     def in_our_look(frame: pd.DataFrame) -> Figure:
         with matplotlib.rc_context(RC):
-            return draw(frame)
+            return draw(_with_short_names(frame))
 
     return in_our_look
+
+
+def _with_short_names(frame: pd.DataFrame) -> pd.DataFrame:
+    lengths = {
+        name: CELL_ID_LENGTH if name == "cell_id" else SHORT_LENGTH
+        for name in frame.columns
+        if frame[name].dtype == "string"
+    }
+    names = {
+        name: frame[name].map(
+            functools.partial(short, max_length=length), na_action="ignore"
+        )
+        for name, length in lengths.items()
+        if (frame[name].str.len() > length).any()
+    }
+    return frame.assign(**names)
 
 
 def panels(
@@ -185,6 +214,26 @@ def mark_off_scale(axes: Axes, x: float, finite: bool, color: str) -> None:
     axes.plot([x], [y], marker, clip_on=False, transform=edge, color=color)
 
 
+class PowersOfTen(LogFormatter):
+    """`10⁻²`, as matplotlib's own formatter has it, but without a formula's markup."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """The label of a tick; empty where matplotlib would leave it out."""
+        if x <= 0 or not super().__call__(x, pos):
+            return ""
+        exponent = math.floor(math.log10(x) + 1e-9)
+        factor = f"{x / 10.0**exponent:.3g}"
+        power = f"10{str(exponent).translate(SUPERSCRIPTS)}"
+        return power if factor == "1" else f"{factor} · {power}"
+
+
+def log_up(axes: Axes) -> None:
+    """Make the scale up logarithmic, with labels that are plain text."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(PowersOfTen())
+    axes.yaxis.set_minor_formatter(PowersOfTen())
+
+
 def name_line(axes: Axes, x: float, y: float, text: str, color: str) -> None:
     """Small words at the end of a line; nothing for no words."""
     axes.annotate(
@@ -276,10 +325,15 @@ def add_headroom(axes: Axes, share: float) -> None:
 
 
 def failures_note(failed: pd.DataFrame) -> list[str]:
-    """One line that names every failed cell, for plots that have no place for it."""
+    """One line that names failed cells, for plots that have no place for them."""
     if failed.empty:
         return []
-    names = [f"{row.cell_id} ({row.status})" for row in failed.itertuples()]
+    names = [
+        f"{row.cell_id} ({row.status})"
+        for row in failed.head(MAX_FAILURES).itertuples()
+    ]
+    num_more = len(failed) - len(names)
+    names += [f"and {num_more} more"] if num_more else []
     return ["Failed cells, with nothing to draw: " + ", ".join(names)]
 
 
@@ -292,6 +346,9 @@ def render(figure: Figure, format: str) -> bytes:
         "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
     }
     buffer = BytesIO()
-    with matplotlib.rc_context(RC):
+    with matplotlib.rc_context(RC), warnings.catch_warnings():
+        # A letter that the font lacks is a box, and names may leave panels no room.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        warnings.filterwarnings("ignore", "constrained_layout not applied")
         figure.savefig(buffer, format=format, dpi=150, metadata=metadata[format])
     return buffer.getvalue()

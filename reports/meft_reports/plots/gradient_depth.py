@@ -65,7 +65,7 @@ def _known(part: pd.DataFrame) -> "pd.Series[bool]":
 
 
 def _draw_panel(axes: Axes, part: pd.DataFrame) -> None:
-    axes.set_yscale("log")
+    canvas.log_up(axes)
     axes.axhline(1, color="#888888", linestyle=":", linewidth=1)
     known = part[_known(part)]
     on_scale = False

@@ -89,7 +89,7 @@ def _deepest(parts: list[pd.DataFrame]) -> list[pd.DataFrame]:
 
 
 def _draw_panel(axes: Axes, part: pd.DataFrame, quantity: str) -> None:
-    axes.set_yscale("log")
+    canvas.log_up(axes)
     if quantity == "gradient_error":
         axes.axhline(1, color="#888888", linestyle=":", linewidth=1)
     curves = [

@@ -64,7 +64,7 @@ def _is_curve(part: pd.DataFrame) -> bool:
 def _draw_panel(
     axes: Axes, part: pd.DataFrame, entries: dict[tuple[str, int], Line2D]
 ) -> None:
-    axes.set_yscale("log")
+    canvas.log_up(axes)
     for key, line in split(part, ["method", "num_blocks"]):
         style = canvas.style_of(entries[key["method"], int(key["num_blocks"])])
         if is_exact(key["method"]):

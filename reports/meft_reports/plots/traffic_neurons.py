@@ -62,7 +62,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         batches = f" · {steps} batches a step" if steps > 1 else ""
         canvas.set_title(axes, describe(part, shown) + batches)
         canvas.tick_at(axes, sorted(part["num_neurons"].unique().tolist()))
-        axes.set_yscale("log")
+        canvas.log_up(axes)
         axes.set_xlabel("neurons per block")
         axes.set_ylabel("moved in a step (MiB)")
     formulas = [

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+MARKUP = frozenset("\\|<>`*[]!$&~")
+"""What Markdown gives a meaning within a line, apart from `_`, which has none within a
+word."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
@@ -26,17 +30,24 @@ def to_markdown(table: Table) -> str:
     """The table as GitHub Markdown."""
 
     def line(cells: Iterable[str]) -> str:
-        escaped = (c.replace("\\", "\\\\").replace("|", "\\|") for c in cells)
-        return "| " + " | ".join(" ".join(c.split()) for c in escaped) + " |"
+        return f"| {' | '.join(map(_as_markdown, cells))} |"
 
     rules = [
         "---" if index < table.num_text_columns else "---:"
         for index in range(len(table.header))
     ]
-    lines = [f"### {table.title}", "", line(table.header), line(rules)]
+    lines = [f"### {_as_markdown(table.title)}", ""]
+    lines += [line(table.header), f"| {' | '.join(rules)} |"]
     lines += [line(row) for row in table.rows]
-    lines += [f"\n{note}" for note in table.notes]
+    # Notes are ours, and mark code.
+    lines += [f"\n{_as_markdown(note, MARKUP - {'`'})}" for note in table.notes]
     return "\n".join(lines) + "\n"
+
+
+def _as_markdown(text: str, markup: frozenset[str] = MARKUP) -> str:
+    """Text that is nothing else in Markdown: no markup, link, image or formula."""
+    escaped = "".join(f"\\{c}" if c in markup else c for c in text)
+    return " ".join(escaped.split())
 
 
 def to_html(table: Table) -> str:

@@ -1,0 +1,48 @@
+"""Text of records made fit to be shown: printable, and of bounded length.
+
+A record can hold any text. What this module returns can be written in any encoding,
+moves no terminal's cursor, reverses no reader's direction, and fits on a page. The
+outputs escape it for their own format: HTML, Markdown, CSV, SVG.
+"""
+
+import hashlib
+
+MAX_LENGTH = 1000
+"""Characters of one text that the frame keeps."""
+SHORT_LENGTH = 48
+"""Characters of one name that fit into a figure."""
+
+
+def printable(text: str, max_length: int = MAX_LENGTH) -> str:
+    r"""Return `text` with its unprintable characters escaped, cut where it is too long.
+
+    Control characters, line breaks, bidirectional marks and lone surrogates become
+    escapes as Python writes them, `\n` or `\u202e`. A text that is cut ends in a mark
+    with the number of characters left out and a digest of the whole text, so that two
+    long texts that begin alike remain two.
+    """
+    if len(text) <= max_length and text.isprintable():
+        return text
+    shown = "".join(map(_escaped, text[:max_length]))
+    if len(text) <= max_length:
+        return shown
+    num_left_out = len(text) - max_length
+    return f"{shown}… [{num_left_out:,} more characters, {_digest(text)}]"
+
+
+def short(text: str, max_length: int = SHORT_LENGTH) -> str:
+    """Return `text`, or where it is too long for a figure its start and its digest."""
+    if len(text) <= max_length:
+        return text
+    digest = _digest(text)
+    return f"{text[: max_length - len(digest) - 1]}…{digest}"
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
