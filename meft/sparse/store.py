@@ -17,7 +17,6 @@ import importlib.util
 import warnings
 import weakref
 from dataclasses import asdict
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -333,7 +332,7 @@ class RowStore:
             shadow=shadow,
         )
 
-    def _form(self) -> ModuleType:
+    def _form(self) -> Any:
         return form_for(self.rows.device)
 
 
@@ -341,7 +340,7 @@ _STEPS_OF_A_LIFE = 2**40
 """More than there will be, so that versions of one life are not those of another."""
 
 
-def form_for(device: torch.device) -> ModuleType:
+def form_for(device: torch.device) -> Any:
     """The form of Adam that runs on `device`: `adam`, or `adam_kernel` on a CPU."""
     if device.type != "cpu":
         return adam

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._subclasses import fake_impls
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from meft import host_memory
 from meft.sparse import store, token_topk, union
@@ -47,7 +47,8 @@ def rows(active_fraction: float) -> Iterator[None]:
         (RowStore, "__init__", _with_real_steps(RowStore.__init__)),
         (store, "_pinned", _same),
         (host_memory, "available_bytes", _unknown),
-        (store, "_advance_function", _advance_function(store._advance_function)),
+        (RowStore, "_everyone", _every_row),
+        (store, "form_for", _form_for(store.form_for)),
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, ours in patches:
@@ -109,8 +110,13 @@ def _with_real_steps(plain: Callable[..., None]) -> Callable[..., None]:
         plain(self, *args, **kwargs)
         with unset_fake_temporarily():
             self.updated_at = torch.zeros(len(self.rows), dtype=torch.long)
+            self.shadow_at = torch.zeros(len(self.rows), dtype=torch.long)
 
     return init
+
+
+def _every_row(of: RowStore) -> Ids:
+    return _first(len(of))
 
 
 def _unknown() -> None:
@@ -122,20 +128,25 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _advance_function(
-    plain: Callable[[torch.device], Callable[..., None]],
-) -> Callable[[torch.device], Callable[..., None]]:
-    """The kernel that runs on a host takes no memory; the one on a device does."""
+def _form_for(plain: Callable[[torch.device], Any]) -> Callable[[torch.device], Any]:
+    """The form of Adam on a host takes no memory; the one on a device does."""
+    return lambda device: _OnHost if device.type == "cpu" else plain(device)
 
-    def on_host(
+
+class _OnHost:
+    """Books which rows have changed: those that ever had a gradient, in every step."""
+
+    @staticmethod
+    def advance(
         table: Any, ids: Ids, gradient: Any, schedule: Any, *, idle: bool
     ) -> None:
-        if isinstance(ids, FakeTensor):  # of every row, as only the library makes it
-            table.updated_at.fill_(schedule.step)
-        else:
-            table.updated_at[ids] = schedule.step
+        if idle:
+            table.updated_at[table.updated_at > 0] = schedule.step
+        table.updated_at[ids] = schedule.step
 
-    return lambda device: on_host if device.type == "cpu" else plain(device)
+    @staticmethod
+    def values(table: Any, ids: Ids, out: Tensor, places: Ids) -> None:
+        """Nothing is read."""
 
 
 # Sizes that depend on values: as if every condition held.
