@@ -23,17 +23,19 @@ from meft_bench.registry import METHODS, load
 from meft_bench.tasks.batches import IGNORED, Batch, Example, collate
 from meft_bench.training import Stepper
 
-NUM_TARGETS = (1, 6, 3, 2, 7, 1, 1, 1)
+NUM_TARGETS = (2, 6, 3, 2, 7, 1, 2, 1)
 """Of each row: the tokens of its answer."""
 
 
 def rows() -> list[Example]:
-    """Prompts of equal length whose answers differ in length."""
+    """Answers of different lengths, some after a prompt of three tokens and some after
+    none, whose first token is a target of an encoder-decoder only."""
     generator = torch.Generator().manual_seed(0)
     found = []
-    for num in NUM_TARGETS:
-        tokens = torch.randint(3, 50, (3 + num,), generator=generator).tolist()
-        label = [IGNORED] * 3 + tokens[3:]
+    for index, num in enumerate(NUM_TARGETS):
+        prompt = 3 if index % 3 else 0
+        tokens = torch.randint(3, 50, (prompt + num,), generator=generator).tolist()
+        label = [IGNORED] * prompt + tokens[prompt:]
         found.append(
             Example(token_ids=tokens, segment_ids=[0] * len(tokens), label=label)
         )

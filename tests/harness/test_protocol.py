@@ -125,6 +125,16 @@ def test_every_adamw_has_the_same_numbers(optimizer: str, method: str) -> None:
     assert found == [((0.9, 0.98), 1e-6, 0.1), ((0.9, 0.98), 1e-6, 0.0)]
 
 
+def test_an_optimizer_runs_as_its_name_says() -> None:
+    """One fused kernel, or as torch chooses by default."""
+    found = {name: Stepper(classifier(), cell(optimizer=name)) for name in OPTIMIZERS}
+    kinds = {name: type(one.optimizer) for name, one in found.items()}
+    adamw = torch.optim.AdamW
+    assert kinds == {"adamw": adamw, "adamw-fused": adamw, "sgd": torch.optim.SGD}
+    assert found["adamw-fused"].optimizer.defaults["fused"] is True
+    assert found["adamw"].optimizer.defaults["fused"] is None
+
+
 def test_plain_sgd_decays_by_the_same_groups() -> None:
     groups = Stepper(classifier(), cell(optimizer="sgd")).optimizer.param_groups
     assert [(g["weight_decay"], g["momentum"]) for g in groups] == [(0.1, 0), (0.0, 0)]

@@ -259,10 +259,42 @@ def test_the_rows_with_the_best_score_are_kept() -> None:
     assert all(map(torch.equal, restored, wanted))
 
 
-def test_the_last_step_is_always_validated() -> None:
+@pytest.mark.parametrize(
+    ("max_steps", "eval_every", "after"),
+    [(5, 3, [3, 5]), (6, 3, [3, 6]), (7, 3, [3, 6, 7]), (2, 3, [2]), (3, 1, [1, 2, 3])],
+)
+def test_the_last_step_is_always_validated(
+    max_steps: int, eval_every: int, after: list[int]
+) -> None:
     """Else steps after the last full interval could never be selected."""
-    chosen = cell(max_steps=5, eval_every=2)
-    assert len(losses_of(stepper_for(chosen), chosen, scores=[0.1, 0.2, 0.3])) == 5
+    chosen = cell(max_steps=max_steps, eval_every=eval_every)
+    losses: list[float] = []
+    found: list[int] = []
+
+    def validate() -> float:
+        found.append(len(losses))
+        return 0.5
+
+    stepper, clock = stepper_for(chosen), StepClock(0, "cpu")
+    for loss in train(stepper, chosen, batches(chosen), clock, validate):
+        losses.append(loss)
+    assert found == after
+    assert len(losses) == max_steps
+
+
+def test_rows_of_a_batch_are_padded_with_the_models_own_token() -> None:
+    """And what pads has no part in the loss."""
+    stepper = stepper_for(cell())
+    stepper.model.config.pad_token_id = 7
+    seen = []
+    stepper.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].tolist()),
+        with_kwargs=True,
+    )
+    rows = [Example(token_ids=[5] * n, segment_ids=[0] * n, label=0) for n in (1, 3)]
+    clock = StepClock(0, "cpu")
+    list(train(stepper, cell(max_steps=1), iter([rows]), clock, lambda: 0.0))
+    assert seen == [[[5, 7, 7], [5, 5, 5]]]
 
 
 class _LengthTeller(torch.nn.Module):
