@@ -198,6 +198,7 @@ def test_only_the_answer_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
     (example,) = found.train
     assert isinstance(example, Example)
     assert example.token_ids == [3, 5, 8, 4, 6, 1]
+    assert example.segment_ids == [0] * 6
     assert example.label == [IGNORED] * 4 + [6, 1]
     (short,) = answers.examples(
         asked("options", sky()), tokenizer, cell(seq_len=4)
@@ -295,7 +296,37 @@ def test_an_answer_ends_at_the_end_token(
     found = answers.predict(stepper, task, task.evaluation, tokenizer, cell())
     assert found == ["blue"]
     assert stepper.model.asked["eos_token_id"] == 1
+    assert stepper.model.asked["pad_token_id"] == 0
     assert stepper.model.asked["do_sample"] is False
+    assert stepper.model.asked["use_cache"] is True
+
+
+def test_special_tokens_are_no_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Wherever a model writes them."""
+    stepper = writer()
+    stepper.model = Speller([6, 2, 0, 7, 1])
+    task = asked("nq_open", sky())
+    found = answers.predict(stepper, task, task.evaluation, tokenizer, cell())
+    assert found == ["blue red"]
+
+
+def test_a_likelihood_is_that_of_the_tokens_that_count() -> None:
+    """Summed per row; token 0 counts like any other, and nothing that is ignored."""
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    told = torch.tensor([[0, 3, IGNORED], [IGNORED, 4, 1]])
+    likely = logits.log_softmax(-1)
+    wanted = [likely[0, 0, 0] + likely[0, 1, 3], likely[1, 1, 4] + likely[1, 2, 1]]
+    torch.testing.assert_close(
+        answers._log_likelihood(logits, told), torch.stack(wanted)
+    )
+
+
+def test_rows_of_a_batch_are_of_like_lengths() -> None:
+    """The shortest first, so that there is the least padding."""
+    rows = [
+        Example(token_ids=[5] * n, segment_ids=[0] * n, label=0) for n in (3, 1, 4, 2)
+    ]
+    assert answers._by_length(rows, 3) == [[1, 3, 0], [2]]
 
 
 def test_an_answer_ends_where_the_next_prompt_begins(
@@ -467,12 +498,13 @@ def test_of_options_that_are_equally_likely_the_first_is_chosen(
 def test_an_option_counts_by_its_bytes(tokenizer: PreTrainedTokenizerFast) -> None:
     """All tokens are equally likely here, so the option with the most bytes per token
     wins: not the shortest, and not the one with the most characters."""
-    options = ("sky", "Question:", "\u00e9\u00e9\u00e9\u00e9\u00e9")
-    task = asked("options", sky(options=options, accepted=("sky",)))
+    long = ("sky", "Question:", "\u00e9\u00e9\u00e9\u00e9\u00e9")
+    short = ("?", "\u00e9")
+    task = asked("options", *(sky(options=o, accepted=(o[0],)) for o in (long, short)))
     found = answers.predict(
         endless({}), task, task.evaluation, tokenizer, cell(batch_size=2)
     )
-    assert found == ["\u00e9" * 5]
+    assert found == ["\u00e9" * 5, "\u00e9"]
 
 
 @pytest.mark.parametrize("family", ["bert", "bart", "vit"])

@@ -1,6 +1,6 @@
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import numpy
@@ -177,7 +177,7 @@ def test_fp16_weights_train_with_a_loss_scale_if_they_are_frozen() -> None:
     stepper = made("lora", "fp16", "llama")
     losses = [stepper.step([batch()], 1e-2) for _ in range(12)]
     assert losses[-1] < losses[0]
-    with pytest.raises(ValueError, match=r"'fp16' with method 'full'.*Take 'fp32'"):
+    with pytest.raises(ValueError, match=r"'fp16' with method 'full'.*Take 'fp32', or"):
         made("full", "fp16", "llama")
 
 
@@ -208,6 +208,51 @@ def test_padding_changes_no_answer(family: str) -> None:
     together = answers(rows)
     torch.testing.assert_close(together, torch.cat([answers([row]) for row in rows]))
     assert not torch.allclose(together[0], together[1])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weights_dtype", "wanted"),
+    [
+        ("fp32", "fp32", None),
+        ("bf16", "fp32", torch.bfloat16),
+        ("fp16", "fp32", torch.float16),
+        ("bf16", "bf16", None),
+    ],
+)
+def test_a_forward_runs_in_the_compute_dtype(
+    dtype: str, weights_dtype: str, wanted: torch.dtype | None
+) -> None:
+    """Under autocast, on the cell's device, unless the weights are of it already; only
+    fp16 has a loss scale."""
+    stepper = stepper_for(cell(dtype=dtype, weights_dtype=weights_dtype))
+    with stepper.autocast():
+        assert torch.is_autocast_enabled("cpu") == (wanted is not None)
+        assert wanted in (None, torch.get_autocast_dtype("cpu"))
+    assert stepper._scaler.is_enabled() == (dtype == "fp16")
+
+
+def test_gradients_are_clipped_without_their_loss_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That of fp16 is 65536: its gradients would all be above the norm."""
+    norms = {}
+    for dtype in ("fp32", "fp16"):
+        stepper = Stepper(classifier(hidden_dropout_prob=0.0), cell(dtype=dtype))
+        clip = torch.nn.utils.clip_grad_norm_
+
+        def keep(
+            parameters: list[torch.Tensor],
+            norm: float,
+            dtype: str = dtype,
+            clip: Callable[..., torch.Tensor] = clip,
+        ) -> None:
+            norms[dtype] = float(clip(parameters, norm))
+
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
+        stepper.model.eval()
+        stepper.step([batch()], 1e-3)
+        monkeypatch.undo()
+    assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.05)
 
 
 def test_a_run_is_repeated_by_its_seed() -> None:
