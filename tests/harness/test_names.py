@@ -473,6 +473,7 @@ FOREIGN_ARGUMENTS = {
     "assign": "torch's load_state_dict",
     "is_decoder": "a field of transformers' configs",
     "create_graph": "torch.autograd.grad",
+    "fullgraph": "torch.compile",
     "modules_to_save": "peft's LoraConfig",
     "activation_checkpointing": "transformers' TrainingArguments",
     "gradient_checkpointing": "transformers' TrainingArguments",

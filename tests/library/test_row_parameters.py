@@ -30,6 +30,7 @@ from marks import slow_but_for
 from meft import host_memory
 from meft.errors import AdapterFileError, HostMemoryError, UnsupportedCallError
 from meft.sparse.convert import sparse_adapters
+from meft.sparse.idle import NUM_FACTORS
 from meft.sparse.row_parameter import RowParameter, rows_of
 
 
@@ -360,11 +361,13 @@ def test_accelerate_saves_and_loads_a_run(tmp_path: Path) -> None:
 def test_more_neurons_than_host_memory_holds_are_refused_before_they_are_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rows, moments, the 16-bit copy and gradients count: to the byte."""
+    """Rows, moments, the 16-bit copy, factors of idle steps, gradients, and a copy while
+    rows are saved count: to the byte."""
     fields = {"num_neurons": 1024, "num_experts": 128, "wire_dtype": "bfloat16"}
     numbers = 3 * 1024 * 2 * HIDDEN
     slots = min(9000 * 7 // 8 // (2 * HIDDEN * 6), 3 * 1024)
-    needed = (4 + 2 + 8 + 4) * numbers + slots * 2 * HIDDEN * 6
+    needed = (4 + 2 + 8 + 4 + 4) * numbers + slots * 2 * HIDDEN * 6
+    needed += 3 * 1024 * 8 * (NUM_FACTORS + 2)  # in which steps they moved, as well
     for available in (needed - 1, needed):
         monkeypatch.setattr(host_memory, "available_bytes", lambda n=available: n)
         model = plain_model()
