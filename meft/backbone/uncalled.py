@@ -3,7 +3,8 @@
 The two halves of a family call the modules inside a block, not the block: its own
 `forward`, and the hooks that `nn.Module.__call__` runs around it, would be passed over
 without a word. A few containers inside a block are run in parts as well; a family lists
-them as `in_parts`. Whoever runs the halves calls `refuse_what_would_not_run` first.
+them as `in_parts`. Whoever runs the halves calls `refuse_what_would_not_run` first, and who
+recomputes them `refuse_sharded` as well.
 """
 
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ _HOOKS = {
     "_backward_hooks": "backward hook",
 }
 """Attributes of a module that hold hooks, and how PyTorch calls these."""
+_SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
+"""PyTorch's classes of modules that gather their own weights, by name: importing them
+takes a second."""
 
 
 def run_in_parts(
@@ -55,6 +59,26 @@ def ignored(module: Any) -> str | None:
             "inputs between devices)"
         )
     return None
+
+
+def refuse_sharded(module: nn.Module) -> None:
+    """Refuse FSDP around a part of `module`, which holds all blocks.
+
+    FSDP gathers weights when a module is called and hands out gradients when its
+    backward has run. A recompute calls it once more, on some processes only where
+    batches differ, and the gradients would not reach the shards.
+
+    Raises:
+        UnsupportedCallError: a module inside is sharded by itself.
+    """
+    for name, part in module.named_modules():
+        if any(kind.__name__ in _SHARDED for kind in type(part).__mro__):
+            raise UnsupportedCallError(
+                f"`{name}` inside the reversible blocks is sharded by FSDP "
+                f"({type(part).__name__}), which is not supported: its weights would "
+                "get no gradient. Shard the whole model by one `fully_shard(model)`, "
+                "or train with DistributedDataParallel"
+            )
 
 
 def refuse_what_would_not_run(

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from meft.backbone.families import is_checkpointing
 from meft.backbone.family import Family
-from meft.backbone.uncalled import refuse_what_would_not_run
+from meft.backbone.uncalled import refuse_sharded, refuse_what_would_not_run
 from meft.bottleneck import Bottleneck, wide_dtype
 from meft.errors import LostGradientWarning, UnsupportedCallError
 from meft.reversible.config import ReversibleConfig
@@ -198,6 +198,7 @@ class ReversibleBlocks(nn.Module):
         """Refuse what has been done to the blocks or is done around this call."""
         refuse_func("a reversible model")
         refuse_recording("how wide its streams are depends on the values of the batch")
+        refuse_sharded(self)
         for index, block in enumerate(self.blocks[self.span[0] :], self.span[0]):
             refuse_what_would_not_run(self.family, block, f"block {index}")
 

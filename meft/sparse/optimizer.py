@@ -87,12 +87,12 @@ class SparseAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             here = [pair for pair in _with_rows(group) if pair[0].grad is not None]
             if here:
-                stores = [rows.store for _, rows in _with_rows(group)]
                 values = _values(group)  # refused here if at all, in any group
-                groups.append((stores, [rows.store for _, rows in here], values))
+                groups.append(([rows.store for _, rows in here], values))
             stepping += here
-        for stores, of_step, values in groups:
-            count_step(stores, of_step, values)
+        stores = [rows.store for _, rows in self._rows()]
+        for of_group, values in groups:
+            count_step(stores, of_group, values)
         for parameter, _ in stepping:
             settle(parameter)
         grads = [parameter.grad for parameter, _ in stepping]
@@ -124,6 +124,10 @@ class SparseAdamW(torch.optim.AdamW):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict()`. The rows themselves are in the model's.
+
+        Load the model's first, as `Trainer` and accelerate do: then the run goes on in
+        the same bits. In the other order, rows that were idle go on from what they are
+        now, which rounds differently (about 1e-7).
 
         Raises:
             ConfigError: the state is of another optimizer, or of other adapters.
@@ -189,15 +193,16 @@ def optimizer_cls_and_kwargs(
 def count_step(
     stores: Sequence[RowStore], stepping: Sequence[RowStore], values: dict[str, Any]
 ) -> None:
-    """Count one more step of some stores of a group.
+    """Count one more step of some stores, those of one group that have a gradient.
 
     Stores that have taken the same steps share one schedule. A store without a gradient
-    does not step, as a parameter of torch's AdamW without one does not; from then on
-    the others have a schedule of their own.
+    does not step, as a parameter of torch's AdamW without one does not, and one that
+    was moved to another group steps with other values; from then on each part has a
+    schedule of its own.
 
     Args:
-        stores: all of the group.
-        stepping: those that step now.
+        stores: all of the optimizer.
+        stepping: those that step now, with the same values.
         values: what `Schedule.add` takes.
     """
     for schedule in {id(store.schedule): store.schedule for store in stepping}.values():

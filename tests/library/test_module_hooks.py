@@ -1,12 +1,15 @@
 """Which hooks of modules run, how often, and which are refused."""
 
+import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.modules import module as torch_module
 
 import meft
@@ -250,6 +253,45 @@ def test_a_wrapped_block_is_refused() -> None:
     setattr(stack, "0", Wrapper(stack[0]))
     with pytest.raises(meft.UnsupportedCallError, match="replaced by a Wrapper"):
         model(**batch())
+
+
+@pytest.mark.parametrize("backward", ["rebuild", "store"])
+@pytest.mark.parametrize("name", ["0", "0.attention.self", "0.output.LayerNorm", ""])
+def test_fsdp_around_a_part_of_the_blocks_is_refused(
+    name: str, backward: str, one_process: Any
+) -> None:
+    """Weights of such a part would get no gradient from a recompute."""
+    model: Any = reversible(2, variant="meft1", backward=backward)
+    fully_shard(only_stack(model).get_submodule(name), mesh=one_process)
+    fully_shard(model, mesh=one_process)
+    with pytest.raises(meft.UnsupportedCallError, match="is sharded by FSDP"):
+        model(**batch())
+
+
+def test_fsdp_around_the_whole_model_gives_its_gradients(one_process: Any) -> None:
+    """All weights are gathered before the blocks run."""
+    model: Any = reversible(2, variant="meft1").requires_grad_(True)
+    plain = copy.deepcopy(model)
+    fully_shard(model, mesh=one_process)
+    for each in (model, plain):
+        torch.manual_seed(0)
+        each(**batch()).loss.backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        if other.grad is None:
+            assert one.grad is None
+        else:
+            assert torch.equal(one.grad.full_tensor(), other.grad)
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[Any]:
+    """A mesh of this process alone."""
+    group = torch.distributed
+    group.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield group.device_mesh.init_device_mesh("cpu", (1,))
+    group.destroy_process_group()
 
 
 def test_containers_beside_a_sparse_adapter_are_refused() -> None:

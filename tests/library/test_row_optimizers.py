@@ -362,6 +362,35 @@ def test_a_parameter_without_gradient_takes_no_step() -> None:
         torch.testing.assert_close(found, twin.detach(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("update", ["dense", "catchup", "lazy"])
+def test_a_parameter_moved_to_another_group_follows_that(update: str) -> None:
+    """In the middle of a run, as torch's AdamW allows: each counts its own steps."""
+    adapters = [lone_adapter(sparse_config(update=update)) for _ in range(2)]
+    twins = [nn.Parameter(a.neurons.detach().clone()) for a in adapters]
+    mine = meft.SparseAdamW([a.neurons for a in adapters], lr=1e-2, weight_decay=0.1)
+    theirs = torch.optim.AdamW(twins, lr=1e-2, weight_decay=0.1)
+    for step in range(12):
+        for optimizer in (mine, theirs):
+            (first, *others) = optimizer.param_groups
+            if step == 5:
+                moved = {**first, "params": [first["params"].pop()], "lr": 1e-4}
+                optimizer.param_groups.append(moved)
+            if step == 9:
+                first["params"] += others.pop()["params"]
+                optimizer.param_groups.pop()
+        for adapter, twin in zip(adapters, twins, strict=True):
+            gradient = torch.randn_like(twin)
+            adapter.neurons.grad, twin.grad = gradient.clone(), gradient
+        mine.step()
+        theirs.step()
+    for adapter, twin in zip(adapters, twins, strict=True):
+        schedule = adapter.rows.store.schedule
+        assert schedule is not None
+        assert schedule.step == 12
+        found = adapter.neurons.detach().clone()
+        torch.testing.assert_close(found, twin.detach(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("cache", ["window", "steps", "off"])
 @pytest.mark.parametrize("device_bytes", slow_but_for([2**30, 9000], 9000))
 def test_optimizers_of_different_blocks_do_not_disturb_each_other(

@@ -361,8 +361,8 @@ def test_accelerate_saves_and_loads_a_run(tmp_path: Path) -> None:
 def test_more_neurons_than_host_memory_holds_are_refused_before_they_are_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rows, moments, the 16-bit copy, factors of idle steps, gradients, and a copy while
-    rows are saved count: to the byte."""
+    """Rows, moments, the 16-bit copy, factors of idle steps, gradients and a copy while
+    rows are saved count, to the byte."""
     fields = {"num_neurons": 1024, "num_experts": 128, "wire_dtype": "bfloat16"}
     numbers = 3 * 1024 * 2 * HIDDEN
     slots = min(9000 * 7 // 8 // (2 * HIDDEN * 6), 3 * 1024)
