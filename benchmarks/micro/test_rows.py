@@ -55,7 +55,7 @@ def _one_thread() -> None:
     torch.manual_seed(0)
 
 
-@numba.njit(parallel=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, error_model="numpy")
 @no_type_check
 def _in_place(rows, first, second, shadow, ids, gradient):
     for n in numba.prange(ids.size):
@@ -65,7 +65,7 @@ def _in_place(rows, first, second, shadow, ids, gradient):
             new = g[k]
             at = np.float32(p[k] + new)
             p[k], m[k], v[k] = at, m[k] + new, v[k] + new
-            s[k] = np.uint16(at.view(np.uint32) >> np.uint32(16))
+            s[k] = adam_kernel._bfloat16(at.view(np.uint32))
 
 
 def copy_of(size: int) -> Callable[[], object]:

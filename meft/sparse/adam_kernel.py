@@ -141,24 +141,32 @@ def _advance(
         i = ids[n]
         idle_steps = _idle_steps(factors[i], powers)
         of_row = _of_row(factors[i], scalars[0], scalars[1])
+        moves = idle_steps[3] != 0
         for start in range(0, rows.shape[1], BLOCK):
             stop = min(start + BLOCK, rows.shape[1])
             p, m, v = rows[i, start:stop], first[i, start:stop], second[i, start:stop]
             g = gradient[n, start:stop]
-            # Into variables first: for all the compiler knows, tables overlap.
             if kind == BFLOAT16:
-                bits = shadow[i, start:stop]
-                for k in range(p.size):
-                    now = _moved(p[k], m[k], v[k], idle_steps)
-                    at, by, under = _stepped(now, m[k], v[k], g[k], of_row, of_step)
-                    p[k], m[k], v[k] = at, by, under
-                    at = np.float32(at if at == at else np.nan)
-                    bits[k] = _bfloat16(at.view(np.uint32))
+                _step_and_narrow(
+                    p,
+                    m,
+                    v,
+                    g,
+                    shadow[i, start:stop],
+                    moves,
+                    idle_steps,
+                    of_row,
+                    of_step,
+                )
                 continue
+            if moves:
+                for k in range(p.size):
+                    p[k] = _moved(p[k], m[k], v[k], idle_steps)
+            else:
+                for k in range(p.size):
+                    p[k] = p[k] * idle_steps[0]
             for k in range(p.size):
-                now = _moved(p[k], m[k], v[k], idle_steps)
-                at, by, under = _stepped(now, m[k], v[k], g[k], of_row, of_step)
-                p[k], m[k], v[k] = at, by, under
+                p[k], m[k], v[k] = _stepped(p[k], m[k], v[k], g[k], of_row, of_step)
             if kind == FLOAT16:
                 _narrow(wide[i, start:stop], shadow[i, start:stop], kind)
     if is_idle:
@@ -178,6 +186,26 @@ def _advance(
         factors[i, FADE] = 1
         factors[i, CENTRE] = centre
         updated_at[i] = step
+
+
+@numba.njit(error_model="numpy")
+@no_type_check
+def _step_and_narrow(p, m, v, g, bits, moves, idle_steps, of_row, of_step):
+    """All of an element's work in one loop, which is what the usual kind is worth."""
+    if moves:
+        for k in range(p.size):
+            at = _moved(p[k], m[k], v[k], idle_steps)
+            at, by, under = _stepped(at, m[k], v[k], g[k], of_row, of_step)
+            p[k], m[k], v[k] = at, by, under
+            at = np.float32(at if at == at else np.nan)
+            bits[k] = _bfloat16(at.view(np.uint32))
+    else:
+        for k in range(p.size):
+            at = p[k] * idle_steps[0]
+            at, by, under = _stepped(at, m[k], v[k], g[k], of_row, of_step)
+            p[k], m[k], v[k] = at, by, under
+            at = np.float32(at if at == at else np.nan)
+            bits[k] = _bfloat16(at.view(np.uint32))
 
 
 @numba.njit(error_model="numpy")
@@ -318,8 +346,7 @@ def _moved(at, by, under, idle_steps):
     phi = a6 * x + a5
     phi = (((phi * x + a4) * x + a3) * x + a2) * x + a1
     phi = phi * x + a0
-    moved = at * shrink - by * (x * phi)
-    return moved if a0 != 0 else at * shrink
+    return at * shrink - by * (x * phi)
 
 
 @numba.njit(error_model="numpy")

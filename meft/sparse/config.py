@@ -48,7 +48,7 @@ class SparseConfig:
     update: str = "catchup"
     """What happens to rows that have no gradient in an optimizer step: `dense`, they
     take the step; `lazy`, they stand still; `catchup`, they take it when they are next
-    needed, with the result of `dense` at the cost of what is touched."""
+    needed, in the bits of `dense` at the cost of what is touched."""
 
     def __post_init__(self) -> None:
         one_of("gate", self.gate, ("logit", "softmax", "none"))

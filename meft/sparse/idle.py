@@ -161,7 +161,7 @@ def centre_of(schedule: Schedule) -> float:
     """
     ahead = 1 / (1 - schedule.beta1)
     rooted = math.sqrt(1 - schedule.beta2 ** (schedule.step + ahead))
-    centre = schedule.eps * rooted * schedule.beta2 ** (-ahead / 2)
+    centre: float = schedule.eps * rooted * schedule.beta2 ** (-ahead / 2)
     return min(centre, 1.5 * schedule.offset)
 
 

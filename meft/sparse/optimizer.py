@@ -230,7 +230,7 @@ def _values(group: dict[str, Any]) -> dict[str, Any]:
                 "their own"
             )
     beta1, beta2 = (float(beta) for beta in group["betas"])
-    values = {
+    values: dict[str, Any] = {
         "lr": float(group["lr"]),
         "betas": (beta1, beta2),
         "eps": float(group["eps"]),
