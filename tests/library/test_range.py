@@ -158,6 +158,34 @@ def test_too_large_and_not_finite_are_two_things(
         assert greatest == pytest.approx(abs(values[block]))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", [NARROW, WIDE])
+def test_the_limits_are_met_exactly(dtype: torch.dtype, sign: int) -> None:
+    """The greatest value that one addition takes still fits, and the next float32 does
+    not; a stream must stay below its limit. Where only a stream is too large, its block
+    is returned without a value."""
+    arithmetic = Fixed(
+        compute_dtype=torch.float32, fraction_bits=14, stream_dtype=dtype
+    )
+    limit, unreached = arithmetic.limit
+    greatest = sign * torch.tensor([limit])
+    beyond = torch.nextafter(greatest, torch.tensor([sign * INF]))
+    assert 0 < beyond.abs() - limit < 2.0**-20 * limit
+    cases: list[tuple[Tensor, int, bool, float | None]] = [
+        (greatest, unreached - 1, True, None),
+        (beyond, 0, False, float(beyond.abs())),
+        (torch.zeros(1), unreached, False, None),
+        (greatest, unreached, False, None),
+    ]
+    for value, stream, fit, named in cases:
+        extremes = Extremes(arithmetic)
+        extremes.note(4, torch.ones(1), torch.ones(1, dtype=dtype))
+        extremes.note(2, value, torch.tensor([sign * stream], dtype=dtype))
+        assert extremes.fit() == fit
+        if not fit:
+            assert extremes.first_too_large() == (2, named)
+
+
 def test_streams_of_floats_hold_everything() -> None:
     """Nothing is kept for them, and nothing read."""
     extremes = Extremes(Floating(compute_dtype=torch.float32, stream_dtype=torch.int32))
