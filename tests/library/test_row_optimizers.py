@@ -468,6 +468,92 @@ def test_rows_added_later_train_from_then_on() -> None:
     assert not torch.equal(neurons, before)
 
 
+def test_a_step_with_a_closure_takes_the_gradient_that_it_computes() -> None:
+    """As torch's: gradients are enabled inside, its loss is returned, and the rows move
+    as they do with the same gradient computed before the step. The gradient is still
+    there afterwards."""
+    moved = []
+    for uses_closure in (True, False):
+        model, data = sparse_model(depth=1), batches(2)
+        optimizer = meft.SparseAdamW(model.parameters(), lr=1e-2)
+
+        def closure(model: Any = model, data: Any = data) -> float:
+            loss = model(**next(data)).loss
+            loss.backward()
+            return float(loss.detach())
+
+        for _ in range(2):
+            optimizer.zero_grad()
+            if uses_closure:
+                loss = optimizer.step(closure)
+                assert loss is not None
+                assert loss > 0
+            else:
+                closure()
+                assert optimizer.step() is None
+            assert all(p.grad is not None for p in trainable(model))
+        moved.append(trainable(model))
+    for one, other in zip(*moved, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_refused_step_moves_nothing_in_any_group() -> None:
+    """A learning rate that is not a number in the last group is found before the first
+    group has taken its step; with a finite one, training continues at step 1."""
+    adapters = [lone_adapter(sparse_config()) for _ in range(2)]
+    ordinary = nn.Parameter(torch.ones(3))
+    groups = [{"params": [p]} for p in (ordinary, *(a.neurons for a in adapters))]
+    optimizer = meft.SparseAdamW(groups, lr=1e-2)
+    for adapter in adapters:
+        adapter(torch.ones(3, HIDDEN)).square().sum().backward()
+    ordinary.grad = torch.ones(3)
+    before = [a.neurons.detach().clone() for a in adapters]
+    optimizer.param_groups[2]["lr"] = float("nan")
+    with pytest.raises(ConfigError, match="`lr` of this step is nan"):
+        optimizer.step()
+    assert torch.equal(ordinary, torch.ones(3))
+    for adapter, rows in zip(adapters, before, strict=True):
+        assert torch.equal(adapter.neurons, rows)
+        assert adapter.rows.store.schedule is None
+    optimizer.param_groups[2]["lr"] = 1e-2
+    optimizer.step()
+    for adapter, rows in zip(adapters, before, strict=True):
+        assert not torch.equal(adapter.neurons, rows)
+        assert adapter.rows.store.schedule is not None
+        assert adapter.rows.store.schedule.step == 1
+
+
+def test_rows_share_a_schedule_while_they_take_the_same_steps() -> None:
+    """One per group, also after its state was saved and loaded; a parameter that missed
+    a step has a schedule of its own from then on."""
+    adapters = [lone_adapter(sparse_config()) for _ in range(3)]
+    neurons = [adapter.neurons for adapter in adapters]
+    optimizer = meft.SparseAdamW(
+        [{"params": neurons[:2]}, {"params": neurons[2:]}], lr=1e-2
+    )
+
+    def step(*some: int) -> list[int]:
+        """Which parameter's schedule each one has, the first of those that share it."""
+        optimizer.zero_grad()
+        for index in some:
+            adapters[index](torch.ones(3, HIDDEN)).square().sum().backward()
+        optimizer.step()
+        return kinds()
+
+    def kinds() -> list[int]:
+        schedules = [id(adapter.rows.store.schedule) for adapter in adapters]
+        return [schedules.index(each) for each in schedules]
+
+    assert step(0, 1, 2) == step(0, 1, 2) == [0, 0, 2]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert kinds() == step(0, 1) == [0, 0, 2]
+    assert step(0, 2) == [0, 1, 2]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert kinds() == [0, 1, 2]
+    steps = [adapter.rows.store.schedule.step for adapter in adapters]  # type: ignore[union-attr]
+    assert steps == [4, 3, 3]
+
+
 @pytest.mark.parametrize("option", ["amsgrad", "maximize"])
 def test_options_that_rows_do_not_have_are_refused(option: str) -> None:
     adapter = lone_adapter(sparse_config())
