@@ -436,13 +436,15 @@ def test_of_two_optimizers_over_the_same_rows_the_earlier_one_is_refused() -> No
     assert not torch.equal(trainable(model)[0], before[0])
 
 
-def test_a_new_optimizer_starts_at_its_first_step() -> None:
-    """Rows that the device still has from an earlier optimizer's time are void."""
-    model, fresh = sparse_model(depth=1), sparse_model(depth=1)
+@pytest.mark.parametrize("cache", ["window", "steps"])
+def test_a_new_optimizer_starts_at_its_first_step(cache: str) -> None:
+    """Rows that the device still has from an earlier optimizer's time are void, also
+    where weight decay has given them the number of a step that both have taken."""
+    model, fresh = (sparse_model(depth=1, cache=cache) for _ in range(2))
     data = list(batches(6))
 
     def run(model: PreTrainedModel, some: list[dict[str, Tensor]]) -> None:
-        optimizer = meft.SparseAdamW(model.parameters(), lr=1e-2)
+        optimizer = meft.SparseAdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
         for inputs in some:
             model(**inputs).loss.backward()
             optimizer.step()
