@@ -63,7 +63,8 @@ def test_a_compiled_model_trains_and_evaluates_as_it_did(
     so that its bits are those of a model that is not compiled; embeddings and head are
     compiled and may round differently."""
     model = reversible(2, dropout=0.1, variant="meft1")
-    model.bert.embeddings.dropout.p = 0.0  # compiled, it draws other masks
+    # Compiled, these draw other masks.
+    model.bert.embeddings.dropout.p = model.dropout.p = 0.0
     model.bert.embeddings.requires_grad_(True)
     expected = gradients(model, BATCH)
     logits = model.eval()(**BATCH).logits
