@@ -164,28 +164,37 @@ def done(
     records: Iterable[Record],
     cells: Iterable[Cell],
     environments: Mapping[str, Environment],
-) -> set[Cell]:
-    """Those of `cells` that need not run again.
+) -> dict[Cell, Record]:
+    """Those of `cells` that need not run again, each with its record.
 
-    A cell is done when its last record from the same code, machine class and torch
-    is ok.
+    A cell is done when its last record on this class of machine is ok and comes from
+    the same code and the same versions of all packages, and when no machine has run
+    the cell with other code since. An earlier record of the same code does not count:
+    after a change of code and back again, the cell runs again, so that its last record
+    is that of the code at hand.
 
     Args:
         records: oldest first.
         cells: what a run would do.
         environments: where it would do it, by `Cell.device`.
     """
-    last = {(r.cell, _comparable(r.environment)): r.status for r in records}
-    return {
-        cell
-        for cell in cells
-        if last.get((cell, _comparable(environments[cell.device]))) == Status.OK
-    }
-
-
-def _comparable(environment: Environment) -> tuple[str, str, str | None]:
-    torch_version = environment.versions.get("torch")
-    return environment.code_sha256, environment.machine, torch_version
+    last: dict[tuple[Cell, str], Record] = {}
+    last_code: dict[Cell, str] = {}
+    for record in records:
+        last[record.cell, record.environment.machine] = record
+        last_code[record.cell] = record.environment.code_sha256
+    found = {}
+    for cell in cells:
+        here = environments[cell.device]
+        record = last.get((cell, here.machine))
+        if (
+            record is not None
+            and record.status == Status.OK
+            and record.environment.versions == here.versions
+            and record.environment.code_sha256 == here.code_sha256 == last_code[cell]
+        ):
+            found[cell] = record
+    return found
 
 
 def _parse(path: Path, content: bytes) -> list[Record]:

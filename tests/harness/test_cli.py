@@ -122,8 +122,8 @@ def test_why_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "mine.toml").write_text(
         f'question = "Why not?"\n[[matrix]]\nname = "one"\n{axes}{exclude}'
     )
-    assert run("--only", "full") == 0
-    assert run(worker="fake_mixed") == 0
+    assert run("--only", "full", "--threads", "3") == 0
+    assert run("--threads", "3", worker="fake_mixed") == 0
     said = capsys.readouterr().err.splitlines()
     ids = [f"{{}}/minilm-l6/b16-s128-fp32/synthetic/seed{seed}" for seed in range(4)]
     full, lora = ([name.format(method) for name in ids] for method in ("full", "lora"))
@@ -134,12 +134,41 @@ def test_why_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert said[4:6] == [
         "excluded, 2: by the sweep's own rules",
         f"not run again, 2 of 6 ({full[0]}, {full[1]}): ok under the same code, "
-        "machine and torch; `--force` runs them, too",
+        "machine and versions of packages; `--force` runs them, too",
     ]
     assert said[-1] == (
         f"skipped, 4 of 4 ({', '.join(lora[:3])} and 1 more): no such data"
     )
     assert len(said) == 6 + 4 + 1
+
+
+def test_code_that_comes_back_runs_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a change and back again the last record is that of the code at hand, and
+    `list` says of every code what `run` does."""
+    for code, is_done in [("a", False), ("b", False), ("a", False), ("a", True)]:
+        monkeypatch.setattr(environment, "digest", lambda _folders, code=code: code)
+        assert cli.main(["list", "mine.toml", "--only", "full"]) == 0
+        seen = capsys.readouterr().out
+        assert ("1 cells, 1 done" in seen, seen.startswith("done")) == (is_done,) * 2
+        assert run("--only", "full") == 0
+        assert ("not run again" in capsys.readouterr().err) == is_done
+        *_, last = runs.read(folder / "runs" / "mine.jsonl")
+        assert last.environment.code_sha256 == code
+
+
+def test_other_threads_and_slots_of_what_is_done_are_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Times do not compare with theirs; the fake child says that it had 3 threads."""
+    assert run("--only", "full", "--slots", "2") == 0
+    assert run("--only", "full", "--slots", "2", "--threads", "3") == 0
+    assert "ran with" not in capsys.readouterr().err
+    assert run("--only", "full", "--slots", "1", "--threads", "3") == 0
+    assert (
+        "packages; 1 of them ran with --threads 3 --slots 2; `--force` runs them, too"
+    ) in capsys.readouterr().err
 
 
 def test_force(folder: Path) -> None:

@@ -198,7 +198,10 @@ def test_a_cell_that_ran_with_older_code_only_is_missing(
     assert (finding.kind, result.exit_code) == (Kind.MISSING, 1)
     assert finding.expected == "an ok cell with the newest code of the runs"
     assert finding.got == "an ok cell with older code, old!, of 2026-01-01T00:00:00Z"
-    assert finding.advice == "run the whole sweep with one code"
+    assert finding.advice == (
+        "run the whole sweep with one code; `meft-bench run --force` runs what is "
+        "done, too"
+    )
 
 
 def test_a_cell_that_last_failed_with_older_code_has_failed(
@@ -406,7 +409,7 @@ def test_what_may_not_be_compared_comes_with_advice(make_record: MakeRecord) -> 
         "  expected   torch_version 2.13.0",
         "  got        torch_version 1.0",
         "  make a baseline with the same torch_version, or run with that of the "
-        "baseline",
+        "baseline; `meft-bench run --force` runs what is done, too",
     ]
     (finding,) = verdict([before], [shorter], "gradient_error:0").findings
     assert (finding.expected, finding.got) == ("2 entries", "1 entries")
