@@ -25,7 +25,7 @@ import pandas as pd
 
 from meft_reports.columns import CELL_FIELDS, SCORE_NAMES
 from meft_reports.columns.column import Column
-from meft_reports.compared import Number, compared_number, format_number
+from meft_reports.compared import Number, compared_number, exact, format_number
 from meft_reports.format import format_fact, format_value, is_null
 from meft_reports.threshold import Threshold
 
@@ -213,7 +213,7 @@ def _compare(
     assert before is not None
     assert after is not None
     known = math.isfinite(before)
-    allowed = threshold.allowed(Fraction(before)) if known else None
+    allowed = threshold.allowed(exact(before)) if known else None
     difference = _difference(before, after)
     if difference is not None and allowed is not None and abs(difference) <= allowed:
         return None, True
@@ -236,7 +236,7 @@ def _compare(
 def _difference(before: Number, after: Number) -> Fraction | None:
     """By how much `after` is more, exactly; None where one of them is not finite."""
     if math.isfinite(before) and math.isfinite(after):
-        return Fraction(after) - Fraction(before)
+        return exact(after) - exact(before)
     return None
 
 

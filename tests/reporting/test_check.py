@@ -58,6 +58,29 @@ def test_a_higher_score_is_better(make_record: MakeRecord) -> None:
     assert verdict([high], [low], "score:0.25").exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "limit", "code"),
+    [
+        (0.5, 0.49, "0.01", 0),
+        (0.5, 0.4899999999999999, "0.01", 1),
+        (0.3, 0.2, "0.1", 0),
+        (0.9, 0.81, "10%", 0),
+        (0.9, 0.8099999999999999, "10%", 1),
+        (1e-7, 0.0, "1e-7", 0),
+    ],
+)
+def test_a_drop_of_what_is_allowed_is_allowed(
+    make_record: MakeRecord, before: float, after: float, limit: str, code: int
+) -> None:
+    """In the decimal numbers of record and threshold: 0.5 - 0.01 is 0.49, whatever
+    floats lie next to them."""
+    pair = make_record(score=before), make_record(score=after)
+    result = verdict([pair[0]], [pair[1]], f"score:{limit}")
+    assert result.exit_code == code
+    lists = [make_record(routing_recall=[score, 1.0]) for score in (before, after)]
+    assert verdict(lists[:1], lists[1:], f"routing_recall:{limit}").exit_code == code
+
+
 def test_without_a_better_direction_any_change_counts(make_record: MakeRecord) -> None:
     """Neither more nor fewer blocks is an improvement."""
     before = make_record(num_blocks=6)
