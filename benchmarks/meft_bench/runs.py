@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from meft_bench.cell import Cell
 from meft_bench.record import Environment, Record, Status
@@ -197,13 +197,24 @@ def done(
     return found
 
 
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that is in it twice, Python would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is in one object twice")
+    return found
+
+
 def _parse(path: Path, content: bytes) -> list[Record]:
     """The records in the complete lines of a file."""
     records = []
     *lines, _torn = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(Record.from_json(json.loads(line)))
+            found = json.loads(line, object_pairs_hook=_refuse_duplicates)
+            records.append(Record.from_json(found))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise RunsError(

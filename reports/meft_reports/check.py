@@ -269,12 +269,13 @@ def _why_not(column: Column, expected: Any, got: Any) -> tuple[str, str, str] | 
         if both_null or not _equal(before, after):
             return _fact(name, before), _fact(name, after), _advice(name)
     metric = SCORE_NAMES.get(column.name)
-    if metric is not None and not _equal(expected[metric], got[metric]):
-        return (
-            _fact(metric, expected[metric]),
-            _fact(metric, got[metric]),
-            ("another metric"),
-        )
+    if metric is not None:
+        before, after = expected[metric], got[metric]
+        if is_null(before) and is_null(after):
+            unknown = _fact(metric, before)
+            return unknown, unknown, "a score of an unknown metric proves nothing"
+        if not _equal(before, after):
+            return _fact(metric, before), _fact(metric, after), "another metric"
     numbers = [compared_number(column, cell[column.name]) for cell in (expected, got)]
     before, after = (format_number(column, number) for number in numbers)
     known = [number for number in numbers if number is not None]

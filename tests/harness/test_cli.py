@@ -106,6 +106,15 @@ def test_failures(capsys: pytest.CaptureFixture[str]) -> None:
     assert Path(told[1]).is_file()
 
 
+def test_a_remark_on_an_ok_cell_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """By `run` when the cell ends, by `show` later; the exit code stays 0."""
+    said = "the loss was not finite from step 2 of 5 on"
+    assert run("--only", "head", worker="fake_remarks") == 0
+    assert re.search(rf"\nnote: head/\S+: {said}\n", capsys.readouterr().err)
+    assert cli.main(["show", "head", "runs/mine.jsonl"]) == 0
+    assert re.search(rf"(?m)^status +ok {said}$", capsys.readouterr().out)
+
+
 def test_nothing_ran(capsys: pytest.CaptureFixture[str]) -> None:
     """Where every cell was skipped the exit code says so, however often it is run."""
     for _ in range(2):
@@ -271,6 +280,7 @@ def test_interrupted(
         (["run", "mine.toml", "--threads", "x"], "'x' is not a whole number"),
         (["run", "mine.toml", "--timeout", "-1"], "'-1' is not a number above 0"),
         (["run", "mine.toml", "--memory-limit", "8GB"], "'8GB' is not a size"),
+        (["run", "mine.toml", "--memory-limit", "99999999999GiB"], "too large a size"),
         (["run", "mine.toml", "-o", "mine.toml"], "should end in .jsonl"),
         (["run"], "required: sweep"),
         (["rnu"], "invalid choice: 'rnu'"),
@@ -486,6 +496,13 @@ def test_parse_bytes(text: str, num_bytes: int) -> None:
 def test_parse_no_bytes(text: str) -> None:
     """What is no size is refused, and shown."""
     with pytest.raises(ValueError, match="is not a size"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["8388608TiB", "9223372036854775808", "9" * 400])
+def test_parse_too_many_bytes(text: str) -> None:
+    """What the system cannot count is refused before a child fails of it."""
+    with pytest.raises(ValueError, match="is too large a size"):
         parse_bytes(text)
 
 

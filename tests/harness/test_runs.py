@@ -77,7 +77,10 @@ def test_torn_line(tmp_path: Path, records: list[Record], kept: float) -> None:
     assert json.loads(content.removeprefix(first)) == records[2].to_json()
 
 
-@pytest.mark.parametrize("text", ["garbage", "[]", "{}", '{"schema_version": 99}', ""])
+@pytest.mark.parametrize(
+    "text",
+    ["garbage", "[]", "{}", '{"schema_version": 99}', "", '{"status": 1, "status": 2}'],
+)
 def test_bad_line(tmp_path: Path, records: list[Record], text: str) -> None:
     """A whole line that is no record is told by its number, and nothing is changed."""
     path = tmp_path / "runs.jsonl"
@@ -91,6 +94,21 @@ def test_bad_line(tmp_path: Path, records: list[Record], text: str) -> None:
     with pytest.raises(RunsError, match="line 2"):
         RecordsFile(path)
     assert path.read_bytes() == content
+
+
+def test_a_name_that_is_twice_in_a_record(
+    tmp_path: Path, records: list[Record]
+) -> None:
+    """JSON leaves open which of the two counts, so neither does."""
+    path = tmp_path / "runs.jsonl"
+    text = json.dumps(records[0].to_json())
+    path.write_text(
+        text.replace('"saved_bytes"', '"saved_bytes": 5, "saved_bytes"') + "\n"
+    )
+    with pytest.raises(
+        RunsError, match=r"line 1 .*'saved_bytes' is in one object twice"
+    ):
+        runs.read(path)
 
 
 def test_unusable_path(tmp_path: Path) -> None:

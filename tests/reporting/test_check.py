@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 
 from meft_reports.check import CheckResult, Kind, check
+from meft_reports.columns import SCORE_NAMES
 from meft_reports.frame import to_frame
 from meft_reports.threshold import parse_threshold
 from reporting.kinds import MakeRecord, Record
@@ -143,6 +144,19 @@ def test_what_may_not_be_compared_is_refused(
     assert finding.got == words
     assert finding.expected.split()[0] == words.split()[0]
     assert (result.exit_code, result.num_compared) == (3, 0)
+
+
+def test_a_score_without_the_name_of_its_metric_is_not_comparable(
+    make_record: MakeRecord,
+) -> None:
+    """On both sides: they may be of two metrics."""
+    for name in ("score", "second_score", "third_majority_score"):
+        record = make_record(**{name: 0.5, SCORE_NAMES[name]: None})
+        result = verdict([record], [record], f"{name}:0")
+        (finding,) = result.findings
+        assert (finding.kind, result.exit_code) == (Kind.NOT_COMPARABLE, 3)
+        assert finding.expected == finding.got == f"{SCORE_NAMES[name]} unknown"
+        assert finding.advice == "a score of an unknown metric proves nothing"
 
 
 def test_bytes_are_compared_across_machines(make_record: MakeRecord) -> None:
