@@ -186,14 +186,14 @@ def done(
     found = {}
     for cell in cells:
         here = environments[cell.device]
-        record = last.get((cell, here.machine))
+        its = last.get((cell, here.machine))
         if (
-            record is not None
-            and record.status == Status.OK
-            and record.environment.versions == here.versions
-            and record.environment.code_sha256 == here.code_sha256 == last_code[cell]
+            its is not None
+            and its.status == Status.OK
+            and its.environment.versions == here.versions
+            and its.environment.code_sha256 == here.code_sha256 == last_code[cell]
         ):
-            found[cell] = record
+            found[cell] = its
     return found
 
 

@@ -1,8 +1,10 @@
 """Numbers that are worked out from two others of the same measurement.
 
-trainable_fraction      num_trainable_parameters / num_parameters
-peak_activation_bytes   peak_allocated_bytes - resting_bytes
-transfer_bytes          h2d_bytes + d2h_bytes
+    trainable_fraction      num_trainable_parameters / num_parameters
+    peak_activation_bytes   peak_allocated_bytes - resting_bytes
+    transfer_bytes          h2d_bytes + d2h_bytes
+
+The frame holds them, and `records` refuses a record in which one is out of its range.
 """
 
 import operator
