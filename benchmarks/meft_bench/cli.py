@@ -36,6 +36,7 @@ from meft_bench.isolate import WORKER
 from meft_bench.options import ChildOptions
 from meft_bench.planning import PlanningError
 from meft_bench.quantities import parse_bytes
+from meft_bench.record import Record
 from meft_bench.runs import RunsError
 from meft_bench.sweep import Sweep, SweepError
 from meft_bench.virtual import gpu
@@ -252,7 +253,7 @@ def _list(arguments: argparse.Namespace) -> int:
     cells = _select(chosen, arguments.only)
     path = _records_path(arguments, chosen)
     records = runs.read(path)
-    done: set[Cell] = set()
+    done: dict[Cell, Record] = {}
     if records:  # else there is no need to look at this machine's sources
         environments = harness.environments_for(cells, num_threads=1, num_slots=1)
         done = runs.done(records, cells, environments)

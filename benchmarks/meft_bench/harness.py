@@ -9,7 +9,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -60,12 +60,10 @@ def run(plan: Plan, *, worker_module: str = isolate.WORKER) -> int:
         plan.cells, num_threads=plan.options.num_threads, num_slots=plan.num_slots
     )
     with RecordsFile(plan.path) as file:
-        done = (
-            set() if plan.force else runs.done(file.records, plan.cells, environments)
-        )
+        done = {} if plan.force else runs.done(file.records, plan.cells, environments)
         left = [cell for cell in plan.cells if cell not in done]
         try:
-            ended = _run_left(plan, left, environments, file, worker_module)
+            ended = _run_left(plan, left, done, environments, file, worker_module)
         except OSError as error:
             raise runs.unusable(plan.path, error) from error
     statuses = [*(Status.OK for _ in done), *(record.status for record in ended)]
@@ -108,6 +106,7 @@ def environments_for(
 def _run_left(
     plan: Plan,
     left: list[Cell],
+    done: Mapping[Cell, Record],
     environments: dict[str, Environment],
     file: RecordsFile,
     worker_module: str,
@@ -119,7 +118,7 @@ def _run_left(
     ended: list[Record] = []
     with Progress(
         num_cells=len(plan.cells),
-        num_done=len(plan.cells) - len(left),
+        num_done=len(done),
         logs=folder,
         stream=sys.stderr,
     ) as progress:
@@ -143,7 +142,7 @@ def _run_left(
 
         if file.is_torn:
             progress.tell(f"the last line of {plan.path} is half written: left out")
-        for line in _left_out(plan, left):
+        for line in _left_out(plan, done):
             progress.tell(line)
 
         records = local.run_cells(left, run_one, plan.num_slots)
@@ -157,17 +156,29 @@ def _run_left(
     return ended
 
 
-def _left_out(plan: Plan, left: Sequence[Cell]) -> Iterator[str]:
+def _left_out(plan: Plan, done: Mapping[Cell, Record]) -> Iterator[str]:
     """What the sweep declares and this run does not start, a line for each reason."""
     yield from plan.left_out
-    started = set(left)
-    not_again = [cell for cell in plan.cells if cell not in started]
-    if not_again:
+    if done:
         yield (
-            f"not run again, {len(not_again)} of {len(plan.cells)} "
-            f"({_names(not_again)}): ok under the same code, machine and torch; "
-            "`--force` runs them, too"
+            f"not run again, {len(done)} of {len(plan.cells)} ({_names([*done])}): ok "
+            "under the same code, machine and versions of packages; "
+            f"{_other_load(plan, done.values())}`--force` runs them, too"
         )
+
+
+def _other_load(plan: Plan, done: Iterable[Record]) -> str:
+    """How many cells ran with other threads or slots, on which their times depend."""
+    loads = [(r.environment.num_threads, r.environment.num_slots) for r in done]
+    others = [
+        load for load in loads if load != (plan.options.num_threads, plan.num_slots)
+    ]
+    if not others:
+        return ""
+    texts = [
+        f"--threads {threads} --slots {slots}" for threads, slots in sorted(set(others))
+    ]
+    return f"{len(others)} of them ran with {', '.join(texts)}; "
 
 
 def _skipped(ended: Sequence[Record]) -> Iterator[str]:

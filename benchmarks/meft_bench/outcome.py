@@ -4,7 +4,7 @@ One JSON object, written beside its destination and then renamed, so that a file
 is there is whole:
 
     {"status": "ok" | "oom" | "error" | "skipped",
-     "message": "",                      why, in a line; empty when ok
+     "message": "",                      why, in a line; when ok a remark, or empty
      "measurement": {...},               fields of `Measurement`
      "environment": {...}}               some of `REPORTED`
 

@@ -72,6 +72,8 @@ class Progress:
             self._bar.n += 1
             place = f"[{self._bar.n}/{self._bar.total}]"
             self.tell(f"{place} {_line(record)}")
+        if record.status == Status.OK and record.message:
+            self.tell(f"note: {record.cell.id}: {record.message}")
         if record.status not in (Status.OK, Status.SKIPPED):
             log = isolate.log_path(self._logs, record.cell)
             self.tell(f"{record.status}: {record.cell.id}: {record.message} ({log})")

@@ -4,15 +4,22 @@ import re
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
+_TOO_MANY = 2**63
+"""Bytes that do not fit into the signed 64 bits in which the system counts them."""
+
 
 def parse_bytes(text: str) -> int:
     """The integer behind `8GiB`, `1.5 MiB` or `4096`.
 
     Raises:
-        ValueError: the text is not a positive number with a unit of 2¹⁰ steps.
+        ValueError: the text is not a positive number with a unit of 2¹⁰ steps, or is
+            more than the system can count.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)?\s*", text, re.ASCII)
-    num_bytes = int(float(match[1]) * _UNITS[match[2] or "B"]) if match else 0
+    size = float(match[1]) * _UNITS[match[2] or "B"] if match else 0.0
+    if size >= _TOO_MANY:
+        raise ValueError(f"{text!r} is too large a size; it should be below 8388608TiB")
+    num_bytes = int(size)
     if num_bytes <= 0:
         raise ValueError(f"{text!r} is not a size; write it like 8GiB, 512MiB or 4096")
     return num_bytes

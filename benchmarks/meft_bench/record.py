@@ -167,7 +167,7 @@ class Record:
     cell: Cell
     status: Status
     message: str
-    """Empty when ok; otherwise one line that says why."""
+    """One line that says why; when ok empty, unless the loss was not finite."""
     started_at: str
     """UTC, ISO 8601."""
     wall_seconds: float

@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from meft_bench.cell import Cell
 from meft_bench.record import Environment, Record, Status
@@ -164,28 +164,47 @@ def done(
     records: Iterable[Record],
     cells: Iterable[Cell],
     environments: Mapping[str, Environment],
-) -> set[Cell]:
-    """Those of `cells` that need not run again.
+) -> dict[Cell, Record]:
+    """Those of `cells` that need not run again, each with its record.
 
-    A cell is done when its last record from the same code, machine class and torch
-    is ok.
+    A cell is done when its last record on this class of machine is ok and comes from
+    the same code and the same versions of all packages, and when no machine has run
+    the cell with other code since. An earlier record of the same code does not count:
+    after a change of code and back again, the cell runs again, so that its last record
+    is that of the code at hand.
 
     Args:
         records: oldest first.
         cells: what a run would do.
         environments: where it would do it, by `Cell.device`.
     """
-    last = {(r.cell, _comparable(r.environment)): r.status for r in records}
-    return {
-        cell
-        for cell in cells
-        if last.get((cell, _comparable(environments[cell.device]))) == Status.OK
-    }
+    last: dict[tuple[Cell, str], Record] = {}
+    last_code: dict[Cell, str] = {}
+    for record in records:
+        last[record.cell, record.environment.machine] = record
+        last_code[record.cell] = record.environment.code_sha256
+    found = {}
+    for cell in cells:
+        here = environments[cell.device]
+        its = last.get((cell, here.machine))
+        if (
+            its is not None
+            and its.status == Status.OK
+            and its.environment.versions == here.versions
+            and its.environment.code_sha256 == here.code_sha256 == last_code[cell]
+        ):
+            found[cell] = its
+    return found
 
 
-def _comparable(environment: Environment) -> tuple[str, str, str | None]:
-    torch_version = environment.versions.get("torch")
-    return environment.code_sha256, environment.machine, torch_version
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that is in it twice, Python would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is in one object twice")
+    return found
 
 
 def _parse(path: Path, content: bytes) -> list[Record]:
@@ -194,7 +213,8 @@ def _parse(path: Path, content: bytes) -> list[Record]:
     *lines, _torn = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(Record.from_json(json.loads(line)))
+            found = json.loads(line, object_pairs_hook=_refuse_duplicates)
+            records.append(Record.from_json(found))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise RunsError(

@@ -91,14 +91,15 @@ class Stepper:
 
         Returns:
             The mean loss over all target tokens of a language model, over all rows of
-            a classifier.
+            a classifier; not-a-number where no micro-batch has a target token.
 
         Gradients are released at the end, so that none exist between two steps.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         losses = []
-        for batch, divisor in zip(batches, self.divisors(batches), strict=True):
+        divisors = self.divisors(batches)
+        for batch, divisor in zip(batches, divisors, strict=True):
             loss = self.loss(self.to_device(batch)) / divisor
             self._scaler.scale(loss).backward()
             losses.append(loss.detach())
@@ -108,16 +109,20 @@ class Stepper:
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(sum(losses))
+        # The mean over no target is not-a-number, also divided by infinity.
+        pairs = zip(losses, divisors, strict=True)
+        return float(sum(loss for loss, divisor in pairs if not math.isinf(divisor)))
 
     def divisors(self, batches: Sequence[Batch]) -> list[Tensor | int]:
         """What the mean loss of each micro-batch is divided by before it is added up.
 
         A language model's loss is the mean over the target tokens of its micro-batch,
-        so each is weighted by its share of the target tokens of the whole window, as
-        transformers' `Trainer` does by `num_items_in_batch`: every token then counts
-        the same, whichever micro-batch it is in. A classifier's micro-batches have
-        equally many labels and count the same.
+        so each is weighted by its share of the target tokens of the whole window:
+        every token then counts the same, whichever micro-batch it is in. transformers'
+        `Trainer` does so by `num_items_in_batch` for models whose forward accepts it,
+        which BART's does not. A micro-batch without a target token is divided by
+        infinity, and counts nothing. A classifier's micro-batches have equally many
+        labels and count the same.
 
         Args:
             batches: The micro-batches of one optimizer step.

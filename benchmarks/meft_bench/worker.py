@@ -25,7 +25,7 @@ from meft_bench.options import ChildOptions
 from meft_bench.out_of_memory import is_out_of_memory
 from meft_bench.record import Status
 from meft_bench.registry import VIRTUAL
-from meft_bench.sighting import Sighting
+from meft_bench.sighting import Sighting, remark
 from meft_bench.source import MissingError, Source
 
 
@@ -68,7 +68,7 @@ def run(cell: Cell, options: ChildOptions) -> dict[str, object]:
             allow_download=options.allow_download,
         )
         look(cell, source, sighting)
-        status, message = Status.OK, ""
+        status, message = Status.OK, remark(sighting.measurement.loss_curve)
     except MissingError as error:
         status, message = Status.SKIPPED, str(error)
     except Exception as error:

@@ -48,7 +48,7 @@ def update_baseline(runs: Sequence[Path], path: Path, *, may_remove: bool) -> li
     if not kept:
         raise ReportError(f"no ok cell in {', '.join(map(str, runs))}: nothing to keep")
     before = {}
-    if path.exists() and path.stat().st_size:
+    if path.is_file() and path.read_bytes().strip():
         before = {record["cell_id"]: record for record in read_baseline(path)}
     removed = sorted(before.keys() - kept.keys())
     if removed and not may_remove:

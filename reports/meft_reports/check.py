@@ -25,7 +25,7 @@ import pandas as pd
 
 from meft_reports.columns import CELL_FIELDS, SCORE_NAMES
 from meft_reports.columns.column import Column
-from meft_reports.compared import Number, compared_number, format_number
+from meft_reports.compared import Number, compared_number, exact, format_number
 from meft_reports.format import format_fact, format_value, is_null
 from meft_reports.threshold import Threshold
 
@@ -213,7 +213,7 @@ def _compare(
     assert before is not None
     assert after is not None
     known = math.isfinite(before)
-    allowed = threshold.allowed(Fraction(before)) if known else None
+    allowed = threshold.allowed(exact(before)) if known else None
     difference = _difference(before, after)
     if difference is not None and allowed is not None and abs(difference) <= allowed:
         return None, True
@@ -236,7 +236,7 @@ def _compare(
 def _difference(before: Number, after: Number) -> Fraction | None:
     """By how much `after` is more, exactly; None where one of them is not finite."""
     if math.isfinite(before) and math.isfinite(after):
-        return Fraction(after) - Fraction(before)
+        return exact(after) - exact(before)
     return None
 
 
@@ -269,12 +269,13 @@ def _why_not(column: Column, expected: Any, got: Any) -> tuple[str, str, str] | 
         if both_null or not _equal(before, after):
             return _fact(name, before), _fact(name, after), _advice(name)
     metric = SCORE_NAMES.get(column.name)
-    if metric is not None and not _equal(expected[metric], got[metric]):
-        return (
-            _fact(metric, expected[metric]),
-            _fact(metric, got[metric]),
-            ("another metric"),
-        )
+    if metric is not None:
+        before, after = expected[metric], got[metric]
+        if is_null(before) and is_null(after):
+            unknown = _fact(metric, before)
+            return unknown, unknown, "a score of an unknown metric proves nothing"
+        if not _equal(before, after):
+            return _fact(metric, before), _fact(metric, after), "another metric"
     numbers = [compared_number(column, cell[column.name]) for cell in (expected, got)]
     before, after = (format_number(column, number) for number in numbers)
     known = [number for number in numbers if number is not None]
@@ -310,7 +311,10 @@ def _fact(name: str, value: Any) -> str:
 
 
 def _advice(name: str) -> str:
-    return f"make a baseline with the same {name}, or run with that of the baseline"
+    return (
+        f"make a baseline with the same {name}, or run with that of the baseline; "
+        "`meft-bench run --force` runs what is done, too"
+    )
 
 
 def _missing(cell_id: str) -> Finding:
@@ -330,7 +334,8 @@ def _not_run_again(cell_id: str, got: Any) -> Finding:
         expected="an ok cell with the newest code of the runs",
         got=f"an ok cell with older code, {got['code_sha256']:.8}, of "
         f"{got['started_at']}",
-        advice="run the whole sweep with one code",
+        advice="run the whole sweep with one code; `meft-bench run --force` runs what "
+        "is done, too",
     )
 
 

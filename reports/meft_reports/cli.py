@@ -14,13 +14,16 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from meft_reports.errors import ReportError, UnknownName
 from meft_reports.files import write_atomically
 from meft_reports.plots import PLOTS, find_plot
 from meft_reports.tables import TABLES, find_tables
 from meft_reports.text import printable
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 EXAMPLES = """\
 examples:
@@ -49,6 +52,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the mistake and exit with code 2."""
         self.exit(EXIT_MISTAKE, f"{self.prog}: {message}\n")
+
+    def print_help(self, file: "SupportsWrite[str] | None" = None) -> None:
+        """Print the help; argparse itself hides that it could not be printed."""
+        try:
+            _say(self.format_help().rstrip("\n"))
+        except ReportError as error:
+            self.exit(_mistake(self.prog, error))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,8 +147,9 @@ def check(arguments: argparse.Namespace) -> int:
         if names.count(name) > 1:
             raise ReportError(f"--fail-on is given twice for {name}; keep one")
 
+    held = arguments.baseline
     for path in arguments.runs:
-        if path.exists() and path.resolve() == arguments.baseline.resolve():
+        if path.exists() and held.exists() and path.samefile(held):
             raise ReportError(f"{path} is both the run and the baseline")
 
     from meft_reports.check import check as compare

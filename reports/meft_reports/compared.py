@@ -6,6 +6,7 @@ than any number.
 """
 
 import math
+from fractions import Fraction
 from typing import Any
 
 from meft_reports.columns.column import Column
@@ -39,6 +40,16 @@ def _worst_entry(column: Column, entries: Any) -> Number | None:
     if not all(map(math.isfinite, numbers)):
         return math.nan
     return max(numbers) if column.lower_is_better else min(numbers)
+
+
+def exact(number: Number) -> Fraction:
+    """Return a finite number as the fraction that its shortest decimal text is.
+
+    A record holds 0.49, a threshold 0.01: as decimals they are exactly what is written,
+    while the floats nearest to them differ from 0.5 and from each other by a little
+    more or less.
+    """
+    return Fraction(repr(number))
 
 
 def format_number(column: Column, number: Number | None) -> str:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from meft_reports.columns import COLUMNS
 from meft_reports.columns.column import Column
 from meft_reports.columns.measurement import OLD_SCORE_NAMES
+from meft_reports.derived import derive
 from meft_reports.errors import RecordError, UnknownName
 from meft_reports.files import write_atomically
 from meft_reports.latest import code_of, in_order, newest_code
@@ -29,9 +30,9 @@ from meft_reports.text import SHORT_LENGTH, printable
 
 MAX_VERSIONS = 100
 """Packages of an environment that the frame keeps, in the order of their names."""
-FORMULA_STARTS = ("=", "+", "-", "@", "'")
-"""What a spreadsheet takes for a formula at the start of a field of CSV, and the mark
-that keeps it from doing so."""
+FORMULA_STARTS = tuple("=+-@＝＋－＠'")  # noqa: RUF001 (full-width ones are meant)
+"""What a spreadsheet takes for a formula at the start of a field of CSV, also behind
+spaces and as full-width characters, and the mark that keeps it from doing so."""
 
 
 def read_frame(paths: Sequence[Path]) -> pd.DataFrame:
@@ -119,15 +120,7 @@ def _flatten(record: dict[str, Any], newest: str) -> dict[str, Any]:
     row["source"] = "measured" if row["prediction"] is None else "predicted"
     row["versions"] = _versions(record["environment"]["versions"])
     row["newest_code"] = code_of(record) == newest
-    trainable, total = row["num_trainable_parameters"], row["num_parameters"]
-    known = trainable is not None and total
-    row["trainable_fraction"] = trainable / total if known else None
-    peak, resting = row["peak_allocated_bytes"], row["resting_bytes"]
-    known = peak is not None and resting is not None
-    row["peak_activation_bytes"] = peak - resting if known else None
-    up, down = row["h2d_bytes"], row["d2h_bytes"]
-    row["transfer_bytes"] = None if up is None or down is None else up + down
-    return row
+    return row | derive(record["measurement"])
 
 
 def _versions(versions: dict[str, str]) -> str:
@@ -174,7 +167,7 @@ def _or_null(number: float) -> float | None:
 
 
 def _not_a_formula(text: str) -> str:
-    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
+    return f"'{text}" if text.lstrip().startswith(FORMULA_STARTS) else text
 
 
 _ARROW_TYPES = {

@@ -23,6 +23,7 @@ from meft_reports.columns import (
     SCORE_NAMES,
 )
 from meft_reports.columns.column import Column
+from meft_reports.derived import DERIVED, derive
 from meft_reports.errors import RecordError, UnknownName
 from meft_reports.latest import FAILED, code_of, counting, in_order, newest_code
 from meft_reports.text import SHORT_LENGTH, printable
@@ -117,9 +118,17 @@ def _lines_of(path: Path, *, is_finished: bool) -> Iterator[tuple[int, Record]]:
         where = f"{path}, line {number}"
         try:
             text = line.decode("utf-8-sig")
-            record = json.loads(text, parse_constant=_refuse_constant)
+            record = json.loads(
+                text,
+                parse_constant=_refuse_constant,
+                object_pairs_hook=_refuse_duplicates,
+            )
         except _NotFinite as error:
             raise RecordError(f"{where}: {error} is not a number in JSON") from error
+        except _Duplicate as error:
+            raise RecordError(
+                f"{where}: {_quoted(str(error))} is in one object twice; keep one"
+            ) from error
         except (ValueError, RecursionError) as error:
             # Every complete line ends in a newline, so what follows the last one was
             # being written when its writer was killed.
@@ -143,6 +152,18 @@ def _lines_of(path: Path, *, is_finished: bool) -> Iterator[tuple[int, Record]]:
 
 class _NotFinite(Exception):
     """`NaN` or `Infinity`, which Python reads and JSON does not have."""
+
+
+class _Duplicate(Exception):
+    """A name that an object has twice, of which Python keeps the last."""
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Duplicate(next(name for name in names if names.count(name) > 1))
+    return found
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -171,6 +192,7 @@ def _validate(record: Any, where: str) -> set[str]:
     if record["status"] not in STATUSES:
         status = printable(record["status"], SHORT_LENGTH)
         raise RecordError(f"{where}: {UnknownName('status', status, STATUSES)}")
+    _check_derived(record, where)
     _check_time(record["started_at"], where)
     return {
         f"{section}.{key}"
@@ -241,6 +263,23 @@ def _check_range(column: Column, value: Any, record: Record, where: str) -> None
             raise RecordError(
                 f"{where}: `{_place(column)}` should be {_range(column, least)}, got "
                 f"{_quoted(number)}"
+            )
+
+
+def _check_derived(record: Record, where: str) -> None:
+    """Refuse numbers that contradict each other, such as a peak below what rests."""
+    seen = record["measurement"]
+    for name, number in derive(seen).items():
+        if number is None:
+            continue
+        column = BY_NAME[name]
+        greatest = column.greatest or GREATEST[column.unit]
+        if not 0 <= number <= greatest:  # exact: no float32 is in it
+            _, *keys = DERIVED[name]
+            sources = " and ".join(f"`{key}` {seen[key]}" for key in keys)
+            raise RecordError(
+                f"{where}: `{name}` should be {_range(column, 0.0)}, got "
+                f"{_quoted(number)} from {sources}"
             )
 
 

@@ -7,7 +7,7 @@
     (no unit) = in the column's own unit: bytes, seconds, a count, a score
 
 Numbers are exact fractions, so that a byte more than allowed is a byte more, at any
-size.
+size; a score in a record is the decimal number that is written there.
 """
 
 import re

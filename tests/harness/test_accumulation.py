@@ -1,5 +1,6 @@
 """What one optimizer step makes of several micro-batches."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,27 @@ def test_every_target_token_of_a_window_counts_the_same(
     )
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), [("llama", "full"), ("bart", "full"), ("llama", "lora")]
+)
+def test_a_micro_batch_without_a_target_counts_nothing(
+    family: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own mean is not-a-number; the step's loss and gradients are those of the
+    other micro-batches."""
+    others = micro_batches(4)
+    silent = {name: tensor.clone() for name, tensor in others[0].items()}
+    silent["labels"].fill_(IGNORED)
+    (wanted, wanted_loss), (found, loss) = (
+        gradients_and_loss(model_of(cell(method=method), family), batches, monkeypatch)
+        for batches in (others, [others[0], silent, others[1]])
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+    _, nothing = gradients_and_loss(model_of(cell(), family), [silent], monkeypatch)
+    assert math.isnan(nothing)
 
 
 class KeepGradients(TrainerCallback):

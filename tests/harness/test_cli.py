@@ -106,6 +106,15 @@ def test_failures(capsys: pytest.CaptureFixture[str]) -> None:
     assert Path(told[1]).is_file()
 
 
+def test_a_remark_on_an_ok_cell_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """By `run` when the cell ends, by `show` later; the exit code stays 0."""
+    said = "the loss was not finite from step 2 of 5 on"
+    assert run("--only", "head", worker="fake_remarks") == 0
+    assert re.search(rf"\nnote: head/\S+: {said}\n", capsys.readouterr().err)
+    assert cli.main(["show", "head", "runs/mine.jsonl"]) == 0
+    assert re.search(rf"(?m)^status +ok {said}$", capsys.readouterr().out)
+
+
 def test_nothing_ran(capsys: pytest.CaptureFixture[str]) -> None:
     """Where every cell was skipped the exit code says so, however often it is run."""
     for _ in range(2):
@@ -122,8 +131,8 @@ def test_why_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "mine.toml").write_text(
         f'question = "Why not?"\n[[matrix]]\nname = "one"\n{axes}{exclude}'
     )
-    assert run("--only", "full") == 0
-    assert run(worker="fake_mixed") == 0
+    assert run("--only", "full", "--threads", "3") == 0
+    assert run("--threads", "3", worker="fake_mixed") == 0
     said = capsys.readouterr().err.splitlines()
     ids = [f"{{}}/minilm-l6/b16-s128-fp32/synthetic/seed{seed}" for seed in range(4)]
     full, lora = ([name.format(method) for name in ids] for method in ("full", "lora"))
@@ -134,12 +143,41 @@ def test_why_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert said[4:6] == [
         "excluded, 2: by the sweep's own rules",
         f"not run again, 2 of 6 ({full[0]}, {full[1]}): ok under the same code, "
-        "machine and torch; `--force` runs them, too",
+        "machine and versions of packages; `--force` runs them, too",
     ]
     assert said[-1] == (
         f"skipped, 4 of 4 ({', '.join(lora[:3])} and 1 more): no such data"
     )
     assert len(said) == 6 + 4 + 1
+
+
+def test_code_that_comes_back_runs_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a change and back again the last record is that of the code at hand, and
+    `list` says of every code what `run` does."""
+    for code, is_done in [("a", False), ("b", False), ("a", False), ("a", True)]:
+        monkeypatch.setattr(environment, "digest", lambda _folders, code=code: code)
+        assert cli.main(["list", "mine.toml", "--only", "full"]) == 0
+        seen = capsys.readouterr().out
+        assert ("1 cells, 1 done" in seen, seen.startswith("done")) == (is_done,) * 2
+        assert run("--only", "full") == 0
+        assert ("not run again" in capsys.readouterr().err) == is_done
+        *_, last = runs.read(folder / "runs" / "mine.jsonl")
+        assert last.environment.code_sha256 == code
+
+
+def test_other_threads_and_slots_of_what_is_done_are_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Times do not compare with theirs; the fake child says that it had 3 threads."""
+    assert run("--only", "full", "--slots", "2") == 0
+    assert run("--only", "full", "--slots", "2", "--threads", "3") == 0
+    assert "ran with" not in capsys.readouterr().err
+    assert run("--only", "full", "--slots", "1", "--threads", "3") == 0
+    assert (
+        "packages; 1 of them ran with --threads 3 --slots 2; `--force` runs them, too"
+    ) in capsys.readouterr().err
 
 
 def test_force(folder: Path) -> None:
@@ -242,6 +280,7 @@ def test_interrupted(
         (["run", "mine.toml", "--threads", "x"], "'x' is not a whole number"),
         (["run", "mine.toml", "--timeout", "-1"], "'-1' is not a number above 0"),
         (["run", "mine.toml", "--memory-limit", "8GB"], "'8GB' is not a size"),
+        (["run", "mine.toml", "--memory-limit", "99999999999GiB"], "too large a size"),
         (["run", "mine.toml", "-o", "mine.toml"], "should end in .jsonl"),
         (["run"], "required: sweep"),
         (["rnu"], "invalid choice: 'rnu'"),
@@ -457,6 +496,13 @@ def test_parse_bytes(text: str, num_bytes: int) -> None:
 def test_parse_no_bytes(text: str) -> None:
     """What is no size is refused, and shown."""
     with pytest.raises(ValueError, match="is not a size"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["8388608TiB", "9223372036854775808", "9" * 400])
+def test_parse_too_many_bytes(text: str) -> None:
+    """What the system cannot count is refused before a child fails of it."""
+    with pytest.raises(ValueError, match="is too large a size"):
         parse_bytes(text)
 
 

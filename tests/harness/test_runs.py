@@ -77,7 +77,10 @@ def test_torn_line(tmp_path: Path, records: list[Record], kept: float) -> None:
     assert json.loads(content.removeprefix(first)) == records[2].to_json()
 
 
-@pytest.mark.parametrize("text", ["garbage", "[]", "{}", '{"schema_version": 99}', ""])
+@pytest.mark.parametrize(
+    "text",
+    ["garbage", "[]", "{}", '{"schema_version": 99}', "", '{"status": 1, "status": 2}'],
+)
 def test_bad_line(tmp_path: Path, records: list[Record], text: str) -> None:
     """A whole line that is no record is told by its number, and nothing is changed."""
     path = tmp_path / "runs.jsonl"
@@ -91,6 +94,21 @@ def test_bad_line(tmp_path: Path, records: list[Record], text: str) -> None:
     with pytest.raises(RunsError, match="line 2"):
         RecordsFile(path)
     assert path.read_bytes() == content
+
+
+def test_a_name_that_is_twice_in_a_record(
+    tmp_path: Path, records: list[Record]
+) -> None:
+    """JSON leaves open which of the two counts, so neither does."""
+    path = tmp_path / "runs.jsonl"
+    text = json.dumps(records[0].to_json())
+    path.write_text(
+        text.replace('"saved_bytes"', '"saved_bytes": 5, "saved_bytes"') + "\n"
+    )
+    with pytest.raises(
+        RunsError, match=r"line 1 .*'saved_bytes' is in one object twice"
+    ):
+        runs.read(path)
 
 
 def test_unusable_path(tmp_path: Path) -> None:
@@ -132,18 +150,18 @@ def test_lock_ends_with_its_process(tmp_path: Path) -> None:
 def test_done(records: list[Record], here: Environment) -> None:
     """A cell is done once its last comparable record is ok."""
     cells = [record.cell for record in records]
-    assert runs.done(records, cells, {"cpu": here}) == set(cells)
-    assert runs.done(records, cells[1:], {"cpu": here}) == set(cells[1:])
+    assert list(runs.done(records, cells, {"cpu": here}).values()) == records
+    assert set(runs.done(records, cells[1:], {"cpu": here})) == set(cells[1:])
     failed = dataclasses.replace(records[0], status=Status.OOM)
-    assert runs.done([*records, failed], cells, {"cpu": here}) == set(cells[1:])
-    assert runs.done([failed, *records], cells, {"cpu": here}) == set(cells)
+    assert set(runs.done([*records, failed], cells, {"cpu": here})) == set(cells[1:])
+    assert set(runs.done([failed, *records], cells, {"cpu": here})) == set(cells)
 
 
 @pytest.mark.parametrize("status", [s for s in Status if s is not Status.OK])
 def test_only_ok_is_done(records: list[Record], status: Status) -> None:
     """No other status spares a cell from running again."""
     record = dataclasses.replace(records[0], status=status)
-    assert runs.done([record], [record.cell], {"cpu": record.environment}) == set()
+    assert runs.done([record], [record.cell], {"cpu": record.environment}) == {}
 
 
 @pytest.mark.parametrize(
@@ -152,15 +170,49 @@ def test_only_ok_is_done(records: list[Record], status: Status) -> None:
         {"code_sha256": "other"},
         {"machine": "another machine"},
         {"versions": {"torch": "2.14.0"}},
+        {"versions": {"torch": "2.13.0", "transformers": "5.24.0"}},
+        {"versions": {}},
     ],
 )
 def test_done_elsewhere(
     records: list[Record], here: Environment, change: dict[str, object]
 ) -> None:
-    """A record from other code, another machine or another torch does not count."""
+    """A record from other code, another machine or other packages does not count."""
     elsewhere = dataclasses.replace(here, **change)  # type: ignore[arg-type]
     cells = [record.cell for record in records]
-    assert runs.done(records, cells, {"cpu": elsewhere}) == set()
-    # nor does a failure there undo what is done here
+    assert runs.done(records, cells, {"cpu": elsewhere}) == {}
+
+
+def test_a_failure_on_another_machine_undoes_nothing_here(
+    records: list[Record], here: Environment
+) -> None:
+    """With the same code: reports keep the records of both machines."""
+    elsewhere = dataclasses.replace(here, machine="another machine")
+    cells = [record.cell for record in records]
     failed = dataclasses.replace(records[0], status=Status.ERROR, environment=elsewhere)
-    assert runs.done([*records, failed], cells, {"cpu": here}) == set(cells)
+    assert set(runs.done([*records, failed], cells, {"cpu": here})) == set(cells)
+
+
+@pytest.mark.parametrize("status", Status)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"code_sha256": "other"},
+        {"code_sha256": "other", "machine": "another machine"},
+        {"versions": {"torch": "2.14.0"}},
+    ],
+)
+def test_what_ran_with_other_code_since_runs_again(
+    records: list[Record],
+    here: Environment,
+    status: Status,
+    change: dict[str, object],
+) -> None:
+    """However it ended: a gate after the code came back must not judge the record in
+    between, and an older record of the same code is no longer the last one."""
+    elsewhere = dataclasses.replace(here, **change)  # type: ignore[arg-type]
+    since = dataclasses.replace(records[0], status=status, environment=elsewhere)
+    cells = [record.cell for record in records]
+    assert set(runs.done([*records, since], cells, {"cpu": here})) == set(cells[1:])
+    again = [*records, since, records[0]]
+    assert set(runs.done(again, cells, {"cpu": here})) == set(cells)

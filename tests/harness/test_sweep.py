@@ -300,6 +300,7 @@ def test_bad_sweep(load: Callable[[str], Sweep], tmp_path: Path, case: str) -> N
     [
         ("memory_limit = 8", "`memory_limit` = 8"),
         ('memory_limit = "8GB"', "'8GB' is not a size"),
+        ('memory_limit = "99999999999GiB"', "too large a size"),
         ("timeout_seconds = 0", "`timeout_seconds` = 0"),
         ("num_threads = 1.5", "`num_threads` = 1.5"),
     ],

@@ -15,6 +15,7 @@ from meft_bench.options import ChildOptions
 from meft_bench.out_of_memory import is_out_of_memory
 from meft_bench.record import Measurement
 from meft_bench.registry import METHODS
+from meft_bench.sighting import remark
 from meft_bench.worker import one_line, run
 
 TINY: dict[str, Any] = {
@@ -97,6 +98,40 @@ def test_an_encoder_and_a_decoder_have_one_depth(device: str) -> None:
     assert seen.num_blocks == 6
     if device == "cpu":
         assert seen.reconstruction_error == seen.gradient_error == [0.0] * 6
+
+
+def test_a_loss_that_is_not_finite_is_said() -> None:
+    """The cell is measured all the same; its message says from which step on."""
+    fields = TINY | {"max_steps": 5, "learning_rate": 1e30}
+    result = run(Cell(method="full", **fields), ChildOptions())
+    assert result["status"] == "ok"
+    assert isinstance(result["measurement"], dict)
+    losses = result["measurement"]["loss_curve"]
+    first = losses.index(None)
+    assert first > 0
+    assert losses[first:] == [None] * (5 - first)
+    assert result["message"] == f"the loss was not finite from step {first + 1} of 5 on"
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        (None, ""),
+        ([], ""),
+        ([0.5, 0.25], ""),
+        ([None], "the loss was not finite from step 1 of 1 on"),
+        ([0.5, None, None], "the loss was not finite from step 2 of 3 on"),
+        (
+            [0.5, None, 0.25, None],
+            "the loss was not finite in 2 of 4 steps, the first of them step 2",
+        ),
+    ],
+)
+def test_steps_whose_loss_is_not_finite_are_counted_from_one(
+    losses: list[float | None] | None, said: str
+) -> None:
+    """A loss that recovers, as under a loss scale, is told from one that does not."""
+    assert remark(losses) == said
 
 
 def test_a_rival_takes_turns() -> None:

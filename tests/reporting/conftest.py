@@ -115,6 +115,9 @@ def build_record(
     if status == "ok":
         seen |= SEEN
     seen |= {k: v for k, v in changes.items() if k in NOTHING_SEEN}
+    peak = seen["peak_allocated_bytes"]
+    if peak is not None and "resting_bytes" not in changes:  # rests within the peak
+        seen["resting_bytes"] = min(SEEN["resting_bytes"], peak)
     where = ENVIRONMENT | {k: v for k, v in changes.items() if k in ENVIRONMENT}
     unknown = changes.keys() - CELL.keys() - NOTHING_SEEN.keys() - ENVIRONMENT.keys()
     assert not unknown, unknown

@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 
 from meft_reports.check import CheckResult, Kind, check
+from meft_reports.columns import SCORE_NAMES
 from meft_reports.frame import to_frame
 from meft_reports.threshold import parse_threshold
 from reporting.kinds import MakeRecord, Record
@@ -56,6 +57,29 @@ def test_a_higher_score_is_better(make_record: MakeRecord) -> None:
     assert verdict([low], [high], "score:0.1").exit_code == 0
     assert verdict([high], [low], "score:0.1").exit_code == 1
     assert verdict([high], [low], "score:0.25").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "limit", "code"),
+    [
+        (0.5, 0.49, "0.01", 0),
+        (0.5, 0.4899999999999999, "0.01", 1),
+        (0.3, 0.2, "0.1", 0),
+        (0.9, 0.81, "10%", 0),
+        (0.9, 0.8099999999999999, "10%", 1),
+        (1e-7, 0.0, "1e-7", 0),
+    ],
+)
+def test_a_drop_of_what_is_allowed_is_allowed(
+    make_record: MakeRecord, before: float, after: float, limit: str, code: int
+) -> None:
+    """In the decimal numbers of record and threshold: 0.5 - 0.01 is 0.49, whatever
+    floats lie next to them."""
+    pair = make_record(score=before), make_record(score=after)
+    result = verdict([pair[0]], [pair[1]], f"score:{limit}")
+    assert result.exit_code == code
+    lists = [make_record(routing_recall=[score, 1.0]) for score in (before, after)]
+    assert verdict(lists[:1], lists[1:], f"routing_recall:{limit}").exit_code == code
 
 
 def test_without_a_better_direction_any_change_counts(make_record: MakeRecord) -> None:
@@ -120,6 +144,19 @@ def test_what_may_not_be_compared_is_refused(
     assert finding.got == words
     assert finding.expected.split()[0] == words.split()[0]
     assert (result.exit_code, result.num_compared) == (3, 0)
+
+
+def test_a_score_without_the_name_of_its_metric_is_not_comparable(
+    make_record: MakeRecord,
+) -> None:
+    """On both sides: they may be of two metrics."""
+    for name in ("score", "second_score", "third_majority_score"):
+        record = make_record(**{name: 0.5, SCORE_NAMES[name]: None})
+        result = verdict([record], [record], f"{name}:0")
+        (finding,) = result.findings
+        assert (finding.kind, result.exit_code) == (Kind.NOT_COMPARABLE, 3)
+        assert finding.expected == finding.got == f"{SCORE_NAMES[name]} unknown"
+        assert finding.advice == "a score of an unknown metric proves nothing"
 
 
 def test_bytes_are_compared_across_machines(make_record: MakeRecord) -> None:
@@ -198,7 +235,10 @@ def test_a_cell_that_ran_with_older_code_only_is_missing(
     assert (finding.kind, result.exit_code) == (Kind.MISSING, 1)
     assert finding.expected == "an ok cell with the newest code of the runs"
     assert finding.got == "an ok cell with older code, old!, of 2026-01-01T00:00:00Z"
-    assert finding.advice == "run the whole sweep with one code"
+    assert finding.advice == (
+        "run the whole sweep with one code; `meft-bench run --force` runs what is "
+        "done, too"
+    )
 
 
 def test_a_cell_that_last_failed_with_older_code_has_failed(
@@ -406,7 +446,7 @@ def test_what_may_not_be_compared_comes_with_advice(make_record: MakeRecord) -> 
         "  expected   torch_version 2.13.0",
         "  got        torch_version 1.0",
         "  make a baseline with the same torch_version, or run with that of the "
-        "baseline",
+        "baseline; `meft-bench run --force` runs what is done, too",
     ]
     (finding,) = verdict([before], [shorter], "gradient_error:0").findings
     assert (finding.expected, finding.got) == ("2 entries", "1 entries")

@@ -199,8 +199,9 @@ def test_a_baseline_that_is_not_whole_is_not_overwritten(
     assert main(["baseline", str(run), "-o", str(baseline)]) == 2
     assert "line 2: the last line is not whole" in capsys.readouterr().err
     assert baseline.read_bytes() == torn
-    baseline.write_bytes(b"")
-    assert main(["baseline", str(run), "-o", str(baseline)]) == 0
+    for nothing in (b"", b"\n", b" \r\n\n"):
+        baseline.write_bytes(nothing)
+        assert main(["baseline", str(run), "-o", str(baseline)]) == 0
 
 
 def test_a_run_is_not_its_own_baseline(
@@ -210,6 +211,10 @@ def test_a_run_is_not_its_own_baseline(
     again = baseline.parent / "sub" / ".." / baseline.name
     (baseline.parent / "sub").mkdir()
     assert main(["check", str(again), "--baseline", str(baseline), *LIMITS]) == 2
+    assert "is both the run and the baseline" in capsys.readouterr().err
+    twin = baseline.parent / "twin.jsonl"
+    twin.hardlink_to(baseline)
+    assert main(["check", str(twin), "--baseline", str(baseline), *LIMITS]) == 2
     assert "is both the run and the baseline" in capsys.readouterr().err
 
 

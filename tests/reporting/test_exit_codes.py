@@ -175,6 +175,16 @@ def test_stdout_without_room_is_a_mistake(
     )
 
 
+@pytest.mark.parametrize("words", [["--help"], ["check", "--help"]])
+def test_help_without_room_is_a_mistake(words: list[str]) -> None:
+    """As for every other text that nobody could read."""
+    with Path("/dev/full").open("w") as full:
+        done = _run(words, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == EXIT_MISTAKE
+    name = " ".join(["meft-report", *words[:-1]])
+    assert done.stderr == f"{name}: cannot write to stdout: No space left on device\n"
+
+
 def test_stderr_without_room_changes_no_code(
     commands: dict[str, list[str]], tmp_path: Path
 ) -> None:

@@ -272,17 +272,23 @@ def test_two_cells_with_one_printable_name_are_an_error(
         to_frame([one, other])
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "'=1", "a=1"])
+@pytest.mark.parametrize("space", ["", " ", "  "])
+@pytest.mark.parametrize(
+    "text",
+    ["=1+1", "+1", "-1", "@SUM(A1)", "'=1", "a=1", "＝1+1", "＋1", "－1", "＠SUM(A1)"],  # noqa: RUF001
+)
 def test_a_spreadsheet_takes_no_text_for_a_formula(
-    make_record: MakeRecord, tmp_path: Path, text: str
+    make_record: MakeRecord, tmp_path: Path, text: str, space: str
 ) -> None:
-    """No field of the CSV begins like one, and reading it back gives the text again."""
+    """No field of the CSV begins like one, also behind spaces, and reading it back
+    gives the text again."""
+    text = space + text
     frame = to_frame([make_record("error", message=text)])
     save_frame(frame, tmp_path / "cells.csv")
     with (tmp_path / "cells.csv").open(newline="") as file:
         _, fields = csv.reader(file)
-    starts = ("=", "+", "@", "-")
-    assert not any(field.startswith(starts) for field in fields)
+    starts = tuple("=+@-＝＋＠－")  # noqa: RUF001
+    assert not any(field.lstrip().startswith(starts) for field in fields)
     assert load_frame(tmp_path / "cells.csv")["message"].tolist() == [text]
 
 

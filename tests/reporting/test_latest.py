@@ -129,8 +129,8 @@ def test_the_newest_code_is_that_of_the_last_record_of_all_cells(
 ) -> None:
     """Code that one cell went back to judges the other cells too.
 
-    The harness runs no cell again that is ok with the code at hand, so that nothing is
-    written of it when the code comes back.
+    Of a cell that was not run with the code in between, the harness writes nothing
+    when the code comes back.
     """
     records = [
         make_record(seed=0, code_sha256=OLD, started_at="2026-01-01T00:00:00Z"),

@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,38 @@ def test_what_a_score_can_be_depends_on_its_metric(
             read_frame([write([record])])
 
 
+@pytest.mark.parametrize(
+    ("seen", "message"),
+    [
+        (
+            {"peak_allocated_bytes": 0, "resting_bytes": 52642492},
+            "`peak_activation_bytes` should be a finite number of at least 0, and of "
+            "at most 1.15292e+18, got -52642492 from `peak_allocated_bytes` 0 and "
+            "`resting_bytes` 52642492",
+        ),
+        (
+            {"num_trainable_parameters": 10**9 + 1, "num_parameters": 10**9},
+            "`trainable_fraction` should be from 0 to 1, got 1.000000001 from",
+        ),
+        (
+            {"h2d_bytes": 2**60, "d2h_bytes": 1},
+            "`transfer_bytes` should be a finite number of at least 0, and of at most",
+        ),
+    ],
+)
+def test_numbers_that_contradict_each_other_are_an_error(
+    make_record: MakeRecord, write: Write, seen: Any, message: str
+) -> None:
+    """Each alone could be measured; the gate would call such a peak an improvement."""
+    path = write([make_record(**seen)])
+    with pytest.raises(RecordError, match=re.escape(f"{path}, line 1: {message}")):
+        read_frame([path])
+    with pytest.raises(RecordError, match="line 1"):
+        read_baseline(path)
+    for name in seen:
+        assert len(read_frame([write([make_record(**(seen | {name: None}))])])) == 1
+
+
 def test_the_bounds_themselves_can_be_measured(
     make_record: MakeRecord, write: Write
 ) -> None:
@@ -80,6 +113,9 @@ def test_the_bounds_themselves_can_be_measured(
         gradient_error=[0.0, 1e30, None],
         start_deviation=32.0,
         step_seconds=0.0,
+        num_trainable_parameters=22_000_000,
+        peak_allocated_bytes=0,
+        resting_bytes=0,
     )
     assert len(read_frame([write([record])])) == 1
 
@@ -94,6 +130,19 @@ def test_what_is_no_number_in_json_is_an_error(
     line = json.dumps(make_record(score=0.123)).replace("0.123", constant)
     path.write_text(json.dumps(make_record()) + "\n" + line + end)
     with pytest.raises(RecordError, match=f"line 2: {constant} is not a number"):
+        read_frame([path])
+
+
+@pytest.mark.parametrize("name", ["status", "saved_bytes", "torch"])
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_a_name_that_is_twice_in_an_object_is_an_error(
+    make_record: MakeRecord, tmp_path: Path, name: str, end: str
+) -> None:
+    """Readers differ in which of the two they keep; a verdict may not depend on it."""
+    path = tmp_path / "run.jsonl"
+    line = json.dumps(make_record()).replace(f'"{name}":', f'"{name}": 5, "{name}":')
+    path.write_text(json.dumps(make_record()) + "\n" + line + end)
+    with pytest.raises(RecordError, match=f"line 2: '{name}' is in one object twice"):
         read_frame([path])
 
 

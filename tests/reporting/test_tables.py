@@ -11,6 +11,7 @@ from meft_reports.format import (
     format_seconds,
 )
 from meft_reports.frame import to_frame
+from meft_reports.page import render_page
 from meft_reports.tables import TABLES, find_tables
 from meft_reports.tables.table import Table, to_html, to_markdown
 from reporting.conftest import build_prediction
@@ -144,6 +145,20 @@ def test_memory_shows_how_a_cell_failed_in_its_place(frame: pd.DataFrame) -> Non
     assert row["6 blocks, batch 2"] == "600.0 MiB"
     assert row["6 blocks, batch 16"] == "oom"
     assert row["32 blocks, batch 16"] == "oom"
+
+
+def test_cells_that_are_ok_with_a_remark_have_a_table_of_their_own(
+    make_record: MakeRecord,
+) -> None:
+    """They did not fail, and what is said of them is not lost."""
+    said = "the loss was not finite from step 2 of 5 on"
+    records = [make_record(seed=0), make_record(seed=1, message=said)]
+    (table,) = find_tables("failures")(to_frame(records))
+    assert table.title == "Cells that are ok, with a remark"
+    assert [row[:3] for row in table.rows] == [(records[1]["cell_id"], "ok", said)]
+    assert said in render_page(to_frame(records)).decode()
+    both = find_tables("failures")(to_frame([*records, make_record("oom", seed=2)]))
+    assert [len(table.rows) for table in both] == [1, 1]
 
 
 def test_failures_list_every_cell_that_is_not_ok(frame: pd.DataFrame) -> None:

@@ -6,7 +6,7 @@ CELL: tuple[Column, ...] = (
     top("cell_id", "string", "readable name of the cell; the join key"),
     top("sweep", "string", "the declared set of cells it belongs to"),
     top("status", "string", "ok, oom, timeout, killed, error or skipped"),
-    top("message", "string", "why, in one line, when the status is not ok"),
+    top("message", "string", "why, in one line; when ok, whether a loss is not finite"),
     top("started_at", "string", "UTC, ISO 8601"),
     top("wall_seconds", "Float64", "the whole child process, imports in", "seconds"),
     derived("source", "string", "`measured`, or `predicted` by a virtual GPU"),

@@ -1,4 +1,4 @@
-"""Failures: every cell that did not end well, and why."""
+"""Failures: every cell that did not end well, and why; and remarks on others."""
 
 import pandas as pd
 
@@ -8,9 +8,22 @@ from meft_reports.tables.table import Table
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
-    """Every cell that did not end well, and why."""
-    failed = by_method(frame[frame["status"] != "ok"])
-    random = has_random_weights(failed)
+    """Every cell that did not end well, and why; and those that are ok with a remark.
+
+    A remark of the harness is that the loss was not finite.
+    """
+    is_ok = frame["status"] == "ok"
+    return [
+        *_table("Cells that did not end well", frame[~is_ok]),
+        *_table(
+            "Cells that are ok, with a remark", frame[is_ok & (frame["message"] != "")]
+        ),
+    ]
+
+
+def _table(title: str, cells: pd.DataFrame) -> list[Table]:
+    cells = by_method(cells)
+    random = has_random_weights(cells)
     rows = tuple(
         (
             f"{row['cell_id']} (random weights)" if is_random else row["cell_id"],
@@ -18,13 +31,13 @@ def make(frame: pd.DataFrame) -> list[Table]:
             format_text(row["message"]),
             format_seconds(row["wall_seconds"]),
         )
-        for (_, row), is_random in zip(failed.iterrows(), random, strict=True)
+        for (_, row), is_random in zip(cells.iterrows(), random, strict=True)
     )
     if not rows:
         return []
     return [
         Table(
-            title="Cells that did not end well",
+            title=title,
             header=("cell", "status", "message", "after"),
             rows=rows,
             num_text_columns=3,

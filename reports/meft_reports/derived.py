@@ -1,0 +1,41 @@
+"""Numbers that are worked out from two others of the same measurement.
+
+    trainable_fraction      num_trainable_parameters / num_parameters
+    peak_activation_bytes   peak_allocated_bytes - resting_bytes
+    transfer_bytes          h2d_bytes + d2h_bytes
+
+The frame holds them, and `records` refuses a record in which one is out of its range.
+"""
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+
+def derive(measurement: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the derived numbers of a measurement by name.
+
+    Args:
+        measurement: of a record; its numbers may be missing or None.
+
+    Returns:
+        A number where both that it is worked out from are known, else None. A share of
+        no parameters is None, too.
+    """
+    found = {}
+    for name, (formula, *sources) in DERIVED.items():
+        values = [measurement.get(source) for source in sources]
+        found[name] = None if None in values else formula(*values)
+    return found
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+DERIVED: dict[str, tuple[Any, str, str]] = {
+    "trainable_fraction": (_share, "num_trainable_parameters", "num_parameters"),
+    "peak_activation_bytes": (operator.sub, "peak_allocated_bytes", "resting_bytes"),
+    "transfer_bytes": (operator.add, "h2d_bytes", "d2h_bytes"),
+}
+"""Of each number its formula, and the numbers that it is worked out from."""
