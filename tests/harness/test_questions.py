@@ -240,7 +240,8 @@ def test_the_likeliest_option_is_chosen(tokenizer: PreTrainedTokenizerFast) -> N
     wanted = [likeliest(stepper, tokenizer, q) for q in questions]
     assert len(set(wanted)) > 1
     task = asked("options", *questions)
-    found = answers.predict(stepper, task, questions, tokenizer, cell(batch_size=4))
+    # Of unequal lengths, so that some rows of a batch are padded.
+    found = answers.predict(stepper, task, questions, tokenizer, cell(batch_size=7))
     assert found == wanted
     right = answers.is_right(task, found, questions)
     assert right == [
@@ -299,6 +300,18 @@ def test_an_answer_ends_at_the_end_token(
     assert stepper.model.asked["pad_token_id"] == 0
     assert stepper.model.asked["do_sample"] is False
     assert stepper.model.asked["use_cache"] is True
+
+
+def test_prompts_are_padded_on_the_left_and_padding_is_masked(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """A decoder goes on from the right end."""
+    stepper = writer()
+    stepper.model = Speller([1])
+    task = asked("nq_open", sky(prompt="Answer:"), sky(prompt="sky ? Answer:"))
+    answers.predict(stepper, task, task.evaluation, tokenizer, cell())
+    assert stepper.model.read == [[0, 0, 4], [5, 8, 4]]
+    assert stepper.model.asked["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
 
 
 def test_special_tokens_are_no_text(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -490,7 +503,7 @@ def test_of_options_that_are_equally_likely_the_first_is_chosen(
 ) -> None:
     """As numpy's `argmax` has it, and with it the harnesses of the field."""
     stepper = endless({})
-    task = asked("options", sky(options=("red", "sky", "red"), accepted=("red",)))
+    task = asked("options", sky(options=("red", "sky"), accepted=("red",)))
     found = answers.predict(stepper, task, task.evaluation, tokenizer, cell())
     assert found == ["red"]
 
