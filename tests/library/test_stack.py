@@ -192,7 +192,8 @@ def test_fixed_streams_save_their_lost_bits_besides(
     coupling to compare sums with. To the byte, for depths 2, 8, 32 and 96.
 
     At a scale of 1 differences grow 1.6-fold a block, beyond all integers at 96."""
-    options = {"lost_bits": lost_bits, "coupling": None if lost_bits else "paper"}
+    coupling = None if lost_bits else "paper"
+    options: dict[str, Any] = {"lost_bits": lost_bits, "coupling": coupling}
     hidden = torch.randn(3, 7, 16)
     num_elements = hidden.numel()
     for depth in (2, 8, 32, 96):
