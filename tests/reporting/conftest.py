@@ -116,8 +116,9 @@ def build_record(
         seen |= SEEN
     seen |= {k: v for k, v in changes.items() if k in NOTHING_SEEN}
     peak = seen["peak_allocated_bytes"]
-    if peak is not None and "resting_bytes" not in changes:  # rests within the peak
-        seen["resting_bytes"] = min(SEEN["resting_bytes"], peak)
+    if peak is not None and "resting_bytes" not in changes:  # a part of the peak
+        rests = SEEN["resting_bytes"]
+        seen["resting_bytes"] = rests if rests < peak else peak // 2
     where = ENVIRONMENT | {k: v for k, v in changes.items() if k in ENVIRONMENT}
     unknown = changes.keys() - CELL.keys() - NOTHING_SEEN.keys() - ENVIRONMENT.keys()
     assert not unknown, unknown

@@ -13,6 +13,7 @@ from meft_reports.format import (
 from meft_reports.frame import to_frame
 from meft_reports.page import render_page
 from meft_reports.tables import TABLES, find_tables
+from meft_reports.tables.activations import less
 from meft_reports.tables.table import Table, to_html, to_markdown
 from reporting.conftest import build_prediction
 from reporting.kinds import MakeRecord
@@ -36,7 +37,7 @@ def test_results_hold_mean_spread_count_and_cost(frame: pd.DataFrame) -> None:
         "share": "1 %",
         "saved for backward": "100.0 MiB",
         "peak allocated": "120.0 MiB",
-        "resting": "200.0 MiB",
+        "resting": "60.0 MiB",
         "host peak": "900.0 MiB",
         "step, median (IQR)": "500 ms (50 ms)",
     }
@@ -159,6 +160,28 @@ def test_cells_that_are_ok_with_a_remark_have_a_table_of_their_own(
     assert said in render_page(to_frame(records)).decode()
     both = find_tables("failures")(to_frame([*records, make_record("oom", seed=2)]))
     assert [len(table.rows) for table in both] == [1, 1]
+
+
+def test_a_base_of_no_bytes_has_no_multiple() -> None:
+    """A step whose peak is what rests needs nothing above it."""
+    assert less(1024.0, 0.0) == less(0.0, 0.0) == less(7.0, 7.0) == NOTHING
+    assert (less(3.0, 4.0), less(6.0, 4.0)) == ("25 %", "1.5 times")
+
+
+def test_what_is_compared_with_zero_has_no_ratio(make_record: MakeRecord) -> None:
+    """Zero bytes and zero seconds can be measured; no table or figure fails of it."""
+    one, other, *_ = build_prediction()
+    for record in (one, other):
+        record["measurement"] |= {"peak_allocated_bytes": 0, "resting_bytes": 0}
+    (table,) = find_tables("predictions")(to_frame([one, other]))
+    assert table.rows[0][7] == NOTHING
+    moved = {"h2d_bytes": 6, "d2h_bytes": 4, "paper_transfer_bytes": 0}
+    sparse = make_record(
+        method="sparse", task="synthetic", dense_transfer_bytes=0, **moved
+    )
+    (table,) = find_tables("traffic")(to_frame([sparse]))
+    assert table.rows[0].count("0.000") == 0
+    render_page(to_frame([sparse, make_record(step_seconds=0.0), one, other]))
 
 
 def test_failures_list_every_cell_that_is_not_ok(frame: pd.DataFrame) -> None:

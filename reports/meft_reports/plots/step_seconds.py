@@ -56,6 +56,7 @@ def draw(frame: pd.DataFrame) -> Figure:
 def _full(part: pd.DataFrame) -> float | None:
     """Seconds of a step of `full`; the fastest setting if there are several."""
     seconds = part.loc[part["method"] == "full", "step_seconds"].dropna()
+    seconds = seconds[seconds > 0]  # nothing is a multiple of no time
     return float(seconds.min()) if len(seconds) else None
 
 

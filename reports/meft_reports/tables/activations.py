@@ -152,8 +152,11 @@ def in_paper_unit(num_bytes: Any) -> str:
 
 
 def less(value: Any, base: Any) -> str:
-    """By how much `value` is less than `base`; how many times it, where it is more."""
-    if is_null(value) or is_null(base) or base == value:
+    """By how much `value` is less than `base`; how many times it, where it is more.
+
+    Nothing can be said of two that are the same, or of a base of no bytes.
+    """
+    if is_null(value) or is_null(base) or base in (0, value):
         return NOTHING
     if value > base:
         return f"{value / base:.1f} times"

@@ -86,6 +86,6 @@ def _compared(
     for name in COMPARED:
         one, other = measured[name], predicted[name]
         cells += [format_bytes(one), format_bytes(other)]
-        known = not is_null(one) and not is_null(other)
+        known = not is_null(one) and not is_null(other) and one
         cells.append(f"{100 * (other / one - 1):+.2f} %" if known else NOTHING)
     return tuple(cells)

@@ -125,6 +125,6 @@ def _bytes(value: Any) -> str:
 
 
 def _by(moved: Any, formula: Any) -> str:
-    if is_null(moved) or is_null(formula):
+    if is_null(moved) or is_null(formula) or not formula:
         return NOTHING
     return format_ratio(float(moved) / float(formula))
