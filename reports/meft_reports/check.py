@@ -313,7 +313,7 @@ def _fact(name: str, value: Any) -> str:
 def _advice(name: str) -> str:
     return (
         f"make a baseline with the same {name}, or run with that of the baseline; "
-        "`meft-bench run --force` runs what is done, too"
+        "`meft-bench run SWEEP --force` runs what is done, too"
     )
 
 
@@ -334,7 +334,7 @@ def _not_run_again(cell_id: str, got: Any) -> Finding:
         expected="an ok cell with the newest code of the runs",
         got=f"an ok cell with older code, {got['code_sha256']:.8}, of "
         f"{got['started_at']}",
-        advice="run the whole sweep with one code; `meft-bench run --force` runs what "
+        advice="run the whole sweep with one code; `meft-bench run SWEEP --force` runs what "
         "is done, too",
     )
 
