@@ -334,8 +334,8 @@ def _not_run_again(cell_id: str, got: Any) -> Finding:
         expected="an ok cell with the newest code of the runs",
         got=f"an ok cell with older code, {got['code_sha256']:.8}, of "
         f"{got['started_at']}",
-        advice="run the whole sweep with one code; `meft-bench run SWEEP --force` runs what "
-        "is done, too",
+        advice="run the whole sweep with one code; `meft-bench run SWEEP --force` runs "
+        "what is done, too",
     )
 
 

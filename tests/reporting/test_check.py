@@ -236,8 +236,8 @@ def test_a_cell_that_ran_with_older_code_only_is_missing(
     assert finding.expected == "an ok cell with the newest code of the runs"
     assert finding.got == "an ok cell with older code, old!, of 2026-01-01T00:00:00Z"
     assert finding.advice == (
-        "run the whole sweep with one code; `meft-bench run --force` runs what is "
-        "done, too"
+        "run the whole sweep with one code; `meft-bench run SWEEP --force` runs what "
+        "is done, too"
     )
 
 
@@ -446,7 +446,7 @@ def test_what_may_not_be_compared_comes_with_advice(make_record: MakeRecord) -> 
         "  expected   torch_version 2.13.0",
         "  got        torch_version 1.0",
         "  make a baseline with the same torch_version, or run with that of the "
-        "baseline; `meft-bench run --force` runs what is done, too",
+        "baseline; `meft-bench run SWEEP --force` runs what is done, too",
     ]
     (finding,) = verdict([before], [shorter], "gradient_error:0").findings
     assert (finding.expected, finding.got) == ("2 entries", "1 entries")
