@@ -71,12 +71,12 @@ def start_parent() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 @pytest.fixture
 def wait_until() -> Callable[[Callable[[], bool]], None]:
-    """Wait for something that other processes bring about; fail after 20 seconds."""
+    """Wait for something that other processes bring about; fail after a minute."""
 
     def wait(happened: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not happened():
-            assert time.monotonic() < deadline, "waited for 20 seconds"
+            assert time.monotonic() < deadline, "waited for a minute"
             time.sleep(0.01)
 
     return wait

@@ -16,6 +16,8 @@ name = "one"
 axes = { method = ["full", "head", "lora", "meft1"], seed = [0, 1] }
 """
 NUM_CELLS = 8
+PATIENCE = 120
+"""Seconds that a run of all cells may take where tests share a busy machine."""
 
 Start = Callable[..., subprocess.Popen[str]]
 WaitUntil = Callable[[Callable[[], bool]], None]
@@ -61,7 +63,7 @@ def test_kill_nine(
     assert 2 <= len(before) < NUM_CELLS
 
     again = start_parent("fake_slow", *words, cwd=tmp_path)
-    stdout, stderr = again.communicate(timeout=60)
+    stdout, stderr = again.communicate(timeout=PATIENCE)
     assert again.returncode == 0, stderr
     assert f"ok {NUM_CELLS}" in stdout
     after = recorded(tmp_path)
@@ -71,7 +73,7 @@ def test_kill_nine(
     assert sorted(second) == sorted(set(after) - set(before))
 
     third = start_parent("fake_slow", *words, cwd=tmp_path)
-    assert third.communicate(timeout=60)[0] == stdout
+    assert third.communicate(timeout=PATIENCE)[0] == stdout
     assert recorded(tmp_path) == after
 
 
@@ -106,7 +108,7 @@ def test_interrupt(
     parent = start_parent("fake_slow", *words, cwd=tmp_path)
     wait_until(lambda: len(recorded(tmp_path)) >= 1 and len(started(journal)) >= 2)
     parent.send_signal(number)
-    _, stderr = parent.communicate(timeout=20)
+    _, stderr = parent.communicate(timeout=PATIENCE)
     assert parent.returncode == 130
     assert not any(is_running(pid) for pid, _ in started(journal))
     before = recorded(tmp_path)
@@ -116,7 +118,7 @@ def test_interrupt(
         "runs/mine.jsonl; run the same command again to go on"
     )
     again = start_parent("fake_slow", *words, cwd=tmp_path)
-    again.communicate(timeout=60)
+    again.communicate(timeout=PATIENCE)
     assert again.returncode == 0
     after = recorded(tmp_path)
     assert after[: len(before)] == before
@@ -131,11 +133,11 @@ def test_second_run(
     first = start_parent("fake_slow", *words, cwd=tmp_path)
     wait_until(lambda: len(started(journal)) >= 1)
     second = start_parent("fake_ok", *words, cwd=tmp_path)
-    _, stderr = second.communicate(timeout=20)
+    _, stderr = second.communicate(timeout=PATIENCE)
     assert second.returncode == 2
     assert stderr.count("\n") == 1
     assert "another run is writing to it" in stderr
-    first.communicate(timeout=60)
+    first.communicate(timeout=PATIENCE)
     assert first.returncode == 0
     assert len(recorded(tmp_path)) == NUM_CELLS
 
@@ -144,11 +146,11 @@ def test_failures_run_again(start_parent: Start, journal: Path, tmp_path: Path) 
     """Cells that failed or were skipped run again; those that are ok do not."""
     words = ("run", "mine.toml", "--device", "cpu", "--slots", "4")
     mixed = start_parent("fake_mixed", *words, cwd=tmp_path)
-    stdout, _ = mixed.communicate(timeout=60)
+    stdout, _ = mixed.communicate(timeout=PATIENCE)
     assert mixed.returncode == 4
     assert stdout.splitlines()[0] == "ok 4, oom 2, skipped 2"
     fixed = start_parent("fake_ok", *words, cwd=tmp_path)
-    stdout, _ = fixed.communicate(timeout=60)
+    stdout, _ = fixed.communicate(timeout=PATIENCE)
     assert fixed.returncode == 0
     assert stdout.splitlines()[0] == f"ok {NUM_CELLS}"
     again = [cell.partition("/")[0] for _, cell in started(journal)[NUM_CELLS:]]
