@@ -399,6 +399,50 @@ def test_gradients_reach_what_lies_below_the_stack(
 
 
 @variants
+@pytest.mark.parametrize("trains_input", [True, False])
+def test_a_mask_that_wants_a_gradient_has_the_twins(
+    variant: str, trains_input: bool
+) -> None:
+    """What blocks are given beside the stream, whether or not the stream's own input
+    wants a gradient."""
+    encoder = only_stack(reversible(3, variant=variant))
+    found = []
+    for backward in ("rebuild", "store"):
+        encoder.backward_pass = backward
+        torch.manual_seed(3)
+        hidden = torch.randn(2, 5, 16, requires_grad=trains_input)
+        mask = torch.randn(2, 1, 5, 5, requires_grad=True)
+        encoder(hidden, attention_mask=mask).sin().sum().backward()
+        assert (hidden.grad is not None) == trains_input
+        assert mask.grad is not None
+        found.append(mask.grad)
+    assert torch.equal(*found)
+    assert found[0].any()
+
+
+def less_for_an_input_without_grad(
+    module: Any, args: tuple[torch.Tensor], output: torch.Tensor
+) -> torch.Tensor:
+    """Another kernel, a few quanta off, where the input wants no gradient."""
+    return output + (0.0 if args[0].requires_grad else 2.0**-8)
+
+
+@variants
+def test_an_input_wants_a_gradient_in_both_passes_or_in_none(variant: str) -> None:
+    """The output of frozen embeddings wants none, every later input does. A forward
+    that took this otherwise than the backward may run another kernel."""
+    model = reversible(3, dropout=0.1, variant=variant)
+    model.bert.embeddings.requires_grad_(False)
+    encoder = only_stack(model)
+    for index, block in enumerate(encoder.blocks):
+        query = block.get_submodule("attention.self.query")
+        for module in (query, *encoder.adapters_of(index).values()):
+            module.register_forward_hook(less_for_an_input_without_grad)
+    rebuilt = gradients(model, batch())
+    agree(rebuilt, gradients(twin_of(model), batch()), FIXED)
+
+
+@variants
 @ways
 def test_unfrozen_backbone_parameters_train_too(
     variant: str, options: dict[str, Any]
