@@ -2,9 +2,16 @@
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
+
+
+# Some tests limit the size of files, and Python does not notice that a file of compiled
+# code which it writes meanwhile is cut.
+sys.dont_write_bytecode = True
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
