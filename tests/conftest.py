@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-
 # Some tests limit the size of files, and Python does not notice that a file of compiled
 # code which it writes meanwhile is cut.
 sys.dont_write_bytecode = True
