@@ -11,6 +11,8 @@ import pytest
 # code which it writes meanwhile is cut.
 sys.dont_write_bytecode = True
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+# Output that is not buffered cannot fail when Python ends, as it does for users.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from meft_reports.errors import ReportError, UnknownName
 from meft_reports.files import write_atomically
@@ -63,9 +63,23 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        # What the terminal's encoding lacks is escaped.
-        if isinstance(stream, io.TextIOWrapper):
+    try:
+        return _run(argv)
+    finally:
+        # Anything may have written there, a warning of a library included.
+        try:
+            sys.stderr.flush()
+        except OSError:
+            _discard(sys.stderr)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, as after `2>&-`
+            setattr(sys, name, Path(os.devnull).open("w"))
+        elif isinstance(stream, io.TextIOWrapper):
+            # What the terminal's encoding lacks is escaped.
             stream.reconfigure(errors="backslashreplace")
     words = sys.argv[1:] if argv is None else argv
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
@@ -264,16 +278,18 @@ def _say(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        _discard_stdout()
+        _discard(sys.stdout)
     except OSError as error:
-        _discard_stdout()
+        _discard(sys.stdout)
         raise ReportError(f"cannot write to stdout: {error.strerror}") from error
 
 
-def _discard_stdout() -> None:
+def _discard(stream: TextIO) -> None:
     # What is left in the buffer would fail once more when Python ends, and change the
     # exit code.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def _mistake(where: str, error: Exception | str) -> int:

@@ -198,6 +198,25 @@ def test_stderr_without_room_changes_no_code(
     assert absent.returncode == EXIT_MISTAKE
 
 
+def test_a_closed_stderr_changes_neither_code_nor_stdout(
+    commands: dict[str, list[str]], tmp_path: Path
+) -> None:
+    """Python prints to stdout where it has no stderr."""
+    torn = tmp_path / "run.jsonl"
+    torn.write_text(torn.read_text() + "{")
+    noted = _run(
+        commands["check"], preexec_fn=lambda: os.close(2), stdout=subprocess.PIPE
+    )
+    absent = _run(
+        ["table", "results", "absent"],
+        preexec_fn=lambda: os.close(2),
+        stdout=subprocess.PIPE,
+    )
+    assert noted.returncode == 0
+    assert noted.stdout.startswith("2 cells in the baseline")
+    assert (absent.returncode, absent.stdout) == (EXIT_MISTAKE, "")
+
+
 def test_a_reader_may_stop_reading(
     make_record: MakeRecord, write: Write, commands: dict[str, list[str]]
 ) -> None:
