@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from meft_bench import (
     doctor,
@@ -92,7 +92,10 @@ def _command(arguments: argparse.Namespace, worker_module: str) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every other error of ours does."""
+    """argparse without abbreviated options, and with every mistake in one line."""
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(**named, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         output.complain(f"{self.prog}: {message}; see {self.prog} --help")
@@ -116,10 +119,10 @@ def _parser() -> argparse.ArgumentParser:
         help="let weights and data be fetched from the hub",
     )
     run.add_argument(
-        "--slots", type=_count, default=1, help="cells run side by side (default 1)"
+        "--slots", type=_cores, default=1, help="cells run side by side (default 1)"
     )
     run.add_argument(
-        "--threads", type=_count, help="threads of each child (default: cores / slots)"
+        "--threads", type=_cores, help="threads of each child (default: cores / slots)"
     )
     run.add_argument("--timeout", type=_seconds, help="seconds for each cell")
     run.add_argument(
@@ -368,6 +371,13 @@ def _print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _cores(text: str) -> int:
+    if _count(text) > sweep.MOST_THREADS:
+        most = f"{sweep.MOST_THREADS:,}"
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {most}")
     return int(text)
 
 

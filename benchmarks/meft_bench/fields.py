@@ -7,6 +7,7 @@ data behind a name are on this machine is for the child to find out.
 
 import dataclasses
 import math
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
@@ -42,6 +43,8 @@ _FROM_ONE = {
     "accumulation",
 }
 _AT_MOST = {"lost_bits": 16, "active_fraction": 1, "seed": 2**32 - 1}
+_LARGEST = 2**63 - 1
+"""What a column of whole numbers holds."""
 
 Value = str | int | float
 
@@ -118,7 +121,8 @@ def _check_text(name: str, value: object) -> str:
 def _check_float(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"`{name}` = {value!r} should be a number")
-    if not (math.isfinite(value) and value > 0):
+    # Comparing needs no float, which a whole number may be too large for.
+    if not 0 < value < math.inf or value > sys.float_info.max:
         raise ValueError(f"`{name}` = {value!r} should be finite and above 0")
     _check_most(name, value)
     return float(value)
@@ -135,7 +139,7 @@ def _check_count(name: str, value: object) -> int:
 
 
 def _check_most(name: str, value: float) -> None:
-    most = _AT_MOST.get(name, value)
+    most = _AT_MOST.get(name, _LARGEST)
     if value > most:
         raise ValueError(f"`{name}` = {value!r} should be at most {most}")
 

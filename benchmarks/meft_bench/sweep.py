@@ -14,6 +14,7 @@ line that names the file, the offending thing and the nearest valid one.
 
 import itertools
 import math
+import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from meft_bench.fields import Value
 
 TIMEOUT_SECONDS = 3600.0
 """Time for one cell where the sweep says nothing."""
+MOST_THREADS = 4096
+"""Threads of a child, or children at a time: more than any machine has cores."""
 
 _SWEEP_KEYS = ("question", "memory_limit", "timeout_seconds", "num_threads", "matrix")
 _MATRIX_KEYS = ("name", "defaults", "axes", "zip", "set", "exclude")
@@ -240,7 +243,7 @@ def _timeout(table: dict[str, Any]) -> float:
     value = table.get("timeout_seconds", TIMEOUT_SECONDS)
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ValueError(f"`timeout_seconds` = {value!r} should be a number above 0")
-    return float(value)
+    return float(min(value, sys.float_info.max))  # `inf` sets no limit
 
 
 def _num_threads(table: dict[str, Any]) -> int | None:
@@ -249,6 +252,10 @@ def _num_threads(table: dict[str, Any]) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`num_threads` = {value!r} should be an integer above 0")
+    if value > MOST_THREADS:
+        raise ValueError(
+            f"`num_threads` = {value!r} should be at most {MOST_THREADS:,}"
+        )
     return value
 
 

@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from meft_reports.errors import ReportError, UnknownName
 from meft_reports.files import write_atomically
@@ -47,7 +47,10 @@ EXIT_BUG = 70
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with every mistake in one line."""
+    """argparse without abbreviated options, and with every mistake in one line."""
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(**named, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Print the mistake and exit with code 2."""
@@ -88,6 +91,8 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments = parser().parse_args(words)
     where = f"meft-report {arguments.command}"
     try:
+        if "output" in arguments:
+            _refuse_to_overwrite(arguments.runs, arguments.output)
         return COMMANDS[arguments.command](arguments)
     except ReportError as error:
         return _mistake(where, error)
@@ -260,6 +265,14 @@ def _add_check_arguments(sub: argparse.ArgumentParser) -> None:
         help="what may get worse by how much, e.g. saved:0, peak_allocated:5MiB, "
         "step_seconds:20%%, score:0.01; repeatable",
     )
+
+
+def _refuse_to_overwrite(runs: Sequence[Path], output: Path) -> None:
+    for path in runs:
+        if path.exists() and output.exists() and path.samefile(output):
+            raise ReportError(
+                f"{output} is one of the files of records; write to another file"
+            )
 
 
 def _written(path: Path) -> int:

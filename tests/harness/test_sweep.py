@@ -181,6 +181,9 @@ def test_limits(load: Callable[[str], Sweep]) -> None:
     free = load(HEAD + body)
     assert (free.memory_limit_bytes, free.num_threads) == (None, None)
     assert free.timeout_seconds == sweep.TIMEOUT_SECONDS
+    for forever in ("inf", str(10**400)):
+        unlimited = load(f"{HEAD}timeout_seconds = {forever}\n{body}")
+        assert unlimited.timeout_seconds > 1e300
 
 
 AXES = MATRIX + 'axes = { method = ["full"] }\n'
@@ -218,6 +221,16 @@ BAD = {
     "a list by default": (AXES + "defaults = { task = ['sst2'] }", "`task`", "string"),
     "below one": (AXES + "defaults = { batch_size = 0 }", "`batch_size`", "least 1"),
     "no number": (AXES + "defaults = { learning_rate = nan }", "`learning_rate`"),
+    "no float": (
+        AXES + f"defaults = {{ learning_rate = {10**400} }}",
+        "`learning_rate`",
+        "finite",
+    ),
+    "more than 64 bits": (
+        AXES + f"defaults = {{ depth = {2**63} }}",
+        "`depth`",
+        f"at most {2**63 - 1}",
+    ),
     "no list": (MATRIX + "axes = { method = 'full' }", "`method`", "list"),
     "empty axis": (MATRIX + "axes = { method = [] }", "`method` is empty"),
     "twice in an axis": (MATRIX + "axes = { method = ['full', 'full'] }", "twice"),
@@ -303,6 +316,7 @@ def test_bad_sweep(load: Callable[[str], Sweep], tmp_path: Path, case: str) -> N
         ('memory_limit = "99999999999GiB"', "too large a size"),
         ("timeout_seconds = 0", "`timeout_seconds` = 0"),
         ("num_threads = 1.5", "`num_threads` = 1.5"),
+        ("num_threads = 100000", "`num_threads` = 100000 should be at most 4,096"),
     ],
 )
 def test_bad_limit(load: Callable[[str], Sweep], line: str, word: str) -> None:

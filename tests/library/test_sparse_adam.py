@@ -878,8 +878,9 @@ def test_tiny_gradients_cost_what_others_do() -> None:
 @pytest.mark.slow
 def test_an_update_is_a_pass_over_memory() -> None:
     """16-bit copy and an idle step of the whole table included. The aim is 80 % of the
-    speed of a pass that reads and writes the same bytes in place, over a table that no
-    cache holds; asserted is 70 %, as other programs' use of memory shifts the ratio."""
+    speed of a pass that reads and writes the same bytes in place, which is reached on a
+    machine that does nothing else; asserted is 70 %, as other programs' use of memory
+    shifts the ratio."""
     numba = pytest.importorskip("numba")
     torch.set_num_threads(1)
     narrow = FORMS["kernel"]._bfloat16

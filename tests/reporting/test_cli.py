@@ -306,6 +306,10 @@ def test_table_prints_markdown(
         (["table", "failure", "RUN"], "did you mean 'failures'?"),
         (["pge", "RUN", "-o", "a.html"], "did you mean 'page'?"),
         (["page", "RUN"], "required: -o/--output"),
+        (["page", "RUN", "-o", "RUN"], "run.jsonl is one of the files of records"),
+        (["baseline", "ONE", "RUN", "-o", "./run.jsonl"], "write to another file"),
+        (["plot", "memory_depth", "RUN", "LINK", "-o", "LINK"], "link.png is one of"),
+        (["check", "RUN", "--base", "ONE"], "required: --baseline, --fail-on"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(
@@ -322,9 +326,11 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     write(matrix, "run.jsonl")
     write([make_record()], "one.jsonl")
     (tmp_path / "bad.jsonl").write_text("{\n")
-    before = sorted(tmp_path.iterdir())
+    (tmp_path / "link.png").symlink_to(tmp_path / "run.jsonl")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.chdir(tmp_path)
     files = {"RUN": "run.jsonl", "ONE": "one.jsonl", "BAD": "bad.jsonl"}
+    files["LINK"] = "link.png"
     code: object
     try:
         code = main([files.get(word, word) for word in argv])
@@ -334,7 +340,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     assert code == 2
     assert words in errors
     assert errors.count("\n") == 1
-    assert sorted(tmp_path.iterdir()) == before
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_help_imports_nothing_heavy(cli: Cli) -> None:
