@@ -36,7 +36,7 @@ class ReconstructionError(MeftError, RuntimeError):
 
 
 class AdapterFileError(MeftError, ValueError):
-    """Saved adapters are missing, damaged, or belong to another backbone."""
+    """Saved adapters are missing, damaged, or of another backbone or config."""
 
 
 class HostMemoryError(MeftError, MemoryError):

@@ -114,11 +114,29 @@ class ReversibleConfig:
         """Whether the coupling scales differences."""
         return (self.coupling or _COUPLINGS[self.arithmetic]) == "difference"
 
+    def function(self) -> dict[str, Any]:
+        """The fields that define the function, not how it is computed.
+
+        Values that None stands for are filled in where they do not depend on the
+        model, and fields without effect are None.
+        """
+        is_fixed = self.arithmetic == "fixed"
+        scale_1, scale_2 = (None, None) if is_fixed else self.scales
+        return {
+            "variant": self.variant,
+            "bottleneck_size": self.bottleneck_size,
+            "arithmetic": self.arithmetic,
+            "lost_bits": self.lost_bits if is_fixed else None,
+            "fraction_bits": self.fraction_bits if is_fixed else None,
+            "scale_1": scale_1,
+            "scale_2": scale_2,
+            "coupling": self.coupling or _COUPLINGS[self.arithmetic],
+            "span": self.span,
+        }
+
     def same_function(self, other: "ReversibleConfig") -> bool:
         """Whether both describe one function, however its backward is computed."""
-        neutral = dict.fromkeys(_HOW_ONLY, None)
-        mine, theirs = self.to_json(), other.to_json()
-        return mine | neutral == theirs | neutral
+        return self.function() == other.function()
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
@@ -131,11 +149,4 @@ class ReversibleConfig:
         return cls(**fields | {"span": None if span is None else tuple(span)})
 
 
-_HOW_ONLY = (
-    "backward",
-    "mlp_chunks",
-    "gradient_dtype",
-    "side_buffer",
-    "on_mismatch",
-)
 _COUPLINGS = {"fixed": "difference", "float": "paper"}

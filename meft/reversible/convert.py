@@ -9,6 +9,7 @@ from meft.backbone.families import BlockList, find_blocks, is_checkpointing
 from meft.backbone.parallel import NAME
 from meft.bottleneck import Bottleneck, wide_dtype
 from meft.errors import ConfigError, UnsupportedModelError
+from meft.reversible.adapters import Adapters
 from meft.reversible.blocks import CHECKPOINTING_IS_ON, ReversibleBlocks
 from meft.reversible.config import ReversibleConfig
 from meft.reversible.variants import make_adapters
@@ -105,7 +106,7 @@ def _refuse_beside_parallel(found: BlockList, config: ReversibleConfig) -> None:
 
 def _stack(found: BlockList, config: ReversibleConfig) -> ReversibleBlocks:
     first, end = config.span or (0, len(found.blocks))
-    adapters = nn.ModuleDict()
+    adapters = Adapters(config.function() | {"span": (first, end)})
     for index, block in enumerate(found.blocks[first:], first):
         shape = found.family.adapter_shape(block, found.owner.config)
         # Not of a quantised weight, whose dtype is that of its storage.

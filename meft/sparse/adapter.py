@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from meft import extra_state
 from meft.errors import UnsupportedCallError
 from meft.sparse import router
 from meft.sparse.config import SparseConfig
@@ -116,12 +117,35 @@ class SparseAdapter(nn.Module):
             self._parameters["neurons"] = neurons
         return self
 
+    def get_extra_state(self) -> Tensor:
+        """Return the config as a tensor (`meft.extra_state`)."""
+        return extra_state.to_tensor(self.config.function())
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Compare the config with that of a saved model.
+
+        Raises:
+            AdapterFileError: the saved model computes another function.
+        """
+        extra_state.refuse_other(state, self.config.function())
+
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *rest: Any,
     ) -> None:
         """Copies into the neurons also where others are assigned (`assign=True`)."""
+        if prefix + extra_state.KEY in state_dict:  # before anything is copied
+            self.set_extra_state(state_dict[prefix + extra_state.KEY])
         copying = {**local_metadata, "assign_to_params_buffers": False}
-        super()._load_from_state_dict(state_dict, prefix, copying, *rest)
+        super()._load_from_state_dict(
+            state_dict, prefix, copying, strict, missing_keys, *rest
+        )
+        extra_state.forgive_missing(prefix, missing_keys)
 
     @torch.compiler.disable(reason="its rows are chosen and moved by plain Python")  # type: ignore[untyped-decorator]
     def forward(

@@ -112,11 +112,24 @@ class SparseConfig:
             self.experts > 0 and self.semantics == "token_topk" and self.gate != "none"
         )
 
+    def function(self) -> dict[str, Any]:
+        """The fields that define the function, not where and when rows move.
+
+        The value that None stands for is filled in, and fields without effect have one
+        value only.
+        """
+        return {
+            "num_neurons": self.num_neurons,
+            "top_k_neurons": self.top_k_neurons,
+            "num_experts": self.experts,
+            "top_k_experts": self.top_k_experts if self.experts else None,
+            "gate": self.gate if self.is_gated else "none",
+            "semantics": self.semantics,
+        }
+
     def same_function(self, other: "SparseConfig") -> bool:
         """Whether both describe one function, wherever its rows live."""
-        neutral = dict.fromkeys(_HOW_ONLY, None)
-        mine, theirs = self.to_json(), other.to_json()
-        return mine | neutral == theirs | neutral
+        return self.function() == other.function()
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
@@ -126,9 +139,6 @@ class SparseConfig:
     def from_json(cls, fields: dict[str, Any]) -> "SparseConfig":
         """The inverse of `to_json`."""
         return cls(**fields)
-
-
-_HOW_ONLY = ("placement", "wire_dtype", "device_bytes", "cache", "prefetch", "update")
 
 
 def _default_experts(num_neurons: int) -> int:

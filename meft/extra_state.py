@@ -1,0 +1,82 @@
+"""The config of a conversion as an entry of `state_dict()`.
+
+Weights of a converted model compute the same function only under the same config, and
+many configs have parameters of the same names and shapes. So each module that a
+conversion adds returns the fields that define its function from `get_extra_state`, and
+compares them in `set_extra_state`. Everything that saves and loads a `state_dict()`
+(`torch.save`, safetensors, accelerate, `Trainer.resume_from_checkpoint`) then checks
+the config as well.
+
+The entry is the JSON text of the fields with one float32 number per character.
+Averages of dictionaries, which people compute entry by entry, in place and in other
+floating-point dtypes, round to the same text.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meft.errors import AdapterFileError
+
+KEY = "_extra_state"
+"""Last part of the entry's name, as torch has it."""
+
+
+def to_tensor(fields: Mapping[str, Any]) -> Tensor:
+    """Encode the fields of a config as a tensor of one axis, on the CPU."""
+    codes = list(json.dumps(fields).encode("ascii"))
+    return torch.tensor(codes, dtype=torch.float32, device="cpu")
+
+
+def refuse_other(state: Tensor, fields: Mapping[str, Any]) -> None:
+    """Compare the fields of a saved config with those of the model.
+
+    Args:
+        state: an entry that `to_tensor` has made.
+        fields: of the module that the entry is loaded into.
+
+    Raises:
+        AdapterFileError: the fields differ, or `state` is not such an entry.
+    """
+    if state.is_meta:
+        return  # neither do meta tensors of parameters change anything
+    remedy = (
+        "To load the weights without this check, delete the entries of the dictionary "
+        f"whose names end in `{KEY}`"
+    )
+    codes = state.detach().double().round().clamp(0, 127).to("cpu", torch.uint8)
+    try:
+        saved = json.loads(bytes(codes.tolist()))
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict):
+        raise AdapterFileError(
+            f"the entry `{KEY}` of this state dictionary does not hold the config of a "
+            f"converted model, but other numbers. {remedy}"
+        )
+    given = json.loads(json.dumps(fields))
+    names = [name for name in given | saved if saved.get(name) != given.get(name)]
+    if names:
+        raise AdapterFileError(
+            "these weights were saved from a model that was converted with "
+            f"{_listed(saved, names)}, but this model was converted with "
+            f"{_listed(given, names)}: with it they compute another function. Convert "
+            f"the model with the config of the saved one. {remedy}"
+        )
+
+
+def forgive_missing(prefix: str, missing_keys: list[str]) -> None:
+    """Remove the entry of the module at `prefix` from torch's list of missing ones.
+
+    Dictionaries of parameters alone, and those saved before there was such an entry,
+    load as they always did.
+    """
+    if prefix + KEY in missing_keys:
+        missing_keys.remove(prefix + KEY)
+
+
+def _listed(fields: Mapping[str, Any], names: list[str]) -> str:
+    return ", ".join(f"`{name}={fields.get(name)!r}`" for name in names)
