@@ -38,6 +38,7 @@ from meft.linear_cross_entropy import (
     liger_linear_cross_entropy,
     linear_cross_entropy,
 )
+from meft.validate import integer
 
 Model = TypeVar("Model", bound=nn.Module)
 Loss = Callable[..., Tensor]
@@ -91,8 +92,7 @@ def chunk_loss(model: Model, chunk_tokens: int = 1024, backend: str = "torch") -
             one of the class, or a `forward` that has been replaced already.
         ConfigError: `chunk_tokens` is not positive; no such backend, or not installed.
     """
-    if chunk_tokens < 1:
-        raise ConfigError(f"`chunk_tokens` must be at least 1, got {chunk_tokens}")
+    chunk_tokens = integer(1)("chunk_tokens", chunk_tokens)
     path = _body_path(model)
     reason = _unusual(model)
     if reason is not None:

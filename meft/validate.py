@@ -1,21 +1,107 @@
-"""What configs ask of their fields; each raises `ConfigError` with what to do."""
+"""Check the fields of a config.
+
+A config has a table with what is expected of each of its fields. `check_fields`
+replaces each value by what the expectation returns: the same value as a plain `str`,
+`int`, `float`, `bool` or `tuple`. An illegal value raises `ConfigError`, which says
+what was given and what is expected.
+"""
 
 import difflib
-from collections.abc import Iterable
+import math
+import numbers
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
 
 from meft.errors import ConfigError
 
-
-def one_of(name: str, value: str, valid: Iterable[str]) -> None:
-    """`value` is one of `valid`."""
-    names = list(valid)
-    if value not in names:
-        close = difflib.get_close_matches(str(value), names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"`{name}` must be one of {names}, got {value!r}{hint}")
+Expectation = Callable[[str, Any], Any]
+"""(name, value): the value, or `ConfigError`."""
 
 
-def at_least(name: str, value: int, least: int) -> None:
-    """`value` is `least` or more."""
-    if value < least:
-        raise ConfigError(f"`{name}` must be at least {least}, got {value}")
+def check_fields(config: object, expectations: Mapping[str, Expectation]) -> None:
+    """Check every field of a frozen dataclass, and make its values plain.
+
+    Args:
+        config: the instance, in its `__post_init__`.
+        expectations: by name of the field.
+
+    Raises:
+        ConfigError: the first illegal value.
+    """
+    for name, expected in expectations.items():
+        object.__setattr__(config, name, expected(name, getattr(config, name)))
+
+
+def one_of(valid: Iterable[str]) -> Expectation:
+    """One of some strings."""
+    return partial(_one_of, list(valid))
+
+
+def integer(least: int, most: int | None = None) -> Expectation:
+    """An integer of any type that Python accepts as an index, but not a bool."""
+    return partial(_integer, least, most)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """True or False, of Python or numpy."""
+    if not isinstance(value, bool | np.bool_):
+        raise ConfigError(f"`{name}` must be True or False, got {_given(value)}")
+    return bool(value)
+
+
+def nonzero_number(name: str, value: Any) -> float:
+    """A finite real number other than 0."""
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_real or not math.isfinite(value) or value == 0:
+        raise ConfigError(
+            f"`{name}` must be a finite number other than 0, got {_given(value)}"
+        )
+    return float(value)
+
+
+def or_none(expected: Expectation) -> Expectation:
+    """None, or what `expected` accepts."""
+    return partial(_or_none, expected)
+
+
+def _one_of(valid: list[str], name: str, value: Any) -> str:
+    if isinstance(value, str) and value in valid:
+        return valid[valid.index(value)]
+    close = difflib.get_close_matches(str(value), valid, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(f"`{name}` must be one of {valid}, got {_given(value)}{hint}")
+
+
+def _integer(least: int, most: int | None, name: str, value: Any) -> int:
+    bounds = f"at least {least}" if most is None else f"{least} to {most}"
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        plain = operator.index(value)
+    except TypeError:
+        raise ConfigError(
+            f"`{name}` must be an integer, {bounds}, got {_given(value)}"
+        ) from None
+    if plain < least or (most is not None and plain > most):
+        raise ConfigError(f"`{name}` must be {bounds}, got {plain}")
+    return plain
+
+
+def _or_none(expected: Expectation, name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    try:
+        return expected(name, value)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (None, the default, is allowed as well)") from None
+
+
+def _given(value: Any) -> str:
+    """The value, and its type where the value does not show it."""
+    if value is None or isinstance(value, str | bool):
+        return repr(value)
+    return f"{value!r} of type {type(value).__name__}"

@@ -1,11 +1,19 @@
 """`ReversibleConfig`: everything that decides which function a reversible model is."""
 
 import dataclasses
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 from meft.errors import ConfigError
-from meft.validate import at_least, one_of
+from meft.validate import (
+    Expectation,
+    check_fields,
+    integer,
+    nonzero_number,
+    one_of,
+    or_none,
+)
 
 PAPER_SCALES = {"meft1": (0.1, 1.0), "meft2": (1.0, 0.1), "meft3": (0.1, 0.1)}
 """(lambda, beta) of the authors' GLUE runs, per variant."""
@@ -63,39 +71,13 @@ class ReversibleConfig:
     activations, and a warning (keeps the input of the stack for that)."""
 
     def __post_init__(self) -> None:
-        one_of("variant", self.variant, PAPER_SCALES)
-        one_of("arithmetic", self.arithmetic, ("fixed", "float"))
-        one_of("backward", self.backward, ("rebuild", "store"))
-        one_of("gradient_dtype", self.gradient_dtype, ("float32", "bfloat16"))
-        one_of("side_buffer", self.side_buffer, ("device", "host"))
-        one_of("on_mismatch", self.on_mismatch, ("raise", "skip", "redo"))
-        if self.coupling is not None:
-            one_of("coupling", self.coupling, ("difference", "paper"))
-        for name in ("bottleneck_size", "mlp_chunks"):
-            at_least(name, getattr(self, name), 1)
-        if not 0 <= self.lost_bits <= MAX_LOST_BITS:
-            raise ConfigError(
-                f"`lost_bits` must be 0 to {MAX_LOST_BITS}, got {self.lost_bits}"
-            )
-        if self.fraction_bits is not None and not 4 <= self.fraction_bits <= 24:
-            raise ConfigError(
-                f"`fraction_bits` must be 4 to 24, got {self.fraction_bits}"
-            )
+        check_fields(self, _EXPECTED)
         for name in ("scale_1", "scale_2"):
-            scale = getattr(self, name)
-            if scale is not None and self.arithmetic == "fixed":
+            if getattr(self, name) is not None and self.arithmetic == "fixed":
                 raise ConfigError(
                     f"`{name}` is for `arithmetic='float'`; with `fixed` the small "
                     "scale is 2^-lost_bits: set `lost_bits`"
                 )
-            if scale == 0:
-                raise ConfigError(f"`{name}` must not be 0: the inverse divides by it")
-        if self.span is not None and not 0 <= self.span[0] < self.span[1]:
-            raise ConfigError(
-                "`span` must be (first, end) with 0 <= first < end, "
-                f"got {self.span}; for a stack that stores every block, use "
-                "`backward='store'`"
-            )
 
     @property
     def scales(self) -> tuple[float, float]:
@@ -150,3 +132,34 @@ class ReversibleConfig:
 
 
 _COUPLINGS = {"fixed": "difference", "float": "paper"}
+
+
+def _span(name: str, value: Any) -> tuple[int, int]:
+    try:
+        first, end = (operator.index(block) for block in value)
+    except (TypeError, ValueError):
+        first, end = 0, 0
+    if not 0 <= first < end:
+        raise ConfigError(
+            f"`{name}` must be two integers (first, end) with 0 <= first < end, got "
+            f"{value!r}; for a stack that stores every block, use `backward='store'`"
+        )
+    return first, end
+
+
+_EXPECTED: dict[str, Expectation] = {
+    "variant": one_of(PAPER_SCALES),
+    "bottleneck_size": integer(1),
+    "arithmetic": one_of(("fixed", "float")),
+    "lost_bits": integer(0, MAX_LOST_BITS),
+    "fraction_bits": or_none(integer(4, 24)),
+    "scale_1": or_none(nonzero_number),
+    "scale_2": or_none(nonzero_number),
+    "coupling": or_none(one_of(("difference", "paper"))),
+    "span": or_none(_span),
+    "backward": one_of(("rebuild", "store")),
+    "mlp_chunks": integer(1),
+    "gradient_dtype": one_of(("float32", "bfloat16")),
+    "side_buffer": one_of(("device", "host")),
+    "on_mismatch": one_of(("raise", "skip", "redo")),
+}

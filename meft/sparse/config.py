@@ -7,7 +7,14 @@ from typing import Any
 
 from meft.errors import ConfigError
 from meft.sparse.adam import UPDATES
-from meft.validate import at_least, one_of
+from meft.validate import (
+    Expectation,
+    boolean,
+    check_fields,
+    integer,
+    one_of,
+    or_none,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,15 +58,7 @@ class SparseConfig:
     needed, in the bits of `dense` at the cost of what is touched."""
 
     def __post_init__(self) -> None:
-        one_of("gate", self.gate, ("logit", "softmax", "none"))
-        one_of("semantics", self.semantics, ("token_topk", "union"))
-        one_of("placement", self.placement, ("offloaded", "resident"))
-        one_of("cache", self.cache, ("steps", "window", "off"))
-        one_of("update", self.update, UPDATES)
-        if self.wire_dtype is not None:
-            one_of("wire_dtype", self.wire_dtype, ("float32", "bfloat16", "float16"))
-        for name in ("num_neurons", "top_k_neurons", "top_k_experts", "device_bytes"):
-            at_least(name, getattr(self, name), 1)
+        check_fields(self, _EXPECTED)
         if self.top_k_neurons > self.num_neurons:
             raise ConfigError(
                 f"`top_k_neurons` is {self.top_k_neurons}, but there are only "
@@ -70,7 +69,6 @@ class SparseConfig:
 
     def _check_experts(self) -> None:
         experts, neurons = self.experts, self.num_neurons
-        at_least("num_experts", experts, 0)
         if neurons % experts:
             default = " by default" if self.num_experts is None else ""
             raise ConfigError(
@@ -139,6 +137,22 @@ class SparseConfig:
     def from_json(cls, fields: dict[str, Any]) -> "SparseConfig":
         """The inverse of `to_json`."""
         return cls(**fields)
+
+
+_EXPECTED: dict[str, Expectation] = {
+    "num_neurons": integer(1),
+    "top_k_neurons": integer(1),
+    "num_experts": or_none(integer(0)),
+    "top_k_experts": integer(1),
+    "gate": one_of(("logit", "softmax", "none")),
+    "semantics": one_of(("token_topk", "union")),
+    "placement": one_of(("offloaded", "resident")),
+    "wire_dtype": or_none(one_of(("float32", "bfloat16", "float16"))),
+    "device_bytes": integer(1),
+    "cache": one_of(("steps", "window", "off")),
+    "prefetch": boolean,
+    "update": one_of(UPDATES),
+}
 
 
 def _default_experts(num_neurons: int) -> int:

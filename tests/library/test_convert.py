@@ -344,7 +344,7 @@ def test_data_parallel_replicas_are_refused() -> None:
         ({"backward": "rebuilt"}, "did you mean 'rebuild'"),
         ({"arithmetic": "int"}, "`arithmetic` must be one of"),
         ({"bottleneck_size": 0}, "at least 1"),
-        ({"arithmetic": "float", "scale_1": 0.0}, "divides by it"),
+        ({"arithmetic": "float", "scale_1": 0.0}, "other than 0, got 0.0"),
         ({"scale_1": 0.5}, "set `lost_bits`"),
         ({"lost_bits": 17}, "0 to 16, got 17"),
         ({"lost_bits": -1}, "0 to 16"),
