@@ -21,6 +21,13 @@ from meft.sparse.store import RowStore
 
 ROWS = "rows"
 """Key of the state dict: the state of each row parameter, in the order of groups."""
+ADAMW_NAMES = (
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_torch_xla",
+    "adamw_torch_npu_fused",
+)
+"""Values of `TrainingArguments.optim` that are implementations of torch's AdamW."""
 _PLAIN = {
     "amsgrad": False,
     "maximize": False,
@@ -178,11 +185,29 @@ def optimizer_cls_and_kwargs(
     Trainer itself sets `args.weight_decay`, for all but biases and norms.
 
     Args:
-        args: of the Trainer.
+        args: of the Trainer. `optim` must be the default or another implementation of
+            torch's AdamW, and `optim_args` must be empty.
 
     Returns:
         The class and its keyword arguments.
+
+    Raises:
+        ConfigError: `args.optim` is another optimizer, or `args.optim_args` is set.
     """
+    name = str(getattr(args.optim, "value", args.optim))
+    if name not in ADAMW_NAMES:
+        raise ConfigError(
+            f"`optim` must be the default or one of {list(ADAMW_NAMES)}, got {name!r}: "
+            "rows of sparse adapters are trained by AdamW only (`meft.SparseAdamW`). "
+            "Leave `optim` out of the `TrainingArguments`"
+        )
+    if args.optim_args:
+        raise ConfigError(
+            f"`optim_args` must be empty, got {args.optim_args!r}: `meft.SparseAdamW` "
+            "takes no further options. Set `learning_rate`, `adam_beta1`, "
+            "`adam_beta2`, `adam_epsilon` and `weight_decay` of the "
+            "`TrainingArguments` instead"
+        )
     return SparseAdamW, {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),

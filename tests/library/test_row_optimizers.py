@@ -141,6 +141,26 @@ def test_trainers_own_optimizers_are_refused_before_they_move_anything(
         )
 
 
+@pytest.mark.parametrize("name", [each.value for each in OptimizerNames])
+def test_another_optim_of_the_arguments_is_refused(name: str, tmp_path: Path) -> None:
+    """Implementations of torch's AdamW, the default among them, mean `SparseAdamW`."""
+    options = {"optim_target_modules": ["mlp"]} if "layerwise" not in name else {}
+    args = arguments(tmp_path, optim=name, **options)
+    if name.startswith("adamw_torch") and "bit" not in name:
+        assert meft.optimizer_cls_and_kwargs(args)[0] is meft.SparseAdamW
+        return
+    with pytest.raises(ConfigError, match=f"got '{name}'.*AdamW only.*Leave `optim`"):
+        meft.optimizer_cls_and_kwargs(args)
+
+
+def test_options_for_trainers_own_optimizer_are_refused(tmp_path: Path) -> None:
+    """The message has those that do work."""
+    assert meft.optimizer_cls_and_kwargs(arguments(tmp_path))[1]["lr"] == 1e-2
+    args = arguments(tmp_path, optim_args="amsgrad=True")
+    with pytest.raises(ConfigError, match="'amsgrad=True'.*`adam_beta1`"):
+        meft.optimizer_cls_and_kwargs(args)
+
+
 def test_trainer_trains_rows_by_its_own_arguments(tmp_path: Path) -> None:
     """As a loop with the same rates, betas, eps, decay and clipping does."""
     args = arguments(
