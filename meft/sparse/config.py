@@ -1,6 +1,7 @@
 """`SparseConfig`: everything that decides what a sparse adapter computes, and where."""
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,8 @@ class SparseConfig:
     """Neurons that a token keeps, K, by the size of its score."""
     num_experts: int | None = None
     """Equal groups of neurons that a router chooses among, N; 0 for none: then every
-    neuron is scored. None takes the authors' 4 * ceil(sqrt(num_neurons))."""
+    neuron is scored. None takes the divisor of `num_neurons` nearest to the authors'
+    4 * ceil(sqrt(num_neurons)), if there is one from half to twice of that."""
     top_k_experts: int = 8
     """Experts that a token is routed to."""
     gate: str = "logit"
@@ -155,8 +157,16 @@ _EXPECTED: dict[str, Expectation] = {
 }
 
 
+@functools.cache
 def _default_experts(num_neurons: int) -> int:
-    return 4 * math.ceil(math.sqrt(num_neurons))
+    """The divisor nearest to the authors' number, the larger of two.
+
+    Their number itself, which is refused, if there is none from half to twice of it.
+    """
+    authors = 4 * math.ceil(math.sqrt(num_neurons))
+    near = range(math.ceil(authors / 2), 2 * authors + 1)
+    divisors = [number for number in near if num_neurons % number == 0]
+    return min(divisors, key=lambda n: (abs(n - authors), -n), default=authors)
 
 
 def _has_default_experts(num_neurons: int) -> bool:

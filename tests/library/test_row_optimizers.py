@@ -149,7 +149,7 @@ def test_another_optim_of_the_arguments_is_refused(name: str, tmp_path: Path) ->
     if name.startswith("adamw_torch") and "bit" not in name:
         assert meft.optimizer_cls_and_kwargs(args)[0] is meft.SparseAdamW
         return
-    with pytest.raises(ConfigError, match=f"got '{name}'.*AdamW only.*Leave `optim`"):
+    with pytest.raises(ConfigError, match=rf"got '{name}'.*AdamW only.*Leave `optim`"):
         meft.optimizer_cls_and_kwargs(args)
 
 
@@ -157,7 +157,7 @@ def test_options_for_trainers_own_optimizer_are_refused(tmp_path: Path) -> None:
     """The message has those that do work."""
     assert meft.optimizer_cls_and_kwargs(arguments(tmp_path))[1]["lr"] == 1e-2
     args = arguments(tmp_path, optim_args="amsgrad=True")
-    with pytest.raises(ConfigError, match="'amsgrad=True'.*`adam_beta1`"):
+    with pytest.raises(ConfigError, match=r"'amsgrad=True'.*`adam_beta1`"):
         meft.optimizer_cls_and_kwargs(args)
 
 

@@ -1,5 +1,7 @@
 """Who answers a token."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -46,7 +48,7 @@ def test_more_than_there_are_cannot_be_kept() -> None:
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"num_neurons": 6144, "top_k_experts": 8}, "316.*256|307.*and 384"),
+        ({"num_neurons": 1009}, "128 by default.*1 and 1009; nearest .*1008 and 1010"),
         ({"num_experts": 48}, "32 and 64"),
         ({"top_k_experts": 33}, "only 32 experts"),
         ({"top_k_neurons": 65}, "only 64 neurons"),
@@ -73,3 +75,36 @@ def test_sizes_of_the_authors_recipe_are_the_defaults() -> None:
     assert (recipe.experts, recipe.num_candidates) == (320, 160)
     assert meft.SparseConfig(num_neurons=4096).experts == 256
     assert meft.SparseConfig.from_json(recipe.to_json()) == recipe
+
+
+def test_the_default_number_of_experts_is_a_divisor_near_the_authors() -> None:
+    """Theirs where it divides the neurons; else the nearest within a factor of two, the
+    larger of two that are equally near."""
+    for neurons, experts in {
+        6400: 320,
+        64: 32,
+        4096: 256,
+        100: 50,
+        128: 64,
+        500: 100,
+        512: 64,
+        1000: 125,
+        1024: 128,
+        2048: 128,
+        6144: 256,
+        10000: 400,
+        65536: 1024,
+    }.items():
+        config = meft.SparseConfig(num_neurons=neurons)
+        assert config.experts == experts, neurons
+        assert config.num_candidates >= 8
+    for neurons in range(64, 5000):
+        authors = 4 * math.ceil(math.sqrt(neurons))
+        near = range(math.ceil(authors / 2), 2 * authors + 1)
+        distances = [abs(n - authors) for n in near if neurons % n == 0]
+        if distances:
+            experts = meft.SparseConfig(num_neurons=neurons).experts
+            assert abs(experts - authors) == min(distances)
+        else:
+            with pytest.raises(ConfigError, match=f"{authors} by default"):
+                meft.SparseConfig(num_neurons=neurons)
