@@ -112,6 +112,12 @@ def chunk_loss(model: Model, chunk_tokens: int = 1024, backend: str = "torch") -
 def unchunk_loss(model: Model) -> Model:
     """Undo `chunk_loss()`, in place.
 
+    Args:
+        model: a model that `chunk_loss()` has changed.
+
+    Returns:
+        `model` itself, with the `forward` of its class.
+
     Raises:
         UnsupportedModelError: the loss is not chunked, or its `forward` has been
             wrapped by something else since.

@@ -61,6 +61,9 @@ def check_reversible(model: nn.Module, batch: Mapping[str, Any]) -> ReversibleRe
         model: a model that has been through `make_reversible()`.
         batch: keyword arguments of its forward, labels among them.
 
+    Returns:
+        The errors of every rebuilt block, each relative to the size of the true values.
+
     Raises:
         UnsupportedModelError: the model is not reversible.
         UnsupportedCallError: the batch gives no loss.
@@ -156,10 +159,16 @@ class SavedBytes:
 def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[SavedBytes]:
     """Count what the forward in the body keeps for backward.
 
-    Each storage counts once and whole, however many views of it are saved. Pass as
-    `exclude` what would be there anyway: `[*model.parameters(), *model.buffers()]`,
-    the batch. Keep the outputs alive until the body ends: freed storage can come back
-    under the same address and would be counted once.
+    Each storage counts once and whole, however many views of it are saved. Keep the
+    outputs alive until the body ends: freed storage can come back under the same
+    address and would be counted once.
+
+    Args:
+        exclude: tensors that would be there anyway, which are not counted:
+            `[*model.parameters(), *model.buffers()]`, the batch.
+
+    Yields:
+        The counter; its `total` is in bytes.
     """
     counter = SavedBytes(exclude)
     with torch.autograd.graph.saved_tensors_hooks(counter.count, lambda x: x):
@@ -173,6 +182,15 @@ def tolerance(
 
     Each block adds a few roundings and multiplies what is already wrong by `growth()`;
     the factor 16 covers the norms and attention inside a block.
+
+    Args:
+        dtype: of the streams, a floating-point dtype.
+        depth: number of blocks, at least 1.
+        scale_1: lambda, the factor on stream 1.
+        scale_2: beta, the factor on stream 2.
+
+    Returns:
+        The error as a fraction of the true value's size.
     """
     epsilon = torch.finfo(dtype).eps
     return 16 * epsilon * depth * growth(scale_1, scale_2) ** (depth - 1)

@@ -22,53 +22,96 @@ MAX_LOST_BITS = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReversibleConfig:
-    """How to make a model reversible. Illegal values raise `ConfigError`."""
+    """The config of `meft.make_reversible`.
+
+    A reversible block couples two streams, each of the shape of the hidden states, by
+    two functions F and G, so that its inputs can be rebuilt from its outputs. The
+    variants are those of Liao et al. (NeurIPS 2023) and differ in what F and G are:
+
+    - `meft1`: F is the pre-trained block with an adapter after its feed-forward, and G
+      is an adapter alone.
+    - `meft2`: the reverse. F is an adapter alone, and G is the pre-trained block with
+      an adapter.
+    - `meft3`: F is the attention half of the block and G its feed-forward half, each
+      with an adapter. Both couplings scale a stream, so it keeps twice the lost bits.
+
+    Take `meft1` unless you compare variants: with `meft2` it keeps the least for the
+    backward, most of our measurements are of it, and the three score within a few
+    percentage points of each other in `reports/published/reference`.
+
+    Attributes:
+        variant (str): `meft1`, `meft2` or `meft3`, as above. Required.
+        bottleneck_size (int): Inner width of every adapter, in features, at least 1.
+            Raise it if the model underfits. Default: `8`.
+        arithmetic (str): How streams hold their numbers. `fixed`: integers with an
+            exact inverse, so that gradients equal those of stored activations in every
+            bit. `float`: floating point as in the paper, inverted by subtraction and
+            division, whose gradients are wrong by about 1% in the lowest of 6 blocks
+            (0.1% with 5) and by all of their size in the lowest of 12. Take `float`
+            only to compare with the paper. Default: `'fixed'`.
+        lost_bits (int): `fixed` only: k of the small scale 2^-k, 0 to 16. Kept for the
+            backward are k bits per element and block (2k for `meft3`). Every bit more
+            halves the deviation of the converted model from the pre-trained one; 16 is
+            gradient checkpointing of the unchanged backbone. Lower it for less memory,
+            raise it if the first loss is far from that of the pre-trained model.
+            Default: `4`.
+        fraction_bits (int | None): `fixed` only: the quantum of a stream is
+            2^-fraction_bits, 4 to 24. None takes 14 for 16-bit compute and 18 for
+            wider. Streams are 32-bit integers while no activation exceeds 2^29 quanta
+            (32,768 and 2,048), and 64-bit integers from the first forward on in which
+            one does (limits of 1.4e14 and 8.8e12): the same function, for 8 bytes more
+            per element of the pair of streams. A forward with larger values raises
+            `UnsupportedCallError`, which names the block; lower it then.
+            Default: `None`.
+        scale_1 (float | None): `float` only: lambda, the factor on stream 1, finite and
+            not 0. None takes the paper's. Default: `None`.
+        scale_2 (float | None): `float` only: beta, the factor on stream 2, finite and
+            not 0. None takes the paper's. Default: `None`.
+        coupling (str | None): `difference` scales what one block changed, `paper` the
+            whole carried stream. None takes `difference` for `fixed` and `paper` for
+            `float`. Change it only to compare. Default: `None`.
+        span (tuple[int, int] | None): Blocks `span[0]` up to, not including, `span[1]`
+            are rebuilt. Blocks below stay plain and frozen; blocks above get adapters
+            too, but store their activations. None rebuilds all blocks (figure 7 of the
+            paper compares such settings). Default: `None`.
+        backward (str): `rebuild`: the reversible backward pass. `store`: the same
+            function with stored activations under ordinary autograd, for comparison
+            and debugging. Default: `'rebuild'`.
+        mlp_chunks (int): Number of parts of the batch's tokens in which everything that
+            treats tokens separately (MLP, norms, adapter) is recomputed and
+            differentiated, at least 1. Raise it to lower peak memory at the same number
+            of operations. Default: `1`.
+        gradient_dtype (str): `fixed` only: `float32` or `bfloat16`, the dtype of the
+            gradients of streams. `bfloat16` halves their memory and rounds them.
+            Default: `'float32'`.
+        side_buffer (str): `fixed` only: where the lost bits are kept until the
+            backward. `device`, or `host`: in (pinned) host memory, so that nothing that
+            grows with depth stays on the device; `ReversibleBlocks.ledger` counts the
+            bytes. Default: `'device'`.
+        on_mismatch (str): `fixed` only: what to do if a branch gave other bits in the
+            backward than in the forward. `raise` raises `ReconstructionError`; `skip`
+            gives no gradients for this batch, and a warning; `redo` computes them with
+            stored activations, and a warning (it keeps the input of the stack for
+            that). Default: `'raise'`.
+
+    Raises:
+        ConfigError: a value is of another type, out of range, or without effect.
+    """
 
     variant: str
-    """`meft1`, `meft2` or `meft3`: what F and G are (`meft.reversible.variants`)."""
     bottleneck_size: int = 8
-    """Inner width of every adapter."""
     arithmetic: str = "fixed"
-    """`fixed`: integer streams with an exact inverse. `float`: the paper's, inverted by
-    subtracting and dividing, whose gradients are wrong by about 1% in the lowest of 6
-    blocks (0.1% with 5) and by all of their size in the lowest of 12."""
     lost_bits: int = 4
-    """`fixed` only: k of the small scale 2^-k, 0 to 16. Kept for backward are k bits an
-    element a block (2k for `meft3`). Every bit more halves the deviation from the
-    starting point; 16 is gradient checkpointing of the unchanged backbone."""
     fraction_bits: int | None = None
-    """`fixed` only: a stream's quantum is 2^-fraction_bits. None takes 14 for 16-bit
-    compute and 18 for wider. Streams are 32-bit integers while no activation exceeds
-    2^29 quanta (32,768 and 2,048), and 64-bit integers from the first forward on in
-    which one does (limits of 1.4e14 and 8.8e12): the same function, for 8 bytes more an
-    element of the pair of streams, and nothing more a block. A forward with larger
-    values raises `UnsupportedCallError`, which names the block."""
     scale_1: float | None = None
-    """`float` only: lambda, the factor on stream 1; None takes the paper's."""
     scale_2: float | None = None
-    """`float` only: beta, the factor on stream 2; None takes the paper's."""
     coupling: str | None = None
-    """`difference` scales what one block changed, `paper` the whole carried stream.
-    None takes `difference` for `fixed` and `paper` for `float`."""
     span: tuple[int, int] | None = None
-    """Blocks `span[0]` up to, not including, `span[1]` are rebuilt. Blocks below stay
-    plain and frozen; blocks above get adapters too, but store their activations. None
-    rebuilds all blocks (the paper's figure 7 compares such settings)."""
     backward: str = "rebuild"
-    """`rebuild`: the method. `store`: its plain twin, under ordinary autograd."""
     mlp_chunks: int = 1
-    """Parts of a batch's tokens in which what treats tokens alone (MLP, norms, adapter)
-    is run and differentiated: a lower peak at the same number of operations."""
     gradient_dtype: str = "float32"
-    """`fixed` only: `float32` or `bfloat16` for the gradients of streams."""
     side_buffer: str = "device"
-    """`fixed` only: where the lost bits wait for the backward. `host` copies them to
-    (pinned) host memory, so that nothing that grows with depth stays on the device;
-    `ReversibleBlocks.ledger` counts the bytes."""
     on_mismatch: str = "raise"
-    """`fixed` only: what to do if a branch gave other bits in the backward. `raise`;
-    `skip`: no gradients for this batch, and a warning; `redo`: compute them with stored
-    activations, and a warning (keeps the input of the stack for that)."""
 
     def __post_init__(self) -> None:
         check_fields(self, _EXPECTED)

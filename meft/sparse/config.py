@@ -20,44 +20,70 @@ from meft.validate import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparseConfig:
-    """How to add sparse adapters. Illegal values raise `ConfigError`."""
+    """The config of `meft.add_sparse_adapters`.
+
+    A sparse adapter has `num_neurons` neurons (pairs of a key and a value) next to the
+    feed-forward of a block. A router sends each token to `top_k_experts` of
+    `num_experts` groups of neurons, and of their neurons the token keeps the
+    `top_k_neurons` with the highest scores (Hao et al., ACL 2024).
+
+    Attributes:
+        num_neurons (int): Neurons per block, r, at least 1. A neuron takes
+            `2 * hidden_size` float32 numbers, and as many again twice for AdamW. Raise
+            it for more capacity. Default: `6400`.
+        top_k_neurons (int): Neurons that a token keeps, K, 1 to `num_neurons`.
+            Default: `64`.
+        num_experts (int | None): Groups of equally many neurons that the router chooses
+            among, N; it must divide `num_neurons`. 0: no router, every neuron is
+            scored. None: the divisor of `num_neurons` nearest to the authors'
+            4 * ceil(sqrt(num_neurons)), the larger of two that are equally near; if
+            there is none from half to twice of that, as for a prime number, pass a
+            number or another `num_neurons`. Default: `None`.
+        top_k_experts (int): Experts that a token is routed to, 1 to the number of
+            experts. Default: `8`.
+        gate (str): What an expert's router score does to the scores of its neurons.
+            `logit`: it is a factor (the authors' choice). `softmax`: it is a factor
+            after a softmax over all experts. `none`: it only chooses, and the router
+            cannot learn. Default: `'logit'`.
+        semantics (str): `token_topk`: the output for a token is a sum over the neurons
+            that it keeps (the authors' code behind their accuracies). `union`: over all
+            neurons that any token of the batch keeps, without a gate (algorithm 1 of
+            the paper). Default: `'token_topk'`.
+        placement (str): Where rows are stored: `offloaded`, in host memory, or
+            `resident`, on the device. Take `resident` if they fit there.
+            Default: `'offloaded'`.
+        wire_dtype (str | None): `float32`, `bfloat16` or `float16`: the dtype of rows
+            and gradients while they travel between host and device. Master rows are
+            float32 always. None takes the backbone's dtype. Default: `None`.
+        device_bytes (int): Bytes that rows and their gradients may take on the device,
+            of all blocks together, at least 1: seven eighths for the cache, the rest
+            for the rows that are being computed with. Default: `1073741824`.
+        cache (str): How long a row stays on the device. `steps`: as long as its value
+            does not change. `window`: until the next optimizer step. `off`: only while
+            it is computed with, so its gradient travels at once. Default: `'steps'`.
+        prefetch (bool): Whether to fetch the rows that the next block used last time
+            while this one computes. Default: `True`.
+        update (str): What happens to rows without a gradient in an optimizer step.
+            `dense`: they take the step. `lazy`: they do not change. `catchup`: they
+            take it when they are next needed, with the same bits as `dense` at the cost
+            of the rows that are touched. Default: `'catchup'`.
+
+    Raises:
+        ConfigError: a value is of another type, out of range, or contradicts another.
+    """
 
     num_neurons: int = 6400
-    """Neurons (pairs of key and value) a block, r."""
     top_k_neurons: int = 64
-    """Neurons that a token keeps, K, by the size of its score."""
     num_experts: int | None = None
-    """Equal groups of neurons that a router chooses among, N; 0 for none: then every
-    neuron is scored. None takes the divisor of `num_neurons` nearest to the authors'
-    4 * ceil(sqrt(num_neurons)), if there is one from half to twice of that."""
     top_k_experts: int = 8
-    """Experts that a token is routed to."""
     gate: str = "logit"
-    """What an expert's router score does to the scores of its neurons. `logit`: factor
-    (the authors' choice); `softmax`: factor after a softmax over all experts; `none`:
-    it only chooses, and the router cannot learn."""
     semantics: str = "token_topk"
-    """`token_topk`: a token is answered by the neurons that it chose (the authors' code
-    behind their accuracies). `union`: by all that any token of the batch chose, without
-    a gate (the paper's algorithm 1)."""
     placement: str = "offloaded"
-    """Where rows live: in host memory (`offloaded`), or on the device (`resident`)."""
     wire_dtype: str | None = None
-    """Of rows and gradients on their way: `float32`, `bfloat16` or `float16`. Master
-    rows are float32 always. None takes the backbone's."""
     device_bytes: int = 2**30
-    """What rows and their gradients may take on the device, of all blocks together:
-    seven eighths for the cache, the rest for the rows that are being computed with."""
     cache: str = "steps"
-    """How long a row stays on the device: `off`, only while it is computed with, so its
-    gradient travels at once; `window`, until the next optimizer step; `steps`, for as
-    long as its value does not change."""
     prefetch: bool = True
-    """Fetch what the next block used last time while this one computes."""
     update: str = "catchup"
-    """What happens to rows that have no gradient in an optimizer step: `dense`, they
-    take the step; `lazy`, they stand still; `catchup`, they take it when they are next
-    needed, in the bits of `dense` at the cost of what is touched."""
 
     def __post_init__(self) -> None:
         check_fields(self, _EXPECTED)

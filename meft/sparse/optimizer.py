@@ -45,10 +45,11 @@ class SparseAdamW(torch.optim.AdamW):
 
     Args:
         params: parameters or groups of them, as for any optimizer of torch.
-        lr: step size.
-        betas: decay of the mean gradient and of the mean squared gradient.
-        eps: added to the root of the latter.
-        weight_decay: share of lr by which weights shrink each step.
+        lr: learning rate, at least 0.
+        betas: decay rates of the running averages of the gradient and of its square,
+            each from 0 up to, not including, 1.
+        eps: number added to the root of the latter, at least 0.
+        weight_decay: fraction of `lr` by which weights shrink in each step.
 
     Raises:
         ConfigError: a group with rows sets `amsgrad` or another option of torch's AdamW
