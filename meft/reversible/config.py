@@ -90,9 +90,10 @@ class ReversibleConfig:
             bytes. Default: `'device'`.
         on_mismatch (str): `fixed` only: what to do if a branch gave other bits in the
             backward than in the forward. `raise` raises `ReconstructionError`; `skip`
-            gives no gradients for this batch, and a warning; `redo` computes them with
-            stored activations, and a warning (it keeps the input of the stack for
-            that). Default: `'raise'`.
+            gives the stack and what is below it no gradients for this batch, and a
+            warning (a task head above keeps its own, which autograd has computed
+            before); `redo` computes them with stored activations, and a warning (it
+            keeps the input of the stack for that). Default: `'raise'`.
 
     Raises:
         ConfigError: a value is of another type, out of range, or without effect.

@@ -57,7 +57,9 @@ class SparseConfig:
             float32 always. None takes the backbone's dtype. Default: `None`.
         device_bytes (int): Bytes that rows and their gradients may take on the device,
             of all blocks together, at least 1: seven eighths for the cache, the rest
-            for the rows that are being computed with. Default: `1073741824`.
+            for the rows that are being computed with. If that eighth does not hold what
+            a batch chose in a block, rows are computed with a piece at a time, and sums
+            over pieces round differently. Default: `1073741824`.
         cache (str): How long a row stays on the device. `steps`: as long as its value
             does not change. `window`: until the next optimizer step. `off`: only while
             it is computed with, so its gradient travels at once. Default: `'steps'`.

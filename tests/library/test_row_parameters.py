@@ -284,6 +284,24 @@ def test_a_saved_model_has_its_rows_once(tmp_path: Path) -> None:
         assert torch.equal(logits(loaded), wanted)
 
 
+def test_rows_are_in_one_of_the_files_of_a_save(tmp_path: Path) -> None:
+    """As `docs/composition.md` says: in `model.safetensors` of `save_pretrained`,
+    without which the directory is refused; in the adapters' file of `save_adapters`."""
+    model = sparse_model()
+    model.save_pretrained(tmp_path / "whole")
+    meft.save_adapters(model, tmp_path / "alone")
+    found = {
+        kind: load_file(tmp_path / kind / "adapters.safetensors")
+        for kind in ("whole", "alone")
+    }
+    assert not [name for name in found["whole"] if name.endswith(".neurons")]
+    assert len([name for name in found["alone"] if name.endswith(".neurons")]) == 3
+    (tmp_path / "whole" / "model.safetensors").unlink()
+    with pytest.raises(AdapterFileError, match=r"model\.safetensors"):
+        meft.load_adapters(plain_model(), tmp_path / "whole")
+    meft.load_adapters(plain_model(), tmp_path / "alone")
+
+
 def test_an_adapter_file_without_rows_is_refused(tmp_path: Path) -> None:
     meft.save_adapters(sparse_model(), tmp_path)
     weights = load_file(tmp_path / "adapters.safetensors")

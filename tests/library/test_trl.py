@@ -133,6 +133,16 @@ def test_documents_without_padding_do_not_see_each_other(tmp_path: Path) -> None
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_is_switched_off_under_both_names(
+    name: str, tmp_path: Path
+) -> None:
+    """As `docs/composition.md` says; in TRL it is on by default."""
+    options: dict[str, Any] = {name: False}
+    config = trl.SFTConfig(output_dir=str(tmp_path), bf16=False, **options)
+    assert not config.gradient_checkpointing
+
+
 def test_the_default_names_gradient_checkpointing(tmp_path: Path) -> None:
     """`SFTConfig` switches it on by default; the error says how it is switched off."""
     assert trl.SFTConfig(output_dir=str(tmp_path), bf16=False).gradient_checkpointing
