@@ -41,9 +41,17 @@ from meft.reversible.kernels import Kernels
 from meft.reversible.probe import Probe, warning_text
 from meft.reversible.rng import draw_seed
 from meft.reversible.stack import run_rebuilt
-from meft.reversible.twin import Stack, Streams, enter, read, run
+from meft.reversible.twin import (
+    Nested,
+    Stack,
+    Streams,
+    enter,
+    read,
+    run,
+    take_apart,
+)
 from meft.reversible.variants import Rule, couplings, fresh_stream
-from meft.reversible.watch import Repeatable, Watch
+from meft.reversible.watch import Outside, Repeatable, Watch
 from meft.shapes import Hidden
 from meft.trainable import has_peft_layers, warn_if_frozen
 from meft.transfer import Ledger
@@ -110,9 +118,14 @@ class ReversibleBlocks(nn.Module):
         out, which is run twice."""
         self._num_blocks = len(blocks)
         self._repeatable: Repeatable = {}
+        self._outside: Outside = {}
         self._first_step_is_over = False
         self._had_peft_layers = has_peft_layers(self)
         self._has_warned_of_frozen = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was found out about this model: a copy finds out for itself."""
+        return {**self.__dict__, "_repeatable": {}, "_outside": {}}
 
     def __len__(self) -> int:
         return self._num_blocks
@@ -157,30 +170,36 @@ class ReversibleBlocks(nn.Module):
         for block in blocks[:first]:
             hidden = block(hidden, *args, **kwargs)
 
-        context = {n: t for n, t in call.items() if _wants_gradient(t)}
-        others = {n: value for n, value in call.items() if n not in context}
+        context, nested, others = take_apart(call)
         seed = draw_seed() if self.training else None
         cached = others.get("past_key_values") is not None
+        is_rerun = False
         while True:
             dtype = torch.int64 if cached else self.stream_dtype
             arithmetic = self._arithmetic(hidden, dtype)
             extremes = Extremes(arithmetic)
-            make = partial(self._stack, others, arithmetic, seed)
+            make = partial(self._stack, others, nested, arithmetic, seed)
             lower, upper = make(first, end), make(end, len(blocks))
             if (
                 torch.is_grad_enabled()
                 and self.backward_pass == "rebuild"
                 and not cached
             ):
+                watch = self._watch(arithmetic, call)
                 streams = run_rebuilt(
                     lower,
                     hidden,
                     context,
-                    self._watch(arithmetic, call),
+                    watch,
                     extremes,
                     self.reversible.on_mismatch,
                     self.ledger if self.reversible.side_buffer == "host" else None,
                 )
+                if watch.found_outside and not is_rerun:
+                    # Once more, with these parameters as inputs. (Parameters that are
+                    # made anew in every run cannot be: the backward refuses them.)
+                    is_rerun = True
+                    continue
             else:
                 entered = enter(lower, hidden, extremes)
                 streams = run(lower, entered, context, extremes)
@@ -272,6 +291,7 @@ class ReversibleBlocks(nn.Module):
     def _stack(
         self,
         call: Mapping[str, Any],
+        nested: Nested,
         arithmetic: Arithmetic,
         seed: int | None,
         first: int,
@@ -291,6 +311,7 @@ class ReversibleBlocks(nn.Module):
             arithmetic=arithmetic,
             seed=seed,
             num_chunks=self.reversible.mlp_chunks,
+            nested=nested,
         )
 
     def _watch(self, arithmetic: Arithmetic, call: Mapping[str, Any]) -> Watch:
@@ -305,7 +326,9 @@ class ReversibleBlocks(nn.Module):
                     _warn_if_lost(self.reversible, probe, dtype)
 
             probe = Probe(when_done=report)
-        return Watch(exact, self._repeatable, _kind_of(call), probe)
+        return Watch(
+            exact, self._repeatable, _kind_of(call), probe, outside=self._outside
+        )
 
     def _read_out(
         self,
@@ -327,10 +350,6 @@ class ReversibleBlocks(nn.Module):
         if self.family.is_post_norm(self.blocks[-1]):
             return (out + stale) / 2
         return out + STALE_WEIGHT * stale
-
-
-def _wants_gradient(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _kind_of(call: Mapping[str, Any]) -> tuple[Any, ...]:
