@@ -57,6 +57,8 @@ from meft.trainable import has_peft_layers, warn_if_frozen
 from meft.transfer import Ledger
 from meft.transforms import refuse_func, refuse_recording
 
+_LEFT_EMPTY = "_left_empty_by_a_reversible_model"
+"""Attribute of a cache that a training forward was given and did not fill."""
 STALE_WEIGHT = 0.1
 """Of the other stream in the read-out of pre-norm `float` stacks."""
 CHECKPOINTING_IS_ON = (
@@ -250,6 +252,14 @@ class ReversibleBlocks(nn.Module):
         if self.training and torch.is_grad_enabled():
             self._warn_if_frozen()
         cache = call.get("past_key_values")
+        if getattr(cache, _LEFT_EMPTY, False):
+            raise UnsupportedCallError(
+                "these `past_key_values` were given to a reversible model in training "
+                "before, which left them empty: the tokens of that call would be "
+                "missing. To train on a text in segments, call `model.eval()`: then "
+                "caches are filled, gradients flow, and there is no dropout. Otherwise "
+                "train without a cache, on whole texts, or pass a new cache"
+            )
         if cache is not None and self.training and torch.is_grad_enabled():
             if cache.get_seq_length() > 0:
                 raise UnsupportedCallError(
@@ -259,6 +269,7 @@ class ReversibleBlocks(nn.Module):
                 )
             # transformers makes an empty one unless told `use_cache=False`.
             call["past_key_values"] = None
+            setattr(cache, _LEFT_EMPTY, True)
         return call
 
     def _warn_if_frozen(self) -> None:
