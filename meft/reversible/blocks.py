@@ -157,8 +157,8 @@ class ReversibleBlocks(nn.Module):
     def streams(
         self, hidden_states: Hidden, *args: Any, **kwargs: Any
     ) -> tuple[Stack, Streams, list[Coupling], Tensor | None]:
-        """Both streams after the top block, the rebuilt stack, all couplings, and
-        whether every value was finite (None where the streams show it).
+        """Both streams after the top block, the rebuilt stack, all couplings, and for
+        each row whether every value was finite (None where the streams show it).
 
         Raises:
             UnsupportedCallError: a block gives numbers that `fixed` streams of 64 bits
@@ -354,7 +354,8 @@ class ReversibleBlocks(nn.Module):
         if finite is not None:
             # Streams clamp; this is how a loss scaler gets to see an overflow.
             zero = out.new_zeros(())
-            out.add_(torch.where(finite, zero, zero + torch.nan))
+            added = torch.where(finite, zero, zero + torch.nan)
+            out.add_(added.view(-1, *[1] * (out.dim() - 1)))
         if self.reversible.arithmetic == "fixed":
             return out
         stale = read(stack, pair[1 - fresh])
