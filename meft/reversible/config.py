@@ -59,8 +59,10 @@ class ReversibleConfig:
     `ReversibleBlocks.ledger` counts the bytes."""
     on_mismatch: str = "raise"
     """`fixed` only: what to do if a branch gave other bits in the backward. `raise`;
-    `skip`: no gradients for this batch, and a warning; `redo`: compute them with stored
-    activations, and a warning (keeps the input of the stack for that)."""
+    `skip`: this batch gives the stack and what is below it no gradients, and a warning
+    (a task head above keeps its own, which autograd has computed before); `redo`:
+    compute them with stored activations, and a warning (keeps the input of the stack
+    for that)."""
 
     def __post_init__(self) -> None:
         one_of("variant", self.variant, PAPER_SCALES)

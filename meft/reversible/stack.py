@@ -61,8 +61,8 @@ def run_rebuilt(
         watch: looks on in the forward and in the backward.
         extremes: of the forward.
         on_mismatch: what the backward does if it has not met what the forward saw:
-            `raise`, `skip` (give no gradients, warn) or `redo` (compute them with
-            stored activations, warn; `hidden` is kept for that).
+            `raise`, `skip` (give no gradients from here on down, warn) or `redo`
+            (compute them with stored activations, warn; `hidden` is kept for that).
         host_ledger: if given, what has to be kept waits in host memory, and this counts
             the bytes.
     """
@@ -86,9 +86,12 @@ def run_rebuilt(
 
 _RAISED = (
     "`on_mismatch='redo'` computes such a step again with stored activations, "
-    "`on_mismatch='skip'` leaves it out."
+    "`on_mismatch='skip'` gives the stack and what is below it no gradients."
 )
-_SKIPPED = "This batch gives no gradients (`on_mismatch='skip'`)."
+_SKIPPED = (
+    "This batch gives no gradients to this stack and to what is below it; what is "
+    "above it, as a task head, has its own (`on_mismatch='skip'`)."
+)
 _REDONE = (
     "The gradients of this batch were computed again with stored activations "
     "(`on_mismatch='redo'`)."

@@ -460,6 +460,23 @@ def test_layerdrop_is_refused(case: Case, side: str) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("is_copied", [False, True])
+@cases("OPTForCausalLM", "BartModel")
+def test_layerdrop_that_is_set_later_is_refused(case: Case, is_copied: bool) -> None:
+    """Before anything is left out, in training: evaluation leaves out nothing."""
+    model = reversible(case)
+    if is_copied:
+        model = copy.deepcopy(model)
+    decoder: Any = model.get_decoder()
+    decoder.layerdrop = 1.0
+    for _ in range(2):
+        with pytest.raises(meft.UnsupportedCallError, match="was set to 1"):
+            model(**case.batch())
+    model.eval()(**case.batch())
+    decoder.layerdrop = 0.0
+    model.train()(**case.batch())
+
+
 @cases("BertModel", "RobertaModel")
 def test_a_decoder_bert_is_refused(case: Case) -> None:
     """Its blocks hold a cache and cross-attention, which the halves leave out."""
