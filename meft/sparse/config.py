@@ -38,7 +38,9 @@ class SparseConfig:
     rows are float32 always. None takes the backbone's."""
     device_bytes: int = 2**30
     """What rows and their gradients may take on the device, of all blocks together:
-    seven eighths for the cache, the rest for the rows that are being computed with."""
+    seven eighths for the cache, the rest for the rows that are being computed with. If
+    that eighth does not hold what a batch chose in a block, rows are computed with a
+    piece at a time, and sums over pieces round differently."""
     cache: str = "steps"
     """How long a row stays on the device: `off`, only while it is computed with, so its
     gradient travels at once; `window`, until the next optimizer step; `steps`, for as
