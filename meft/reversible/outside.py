@@ -16,7 +16,7 @@ unknown to it:
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -92,9 +92,15 @@ def newest_node() -> int:
 
 
 class Exits:
-    """Runs branches with a graph that holds no activations."""
+    """Runs branches with a graph that holds no activations.
 
-    def __init__(self) -> None:
+    Args:
+        sources: what the gradient of a kept activation would flow to. A backward pass
+            to one of these (`torch.autograd.grad`) reaches the graph, too.
+    """
+
+    def __init__(self, sources: Sequence[Tensor]) -> None:
+        self._sources = sources
         self._token: _Token | None = None
 
     @contextlib.contextmanager
@@ -111,8 +117,8 @@ class Exits:
         """`x` at the start of such a graph."""
         if not wants_gradient:
             return x.detach()
-        out: Tensor = _Entrance.apply(x.detach().requires_grad_(), self._token)  # type: ignore[no-untyped-call]
-        return out
+        out: Tensor = _Entrance.apply(self._token, x.detach(), *self._sources)  # type: ignore[no-untyped-call]
+        return out if out.requires_grad else out.requires_grad_()
 
     def used(self) -> bool:
         """Whether any tensor with such a graph is still referred to."""
@@ -127,7 +133,7 @@ class _Token:
 
 class _Entrance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: _Token) -> Tensor:
+    def forward(ctx: Any, token: _Token, x: Tensor, *sources: Tensor) -> Tensor:
         ctx.token = token
         return x.view_as(x)
 

@@ -117,7 +117,7 @@ class _Rebuild(torch.autograd.Function):
                 call.watch.before(stack, index, target)
                 x = stack.arithmetic.read(source)
                 wants_input = ctx.needs_input_grad[2] or index > 0
-                value = call.value(coupling, x, context, wants_input)
+                value = call.value(coupling, x, context, wants_input, (hidden, *inputs))
                 lost = stack.arithmetic.couple_(target, source, value, coupling)
                 extremes.note(coupling.block, value, target)
                 kept.append(call.put_away(lost))
@@ -531,7 +531,12 @@ class _Call:
             yield
 
     def value(
-        self, coupling: Coupling, x: Tensor, context: Context, wants_input: bool
+        self,
+        coupling: Coupling,
+        x: Tensor,
+        context: Context,
+        wants_input: bool,
+        sources: Sequence[Tensor] = (),
     ) -> Tensor:
         """What a branch gives for `x`, without a graph."""
         return self.watch.value(
@@ -543,6 +548,7 @@ class _Call:
             self.kernels,
             self.state.trainable_of(coupling),
             self.state.has_hooks(coupling),
+            sources,
         )
 
     def refuse_outside(

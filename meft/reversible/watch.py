@@ -132,6 +132,7 @@ class Watch:
         kernels: Kernels,
         own: Sequence[Tensor],
         has_hooks: bool,
+        sources: Sequence[Tensor],
     ) -> Tensor:
         """What a branch gives, without a graph, in bits that the backward will meet.
 
@@ -144,6 +145,7 @@ class Watch:
             kernels: what decides which kernels run.
             own: the parameters that the branch is known to use.
             has_hooks: whether modules inside have forward hooks.
+            sources: what a gradient of the branch may flow to.
         """
         training = stack.seed is not None
         key: tuple[Any, ...] = (coupling.number, x.shape, x.dtype, kernels, training)
@@ -155,7 +157,7 @@ class Watch:
             may_drop_graph = False if was_tried else self._repeatable.get(key)
         if may_drop_graph:
             return stack.value(coupling, x, context)
-        exits = Exits()
+        exits = Exits(sources)
 
         def graded() -> Tensor:
             value, leaves = _graded(

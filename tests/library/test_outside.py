@@ -312,6 +312,23 @@ def test_a_loss_of_a_kept_activation_is_refused(how: str, is_added: bool) -> Non
     assert_same(gradients(model, batch()), expected)
 
 
+def test_a_kept_activation_is_refused_for_chosen_parameters() -> None:
+    """`torch.autograd.grad` runs only what leads to the tensors it is given: also then
+    the gradient of the kept activation is not left out."""
+    model, activation = keeping("hook")
+    model.get_input_embeddings().requires_grad_(True)
+    stack = only_stack(model)
+    for tensor in (
+        stack.adapters_of(0)["feed_forward"].get_parameter("up.weight"),
+        model.get_input_embeddings().weight,
+    ):
+        loss = model(**batch()).loss
+        auxiliary = activation().pow(2).mean()
+        for total in (auxiliary, loss + auxiliary):
+            with pytest.raises(meft.UnsupportedCallError, match="kept by a hook"):
+                torch.autograd.grad(total, tensor, retain_graph=True)
+
+
 def test_a_kept_activation_without_saved_tensors_is_refused() -> None:
     """The sum of a residual needs no saved tensor to be differentiated: the path to the
     streams ends in an error all the same."""
