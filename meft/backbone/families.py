@@ -5,7 +5,7 @@ on a family is supported, and so is every part of a model that has blocks of one
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,7 +17,7 @@ from meft.backbone.llama import LLAMA, MISTRAL
 from meft.backbone.opt import OPT
 from meft.backbone.parallel import NAME
 from meft.backbone.vit import DEIT, VIT
-from meft.errors import UnsupportedModelError
+from meft.errors import UnsupportedCallError, UnsupportedModelError
 
 FAMILIES = (
     BERT,
@@ -47,6 +47,11 @@ NEW_HEADS = (
 )
 """Attributes that hold a task head without pre-trained weights, which must train.
 Poolers and language-model heads are pre-trained and stay frozen."""
+_DROPS_BLOCKS = (
+    "its loop drops whole blocks at random (`layerdrop` above 0), which a stack that "
+    "runs as one cannot do"
+)
+"""A part of error messages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +144,20 @@ def is_checkpointing(model: nn.Module) -> bool:
     return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
+def refuse_layerdrop(owner: Any, args: tuple[Any, ...]) -> None:
+    """Refuse a `layerdrop` that was set after the conversion: the loop of `owner` would
+    leave out all blocks at once. A forward pre-hook.
+
+    Raises:
+        UnsupportedCallError: `owner` is in training mode and has a `layerdrop`.
+    """
+    if owner.training and owner.layerdrop > 0:
+        raise UnsupportedCallError(
+            f"`layerdrop` of this {type(owner).__name__} was set to {owner.layerdrop} "
+            f"after the conversion: {_DROPS_BLOCKS}. Set it back to 0"
+        )
+
+
 def _refuse_compiled(model: nn.Module, families: dict[type[nn.Module], Family]) -> None:
     for module in model.modules():
         plain = getattr(module, "_orig_mod", None)  # of what `torch.compile` returns
@@ -156,10 +175,7 @@ def _refuse(
 ) -> None:
     reasons = [family.refuse(block) for block in blocks]
     if cast(float, getattr(owner, "layerdrop", 0.0)) > 0:
-        reasons.append(
-            "its loop drops whole blocks at random (`layerdrop` above 0), which a "
-            "stack that runs as one cannot do: set it to 0 in the config"
-        )
+        reasons.append(f"{_DROPS_BLOCKS}: set it to 0 in the config")
     reason = next((reason for reason in reasons if reason), None)
     if reason is not None:
         raise UnsupportedModelError(

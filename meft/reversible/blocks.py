@@ -41,14 +41,24 @@ from meft.reversible.kernels import Kernels
 from meft.reversible.probe import Probe, warning_text
 from meft.reversible.rng import draw_seed
 from meft.reversible.stack import run_rebuilt
-from meft.reversible.twin import Stack, Streams, enter, read, run
+from meft.reversible.twin import (
+    Nested,
+    Stack,
+    Streams,
+    enter,
+    read,
+    run,
+    take_apart,
+)
 from meft.reversible.variants import Rule, couplings, fresh_stream
-from meft.reversible.watch import Repeatable, Watch
+from meft.reversible.watch import Outside, Repeatable, Watch
 from meft.shapes import Hidden
 from meft.trainable import has_peft_layers, warn_if_frozen
 from meft.transfer import Ledger
 from meft.transforms import refuse_func, refuse_recording
 
+_LEFT_EMPTY = "_left_empty_by_a_reversible_model"
+"""Attribute of a cache that a training forward was given and did not fill."""
 STALE_WEIGHT = 0.1
 """Of the other stream in the read-out of pre-norm `float` stacks."""
 CHECKPOINTING_IS_ON = (
@@ -110,9 +120,14 @@ class ReversibleBlocks(nn.Module):
         out, which is run twice."""
         self._num_blocks = len(blocks)
         self._repeatable: Repeatable = {}
+        self._outside: Outside = {}
         self._first_step_is_over = False
         self._had_peft_layers = has_peft_layers(self)
         self._has_warned_of_frozen = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was found out about this model: a copy finds out for itself."""
+        return {**self.__dict__, "_repeatable": {}, "_outside": {}}
 
     def __len__(self) -> int:
         return self._num_blocks
@@ -142,8 +157,8 @@ class ReversibleBlocks(nn.Module):
     def streams(
         self, hidden_states: Hidden, *args: Any, **kwargs: Any
     ) -> tuple[Stack, Streams, list[Coupling], Tensor | None]:
-        """Both streams after the top block, the rebuilt stack, all couplings, and
-        whether every value was finite (None where the streams show it).
+        """Both streams after the top block, the rebuilt stack, all couplings, and for
+        each row whether every value was finite (None where the streams show it).
 
         Raises:
             UnsupportedCallError: a block gives numbers that `fixed` streams of 64 bits
@@ -157,30 +172,36 @@ class ReversibleBlocks(nn.Module):
         for block in blocks[:first]:
             hidden = block(hidden, *args, **kwargs)
 
-        context = {n: t for n, t in call.items() if _wants_gradient(t)}
-        others = {n: value for n, value in call.items() if n not in context}
+        context, nested, others = take_apart(call)
         seed = draw_seed() if self.training else None
         cached = others.get("past_key_values") is not None
+        is_rerun = False
         while True:
             dtype = torch.int64 if cached else self.stream_dtype
             arithmetic = self._arithmetic(hidden, dtype)
             extremes = Extremes(arithmetic)
-            make = partial(self._stack, others, arithmetic, seed)
+            make = partial(self._stack, others, nested, arithmetic, seed)
             lower, upper = make(first, end), make(end, len(blocks))
             if (
                 torch.is_grad_enabled()
                 and self.backward_pass == "rebuild"
                 and not cached
             ):
+                watch = self._watch(arithmetic, call)
                 streams = run_rebuilt(
                     lower,
                     hidden,
                     context,
-                    self._watch(arithmetic, call),
+                    watch,
                     extremes,
                     self.reversible.on_mismatch,
                     self.ledger if self.reversible.side_buffer == "host" else None,
                 )
+                if watch.found_outside and not is_rerun:
+                    # Once more, with these parameters as inputs. (Parameters that are
+                    # made anew in every run cannot be: the backward refuses them.)
+                    is_rerun = True
+                    continue
             else:
                 entered = enter(lower, hidden, extremes)
                 streams = run(lower, entered, context, extremes)
@@ -231,6 +252,14 @@ class ReversibleBlocks(nn.Module):
         if self.training and torch.is_grad_enabled():
             self._warn_if_frozen()
         cache = call.get("past_key_values")
+        if getattr(cache, _LEFT_EMPTY, False):
+            raise UnsupportedCallError(
+                "these `past_key_values` were given to a reversible model in training "
+                "before, which left them empty: the tokens of that call would be "
+                "missing. To train on a text in segments, call `model.eval()`: then "
+                "caches are filled, gradients flow, and there is no dropout. Otherwise "
+                "train without a cache, on whole texts, or pass a new cache"
+            )
         if cache is not None and self.training and torch.is_grad_enabled():
             if cache.get_seq_length() > 0:
                 raise UnsupportedCallError(
@@ -240,6 +269,7 @@ class ReversibleBlocks(nn.Module):
                 )
             # transformers makes an empty one unless told `use_cache=False`.
             call["past_key_values"] = None
+            setattr(cache, _LEFT_EMPTY, True)
         return call
 
     def _warn_if_frozen(self) -> None:
@@ -272,6 +302,7 @@ class ReversibleBlocks(nn.Module):
     def _stack(
         self,
         call: Mapping[str, Any],
+        nested: Nested,
         arithmetic: Arithmetic,
         seed: int | None,
         first: int,
@@ -291,6 +322,7 @@ class ReversibleBlocks(nn.Module):
             arithmetic=arithmetic,
             seed=seed,
             num_chunks=self.reversible.mlp_chunks,
+            nested=nested,
         )
 
     def _watch(self, arithmetic: Arithmetic, call: Mapping[str, Any]) -> Watch:
@@ -305,7 +337,9 @@ class ReversibleBlocks(nn.Module):
                     _warn_if_lost(self.reversible, probe, dtype)
 
             probe = Probe(when_done=report)
-        return Watch(exact, self._repeatable, _kind_of(call), probe)
+        return Watch(
+            exact, self._repeatable, _kind_of(call), probe, outside=self._outside
+        )
 
     def _read_out(
         self,
@@ -320,17 +354,14 @@ class ReversibleBlocks(nn.Module):
         if finite is not None:
             # Streams clamp; this is how a loss scaler gets to see an overflow.
             zero = out.new_zeros(())
-            out.add_(torch.where(finite, zero, zero + torch.nan))
+            added = torch.where(finite, zero, zero + torch.nan)
+            out.add_(added.view(-1, *[1] * (out.dim() - 1)))
         if self.reversible.arithmetic == "fixed":
             return out
         stale = read(stack, pair[1 - fresh])
         if self.family.is_post_norm(self.blocks[-1]):
             return (out + stale) / 2
         return out + STALE_WEIGHT * stale
-
-
-def _wants_gradient(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _kind_of(call: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -5,7 +5,12 @@ from typing import TypeVar
 
 from torch import nn
 
-from meft.backbone.families import BlockList, find_blocks, is_checkpointing
+from meft.backbone.families import (
+    BlockList,
+    find_blocks,
+    is_checkpointing,
+    refuse_layerdrop,
+)
 from meft.backbone.parallel import NAME
 from meft.bottleneck import Bottleneck, wide_dtype
 from meft.errors import ConfigError, UnsupportedModelError
@@ -65,6 +70,8 @@ def make_reversible(model: Model, config: ReversibleConfig) -> Model:
     for found in lists:
         stack = _stack(found, config)
         setattr(found.owner, found.attribute, stack.train(model.training))
+        if hasattr(found.owner, "layerdrop"):
+            found.owner.register_forward_pre_hook(refuse_layerdrop)
     add_saving(model, ReversibleBlocks)
     return model
 

@@ -2,14 +2,15 @@
 
 Integer streams have a range. A value beyond it is clamped and a sum beyond it wraps
 around: the coupling can still be undone, but the numbers are wrong. So the forward
-keeps the extremes of every value and of every stream, four scalars a coupling that stay
-on the device, and decides at its end:
+keeps the extremes of every value and of every stream, per row of the batch, four
+scalars a row and coupling that stay on the device, and decides at its end:
 
 * Everything fits if no value exceeds the limit of one addition and no stream reaches
   twice that: then nothing was clamped, and no sum or difference has wrapped around.
-* An infinity or a not-a-number is an overflow of the backbone itself. The output of the
-  stack becomes not-a-number, which a loss scaler expects, and whatever follows it does
-  not count as too large.
+* An infinity or a not-a-number is an overflow of the backbone itself. The row's output
+  of the stack becomes not-a-number, which a loss scaler expects, and whatever follows
+  in the row does not count as too large. Rows do not read each other, so the others are
+  what they would be without it.
 
 The host waits for one value a forward, that of `fit`.
 """
@@ -23,6 +24,8 @@ from meft.reversible.coupling import Arithmetic
 
 
 class _Seen(NamedTuple):
+    """Each has one element per row of the batch."""
+
     least: Tensor
     greatest: Tensor
     lowest: Tensor
@@ -47,18 +50,19 @@ class Extremes:
 
         Args:
             block: index in the model.
-            value: what the block gave, or the input of the stack.
-            stream: the stream after the addition.
+            value: what the block gave, or the input of the stack; rows come first.
+            stream: the stream after the addition, of the same shape.
         """
         if self._limit is None:
             return
         self._blocks.append(block)
-        # A tensor with a not-a-number has no other extremes.
-        self._seen.append(_Seen(*value.detach().aminmax(), *stream.aminmax()))
+        # A row with a not-a-number has no other extremes.
+        self._seen.append(_Seen(*_of_rows(value.detach()), *_of_rows(stream)))
 
     def finite(self) -> Tensor | None:
-        """Whether every value was finite, on the device; None for streams of floats."""
-        return self._finite().all() if self._seen else None
+        """Whether every value of a row was finite, on the device, for each row; None
+        for streams of floats."""
+        return self._finite().all(0) if self._seen else None
 
     def fit(self) -> bool:
         """Whether every number fitted into its stream. Waits for the device."""
@@ -72,9 +76,11 @@ class Extremes:
             fitted and the sum in the stream did not.
         """
         assert self._limit is not None
-        index = int(self._too_large().int().argmax())
-        seen = self._seen[index]
-        greatest = max(-float(seen.least), float(seen.greatest))
+        rows = self._too_large()
+        index = int(rows.any(1).int().argmax())
+        seen, row = self._seen[index], rows[index]
+        values = torch.stack([-seen.least[row], seen.greatest[row]])
+        greatest = float(values.max())
         return self._blocks[index], greatest if greatest > self._limit[0] else None
 
     def _finite(self) -> Tensor:
@@ -82,7 +88,8 @@ class Extremes:
         return least.isfinite() & greatest.isfinite()
 
     def _too_large(self) -> Tensor:
-        """Per value, whether it or its stream did not fit, all before being finite."""
+        """Per value and row, whether it or its stream did not fit, all before in the
+        row being finite."""
         assert self._limit is not None
         least, greatest, lowest, highest = self._stacked()
         value, stream = self._limit
@@ -92,3 +99,12 @@ class Extremes:
 
     def _stacked(self) -> list[Tensor]:
         return [torch.stack(list(column)) for column in zip(*self._seen, strict=True)]
+
+
+def _of_rows(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest element of every row."""
+    rows = tensor.flatten(1)
+    if rows.is_cuda:
+        return torch.aminmax(rows, dim=1)
+    # On a CPU torch's `aminmax(dim=...)` takes four times as long as both of these.
+    return rows.amin(1), rows.amax(1)

@@ -35,6 +35,7 @@ from meft.reversible.gradients import (
     keep_hooks_for_whole_gradients,
 )
 from meft.reversible.kernels import Kernels
+from meft.reversible.outside import has_forward_hooks, leaves_of, refuse_late
 from meft.reversible.twin import Stack, Stream, Streams, carrier_like
 from meft.reversible.watch import Watch
 from meft.shapes import Hidden
@@ -60,12 +61,13 @@ def run_rebuilt(
         watch: looks on in the forward and in the backward.
         extremes: of the forward.
         on_mismatch: what the backward does if it has not met what the forward saw:
-            `raise`, `skip` (give no gradients, warn) or `redo` (compute them with
-            stored activations, warn; `hidden` is kept for that).
+            `raise`, `skip` (give no gradients from here on down, warn) or `redo`
+            (compute them with stored activations, warn; `hidden` is kept for that).
         host_ledger: if given, what has to be kept waits in host memory, and this counts
             the bytes.
     """
-    state = _State.of(stack)
+    outside = {c.number: watch.outside_of(c) for c in stack.couplings}
+    state = _State.of(stack, outside)
     call = _Call(
         stack=stack,
         names=tuple(context),
@@ -84,9 +86,12 @@ def run_rebuilt(
 
 _RAISED = (
     "`on_mismatch='redo'` computes such a step again with stored activations, "
-    "`on_mismatch='skip'` leaves it out."
+    "`on_mismatch='skip'` gives the stack and what is below it no gradients."
 )
-_SKIPPED = "This batch gives no gradients (`on_mismatch='skip'`)."
+_SKIPPED = (
+    "This batch gives no gradients to this stack and to what is below it; what is "
+    "above it, as a task head, has its own (`on_mismatch='skip'`)."
+)
 _REDONE = (
     "The gradients of this batch were computed again with stored activations "
     "(`on_mismatch='redo'`)."
@@ -112,9 +117,7 @@ class _Rebuild(torch.autograd.Function):
                 call.watch.before(stack, index, target)
                 x = stack.arithmetic.read(source)
                 wants_input = ctx.needs_input_grad[2] or index > 0
-                value = call.watch.value(
-                    stack, coupling, x, context, wants_input, call.kernels
-                )
+                value = call.value(coupling, x, context, wants_input, (hidden, *inputs))
                 lost = stack.arithmetic.couple_(target, source, value, coupling)
                 extremes.note(coupling.block, value, target)
                 kept.append(call.put_away(lost))
@@ -296,16 +299,16 @@ def _recompute(
     """
     if dy is None:
         with call.kernels.entered():
-            value = call.watch.value(
-                call.stack, coupling, x, beside, wants_x, call.kernels
-            )
+            value = call.value(coupling, x, beside, wants_x)
         return value, None
     stack, tokenwise = call.stack, coupling.branch.tokenwise
     x.requires_grad_(wants_x)
     with call.recomputing():
         mixed = stack.mixed(coupling, x, beside)
+    own = [*beside.values(), *call.state.trainable_of(coupling)]
+    call.refuse_outside(coupling, mixed, [x, *own])
     pull = _prepare_mixed(call, coupling, mixed, beside, gradients)
-    parameters = call.state.trainable_in(tokenwise)
+    parameters = call.state.trainable_in(tokenwise, coupling)
     outputs: list[Tensor] = []
     pulled: list[Tensor | None] = []
     # From the last chunk to the first, as autograd does for the twin.
@@ -315,6 +318,7 @@ def _recompute(
         chunk = chunks[index].detach().requires_grad_(mixed.requires_grad)
         with call.recomputing():
             output = stack.tokenwise(coupling, chunk, index)
+        call.refuse_outside(coupling, output, [chunk, *own])
         chunk_pull = gradients.prepare([output], parameters)
         pulled.insert(0, gradients.pull(chunk_pull, chunk, [slices[index]]))
         outputs.insert(0, output.detach())
@@ -347,8 +351,8 @@ def _prepare_mixed(
     if coupling.branch.mixing is None:
         return None
     others = [t for t in beside.values() if t.requires_grad]
-    others += call.state.trainable_in(coupling.branch.mixing)
-    meanwhile = call.state.trainable_in(coupling.branch.tokenwise)
+    others += call.state.trainable_in(coupling.branch.mixing, coupling)
+    meanwhile = call.state.trainable_in(coupling.branch.tokenwise, coupling)
     return gradients.prepare([mixed], others, meanwhile)
 
 
@@ -390,15 +394,19 @@ class _State:
 
     tensors: dict[int, list[Tensor]]
     """Of each module that a branch uses, by its id."""
+    outside: dict[int, list[Tensor]]
+    """Parameters of other modules that a branch uses, by the coupling's number."""
     seen: list[_Tensor]
     """All of these."""
+    with_hooks: set[int]
+    """Ids of the keys of `tensors` inside which there are forward hooks."""
     training: list[tuple[nn.Module, bool]]
     """The flag of every module inside."""
     attention: list[str]
     """transformers' names of the implementations of attention inside."""
 
     @classmethod
-    def of(cls, stack: Stack) -> "_State":
+    def of(cls, stack: Stack, outside: dict[int, list[Tensor]]) -> "_State":
         """As they are now."""
         branches = (coupling.branch for coupling in stack.couplings)
         parts = (part for b in branches for part in (b.mixing, b.tokenwise) if part)
@@ -409,7 +417,13 @@ class _State:
         kinds = (getattr(config, "_attn_implementation", None) for config in configs)
         return cls(
             tensors=tensors,
-            seen=[_Tensor.of(t) for ts in tensors.values() for t in ts],
+            outside=outside,
+            seen=[
+                _Tensor.of(t)
+                for ts in (*tensors.values(), *outside.values())
+                for t in ts
+            ],
+            with_hooks={key for key in modules if has_forward_hooks(modules[key])},
             training=[(module, module.training) for module in every],
             attention=list(dict.fromkeys(kind for kind in kinds if kind is not None)),
         )
@@ -428,13 +442,33 @@ class _State:
 
     def trainable(self) -> list[Tensor]:
         """The parameters that want a gradient, each once."""
-        every = (t for tensors in self.tensors.values() for t in tensors)
+        every = (
+            t
+            for tensors in (*self.tensors.values(), *self.outside.values())
+            for t in tensors
+        )
         return list({id(t): t for t in every if t.requires_grad}.values())
 
-    def trainable_in(self, part: Part | None) -> list[Tensor]:
-        """Those of one part of a branch."""
-        modules = () if part is None else part.modules
-        return [t for m in modules for t in self.tensors[id(m)] if t.requires_grad]
+    def trainable_in(self, part: Part | None, coupling: Coupling) -> list[Tensor]:
+        """Those that one part of the branch of `coupling` may use."""
+        if part is None:
+            return []
+        own = [t for m in part.modules for t in self.tensors[id(m)] if t.requires_grad]
+        return own + self.outside[coupling.number]
+
+    def trainable_of(self, coupling: Coupling) -> list[Tensor]:
+        """Those that the branch of `coupling` may use."""
+        branch = coupling.branch
+        return [
+            tensor
+            for part in (branch.mixing, branch.tokenwise)
+            for tensor in self.trainable_in(part, coupling)
+        ]
+
+    def has_hooks(self, coupling: Coupling) -> bool:
+        """Whether there are forward hooks inside the branch of `coupling`."""
+        parts = (coupling.branch.mixing, coupling.branch.tokenwise)
+        return any(id(m) in self.with_hooks for p in parts if p for m in p.modules)
 
 
 def _tensors_of(modules: Sequence[nn.Module]) -> list[Tensor]:
@@ -496,12 +530,46 @@ class _Call:
         with torch.enable_grad(), self.kernels.entered():
             yield
 
+    def value(
+        self,
+        coupling: Coupling,
+        x: Tensor,
+        context: Context,
+        wants_input: bool,
+        sources: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """What a branch gives for `x`, without a graph."""
+        return self.watch.value(
+            self.stack,
+            coupling,
+            x,
+            context,
+            wants_input,
+            self.kernels,
+            self.state.trainable_of(coupling),
+            self.state.has_hooks(coupling),
+            sources,
+        )
+
+    def refuse_outside(
+        self, coupling: Coupling, output: Tensor, own: Sequence[Tensor]
+    ) -> None:
+        """Refuse a recomputed graph that ends in a leaf that is not an input of the
+        autograd function, which could not return its gradient."""
+        leaves = leaves_of(output, own, coupling.block)
+        if leaves:
+            self.watch.look_again()
+            refuse_late(leaves[0], coupling.block)
+
+    def _state_now(self) -> _State:
+        return _State.of(self.stack, self.state.outside)
+
     def context(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self.names, inputs, strict=False))
 
     def refuse_changed_state(self) -> None:
         """The recompute would use weights or buffers that the forward did not."""
-        seen, now = self.state.seen, _State.of(self.stack).seen
+        seen, now = self.state.seen, self._state_now().seen
         if seen == now:
             return
         pairs = zip(seen, now, strict=False)
@@ -521,7 +589,7 @@ class _Call:
     def changes(self, device: torch.device) -> str:
         """What else is known to have changed since the forward, as a sentence."""
         changed = self.kernels.changed(Kernels.current(device))
-        before, now = self.state.attention, _State.of(self.stack).attention
+        before, now = self.state.attention, self._state_now().attention
         if before != now:
             changed.append(
                 f"the implementation of attention from {', '.join(before)} to "

@@ -4,18 +4,23 @@ With `fixed` streams the inverse is exact if every branch gives the same bits ag
 Three things see to it:
 
 * before a branch is first used at a shape and dtype it is run with and without grad;
-  if the bits differ, its forwards run with grad from then on, graph dropped; if they
-  differ from one run to the next, it is refused;
+  if the bits differ, or if something keeps a tensor of the branch, its forwards run
+  with grad from then on, with a graph that holds nothing (`outside`); if they differ
+  from one run to the next, it is refused;
 * a checksum of every stream before it changes is kept, 8 bytes a coupling, and compared
   with that of the rebuilt one, so that a fault is found where it happens;
 * at the bottom both streams must meet, element by element.
+
+With forward hooks inside, which may keep tensors at any time, forwards always run with
+grad. Whenever a forward runs with grad, parameters are looked for that are used in the
+branch and do not belong to its modules.
 
 Comparisons stay on the device; one flag is read at the end of the backward. With
 `floating` streams there is nothing to compare exactly, and a `Probe` may look on.
 """
 
-from collections.abc import Hashable
-from typing import Any, NoReturn
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +28,16 @@ from torch import Tensor
 from meft.errors import ReconstructionError, UnsupportedCallError
 from meft.reversible.coupling import Context, Coupling
 from meft.reversible.kernels import Kernels
+from meft.reversible.outside import Exits, Parameters, leaves_of, newest_node
 from meft.reversible.probe import Probe
 from meft.reversible.twin import Stack, joined
 
 Repeatable = dict[tuple[Any, ...], bool]
-"""Whether a branch without grad gives the bits that it gives with grad, by the
-coupling's number and whatever decides which kernels run."""
+"""Whether a branch without grad gives the bits that it gives with grad, and keeps no
+tensor, by the coupling's number and whatever decides which kernels run."""
+Outside = dict[int, Parameters]
+"""Parameters that a branch uses and that do not belong to its modules, by the
+coupling's number."""
 
 CHECKSUM_BASE = 0x5851F42D4C957F2D
 """Any large odd number."""
@@ -43,6 +52,7 @@ class Watch:
         call: what every block is given beside the stream, as far as it decides which
             kernels run.
         probe: looks at samples of the streams, or at all of them.
+        outside: what is known of parameters from elsewhere; what is found is added.
     """
 
     def __init__(
@@ -51,7 +61,11 @@ class Watch:
         repeatable: Repeatable,
         call: Hashable = None,
         probe: Probe | None = None,
+        outside: Outside | None = None,
     ) -> None:
+        self._outside: Outside = {} if outside is None else outside
+        self.found_outside = False
+        """Whether a parameter from elsewhere was found that was not known before."""
         self._exact = exact
         self._call = call
         self._repeatable = repeatable
@@ -102,6 +116,12 @@ class Watch:
         if self._probe is not None:
             self._probe.finish()
 
+    def outside_of(self, coupling: Coupling) -> list[Tensor]:
+        """What is known of parameters that a branch uses besides those of its modules
+        and that want a gradient."""
+        known = list(self._outside.get(coupling.number, Parameters()).values())
+        return [parameter for parameter in known if parameter.requires_grad]
+
     def value(
         self,
         stack: Stack,
@@ -110,24 +130,64 @@ class Watch:
         context: Context,
         wants_input: bool,
         kernels: Kernels,
+        own: Sequence[Tensor],
+        has_hooks: bool,
+        sources: Sequence[Tensor],
     ) -> Tensor:
-        """What a branch gives, without a graph, in bits that the backward will meet."""
-        if not self._exact:
-            return stack.value(coupling, x, context)
+        """What a branch gives, without a graph, in bits that the backward will meet.
+
+        Args:
+            stack: the couplings.
+            coupling: the one whose branch is run.
+            x: what its source holds.
+            context: tensors beside the stream.
+            wants_input: whether the gradient of `x` is wanted.
+            kernels: what decides which kernels run.
+            own: the parameters that the branch is known to use.
+            has_hooks: whether modules inside have forward hooks.
+            sources: what a gradient of the branch may flow to.
+        """
         training = stack.seed is not None
-        key = (coupling.number, x.shape, x.dtype, kernels, training, self._call)
-        repeatable = self._repeatable.get(key)
-        if repeatable:
+        key: tuple[Any, ...] = (coupling.number, x.shape, x.dtype, kernels, training)
+        key += (self._call,)
+        may_drop_graph = self._repeatable.get(key)
+        if has_hooks:
+            was_tried = may_drop_graph is not None
+            key = (*key, "hooks")
+            may_drop_graph = False if was_tried else self._repeatable.get(key)
+        if may_drop_graph:
             return stack.value(coupling, x, context)
-        graded = _graded(stack, coupling, x, context, wants_input)
-        if repeatable is None:
-            same = _same_bits(stack.value(coupling, x, context), graded)
-            if not same:
-                again = _graded(stack, coupling, x, context, wants_input)
-                if not _same_bits(again, graded):
-                    raise UnsupportedCallError(_not_repeatable(coupling))
-            self._repeatable[key] = same
-        return graded
+        exits = Exits(sources)
+
+        def graded() -> Tensor:
+            value, leaves = _graded(
+                stack, coupling, x, context, wants_input, exits, own
+            )
+            self.note_outside(coupling, leaves)
+            return value
+
+        value = graded()
+        if may_drop_graph is None:
+            # Who keeps tensors must be given none without a graph.
+            may_drop_graph = not (has_hooks or exits.used())
+            if self._exact and may_drop_graph:
+                plain = stack.value(coupling, x, context)
+                may_drop_graph = _same_bits(plain, value)
+            if self._exact and not may_drop_graph and not _same_bits(graded(), value):
+                raise UnsupportedCallError(_not_repeatable(coupling))
+            self._repeatable[key] = may_drop_graph
+        return value
+
+    def note_outside(self, coupling: Coupling, leaves: Sequence[Tensor]) -> None:
+        """Note parameters that a branch was not known to use."""
+        if leaves:
+            known = self._outside.setdefault(coupling.number, Parameters())
+            known.update({id(leaf): leaf for leaf in leaves})
+            self.found_outside = True
+
+    def look_again(self) -> None:
+        """Try every branch again before the next forward that uses it."""
+        self._repeatable.clear()
 
     def _checksum(self, stream: Tensor) -> Tensor:
         """The sum over tokens and then, times b^c for channel c, over channels.
@@ -145,24 +205,33 @@ class Watch:
 
 
 def _graded(
-    stack: Stack, coupling: Coupling, x: Tensor, context: Context, wants_input: bool
-) -> Tensor:
-    """As the backward will run the branch, one chunk's graph at a time, all dropped."""
-    # The graphs are never walked, so they keep nothing. (They must not keep a tensor as
-    # it is: an output that its own node holds is never freed.)
-    empty = torch.autograd.graph.saved_tensors_hooks(lambda _: None, _gone)
-    with torch.enable_grad(), empty:
-        mixed = stack.mixed(coupling, x.detach().requires_grad_(wants_input), context)
+    stack: Stack,
+    coupling: Coupling,
+    x: Tensor,
+    context: Context,
+    wants_input: bool,
+    exits: Exits,
+    own: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """As the backward will run the branch, one chunk's graph at a time, all dropped.
+
+    Returns:
+        The value, and the leaves that the graph ends in and that are not in `own`.
+    """
+    oldest = newest_node()
+    with exits.watched():
+        start = exits.entrance(x, wants_input)
+        mixed = stack.mixed(coupling, start, context)
+        own = [start, *context.values(), *own]
+        leaves = leaves_of(mixed, own, coupling.block, oldest)
         wants_mixed = mixed.requires_grad
         outputs = []
         for index, chunk in enumerate(stack.chunks(coupling, mixed.detach())):
-            chunk = chunk.detach().requires_grad_(wants_mixed)
-            outputs.append(stack.tokenwise(coupling, chunk, index).detach())
-    return joined(outputs, x.shape)
-
-
-def _gone(nothing: None) -> NoReturn:
-    raise AssertionError("a graph that keeps nothing was walked")
+            chunk = exits.entrance(chunk, wants_mixed)
+            output = stack.tokenwise(coupling, chunk, index)
+            leaves += leaves_of(output, [chunk, *own], coupling.block, oldest)
+            outputs.append(output.detach())
+    return joined(outputs, x.shape), leaves
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """Rows of chosen neurons, a piece of a fixed size at a time.
 
 What a device holds of the rows is then one piece, however many neurons were chosen.
-Where a piece ends depends on the choice alone, never on where rows live: sums are added
-up in the same order everywhere.
+Where a piece ends depends on the choice and the size alone, never on where rows live:
+sums are added up in the same order everywhere.
 """
 
 from collections.abc import Iterator

@@ -298,6 +298,48 @@ def _generate(model: Any, rows: Batch, use_cache: bool) -> Any:
     )
 
 
+@pytest.mark.parametrize("backward", ["rebuild", "store"])
+@cases("ForCausalLM", "ForConditionalGeneration")
+def test_a_text_in_segments(case: Case, backward: str) -> None:
+    """A cache that training has left empty is refused when it is given again, also in
+    evaluation and as a copy: the model would not see the first segment. With `eval()`
+    it is filled, and the second segment has the logits of the whole text."""
+    rows = {
+        k: v
+        for k, v in case.batch().items()
+        if k not in ("labels", "decoder_input_ids")
+    }
+    name = "decoder_input_ids" if "ConditionalGeneration" in case.kind else "input_ids"
+    tokens = case.batch()["input_ids"][:, :6]
+    rows["attention_mask"] = torch.ones_like(rows["input_ids"])
+    if name == "input_ids":
+        rows = {}
+    one, two = {**rows, name: tokens[:, :4]}, {**rows, name: tokens[:, 4:]}
+    model = reversible(case, backward=backward)
+    for cache in (
+        model(**one, use_cache=True).past_key_values,
+        copy.deepcopy(model(**one, use_cache=True).past_key_values),
+    ):
+        for train in (True, False):
+            model.train(train)
+            with pytest.raises(meft.UnsupportedCallError, match="left them empty"):
+                model(**two, past_key_values=cache)
+        model.train()
+    model.eval()
+    cache = model(**one, use_cache=True).past_key_values
+    logits = model(**two, past_key_values=cache).logits
+    whole = model(**rows, **{name: tokens}, use_cache=False).logits[:, 4:]
+    assert (logits - whole).abs().max() < 1e-4
+    logits.sum().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    whole.sum().backward()
+    for n, gradient in found.items():
+        expected = model.get_parameter(n).grad
+        assert expected is not None
+        assert (gradient - expected).norm() <= 1e-2 * expected.norm() + 1e-5, n
+
+
 @every_decoder
 def test_a_cache_in_training(case: Case) -> None:
     """The empty cache that the model makes by itself is dropped; one that holds tokens
@@ -416,6 +458,23 @@ def test_layerdrop_is_refused(case: Case, side: str) -> None:
         meft.make_reversible(model, meft.ReversibleConfig(variant="meft1"))
     assert not find_stacks(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("is_copied", [False, True])
+@cases("OPTForCausalLM", "BartModel")
+def test_layerdrop_that_is_set_later_is_refused(case: Case, is_copied: bool) -> None:
+    """Before anything is left out, in training: evaluation leaves out nothing."""
+    model = reversible(case)
+    if is_copied:
+        model = copy.deepcopy(model)
+    decoder: Any = model.get_decoder()
+    decoder.layerdrop = 1.0
+    for _ in range(2):
+        with pytest.raises(meft.UnsupportedCallError, match="was set to 1"):
+            model(**case.batch())
+    model.eval()(**case.batch())
+    decoder.layerdrop = 0.0
+    model.train()(**case.batch())
 
 
 @cases("BertModel", "RobertaModel")

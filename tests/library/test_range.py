@@ -110,13 +110,13 @@ def test_what_fits_is_the_same_in_both_widths(
         for dtype in (NARROW, WIDE)
     )
     extremes = Extremes(narrow)
-    nothing = torch.zeros(40)
-    extremes.note(0, nothing, target)
-    extremes.note(0, nothing, source)
+    nothing = torch.zeros(1, 40)
+    extremes.note(0, nothing, target[None])
+    extremes.note(0, nothing, source[None])
     low, high = target.clone(), target.long()
     kept = narrow.couple_(low, source, value, one)
     kept_wide = wide.couple_(high, source.long(), value, one)
-    extremes.note(0, value, low)
+    extremes.note(0, value[None], low[None])
     if extremes.fit():
         assert torch.equal(low.long(), high)
         if kept is not None and kept_wide is not None:
@@ -147,7 +147,7 @@ def test_too_large_and_not_finite_are_two_things(
     arithmetic = Fixed(compute_dtype=torch.float32, fraction_bits=18)
     extremes = Extremes(arithmetic)
     for block, value in enumerate(values):
-        tensor = torch.tensor([0.5, value, -1.0])
+        tensor = torch.tensor([[0.5, value, -1.0]])
         extremes.note(block, tensor, arithmetic.enter(tensor))
     assert extremes.fit() == fit
     told = extremes.finite()
@@ -156,6 +156,26 @@ def test_too_large_and_not_finite_are_two_things(
     if not fit:
         block, greatest = extremes.first_too_large()
         assert greatest == pytest.approx(abs(values[block]))
+
+
+def test_every_row_is_judged_by_itself() -> None:
+    """A row that is not finite hides what is too large in itself, not in others."""
+    arithmetic = Fixed(compute_dtype=torch.float32, fraction_bits=18)
+    for values, fit, finite in (
+        ([[NAN, 1.0], [1.0, 1.0]], True, [False, True]),
+        ([[NAN, 1e30], [1.0, 1.0]], True, [False, True]),
+        ([[NAN, 1.0], [1.0, 3e3]], False, [False, True]),
+    ):
+        extremes = Extremes(arithmetic)
+        for block in range(2):
+            column = torch.tensor(values)[:, block : block + 1]
+            extremes.note(block, column, arithmetic.enter(column))
+        told = extremes.finite()
+        assert told is not None
+        assert told.tolist() == finite
+        assert extremes.fit() == fit
+        if not fit:
+            assert extremes.first_too_large() == (1, 3e3)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -179,8 +199,8 @@ def test_the_limits_are_met_exactly(dtype: torch.dtype, sign: int) -> None:
     ]
     for value, stream, fit, named in cases:
         extremes = Extremes(arithmetic)
-        extremes.note(4, torch.ones(1), torch.ones(1, dtype=dtype))
-        extremes.note(2, value, torch.tensor([sign * stream], dtype=dtype))
+        extremes.note(4, torch.ones(1, 1), torch.ones(1, 1, dtype=dtype))
+        extremes.note(2, value[None], torch.tensor([[sign * stream]], dtype=dtype))
         assert extremes.fit() == fit
         if not fit:
             assert extremes.first_too_large() == (2, named)
@@ -382,18 +402,45 @@ def test_an_input_that_does_not_fit_is_told_too() -> None:
 def test_an_overflow_of_the_backbone_stays_not_a_number(
     way: Callable[..., Tensor],
 ) -> None:
-    """FP16, weights that overflow it: no error of ours, no wider streams; scores are
-    not-a-number as the plain model's are, so a scaler skips the step."""
+    """FP16, weights that overflow it: no error of ours; scores are not-a-number as the
+    plain model's are, so a scaler skips the step."""
     plain, model, inputs = llama(torch.float16)
     for each in (plain, model):
         grow(each, 6e4)
         grow(each, 6e4, block=0)
     assert not evaluate(plain, inputs).isfinite().all()
     assert not way(model, inputs).isfinite().all()
-    assert only_stack(model).stream_dtype == NARROW
     if way in (train, store):
         found = [p.grad for p in model.parameters() if p.grad is not None]
         assert any(not gradient.isfinite().all() for gradient in found)
+
+
+@pytest.mark.parametrize("backward", ["rebuild", "store"])
+@variants
+def test_a_row_that_is_not_finite_leaves_the_others(
+    variant: str, backward: str
+) -> None:
+    """As in the plain model: in evaluation, with and without a cache, and in training,
+    where the other rows have the logits that they have next to a good row."""
+    _, model, inputs = llama(variant=variant, backward=backward)
+    embedded = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    broken = embedded.clone()
+    broken[0, 1, 0] = NAN
+
+    def logits(embeds: Tensor, **options: Any) -> Tensor:
+        torch.manual_seed(4)
+        model.zero_grad()
+        out: Tensor = model(inputs_embeds=embeds, **options).logits
+        assert out[1:].isfinite().all()
+        return out
+
+    for is_training in (True, False):
+        model.train(is_training)
+        for options in ({"use_cache": False}, {"use_cache": True}):
+            expected = logits(embedded, **options)
+            found = logits(broken, **options)
+            assert not found[0].isfinite().any()
+            assert torch.equal(found[1:], expected[1:])
 
 
 def test_generation_with_a_cache_is_generation_without() -> None:

@@ -59,6 +59,24 @@ def test_offloaded_rows_give_the_bits_of_resident_rows(
     assert torch.equal(all_rows(here), all_rows(away))
 
 
+@pytest.mark.parametrize("semantics", ["token_topk", "union"])
+def test_a_budget_whose_eighth_holds_what_a_batch_chose_changes_no_bit(
+    semantics: str,
+) -> None:
+    """A smaller one computes with a piece of the chosen rows at a time: sums over
+    neurons are split, which changes how they round, and nothing else."""
+    losses, rows = {}, {}
+    row_bytes = 2 * 4 * 2 * HIDDEN  # a key and a value in float32, and their gradients
+    enough = 8 * row_bytes * config().num_neurons
+    for budget in (2**30, enough, 9_000):
+        model = sparse_model(semantics=semantics, device_bytes=budget)
+        losses[budget], rows[budget] = train(model), all_rows(model)
+    assert losses[enough] == losses[2**30]
+    assert torch.equal(rows[enough], rows[2**30])
+    assert not torch.equal(rows[9_000], rows[2**30])
+    assert (rows[9_000] - rows[2**30]).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_16_bit_wire_gives_the_bits_of_resident_16_bit_rows(engine: str) -> None:
     """As long as gradients travel once a step; more often, each rounds anew. So does

@@ -1,0 +1,177 @@
+"""What crosses the border of a branch without being passed to it or returned by it.
+
+A rebuilt branch is differentiated when its stack's backward recomputes it. autograd
+knows the arguments of the block and the parameters of its modules. Two things are
+unknown to it:
+
+* **Into the branch.** A forward hook or an attention function may use a parameter that
+  belongs to another module. `leaves_of` finds such a parameter at the end of the
+  branch's graph, and the stack then treats it like one of its own. A tensor that was
+  computed outside, which has a graph of its own, is refused.
+* **Out of the branch.** A forward hook may keep an activation, and a loss may use it.
+  The forward pass stores no graph, so the gradient of such a loss would be missing.
+  `Exits` runs a branch with a graph that holds no activations and raises an error if a
+  backward pass reaches it, and says whether any tensor with such a graph was kept.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from meft.errors import UnsupportedCallError
+
+Parameters = weakref.WeakValueDictionary[int, Tensor]
+"""Tensors by their id, as long as anyone else refers to them."""
+
+_CAPTURING = "transformers.utils.output_capturing"
+"""Where transformers defines hooks that it leaves on modules and that do nothing unless
+`output_hidden_states=True`, which a stack refuses."""
+_KEPT = (
+    "a backward pass has reached an activation that was computed inside a reversible "
+    "block and kept by a hook or a module. A stack with `backward='rebuild'` stores no "
+    "graph of it, so gradients would be missing. Set `backward='store'` in the "
+    "`ReversibleConfig`, or `.detach()` the activation if the loss does not need its "
+    "gradient"
+)
+
+
+def leaves_of(
+    output: Tensor, own: Iterable[Tensor], block: int, oldest: int = 0
+) -> list[Tensor]:
+    """The leaves in the graph of `output` that are not in `own`.
+
+    Args:
+        output: what a part of a branch has returned.
+        own: tensors whose gradients are taken care of: inputs and parameters.
+        block: index of the block, for the error message.
+        oldest: sequence number of the first node that the branch may have made.
+
+    Raises:
+        UnsupportedCallError: the branch uses a tensor that was computed outside of it.
+    """
+    ends = {id(t) if t.is_leaf else (t.grad_fn, t.output_nr) for t in own}
+    node = output.grad_fn
+    if node is None or (node, output.output_nr) in ends:
+        return []
+    found, seen, todo = [], {node}, [node]
+    while todo:
+        node = todo.pop()
+        following = node.next_functions
+        if not following:
+            variable = getattr(node, "variable", None)
+            if variable is not None and id(variable) not in ends:
+                found.append(variable)
+        elif node._sequence_nr() < oldest or isinstance(node, _Entrance._backward_cls):
+            raise UnsupportedCallError(
+                f"block {block} uses a tensor that requires a gradient and was "
+                f"computed outside of the block ({node.name()}), but is not one of its "
+                "arguments, as when a hook uses what another module has computed. Its "
+                "gradient would be missing: compute it where it is used, from "
+                "parameters; pass it to the model as an argument that reaches the "
+                "block; `.detach()` it if it needs no gradient; or set "
+                "`backward='store'` in the `ReversibleConfig`"
+            )
+        for edge in following:
+            if edge[0] is not None and edge[0] not in seen and edge not in ends:
+                seen.add(edge[0])
+                todo.append(edge[0])
+    return found
+
+
+def newest_node() -> int:
+    """The sequence number of a node of autograd that is made now, in this thread."""
+    with torch.enable_grad():
+        node = torch.empty(0, requires_grad=True).view(0).grad_fn
+    assert node is not None
+    return node._sequence_nr()
+
+
+class Exits:
+    """Runs branches with a graph that holds no activations.
+
+    Args:
+        sources: what the gradient of a kept activation would flow to. A backward pass
+            to one of these (`torch.autograd.grad`) reaches the graph, too.
+    """
+
+    def __init__(self, sources: Sequence[Tensor]) -> None:
+        self._sources = sources
+        self._token: _Token | None = None
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Run the body with grad; its graph raises an error when it is walked."""
+        token = self._token = _Token()
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda _: token, _refuse_kept)
+        # (Nodes must not keep a tensor as it is: an output that its own node holds is
+        # never freed.)
+        with torch.enable_grad(), hooks:
+            yield
+
+    def entrance(self, x: Tensor, wants_gradient: bool) -> Tensor:
+        """`x` at the start of such a graph."""
+        if not wants_gradient:
+            return x.detach()
+        out: Tensor = _Entrance.apply(self._token, x.detach(), *self._sources)  # type: ignore[no-untyped-call]
+        return out if out.requires_grad else out.requires_grad_()
+
+    def used(self) -> bool:
+        """Whether any tensor with such a graph is still referred to."""
+        alive = weakref.ref(self._token) if self._token is not None else lambda: None
+        self._token = None
+        return alive() is not None
+
+
+class _Token:
+    """Held by every node of one graph."""
+
+
+class _Entrance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: _Token, x: Tensor, *sources: Tensor) -> Tensor:
+        ctx.token = token
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        _refuse_kept(None)
+
+
+def _refuse_kept(_: Any) -> NoReturn:
+    raise UnsupportedCallError(_KEPT)
+
+
+def has_forward_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Whether someone may see or change what these modules compute."""
+    return (
+        bool(torch_module._global_forward_hooks)
+        or bool(torch_module._global_forward_pre_hooks)
+        or any(
+            hook.__module__ != _CAPTURING
+            for module in modules
+            if module._forward_hooks or module._forward_pre_hooks
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+            for hook in hooks.values()
+        )
+    )
+
+
+def refuse_late(leaf: Tensor, block: int) -> NoReturn:
+    """Refuse a leaf that the forward did not use, or that could not be seen there.
+
+    Raises:
+        UnsupportedCallError: always.
+    """
+    raise UnsupportedCallError(
+        f"block {block} uses a parameter of shape {tuple(leaf.shape)} that is not its "
+        "own and that it did not use when this stack last looked for such parameters: "
+        "it was unfrozen, or put into use, after the first batch. This backward pass "
+        "would not give its gradient. Clear all gradients (`zero_grad()`) and run "
+        "forward and backward again: from now on this parameter is known; or set "
+        "`backward='store'` in the `ReversibleConfig`"
+    )
