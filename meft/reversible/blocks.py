@@ -114,6 +114,14 @@ class ReversibleBlocks(nn.Module):
         self._had_peft_layers = has_peft_layers(self)
         self._has_warned_of_frozen = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What `copy` and `pickle` take along: all but what was learned about kernels.
+
+        A copy may run on another device or under another version of torch, so it finds
+        out for itself which of its branches repeat their bits.
+        """
+        return {**self.__dict__, "_repeatable": {}, "probe": None}
+
     def __len__(self) -> int:
         return self._num_blocks
 
