@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_NAME as MODEL
 
 from meft.backbone.families import find_blocks, transformers_model
+from meft.backbone.uncalled import allow_calls
 from meft.errors import AdapterFileError, FrozenWarning, UnsupportedModelError
 from meft.reversible.config import ReversibleConfig
 from meft.reversible.convert import find_stacks, make_reversible
@@ -227,6 +228,7 @@ def _converted(
             for found in find_blocks(model):
                 blocks = getattr(found.owner, found.attribute)
                 undo.append(partial(setattr, found.owner, found.attribute, blocks))
+                undo += [partial(allow_calls, block) for block in blocks]
             if not adapters:
                 undo.append(lambda: remove_saving(model))
             with _quietly():

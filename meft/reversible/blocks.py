@@ -3,8 +3,10 @@
     h -> plain frozen blocks -> (h, h) -> rebuilt span -> stored blocks -> read-out
 
 transformers loops over a list of blocks and passes the hidden states through each. To
-that loop this is a list of one block, the whole stack; to everything else it has the
-original blocks under their old names, with the adapters beside them (`adapters.N...`).
+a loop in a `forward` this is a list of one block, the whole stack. To everything else,
+such as a loop that freezes some blocks, it is the list of the original blocks. These
+keep their names, with the adapters beside them (`adapters.N...`), and cannot be called
+alone, so that a loop that was mistaken for one that does not call them is refused.
 It holds no tensor between forward and backward, so several forwards before a backward
 are fine.
 
@@ -19,17 +21,23 @@ streams have 64 bits from the start. What does not fit into 64 either is refused
 """
 
 import inspect
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, cast
+from types import FrameType
+from typing import Any, cast, no_type_check
 
 import torch
 from torch import Tensor, nn
 
 from meft.backbone.families import is_checkpointing
 from meft.backbone.family import Family
-from meft.backbone.uncalled import refuse_sharded, refuse_what_would_not_run
+from meft.backbone.uncalled import (
+    refuse_calls,
+    refuse_sharded,
+    refuse_what_would_not_run,
+)
 from meft.bottleneck import Bottleneck, wide_dtype
 from meft.errors import LostGradientWarning, UnsupportedCallError
 from meft.reversible.config import ReversibleConfig
@@ -68,6 +76,16 @@ _NOT_COMPILED = (
 )
 
 
+_CHANGE_BEFORE = (
+    "To train fewer, more or other blocks, change the list before "
+    "`meft.make_reversible`"
+)
+_UNCHANGEABLE = (
+    "blocks of a reversible stack cannot be replaced or removed: each has adapters of "
+    f"its own. {_CHANGE_BEFORE}"
+)
+
+
 class ReversibleBlocks(nn.Module):
     """Blocks with two streams, in the place of a `ModuleList`.
 
@@ -94,6 +112,8 @@ class ReversibleBlocks(nn.Module):
         super().__init__()
         for index, block in enumerate(blocks):
             self.add_module(str(index), block)
+            if index >= span[0]:  # those below are called by the stack
+                refuse_calls(block)
         self.adapters = adapters
         self.family = family
         self.reversible = config
@@ -125,13 +145,42 @@ class ReversibleBlocks(nn.Module):
     def __len__(self) -> int:
         return self._num_blocks
 
+    # A type checker of calls, such as that of our tests, would be the caller.
+    @no_type_check
     def __iter__(self) -> Iterator[nn.Module]:
-        """What a loop over the blocks sees: one block, which is the stack."""
-        return iter((self,))
+        """In a `forward`, one block, which is the stack; elsewhere the original blocks.
 
+        Only the function that contains the loop counts, not its callers: code that
+        freezes blocks may well be called by some module's `forward`.
+        """
+        in_forward = torch.compiler.is_compiling() or _is_forward(sys._getframe(1))
+        return iter((self,) if in_forward else self.blocks)
+
+    @no_type_check
     def __getitem__(self, index: Any) -> Any:
-        """A slice is for a loop, an index for one of the original blocks."""
-        return [self] if isinstance(index, slice) else self.blocks[index]
+        """One of the original blocks; or, for a slice, what `__iter__` gives.
+
+        Raises:
+            UnsupportedCallError: a slice in a `forward` leaves blocks out.
+        """
+        if not isinstance(index, slice):
+            return self.blocks[index]
+        if not (torch.compiler.is_compiling() or _is_forward(sys._getframe(1))):
+            return nn.ModuleList(self.blocks[index])
+        chosen = range(self._num_blocks)[index]
+        if chosen != range(self._num_blocks):
+            raise UnsupportedCallError(
+                f"a loop takes {len(chosen)} of the {self._num_blocks} blocks of a "
+                "reversible stack, which runs as one (did `num_hidden_layers` of the "
+                f"config change?). {_CHANGE_BEFORE}"
+            )
+        return [self]
+
+    def __setitem__(self, index: Any, block: nn.Module) -> None:
+        raise UnsupportedCallError(_UNCHANGEABLE)
+
+    def __delitem__(self, index: Any) -> None:
+        raise UnsupportedCallError(_UNCHANGEABLE)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -335,6 +384,12 @@ class ReversibleBlocks(nn.Module):
         if self.family.is_post_norm(self.blocks[-1]):
             return (out + stale) / 2
         return out + STALE_WEIGHT * stale
+
+
+def _is_forward(frame: FrameType) -> bool:
+    # `torch.compile` gives the rest of a function, behind a graph break, a name that
+    # contains the function's own.
+    return "forward" in frame.f_code.co_name
 
 
 def _wants_gradient(value: Any) -> bool:

@@ -93,6 +93,7 @@ def test_a_refused_load_leaves_the_model_alone(tmp_path: Path) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    model(**batch())
 
 
 def test_how_the_backward_is_computed_does_not_matter(tmp_path: Path) -> None:
