@@ -387,9 +387,9 @@ class ReversibleBlocks(nn.Module):
 
 
 def _is_forward(frame: FrameType) -> bool:
-    # `torch.compile` gives the rest of a function, behind a graph break, a name that
-    # contains the function's own.
-    return "forward" in frame.f_code.co_name
+    # The second name is that of `torch.compile` for what comes after a graph break.
+    name = frame.f_code.co_name
+    return name == "forward" or name.startswith("torch_dynamo_resume_in_forward_at_")
 
 
 def _wants_gradient(value: Any) -> bool:

@@ -92,12 +92,12 @@ def test_code_that_freezes_may_be_called_by_a_forward() -> None:
             super().__init__()
             self.model = reversible(DEPTH, variant="meft1")
 
-        def unfreeze(self) -> None:
+        def unfreeze_before_forward(self) -> None:
             for block in layers(self.model)[-1:]:
                 block.requires_grad_(True)
 
         def forward(self, rows: dict[str, Tensor]) -> Any:
-            self.unfreeze()
+            self.unfreeze_before_forward()
             return self.model(**rows)
 
     step = Step()
@@ -175,6 +175,27 @@ def test_blocks_with_sparse_adapters_are_no_exception() -> None:
     meft.make_reversible(model, reversible_config)
     with pytest.raises(meft.UnsupportedCallError, match="called by itself"):
         model.model.layers[0](torch.zeros(1, 2, 16))
+
+
+def test_a_compiled_forward_finds_the_stack_behind_a_graph_break() -> None:
+    """What follows the break is a function of another name."""
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = layers(reversible(DEPTH, variant="meft1").eval())
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            hidden = hidden + 1
+            torch._dynamo.graph_break()
+            for block in self.layers[: len(self.layers)]:
+                hidden = block(hidden)
+            return hidden
+
+    model, hidden = Around(), torch.randn(2, 3, 16)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(hidden), model(hidden))
 
 
 def test_the_forward_of_the_owner_may_be_called_directly() -> None:
