@@ -1,20 +1,21 @@
 """Save and load what is trained, and nothing else.
 
-A directory holds two files: `adapters.safetensors`, every trainable parameter under its
-name in the model, and `adapters.json`, which says what kind of model they belong to:
-the configs of our methods, the shapes of the backbone, and digests of its frozen
-weights and of the saved tensors. Loading compares all of them before it touches the
-model. Next to a whole model written by `save_pretrained()`, the rows of sparse adapters
-are in the model's file only.
+A directory holds two files: `adapters.safetensors`, every trainable parameter and the
+buffers that go with them, under their names in the model, and `adapters.json`, which
+says what kind of model they belong to: the configs of our methods, what the backbone's
+config says about its function, and digests of all values of the backbone and of the
+saved tensors. Loading compares all of them before it touches the model. Next to a whole
+model written by `save_pretrained()`, the rows of sparse adapters are in the model's
+file only.
 """
 
 import contextlib
 import hashlib
 import json
-import re
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -23,9 +24,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME as MODEL
 
-from meft.backbone.families import find_blocks, transformers_model
+from meft.backbone.families import find_blocks, new_heads
+from meft.backbone.uncalled import allow_calls
 from meft.errors import AdapterFileError, FrozenWarning, UnsupportedModelError
 from meft.reversible.config import ReversibleConfig
 from meft.reversible.convert import find_stacks, make_reversible
@@ -40,25 +43,23 @@ from meft.sparse.row_parameter import rows_of
 from meft.trainable import has_peft_layers
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapters.json"
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
-"""In version 1, a sparse adapter's neurons were called `rows`."""
+FORMAT_VERSION = 3
+"""Versions 1 and 2, of development, had digests of some of the values."""
 IN_MODEL = "in_model_file"
 """Key of the config: names that are in transformers' file of the whole model."""
-_SHAPE_FIELDS = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "vocab_size",
-    "num_key_value_heads",
-    "encoder_layers",
-    "decoder_layers",
-    "image_size",
-    "patch_size",
-    "max_position_embeddings",
-)
+_NO_PART_OF_THE_FUNCTION = {
+    *("_name_or_path", "architectures", "auto_map", "tokenizer_class"),
+    *("transformers_version", "dtype", "torch_dtype", "quantization_config"),
+    *("id2label", "label2id", "num_labels", "problem_type"),
+    *("finetuning_task", "task_specific_params", "prefix"),
+    *("sep_token_id", "return_dict", "chunk_size_feed_forward"),
+    *("initializer_range", "initializer_factor", "init_std"),
+    *vars(GenerationConfig()),  # `use_cache` and `eos_token_id`, for example
+}
+"""Fields of transformers' configs that may differ; so may those of dropout."""
+_DIGEST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_CHUNK = 1 << 22
+"""Values that are rounded and digested at a time."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -88,7 +89,7 @@ def save_adapters(model: nn.Module, directory: str | Path) -> None:
 def trained_tensors(
     model: nn.Module, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """What `save_adapters` writes: adapters, and whatever else is trainable, by name.
+    """What `save_adapters` writes: adapters, whatever else is trainable, and buffers.
 
     Args:
         model: a converted model.
@@ -104,19 +105,20 @@ def trained_tensors(
         for name, parameter in model.named_parameters()
         if parameter.requires_grad or name in adapters
     }
-    values: Mapping[str, Tensor] = parameters
+    values: Mapping[str, Tensor] = parameters | _buffers_of_trained(model)
+    names = list(values)
     if state_dict is not None:
-        missing = [name for name in parameters if name not in state_dict]
-        if len(missing) == len(parameters):
+        missing = [name for name in names if name not in state_dict]
+        if parameters.keys() <= set(missing):
             return {}
         if missing:
             raise AdapterFileError(
-                f"`state_dict` has {len(parameters) - len(missing)} of the "
-                f"{len(parameters)} tensors that were trained, but not {missing[0]!r}: "
+                f"`state_dict` has {len(names) - len(missing)} of the "
+                f"{len(names)} tensors that were trained, but not {missing[0]!r}: "
                 "pass all of them, or none to save the backbone alone"
             )
         values = state_dict
-    return {name: values[name].detach().cpu().contiguous() for name in parameters}
+    return {name: values[name].detach().cpu().contiguous() for name in names}
 
 
 def write_adapters(
@@ -141,13 +143,17 @@ def write_adapters(
     rows = {name for name, p in model.named_parameters() if rows_of(p) is not None}
     in_model = rows & _model_files(directory).keys() if next_to_model else set()
     written = {name: t for name, t in trained.items() if name not in in_model}
+    frozen = _frozen(model, trained)
     config = {
         "format_version": FORMAT_VERSION,
         "reversible": stacks[0].reversible.to_json() if stacks else None,
         "sparse": next(iter(sparse.values())).config.to_json() if sparse else None,
         "model_class": type(model).__name__,
-        "backbone": _shape(model),
-        "frozen_sha256": _digest_of_frozen(model, trained),
+        "backbone": _function(model),
+        "frozen_dtype": _dtype_of(frozen),
+        "frozen_sha256": {
+            name: _digests(frozen, dtype) for name, dtype in _DIGEST_DTYPES.items()
+        },
         "trained_sha256": _digest(trained),
         IN_MODEL: sorted(in_model),
     }
@@ -170,9 +176,9 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
         `model` itself. It is left as it was if anything is refused.
 
     Raises:
-        AdapterFileError: files missing or damaged; another model class, backbone shape,
-            frozen weights, or reversible config; or tensors that do not fit or are
-            missing.
+        AdapterFileError: files missing or damaged; another model class, another config
+            or other frozen weights of the backbone, or another config of our methods;
+            or tensors that do not fit or are missing.
     """
     directory = Path(directory)
     config = _read_config(directory)
@@ -180,15 +186,15 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
     _refuse_other_backbone(model, config, trained, directory)
     with _converted(model, config, directory):
         parameters = dict(model.named_parameters())
+        targets = parameters | dict(model.named_buffers())
         for name, value in trained.items():
-            _refuse_misfit(name, value, parameters, directory)
+            _refuse_misfit(name, value, targets, directory)
         missing = sorted(_adapter_names(model) - trained.keys())
         if missing:
             raise AdapterFileError(
                 f"{directory / WEIGHTS} lacks {missing[0]!r}, an adapter of the model"
             )
-        is_first = config["format_version"] == 1
-        if not is_first and config["trained_sha256"] != _digest(trained):
+        if config["trained_sha256"] != _digest(trained):
             raise AdapterFileError(
                 f"{directory / WEIGHTS} does not hold the tensors that {CONFIG} was "
                 "written with: a save was interrupted, or files of two saves were mixed"
@@ -196,8 +202,9 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
     fixed = {id(p) for a in sparse_adapters(model).values() for p in a.parameters()}
     with torch.no_grad():
         for name, value in trained.items():
-            parameter = parameters[name].copy_(value)
-            parameter.requires_grad |= id(parameter) not in fixed
+            target = targets[name].copy_(value)
+            if name in parameters:
+                target.requires_grad |= id(target) not in fixed
     return model
 
 
@@ -227,6 +234,7 @@ def _converted(
             for found in find_blocks(model):
                 blocks = getattr(found.owner, found.attribute)
                 undo.append(partial(setattr, found.owner, found.attribute, blocks))
+                undo += [partial(allow_calls, block) for block in blocks]
             if not adapters:
                 undo.append(lambda: remove_saving(model))
             with _quietly():
@@ -275,10 +283,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise AdapterFileError(f"{path} is not valid JSON: {error}") from None
     version = config.get("format_version") if isinstance(config, dict) else None
-    if version not in READABLE_VERSIONS:
+    if version != FORMAT_VERSION:
         raise AdapterFileError(
             f"{path} is of format version {version!r}, but this release of meft reads "
-            f"{' and '.join(map(str, READABLE_VERSIONS))}"
+            f"version {FORMAT_VERSION}. Load it with the release that wrote it, and "
+            "bring the model's `state_dict()` into a model that this release converted"
         )
     return cast(dict[str, Any], config)
 
@@ -299,8 +308,6 @@ def _read_weights(directory: Path, config: dict[str, Any]) -> dict[str, Tensor]:
                 found[name] = file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise AdapterFileError(f"{path} cannot be read: {error}") from None
-    if config["format_version"] == 1 and config.get("sparse"):
-        return {re.sub(r"\.rows$", ".neurons", n): t for n, t in found.items()}
     return found
 
 
@@ -324,9 +331,11 @@ def _refuse_other_backbone(
     trained: dict[str, Tensor],
     directory: Path,
 ) -> None:
-    saved, given = config["backbone"], _shape(model)
+    saved, given = config["backbone"], _function(model)
     pairs = [("model class", config["model_class"], type(model).__name__)]
-    pairs += [(name, saved.get(name), given[name]) for name in given]
+    # Another version of transformers may know other fields.
+    common = (name for name in given if name in saved)
+    pairs += [(name, saved[name], given[name]) for name in common]
     wrong = [
         f"{name} {want!r}, got {got!r}" for name, want, got in pairs if want != got
     ]
@@ -338,11 +347,33 @@ def _refuse_other_backbone(
             f"{directory} belongs to another backbone: expected {'; '.join(wrong)}"
             f"{advice if peft else ''}"
         )
-    if _digest_of_frozen(model, trained) != config["frozen_sha256"]:
-        raise AdapterFileError(
-            f"{directory} belongs to other frozen weights: the shapes agree, the "
-            "values do not. Load the checkpoint that the adapters were trained on"
-        )
+    _refuse_other_weights(_frozen(model, trained), config, directory)
+
+
+def _refuse_other_weights(
+    frozen: Mapping[str, Tensor], config: dict[str, Any], directory: Path
+) -> None:
+    expected: dict[str, dict[str, str]] = config["frozen_sha256"]
+    unequal = dict(frozen)
+    for name, dtype in _DIGEST_DTYPES.items():
+        found = _digests(unequal, dtype)
+        unequal = {
+            n: unequal[n] for n, d in found.items() if d != expected[name].get(n)
+        }
+    names = [*unequal, *(expected["bfloat16"].keys() - frozen.keys())]
+    if not names:
+        return
+    more = f" and {len(names) - 1} more differ" if len(names) > 1 else " differs"
+    saved, given = config["frozen_dtype"], _dtype_of(frozen)
+    dtypes = (
+        f", in {saved}: this model's weights are in {given}, and values that were "
+        "rounded to one dtype cannot be compared with those rounded to another"
+    )
+    raise AdapterFileError(
+        f"{directory} belongs to other frozen weights: {names[0]!r}{more}. Load the "
+        "checkpoint that the adapters were trained on"
+        f"{dtypes if given != saved else ''}"
+    )
 
 
 def _refuse_misfit(
@@ -357,34 +388,99 @@ def _refuse_misfit(
         )
 
 
-def _shape(model: nn.Module) -> dict[str, Any]:
-    config = transformers_model(model).config
-    return {name: getattr(config, name, None) for name in _SHAPE_FIELDS}
+def _function(model: nn.Module) -> dict[str, Any]:
+    """What the configs of transformers' models inside say about their function."""
+    found: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        inside = any(f"{name}.".startswith(f"{outer}.") or not outer for outer in found)
+        if isinstance(module, PreTrainedModel) and not inside:
+            found[name] = module
+    return {
+        f"{name}.{field}" if len(found) > 1 else field: value
+        for name, module in found.items()
+        for field, value in _fields(module.config.to_dict()).items()
+    }
 
 
-def _digest_of_frozen(model: nn.Module, trained: Mapping[str, Tensor]) -> str:
-    """As `_digest`, of the parameters that are not saved.
+def _fields(config: dict[str, Any]) -> dict[str, Any]:
+    kept = {
+        name: _fields(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in _NO_PART_OF_THE_FUNCTION and "drop" not in str(name)
+    }
+    as_read: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+    return as_read
 
-    They are rounded to bfloat16, so that a checkpoint loaded in float32 and in bfloat16
-    agree.
+
+def _buffers_of_trained(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong to what is trained, such as the statistics of a batch norm.
+
+    They are in task heads, in modules around the transformers models, and in modules
+    with a trainable parameter of their own. All others count as part of the backbone.
     """
-    parameters = model.named_parameters()
-    frozen = {name: p for name, p in parameters if name not in trained}
-    return _digest(frozen, torch.bfloat16)
+    heads = {
+        id(module)
+        for head in new_heads(model).values()
+        if isinstance(head, nn.Module)
+        for module in head.modules()
+    }
+    inside = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    pretrained = {id(m) for each in inside for m in each.modules()} - heads
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        own = module.parameters(recurse=False)
+        if id(module) in pretrained and not any(p.requires_grad for p in own):
+            continue
+        found |= _persistent_buffers(name, module)
+    return found
 
 
-def _digest(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
-    """sha256 over names, shapes and a sample of the values.
+def _persistent_buffers(name: str, module: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{name}.{own}".lstrip("."): buffer
+        for own, buffer in module.named_buffers(recurse=False)
+        if own not in module._non_persistent_buffers_set
+    }
 
-    64 evenly spaced values of each: a digest in no time, whatever the size.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].clone().to("cpu", dtype)
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+
+def _frozen(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer that is not saved."""
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        found |= _persistent_buffers(name, module)
+    return {name: tensor for name, tensor in found.items() if name not in trained}
+
+
+def _dtype_of(tensors: Mapping[str, Tensor]) -> str:
+    found = {str(t.dtype) for t in tensors.values() if t.is_floating_point()}
+    return ", ".join(sorted(found))
+
+
+def _digests(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> dict[str, str]:
+    """sha256 over shape and values of each tensor; floats are rounded to `dtype`."""
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+        found = pool.map(partial(_digest_of_one, dtype=dtype), tensors.values())
+        return dict(zip(tensors, found, strict=True))
+
+
+def _digest_of_one(tensor: Tensor, dtype: torch.dtype | None) -> str:
+    digest = hashlib.sha256(str(tuple(tensor.shape)).encode())
+    with torch.no_grad():
+        for chunk in tensor.detach().flatten().split(_CHUNK):
+            if dtype is not None and chunk.is_floating_point():
+                chunk = chunk.to(dtype)
+            else:
+                chunk = chunk.clone()  # rows cannot be viewed in another dtype
+            digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes and values."""
+    digests = sorted(_digests(tensors, dtype=None).items())
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

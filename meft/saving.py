@@ -7,19 +7,26 @@ converted model, which `Trainer` and `push_to_hub` call, also writes the two fil
 which `Trainer` calls to resume and to load the best checkpoint, also reads them.
 
 Both are set on the instance, under the names that transformers and peft call: classes
-stay as they are, and a copy of the model has them as well.
+stay as they are, and a copy of the model has them as well. A model around the converted
+one does not have them: when its `save_pretrained` collects the weights, a warning says
+that the adapters' files are missing.
 """
 
 import inspect
+import sys
 import warnings
 from pathlib import Path
+from types import FrameType
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
 from meft.errors import SavingWarning, UnsupportedCallError
 
 METHODS = ("save_pretrained", "load_adapter")
+_WARNED: WeakSet[nn.Module] = WeakSet()
+"""Models around a converted one that have said that they save no adapters."""
 
 
 def add_saving(model: nn.Module, converted: type[nn.Module]) -> None:
@@ -31,6 +38,8 @@ def add_saving(model: nn.Module, converted: type[nn.Module]) -> None:
     """
     number = _count(model, converted)
     for module in model.modules():
+        if isinstance(module, converted):
+            module.register_state_dict_pre_hook(_warn_if_saved_from_outside)
         saves = hasattr(type(module), "save_pretrained")
         if saves and _count(module, converted) == number:
             module.__dict__["save_pretrained"] = SavePretrained(module)
@@ -43,6 +52,9 @@ def remove_saving(model: nn.Module) -> None:
     for module in model.modules():
         for name in METHODS:
             module.__dict__.pop(name, None)
+        hooks = module._state_dict_pre_hooks
+        for key in [k for k, h in hooks.items() if h is _warn_if_saved_from_outside]:
+            del hooks[key]
 
 
 class SavePretrained:
@@ -138,6 +150,32 @@ class LoadAdapter:
         if has_ours:
             load_adapters(model, model_id)
         return out
+
+
+def _warn_if_saved_from_outside(*unused: Any) -> None:
+    """Warn if a `save_pretrained` that does not save adapters reads a state dict."""
+    frame: FrameType | None = sys._getframe()
+    savers: list[nn.Module] = []
+    while frame is not None:
+        if frame.f_code.co_name == "save_pretrained":
+            saver = frame.f_locals.get("self")
+            savers += [saver] if isinstance(saver, nn.Module) else []
+        frame = frame.f_back
+    if not savers or any("save_pretrained" in vars(saver) for saver in savers):
+        return
+    outer = savers[-1]
+    if outer in _WARNED:
+        return
+    _WARNED.add(outer)
+    kind = type(outer).__name__
+    warnings.warn(
+        f"`save_pretrained` of this {kind} does not write the files that "
+        "`meft.load_adapters` reads: a model inside was converted, and not the "
+        f"{kind} itself. Call `meft.save_adapters(model, directory)` as well, or "
+        f"convert the {kind} before training",
+        SavingWarning,
+        stacklevel=2,
+    )
 
 
 def _is_peft_model(module: nn.Module) -> bool:

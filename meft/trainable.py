@@ -1,6 +1,6 @@
 """Which parameters of a converted model are trained.
 
-A conversion makes its adapters and a newly made task head trainable and freezes
+A conversion makes its adapters and newly made task heads trainable and freezes
 everything else. If some parameters were frozen before the conversion and others were
 not, somebody has chosen what to train, by hand or with peft, and that choice is kept.
 
@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from meft.backbone.families import (
-    NEW_HEADS,
     backbone_parameters,
     freeze_all_but_head,
-    transformers_model,
+    new_heads,
+    uncertain_heads,
 )
 from meft.errors import FrozenWarning
 
@@ -37,21 +37,28 @@ def choose_trainable(model: nn.Module) -> None:
             them, stay as they are.
 
     Warns:
-        FrozenWarning: the choice has frozen a task head.
+        FrozenWarning: the choice has frozen a task head; or it cannot be known whether
+            a module that a class of the user's adds is pre-trained.
     """
     if not _is_chosen(model):
         freeze_all_but_head(model)
+        for name, module in uncertain_heads(model).items():
+            warnings.warn(
+                f"`{name}` is frozen: it is a {type(module).__name__} of transformers, "
+                "which may have pre-trained weights. Call "
+                f"`model.{name}.requires_grad_(True)` after the conversion to train it",
+                FrozenWarning,
+                stacklevel=3,
+            )
         return
-    inner = transformers_model(model)
-    heads = {name: getattr(inner, name, None) for name in NEW_HEADS}
-    for name, head in heads.items():
-        if isinstance(head, nn.Module) and not any(
-            parameter.requires_grad for parameter in head.parameters()
-        ):
+    for name, head in new_heads(model).items():
+        flags = [head] if isinstance(head, nn.Parameter) else list(head.parameters())
+        if flags and not any(parameter.requires_grad for parameter in flags):
+            last = name.rpartition(".")[2]
             warnings.warn(
                 f"the task head `{name}` is frozen, as it was before the conversion, "
                 f"and will not be trained. Call `model.{name}.requires_grad_(True)` "
-                f"to train it; with peft, pass `modules_to_save=[{name!r}]`",
+                f"to train it; with peft, pass `modules_to_save=[{last!r}]`",
                 FrozenWarning,
                 stacklevel=3,
             )

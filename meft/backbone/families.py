@@ -4,6 +4,7 @@ A model is recognised by the class of its blocks, so every head that transformer
 on a family is supported, and so is every part of a model that has blocks of one.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -45,8 +46,8 @@ NEW_HEADS = (
     "cls_classifier",
     "distillation_classifier",
 )
-"""Attributes that hold a task head without pre-trained weights, which must train.
-Poolers and language-model heads are pre-trained and stay frozen."""
+"""Attributes of transformers' models that hold a task head without pre-trained weights,
+which must train. Poolers and language-model heads are pre-trained and stay frozen."""
 _DROPS_BLOCKS = (
     "its loop drops whole blocks at random (`layerdrop` above 0), which a stack that "
     "runs as one cannot do"
@@ -126,17 +127,81 @@ def backbone_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def freeze_all_but_head(model: nn.Module) -> None:
-    """Freeze what came with the model, except a task head without trained weights.
+    """Freeze what came with the model, except task heads without trained weights.
 
     Parallel adapters that another method has added stay as they are, and so does what a
-    module around the transformers model has of its own.
+    module around the transformers models has of its own.
     """
     for parameter in backbone_parameters(model):
         parameter.requires_grad_(False)
-    for name in NEW_HEADS:
-        head = getattr(transformers_model(model), name, None)
-        if isinstance(head, nn.Module):
-            head.requires_grad_(True)
+    for head in new_heads(model).values():
+        head.requires_grad_(True)
+
+
+def new_heads(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
+    """What the transformers models inside `model` have without pre-trained weights.
+
+    These are task heads of transformers' own classes and whatever a class of the user's
+    adds to these classes, by name in `model`.
+    """
+    inside = {n: m for n, m in model.named_modules() if isinstance(m, PreTrainedModel)}
+    found: dict[str, nn.Module | nn.Parameter] = {}
+    models: dict[str, nn.Module] = {**inside} or {"": model}
+    for path, module in models.items():
+        heads: dict[str, Any] = {n: getattr(module, n, None) for n in NEW_HEADS}
+        for name, part in _added(module).items():
+            if not _may_be_pretrained(part, module):
+                heads[name] = part
+        for name, head in heads.items():
+            if isinstance(head, (nn.Module, nn.Parameter)):
+                found[f"{path}.{name}".lstrip(".")] = head
+    return found
+
+
+def uncertain_heads(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that a class of the user's puts on a model, and may have loaded.
+
+    They are of transformers' classes, or give the logits of a language model.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        added = _added(module) if isinstance(module, PreTrainedModel) else {}
+        if not any(isinstance(part, PreTrainedModel) for part in added.values()):
+            continue  # all of it may be the pre-trained model
+        for name, part in added.items():
+            has_model = any(isinstance(m, PreTrainedModel) for m in _modules(part))
+            if isinstance(part, nn.Parameter) or has_model:
+                continue
+            if _may_be_pretrained(part, module):
+                found[f"{path}.{name}".lstrip(".")] = part
+    return found
+
+
+def _added(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
+    """What a class of the user's has that transformers' classes do not assign."""
+    kinds = [k for k in type(model).__mro__ if k.__module__.startswith("transformers.")]
+    if not kinds or kinds[0] is type(model):
+        return {}
+    starts = [inspect.unwrap(k.__dict__.get("__init__", _nothing)) for k in kinds]
+    theirs = {name for start in starts for name in start.__code__.co_names}
+    own = dict(model.named_children()) | dict(model.named_parameters(recurse=False))
+    return {name: part for name, part in own.items() if name not in theirs}
+
+
+def _nothing() -> None:
+    """The `__init__` of a class that has none of its own."""
+
+
+def _modules(part: nn.Module | nn.Parameter) -> list[nn.Module]:
+    return list(part.modules()) if isinstance(part, nn.Module) else []
+
+
+def _may_be_pretrained(part: nn.Module | nn.Parameter, model: nn.Module) -> bool:
+    """Whether `part` is what transformers loads weights into."""
+    if isinstance(model, PreTrainedModel) and part is model.get_output_embeddings():
+        return True
+    kinds = [kind for module in _modules(part) for kind in type(module).__mro__]
+    return any(kind.__module__.startswith("transformers.models.") for kind in kinds)
 
 
 def is_checkpointing(model: nn.Module) -> bool:

@@ -4,11 +4,12 @@ The two halves of a family call the modules inside a block, not the block: its o
 `forward`, and the hooks that `nn.Module.__call__` runs around it, would be passed over
 without a word. A few containers inside a block are run in parts as well; a family lists
 them as `in_parts`. Whoever runs the halves calls `refuse_what_would_not_run` first, and
-`refuse_sharded` as well if it recomputes them.
+`refuse_sharded` as well if it recomputes them. `refuse_calls` is for blocks whose
+adapters are elsewhere.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -49,7 +50,8 @@ def ignored(module: Any) -> str | None:
         for hook in getattr(module, attribute).values():
             # transformers leaves these after a call with `output_hidden_states=True`.
             # They do nothing by themselves, and that argument is refused elsewhere.
-            if hook.__module__ != "transformers.utils.output_capturing":
+            is_theirs = hook.__module__ == "transformers.utils.output_capturing"
+            if not is_theirs and hook is not _refuse_call:
                 return f"a {kind} (`{getattr(hook, '__qualname__', hook)}`)"
     forward = vars(module).get("forward")
     # What takes its replacement away again may leave the module's own method there.
@@ -59,6 +61,28 @@ def ignored(module: Any) -> str | None:
             "inputs between devices)"
         )
     return None
+
+
+def refuse_calls(block: nn.Module) -> None:
+    """Let every call of `block` raise, as it would run without its adapters."""
+    block.register_forward_pre_hook(_refuse_call)
+
+
+def allow_calls(block: nn.Module) -> None:
+    """Undo `refuse_calls`."""
+    hooks = block._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _refuse_call]:
+        del hooks[key]
+
+
+def _refuse_call(block: nn.Module, args: tuple[Any, ...]) -> NoReturn:
+    raise UnsupportedCallError(
+        f"a {type(block).__name__} of a reversible stack was called by itself, and "
+        "would run without its adapters. Call the model; or, in a loop of your own, "
+        "call the stack as one module, `layers(hidden_states, ...)` in place of all "
+        "its blocks. To train fewer, more or other blocks, change the list before "
+        "`meft.make_reversible`"
+    )
 
 
 def refuse_sharded(module: nn.Module) -> None:

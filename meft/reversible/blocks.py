@@ -3,8 +3,10 @@
     h -> plain frozen blocks -> (h, h) -> rebuilt span -> stored blocks -> read-out
 
 transformers loops over a list of blocks and passes the hidden states through each. To
-that loop this is a list of one block, the whole stack; to everything else it has the
-original blocks under their old names, with the adapters beside them (`adapters.N...`).
+a loop in a `forward` this is a list of one block, the whole stack. To everything else,
+such as a loop that freezes some blocks, it is the list of the original blocks. These
+keep their names, with the adapters beside them (`adapters.N...`), and cannot be called
+alone, so that a loop that was mistaken for one that does not call them is refused.
 It holds no tensor between forward and backward, so several forwards before a backward
 are fine.
 
@@ -19,17 +21,23 @@ streams have 64 bits from the start. What does not fit into 64 either is refused
 """
 
 import inspect
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, cast
+from types import FrameType
+from typing import Any, cast, no_type_check
 
 import torch
 from torch import Tensor, nn
 
 from meft.backbone.families import is_checkpointing
 from meft.backbone.family import Family
-from meft.backbone.uncalled import refuse_sharded, refuse_what_would_not_run
+from meft.backbone.uncalled import (
+    refuse_calls,
+    refuse_sharded,
+    refuse_what_would_not_run,
+)
 from meft.bottleneck import Bottleneck, wide_dtype
 from meft.errors import LostGradientWarning, UnsupportedCallError
 from meft.reversible.config import ReversibleConfig
@@ -78,6 +86,16 @@ _NOT_COMPILED = (
 )
 
 
+_CHANGE_BEFORE = (
+    "To train fewer, more or other blocks, change the list before "
+    "`meft.make_reversible`"
+)
+_UNCHANGEABLE = (
+    "blocks of a reversible stack cannot be replaced or removed: each has adapters of "
+    f"its own. {_CHANGE_BEFORE}"
+)
+
+
 class ReversibleBlocks(nn.Module):
     """Blocks with two streams, in the place of a `ModuleList`.
 
@@ -104,6 +122,8 @@ class ReversibleBlocks(nn.Module):
         super().__init__()
         for index, block in enumerate(blocks):
             self.add_module(str(index), block)
+            if index >= span[0]:  # those below are called by the stack
+                refuse_calls(block)
         self.adapters = adapters
         self.family = family
         self.reversible = config
@@ -126,19 +146,57 @@ class ReversibleBlocks(nn.Module):
         self._has_warned_of_frozen = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what was found out about this model: a copy finds out for itself."""
-        return {**self.__dict__, "_repeatable": {}, "_outside": {}}
+        """What `copy` and `pickle` take along: all but what was learned about kernels.
+
+        A copy may run on another device or under another version of torch, so it finds
+        out for itself which of its branches repeat their bits.
+        """
+        return {
+            **self.__dict__,
+            "_repeatable": {},
+            "_outside": {},
+            "probe": None,
+        }
 
     def __len__(self) -> int:
         return self._num_blocks
 
+    # A type checker of calls, such as that of our tests, would be the caller.
+    @no_type_check
     def __iter__(self) -> Iterator[nn.Module]:
-        """What a loop over the blocks sees: one block, which is the stack."""
-        return iter((self,))
+        """In a `forward`, one block, which is the stack; elsewhere the original blocks.
 
+        Only the function that contains the loop counts, not its callers: code that
+        freezes blocks may well be called by some module's `forward`.
+        """
+        in_forward = torch.compiler.is_compiling() or _is_forward(sys._getframe(1))
+        return iter((self,) if in_forward else self.blocks)
+
+    @no_type_check
     def __getitem__(self, index: Any) -> Any:
-        """A slice is for a loop, an index for one of the original blocks."""
-        return [self] if isinstance(index, slice) else self.blocks[index]
+        """One of the original blocks; or, for a slice, what `__iter__` gives.
+
+        Raises:
+            UnsupportedCallError: a slice in a `forward` leaves blocks out.
+        """
+        if not isinstance(index, slice):
+            return self.blocks[index]
+        if not (torch.compiler.is_compiling() or _is_forward(sys._getframe(1))):
+            return nn.ModuleList(self.blocks[index])
+        chosen = range(self._num_blocks)[index]
+        if chosen != range(self._num_blocks):
+            raise UnsupportedCallError(
+                f"a loop takes {len(chosen)} of the {self._num_blocks} blocks of a "
+                "reversible stack, which runs as one (did `num_hidden_layers` of the "
+                f"config change?). {_CHANGE_BEFORE}"
+            )
+        return [self]
+
+    def __setitem__(self, index: Any, block: nn.Module) -> None:
+        raise UnsupportedCallError(_UNCHANGEABLE)
+
+    def __delitem__(self, index: Any) -> None:
+        raise UnsupportedCallError(_UNCHANGEABLE)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -362,6 +420,12 @@ class ReversibleBlocks(nn.Module):
         if self.family.is_post_norm(self.blocks[-1]):
             return (out + stale) / 2
         return out + STALE_WEIGHT * stale
+
+
+def _is_forward(frame: FrameType) -> bool:
+    # The second name is that of `torch.compile` for what comes after a graph break.
+    name = frame.f_code.co_name
+    return name == "forward" or name.startswith("torch_dynamo_resume_in_forward_at_")
 
 
 def _kind_of(call: Mapping[str, Any]) -> tuple[Any, ...]:

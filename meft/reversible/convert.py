@@ -50,7 +50,8 @@ def make_reversible(model: Model, config: ReversibleConfig) -> Model:
         ConfigError: `config.span` reaches beyond the model's blocks.
 
     Warns:
-        FrozenWarning: a task head was frozen before, and so stays frozen.
+        FrozenWarning: a task head was frozen before, and so stays frozen; or a head
+            stays frozen because it may be pre-trained.
     """
     if find_stacks(model):
         raise UnsupportedModelError("this model is reversible already")

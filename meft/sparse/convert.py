@@ -55,7 +55,8 @@ def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
         HostMemoryError: host memory does not suffice to train that many neurons.
 
     Warns:
-        FrozenWarning: a task head was frozen before, and so stays frozen.
+        FrozenWarning: a task head was frozen before, and so stays frozen; or a head
+            stays frozen because it may be pre-trained.
     """
     if sparse_adapters(model):
         raise UnsupportedModelError("this model has sparse adapters already")

@@ -1,9 +1,15 @@
+import re
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     BertForPreTraining,
+    BertForSequenceClassification,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
@@ -11,6 +17,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.models.bert.modeling_bert import BertPooler
 
 import meft
 from library.models import (
@@ -368,3 +375,97 @@ def test_a_span_beyond_the_model_is_refused() -> None:
     with pytest.raises(meft.ConfigError, match=r"\(0, 3\).*2 blocks"):
         meft.make_reversible(model, meft.ReversibleConfig(variant="meft1", span=(0, 3)))
     assert all(p.requires_grad for p in model.parameters())
+
+
+# Task heads ------------------------------------------------------------------------
+
+
+class Scored(BertForSequenceClassification):
+    """A class of the user's, with a head and a parameter of its own."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.my_head = nn.Sequential(nn.Linear(16, 3), nn.Dropout(0.1))
+        self.temperature = nn.Parameter(torch.ones(()))
+
+
+class MaskedLM(BertForMaskedLM):
+    """As `BertForMaskedLM`: its head is pre-trained."""
+
+
+class Assembled(PreTrainedModel):
+    """Its base model is of transformers; its heads are new, or may be."""
+
+    config_class = BertConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.encoder = BertModel(config)
+        self.span = nn.Linear(16, 2)
+        self.pool = BertPooler(config)
+
+
+def new(model: nn.Module) -> set[str]:
+    """Names of what trains after the conversion, but for adapters."""
+    meft.make_reversible(model, meft.ReversibleConfig(variant="meft1"))
+    named = model.named_parameters()
+    return {n for n, p in named if p.requires_grad and ".adapters." not in n}
+
+
+def test_heads_that_a_users_class_adds_are_trained() -> None:
+    """What transformers has not made has no pre-trained weights."""
+    model = Scored(bert_config())
+    assert new(model) == {
+        "classifier.weight",
+        "classifier.bias",
+        "my_head.0.weight",
+        "my_head.0.bias",
+        "temperature",
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert new(MaskedLM(bert_config())) == set()
+
+
+def test_a_head_of_transformers_on_a_users_model_is_reported() -> None:
+    """It may be pre-trained: it stays frozen, and the warning says how to train it."""
+    model = Assembled(bert_config())
+    with pytest.warns(meft.FrozenWarning, match="`pool` is frozen") as seen:
+        assert new(model) == {"span.weight", "span.bias"}
+    assert len(seen) == 1
+    advice = re.findall("Call `(.*?)`", str(seen[0].message))[0]
+    eval(advice, {"model": model})
+    assert all(p.requires_grad for p in model.pool.parameters())
+
+
+def test_every_classifier_of_a_wrapper_is_trained() -> None:
+    """Of two models in a module, both heads; also inside a list."""
+    model = nn.Module()
+    model.one = classifier(1)
+    model.others = nn.ModuleList([classifier(1), Scored(bert_config())])
+    heads = {name.rpartition(".")[0] for name in new(model)}
+    assert heads == {
+        "one.classifier",
+        "others.0.classifier",
+        "others.1.classifier",
+        "others.1.my_head.0",
+        "others.1",
+    }
+
+
+def test_a_frozen_head_of_any_model_inside_is_reported() -> None:
+    """The advice has the path of the head in the model that was converted."""
+    model = nn.Module()
+    model.one, model.other = classifier(1), classifier(1)
+    model.other.classifier.requires_grad_(False)
+    with pytest.warns(meft.FrozenWarning, match=r"`other\.classifier` is frozen"):
+        meft.make_reversible(model, meft.ReversibleConfig(variant="meft1"))
+
+
+def test_sparse_adapters_train_the_same_heads() -> None:
+    """As `make_reversible` does."""
+    model: Any = Scored(bert_config())
+    meft.add_sparse_adapters(model, meft.SparseConfig(num_neurons=16, top_k_neurons=2))
+    assert model.temperature.requires_grad
+    assert model.my_head[0].weight.requires_grad
+    assert not model.bert.pooler.dense.weight.requires_grad

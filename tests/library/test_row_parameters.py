@@ -314,22 +314,6 @@ def test_an_adapter_file_without_rows_is_refused(tmp_path: Path) -> None:
     assert not sparse_adapters(model)
 
 
-def test_files_of_the_first_format_are_read(tmp_path: Path) -> None:
-    """There, neurons were called rows."""
-    import json
-
-    model = sparse_model()
-    meft.save_adapters(model, tmp_path)
-    weights = load_file(tmp_path / "adapters.safetensors")
-    old = {name.replace(".neurons", ".rows"): t for name, t in weights.items()}
-    save_file(old, tmp_path / "adapters.safetensors")
-    path = tmp_path / "adapters.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 1}))
-    assert torch.equal(
-        logits(meft.load_adapters(plain_model(), tmp_path)), logits(model)
-    )
-
-
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_files_of_adapters_have_the_permissions_of_any_new_file(
     mask: int, tmp_path: Path

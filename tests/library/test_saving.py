@@ -3,6 +3,7 @@
 The measure is the logits: the bits of the model that was saved.
 """
 
+import copy
 import os
 import resource
 import shutil
@@ -174,6 +175,38 @@ def test_what_is_pushed_to_the_hub_is_whole(
     with pytest.raises(meft.UnsupportedCallError, match=r"model.push_to_hub\(repo_id"):
         model.save_pretrained("anywhere", push_to_hub=True)
     assert not Path("anywhere").exists()
+
+
+@pytest.mark.parametrize("method", ["reversible", "sparse"])
+def test_a_model_around_the_converted_one_says_what_it_does_not_save(
+    method: str, tmp_path: Path
+) -> None:
+    """Once a model, in `Trainer` as well; the advice gives the model back. The inner
+    model saves without that warning, and so does the outer one without a conversion."""
+    model = classifier(2)
+    if method == "sparse":
+        config = meft.SparseConfig(num_neurons=16, top_k_neurons=2)
+        meft.add_sparse_adapters(model.bert, config)
+    else:
+        meft.make_reversible(model.bert, meft.ReversibleConfig(variant="meft1"))
+    model = moved(copy.deepcopy(model))
+    arguments = TrainingArguments(str(tmp_path / "runs"), report_to="none")
+    with pytest.warns(meft.SavingWarning, match="meft.save_adapters") as seen:
+        Trainer(model, arguments).save_model(str(tmp_path))
+    assert len(seen) == 1
+    assert not FILES & names(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+        model.state_dict()
+    advice = str(seen[0].message).split("`")[-2]
+    eval(advice, {"meft": meft, "model": model, "directory": tmp_path})
+    base = BertForSequenceClassification.from_pretrained(tmp_path)
+    loaded = meft.load_adapters(base, tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.warns(meft.SavingWarning) as seen:
+        model.bert.save_pretrained(tmp_path / "inner")
+    assert "from_pretrained" in str(seen[0].message)
 
 
 # Trainer ---------------------------------------------------------------------------

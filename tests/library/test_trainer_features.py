@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import meft
-from library.models import batch, gradients, only_stack, reversible
+from library.models import batch, classifier, gradients, only_stack, reversible
 from library.sparse import plain_model
 from marks import slow_but_for
 
@@ -171,11 +171,14 @@ def _saved_and_loaded(model: nn.Module) -> Any:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize(
+copies = pytest.mark.parametrize(
     "copied",
     [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), _saved_and_loaded],
     ids=["deepcopy", "pickle", "torch.save"],
 )
+
+
+@copies
 def test_a_copy_is_a_model_of_its_own(copied: Callable[[Any], Any]) -> None:
     """Same outputs, gradients of its own with the twin's bits, and what it saves is its
     own as well."""
@@ -188,6 +191,42 @@ def test_a_copy_is_a_model_of_its_own(copied: Callable[[Any], Any]) -> None:
     moved(other, seed=6)
     assert torch.equal(logits(model), before)
     assert other.save_pretrained.model is other
+
+
+def _with_sparse_adapters() -> Any:
+    sparse = meft.SparseConfig(num_neurons=16, top_k_neurons=2)
+    return meft.make_reversible(
+        meft.add_sparse_adapters(classifier(2), sparse), REVERSIBLE
+    ).train()
+
+
+@copies
+@pytest.mark.parametrize(
+    "build",
+    [
+        bert,
+        lambda: reversible(2, variant="meft2", arithmetic="float"),
+        lambda: reversible(2, variant="meft3", side_buffer="host", span=(1, 2)),
+        lambda: meft.chunk_loss(llama()),
+        _with_sparse_adapters,
+    ],
+    ids=["fixed", "float", "host", "chunked loss", "sparse"],
+)
+def test_a_model_that_has_trained_can_be_copied(
+    build: Callable[[], Any], copied: Callable[[Any], Any]
+) -> None:
+    """What a forward and backward leave in a model does not keep it from being copied:
+    the copy gives the same gradients, and shares no tensor with the original."""
+    model = build()
+    rows = lm_batch() if "Causal" in type(model).__name__ else batch()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        gradients(model, rows)
+    other = copied(model)
+    expected = gradients(model, rows)
+    for name, gradient in gradients(other, rows).items():
+        assert torch.equal(gradient, expected[name]), name
+    ours = {p.data_ptr() for p in model.parameters()}
+    assert ours.isdisjoint(p.data_ptr() for p in other.parameters())
 
 
 def test_a_state_dict_brings_everything_back() -> None:
