@@ -183,6 +183,8 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
     directory = Path(directory)
     config = _read_config(directory)
     trained = _read_weights(directory, config)
+    # Before the weights, of which the model's own adapters would count as frozen ones.
+    _refuse_other_adapters(model, config, directory)
     _refuse_other_backbone(model, config, trained, directory)
     with _converted(model, config, directory):
         parameters = dict(model.named_parameters())
@@ -208,21 +210,36 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
     return model
 
 
+def _configs(
+    config: dict[str, Any],
+) -> tuple[SparseConfig | None, ReversibleConfig | None]:
+    of_sparse, of_reversible = config.get("sparse"), config["reversible"]
+    return (
+        SparseConfig.from_json(of_sparse) if of_sparse else None,
+        ReversibleConfig.from_json(of_reversible) if of_reversible else None,
+    )
+
+
+def _refuse_other_adapters(
+    model: nn.Module, config: dict[str, Any], directory: Path
+) -> None:
+    """A model may have been converted already, if it was in the same way."""
+    sparse, reversible = _configs(config)
+    for stack in find_stacks(model).values():
+        if reversible is None or not stack.reversible.same_function(reversible):
+            raise _other_adapters(directory, reversible, stack.reversible)
+    for adapter in sparse_adapters(model).values():
+        if sparse is None or not adapter.config.same_function(sparse):
+            raise _other_adapters(directory, sparse, adapter.config)
+
+
 @contextlib.contextmanager
 def _converted(
     model: nn.Module, config: dict[str, Any], directory: Path
 ) -> Iterator[None]:
     """Give the model the adapters of `config`; undo it if the body raises."""
-    of_sparse, of_reversible = config.get("sparse"), config["reversible"]
-    sparse = SparseConfig.from_json(of_sparse) if of_sparse else None
-    reversible = ReversibleConfig.from_json(of_reversible) if of_reversible else None
+    sparse, reversible = _configs(config)
     stacks, adapters = find_stacks(model), sparse_adapters(model)
-    for stack in stacks.values():
-        if reversible is None or not stack.reversible.same_function(reversible):
-            raise _other_adapters(directory, reversible, stack.reversible)
-    for adapter in adapters.values():
-        if sparse is None or not adapter.config.same_function(sparse):
-            raise _other_adapters(directory, sparse, adapter.config)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     undo: list[Callable[[], object]] = []
     try:
@@ -298,16 +315,21 @@ def _nearby(directory: Path) -> str:
 
 
 def _read_weights(directory: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    path = directory / WEIGHTS
+    path, why = directory / WEIGHTS, ""
     try:
         found = load_file(path)
         elsewhere = _model_files(directory) if config.get(IN_MODEL) else {}
         for name in config.get(IN_MODEL, ()):
+            why = (
+                ". `save_pretrained` writes the rows of sparse adapters into the "
+                "model's file only: keep the directory whole, or save with "
+                "`meft.save_adapters`"
+            )
             path = elsewhere.get(name, directory / MODEL)
             with safe_open(path, "pt") as file:
                 found[name] = file.get_tensor(name)
     except (OSError, SafetensorError) as error:
-        raise AdapterFileError(f"{path} cannot be read: {error}") from None
+        raise AdapterFileError(f"{path} cannot be read: {error}{why}") from None
     return found
 
 

@@ -57,6 +57,8 @@ def test_only_what_is_trained_is_written(tmp_path: Path) -> None:
         (lambda: classifier(2, hidden=32), "hidden_size 16, got 32"),
         (lambda: classifier(2).bert, "model class 'BertForSequenceClassification'"),
         (lambda: reversible(2, variant="meft1"), "was saved with"),
+        (lambda: reversible(2, variant="meft3"), "was saved with"),
+        (lambda: reversible(2, variant="meft1", arithmetic="float"), "was saved with"),
     ],
 )
 def test_another_backbone_is_refused(target, message: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
