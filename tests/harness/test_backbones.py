@@ -17,13 +17,15 @@ from transformers import (
 )
 
 from harness.tiny import FAMILIES, HIDDEN, VOCABULARY, cell, classifier, num_lists
-from meft_bench import backbones, configs, environment
-from meft_bench.backbones import files, packages, shapes
-from meft_bench.cell import Cell
-from meft_bench.registry import PACKAGED_BACKBONES, RANDOM_BACKBONES
-from meft_bench.source import MissingError, Source
-from meft_bench.tasks.batches import encode
-from meft_bench.tasks.task import Row
+from meft_bench.child import backbones
+from meft_bench.child.backbones import files, packages, shapes
+from meft_bench.child.tasks.batches import encode
+from meft_bench.child.tasks.task import Row
+from meft_bench.parent import environment
+from meft_bench.shared import configs
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.registry import PACKAGED_BACKBONES, RANDOM_BACKBONES
+from meft_bench.shared.source import MissingError, Source
 
 HERE = Source()
 

@@ -12,11 +12,12 @@ from types import ModuleType
 
 import pytest
 
-from meft_bench import cli, doctor, environment, harness, planning, registry, runs
-from meft_bench.cell import Cell
-from meft_bench.quantities import format_bytes, parse_bytes
-from meft_bench.record import Status
-from meft_bench.source import MissingError, Source
+from meft_bench.parent import cli, doctor, environment, harness, planning, runs
+from meft_bench.shared import registry
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.record import Status
+from meft_bench.shared.source import MissingError, Source
+from meft_bench.shared.units import format_bytes, parse_bytes
 
 SWEEP = """
 question = "Does the command do as it is told?"
@@ -48,7 +49,7 @@ def test_list_is_light(folder: Path) -> None:
     heavy."""
     program = (
         "import sys, time\n"
-        "from meft_bench.cli import main\n"
+        "from meft_bench.parent.cli import main\n"
         "main(['list', 'quickstart', '--device', 'cpu'])\n"
         "heavy = {'torch', 'transformers', 'meft', 'peft', 'datasets', 'numpy'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
@@ -206,7 +207,7 @@ def test_options_reach_the_child(folder: Path) -> None:
     words = ["--data", "data", "--allow-download", "--threads", "3"]
     words += ["--memory-limit", "8GiB", "-o", "other.jsonl", "--only", "full"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("meft_bench.isolate._MESSAGE_LENGTH", 10**6)
+        patch.setattr("meft_bench.parent.isolate._MESSAGE_LENGTH", 10**6)
         run(*words, worker="fake_echo")
     (record,) = runs.read(folder / "other.jsonl")
     variables, options = json.loads(record.message)

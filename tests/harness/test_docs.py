@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from meft_bench import cli, harness, output
-from meft_bench.record import Environment, Measurement
+from meft_bench.parent import cli, harness, output
+from meft_bench.shared.record import Environment, Measurement
 
 DOCS = Path(__file__).parents[2] / "docs"
 

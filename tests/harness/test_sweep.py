@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meft_bench import fields, registry, sweep
-from meft_bench.cell import Cell
-from meft_bench.sweep import Condition, Matrix, Point, Sweep, SweepError
+from meft_bench.parent import fields, sweep
+from meft_bench.parent.sweep import Condition, Matrix, Point, Sweep, SweepError
+from meft_bench.shared import registry
+from meft_bench.shared.cell import Cell
 
 HEAD = 'question = "Which?"\n'
 MATRIX = HEAD + '[[matrix]]\nname = "one"\n'
