@@ -15,7 +15,8 @@ from harness.tiny import BLOCKS, FAMILIES, batch, cell, classifier
 from marks import slow_but_for
 from meft_bench.child import backbones
 from meft_bench.child.tasks.batches import Example, Image, full_batches
-from meft_bench.child.training.steps import Stepper, prepare
+from meft_bench.child.training import prepare
+from meft_bench.child.training.steps import Stepper
 from meft_bench.child.worker import run
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.registry import METHODS, TASKS, load

@@ -27,8 +27,9 @@ from meft_bench.child.scoring.examples import Examples
 from meft_bench.child.tasks import synthetic
 from meft_bench.child.tasks.batches import Batch, Example, Image, epochs, full_batches
 from meft_bench.child.tasks.question import AnswerTask
+from meft_bench.child.training import execution, prepare
 from meft_bench.child.training.prepare import AnyTask
-from meft_bench.child.training.steps import Stepper, execution, prepare, train
+from meft_bench.child.training.steps import Stepper, train
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import TASKS, load
 from meft_bench.shared.source import Source

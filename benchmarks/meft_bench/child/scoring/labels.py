@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 from meft_bench.child.scoring.examples import Examples
 from meft_bench.child.tasks.batches import Example, encode
 from meft_bench.child.tasks.task import Task
-from meft_bench.child.training.steps import Stepper, steps
+from meft_bench.child.training import steps
+from meft_bench.child.training.steps import Stepper
 from meft_bench.shared.cell import Cell
 
 

@@ -10,7 +10,8 @@ from meft_bench.child import backbones
 from meft_bench.child.backbones import Backbone
 from meft_bench.child.tasks.question import AnswerTask
 from meft_bench.child.tasks.task import Task
-from meft_bench.child.training.steps import Stepper, execution, seed_everything
+from meft_bench.child.training import execution
+from meft_bench.child.training.steps import Stepper, seed_everything
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import METHODS, load
 from meft_bench.shared.source import MissingError, Source
@@ -58,4 +59,4 @@ def require_device(cell: Cell) -> None:
 
 def device_name(cell: Cell) -> str:
     """The device as torch names it."""
-    return torch.cuda.getdevice_name() if cell.device == "cuda" else "cpu"
+    return torch.cuda.get_device_name() if cell.device == "cuda" else "cpu"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from meft.errors import MeftError
-from meft_bench.child.training.steps import prepare
+from meft_bench.child.training import prepare
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.source import MissingError, Source
 from meft_bench.virtual.device.gpu import Gpu, workspace_bytes

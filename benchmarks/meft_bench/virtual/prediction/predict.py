@@ -18,7 +18,8 @@ from meft_bench.child import backbones
 from meft_bench.child.measuring import probes
 from meft_bench.child.measuring.partial_result import Sighting
 from meft_bench.child.tasks.batches import Batch
-from meft_bench.child.training.steps import Stepper, execution, prepare
+from meft_bench.child.training import execution, prepare
+from meft_bench.child.training.steps import Stepper
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import HAVE_ROWS, TASKS, load
 from meft_bench.shared.source import MissingError, Source
