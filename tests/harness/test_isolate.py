@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from meft_bench.parent import isolate
+from meft_bench.parent.engines.local import Stopped
 from meft_bench.shared import outcome
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
@@ -163,7 +164,7 @@ def test_stopped(run: Callable[..., Record], tmp_path: Path) -> None:
     """A stopped run raises before the next child starts."""
     stop = threading.Event()
     stop.set()
-    with pytest.raises(isolate.Stopped):
+    with pytest.raises(Stopped):
         run("fake_ok", stop=stop)
     assert list(tmp_path.iterdir()) == []
 

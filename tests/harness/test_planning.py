@@ -162,7 +162,7 @@ MISTAKES = {
     "bert-tiny --gpu H20O": "unknown GPU 'H20O'; did you mean 'H200'?",
     "bert-tiny --gpu RTX": "'RTX' may be RTX3090-24GB or RTX4090-24GB",
     "bert-tiny --gpu no.json": "no.json: No such file",
-    "bert-tiny --gpu bert.json": "bert.json: missing fields ['attention_order'",
+    "bert-tiny --gpu bert.json": "bert.json: missing fields: attention_order",
     "bert-tinny": "did you mean 'bert-tiny'?",
     "bert-tiny --method exakt": "did you mean 'exact'?",
     "bert-tiny --set neurons=3": "unknown key 'neurons'; did you mean 'num_neurons'?",
@@ -206,7 +206,7 @@ def nothing_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("meft_bench.shared.packages.installed", {}.get)
+    monkeypatch.setattr("meft_bench.shared.distributions.installed", {}.get)
 
     def no_child(*_: object, **__: object) -> None:
         raise AssertionError("a child was started")
@@ -375,7 +375,7 @@ def test_a_gpu_of_ones_own(tmp_path: Path) -> None:
     fields = json.loads(text)
     del fields["memory_bytes"]
     path.write_text(json.dumps(fields | {"memory": 1}))
-    with pytest.raises(gpu.GpuError, match=r"missing fields \['memory_bytes'\]"):
+    with pytest.raises(gpu.GpuError, match="missing fields: memory_bytes"):
         gpu.find(str(path))
     for name, value in [
         ("memory_bytes", "much"),

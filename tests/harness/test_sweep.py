@@ -99,6 +99,13 @@ def test_gate() -> None:
     assert {cell.method for cell in gate.cells} == set(registry.METHODS)
 
 
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+    """Some editors write one."""
+    path = tmp_path / "mine.toml"
+    path.write_text(AXES, encoding="utf-8-sig")
+    assert len(sweep.load(str(path), device="cpu").cells) == 1
+
+
 def test_product(load: Callable[[str], Sweep]) -> None:
     """Axes multiply in the order in which they stand, the last one fastest."""
     cells = load(

@@ -33,7 +33,7 @@ from meft_bench.parent.harness import Plan
 from meft_bench.parent.planning import PlanningError
 from meft_bench.parent.runs import RunsError
 from meft_bench.parent.sweep import Sweep, SweepError
-from meft_bench.shared import registry
+from meft_bench.shared import distributions, registry
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.record import Record
@@ -96,9 +96,32 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **named: Any) -> None:
         super().__init__(**named, allow_abbrev=False)
+        self._words: list[str] = []
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """As argparse, which hands a command's words to the parser of the command."""
+        self._words = list(sys.argv[1:] if args is None else args)
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # else the parser above would complain, which has other options
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def _misspelt(self) -> str:
+        """The first option that is none, with the nearest that is."""
+        options = [*self._option_string_actions]
+        for word in self._words:
+            name = word.partition("=")[0]
+            if (
+                name.startswith("-")
+                and name.strip("-.0123456789")
+                and (name not in options)
+            ):
+                return f"; {name}: {registry.nearest(name, options)}"
+        return ""
 
     def error(self, message: str) -> NoReturn:
-        output.complain(f"{self.prog}: {message}; see {self.prog} --help")
+        hint = self._misspelt()
+        output.complain(f"{self.prog}: {message}{hint}; see {self.prog} --help")
         self.exit(EXIT_USAGE)
 
     def print_help(self, file: "SupportsWrite[str] | None" = None) -> None:
@@ -108,6 +131,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="meft-bench", description="Measure ways of fine-tuning.")
+    version = f"meft {distributions.installed('meft') or 'of a checkout'}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_sweep(commands.add_parser("list", help="print the cells of a sweep"))
     run = commands.add_parser("run", help="run the cells that are not done yet")
@@ -289,14 +314,20 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         num_slots=arguments.slots,
         timeout_seconds=arguments.timeout or chosen.timeout_seconds,
         force=arguments.force,
-        left_out=tuple(_left_out(chosen, cells, arguments.only)),
+        left_out=tuple(_left_out(chosen, cells, arguments.only, arguments.device)),
     )
 
 
-def _left_out(chosen: Sweep, cells: Sequence[Cell], only: str | None) -> Iterator[str]:
+def _left_out(
+    chosen: Sweep, cells: Sequence[Cell], only: str | None, device: str | None
+) -> Iterator[str]:
     """What the sweep declares and the command line does not ask for."""
     if chosen.num_excluded:
         yield f"excluded, {chosen.num_excluded}: by the sweep's own rules"
+    if device is not None:
+        others = sorted({cell.device for cell in cells} - {device})
+        if others:
+            yield f"not on {device}: the sweep itself names {', '.join(others)}"
     num_others = len(chosen.cells) - len(cells)
     if num_others:
         yield f"not selected, {num_others} of {len(chosen.cells)}: `--only {only}`"

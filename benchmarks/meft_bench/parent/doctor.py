@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meft_bench.parent import environment
-from meft_bench.shared import packages
+from meft_bench.shared import distributions
 
 REQUIREMENTS = {
     "library": (
@@ -95,7 +95,7 @@ def examine(data_dir: Path | None) -> Iterator[Entry]:
     yield Entry(thing="commit", state=_commit(here.commit, here.dirty))
     yield Entry(thing="python", state=here.versions["python"])
     for name in environment.PACKAGES:
-        version = packages.installed(name)
+        version = distributions.installed(name)
         if name == "meft":  # nothing to fetch: it is these very sources
             version = version or "runs from sources that are not installed"
         yield Entry(thing=name, state=version or _missing(name))
@@ -109,7 +109,7 @@ def examine(data_dir: Path | None) -> Iterator[Entry]:
         )
     for thing, pin in _PACKAGED.items():
         # Without what they depend on: only the files inside are read.
-        version = packages.installed(pin.partition("==")[0])
+        version = distributions.installed(pin.partition("==")[0])
         yield Entry(thing=thing, state=version or _missing(f"--no-deps {pin}"))
     yield from _data(data_dir)
 
@@ -118,7 +118,7 @@ def _gpu() -> str:
     names = ", ".join(environment.gpu_names())
     if not names:
         return environment.why_no_gpu() or "NVML sees none"
-    torch_version = packages.installed("torch") or ""
+    torch_version = distributions.installed("torch") or ""
     if torch_version.endswith("+cpu"):
         return f"{names}, which torch {torch_version} is built without support for"
     return names
@@ -142,7 +142,7 @@ def _unmet(requirements: Sequence[str]) -> dict[str, str]:
     wrong = {}
     for requirement in requirements:
         name, _, least = requirement.partition(">=")
-        version = packages.installed(name)
+        version = distributions.installed(name)
         if version is None:
             wrong[requirement] = f"missing {name}"
         elif SpecifierSet is not None:

@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from meft_bench.shared import packages
+from meft_bench.shared import distributions
 from meft_bench.shared.record import Environment
 from meft_bench.shared.registry import VIRTUAL
 
@@ -49,7 +49,7 @@ def collect(*, num_threads: int, num_slots: int, device: str) -> Environment:
     cpu = _cpu_model()
     gpus = gpu_names() if device == "cuda" else []
     if device.startswith(VIRTUAL):  # the same on any machine
-        gpus = ["virtual GPU"]
+        gpus = [f"virtual GPU{_of_file(device.removeprefix(VIRTUAL))}"]
     return Environment(
         versions=versions(),
         commit=commit,
@@ -67,10 +67,17 @@ def versions() -> dict[str, str]:
     """Python and those of `PACKAGES` that are installed, by name."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
-        version = packages.installed(name)
+        version = distributions.installed(name)
         if version is not None:
             found[name] = version
     return found
+
+
+def _of_file(name: str) -> str:
+    """Tells two contents of a GPU's own file apart."""
+    if not name.endswith(".json"):
+        return ""
+    return f" of file {hashlib.sha256(Path(name).read_bytes()).hexdigest():.12}"
 
 
 def num_cores() -> int:

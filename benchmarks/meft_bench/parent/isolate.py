@@ -29,6 +29,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from meft_bench.parent.engines.local import Stopped
 from meft_bench.shared import outcome, request
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
@@ -41,10 +42,6 @@ from meft_bench.shared.units import format_bytes
 _POLL_SECONDS = 0.05
 _LOG_TAIL_BYTES = 64 * 2**10
 _MESSAGE_LENGTH = 500
-
-
-class Stopped(Exception):
-    """The run was stopped while this cell ran: there is no ending to record."""
 
 
 def run(

@@ -291,11 +291,18 @@ def _field(text: str) -> tuple[str, Any]:
         raise PlanningError(f"{text!r}: write `--set NAME=VALUE`")
     try:
         fields.check_name(name)
-        kind = fields.FIELDS[name].type
-        given = value if kind is str else kind(value)  # type: ignore[operator]
-        return name, fields.check(name, given)
+        return name, fields.check(name, _typed(name, value))
     except ValueError as error:
         raise PlanningError(f"{text!r}: {error}") from error
+
+
+def _typed(name: str, text: str) -> fields.Value:
+    """The value that a text is; itself, where it is none of the field's type."""
+    kind = fields.FIELDS[name].type
+    try:
+        return text if kind is str else kind(text)  # type: ignore[operator]
+    except ValueError:
+        return text  # which is refused by name
 
 
 def _row(plan: dict[str, Any], maximize: str | None) -> list[str]:

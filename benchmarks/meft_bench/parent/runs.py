@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from meft_bench.shared import configs
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.record import Environment, Record, Status
 
@@ -168,8 +169,9 @@ def done(
     """Those of `cells` that need not run again, each with its record.
 
     A cell is done when its last record on this class of machine is ok and comes from
-    the same code and the same versions of all packages, and when no machine has run
-    the cell with other code since. An earlier record of the same code does not count:
+    the same code, the same versions of all packages and, for a backbone of random
+    weights, the same config file, and when no machine has run the cell with other code
+    since. An earlier record of the same code does not count:
     after a change of code and back again, the cell runs again, so that its last record
     is that of the code at hand.
 
@@ -192,6 +194,7 @@ def done(
             and its.status == Status.OK
             and its.environment.versions == here.versions
             and its.environment.code_sha256 == here.code_sha256 == last_code[cell]
+            and configs.digest(cell.backbone) in (None, its.environment.weights_sha256)
         ):
             found[cell] = its
     return found
@@ -212,6 +215,8 @@ def _parse(path: Path, content: bytes) -> list[Record]:
     records = []
     *lines, _torn = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             found = json.loads(line, object_pairs_hook=_refuse_duplicates)
             records.append(Record.from_json(found))

@@ -94,7 +94,7 @@ def load(source: str, *, device: str) -> Sweep:
     """
     path = find(source)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise SweepError(f"{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -107,7 +107,7 @@ def load(source: str, *, device: str) -> Sweep:
 
 def shipped() -> dict[str, Path]:
     """The sweeps that come with the harness, by name."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     # A wheel carries the sweeps inside the package; a checkout has them beside it.
     folder = here / "sweeps" if (here / "sweeps").is_dir() else here.parent / "sweeps"
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}

@@ -4,11 +4,12 @@ A config is all that a plan or a virtual GPU needs of a backbone. The commands `
 and `fit` look for it before they start a child, which takes seconds to import torch.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from meft_bench.shared import packages
+from meft_bench.shared import distributions
 from meft_bench.shared.registry import MODEL_TYPES, PACKAGED_BACKBONES, RANDOM_BACKBONES
 from meft_bench.shared.source import MissingError
 
@@ -27,7 +28,7 @@ def check(backbone: str, *, allow_download: bool) -> None:
     kind, _, name = backbone.partition(":")
     if backbone in PACKAGED_BACKBONES:
         package = PACKAGED_BACKBONES[backbone]
-        if packages.installed(package) is None:
+        if distributions.installed(package) is None:
             raise MissingError(ways(f"package {package} is not installed"))
     elif kind == "hub":
         if not allow_download:
@@ -57,6 +58,20 @@ def read(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not a JSON object")
     check_model_type(fields.get("model_type"), file)
     return fields
+
+
+def digest(backbone: str) -> str | None:
+    """The sha256 of the file behind a backbone `random:PATH.json`, else None.
+
+    Where there is no such file, None: whoever needs it will say so.
+    """
+    kind, _, name = backbone.partition(":")
+    if kind != "random" or name in RANDOM_BACKBONES:
+        return None
+    try:
+        return hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def check_model_type(model_type: object, where: object) -> None:

@@ -155,6 +155,8 @@ class Environment:
     weights_origin: str | None = None
     """Package and version, directory, hub name, or `random weights`."""
     weights_sha256: str | None = None
+    """Digest of the file of weights; for random weights, of the config file they were
+    made from, if it was given by its path."""
     data_origin: str | None = None
     """Where the rows came from and which splits they are."""
 

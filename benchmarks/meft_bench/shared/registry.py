@@ -139,7 +139,7 @@ NUM_NAMES = 50
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A sentence that helps someone who mistyped `name`."""
-    names = sorted(valid)
+    names = sorted(filter(None, valid))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {close[0]!r}? " if close else ""
     rest = len(names) - NUM_NAMES

@@ -30,6 +30,7 @@ from meft_bench.child.tasks.question import AnswerTask
 from meft_bench.child.training import execution, prepare
 from meft_bench.child.training.prepare import AnyTask
 from meft_bench.child.training.steps import Stepper, train
+from meft_bench.shared import configs
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import TASKS, load
 from meft_bench.shared.source import Source
@@ -56,7 +57,7 @@ def _measure(cell: Cell, source: Source, sighting: Sighting) -> None:
     backbone = prepare.load_backbone(cell, task, source)
     sighting.environment |= {
         "weights_origin": backbone.origin,
-        "weights_sha256": backbone.sha256,
+        "weights_sha256": backbone.sha256 or configs.digest(cell.backbone),
     }
     examples = _examples(task, backbone, cell)
     if cell.eval_every and not examples.validation:

@@ -122,6 +122,11 @@ def table(
     for number, cells in rows:
         if names is None:
             names = cells
+            if len(set(names)) < len(names):
+                raise ValueError(
+                    f"{name}, line {number}: a column name occurs twice in "
+                    f"{', '.join(names)}"
+                )
             continue
         if len(cells) != len(names):
             raise ValueError(

@@ -1,1 +1,1 @@
-"""Engines: ways to run many cells. Each is a function `run_cells` of the same form."""
+"""Where cells run. `local`: one after another, or side by side, on this machine."""

@@ -4,16 +4,19 @@ A slot is a thread that starts one child at a time and waits for it. An engine k
 neither sweeps nor files: it is given cells and the function that runs one, and yields
 the records as they come.
 
-A slot outlives the children it starts, as it must: on Linux the leash that ends a child
-with its parent is tied to the thread that started it.
+A slot outlives the children it starts, as it must: on Linux the signal that ends a
+child with its parent is tied to the thread that started it.
 """
 
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-from meft_bench.parent.isolate import Stopped
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.record import Record
+
+
+class Stopped(Exception):
+    """The run was stopped while a cell ran: there is no ending to record."""
 
 
 def run_cells(

@@ -110,8 +110,13 @@ def _read(path: Path) -> Gpu:
     wanted = {field.name for field in dataclasses.fields(Gpu)}
     if not isinstance(fields, dict) or set(fields) != wanted:
         given = set(fields) if isinstance(fields, dict) else set()
-        missing, unknown = sorted(wanted - given), sorted(given - wanted)
-        raise GpuError(f"{path}: missing fields {missing}, unknown fields {unknown}")
+        wrong = {"missing": wanted - given, "unknown": given - wanted}
+        texts = [
+            f"{word} fields: {', '.join(sorted(map(str, names)))}"
+            for word, names in wrong.items()
+            if names
+        ]
+        raise GpuError(f"{path}: {'; '.join(texts)}")
     for field in dataclasses.fields(Gpu):
         _check(path, field.name, field.type, fields[field.name])
     order = tuple(fields["attention_order"])

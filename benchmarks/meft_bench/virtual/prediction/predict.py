@@ -20,6 +20,7 @@ from meft_bench.child.measuring.partial_result import Sighting
 from meft_bench.child.tasks.batches import Batch
 from meft_bench.child.training import execution, prepare
 from meft_bench.child.training.steps import Stepper
+from meft_bench.shared import configs
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import HAVE_ROWS, TASKS, load
 from meft_bench.shared.source import MissingError, Source
@@ -45,7 +46,7 @@ class Ready:
     """One step's."""
     how: str
     """How what is told of the cell comes to be."""
-    origins: dict[str, str]
+    origins: dict[str, str | None]
     """Fields of `Environment`."""
 
 
@@ -92,6 +93,7 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
             origins={
                 "data_origin": f"shapes only; {task.origin}",
                 "weights_origin": origin,
+                "weights_sha256": configs.digest(cell.backbone),
             },
         )
 
