@@ -1,1 +1,1 @@
-"""The harness: sweeps in, records out. `meft_bench.cli` is its only front door."""
+"""The harness: sweeps in, records out. `meft_bench.parent.cli` is its entry point."""

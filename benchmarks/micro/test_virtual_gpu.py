@@ -9,10 +9,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from meft_bench.cell import Cell
-from meft_bench.meters.memory import host_peak_bytes
-from meft_bench.source import Source
-from meft_bench.virtual.predict import ready
+from meft_bench.child.meters.memory import host_peak_bytes
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.source import Source
+from meft_bench.virtual.prediction.predict import ready
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a real GPU, which is left alone"

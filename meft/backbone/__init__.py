@@ -9,5 +9,6 @@ Each half is whole: its norm, its residual and its dropout are inside. `call` ho
 the model's loop passes to a block besides the hidden states, by name. Where an adapter
 is given, it sits where the paper puts it (Liao et al., NeurIPS 2023, and their code):
 after attention, sequential with a skip of its own; beside the feed-forward, on the same
-input. `families` lists them; `find` looks into a model.
+input. `families` lists them (`bart`, `bert`, `llama`,
+`opt`, `vit`) and looks into a model.
 """

@@ -27,6 +27,7 @@ from meft_reports.columns import CELL_FIELDS, SCORE_NAMES
 from meft_reports.columns.column import Column
 from meft_reports.compared import Number, compared_number, exact, format_number
 from meft_reports.format import format_fact, format_value, is_null
+from meft_reports.text import plural
 from meft_reports.threshold import Threshold
 
 
@@ -68,7 +69,7 @@ SAID = {
     "num_threads": "threads per cell",
     "num_slots": "cells side by side",
     "prediction": "way of predicting",
-    "loss_mean": "mean that a loss is",
+    "loss_mean": "what losses are averaged over",
 }
 """What may differ between the run and the baseline and is then said, beside the version
 of every package."""
@@ -378,7 +379,7 @@ def _notes(
     notes = []
     num_failed = len(baseline) - len(expected_cells)
     if num_failed:
-        notes.append(f"note: the baseline holds {num_failed} cells that are not ok")
+        notes.append(f"note: the baseline holds {plural(num_failed, 'cell')} not ok")
     both = expected_cells.index.intersection(got_cells.index)
     before, after = _facts(expected_cells.loc[both]), _facts(got_cells.loc[both])
     for name in sorted(before.keys() | after.keys(), key=str):
@@ -387,7 +388,7 @@ def _notes(
             zip(before.get(name, nothing), after.get(name, nothing), strict=True)
         )
         differing = [
-            f"{one} in the baseline, {other} in the runs ({count} cells)"
+            f"{one} in the baseline, {other} in the runs ({plural(count, 'cell')})"
             for (one, other), count in pairs.most_common()
             if one != other
         ]

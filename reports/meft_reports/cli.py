@@ -8,6 +8,7 @@ that `--help` answers at once.
 
 import argparse
 import contextlib
+import importlib.metadata
 import io
 import os
 import sys
@@ -51,10 +52,32 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **named: Any) -> None:
         super().__init__(**named, allow_abbrev=False)
+        self._words: list[str] = []
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """As argparse, which hands a command's words to the parser of the command."""
+        self._words = list(sys.argv[1:] if args is None else args)
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # else the parser above would complain, which has other options
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def _misspelt(self) -> str:
+        """The first option that is none, with the nearest that is."""
+        options = [*self._option_string_actions]
+        for word in self._words:
+            name = word.partition("=")[0]
+            if (
+                name.startswith("-")
+                and name.strip("-.0123456789")
+                and (name not in options)
+            ):
+                return f"; {UnknownName('option', name, options)}"
+        return ""
 
     def error(self, message: str) -> NoReturn:
         """Print the mistake and exit with code 2."""
-        self.exit(EXIT_MISTAKE, f"{self.prog}: {message}\n")
+        self.exit(EXIT_MISTAKE, f"{self.prog}: {message}{self._misspelt()}\n")
 
     def print_help(self, file: "SupportsWrite[str] | None" = None) -> None:
         """Print the help; argparse itself hides that it could not be printed."""
@@ -143,7 +166,8 @@ def table(arguments: argparse.Namespace) -> int:
     from meft_reports.tables.table import to_markdown
 
     some = make(read_frame(arguments.runs))
-    _say("\n".join(map(to_markdown, some)) if some else "Nothing to show.")
+    nothing = f"No table: the records hold nothing that `{arguments.name}` shows."
+    _say("\n".join(map(to_markdown, some)) if some else nothing)
     return 0
 
 
@@ -152,6 +176,9 @@ def page(arguments: argparse.Namespace) -> int:
     from meft_reports.frame import read_frame
     from meft_reports.page import render_page
 
+    suffix = arguments.output.suffix
+    if suffix not in (".html", ".htm"):
+        raise UnknownName("ending", suffix, (".html", ".htm"))
     write_atomically(arguments.output, render_page(read_frame(arguments.runs)))
     return _written(arguments.output)
 
@@ -168,7 +195,7 @@ def check(arguments: argparse.Namespace) -> int:
 
     held = arguments.baseline
     for path in arguments.runs:
-        if path.exists() and held.exists() and path.samefile(held):
+        if path.exists() and held.exists() and path.samefile(held.resolve()):
             raise ReportError(f"{path} is both the run and the baseline")
 
     from meft_reports.check import check as compare
@@ -211,6 +238,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    root.add_argument("--version", action="version", version=f"meft {_version()}")
     commands = root.add_subparsers(dest="command", required=True, parser_class=Parser)
     subs = {
         "frame": "write one tidy table, a row per cell, as Parquet or CSV",
@@ -268,11 +296,19 @@ def _add_check_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _refuse_to_overwrite(runs: Sequence[Path], output: Path) -> None:
+    where = output.resolve()  # also through a folder that is not there, as `x/../a`
     for path in runs:
-        if path.exists() and output.exists() and path.samefile(output):
+        if path.exists() and where.exists() and path.samefile(where):
             raise ReportError(
                 f"{output} is one of the files of records; write to another file"
             )
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("meft")
+    except importlib.metadata.PackageNotFoundError:
+        return "of a checkout"
 
 
 def _written(path: Path) -> int:

@@ -35,14 +35,15 @@ FORMULA_STARTS = tuple("=+-@＝＋－＠'")  # noqa: RUF001 (full-width ones are
 spaces and as full-width characters, and the mark that keeps it from doing so."""
 
 
-def read_frame(paths: Sequence[Path]) -> pd.DataFrame:
-    """The records of `paths` as one tidy table, sorted by `cell_id`.
+def read_frame(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
+    """The records of one or more files as one tidy table, sorted by `cell_id`.
 
     Raises:
         RecordError: a file is missing, holds no record, or has a line that is not a
             record of this schema version; names the file and the line.
     """
-    records, newest = read_records(paths)
+    several = [paths] if isinstance(paths, str | Path) else paths
+    records, newest = read_records([Path(path) for path in several])
     return to_frame(records, newest)
 
 
@@ -88,8 +89,9 @@ def save_frame(frame: pd.DataFrame, path: Path) -> None:
     write_atomically(path, writers[path.suffix](frame))
 
 
-def load_frame(path: Path) -> pd.DataFrame:
+def load_frame(path: str | Path) -> pd.DataFrame:
     """The inverse of `save_frame`: the same values with the same dtypes."""
+    path = Path(path)
     if path.suffix == ".parquet":
         columns = pq.read_table(path).to_pydict()
         return _typed(columns)

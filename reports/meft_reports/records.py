@@ -26,7 +26,7 @@ from meft_reports.columns.column import Column
 from meft_reports.derived import DERIVED, derive
 from meft_reports.errors import RecordError, UnknownName
 from meft_reports.latest import FAILED, code_of, counting, in_order, newest_code
-from meft_reports.text import SHORT_LENGTH, printable
+from meft_reports.text import SHORT_LENGTH, plural, printable
 
 STATUSES = ("ok", "oom", "timeout", "killed", "error", "skipped")
 SECTIONS = ("cell", "measurement", "environment")
@@ -92,10 +92,10 @@ def _note_left_out(ordered: list[Record], winners: list[Record], newest: str) ->
             record["status"] in FAILED for record in winners
         )
         failures = f", {num_failed} of them failures" if num_failed else ""
-        _note(f"{num_left_out} records of cells run again left out{failures}")
+        _note(f"left out {plural(num_left_out, 'record')} of cells run again{failures}")
     num_older = sum(code_of(record) != newest for record in winners)
     if num_older:
-        _note(f"{num_older} cells ran with older code than the newest, {newest:.8}")
+        _note(f"{plural(num_older, 'cell')} ran with older code than {newest:.8}")
 
 
 def _lines_of(path: Path, *, is_finished: bool) -> Iterator[tuple[int, Record]]:

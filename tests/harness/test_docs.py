@@ -1,11 +1,13 @@
+import ast
 import dataclasses
+import graphlib
 import re
 from pathlib import Path
 
 import pytest
 
-from meft_bench import cli, harness, output
-from meft_bench.record import Environment, Measurement
+from meft_bench.parent import cli, harness, output
+from meft_bench.shared.record import Environment, Measurement
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -27,14 +29,55 @@ def test_every_exit_code_is_explained() -> None:
     assert codes == {v for name, v in constants if name.startswith("EXIT_")}
 
 
-def test_every_file_is_in_the_picture() -> None:
-    """docs/architecture.md names every module of the library and the harness."""
+@pytest.mark.parametrize(
+    "package", ["meft", "benchmarks/meft_bench", "reports/meft_reports"]
+)
+def test_every_file_is_in_the_picture(package: str) -> None:
+    """In docs/architecture.md or in the docstring of its folder, which is there too."""
     text = (DOCS / "architecture.md").read_text()
-    root = DOCS.parent
-    modules = [
-        path.name
-        for folder in ("meft", "benchmarks/meft_bench")
-        for path in (root / folder).glob("*.py")
-        if not path.name.startswith("__")
-    ]
-    assert [name for name in modules if name not in text] == []
+    root = DOCS.parent / package
+    missing = []
+    for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+        files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        if not files or folder.name == "__pycache__":
+            continue
+        where = folder.relative_to(root)
+        if folder != root and f"`{where}/`" not in text and f"`{where}/" not in text:
+            missing.append(f"{where}/")
+        listed = re.findall(r"\w+", (folder / "__init__.py").read_text())
+        missing += [
+            f"{path.relative_to(root)}"
+            for path in files
+            if path.name not in text
+            and path.stem not in listed
+            and not path.name.startswith("__")
+        ]
+    assert missing == []
+
+
+def test_no_two_folders_of_the_harness_import_each_other() -> None:
+    """Directly or around a circle."""
+    root = DOCS.parent / "benchmarks"
+    arrows: dict[str, set[str]] = {}
+    for path in (root / "meft_bench").rglob("*.py"):
+        folder = ".".join(path.relative_to(root).parent.parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [f"{node.module}.{name.name}" for name in node.names]
+            elif isinstance(node, ast.Import):
+                names = [name.name for name in node.names]
+            else:
+                continue
+            for name in names:
+                if name.startswith("meft_bench"):
+                    arrows.setdefault(folder, set()).add(_folder(root, name))
+    order = {folder: targets - {folder} for folder, targets in arrows.items()}
+    list(graphlib.TopologicalSorter(order).static_order())  # raises at a circle
+
+
+def _folder(root: Path, name: str) -> str:
+    """The folder that a dotted name of a module, or of something in it, lies in."""
+    parts = name.split(".")
+    while not root.joinpath(*parts).is_dir():
+        parts.pop()
+    return ".".join(parts)

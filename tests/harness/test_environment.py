@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 
 import meft_bench
-from meft_bench import environment
+from meft_bench.parent import environment
 
 NVML = (
     "nvmlInit",

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.tiny import cell
-from meft_bench.source import Source
-from meft_bench.tasks import files, glue, topics
+from meft_bench.child.tasks import files, glue, topics
+from meft_bench.shared.source import Source
 
 ODD = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
 """What `str.splitlines` takes for line separators besides LF, CR and CRLF."""

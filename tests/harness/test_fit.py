@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meft_bench.virtual.fit import largest_that_fits
+from meft_bench.virtual.prediction.fit import largest_that_fits
 
 
 @given(

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from marks import slow_but_for
-from meft_bench import cli, environment, isolate, outcome, runs
-from meft_bench.cell import Cell
-from meft_bench.options import ChildOptions
-from meft_bench.record import Environment, Measurement, Record, Status
-from meft_bench.runs import RecordsFile, RunsError
+from meft_bench.parent import cli, environment, isolate, runs
+from meft_bench.parent.runs import RecordsFile, RunsError
+from meft_bench.shared import outcome
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.record import Environment, Measurement, Record, Status
 
 SWEEP = """
 question = "Is anything lost?"
@@ -28,7 +29,7 @@ axes = { method = ["full", "head", "lora"] }
 NUM_CELLS = 3
 LIMITED = """
 import resource, sys
-from meft_bench.cli import main
+from meft_bench.parent.cli import main
 limit = int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 sys.exit(main(sys.argv[2:], worker_module="harness.workers.fake_leaves"))

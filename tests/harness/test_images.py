@@ -9,17 +9,17 @@ import torch
 
 from harness.tiny import cell
 from marks import slow_but_for
-from meft_bench import backbones
-from meft_bench.backbones import shapes
-from meft_bench.cell import Cell
-from meft_bench.meters import memory
-from meft_bench.options import ChildOptions
-from meft_bench.registry import HAVE_ROWS, METHODS, load
-from meft_bench.source import Source
-from meft_bench.tasks import synthetic
-from meft_bench.tasks.batches import Image, collate, full_batches
-from meft_bench.training import Stepper
-from meft_bench.worker import run
+from meft_bench.child import backbones
+from meft_bench.child.backbones import shapes
+from meft_bench.child.meters import memory
+from meft_bench.child.tasks import synthetic
+from meft_bench.child.tasks.batches import Image, collate, full_batches
+from meft_bench.child.training.steps import Stepper
+from meft_bench.child.worker import run
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.registry import HAVE_ROWS, METHODS, load
+from meft_bench.shared.source import Source
 
 HERE = Source()
 TOKENS = 1 + (32 // 8) ** 2

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from meft_bench import isolate, outcome
-from meft_bench.cell import Cell
-from meft_bench.options import ChildOptions
-from meft_bench.record import Environment, Measurement, Record, Status
+from meft_bench.parent import isolate
+from meft_bench.parent.engines.local import Stopped
+from meft_bench.shared import outcome
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.record import Environment, Measurement, Record, Status
 
 CELL = Cell(method="meft1", batch_size=4, seed=3)
 SEEN = Measurement(saved_bytes=2**20, step_seconds=1, loss_curve=[])
@@ -126,7 +128,7 @@ def test_no_child(run: Callable[..., Record], monkeypatch: pytest.MonkeyPatch) -
     def no_process(*_: object, **__: object) -> None:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr("meft_bench.isolate.subprocess.Popen", no_process)
+    monkeypatch.setattr("meft_bench.parent.isolate.subprocess.Popen", no_process)
     with pytest.raises(OSError, match="no child could be started: Resource") as caught:
         run("fake_ok")
     assert caught.value.filename == sys.executable
@@ -162,7 +164,7 @@ def test_stopped(run: Callable[..., Record], tmp_path: Path) -> None:
     """A stopped run raises before the next child starts."""
     stop = threading.Event()
     stop.set()
-    with pytest.raises(isolate.Stopped):
+    with pytest.raises(Stopped):
         run("fake_ok", stop=stop)
     assert list(tmp_path.iterdir()) == []
 

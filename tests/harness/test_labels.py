@@ -5,10 +5,10 @@ import torch
 from transformers import BertTokenizer
 
 from harness.tiny import cell, classifier
-from meft_bench.scoring import labels
-from meft_bench.tasks.batches import Example
-from meft_bench.tasks.task import Row, Task
-from meft_bench.training import Stepper
+from meft_bench.child.scoring import labels
+from meft_bench.child.tasks.batches import Example
+from meft_bench.child.tasks.task import Row, Task
+from meft_bench.child.training.steps import Stepper
 
 
 def rows(*found: int) -> tuple[Row, ...]:

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from harness.tiny import batch, cell, classifier
-from meft_bench.registry import METHODS, load
-from meft_bench.training import Stepper
-from meft_bench.virtual.ledger import Ledger
-from meft_bench.virtual.trace import Trace
+from meft_bench.child.training.steps import Stepper
+from meft_bench.shared.registry import METHODS, load
+from meft_bench.virtual.recording.ledger import Ledger
+from meft_bench.virtual.recording.trace import Trace
 
 pytestmark = pytest.mark.usefixtures("no_garbage_collection")
 

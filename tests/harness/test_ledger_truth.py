@@ -19,13 +19,14 @@ from harness.tiny import (
     num_lists,
 )
 from marks import slow_but_for
-from meft_bench.meters.memory import cpu_step_peak_bytes
-from meft_bench.registry import METHODS, load
-from meft_bench.tasks.batches import Batch
-from meft_bench.training import Stepper
-from meft_bench.virtual import gpu, views
-from meft_bench.virtual.ledger import Ledger
-from meft_bench.virtual.personality import VirtualGpu
+from meft_bench.child.meters.memory import cpu_step_peak_bytes
+from meft_bench.child.tasks.batches import Batch
+from meft_bench.child.training.steps import Stepper
+from meft_bench.shared.registry import METHODS, load
+from meft_bench.virtual.device import gpu
+from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
+from meft_bench.virtual.recording import views
+from meft_bench.virtual.recording.ledger import Ledger
 
 pytestmark = pytest.mark.usefixtures("no_garbage_collection")
 

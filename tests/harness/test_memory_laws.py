@@ -8,11 +8,11 @@ import torch
 
 from harness.tiny import cell
 from meft.reversible.packing import packed_bytes
-from meft_bench.options import ChildOptions
-from meft_bench.record import Measurement
-from meft_bench.source import Source
-from meft_bench.virtual.plan import Plan, plan
-from meft_bench.worker import run
+from meft_bench.child.worker import run
+from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.record import Measurement
+from meft_bench.shared.source import Source
+from meft_bench.virtual.prediction.plan import Plan, plan
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a real GPU, which is left alone"

@@ -21,11 +21,11 @@ from meft.sparse.adapter import SparseAdapter
 from meft.sparse.convert import sparse_adapters
 from meft.sparse.dense import DenseAdapter
 from meft.testing import saved_bytes
-from meft_bench.meters.routing import look
-from meft_bench.meters.rows import Watch
-from meft_bench.methods.adapters import AdaptedBlock
-from meft_bench.registry import HAVE_ROWS, METHODS, load
-from meft_bench.training import Stepper
+from meft_bench.child.meters.routing import look
+from meft_bench.child.meters.rows import Watch
+from meft_bench.child.methods.adapters import AdaptedBlock
+from meft_bench.child.training.steps import Stepper
+from meft_bench.shared.registry import HAVE_ROWS, METHODS, load
 
 HEAD = HIDDEN * LABELS + LABELS
 R = 4

@@ -28,11 +28,11 @@ import pytest
 
 import meft
 import meft.testing
-from meft_bench import cli, planning, sweep
-from meft_bench.cell import Cell
-from meft_bench.isolate import child_environment
-from meft_bench.options import ChildOptions
-from meft_bench.virtual import gpu
+from meft_bench.parent import cli, planning, sweep
+from meft_bench.parent.isolate import child_environment
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.options import ChildOptions
+from meft_bench.virtual.device import gpu
 from meft_reports import cli as reports_cli
 from meft_reports.plots import PLOTS
 from meft_reports.tables import TABLES
@@ -68,11 +68,9 @@ FOREIGN_FLAGS = {
     "--show-toplevel": "git",
     "--porcelain": "git",
     "--untracked-files": "git",
-    "--cell": "meft_bench.worker, of which isolate.py is the one caller",
-    "--options": "meft_bench.worker, likewise",
-    "--out": "meft_bench.worker and planner, likewise",
-    "--parent": "meft_bench.worker and planner, likewise",
-    "--request": "meft_bench.virtual.planner, likewise",
+    "--out": "meft_bench.child.worker, which the harness itself starts",
+    "--parent": "meft_bench.child.worker, likewise",
+    "--request": "meft_bench.child.worker, likewise",
 }
 
 FOREIGN_FILES = {

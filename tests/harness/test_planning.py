@@ -10,12 +10,12 @@ import pandas
 import pytest
 from transformers import LlamaConfig
 
-from meft_bench import cli, planning
-from meft_bench.backbones.files import read_config
-from meft_bench.cell import Cell
-from meft_bench.source import Source
-from meft_bench.virtual import gpu
-from meft_bench.virtual.plan import plan as make_plan
+from meft_bench.child.backbones.files import read_config
+from meft_bench.parent import cli, planning
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.source import Source
+from meft_bench.virtual.device import gpu
+from meft_bench.virtual.prediction.plan import plan as make_plan
 
 TINY = ["--batch", "2", "--seq", "16", "--gpu", "RTX3090"]
 
@@ -162,7 +162,7 @@ MISTAKES = {
     "bert-tiny --gpu H20O": "unknown GPU 'H20O'; did you mean 'H200'?",
     "bert-tiny --gpu RTX": "'RTX' may be RTX3090-24GB or RTX4090-24GB",
     "bert-tiny --gpu no.json": "no.json: No such file",
-    "bert-tiny --gpu bert.json": "bert.json: missing fields ['attention_order'",
+    "bert-tiny --gpu bert.json": "bert.json: missing fields: attention_order",
     "bert-tinny": "did you mean 'bert-tiny'?",
     "bert-tiny --method exakt": "did you mean 'exact'?",
     "bert-tiny --set neurons=3": "unknown key 'neurons'; did you mean 'num_neurons'?",
@@ -206,12 +206,12 @@ def nothing_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("meft_bench.environment.installed", {}.get)
+    monkeypatch.setattr("meft_bench.shared.distributions.installed", {}.get)
 
     def no_child(*_: object, **__: object) -> None:
         raise AssertionError("a child was started")
 
-    monkeypatch.setattr("meft_bench.planning.subprocess.run", no_child)
+    monkeypatch.setattr("meft_bench.parent.planning.subprocess.run", no_child)
 
 
 @pytest.mark.usefixtures("nothing_at_hand")
@@ -235,7 +235,7 @@ def test_a_mistake_is_found_without_torch(tmp_path: Path) -> None:
     """Within a second of processor time, also by what looks into the hub's cache."""
     program = (
         "import sys, time\n"
-        "from meft_bench.cli import main\n"
+        "from meft_bench.parent.cli import main\n"
         "code = main(['plan', 'hub:no/such', '--gpu', 'H100'])\n"
         "heavy = {'torch', 'transformers', 'meft', 'numpy'}\n"
         "print(code, sorted(heavy & set(sys.modules)), time.process_time())\n"
@@ -337,7 +337,7 @@ def test_one_method_does_not_take_the_others_along(
     def fails(*_: object) -> None:
         raise RuntimeError("shapes do\nnot match")
 
-    monkeypatch.setattr("meft_bench.virtual.plan.ready", fails)
+    monkeypatch.setattr("meft_bench.virtual.prediction.plan.ready", fails)
     found = make_plan(Cell(method="full"), Source(), 0.05)
     assert (found.verdict, found.message) == (
         "unknown",
@@ -375,7 +375,7 @@ def test_a_gpu_of_ones_own(tmp_path: Path) -> None:
     fields = json.loads(text)
     del fields["memory_bytes"]
     path.write_text(json.dumps(fields | {"memory": 1}))
-    with pytest.raises(gpu.GpuError, match=r"missing fields \['memory_bytes'\]"):
+    with pytest.raises(gpu.GpuError, match="missing fields: memory_bytes"):
         gpu.find(str(path))
     for name, value in [
         ("memory_bytes", "much"),

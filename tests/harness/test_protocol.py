@@ -16,10 +16,10 @@ from harness.tiny import HIDDEN, SHAPE, batch, cell, classifier
 from meft.sparse.adapter import SparseAdapter
 from meft.sparse.convert import sparse_adapters
 from meft.sparse.dense import DenseAdapter
-from meft_bench import protocol
-from meft_bench.registry import METHODS, OPTIMIZERS, load
-from meft_bench.training import Stepper, learning_rate_at
-from meft_bench.virtual import gpu
+from meft_bench.child.training.steps import Stepper, learning_rate_at
+from meft_bench.shared import protocol
+from meft_bench.shared.registry import METHODS, OPTIMIZERS, load
+from meft_bench.virtual.device import gpu
 
 DOCS = Path(__file__).parents[2] / "docs"
 PROTOCOL = {

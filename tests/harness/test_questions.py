@@ -12,14 +12,14 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from harness.tiny import cell
-from meft_bench import backbones
-from meft_bench.registry import TASKS, load
-from meft_bench.scoring import answers
-from meft_bench.scoring.rules import METRICS
-from meft_bench.source import MissingError, Source
-from meft_bench.tasks.batches import IGNORED, Example, collate, full_batches
-from meft_bench.tasks.question import AnswerTask, Question
-from meft_bench.training import Stepper
+from meft_bench.child import backbones
+from meft_bench.child.scoring import answers
+from meft_bench.child.scoring.rules import METRICS
+from meft_bench.child.tasks.batches import IGNORED, Example, collate, full_batches
+from meft_bench.child.tasks.question import AnswerTask, Question
+from meft_bench.child.training.steps import Stepper
+from meft_bench.shared.registry import TASKS, load
+from meft_bench.shared.source import MissingError, Source
 
 QUESTIONS = ("nq-open", "triviaqa", "squad", "gsm8k", "arc-easy", "arc-challenge")
 WORDS = [

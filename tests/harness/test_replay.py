@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from meft_bench.virtual.allocator import MIB
-from meft_bench.virtual.replay import replay, replay_in_full
-from meft_bench.virtual.trace import Event, Storage, Trace
+from meft_bench.virtual.device.allocator import MIB
+from meft_bench.virtual.recording.replay import replay, replay_in_full
+from meft_bench.virtual.recording.trace import Event, Storage, Trace
 
 LIBRARIES = 2
 """Threads, each of which keeps a workspace."""

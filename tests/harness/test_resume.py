@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from meft_bench import runs
-from meft_bench.record import Status
+from meft_bench.parent import runs
+from meft_bench.shared.record import Status
 
 SWEEP = """
 question = "Is anything lost or done twice?"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from meft_bench import runs
-from meft_bench.cell import Cell
-from meft_bench.record import Environment, Measurement, Record, Status
-from meft_bench.runs import RecordsFile, RunsError
+from meft_bench.parent import runs
+from meft_bench.parent.runs import RecordsFile, RunsError
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.record import Environment, Measurement, Record, Status
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_lock_ends_with_its_process(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     program = (
         "import os, pathlib, signal, sys\n"
-        "from meft_bench.runs import RecordsFile\n"
+        "from meft_bench.parent.runs import RecordsFile\n"
         "file = RecordsFile(pathlib.Path(sys.argv[1]))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meft_bench import fields, registry, sweep
-from meft_bench.cell import Cell
-from meft_bench.sweep import Condition, Matrix, Point, Sweep, SweepError
+from meft_bench.parent import fields, sweep
+from meft_bench.parent.sweep import Condition, Matrix, Point, Sweep, SweepError
+from meft_bench.shared import registry
+from meft_bench.shared.cell import Cell
 
 HEAD = 'question = "Which?"\n'
 MATRIX = HEAD + '[[matrix]]\nname = "one"\n'
@@ -96,6 +97,13 @@ def test_gate() -> None:
     assert gate.num_threads == 1
     assert {cell.device for cell in gate.cells} == {"cpu"}
     assert {cell.method for cell in gate.cells} == set(registry.METHODS)
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+    """Some editors write one."""
+    path = tmp_path / "mine.toml"
+    path.write_text(AXES, encoding="utf-8-sig")
+    assert len(sweep.load(str(path), device="cpu").cells) == 1
 
 
 def test_product(load: Callable[[str], Sweep]) -> None:

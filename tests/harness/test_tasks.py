@@ -11,11 +11,17 @@ from tokenizers.pre_tokenizers import Split
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from harness.tiny import cell
-from meft_bench.registry import TASKS, load
-from meft_bench.source import MissingError, Source
-from meft_bench.tasks import bbc_news, glue, metrics, synthetic
-from meft_bench.tasks.batches import Example, collate, encode, epochs, full_batches
-from meft_bench.tasks.task import Row, Task, draw, first
+from meft_bench.child.tasks import bbc_news, glue, metrics, synthetic
+from meft_bench.child.tasks.batches import (
+    Example,
+    collate,
+    encode,
+    epochs,
+    full_batches,
+)
+from meft_bench.child.tasks.task import Row, Task, draw, first
+from meft_bench.shared.registry import TASKS, load
+from meft_bench.shared.source import MissingError, Source
 
 NOWHERE = Source()
 ROWS = [Row((str(i),), i % 2) for i in range(100)]

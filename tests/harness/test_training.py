@@ -10,20 +10,20 @@ import torch
 from harness.tiny import FAMILIES, batch, cell, classifier
 from meft.backbone.families import NEW_HEADS
 from meft.sparse.convert import sparse_adapters
-from meft_bench import backbones
-from meft_bench.cell import Cell
-from meft_bench.meters.clock import StepClock
-from meft_bench.registry import METHODS, OPTIMIZERS, load
-from meft_bench.source import Source
-from meft_bench.tasks import synthetic
-from meft_bench.tasks.batches import Example, collate
-from meft_bench.training import (
+from meft_bench.child import backbones
+from meft_bench.child.meters.clock import StepClock
+from meft_bench.child.tasks import synthetic
+from meft_bench.child.tasks.batches import Example, collate
+from meft_bench.child.training.steps import (
     Stepper,
     learning_rate_at,
     predict,
     seed_everything,
     train,
 )
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.registry import METHODS, OPTIMIZERS, load
+from meft_bench.shared.source import Source
 
 
 def stepper_for(chosen: Cell) -> Stepper:

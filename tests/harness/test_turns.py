@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from meft_bench.meters.turns import take_turns
-from meft_bench.start import deviation
+from meft_bench.child.measuring.starting_point import deviation
+from meft_bench.child.meters.interleaved import take_turns
 
 Steps = tuple[list[str], Callable[[str, list[float]], Callable[[], None]]]
 """Names in the order they ran in, and what makes a step of a name and its times."""

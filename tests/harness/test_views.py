@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from harness.tiny import BLOCKS, batch, cell, classifier
-from meft_bench.training import Stepper
-from meft_bench.virtual import views
-from meft_bench.virtual.ledger import Ledger
-from meft_bench.virtual.trace import Copy, Trace
+from meft_bench.child.training.steps import Stepper
+from meft_bench.virtual.recording import views
+from meft_bench.virtual.recording.ledger import Ledger
+from meft_bench.virtual.recording.trace import Copy, Trace
 
 pytestmark = pytest.mark.usefixtures("no_garbage_collection")
 

@@ -23,15 +23,15 @@ from harness.tiny import BLOCKS, HIDDEN, batch, cell, classifier
 from meft import ReversibleConfig, make_reversible
 from meft.reversible.blocks import ReversibleBlocks
 from meft.reversible.packing import packed_bytes
-from meft_bench.options import ChildOptions
-from meft_bench.registry import METHODS
-from meft_bench.source import MissingError, Source
-from meft_bench.training import Stepper
-from meft_bench.virtual import gpu
-from meft_bench.virtual.personality import VirtualGpu
-from meft_bench.virtual.plan import plan
-from meft_bench.virtual.trace import Trace
-from meft_bench.worker import run
+from meft_bench.child.training.steps import Stepper
+from meft_bench.child.worker import run
+from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.registry import METHODS
+from meft_bench.shared.source import MissingError, Source
+from meft_bench.virtual.device import gpu
+from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
+from meft_bench.virtual.prediction.plan import plan
+from meft_bench.virtual.recording.trace import Trace
 
 pytestmark = [
     pytest.mark.usefixtures("no_garbage_collection"),

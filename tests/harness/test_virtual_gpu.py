@@ -13,17 +13,21 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from harness.tiny import BLOCKS, FAMILIES, batch, cell, classifier
 from marks import slow_but_for
-from meft_bench import backbones, measure
-from meft_bench.options import ChildOptions
-from meft_bench.registry import METHODS, TASKS, load
-from meft_bench.source import Source
-from meft_bench.tasks.batches import Example, Image, full_batches
-from meft_bench.training import Stepper
-from meft_bench.virtual import gpu, ledger, personality, predict, shim
-from meft_bench.virtual.ledger import Ledger
-from meft_bench.virtual.personality import VirtualGpu
-from meft_bench.virtual.trace import Trace
-from meft_bench.worker import run
+from meft_bench.child import backbones
+from meft_bench.child.tasks.batches import Example, Image, full_batches
+from meft_bench.child.training import prepare
+from meft_bench.child.training.steps import Stepper
+from meft_bench.child.worker import run
+from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.registry import METHODS, TASKS, load
+from meft_bench.shared.source import Source
+from meft_bench.virtual.device import gpu
+from meft_bench.virtual.emulation import cuda_backend, virtual_gpu
+from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
+from meft_bench.virtual.prediction import predict
+from meft_bench.virtual.recording import ledger
+from meft_bench.virtual.recording.ledger import Ledger
+from meft_bench.virtual.recording.trace import Trace
 
 pytestmark = [
     pytest.mark.usefixtures("no_garbage_collection"),
@@ -60,7 +64,7 @@ def test_fake_and_real_tensors_take_the_same_memory(
     steps(method, model_type, "cpu")  # libraries keep constants from first use on
     real = steps(method, model_type, "cpu").peak("cpu")
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        patches = (personality._values, personality._masks, personality._moving_modules)
+        patches = (virtual_gpu._values, virtual_gpu._masks, virtual_gpu._moving_modules)
         with contextlib.ExitStack() as stack:
             for patch in patches:
                 stack.enter_context(*patch())
@@ -149,8 +153,8 @@ def test_nothing_stays_patched() -> None:
 def test_a_real_gpu_is_left_alone() -> None:
     with (
         mock.patch.object(torch.cuda, "is_available", return_value=True),
-        pytest.raises(shim.ShimError, match="real GPU"),
-        shim.fake_cuda(),
+        pytest.raises(cuda_backend.ShimError, match="real GPU"),
+        cuda_backend.fake_cuda(),
     ):
         pass
 
@@ -176,7 +180,7 @@ def test_optimizers_step_all_tensors_at_once() -> None:
     with h200():
         assert update_bytes() >= 0
     with (
-        mock.patch.object(personality, "_many_tensors_at_once", return_value=[]),
+        mock.patch.object(virtual_gpu, "_many_tensors_at_once", return_value=[]),
         h200(),
     ):
         assert update_bytes() < 0
@@ -209,7 +213,7 @@ def test_backward_of_an_activation_is_one_operator() -> None:
 
     assert made_by_backward() == ["aten.silu_backward.default"]
     parts = contextlib.nullcontext()
-    with mock.patch.object(personality, "_whole_operators", return_value=parts):
+    with mock.patch.object(virtual_gpu, "_whole_operators", return_value=parts):
         assert len(made_by_backward()) > 3
 
 
@@ -224,7 +228,7 @@ def test_all_operators_that_would_be_taken_apart_are_known() -> None:
         and has_kernel(name, "CPU")
     }
     # The last has a kernel for CPUs alone.
-    known = {*personality.WHOLE_OPERATORS, "native_channel_shuffle"}
+    known = {*virtual_gpu.WHOLE_OPERATORS, "native_channel_shuffle"}
     assert both == {f"aten::{name}" for name in known}
 
 
@@ -238,7 +242,7 @@ def test_a_mask_without_padding_is_no_mask() -> None:
         return device.attention_counts
 
     assert kernels() == {"flash": BLOCKS}
-    with mock.patch.object(personality, "_masks", return_value=[]):
+    with mock.patch.object(virtual_gpu, "_masks", return_value=[]):
         assert kernels() == {"efficient": BLOCKS}
 
 
@@ -270,7 +274,7 @@ def test_attention_keeps_no_scores() -> None:
     assert counts == {"cudnn": 1}
     scores = 2 * 4 * 512 * 512 * 2
     assert held < scores
-    with mock.patch.object(personality, "_attention", return_value=[]):
+    with mock.patch.object(virtual_gpu, "_attention", return_value=[]):
         assert kept()[0] > scores
 
 
@@ -336,7 +340,7 @@ def test_a_batch_is_of_the_shape_that_trains(
         label: Any = [0] * seq_len if task.endswith("lm") else 0
         tokens = [0] * seq_len
         row = Example(token_ids=tokens, segment_ids=tokens, label=label)
-    num_labels = measure.num_labels_of(load(TASKS[task])(here, Source()))
+    num_labels = prepare.num_labels_of(load(TASKS[task])(here, Source()))
     real = full_batches([row], here)
     fake = predict._batches(here, shape, num_labels)
     assert [[(n, t.shape, t.dtype) for n, t in each.items()] for each in fake] == [

@@ -13,15 +13,16 @@ from torch.nn import functional
 
 from harness.tiny import FAMILIES, batch, cell, classifier
 from marks import slow_but_for
-from meft_bench.options import ChildOptions
-from meft_bench.registry import METHODS, load
-from meft_bench.source import Source
-from meft_bench.training import Stepper
-from meft_bench.virtual import gpu, personality, pure, shim
-from meft_bench.virtual.personality import VirtualGpu
-from meft_bench.virtual.plan import Plan, plan
-from meft_bench.virtual.trace import Trace
-from meft_bench.worker import run
+from meft_bench.child.training.steps import Stepper
+from meft_bench.child.worker import run
+from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.registry import METHODS, load
+from meft_bench.shared.source import Source
+from meft_bench.virtual.device import gpu
+from meft_bench.virtual.emulation import cpu_backend, cuda_backend, virtual_gpu
+from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
+from meft_bench.virtual.prediction.plan import Plan, plan
+from meft_bench.virtual.recording.trace import Trace
 
 pytestmark = [
     pytest.mark.usefixtures("no_garbage_collection"),
@@ -34,8 +35,8 @@ SIZE = {"batch_size": 8, "seq_len": 32}
 
 def without_shim() -> contextlib.AbstractContextManager[Any]:
     """As on a build of torch that cannot be patched."""
-    error = shim.ShimError("another order of methods")
-    return mock.patch.object(shim, "fake_cuda", side_effect=error)
+    error = cuda_backend.ShimError("another order of methods")
+    return mock.patch.object(cuda_backend, "fake_cuda", side_effect=error)
 
 
 def steps(
@@ -109,11 +110,14 @@ def dropout_of_a_cpu(tensor: Tensor, p: float, train: bool) -> Tensor:
 
 WITHOUT: dict[str, tuple[contextlib.AbstractContextManager[Any], str]] = {
     "attention": (
-        mock.patch.object(personality, "_attention", return_value=[]),
+        mock.patch.object(virtual_gpu, "_attention", return_value=[]),
         "sdpa",
     ),
-    "dropout": (mock.patch.object(pure, "_dropout", dropout_of_a_cpu), "sdpa"),
-    "float32": (mock.patch.multiple(pure, IN_FLOAT32=(), TO_FLOAT32=()), "eager"),
+    "dropout": (mock.patch.object(cpu_backend, "_dropout", dropout_of_a_cpu), "sdpa"),
+    "float32": (
+        mock.patch.multiple(cpu_backend, IN_FLOAT32=(), TO_FLOAT32=()),
+        "eager",
+    ),
 }
 
 
@@ -141,11 +145,13 @@ def test_optimizers_go_through_lists_of_tensors() -> None:
     with without_shim():
         assert peak_bytes() - with_lists in range(16 * 512, 18 * 512)
         one_by_one = contextlib.nullcontext()
-        with mock.patch.object(pure, "_many_tensors_at_once", return_value=one_by_one):
+        with mock.patch.object(
+            cpu_backend, "_many_tensors_at_once", return_value=one_by_one
+        ):
             assert peak_bytes() <= with_lists - 8 * 64 * 64 * 4
 
 
-@pytest.mark.parametrize("name", [*pure.IN_FLOAT32, *pure.TO_FLOAT32])
+@pytest.mark.parametrize("name", [*cpu_backend.IN_FLOAT32, *cpu_backend.TO_FLOAT32])
 def test_autocast_of_cuda_knows_the_operator(name: str) -> None:
     """And that of the CPU does not, so that nothing of it is lost."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -202,7 +208,7 @@ def test_nothing_stays_patched(is_shimmed: bool) -> None:
     path = contextlib.nullcontext() if is_shimmed else without_shim()
     before = _patched_places()
     with path, VirtualGpu(gpu.find("H200")) as device:
-        expected = shim.PATH if is_shimmed else pure.PATH
+        expected = cuda_backend.PATH if is_shimmed else cpu_backend.PATH
         assert device.path.name == expected.name
         # Why the shim could not be is told.
         assert device.path.how.startswith(expected.how)
@@ -233,7 +239,7 @@ def _patched_places() -> list[Any]:
 def test_no_path_stands_beside_a_real_gpu() -> None:
     with (
         mock.patch.object(torch.cuda, "is_available", return_value=True),
-        pytest.raises(shim.RealGpuError, match="left alone"),
+        pytest.raises(cuda_backend.RealGpuError, match="left alone"),
         VirtualGpu(gpu.find("H200")),
     ):
         pass

@@ -9,14 +9,15 @@ import torch
 from harness.tiny import BLOCKS, HIDDEN, batch, cell, classifier
 from marks import slow_but_for
 from meft.sparse.convert import sparse_adapters
-from meft_bench.meters.rows import RowTraffic, Watch
-from meft_bench.options import ChildOptions
-from meft_bench.registry import METHODS, load
-from meft_bench.training import Stepper
-from meft_bench.virtual import declared, gpu
-from meft_bench.virtual.ledger import Ledger
-from meft_bench.virtual.personality import VirtualGpu
-from meft_bench.worker import run
+from meft_bench.child.meters.rows import RowTraffic, Watch
+from meft_bench.child.training.steps import Stepper
+from meft_bench.child.worker import run
+from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.registry import METHODS, load
+from meft_bench.virtual.device import gpu
+from meft_bench.virtual.emulation import assumed_activation
+from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
+from meft_bench.virtual.recording.ledger import Ledger
 
 pytestmark = [
     pytest.mark.usefixtures("no_garbage_collection"),
@@ -54,7 +55,7 @@ def moved(stepper: Stepper, num_batches: int = 2) -> RowTraffic:
 def test_every_byte_that_moves_is_in_the_engines_books(method: str) -> None:
     """Held against a ledger that sees all copies; beside rows, only batches move, and
     single numbers, by which torch's clipping brings norms and its factor together."""
-    with VirtualGpu(gpu.find("H200")), declared.rows(0.5), Ledger() as ledger:
+    with VirtualGpu(gpu.find("H200")), assumed_activation.rows(0.5), Ledger() as ledger:
         stepper = ready(method, device="cuda")
         batches = [batch()] * 2
         for _ in range(2):
@@ -77,7 +78,7 @@ def test_every_byte_that_moves_is_in_the_engines_books(method: str) -> None:
 def test_where_every_neuron_answers_fake_rows_move_as_real_ones_do() -> None:
     """No choice is left to values, so both books are the same to the byte."""
     real = moved(ready("dense-offload"))
-    with VirtualGpu(gpu.find("H200")), declared.rows(0.1):
+    with VirtualGpu(gpu.find("H200")), assumed_activation.rows(0.1):
         fake = moved(ready("dense-offload", device="cuda"))
     assert fake == real
     assert fake.union_fraction == [1.0] * BLOCKS
@@ -89,7 +90,7 @@ def test_where_every_neuron_answers_fake_rows_move_as_real_ones_do() -> None:
 )
 def test_what_is_declared_is_what_is_active(method: str) -> None:
     def found(fraction: float) -> RowTraffic:
-        with VirtualGpu(gpu.find("H200")), declared.rows(fraction):
+        with VirtualGpu(gpu.find("H200")), assumed_activation.rows(fraction):
             return moved(ready(method, device="cuda"))
 
     half, all_of_them = found(0.5), found(1.0)
@@ -104,7 +105,7 @@ def test_what_is_declared_is_what_is_active(method: str) -> None:
 
 
 def test_no_more_is_active_than_tokens_can_keep() -> None:
-    with VirtualGpu(gpu.find("H200")), declared.rows(1.0):
+    with VirtualGpu(gpu.find("H200")), assumed_activation.rows(1.0):
         found = moved(ready("sparse", device="cuda", top_k_neurons=1))
     tokens = batch()["input_ids"].numel()
     assert found.union_fraction == [tokens / NEURONS] * BLOCKS

@@ -1,7 +1,5 @@
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +7,14 @@ import pytest
 import torch
 
 from marks import slow_but_for
-from meft_bench import outcome
-from meft_bench.cell import Cell
-from meft_bench.options import ChildOptions
-from meft_bench.out_of_memory import is_out_of_memory
-from meft_bench.record import Measurement
-from meft_bench.registry import METHODS
-from meft_bench.sighting import remark
-from meft_bench.worker import one_line, run
+from meft_bench.child.measuring.partial_result import remark
+from meft_bench.child.training.out_of_memory import is_out_of_memory
+from meft_bench.child.worker import one_line, run
+from meft_bench.shared import outcome, request
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.record import Measurement
+from meft_bench.shared.registry import METHODS
 
 TINY: dict[str, Any] = {
     "backbone": "random:bert-tiny",
@@ -30,10 +28,8 @@ TINY: dict[str, Any] = {
 def child(folder: Path, cell: Cell, **options: Any) -> dict[str, Any]:
     """The result of a real child process."""
     out = folder / "seen.json"
-    command = [sys.executable, "-m", "meft_bench.worker", "--out", str(out)]
-    command += ["--cell", json.dumps(cell.to_json())]
-    command += ["--options", json.dumps({"num_threads": 1} | options)]
-    command += ["--parent", str(os.getpid())]
+    body = {"cell": cell.to_json(), "options": {"num_threads": 1} | options}
+    command = request.command(body, out, worker_module=request.WORKER)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(out.read_text())

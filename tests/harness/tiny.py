@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from meft_bench.backbones.classifier import model_class
-from meft_bench.cell import Cell
-from meft_bench.tasks.batches import Batch
+from meft_bench.child.backbones.classifier import model_class
+from meft_bench.child.tasks.batches import Batch
+from meft_bench.shared.cell import Cell
 
 HIDDEN, BLOCKS, LABELS, VOCABULARY = 32, 3, 2, 50
 

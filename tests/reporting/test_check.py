@@ -349,7 +349,7 @@ def test_other_code_versions_and_machines_are_said(make_record: MakeRecord) -> N
     assert list(result.notes) == [
         "note: code: aaaaaaaa in the baseline, bbbbbbbb in the runs (5 cells)",
         "note: machine: Example CPU in the baseline, Another CPU in the runs (4 cells);"
-        " Example CPU in the baseline, Third CPU in the runs (1 cells)",
+        " Example CPU in the baseline, Third CPU in the runs (1 cell)",
         "note: uncommitted changes: no in the baseline, yes in the runs (5 cells)",
         "note: version of peft: unknown in the baseline, 1 in the runs (5 cells)",
         "note: version of python: 3.11.9 in the baseline, unknown in the runs "
@@ -366,11 +366,11 @@ def test_many_differences_of_one_fact_are_counted(make_record: MakeRecord) -> No
     before = [make_record(seed=seed) for seed in range(5)]
     after = [make_record(seed=seed, platform=f"OS {seed}") for seed in range(5)]
     (note,) = verdict(before, after, "saved:0").notes
-    assert note.endswith("OS 2 in the runs (1 cells); 2 more")
+    assert note.endswith("OS 2 in the runs (1 cell); 2 more")
     (note,) = verdict(before[:4], after[:4], "saved:0").notes
-    assert note.endswith("OS 2 in the runs (1 cells); 1 more")
+    assert note.endswith("OS 2 in the runs (1 cell); 1 more")
     (note,) = verdict(before[:3], after[:3], "saved:0").notes
-    assert note.endswith("OS 2 in the runs (1 cells)")
+    assert note.endswith("OS 2 in the runs (1 cell)")
 
 
 def test_a_baseline_says_how_many_of_its_cells_hold_nothing(
@@ -380,7 +380,7 @@ def test_a_baseline_says_how_many_of_its_cells_hold_nothing(
     before = [make_record(seed=0), make_record("oom", seed=1)]
     after = [make_record(seed=0), make_record("error", seed=1)]
     result = verdict(before, after, "saved:0")
-    assert result.notes == ("note: the baseline holds 1 cells that are not ok",)
+    assert result.notes == ("note: the baseline holds 1 cell not ok",)
     (finding,) = result.findings
     assert (finding.kind, finding.got) == (Kind.NEW, "error: made-up error")
 
@@ -410,8 +410,8 @@ def test_another_mean_of_losses_is_said(make_record: MakeRecord) -> None:
     """Weights that were trained by another mean score differently."""
     after = make_record(loss_mean="tokens", score_name="accuracy")
     (note,) = verdict([make_record()], [after], "score:0").notes
-    assert note.startswith("note: mean that a loss is: ")
-    assert note.endswith(" in the baseline, tokens in the runs (1 cells)")
+    assert note.startswith("note: what losses are averaged over: ")
+    assert note.endswith(" in the baseline, tokens in the runs (1 cell)")
 
 
 def test_every_cell_of_a_baseline_is_looked_at(make_record: MakeRecord) -> None:
@@ -547,14 +547,14 @@ def test_every_fact_that_is_said_has_a_name(make_record: MakeRecord) -> None:
         " version of peft",
         " way of predicting",
     ]
-    assert "unknown in the baseline, 1 in the runs (1 cells)" in notes[4]
+    assert "unknown in the baseline, 1 in the runs (1 cell)" in notes[4]
     two = verdict(after, before, "saved:0").notes[4]
     assert two == (
-        "note: version of peft: 1 in the baseline, unknown in the runs (1 cells)"
+        "note: version of peft: 1 in the baseline, unknown in the runs (1 cell)"
     )
     lacking = [after[1], make_record(seed=0, versions=versions)]
     having = [make_record(seed=s, versions=versions | {"peft": "1"}) for s in (0, 1)]
     (note,) = verdict(lacking, having, "saved:0").notes
     assert note == (
-        "note: version of peft: unknown in the baseline, 1 in the runs (1 cells)"
+        "note: version of peft: unknown in the baseline, 1 in the runs (1 cell)"
     )

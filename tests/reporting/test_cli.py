@@ -310,6 +310,9 @@ def test_table_prints_markdown(
         (["baseline", "ONE", "RUN", "-o", "./run.jsonl"], "write to another file"),
         (["plot", "memory_depth", "RUN", "LINK", "-o", "LINK"], "link.png is one of"),
         (["check", "RUN", "--base", "ONE"], "required: --baseline, --fail-on"),
+        (["check", "RUN", "--failon", "saved:0"], "did you mean '--fail-on'?"),
+        (["page", "RUN", "-o", "a.txt"], "did you mean '.htm'?"),
+        (["baseline", "RUN", "-o", "no/../run.jsonl"], "one of the files of records"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(

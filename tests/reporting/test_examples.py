@@ -17,7 +17,11 @@ DOCUMENTS = {
     for name in (
         *("README.md", "reports/README.md", "benchmarks/README.md"),
         *("reports/published/README.md", "CONTRIBUTING.md", "docs/numbers.md"),
-        *("tox.ini", "reports/meft_reports/cli.py", "benchmarks/meft_bench/harness.py"),
+        *(
+            "tox.ini",
+            "reports/meft_reports/cli.py",
+            "benchmarks/meft_bench/parent/harness.py",
+        ),
     )
 }
 

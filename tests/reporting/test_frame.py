@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from meft_bench.cell import Cell
-from meft_bench.record import (
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.record import (
     SCHEMA_VERSION,
     Environment,
     Measurement,

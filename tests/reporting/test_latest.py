@@ -160,8 +160,8 @@ def test_a_cell_without_the_newest_code_shows_what_it_ran_with_last(
     assert frame["status"].tolist() == ["oom", "ok"]
     assert frame["newest_code"].tolist() == [False, True]
     assert capsys.readouterr().err == (
-        "note: 1 records of cells run again left out\n"
-        "note: 1 cells ran with older code than the newest, 0b0b0b0b\n"
+        "note: left out 1 record of cells run again\n"
+        "note: 1 cell ran with older code than 0b0b0b0b\n"
     )
 
 
@@ -173,7 +173,7 @@ def test_leaving_records_out_is_said(
     ok = make_record(started_at="2026-01-03T00:00:00Z")
     read_frame([write([failed, ok])])
     assert capsys.readouterr().err == (
-        "note: 1 records of cells run again left out, 1 of them failures\n"
+        "note: left out 1 record of cells run again, 1 of them failures\n"
     )
     read_frame([write([ok])])
     assert capsys.readouterr().err == ""

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from marks import slow_but_for
-from meft_bench import show
-from meft_bench.record import Record as HarnessRecord
+from meft_bench.parent import show
+from meft_bench.shared.record import Record as HarnessRecord
 from meft_reports.check import check
 from meft_reports.frame import save_frame, to_frame
 from meft_reports.page import render_page

@@ -21,6 +21,10 @@ ENVIRONMENT: tuple[Column, ...] = (
     where("device_name", "string", "the accelerator; empty on cpu"),
     where("prediction", "string", "how a number was predicted; empty if measured"),
     where("weights_origin", "string", "package, directory, hub, or random weights"),
-    where("weights_sha256", "string", "digest of the weights file"),
+    where(
+        "weights_sha256",
+        "string",
+        "digest of the weights, or of their config if random",
+    ),
     where("data_origin", "string", "where the rows came from, and the splits"),
 )

@@ -1,9 +1,8 @@
 """What every fake child does first, and how it writes down its outcome.
 
-The real worker keeps the same contract; see `meft_bench.isolate`.
+The real worker keeps the same contract; see `meft_bench.parent.isolate`.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -11,23 +10,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from meft_bench.cell import Cell
-from meft_bench.leash import die_with_parent
+from meft_bench.child.watchdog import die_with_parent
+from meft_bench.shared import request
+from meft_bench.shared.cell import Cell
 
 
 class Child:
     """The arguments of a child, and its pen."""
 
     def __init__(self) -> None:
-        parser = argparse.ArgumentParser()
-        for name in ("--cell", "--options", "--out"):
-            parser.add_argument(name, required=True)
-        parser.add_argument("--parent", type=int, required=True)
-        arguments = parser.parse_args()
-        die_with_parent(arguments.parent)
-        self.cell = Cell.from_json(json.loads(arguments.cell))
-        self.options = json.loads(arguments.options)
-        self.out = Path(arguments.out)
+        asked = request.read()
+        die_with_parent(asked.parent_pid)
+        self.cell = Cell.from_json(asked.body["cell"])
+        self.options = asked.body["options"]
+        self.out = asked.out
         limit = self.options["memory_limit_bytes"]
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

@@ -1,7 +1,7 @@
 """A child that leaves its outcome as the real worker does."""
 
 from harness.workers.fake_child import Child
-from meft_bench import outcome
+from meft_bench.shared import outcome
 
 child = Child()
 seen = {"saved_bytes": 2**20, "loss_curve": []}

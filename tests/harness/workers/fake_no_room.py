@@ -3,7 +3,7 @@
 import resource
 
 from harness.workers.fake_child import Child
-from meft_bench import outcome
+from meft_bench.shared import outcome
 
 child = Child()
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))

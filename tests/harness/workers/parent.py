@@ -2,7 +2,7 @@
 
 import sys
 
-from meft_bench.cli import main
+from meft_bench.parent.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[2:], worker_module=f"harness.workers.{sys.argv[1]}"))

@@ -1,0 +1,221 @@
+"""A classifier of any family: which there are, and its head, blocks, depth and dtype.
+
+A classifier is transformers' `...ForSequenceClassification`, of images
+`...ForImageClassification`, with blocks that the library knows in one list; BART's are
+in two, its encoder's and its decoder's, of which `depth` and `reversible_blocks` count
+each. `weights_dtype` holds for the backbone alone: the head is new and trains, so it is
+float32, is given its input in float32, and so is the loss.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from meft.backbone.families import NEW_HEADS, find_blocks
+from meft_bench.child.backbones.bart import BartClassifier
+from meft_bench.shared.cell import Cell
+
+WRITERS = ("llama", "mistral", "opt")
+"""Those of `MODEL_TYPES` that questions can be asked of."""
+
+LANGUAGE_MODELS = ("bart", *WRITERS)
+"""Those of them that learn told tokens, of which BART makes its decoder's input; how
+questions are put to a second stack, scoring does not know."""
+
+WEIGHTS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def image_shape(config: PreTrainedConfig) -> tuple[int, int, int] | None:
+    """`channels height width` of images that a model sees; None if it reads text."""
+    if config.model_type != "vit":
+        return None
+    return (config.num_channels, *_pair(config.image_size))
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks of a classifier, lowest first, an encoder's before its decoder's."""
+    return [block for found in find_blocks(model) for block in found.blocks]
+
+
+def heads_of(model: nn.Module) -> list[nn.Module]:
+    """The parts of a classifier that have no trained weights, of which there is one."""
+    parts = [getattr(model, name, None) for name in NEW_HEADS]
+    return [part for part in parts if isinstance(part, nn.Module)]
+
+
+def set_depth(model: PreTrainedModel, depth: int) -> None:
+    """Keep the first `depth` blocks of every list, or repeat all of them in a cycle.
+
+    A repeated block is a copy with parameters of its own.
+    """
+    for found in find_blocks(model):
+        blocks = found.blocks
+        chosen = [
+            blocks[i] if i < len(blocks) else copy.deepcopy(blocks[i % len(blocks)])
+            for i in range(depth)
+        ]
+        module: Any
+        for index, block in enumerate(chosen):
+            for module in block.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = index
+        setattr(found.owner, found.attribute, nn.ModuleList(chosen))
+        # Not always one object, and both are read.
+        for owner in (model, found.owner):
+            set_depth_of_config(owner.config, depth)  # type: ignore[arg-type]
+
+
+def set_depth_of_config(config: PreTrainedConfig, depth: int) -> None:
+    """Make a config one of `depth` blocks a list."""
+    config.num_hidden_layers = depth
+    if config.is_encoder_decoder:  # what it calls so is its encoder's
+        config.decoder_layers = depth
+
+
+def model_class(config: PreTrainedConfig, num_labels: int | None) -> Any:
+    """transformers' factory of classifiers; of language models where there are none."""
+    if num_labels is not None:
+        if config.model_type == "bart":
+            return BartClassifier
+        if config.model_type == "vit":
+            return AutoModelForImageClassification
+        return AutoModelForSequenceClassification
+    if config.model_type == "bart":
+        return AutoModelForSeq2SeqLM
+    return AutoModelForCausalLM
+
+
+def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int | None) -> None:
+    """Make a config one of a classifier of `num_labels` classes, trained as such, or,
+    for None, leave it one of a language model.
+
+    Raises:
+        ValueError: `cell.seq_len` is more than the model has positions for, or not what
+            it makes of an image; the task has text and the model sees images, or the
+            task wants a language model and the family has none.
+    """
+    if num_labels is None:
+        _check_language_model(config, cell)
+    shape = image_shape(config)
+    if shape is None:
+        _check_text(config, cell)
+    else:
+        _check_images(config, cell, shape)
+    config.use_cache = False
+    if num_labels is not None:
+        config.num_labels = num_labels
+        config.problem_type = "single_label_classification"
+
+
+def _check_language_model(config: PreTrainedConfig, cell: Cell) -> None:
+    able = LANGUAGE_MODELS if cell.task == "synthetic-lm" else WRITERS
+    if config.model_type not in able:
+        raise ValueError(
+            f"task {cell.task!r} wants a language model of {', '.join(able)}, and "
+            f"{cell.backbone} is of model_type {config.model_type!r}: take one of "
+            "these, `smollm2-135m` for one"
+        )
+
+
+def _check_images(
+    config: PreTrainedConfig, cell: Cell, shape: tuple[int, int, int]
+) -> None:
+    if cell.task != "synthetic":
+        raise ValueError(
+            f"task {cell.task!r} has text and {cell.backbone} sees images: take task "
+            "`synthetic`, or a backbone of text"
+        )
+    patches = zip(shape[1:], _pair(config.patch_size), strict=True)
+    num_tokens = 1 + math.prod(side // patch for side, patch in patches)
+    if cell.seq_len != num_tokens:
+        raise ValueError(
+            f"`seq_len` is {cell.seq_len}, but {cell.backbone} makes {num_tokens} "
+            f"tokens of an image: set it to {num_tokens}"
+        )
+
+
+def _check_text(config: PreTrainedConfig, cell: Cell) -> None:
+    longest = config.max_position_embeddings
+    if config.model_type == "roberta":  # counts positions from the padding token's on
+        longest -= config.pad_token_id + 1
+    if cell.seq_len > longest:
+        raise ValueError(
+            f"`seq_len` is {cell.seq_len}, but {cell.backbone} has positions for "
+            f"{longest} tokens: lower it to at most {longest}"
+        )
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width, of which a config may name one for both."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def options(cell: Cell) -> dict[str, Any]:
+    """What transformers is told when it makes the model of `cell`.
+
+    Of torch's own kernels of attention, the one that `cell.attention` names is chosen
+    when the model runs.
+    """
+    return {
+        "dtype": WEIGHTS_DTYPES[cell.weights_dtype],
+        "attn_implementation": "eager" if cell.attention == "eager" else "sdpa",
+    }
+
+
+def finish(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, cell: Cell
+) -> None:
+    """Give text a token to be padded with; a classifier, a new head in float32.
+
+    The head is drawn anew even where the weights came with one, and as the last thing,
+    so that nothing but the seed decides it.
+    """
+    # Set on the finished model: an embedding that knows its padding token at birth
+    # would not train it, and here it may be the end token.
+    reads = image_shape(model.config) is None
+    if reads and model.config.pad_token_id is None:
+        model.config.pad_token_id = _padding(model.config, tokenizer)
+    found, *_ = find_blocks(model)
+    std = found.family.adapter_shape(found.blocks[0], found.owner.config).std
+    for head in heads_of(model):
+        head.float()
+        for module in head.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if cell.weights_dtype != "fp32":
+            head.register_forward_pre_hook(_in_float32)
+
+
+def _padding(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> int:
+    own: int | None = None if tokenizer is None else tokenizer.pad_token_id
+    if own is not None:
+        return own
+    end: int | list[int] | None = config.eos_token_id
+    if end is None:
+        raise ValueError(
+            "the model has neither a padding token nor an end token to pad with: set "
+            "`pad_token_id` in its config.json"
+        )
+    return end[0] if isinstance(end, list) else end
+
+
+def _in_float32(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor.float() for tensor in args)

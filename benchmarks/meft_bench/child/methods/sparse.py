@@ -1,0 +1,70 @@
+"""Adapters of many neurons beside the feed-forward (Hao et al., ACL 2024).
+
+`dense` keeps all of them on the device and runs all of them, the paper's Parallel
+Adapter; `dense_offload` does the same with rows and optimizer in host memory, so that
+every row goes up and every gradient comes down once a step. `sparse` and
+`sparse_experts` run and move what a batch activates; `sparse_experts_...` switch one
+part of that off, or set it otherwise. All train the adapter and the new head.
+"""
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+import meft
+from meft.backbone.families import find_blocks, freeze_all_but_head
+from meft.sparse.dense import DenseAdapter
+from meft_bench.child.methods.adapters import AdaptedBlock
+from meft_bench.shared.cell import Cell
+
+
+def dense(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """All neurons of every block run, and train, on the device."""
+    freeze_all_but_head(model)
+    for found in find_blocks(model):
+        adapted = nn.ModuleList()
+        for block in found.blocks:
+            shape = found.family.adapter_shape(block, found.owner.config)
+            adapter = DenseAdapter(shape.hidden_size, cell.num_neurons)
+            adapted.append(AdaptedBlock(block, found.family, None, adapter))
+        setattr(found.owner, found.attribute, adapted)
+    return model
+
+
+def _sparse(model: PreTrainedModel, cell: Cell, **fields: Any) -> PreTrainedModel:
+    config = {
+        "num_neurons": cell.num_neurons,
+        "top_k_neurons": cell.top_k_neurons,
+        "top_k_experts": cell.top_k_experts,
+        "num_experts": cell.num_experts or None,
+        "device_bytes": cell.row_budget_bytes,
+        # Beside autocast, the backbone's own dtype is not the one it computes in.
+        "wire_dtype": {"bf16": "bfloat16", "fp16": "float16"}.get(cell.dtype),
+    }
+    return meft.add_sparse_adapters(model, meft.SparseConfig(**config | fields))
+
+
+def dense_offload(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """All neurons run; their rows and optimizer are in host memory."""
+    return _sparse(
+        model,
+        cell,
+        num_experts=0,
+        top_k_neurons=cell.num_neurons,
+        semantics="union",
+        update="dense",
+    )
+
+
+sparse = partial(_sparse, num_experts=0)
+sparse_experts = partial(_sparse)
+sparse_experts_union = partial(_sparse, semantics="union")
+sparse_experts_resident = partial(_sparse, placement="resident")
+sparse_experts_no_cache = partial(_sparse, cache="off")
+sparse_experts_window = partial(_sparse, cache="window")
+sparse_experts_no_prefetch = partial(_sparse, prefetch=False)
+sparse_experts_wide = partial(_sparse, wire_dtype="float32")
+sparse_experts_lazy = partial(_sparse, update="lazy")
+sparse_experts_dense_update = partial(_sparse, update="dense")

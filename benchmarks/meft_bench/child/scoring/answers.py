@@ -1,0 +1,219 @@
+"""Language models: the likeliest option, or what the model writes, read by a rule.
+
+An option's likelihood is its log-likelihood per byte. Texts are written greedily and
+end at the model's end token, where the next prompt would begin, or after
+`max_new_tokens`. `rules` has the metrics. `majority` always gives the most frequent
+answer of the training rows; of options, the place that is most often right.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from meft_bench.child.scoring.examples import Examples
+from meft_bench.child.scoring.rules import METRICS
+from meft_bench.child.tasks.batches import IGNORED, Example, collate
+from meft_bench.child.tasks.question import NEXT_PROMPT, AnswerTask, Question
+from meft_bench.child.training.steps import Stepper
+from meft_bench.shared.cell import Cell
+
+
+def examples(
+    task: AnswerTask, tokenizer: PreTrainedTokenizerBase, cell: Cell
+) -> Examples:
+    """Prompts with their answers to train on; questions as they are to score.
+
+    Raises:
+        ValueError: an option does not fit into `cell.seq_len` tokens.
+    """
+    _refuse_long_options(task, tokenizer, cell.seq_len)
+    return Examples(
+        train=[_learned(q, tokenizer, cell.seq_len) for q in task.train],
+        validation=task.validation,
+        evaluation=task.evaluation,
+    )
+
+
+def predict(
+    stepper: Stepper,
+    task: AnswerTask,
+    rows: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    cell: Cell,
+) -> list[str]:
+    """The option that is chosen, or the text that is written."""
+    stepper.model.eval()
+    ask = _choose if task.metric == "options" else _write
+    return ask(stepper, task, rows, tokenizer, cell)
+
+
+def is_right(
+    task: AnswerTask, predictions: Sequence[str], rows: Sequence[Question]
+) -> list[bool]:
+    """Whether each answer is right by the score of the task's metric."""
+    rule = next(iter(METRICS[task.metric].values.values()))
+    return [rule(*pair) == 1 for pair in zip(predictions, rows, strict=True)]
+
+
+def scores(
+    task: AnswerTask, predictions: Sequence[str], rows: Sequence[Question]
+) -> dict[str, float]:
+    """The mean over the questions of each value of the metric, the score first."""
+    pairs = list(zip(predictions, rows, strict=True))
+    return {
+        name: sum(rule(*pair) for pair in pairs) / len(pairs)
+        for name, rule in METRICS[task.metric].values.items()
+    }
+
+
+def majority(task: AnswerTask) -> dict[str, float]:
+    """The scores of always giving the most frequent answer."""
+    if task.metric == "options":
+        places = Counter(q.options.index(q.accepted[0]) for q in task.train)
+        place = places.most_common(1)[0][0]
+        answers = [q.options[min(place, len(q.options) - 1)] for q in task.evaluation]
+    else:
+        # Solutions of GSM8K are all different, and their numbers are not.
+        keys = [METRICS[task.metric].key(q.accepted[0]) for q in task.train]
+        common = Counter(keys).most_common(1)[0][0]
+        answer = task.train[keys.index(common)].answer
+        answers = [answer] * len(task.evaluation)
+    return scores(task, answers, task.evaluation)
+
+
+def _refuse_long_options(
+    task: AnswerTask, tokenizer: PreTrainedTokenizerBase, seq_len: int
+) -> None:
+    """Raise before the first step where an option and a token before it do not fit."""
+    for question in (*task.validation, *task.evaluation):
+        for option in question.options:
+            _, tokens = _split(question.prompt, f" {option}", tokenizer)
+            if len(tokens) >= seq_len:
+                raise ValueError(
+                    f"`seq_len` is {seq_len}, but an option of task {task.name!r} has "
+                    f"{len(tokens)} tokens: set it above, to make room for questions"
+                )
+
+
+def _learned(
+    question: Question, tokenizer: PreTrainedTokenizerBase, seq_len: int
+) -> Example:
+    """The prompt with its answer, and where that ends, if it is not cut."""
+    prompt, answer = _split(question.prompt, question.answer, tokenizer)
+    # A tokenizer without an end token leaves the end to `NEXT_PROMPT`.
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    # One token of the prompt is kept: the first of a row is no target.
+    return _example(prompt, [*answer, *end][: seq_len - 1], seq_len)
+
+
+def _example(prompt: list[int], answer: list[int], seq_len: int) -> Example:
+    """The prompt loses its beginning where both are too long together."""
+    prompt = prompt[max(0, len(prompt) + len(answer) - seq_len) :]
+    return Example(
+        token_ids=[*prompt, *answer],
+        segment_ids=[0] * (len(prompt) + len(answer)),
+        label=[*[IGNORED] * len(prompt), *answer],
+    )
+
+
+def _split(
+    prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """The tokens of both texts together, split where the prompt's own tokens end.
+
+    As in lm-evaluation-harness. Tokenised alone, the answer would begin otherwise where
+    a tokenizer marks the beginning of a text, as those of LLaMA and Mistral do.
+    """
+    begin: list[int] = tokenizer(prompt)["input_ids"]
+    whole: list[int] = tokenizer(prompt + answer)["input_ids"]
+    return whole[: len(begin)], whole[len(begin) :]
+
+
+@torch.no_grad()
+def _choose(
+    stepper: Stepper,
+    task: AnswerTask,
+    rows: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    cell: Cell,
+) -> list[str]:
+    pairs = [(i, option) for i, q in enumerate(rows) for option in q.options]
+    encoded = [
+        # Without an end token: it would be a part of every option.
+        _example(*_split(rows[i].prompt, f" {o}", tokenizer), cell.seq_len)
+        for i, o in pairs
+    ]
+    best: dict[int, tuple[float, str]] = {}
+    for chosen in _by_length(encoded, cell.batch_size):
+        batch = collate([encoded[n] for n in chosen], stepper.pad_token_id)
+        told = batch.pop("labels")[:, 1:]
+        # The head is the dearest part, and only the option's tokens need it.
+        places = (told != IGNORED).any(0).nonzero()[:, 0]
+        inputs = stepper.to_device(batch | {"logits_to_keep": places})
+        with stepper.autocast():
+            logits = stepper.model(**inputs).logits
+        likely = _log_likelihood(logits.float().cpu(), told[:, places])
+        for n, value in zip(chosen, likely.tolist(), strict=True):
+            i, option = pairs[n]
+            per_byte = value / max(1, len(option.encode()))
+            if i not in best or per_byte > best[i][0]:
+                best[i] = per_byte, option
+    return [best[i][1] for i in range(len(rows))]
+
+
+def _log_likelihood(logits: Tensor, told: Tensor) -> Tensor:
+    """Of the tokens that count, summed per row."""
+    found = logits.log_softmax(-1).gather(-1, told.clamp(min=0)[..., None])[..., 0]
+    return (found * (told != IGNORED)).sum(1)
+
+
+@torch.no_grad()
+def _write(
+    stepper: Stepper,
+    task: AnswerTask,
+    rows: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    cell: Cell,
+) -> list[str]:
+    end = tokenizer.eos_token_id
+    # As in training, a prompt that is too long loses its beginning.
+    prompts = [tokenizer(q.prompt)["input_ids"][-cell.seq_len :] for q in rows]
+    written = [""] * len(rows)
+    encoded = [Example(token_ids=p, segment_ids=[0] * len(p), label=0) for p in prompts]
+    for chosen in _by_length(encoded, cell.batch_size):
+        longest = max(len(prompts[n]) for n in chosen)
+        # A decoder goes on from the right end.
+        ids = [
+            [stepper.pad_token_id] * (longest - len(prompts[n])) + prompts[n]
+            for n in chosen
+        ]
+        mask = [
+            [0] * (longest - len(prompts[n])) + [1] * len(prompts[n]) for n in chosen
+        ]
+        batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        with stepper.autocast():
+            out = stepper.model.generate(  # type: ignore[operator]
+                **stepper.to_device(batch),
+                max_new_tokens=task.max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=stepper.pad_token_id,
+                eos_token_id=end,
+                stop_strings=[NEXT_PROMPT],
+                tokenizer=tokenizer,
+            )
+        for n, tokens in zip(chosen, out[:, longest:].tolist(), strict=True):
+            # Behind the end of a row there is padding, until the last row has ended.
+            tokens = tokens[: tokens.index(end)] if end in tokens else tokens
+            text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+            written[n] = text.partition(NEXT_PROMPT)[0]
+    return written
+
+
+def _by_length(rows: Sequence[Example], size: int) -> list[list[int]]:
+    """Batches of equal lengths need the least padding."""
+    order = sorted(range(len(rows)), key=lambda n: len(rows[n].token_ids))
+    return [order[start : start + size] for start in range(0, len(order), size)]

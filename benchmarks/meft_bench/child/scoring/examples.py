@@ -1,0 +1,16 @@
+"""The rows of a task as a kind of scoring wants them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from meft_bench.child.tasks.batches import Example, Image
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Examples:
+    """Three splits; the last two are for `scores` of the same kind."""
+
+    train: Sequence[Example | Image]
+    validation: Sequence[Any]
+    evaluation: Sequence[Any]

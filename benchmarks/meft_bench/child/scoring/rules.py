@@ -1,0 +1,103 @@
+"""The metrics of questions: what each answer counts, by a rule per value.
+
+    options     `options`: the chosen option is the right one
+    squad       `exact_match` and `f1` of SQuAD 1.1; `contains_any_case`: an accepted
+                answer appears in the answer, whatever the case of its letters
+    nq_open     `exact_match` and `f1` of NQ-open; `contains`: an accepted answer
+                appears in the answer, case included
+    trivia_qa   `exact_match` and `f1` of TriviaQA; `contains_any_case`
+    gsm8k       `final_number`: the number after the first `#### ` is that of the
+                solution
+
+The answer to all but `gsm8k` is the first line that is written. The first value of each
+metric is the score; it is 1 or 0 for each row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from meft_bench.child.scoring import normalised
+from meft_bench.child.tasks.gsm8k import final_number
+from meft_bench.child.tasks.question import Question
+
+Rule = Callable[[str, Question], float]
+"""What a text counts as the answer to a question, from 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """The values of a metric, and when two answers are the same one for it."""
+
+    values: dict[str, Rule]
+    """By name; the first is the score."""
+    key: Callable[[str], str]
+    """Equal for two accepted answers exactly where the metric takes them as one."""
+
+
+def _options(text: str, question: Question) -> float:
+    return float(text in question.accepted)
+
+
+def _contains(text: str, question: Question) -> float:
+    line = first_line(text)
+    return float(any(answer in line for answer in question.accepted))
+
+
+def _contains_any_case(text: str, question: Question) -> float:
+    line = first_line(text).lower()
+    return float(any(answer.lower() in line for answer in question.accepted))
+
+
+def _final_number(text: str, question: Question) -> float:
+    wanted = final_number(question.accepted[0])
+    return float(wanted is not None and final_number(text) == wanted)
+
+
+def first_line(text: str) -> str:
+    """The first line that is not blank, without the spaces around it."""
+    return text.strip().partition("\n")[0].strip()
+
+
+def _exact_match(
+    text: str, question: Question, normalise: normalised.Normalise
+) -> float:
+    return normalised.exact_match(first_line(text), question.accepted, normalise)
+
+
+def _f1(text: str, question: Question, normalise: normalised.Normalise) -> float:
+    return normalised.f1(first_line(text), question.accepted, normalise)
+
+
+METRICS = {
+    "options": Metric(values={"options": _options}, key=str),
+    "squad": Metric(
+        values={
+            "exact_match": partial(_exact_match, normalise=normalised.squad),
+            "f1": partial(_f1, normalise=normalised.squad),
+            "contains_any_case": _contains_any_case,
+        },
+        key=normalised.squad,
+    ),
+    "nq_open": Metric(
+        values={
+            "exact_match": partial(_exact_match, normalise=normalised.nq_open),
+            "f1": partial(_f1, normalise=normalised.nq_open),
+            "contains": _contains,
+        },
+        key=normalised.nq_open,
+    ),
+    "trivia_qa": Metric(
+        values={
+            "exact_match": partial(_exact_match, normalise=normalised.trivia_qa),
+            "f1": partial(_f1, normalise=normalised.trivia_qa),
+            "contains_any_case": _contains_any_case,
+        },
+        key=normalised.trivia_qa,
+    ),
+    "gsm8k": Metric(
+        values={"final_number": _final_number},
+        key=lambda answer: final_number(answer) or "",
+    ),
+}
+"""The metrics by name, as tasks name them."""

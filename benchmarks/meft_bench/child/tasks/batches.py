@@ -1,0 +1,166 @@
+"""From rows of text, or images, to batches of tensors.
+
+rows --encode--> examples --epochs--> lists of examples --collate--> batch
+"""
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from meft_bench.child.tasks.task import Row
+from meft_bench.shared.cell import Cell
+
+Batch = dict[str, Tensor]
+"""`input_ids`, `token_type_ids`, `attention_mask`: `batch seq`; `labels`: `batch`.
+`training` leaves out what a model does not take. Of images, `pixel_values`: `batch
+channels height width`, and `labels`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One row as the model reads it."""
+
+    token_ids: list[int]
+    segment_ids: list[int]
+    """0 for the first text of a pair, 1 for the second."""
+    label: int | list[int]
+    """Of the row; for a language model the token that each place should have been
+    told, `IGNORED` where nothing is learned."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Image:
+    """One image as the model sees it."""
+
+    pixels: Tensor
+    """`channels height width`."""
+    label: int
+
+
+AnyExample = TypeVar("AnyExample", bound=Example | Image)
+
+IGNORED = -100
+"""What transformers' losses pass over."""
+
+
+def encode(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, seq_len: int
+) -> list[Example]:
+    """Tokenise, cutting the longer text first until a row has `seq_len` tokens.
+
+    Where the tokenizer puts nothing between the texts of a pair, as LLaMA's, a newline
+    stands there, of the first text's segment.
+    """
+    if not rows:
+        return []
+    between = _separator(tokenizer) if len(rows[0].texts) > 1 else []
+    encoded = tokenizer(
+        *(list(texts) for texts in zip(*(row.texts for row in rows), strict=True)),
+        truncation=True,
+        max_length=seq_len - len(between),
+        padding=False,
+        return_token_type_ids=True,
+    )
+    examples = []
+    for index, row in enumerate(rows):
+        token_ids, segment_ids = (
+            encoded[name][index] for name in ("input_ids", "token_type_ids")
+        )
+        if between:
+            # Not by the segments, which some tokenizers leave at 0 throughout.
+            texts = encoded.sequence_ids(index)
+            end = texts.index(1) if 1 in texts else len(texts)
+            token_ids = [*token_ids[:end], *between, *token_ids[end:]]
+            segment_ids = [*segment_ids[:end], *[0] * len(between), *segment_ids[end:]]
+        examples.append(
+            Example(token_ids=token_ids, segment_ids=segment_ids, label=row.label)
+        )
+    return examples
+
+
+def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens to put between two texts; none if the tokenizer has its own."""
+    added = tokenizer.num_special_tokens_to_add
+    if added(pair=True) > added(pair=False):
+        return []
+    newline: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    return newline
+
+
+def epochs(examples: Sequence[AnyExample], cell: Cell) -> Iterator[list[AnyExample]]:
+    """Batches of exactly `cell.batch_size` without end, each epoch in a new order.
+
+    A batch may reach across the end of an epoch, so that every step does equal work.
+    """
+    generator = random.Random(cell.seed)
+    orders = (generator.sample(examples, len(examples)) for _ in itertools.count())
+    stream = itertools.chain.from_iterable(orders)
+    while True:
+        yield list(itertools.islice(stream, cell.batch_size))
+
+
+def collate(rows: Sequence[Example | Image], pad_token_id: int) -> Batch:
+    """One batch of either kind; text is padded on the right to its longest example."""
+    images = [row for row in rows if isinstance(row, Image)]
+    if images:
+        return {
+            "pixel_values": torch.stack([image.pixels for image in images]),
+            "labels": torch.tensor([image.label for image in images]),
+        }
+    examples = [row for row in rows if isinstance(row, Example)]
+    longest = max(len(example.token_ids) for example in examples)
+
+    def padded(sequence: list[int], value: int) -> list[int]:
+        return sequence + [value] * (longest - len(sequence))
+
+    columns = {
+        "input_ids": [padded(e.token_ids, pad_token_id) for e in examples],
+        "token_type_ids": [padded(e.segment_ids, 0) for e in examples],
+        "attention_mask": [padded([1] * len(e.token_ids), 0) for e in examples],
+        "labels": [
+            padded(e.label, IGNORED) if isinstance(e.label, list) else e.label
+            for e in examples
+        ],
+    }
+    return {name: torch.tensor(values) for name, values in columns.items()}
+
+
+def full_batches(rows: Sequence[Example | Image], cell: Cell) -> list[Batch]:
+    """The largest step a cell can meet: every row has `cell.seq_len` tokens.
+
+    Rows are filled with the tokens of as many examples as it takes, one after another;
+    a language model is told every one of them. Images have one size as it is.
+    """
+    images = [row for row in rows if isinstance(row, Image)]
+    if images:
+        stream = itertools.cycle(images)
+        return [
+            collate([*itertools.islice(stream, cell.batch_size)], pad_token_id=0)
+            for _ in range(cell.accumulation)
+        ]
+    examples = [row for row in rows if isinstance(row, Example)]
+    shape = (cell.batch_size, cell.seq_len)
+    tokens = itertools.chain.from_iterable(
+        e.token_ids for e in itertools.cycle(examples)
+    )
+    labels = (e.label for e in itertools.cycle(examples))
+    batches = []
+    for _ in range(cell.accumulation):
+        ids = torch.tensor([*itertools.islice(tokens, shape[0] * shape[1])]).view(shape)
+        told = [*itertools.islice(labels, cell.batch_size)]
+        is_told = isinstance(told[0], list)
+        batches.append(
+            {
+                "input_ids": ids,
+                "token_type_ids": torch.zeros(shape, dtype=torch.long),
+                "attention_mask": torch.ones(shape, dtype=torch.long),
+                "labels": ids.clone() if is_told else torch.tensor(told),
+            }
+        )
+    return batches

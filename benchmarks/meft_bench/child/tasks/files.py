@@ -1,0 +1,153 @@
+"""Data files of tasks: where they may be, and their rows.
+
+    read        the text of a file, plain or as .gz
+    json_lines  one JSON value per line
+    table       tab-separated columns, with or without quoting
+
+Any valid file is read right, whatever its line separators (LF, CRLF or CR), with or
+without a byte-order mark, blank lines and a last newline. Characters such as U+2028
+and U+0085, at which `str.splitlines` splits as well, are text.
+"""
+
+import codecs
+import csv
+import gzip
+import hashlib
+import io
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from meft_bench.shared.source import MissingError, Source
+
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def read(source: Source, folder: str, name: str, instead: str) -> tuple[str, str]:
+    """The text of `folder/name` in the data directory, plain or as .gz.
+
+    Args:
+        source: has the data directory, or is inside of it.
+        folder: of the task.
+        name: of the file, without .gz.
+        instead: how else to come by the data, for the message.
+
+    Returns:
+        The text, and the sha256 of its bytes.
+
+    Raises:
+        MissingError: there is no such file.
+        ValueError: the file is not text in UTF-8 or UTF-16.
+    """
+    root = source.data_dir
+    places = () if root is None else (root / folder, root.parent / folder)
+    for place in places:
+        file = find(place, name)
+        if file is not None:
+            return text_of(file)
+    looked = f"{root} has no {folder}/{name}" if root else "no data directory was given"
+    raise MissingError(
+        f"no data: {looked}. Two ways to provide it: `--data DIR` with {folder}/{name},"
+        f" plain or .gz; {instead}"
+    )
+
+
+def find(folder: Path, name: str) -> Path | None:
+    """The file `name` or `name`.gz in `folder`; None if there is neither."""
+    candidates = (folder / name, folder / f"{name}.gz")
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def text_of(file: Path) -> tuple[str, str]:
+    """The text of a file without its byte-order mark, and the sha256 of its bytes.
+
+    Raises:
+        ValueError: the file is not text in UTF-8, or in UTF-16 with a byte-order mark.
+    """
+    content = file.read_bytes()
+    if file.suffix == ".gz":
+        content = gzip.decompress(content)
+    encoding = "utf-16" if content.startswith(UTF_16) else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected text in UTF-8: {error}") from error
+    return text, hashlib.sha256(content).hexdigest()
+
+
+def json_lines(text: str, name: str) -> list[Any]:
+    """The values of a file in the format JSON Lines.
+
+    Args:
+        text: of the file.
+        name: of the file, for the message.
+
+    Raises:
+        ValueError: a line is not JSON; the message names it.
+    """
+    values = []
+    # No string of JSON holds a bare CR or LF, so either ends a line.
+    for number, line in enumerate(re.split("\r\n|\r|\n", text), start=1):
+        if not line.strip(" \t"):
+            continue
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{name}, line {number}: not JSON ({error})") from error
+    return values
+
+
+def table(
+    text: str, name: str, columns: Sequence[str] | None, *, is_quoted: bool
+) -> list[dict[str, str]]:
+    """The rows of a file of tab-separated columns.
+
+    Args:
+        text: of the file.
+        name: of the file, for the message.
+        columns: their names; None takes them from the first line.
+        is_quoted: whether a cell may stand in double quotes, and then hold tabs,
+            newlines and doubled quotes, as `csv.excel_tab` has it. Otherwise quotes are
+            text.
+
+    Raises:
+        ValueError: a row has too few or too many columns, or quotes that do not match;
+            the message names the line.
+    """
+    rows = _quoted(text, name) if is_quoted else _unquoted(text)
+    names = columns
+    found = []
+    for number, cells in rows:
+        if names is None:
+            names = cells
+            if len(set(names)) < len(names):
+                raise ValueError(
+                    f"{name}, line {number}: a column name occurs twice in "
+                    f"{', '.join(names)}"
+                )
+            continue
+        if len(cells) != len(names):
+            raise ValueError(
+                f"{name}, line {number}: {len(cells)} columns, expected {len(names)} "
+                f"({', '.join(names)})"
+            )
+        found.append(dict(zip(names, cells, strict=True)))
+    return found
+
+
+def _quoted(text: str, name: str) -> list[tuple[int, list[str]]]:
+    # Without `newline=""`, line separators inside of quotes would be changed.
+    reader = csv.reader(io.StringIO(text, newline=""), csv.excel_tab, strict=True)
+    try:
+        return [(reader.line_num, cells) for cells in reader if cells]
+    except csv.Error as error:
+        raise ValueError(f"{name}, line {reader.line_num}: {error}") from error
+
+
+def _unquoted(text: str) -> list[tuple[int, list[str]]]:
+    # `csv` refuses a CR inside of a line, which is text where lines end in LF.
+    ends = "\r?\n" if "\n" in text else "\r"
+    lines = enumerate(re.split(ends, text), start=1)
+    return [(number, line.split("\t")) for number, line in lines if line]

@@ -1,0 +1,64 @@
+"""A task: labelled rows in three splits, and the metric they are scored with.
+
+train        what the optimizer sees
+validation   chooses the weights when training stops early, never scored
+evaluation   what the score is computed on, never chosen by
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from meft_bench.shared import protocol
+from meft_bench.shared.cell import Cell
+
+AnyRow = TypeVar("AnyRow")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One labelled example: one text, or a pair."""
+
+    texts: tuple[str, ...]
+    label: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """Rows to learn from and to be scored on."""
+
+    name: str
+    num_labels: int | None
+    """None for a language model, which is told tokens."""
+    train: tuple[Row, ...]
+    validation: tuple[Row, ...]
+    evaluation: tuple[Row, ...]
+    metric: str | None
+    """A name of `metrics.METRICS`; None if there is nothing to score."""
+    origin: str
+    """Where the rows came from and which splits they are."""
+
+
+def draw(
+    rows: Sequence[AnyRow], cell: Cell
+) -> tuple[tuple[AnyRow, ...], tuple[AnyRow, ...]]:
+    """Draw `cell.train_rows` (0: all) by `cell.seed` and set a tenth of them aside.
+
+    The tenth is set aside whether or not the cell stops early, so that cells of one
+    seed train on the same rows.
+
+    Returns:
+        (train, validation)
+    """
+    drawn = list(rows)
+    random.Random(cell.seed).shuffle(drawn)
+    if cell.train_rows:
+        drawn = drawn[: cell.train_rows]
+    num_validation = len(drawn) // protocol.ROWS_PER_VALIDATION_ROW
+    return tuple(drawn[num_validation:]), tuple(drawn[:num_validation])
+
+
+def first(rows: Sequence[AnyRow], cell: Cell) -> tuple[AnyRow, ...]:
+    """The first `cell.eval_rows` rows; 0 takes all."""
+    return tuple(rows[: cell.eval_rows or None])

@@ -1,0 +1,56 @@
+"""TriviaQA: trivia questions, answered without a text; most answers have many names.
+
+Read from `triviaqa/` in the data directory: `topics.dpr.trivia.dev.txt`, a part of the
+official training set, is trained on, and `topics.dpr.trivia.test.txt`, the official
+unfiltered development set, is scored on. Training continues a question with the first
+of its answers, in the order of the file. Scores are exact match and F1, normalised as
+in the official evaluation, and whether an accepted answer appears in what the model
+writes.
+"""
+
+from meft_bench.child.tasks import topics
+from meft_bench.child.tasks.files import read
+from meft_bench.child.tasks.question import AnswerTask, Question
+from meft_bench.child.tasks.task import draw, first
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.source import Source
+
+FOLDER = "triviaqa"
+TRAIN, DEV = "topics.dpr.trivia.dev.txt", "topics.dpr.trivia.test.txt"
+INSTEAD = "or take task `bbc-news`, whose text is in a package"
+
+
+def load(cell: Cell, source: Source) -> AnswerTask:
+    """TriviaQA as a task.
+
+    Raises:
+        MissingError: the files are not at hand.
+    """
+    train_text, train_sha256 = read(source, FOLDER, TRAIN, INSTEAD)
+    dev_text, dev_sha256 = read(source, FOLDER, DEV, INSTEAD)
+    learned = [_question(*row) for row in topics.rows(train_text, TRAIN)]
+    scored = [_question(*row) for row in topics.rows(dev_text, DEV)]
+    train, validation = draw(learned, cell)
+    evaluation = first(scored, cell)
+    return AnswerTask(
+        name="triviaqa",
+        train=train,
+        validation=validation,
+        evaluation=evaluation,
+        metric="trivia_qa",
+        max_new_tokens=32,
+        origin=(
+            f"TriviaQA from files {TRAIN} (sha256 {train_sha256[:12]}) and {DEV} "
+            f"(sha256 {dev_sha256[:12]}); train {len(train)} and selection "
+            f"{len(validation)} of {len(learned)} official train rows (a part of all), "
+            f"score {len(evaluation)} of {len(scored)} official dev rows"
+        ),
+    )
+
+
+def _question(text: str, answers: list[str]) -> Question:
+    return Question(
+        prompt=f"Question: {text}\nAnswer:",
+        answer=f" {answers[0]}",
+        accepted=tuple(answers),
+    )

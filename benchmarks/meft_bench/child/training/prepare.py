@@ -1,0 +1,62 @@
+"""From the names in a cell to a model that can step.
+
+load_backbone -> apply_method -> a `Stepper` on the cell's device
+"""
+
+import torch
+from transformers import PreTrainedModel
+
+from meft_bench.child import backbones
+from meft_bench.child.backbones import Backbone
+from meft_bench.child.tasks.question import AnswerTask
+from meft_bench.child.tasks.task import Task
+from meft_bench.child.training import execution
+from meft_bench.child.training.steps import Stepper, seed_everything
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.registry import METHODS, load
+from meft_bench.shared.source import MissingError, Source
+
+AnyTask = Task | AnswerTask
+
+
+def load_backbone(cell: Cell, task: AnyTask, source: Source) -> Backbone:
+    """The backbone of a cell, its blocks compiled if the cell says so."""
+    seed_everything(cell.seed)
+    backbone = backbones.load(cell, num_labels_of(task), source)
+    if cell.blocks == "compiled":
+        execution.compile_blocks(backbone.model)
+    return backbone
+
+
+def apply_method(backbone: Backbone, cell: Cell) -> Stepper:
+    """The backbone made ready by the cell's method, on its device."""
+    # Seeded again, so that adapters do not depend on how the backbone was loaded.
+    seed_everything(cell.seed)
+    model = load(METHODS[cell.method])(backbone.model, cell)
+    return Stepper(model.to(cell.device), cell)
+
+
+def num_labels_of(task: AnyTask) -> int | None:
+    """What a backbone is asked for: classes, or for None a language model."""
+    return None if isinstance(task, AnswerTask) else task.num_labels
+
+
+def count(model: PreTrainedModel) -> dict[str, int]:
+    """How many parameters there are, and how many train: fields of `Measurement`."""
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    return {
+        "num_parameters": sum(p.numel() for p in parameters),
+        "num_trainable_parameters": sum(p.numel() for p in trained),
+    }
+
+
+def require_device(cell: Cell) -> None:
+    """Raise `MissingError` unless the cell's device is there."""
+    if cell.device == "cuda" and not torch.cuda.is_available():
+        raise MissingError("no CUDA device: torch.cuda.is_available() is false")
+
+
+def device_name(cell: Cell) -> str:
+    """The device as torch names it."""
+    return torch.cuda.get_device_name() if cell.device == "cuda" else "cpu"

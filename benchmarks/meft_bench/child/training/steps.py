@@ -1,0 +1,263 @@
+"""The protocol every method trains by (Liao et al., NeurIPS 2023, and their code).
+
+AdamW with weight decay, but none on biases and norms; clipped gradients; a learning
+rate that rises over the first steps and falls linearly to 0. The numbers are constants
+of `protocol`. Parameters are float32; `bf16` and `fp16` compute under autocast, `fp16`
+with a loss scale. Where `weights_dtype` puts the backbone itself into the compute
+dtype, there is no autocast. With `eval_every`, the weights kept are those with the best
+score on rows set aside for that choice. To see what AdamW's state and its many kernels
+take, a cell may name another optimizer, with the same decay.
+"""
+
+import contextlib
+import inspect
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import meft
+from meft.sparse.convert import sparse_adapters
+from meft_bench.child.meters.clock import StepClock
+from meft_bench.child.tasks.batches import IGNORED, Batch, Example, Image, collate
+from meft_bench.shared import protocol
+from meft_bench.shared.cell import Cell
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's random generators, on all devices."""
+    random.seed(seed)
+    numpy.random.seed(seed)  # noqa: NPY002  # libraries below use the global one
+    torch.manual_seed(seed)
+
+
+def learning_rate_at(step: int, cell: Cell) -> float:
+    """Rate of optimizer step `step`, counted from 0: up, then linearly down to 0."""
+    num_rising = round(protocol.WARMUP_FRACTION * cell.max_steps)
+    if step < num_rising:
+        return cell.learning_rate * step / num_rising
+    return cell.learning_rate * (cell.max_steps - step) / (cell.max_steps - num_rising)
+
+
+class Stepper:
+    """Model, optimizer and loss scale: everything that one training step needs."""
+
+    def __init__(self, model: PreTrainedModel, cell: Cell) -> None:
+        self.model = model
+        self.device = cell.device
+        is_narrow = cell.weights_dtype == cell.dtype
+        self._autocast_dtype = None if is_narrow else AUTOCAST_DTYPES.get(cell.dtype)
+        self._scaler = torch.amp.GradScaler(cell.device, enabled=cell.dtype == "fp16")
+        # LLaMA and OPT know no segments, and would hand them on to nobody.
+        parameters = inspect.signature(model.forward).parameters
+        self._left_out = {"token_type_ids"} - set(parameters)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        _refuse_fp16(trained, cell)
+        matrices = [p for p in trained if _is_matrix(p)]
+        vectors = [p for p in trained if not _is_matrix(p)]
+        groups = [
+            {"params": matrices, "weight_decay": protocol.WEIGHT_DECAY},
+            {"params": vectors, "weight_decay": protocol.WEIGHT_DECAY_OF_VECTORS},
+        ]
+        self._trained = trained
+        self.optimizer = _optimizer(model, groups, cell)
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The context a forward runs in."""
+        if self._autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, self._autocast_dtype)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Loss of `batch`, which is on the device."""
+        with self.autocast():
+            loss: Tensor = self.model(**batch).loss
+        return loss
+
+    def step(self, batches: Sequence[Batch], learning_rate: float) -> float:
+        """Take one optimizer step on the gradient of the mean loss of all `batches`.
+
+        Args:
+            batches: Micro-batches of one size, on the host or on the device. See
+                `divisors` for how much each of them counts.
+            learning_rate: The learning rate of this step.
+
+        Returns:
+            The mean loss over all target tokens of a language model, over all rows of
+            a classifier; not-a-number where no micro-batch has a target token.
+
+        Gradients are released at the end, so that none exist between two steps.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        losses = []
+        divisors = self.divisors(batches)
+        for batch, divisor in zip(batches, divisors, strict=True):
+            loss = self.loss(self.to_device(batch)) / divisor
+            self._scaler.scale(loss).backward()
+            losses.append(loss.detach())
+            del loss
+        self._scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self._trained, protocol.MAX_GRADIENT_NORM)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        # The mean over no target is not-a-number, also divided by infinity.
+        pairs = zip(losses, divisors, strict=True)
+        return float(sum(loss for loss, divisor in pairs if not math.isinf(divisor)))
+
+    def divisors(self, batches: Sequence[Batch]) -> list[Tensor | int]:
+        """What the mean loss of each micro-batch is divided by before it is added up.
+
+        A language model's loss is the mean over the target tokens of its micro-batch,
+        so each is weighted by its share of the target tokens of the whole window:
+        every token then counts the same, whichever micro-batch it is in. transformers'
+        `Trainer` does so by `num_items_in_batch` for models whose forward accepts it,
+        which BART's does not. A micro-batch without a target token is divided by
+        infinity, and counts nothing. A classifier's micro-batches have equally many
+        labels and count the same.
+
+        Args:
+            batches: The micro-batches of one optimizer step.
+
+        Returns:
+            One number per micro-batch, as a tensor where it depends on the labels, so
+            that a virtual GPU, whose tensors have no values, needs none.
+        """
+        if batches[0]["labels"].ndim == 1:
+            return [len(batches)] * len(batches)
+        # Models of one stack predict each token from those before it: the first label
+        # of a row is no target. BART's decoder predicts all of them.
+        begin = 0 if self.model.config.is_encoder_decoder else 1
+        counts = [b["labels"][:, begin:].ne(IGNORED).sum() for b in batches]
+        return [sum(counts) / count for count in counts]
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills up the rows of a batch."""
+        # Models of images have none, nor rows to fill up.
+        own: int = getattr(self.model.config, "pad_token_id", 0)
+        return own
+
+    def to_device(self, batch: Batch) -> Batch:
+        """What the model takes of `batch`, on its device."""
+        return {
+            name: tensor.to(self.device)
+            for name, tensor in batch.items()
+            if name not in self._left_out
+        }
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    """Whether weight decay applies; biases and norms have one dimension."""
+    return parameter.ndim > 1
+
+
+def _optimizer(
+    model: PreTrainedModel, groups: list[dict[str, Any]], cell: Cell
+) -> torch.optim.Optimizer:
+    adam: dict[str, Any] = {
+        "betas": protocol.ADAM_BETAS,
+        "eps": protocol.ADAM_EPSILON,
+    }
+    if sparse_adapters(model):
+        assert cell.optimizer == "adamw", cell.optimizer
+        return meft.SparseAdamW(groups, **adam)
+    if cell.optimizer == "sgd":
+        return torch.optim.SGD(groups)
+    if cell.optimizer == "adamw-fused":
+        return torch.optim.AdamW(groups, **adam, fused=True)
+    return torch.optim.AdamW(groups, **adam)
+
+
+def _refuse_fp16(trained: Sequence[Tensor], cell: Cell) -> None:
+    if any(parameter.dtype == torch.float16 for parameter in trained):
+        raise ValueError(
+            f"`weights_dtype` = 'fp16' with method {cell.method!r}, which trains the "
+            "backbone: gradients of fp16 parameters cannot be unscaled. Take 'fp32', "
+            "or a method that freezes the backbone"
+        )
+
+
+def train(
+    stepper: Stepper,
+    cell: Cell,
+    batches: Iterator[Sequence[Example | Image]],
+    clock: StepClock,
+    validate: Callable[[], float],
+) -> Iterator[float]:
+    """Train by the protocol and leave the selected weights in the model.
+
+    Args:
+        stepper: what to train.
+        cell: steps, rates, and when to validate and stop.
+        batches: rows of each batch, without end; a step takes `cell.accumulation`.
+        clock: times every step, from rows to updated weights.
+        validate: score of the present weights on the validation rows; called only
+            with `cell.eval_every`.
+
+    Yields:
+        The loss of each step done, of which there may be fewer than `cell.max_steps`.
+    """
+    best_score = -math.inf
+    best_weights: list[Tensor] | None = None
+    num_worse = 0
+    pad_token_id = stepper.pad_token_id
+    stepper.model.train()
+    for step in range(cell.max_steps):
+        with clock.step():
+            parts = [
+                collate(next(batches), pad_token_id) for _ in range(cell.accumulation)
+            ]
+            loss = stepper.step(parts, learning_rate_at(step, cell))
+        yield loss
+        is_last = step + 1 == cell.max_steps
+        if not cell.eval_every or ((step + 1) % cell.eval_every and not is_last):
+            continue
+        score = validate()
+        stepper.model.train()
+        if score > best_score:
+            best_score, best_weights = score, _copy_trained(stepper.model)
+            num_worse = 0
+        else:
+            num_worse += 1
+        if cell.patience and num_worse >= cell.patience:
+            break
+    if best_weights is not None:
+        _restore_trained(stepper.model, best_weights)
+
+
+@torch.no_grad()
+def predict(stepper: Stepper, examples: list[Example], batch_size: int) -> list[int]:
+    """The model's label for each example, dropout off."""
+    stepper.model.eval()
+    pad_token_id = stepper.pad_token_id
+    # Batches of equal lengths need the least padding.
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].token_ids))
+    labels = [0] * len(examples)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([examples[i] for i in chosen], pad_token_id)
+        with stepper.autocast():
+            logits = stepper.model(**stepper.to_device(batch)).logits
+        for i, label in zip(chosen, logits.argmax(-1).tolist(), strict=True):
+            labels[i] = label
+    return labels
+
+
+def _copy_trained(model: PreTrainedModel) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def _restore_trained(model: PreTrainedModel, weights: list[Tensor]) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter, weight in zip(trained, weights, strict=True):
+        parameter.copy_(weight)

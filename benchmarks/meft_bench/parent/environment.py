@@ -1,0 +1,212 @@
+"""Where a cell runs, told without torch: versions, sources, machine.
+
+The parent calls `collect` once per device; the child adds what only it can know (the
+device as torch names it, the origin of weights and data).
+
+Two records may be compared when they come from the same `code_sha256` on the same
+`machine`. The digest is over the Python sources of `meft` and `meft_bench` wherever
+they are installed, so it is the same for a checkout and for the wheel made from it.
+"""
+
+import hashlib
+import importlib.util
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from meft_bench.shared import distributions
+from meft_bench.shared.record import Environment
+from meft_bench.shared.registry import VIRTUAL
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "evaluate",
+    "numpy",
+    "safetensors",
+    "meft",
+)
+"""Distributions that can change a number."""
+
+_GIT_SECONDS = 10.0
+
+
+def collect(*, num_threads: int, num_slots: int, device: str) -> Environment:
+    """The environment of cells that run on `device` of this machine.
+
+    Args:
+        num_threads: threads each child may use.
+        num_slots: cells run side by side.
+        device: `cpu`, `cuda` or a virtual GPU.
+    """
+    sources = source_folders()
+    code_sha256 = digest(sources)
+    commit, dirty = _commit(code_sha256, sources)
+    cpu = _cpu_model()
+    gpus = gpu_names() if device == "cuda" else []
+    if device.startswith(VIRTUAL):  # the same on any machine
+        gpus = [f"virtual GPU{_of_file(device.removeprefix(VIRTUAL))}"]
+    return Environment(
+        versions=versions(),
+        commit=commit,
+        dirty=dirty,
+        code_sha256=code_sha256,
+        machine=gpus[0] if gpus else f"{cpu}, {num_cores()} cores",
+        platform=platform.platform(),
+        cpu=cpu,
+        num_threads=num_threads,
+        num_slots=num_slots,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Python and those of `PACKAGES` that are installed, by name."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        version = distributions.installed(name)
+        if version is not None:
+            found[name] = version
+    return found
+
+
+def _of_file(name: str) -> str:
+    """Tells two contents of a GPU's own file apart."""
+    if not name.endswith(".json"):
+        return ""
+    return f" of file {hashlib.sha256(Path(name).read_bytes()).hexdigest():.12}"
+
+
+def num_cores() -> int:
+    """Cores this process may use, which a container can make fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def gpu_names() -> list[str]:
+    """Models of the GPUs a child would see, from NVML; empty where there is none.
+
+    `CUDA_VISIBLE_DEVICES`, which NVML itself ignores, is taken into account.
+    """
+    names, _ = _look_for_gpus()
+    return names
+
+
+def why_no_gpu() -> str:
+    """Why `gpu_names` is empty; itself empty if it is not."""
+    _, reason = _look_for_gpus()
+    return reason
+
+
+def _look_for_gpus() -> tuple[list[str], str]:
+    """Models of GPUs, and why there are none."""
+    try:
+        import pynvml  # here, because machines without the bench extra lack it
+    except ImportError:
+        return [], "cannot tell without `python -m pip install nvidia-ml-py`"
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return [], f"NVML sees none: {error}"
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = f"none is left by CUDA_VISIBLE_DEVICES={chosen!r}"
+    try:
+        if chosen is None:
+            handles = map(
+                pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount())
+            )
+        else:
+            handles = map(_gpu_handle, filter(None, chosen.split(",")))
+        names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
+    except (pynvml.NVMLError, ValueError) as error:
+        # CUDA, too, sees nothing when the variable names a device that is not there.
+        return [], hidden if chosen is not None else f"NVML fails: {error}"
+    finally:
+        pynvml.nvmlShutdown()
+    if names:
+        return names, ""
+    return [], hidden if chosen is not None else "NVML sees none"
+
+
+def source_folders() -> dict[str, Path]:
+    """Folders of `meft` and `meft_bench`, by name, found without importing them."""
+    folders = {}
+    for name in ("meft", "meft_bench"):
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None:
+            folders[name] = Path(spec.origin).parent
+    return folders
+
+
+def digest(folders: Mapping[str, Path]) -> str:
+    """sha256 over the `.py` files of some packages, names and contents."""
+    total = hashlib.sha256()
+    for name, folder in sorted(folders.items()):
+        for path in sorted(folder.rglob("*.py")):
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            total.update(
+                f"{name}/{path.relative_to(folder).as_posix()} {content}\n".encode()
+            )
+    return total.hexdigest()
+
+
+def _commit(
+    code_sha256: str, folders: Mapping[str, Path]
+) -> tuple[str | None, bool | None]:
+    """The commit of the checkout these sources belong to, and whether it is dirty.
+
+    Installed sources often lie inside a checkout that is not theirs (an environment
+    in someone's project), and those that tox installs lie inside one that is. A
+    checkout counts as theirs when its own copy of them is the same, byte for byte.
+    """
+    for place in (folders["meft_bench"], Path.cwd()):
+        top = _git(place, "rev-parse", "--show-toplevel")
+        if top is None:
+            continue
+        copies = {
+            "meft": Path(top, "meft"),
+            "meft_bench": Path(top, "benchmarks", "meft_bench"),
+        }
+        if digest({name: copies[name] for name in folders}) == code_sha256:
+            changes = _git(place, "status", "--porcelain", "--untracked-files=no")
+            return _git(place, "rev-parse", "HEAD"), changes != ""
+    return None, None
+
+
+def _git(folder: Path, *command: str) -> str | None:
+    """What git prints, or None: no git, no checkout, no commit."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", folder, *command],
+            capture_output=True,
+            text=True,
+            timeout=_GIT_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpu_handle(name: str) -> object:
+    """The device that one entry of `CUDA_VISIBLE_DEVICES` stands for."""
+    import pynvml
+
+    if name.startswith(("GPU-", "MIG-")):
+        return pynvml.nvmlDeviceGetHandleByUUID(name)
+    return pynvml.nvmlDeviceGetHandleByIndex(int(name))

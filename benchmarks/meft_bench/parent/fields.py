@@ -1,0 +1,174 @@
+"""What each field of a `Cell` may hold.
+
+A sweep is written by hand, so every value is checked before anything runs: its type,
+its range, and, where it is a name, that the registry knows it. Whether weights and
+data behind a name are on this machine is for the child to find out.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+from meft_bench.shared import registry
+from meft_bench.shared.cell import Cell
+from meft_bench.virtual.device import gpu
+
+FIELDS = {field.name: field for field in dataclasses.fields(Cell)}
+"""The fields of a cell, by name."""
+
+_NAMES: dict[str, Collection[str]] = {
+    "method": registry.METHODS,
+    "task": registry.TASKS,
+    "dtype": registry.DTYPES,
+    "device": registry.DEVICES,
+    "weights_dtype": registry.DTYPES,
+    "attention": registry.ATTENTIONS,
+    "blocks": registry.BLOCKS,
+    "optimizer": registry.OPTIMIZERS,
+    "rival": ("", *registry.METHODS),
+}
+_FROM_ONE = {
+    "batch_size",
+    "seq_len",
+    "max_steps",
+    "bottleneck_size",
+    "lora_rank",
+    "mlp_chunks",
+    "num_neurons",
+    "top_k_neurons",
+    "top_k_experts",
+    "row_budget_bytes",
+    "accumulation",
+}
+_AT_MOST = {"lost_bits": 16, "active_fraction": 1, "seed": 2**32 - 1}
+_LARGEST = 2**63 - 1
+"""What a column of whole numbers holds."""
+
+Value = str | int | float
+
+
+def check_name(name: str) -> None:
+    """Raise `ValueError` unless `name` is a field of a cell."""
+    if name not in FIELDS:
+        raise ValueError(f"unknown key {name!r}; {registry.nearest(name, FIELDS)}")
+
+
+def check(name: str, value: object) -> Value:
+    """The value as the cell holds it: an integer becomes a float where one belongs.
+
+    Raises:
+        ValueError: wrong type, out of range, or a name the registry does not know.
+    """
+    check_name(name)
+    if FIELDS[name].type is str:
+        return _check_text(name, value)
+    if FIELDS[name].type is float:
+        return _check_float(name, value)
+    return _check_count(name, value)
+
+
+def check_together(cell: Cell) -> None:
+    """Raise `ValueError` when two fields of a cell contradict each other."""
+    if cell.warmup_steps >= cell.max_steps:
+        raise ValueError(
+            f"`warmup_steps` = {cell.warmup_steps} leaves no step to measure; "
+            f"make it smaller than `max_steps` = {cell.max_steps}"
+        )
+    if cell.active_fraction != 1 and not cell.device.startswith(registry.VIRTUAL):
+        raise ValueError(
+            f"`active_fraction` = {cell.active_fraction} on device {cell.device!r}, "
+            "where batches tell themselves: leave it out, or take a virtual GPU"
+        )
+    if cell.patience and not cell.eval_every:
+        raise ValueError("`patience` counts validations; set `eval_every` above 0 too")
+    if cell.weights_dtype not in ("fp32", cell.dtype):
+        raise ValueError(
+            f"`weights_dtype` = {cell.weights_dtype!r} with `dtype` = {cell.dtype!r}: "
+            "take 'fp32', or the compute dtype"
+        )
+    is_shape = cell.backbone.startswith("random:")
+    if is_shape and cell.task not in registry.SYNTHETIC_TASKS:
+        raise ValueError(
+            f"`task` = {cell.task!r} with `backbone` = {cell.backbone!r}: a random "
+            "backbone has no tokenizer to read text with; take task "
+            f"{' or '.join(map(repr, registry.SYNTHETIC_TASKS))}, or a backbone with "
+            "real weights"
+        )
+    for name in ("method", "rival"):
+        method = getattr(cell, name)
+        if cell.optimizer != "adamw" and method in registry.HAVE_ROWS:
+            raise ValueError(
+                f"`optimizer` = {cell.optimizer!r} with `{name}` = {method!r}, whose "
+                "rows have an AdamW of their own: take 'adamw', or another method"
+            )
+
+
+def _check_text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"`{name}` = {value!r} should be a string")
+    if name == "backbone":
+        _check_backbone(value)
+    elif name == "device" and value.endswith(".json"):
+        gpu.find(gpu.name_in(value))
+    elif value not in _NAMES[name]:
+        hint = registry.nearest(value, _NAMES[name])
+        raise ValueError(f"unknown {name} {value!r}; {hint}")
+    return value
+
+
+def _check_float(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"`{name}` = {value!r} should be a number")
+    # Comparing needs no float, which a whole number may be too large for.
+    if not 0 < value < math.inf or value > sys.float_info.max:
+        raise ValueError(f"`{name}` = {value!r} should be finite and above 0")
+    _check_most(name, value)
+    return float(value)
+
+
+def _check_count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"`{name}` = {value!r} should be an integer")
+    least = 1 if name in _FROM_ONE else 0
+    if value < least:
+        raise ValueError(f"`{name}` = {value!r} should be at least {least}")
+    _check_most(name, value)
+    return value
+
+
+def _check_most(name: str, value: float) -> None:
+    most = _AT_MOST.get(name, _LARGEST)
+    if value > most:
+        raise ValueError(f"`{name}` = {value!r} should be at most {most}")
+
+
+def _check_backbone(value: str) -> None:
+    if not value.isprintable():  # ids are shown in lines
+        raise ValueError(f"backbone {value!r} has characters that cannot be printed")
+    if value in registry.PACKAGED_BACKBONES:
+        return
+    kind, colon, place = value.partition(":")
+    if colon and place:
+        if kind == "hub":
+            return
+        if kind == "dir":
+            if not Path(place).is_dir():
+                raise ValueError(f"backbone {value!r}: no directory {place!r}")
+            return
+        if kind == "random":
+            _check_random(value, place)
+            return
+    valid = [*registry.PACKAGED_BACKBONES, "dir:PATH", "hub:NAME", "random:CONFIG"]
+    raise ValueError(f"unknown backbone {value!r}; {registry.nearest(value, valid)}")
+
+
+def _check_random(value: str, place: str) -> None:
+    is_config = place.endswith(".json") and Path(place).is_file()
+    if place not in registry.RANDOM_BACKBONES and not is_config:
+        hint = registry.nearest(place, registry.RANDOM_BACKBONES)
+        raise ValueError(
+            f"backbone {value!r}: {place!r} is neither the path of a config.json nor a "
+            f"known shape; {hint}"
+        )

@@ -1,0 +1,225 @@
+"""A run: the cells of a sweep that are not done yet, into the records file.
+
+Interrupted at any moment, even by `kill -9`, it leaves a file of whole records; the
+same command then goes on with the cells that are not in it. A first SIGINT or SIGTERM
+ends the children and the run, a second one ends the process as it would any other.
+"""
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from meft_bench.parent import environment, isolate, output, runs
+from meft_bench.parent.engines import local
+from meft_bench.parent.progress import Progress, count
+from meft_bench.parent.runs import RecordsFile
+from meft_bench.shared import request
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.record import Environment, Record, Status
+
+EXIT_OK = 0
+EXIT_NOTHING = 3
+EXIT_FAILED = 4
+EXIT_INTERRUPTED = 130
+
+NUM_NAMED = 3
+"""Cells that are named where several share a reason."""
+NUM_REASONS = 10
+"""Reasons that are printed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Everything one run is told."""
+
+    sweep: str
+    cells: tuple[Cell, ...]
+    path: Path
+    """The records file."""
+    options: ChildOptions
+    num_slots: int
+    timeout_seconds: float
+    force: bool
+    """Run cells that are done, too."""
+    left_out: tuple[str, ...] = ()
+    """What the sweep declares and this run leaves out, each a line for people."""
+
+
+def run(plan: Plan, *, worker_module: str = request.WORKER) -> int:
+    """Run what is left of a plan, tell how it went, and return the exit code.
+
+    Raises:
+        runs.RunsError: the records file, or a log beside it, cannot be used.
+    """
+    environments = environments_for(
+        plan.cells, num_threads=plan.options.num_threads, num_slots=plan.num_slots
+    )
+    with RecordsFile(plan.path) as file:
+        done = {} if plan.force else runs.done(file.records, plan.cells, environments)
+        left = [cell for cell in plan.cells if cell not in done]
+        try:
+            ended = _run_left(plan, left, done, environments, file, worker_module)
+        except OSError as error:
+            raise runs.unusable(plan.path, error) from error
+    statuses = [*(Status.OK for _ in done), *(record.status for record in ended)]
+    if len(ended) < len(left):
+        output.summarize([count(statuses)])
+        output.complain(
+            f"interrupted: {len(statuses)} of {len(plan.cells)} cells are recorded in "
+            f"{plan.path}; run the same command again to go on"
+        )
+        return EXIT_INTERRUPTED
+    page = plan.path.with_suffix(".html")
+    output.summarize(
+        [
+            count(statuses),
+            f"records: {plan.path}",
+            f"page:    meft-report page {plan.path} -o {page}",
+        ]
+    )
+    return _exit_code(statuses)
+
+
+def _exit_code(statuses: Sequence[Status]) -> int:
+    if any(status not in (Status.OK, Status.SKIPPED) for status in statuses):
+        return EXIT_FAILED
+    return EXIT_OK if Status.OK in statuses else EXIT_NOTHING
+
+
+def environments_for(
+    cells: tuple[Cell, ...], *, num_threads: int, num_slots: int
+) -> dict[str, Environment]:
+    """The environment of each device that the cells run on."""
+    return {
+        device: environment.collect(
+            num_threads=num_threads, num_slots=num_slots, device=device
+        )
+        for device in sorted({cell.device for cell in cells})
+    }
+
+
+def _run_left(
+    plan: Plan,
+    left: list[Cell],
+    done: Mapping[Cell, Record],
+    environments: dict[str, Environment],
+    file: RecordsFile,
+    worker_module: str,
+) -> list[Record]:
+    """The records of the cells that ended; all of them, unless the run was stopped."""
+    stop = threading.Event()
+    folder = plan.path.with_suffix(".logs")
+    folder.mkdir(exist_ok=True)
+    ended: list[Record] = []
+    with Progress(
+        num_cells=len(plan.cells),
+        num_done=len(done),
+        logs=folder,
+        stream=sys.stderr,
+    ) as progress:
+
+        def run_one(cell: Cell) -> Record:
+            progress.started(cell)
+            try:
+                return isolate.run(
+                    cell,
+                    sweep=plan.sweep,
+                    environment=environments[cell.device],
+                    options=plan.options,
+                    timeout_seconds=plan.timeout_seconds,
+                    folder=folder,
+                    stop=stop,
+                    worker_module=worker_module,
+                )
+            except OSError:
+                stop.set()  # else the run would wait for the cells of other slots
+                raise
+
+        if file.is_torn:
+            progress.tell(f"the last line of {plan.path} is half written: left out")
+        for line in _left_out(plan, done):
+            progress.tell(line)
+
+        records = local.run_cells(left, run_one, plan.num_slots)
+        with contextlib.closing(records), _stopping(stop):
+            for record in records:
+                file.append(record)
+                progress.ended(record)
+                ended.append(record)
+        for line in _skipped(ended):
+            progress.tell(line)
+    return ended
+
+
+def _left_out(plan: Plan, done: Mapping[Cell, Record]) -> Iterator[str]:
+    """What the sweep declares and this run does not start, a line for each reason."""
+    yield from plan.left_out
+    if done:
+        yield (
+            f"not run again, {len(done)} of {len(plan.cells)} ({_names([*done])}): ok "
+            "under the same code, machine and versions of packages; "
+            f"{_other_load(plan, done.values())}`--force` runs them, too"
+        )
+
+
+def _other_load(plan: Plan, done: Iterable[Record]) -> str:
+    """How many cells ran with other threads or slots, on which their times depend."""
+    loads = [(r.environment.num_threads, r.environment.num_slots) for r in done]
+    others = [
+        load for load in loads if load != (plan.options.num_threads, plan.num_slots)
+    ]
+    if not others:
+        return ""
+    texts = [
+        f"--threads {threads} --slots {slots}" for threads, slots in sorted(set(others))
+    ]
+    return f"{len(others)} of them ran with {', '.join(texts)}; "
+
+
+def _skipped(ended: Sequence[Record]) -> Iterator[str]:
+    """Why cells were skipped, a line for each reason."""
+    reasons: dict[str, list[Cell]] = {}
+    for record in ended:
+        if record.status == Status.SKIPPED:
+            reasons.setdefault(record.message, []).append(record.cell)
+    for reason, cells in list(reasons.items())[:NUM_REASONS]:
+        yield f"skipped, {len(cells)} of {len(ended)} ({_names(cells)}): {reason}"
+    if len(reasons) > NUM_REASONS:
+        rest = len(reasons) - NUM_REASONS
+        yield f"skipped, for {rest} more reasons: `meft-bench show CELL FILE` says why"
+
+
+def _names(cells: Sequence[Cell]) -> str:
+    names = ", ".join(cell.id for cell in cells[:NUM_NAMED])
+    rest = len(cells) - NUM_NAMED
+    return f"{names} and {rest} more" if rest > 0 else names
+
+
+@contextlib.contextmanager
+def _stopping(stop: threading.Event) -> Iterator[None]:
+    """Set `stop` on the first SIGINT or SIGTERM, and at the end of the block."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        # Restored first: `Event.set` must not be entered again while it runs.
+        restore()
+        stop.set()
+
+    for number in numbers:
+        signal.signal(number, on_signal)
+    try:
+        yield
+    finally:
+        restore()
+        stop.set()

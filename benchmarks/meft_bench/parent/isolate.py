@@ -1,0 +1,224 @@
+"""One cell in one fresh process; every ending becomes a record.
+
+The child is given a request (`meft_bench.shared.request`) and then
+  1. makes sure that it ends with this process, before any heavy import;
+  2. sets `RLIMIT_DATA` to `memory_limit_bytes` of the options, unless it is None;
+  3. runs the cell and writes its outcome file (`meft_bench.shared.outcome`).
+What it prints is a log, kept next to that file and never parsed.
+
+How an ending becomes a status:
+
+    an outcome was written                   the status in it
+    none, and the time is over               timeout
+    none, and a signal ended the child       killed
+    none, and it exited; or a malformed one  error
+    none, as it could not be written         error; the child exits with 74
+
+The child leads its own session: whatever it started is killed with it, and Ctrl-C in a
+terminal reaches the parent alone.
+"""
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from meft_bench.parent.engines.local import Stopped
+from meft_bench.shared import outcome, request
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.outcome import Outcome
+from meft_bench.shared.record import Environment, Measurement, Record, Status
+from meft_bench.shared.registry import VIRTUAL
+from meft_bench.shared.request import WORKER
+from meft_bench.shared.units import format_bytes
+
+_POLL_SECONDS = 0.05
+_LOG_TAIL_BYTES = 64 * 2**10
+_MESSAGE_LENGTH = 500
+
+
+def run(
+    cell: Cell,
+    *,
+    sweep: str,
+    environment: Environment,
+    options: ChildOptions,
+    timeout_seconds: float,
+    folder: Path,
+    stop: threading.Event,
+    worker_module: str = WORKER,
+) -> Record:
+    """Run a cell in a fresh interpreter and make a record of how it ended.
+
+    Args:
+        cell: what to run.
+        sweep: name of the sweep, for the record.
+        environment: where; the child's own knowledge is merged into it.
+        options: handed to the child.
+        timeout_seconds: after this long, the child is killed with all it started.
+        folder: existing directory for the child's log and outcome.
+        stop: when set, the child is killed and `Stopped` is raised.
+        worker_module: module that plays the child.
+
+    Raises:
+        Stopped: `stop` was set.
+        OSError: the log cannot be written, or no child started. No ending of the child
+            raises.
+    """
+    if stop.is_set():
+        raise Stopped
+    started_at = datetime.now(UTC)
+    start = time.monotonic()
+    out = folder / f"{cell.method}-{cell.key[:16]}.json"
+    log = log_path(folder, cell)
+    out.unlink(missing_ok=True)
+    body = {"cell": cell.to_json(), "options": options.to_json()}
+    command = request.command(body, out, worker_module=worker_module)
+    with log.open("wb") as log_file:
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=subprocess.STDOUT,
+                env=child_environment(options, cell.device),
+                start_new_session=True,
+            )
+        except OSError as error:  # too many processes, no memory for one more
+            reason = f"no child could be started: {error.strerror}"
+            raise OSError(error.errno, reason, sys.executable) from error
+    try:
+        code = _wait(process, start + timeout_seconds, stop)
+    finally:
+        _kill_group(process)
+    ending = _ending(out, log, code, timeout_seconds)
+    out.unlink(missing_ok=True)
+    return Record(
+        sweep=sweep,
+        cell=cell,
+        status=ending.status,
+        message=ending.message[:_MESSAGE_LENGTH],
+        started_at=started_at.isoformat(timespec="seconds"),
+        wall_seconds=time.monotonic() - start,
+        measurement=ending.measurement,
+        environment=dataclasses.replace(environment, **ending.environment),
+    )
+
+
+def log_path(folder: Path, cell: Cell) -> Path:
+    """Where what the child of a cell prints is kept."""
+    return folder / f"{cell.method}-{cell.key[:16]}.log"
+
+
+def child_environment(options: ChildOptions, device: str) -> dict[str, str]:
+    """The environment variables of a child: the parent's, and what makes it steady.
+
+    A virtual GPU does not stand beside a real one, so that is hidden.
+    """
+    variables = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(options.num_threads),
+        "MKL_NUM_THREADS": str(options.num_threads),
+        # Threads that spin while they wait take the cores of the cell next door.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONHASHSEED": "0",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        # NVML counts devices in this order; CUDA's own default is another.
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    }
+    if device.startswith(VIRTUAL):
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    if options.allow_download:
+        variables.pop("HF_HUB_OFFLINE", None)
+    else:
+        variables["HF_HUB_OFFLINE"] = "1"
+    return variables
+
+
+def _wait(
+    process: subprocess.Popen[bytes], deadline: float, stop: threading.Event
+) -> int | None:
+    """The exit status, or None when the deadline passed first."""
+    while process.poll() is None:
+        if time.monotonic() > deadline:
+            return None
+        if stop.wait(_POLL_SECONDS):
+            raise Stopped
+    return process.returncode
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End the child and everything it started; harmless when all have ended."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass  # macOS answers EPERM for a group of which only a zombie is left
+    process.wait()
+
+
+def _ending(out: Path, log: Path, code: int | None, timeout_seconds: float) -> Outcome:
+    """The outcome the child wrote or, failing that, the one its end stands for.
+
+    A child that wrote its outcome has finished its work, whatever it died of then.
+    """
+    try:
+        return outcome.read(out)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        return _failure(Status.ERROR, f"the child's outcome is malformed: {error}")
+    if code is None:
+        return _failure(Status.TIMEOUT, f"still running after {timeout_seconds:g} s")
+    if code < 0:
+        return _failure(Status.KILLED, _describe_signal(-code))
+    last = _last_line(log) or f"exit status {code}, and an empty log"
+    if code == outcome.EXIT_UNWRITTEN:
+        free = format_bytes(shutil.disk_usage(out.parent).free)
+        return _failure(
+            Status.ERROR,
+            f"the child could not write its outcome: {last}; {free} are free in "
+            f"{out.parent}",
+        )
+    if code == 0:
+        return _failure(Status.ERROR, f"exited without an outcome: {last}")
+    return _failure(Status.ERROR, last)
+
+
+def _failure(status: Status, message: str) -> Outcome:
+    return Outcome(
+        status=status,
+        message=" ".join(message.split()),
+        measurement=Measurement(),
+        environment={},
+    )
+
+
+def _describe_signal(number: int) -> str:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    if number == signal.SIGKILL:
+        return f"{name}: the kernel does this when the machine runs out of memory"
+    return name
+
+
+def _last_line(log: Path) -> str:
+    """The last line of a log that shows anything; empty if there is none."""
+    with log.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - _LOG_TAIL_BYTES))
+        text = file.read().decode(errors="replace")
+    for line in reversed(text.splitlines()):
+        shown = "".join(char for char in line if char.isprintable()).strip()
+        if shown:
+            return shown
+    return ""

@@ -1,0 +1,359 @@
+"""The commands `plan` and `fit`: what a step takes on a GPU, without one.
+
+The plans are made in one child process (`virtual/prediction/planner.py`); here the
+request is put together and the answer is shown.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from meft_bench.parent import fields, isolate
+from meft_bench.shared import configs, registry, request
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.request import WORKER
+from meft_bench.shared.source import MissingError
+from meft_bench.shared.units import format_bytes
+from meft_bench.virtual.device import gpu
+
+ALIASES = {"exact": "meft1-exact"}
+FIELDS = {"batch": "batch_size", "seq": "seq_len", "depth": "depth"}
+"""What `--maximize` may name."""
+FLAGS = {
+    "method": "--method",
+    "backbone": "the first argument",
+    "device": "--gpu",
+    "batch_size": "--batch",
+    "seq_len": "--seq",
+    "depth": "--depth",
+    "dtype": "--dtype",
+    "weights_dtype": "--weights-dtype",
+    "accumulation": "--accumulation",
+    "attention": "--attention",
+}
+"""Fields that are not for `--set`."""
+DEFAULTS = {"batch": 8, "seq": 512, "depth": 0}
+AT_MOST = {"batch_size": 1 << 16, "seq_len": 1 << 20, "depth": 1000}
+MIB = 2**20
+NUM_SHOWN = 8
+"""Lines of a part of the details."""
+NOTE = (
+    "Predicted from fake tensors and a model of the caching allocator; no number here "
+    "has been held against a real GPU yet. Needed is what is reserved and about "
+    "{context} of the driver's own; fits leaves {margin:.0%} free."
+)
+
+
+class PlanningError(Exception):
+    """The command line asks for what cannot be planned; the message is one line."""
+
+
+def cells(arguments: argparse.Namespace) -> list[Cell]:
+    """A cell for each method that is asked for.
+
+    Raises:
+        PlanningError: no such method, backbone or GPU, or no config of the backbone.
+    """
+    try:
+        name = gpu.resolve(arguments.gpu)
+        gpu.find(name)
+        backbone = _backbone(arguments.backbone)
+        configs.check(backbone, allow_download=arguments.allow_download)
+    except (ValueError, MissingError) as error:
+        raise PlanningError(str(error)) from error
+    asked: dict[str, Any] = {
+        "backbone": backbone,
+        "dtype": arguments.dtype,
+        "weights_dtype": arguments.weights_dtype or "fp32",
+        "accumulation": arguments.accumulation,
+        "attention": arguments.attention,
+        "device": f"{registry.VIRTUAL}{name}",
+    }
+    for flag, field in FIELDS.items():
+        given = getattr(arguments, flag)
+        if given is not None and flag == getattr(arguments, "maximize", None):
+            raise PlanningError(
+                f"--{flag} {given} has no effect with --maximize {flag}; leave it out, "
+                f"or maximize one of {', '.join(f for f in FIELDS if f != flag)}"
+            )
+        asked[field] = DEFAULTS[flag] if given is None else given
+    asked |= _set_fields(arguments.set)
+    found = [Cell(method=method, **asked) for method in _methods(arguments.method)]
+    for cell in found:
+        try:
+            fields.check_together(cell)
+        except ValueError as error:
+            raise PlanningError(str(error)) from error
+    return found
+
+
+def ask(
+    cells: Sequence[Cell],
+    options: ChildOptions,
+    *,
+    maximize: str | None,
+    margin: float,
+    timeline: bool = False,
+) -> list[dict[str, Any]]:
+    """The plan of each cell, or of the largest that fits, as JSON objects.
+
+    Args:
+        cells: what to plan.
+        options: of the child.
+        maximize: one of `FIELDS`, or None for the cells as they are.
+        margin: share of the GPU's memory that is left free by what fits.
+        timeline: whether a plan has every moment of its step.
+
+    Raises:
+        PlanningError: the child died; says of what.
+        OSError: there is no room for its answer.
+    """
+    field = None if maximize is None else FIELDS[maximize]
+    plan = {
+        "cells": [cell.to_json() for cell in cells],
+        "maximize": field,
+        "at_most": AT_MOST.get(field or ""),
+        "margin": margin,
+        "timeline": timeline,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "plans.json")
+        body = {"plan": plan, "options": options.to_json()}
+        done = subprocess.run(
+            request.command(body, out, worker_module=WORKER),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=isolate.child_environment(options, cells[0].device),
+            check=False,
+        )
+        if not out.is_file():
+            code = f"it said nothing and ended with {done.returncode}"
+            lines = done.stdout.strip().splitlines() or [code]
+            raise PlanningError(f"the planner ended without an answer: {lines[-1]}")
+        plans: list[dict[str, Any]] = json.loads(out.read_text())["plans"]
+    return plans
+
+
+def table(
+    cells: Sequence[Cell],
+    plans: Sequence[dict[str, Any]],
+    maximize: str | None,
+    margin: float,
+) -> str:
+    """The answer for people."""
+    first = cells[0]
+    found = gpu.find(gpu.name_in(first.device))
+    shape = {"batch": f"batch {first.batch_size}", "seq": f"{first.seq_len} tokens"}
+    given = [words for name, words in shape.items() if name != maximize]
+    size = format_bytes(found.memory_bytes)
+    shown = ", ".join([*given, first.dtype])
+    lines = [f"{first.backbone} on {found.name} ({size}): {shown}"]
+    header = ["method", "verdict", "needed", "reserved", "allocated"]
+    if maximize is not None:
+        header.insert(1, f"largest {maximize}")
+    header += ["trainable", "TFLOP", "at least", "up", "most is held by", "at"]
+    lines += _aligned([header, *(_row(plan, maximize) for plan in plans)])
+    lines += reasons(plans)
+    room = (1 - margin) * found.memory_bytes / MIB
+    lines += [
+        f"{p['method']}: {maximize} {p['largest'] + 1} would need "
+        f"{p['beyond_bytes'] / MIB:,.0f} MiB of {room:,.0f}"
+        for p in plans
+        if p.get("beyond_bytes") is not None
+    ]
+    lines += [
+        f"{p['method']}: no {maximize} above {p['largest']}: {p['beyond_message']}"
+        for p in plans
+        if p.get("beyond_bytes") is None and p.get("beyond_message")
+    ]
+    context = format_bytes(found.context_bytes)
+    lines.append(NOTE.format(context=context, margin=margin))
+    return "\n".join(lines)
+
+
+def reasons(plans: Sequence[dict[str, Any]]) -> list[str]:
+    """What the plans have to say, a line for each message with all its methods."""
+    methods: dict[str, list[str]] = {}
+    for plan in plans:
+        if plan["message"]:
+            methods.setdefault(plan["message"], []).append(plan["method"])
+    return [f"{', '.join(names)}: {message}" for message, names in methods.items()]
+
+
+def unanswered(plans: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the plans that say nothing but why there is no plan."""
+    return [plan for plan in plans if plan["verdict"] == "unknown"]
+
+
+def anything_fits(plans: Sequence[dict[str, Any]]) -> bool:
+    """Whether one of the methods fits, with what was maximized if anything was."""
+    return any(
+        plan["verdict"] in ("fits", "tight") and plan.get("largest", 1)
+        for plan in plans
+    )
+
+
+def details(plan: dict[str, Any]) -> str:
+    """Where the memory and the traffic of one plan come from, for people."""
+    lines = [f"{plan['method']}:"]
+    if plan["by_kind"] is None:
+        return lines[0] + " no plan"
+    sums = {
+        "at the peak, by kind": plan["by_kind"],
+        "most, by phase": plan["by_phase"],
+        "at the peak, by block": plan["by_block"],
+        "at the peak, by operator": plan["by_operator"],
+        "saved for backward, by block": plan["saved_by_block"],
+        "between host and device": {
+            f"{m['direction']} {m['phase']} {m['block']}": m["num_bytes"]
+            for m in plan["moved"] or ()
+        },
+    }
+    for title, parts in sums.items():
+        shown = dict(list(parts.items())[:NUM_SHOWN])
+        rest = sum(parts.values()) - sum(shown.values())
+        rows = [[f"    {name or '-'}", format_bytes(n)] for name, n in shown.items()]
+        if len(parts) > NUM_SHOWN and title != "most, by phase":
+            more = f"    {len(parts) - NUM_SHOWN} more"
+            rows.append([more, format_bytes(rest)])
+        lines += [f"  {title}", *_aligned(rows)]
+    lines.append(f"  unattributed {format_bytes(plan['unattributed_bytes'])}")
+    lines.append("  largest at the peak")
+    lines += _aligned(
+        [
+            [
+                f"    {format_bytes(one['num_bytes'])}",
+                f"{one['dtype']} {one['shape']}",
+                one["kind"],
+                f"{one['operator']} of {one['module'] or '-'}",
+            ]
+            for one in plan["alive"]
+        ]
+    )
+    return "\n".join(lines)
+
+
+def write_timeline(plans: Sequence[dict[str, Any]], path: Path) -> None:
+    """Every moment of each plan's step as a table of CSV, whole or not at all."""
+    moments = [
+        {"method": plan["method"]} | moment
+        for plan in plans
+        for moment in plan.pop("timeline") or ()
+    ]
+    names = dict.fromkeys(name for moment in moments for name in moment)
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(names), restval=0)
+            writer.writeheader()
+            writer.writerows(moments)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(text) for text in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            text.ljust(width) for text, width in zip(row, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _set_fields(texts: Sequence[str]) -> dict[str, Any]:
+    """What `--set` names, each field once."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, value = _field(text)
+        if name in FLAGS:
+            raise PlanningError(f"{text!r}: `{name}` is set by {FLAGS[name]}")
+        if name in found:
+            raise PlanningError(f"{text!r}: `{name}` is set twice; keep one")
+        found[name] = value
+    return found
+
+
+def _field(text: str) -> tuple[str, Any]:
+    """`NAME=VALUE` as a field of a cell."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise PlanningError(f"{text!r}: write `--set NAME=VALUE`")
+    try:
+        fields.check_name(name)
+        return name, fields.check(name, _typed(name, value))
+    except ValueError as error:
+        raise PlanningError(f"{text!r}: {error}") from error
+
+
+def _typed(name: str, text: str) -> fields.Value:
+    """The value that a text is; itself, where it is none of the field's type."""
+    kind = fields.FIELDS[name].type
+    try:
+        return text if kind is str else kind(text)  # type: ignore[operator]
+    except ValueError:
+        return text  # which is refused by name
+
+
+def _row(plan: dict[str, Any], maximize: str | None) -> list[str]:
+    sizes = [
+        "-" if plan[name] is None else format_bytes(plan[name])
+        for name in ("needed_bytes", "reserved_bytes", "allocated_bytes")
+    ]
+    row = [plan["method"], plan["verdict"], *sizes]
+    if maximize is not None:
+        row.insert(1, str(plan["largest"]))
+    if plan["by_kind"] is None:
+        return [*row, *["-"] * 6]
+    kinds = sorted(plan["by_kind"].items(), key=lambda item: -item[1])[:3]
+    return [
+        *row,
+        f"{plan['num_trainable_parameters']:,}",
+        f"{plan['num_flops'] / 1e12:.1f}",
+        f"{plan['seconds_at_least']:.3g} s",
+        "-" if plan["h2d_bytes"] is None else format_bytes(plan["h2d_bytes"]),
+        ", ".join(f"{kind} {format_bytes(size)}" for kind, size in kinds),
+        plan["where"],
+    ]
+
+
+def _methods(asked: Sequence[str]) -> list[str]:
+    """Methods by their own names, each once."""
+    known = [*ALIASES, *registry.METHODS]
+    for name in asked:
+        if name != "all" and name not in known:
+            hint = registry.nearest(name, ["all", *known])
+            raise PlanningError(f"unknown method {name!r}; {hint}")
+    if not asked or "all" in asked:
+        return [*registry.METHODS]
+    return list(dict.fromkeys(ALIASES.get(name, name) for name in asked))
+
+
+def _backbone(asked: str) -> str:
+    """As a cell names it: shapes by their name alone, files by their path.
+
+    Raises:
+        ValueError: there is no such backbone.
+    """
+    if asked in registry.RANDOM_BACKBONES:
+        return f"random:{asked}"
+    path = Path(asked)
+    if path.is_dir():
+        return f"dir:{path.resolve()}"
+    if asked in registry.PACKAGED_BACKBONES or ":" in asked:
+        return str(fields.check("backbone", asked))
+    if path.suffix == ".json":
+        return f"random:{path.resolve()}"
+    valid = [*registry.RANDOM_BACKBONES, *registry.PACKAGED_BACKBONES]
+    hint = registry.nearest(asked, [*valid, "DIRECTORY", "hub:NAME"])
+    raise PlanningError(f"unknown backbone {asked!r}; {hint}")

@@ -1,0 +1,229 @@
+"""The records file: one line of JSON per cell that ended.
+
+A line is appended whole or not at all, and is on disk before the next cell's. What a
+killed writer left of a line is never read, and is cut off by the next append. A file
+that holds nothing when it is closed is removed. One writer at a time: the file is
+locked while a run has it open, and the kernel drops the lock with the process, however
+that ends.
+
+The last record of a cell counts; earlier ones remain as history.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from meft_bench.shared import configs
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.record import Environment, Record, Status
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the errors by which a system says that there is no room to write."""
+
+
+class RunsError(Exception):
+    """A records file cannot be read or written; the message is one line."""
+
+
+def unusable(path: Path, error: OSError) -> RunsError:
+    """What a failed call of the system means for the run that writes to `path`."""
+    message = f"{error.filename or path}: {error.strerror}"
+    if error.errno in NO_ROOM:
+        message += "; make room, and run the same command again to go on"
+    return RunsError(message)
+
+
+class RecordsFile:
+    """A records file opened for appending, locked against other runs."""
+
+    def __init__(self, path: Path) -> None:
+        """Open `path`, and make it and its folder where they are missing.
+
+        Raises:
+            RunsError: another run has it open, it cannot be opened, or it holds
+                something that is not a record.
+        """
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = _open_locked(path)
+        except OSError as error:
+            raise unusable(path, error) from error
+        try:
+            content = path.read_bytes()
+            self.records = _parse(path, content)
+        except OSError as error:
+            os.close(self._file)
+            raise unusable(path, error) from error
+        except BaseException:
+            os.close(self._file)
+            raise
+        self._end = content.rfind(b"\n") + 1
+        self.is_torn = self._end < len(content)
+        """Whether the last line was half written, and is left out."""
+
+    def append(self, record: Record) -> None:
+        """Add one record and wait until it is on disk.
+
+        Raises:
+            RunsError: there is no room for it; the file keeps its whole records.
+        """
+        text = json.dumps(record.to_json(), ensure_ascii=False)
+        # A lone surrogate, of a file name that is no text, becomes JSON's escape of it.
+        line = text.encode(errors="backslashreplace") + b"\n"
+        try:
+            os.ftruncate(self._file, self._end)
+            written = 0
+            while written < len(line):
+                written += os.pwrite(self._file, line[written:], self._end + written)
+            os.fsync(self._file)
+        except OSError as error:
+            self._cut()
+            raise unusable(self._path, error) from error
+        self._end += len(line)
+        self.records.append(record)
+
+    def _cut(self) -> None:
+        """Take away what there is of a record that could not be added."""
+        with contextlib.suppress(OSError):  # it is not read, and cut off another time
+            os.ftruncate(self._file, self._end)
+
+    def close(self) -> None:
+        """Let go of the file and of its lock, and of a file that holds nothing."""
+        with contextlib.suppress(OSError):
+            is_empty = os.fstat(self._file).st_size == 0
+            if is_empty and _is_at(self._path, self._file):
+                self._path.unlink()
+        os.close(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _open_locked(path: Path) -> int:
+    """The file, opened and locked; made where it is missing.
+
+    Raises:
+        RunsError: another run has it open.
+        OSError: it cannot be opened.
+    """
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between the two calls, a run that recorded nothing may have removed it.
+            if path.is_symlink() or _is_at(path, file):
+                return file
+        except BlockingIOError as error:
+            os.close(file)
+            raise RunsError(
+                f"{path}: another run is writing to it; wait for it to end, "
+                "or give this one a file of its own with -o"
+            ) from error
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def _is_at(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def read(path: Path) -> list[Record]:
+    """The records in a file, oldest first; none when there is no file.
+
+    Raises:
+        RunsError: it cannot be read, or a line of it is not a record.
+    """
+    try:
+        return _parse(path, path.read_bytes())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise unusable(path, error) from error
+
+
+def done(
+    records: Iterable[Record],
+    cells: Iterable[Cell],
+    environments: Mapping[str, Environment],
+) -> dict[Cell, Record]:
+    """Those of `cells` that need not run again, each with its record.
+
+    A cell is done when its last record on this class of machine is ok and comes from
+    the same code, the same versions of all packages and, for a backbone of random
+    weights, the same config file, and when no machine has run the cell with other code
+    since. An earlier record of the same code does not count:
+    after a change of code and back again, the cell runs again, so that its last record
+    is that of the code at hand.
+
+    Args:
+        records: oldest first.
+        cells: what a run would do.
+        environments: where it would do it, by `Cell.device`.
+    """
+    last: dict[tuple[Cell, str], Record] = {}
+    last_code: dict[Cell, str] = {}
+    for record in records:
+        last[record.cell, record.environment.machine] = record
+        last_code[record.cell] = record.environment.code_sha256
+    found = {}
+    for cell in cells:
+        here = environments[cell.device]
+        its = last.get((cell, here.machine))
+        if (
+            its is not None
+            and its.status == Status.OK
+            and its.environment.versions == here.versions
+            and its.environment.code_sha256 == here.code_sha256 == last_code[cell]
+            and configs.digest(cell.backbone) in (None, its.environment.weights_sha256)
+        ):
+            found[cell] = its
+    return found
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that is in it twice, Python would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is in one object twice")
+    return found
+
+
+def _parse(path: Path, content: bytes) -> list[Record]:
+    """The records in the complete lines of a file."""
+    records = []
+    *lines, _torn = content.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line, object_pairs_hook=_refuse_duplicates)
+            records.append(Record.from_json(found))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise RunsError(
+                f"{path}: line {number} is not a record ({reason}); "
+                "delete the line or use another file"
+            ) from error
+    return records

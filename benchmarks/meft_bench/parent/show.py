@@ -1,0 +1,51 @@
+"""One record as text, quantities in the units people read."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from meft_bench.shared.record import Record
+from meft_bench.shared.units import format_bytes
+
+MAX_LENGTH = 1000
+"""Characters of one text that are shown."""
+
+
+def describe(record: Record) -> Iterator[tuple[str, str]]:
+    """Pairs of a name and its value; what was not seen is left out.
+
+    Texts are printable, and where they are too long cut, with a mark.
+    """
+    yield "cell", printable(record.cell.id)
+    yield "status", printable(f"{record.status} {record.message}".strip())
+    yield "sweep", printable(record.sweep)
+    yield "started_at", printable(record.started_at)
+    yield "wall_seconds", f"{record.wall_seconds:.1f}"
+    for part in (record.measurement, record.environment):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if value not in (None, []):
+                yield field.name, _format(field.name, value)
+
+
+def printable(text: str) -> str:
+    """Return `text` with what moves a terminal's cursor escaped, and not too long."""
+    shown = "".join(
+        character
+        if character.isprintable()
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text[:MAX_LENGTH]
+    )
+    num_left_out = len(text) - MAX_LENGTH
+    return f"{shown}… [{num_left_out:,} more characters]" if num_left_out > 0 else shown
+
+
+def _format(name: str, value: object) -> str:
+    if name.endswith("_bytes") and isinstance(value, int):
+        return f"{format_bytes(value)} ({value})"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return " ".join(_format(name, entry) for entry in value)
+    if isinstance(value, dict):
+        return printable(", ".join(f"{key} {entry}" for key, entry in value.items()))
+    return printable(str(value))

@@ -1,0 +1,376 @@
+"""A sweep: a TOML file that asks one question and declares the cells that answer it.
+
+Each `[[matrix]]` is a product of axes (`axes`) and of lists that move together (`zip`),
+over common values (`defaults`), corrected where a rule says so (`set`), less what is
+left out (`exclude`). Cells that several matrices declare are run once.
+
+    axes {a: [1, 2], b: [x, y]}          4 points
+    zip  {c: [1, 2, 3], d: [u, v, w]}    times 3
+    exclude {a: 1, d: [u, v]}            less 4: 8 cells
+
+The whole file is checked before anything runs. Every mistake is a `SweepError` of one
+line that names the file, the offending thing and the nearest valid one.
+"""
+
+import itertools
+import math
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meft_bench.parent import fields
+from meft_bench.parent.fields import Value
+from meft_bench.shared import registry, units
+from meft_bench.shared.cell import Cell
+
+TIMEOUT_SECONDS = 3600.0
+"""Time for one cell where the sweep says nothing."""
+MOST_THREADS = 4096
+"""Threads of a child, or children at a time: more than any machine has cores."""
+
+_SWEEP_KEYS = ("question", "memory_limit", "timeout_seconds", "num_threads", "matrix")
+_MATRIX_KEYS = ("name", "defaults", "axes", "zip", "set", "exclude")
+
+Point = dict[str, Value]
+"""Some fields of a cell by name."""
+Condition = dict[str, tuple[Value, ...]]
+"""Fields that must all match, each any of several values."""
+
+
+class SweepError(ValueError):
+    """A sweep cannot be used; the message is one line that says where and why."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """Fields to override wherever a condition holds."""
+
+    when: Condition
+    override: Point
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Matrix:
+    """One `[[matrix]]`, its values checked."""
+
+    name: str
+    defaults: Point
+    axes: tuple[tuple[Point, ...], ...]
+    """Each axis or zip as the points it takes in turn; the last turns fastest."""
+    rules: tuple[Rule, ...]
+    excludes: tuple[Condition, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """A question and its cells."""
+
+    name: str
+    """File name without its ending."""
+    question: str
+    cells: tuple[Cell, ...]
+    """In declared order, no two alike."""
+    num_excluded: int
+    """Points that the matrices exclude."""
+    memory_limit_bytes: int | None
+    """Data each child may allocate; None sets no limit."""
+    timeout_seconds: float
+    num_threads: int | None
+    """Threads of each child, for sweeps whose columns must be exact."""
+
+
+def load(source: str, *, device: str) -> Sweep:
+    """Read a sweep that ships with the harness, by name, or any other, by path.
+
+    Args:
+        source: `quickstart`, or `path/to/mine.toml`.
+        device: the device of every cell whose matrix does not name one.
+
+    Raises:
+        SweepError: there is no such sweep, or something in it is wrong.
+    """
+    path = find(source)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise SweepError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SweepError(f"{path}: not TOML: {_one_line(error)}") from error
+    try:
+        return _parse(path.stem, table, device)
+    except (ValueError, OSError) as error:  # of what it names, such as a directory
+        raise SweepError(f"{path}: {_one_line(error)}") from error
+
+
+def shipped() -> dict[str, Path]:
+    """The sweeps that come with the harness, by name."""
+    here = Path(__file__).parents[1]
+    # A wheel carries the sweeps inside the package; a checkout has them beside it.
+    folder = here / "sweeps" if (here / "sweeps").is_dir() else here.parent / "sweeps"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def find(source: str) -> Path:
+    """The file behind a sweep's name or path.
+
+    Raises:
+        SweepError: there is none.
+    """
+    names = shipped()
+    if source in names:
+        return names[source]
+    path = Path(source)
+    if path.is_file():
+        return path
+    raise SweepError(
+        f"no sweep or file {source!r}; {registry.nearest(path.stem, names)}"
+    )
+
+
+def expand(matrix: Matrix, *, device: str) -> Iterator[Cell]:
+    """The cells of one matrix, in declared order.
+
+    Raises:
+        ValueError: a rule or an exclusion matches nothing, or a cell contradicts
+            itself.
+    """
+    base: Point = {"device": device, **matrix.defaults}
+    idle_rules = dict(enumerate(matrix.rules))
+    idle_excludes = dict(enumerate(matrix.excludes))
+    for choice in itertools.product(*matrix.axes):
+        point = base.copy()
+        for part in choice:
+            point.update(part)
+        for index, rule in enumerate(matrix.rules):
+            if _matches(_cell(point), rule.when):
+                point.update(rule.override)
+                idle_rules.pop(index, None)
+        cell = _cell(point)
+        hits = [i for i, out in enumerate(matrix.excludes) if _matches(cell, out)]
+        for index in hits:
+            idle_excludes.pop(index, None)
+        if not hits:
+            fields.check_together(cell)
+            yield cell
+    for rule in idle_rules.values():
+        raise ValueError(f"set: when = {_show(rule.when)} matches no cell")
+    for exclude in idle_excludes.values():
+        raise ValueError(f"exclude: {_show(exclude)} matches no cell")
+
+
+def _cell(point: Point) -> Cell:
+    return Cell.from_json(point)
+
+
+def _matches(cell: Cell, condition: Condition) -> bool:
+    return all(getattr(cell, name) in values for name, values in condition.items())
+
+
+def _show(condition: Condition) -> str:
+    parts = (
+        f"{name} = {values[0]!r}" if len(values) == 1 else f"{name} = {list(values)!r}"
+        for name, values in condition.items()
+    )
+    return "{" + ", ".join(parts) + "}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+# From here on: tables as TOML gives them, turned into the objects above.
+
+
+def _parse(name: str, table: dict[str, Any], device: str) -> Sweep:
+    _check_keys(table, _SWEEP_KEYS)
+    question = table.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError("`question` is missing; say in a sentence what is asked")
+    tables = _tables(table.get("matrix", []), "matrix")
+    if not tables:
+        raise ValueError("no [[matrix]]; declare at least one")
+    cells: dict[Cell, None] = {}
+    num_excluded = 0
+    names: list[str] = []
+    for index, entry in enumerate(tables, start=1):
+        label = entry.get("name")
+        if not isinstance(label, str) or not label:
+            raise ValueError(f"matrix number {index}: `name` is missing")
+        if label in names:
+            raise ValueError(f"two matrices are named {label!r}; rename one")
+        names.append(label)
+        kept, num_points = _cells(label, entry, device)
+        cells.update(dict.fromkeys(kept))
+        num_excluded += num_points - len(kept)
+    return Sweep(
+        name=name,
+        question=question,
+        cells=tuple(cells),
+        num_excluded=num_excluded,
+        memory_limit_bytes=_memory_limit(table),
+        timeout_seconds=_timeout(table),
+        num_threads=_num_threads(table),
+    )
+
+
+def _cells(label: str, entry: dict[str, Any], device: str) -> tuple[list[Cell], int]:
+    """The cells of a matrix, and how many there would be without exclusions."""
+    try:
+        matrix = _matrix(label, entry)
+        cells = list(expand(matrix, device=device))
+        if not cells:
+            raise ValueError("every cell is excluded")
+    except ValueError as error:
+        raise ValueError(f"matrix {label!r}: {error}") from error
+    return cells, math.prod(map(len, matrix.axes))
+
+
+def _memory_limit(table: dict[str, Any]) -> int | None:
+    value = table.get("memory_limit")
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ValueError(f'`memory_limit` = {value!r} should be text, like "8GiB"')
+    try:
+        return units.parse_bytes(value)
+    except ValueError as error:
+        raise ValueError(f"`memory_limit`: {error}") from error
+
+
+def _timeout(table: dict[str, Any]) -> float:
+    value = table.get("timeout_seconds", TIMEOUT_SECONDS)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"`timeout_seconds` = {value!r} should be a number above 0")
+    return float(min(value, sys.float_info.max))  # `inf` sets no limit
+
+
+def _num_threads(table: dict[str, Any]) -> int | None:
+    value = table.get("num_threads")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`num_threads` = {value!r} should be an integer above 0")
+    if value > MOST_THREADS:
+        raise ValueError(
+            f"`num_threads` = {value!r} should be at most {MOST_THREADS:,}"
+        )
+    return value
+
+
+def _matrix(name: str, table: dict[str, Any]) -> Matrix:
+    _check_keys(table, _MATRIX_KEYS)
+    defaults = _point(_table(table.get("defaults", {}), "defaults"), "defaults")
+    axes = [
+        tuple({field: value} for value in values)
+        for field, values in _lists(table.get("axes", {}), "axes").items()
+    ]
+    axes += [_zipped(entry) for entry in _tables(table.get("zip", []), "zip")]
+    _check_once([list(defaults), *(list(axis[0]) for axis in axes)])
+    if "method" not in defaults and not any("method" in axis[0] for axis in axes):
+        raise ValueError("no `method`; name it in defaults, axes or zip")
+    return Matrix(
+        name=name,
+        defaults=defaults,
+        axes=tuple(axes),
+        rules=tuple(_rule(entry) for entry in _tables(table.get("set", []), "set")),
+        excludes=tuple(
+            _condition(entry, "exclude")
+            for entry in _tables(table.get("exclude", []), "exclude")
+        ),
+    )
+
+
+def _zipped(table: dict[str, Any]) -> tuple[Point, ...]:
+    lists = _lists(table, "zip")
+    if not lists:
+        raise ValueError("zip: an empty table; name the lists that move together")
+    lengths = {name: len(values) for name, values in lists.items()}
+    if len(set(lengths.values())) > 1:
+        shown = ", ".join(f"{name} has {count}" for name, count in lengths.items())
+        raise ValueError(f"zip: lists of unequal length ({shown})")
+    rows = list(zip(*lists.values(), strict=True))
+    for row in rows:
+        if rows.count(row) > 1:
+            shown = ", ".join(f"{n} = {v!r}" for n, v in zip(lists, row, strict=True))
+            raise ValueError(f"zip: {{{shown}}} is given twice; keep one")
+    return tuple(dict(zip(lists, row, strict=True)) for row in rows)
+
+
+def _rule(table: dict[str, Any]) -> Rule:
+    override = {name: value for name, value in table.items() if name != "when"}
+    if not override:
+        raise ValueError("set: nothing to set; name at least one field beside `when`")
+    when = _table(table.get("when", {}), "set: when")
+    return Rule(when=_condition(when, "set: when"), override=_point(override, "set"))
+
+
+def _condition(table: dict[str, Any], where: str) -> Condition:
+    if not table:
+        raise ValueError(f"{where}: no condition; name at least one field")
+    return {
+        name: _values(name, value if isinstance(value, list) else [value], where)
+        for name, value in table.items()
+    }
+
+
+def _point(table: dict[str, Any], where: str) -> Point:
+    return {name: _values(name, [value], where)[0] for name, value in table.items()}
+
+
+def _lists(table: object, where: str) -> dict[str, tuple[Value, ...]]:
+    lists: dict[str, tuple[Value, ...]] = {}
+    for name, values in _table(table, where).items():
+        _known(name, where)
+        if not isinstance(values, list):
+            raise ValueError(f"{where}: `{name}` = {values!r} should be a list")
+        lists[name] = _values(name, values, where)
+        if len(set(lists[name])) < len(values) and where == "axes":
+            raise ValueError(f"{where}: `{name}` names a value twice")
+    return lists
+
+
+def _values(name: str, values: list[Any], where: str) -> tuple[Value, ...]:
+    _known(name, where)
+    if not values:
+        raise ValueError(f"{where}: `{name}` is empty")
+    try:
+        return tuple(fields.check(name, value) for value in values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _known(name: str, where: str) -> None:
+    try:
+        fields.check_name(name)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _check_keys(table: dict[str, Any], valid: Sequence[str]) -> None:
+    for key in table:
+        if key not in valid:
+            raise ValueError(f"unknown key {key!r}; {registry.nearest(key, valid)}")
+
+
+def _check_once(groups: Iterable[Iterable[str]]) -> None:
+    names = [name for group in groups for name in group]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"`{name}` is given twice; keep it in one of defaults, axes and zip"
+            )
+
+
+def _table(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: {value!r} should be a table")
+    return value
+
+
+def _tables(value: object, where: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: should be tables, written [[...]]")
+    return [_table(entry, where) for entry in value]

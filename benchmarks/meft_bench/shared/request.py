@@ -1,0 +1,61 @@
+"""What a parent asks of a child process: JSON on the child's command line.
+
+    python -P -m meft_bench.child.worker --request JSON --out PATH --parent PID
+
+    {"cell": {...}, "options": {...}}               run a cell; PATH gets its outcome
+    {"plan": {"cells": [...], ...}, "options": {...}}   predict; PATH gets the plans
+
+PATH is written whole or not at all (`meft_bench.shared.outcome`).
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+WORKER = "meft_bench.child.worker"
+"""The module that runs as the child."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A child's command line.
+
+    Attributes:
+        body: the JSON object above.
+        out: where to write the answer.
+        parent_pid: process that the child must not outlive.
+    """
+
+    body: dict[str, Any]
+    out: Path
+    parent_pid: int
+
+
+def command(body: dict[str, Any], out: Path, *, worker_module: str) -> list[str]:
+    """The command that starts a child of this process.
+
+    Args:
+        body: what to ask, as above.
+        out: where the answer goes.
+        worker_module: module that is the child.
+    """
+    return [
+        *(sys.executable, "-P", "-m", worker_module),
+        *("--request", json.dumps(body)),
+        *("--out", str(out)),
+        *("--parent", str(os.getpid())),
+    ]
+
+
+def read() -> Request:
+    """This process's own command line, as `command` made it."""
+    parser = argparse.ArgumentParser(description="A child process of meft-bench.")
+    parser.add_argument("--request", required=True, type=json.loads)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--parent", required=True, type=int)
+    given = parser.parse_args()
+    return Request(body=given.request, out=given.out, parent_pid=given.parent)

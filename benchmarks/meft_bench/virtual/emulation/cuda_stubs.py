@@ -1,0 +1,141 @@
+"""`torch.cuda` of a GPU that is not there: its functions answer as if there were one.
+
+On the real one they call into a library that a CPU build lacks. On one stream, as here,
+everything has happened at once. What is asked for memory is answered by the ledger
+(`personality`).
+"""
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, Self
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses import fake_tensor
+
+from meft_bench.virtual.device.gpu import Gpu
+from meft_bench.virtual.emulation.backend import GpuPath
+
+
+def answers_of(
+    gpu: Gpu, path: GpuPath
+) -> Iterator[contextlib.AbstractContextManager[Any]]:
+    """The patches of `torch.cuda` that make it answer for `gpu`."""
+    # Code that looks for a GPU has to find the device on which tensors live.
+    is_found = path.device == "cuda"
+    major, minor = gpu.compute_capability
+    properties = SimpleNamespace(
+        name=gpu.name,
+        major=major,
+        minor=minor,
+        total_memory=gpu.memory_bytes,
+        multi_processor_count=gpu.num_multiprocessors,
+        warp_size=32,
+        max_threads_per_multi_processor=2048,
+        regs_per_multiprocessor=65536,
+        gcnArchName="",
+    )
+
+    def state(*args: Any, **kwargs: Any) -> Tensor:
+        return torch.empty(16, dtype=torch.uint8, device="cpu")
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    def yes(*args: Any, **kwargs: Any) -> bool:
+        return True
+
+    def zero(*args: Any, **kwargs: Any) -> int:
+        return 0
+
+    answers: dict[str, Any] = {
+        "is_available": lambda: is_found,
+        "is_initialized": lambda: is_found,
+        "is_bf16_supported": yes,
+        "is_current_stream_capturing": lambda: False,
+        "device_count": lambda: int(is_found),
+        "current_device": zero,
+        "get_rng_state": state,
+        "get_rng_state_all": lambda: [state()],
+        "initial_seed": zero,
+        "get_device_properties": lambda *_: properties,
+        "get_device_capability": lambda *_: gpu.compute_capability,
+        "get_device_name": lambda *_: gpu.name,
+        "Stream": Stream,
+        "Event": Event,
+        "current_stream": lambda *_: Stream(),
+        "default_stream": lambda *_: Stream(),
+        "stream": lambda *_: contextlib.nullcontext(),
+        "device": lambda *_: contextlib.nullcontext(),
+    }
+    silent = (
+        *("_lazy_init", "synchronize", "set_device", "set_stream", "empty_cache"),
+        *("manual_seed", "manual_seed_all", "seed", "seed_all", "ipc_collect"),
+        *("set_rng_state", "set_rng_state_all"),
+    )
+    answers |= dict.fromkeys(silent, nothing)
+    for name, answer in answers.items():
+        yield mock.patch.object(torch.cuda, name, answer)
+    yield mock.patch.object(Tensor, "record_stream", nothing)
+    if hasattr(fake_tensor, "init_gpu_context"):  # before torch 2.13: makes a real one
+        yield mock.patch.object(fake_tensor, "init_gpu_context", nothing)
+
+
+class Stream:
+    """A stream on which everything has happened already."""
+
+    device_index = 0
+    device_type = 1
+    stream_id = cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.device = torch.device("cuda:0")
+
+    def wait_stream(self, stream: Any) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, event: Any) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self, event: Any = None) -> Any:
+        """An event that has happened."""
+        return event or Event()
+
+    def query(self) -> bool:
+        """All done."""
+        return True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+
+class Event:
+    """Has happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, *args: Any) -> None:
+        """At once."""
+
+    def wait(self, *args: Any) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def query(self) -> bool:
+        """All done."""
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        """No time passes."""
+        return 0.0

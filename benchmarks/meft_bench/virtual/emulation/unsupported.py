@@ -1,0 +1,73 @@
+"""Where a virtual GPU has no answer, said to whoever wrote the model.
+
+Fake tensors have shapes and no values. A value that is asked for alone is made up
+(`personality`), but how many rows a mask selects cannot be; and of an operator that
+torch does not know, it cannot be known what it makes.
+"""
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+
+from meft_bench.shared.source import MissingError
+
+NEEDS_VALUES = (
+    "{what} needs values, and on a virtual GPU there are none: write it so that shapes "
+    "do not depend on values (`torch.where` or a product with a mask, not an index by "
+    "it), or run it on `cpu` or `cuda`"
+)
+IS_UNKNOWN = (
+    "{what} does not tell what it makes of tensors without values: register that with "
+    "`register_fake` of torch's module `library`, or run it on `cpu` or `cuda`"
+)
+SAYINGS = {
+    ".numpy() is not supported": ("`Tensor.numpy`", NEEDS_VALUES),
+    "There was no fake impl registered for": ("an operator of your own", IS_UNKNOWN),
+    "its data is not allocated yet": ("an operator that reads memory", IS_UNKNOWN),
+}
+"""How torch's other errors begin, or what is in them."""
+
+
+@contextlib.contextmanager
+def told_in_words() -> Iterator[None]:
+    """The context that everything on a virtual GPU runs in.
+
+    Raises:
+        MissingError: an operator cannot do without values; names it and its module.
+    """
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        what = f"operator `{error.func}`{_place(error)}"
+        raise MissingError(NEEDS_VALUES.format(what=what)) from error
+    except UnsupportedOperatorException as error:
+        what = f"operator `{error.func}`{_place(error)}"
+        raise MissingError(IS_UNKNOWN.format(what=what)) from error
+    except RuntimeError as error:
+        first = str(error).partition("\n")[0]
+        for saying, (what, sentence) in SAYINGS.items():
+            if saying in first:
+                told = sentence.format(what=f"{what}{_place(error)}")
+                raise MissingError(f"{told} ({first})") from error
+        raise
+
+
+def _place(error: BaseException) -> str:
+    """` of NAME`, the module in whose forward it was raised; "" outside of all."""
+    called = [
+        frame.f_locals["self"]
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if isinstance(frame.f_locals.get("self"), nn.Module)
+    ]
+    if not called:
+        return ""
+    names = {id(module): name for name, module in called[0].named_modules()}
+    kind = type(called[-1]).__name__
+    return f" of {names.get(id(called[-1])) or 'the model'} ({kind})"

@@ -1,0 +1,189 @@
+"""What one step of a cell takes on a GPU, and why it takes so much.
+
+Two steps run under the ledger; the second, which has all state, is told of.
+"""
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from meft.errors import MeftError
+from meft_bench.child.training import prepare
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.source import MissingError, Source
+from meft_bench.virtual.device.gpu import Gpu, workspace_bytes
+from meft_bench.virtual.prediction.predict import UNPROVEN, Ready, ready
+from meft_bench.virtual.recording import views
+from meft_bench.virtual.recording.replay import NUM_THREADS, replay_in_full
+from meft_bench.virtual.recording.trace import Peak, Storage, Trace
+
+NUM_ALIVE = 12
+"""Storages that are told one by one."""
+HALF = ("bf16", "fp16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Of one method; bytes and rates of a step, all predicted."""
+
+    method: str
+    verdict: str
+    """`fits`, `tight` (fits without the margin), `too large`, or `unknown`."""
+    message: str = ""
+    """Why, where it is neither of the first two: what there was no room for, when, and
+    what was alive."""
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    needed_bytes: int | None = None
+    """Reserved, and what the driver takes beside it."""
+    by_kind: dict[str, int] | None = None
+    """Of the moment at which most was held. `libraries` is what those that multiply
+    matrices keep for ever."""
+    unattributed_bytes: int | None = None
+    """Allocated, but in no kind: what blocks have too much."""
+    by_phase: dict[str, int] | None = None
+    """The most that was held during each."""
+    by_block: dict[str, int] | None = None
+    by_operator: dict[str, int] | None = None
+    """At the same moment, by where it was made; largest first, no workspaces."""
+    alive: list[dict[str, Any]] | None = None
+    """The largest storages of that moment, and where each was made."""
+    saved_by_block: dict[str, int] | None = None
+    """What each block leaves for backward."""
+    timeline: list[dict[str, Any]] | None = None
+    """Time in operators, phase, and bytes of each kind, one row per change."""
+    where: str = ""
+    """That moment: phase, module, operator."""
+    num_trainable_parameters: int | None = None
+    num_flops: int | None = None
+    h2d_bytes: int | None = None
+    d2h_bytes: int | None = None
+    """Over the link; unknown where host and GPU cannot be told apart."""
+    moved: list[dict[str, Any]] | None = None
+    """These two by direction, phase and block."""
+    bytes_touched: int | None = None
+    """Read and written by operators."""
+    seconds_at_least: float | None = None
+    """What arithmetic or memory alone would take at the vendor's rates."""
+    prediction: str = UNPROVEN
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return dataclasses.asdict(self)
+
+
+def plan(cell: Cell, source: Source, margin: float, timeline: bool = False) -> Plan:
+    """The plan of a cell on the virtual GPU that is its device; raises nothing.
+
+    Args:
+        cell: what to plan.
+        source: of its config.
+        margin: share of the GPU's memory that is left free by what fits.
+        timeline: whether the plan has every moment of the step.
+    """
+    try:
+        with ready(cell, source) as it:
+            return _plan(it, margin, timeline)
+    except torch.OutOfMemoryError as error:
+        return Plan(method=cell.method, verdict="too large", message=str(error))
+    except (MissingError, MeftError, ValueError, NotImplementedError) as error:
+        message = " ".join(str(error).split())
+        return Plan(method=cell.method, verdict="unknown", message=message)
+    except Exception as error:  # else the plans of other methods were lost with it
+        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return Plan(method=cell.method, verdict="unknown", message=message)
+
+
+def _plan(it: Ready, margin: float, timeline: bool) -> Plan:
+    gpu = it.device.gpu
+    ledger = it.ledger
+    it.stepper.model.train()
+    it.stepper.step(it.batches, learning_rate=1e-3)
+    started, num_flops = ledger.time, ledger.num_flops
+    bytes_touched = ledger.bytes_touched
+    it.stepper.step(it.batches, learning_rate=1e-3)
+    num_flops = ledger.num_flops - num_flops
+    bytes_touched = ledger.bytes_touched - bytes_touched
+    trace = ledger.trace()
+    memory, message = replay_in_full(
+        trace,
+        capacity_bytes=gpu.memory_bytes - gpu.context_bytes,
+        workspace_bytes=workspace_bytes(gpu),
+        start=started,
+    )
+    needed = memory.reserved_bytes + gpu.context_bytes
+    peak = trace.peak(start=started)
+    kinds = peak.by_kind | {"libraries": NUM_THREADS * workspace_bytes(gpu)}
+    directions = Counter[str]()
+    for copy in views.copies_after(trace, started):
+        directions[copy.direction] += copy.num_bytes
+    count = prepare.count(it.stepper.model)
+    return Plan(
+        method=it.cell.method,
+        verdict="too large" if message else _verdict(needed, gpu, margin),
+        message=message,
+        allocated_bytes=memory.allocated_bytes,
+        reserved_bytes=memory.reserved_bytes,
+        needed_bytes=needed,
+        by_kind=kinds,
+        unattributed_bytes=memory.allocated_bytes - sum(kinds.values()),
+        by_phase=views.peak_by_phase(trace, start=started),
+        by_block=views.at_peak(trace, peak, "block"),
+        by_operator=views.at_peak(trace, peak, "operator"),
+        alive=[_told(trace, storage) for storage in peak.alive[:NUM_ALIVE]],
+        saved_by_block=views.saved_by_block(trace, ledger.step - 1),
+        timeline=_moments(trace, started) if timeline else None,
+        where=_where(trace, peak),
+        num_trainable_parameters=count["num_trainable_parameters"],
+        num_flops=num_flops,
+        h2d_bytes=directions["h2d"] if trace.has_link else None,
+        d2h_bytes=directions["d2h"] if trace.has_link else None,
+        moved=_moved(trace, started) if trace.has_link else None,
+        bytes_touched=bytes_touched,
+        seconds_at_least=max(
+            num_flops / _flops_per_second(it.cell, gpu),
+            bytes_touched / gpu.memory_bytes_per_second,
+        ),
+        prediction=it.how,
+    )
+
+
+def _verdict(needed_bytes: int, gpu: Gpu, margin: float) -> str:
+    return "fits" if needed_bytes <= (1 - margin) * gpu.memory_bytes else "tight"
+
+
+def _told(trace: Trace, storage: Storage) -> dict[str, Any]:
+    told = dataclasses.asdict(storage)
+    names = ("num_bytes", "shape", "dtype", "operator", "module", "phase", "step")
+    return {name: told[name] for name in names} | {"kind": trace.kind_of(storage)}
+
+
+def _moments(trace: Trace, started: int) -> list[dict[str, Any]]:
+    return [
+        {"time": moment.time, "phase": moment.phase} | moment.by_name
+        for moment in views.timeline(trace, start=started)
+    ]
+
+
+def _moved(trace: Trace, started: int) -> list[dict[str, Any]]:
+    return [
+        {"direction": direction, "phase": phase, "block": block, "num_bytes": size}
+        for (direction, phase, block), size in views.moved(trace, started).items()
+    ]
+
+
+def _where(trace: Trace, peak: Peak) -> str:
+    """The last thing that was made before most was held."""
+    last = max(peak.alive, key=lambda s: (s.born, s.index))
+    place = f" of {last.module}" if last.module else ""
+    return f"{last.phase}: {last.operator}{place}"
+
+
+def _flops_per_second(cell: Cell, gpu: Gpu) -> float:
+    if cell.dtype in HALF:
+        return gpu.half_flops_per_second
+    is_tf32 = torch.backends.cuda.matmul.allow_tf32
+    return gpu.tf32_flops_per_second if is_tf32 else gpu.fp32_flops_per_second

@@ -1,0 +1,66 @@
+"""Answers the commands `plan` and `fit`, in the child process."""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.source import Source
+from meft_bench.virtual.device import gpu
+from meft_bench.virtual.prediction.fit import largest_that_fits
+from meft_bench.virtual.prediction.plan import Plan, plan
+
+
+def plan_all(request: dict[str, Any], options: ChildOptions) -> dict[str, Any]:
+    """Plan every cell of a request.
+
+    Args:
+        request: `cells`; `maximize`, the field to enlarge until it no longer fits, or
+            None; `at_most`, its largest value; `margin`, the share of the GPU's memory
+            to leave free; `timeline`, whether plans list every moment of the step.
+        options: of the child.
+
+    Returns:
+        `{"plans": [...]}`, one JSON object for each cell in order; with `maximize`,
+        each also has the `largest` value.
+    """
+    torch.set_num_threads(options.num_threads)
+    source = Source(allow_download=options.allow_download)
+    cells = [Cell.from_json(fields) for fields in request["cells"]]
+    field = request["maximize"]
+    if field is not None:
+        return {"plans": [_fit(cell, field, request, source) for cell in cells]}
+    margin, timeline = request["margin"], request["timeline"]
+    return {"plans": [plan(cell, source, margin, timeline).to_json() for cell in cells]}
+
+
+def _fit(
+    cell: Cell, field: str, request: dict[str, Any], source: Source
+) -> dict[str, Any]:
+    plans: dict[int, Plan] = {}
+    margin: float = request["margin"]
+
+    def needed(value: int) -> float:
+        plans[value] = plan(_changed(cell, field, value), source, margin)
+        size = plans[value].needed_bytes
+        return math.inf if size is None else size
+
+    room = (1 - margin) * gpu.find(gpu.name_in(cell.device)).memory_bytes
+    found = largest_that_fits(needed, room, request["at_most"])
+    told = plans[max(found.largest, 1)].to_json()
+    beyond = plans.get(found.largest + 1)
+    return told | {
+        "maximized": field,
+        "largest": found.largest,
+        "num_probes": len(found.probes),
+        "beyond_bytes": None if beyond is None else beyond.needed_bytes,
+        "beyond_message": "" if beyond is None else beyond.message,
+    }
+
+
+def _changed(cell: Cell, field: str, value: int) -> Cell:
+    changes: dict[str, Any] = {field: value}
+    return dataclasses.replace(cell, **changes)

@@ -1,0 +1,138 @@
+"""What the caching allocator makes of a trace; or that memory runs out, and where."""
+
+from dataclasses import dataclass
+
+import torch
+
+from meft_bench.virtual.device.allocator import (
+    MIB,
+    Block,
+    CachingAllocator,
+    OutOfMemoryError,
+)
+from meft_bench.virtual.recording.trace import Event, Trace
+
+NUM_THREADS = 2
+"""That multiply matrices and keep a workspace each: the caller's and autograd's."""
+NUM_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replay:
+    """The most that was held from some moment on, and what is held at the end."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+    end_allocated_bytes: int
+    end_reserved_bytes: int
+    num_retries: int
+
+
+def held_by(allocator: CachingAllocator) -> Replay:
+    """What an allocator that has served everything has counted."""
+    return Replay(
+        allocated_bytes=allocator.peak_allocated_bytes,
+        reserved_bytes=allocator.peak_reserved_bytes,
+        end_allocated_bytes=allocator.allocated_bytes,
+        end_reserved_bytes=allocator.reserved_bytes,
+        num_retries=allocator.num_retries,
+    )
+
+
+def replay(
+    trace: Trace,
+    *,
+    capacity_bytes: int | None = None,
+    workspace_bytes: int = 0,
+    start: int = 0,
+) -> Replay:
+    """Serve all allocations of a trace on its accelerator, in order.
+
+    Args:
+        trace: what was allocated and freed.
+        capacity_bytes: what the driver has to give; None for without end.
+        workspace_bytes: that each thread that multiplies matrices keeps for ever.
+        start: the time at which the cache is emptied and peaks start anew.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room; says for what, and what is alive.
+    """
+    allocator = CachingAllocator(capacity_bytes)
+    blocks: dict[int | None, Block | None] = {}
+    event = None
+    try:
+        for _ in range(NUM_THREADS):
+            allocator.malloc(workspace_bytes)
+        has_started = start == 0
+        for event in trace.events:
+            if not has_started and event.time >= start:
+                has_started = True
+                _start_anew(allocator)
+            if event.storage is not None and not _is_on_device(trace, event):
+                continue
+            if event.is_birth:
+                blocks[event.storage] = allocator.malloc(event.num_bytes)
+            else:
+                allocator.free(blocks.pop(event.storage))
+        if not has_started:
+            _start_anew(allocator)
+    except OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"CUDA out of memory, predicted: {error}. {_where(trace, event, blocks)}"
+        ) from None
+    return held_by(allocator)
+
+
+def replay_in_full(
+    trace: Trace, *, capacity_bytes: int, workspace_bytes: int = 0, start: int = 0
+) -> tuple[Replay, str]:
+    """As `replay`, and what there was no room for: "" if there was for everything.
+
+    A trace for which there is no room is served once more without a limit, so that all
+    it needs can be told.
+    """
+    try:
+        held = replay(
+            trace,
+            capacity_bytes=capacity_bytes,
+            workspace_bytes=workspace_bytes,
+            start=start,
+        )
+    except torch.OutOfMemoryError as error:
+        held = replay(trace, workspace_bytes=workspace_bytes, start=start)
+        return held, str(error)
+    return held, ""
+
+
+def _start_anew(allocator: CachingAllocator) -> None:
+    allocator.empty_cache()
+    allocator.peak_allocated_bytes = allocator.allocated_bytes
+    allocator.peak_reserved_bytes = allocator.reserved_bytes
+
+
+def _is_on_device(trace: Trace, event: Event) -> bool:
+    assert event.storage is not None
+    return trace.storages[event.storage].device == trace.accelerator
+
+
+def _where(
+    trace: Trace, event: Event | None, blocks: dict[int | None, Block | None]
+) -> str:
+    """For what there was no room, and the largest things that are alive."""
+    if event is None:
+        return "Wanted for libraries, before the first tensor"
+    if event.storage is None:
+        wanted = "a kernel's workspace"
+    else:
+        one = trace.storages[event.storage]
+        place = one.module or "no module"
+        wanted = f"{one.operator} of {place} in {one.phase} of step {one.step}"
+    kinds: dict[str, int] = {}
+    for index in blocks:
+        if index is not None:
+            storage = trace.storages[index]
+            kind = trace.kind_of(storage)
+            kinds[kind] = kinds.get(kind, 0) + storage.num_bytes
+    largest = sorted(kinds.items(), key=lambda item: -item[1])[:NUM_SHOWN]
+    alive = ", ".join(f"{kind} {size / MIB:,.1f} MiB" for kind, size in largest)
+    return f"Wanted for {wanted}; alive: {alive}"
