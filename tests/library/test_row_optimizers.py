@@ -583,6 +583,19 @@ def test_options_that_rows_do_not_have_are_refused(option: str) -> None:
         meft.SparseAdamW([{"params": [adapter.neurons], option: True}])
 
 
+@pytest.mark.parametrize("update", ["dense", "catchup", "lazy"])
+def test_values_that_let_idle_rows_grow_are_refused_where_rows_take_idle_steps(
+    update: str,
+) -> None:
+    """betas[0]^2 above betas[1]: the momentum of an idle row outlives its variance."""
+    model = sparse_model(update=update)
+    if update == "lazy":
+        meft.SparseAdamW(model.parameters(), betas=(0.9, 0.8))
+        return
+    with pytest.raises(ConfigError, match="would grow instead of fade"):
+        meft.SparseAdamW(model.parameters(), betas=(0.9, 0.8))
+
+
 @pytest.mark.parametrize(
     ("saved", "given"), [("lazy", "catchup"), ("lazy", "dense"), ("catchup", "lazy")]
 )

@@ -359,6 +359,16 @@ def test_without_the_terms_in_eps_it_is_not(monkeypatch: pytest.MonkeyPatch) -> 
     assert ours > 5 * of_torch
 
 
+@pytest.mark.parametrize("beta2", [0.9, 0.999])
+def test_a_gradient_counts_where_its_square_is_a_normal_number(beta2: float) -> None:
+    """As soon as (1 - beta2) g^2, which is added to v, is no denormal number."""
+    schedule = Schedule()
+    schedule.add(**USUAL | {"betas": (0.9, beta2)}, lr=1e-4)
+    least = adam.smallest_gradient(schedule)
+    normal = torch.finfo(torch.float32).tiny
+    assert (1 - beta2) * least**2 == pytest.approx(normal, rel=1e-6)
+
+
 @pytest.mark.parametrize("form", list(FORMS)[-1:])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("gap", [1, REST - 1, REST, REST + 1, slow(5000)])
