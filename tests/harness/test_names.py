@@ -470,6 +470,7 @@ def test_every_call_can_be_made() -> None:
 FOREIGN_ARGUMENTS = {
     "assign": "torch's load_state_dict",
     "is_decoder": "a field of transformers' configs",
+    "output_hidden_states": "an argument of transformers' models",
     "create_graph": "torch.autograd.grad",
     "fullgraph": "torch.compile",
     "modules_to_save": "peft's LoraConfig",

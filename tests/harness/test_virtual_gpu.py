@@ -116,7 +116,7 @@ def test_figures_of_memory_are_the_ledgers() -> None:
     """What is held now and at the most, reserved or not, and what is left."""
     with h200() as device, device.new_ledger():
         before = torch.cuda.memory_allocated()
-        tensor = torch.ones(2**20, device=device.path.device)
+        tensor = torch.ones(2**20, device=device.backend.device)
         double = tensor + tensor
         del tensor
         now, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()

@@ -44,7 +44,7 @@ def steps(
 ) -> Trace:
     """Two of a small classifier, on whichever path there is."""
     with VirtualGpu(gpu.find("H200")) as device, device.new_ledger() as ledger:
-        here = cell(method=method, dtype=dtype, device=device.path.device, **SIZE)
+        here = cell(method=method, dtype=dtype, device=device.backend.device, **SIZE)
         with torch.device(here.device):  # so that the host never holds weights
             backbone = classifier(model_type, _attn_implementation=attention)
             model = load(METHODS[method])(backbone, here)
@@ -134,7 +134,7 @@ def test_optimizers_go_through_lists_of_tensors() -> None:
 
     def peak_bytes() -> int:
         with VirtualGpu(gpu.find("H200")) as device, device.new_ledger() as ledger:
-            place = device.path.device
+            place = device.backend.device
             weights = [torch.zeros(64, 64, device=place) for _ in range(16)]
             for weight in weights:
                 weight.requires_grad_().grad = torch.zeros_like(weight)
@@ -164,7 +164,7 @@ def test_autocast_gives_the_same_dtypes() -> None:
 
     def dtypes() -> list[torch.dtype]:
         with VirtualGpu(gpu.find("H200")) as device:
-            place = device.path.device
+            place = device.backend.device
             x = torch.zeros(4, 8, device=place, dtype=torch.bfloat16)
             wide = torch.zeros(8, 8, device=place)
             target = torch.zeros(4, dtype=torch.long, device=place)
@@ -208,11 +208,11 @@ def test_nothing_stays_patched(is_shimmed: bool) -> None:
     path = contextlib.nullcontext() if is_shimmed else without_shim()
     before = _patched_places()
     with path, VirtualGpu(gpu.find("H200")) as device:
-        expected = cuda_backend.PATH if is_shimmed else cpu_backend.PATH
-        assert device.path.name == expected.name
+        expected = cuda_backend.BACKEND if is_shimmed else cpu_backend.BACKEND
+        assert device.backend.name == expected.name
         # Why the shim could not be is told.
-        assert device.path.how.startswith(expected.how)
-        assert ("another order of methods" in device.path.how) != is_shimmed
+        assert device.backend.how.startswith(expected.how)
+        assert ("another order of methods" in device.backend.how) != is_shimmed
         # What looks for a GPU finds the device on which tensors live.
         assert torch.cuda.is_available() is is_shimmed
         assert _patched_places() != before

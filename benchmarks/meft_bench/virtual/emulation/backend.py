@@ -1,7 +1,7 @@
 """What the two ways to train on a GPU that is not there have in common.
 
-    shim   fake CUDA tensors, for which parts of torch's compiled code are patched
-    pure   fake CPU tensors that are led CUDA's way, in Python alone
+    cuda   fake CUDA tensors, for which parts of torch's compiled code are patched
+    cpu    fake CPU tensors that are led CUDA's way, in Python alone
 
 `VirtualGpu` takes the first, and the second where this torch cannot be patched.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GpuPath:
+class Backend:
     """One of the two."""
 
     name: str

@@ -1,6 +1,6 @@
 """Leads fake CPU tensors the way that CUDA tensors go, in Python alone.
 
-For builds of torch that `shim` cannot patch. There a tensor's device is the CPU, and
+For builds of torch that `cuda_backend` cannot patch. A tensor's device is the CPU, and
 where torch asks for it, it answers otherwise than for a GPU. What a training step takes
 depends on these answers:
 
@@ -30,10 +30,10 @@ from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _foreach_utils
 
-from meft_bench.virtual.emulation.backend import GpuPath
+from meft_bench.virtual.emulation.backend import Backend
 
-PATH = GpuPath(
-    name="pure",
+BACKEND = Backend(
+    name="cpu",
     device="cpu",
     how="fake CPU tensors that are led CUDA's way, without traffic",
 )
@@ -76,7 +76,10 @@ def _many_tensors_at_once() -> contextlib.AbstractContextManager[Any]:
     """The clipping of gradients takes lists on a CPU anyway."""
 
     def devices() -> list[str]:
-        return [*_foreach_utils._get_foreach_kernels_supported_devices(), PATH.device]
+        return [
+            *_foreach_utils._get_foreach_kernels_supported_devices(),
+            BACKEND.device,
+        ]
 
     return mock.patch(
         "torch.optim.optimizer._get_foreach_kernels_supported_devices", devices

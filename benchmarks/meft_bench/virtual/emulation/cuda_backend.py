@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
-from meft_bench.virtual.emulation.backend import GpuPath
+from meft_bench.virtual.emulation.backend import Backend
 
-PATH = GpuPath(name="shim", device="cuda", how="fake CUDA tensors")
+BACKEND = Backend(name="cuda", device="cuda", how="fake CUDA tensors")
 CUDA = 1
 """c10::DeviceType::CUDA."""
 NUM_DEVICE_TYPES = 22

@@ -16,15 +16,15 @@ from torch import Tensor
 from torch._subclasses import fake_tensor
 
 from meft_bench.virtual.device.gpu import Gpu
-from meft_bench.virtual.emulation.backend import GpuPath
+from meft_bench.virtual.emulation.backend import Backend
 
 
 def answers_of(
-    gpu: Gpu, path: GpuPath
+    gpu: Gpu, backend: Backend
 ) -> Iterator[contextlib.AbstractContextManager[Any]]:
     """The patches of `torch.cuda` that make it answer for `gpu`."""
     # Code that looks for a GPU has to find the device on which tensors live.
-    is_found = path.device == "cuda"
+    is_found = backend.device == "cuda"
     major, minor = gpu.compute_capability
     properties = SimpleNamespace(
         name=gpu.name,

@@ -1,7 +1,7 @@
 """A virtual GPU: fake tensors on a device that answers as a GPU of that name would.
 
     with VirtualGpu(gpu.find("H200")) as device:
-        model = build().to(device.path.device)  # no memory is taken
+        model = build().to(device.backend.device)  # no memory is taken
         with device.new_ledger() as ledger: ...
 
 While it lasts, torch and transformers are patched so that a training step takes the
@@ -36,7 +36,7 @@ from meft_bench.virtual.emulation import (
     triton_stand_in,
     unsupported,
 )
-from meft_bench.virtual.emulation.backend import GpuPath
+from meft_bench.virtual.emulation.backend import Backend
 from meft_bench.virtual.recording.ledger import Ledger
 from meft_bench.virtual.recording.replay import Replay, replay
 
@@ -71,7 +71,7 @@ class VirtualGpu:
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
         self.workspaces = WORKSPACES
-        self.path = cuda_backend.PATH
+        self.backend = cuda_backend.BACKEND
         """Which was taken, and on which device tensors live: told once it is there."""
         self.attention_counts: dict[str, int] = {}
         """How often each kernel of attention was chosen."""
@@ -85,7 +85,7 @@ class VirtualGpu:
 
     def new_ledger(self) -> Ledger:
         """One for its tensors, which from now on answers for `torch.cuda`'s figures."""
-        self.ledger = Ledger(self.workspaces, accelerator=self.path.device)
+        self.ledger = Ledger(self.workspaces, accelerator=self.backend.device)
         self._replays.clear()
         return self.ledger
 
@@ -118,7 +118,7 @@ class VirtualGpu:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             stack.enter_context(unsupported.told_in_words())
-            self.path = _enter_path(stack)
+            self.backend = _enter_backend(stack)
             for patch in self._patches():
                 stack.enter_context(patch)
             stack.enter_context(self.mode)
@@ -132,9 +132,9 @@ class VirtualGpu:
         # In the calling thread: the same order in every run, and no thread that is
         # still at work when the process ends.
         yield torch.autograd.set_multithreading_enabled(False)
-        yield from cuda_stubs.answers_of(self.gpu, self.path)
+        yield from cuda_stubs.answers_of(self.gpu, self.backend)
         yield from self._memory()
-        yield from _attention(self.gpu, self.path, self.attention_counts)
+        yield from _attention(self.gpu, self.backend, self.attention_counts)
         yield from _many_tensors_at_once()
         yield _our_kernels()
         yield _whole_operators()
@@ -157,25 +157,25 @@ class VirtualGpu:
             yield mock.patch.object(torch.cuda, name, answer)
 
 
-def _enter_path(stack: contextlib.ExitStack) -> GpuPath:
-    """The one path that this build of torch can take."""
+def _enter_backend(stack: contextlib.ExitStack) -> Backend:
+    """The backend that this build of torch can take."""
     try:
         stack.enter_context(cuda_backend.fake_cuda())
     except cuda_backend.RealGpuError:
         raise
     except cuda_backend.ShimError as error:
         stack.enter_context(cpu_backend.like_cuda())
-        how = f"{cpu_backend.PATH.how} ({error})"
-        return dataclasses.replace(cpu_backend.PATH, how=how)
-    return cuda_backend.PATH
+        how = f"{cpu_backend.BACKEND.how} ({error})"
+        return dataclasses.replace(cpu_backend.BACKEND, how=how)
+    return cuda_backend.BACKEND
 
 
 def _attention(
-    gpu: Gpu, path: GpuPath, counts: dict[str, int]
+    gpu: Gpu, backend: Backend, counts: dict[str, int]
 ) -> Iterator[contextlib.AbstractContextManager[Any]]:
     """A build without CUDA kernels takes the plain one, which keeps all scores."""
     plain = functional.scaled_dot_product_attention
-    ours = attention.replacement(gpu, path.device, plain, counts)
+    ours = attention.replacement(gpu, backend.device, plain, counts)
     for owner in (functional, torch._C._nn):
         yield mock.patch.object(owner, "scaled_dot_product_attention", ours)
 

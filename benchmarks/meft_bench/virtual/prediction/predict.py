@@ -77,7 +77,7 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
         device.new_ledger() as ledger,
     ):
         how = _how(cell, device)
-        on_it = dataclasses.replace(cell, device=device.path.device)
+        on_it = dataclasses.replace(cell, device=device.backend.device)
         backbone = backbones.from_config(config, origin, on_it, num_labels)
         num_blocks = len(backbones.blocks_of(backbone.model))
         stepper = prepare.apply_method(backbone, on_it)
@@ -128,9 +128,9 @@ def predict(cell: Cell, source: Source, sighting: Sighting) -> None:
 
 
 def _how(cell: Cell, device: VirtualGpu) -> str:
-    words = [device.path.how, UNPROVEN]
+    words = [device.backend.how, UNPROVEN]
     if cell.method in HAVE_ROWS:
-        if device.path.device == "cpu":
+        if device.backend.device == "cpu":
             raise MissingError(
                 f"method {cell.method!r} keeps rows on the host, which this build of "
                 f"torch ({torch.__version__}) cannot tell from a virtual GPU: run it "
