@@ -28,9 +28,9 @@ from meft.errors import UnsupportedCallError
 Parameters = weakref.WeakValueDictionary[int, Tensor]
 """Tensors by their id, as long as anyone else refers to them."""
 
-_CAPTURING = "transformers.utils.output_capturing"
-"""Where transformers defines hooks that it leaves on modules and that do nothing unless
-`output_hidden_states=True`, which a stack refuses."""
+_IDLE = ("transformers.utils.output_capturing", "meft.backbone.uncalled")
+"""Modules whose hooks see no activation: transformers leaves some that do nothing
+unless `output_hidden_states=True`, which a stack refuses, and ours refuse calls."""
 _KEPT = (
     "a backward pass has reached an activation that was computed inside a reversible "
     "block and kept by a hook or a module. A stack with `backward='rebuild'` stores no "
@@ -152,7 +152,7 @@ def has_forward_hooks(modules: Iterable[nn.Module]) -> bool:
         bool(torch_module._global_forward_hooks)
         or bool(torch_module._global_forward_pre_hooks)
         or any(
-            hook.__module__ != _CAPTURING
+            hook.__module__ not in _IDLE
             for module in modules
             if module._forward_hooks or module._forward_pre_hooks
             for hooks in (module._forward_hooks, module._forward_pre_hooks)

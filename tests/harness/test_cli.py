@@ -333,7 +333,7 @@ def test_interrupted(
         (["show", "full", "no.jsonl"], "records file 'no.jsonl' does not exist"),
         (["show", "full", "empty.jsonl"], "'empty.jsonl' holds no records"),
         (["show", "full", "."], "Is a directory"),
-        (["show", "full", "mine.toml"], "mine.toml: line 1 is not a record"),
+        (["show", "full", "mine.toml"], "mine.toml: line 2 is not a record"),
         (["list", "mine.toml", "-o", "."], "should end in .jsonl"),
     ],
 )

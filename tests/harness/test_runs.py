@@ -77,9 +77,21 @@ def test_torn_line(tmp_path: Path, records: list[Record], kept: float) -> None:
     assert json.loads(content.removeprefix(first)) == records[2].to_json()
 
 
+def test_a_blank_line_is_no_record(tmp_path: Path, records: list[Record]) -> None:
+    """As an editor may leave it."""
+    path = tmp_path / "runs.jsonl"
+    with RecordsFile(path) as file:
+        file.append(records[0])
+    with path.open("a") as stream:
+        stream.write("\n \r\n")
+    with RecordsFile(path) as file:
+        file.append(records[1])
+    assert runs.read(path) == records[:2]
+
+
 @pytest.mark.parametrize(
     "text",
-    ["garbage", "[]", "{}", '{"schema_version": 99}', "", '{"status": 1, "status": 2}'],
+    ["garbage", "[]", "{}", '{"schema_version": 99}', '{"status": 1, "status": 2}'],
 )
 def test_bad_line(tmp_path: Path, records: list[Record], text: str) -> None:
     """A whole line that is no record is told by its number, and nothing is changed."""

@@ -52,8 +52,12 @@ def test_the_report_reads_as_a_table() -> None:
     assert not rows[12].endswith("lost")
 
 
+def is_in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
 def test_a_planted_fault_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A branch that computes something else when grad is on ruins that block's
+    """A branch that computes something else in the backward ruins that block's
     gradient, and the check says so."""
     options: dict[str, Any] = {"arithmetic": "float", "scale_1": 1.0, "scale_2": 1.0}
     model = reversible(3, variant="meft1", **options)
@@ -62,7 +66,7 @@ def test_a_planted_fault_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         adapter,
         "forward",
-        lambda x: plain(x) + (0.5 if torch.is_grad_enabled() else 0.0),
+        lambda x: plain(x) + (0.5 if is_in_backward() else 0.0),
     )
     report = check_reversible(model, batch())
     assert report.reconstruction_error[2] > 0.01
