@@ -257,6 +257,27 @@ def test_a_trained_rotary_embedding(variant: str, options: dict[str, Any]) -> No
         assert torch.equal(model.eval()(**rows).logits, store.eval()(**rows).logits)
 
 
+@pytest.mark.parametrize("which", ["cos", "sin"])
+def test_one_trained_tensor_of_a_tuple(which: str) -> None:
+    """Each argument of a block gets a gradient if it itself wants one."""
+    rows = {"input_ids": batch(padded=False)["input_ids"]}
+    rows["labels"] = rows["input_ids"]
+    model, store = twin(llama, variant="meft1")
+    for its in (model, store):
+        rotary = its.model.rotary_emb
+
+        def one(
+            x: Tensor, position_ids: Tensor, of: Any = rotary
+        ) -> tuple[Tensor, Tensor]:
+            cos, sin = Rotary.forward(of, x, position_ids)
+            return (cos, sin.detach()) if which == "cos" else (cos.detach(), sin)
+
+        rotary.forward = one
+    found = gradients(model, rows)
+    assert found["model.rotary_emb.frequencies"].abs().max() > 0
+    assert_same(found, gradients(store, rows))
+
+
 class Remembers(nn.Module):
     """Keeps its output, as layers with an auxiliary loss do."""
 
