@@ -5,7 +5,7 @@
 transformers loops over a list of blocks and passes the hidden states through each. To
 a loop in a `forward` this is a list of one block, the whole stack. To everything else,
 such as a loop that freezes some blocks, it is the list of the original blocks. These
-keep their names, with the adapters beside them (`adapters.N...`), and cannot be called
+keep their names, with the adapters next to them (`adapters.N...`), and cannot be called
 alone, so that a loop that was mistaken for one that does not call them is refused.
 It holds no tensor between forward and backward, so several forwards before a backward
 are fine.

@@ -143,7 +143,7 @@ class ReversibleConfig:
     def function(self) -> dict[str, Any]:
         """The fields that define the function, not how it is computed.
 
-        Values that None stands for are filled in where they do not depend on the
+        Defaults that None selects are filled in where they do not depend on the
         model, and fields without effect are None.
         """
         is_fixed = self.arithmetic == "fixed"

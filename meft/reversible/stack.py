@@ -538,7 +538,18 @@ class _Call:
         wants_input: bool,
         sources: Sequence[Tensor] = (),
     ) -> Tensor:
-        """What a branch gives for `x`, without a graph."""
+        """Run a branch without keeping a graph.
+
+        Args:
+            coupling: the one whose branch is run.
+            x: what its source stream holds, `batch seq hidden`.
+            context: tensors that the block is given besides the stream, by name.
+            wants_input: whether the gradient of `x` is wanted.
+            sources: tensors that a gradient of the branch may flow to.
+
+        Returns:
+            The output of the branch, of the shape of `x`.
+        """
         return self.watch.value(
             self.stack,
             coupling,
@@ -554,8 +565,16 @@ class _Call:
     def refuse_outside(
         self, coupling: Coupling, output: Tensor, own: Sequence[Tensor]
     ) -> None:
-        """Refuse a recomputed graph that ends in a leaf that is not an input of the
-        autograd function, which could not return its gradient."""
+        """Refuse a recomputed graph with a leaf whose gradient could not be returned.
+
+        Args:
+            coupling: the one whose branch was recomputed.
+            output: what a part of the branch has returned.
+            own: the inputs of the autograd function that the branch may use.
+
+        Raises:
+            UnsupportedCallError: a leaf is not in `own`.
+        """
         leaves = leaves_of(output, own, coupling.block)
         if leaves:
             self.watch.look_again()

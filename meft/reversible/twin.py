@@ -68,7 +68,16 @@ class Stack:
         return self.couplings[0].block
 
     def mixed(self, coupling: Coupling, x: Tensor, context: Context) -> Tensor:
-        """The first half of a branch."""
+        """Run the first half of a branch, which mixes tokens.
+
+        Args:
+            coupling: the one whose branch is run.
+            x: what its source stream holds, `batch seq hidden`.
+            context: tensors that the block is given besides the stream, by name.
+
+        Returns:
+            The result, of the shape of `x`; `x` itself if the branch has no such half.
+        """
         part = coupling.branch.mixing
         if part is None:
             return x
@@ -88,7 +97,16 @@ class Stack:
         return row.chunk(self.num_chunks, dim=1)
 
     def tokenwise(self, coupling: Coupling, chunk: Tensor, index: int) -> Tensor:
-        """The second half of a branch, on chunk `index`."""
+        """Run the second half of a branch, which treats each token separately.
+
+        Args:
+            coupling: the one whose branch is run.
+            chunk: one of `chunks()`.
+            index: of the chunk; decides the seed of its dropout.
+
+        Returns:
+            The result, of the shape of `chunk`.
+        """
         part = coupling.branch.tokenwise
         if part is None:
             return chunk
@@ -150,7 +168,16 @@ def joined(chunks: Sequence[Tensor], shape: torch.Size) -> Tensor:
 
 
 def enter(stack: Stack, hidden: Hidden, extremes: Extremes) -> Streams:
-    """Two equal streams that hold `hidden`."""
+    """Make two equal streams of the hidden states.
+
+    Args:
+        stack: the couplings.
+        hidden: `batch seq hidden`.
+        extremes: notes the range of `hidden`.
+
+    Returns:
+        The streams, connected to `hidden` by autograd.
+    """
     values = stack.arithmetic.enter(hidden.detach())
     carriers = _Enter.apply(hidden, values, stack.arithmetic.gradient_dtype)  # type: ignore[no-untyped-call]
     extremes.note(stack.lowest, hidden, values)
@@ -161,7 +188,17 @@ def enter(stack: Stack, hidden: Hidden, extremes: Extremes) -> Streams:
 def run(
     stack: Stack, streams: Streams, context: Context, extremes: Extremes
 ) -> Streams:
-    """All couplings, lowest first."""
+    """Run all couplings, the lowest first, under autograd.
+
+    Args:
+        stack: the couplings.
+        streams: as `enter` made them.
+        context: tensors that the blocks are given besides the streams, by name.
+        extremes: notes the range of every stream.
+
+    Returns:
+        The streams after the last coupling.
+    """
     with Kernels.current(streams.first.values.device).entered():
         return _run(stack, streams, context, extremes)
 

@@ -140,7 +140,7 @@ class Watch:
             stack: the couplings.
             coupling: the one whose branch is run.
             x: what its source holds.
-            context: tensors beside the stream.
+            context: tensors that the block is given besides the stream.
             wants_input: whether the gradient of `x` is wanted.
             kernels: what decides which kernels run.
             own: the parameters that the branch is known to use.

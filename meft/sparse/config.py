@@ -143,7 +143,7 @@ class SparseConfig:
     def function(self) -> dict[str, Any]:
         """The fields that define the function, not where and when rows move.
 
-        The value that None stands for is filled in, and fields without effect have one
+        The default that None selects is filled in, and fields without effect have one
         value only.
         """
         return {

@@ -257,8 +257,8 @@ def _plan_or_fit(arguments: argparse.Namespace) -> int:
         raise PlanningError(f"nothing can be planned: {reasons}")
     if not arguments.json:
         print(planning.table(cells, plans, maximize, margin))
-        for told in plans if is_plan and arguments.details else ():
-            print(f"\n{planning.details(told)}")
+        for plan in plans if is_plan and arguments.details else ():
+            print(f"\n{planning.details(plan)}")
     if refused:
         names = ", ".join(plan["method"] for plan in refused)
         output.complain(

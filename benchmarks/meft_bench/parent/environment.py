@@ -1,4 +1,4 @@
-"""Where a cell runs, told without torch: versions, sources, machine.
+"""Where a cell runs, found without importing torch: versions, sources, machine.
 
 The parent calls `collect` once per device; the child adds what only it can know (the
 device as torch names it, the origin of weights and data).

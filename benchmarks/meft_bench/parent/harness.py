@@ -36,7 +36,7 @@ NUM_REASONS = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Everything one run is told."""
+    """Everything that defines one run."""
 
     sweep: str
     cells: tuple[Cell, ...]

@@ -20,7 +20,18 @@ AnyTask = Task | AnswerTask
 
 
 def load_backbone(cell: Cell, task: AnyTask, source: Source) -> Backbone:
-    """The backbone of a cell, its blocks compiled if the cell says so."""
+    """Load the backbone of a cell; compile its blocks if the cell says so.
+
+    Args:
+        cell: what to run.
+        task: decides the head: a classifier's, or a language model's.
+        source: where weights may come from.
+
+    Raises:
+        MissingError: the weights are not there; says how to provide them.
+        ValueError: no such backbone, not of a supported family, or `cell.seq_len` is
+            too long for it.
+    """
     seed_everything(cell.seed)
     backbone = backbones.load(cell, num_labels_of(task), source)
     if cell.blocks == "compiled":
@@ -37,7 +48,7 @@ def apply_method(backbone: Backbone, cell: Cell) -> Stepper:
 
 
 def num_labels_of(task: AnyTask) -> int | None:
-    """What a backbone is asked for: classes, or for None a language model."""
+    """The number of classes of the head; None for a language-model head."""
     return None if isinstance(task, AnswerTask) else task.num_labels
 
 

@@ -1,6 +1,6 @@
 """What one step of a cell takes on a GPU, and why it takes so much.
 
-Two steps run under the ledger; the second, which has all state, is told of.
+Two steps run under the ledger; the second, when all state exists, is reported.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from meft_bench.virtual.recording.replay import NUM_THREADS, replay_in_full
 from meft_bench.virtual.recording.trace import Peak, Storage, Trace
 
 NUM_ALIVE = 12
-"""Storages that are told one by one."""
+"""Storages that are listed one by one."""
 HALF = ("bf16", "fp16")
 
 
@@ -61,7 +61,7 @@ class Plan:
     num_flops: int | None = None
     h2d_bytes: int | None = None
     d2h_bytes: int | None = None
-    """Over the link; unknown where host and GPU cannot be told apart."""
+    """Over the link; unknown where host and GPU cannot be distinguished."""
     moved: list[dict[str, Any]] | None = None
     """These two by direction, phase and block."""
     bytes_touched: int | None = None
@@ -133,7 +133,7 @@ def _plan(it: Ready, margin: float, timeline: bool) -> Plan:
         by_phase=views.peak_by_phase(trace, start=started),
         by_block=views.at_peak(trace, peak, "block"),
         by_operator=views.at_peak(trace, peak, "operator"),
-        alive=[_told(trace, storage) for storage in peak.alive[:NUM_ALIVE]],
+        alive=[_listed(trace, storage) for storage in peak.alive[:NUM_ALIVE]],
         saved_by_block=views.saved_by_block(trace, ledger.step - 1),
         timeline=_moments(trace, started) if timeline else None,
         where=_where(trace, peak),
@@ -155,10 +155,10 @@ def _verdict(needed_bytes: int, gpu: Gpu, margin: float) -> str:
     return "fits" if needed_bytes <= (1 - margin) * gpu.memory_bytes else "tight"
 
 
-def _told(trace: Trace, storage: Storage) -> dict[str, Any]:
-    told = dataclasses.asdict(storage)
+def _listed(trace: Trace, storage: Storage) -> dict[str, Any]:
+    fields = dataclasses.asdict(storage)
     names = ("num_bytes", "shape", "dtype", "operator", "module", "phase", "step")
-    return {name: told[name] for name in names} | {"kind": trace.kind_of(storage)}
+    return {name: fields[name] for name in names} | {"kind": trace.kind_of(storage)}
 
 
 def _moments(trace: Trace, started: int) -> list[dict[str, Any]]:

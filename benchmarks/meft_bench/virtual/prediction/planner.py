@@ -50,9 +50,9 @@ def _fit(
 
     room = (1 - margin) * gpu.find(gpu.name_in(cell.device)).memory_bytes
     found = largest_that_fits(needed, room, request["at_most"])
-    told = plans[max(found.largest, 1)].to_json()
+    answer = plans[max(found.largest, 1)].to_json()
     beyond = plans.get(found.largest + 1)
-    return told | {
+    return answer | {
         "maximized": field,
         "largest": found.largest,
         "num_probes": len(found.probes),

@@ -45,7 +45,7 @@ class Ready:
     batches: list[Batch]
     """One step's."""
     how: str
-    """How what is told of the cell comes to be."""
+    """How the numbers of the cell were predicted."""
     origins: dict[str, str | None]
     """Fields of `Environment`."""
 
@@ -149,10 +149,10 @@ def _batches(
     As `meft_bench.child.tasks.batches.full_batches`, which goes through every token.
     """
     shape = (cell.batch_size, cell.seq_len)
-    told = shape if num_labels is None else shape[:1]
+    labels_shape = shape if num_labels is None else shape[:1]
     batches: list[Batch] = []
     for _ in range(cell.accumulation):
-        labels = torch.zeros(told, dtype=torch.long)
+        labels = torch.zeros(labels_shape, dtype=torch.long)
         if image_shape is not None:
             pixels = torch.zeros(cell.batch_size, *image_shape)
             batches.append({"pixel_values": pixels, "labels": labels})
