@@ -57,7 +57,9 @@ _NO_PART_OF_THE_FUNCTION = {
     *vars(GenerationConfig()),  # `use_cache` and `eos_token_id`, for example
 }
 """Fields of transformers' configs that may differ; so may those of dropout."""
-_DIGEST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_DIGEST_DTYPES = {"exact": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What values are rounded to before they are digested. `exact` counts where the model
+has the dtype that it was saved in; the others where it has another."""
 _CHUNK = 1 << 22
 """Values that are rounded and digested at a time."""
 
@@ -377,7 +379,10 @@ def _refuse_other_weights(
 ) -> None:
     expected: dict[str, dict[str, str]] = config["frozen_sha256"]
     unequal = dict(frozen)
-    for name, dtype in _DIGEST_DTYPES.items():
+    saved, given = config["frozen_dtype"], _dtype_of(frozen)
+    names_of = ["exact"] if given == saved else ["bfloat16", "float16"]
+    for name in names_of:
+        dtype = _DIGEST_DTYPES[name]
         found = _digests(unequal, dtype)
         unequal = {
             n: unequal[n] for n, d in found.items() if d != expected[name].get(n)
@@ -386,7 +391,6 @@ def _refuse_other_weights(
     if not names:
         return
     more = f" and {len(names) - 1} more differ" if len(names) > 1 else " differs"
-    saved, given = config["frozen_dtype"], _dtype_of(frozen)
     dtypes = (
         f", in {saved}: this model's weights are in {given}, and values that were "
         "rounded to one dtype cannot be compared with those rounded to another"

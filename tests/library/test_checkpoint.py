@@ -82,6 +82,17 @@ def test_other_frozen_weights_are_refused(tmp_path: Path) -> None:
     meft.load_adapters(half, tmp_path)
 
 
+def test_a_value_that_differs_in_its_last_bit_is_refused(tmp_path: Path) -> None:
+    """In the dtype that it was saved in, nothing is rounded before it is compared."""
+    meft.save_adapters(trained(), tmp_path)
+    target = classifier(2)
+    weight = target.bert.embeddings.word_embeddings.weight
+    with torch.no_grad():
+        weight[3, 1] = torch.nextafter(weight[3, 1], torch.tensor(9.0))
+    with pytest.raises(meft.AdapterFileError, match="word_embeddings"):
+        meft.load_adapters(target, tmp_path)
+
+
 def test_one_other_value_is_refused_wherever_it_is(tmp_path: Path) -> None:
     """Every value counts, and so do rows of embeddings that were added. The message
     names the tensor."""
