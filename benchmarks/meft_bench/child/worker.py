@@ -1,6 +1,6 @@
-"""The child: one fresh process that runs one cell, or predicts some.
+"""The child: one fresh process that runs one cell, predicts some, or runs a check.
 
-A request (`meft_bench.shared.request`) holds either; the answer is written whole or not
+A request (`meft_bench.shared.request`) holds one of these; the answer is written whole or not
 at all, and stdout and stderr are only a log. Endings of a cell that the child survives
 are statuses: `ok`, `oom`, `skipped` (data, weights or device are not there) and
 `error`. What it does not survive is for the parent to see.
@@ -39,6 +39,10 @@ def main() -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     if "cell" in asked.body:
         answer = run(Cell.from_json(asked.body["cell"]), options)
+    elif "check" in asked.body:
+        from meft_bench.virtual.validation import checks
+
+        answer = checks.run(asked.body["check"], options)
     else:
         from meft_bench.virtual.prediction.planner import plan_all
 

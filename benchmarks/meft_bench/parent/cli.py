@@ -13,6 +13,7 @@ Exit codes, which benchmarks/README.md explains for each command:
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -150,6 +151,11 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", type=_cores, help="threads of each child (default: cores / slots)"
     )
     run.add_argument("--timeout", type=_seconds, help="seconds for each cell")
+    run.add_argument(
+        "--time-budget",
+        type=_duration,
+        help="end the run after this long, such as 8min or 90s",
+    )
     run.add_argument(
         "--memory-limit", type=_size, help="data of each child, such as 8GiB"
     )
@@ -297,6 +303,12 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     if any(cell.device == "cuda" for cell in cells) and not environment.gpu_names():
         reason = environment.why_no_gpu()
         raise UsageError(f"device cuda: no GPU here ({reason}); use --device cpu")
+    device = _default_device(arguments)
+    if chosen.checks and device == "cpu":
+        raise UsageError(
+            f"sweep {chosen.name!r} checks a GPU and there is none here; "
+            "--device virtual-H200 tells what is predicted of one"
+        )
     data_dir = _data_dir(arguments)
     if data_dir is not None and not data_dir.is_dir():
         raise UsageError(f"data directory {str(data_dir)!r} does not exist")
@@ -315,6 +327,9 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         timeout_seconds=arguments.timeout or chosen.timeout_seconds,
         force=arguments.force,
         left_out=tuple(_left_out(chosen, cells, arguments.only, arguments.device)),
+        checks=chosen.checks if arguments.only is None else (),
+        check_device=device,
+        time_budget_seconds=arguments.time_budget,
     )
 
 
@@ -363,8 +378,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace) -> Sweep:
-    device = arguments.device or ("cuda" if environment.gpu_names() else "cpu")
-    return sweep.load(arguments.sweep, device=device)
+    return sweep.load(arguments.sweep, device=_default_device(arguments))
+
+
+def _default_device(arguments: argparse.Namespace) -> str:
+    """The device of cells whose matrix does not name one, and of checks."""
+    return arguments.device or ("cuda" if environment.gpu_names() else "cpu")
 
 
 def _select(chosen: Sweep, only: str | None) -> tuple[Cell, ...]:
@@ -420,6 +439,14 @@ def _seconds(text: str) -> float:
     if not seconds > 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return seconds
+
+
+def _duration(text: str) -> float:
+    found = re.fullmatch(r"([0-9.]+)(s|min|h)?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration such as 8min or 90s")
+    seconds = {None: 1, "s": 1, "min": 60, "h": 3600}
+    return _seconds(found[1]) * seconds[found[2]]
 
 
 def _share(text: str) -> float:

@@ -6,15 +6,17 @@ ends the children and the run, a second one ends the process as it would any oth
 """
 
 import contextlib
+import math
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from meft_bench.parent import environment, isolate, output, runs
+from meft_bench.parent import checks, environment, isolate, output, runs
 from meft_bench.parent.engines import local
 from meft_bench.parent.progress import Progress, count
 from meft_bench.parent.runs import RecordsFile
@@ -49,6 +51,12 @@ class Plan:
     """Run cells that are done, too."""
     left_out: tuple[str, ...] = ()
     """What the sweep declares and this run leaves out, each a line for people."""
+    checks: tuple[str, ...] = ()
+    """Programs of `registry.CHECKS` to run before the cells."""
+    check_device: str = "cuda"
+    """What they run on."""
+    time_budget_seconds: float | None = None
+    """After which the run ends, with what it has; None: when all is done."""
 
 
 def run(plan: Plan, *, worker_module: str = request.WORKER) -> int:
@@ -60,14 +68,27 @@ def run(plan: Plan, *, worker_module: str = request.WORKER) -> int:
     environments = environments_for(
         plan.cells, num_threads=plan.options.num_threads, num_slots=plan.num_slots
     )
+    budget = Budget(plan.time_budget_seconds)
     with RecordsFile(plan.path) as file:
         done = {} if plan.force else runs.done(file.records, plan.cells, environments)
         left = [cell for cell in plan.cells if cell not in done]
         try:
-            ended = _run_left(plan, left, done, environments, file, worker_module)
+            checked = _run_checks(plan, budget)
+            ended = _run_left(
+                plan, left, done, environments, file, budget, worker_module
+            )
         except OSError as error:
             raise runs.unusable(plan.path, error) from error
     statuses = [*(Status.OK for _ in done), *(record.status for record in ended)]
+    if len(ended) < len(left) and budget.is_over:
+        output.summarize(
+            [
+                count(statuses),
+                f"the time budget is over: {len(statuses)} of {len(plan.cells)} cells "
+                f"are recorded in {plan.path}; the same command goes on",
+            ]
+        )
+        return _exit_code([*statuses, *checked])
     if len(ended) < len(left):
         output.summarize([count(statuses)])
         output.complain(
@@ -83,7 +104,80 @@ def run(plan: Plan, *, worker_module: str = request.WORKER) -> int:
             f"page:    meft-report page {plan.path} -o {page}",
         ]
     )
-    return _exit_code(statuses)
+    return _exit_code([*statuses, *checked])
+
+
+class Budget:
+    """The time that a run may take.
+
+    Args:
+        seconds: from now on; None for without end.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+
+    @property
+    def seconds_left(self) -> float:
+        """What is left, 0 when it is over."""
+        if self._deadline is None:
+            return math.inf
+        return max(0.0, self._deadline - time.monotonic())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left."""
+        return self.seconds_left == 0
+
+    @contextlib.contextmanager
+    def stopping(self, stop: threading.Event) -> Iterator[None]:
+        """Set `stop` when the time is over."""
+        if self._deadline is None:
+            yield
+            return
+        timer = threading.Timer(self.seconds_left, stop.set)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+def _run_checks(plan: Plan, budget: Budget) -> list[Status]:
+    """Run the checks of a plan that are not done yet."""
+    if not plan.checks:
+        return []
+    path = checks.path_beside(plan.path)
+    logs = plan.path.with_suffix(".logs")
+    logs.mkdir(exist_ok=True)
+    where = environment.collect(
+        num_threads=plan.options.num_threads,
+        num_slots=plan.num_slots,
+        device=plan.check_device,
+    )
+    ended: list[Status] = []
+    for name in plan.checks:
+        done = not plan.force and checks.is_done(
+            path, name, plan.check_device, where
+        )
+        if done or budget.is_over:
+            continue
+        line = checks.run(
+            name,
+            plan.check_device,
+            path=path,
+            logs=logs,
+            environment=where,
+            options=plan.options,
+            timeout_seconds=min(plan.timeout_seconds, budget.seconds_left),
+        )
+        ended.append(Status(line["status"]))
+        words = [f"check {name} on {plan.check_device}: {line['status']}"]
+        words += [str(line["message"])] if line["message"] else []
+        words.append(f"{len(line['figures'])} figures")
+        output.complain(", ".join(words))
+    return ended
 
 
 def _exit_code(statuses: Sequence[Status]) -> int:
@@ -110,6 +204,7 @@ def _run_left(
     done: Mapping[Cell, Record],
     environments: dict[str, Environment],
     file: RecordsFile,
+    budget: Budget,
     worker_module: str,
 ) -> list[Record]:
     """The records of the cells that ended; all of them, unless the run was stopped."""
@@ -147,7 +242,7 @@ def _run_left(
             progress.tell(line)
 
         records = local.run_cells(left, run_one, plan.num_slots)
-        with contextlib.closing(records), _stopping(stop):
+        with contextlib.closing(records), _stopping(stop), budget.stopping(stop):
             for record in records:
                 file.append(record)
                 progress.ended(record)

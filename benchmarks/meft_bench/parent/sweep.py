@@ -31,7 +31,10 @@ TIMEOUT_SECONDS = 3600.0
 MOST_THREADS = 4096
 """Threads of a child, or children at a time: more than any machine has cores."""
 
-_SWEEP_KEYS = ("question", "memory_limit", "timeout_seconds", "num_threads", "matrix")
+_SWEEP_KEYS = (
+    *("question", "memory_limit", "timeout_seconds", "num_threads", "checks"),
+    "matrix",
+)
 _MATRIX_KEYS = ("name", "defaults", "axes", "zip", "set", "exclude")
 
 Point = dict[str, Value]
@@ -80,6 +83,8 @@ class Sweep:
     timeout_seconds: float
     num_threads: int | None
     """Threads of each child, for sweeps whose columns must be exact."""
+    checks: tuple[str, ...] = ()
+    """Programs of `registry.CHECKS` that run before the cells."""
 
 
 def load(source: str, *, device: str) -> Sweep:
@@ -213,6 +218,7 @@ def _parse(name: str, table: dict[str, Any], device: str) -> Sweep:
         memory_limit_bytes=_memory_limit(table),
         timeout_seconds=_timeout(table),
         num_threads=_num_threads(table),
+        checks=_checks(table),
     )
 
 
@@ -258,6 +264,17 @@ def _num_threads(table: dict[str, Any]) -> int | None:
             f"`num_threads` = {value!r} should be at most {MOST_THREADS:,}"
         )
     return value
+
+
+def _checks(table: dict[str, Any]) -> tuple[str, ...]:
+    names = table.get("checks", [])
+    if not isinstance(names, list):
+        raise ValueError(f"`checks` = {names!r} should be a list of names")
+    for name in names:
+        if name not in registry.CHECKS:
+            hint = registry.nearest(str(name), registry.CHECKS)
+            raise ValueError(f"`checks`: unknown check {name!r}; {hint}")
+    return tuple(names)
 
 
 def _matrix(name: str, table: dict[str, Any]) -> Matrix:

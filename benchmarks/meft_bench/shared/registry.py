@@ -12,6 +12,7 @@ from typing import Any
 
 _METHODS = "meft_bench.child.methods"
 _TASKS = "meft_bench.child.tasks"
+_CHECKS = "meft_bench.virtual.validation"
 
 METHODS = {
     "full": f"{_METHODS}.full:full",
@@ -67,6 +68,16 @@ TASKS = {
 }
 """Shapes only, for a classifier and for a language model; labelled text to learn; then
 questions to answer in words."""
+
+CHECKS = {
+    "card": f"{_CHECKS}.card:figures",
+    "workspaces": f"{_CHECKS}.matrix_products:figures",
+    "workspaces-default": f"{_CHECKS}.matrix_products:default_figures",
+    "attention": f"{_CHECKS}.attention_kernels:figures",
+    "steps": f"{_CHECKS}.training_steps:figures",
+    "allocator": f"{_CHECKS}.allocator_history:figures",
+}
+"""Programs that report the same figures on a GPU and on its virtual twin."""
 
 SYNTHETIC_TASKS = ("synthetic", "synthetic-lm")
 """Tasks without text, which need no tokenizer."""

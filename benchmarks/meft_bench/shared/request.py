@@ -4,6 +4,7 @@
 
     {"cell": {...}, "options": {...}}               run a cell; PATH gets its outcome
     {"plan": {"cells": [...], ...}, "options": {...}}   predict; PATH gets the plans
+    {"check": {"name": ..., "device": ...}, "options": {...}}   PATH gets its figures
 
 PATH is written whole or not at all (`meft_bench.shared.outcome`).
 """

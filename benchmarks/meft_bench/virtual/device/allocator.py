@@ -115,6 +115,11 @@ class CachingAllocator:
                 _remove(block)
                 self.reserved_bytes -= block.num_bytes
 
+    def reset_peaks(self) -> None:
+        """Take peaks from now on."""
+        self.peak_allocated_bytes = self.allocated_bytes
+        self.peak_reserved_bytes = self.reserved_bytes
+
     def _new_segment(self, pool: "list[tuple[int, int, Block]]", wanted: int) -> Block:
         if pool is self._small:
             num_bytes = SMALL_SEGMENT_BYTES

@@ -71,7 +71,7 @@ def answers_of(
         "device": lambda *_: contextlib.nullcontext(),
     }
     silent = (
-        *("_lazy_init", "synchronize", "set_device", "set_stream", "empty_cache"),
+        *("_lazy_init", "synchronize", "set_device", "set_stream"),
         *("manual_seed", "manual_seed_all", "seed", "seed_all", "ipc_collect"),
         *("set_rng_state", "set_rng_state_all"),
     )

@@ -79,19 +79,30 @@ class VirtualGpu:
         self.ledger: Ledger | None = None
         """Answers for `torch.cuda`'s figures of memory, once there is one."""
         self._peaks_since = 0
+        self._emptied: list[int] = []
+        """When the cache was emptied."""
         self._replays: dict[tuple[int, int], Replay] = {}
-        """The last, by when it began and when it ended."""
+        """The last, by when its peaks began and how many events it has."""
         self._stack = contextlib.ExitStack()
 
     def new_ledger(self) -> Ledger:
         """One for its tensors, which from now on answers for `torch.cuda`'s figures."""
         self.ledger = Ledger(self.workspaces, accelerator=self.backend.device)
+        self._peaks_since = 0
+        self._emptied.clear()
         self._replays.clear()
         return self.ledger
 
-    def start_anew(self, *_: Any) -> None:
-        """Empty the cache and forget the peaks."""
-        self._peaks_since = 0 if self.ledger is None else self.ledger.time
+    def reset_peaks(self, *_: Any) -> None:
+        """Forget the peaks so far."""
+        if self.ledger is not None:
+            self._peaks_since = self.ledger.mark()
+
+    def empty_cache(self) -> None:
+        """Give what is reserved and free back to the driver."""
+        if self.ledger is not None:
+            self._emptied.append(self.ledger.mark())
+            self._replays.clear()
 
     def peaks(self) -> Replay:
         """The most that was allocated and reserved since then.
@@ -100,13 +111,14 @@ class VirtualGpu:
             torch.OutOfMemoryError: it was more than the GPU has.
         """
         assert self.ledger is not None, "no ledger has been put in"
-        asked = self._peaks_since, self.ledger.time
+        asked = self._peaks_since, self.ledger.num_events
         if asked not in self._replays:  # which takes as long as a step
             found = replay(
                 self.ledger.trace(),
                 capacity_bytes=self.gpu.memory_bytes - self.gpu.context_bytes,
                 workspace_bytes=workspace_bytes(self.gpu),
                 start=self._peaks_since,
+                emptied=self._emptied,
             )
             self._replays = {asked: found}
         return self._replays[asked]
@@ -146,7 +158,8 @@ class VirtualGpu:
     def _memory(self) -> Iterator[contextlib.AbstractContextManager[Any]]:
         """Code that reads `torch.cuda`'s figures reads the ledger's."""
         answers: dict[str, Any] = {
-            "reset_peak_memory_stats": self.start_anew,
+            "reset_peak_memory_stats": self.reset_peaks,
+            "empty_cache": self.empty_cache,
             "max_memory_allocated": lambda *_: self.peaks().allocated_bytes,
             "max_memory_reserved": lambda *_: self.peaks().reserved_bytes,
             "memory_allocated": lambda *_: self.peaks().end_allocated_bytes,

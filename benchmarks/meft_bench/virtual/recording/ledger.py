@@ -44,6 +44,15 @@ aten = torch.ops.aten
 ADD = aten.add.Tensor
 DEVICE_OF = torch.ops.prim.device.default
 COPIES = (aten.copy_.default, aten._to_copy.default)
+ATTENTION = {
+    aten._scaled_dot_product_flash_attention: 0,
+    aten._scaled_dot_product_efficient_attention: 0,
+    aten._scaled_dot_product_cudnn_attention: 0,
+    aten._scaled_dot_product_flash_attention_backward: 1,
+    aten._scaled_dot_product_efficient_attention_backward: 1,
+    aten._scaled_dot_product_cudnn_attention_backward: 1,
+}
+"""Kernels, and the place of the query among their arguments; key and value follow."""
 LAST_NODE = 1 << 60
 """Nodes that accumulate into leaves are numbered from the end."""
 
@@ -129,6 +138,16 @@ class Ledger(TorchDispatchMode):
     @property
     def time(self) -> int:
         """Operators so far."""
+        return self._time
+
+    @property
+    def num_events(self) -> int:
+        """Births and deaths so far."""
+        return len(self._events)
+
+    def mark(self) -> int:
+        """A time that everything until now is before, and nothing after."""
+        self._time += 1
         return self._time
 
     def __enter__(self) -> Self:
@@ -305,7 +324,7 @@ class Ledger(TorchDispatchMode):
     ) -> None:
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            self.num_flops += formula(*args, **kwargs, out_val=out)
+            self.num_flops += formula(*_all_heads(func, args), **kwargs, out_val=out)
         if not func.is_view:
             tensors = [
                 *_tensors(args),
@@ -330,6 +349,21 @@ class Ledger(TorchDispatchMode):
         self._copies.append(
             Copy(self._time, direction, num_bytes, phase, self._present_module(phase))
         )
+
+
+def _all_heads(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of attention, with a head of keys and values for each of queries.
+
+    Formulas of PyTorch before 2.13 refuse heads that queries share.
+    """
+    first = ATTENTION.get(func._overloadpacket)
+    if first is None:
+        return args
+    heads = args[first].shape[1]
+    shapes = [
+        torch.Size((t.shape[0], heads, *t.shape[2:])) for t in args[first : first + 3]
+    ]
+    return (*args[:first], *shapes, *args[first + 3 :])
 
 
 def _is_fake(tensor: Any) -> bool:

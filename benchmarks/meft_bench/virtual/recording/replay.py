@@ -1,5 +1,6 @@
 """What the caching allocator makes of a trace; or that memory runs out, and where."""
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from meft_bench.virtual.recording.trace import Event, Trace
 NUM_THREADS = 2
 """That multiply matrices and keep a workspace each: the caller's and autograd's."""
 NUM_SHOWN = 5
+
+_Mark = tuple[int, Callable[[CachingAllocator], None]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +48,7 @@ def replay(
     capacity_bytes: int | None = None,
     workspace_bytes: int = 0,
     start: int = 0,
+    emptied: Collection[int] = (),
 ) -> Replay:
     """Serve all allocations of a trace on its accelerator, in order.
 
@@ -52,7 +56,8 @@ def replay(
         trace: what was allocated and freed.
         capacity_bytes: what the driver has to give; None for without end.
         workspace_bytes: that each thread that multiplies matrices keeps for ever.
-        start: the time at which the cache is emptied and peaks start anew.
+        start: the time from which on peaks are taken.
+        emptied: the times at which the cache is emptied.
 
     Raises:
         torch.OutOfMemoryError: there is no room; says for what, and what is alive.
@@ -63,19 +68,18 @@ def replay(
     try:
         for _ in range(NUM_THREADS):
             allocator.malloc(workspace_bytes)
-        has_started = start == 0
+        marks = _marks(start, emptied)
         for event in trace.events:
-            if not has_started and event.time >= start:
-                has_started = True
-                _start_anew(allocator)
+            while marks and event.time >= marks[-1][0]:
+                marks.pop()[1](allocator)
             if event.storage is not None and not _is_on_device(trace, event):
                 continue
             if event.is_birth:
                 blocks[event.storage] = allocator.malloc(event.num_bytes)
             else:
                 allocator.free(blocks.pop(event.storage))
-        if not has_started:
-            _start_anew(allocator)
+        for _, act in reversed(marks):
+            act(allocator)
     except OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
             f"CUDA out of memory, predicted: {error}. {_where(trace, event, blocks)}"
@@ -88,6 +92,8 @@ def replay_in_full(
 ) -> tuple[Replay, str]:
     """As `replay`, and what there was no room for: "" if there was for everything.
 
+    The cache is emptied at `start`.
+
     A trace for which there is no room is served once more without a limit, so that all
     it needs can be told.
     """
@@ -97,17 +103,22 @@ def replay_in_full(
             capacity_bytes=capacity_bytes,
             workspace_bytes=workspace_bytes,
             start=start,
+            emptied=(start,),
         )
     except torch.OutOfMemoryError as error:
-        held = replay(trace, workspace_bytes=workspace_bytes, start=start)
+        held = replay(
+            trace, workspace_bytes=workspace_bytes, start=start, emptied=(start,)
+        )
         return held, str(error)
     return held, ""
 
 
-def _start_anew(allocator: CachingAllocator) -> None:
-    allocator.empty_cache()
-    allocator.peak_allocated_bytes = allocator.allocated_bytes
-    allocator.peak_reserved_bytes = allocator.reserved_bytes
+def _marks(start: int, emptied: Collection[int]) -> list[_Mark]:
+    """What happens to the allocator between two events, the last first."""
+    marks: list[_Mark] = [(time, CachingAllocator.empty_cache) for time in emptied]
+    # Of the same time, after the cache is emptied.
+    marks.append((start, CachingAllocator.reset_peaks))
+    return sorted(marks, key=lambda mark: mark[0])[::-1]
 
 
 def _is_on_device(trace: Trace, event: Event) -> bool:

@@ -1,0 +1,45 @@
+"""The model of the caching allocator, held against the allocator itself.
+
+A program runs on the real GPU while torch records every request; the same requests go
+to the model. What differs is the model's fault alone.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from meft_bench.shared.source import MissingError
+from meft_bench.virtual.recording.snapshot import serve
+from meft_bench.virtual.validation import training_steps
+from meft_bench.virtual.validation.place import Figure, Place
+
+MOST_ENTRIES = 4_000_000
+
+
+def figures(place: Place) -> Iterator[Figure]:
+    """Peaks by the GPU's allocator, and by the model of it."""
+    if place.virtual is not None:
+        raise MissingError("a history is recorded on a real GPU only")
+    for name, run in training_steps.CASES.items():
+        if "empty_cache" in name:  # the history does not say when
+            continue
+        with place.fresh():
+            start_bytes = torch.cuda.memory_allocated()
+            torch.cuda.memory._record_memory_history(
+                context=None, max_entries=MOST_ENTRIES
+            )
+            try:
+                run(place)
+                torch.cuda.synchronize()
+                (history,) = torch.cuda.memory._snapshot()["device_traces"]
+            finally:
+                torch.cuda.memory._record_memory_history(enabled=None)
+            served = serve(history, start_bytes)
+            yield from training_steps.peaks(name)
+            for quantity, value in {
+                "served_peak_allocated_bytes": served.allocated_bytes,
+                "served_peak_reserved_bytes": served.reserved_bytes,
+                "served_end_reserved_bytes": served.end_reserved_bytes,
+                "num_entries": len(history),
+            }.items():
+                yield Figure(case=name, quantity=quantity, value=value)

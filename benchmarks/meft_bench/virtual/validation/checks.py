@@ -1,0 +1,54 @@
+"""The child's answer to a request for one program of this folder."""
+
+import dataclasses
+import sys
+import time
+import traceback
+from typing import Any
+
+import torch
+
+from meft_bench.child.training.out_of_memory import is_out_of_memory
+from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.record import Status
+from meft_bench.shared.registry import CHECKS, load
+from meft_bench.shared.source import MissingError
+from meft_bench.virtual.validation.place import Figure, place
+
+
+def run(request: dict[str, Any], options: ChildOptions) -> dict[str, Any]:
+    """Run one check on one device.
+
+    Args:
+        request: `name`, one of `CHECKS`, and `device`, `cuda` or a virtual GPU.
+        options: of the child.
+
+    Returns:
+        `status` and `message` as a cell's, `figures` as JSON objects: all that were
+        reported before it ended, `seconds`, and the `device_name`.
+    """
+    torch.set_num_threads(options.num_threads)
+    started = time.monotonic()
+    found: list[Figure] = []
+    device_name, status, message = None, Status.OK, ""
+    try:
+        with place(request["device"]) as it:
+            if it.virtual is not None:
+                device_name = it.virtual.gpu.name
+            for figure in load(CHECKS[request["name"]])(it):
+                found.append(figure)
+            if it.virtual is None:
+                device_name = torch.cuda.get_device_name()
+    except MissingError as error:
+        status, message = Status.SKIPPED, str(error)
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        status = Status.OOM if is_out_of_memory(error) else Status.ERROR
+        message = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+    return {
+        "status": status,
+        "message": message,
+        "figures": [dataclasses.asdict(figure) for figure in found],
+        "seconds": time.monotonic() - started,
+        "device_name": device_name,
+    }
