@@ -26,6 +26,7 @@ from meft_bench.shared.registry import METHODS, load
 from meft_bench.virtual.device import gpu
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.recording import views
+from meft_bench.virtual.device.workspaces import WORKSPACES
 from meft_bench.virtual.recording.ledger import Ledger
 
 pytestmark = pytest.mark.usefixtures("no_garbage_collection")
@@ -208,7 +209,10 @@ def test_fake_tensors_leave_no_trace_of_their_mode() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["full", "lora", "meft1-exact"])
 def test_what_the_ledger_misses_of_a_real_gpu_is_little(method: str) -> None:
-    """Below a hundredth of the peak; kernels' workspaces are among it."""
+    """Below a hundredth of the peak of what is requested.
+
+    What is allocated is a little more: blocks keep what is too small to be split off.
+    """
     here = cell(method=method, device="cuda", **SIZE)
     model = load(METHODS[method])(classifier("bert", hidden_size=512), here)
     stepper = Stepper(model.to("cuda"), here)
@@ -217,14 +221,14 @@ def test_what_the_ledger_misses_of_a_real_gpu_is_little(method: str) -> None:
     for _ in range(2):
         stepper.step([rows], 1e-3)
     gc.collect()
-    outside = torch.cuda.memory_allocated()
+    outside = torch.cuda.memory_stats()["requested_bytes.all.current"]
     torch.cuda.reset_peak_memory_stats()
-    with Ledger() as ledger:
+    with Ledger(WORKSPACES, round_bytes=1) as ledger:
         ledger.watch(stepper.model, stepper.optimizer)
         for tensor in rows.values():
             ledger.see(tensor)
         trace = ledger.trace()
         outside -= sum(trace.rounded(s.num_bytes) for s in trace.storages)
         stepper.step([rows], 1e-3)
-    real = torch.cuda.max_memory_allocated() - outside
+    real = torch.cuda.memory_stats()["requested_bytes.all.peak"] - outside
     assert ledger.trace().peak("cuda").num_bytes == pytest.approx(real, rel=0.01)

@@ -158,9 +158,7 @@ def _run_checks(plan: Plan, budget: Budget) -> list[Status]:
     )
     ended: list[Status] = []
     for name in plan.checks:
-        done = not plan.force and checks.is_done(
-            path, name, plan.check_device, where
-        )
+        done = not plan.force and checks.is_done(path, name, plan.check_device, where)
         if done or budget.is_over:
             continue
         line = checks.run(

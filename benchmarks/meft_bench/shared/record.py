@@ -127,6 +127,9 @@ class Measurement:
     was not finite."""
     gradient_error: list[float | None] | None = None
     """Relative error of each block's gradients against the stored twin, likewise."""
+    repeat_error: list[float | None] | None = None
+    """Relative error of each block's gradients between two runs of the stored twin:
+    what kernels that sum in varying order make of the same numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

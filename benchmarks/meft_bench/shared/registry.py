@@ -74,6 +74,7 @@ CHECKS = {
     "workspaces": f"{_CHECKS}.matrix_products:figures",
     "workspaces-default": f"{_CHECKS}.matrix_products:default_figures",
     "attention": f"{_CHECKS}.attention_kernels:figures",
+    "attention-kernels": f"{_CHECKS}.attention_kernels:kernel_figures",
     "steps": f"{_CHECKS}.training_steps:figures",
     "allocator": f"{_CHECKS}.allocator_history:figures",
 }

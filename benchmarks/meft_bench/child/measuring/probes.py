@@ -130,4 +130,5 @@ def check_inverse(stepper: Stepper, batch: Batch, sighting: Sighting) -> None:
     sighting.note(
         reconstruction_error=[finite(e) for e in report.reconstruction_error],
         gradient_error=[finite(e) for e in report.gradient_error],
+        repeat_error=[finite(e) for e in report.repeat_error],
     )

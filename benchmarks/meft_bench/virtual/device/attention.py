@@ -183,7 +183,7 @@ def _math_fits(gpu: Gpu, call: Call) -> bool:
 
 def _cudnn(call: Call) -> Tensor:
     out: Tensor = aten._scaled_dot_product_cudnn_attention(
-        *(call.query, call.key, call.value, call.mask),
+        *(call.query, call.key, call.value, _added(call)),
         *(call.differentiates, call.dropout, call.is_causal, False),
         scale=call.scale,
     )[0]

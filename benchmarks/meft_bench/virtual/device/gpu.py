@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from meft_bench.shared.registry import VIRTUAL, nearest
 
 FOLDER = Path(__file__).with_name("gpus")
 ATTENTION_KERNELS = ("cudnn", "flash", "efficient", "math")
+ONE_WORKSPACE = Version("2.13.0.dev0")
+"""The torch from which on cuBLASLt works in cuBLAS's workspace."""
 
 
 class GpuError(ValueError):
@@ -42,21 +46,24 @@ class Gpu:
     """In which `scaled_dot_product_attention` tries its kernels."""
     cublas_workspace_bytes: int
     cublaslt_workspace_bytes: int
-    """Both kept for each thread that multiplies matrices."""
+    """Both kept for each thread that multiplies matrices; of torch 2.13 and later,
+    cuBLASLt takes cuBLAS's."""
     context_bytes: int
     """What the driver and its libraries take before the first tensor; about."""
     source: str
     """Where all this is from: read, or measured, and when."""
 
 
-def workspace_bytes(gpu: Gpu) -> int:
-    """For each thread that multiplies matrices, as the environment asks for it.
+def library_bytes(gpu: Gpu, torch_version: str) -> tuple[int, int]:
+    """What cuBLAS, and cuBLASLt, keep for each thread that multiplies matrices.
 
     `CUBLAS_WORKSPACE_CONFIG` holds pairs of KiB and how often, as in `:4096:8`.
     """
     asked = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
     own = sum(1024 * int(size) * int(count) for size, count in asked)
-    return (own or gpu.cublas_workspace_bytes) + gpu.cublaslt_workspace_bytes
+    is_one = Version(torch_version) >= ONE_WORKSPACE
+    lt = 0 if is_one else gpu.cublaslt_workspace_bytes
+    return own or gpu.cublas_workspace_bytes, lt
 
 
 def names() -> list[str]:

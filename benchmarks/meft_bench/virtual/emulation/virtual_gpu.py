@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from meft.reversible import fixed
 from meft_bench.virtual.device import attention
-from meft_bench.virtual.device.gpu import Gpu, workspace_bytes
+from meft_bench.virtual.device.gpu import Gpu, library_bytes
 from meft_bench.virtual.device.workspaces import WORKSPACES
 from meft_bench.virtual.emulation import (
     cpu_backend,
@@ -59,8 +59,12 @@ class _Mode(FakeTensorMode):
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] = MappingProxyType({}),
     ) -> object:
-        """What is made on the host of real tensors alone is real."""
-        if not types and func not in PINNING and _is_real(args, kwargs):
+        """What is made on the host of real tensors alone is real; so is a number that
+        models draw there to decide whether a layer is left out."""
+        if not types and (
+            (func not in PINNING and _is_real(args, kwargs))
+            or (func is aten.rand.default and _is_host_scalar(args, kwargs))
+        ):
             return func(*args, **kwargs)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
@@ -87,7 +91,11 @@ class VirtualGpu:
 
     def new_ledger(self) -> Ledger:
         """One for its tensors, which from now on answers for `torch.cuda`'s figures."""
-        self.ledger = Ledger(self.workspaces, accelerator=self.backend.device)
+        self.ledger = Ledger(
+            self.workspaces,
+            accelerator=self.backend.device,
+            library_bytes=library_bytes(self.gpu, torch.__version__),
+        )
         self._peaks_since = 0
         self._emptied.clear()
         self._replays.clear()
@@ -116,7 +124,6 @@ class VirtualGpu:
             found = replay(
                 self.ledger.trace(),
                 capacity_bytes=self.gpu.memory_bytes - self.gpu.context_bytes,
-                workspace_bytes=workspace_bytes(self.gpu),
                 start=self._peaks_since,
                 emptied=self._emptied,
             )
@@ -306,6 +313,12 @@ def _is_real(args: Sequence[object], kwargs: Mapping[str, Any]) -> bool:
         or (isinstance(arg, list | tuple) and any(isinstance(a, Tensor) for a in arg))
         for arg in args
     )
+
+
+def _is_host_scalar(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether what is drawn is a single number on the host."""
+    device = kwargs.get("device")
+    return not args[0] and (device is None or torch.device(device).type == "cpu")
 
 
 # Functions and no mocks, which would remember what they were called with.

@@ -14,10 +14,10 @@ from meft.errors import MeftError
 from meft_bench.child.training import prepare
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.source import MissingError, Source
-from meft_bench.virtual.device.gpu import Gpu, workspace_bytes
+from meft_bench.virtual.device.gpu import Gpu
 from meft_bench.virtual.prediction.predict import UNPROVEN, Ready, ready
 from meft_bench.virtual.recording import views
-from meft_bench.virtual.recording.replay import NUM_THREADS, replay_in_full
+from meft_bench.virtual.recording.replay import replay_in_full
 from meft_bench.virtual.recording.trace import Peak, Storage, Trace
 
 NUM_ALIVE = 12
@@ -111,12 +111,11 @@ def _plan(it: Ready, margin: float, timeline: bool) -> Plan:
     memory, message = replay_in_full(
         trace,
         capacity_bytes=gpu.memory_bytes - gpu.context_bytes,
-        workspace_bytes=workspace_bytes(gpu),
         start=started,
     )
     needed = memory.reserved_bytes + gpu.context_bytes
     peak = trace.peak(start=started)
-    kinds = peak.by_kind | {"libraries": NUM_THREADS * workspace_bytes(gpu)}
+    kinds = peak.by_kind
     directions = Counter[str]()
     for copy in views.copies_after(trace, started):
         directions[copy.direction] += copy.num_bytes

@@ -36,9 +36,15 @@ from torch.utils.flop_counter import flop_registry
 from meft.sparse.row_grad import RowGrad
 from meft.sparse.row_parameter import RowTensor
 from meft_bench.virtual.device.allocator import ROUND_BYTES
-from meft_bench.virtual.device.workspaces import Workspace
+from meft_bench.virtual.device.workspaces import MULTIPLY, WITH_BIAS, Workspace
 from meft_bench.virtual.recording.gradient_accumulation import is_accumulation
-from meft_bench.virtual.recording.trace import Copy, Event, Storage, Trace
+from meft_bench.virtual.recording.trace import (
+    BACKWARD,
+    Copy,
+    Event,
+    Storage,
+    Trace,
+)
 
 aten = torch.ops.aten
 ADD = aten.add.Tensor
@@ -64,6 +70,8 @@ class Ledger(TorchDispatchMode):
         workspaces: what kernels of a real device would take for themselves.
         round_bytes: that a peak counts storages in multiples of.
         accelerator: type of the device that copies go to and from.
+        library_bytes: what cuBLAS, and cuBLASLt, keep on it for each thread that
+            multiplies matrices.
     """
 
     def __init__(
@@ -71,6 +79,7 @@ class Ledger(TorchDispatchMode):
         workspaces: Mapping[Any, Workspace] | None = None,
         round_bytes: int = ROUND_BYTES,
         accelerator: str = "cuda",
+        library_bytes: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.step = 0
@@ -82,6 +91,8 @@ class Ledger(TorchDispatchMode):
         self._workspaces = workspaces or {}
         self._round_bytes = round_bytes
         self._accelerator = accelerator
+        self._library_bytes = library_bytes
+        self._libraries: set[tuple[str, bool]] = set()
         self._phase = "inputs"
         self._time = 0
         self._storages: list[Storage] = []
@@ -185,6 +196,8 @@ class Ledger(TorchDispatchMode):
             return args[0] if _is_fake(args[0]) else args[0].add_(args[1])
         kwargs = kwargs or {}
         self._time += 1
+        if func in MULTIPLY:
+            self._keep_workspaces(func, args)
         out = func(*args, **kwargs)
         self._count_work(func, args, kwargs, out)
         for tensor in _tensors(out):
@@ -230,6 +243,37 @@ class Ledger(TorchDispatchMode):
             Event(self._time, storage.index, storage.num_bytes, is_birth=True)
         )
         return storage
+
+    def _keep_workspaces(self, func: Any, args: tuple[Any, ...]) -> None:
+        """What libraries keep from a thread's first product on, for ever."""
+        if _device_of(args[0]) != self._accelerator:
+            return
+        # Autograd has a thread of its own, in which checkpoints are run again, too.
+        phase = self._present_phase()
+        thread = "backward" if phase in BACKWARD else "forward"
+        wanted = [(thread, False)] + [(thread, True)] * (func in WITH_BIAS)
+        for one in wanted:
+            num_bytes = self._library_bytes[one[1]]
+            if not num_bytes or one in self._libraries:
+                continue
+            self._libraries.add(one)
+            storage = Storage(
+                index=len(self._storages),
+                num_bytes=num_bytes,
+                device=self._accelerator,
+                operator=str(func),
+                module="",
+                phase=phase,
+                step=self.step,
+                shape=(num_bytes,),
+                dtype="uint8",
+                born=self._time,
+                kind="libraries",
+            )
+            self._storages.append(storage)
+            self._events.append(
+                Event(self._time, storage.index, num_bytes, is_birth=True)
+            )
 
     def _bury(self, storage: Storage, key: int) -> None:
         if self._alive.get(key) is storage:

@@ -13,8 +13,6 @@ from meft_bench.virtual.device.allocator import (
 )
 from meft_bench.virtual.recording.trace import Event, Trace
 
-NUM_THREADS = 2
-"""That multiply matrices and keep a workspace each: the caller's and autograd's."""
 NUM_SHOWN = 5
 
 _Mark = tuple[int, Callable[[CachingAllocator], None]]
@@ -46,7 +44,6 @@ def replay(
     trace: Trace,
     *,
     capacity_bytes: int | None = None,
-    workspace_bytes: int = 0,
     start: int = 0,
     emptied: Collection[int] = (),
 ) -> Replay:
@@ -55,7 +52,6 @@ def replay(
     Args:
         trace: what was allocated and freed.
         capacity_bytes: what the driver has to give; None for without end.
-        workspace_bytes: that each thread that multiplies matrices keeps for ever.
         start: the time from which on peaks are taken.
         emptied: the times at which the cache is emptied.
 
@@ -66,8 +62,6 @@ def replay(
     blocks: dict[int | None, Block | None] = {}
     event = None
     try:
-        for _ in range(NUM_THREADS):
-            allocator.malloc(workspace_bytes)
         marks = _marks(start, emptied)
         for event in trace.events:
             while marks and event.time >= marks[-1][0]:
@@ -88,7 +82,7 @@ def replay(
 
 
 def replay_in_full(
-    trace: Trace, *, capacity_bytes: int, workspace_bytes: int = 0, start: int = 0
+    trace: Trace, *, capacity_bytes: int, start: int = 0
 ) -> tuple[Replay, str]:
     """As `replay`, and what there was no room for: "" if there was for everything.
 
@@ -101,14 +95,11 @@ def replay_in_full(
         held = replay(
             trace,
             capacity_bytes=capacity_bytes,
-            workspace_bytes=workspace_bytes,
             start=start,
             emptied=(start,),
         )
     except torch.OutOfMemoryError as error:
-        held = replay(
-            trace, workspace_bytes=workspace_bytes, start=start, emptied=(start,)
-        )
+        held = replay(trace, start=start, emptied=(start,))
         return held, str(error)
     return held, ""
 
@@ -130,8 +121,7 @@ def _where(
     trace: Trace, event: Event | None, blocks: dict[int | None, Block | None]
 ) -> str:
     """For what there was no room, and the largest things that are alive."""
-    if event is None:
-        return "Wanted for libraries, before the first tensor"
+    assert event is not None
     if event.storage is None:
         wanted = "a kernel's workspace"
     else:

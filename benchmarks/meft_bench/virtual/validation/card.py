@@ -132,14 +132,20 @@ def _rates() -> Iterator[tuple[str, str, float]]:
     device = torch.randint(0, 255, (NUM_BYTES,), dtype=torch.uint8, device="cuda")
     other = torch.empty_like(device)
     host = torch.empty(NUM_BYTES, dtype=torch.uint8, pin_memory=True)
-    yield "rates", "memory_bytes_per_second", _rate(
-        2 * NUM_BYTES, lambda: other.copy_(device)
+    yield (
+        "rates",
+        "memory_bytes_per_second",
+        _rate(2 * NUM_BYTES, lambda: other.copy_(device)),
     )
-    yield "rates", "host_to_device_bytes_per_second", _rate(
-        NUM_BYTES, lambda: device.copy_(host, non_blocking=True)
+    yield (
+        "rates",
+        "host_to_device_bytes_per_second",
+        _rate(NUM_BYTES, lambda: device.copy_(host, non_blocking=True)),
     )
-    yield "rates", "device_to_host_bytes_per_second", _rate(
-        NUM_BYTES, lambda: host.copy_(device, non_blocking=True)
+    yield (
+        "rates",
+        "device_to_host_bytes_per_second",
+        _rate(NUM_BYTES, lambda: host.copy_(device, non_blocking=True)),
     )
     square = torch.randn(SIDE, SIDE, device="cuda")
     half = square.bfloat16()
