@@ -23,10 +23,9 @@ from meft_bench.child.meters.memory import cpu_step_peak_bytes
 from meft_bench.child.tasks.batches import Batch
 from meft_bench.child.training.steps import Stepper
 from meft_bench.shared.registry import METHODS, load
-from meft_bench.virtual.device import gpu
+from meft_bench.virtual.device import gpu, workspaces
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.recording import views
-from meft_bench.virtual.device.workspaces import WORKSPACES
 from meft_bench.virtual.recording.ledger import Ledger
 
 pytestmark = pytest.mark.usefixtures("no_garbage_collection")
@@ -223,7 +222,7 @@ def test_what_the_ledger_misses_of_a_real_gpu_is_little(method: str) -> None:
     gc.collect()
     outside = torch.cuda.memory_stats()["requested_bytes.all.current"]
     torch.cuda.reset_peak_memory_stats()
-    with Ledger(WORKSPACES, round_bytes=1) as ledger:
+    with Ledger(workspaces.of(gpu.find("H200")), round_bytes=1) as ledger:
         ledger.watch(stepper.model, stepper.optimizer)
         for tensor in rows.values():
             ledger.see(tensor)

@@ -186,12 +186,12 @@ def test_loras_alpha_is_twice_the_rank(rank: int) -> None:
 # and 5 by 16, each way), multiprocessors, and operations per second of 16-bit floats,
 # TF32 and FP32, dense.
 GPUS: dict[str, tuple[float, ...]] = {
-    "A100-40GB": (40 * 2**30, 1555e9, 32e9, 108, 312e12, 156e12, 19.5e12),
-    "A100-80GB": (80 * 2**30, 2039e9, 32e9, 108, 312e12, 156e12, 19.5e12),
-    "H100": (85_520_809_984, 3350e9, 64e9, 132, 989e12, 494e12, 67e12),
-    "H200": (150_754_820_096, 4800e9, 64e9, 132, 989e12, 494e12, 67e12),
-    "RTX3090-24GB": (24 * 2**30, 936e9, 32e9, 82, 71e12, 35.6e12, 35.6e12),
-    "RTX4090-24GB": (25_757_220_864, 1008e9, 32e9, 128, 165.2e12, 82.6e12, 82.6e12),
+    "A100-40GB": (int(39.25 * 2**30), 1555e9, 32e9, 108, 312e12, 156e12, 19.5e12),
+    "A100-80GB": (int(79.14 * 2**30), 2039e9, 32e9, 108, 312e12, 156e12, 19.5e12),
+    "H100": (int(79.14 * 2**30), 3350e9, 64e9, 132, 989e12, 494e12, 67e12),
+    "H200": (150_109_880_320, 4800e9, 64e9, 132, 989e12, 494e12, 67e12),
+    "RTX3090-24GB": (int(23.56 * 2**30), 936e9, 32e9, 82, 71e12, 35.6e12, 35.6e12),
+    "RTX4090-24GB": (int(23.52 * 2**30), 1008e9, 32e9, 128, 165.2e12, 82.6e12, 82.6e12),
 }
 CAPABILITY = {"A100": (8, 0), "H100": (9, 0), "H200": (9, 0), "RTX3090": (8, 6)}
 
@@ -225,7 +225,7 @@ def test_a_gpu_has_the_numbers_of_its_data_sheet(name: str) -> None:
     assert found.attention_order == (
         ("cudnn", *order) if is_hopper else (*order, "cudnn")
     )
-    assert found.context_bytes == 600 * 2**20
+    assert found.context_bytes == 699_990_016  # measured on an H200
 
 
 def test_weight_decay_leaves_no_parameter_out() -> None:

@@ -9,9 +9,6 @@ from meft_bench.virtual.device.allocator import MIB
 from meft_bench.virtual.recording.replay import replay, replay_in_full
 from meft_bench.virtual.recording.trace import Event, Storage, Trace
 
-LIBRARIES = 2
-"""Threads, each of which keeps a workspace."""
-
 
 def trace(*steps: tuple[str, int], elsewhere: Sequence[str] = ()) -> Trace:
     """One event per unit of time: `(name, MiB)` makes it, `(name, 0)` lets go of it.
@@ -60,9 +57,9 @@ def test_peaks_count_what_is_there_at_once() -> None:
     assert found.num_retries == 0
 
 
-def test_libraries_and_kernels_take_theirs() -> None:
-    found = replay(trace(("a", 30), ("", 12), ("b", 11)), workspace_bytes=32 * MIB)
-    assert found.allocated_bytes == (LIBRARIES * 32 + 30 + 12) * MIB
+def test_kernels_take_theirs() -> None:
+    found = replay(trace(("a", 30), ("", 12), ("b", 11)))
+    assert found.allocated_bytes == (30 + 12) * MIB
     assert found.reserved_bytes == found.allocated_bytes
 
 
@@ -70,10 +67,20 @@ def test_from_the_start_on_the_cache_is_empty() -> None:
     """What was held before counts if it is still there."""
     steps = trace(("a", 30), ("b", 60), ("b", 0), ("c", 20))
     assert replay(steps).reserved_bytes == 90 * MIB
-    found = replay(steps, start=4)
+    found = replay(steps, start=4, emptied=(4,))
     assert (found.allocated_bytes, found.reserved_bytes) == (50 * MIB, 50 * MIB)
-    found = replay(steps, start=5)
+    found = replay(steps, start=5, emptied=(5,))
     assert (found.allocated_bytes, found.reserved_bytes) == (50 * MIB, 90 * MIB)
+
+
+def test_peaks_start_anew_where_the_cache_is_kept() -> None:
+    """As `torch.cuda.reset_peak_memory_stats` does."""
+    steps = trace(("a", 30), ("b", 60), ("b", 0), ("c", 20))
+    found = replay(steps, start=4)
+    assert (found.allocated_bytes, found.reserved_bytes) == (50 * MIB, 90 * MIB)
+    found = replay(steps, emptied=(4,))
+    assert (found.allocated_bytes, found.reserved_bytes) == (90 * MIB, 90 * MIB)
+    assert found.end_reserved_bytes == 50 * MIB
 
 
 def test_what_was_kept_goes_back_before_memory_is_out() -> None:
@@ -98,8 +105,3 @@ def test_out_of_memory_tells_for_what_when_and_beside_what() -> None:
     found, told = replay_in_full(steps, capacity_bytes=60 * MIB)
     assert told == message
     assert found.reserved_bytes == 70 * MIB
-
-
-def test_a_device_too_small_for_libraries_says_so() -> None:
-    with pytest.raises(torch.OutOfMemoryError, match="Wanted for libraries"):
-        replay(trace(("a", 1)), capacity_bytes=40 * MIB, workspace_bytes=32 * MIB)

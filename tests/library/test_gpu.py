@@ -119,7 +119,8 @@ def test_device_memory_does_not_grow_with_the_number_of_neurons() -> None:
     row_bytes = []
     for neurons in (1024, 16384):
         model = sparse.plain_model(hidden_size=256)
-        fields = {"num_neurons": neurons, "num_experts": 4 * round(neurons**0.5)}
+        # As many neurons of an expert, since all of those chosen are scored.
+        fields = {"num_neurons": neurons, "num_experts": neurons // 8}
         config = sparse.config(**fields, device_bytes=4_000_000)
         meft.add_sparse_adapters(model, config)
         rows = sparse.all_rows(model)
@@ -131,4 +132,4 @@ def test_device_memory_does_not_grow_with_the_number_of_neurons() -> None:
         peaks.append(torch.cuda.max_memory_allocated())
         del model
     # Keys of experts, and which row is where, do grow.
-    assert peaks[1] - peaks[0] < 0.05 * (row_bytes[1] - row_bytes[0])
+    assert peaks[1] - peaks[0] < 0.1 * (row_bytes[1] - row_bytes[0])

@@ -66,13 +66,17 @@ class Call:
 
 
 def chosen(gpu: Gpu, call: Call) -> str:
-    """The kernel that `gpu` runs: `cudnn`, `flash`, `efficient` or `math`."""
+    """The kernel that `gpu` runs: `cudnn`, `flash`, `efficient` or `math`.
+
+    Raises:
+        RuntimeError: none that is allowed can do it.
+    """
     if call.query.dim() != 4:
         return "math"
     for name in gpu.attention_order:
         if _FITS[name](gpu, call):
             return name
-    return "math"
+    raise RuntimeError("No available kernel. Aborting execution.")  # as torch says it
 
 
 def replacement(

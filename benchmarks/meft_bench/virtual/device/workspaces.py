@@ -5,6 +5,8 @@ figures `meft-bench run gpu-check` takes again. Each function gives bytes for th
 arguments and outputs of one call of an operator.
 """
 
+import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,11 +14,17 @@ import torch
 from torch import Tensor
 
 from meft_bench.virtual.device.allocator import round_up
+from meft_bench.virtual.device.gpu import Gpu
 
 aten = torch.ops.aten
 Workspace = Callable[[tuple[Any, ...], Any], int]
 SORTED_FROM = 3072
 """From more indices on, the gradient of an embedding sorts them first."""
+MOST_THREADS = 512
+"""Of a block that adds up."""
+THREADS_OF_MULTIPROCESSOR = 2048
+LEAST_VALUES, MOST_VALUES = 16, 256
+"""That a thread adds up, where blocks share an output."""
 
 
 def _flash_backward(args: tuple[Any, ...], out: Any) -> int:
@@ -79,7 +87,54 @@ def _embedding_backward(args: tuple[Any, ...], out: Any) -> int:
     return 0 if count <= SORTED_FROM else 4 * 8 * count
 
 
-WORKSPACES: Mapping[Any, Workspace] = {
+def _sum(args: tuple[Any, ...], out: Any, num_multiprocessors: int) -> int:
+    """Partial sums of a gradient of a bias: rows `[M, N]` summed over `M` (Reduce.cuh).
+
+    Blocks of threads share an output where there are few outputs and many rows, and
+    each of their threads leaves a number.
+    """
+    rows, dims = args[0], args[1]
+    over = {dim % rows.dim() for dim in dims or range(rows.dim())} if rows.dim() else ()
+    if not over or over != set(range(len(over))) or len(over) == rows.dim():
+        return 0  # whole warps add up an output and leave one number
+    if not rows.is_contiguous() or rows.numel() == 0:
+        return 0
+    num_outputs = math.prod(rows.shape[len(over) :])
+    num_inputs = rows.numel() // num_outputs
+    vector = next(size for size in (4, 2, 1) if rows.shape[-1] % size == 0)
+    threads = MOST_THREADS // vector
+    width = min(_power_of_2(num_outputs // vector, threads), 32)
+    height = min(_power_of_2(num_inputs, threads), threads // width)
+    width = min(_power_of_2(num_outputs // vector, threads), threads // height)
+    if num_inputs < min(16 * height, MOST_VALUES):
+        return 0
+    values = -(-num_inputs // height)
+    grid = -(-(num_outputs // vector) // width)
+    most_blocks = num_multiprocessors * (THREADS_OF_MULTIPROCESSOR // (width * height))
+    if values < MOST_VALUES or grid > most_blocks:
+        return 0
+    sharing = max(
+        min(-(-most_blocks // grid), -(-values // LEAST_VALUES)),
+        -(-values // MOST_VALUES),
+    )
+    if sharing <= 1:
+        return 0
+    accumulator = max(4, rows.element_size())
+    return accumulator * num_outputs * sharing * width * vector
+
+
+def _power_of_2(value: int, most: int) -> int:
+    """The largest one that is not above either."""
+    return most if value >= most else 1 << max(value.bit_length() - 1, 0)
+
+
+def of(gpu: Gpu) -> Mapping[Any, Workspace]:
+    """What kernels of a GPU take, by operator."""
+    sums = functools.partial(_sum, num_multiprocessors=gpu.num_multiprocessors)
+    return _OF_ALL | {aten.sum.dim_IntList: sums}
+
+
+_OF_ALL: dict[Any, Workspace] = {
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
     aten._scaled_dot_product_cudnn_attention_backward.default: _cudnn_backward,
@@ -87,7 +142,7 @@ WORKSPACES: Mapping[Any, Workspace] = {
     aten._softmax_backward_data.default: _softmax_backward,
     aten.embedding_dense_backward.default: _embedding_backward,
 }
-"""By operator."""
+"""Of any GPU, by operator."""
 
 MULTIPLY = (
     *(aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default),

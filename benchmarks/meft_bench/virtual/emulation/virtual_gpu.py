@@ -26,9 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 
 from meft.reversible import fixed
-from meft_bench.virtual.device import attention
+from meft_bench.virtual.device import attention, workspaces
 from meft_bench.virtual.device.gpu import Gpu, library_bytes
-from meft_bench.virtual.device.workspaces import WORKSPACES
 from meft_bench.virtual.emulation import (
     cpu_backend,
     cuda_backend,
@@ -74,7 +73,7 @@ class VirtualGpu:
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
-        self.workspaces = WORKSPACES
+        self.workspaces = workspaces.of(gpu)
         self.backend = cuda_backend.BACKEND
         """Which was taken, and on which device tensors live: told once it is there."""
         self.attention_counts: dict[str, int] = {}
