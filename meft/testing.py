@@ -67,10 +67,11 @@ def check_reversible(model: nn.Module, batch: Mapping[str, Any]) -> ReversibleRe
 
     Both run with the same dropout masks, in the model's present mode. Parameters, their
     `.grad` and the random generators are left as they were. With `fixed` streams every
-    reconstruction error is 0, or the backward raises; so is every gradient error, as far
-    as the kernels themselves give the same bits twice. The twin runs twice to tell:
-    gradient errors of the size of `repeat_error` are the kernels' own. On CUDA,
-    `torch.use_deterministic_algorithms(True)` chooses kernels that have none.
+    reconstruction error is 0, or the backward raises. Gradient errors are 0, too, where
+    kernels give the same bits every time. Some backward kernels of attention on CUDA do
+    not: the stored twin runs twice, and gradient errors of the size of `repeat_error`
+    are those kernels' own. `torch.use_deterministic_algorithms(True)` makes PyTorch
+    choose kernels that do.
 
     Args:
         model: a model that has been through `make_reversible()`.

@@ -305,7 +305,7 @@ def test_a_cell_is_predicted_by_the_worker_that_measures() -> None:
     assert measured["score"] is None
     environment: Any = told["environment"]
     assert environment["device_name"] == "NVIDIA A100-SXM4-80GB"
-    assert "not held against a real GPU" in environment["prediction"]
+    assert "held against an H200" in environment["prediction"]
     large = cell(
         device="virtual-RTX3090-24GB",
         backbone="random:bert-tiny",

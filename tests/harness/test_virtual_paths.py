@@ -254,7 +254,7 @@ def test_a_cell_says_which_path_it_took() -> None:
     assert plain["status"] == shimmed["status"] == "ok", plain["message"]
     of_shim: Any = shimmed["environment"]
     of_pure: Any = plain["environment"]
-    assert of_shim["prediction"].startswith("fake CUDA tensors; not held against")
+    assert of_shim["prediction"].startswith("fake CUDA tensors; by rules")
     assert of_pure["prediction"].startswith("fake CPU tensors")
     assert of_pure["device_name"] == of_shim["device_name"]
     seen: Any = plain["measurement"]

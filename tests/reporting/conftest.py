@@ -63,7 +63,7 @@ NOTHING_SEEN = dict.fromkeys(
     union_fraction routing_recall activation_curve cache_hit_fraction
     num_prefetched_rows row_store_bytes
     row_device_bytes peak_staging_bytes num_train_rows num_eval_rows start_deviation
-    reconstruction_error gradient_error""".split()
+    reconstruction_error gradient_error repeat_error""".split()
 )
 SEEN = {
     "num_parameters": 22_000_000,

@@ -77,7 +77,7 @@ def test_what_a_run_did_not_ask_for_is_not_missed(make_record: MakeRecord) -> No
 
 def test_predictions_are_announced(make_record: MakeRecord) -> None:
     """Before the first number, and how they came about."""
-    how = "fake CUDA tensors; not held against a real GPU yet"
+    how = "fake CUDA tensors; by rules that were held against an H200"
     frame = to_frame([make_record("ok", device="virtual-H200", prediction=how)])
     top = render_page(frame).decode().partition("<main>")[0]
     assert "predicted, not measured" in top

@@ -173,7 +173,8 @@ def test_what_is_compared_with_zero_has_no_ratio(make_record: MakeRecord) -> Non
     one, other, *_ = build_prediction()
     for record in (one, other):
         record["measurement"] |= {"peak_allocated_bytes": 0, "resting_bytes": 0}
-    (table,) = find_tables("predictions")(to_frame([one, other]))
+    summary, table = find_tables("predictions")(to_frame([one, other]))
+    assert [row[0] for row in summary.rows] == ["saved"]
     assert table.rows[0][7] == NOTHING
     moved = {"h2d_bytes": 6, "d2h_bytes": 4, "paper_transfer_bytes": 0}
     sparse = make_record(
@@ -302,7 +303,7 @@ def test_activations_are_what_a_step_adds_to_what_rests(
 def test_predictions_are_labelled_and_stand_alone(make_record: MakeRecord) -> None:
     """Never in one table with what was measured."""
     shape = {"task": "synthetic", "backbone": "random:bert-tiny"}
-    how = "fake CUDA tensors; not held against a real GPU yet"
+    how = "fake CUDA tensors; by rules that were held against an H200"
     records = [
         make_record(method="full", device="cuda", machine="NVIDIA H200", **shape),
         make_record(
@@ -325,7 +326,12 @@ def test_predictions_are_labelled_and_stand_alone(make_record: MakeRecord) -> No
 
 def test_predictions_are_held_against_the_gpu_of_their_name() -> None:
     """The same cell on both; a cell that only one of them ran has no row."""
-    (table,) = find_tables("predictions")(to_frame(build_prediction()))
+    summary, table = find_tables("predictions")(to_frame(build_prediction()))
+    assert summary.title == "Predictions held against NVIDIA H200: summary"
+    assert [row[:5] for row in summary.rows] == [
+        ("saved", "1", "0.000 %", "0.00 %", "+0.00 %"),
+        ("peak allocated", "1", "1.500 %", "1.50 %", "+1.50 %"),
+    ]
     assert table.title == "Predictions held against NVIDIA H200"
     (row,) = table.rows
     assert row[0] == "full"

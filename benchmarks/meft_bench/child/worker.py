@@ -1,9 +1,9 @@
 """The child: one fresh process that runs one cell, predicts some, or runs a check.
 
-A request (`meft_bench.shared.request`) holds one of these; the answer is written whole or not
-at all, and stdout and stderr are only a log. Endings of a cell that the child survives
-are statuses: `ok`, `oom`, `skipped` (data, weights or device are not there) and
-`error`. What it does not survive is for the parent to see.
+A request (`meft_bench.shared.request`) holds one of these; the answer is written whole
+or not at all, and stdout and stderr are only a log. Endings of a cell that the child
+survives are statuses: `ok`, `oom`, `skipped` (data, weights or device are not there)
+and `error`. What it does not survive is for the parent to see.
 """
 
 import contextlib

@@ -9,6 +9,7 @@ the machine's memory takes only its own process with it.
     runs          files of records: reading, appending, which cells are done
     harness       runs the cells of a sweep
     engines       where cells run: one after another or side by side on this machine
+    checks        runs the checks of a sweep and compares a GPU with its virtual twin
     isolate       one cell in a child process, and a record of how it ended
     environment   versions, sources and machine
     progress      what is printed during a run

@@ -1,7 +1,7 @@
 """The checks of a sweep: small programs run on a GPU and on its virtual twin.
 
 Each runs in a child of its own (`virtual/validation`); what it reports is appended as
-one line to the file of checks beside the records:
+one line to a file next to the records (`runs/gpu-check.checks.jsonl`):
 
     {"check": "card", "device": "cuda", "status": "ok", "message": "", "seconds": 3.1,
      "device_name": ..., "started_at": ..., "figures": [{"case", "quantity", "value"}],
@@ -10,7 +10,9 @@ one line to the file of checks beside the records:
 
 import dataclasses
 import json
+import statistics
 import subprocess
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from meft_bench.parent import isolate
 from meft_bench.shared import request
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.record import Environment, Status
+from meft_bench.shared.registry import VIRTUAL
 from meft_bench.shared.request import WORKER
 
 
@@ -42,7 +45,8 @@ def is_done(path: Path, name: str, device: str, environment: Environment) -> boo
     }
     for text in lines:
         line = json.loads(text)
-        if wanted == {**line, **line["environment"]} | wanted:
+        found = {**line["environment"], **line}
+        if all(found[key] == value for key, value in wanted.items()):
             return True
     return False
 
@@ -83,6 +87,51 @@ def run(
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     return line
+
+
+def compare(path: Path) -> list[str]:
+    """What a file says of predicted figures against measured ones, in lines.
+
+    The newest ones of each check count; there are none before both sides have run.
+    """
+    newest: dict[tuple[str, bool], dict[tuple[str, str], Any]] = {}
+    for text in path.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        is_virtual = line["device"].startswith(VIRTUAL)
+        newest[line["check"], is_virtual] = {
+            (figure["case"], figure["quantity"]): figure["value"]
+            for figure in line["figures"]
+        }
+    lines = []
+    for (check, is_virtual), predicted in newest.items():
+        measured = newest.get((check, False), {})
+        if is_virtual and measured:
+            lines += [f"{check}: {text}" for text in _differences(measured, predicted)]
+    return lines
+
+
+def _differences(
+    measured: dict[tuple[str, str], Any], predicted: dict[tuple[str, str], Any]
+) -> Iterator[str]:
+    """A line for each quantity that both sides have."""
+    both = [key for key in measured if key in predicted]
+    for quantity in dict.fromkeys(quantity for _, quantity in both):
+        keys = [key for key in both if key[1] == quantity]
+        pairs = [(measured[key], predicted[key]) for key in keys]
+        num_equal = sum(one == other for one, other in pairs)
+        text = f"{quantity}: {num_equal} of {len(pairs)} as predicted"
+        errors = {
+            key[0]: other / one - 1
+            for key, (one, other) in zip(keys, pairs, strict=True)
+            if isinstance(one, int | float) and isinstance(other, int | float) and one
+        }
+        if errors:
+            worst = max(errors, key=lambda case: abs(errors[case]))
+            typical = statistics.median(map(abs, errors.values()))
+            text += (
+                f", median error {typical:.2%}, worst {errors[worst]:+.2%} ({worst})"
+            )
+        yield text
 
 
 def _run_one(

@@ -175,6 +175,9 @@ def _run_checks(plan: Plan, budget: Budget) -> list[Status]:
         words += [str(line["message"])] if line["message"] else []
         words.append(f"{len(line['figures'])} figures")
         output.complain(", ".join(words))
+    if ended:
+        for text in checks.compare(path):
+            output.complain(text)
     return ended
 
 

@@ -44,8 +44,9 @@ MIB = 2**20
 NUM_SHOWN = 8
 """Lines of a part of the details."""
 NOTE = (
-    "Predicted from fake tensors and a model of the caching allocator; no number here "
-    "has been held against a real GPU yet. Needed is what is reserved and about "
+    "Predicted from fake tensors and a model of the caching allocator, by rules that "
+    "were held against an H200 (docs/virtual-gpu.md); for batches without padding. "
+    "Needed is what is reserved and about "
     "{context} of the driver's own; fits leaves {margin:.0%} free."
 )
 

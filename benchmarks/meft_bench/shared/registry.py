@@ -77,6 +77,7 @@ CHECKS = {
     "attention-kernels": f"{_CHECKS}.attention_kernels:kernel_figures",
     "steps": f"{_CHECKS}.training_steps:figures",
     "allocator": f"{_CHECKS}.allocator_history:figures",
+    "exactness": f"{_CHECKS}.exact_gradients:figures",
 }
 """Programs that report the same figures on a GPU and on its virtual twin."""
 

@@ -323,4 +323,10 @@ MEASUREMENT: tuple[Column, ...] = (
         "fraction",
         lower_is_better=True,
     ),
+    seen(
+        "repeat_error",
+        "list",
+        "relative error of each block's gradients between two runs of the stored twin",
+        "fraction",
+    ),
 )

@@ -3,6 +3,7 @@
 A pair is one cell that ran on `cuda` and on the virtual GPU of the same name.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
@@ -27,14 +28,31 @@ HEADER = (
     "error",
     "seed",
 )
+SUMMARY_HEADER = (
+    "quantity",
+    "cells",
+    "median error",
+    "90 % of errors below",
+    "worst error",
+    "of",
+)
 NOTES = (
     "Measured by `torch.cuda`, predicted by fake tensors and a model of the caching "
     "allocator. An error above 0 is a prediction that is too high.",
 )
 
 
+SUMMARY_NOTES = (
+    "Over all cells below; errors without their sign, but for the worst. Cells of "
+    "sparse adapters are predicted with the share of neurons that `active_fraction` "
+    "of the cell says.",
+)
+SHOWN = ("backbone", "dtype", "batch_size", "seq_len", "attention")
+
+
 def make(frame: pd.DataFrame) -> list[Table]:
-    """One table per GPU that ran cells which its virtual twin ran too."""
+    """Two tables per GPU that ran cells which its virtual twin ran too: a summary of
+    the errors, and every cell."""
     rows = prepare(frame)
     rows = rows[(rows["status"] == "ok") & rows["device_name"].notna()]
     tables = []
@@ -42,6 +60,15 @@ def make(frame: pd.DataFrame) -> list[Table]:
         found = _pairs(part)
         if found:
             title = f"Predictions held against {name}"
+            tables.append(
+                Table(
+                    title=f"{title}: summary",
+                    header=SUMMARY_HEADER,
+                    rows=tuple(_summary(part)),
+                    num_text_columns=1,
+                    notes=SUMMARY_NOTES,
+                )
+            )
             tables.append(
                 Table(
                     title=title,
@@ -54,11 +81,45 @@ def make(frame: pd.DataFrame) -> list[Table]:
     return tables
 
 
-def _pairs(part: pd.DataFrame) -> list[tuple[str, ...]]:
+def _summary(part: pd.DataFrame) -> Iterator[tuple[str, ...]]:
+    """Errors of each quantity over all cells."""
+    measured, predicted = _sides(part)
+    for quantity in COMPARED:
+        errors: dict[Any, float] = {}
+        for index, row in measured.iterrows():
+            other = predicted.get(_key(row))
+            if other is not None and _are_known(row[quantity], other[quantity]):
+                errors[index] = other[quantity] / row[quantity] - 1
+        if not errors:
+            continue
+        sizes = pd.Series(errors).abs()
+        worst = max(errors, key=lambda index: abs(errors[index]))
+        row = measured.loc[worst]
+        yield (
+            quantity.removesuffix("_bytes").replace("_", " "),
+            format_count(len(errors)),
+            f"{100 * sizes.median():.3f} %",
+            f"{100 * sizes.quantile(0.9):.2f} %",
+            f"{100 * errors[worst]:+.2f} %",
+            f"{row['method']}, {describe(measured.loc[[worst]], SHOWN)}",
+        )
+
+
+def _sides(part: pd.DataFrame) -> tuple[pd.DataFrame, dict[tuple[Any, ...], Any]]:
+    """What was measured, and what was predicted of a cell."""
     predicted = {
         _key(row): row for _, row in part[part["source"] == "predicted"].iterrows()
     }
     measured = part[(part["source"] == "measured") & (part["device"] == "cuda")]
+    return measured, predicted
+
+
+def _are_known(one: Any, other: Any) -> bool:
+    return not is_null(one) and not is_null(other) and bool(one)
+
+
+def _pairs(part: pd.DataFrame) -> list[tuple[str, ...]]:
+    measured, predicted = _sides(part)
     shown = fields_to_show(part, always=("task", "backbone", "dtype", "batch_size"))
     shown = [name for name in shown if name in WORKLOAD and name != "device"]
     return [
@@ -86,6 +147,6 @@ def _compared(
     for name in COMPARED:
         one, other = measured[name], predicted[name]
         cells += [format_bytes(one), format_bytes(other)]
-        known = not is_null(one) and not is_null(other) and one
+        known = _are_known(one, other)
         cells.append(f"{100 * (other / one - 1):+.2f} %" if known else NOTHING)
     return tuple(cells)

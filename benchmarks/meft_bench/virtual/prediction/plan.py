@@ -15,7 +15,7 @@ from meft_bench.child.training import prepare
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.source import MissingError, Source
 from meft_bench.virtual.device.gpu import Gpu
-from meft_bench.virtual.prediction.predict import UNPROVEN, Ready, ready
+from meft_bench.virtual.prediction.predict import HELD, Ready, ready
 from meft_bench.virtual.recording import views
 from meft_bench.virtual.recording.replay import replay_in_full
 from meft_bench.virtual.recording.trace import Peak, Storage, Trace
@@ -68,7 +68,7 @@ class Plan:
     """Read and written by operators."""
     seconds_at_least: float | None = None
     """What arithmetic or memory alone would take at the vendor's rates."""
-    prediction: str = UNPROVEN
+    prediction: str = HELD
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""

@@ -29,7 +29,7 @@ from meft_bench.virtual.emulation import assumed_activation
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.recording.ledger import Ledger
 
-UNPROVEN = "not held against a real GPU yet"
+HELD = "by rules that were held against an H200 (docs/virtual-gpu.md)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +107,7 @@ def predict(cell: Cell, source: Source, sighting: Sighting) -> None:
     """
     sighting.environment |= {
         "num_threads": torch.get_num_threads(),
-        "prediction": UNPROVEN,
+        "prediction": HELD,
     }
     with ready(cell, source) as it:
         model = it.stepper.model
@@ -128,7 +128,7 @@ def predict(cell: Cell, source: Source, sighting: Sighting) -> None:
 
 
 def _how(cell: Cell, device: VirtualGpu) -> str:
-    words = [device.backend.how, UNPROVEN]
+    words = [device.backend.how, HELD]
     if cell.method in HAVE_ROWS:
         if device.backend.device == "cpu":
             raise MissingError(

@@ -83,7 +83,10 @@ def _case(
             "enable_gqa": grouped,
         }
         gradient = torch.randn_like(query)
-        chosen = _chosen(place, query, key, value, named)
+        try:
+            chosen = _chosen(place, query, key, value, named)
+        except RuntimeError:  # no kernel that is allowed can do it
+            chosen = "none"
         yield Figure(case=name, quantity="kernel", value=chosen)
         try:
             _run(query, key, value, named, gradient)
@@ -148,10 +151,7 @@ def _chosen(
     place: Place, query: Tensor, key: Tensor, value: Tensor, named: Mapping[str, Any]
 ) -> str:
     if place.virtual is None:
-        try:
-            number = torch._fused_sdp_choice(query, key, value, scale=None, **named)
-        except RuntimeError:  # no kernel that is allowed can do it
-            return "none"
+        number = torch._fused_sdp_choice(query, key, value, scale=None, **named)
         return KERNELS.get(number, "none")
     call = attention.Call(
         query=query,

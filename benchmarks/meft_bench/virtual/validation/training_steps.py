@@ -61,7 +61,7 @@ def lora(place: Place, *, padded: bool, checkpointing: bool = False) -> None:
     """Three steps of LoRA, rank 8 on queries and values, of Llama-3.2-3B's shape."""
     from peft import LoraConfig, get_peft_model
 
-    model = _model(LLAMA_3B, place)
+    model: Any = _model(LLAMA_3B, place)
     if checkpointing:
         model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
