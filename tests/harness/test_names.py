@@ -86,6 +86,7 @@ FOREIGN_FILES = {
     "sysexits.h": "the C library",
     "config.json": "transformers' file of a model",
     "PATH/config.json": "a user's",
+    "*.checks.jsonl": "what a run writes",
     "model.safetensors.index.json": "transformers' file of a model",
     ".index.json": "the end of such names",
     "merges.txt": "transformers' file of a tokenizer",
