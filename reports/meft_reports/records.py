@@ -6,10 +6,12 @@ several records of a cell counts is said in `latest`.
 """
 
 import contextlib
+import gzip
 import json
 import math
 import re
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -108,6 +110,10 @@ def _lines_of(path: Path, *, is_finished: bool) -> Iterator[tuple[int, Record]]:
     """
     try:
         content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RecordError(f"cannot read {path}: not a whole gzip file") from error
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error.strerror}") from error
     lines = re.split(rb"\r\n|\r|\n", content)

@@ -91,6 +91,18 @@ def test_quickstart() -> None:
             assert seen == values
 
 
+def test_the_short_gate_is_a_part_of_the_gate() -> None:
+    """Its cells and the lines of its baseline are the gate's, to the byte."""
+    whole, short = (sweep.load(n, device="cpu").cells for n in ("gate", "gate-short"))
+    assert len(short) == 10
+    assert set(short) <= set(whole)
+    folder = Path(__file__).parents[2] / "benchmarks" / "baselines"
+    ids = {cell.id for cell in short}
+    lines = (folder / "gate.jsonl").read_text().splitlines()
+    wanted = [line for line in lines if json.loads(line)["cell_id"] in ids]
+    assert (folder / "gate-short.jsonl").read_text().splitlines() == wanted
+
+
 def test_gate() -> None:
     """The gate runs every method on the CPU with one thread, whatever is asked."""
     gate = sweep.load("gate", device="cuda")

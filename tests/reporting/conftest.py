@@ -12,9 +12,11 @@ import pandas as pd
 import pytest
 
 from meft_reports.frame import to_frame
+from meft_reports.headline import METHODS
 from reporting.kinds import Cli, MakeRecord, Record, Write
 
 MIB = 2**20
+GIB = 2**30
 CELL = {
     "method": "full",
     "backbone": "minilm-l6",
@@ -281,6 +283,24 @@ def build_traffic() -> list[Record]:
     return records
 
 
+def build_headline() -> list[Record]:
+    """Two workloads on a GPU with every method; full fine-tuning takes most on one."""
+    shape: Any = {"task": "synthetic", "device": "cuda", "machine": "NVIDIA H200"}
+    return [
+        build_record(
+            method=method,
+            batch_size=batch_size,
+            resting_bytes=GIB,
+            peak_allocated_bytes=(2 + index) * batch_size * GIB,
+            saved_bytes=batch_size * GIB,
+            gradient_error=[0.5, 0.25] if method == "meft1" else None,
+            **shape,
+        )
+        for batch_size in (1, 2)
+        for index, method in enumerate(METHODS)
+    ]
+
+
 def build_knowledge() -> list[Record]:
     """Questions answered by dense and sparse adapters over two seeds.
 
@@ -333,13 +353,20 @@ def build_prediction() -> list[Record]:
 def build_all() -> list[Record]:
     """All of the runs above, of which every figure and table can be made."""
     parts = (build_matrix, build_depth, build_quality, build_traffic, build_knowledge)
-    return [record for build in (*parts, build_prediction) for record in build()]
+    others = (build_prediction, build_headline)
+    return [record for build in (*parts, *others) for record in build()]
 
 
 @pytest.fixture(scope="session")
 def knowledge() -> pd.DataFrame:
     """The frame of `build_knowledge`; nobody may change it."""
     return to_frame(build_knowledge())
+
+
+@pytest.fixture(scope="session")
+def headline() -> pd.DataFrame:
+    """The frame of `build_headline`; nobody may change it."""
+    return to_frame(build_headline())
 
 
 @pytest.fixture(scope="session")

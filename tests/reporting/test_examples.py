@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 
 from meft_reports import cli
@@ -41,6 +42,25 @@ EXAMPLES = [
     if not re.search(r"[{*]", " ".join(words))
 ]
 GATE = [(name, words) for name, words in EXAMPLES if words[0] in ("check", "baseline")]
+
+
+def test_the_readme_has_the_table_and_the_figure_of_the_published_records(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The table to the letter; the figure to the pixel, with this matplotlib."""
+    records = ROOT / "reports" / "published" / "gpu" / "records.jsonl.gz"
+    assert main(["table", "headline", str(records)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) > 8
+    assert "\n".join(rows) in DOCUMENTS["README.md"]
+    figure = tmp_path / "headline.png"
+    assert main(["plot", "headline", str(records), "-o", str(figure)]) == 0
+    drawn, kept = (
+        matplotlib.image.imread(path)
+        for path in (figure, ROOT / "docs" / "figures" / "headline.png")
+    )
+    assert (drawn == kept).all()
 
 
 def test_documents_have_examples_of_the_gate() -> None:

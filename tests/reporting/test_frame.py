@@ -313,7 +313,7 @@ def test_scores_of_older_code_have_the_name_of_their_rule(
 def test_the_published_answers_are_read_by_the_name_of_their_rule() -> None:
     """NQ-open's are containment; ARC's rule has not changed."""
     path = Path(__file__).parents[2] / "reports" / "published" / "knowledge"
-    frame = read_frame([path / "records.jsonl"])
+    frame = read_frame([path / "records.jsonl.gz"])
     names = frame.groupby("task")["score_name"].unique()
     assert {task: list(found) for task, found in names.items()} == {
         "arc-easy": ["options"],

@@ -20,6 +20,7 @@ from reporting.drawn import numbers
 from reporting.kinds import Draw, MakeRecord, Record
 
 UNITS = {
+    "headline": ("peak GPU memory of a training step (GiB)", ""),
     "score_memory": ("peak allocated memory (MiB)", "score (accuracy)"),
     "loss_curve": ("step (optimizer updates)", "training loss (mean of 1 steps)"),
     "step_seconds": ("time of a step (full = 1 = 500 ms)", ""),
@@ -62,11 +63,13 @@ def frames(
     quality: pd.DataFrame,
     traffic: pd.DataFrame,
     knowledge: pd.DataFrame,
+    headline: pd.DataFrame,
 ) -> dict[str, pd.DataFrame]:
     """The made-up run of which each plot can be drawn."""
     frames = dict.fromkeys(PLOTS, frame) | dict.fromkeys(OF_DEPTH, depth)
     frames |= dict.fromkeys(OF_QUALITY, quality)
     frames |= dict.fromkeys(OF_KNOWLEDGE, knowledge)
+    frames["headline"] = headline
     return frames | dict.fromkeys(OF_TRAFFIC, traffic)
 
 

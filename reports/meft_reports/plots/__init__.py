@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLOTS = (
+    "headline",
     "score_memory",
     "loss_curve",
     "step_seconds",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from meft_reports.tables.table import Table
 
 TABLES = (
+    "headline",
     "results",
     "differences",
     "memory",
