@@ -6,10 +6,25 @@ from pathlib import Path
 
 import pytest
 
+import meft
+import meft.errors
+import meft.testing
 from meft_bench.parent import cli, harness, output
 from meft_bench.shared.record import Environment, Measurement
 
 DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_reference_has_every_public_name() -> None:
+    """Once, of `meft` and of `meft.testing`; the errors are there as a module."""
+    text = (DOCS / "reference.md").read_text()
+    errors = {name for name in meft.__all__ if hasattr(meft.errors, name)}
+    for name in {*meft.__all__} - errors - {"__version__"}:
+        assert text.count(f"::: meft.{name}\n") == 1, name
+    assert "::: meft.errors\n" in text
+    for name in ("check_reversible", "ReversibleReport", "saved_bytes", "tolerance"):
+        assert hasattr(meft.testing, name)
+        assert f"- {name}\n" in text
 
 
 @pytest.mark.parametrize("kind", [Measurement, Environment])

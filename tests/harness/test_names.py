@@ -65,6 +65,7 @@ FOREIGN_FLAGS = {
     "--benchmark-group-by": "pytest-benchmark",
     "--benchmark-columns": "pytest-benchmark",
     "--check": "ruff format",
+    "--strict": "mkdocs",
     "--show-toplevel": "git",
     "--porcelain": "git",
     "--untracked-files": "git",
