@@ -160,7 +160,8 @@ def table(
     header = ["method", "verdict", "needed", "reserved", "allocated"]
     if maximize is not None:
         header.insert(1, f"largest {maximize}")
-    header += ["trainable", "TFLOP", "at least", "up", "most is held by", "at"]
+    header += ["trainable", "TFLOP", "minimum time", "host to device"]
+    header += ["largest kind", "peak at"]
     lines += _aligned([header, *(_row(plan, maximize) for plan in plans)])
     lines += reasons(plans)
     room = (1 - margin) * found.memory_bytes / MIB
@@ -209,7 +210,7 @@ def details(plan: dict[str, Any]) -> str:
         return lines[0] + " no plan"
     sums = {
         "at the peak, by kind": plan["by_kind"],
-        "most, by phase": plan["by_phase"],
+        "peak, by phase": plan["by_phase"],
         "at the peak, by block": plan["by_block"],
         "at the peak, by operator": plan["by_operator"],
         "saved for backward, by block": plan["saved_by_block"],
@@ -222,7 +223,7 @@ def details(plan: dict[str, Any]) -> str:
         shown = dict(list(parts.items())[:NUM_SHOWN])
         rest = sum(parts.values()) - sum(shown.values())
         rows = [[f"    {name or '-'}", format_bytes(n)] for name, n in shown.items()]
-        if len(parts) > NUM_SHOWN and title != "most, by phase":
+        if len(parts) > NUM_SHOWN and title != "peak, by phase":
             more = f"    {len(parts) - NUM_SHOWN} more"
             rows.append([more, format_bytes(rest)])
         lines += [f"  {title}", *_aligned(rows)]
