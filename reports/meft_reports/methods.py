@@ -1,77 +1,107 @@
-"""What a method's name says: whose twin it is, and which options it heeds.
+"""The table of methods: what each has, which options it uses, how it is drawn.
 
-meftN               the paper's arithmetic, in floats
-meftN-exact         integer streams, whose inverse is exact
-...-store           the plain twin: the same function, nothing rebuilt
-dense, sparse...    adapters of many neurons; `-experts` are routed
+The data is `methods.toml`, which the harness reads as well. A method that is not in it
+uses all options and is neither reversible nor an adapter of many neurons.
 """
 
-from collections.abc import Callable
-
-from meft_reports.style import LOOKS
+import functools
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
 
 RIVAL = "adapters-checkpointing"
 """What the exact methods are held against: adapters whose blocks are checkpointed."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """One way of fine-tuning; its fields are explained in `methods.toml`."""
+
+    options: tuple[str, ...] = ()
+    streams: str = ""
+    twin_of: str = ""
+    float_of: str = ""
+    neurons: str = ""
+    color: str = ""
+    marker: str = ""
+    line: str = "-"
+    hollow: bool = False
+
+
+_FOR_THE_HARNESS = ("function", "has_rows")
+
+
+def _read() -> dict[str, Method]:
+    # A wheel carries the file in the harness's package; a checkout has it in
+    # `benchmarks`.
+    here = Path(__file__)
+    installed = here.parents[1] / "meft_bench" / "methods.toml"
+    checkout = here.parents[2] / "benchmarks" / "methods.toml"
+    path = installed if installed.is_file() else checkout
+    methods = {}
+    for name, table in tomllib.loads(path.read_text(encoding="utf-8")).items():
+        fields = {key: v for key, v in table.items() if key not in _FOR_THE_HARNESS}
+        fields["options"] = tuple(fields.get("options", ()))
+        methods[name] = Method(**fields)
+    return methods
+
+
+TABLE = _read()
+"""Every method by name, in the order in which methods are shown."""
+_UNKNOWN = Method()
+
+
+def _method(name: str) -> Method:
+    return TABLE.get(name, _UNKNOWN)
+
+
 def is_meft(method: str) -> bool:
     """Whether it has MEFT's two streams, rebuilt or stored."""
-    return method.startswith("meft")
+    return bool(_method(method).streams)
 
 
 def is_exact(method: str) -> bool:
     """Whether its streams are integers."""
-    return is_meft(method) and "-exact" in method
+    return _method(method).streams == "integer"
 
 
 def is_stored(method: str) -> bool:
     """Whether it is a plain twin, which stores what the method rebuilds."""
-    return method.endswith("-store")
+    return bool(_method(method).twin_of)
 
 
 def rebuilt(method: str) -> str:
     """The method itself, of itself or of its plain twin."""
-    return method.removesuffix("-store")
+    return _method(method).twin_of or method
 
 
 def in_floats(method: str) -> str:
     """The method of the same variant, in the paper's arithmetic and rebuilt."""
-    return rebuilt(method).removesuffix("-exact")
+    return _method(method).float_of or rebuilt(method)
 
 
 def is_sparse(method: str) -> bool:
     """Whether few of its neurons answer, from host memory."""
-    return method.startswith("sparse")
+    return _method(method).neurons in ("sparse", "experts")
 
 
 def has_experts(method: str) -> bool:
     """Whether a router chooses among its neurons."""
-    return method.startswith("sparse-experts")
+    return _method(method).neurons == "experts"
 
 
 def has_neurons(method: str) -> bool:
-    """Whether it is an adapter of many neurons beside the feed-forward."""
-    return is_sparse(method) or method.startswith("dense")
+    """Whether it is an adapter of many neurons next to the feed-forward."""
+    return bool(_method(method).neurons)
 
 
-_HEEDS: dict[str, Callable[[str], bool]] = {
-    "bottleneck_size": lambda m: is_meft(m) or m.startswith("adapters"),
-    "lora_rank": lambda m: m.startswith("lora"),
-    "lost_bits": is_exact,
-    "reversible_blocks": lambda m: is_meft(m) and not is_stored(m),
-    "mlp_chunks": is_meft,
-    "num_neurons": has_neurons,
-    "top_k_neurons": is_sparse,
-    "num_experts": has_experts,
-    "row_budget_bytes": lambda m: is_sparse(m) or m == "dense-offload",
-    "top_k_experts": has_experts,
-    "active_fraction": is_sparse,
-}
+@functools.cache
+def _options() -> frozenset[str]:
+    return frozenset(option for m in TABLE.values() for option in m.options)
 
 
-def heeds(method: str, option: str) -> bool:
-    """Whether `option` of a cell changes anything in `method`.
-
-    A method that nobody has described is taken to heed them all.
-    """
-    return method not in LOOKS or option not in _HEEDS or _HEEDS[option](method)
+def uses(method: str, option: str) -> bool:
+    """Whether `option` of a cell changes anything in `method`."""
+    if method not in TABLE or option not in _options():
+        return True
+    return option in TABLE[method].options

@@ -10,6 +10,8 @@ from its name, the same in every run.
 import hashlib
 from dataclasses import dataclass
 
+from meft_reports.methods import TABLE
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Look:
@@ -26,50 +28,14 @@ class Look:
         return "white" if self.hollow else self.color
 
 
-def _twin(look: Look) -> Look:
-    return Look(color=look.color, marker=look.marker, line="--", hollow=True)
-
-
-_MEFT1 = Look(color="#D55E00", marker="o")
-_MEFT2 = Look(color="#E69F00", marker="s")
-_MEFT3 = Look(color="#009E73", marker="D")
-_MEFT1_EXACT = Look(color="#7A2E00", marker="o", line=":")
-_MEFT2_EXACT = Look(color="#8A5F00", marker="s", line=":")
-_MEFT3_EXACT = Look(color="#00523C", marker="D", line=":")
-_SPARSE = Look(color="#0B6E4F", marker="H")
-
 LOOKS = {
-    "full": Look(color="#000000", marker="o"),
-    "head": Look(color="#8A8A8A", marker="P"),
-    "lora": Look(color="#0072B2", marker="^"),
-    "adapters": Look(color="#CC79A7", marker="X"),
-    "checkpointing": Look(color="#5B4A8A", marker="v"),
-    "lora-checkpointing": Look(color="#56B4E9", marker="<"),
-    "adapters-checkpointing": Look(color="#94356B", marker=">"),
-    "meft1": _MEFT1,
-    "meft2": _MEFT2,
-    "meft3": _MEFT3,
-    "meft1-store": _twin(_MEFT1),
-    "meft2-store": _twin(_MEFT2),
-    "meft3-store": _twin(_MEFT3),
-    "meft1-exact": _MEFT1_EXACT,
-    "meft2-exact": _MEFT2_EXACT,
-    "meft3-exact": _MEFT3_EXACT,
-    "meft1-exact-store": _twin(_MEFT1_EXACT),
-    "meft2-exact-store": _twin(_MEFT2_EXACT),
-    "meft3-exact-store": _twin(_MEFT3_EXACT),
-    "dense": Look(color="#4D4D4D", marker="s"),
-    "dense-offload": Look(color="#4D4D4D", marker="s", line="--", hollow=True),
-    "sparse": Look(color="#1B9E9E", marker="d"),
-    "sparse-experts": _SPARSE,
-    "sparse-experts-union": Look(color="#A8A032", marker="h"),
-    "sparse-experts-resident": _twin(_SPARSE),
-    "sparse-experts-no-cache": Look(color="#A3123F", marker="v", line=":"),
-    "sparse-experts-window": Look(color="#B05FA8", marker="<", line=":"),
-    "sparse-experts-no-prefetch": Look(color="#CC6677", marker=">", line=":"),
-    "sparse-experts-wide": Look(color="#88CCEE", marker="^", line=":"),
-    "sparse-experts-lazy": Look(color="#DDCC77", marker="*", line=":"),
-    "sparse-experts-dense-update": Look(color="#332288", marker="p", line=":"),
+    name: Look(
+        color=method.color,
+        marker=method.marker,
+        line=method.line,
+        hollow=method.hollow,
+    )
+    for name, method in TABLE.items()
 }
 """Every method of the harness, in the order in which methods are shown."""
 

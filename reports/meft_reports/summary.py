@@ -12,7 +12,7 @@ import pandas as pd
 
 from meft_reports.columns import CELL_FIELDS
 from meft_reports.columns.measurement import OLD_SCORE_NAMES
-from meft_reports.methods import heeds, is_sparse
+from meft_reports.methods import is_sparse, uses
 from meft_reports.style import method_order
 
 WORKLOAD = (
@@ -158,7 +158,7 @@ def prepare(frame: pd.DataFrame) -> pd.DataFrame:
     rows["equal_batches"] = has_equal_batches(rows)
     rows["undecayed_rows"] = has_undecayed_rows(rows)
     for name in OPTIONS:
-        idle = [not heeds(method, name) for method in rows["method"]]
+        idle = [not uses(method, name) for method in rows["method"]]
         rows[name] = rows[name].mask(pd.Series(idle, index=rows.index, dtype=bool))
     first_ok = rows["status"].ne("ok").sort_values(kind="stable").index
     same = rows.loc[first_ok].duplicated([*GROUP, "seed"])

@@ -6,7 +6,7 @@ import html.parser
 import io
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from xml.etree import ElementTree
 
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from marks import slow_but_for
 from meft_bench.parent import show
 from meft_bench.shared.record import Record as HarnessRecord
+from meft_reports import methods
 from meft_reports.check import check
 from meft_reports.frame import save_frame, to_frame
 from meft_reports.page import render_page
@@ -95,6 +96,21 @@ def _with_text(record: Record, text: str) -> Record:
     record["environment"]["versions"] = {n: v + text for n, v in versions.items()}
     record["environment"]["versions"]["package" + text] = text
     return record
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _known_methods() -> Iterator[None]:
+    """A method whose name goes on with a text is described as the method itself, so
+    that figures and tables of its kind are made of it, too."""
+    plain = methods._method
+
+    def described(name: str) -> methods.Method:
+        known = [known for known in methods.TABLE if name.startswith(known)]
+        return plain(max(known, key=len, default=name))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods, "_method", described)
+        yield
 
 
 def _records() -> list[Record]:

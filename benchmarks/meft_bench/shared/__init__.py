@@ -5,6 +5,7 @@ record     what came of it: status, measurement and environment
 request    what a parent asks of a child, on the command line
 options    settings of a child that do not belong to the cell
 outcome    the file in which a child reports how it ended
+methods    the table of methods: functions, options, what each has
 registry   the names of methods, tasks, backbones and devices
 protocol   constants of the training protocol
 configs    finds and reads the config of a backbone

@@ -10,42 +10,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-_METHODS = "meft_bench.child.methods"
+from meft_bench.shared import methods
+
 _TASKS = "meft_bench.child.tasks"
 _CHECKS = "meft_bench.virtual.validation"
 
 METHODS = {
-    "full": f"{_METHODS}.full:full",
-    "head": f"{_METHODS}.full:head",
-    "lora": f"{_METHODS}.lora:lora",
-    "adapters": f"{_METHODS}.adapters:adapters",
-    "checkpointing": f"{_METHODS}.checkpointing:checkpointing",
-    "lora-checkpointing": f"{_METHODS}.checkpointing:lora_checkpointing",
-    "adapters-checkpointing": f"{_METHODS}.checkpointing:adapters_checkpointing",
-    "meft1": f"{_METHODS}.reversible:meft1",
-    "meft2": f"{_METHODS}.reversible:meft2",
-    "meft3": f"{_METHODS}.reversible:meft3",
-    "meft1-store": f"{_METHODS}.reversible:meft1_store",
-    "meft2-store": f"{_METHODS}.reversible:meft2_store",
-    "meft3-store": f"{_METHODS}.reversible:meft3_store",
-    "meft1-exact": f"{_METHODS}.reversible:meft1_exact",
-    "meft2-exact": f"{_METHODS}.reversible:meft2_exact",
-    "meft3-exact": f"{_METHODS}.reversible:meft3_exact",
-    "meft1-exact-store": f"{_METHODS}.reversible:meft1_exact_store",
-    "meft2-exact-store": f"{_METHODS}.reversible:meft2_exact_store",
-    "meft3-exact-store": f"{_METHODS}.reversible:meft3_exact_store",
-    "dense": f"{_METHODS}.sparse:dense",
-    "dense-offload": f"{_METHODS}.sparse:dense_offload",
-    "sparse": f"{_METHODS}.sparse:sparse",
-    "sparse-experts": f"{_METHODS}.sparse:sparse_experts",
-    "sparse-experts-union": f"{_METHODS}.sparse:sparse_experts_union",
-    "sparse-experts-resident": f"{_METHODS}.sparse:sparse_experts_resident",
-    "sparse-experts-no-cache": f"{_METHODS}.sparse:sparse_experts_no_cache",
-    "sparse-experts-window": f"{_METHODS}.sparse:sparse_experts_window",
-    "sparse-experts-no-prefetch": (f"{_METHODS}.sparse:sparse_experts_no_prefetch"),
-    "sparse-experts-wide": f"{_METHODS}.sparse:sparse_experts_wide",
-    "sparse-experts-lazy": f"{_METHODS}.sparse:sparse_experts_lazy",
-    "sparse-experts-dense-update": (f"{_METHODS}.sparse:sparse_experts_dense_update"),
+    name: f"{methods.FUNCTIONS}.{method.function}"
+    for name, method in methods.TABLE.items()
 }
 """Ways of fine-tuning: the paper's, ours with the exact inverse (`-exact`), the plain
 twins of both (`-store`), and their rivals; then adapters of many neurons: dense, and
@@ -135,7 +107,7 @@ VIRTUAL_DEVICES = tuple(
     for path in sorted(Path(__file__).parents[1].glob("virtual/device/gpus/*.json"))
 )
 """GPUs that need not be there."""
-HAVE_ROWS = ("dense-offload", *(m for m in METHODS if m.startswith("sparse")))
+HAVE_ROWS = tuple(name for name, m in methods.TABLE.items() if m.has_rows)
 """Methods whose neurons are rows of a store, which `meft.SparseAdamW` steps."""
 DEVICES = ("cpu", "cuda", *VIRTUAL_DEVICES)
 

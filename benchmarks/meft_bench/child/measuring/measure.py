@@ -30,7 +30,7 @@ from meft_bench.child.tasks.question import AnswerTask
 from meft_bench.child.training import execution, prepare
 from meft_bench.child.training.prepare import AnyTask
 from meft_bench.child.training.steps import Stepper, train
-from meft_bench.shared import configs
+from meft_bench.shared import configs, methods
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import TASKS, load
 from meft_bench.shared.source import Source
@@ -84,7 +84,7 @@ def _measure(cell: Cell, source: Source, sighting: Sighting) -> None:
         probes.probe_link(stepper, batches, sighting)
     probes.probe_rows(stepper, batches, sighting)
     probes.look_at_routing(stepper, batches[0], sighting)
-    if cell.method.startswith("meft") and not cell.method.endswith("-store"):
+    if methods.TABLE[cell.method].rebuilds:
         probes.check_inverse(stepper, batches[0], sighting)
     if cell.rival:  # last, as it needs memory for two
         probes.race(stepper, _rival(cell, task, source), cell, batches, sighting)
@@ -92,7 +92,7 @@ def _measure(cell: Cell, source: Source, sighting: Sighting) -> None:
 
 def _start(model: PreTrainedModel, batch: Batch, cell: Cell) -> Tensor | None:
     """The plain backbone's last hidden state, for methods that change it."""
-    if not cell.method.startswith("meft"):
+    if not methods.TABLE[cell.method].is_reversible:
         return None
     # Nothing trains yet, lest the stepper make an optimizer for all of it.
     nn.Module.to(model.requires_grad_(False), cell.device)
