@@ -46,8 +46,10 @@ class Backbone:
     tokenizer: PreTrainedTokenizerBase | None
     """None for random weights, which have no vocabulary, and for images."""
     origin: str
-    """Readable description: package and version, directory, hub name, `random
-    weights`."""
+    """Readable description: package, directory, hub name, or `random weights`.
+
+    Of a package, with its version.
+    """
     sha256: str | None
     """SHA-256 of the file of weights, or of its shards; None for random weights."""
 

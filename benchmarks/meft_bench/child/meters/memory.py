@@ -108,8 +108,7 @@ def cpu_step_peak_bytes(step: Callable[[], object]) -> int:
 
 
 def cuda_step_peak_bytes(step: Callable[[], object]) -> tuple[int, int]:
-    """Return the (allocated, reserved) peaks of the CUDA device during `step()`, in
-    bytes.
+    """Return the (allocated, reserved) peaks in bytes of the CUDA device in `step()`.
 
     The device is the current one. Both peaks include the model state on it. The cache
     is emptied first, so that reserved memory is that of this step and not of an earlier

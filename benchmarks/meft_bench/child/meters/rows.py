@@ -25,8 +25,10 @@ from meft.transfer import Ledger
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowTraffic:
-    """Traffic of one optimizer step: fields of `Measurement`; None without an
-    engine."""
+    """Traffic of one optimizer step: fields of `Measurement`.
+
+    Fields that only an engine counts are None without one.
+    """
 
     paper_transfer_bytes: int
     dense_transfer_bytes: int

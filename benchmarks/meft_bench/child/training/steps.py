@@ -40,8 +40,12 @@ def seed_everything(seed: int) -> None:
 
 
 def learning_rate_at(step: int, cell: Cell) -> float:
-    """Return the learning rate of step `step`, counted from 0: up, then linearly to
-    0."""
+    """Return the learning rate of a step: it rises, then falls linearly to 0.
+
+    Args:
+        step: number of the optimizer step, counted from 0.
+        cell: has the peak rate and the number of steps.
+    """
     num_rising = round(protocol.WARMUP_FRACTION * cell.max_steps)
     if step < num_rising:
         return cell.learning_rate * step / num_rising
