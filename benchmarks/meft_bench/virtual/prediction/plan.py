@@ -74,7 +74,7 @@ class Plan:
     bytes_touched: int | None = None
     """Bytes read and written by operators."""
     seconds_at_least: float | None = None
-    """Time of arithmetic alone or of memory access alone at the vendor's rates."""
+    """Larger of the times of arithmetic and of memory access at the vendor's rates."""
     prediction: str = HELD
 
     def to_json(self) -> dict[str, Any]:
