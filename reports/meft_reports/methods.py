@@ -1,6 +1,6 @@
-"""What a method's name says: whose twin it is, and which options it heeds.
+"""Properties of a method that follow from its name: its twin, and the options it uses.
 
-meftN               the paper's arithmetic, in floats
+meftN               the paper's arithmetic, in floating point
 meftN-exact         integer streams, whose inverse is exact
 ...-store           the plain twin: the same function, nothing rebuilt
 dense, sparse...    adapters of many neurons; `-experts` are routed
@@ -11,46 +11,46 @@ from collections.abc import Callable
 from meft_reports.style import LOOKS
 
 RIVAL = "adapters-checkpointing"
-"""What the exact methods are held against: adapters whose blocks are checkpointed."""
+"""Reference of the exact methods: adapters whose blocks are checkpointed."""
 
 
 def is_meft(method: str) -> bool:
-    """Whether it has MEFT's two streams, rebuilt or stored."""
+    """Return whether the method has MEFT's two streams, rebuilt or stored."""
     return method.startswith("meft")
 
 
 def is_exact(method: str) -> bool:
-    """Whether its streams are integers."""
+    """Return whether its streams are integers."""
     return is_meft(method) and "-exact" in method
 
 
 def is_stored(method: str) -> bool:
-    """Whether it is a plain twin, which stores what the method rebuilds."""
+    """Return whether it is a plain twin, which stores what the method rebuilds."""
     return method.endswith("-store")
 
 
 def rebuilt(method: str) -> str:
-    """The method itself, of itself or of its plain twin."""
+    """Return the method itself, given the method or its plain twin."""
     return method.removesuffix("-store")
 
 
 def in_floats(method: str) -> str:
-    """The method of the same variant, in the paper's arithmetic and rebuilt."""
+    """Return the method of the same variant, rebuilt, in the paper's arithmetic."""
     return rebuilt(method).removesuffix("-exact")
 
 
 def is_sparse(method: str) -> bool:
-    """Whether few of its neurons answer, from host memory."""
+    """Return whether few of its neurons are active, with rows in host memory."""
     return method.startswith("sparse")
 
 
 def has_experts(method: str) -> bool:
-    """Whether a router chooses among its neurons."""
+    """Return whether a router chooses among its neurons."""
     return method.startswith("sparse-experts")
 
 
 def has_neurons(method: str) -> bool:
-    """Whether it is an adapter of many neurons beside the feed-forward."""
+    """Return whether it is an adapter of many neurons parallel to the feed-forward."""
     return is_sparse(method) or method.startswith("dense")
 
 
@@ -70,8 +70,8 @@ _HEEDS: dict[str, Callable[[str], bool]] = {
 
 
 def heeds(method: str, option: str) -> bool:
-    """Whether `option` of a cell changes anything in `method`.
+    """Return whether `option` of a cell has an effect on `method`.
 
-    A method that nobody has described is taken to heed them all.
+    An unknown method is assumed to use all options.
     """
     return method not in LOOKS or option not in _HEEDS or _HEEDS[option](method)

@@ -397,8 +397,7 @@ def _default_device(arguments: argparse.Namespace) -> str:
 
 
 def _select(chosen: Sweep, only: str | None) -> tuple[Cell, ...]:
-    """Return the cells of a method if `only` is one, else those with it in their
-    ids."""
+    """Return the cells of the method `only`, or those with `only` in their ids."""
     if only is None:
         return chosen.cells
     if only in registry.METHODS:

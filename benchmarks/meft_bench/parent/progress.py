@@ -111,8 +111,7 @@ class Progress:
 
 
 def count(statuses: Iterable[Status]) -> str:
-    """Return the number of cells by status, in the order of `Status`: `ok 11, oom
-    1`."""
+    """Return the counts of each status, in the order of `Status`: `ok 11, oom 1`."""
     counts = Counter(statuses)
     return ", ".join(f"{name} {counts[name]}" for name in Status if counts[name])
 

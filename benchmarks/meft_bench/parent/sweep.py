@@ -47,8 +47,7 @@ Condition = dict[str, tuple[Value, ...]]
 
 
 class SweepError(ValueError):
-    """Raised if a sweep cannot be used; the message states where and why in one
-    line."""
+    """Raised if a sweep cannot be used; states where and why in one line."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -64,11 +64,12 @@ class Cell:
     eval_every: int = 0
     """Number of steps between two validations; 0 trains all `max_steps` without any."""
     patience: int = 0
-    """Number of validations without improvement before training stops; 0 never
-    stops."""
+    """Number of validations without improvement before training stops; 0: no limit."""
     train_rows: int = 0
-    """Number of rows drawn by `seed`, including a tenth to select weights; 0 takes
-    all."""
+    """Number of rows drawn by `seed`; 0 draws all.
+
+    A tenth of them is used to select weights.
+    """
     eval_rows: int = 0
     """Number of rows to score, the first of the split; 0 takes all."""
     bottleneck_size: int = 8
@@ -87,8 +88,10 @@ class Cell:
     top_k_experts: int = 8
     """Number of these that a token uses."""
     row_budget_bytes: int = 2**30
-    """Maximum number of bytes of sparse adapters' rows on the device, over all
-    blocks."""
+    """Maximum number of bytes of sparse adapters' rows on the device.
+
+    It applies to all blocks together.
+    """
     active_fraction: float = 1.0
     """Assumed share of a block's neurons that a batch activates on a virtual GPU.
 

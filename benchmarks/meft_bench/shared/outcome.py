@@ -53,8 +53,8 @@ class Outcome:
 
 
 def leave(path: Path, result: dict[str, object]) -> None:
-    """Call `write` as the child's last action; exit with `EXIT_UNWRITTEN` on
-    failure."""
+    """Call `write` as the child's last action; exit with `EXIT_UNWRITTEN` if it
+    fails."""
     try:
         write(path, result)
     except OSError as error:

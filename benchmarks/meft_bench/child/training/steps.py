@@ -100,7 +100,7 @@ class Stepper:
 
         Returns:
             The mean loss over all target tokens of a language model, over all rows of a
-                classifier; not-a-number where no micro-batch has a target token.
+            classifier; not-a-number where no micro-batch has a target token.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -136,7 +136,7 @@ class Stepper:
 
         Returns:
             One number per micro-batch, as a tensor where it depends on the labels, so
-                that a virtual GPU, whose tensors have no values, needs none.
+            that a virtual GPU, whose tensors have no values, needs none.
         """
         if batches[0]["labels"].ndim == 1:
             return [len(batches)] * len(batches)

@@ -26,7 +26,7 @@ def plan_all(request: dict[str, Any], options: ChildOptions) -> dict[str, Any]:
 
     Returns:
         `{"plans": [...]}`, one JSON object for each cell in order; with `maximize`,
-            each also has the `largest` value.
+        each also has the `largest` value.
     """
     torch.set_num_threads(options.num_threads)
     source = Source(allow_download=options.allow_download)

@@ -25,7 +25,7 @@ def run(request: dict[str, Any], options: ChildOptions) -> dict[str, Any]:
 
     Returns:
         `status` and `message` as for a cell; `figures`, a list of JSON objects, all
-            that were reported before the end; `seconds`; and the `device_name`.
+        that were reported before the end; `seconds`; and the `device_name`.
     """
     torch.set_num_threads(options.num_threads)
     started = time.monotonic()
