@@ -13,9 +13,10 @@ PLACE = [name for name in (*WORKLOAD, *PROVENANCE) if name != "depth"]
 
 
 def start_deviations(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per place, method, number of blocks and k: the mean over ok cells.
+    """Return the mean over ok cells by `PLACE`, method, number of blocks and k.
 
-    A method and its plain twin are the same function; both count as the method.
+    There is one row for each. A method and its plain twin are the same function; both
+    count as the method.
     """
     rows = prepare(frame)
     known = rows["start_deviation"].notna() & (rows["status"] == "ok")

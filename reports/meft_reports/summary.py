@@ -64,7 +64,9 @@ def mean_list(lists: "pd.Series[Any]") -> list[float]:
 
 
 def summarise(frame: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
-    """Return one row per method, workload, options and place, averaged over seeds.
+    """Return one row per method, workload, options and environment.
+
+    Numbers are averaged over seeds; the environment is that of `PROVENANCE`.
 
     Args:
         frame: rows of `read_frame`.
@@ -149,10 +151,10 @@ def by_method(frame: pd.DataFrame) -> pd.DataFrame:
 def prepare(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the rows in the form that tables and plots require.
 
-    The torch version and number of blocks of cells that crashed are filled in as far as
-    possible; `FLAGS` are columns; options that a method does not use are null. Cells
-    that are identical after this, with the same seed, leave one row, an ok one if there
-    is one.
+    The torch version and number of blocks of failed cells are filled in as far as
+    possible; `FLAGS` are columns; options that a method does not use are null. Of cells
+    that are identical after this, with the same seed, one row is kept, an ok one if
+    there is one.
     """
     rows = with_blocks_known(with_torch_known(frame))
     rows["random_weights"] = has_random_weights(rows)
@@ -167,7 +169,7 @@ def prepare(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def has_random_weights(frame: pd.DataFrame) -> "pd.Series[bool]":
-    """Return whether each row's backbone had random weights, also for crashed cells."""
+    """Return whether each row's backbone had random weights, also for failed cells."""
     origin = frame["weights_origin"].fillna("").str.startswith("random")
     return (origin | frame["backbone"].str.startswith("random:")).astype(bool)
 
@@ -184,15 +186,17 @@ def has_equal_batches(frame: pd.DataFrame) -> "pd.Series[bool]":
 
 
 def has_undecayed_rows(frame: pd.DataFrame) -> "pd.Series[bool]":
-    """Return whether weight decay excluded rows of sparse adapters, as in older
-    code."""
+    """Return whether weight decay excluded the rows of sparse adapters.
+
+    This is the case for older code.
+    """
     has_rows = [is_sparse(m) or m == "dense-offload" for m in frame["method"]]
     is_old = frame["loss_mean"].isna() & frame["score_name"].notna()
     return (is_old & pd.Series(has_rows, index=frame.index, dtype=bool)).astype(bool)
 
 
 def with_torch_known(frame: pd.DataFrame) -> pd.DataFrame:
-    """Fill in the torch version of cells that crashed before they recorded it.
+    """Fill in the torch version of cells that failed before they recorded it.
 
     It is that of the cells of the same machine and code, which must agree.
     """
@@ -205,10 +209,10 @@ def with_torch_known(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_blocks_known(frame: pd.DataFrame) -> pd.DataFrame:
-    """Fill in `num_blocks` of cells that crashed: the depth of the cell or of siblings.
+    """Fill in `num_blocks` of failed cells.
 
-    The depth of the cell is used if siblings do not agree. Siblings are the cells of
-    the same backbone and depth.
+    It is that of the cells of the same backbone and depth if they agree, otherwise the
+    requested depth.
     """
     filled = frame.copy()
     for key, part in split(frame, ["backbone", "depth"]):

@@ -2,7 +2,7 @@
 
 If interrupted at any time, even by `kill -9`, it leaves a file of complete records; the
 same command then continues with the cells that are not in it. A first SIGINT or SIGTERM
-ends the children and the run, a second one ends the process immediately.
+ends the children and the run, a second one has its default effect.
 """
 
 import contextlib

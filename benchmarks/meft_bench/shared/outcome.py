@@ -53,8 +53,10 @@ class Outcome:
 
 
 def leave(path: Path, result: dict[str, object]) -> None:
-    """Call `write` as the child's last action; exit with `EXIT_UNWRITTEN` if it
-    fails."""
+    """Call `write` as the last action of a child; if it fails, end the process.
+
+    The exit status is then `EXIT_UNWRITTEN`.
+    """
     try:
         write(path, result)
     except OSError as error:

@@ -109,8 +109,8 @@ class Measurement:
     routing_recall: list[float] | None = None
     """Recall of the router per block.
 
-    Share of the neurons that tokens would keep if all were scored that are chosen with
-    the router.
+    It is the share of the neurons that tokens would keep if all were scored which they
+    also keep with the router.
     """
     activation_curve: list[float] | None = None
     """Mean activations of neurons by size, as shares of the largest; 64 positions."""
@@ -136,7 +136,10 @@ class Measurement:
     None where it was not finite.
     """
     gradient_error: list[float | None] | None = None
-    """Relative error of each block's gradients against the stored twin, likewise."""
+    """Relative error of each block's gradients against the stored twin.
+
+    The lowest block is first; None where the error was not finite.
+    """
     repeat_error: list[float | None] | None = None
     """Relative error of each block's gradients between two runs of the stored twin.
 

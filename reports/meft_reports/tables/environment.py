@@ -10,7 +10,7 @@ from meft_reports.tables.table import Table
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
-    """Return one table per distinct place and code of the cells."""
+    """Return one table per distinct environment of the cells."""
     fields = {
         "machine": "machine",
         "cpu": "processor",

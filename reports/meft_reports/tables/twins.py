@@ -100,7 +100,7 @@ def _pairs(setting: pd.DataFrame, part: pd.DataFrame) -> list[Pair]:
 
 
 def _key(row: "pd.Series[Any]") -> tuple[Any, ...]:
-    """Return the fields that twins have in common, within one place."""
+    """Return the fields that twins have in common, within one `PLACE`."""
     names = [name for name in OPTIONS if name not in MAY_DIFFER]
     options = [None if is_null(row[name]) else row[name] for name in names]
     return (rebuilt(row["method"]), row["seed"], *options)

@@ -1,7 +1,7 @@
 """How a batch uses the neurons of its adapters, measured outside the method.
 
-    recall      share of the neurons that a token would keep if all were scored that
-                are in its experts and are chosen with the router; mean over tokens
+    recall      share of the neurons that a token would keep if all were scored which
+                it also keeps with its experts and router; mean over tokens
     curve       each neuron's activation relu(k . h), the mean over tokens; neurons by
                 size, as shares of the largest, at 64 evenly spaced positions
                 (figure 2 of Hao et al., ACL 2024)

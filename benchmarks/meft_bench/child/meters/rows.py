@@ -9,8 +9,9 @@
     dense     transfers of an adapter with as many neurons that is offloaded entirely:
               all rows and all gradients in every batch, 2 * 2 d r elements a block
 
-d is the width, u the neurons that a batch activates, T its tokens, r all neurons; all
-three are given in bytes for the same element size.
+d is the width, u the number of neurons that a batch activates, T its number of tokens,
+r the number of all neurons. The three quantities are in bytes, with elements of the
+same size.
 """
 
 import dataclasses

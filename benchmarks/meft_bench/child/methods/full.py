@@ -1,4 +1,4 @@
-"""Two baselines: train all parameters, or only the new head."""
+"""Two reference methods: train all parameters, or only the new head."""
 
 from transformers import PreTrainedModel
 

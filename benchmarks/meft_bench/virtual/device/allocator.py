@@ -62,7 +62,7 @@ def round_up(num_bytes: int, multiple: int = ROUND_BYTES) -> int:
 
 
 class CachingAllocator:
-    """Count the bytes that are allocated and reserved, now and at their peaks.
+    """Model of PyTorch's caching allocator, with current values and peaks in bytes.
 
     Args:
         capacity_bytes: number of bytes that the driver can provide; None means

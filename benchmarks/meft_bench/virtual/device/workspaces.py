@@ -48,10 +48,11 @@ def _shared_heads(args: tuple[Any, ...]) -> int:
 
 
 def _efficient_backward(args: tuple[Any, ...], out: Any) -> int:
-    """Row sums, a contiguous copy of the output's gradient, a 16-bit accumulator.
+    """Row sums, a contiguous copy of the output's gradient, and an accumulator.
 
-    For 32-bit floats, the row sums are not computed by the kernel: the product of the
-    gradient and the output is a separate tensor.
+    The accumulator is float32 and exists for 16-bit inputs. For 32-bit floats, the row
+    sums are not computed by the kernel: the product of the gradient and the output is a
+    separate tensor.
     """
     gradient, query = args[0], args[1]
     batch, heads, tokens, width = query.shape
@@ -72,7 +73,7 @@ def _cudnn_backward(args: tuple[Any, ...], out: Any) -> int:
 
 
 def _safe_softmax(args: tuple[Any, ...], out: Any) -> int:
-    """A mask of the entries whose scores are all masked out."""
+    """A boolean mask of the masked scores, one byte each."""
     assert isinstance(out, Tensor)
     return out.numel()
 

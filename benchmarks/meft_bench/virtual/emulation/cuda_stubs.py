@@ -84,7 +84,7 @@ def answers_of(
     for name, answer in answers.items():
         yield mock.patch.object(torch.cuda, name, answer)
     yield mock.patch.object(Tensor, "record_stream", nothing)
-    if hasattr(fake_tensor, "init_gpu_context"):  # before torch 2.13: starts a real GPU
+    if hasattr(fake_tensor, "init_gpu_context"):  # before torch 2.13: initialises CUDA
         yield mock.patch.object(fake_tensor, "init_gpu_context", nothing)
 
 

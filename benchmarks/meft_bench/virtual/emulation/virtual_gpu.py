@@ -78,9 +78,8 @@ class VirtualGpu:
         self.gpu = gpu
         self.workspaces = workspaces.of(gpu)
         self.backend = cuda_backend.BACKEND
-        """The backend, which has the device of the tensors; final once the context is
-        open.
-        """
+        """The backend, which has the tensors' device; final once the context is
+        open."""
         self.attention_counts: dict[str, int] = {}
         """Number of calls of each attention kernel."""
         self.mode = _Mode(allow_non_fake_inputs=True, allow_fallback_kernels=False)
@@ -167,7 +166,7 @@ class VirtualGpu:
         yield from _masks()
 
     def _memory(self) -> Iterator[contextlib.AbstractContextManager[Any]]:
-        """Without these patches, code would read the memory of a real device."""
+        """Answer the memory functions of `torch.cuda` from the ledger."""
         answers: dict[str, Any] = {
             "reset_peak_memory_stats": self.reset_peaks,
             "empty_cache": self.empty_cache,
