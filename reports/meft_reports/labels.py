@@ -1,7 +1,7 @@
 """Descriptions of rows: panel titles, table titles, rows with options.
 
-They contain what differs, and what is always necessary. Random weights are always
-mentioned.
+They contain the fields that differ, and those that are always shown. Random weights are
+always mentioned.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -8,11 +8,11 @@ Its output is a log, kept next to that file and never parsed.
 
 The status is derived as follows:
 
-    an outcome was written                        the status in it
-    no outcome, and the time is over              timeout
-    no outcome, and a signal ended the child      killed
-    no outcome, and it exited; or a malformed one error
-    no outcome, as it could not be written        error; the child exits with 74
+    an outcome was written                          the status in it
+    no outcome, and the time is over                timeout
+    no outcome, and a signal ended the child        killed
+    no outcome, and it exited; or a malformed one   error
+    no outcome, as it could not be written          error; the child exits with 74
 
 The child leads its own session: all processes it started are killed with it, and Ctrl-C
 in a terminal reaches only the parent.

@@ -177,7 +177,7 @@ def done(
     code.
 
     Args:
-        records: oldest first.
+        records: all records of the file, oldest first.
         cells: the cells of a run.
         environments: the environments of the run, by `Cell.device`.
 

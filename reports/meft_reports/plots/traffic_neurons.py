@@ -31,7 +31,9 @@ _MIB = 2**20
 
 @canvas.styled
 def draw(frame: pd.DataFrame) -> Figure:
-    """Draw one panel per workload and accumulation window; the x axis is the neurons.
+    """Draw one panel per workload and accumulation window.
+
+    The x axis is the number of neurons.
 
     Raises:
         NothingToDraw: no cell with sparse adapters ended well.

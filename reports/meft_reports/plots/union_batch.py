@@ -25,7 +25,7 @@ CAPTION = (
 
 @canvas.styled
 def draw(frame: pd.DataFrame) -> Figure:
-    """Draw one panel per workload; the x axis is the tokens of a batch.
+    """Draw one panel per workload; the x axis is the number of tokens of a batch.
 
     Raises:
         NothingToDraw: no cell with sparse adapters ended well.

@@ -48,7 +48,7 @@ class Backbone:
     origin: str
     """Readable description: package, directory, hub name, or `random weights`.
 
-    Of a package, with its version.
+    The description of a package includes its version.
     """
     sha256: str | None
     """SHA-256 of the file of weights, or of its shards; None for random weights."""

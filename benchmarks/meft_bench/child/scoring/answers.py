@@ -28,7 +28,7 @@ def examples(
 
     Args:
         task: the questions.
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         cell: the cell, which includes the sequence length.
 
     Raises:
@@ -55,7 +55,7 @@ def predict(
         stepper: the model.
         task: the task, whose metric decides between options and text.
         rows: the questions.
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         cell: the cell, which includes batch size and sequence length.
     """
     stepper.model.eval()

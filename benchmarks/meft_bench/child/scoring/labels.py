@@ -18,7 +18,7 @@ def examples(task: Task, tokenizer: PreTrainedTokenizerBase, cell: Cell) -> Exam
 
     Args:
         task: the rows.
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         cell: the cell, which includes the sequence length.
     """
     train, validation, evaluation = (
@@ -41,7 +41,7 @@ def predict(
         stepper: the model.
         task: the task.
         rows: the encoded rows.
-        tokenizer: of the model; unused.
+        tokenizer: the tokenizer of the model; unused.
         cell: the cell, which includes the batch size.
     """
     return steps.predict(stepper, list(rows), cell.batch_size)

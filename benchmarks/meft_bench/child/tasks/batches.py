@@ -64,7 +64,7 @@ def encode(
 
     Args:
         rows: the texts and labels.
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         seq_len: maximum number of tokens of a row.
     """
     if not rows:

@@ -30,8 +30,8 @@ def read(source: Source, folder: str, name: str, instead: str) -> tuple[str, str
 
     Args:
         source: has the data directory, or a directory inside of it.
-        folder: of the task.
-        name: of the file, without .gz.
+        folder: name of the folder of the task.
+        name: name of the file, without .gz.
         instead: another way to get the data, for the message.
 
     Returns:

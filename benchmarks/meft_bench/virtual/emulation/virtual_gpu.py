@@ -78,7 +78,7 @@ class VirtualGpu:
         self.gpu = gpu
         self.workspaces = workspaces.of(gpu)
         self.backend = cuda_backend.BACKEND
-        """The backend, which has the tensors' device; final once the context is
+        """The backend with the device of the tensors; final once the context is
         open."""
         self.attention_counts: dict[str, int] = {}
         """Number of calls of each attention kernel."""
