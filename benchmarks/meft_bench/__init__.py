@@ -1,1 +1,4 @@
-"""The harness: sweeps in, records out. `meft_bench.parent.cli` is its entry point."""
+"""The benchmark harness, from sweeps to records.
+
+Its entry point is `meft_bench.parent.cli`.
+"""

@@ -1,4 +1,4 @@
-"""`python -m meft_bench` is `meft-bench`."""
+"""Run `meft-bench` as `python -m meft_bench`."""
 
 import sys
 

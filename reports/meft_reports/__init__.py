@@ -1,6 +1,6 @@
-"""Records of `meft-bench` in; tables, plots, one HTML page and a verdict out.
+"""Read records of `meft-bench`; write tables, plots, one HTML page and a verdict.
 
-A file of records is all that this package knows of the harness: it imports neither
+Files of records are the only interface to the harness: this package imports neither
 `meft_bench`, nor `meft`, nor torch. Reading order: `columns`, `frame`, `summary`, then
-any of `plots`, `tables`, `page`, `check` and `baseline`; `cli` ties them together.
+any of `plots`, `tables`, `page`, `check` and `baseline`; `cli` is the command line.
 """

@@ -1,4 +1,4 @@
-"""`python -m meft_reports` is `meft-report`."""
+"""Run `meft-report` as `python -m meft_reports`."""
 
 import sys
 

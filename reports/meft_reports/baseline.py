@@ -1,8 +1,8 @@
 """The baseline: the ok records of a run, kept to compare later runs with.
 
-A file of JSON lines, one record each, sorted by `cell_id`, so that a version control
-system shows a change of one cell as a change of one line. The records are kept whole:
-where a number came from is part of it.
+It is a file of JSON lines, one record each, sorted by `cell_id`, so that a version
+control system shows a change of one cell as a change of one line. The records are kept
+completely, including the origin of their numbers.
 """
 
 import json
@@ -18,29 +18,29 @@ from meft_reports.records import read_baseline, read_records
 from meft_reports.text import printable
 
 MAX_NAMES = 5
-"""Cells that an error names."""
+"""Number of cells that an error names."""
 
 Records = Mapping[str, dict[str, Any]]
 """Records by `cell_id`."""
 
 
 def update_baseline(runs: Sequence[Path], path: Path, *, may_remove: bool) -> list[str]:
-    """Make `path` hold the ok cells of `runs` and nothing else.
+    """Write the ok cells of `runs`, and only these, to `path`.
 
     Args:
         runs: files of records.
-        path: the baseline; it is made where there is none.
+        path: the baseline; it is created if it does not exist.
         may_remove: whether cells of `path` that are not ok in `runs`, or not in them,
             may be removed.
 
     Returns:
-        Lines that say what changed: cells added, cells removed, numbers changed, and
-        the cells of `runs` that are not kept.
+        Lines that describe the changes: cells added, cells removed, numbers changed,
+        and the cells of `runs` that are not kept.
 
     Raises:
         RecordError: a file cannot be read.
         ReportError: no cell of `runs` is ok, or a cell would be removed and may not be;
-            `path` is left as it was.
+            `path` is not changed.
     """
     found, _ = read_records(runs)
     records = {record["cell_id"]: record for record in found}

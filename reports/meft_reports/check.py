@@ -1,15 +1,15 @@
-"""Frame against baseline, cell by cell: findings, and an exit code.
+"""Compare a frame with a baseline, cell by cell: findings, and an exit code.
 
     0  fine              every compared number is within what is allowed
     1  regression        a number is worse by more, or a cell of the baseline did not
                          run with the newest code
     3  not comparable    two torch versions, devices or machines, or no number
-    4  a cell failed     which the baseline holds as ok
+    4  a cell failed     which is ok in the baseline
 
-(The command line has codes of its own for what is no verdict.) Where several apply the
-code is that of the first of 4, 1, 3. Cells are joined by `cell_id`, which names every
-field of a cell. What is better by more than is allowed is reported and passes. Of a
-list its worst entry is compared.
+(The command line has other codes for errors.) Where several apply, the code is that of
+the first of 4, 1, 3. Cells are joined by `cell_id`, which contains every field of a
+cell. A number that is better by more than is allowed is reported and passes. For a
+list, the worst entry is compared.
 """
 
 import json
@@ -32,7 +32,7 @@ from meft_reports.threshold import Threshold
 
 
 class Kind(StrEnum):
-    """What a finding says."""
+    """The kind of a finding."""
 
     FAILED = "failed"
     REGRESSION = "regression"
@@ -71,10 +71,12 @@ SAID = {
     "prediction": "way of predicting",
     "loss_mean": "what losses are averaged over",
 }
-"""What may differ between the run and the baseline and is then said, beside the version
-of every package."""
+"""Facts that may differ between the run and the baseline and are then reported.
+
+The version of every package is reported in addition.
+"""
 MAX_PAIRS = 3
-"""Differences of one fact that are said in full."""
+"""Number of differences of one fact that are reported in full."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +86,7 @@ class Finding:
     kind: Kind
     cell_id: str
     column: str = ""
-    """Empty where the finding is about the whole cell."""
+    """Empty if the finding concerns the whole cell."""
     expected: str
     got: str
     difference: str = ""
@@ -92,7 +94,7 @@ class Finding:
     advice: str = ""
 
     def __str__(self) -> str:
-        """The finding as a few lines for a terminal."""
+        """Return the finding as a few lines for a terminal."""
         facts = {
             "expected": self.expected,
             "got": self.got,
@@ -106,24 +108,24 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckResult:
-    """All findings, and how much was compared to arrive at them."""
+    """All findings, and the number of comparisons."""
 
     findings: tuple[Finding, ...]
     num_cells: int
-    """Cells of the baseline."""
+    """Number of cells of the baseline."""
     num_compared: int
-    """Numbers that were held against each other."""
+    """Number of compared numbers."""
     notes: tuple[str, ...] = ()
-    """What else differs between the run and the baseline; decides nothing."""
+    """Other differences between the run and the baseline, which decide nothing."""
 
     @property
     def exit_code(self) -> int:
-        """0, 1, 3 or 4, as the module says."""
+        """The exit code: 0, 1, 3 or 4, as defined by the module."""
         kinds = {finding.kind for finding in self.findings}
         return next((code for kind, code in EXIT_CODES.items() if kind in kinds), 0)
 
     def __str__(self) -> str:
-        """Every finding, what else differs, and one line that sums the findings up."""
+        """Return every finding, other differences, and a summary in one line."""
         counts = [
             f"{sum(f.kind == kind for f in self.findings)} {kind}"
             for kind in Kind
@@ -139,12 +141,15 @@ class CheckResult:
 def check(
     frame: pd.DataFrame, baseline: pd.DataFrame, thresholds: Sequence[Threshold]
 ) -> CheckResult:
-    """Hold every ok cell of `baseline` against the cell of the same id in `frame`.
+    """Compare every ok cell of `baseline` with the cell of the same id in `frame`.
 
     Args:
-        frame: of `read_frame`: of each cell the record that counts.
-        baseline: of `read_baseline`.
-        thresholds: the columns that are compared, and what is allowed in each.
+        frame: result of `read_frame`: the record of each cell that counts.
+        baseline: result of `read_baseline`, as a frame.
+        thresholds: the compared columns, with the allowed difference in each.
+
+    Returns:
+        All findings.
     """
     expected_cells = baseline[baseline["status"] == "ok"].set_index("cell_id")
     got_cells = frame.set_index("cell_id")
@@ -176,7 +181,7 @@ def check(
 
 
 def _whole_cell(cell_id: str, expected: Any, got: Any) -> Finding | None:
-    """The finding of a cell of which no number can be compared."""
+    """Return the finding of a cell none of whose numbers can be compared."""
     if got["status"] != "ok":
         return _failed(cell_id, got)
     if not got["newest_code"]:
@@ -196,7 +201,7 @@ def _whole_cell(cell_id: str, expected: Any, got: Any) -> Finding | None:
 def _compare(
     cell_id: str, threshold: Threshold, expected: Any, got: Any
 ) -> tuple[Finding | None, bool]:
-    """The finding of one number of one cell, and whether it could be compared."""
+    """Return the finding of one number of a cell, and whether it could be compared."""
     column = threshold.column
     reason = _why_not(column, expected, got)
     if reason is not None:
@@ -210,7 +215,7 @@ def _compare(
         ), False
     before = compared_number(column, expected[column.name])
     after = compared_number(column, got[column.name])
-    # `_why_not` has seen to it.
+    # `_why_not` has checked this.
     assert before is not None
     assert after is not None
     known = math.isfinite(before)
@@ -235,14 +240,14 @@ def _compare(
 
 
 def _difference(before: Number, after: Number) -> Fraction | None:
-    """By how much `after` is more, exactly; None where one of them is not finite."""
+    """Return `after - before` exactly; None if one of them is not finite."""
     if math.isfinite(before) and math.isfinite(after):
         return exact(after) - exact(before)
     return None
 
 
 def _is_better(column: Column, before: Number, after: Number) -> bool:
-    """Whether `after` is the better of two numbers; one that is not finite is worst."""
+    """Return whether `after` is better; a number that is not finite is worst."""
     if not math.isfinite(after):
         return False
     if not math.isfinite(before):
@@ -260,11 +265,11 @@ def _signed(column: Column, difference: Fraction | None) -> str:
 
 
 def _why_not(column: Column, expected: Any, got: Any) -> tuple[str, str, str] | None:
-    """What keeps two cells' numbers apart: both values, and a word of advice."""
+    """Return why two cells cannot be compared: both values, and advice."""
     for name in _must_match(column):
         before, after = expected[name], got[name]
         both_null = is_null(before) and is_null(after)
-        # A torch that nobody wrote down may be any torch.
+        # A torch version that is not recorded may be any version.
         if both_null and name != "torch_version":
             continue
         if both_null or not _equal(before, after):
@@ -292,7 +297,7 @@ def _why_not(column: Column, expected: Any, got: Any) -> tuple[str, str, str] | 
 
 
 def _equal(before: Any, after: Any) -> bool:
-    """Whether two facts are the same; what is unknown equals only what is unknown."""
+    """Return whether two facts are equal; an unknown value equals only another one."""
     if is_null(before) or is_null(after):
         return is_null(before) and is_null(after)
     return bool(before == after)
@@ -301,7 +306,7 @@ def _equal(before: Any, after: Any) -> bool:
 def _must_match(column: Column) -> Iterable[str]:
     if column.unit == "seconds" or column.name in RATIOS_OF_SECONDS:
         return SAME_FOR_SECONDS
-    # What is left in this unit depends on weights and rows, but for one.
+    # The other columns of this unit depend on weights and rows, except for one.
     if column.unit == "fraction" and column.name != "trainable_fraction":
         return SAME_FOR_VALUES
     return SAME_FOR_ALL
@@ -357,7 +362,7 @@ def _new(cell_ids: Iterable[Any], cells: pd.DataFrame) -> list[Finding]:
 
 
 def _ending(cell: Any) -> str:
-    """How a cell ended, and why where it did not end well."""
+    """Return how a cell ended, and why if it did not end well."""
     message = cell["message"]
     return str(cell["status"]) + (f": {message}" if message else "")
 
@@ -375,7 +380,7 @@ def _nothing_to_compare() -> Finding:
 def _notes(
     baseline: pd.DataFrame, expected_cells: pd.DataFrame, got_cells: pd.DataFrame
 ) -> list[str]:
-    """What differs between the cells of both sides, a line per fact."""
+    """Return the differences between the cells of both sides, a line per fact."""
     notes = []
     num_failed = len(baseline) - len(expected_cells)
     if num_failed:
@@ -400,7 +405,7 @@ def _notes(
 
 
 def _facts(cells: pd.DataFrame) -> dict[str, list[str]]:
-    """What is said where it differs: by its name, the value of every cell."""
+    """Return the facts whose differences are reported: values of all cells by name."""
     facts = {
         words: [_said(name, value) for value in cells[name]]
         for name, words in SAID.items()

@@ -1,9 +1,9 @@
-"""`meft-report`: from files of records to tables, plots, a page and a verdict.
+"""The command `meft-report`: from files of records to tables, plots, a page, a verdict.
 
-Every mistake is one line on stderr and exit code 2, and writes nothing. An exception
-that nobody foresaw is a bug of ours and exit code 70 (`EX_SOFTWARE` of BSD), never the
-code of a verdict. pandas and matplotlib are imported by the commands that need them, so
-that `--help` answers at once.
+Every user error is one line on stderr and exit code 2, and writes nothing. An
+unexpected exception is a bug of this program and exit code 70 (`EX_SOFTWARE` of BSD),
+never the code of a verdict. pandas and matplotlib are imported by the commands that
+need them, so that `--help` is fast.
 """
 
 import argparse
@@ -42,28 +42,28 @@ exit codes:
 """
 
 MESSAGE_LENGTH = 10_000
-"""Characters of an error."""
+"""Maximum number of characters of an error message."""
 EXIT_MISTAKE = 2
 EXIT_BUG = 70
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviated options, and with every mistake in one line."""
+    """argparse without abbreviated options, with one line for every error."""
 
     def __init__(self, **named: Any) -> None:
         super().__init__(**named, allow_abbrev=False)
         self._words: list[str] = []
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        """As argparse, which hands a command's words to the parser of the command."""
+        """Parse as argparse does, which gives a command's words to its own parser."""
         self._words = list(sys.argv[1:] if args is None else args)
         found, unknown = super().parse_known_args(args, namespace)
-        if unknown:  # else the parser above would complain, which has other options
+        if unknown:  # else the main parser, with other options, reports it
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return found, unknown
 
     def _misspelt(self) -> str:
-        """The first option that is none, with the nearest that is."""
+        """Return the first unknown option with the nearest valid one, as text."""
         options = [*self._option_string_actions]
         for word in self._words:
             name = word.partition("=")[0]
@@ -76,7 +76,7 @@ class Parser(argparse.ArgumentParser):
         return ""
 
     def error(self, message: str) -> NoReturn:
-        """Print the mistake and exit with code 2."""
+        """Print the error and exit with code 2."""
         self.exit(EXIT_MISTAKE, f"{self.prog}: {message}{self._misspelt()}\n")
 
     def print_help(self, file: "SupportsWrite[str] | None" = None) -> None:
@@ -88,11 +88,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code."""
+    """Run one command and return its exit code."""
     try:
         return _run(argv)
     finally:
-        # Anything may have written there, a warning of a library included.
+        # Any code may have written to stderr, for example a warning of a library.
         try:
             sys.stderr.flush()
         except OSError:
@@ -105,11 +105,11 @@ def _run(argv: Sequence[str] | None) -> int:
         if stream is None:  # closed, as after `2>&-`
             setattr(sys, name, Path(os.devnull).open("w"))
         elif isinstance(stream, io.TextIOWrapper):
-            # What the terminal's encoding lacks is escaped.
+            # Characters that the terminal's encoding lacks are escaped.
             stream.reconfigure(errors="backslashreplace")
     words = sys.argv[1:] if argv is None else argv
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
-        # argparse would list the commands; the nearest one is of more help.
+        # argparse would list the commands; the nearest one is more helpful.
         return _mistake("meft-report", UnknownName("command", words[0], COMMANDS))
     arguments = parser().parse_args(words)
     where = f"meft-report {arguments.command}"
@@ -209,7 +209,7 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def baseline(arguments: argparse.Namespace) -> int:
-    """Write the baseline and print what changes."""
+    """Write the baseline and print the changes."""
     from meft_reports.baseline import update_baseline
 
     changes = update_baseline(
@@ -230,7 +230,7 @@ COMMANDS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     root = Parser(
         prog="meft-report",
         description="Tables, plots, one HTML page and a regression check from the "
@@ -296,7 +296,7 @@ def _add_check_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _refuse_to_overwrite(runs: Sequence[Path], output: Path) -> None:
-    where = output.resolve()  # also through a folder that is not there, as `x/../a`
+    where = output.resolve()  # also through a folder that does not exist, as `x/../a`
     for path in runs:
         if path.exists() and where.exists() and path.samefile(where):
             raise ReportError(
@@ -317,9 +317,9 @@ def _written(path: Path) -> int:
 
 
 def _say(text: str) -> None:
-    """Print to stdout, all of it, before the exit code is known.
+    """Print all of a text to stdout before the exit code is known.
 
-    A reader that closes the pipe early has read what it wanted.
+    A reader that closes the pipe early is not an error.
 
     Raises:
         ReportError: stdout cannot be written to.
@@ -334,8 +334,8 @@ def _say(text: str) -> None:
 
 
 def _discard(stream: TextIO) -> None:
-    # What is left in the buffer would fail once more when Python ends, and change the
-    # exit code.
+    # The rest of the buffer would fail again when Python exits, and change the exit
+    # code.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)

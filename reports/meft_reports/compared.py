@@ -1,7 +1,7 @@
-"""The number of a column that `check` compares, and how it is written.
+"""The number of a column that `check` compares, and its format.
 
-A column of numbers is compared as it is, a column of lists by its worst entry: the
-greatest where lower is better, else the least. An entry that is not finite is worse
+A column of numbers is compared directly, a column of lists by its worst entry: the
+maximum where lower is better, else the minimum. An entry that is not finite is worse
 than any number.
 """
 
@@ -20,11 +20,11 @@ def compared_number(column: Column, value: Any) -> Number | None:
 
     Args:
         column: one of `meft_reports.columns.MEASURED`.
-        value: of this column, from a record or from the frame. An entry of a list that
-            was not finite is None or NaN.
+        value: a value of this column, from a record or from the frame. An entry of a
+            list that was not finite is None or NaN.
 
     Returns:
-        None where nothing was measured; NaN where an entry is not finite.
+        The number; None where nothing was measured; NaN where an entry is not finite.
     """
     if column.dtype == "list":
         return _worst_entry(column, value)
@@ -43,11 +43,10 @@ def _worst_entry(column: Column, entries: Any) -> Number | None:
 
 
 def exact(number: Number) -> Fraction:
-    """Return a finite number as the fraction that its shortest decimal text is.
+    """Return a finite number as the fraction of its shortest decimal text.
 
-    A record holds 0.49, a threshold 0.01: as decimals they are exactly what is written,
-    while the floats nearest to them differ from 0.5 and from each other by a little
-    more or less.
+    A record holds 0.49, a threshold 0.01: as decimals their sum is exactly 0.5, while
+    the nearest floats are slightly larger or smaller than the decimals.
     """
     return Fraction(repr(number))
 

@@ -1,10 +1,11 @@
-"""Numbers that are worked out from two others of the same measurement.
+"""Numbers that are computed from two others of the same measurement.
 
     trainable_fraction      num_trainable_parameters / num_parameters
     peak_activation_bytes   peak_allocated_bytes - resting_bytes
     transfer_bytes          h2d_bytes + d2h_bytes
 
-The frame holds them, and `records` refuses a record in which one is out of its range.
+The frame contains them, and `records` rejects a record in which one is out of its
+range.
 """
 
 import operator
@@ -16,11 +17,11 @@ def derive(measurement: Mapping[str, Any]) -> dict[str, Any]:
     """Return the derived numbers of a measurement by name.
 
     Args:
-        measurement: of a record; its numbers may be missing or None.
+        measurement: measurement of a record; its numbers may be missing or None.
 
     Returns:
-        A number where both that it is worked out from are known, else None. A share of
-        no parameters is None, too.
+        A number where both of its sources are known, else None. A share of no
+        parameters is also None.
     """
     found = {}
     for name, (formula, *sources) in DERIVED.items():
@@ -38,4 +39,4 @@ DERIVED: dict[str, tuple[Any, str, str]] = {
     "peak_activation_bytes": (operator.sub, "peak_allocated_bytes", "resting_bytes"),
     "transfer_bytes": (operator.add, "h2d_bytes", "d2h_bytes"),
 }
-"""Of each number its formula, and the numbers that it is worked out from."""
+"""Formula and sources of each number."""

@@ -1,10 +1,10 @@
-"""Our exceptions, all for the person who can put the mistake right.
+"""Exceptions of this package, with messages for the user who can correct the error.
 
 ReportError            one line to print; the command line exits 2
 ├── RecordError        a file of records that cannot be read
 ├── UnknownName        a column, plot or table that does not exist
-└── NothingToDraw      the frame holds nothing for this plot; says what it would need
-    └── NothingDeclared  nor was any of its cells asked for, so nothing is missing
+└── NothingToDraw      the frame has no data for this plot; states what it requires
+    └── NothingDeclared  the run has no such cells, so nothing is missing
 """
 
 import difflib
@@ -12,18 +12,24 @@ from collections.abc import Iterable
 
 
 class ReportError(Exception):
-    """What was got, what was expected, what to do: one line."""
+    """Raised with one line: the value, what was expected, and what to do."""
 
 
 class RecordError(ReportError):
-    """A file of records that cannot be read; names the file and the line."""
+    """Raised if a file of records cannot be read; names the file and the line."""
 
 
 class UnknownName(ReportError):
-    """A name that is not in the list it should be in; names the nearest one that is."""
+    """Raised for a name that is not in its list; names the nearest one that is."""
 
     def __init__(self, kind: str, name: str, valid: Iterable[str]) -> None:
-        """`kind` says what was named: `column`, `plot`, `table`."""
+        """Make the error.
+
+        Args:
+            kind: what was named: `column`, `plot`, `table`.
+            name: the unknown name.
+            valid: all valid names.
+        """
         names = sorted(valid)
         close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]!r}? " if close else ""
@@ -31,8 +37,8 @@ class UnknownName(ReportError):
 
 
 class NothingToDraw(ReportError):
-    """The frame holds nothing for this plot; says what it would need."""
+    """Raised if the frame has no data for this plot; states what it requires."""
 
 
 class NothingDeclared(NothingToDraw):
-    """No cell of the run, however it ended, is of the kind that this plot shows."""
+    """Raised if no cell of the run, with any status, is of the kind this plot shows."""

@@ -1,6 +1,7 @@
-"""Files appear whole or not at all: written beside their place, then renamed into it.
+"""Write files atomically: into a temporary file in the same folder, then renamed.
 
-A reader never sees half a file, and a command that fails leaves the old one as it was.
+A reader never reads an incomplete file, and a command that fails leaves the old one
+unchanged.
 """
 
 import os
@@ -11,14 +12,14 @@ from meft_reports.errors import ReportError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Put `content` at `path`, replacing what was there in one step.
+    """Write `content` to `path`, replacing an existing file in one step.
 
-    A link is followed. A device or a pipe, such as `/dev/stdout`, is written to: it has
-    no content to keep, and a file must not take its place.
+    A link is followed. A device or a pipe, such as `/dev/stdout`, is written to
+    directly: it has no content to keep, and a file must not replace it.
 
     Raises:
         ReportError: the folder does not exist or cannot be written to, or there is no
-            room; what was at `path` is still there.
+            room; an existing file at `path` is unchanged.
     """
     try:
         if path.exists() and not path.is_file():
@@ -38,7 +39,7 @@ def _replace(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes private files; a report is for whoever may read the folder.
+        # mkstemp makes private files, but all users of the folder may read a report.
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except BaseException:

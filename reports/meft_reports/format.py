@@ -1,4 +1,4 @@
-"""Numbers as people read them. The only place where bytes become MiB and GiB.
+"""Numbers in a readable format. Bytes are converted to MiB and GiB only in this module.
 
 Null is always an en dash, never 0 and never an empty cell.
 """
@@ -12,12 +12,15 @@ MIB = 2**20
 
 
 def is_null(value: Any) -> bool:
-    """Whether a scalar of the frame is null (None, NA or NaN)."""
+    """Return whether a scalar of the frame is null (None, NA or NaN)."""
     return bool(pd.isna(value))
 
 
 def format_bytes(value: Any) -> str:
-    """`1536` as `1.5 KiB`; the largest of B, KiB, MiB, GiB that stays at least 1."""
+    """Format `1536` as `1.5 KiB`.
+
+    The unit is the largest of B, KiB, MiB, GiB in which the number is at least 1.
+    """
     if is_null(value):
         return NOTHING
     size, units = float(value), ["B", "KiB", "MiB", "GiB"]
@@ -28,7 +31,7 @@ def format_bytes(value: Any) -> str:
 
 
 def format_bytes_spread(mean: Any, spread: Any) -> str:
-    """`300.3 ± 0.1 MiB`: both in the unit of the mean, nothing for no spread."""
+    """Format `300.3 ± 0.1 MiB`, both in the unit of the mean; no spread is omitted."""
     text = format_bytes(mean)
     if is_null(mean) or is_null(spread) or not spread:
         return text
@@ -38,7 +41,7 @@ def format_bytes_spread(mean: Any, spread: Any) -> str:
 
 
 def format_seconds(value: Any) -> str:
-    """`0.0123` as `12.3 ms`, `75` as `1 min 15 s`."""
+    """Format `0.0123` as `12.3 ms` and `75` as `1 min 15 s`."""
     if is_null(value):
         return NOTHING
     seconds = float(value)
@@ -50,50 +53,50 @@ def format_seconds(value: Any) -> str:
 
 
 def format_count(value: Any) -> str:
-    """`22713216` as `22,713,216`."""
+    """Format `22713216` as `22,713,216`."""
     return NOTHING if is_null(value) else f"{int(value):,}"
 
 
 def format_percent(value: Any) -> str:
-    """The fraction `0.0123` as `1.23 %`."""
+    """Format the fraction `0.0123` as `1.23 %`."""
     return NOTHING if is_null(value) else f"{float(value) * 100:.3g} %"
 
 
 def format_score(value: Any) -> str:
-    """Three decimals: more than the spread over seeds allows to tell apart."""
+    """Format with three decimals, which is finer than the spread over seeds."""
     return NOTHING if is_null(value) else f"{float(value):.3f}"
 
 
 def format_difference(value: Any) -> str:
-    """`0.0123` as `+0.012`: a score less another."""
+    """Format a difference of scores: `0.0123` as `+0.012`."""
     return NOTHING if is_null(value) else f"{float(value):+.3f}"
 
 
 def format_mean(mean: Any, spread: Any) -> str:
-    """`0.910 ± 0.014`: scores over seeds, nothing for no spread."""
+    """Format scores over seeds, `0.910 ± 0.014`; no spread is omitted."""
     text = format_score(mean)
     return text if is_null(spread) else f"{text} ± {format_score(spread)}"
 
 
 def format_ratio(value: Any) -> str:
-    """`0.25342` as `0.253`: times, of whatever stands below the line."""
+    """Format a ratio: `0.25342` as `0.253`."""
     return NOTHING if is_null(value) else f"{float(value):.3f}"
 
 
 def format_error(value: Any) -> str:
-    """A relative error, which may be any power of ten; a NaN is one without bounds."""
+    """Format a relative error, which may be any power of ten; NaN is not finite."""
     if isinstance(value, float) and value != value:
         return "not finite"
     return NOTHING if is_null(value) else f"{float(value):.1e}"
 
 
 def format_text(value: Any) -> str:
-    """Text as it is."""
+    """Return text unchanged."""
     return NOTHING if is_null(value) or value == "" else str(value)
 
 
 def format_value(value: Any, unit: str) -> str:
-    """A value by the unit of its column, exact: for findings, where a byte counts."""
+    """Format a value exactly, by the unit of its column, for findings."""
     if is_null(value):
         return "null"
     if unit == "bytes":
@@ -104,7 +107,7 @@ def format_value(value: Any, unit: str) -> str:
 
 
 def format_fact(value: Any) -> str:
-    """A fact of any type: `True` as `yes`."""
+    """Format a fact of any type: `True` as `yes`."""
     if pd.api.types.is_bool(value):
         return "yes" if value else "no"
     return NOTHING if is_null(value) else str(value)

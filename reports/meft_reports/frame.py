@@ -1,8 +1,8 @@
 """Records as one tidy table, and that table as a file.
 
-One row per cell, one column per fact of `meft_reports.columns`, nullable dtypes, bytes
-as integers. Every status is kept. Texts are printable and of bounded length, as `text`
-makes them.
+There is one row per cell and one column per entry of `meft_reports.columns`, with
+nullable dtypes and bytes as integers. Cells of every status are kept. Texts are
+printable and of bounded length, as returned by `text`.
 """
 
 import itertools
@@ -29,14 +29,17 @@ from meft_reports.records import lookup, read_records
 from meft_reports.text import SHORT_LENGTH, printable
 
 MAX_VERSIONS = 100
-"""Packages of an environment that the frame keeps, in the order of their names."""
+"""Number of packages of an environment that the frame keeps, in order of names."""
 FORMULA_STARTS = tuple("=+-@＝＋－＠'")  # noqa: RUF001 (full-width ones are meant)
-"""What a spreadsheet takes for a formula at the start of a field of CSV, also behind
-spaces and as full-width characters, and the mark that keeps it from doing so."""
+"""Characters that a spreadsheet treats as the start of a formula in a CSV field.
+
+The list includes full-width characters, and the mark that prevents a formula; leading
+spaces are ignored.
+"""
 
 
 def read_frame(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
-    """The records of one or more files as one tidy table, sorted by `cell_id`.
+    """Read one or more files of records as one tidy table, sorted by `cell_id`.
 
     Raises:
         RecordError: a file is missing, holds no record, or has a line that is not a
@@ -50,14 +53,16 @@ def read_frame(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
 def to_frame(
     records: Iterable[dict[str, Any]], newest: str | None = None
 ) -> pd.DataFrame:
-    """One row per record, by `cell_id`, with the columns and dtypes of `COLUMNS`.
+    """Return one row per record, by `cell_id`, with the columns of `COLUMNS`.
+
+    The dtypes are those of `COLUMNS`.
 
     Args:
-        records: valid ones, of distinct cells.
+        records: valid records of distinct cells.
         newest: digest of the newest code; by default that of the last of `records`.
 
     Raises:
-        RecordError: two cells have the same name once it is printable.
+        RecordError: two cells have the same name after conversion to printable text.
     """
     records = list(records)
     if newest is None:
@@ -75,13 +80,13 @@ def to_frame(
 
 
 def save_frame(frame: pd.DataFrame, path: Path) -> None:
-    """Write the frame as Parquet or CSV, by the ending of `path`.
+    """Write the frame as Parquet or CSV, by the suffix of `path`.
 
-    Parquet holds lists as lists; CSV holds them as JSON, null as an empty field, and a
-    text that a spreadsheet would take for a formula with a `'` before it.
+    Parquet stores lists as lists; CSV stores them as JSON, null as an empty field, and
+    a text that a spreadsheet would treat as a formula with a preceding `'`.
 
     Raises:
-        UnknownName: the ending is neither `.parquet` nor `.csv`.
+        UnknownName: the suffix is neither `.parquet` nor `.csv`.
     """
     writers = {".parquet": _parquet, ".csv": _csv}
     if path.suffix not in writers:
@@ -90,7 +95,7 @@ def save_frame(frame: pd.DataFrame, path: Path) -> None:
 
 
 def load_frame(path: str | Path) -> pd.DataFrame:
-    """The inverse of `save_frame`: the same values with the same dtypes."""
+    """Read a file of `save_frame`: the same values with the same dtypes."""
     path = Path(path)
     if path.suffix == ".parquet":
         columns = pq.read_table(path).to_pydict()
@@ -100,7 +105,7 @@ def load_frame(path: str | Path) -> pd.DataFrame:
 
 
 def _parse(text: str, column: Column) -> Any:
-    """The value that one field of a CSV file stands for; empty is null."""
+    """Return the value of one field of a CSV file; empty is null."""
     if not text and not (column.required and column.dtype == "string"):
         return column.default
     match column.dtype:
@@ -117,7 +122,7 @@ def _parse(text: str, column: Column) -> Any:
 def _flatten(record: dict[str, Any], newest: str) -> dict[str, Any]:
     row = {c.name: lookup(record, c) for c in COLUMNS if c.section != "derived"}
     row = {n: printable(v) if isinstance(v, str) else v for n, v in row.items()}
-    if row["loss_mean"] is None:  # from before scores had the names of their rules
+    if row["loss_mean"] is None:  # older code used other names of scores
         row["score_name"] = OLD_SCORE_NAMES.get(row["score_name"], row["score_name"])
     row["source"] = "measured" if row["prediction"] is None else "predicted"
     row["versions"] = _versions(record["environment"]["versions"])
@@ -160,7 +165,7 @@ def _series(values: list[Any], column: Column) -> "pd.Series[Any]":
 
 
 def _float(number: float | None) -> float:
-    """A list's element: what is not a number in JSON is not a number here."""
+    """Return a list's element as float; null in JSON becomes NaN."""
     return math.nan if number is None else float(number)
 
 

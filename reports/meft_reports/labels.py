@@ -1,7 +1,7 @@
-"""Words for what rows are about: panel titles, table titles, rows with options.
+"""Descriptions of rows: panel titles, table titles, rows with options.
 
-Only what differs is said, beside what a reader always needs. Random weights are said
-wherever they occur.
+They contain the fields that differ, and those that are always shown. Random weights are
+always mentioned.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,13 +13,17 @@ from meft_reports.format import format_bytes, is_null
 from meft_reports.summary import OPTIONS, PROVENANCE, WORKLOAD, varying
 
 USUAL = {"weights_dtype": "fp32", "attention": "sdpa", "blocks": "eager"}
-"""Values that go without saying, unless there are others beside them."""
+"""Values that are omitted unless other values occur as well."""
 
 
 def describe(rows: pd.DataFrame, shown: Iterable[str]) -> str:
-    """What rows are about, e.g. `sst2 · minilm-l6 · bf16 · batch 16`.
+    """Return a description of rows, e.g. `sst2 · minilm-l6 · bf16 · batch 16`.
 
-    `rows` agree in the fields `shown`; random weights are always said.
+    Random weights are always mentioned.
+
+    Args:
+        rows: rows that agree in the fields `shown`.
+        shown: names of fields.
     """
     words: dict[str, Callable[[Any], str]] = {
         "depth": lambda depth: f"depth {depth}" if depth else "own depth",
@@ -41,9 +45,13 @@ def describe(rows: pd.DataFrame, shown: Iterable[str]) -> str:
 
 
 def fields_to_show(frame: pd.DataFrame, always: Sequence[str]) -> list[str]:
-    """The fields that titles must show: `always`, and whatever differs in `frame`.
+    """Return the fields that titles must show: `always`, and those that differ.
 
-    Of `USUAL` fields, none is shown that has its usual value throughout.
+    Fields of `USUAL` that have their usual value in all rows are omitted.
+
+    Args:
+        frame: the rows.
+        always: names of fields.
     """
     differing = varying(frame, (*WORKLOAD, *PROVENANCE))
     unusual = [name for name, usual in USUAL.items() if (frame[name] != usual).any()]
@@ -55,9 +63,12 @@ def fields_to_show(frame: pd.DataFrame, always: Sequence[str]) -> list[str]:
 def option_label(
     row: "pd.Series[Any]", siblings: pd.DataFrame, ignoring: Sequence[str] = ()
 ) -> str:
-    """The options in which a row differs from others of its method, else empty.
+    """Return the options in which a row differs from others of its method, else "".
 
-    Options that are `ignoring` are said elsewhere, or do not matter there.
+    Args:
+        row: the row.
+        siblings: all rows of the table or panel.
+        ignoring: options that are shown elsewhere, or have no effect.
     """
     same = siblings[siblings["method"] == row["method"]]
     differing = [n for n in varying(same, OPTIONS) if n not in ignoring]

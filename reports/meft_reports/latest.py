@@ -1,16 +1,16 @@
-"""Which record of a cell counts where the cell was run more than once.
+"""Select the record of a cell that counts if the cell was run more than once.
 
-Records are ordered by when they started; those of the same second by their place, in
+Records are ordered by their start time; those of the same second by their position, in
 the order of the files and of the lines of a file.
 
     newest code      the `code_sha256` of the last record of all
-    code of a cell   the newest code where the cell ran with it, else the code of the
+    code of a cell   the newest code if the cell ran with it, else the code of the
                      cell's last record
-    what counts      of the cell's records with that code the last one on each machine:
-                     of those the last that failed, or the last where none failed
+    what counts      among the cell's records with that code, the last one on each
+                     machine: of those the last that failed, or the last if none failed
 
 A failure therefore counts until the cell ends well with the same code on the same
-machine, and no ok record of older code takes its place.
+machine, and no ok record of older code replaces it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,8 +26,8 @@ def in_order(records: Iterable[Record]) -> list[Record]:
     """Return records of any cells in the order in which they started.
 
     Args:
-        records: in the order of files and lines, each with a `started_at` in ISO 8601
-            that names its offset from UTC.
+        records: records in the order of files and lines, each with a `started_at` in
+            ISO 8601 that includes its offset from UTC.
     """
     return sorted(records, key=lambda r: datetime.fromisoformat(r["started_at"]))
 

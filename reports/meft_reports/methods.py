@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RIVAL = "adapters-checkpointing"
-"""What the exact methods are held against: adapters whose blocks are checkpointed."""
+"""Reference of the exact methods: adapters whose blocks are checkpointed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,42 +56,42 @@ def _method(name: str) -> Method:
 
 
 def is_meft(method: str) -> bool:
-    """Whether it has MEFT's two streams, rebuilt or stored."""
+    """Return whether the method has MEFT's two streams, rebuilt or stored."""
     return bool(_method(method).streams)
 
 
 def is_exact(method: str) -> bool:
-    """Whether its streams are integers."""
+    """Return whether its streams are integers."""
     return _method(method).streams == "integer"
 
 
 def is_stored(method: str) -> bool:
-    """Whether it is a plain twin, which stores what the method rebuilds."""
+    """Return whether it is a plain twin, which stores what the method rebuilds."""
     return bool(_method(method).twin_of)
 
 
 def rebuilt(method: str) -> str:
-    """The method itself, of itself or of its plain twin."""
+    """Return the method itself, given the method or its plain twin."""
     return _method(method).twin_of or method
 
 
 def in_floats(method: str) -> str:
-    """The method of the same variant, in the paper's arithmetic and rebuilt."""
+    """Return the method of the same variant, rebuilt, in the paper's arithmetic."""
     return _method(method).float_of or rebuilt(method)
 
 
 def is_sparse(method: str) -> bool:
-    """Whether few of its neurons answer, from host memory."""
+    """Return whether few of its neurons are active, with rows in host memory."""
     return _method(method).neurons in ("sparse", "experts")
 
 
 def has_experts(method: str) -> bool:
-    """Whether a router chooses among its neurons."""
+    """Return whether a router chooses among its neurons."""
     return _method(method).neurons == "experts"
 
 
 def has_neurons(method: str) -> bool:
-    """Whether it is an adapter of many neurons next to the feed-forward."""
+    """Return whether it is an adapter of many neurons parallel to the feed-forward."""
     return bool(_method(method).neurons)
 
 
@@ -101,7 +101,7 @@ def _options() -> frozenset[str]:
 
 
 def uses(method: str, option: str) -> bool:
-    """Whether `option` of a cell changes anything in `method`."""
+    """Return whether `option` of a cell changes anything in `method`."""
     if method not in TABLE or option not in _options():
         return True
     return option in TABLE[method].options

@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else: figures, tables and styles are inside it.
+"""One self-contained HTML page with all figures, tables and styles.
 
 The page states what was run and shows it; every number comes from the frame. The same
 frame gives the same bytes, so a page can be committed and compared.
@@ -48,11 +48,11 @@ class Section:
     tables: tuple[Markup, ...] = ()
     folded: tuple[tuple[str, Markup], ...] = ()
     empty: str = ""
-    """What is said when there is no table to show."""
+    """Text that is shown if there is no table."""
 
 
 def render_page(frame: pd.DataFrame) -> bytes:
-    """The page of the records in `frame`, as UTF-8."""
+    """Return the page of the records in `frame`, as UTF-8."""
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -79,7 +79,7 @@ def render_page(frame: pd.DataFrame) -> bytes:
 
 
 def _sections(frame: pd.DataFrame) -> list[Section]:
-    """Those with something to show, or to say where there is nothing."""
+    """Return the sections that have content, or a text for the case of no content."""
     sections = _all_sections(frame)
     return [s for s in sections if s.figures or s.tables or s.folded or s.empty]
 
@@ -177,7 +177,7 @@ def _figures(frame: pd.DataFrame, *names: str) -> tuple[Figure, ...]:
 
 
 def _figure(frame: pd.DataFrame, name: str) -> Figure | None:
-    """None where the run asked for nothing that the figure could show."""
+    """Return a figure; None if no cell of the run is of the kind it shows."""
     plot = find_plot(name)
     try:
         drawn = plot.draw(frame)
@@ -188,8 +188,7 @@ def _figure(frame: pd.DataFrame, name: str) -> Figure | None:
             name=name, title=plot.TITLE, caption=plot.CAPTION, reason=str(reason)
         )
     panels = [axes.get_title(loc="left").replace("\n", " · ") for axes in drawn.axes]
-    # An image keeps the SVG's ids to itself and carries a text for those who cannot
-    # see it.
+    # An image has its own namespace for the SVG's ids, and an alternative text.
     svg = base64.b64encode(render(drawn, "svg")).decode()
     return Figure(
         name=name,
@@ -212,7 +211,7 @@ def _folded(frame: pd.DataFrame, *names: str) -> tuple[tuple[str, Markup], ...]:
 
 
 def _facts(frame: pd.DataFrame) -> list[tuple[str, str]]:
-    """The summary on top: counts and names, no judgement."""
+    """Return the summary at the top: counts and names."""
     tasks = _names(frame.loc[~on_random_input(frame), "task"])
     threads = ", ".join(_names(frame["num_threads"]))
     return [

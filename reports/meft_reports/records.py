@@ -1,8 +1,8 @@
-"""The one door to records: files of JSON lines in, one valid record per cell out.
+"""Read files of JSON lines and return one valid record per cell.
 
-What a record must look like, and in which range each number lies, is decided by the
-table of facts (`meft_reports.columns`); this module does not know the harness. Which of
-several records of a cell counts is said in `latest`.
+The form of a record, and the range of each number, are defined by
+`meft_reports.columns`; this module does not depend on the harness. `latest` selects the
+record of a cell that counts.
 """
 
 import contextlib
@@ -33,17 +33,19 @@ from meft_reports.text import SHORT_LENGTH, plural, printable
 STATUSES = ("ok", "oom", "timeout", "killed", "error", "skipped")
 SECTIONS = ("cell", "measurement", "environment")
 GREATEST = {"bytes": 2.0**60, "seconds": 1e12, "count": 2.0**53}
-"""The greatest number in a unit, beyond anything measured, so that sums stay finite."""
+"""Maximum by unit, larger than any measurement, so that sums stay finite."""
 NOTE_LENGTH = 10_000
-"""Characters of a note."""
+"""Maximum number of characters of a note."""
 SLACK = 1e-6
-"""By how much a share may exceed its bound: what float32 rounds."""
+"""Amount by which a share may exceed its bound, due to float32 rounding."""
 
 Record = dict[str, Any]
 
 
 def read_records(paths: Sequence[Path]) -> tuple[list[Record], str]:
-    """The records that count, one per cell and sorted by `cell_id`; the newest code.
+    """Return the records that count, sorted by `cell_id`, and the newest code.
+
+    There is one record per cell.
 
     Raises:
         RecordError: a file is missing, holds no record, or has a line that is not a
@@ -62,13 +64,13 @@ def read_records(paths: Sequence[Path]) -> tuple[list[Record], str]:
 
 
 def read_baseline(path: Path) -> list[Record]:
-    """The records of a baseline, sorted by `cell_id`.
+    """Return the records of a baseline, sorted by `cell_id`.
 
-    A baseline is written whole and holds each cell once. Anything else in it, such as
-    half a line or both sides of a merge, would hold a run to less than it should.
+    A baseline is written completely and contains each cell once. Anything else in it,
+    such as half a line or both sides of a merge, would make the check less strict.
 
     Raises:
-        RecordError: as `read_records`; or the last line is not whole, or a cell is in
+        RecordError: see `read_records`; or the last line is incomplete, or a cell is in
             two lines.
     """
     lines: dict[str, tuple[int, Record]] = {}
@@ -101,12 +103,12 @@ def _note_left_out(ordered: list[Record], winners: list[Record], newest: str) ->
 
 
 def _lines_of(path: Path, *, is_finished: bool) -> Iterator[tuple[int, Record]]:
-    """The number of each line and its record.
+    """Yield the number of each line and its record.
 
     Args:
         path: the file.
-        is_finished: whether every line must be whole. A run that was killed leaves a
-            part of its last line, which is otherwise left out, with a note.
+        is_finished: whether every line must be complete. A run that was killed leaves a
+            part of its last line, which is otherwise ignored, with a note.
     """
     try:
         content = path.read_bytes()
@@ -136,7 +138,7 @@ def _lines_of(path: Path, *, is_finished: bool) -> Iterator[tuple[int, Record]]:
                 f"{where}: {_quoted(str(error))} is in one object twice; keep one"
             ) from error
         except (ValueError, RecursionError) as error:
-            # Every complete line ends in a newline, so what follows the last one was
+            # Every complete line ends in a newline, so text after the last one was
             # being written when its writer was killed.
             if number < len(lines):
                 raise RecordError(f"{where}: not JSON ({error})") from error
@@ -157,11 +159,11 @@ def _lines_of(path: Path, *, is_finished: bool) -> Iterator[tuple[int, Record]]:
 
 
 class _NotFinite(Exception):
-    """`NaN` or `Infinity`, which Python reads and JSON does not have."""
+    """Raised for `NaN` or `Infinity`, which Python reads and JSON does not have."""
 
 
 class _Duplicate(Exception):
-    """A name that an object has twice, of which Python keeps the last."""
+    """Raised for a name that an object has twice, of which Python keeps the last."""
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -177,7 +179,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _validate(record: Any, where: str) -> set[str]:
-    """Refuse what is not a record; the names of fields the table does not hold."""
+    """Raise if this is not a record; return the names of unknown fields."""
     if not isinstance(record, dict):
         raise RecordError(f"{where}: expected a JSON object, got {_quoted(record)}")
     version = record.get("schema_version")
@@ -220,7 +222,7 @@ def _check_versions(versions: Any, where: str) -> None:
 
 
 def _check_time(text: str, where: str) -> None:
-    """Refuse a time that says not where it stands in the order of records."""
+    """Raise for a time without an offset, which cannot be ordered among records."""
     try:
         has_offset = datetime.fromisoformat(text).tzinfo is not None
     except ValueError:
@@ -242,7 +244,7 @@ def _check_type(column: Column, value: Any, where: str) -> None:
         "boolean": isinstance(value, bool),
         "Int64": _is_integer(value),
         "Float64": _is_number(value),
-        # An element is null where a number was not finite, as JSON has it.
+        # An element is null if a number was not finite, as in JSON.
         "list": isinstance(value, list)
         and all(number is None or _is_number(number) for number in value),
     }
@@ -254,7 +256,14 @@ def _check_type(column: Column, value: Any, where: str) -> None:
 
 
 def _check_range(column: Column, value: Any, record: Record, where: str) -> None:
-    """Refuse a number that no measurement can give, such as negative bytes."""
+    """Raise for a number that no measurement can give, such as negative bytes.
+
+    Args:
+        column: the column of the value.
+        value: a number, a list, or None.
+        record: the record, which names the metric of a score.
+        where: file and line, for the message.
+    """
     if value is None or column.dtype in ("string", "boolean"):
         return
     least = 0.0 if column.unit else -math.inf
@@ -273,14 +282,14 @@ def _check_range(column: Column, value: Any, record: Record, where: str) -> None
 
 
 def _check_derived(record: Record, where: str) -> None:
-    """Refuse numbers that contradict each other, such as a peak below what rests."""
+    """Raise for contradicting numbers, such as a peak below the model state."""
     seen = record["measurement"]
     for name, number in derive(seen).items():
         if number is None:
             continue
         column = BY_NAME[name]
         greatest = column.greatest or GREATEST[column.unit]
-        if not 0 <= number <= greatest:  # exact: no float32 is in it
+        if not 0 <= number <= greatest:  # exact: no float32 is involved
             _, *keys = DERIVED[name]
             sources = " and ".join(f"`{key}` {seen[key]}" for key in keys)
             raise RecordError(
@@ -335,6 +344,6 @@ def lookup(record: Record, column: Column) -> Any:
 
 
 def _note(text: str) -> None:
-    # Where nobody can be told, the records are still what they are.
+    # If stderr cannot be written, the records are still valid.
     with contextlib.suppress(OSError):
         print(f"note: {printable(text, NOTE_LENGTH)}", file=sys.stderr)

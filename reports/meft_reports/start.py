@@ -1,4 +1,7 @@
-"""How far each method starts from the backbone's function, for a table and a figure."""
+"""Deviation of each method from the backbone's function at the start of training.
+
+The data is used by a table and a figure.
+"""
 
 import pandas as pd
 
@@ -6,13 +9,14 @@ from meft_reports.methods import is_meft, rebuilt
 from meft_reports.summary import PROVENANCE, WORKLOAD, prepare, split
 
 PLACE = [name for name in (*WORKLOAD, *PROVENANCE) if name != "depth"]
-"""What two deviations must share to stand in one table or panel."""
+"""Fields that deviations in one table or panel have in common."""
 
 
 def start_deviations(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per place, method, number of blocks and k: the mean over ok cells.
+    """Return the mean over ok cells by `PLACE`, method, number of blocks and k.
 
-    A method and its plain twin are the same function; both count as the method.
+    There is one row for each. A method and its plain twin are the same function; both
+    count as the method.
     """
     rows = prepare(frame)
     known = rows["start_deviation"].notna() & (rows["status"] == "ok")

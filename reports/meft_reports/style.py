@@ -1,10 +1,10 @@
-"""One look for every figure: a method has the same colour and marker everywhere.
+"""Styles of methods: the same colour and marker in every figure.
 
-Hues are from Okabe and Ito's palette and stay apart for colour-blind readers; where
-two methods are relatives they also differ in marker. Reversible methods are filled and
-solid, their stored twins hollow and dashed in the same hue; with the exact inverse they
-are of a darker hue and dotted. A method this table does not know gets a look of its own
-from its name, the same in every run.
+Hues are from Okabe and Ito's palette and are distinguishable for colour-blind readers;
+related methods also differ in marker. Reversible methods are filled and solid, their
+stored twins hollow and dashed in the same hue; methods with the exact inverse have a
+darker hue and are dotted. The style of an unknown method is derived from its name, and
+is the same in every run.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from meft_reports.methods import TABLE
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Look:
-    """How a method is drawn."""
+    """The style of a method."""
 
     color: str
     marker: str
@@ -39,13 +39,13 @@ LOOKS = {
 }
 """Every method of the harness, in the order in which methods are shown."""
 
-# Wong-safe hues not used above, for methods nobody has given a look yet.
+# Hues for colour-blind readers not used above, for methods without a style.
 _SPARE_COLORS = ("#882255", "#117733", "#AA4499", "#44AA99", "#999933", "#661100")
 _SPARE_MARKERS = ("p", "h", "*", "H", "d", "8")
 
 
 def look(method: str) -> Look:
-    """How `method` is drawn, the same in every figure and every run."""
+    """Return the style of `method`, the same in every figure and every run."""
     if method in LOOKS:
         return LOOKS[method]
     digest = hashlib.sha256(method.encode()).digest()
@@ -56,6 +56,6 @@ def look(method: str) -> Look:
 
 
 def method_order(method: str) -> tuple[int, str]:
-    """Sort key: the order of `LOOKS`, then unknown methods by name."""
+    """Return a sort key: the order of `LOOKS`, then unknown methods by name."""
     known = list(LOOKS)
     return (known.index(method) if method in LOOKS else len(known)), method

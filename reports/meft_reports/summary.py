@@ -1,7 +1,7 @@
-"""Cells that differ in their seed alone become one row: mean, spread and count.
+"""Summarise cells that differ only in their seed as one row: mean, spread and count.
 
-Records of two machines, code versions or torch versions are never averaged: where
-they ran (`PROVENANCE`) is part of what a row is about, beside what ran (`WORKLOAD`,
+Records of two machines, code versions or torch versions are never averaged: a row is
+identified by where the cells ran (`PROVENANCE`) in addition to what ran (`WORKLOAD`,
 the method and its options). Cells that failed are counted, not averaged.
 """
 
@@ -27,53 +27,55 @@ WORKLOAD = (
     "attention",
     "blocks",
 )
-"""The cell fields that decide what is compared with what: one panel, one table part."""
+"""Cell fields that must agree in a comparison: one panel, one table part."""
 
 OPTIONS = tuple(
     name for name in CELL_FIELDS if name not in {*WORKLOAD, "method", "seed"}
 )
-"""The other fields of a cell: how a method was set, how long it trained."""
+"""The other fields of a cell: options of the method, length of training."""
 
 PROVENANCE = ("machine", "code_sha256", "torch_version", "num_threads", "num_slots")
-"""Where a cell ran. Numbers from two of these do not mix."""
+"""Where a cell ran. Numbers from two such places are never combined."""
 
 GROUP = (*WORKLOAD, "method", *OPTIONS, *PROVENANCE)
 
 FLAGS = ("random_weights", "equal_batches", "undecayed_rows")
-"""Columns that `prepare` adds: what must be said of a row wherever it is shown."""
+"""Columns that `prepare` adds: facts that are noted wherever a row is shown."""
 
 
 def on_random_input(frame: pd.DataFrame) -> "pd.Series[bool]":
-    """Whether each row's task has exact shapes, and nothing to learn."""
+    """Return whether each row's task has exact shapes, and nothing to learn."""
     return frame["task"].isin(("synthetic", "synthetic-lm"))
 
 
 def learned(frame: pd.DataFrame) -> pd.DataFrame:
-    """The cells that learn a real task.
+    """Return the cells that learn a real task.
 
-    Those of one step are not among them, which say where a method starts, nor those
-    that take turns with a rival, which train for the clock.
+    Cells of one step, which measure the starting point of a method, are excluded, and
+    cells interleaved with a reference method, which train for timing only.
     """
     learns = ~on_random_input(frame) & (frame["max_steps"] > 1)
     return frame[learns & (frame["rival"] == "")]
 
 
 def mean_list(lists: "pd.Series[Any]") -> list[float]:
-    """The mean of lists of equal length, entry by entry."""
+    """Return the mean of lists of equal length, entry by entry."""
     return [sum(values) / len(values) for values in zip(*lists, strict=True)]
 
 
 def summarise(frame: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
-    """One row per method, workload, options and place, averaged over seeds.
+    """Return one row per method, workload, options and environment.
+
+    Numbers are averaged over seeds; the environment is that of `PROVENANCE`.
 
     Args:
         frame: rows of `read_frame`.
         columns: names of columns of numbers.
 
     Returns:
-        The columns of `GROUP`; `num_seeds` (ok cells averaged), `num_failed`; for
-        every name of `columns`, `NAME` (mean) and `NAME_spread` (sample standard
-        deviation, null for fewer than two values); those of `FLAGS`.
+        The columns of `GROUP`; `num_seeds` (ok cells averaged), `num_failed`; for every
+        name of `columns`, `NAME` (mean) and `NAME_spread` (sample standard deviation,
+        null for fewer than two values); those of `FLAGS`.
     """
     columns = list(columns)
     rows = [_summary(part, columns) for _, part in split(prepare(frame), GROUP)]
@@ -98,7 +100,7 @@ def _summary(part: pd.DataFrame, columns: Sequence[str]) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """Sample standard deviation; None for fewer than two values."""
+    """Return the sample standard deviation; None for fewer than two values."""
     if len(values) < 2:
         return None
     mean = sum(values) / len(values)
@@ -106,9 +108,9 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def worst(lists: "pd.Series[Any]") -> float | None:
-    """The greatest number of some lists; None where there is none."""
+    """Return the maximum of some lists; None if there is no number."""
     values = [value for errors in lists.dropna() for value in errors]
-    # max() of a list with NaN depends on the order; a NaN is the worst there is.
+    # max() of a list with NaN depends on the order; NaN is the worst value.
     broken = [value for value in values if value != value]
     return float("nan") if broken else max(values, default=None)
 
@@ -116,7 +118,7 @@ def worst(lists: "pd.Series[Any]") -> float | None:
 def split(
     frame: pd.DataFrame, names: Sequence[str]
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """The parts of `frame` that agree in `names`, sorted; nulls agree with nulls."""
+    """Yield the parts of `frame` that agree in `names`, sorted; nulls are equal."""
     grouped = frame.groupby(list(names), dropna=False, sort=True)
     for values, part in grouped:
         yield dict(zip(names, values, strict=True)), part
@@ -125,33 +127,34 @@ def split(
 def settings(
     rows: pd.DataFrame, ignoring: Sequence[str] = ()
 ) -> Iterator[pd.DataFrame]:
-    """The parts that agree in method and options, in the order of methods.
+    """Yield the parts that agree in method and options, in the order of methods.
 
     Options that are `ignoring` may differ within a part.
     """
     names = ["method", *(name for name in OPTIONS if name not in ignoring)]
-    # By group and not by row, so that a method's settings stand in order too.
+    # By group and not by row, so that a method's settings are in order too.
     parts = [part for _, part in split(rows, names)]
     yield from sorted(parts, key=lambda part: method_order(part["method"].iloc[0]))
 
 
 def varying(frame: pd.DataFrame, names: Iterable[str]) -> list[str]:
-    """Those of `names` that take more than one value in `frame`."""
+    """Return those of `names` that take more than one value in `frame`."""
     return [name for name in names if frame[name].nunique(dropna=False) > 1]
 
 
 def by_method(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows in the order in which methods are shown everywhere; stable."""
+    """Return the rows in the order in which methods are always shown; stable."""
     order = frame["method"].map(method_order)
     return frame.loc[order.sort_values(kind="stable").index].reset_index(drop=True)
 
 
 def prepare(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows as tables and plots want them.
+    """Return the rows in the form that tables and plots require.
 
-    Of cells that died, torch and number of blocks are known as far as can be; `FLAGS`
-    are columns; options that a method does not heed are null. Cells
-    that are thereby the same, of the same seed, leave one row, an ok one if there is.
+    The torch version and number of blocks of failed cells are filled in as far as
+    possible; `FLAGS` are columns; options that a method does not use are null. Of cells
+    that are identical after this, with the same seed, one row is kept, an ok one if
+    there is one.
     """
     rows = with_blocks_known(with_torch_known(frame))
     rows["random_weights"] = has_random_weights(rows)
@@ -166,30 +169,36 @@ def prepare(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def has_random_weights(frame: pd.DataFrame) -> "pd.Series[bool]":
-    """Whether each row's backbone had random weights, known also of cells that died."""
+    """Return whether each row's backbone had random weights, also for failed cells."""
     origin = frame["weights_origin"].fillna("").str.startswith("random")
     return (origin | frame["backbone"].str.startswith("random:")).astype(bool)
 
 
 def has_equal_batches(frame: pd.DataFrame) -> "pd.Series[bool]":
-    """Whether a language model's micro-batches counted the same in each row's steps,
-    whatever their numbers of target tokens, as they did in older code."""
+    """Return whether micro-batches had equal weights in each row's steps.
+
+    This is the case for language models in older code, regardless of their numbers of
+    target tokens.
+    """
     answers = frame["score_name"].isin(("options", *OLD_SCORE_NAMES.values()))
     is_old = answers & frame["loss_mean"].isna() & (frame["accumulation"] > 1)
     return is_old.astype(bool)
 
 
 def has_undecayed_rows(frame: pd.DataFrame) -> "pd.Series[bool]":
-    """Whether weight decay left out the rows of sparse adapters, as in older code."""
+    """Return whether weight decay excluded the rows of sparse adapters.
+
+    This is the case for older code.
+    """
     has_rows = [is_sparse(m) or m == "dense-offload" for m in frame["method"]]
     is_old = frame["loss_mean"].isna() & frame["score_name"].notna()
     return (is_old & pd.Series(has_rows, index=frame.index, dtype=bool)).astype(bool)
 
 
 def with_torch_known(frame: pd.DataFrame) -> pd.DataFrame:
-    """A cell that died before it could name its torch takes that of its siblings.
+    """Fill in the torch version of cells that failed before they recorded it.
 
-    Siblings are the cells of the same machine and code; they must agree.
+    It is that of the cells of the same machine and code, which must agree.
     """
     filled = frame.copy()
     for _, part in split(frame, ["machine", "code_sha256"]):
@@ -200,9 +209,10 @@ def with_torch_known(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_blocks_known(frame: pd.DataFrame) -> pd.DataFrame:
-    """`num_blocks` also for cells that died: what they asked for, or their siblings'.
+    """Fill in `num_blocks` of failed cells.
 
-    Siblings are the cells of the same backbone and depth.
+    It is that of the cells of the same backbone and depth if they agree, otherwise the
+    requested depth.
     """
     filled = frame.copy()
     for key, part in split(frame, ["backbone", "depth"]):

@@ -1,25 +1,25 @@
-"""Text of records made fit to be shown: printable, and of bounded length.
+"""Make text of records displayable: printable, and of bounded length.
 
-A record can hold any text. What this module returns can be written in any encoding,
-moves no terminal's cursor, reverses no reader's direction, and fits on a page. The
+A record can hold any text. The results of this module can be written in any encoding,
+do not move a terminal's cursor or change the direction of text, and fit on a page. The
 outputs escape it for their own format: HTML, Markdown, CSV, SVG.
 """
 
 import hashlib
 
 MAX_LENGTH = 1000
-"""Characters of one text that the frame keeps."""
+"""Maximum number of characters of one text that the frame keeps."""
 SHORT_LENGTH = 48
-"""Characters of one name that fit into a figure."""
+"""Maximum number of characters of one name that fit into a figure."""
 
 
 def printable(text: str, max_length: int = MAX_LENGTH) -> str:
-    r"""Return `text` with its unprintable characters escaped, cut where it is too long.
+    r"""Return `text` with its unprintable characters escaped, cut if it is too long.
 
     Control characters, line breaks, bidirectional marks and lone surrogates become
     escapes as Python writes them, `\n` or `\u202e`. A text that is cut ends in a mark
     with the number of characters left out and a digest of the whole text, so that two
-    long texts that begin alike remain two.
+    long texts with the same beginning remain distinct.
     """
     if len(text) <= max_length and text.isprintable():
         return text
@@ -31,7 +31,7 @@ def printable(text: str, max_length: int = MAX_LENGTH) -> str:
 
 
 def short(text: str, max_length: int = SHORT_LENGTH) -> str:
-    """Return `text`, or where it is too long for a figure its start and its digest."""
+    """Return `text`; if it is too long for a figure, its beginning and its digest."""
     if len(text) <= max_length:
         return text
     digest = _digest(text)
@@ -49,5 +49,5 @@ def _digest(text: str) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 cell`, `2 cells`."""
+    """Return a count with its noun: `1 cell`, `2 cells`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""How much worse is still fine: `0`, `20%`, `5MiB`, `0.01`.
+"""The allowed difference of a column: `0`, `20%`, `5MiB`, `0.01`.
 
     threshold = number [unit]
     number    = digits ["." digits] ["e" sign digits]
@@ -6,8 +6,8 @@
               | "B" | "KiB" | "MiB" | "GiB", for columns in bytes
     (no unit) = in the column's own unit: bytes, seconds, a count, a score
 
-Numbers are exact fractions, so that a byte more than allowed is a byte more, at any
-size; a score in a record is the decimal number that is written there.
+Numbers are exact fractions, so that one byte more than allowed is detected at any size;
+a score in a record is the decimal number that is written there.
 """
 
 import re
@@ -19,7 +19,7 @@ from meft_reports.columns.column import Column
 from meft_reports.errors import ReportError
 
 SIZES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-# Two digits of exponent: a fraction of 10**99999 would not fit anywhere.
+# Two digits of exponent: a fraction of 10**99999 would need too much memory.
 PATTERN = re.compile(
     r"(\d+(?:\.\d+)?(?:e[+-]?\d{1,2})?)\s?(%|B|KiB|MiB|GiB)?", re.ASCII
 )
@@ -35,16 +35,16 @@ class Threshold:
     relative: bool
 
     def allowed(self, expected: Fraction) -> Fraction:
-        """The greatest difference from `expected` that is fine, in its unit."""
+        """Return the largest allowed difference from `expected`, in its unit."""
         return self.amount * abs(expected) if self.relative else self.amount
 
 
 def parse_threshold(text: str) -> Threshold:
-    """Read `COLUMN:THRESHOLD`, e.g. `peak_allocated:5MiB`.
+    """Parse `COLUMN:THRESHOLD`, e.g. `peak_allocated:5MiB`.
 
     Raises:
         ReportError: not of that form, or a size for a column that is not in bytes.
-        UnknownName: no column is called so.
+        UnknownName: no column has this name.
     """
     name, colon, limit = text.partition(":")
     if not colon:

@@ -1,11 +1,11 @@
-"""The child process: one cell, from names to numbers.
+"""The child process, which runs one cell.
 
-worker      the process itself: a request in, an outcome file out
+worker      entry point of the process: reads a request, writes an outcome file
 watchdog    ends the process when its parent ends
 
 measuring   measures a cell: training, scores, memory, traffic, time
 training    loads the model, applies the method, takes training steps
-methods     ways of fine-tuning
+methods     methods of fine-tuning
 tasks       rows and their metric
 scoring     from predictions to scores
 backbones   models with real or random weights

@@ -1,10 +1,10 @@
-"""A child must not outlive its parent.
+"""End the child process when its parent ends.
 
-The worker calls `die_with_parent` before it imports anything heavy, so that `kill -9`
-of the harness leaves nothing behind that holds memory or a device. On Linux the kernel
-keeps the promise; elsewhere a thread asks, twice a second, whose child it is.
+The worker calls `die_with_parent` before it imports any heavy module, so that `kill -9`
+of the harness leaves no process that holds memory or a device. On Linux the kernel
+ensures this; elsewhere a thread checks the parent's id twice a second.
 
-Nothing is imported here but the standard library's smallest modules.
+Only the smallest modules of the standard library are imported.
 """
 
 import ctypes
@@ -19,11 +19,11 @@ _POLL_SECONDS = 0.5
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Arrange that this process is killed when `parent_pid` ends.
+    """Ensure that this process is killed when `parent_pid` ends.
 
     Args:
-        parent_pid: process that started this one, as it said on the command line. A
-            parent that ended before this call is noticed by comparing.
+        parent_pid: process that started this one, as given on the command line. A
+            parent that ended before this call is detected by comparison.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)

@@ -1,9 +1,9 @@
-"""The child: one fresh process that runs one cell, predicts some, or runs a check.
+"""The child: one new process that runs one cell, predicts several, or runs a check.
 
-A request (`meft_bench.shared.request`) holds one of these; the answer is written whole
-or not at all, and stdout and stderr are only a log. Endings of a cell that the child
-survives are statuses: `ok`, `oom`, `skipped` (data, weights or device are not there)
-and `error`. What it does not survive is for the parent to see.
+A request (`meft_bench.shared.request`) holds one of these; the answer is written
+atomically, and stdout and stderr are only a log. Failures of a cell after which the
+child still runs are statuses: `ok`, `oom`, `skipped` (data, weights or device are not
+available) and `error`. Other failures are detected by the parent.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from meft_bench.shared.source import MissingError, Source
 
 
 def main() -> None:
-    """Answer the request of the command line."""
+    """Process the request on the command line."""
     asked = request.read()
     die_with_parent(asked.parent_pid)
     options = ChildOptions(**asked.body["options"])
@@ -34,7 +34,7 @@ def main() -> None:
         limit = options.memory_limit_bytes
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     if not options.allow_download:
-        # Set before the libraries are imported, which is when they look.
+        # Set before the libraries are imported, because they read it on import.
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     if "cell" in asked.body:
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def run(cell: Cell, options: ChildOptions) -> dict[str, object]:
-    """Run `cell` and return its result as a JSON object, however it ends."""
+    """Run `cell` and return its result as a JSON object, even if it fails."""
     sighting = Sighting()
     try:
         # Imported here: under a memory limit, torch itself may not fit.
@@ -85,7 +85,7 @@ def run(cell: Cell, options: ChildOptions) -> dict[str, object]:
 
 
 def one_line(error: BaseException) -> str:
-    """`Type: message`, the first line of it."""
+    """Return `Type: message` with the first line of the message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

@@ -1,7 +1,7 @@
-"""The checks of a sweep: small programs run on a GPU and on its virtual twin.
+"""The checks of a sweep: small programs run on a GPU and on its virtual counterpart.
 
-Each runs in a child of its own (`virtual/validation`); what it reports is appended as
-one line to a file next to the records (`runs/gpu-check.checks.jsonl`):
+Each runs in its own child (`virtual/validation`); its report is appended as one line to
+a file next to the records (`runs/gpu-check.checks.jsonl`):
 
     {"check": "card", "device": "cuda", "status": "ok", "message": "", "seconds": 3.1,
      "device_name": ..., "started_at": ..., "figures": [{"case", "quantity", "value"}],
@@ -26,12 +26,19 @@ from meft_bench.shared.request import WORKER
 
 
 def path_beside(records: Path) -> Path:
-    """The file of checks that belongs to a records file."""
+    """Return the path of the file of checks that belongs to a records file."""
     return records.with_suffix(".checks.jsonl")
 
 
 def is_done(path: Path, name: str, device: str, environment: Environment) -> bool:
-    """Whether a check is in the file with figures of the same code and machine."""
+    """Return whether the file has an ok check of the same code and machine.
+
+    Args:
+        path: the file of checks.
+        name: one of `registry.CHECKS`.
+        device: `cuda` or a virtual GPU.
+        environment: the current environment.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -61,16 +68,16 @@ def run(
     options: ChildOptions,
     timeout_seconds: float,
 ) -> dict[str, Any]:
-    """Run one check, and append what it reports to `path`.
+    """Run one check, and append its report to `path`.
 
     Args:
-        name: of `registry.CHECKS`.
+        name: one of `registry.CHECKS`.
         device: `cuda` or a virtual GPU.
         path: the file of checks.
-        logs: existing folder for what the child prints.
-        environment: where.
-        options: of the child.
-        timeout_seconds: after which it is killed.
+        logs: existing folder for the child's output.
+        environment: the environment of the run.
+        options: options of the child.
+        timeout_seconds: time after which the child is killed.
 
     Returns:
         The line, as a JSON object.
@@ -90,9 +97,10 @@ def run(
 
 
 def compare(path: Path) -> list[str]:
-    """What a file says of predicted figures against measured ones, in lines.
+    """Return lines that compare predicted figures with measured ones.
 
-    The newest ones of each check count; there are none before both sides have run.
+    The newest figures of each check are used; there are no lines before a check has run
+    on both devices.
     """
     newest: dict[tuple[str, bool], dict[tuple[str, str], Any]] = {}
     for text in path.read_text(encoding="utf-8").splitlines():
@@ -113,7 +121,7 @@ def compare(path: Path) -> list[str]:
 def _differences(
     measured: dict[tuple[str, str], Any], predicted: dict[tuple[str, str], Any]
 ) -> Iterator[str]:
-    """A line for each quantity that both sides have."""
+    """Yield a line for each quantity that was both measured and predicted."""
     both = [key for key in measured if key in predicted]
     for quantity in dict.fromkeys(quantity for _, quantity in both):
         keys = [key for key in both if key[1] == quantity]

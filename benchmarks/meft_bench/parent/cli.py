@@ -2,12 +2,12 @@
 
 Exit codes, which benchmarks/README.md explains for each command:
 
-    0    there is an answer: cells are ok, a method fits
+    0    success: cells are ok, a method fits
     2    the command or a file that it names is wrong, or there is no room to write
     3    every cell of a run was skipped
-    4    a cell failed, nothing fits, or what every run needs is missing
+    4    a cell failed, nothing fits, or a requirement of every run is missing
     130  interrupted
-    141  the reader of the output went away
+    141  the reader of the output closed it
 """
 
 import argparse
@@ -49,7 +49,7 @@ EXIT_USAGE = 2
 
 
 class UsageError(Exception):
-    """The command line asks for what cannot be done; the message is one line."""
+    """Raised for a command line that cannot be executed; the message is one line."""
 
 
 def main(argv: Sequence[str] | None = None, *, worker_module: str = WORKER) -> int:
@@ -57,14 +57,14 @@ def main(argv: Sequence[str] | None = None, *, worker_module: str = WORKER) -> i
 
     Args:
         argv: the words after the program's name; None takes them from `sys.argv`.
-        worker_module: module that plays the child; tests put their own here.
+        worker_module: module that runs as the child; tests use their own.
     """
     output.prepare()
     try:
         try:
             return _command(_parser().parse_args(argv), worker_module)
         finally:
-            sys.stdout.flush()  # here, where it can be said that it failed
+            sys.stdout.flush()  # where a failure can be reported
     except BrokenPipeError:
         output.forget(sys.stdout)
         return output.EXIT_CLOSED
@@ -93,22 +93,25 @@ def _command(arguments: argparse.Namespace, worker_module: str) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse without abbreviated options, and with every mistake in one line."""
+    """argparse without abbreviated options, with one line for every error."""
 
     def __init__(self, **named: Any) -> None:
         super().__init__(**named, allow_abbrev=False)
         self._words: list[str] = []
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        """As argparse, which hands a command's words to the parser of the command."""
+        """Parse as argparse does, which gives a command's words to its own parser."""
         self._words = list(sys.argv[1:] if args is None else args)
         found, unknown = super().parse_known_args(args, namespace)
-        if unknown:  # else the parser above would complain, which has other options
+        if unknown:  # else the main parser, with other options, reports it
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return found, unknown
 
     def _misspelt(self) -> str:
-        """The first option that is none, with the nearest that is."""
+        """Return the first unknown option with the nearest valid one, as text.
+
+        The text is empty if all options are known.
+        """
         options = [*self._option_string_actions]
         for word in self._words:
             name = word.partition("=")[0]
@@ -288,7 +291,7 @@ def _list(arguments: argparse.Namespace) -> int:
     path = _records_path(arguments, chosen)
     records = runs.read(path)
     done: dict[Cell, Record] = {}
-    if records:  # else there is no need to look at this machine's sources
+    if records:  # otherwise the sources need not be read
         environments = harness.environments_for(cells, num_threads=1, num_slots=1)
         done = runs.done(records, cells, environments)
     lines = [f"{'done' if cell in done else '    '}  {cell.id}" for cell in cells]
@@ -297,7 +300,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
-    """The run that the command line asks for; everything about it is checked here."""
+    """Return the run that the command line describes, after checking all of it."""
     chosen = _load(arguments)
     cells = _select(chosen, arguments.only)
     if any(cell.device == "cuda" for cell in cells) and not environment.gpu_names():
@@ -336,7 +339,14 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 def _left_out(
     chosen: Sweep, cells: Sequence[Cell], only: str | None, device: str | None
 ) -> Iterator[str]:
-    """What the sweep declares and the command line does not ask for."""
+    """Yield what the sweep declares and the command line does not select.
+
+    Args:
+        chosen: the sweep.
+        cells: the selected cells.
+        only: value of `--only`.
+        device: value of `--device`.
+    """
     if chosen.num_excluded:
         yield f"excluded, {chosen.num_excluded}: by the sweep's own rules"
     if device is not None:
@@ -382,12 +392,12 @@ def _load(arguments: argparse.Namespace) -> Sweep:
 
 
 def _default_device(arguments: argparse.Namespace) -> str:
-    """The device of cells whose matrix does not name one, and of checks."""
+    """Return the device of checks, and of cells whose matrix does not name one."""
     return arguments.device or ("cuda" if environment.gpu_names() else "cpu")
 
 
 def _select(chosen: Sweep, only: str | None) -> tuple[Cell, ...]:
-    """The cells of a method when `only` names one, else those with it in their ids."""
+    """Return the cells of the method `only`, or those with `only` in their ids."""
     if only is None:
         return chosen.cells
     if only in registry.METHODS:
@@ -403,7 +413,7 @@ def _select(chosen: Sweep, only: str | None) -> tuple[Cell, ...]:
 
 def _records_path(arguments: argparse.Namespace, chosen: Sweep) -> Path:
     path: Path = arguments.output or Path("runs", f"{chosen.name}.jsonl")
-    if path.suffix != ".jsonl":  # logs and page are named after it, too
+    if path.suffix != ".jsonl":  # the names of logs and page are derived from it
         raise UsageError(f"records file {str(path)!r} should end in .jsonl")
     return path
 
@@ -460,7 +470,7 @@ def _share(text: str) -> float:
 
 
 def _device(text: str) -> str:
-    if text.endswith(".json"):  # children start elsewhere
+    if text.endswith(".json"):  # children run in another folder
         text = f"{registry.VIRTUAL}{Path(gpu.name_in(text)).resolve()}"
     try:
         return str(fields.check("device", text))

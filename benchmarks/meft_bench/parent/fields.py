@@ -1,8 +1,8 @@
-"""What each field of a `Cell` may hold.
+"""Valid values of each field of a `Cell`.
 
 A sweep is written by hand, so every value is checked before anything runs: its type,
-its range, and, where it is a name, that the registry knows it. Whether weights and
-data behind a name are on this machine is for the child to find out.
+its range, and, where it is a name, that it is in the registry. Whether the weights and
+data of a name are on this machine is checked by the child.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ _FROM_ONE = {
 }
 _AT_MOST = {"lost_bits": 16, "active_fraction": 1, "seed": 2**32 - 1}
 _LARGEST = 2**63 - 1
-"""What a column of whole numbers holds."""
+"""Largest value of an integer column."""
 
 Value = str | int | float
 
@@ -56,10 +56,10 @@ def check_name(name: str) -> None:
 
 
 def check(name: str, value: object) -> Value:
-    """The value as the cell holds it: an integer becomes a float where one belongs.
+    """Return the value as the cell stores it; integers of float fields become floats.
 
     Raises:
-        ValueError: wrong type, out of range, or a name the registry does not know.
+        ValueError: wrong type, out of range, or a name that is not in the registry.
     """
     check_name(name)
     if FIELDS[name].type is str:
@@ -70,7 +70,7 @@ def check(name: str, value: object) -> Value:
 
 
 def check_together(cell: Cell) -> None:
-    """Raise `ValueError` when two fields of a cell contradict each other."""
+    """Raise `ValueError` if fields of a cell contradict each other."""
     if cell.warmup_steps >= cell.max_steps:
         raise ValueError(
             f"`warmup_steps` = {cell.warmup_steps} leaves no step to measure; "
@@ -121,7 +121,7 @@ def _check_text(name: str, value: object) -> str:
 def _check_float(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"`{name}` = {value!r} should be a number")
-    # Comparing needs no float, which a whole number may be too large for.
+    # Compared without conversion, because an integer may be too large for a float.
     if not 0 < value < math.inf or value > sys.float_info.max:
         raise ValueError(f"`{name}` = {value!r} should be finite and above 0")
     _check_most(name, value)

@@ -1,8 +1,8 @@
-"""A run: the cells of a sweep that are not done yet, into the records file.
+"""A run: measure the cells of a sweep that are not done yet, and append records.
 
-Interrupted at any moment, even by `kill -9`, it leaves a file of whole records; the
-same command then goes on with the cells that are not in it. A first SIGINT or SIGTERM
-ends the children and the run, a second one ends the process as it would any other.
+If interrupted at any time, even by `kill -9`, it leaves a file of complete records; the
+same command then continues with the cells that are not in it. A first SIGINT or SIGTERM
+ends the children and the run, a second one has its default effect.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ EXIT_FAILED = 4
 EXIT_INTERRUPTED = 130
 
 NUM_NAMED = 3
-"""Cells that are named where several share a reason."""
+"""Number of cells that are named where several share a reason."""
 NUM_REASONS = 10
-"""Reasons that are printed."""
+"""Number of reasons that are printed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Everything that defines one run."""
+    """The complete definition of one run."""
 
     sweep: str
     cells: tuple[Cell, ...]
@@ -48,22 +48,26 @@ class Plan:
     num_slots: int
     timeout_seconds: float
     force: bool
-    """Run cells that are done, too."""
+    """Whether cells that are done are run again."""
     left_out: tuple[str, ...] = ()
-    """What the sweep declares and this run leaves out, each a line for people."""
+    """What the sweep declares and this run omits, one readable line each."""
     checks: tuple[str, ...] = ()
     """Programs of `registry.CHECKS` to run before the cells."""
     check_device: str = "cuda"
-    """What they run on."""
+    """The device of the checks."""
     time_budget_seconds: float | None = None
-    """After which the run ends, with what it has; None: when all is done."""
+    """Time after which the run ends with the cells done so far; None means no limit."""
 
 
 def run(plan: Plan, *, worker_module: str = request.WORKER) -> int:
-    """Run what is left of a plan, tell how it went, and return the exit code.
+    """Run the remaining cells of a plan, print a summary, and return the exit code.
+
+    Args:
+        plan: the run.
+        worker_module: module that runs as the child.
 
     Raises:
-        runs.RunsError: the records file, or a log beside it, cannot be used.
+        runs.RunsError: the records file, or a log next to it, cannot be used.
     """
     environments = environments_for(
         plan.cells, num_threads=plan.options.num_threads, num_slots=plan.num_slots
@@ -108,10 +112,10 @@ def run(plan: Plan, *, worker_module: str = request.WORKER) -> int:
 
 
 class Budget:
-    """The time that a run may take.
+    """The time limit of a run.
 
     Args:
-        seconds: from now on; None for without end.
+        seconds: time from now on; None means no limit.
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -119,14 +123,14 @@ class Budget:
 
     @property
     def seconds_left(self) -> float:
-        """What is left, 0 when it is over."""
+        """Seconds that are left, 0 after the limit."""
         if self._deadline is None:
             return math.inf
         return max(0.0, self._deadline - time.monotonic())
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left."""
+        """Whether no time is left."""
         return self.seconds_left == 0
 
     @contextlib.contextmanager
@@ -145,7 +149,7 @@ class Budget:
 
 
 def _run_checks(plan: Plan, budget: Budget) -> list[Status]:
-    """Run the checks of a plan that are not done yet."""
+    """Run the checks of a plan that are not done yet, and return their statuses."""
     if not plan.checks:
         return []
     path = checks.path_beside(plan.path)
@@ -190,7 +194,16 @@ def _exit_code(statuses: Sequence[Status]) -> int:
 def environments_for(
     cells: tuple[Cell, ...], *, num_threads: int, num_slots: int
 ) -> dict[str, Environment]:
-    """The environment of each device that the cells run on."""
+    """Return the environment of each device that the cells run on.
+
+    Args:
+        cells: the cells of the run.
+        num_threads: number of threads each child may use.
+        num_slots: number of cells that run in parallel.
+
+    Returns:
+        Environments by device.
+    """
     return {
         device: environment.collect(
             num_threads=num_threads, num_slots=num_slots, device=device
@@ -208,7 +221,7 @@ def _run_left(
     budget: Budget,
     worker_module: str,
 ) -> list[Record]:
-    """The records of the cells that ended; all of them, unless the run was stopped."""
+    """Return the records of the cells that ended; all, unless the run was stopped."""
     stop = threading.Event()
     folder = plan.path.with_suffix(".logs")
     folder.mkdir(exist_ok=True)
@@ -234,7 +247,7 @@ def _run_left(
                     worker_module=worker_module,
                 )
             except OSError:
-                stop.set()  # else the run would wait for the cells of other slots
+                stop.set()  # else the run waits for the other slots
                 raise
 
         if file.is_torn:
@@ -254,7 +267,7 @@ def _run_left(
 
 
 def _left_out(plan: Plan, done: Mapping[Cell, Record]) -> Iterator[str]:
-    """What the sweep declares and this run does not start, a line for each reason."""
+    """Yield what the sweep declares and this run omits, a line for each reason."""
     yield from plan.left_out
     if done:
         yield (
@@ -265,7 +278,7 @@ def _left_out(plan: Plan, done: Mapping[Cell, Record]) -> Iterator[str]:
 
 
 def _other_load(plan: Plan, done: Iterable[Record]) -> str:
-    """How many cells ran with other threads or slots, on which their times depend."""
+    """Return how many cells ran with other threads or slots, on which times depend."""
     loads = [(r.environment.num_threads, r.environment.num_slots) for r in done]
     others = [
         load for load in loads if load != (plan.options.num_threads, plan.num_slots)
@@ -279,7 +292,7 @@ def _other_load(plan: Plan, done: Iterable[Record]) -> str:
 
 
 def _skipped(ended: Sequence[Record]) -> Iterator[str]:
-    """Why cells were skipped, a line for each reason."""
+    """Yield why cells were skipped, a line for each reason."""
     reasons: dict[str, list[Cell]] = {}
     for record in ended:
         if record.status == Status.SKIPPED:

@@ -1,21 +1,21 @@
-"""One cell in one fresh process; every ending becomes a record.
+"""Run one cell in a new process; every way it can end becomes a record.
 
-The child is given a request (`meft_bench.shared.request`) and then
+The child receives a request (`meft_bench.shared.request`) and then
   1. makes sure that it ends with this process, before any heavy import;
   2. sets `RLIMIT_DATA` to `memory_limit_bytes` of the options, unless it is None;
   3. runs the cell and writes its outcome file (`meft_bench.shared.outcome`).
-What it prints is a log, kept next to that file and never parsed.
+Its output is a log, kept next to that file and never parsed.
 
-How an ending becomes a status:
+The status is derived as follows:
 
-    an outcome was written                   the status in it
-    none, and the time is over               timeout
-    none, and a signal ended the child       killed
-    none, and it exited; or a malformed one  error
-    none, as it could not be written         error; the child exits with 74
+    an outcome was written                          the status in it
+    no outcome, and the time is over                timeout
+    no outcome, and a signal ended the child        killed
+    no outcome, and it exited; or a malformed one   error
+    no outcome, as it could not be written          error; the child exits with 74
 
-The child leads its own session: whatever it started is killed with it, and Ctrl-C in a
-terminal reaches the parent alone.
+The child leads its own session: all processes it started are killed with it, and Ctrl-C
+in a terminal reaches only the parent.
 """
 
 import dataclasses
@@ -55,17 +55,18 @@ def run(
     stop: threading.Event,
     worker_module: str = WORKER,
 ) -> Record:
-    """Run a cell in a fresh interpreter and make a record of how it ended.
+    """Run a cell in a new interpreter and return a record of how it ended.
 
     Args:
-        cell: what to run.
+        cell: the cell to run.
         sweep: name of the sweep, for the record.
-        environment: where; the child's own knowledge is merged into it.
-        options: handed to the child.
-        timeout_seconds: after this long, the child is killed with all it started.
+        environment: the environment; the fields reported by the child are merged into
+            it.
+        options: options of the child.
+        timeout_seconds: time after which the child and its processes are killed.
         folder: existing directory for the child's log and outcome.
         stop: when set, the child is killed and `Stopped` is raised.
-        worker_module: module that plays the child.
+        worker_module: module that runs as the child.
 
     Raises:
         Stopped: `stop` was set.
@@ -91,7 +92,7 @@ def run(
                 env=child_environment(options, cell.device),
                 start_new_session=True,
             )
-        except OSError as error:  # too many processes, no memory for one more
+        except OSError as error:  # too many processes, or no memory for another
             reason = f"no child could be started: {error.strerror}"
             raise OSError(error.errno, reason, sys.executable) from error
     try:
@@ -113,25 +114,26 @@ def run(
 
 
 def log_path(folder: Path, cell: Cell) -> Path:
-    """Where what the child of a cell prints is kept."""
+    """Return the path of the log of a cell's child."""
     return folder / f"{cell.method}-{cell.key[:16]}.log"
 
 
 def child_environment(options: ChildOptions, device: str) -> dict[str, str]:
-    """The environment variables of a child: the parent's, and what makes it steady.
+    """Return the environment variables of a child.
 
-    A virtual GPU does not stand beside a real one, so that is hidden.
+    They are the parent's, and settings that make runs reproducible. A real GPU is
+    hidden from a virtual one, because the two cannot be combined.
     """
     variables = {
         **os.environ,
         "OMP_NUM_THREADS": str(options.num_threads),
         "MKL_NUM_THREADS": str(options.num_threads),
-        # Threads that spin while they wait take the cores of the cell next door.
+        # Threads that busy-wait would use the cores of parallel cells.
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONHASHSEED": "0",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        # NVML counts devices in this order; CUDA's own default is another.
+        # NVML's order of devices; CUDA's default order differs.
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     }
     if device.startswith(VIRTUAL):
@@ -146,7 +148,13 @@ def child_environment(options: ChildOptions, device: str) -> dict[str, str]:
 def _wait(
     process: subprocess.Popen[bytes], deadline: float, stop: threading.Event
 ) -> int | None:
-    """The exit status, or None when the deadline passed first."""
+    """Return the exit status, or None when the deadline passed first.
+
+    Args:
+        process: the child.
+        deadline: time of the monotonic clock, in seconds.
+        stop: when set, `Stopped` is raised.
+    """
     while process.poll() is None:
         if time.monotonic() > deadline:
             return None
@@ -156,18 +164,24 @@ def _wait(
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End the child and everything it started; harmless when all have ended."""
+    """Kill the child and its processes; does nothing when all have ended."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
-        pass  # macOS answers EPERM for a group of which only a zombie is left
+        pass  # macOS returns EPERM for a group with only a zombie
     process.wait()
 
 
 def _ending(out: Path, log: Path, code: int | None, timeout_seconds: float) -> Outcome:
-    """The outcome the child wrote or, failing that, the one its end stands for.
+    """Return the outcome the child wrote or, without one, the outcome of its exit.
 
-    A child that wrote its outcome has finished its work, whatever it died of then.
+    A child that wrote its outcome has finished its work, however it ended afterwards.
+
+    Args:
+        out: the outcome file.
+        log: the log of the child.
+        code: exit status of the child; None after a timeout.
+        timeout_seconds: the time limit, for the message.
     """
     try:
         return outcome.read(out)
@@ -212,7 +226,7 @@ def _describe_signal(number: int) -> str:
 
 
 def _last_line(log: Path) -> str:
-    """The last line of a log that shows anything; empty if there is none."""
+    """Return the last printable line of a log; empty if there is none."""
     with log.open("rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - _LOG_TAIL_BYTES))

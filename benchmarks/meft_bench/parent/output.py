@@ -1,7 +1,7 @@
-"""What a command prints, also where nobody reads it or there is no room for it.
+"""Output of a command, including closed pipes and full disks.
 
 Text is written to a pipe only when a buffer is full or the process ends, so a closed
-pipe or a full disk would otherwise be noticed after `main` has returned.
+pipe or a full disk would otherwise be detected after `main` has returned.
 """
 
 import contextlib
@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import TextIO
 
 EXIT_CLOSED = 141
-"""The reader of the output went away, as `head` does: what a shell makes of SIGPIPE."""
+"""Exit code if the reader closed the output, as `head` does.
+
+A shell reports this code for SIGPIPE.
+"""
 
 
 def prepare() -> None:
-    """Let any text be printed, and printing work where a stream is closed."""
+    """Make any text printable, and printing possible where a stream is closed."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # as after `>&-`
@@ -35,9 +38,9 @@ def complain(line: str) -> None:
 
 
 def summarize(lines: Iterable[str]) -> None:
-    """Print what a run came to; it is lost where stdout cannot be written.
+    """Print the summary of a run; it is lost where stdout cannot be written.
 
-    The records are on disk, and the exit code is of the cells.
+    The records are on disk, and the exit code depends on the cells only.
     """
     try:
         print(*lines, sep="\n", flush=True)
@@ -46,7 +49,7 @@ def summarize(lines: Iterable[str]) -> None:
 
 
 def forget(stream: TextIO) -> None:
-    """Drop what could not be written, so that Python does not try again at its end."""
+    """Drop unwritten text, so that Python does not try again when it exits."""
     with contextlib.suppress(OSError):  # a stream without a file has nothing to drop
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

@@ -1,7 +1,7 @@
-"""The commands `plan` and `fit`: what a step takes on a GPU, without one.
+"""The commands `plan` and `fit`: the memory of a step on a GPU, without one.
 
-The plans are made in one child process (`virtual/prediction/planner.py`); here the
-request is put together and the answer is shown.
+The plans are made in one child process (`virtual/prediction/planner.py`); this module
+builds the request and shows the answer.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from meft_bench.virtual.device import gpu
 
 ALIASES = {"exact": "meft1-exact"}
 FIELDS = {"batch": "batch_size", "seq": "seq_len", "depth": "depth"}
-"""What `--maximize` may name."""
+"""Values of `--maximize`, with the fields that they set."""
 FLAGS = {
     "method": "--method",
     "backbone": "the first argument",
@@ -37,12 +37,12 @@ FLAGS = {
     "accumulation": "--accumulation",
     "attention": "--attention",
 }
-"""Fields that are not for `--set`."""
+"""Fields that `--set` does not accept, with the flags that set them."""
 DEFAULTS = {"batch": 8, "seq": 512, "depth": 0}
 AT_MOST = {"batch_size": 1 << 16, "seq_len": 1 << 20, "depth": 1000}
 MIB = 2**20
 NUM_SHOWN = 8
-"""Lines of a part of the details."""
+"""Number of lines of each part of the details."""
 NOTE = (
     "Predicted from fake tensors and a model of the caching allocator, by rules that "
     "were held against an H200 (docs/virtual-gpu.md); for batches without padding. "
@@ -52,11 +52,11 @@ NOTE = (
 
 
 class PlanningError(Exception):
-    """The command line asks for what cannot be planned; the message is one line."""
+    """Raised for a request that cannot be planned; the message is one line."""
 
 
 def cells(arguments: argparse.Namespace) -> list[Cell]:
-    """A cell for each method that is asked for.
+    """Return a cell for each requested method.
 
     Raises:
         PlanningError: no such method, backbone or GPU, or no config of the backbone.
@@ -102,17 +102,17 @@ def ask(
     margin: float,
     timeline: bool = False,
 ) -> list[dict[str, Any]]:
-    """The plan of each cell, or of the largest that fits, as JSON objects.
+    """Return the plan of each cell, or of the largest that fits, as JSON objects.
 
     Args:
-        cells: what to plan.
-        options: of the child.
+        cells: the cells to plan.
+        options: options of the child.
         maximize: one of `FIELDS`, or None for the cells as they are.
-        margin: share of the GPU's memory that is left free by what fits.
-        timeline: whether a plan has every moment of its step.
+        margin: share of the GPU's memory that must stay free for the verdict `fits`.
+        timeline: whether a plan includes every change of memory during its step.
 
     Raises:
-        PlanningError: the child died; says of what.
+        PlanningError: the child ended without an answer; the message states why.
         OSError: there is no room for its answer.
     """
     field = None if maximize is None else FIELDS[maximize]
@@ -149,7 +149,14 @@ def table(
     maximize: str | None,
     margin: float,
 ) -> str:
-    """The answer for people."""
+    """Return the answer as a readable table.
+
+    Args:
+        cells: the planned cells.
+        plans: their plans, in the same order.
+        maximize: one of `FIELDS`, or None.
+        margin: share of the GPU's memory that must stay free.
+    """
     first = cells[0]
     found = gpu.find(gpu.name_in(first.device))
     shape = {"batch": f"batch {first.batch_size}", "seq": f"{first.seq_len} tokens"}
@@ -182,7 +189,7 @@ def table(
 
 
 def reasons(plans: Sequence[dict[str, Any]]) -> list[str]:
-    """What the plans have to say, a line for each message with all its methods."""
+    """Return the messages of the plans, one line per message with all its methods."""
     methods: dict[str, list[str]] = {}
     for plan in plans:
         if plan["message"]:
@@ -191,12 +198,12 @@ def reasons(plans: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def unanswered(plans: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of the plans that say nothing but why there is no plan."""
+    """Return the plans that contain only the reason why there is no plan."""
     return [plan for plan in plans if plan["verdict"] == "unknown"]
 
 
 def anything_fits(plans: Sequence[dict[str, Any]]) -> bool:
-    """Whether one of the methods fits, with what was maximized if anything was."""
+    """Return whether one of the methods fits, with the maximized value if given."""
     return any(
         plan["verdict"] in ("fits", "tight") and plan.get("largest", 1)
         for plan in plans
@@ -204,7 +211,7 @@ def anything_fits(plans: Sequence[dict[str, Any]]) -> bool:
 
 
 def details(plan: dict[str, Any]) -> str:
-    """Where the memory and the traffic of one plan come from, for people."""
+    """Return a readable breakdown of the memory and the traffic of one plan."""
     lines = [f"{plan['method']}:"]
     if plan["by_kind"] is None:
         return lines[0] + " no plan"
@@ -244,7 +251,7 @@ def details(plan: dict[str, Any]) -> str:
 
 
 def write_timeline(plans: Sequence[dict[str, Any]], path: Path) -> None:
-    """Every moment of each plan's step as a table of CSV, whole or not at all."""
+    """Write every change of memory of each plan's step as CSV, atomically."""
     moments = [
         {"method": plan["method"]} | moment
         for plan in plans
@@ -274,7 +281,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _set_fields(texts: Sequence[str]) -> dict[str, Any]:
-    """What `--set` names, each field once."""
+    """Return the fields that `--set` names, each once."""
     found: dict[str, Any] = {}
     for text in texts:
         name, value = _field(text)
@@ -287,7 +294,7 @@ def _set_fields(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _field(text: str) -> tuple[str, Any]:
-    """`NAME=VALUE` as a field of a cell."""
+    """Parse `NAME=VALUE` as a field of a cell."""
     name, equals, value = text.partition("=")
     if not equals:
         raise PlanningError(f"{text!r}: write `--set NAME=VALUE`")
@@ -299,12 +306,12 @@ def _field(text: str) -> tuple[str, Any]:
 
 
 def _typed(name: str, text: str) -> fields.Value:
-    """The value that a text is; itself, where it is none of the field's type."""
+    """Convert text to the field's type; return the text itself where that fails."""
     kind = fields.FIELDS[name].type
     try:
         return text if kind is str else kind(text)  # type: ignore[operator]
     except ValueError:
-        return text  # which is refused by name
+        return text  # which `fields.check` rejects by name
 
 
 def _row(plan: dict[str, Any], maximize: str | None) -> list[str]:
@@ -330,7 +337,7 @@ def _row(plan: dict[str, Any], maximize: str | None) -> list[str]:
 
 
 def _methods(asked: Sequence[str]) -> list[str]:
-    """Methods by their own names, each once."""
+    """Return methods by their registered names, each once."""
     known = [*ALIASES, *registry.METHODS]
     for name in asked:
         if name != "all" and name not in known:
@@ -342,7 +349,7 @@ def _methods(asked: Sequence[str]) -> list[str]:
 
 
 def _backbone(asked: str) -> str:
-    """As a cell names it: shapes by their name alone, files by their path.
+    """Return a backbone as a cell names it: shapes by their name, files by their path.
 
     Raises:
         ValueError: there is no such backbone.

@@ -1,10 +1,11 @@
-"""Where a run stands: one line, rewritten in place on a terminal.
+"""Progress of a run: one line, rewritten in place on a terminal.
 
     12/90 ok 11, oom 1 |███▎      | 04:10 left, meft1/minilm-l6/b16-s64-fp32/...
 
-Where the output is no terminal, one line for each cell that ended. Time left is the
-mean of the cells that ended in this run, times those that are left. A run goes on where
-nobody reads this: its records are what it is for.
+Where the output is not a terminal, one line is printed for each cell that ended. The
+time left is the mean over the cells that ended in this run, times the number of
+remaining cells. A run continues if its output is closed, because its result is the
+records.
 """
 
 import contextlib
@@ -26,12 +27,19 @@ _COLUMNS = 80
 
 
 class Progress:
-    """Tells what a run does while it does it; a context manager."""
+    """Print the progress of a run; a context manager."""
 
     def __init__(
         self, *, num_cells: int, num_done: int, logs: Path, stream: TextIO
     ) -> None:
-        """Begin at `num_done` of `num_cells`; failures are told with their log."""
+        """Begin at `num_done` of `num_cells`.
+
+        Args:
+            num_cells: number of cells of the run.
+            num_done: number of cells that are done before it.
+            logs: folder of the logs, which are named in messages about failures.
+            stream: where to print.
+        """
         self._logs = logs
         self._statuses: Counter[Status] = Counter()
         self._stream = stream
@@ -45,18 +53,18 @@ class Progress:
             bar_format=_LINE,
             dynamic_ncols=width is None,
             ncols=width,
-            smoothing=0,  # the mean over the run: cells come in groups of like length
+            smoothing=0,  # the mean over the run: similar cells follow each other
             file=stream,
             disable=not is_terminal,
         )
 
     def started(self, cell: Cell) -> None:
-        """A cell begins; may be called from any thread."""
+        """Show that a cell begins; may be called from any thread."""
         with self._unread():
             self._bar.set_postfix_str(cell.id)
 
     def ended(self, record: Record) -> None:
-        """A cell ended and is recorded."""
+        """Show that a cell ended and is recorded."""
         self._statuses[record.status] += 1
         with self._unread():
             self._show(record)
@@ -82,7 +90,7 @@ class Progress:
 
     @contextlib.contextmanager
     def _unread(self) -> Iterator[None]:
-        """Stop showing anything as soon as it cannot be shown."""
+        """Stop all output as soon as it cannot be written."""
         try:
             yield
         except OSError:  # the pipe or the terminal is closed, or the disk is full
@@ -103,7 +111,7 @@ class Progress:
 
 
 def count(statuses: Iterable[Status]) -> str:
-    """How often each status came, in the order of `Status`: `ok 11, oom 1`."""
+    """Return the counts of each status, in the order of `Status`: `ok 11, oom 1`."""
     counts = Counter(statuses)
     return ", ".join(f"{name} {counts[name]}" for name in Status if counts[name])
 

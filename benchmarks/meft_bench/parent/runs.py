@@ -1,10 +1,10 @@
 """The records file: one line of JSON per cell that ended.
 
-A line is appended whole or not at all, and is on disk before the next cell's. What a
-killed writer left of a line is never read, and is cut off by the next append. A file
-that holds nothing when it is closed is removed. One writer at a time: the file is
-locked while a run has it open, and the kernel drops the lock with the process, however
-that ends.
+A line is appended atomically, and is on disk before the next cell's. An incomplete line
+of a killed writer is never read, and is cut off by the next append. A file that is
+empty when it is closed is removed. There is one writer at a time: the file is locked
+while a run has it open, and the kernel releases the lock when the process ends for any
+reason.
 
 The last record of a cell counts; earlier ones remain as history.
 """
@@ -24,15 +24,15 @@ from meft_bench.shared.cell import Cell
 from meft_bench.shared.record import Environment, Record, Status
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Numbers of the errors by which a system says that there is no room to write."""
+"""Error numbers that mean that there is no room to write."""
 
 
 class RunsError(Exception):
-    """A records file cannot be read or written; the message is one line."""
+    """Raised if a records file cannot be read or written; the message is one line."""
 
 
 def unusable(path: Path, error: OSError) -> RunsError:
-    """What a failed call of the system means for the run that writes to `path`."""
+    """Return the error of a run that writes to `path` for a failed system call."""
     message = f"{error.filename or path}: {error.strerror}"
     if error.errno in NO_ROOM:
         message += "; make room, and run the same command again to go on"
@@ -43,10 +43,10 @@ class RecordsFile:
     """A records file opened for appending, locked against other runs."""
 
     def __init__(self, path: Path) -> None:
-        """Open `path`, and make it and its folder where they are missing.
+        """Open `path`; create it and its folder if they do not exist.
 
         Raises:
-            RunsError: another run has it open, it cannot be opened, or it holds
+            RunsError: another run has it open, it cannot be opened, or it contains
                 something that is not a record.
         """
         self._path = path
@@ -66,16 +66,17 @@ class RecordsFile:
             raise
         self._end = content.rfind(b"\n") + 1
         self.is_torn = self._end < len(content)
-        """Whether the last line was half written, and is left out."""
+        """Whether the last line was incomplete, and is ignored."""
 
     def append(self, record: Record) -> None:
-        """Add one record and wait until it is on disk.
+        """Append one record and wait until it is on disk.
 
         Raises:
-            RunsError: there is no room for it; the file keeps its whole records.
+            RunsError: there is no room for it; the file keeps its complete records.
         """
         text = json.dumps(record.to_json(), ensure_ascii=False)
-        # A lone surrogate, of a file name that is no text, becomes JSON's escape of it.
+        # A lone surrogate, of a file name that is not text, is written as a JSON
+        # escape.
         line = text.encode(errors="backslashreplace") + b"\n"
         try:
             os.ftruncate(self._file, self._end)
@@ -90,12 +91,12 @@ class RecordsFile:
         self.records.append(record)
 
     def _cut(self) -> None:
-        """Take away what there is of a record that could not be added."""
-        with contextlib.suppress(OSError):  # it is not read, and cut off another time
+        """Remove an incomplete record that could not be appended."""
+        with contextlib.suppress(OSError):  # it is not read, and cut off later
             os.ftruncate(self._file, self._end)
 
     def close(self) -> None:
-        """Let go of the file and of its lock, and of a file that holds nothing."""
+        """Close the file and release its lock; remove an empty file."""
         with contextlib.suppress(OSError):
             is_empty = os.fstat(self._file).st_size == 0
             if is_empty and _is_at(self._path, self._file):
@@ -115,7 +116,7 @@ class RecordsFile:
 
 
 def _open_locked(path: Path) -> int:
-    """The file, opened and locked; made where it is missing.
+    """Open and lock the file; create it if it does not exist.
 
     Raises:
         RunsError: another run has it open.
@@ -125,7 +126,7 @@ def _open_locked(path: Path) -> int:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between the two calls, a run that recorded nothing may have removed it.
+            # Between the two calls, a run without records may have removed the file.
             if path.is_symlink() or _is_at(path, file):
                 return file
         except BlockingIOError as error:
@@ -148,7 +149,7 @@ def _is_at(path: Path, file: int) -> bool:
 
 
 def read(path: Path) -> list[Record]:
-    """The records in a file, oldest first; none when there is no file.
+    """Return the records in a file, oldest first; empty when there is no file.
 
     Raises:
         RunsError: it cannot be read, or a line of it is not a record.
@@ -166,19 +167,22 @@ def done(
     cells: Iterable[Cell],
     environments: Mapping[str, Environment],
 ) -> dict[Cell, Record]:
-    """Those of `cells` that need not run again, each with its record.
+    """Return those of `cells` that need not run again, each with its record.
 
     A cell is done when its last record on this class of machine is ok and comes from
     the same code, the same versions of all packages and, for a backbone of random
     weights, the same config file, and when no machine has run the cell with other code
-    since. An earlier record of the same code does not count:
-    after a change of code and back again, the cell runs again, so that its last record
-    is that of the code at hand.
+    since. An earlier record of the same code does not count: if the code is changed and
+    changed back, the cell runs again, so that its last record is that of the current
+    code.
 
     Args:
-        records: oldest first.
-        cells: what a run would do.
-        environments: where it would do it, by `Cell.device`.
+        records: all records of the file, oldest first.
+        cells: the cells of a run.
+        environments: the environments of the run, by `Cell.device`.
+
+    Returns:
+        Records by cell.
     """
     last: dict[tuple[Cell, str], Record] = {}
     last_code: dict[Cell, str] = {}
@@ -201,7 +205,10 @@ def done(
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a name that is in it twice, Python would keep the last."""
+    """Make a JSON object; raise for a name that is in it twice.
+
+    Python would otherwise keep the last value.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -211,7 +218,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse(path: Path, content: bytes) -> list[Record]:
-    """The records in the complete lines of a file."""
+    """Return the records in the complete lines of a file."""
     records = []
     *lines, _torn = content.split(b"\n")
     for number, line in enumerate(lines, start=1):

@@ -1,4 +1,4 @@
-"""One record as text, quantities in the units people read."""
+"""Show one record as text, with quantities in readable units."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ from meft_bench.shared.record import Record
 from meft_bench.shared.units import format_bytes
 
 MAX_LENGTH = 1000
-"""Characters of one text that are shown."""
+"""Number of characters of one text that are shown."""
 
 
 def describe(record: Record) -> Iterator[tuple[str, str]]:
-    """Pairs of a name and its value; what was not seen is left out.
+    """Yield pairs of a name and its value; missing values are omitted.
 
-    Texts are printable, and where they are too long cut, with a mark.
+    Texts are printable, and cut with a mark if they are too long.
     """
     yield "cell", printable(record.cell.id)
     yield "status", printable(f"{record.status} {record.message}".strip())
@@ -28,7 +28,7 @@ def describe(record: Record) -> Iterator[tuple[str, str]]:
 
 
 def printable(text: str) -> str:
-    """Return `text` with what moves a terminal's cursor escaped, and not too long."""
+    """Return `text` with control characters escaped, cut if it is too long."""
     shown = "".join(
         character
         if character.isprintable()

@@ -1,15 +1,15 @@
-"""A sweep: a TOML file that asks one question and declares the cells that answer it.
+"""A sweep: a TOML file with a question and the cells that answer it.
 
-Each `[[matrix]]` is a product of axes (`axes`) and of lists that move together (`zip`),
-over common values (`defaults`), corrected where a rule says so (`set`), less what is
-left out (`exclude`). Cells that several matrices declare are run once.
+Each `[[matrix]]` is a product of axes (`axes`) and of lists that are iterated together
+(`zip`), over common values (`defaults`), overridden by rules (`set`), without excluded
+points (`exclude`). Cells that several matrices declare are run once.
 
     axes {a: [1, 2], b: [x, y]}          4 points
     zip  {c: [1, 2, 3], d: [u, v, w]}    times 3
     exclude {a: 1, d: [u, v]}            less 4: 8 cells
 
 The whole file is checked before anything runs. Every mistake is a `SweepError` of one
-line that names the file, the offending thing and the nearest valid one.
+line that names the file, the invalid part and the nearest valid name.
 """
 
 import itertools
@@ -27,9 +27,12 @@ from meft_bench.shared import registry, units
 from meft_bench.shared.cell import Cell
 
 TIMEOUT_SECONDS = 3600.0
-"""Time for one cell where the sweep says nothing."""
+"""Time limit of one cell, unless the sweep sets it."""
 MOST_THREADS = 4096
-"""Threads of a child, or children at a time: more than any machine has cores."""
+"""Maximum number of threads of a child, and of parallel children.
+
+It is larger than the number of cores of any machine.
+"""
 
 _SWEEP_KEYS = (
     *("question", "memory_limit", "timeout_seconds", "num_threads", "checks"),
@@ -40,11 +43,11 @@ _MATRIX_KEYS = ("name", "defaults", "axes", "zip", "set", "exclude")
 Point = dict[str, Value]
 """Some fields of a cell by name."""
 Condition = dict[str, tuple[Value, ...]]
-"""Fields that must all match, each any of several values."""
+"""Fields that must all match, each with any of several values."""
 
 
 class SweepError(ValueError):
-    """A sweep cannot be used; the message is one line that says where and why."""
+    """Raised if a sweep cannot be used; states where and why in one line."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,12 +60,12 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Matrix:
-    """One `[[matrix]]`, its values checked."""
+    """One `[[matrix]]` with checked values."""
 
     name: str
     defaults: Point
     axes: tuple[tuple[Point, ...], ...]
-    """Each axis or zip as the points it takes in turn; the last turns fastest."""
+    """Each axis or zip as the points that it iterates over; the last varies fastest."""
     rules: tuple[Rule, ...]
     excludes: tuple[Condition, ...]
 
@@ -72,23 +75,23 @@ class Sweep:
     """A question and its cells."""
 
     name: str
-    """File name without its ending."""
+    """File name without its suffix."""
     question: str
     cells: tuple[Cell, ...]
-    """In declared order, no two alike."""
+    """Cells in declared order, without duplicates."""
     num_excluded: int
-    """Points that the matrices exclude."""
+    """Number of points that the matrices exclude."""
     memory_limit_bytes: int | None
-    """Data each child may allocate; None sets no limit."""
+    """Bytes of data each child may allocate; None sets no limit."""
     timeout_seconds: float
     num_threads: int | None
-    """Threads of each child, for sweeps whose columns must be exact."""
+    """Number of threads of each child, for sweeps whose columns must be exact."""
     checks: tuple[str, ...] = ()
     """Programs of `registry.CHECKS` that run before the cells."""
 
 
 def load(source: str, *, device: str) -> Sweep:
-    """Read a sweep that ships with the harness, by name, or any other, by path.
+    """Read a sweep that is included in the harness, by name, or any other, by path.
 
     Args:
         source: `quickstart`, or `path/to/mine.toml`.
@@ -106,20 +109,20 @@ def load(source: str, *, device: str) -> Sweep:
         raise SweepError(f"{path}: not TOML: {_one_line(error)}") from error
     try:
         return _parse(path.stem, table, device)
-    except (ValueError, OSError) as error:  # of what it names, such as a directory
+    except (ValueError, OSError) as error:  # from a value, such as a directory
         raise SweepError(f"{path}: {_one_line(error)}") from error
 
 
 def shipped() -> dict[str, Path]:
-    """The sweeps that come with the harness, by name."""
+    """Return the sweeps that are included in the harness, by name."""
     here = Path(__file__).parents[1]
-    # A wheel carries the sweeps inside the package; a checkout has them beside it.
+    # A wheel has the sweeps inside the package; a checkout has them next to it.
     folder = here / "sweeps" if (here / "sweeps").is_dir() else here.parent / "sweeps"
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def find(source: str) -> Path:
-    """The file behind a sweep's name or path.
+    """Return the file for a sweep's name or path.
 
     Raises:
         SweepError: there is none.
@@ -136,11 +139,11 @@ def find(source: str) -> Path:
 
 
 def expand(matrix: Matrix, *, device: str) -> Iterator[Cell]:
-    """The cells of one matrix, in declared order.
+    """Yield the cells of one matrix, in declared order.
 
     Raises:
-        ValueError: a rule or an exclusion matches nothing, or a cell contradicts
-            itself.
+        ValueError: a rule or an exclusion matches nothing, or fields of a cell
+            contradict each other.
     """
     base: Point = {"device": device, **matrix.defaults}
     idle_rules = dict(enumerate(matrix.rules))
@@ -186,7 +189,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-# From here on: tables as TOML gives them, turned into the objects above.
+# Parsing: conversion of TOML tables to the objects above.
 
 
 def _parse(name: str, table: dict[str, Any], device: str) -> Sweep:
@@ -223,7 +226,7 @@ def _parse(name: str, table: dict[str, Any], device: str) -> Sweep:
 
 
 def _cells(label: str, entry: dict[str, Any], device: str) -> tuple[list[Cell], int]:
-    """The cells of a matrix, and how many there would be without exclusions."""
+    """Return the cells of a matrix, and the number of points without exclusions."""
     try:
         matrix = _matrix(label, entry)
         cells = list(expand(matrix, device=device))

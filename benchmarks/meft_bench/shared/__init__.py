@@ -1,8 +1,8 @@
-"""What the parent process and its children both use; nothing here imports torch.
+"""Code of both the parent process and its children; no module imports torch.
 
 cell       what to run: the fields that identify a measurement
-record     what came of it: status, measurement and environment
-request    what a parent asks of a child, on the command line
+record     the result: status, measurement and environment
+request    what a parent requests of a child, on the command line
 options    settings of a child that do not belong to the cell
 outcome    the file in which a child reports how it ended
 methods    the table of methods: functions, options, what each has

@@ -1,7 +1,7 @@
-"""The config that a backbone's name leads to, found and read without torch.
+"""Find and read the config of a backbone's name, without torch.
 
-A config is all that a plan or a virtual GPU needs of a backbone. The commands `plan`
-and `fit` look for it before they start a child, which takes seconds to import torch.
+A plan or a virtual GPU needs only the config of a backbone. The commands `plan` and
+`fit` check it before they start a child, which takes seconds to import torch.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ FILE = "config.json"
 
 
 def check(backbone: str, *, allow_download: bool) -> None:
-    """Raise unless there may be a config of `backbone`, as far as files tell.
+    """Raise if there is no config of `backbone`, as far as files show.
 
-    A repository that may be downloaded is left to the child, which asks the hub.
+    A repository that may be downloaded is checked by the child, which queries the hub.
 
     Raises:
-        MissingError: there is no config at hand; says how to provide one.
-        ValueError: the config is none, or of no supported family.
+        MissingError: no config is available; the message states how to provide one.
+        ValueError: the config is invalid, or its family is not supported.
     """
     kind, _, name = backbone.partition(":")
     if backbone in PACKAGED_BACKBONES:
@@ -40,11 +40,11 @@ def check(backbone: str, *, allow_download: bool) -> None:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The fields of a config of a supported family.
+    """Return the fields of a config of a supported family.
 
     Raises:
-        MissingError: there is no such file; says how to provide one.
-        ValueError: it is not a JSON object, or of no supported family.
+        MissingError: there is no such file; the message states how to provide one.
+        ValueError: it is not a JSON object, or its family is not supported.
     """
     try:
         fields = json.loads(file.read_bytes())
@@ -61,9 +61,9 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def digest(backbone: str) -> str | None:
-    """The sha256 of the file behind a backbone `random:PATH.json`, else None.
+    """Return the sha256 of the file of a backbone `random:PATH.json`, else None.
 
-    Where there is no such file, None: whoever needs it will say so.
+    None is also returned where there is no such file: code that reads it raises.
     """
     kind, _, name = backbone.partition(":")
     if kind != "random" or name in RANDOM_BACKBONES:
@@ -75,7 +75,7 @@ def digest(backbone: str) -> str | None:
 
 
 def check_model_type(model_type: object, where: object) -> None:
-    """Raise `ValueError` unless the harness knows classifiers of `model_type`."""
+    """Raise `ValueError` unless the harness supports classifiers of `model_type`."""
     supported = ", ".join(MODEL_TYPES)
     if model_type is None:
         raise ValueError(f"{where} names no `model_type`; supported: {supported}")
@@ -86,13 +86,13 @@ def check_model_type(model_type: object, where: object) -> None:
 
 
 def find_in_cache(name: str) -> Path:
-    """The config of a hub repository that was downloaded before.
+    """Return the config of a hub repository that was downloaded before.
 
     Raises:
-        MissingError: it was not; says how to provide one.
-        ValueError: the hub has no repositories of such names.
+        MissingError: it was not downloaded; the message states how to provide one.
+        ValueError: the name is not valid for a repository of the hub.
     """
-    # Here, as it takes a fifth of a second to import.
+    # Imported here, because it takes a fifth of a second.
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name, FILE)
@@ -102,7 +102,7 @@ def find_in_cache(name: str) -> Path:
 
 
 def ways(problem: str) -> str:
-    """`problem`, and what to do about a config that is not at hand."""
+    """Return `problem` followed by the ways to provide a config."""
     return (
         f"no config: {problem}. Ways to provide one: a shape by its name, such as "
         "backbone `random:bert-base`; `random:PATH/config.json`; `dir:PATH` of a "

@@ -1,10 +1,10 @@
-"""Which distributions are installed."""
+"""Versions of installed distributions."""
 
 import importlib.metadata
 
 
 def installed(name: str) -> str | None:
-    """The version of a distribution, or None; nothing of it is imported."""
+    """Return the version of a distribution, or None, without importing it."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -11,17 +11,19 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChildOptions:
-    """What the parent decides for every cell of a run."""
+    """Options that the parent sets for every cell of a run."""
 
     data_dir: str | None = None
-    """Directory that holds the tasks' data, if there is one."""
+    """Directory that contains the tasks' data, if there is one."""
     allow_download: bool = False
-    """Whether weights and data may be fetched from a hub."""
+    """Whether weights and data may be downloaded from a hub."""
     num_threads: int = 1
     memory_limit_bytes: int | None = None
-    """Bound on the child's data segment (`RLIMIT_DATA`), torch's libraries included;
-    None sets no limit."""
+    """Limit of the child's data segment in bytes (`RLIMIT_DATA`).
+
+    It includes torch's libraries. None sets no limit.
+    """
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object; `ChildOptions(**object)` is the inverse."""
+        """Return a JSON object; `ChildOptions(**object)` is the inverse."""
         return dataclasses.asdict(self)

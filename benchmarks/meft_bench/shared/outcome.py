@@ -1,14 +1,14 @@
-"""What a child writes down, as the parent reads it.
+"""The outcome of a child, as the parent reads it.
 
-One JSON object, written beside its destination and then renamed, so that a file that
-is there is whole:
+It is one JSON object, written next to its destination and then renamed, so that an
+existing file is complete:
 
     {"status": "ok" | "oom" | "error" | "skipped",
-     "message": "",                      why, in a line; when ok a remark, or empty
+     "message": "",                      the reason, in a line; when ok a note, or empty
      "measurement": {...},               fields of `Measurement`
      "environment": {...}}               some of `REPORTED`
 
-The other statuses are the parent's to give: only it can see that a child was killed or
+The other statuses are set by the parent: only it can detect that a child was killed or
 took too long, or that there was no room for its outcome (`EXIT_UNWRITTEN`).
 """
 
@@ -32,19 +32,19 @@ REPORTED = (
     "data_origin",
     "num_threads",
 )
-"""Fields of `Environment` that the child knows better than the parent."""
+"""Fields of `Environment` that the child determines."""
 
 _STATUSES = (Status.OK, Status.OOM, Status.ERROR, Status.SKIPPED)
 _KEYS = {"status", "message", "measurement", "environment"}
 
 
 EXIT_UNWRITTEN = 74
-"""How a child ends that cannot write its outcome: EX_IOERR of sysexits.h."""
+"""Exit status of a child that cannot write its outcome: EX_IOERR of sysexits.h."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """How a child says it ended, and what it saw."""
+    """Status and measurements, as the child reported them."""
 
     status: Status
     message: str
@@ -53,18 +53,21 @@ class Outcome:
 
 
 def leave(path: Path, result: dict[str, object]) -> None:
-    """`write` as the last act of a child, which ends here if it fails."""
+    """Call `write` as the last action of a child; if it fails, end the process.
+
+    The exit status is then `EXIT_UNWRITTEN`.
+    """
     try:
         write(path, result)
     except OSError as error:
         with contextlib.suppress(OSError):  # the log may be on the same full disk
             print(f"{path}: {error.strerror}", file=sys.stderr, flush=True)
-        # As it is: flushing a log that cannot be written would change the exit status.
+        # Without flushing: a log that cannot be written would change the exit status.
         os._exit(EXIT_UNWRITTEN)
 
 
 def write(path: Path, result: dict[str, object]) -> None:
-    """Write `result` to `path` whole, or not at all."""
+    """Write `result` to `path` atomically."""
     text = json.dumps(result, allow_nan=False)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     try:
@@ -76,11 +79,11 @@ def write(path: Path, result: dict[str, object]) -> None:
 
 
 def read(path: Path) -> Outcome:
-    """The outcome in a file.
+    """Return the outcome in a file.
 
     Raises:
         FileNotFoundError: the child wrote none.
-        ValueError: it is not what this module describes.
+        ValueError: it does not have the form that this module describes.
     """
     try:
         table = json.loads(path.read_bytes())
@@ -117,7 +120,7 @@ def _check_fields(
 
 
 def _fits(value: object, hint: Any) -> bool:
-    """Whether a JSON value is of a field's type; an integer may stand for a float."""
+    """Return whether a JSON value fits a field's type; an integer fits a float."""
     if isinstance(hint, types.UnionType):
         return any(_fits(value, option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is list:

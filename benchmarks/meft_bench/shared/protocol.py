@@ -20,4 +20,4 @@ MAX_GRADIENT_NORM = 1.0
 LORA_ALPHA_PER_RANK = 2
 """`lora_alpha` divided by the rank, so that LoRA's output is multiplied by 2."""
 ROWS_PER_VALIDATION_ROW = 10
-"""One training row in so many is set aside to select weights with."""
+"""One training row in this many is set aside to select weights."""

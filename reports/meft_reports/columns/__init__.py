@@ -1,9 +1,9 @@
-"""The table of facts: every column of the frame, once.
+"""The definition of every column of the frame, in one table.
 
-Where a value lies in a record, its dtype, its unit, whether lower is better and what
-it means are said here and nowhere else. The reader, the tables, the page's legend and
-the thresholds of `check` all look things up in `COLUMNS`. The harness's own account of
-how each number is measured is docs/numbers.md.
+The location of a value in a record, its dtype, its unit, whether lower is better and
+its meaning are defined only in this package. The reader, the tables, the page's legend
+and the thresholds of `check` all use `COLUMNS`. docs/numbers.md describes how the
+harness measures each number.
 """
 
 from meft_reports.columns.cell import CELL
@@ -21,8 +21,11 @@ COLUMNS: tuple[Column, ...] = (*CELL, *MEASUREMENT, *ENVIRONMENT)
 BY_NAME = {column.name: column for column in COLUMNS}
 CELL_FIELDS = tuple(column.name for column in COLUMNS if column.section == "cell")
 MEASURED = tuple(column for column in COLUMNS if column.comparable)
-"""The columns that `check` compares, of lists the worst entry. What is derived from
-others is not in a record, so `baseline` reports what it is derived from."""
+"""The columns that `check` compares; for lists, the worst entry.
+
+Derived columns are not in a record, so `baseline` reports the columns they are derived
+from.
+"""
 
 SCORE_NAMES = {
     "score": "score_name",
@@ -32,17 +35,17 @@ SCORE_NAMES = {
     "third_score": "third_score_name",
     "third_majority_score": "third_score_name",
 }
-"""The column that names the metric of a score."""
+"""The column that names the metric of each score."""
 
 LEAST_SCORES = {"matthews_correlation": -1.0}
-"""The least value of scores that can be negative; any other score is at least 0."""
+"""Minimum of scores that can be negative; any other score is at least 0."""
 
 
 def find_measured(name: str) -> Column:
-    """The measured column called `name`, in full or without `_bytes`.
+    """Return the measured column called `name`, in full or without `_bytes`.
 
     Raises:
-        UnknownName: no column that can be compared is called so.
+        UnknownName: no column that can be compared has this name.
     """
     for column in MEASURED:
         if name in (column.name, column.short_name):

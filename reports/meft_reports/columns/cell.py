@@ -1,4 +1,4 @@
-"""What was run: the record itself, and its cell."""
+"""Columns of the record itself and of its cell."""
 
 from meft_reports.columns.column import Column, cell, derived, later_cell, top
 

@@ -1,4 +1,4 @@
-"""`Column`: what is known of one column before any record is read."""
+"""`Column`: the properties of one column, independent of any record."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +10,7 @@ Unit = Literal["", "bytes", "seconds", "count", "fraction"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Column:
-    """What is known of one column before any record is read."""
+    """The properties of one column, independent of any record."""
 
     name: str
     section: Section
@@ -21,12 +21,14 @@ class Column:
     lower_is_better: bool | None = None
     """None where neither direction is an improvement."""
     greatest: float | None = None
-    """The greatest value that there can be; None where there is no bound. What has a
-    unit is at least 0."""
+    """Maximum of the values; None if there is no bound.
+
+    The minimum of columns with a unit is 0.
+    """
     required: bool = False
-    """A record without a value here is refused."""
+    """Whether a record without a value is rejected."""
     default: str | float | None = None
-    """What older records meant, which lack the field."""
+    """Value for older records that lack the field."""
     meaning: str
 
     @property
@@ -48,7 +50,7 @@ class Column:
     def comparable(self) -> bool:
         """Whether `check` can compare it: a number, or a list with a better direction.
 
-        Of a list the worst entry is compared.
+        For a list, the worst entry is compared.
         """
         if self.section not in ("measurement", "derived"):
             return False
@@ -58,14 +60,28 @@ class Column:
 
 
 def top(name: str, dtype: Dtype, meaning: str, unit: Unit = "") -> Column:
-    """A field of the record itself."""
+    """Define a field of the record itself.
+
+    Args:
+        name: name of the column.
+        dtype: its dtype.
+        meaning: its description.
+        unit: its unit.
+    """
     return Column(
         name=name, section="", dtype=dtype, unit=unit, required=True, meaning=meaning
     )
 
 
 def cell(name: str, dtype: Dtype, meaning: str, unit: Unit = "") -> Column:
-    """A field of the cell that every record has."""
+    """Define a field of the cell that every record has.
+
+    Args:
+        name: name of the column.
+        dtype: its dtype.
+        meaning: its description.
+        unit: its unit.
+    """
     return Column(
         name=name,
         section="cell",
@@ -84,7 +100,16 @@ def later_cell(
     unit: Unit = "",
     greatest: float | None = None,
 ) -> Column:
-    """A field of the cell that older records lack."""
+    """Define a field of the cell that older records lack.
+
+    Args:
+        name: name of the column.
+        dtype: its dtype.
+        meaning: its description.
+        default: value for records without the field.
+        unit: its unit.
+        greatest: maximum of its values; None if there is no bound.
+    """
     return Column(
         name=name,
         section="cell",
@@ -104,7 +129,16 @@ def seen(
     lower_is_better: bool | None = None,
     greatest: float | None = None,
 ) -> Column:
-    """A field of the measurement."""
+    """Define a field of the measurement.
+
+    Args:
+        name: name of the column.
+        dtype: its dtype.
+        meaning: its description.
+        unit: its unit.
+        lower_is_better: direction of improvement; None if there is none.
+        greatest: maximum of its values; None if there is no bound.
+    """
     return Column(
         name=name,
         section="measurement",
@@ -117,7 +151,14 @@ def seen(
 
 
 def where(name: str, dtype: Dtype, meaning: str, required: bool = False) -> Column:
-    """A field of the environment."""
+    """Define a field of the environment.
+
+    Args:
+        name: name of the column.
+        dtype: its dtype.
+        meaning: its description.
+        required: whether a record without a value is rejected.
+    """
     return Column(
         name=name,
         section="environment",
@@ -128,7 +169,7 @@ def where(name: str, dtype: Dtype, meaning: str, required: bool = False) -> Colu
 
 
 def version(package: str) -> Column:
-    """The version of a package."""
+    """Define the version of a package."""
     return Column(
         name=f"{package}_version",
         section="versions",
@@ -145,7 +186,16 @@ def derived(
     lower_is_better: bool | None = None,
     greatest: float | None = None,
 ) -> Column:
-    """What is worked out from other columns."""
+    """Define a column that is computed from other columns.
+
+    Args:
+        name: name of the column.
+        dtype: its dtype.
+        meaning: its description.
+        unit: its unit.
+        lower_is_better: direction of improvement; None if there is none.
+        greatest: maximum of its values; None if there is no bound.
+    """
     return Column(
         name=name,
         section="derived",

@@ -1,4 +1,4 @@
-"""Where it ran."""
+"""Columns of the environment of a cell."""
 
 from meft_reports.columns.column import Column, derived, version, where
 

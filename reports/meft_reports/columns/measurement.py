@@ -1,4 +1,4 @@
-"""What was seen."""
+"""Columns of the measurement of a cell."""
 
 from meft_reports.columns.column import Column, derived, seen
 
@@ -7,9 +7,11 @@ OLD_SCORE_NAMES = {
     "exact_match_any_case": "contains_any_case",
     "number": "last_number",
 }
-"""What older code called the scores of questions, and what they are. It called
-containment exact match, which is another rule today, and `number` the number after the
-last `####`, or the whole answer if there was none."""
+"""Names of the scores of questions in older code, and their current names.
+
+Older code called containment exact match, which is another rule today, and `number` the
+number after the last `####`, or the whole answer if there was none.
+"""
 
 MEASUREMENT: tuple[Column, ...] = (
     seen("num_parameters", "Int64", "all parameters", "count"),

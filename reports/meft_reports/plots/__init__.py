@@ -1,12 +1,12 @@
 """The plots: one figure per file, each with the same parts.
 
-    TITLE              what the figure is about
+    TITLE              subject of the figure
     CAPTION            what is measured, how, and how to read it
     draw(frame)        the figure; raises NothingToDraw with the reason, or
-                       NothingDeclared where the run asked for nothing of the kind
+                       NothingDeclared if the run has no cells of the kind
 
-A plot sees the frame of `meft_reports.frame` and nothing else. Add a plot by adding a
-file and its name below, in the order of the page.
+A plot uses only the frame of `meft_reports.frame`. Add a plot by adding a file and its
+name below, in the order of the page.
 """
 
 import importlib
@@ -43,7 +43,7 @@ PLOTS = (
 
 
 class Plot(Protocol):
-    """What a module of this package offers."""
+    """The contents of a module of this package."""
 
     TITLE: str
     CAPTION: str
@@ -51,7 +51,7 @@ class Plot(Protocol):
 
 
 def find_plot(name: str) -> Plot:
-    """The plot called `name`.
+    """Return the plot called `name`.
 
     Raises:
         UnknownName: there is none.

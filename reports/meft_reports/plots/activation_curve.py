@@ -1,4 +1,4 @@
-"""Sorted activations of neurons: how few do most of the work."""
+"""Sorted activations of neurons, which show how unequally neurons are used."""
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ CAPTION = (
 
 @canvas.styled
 def draw(frame: pd.DataFrame) -> Figure:
-    """One panel per workload, one line per method and number of neurons.
+    """Draw one panel per workload, one line per method and number of neurons.
 
     Raises:
         NothingToDraw: no such cell ended well.

@@ -1,8 +1,8 @@
-"""What every figure is made of: the look, the grid of panels, the legend, the file.
+"""Common parts of all figures: style, grid of panels, legend, file.
 
-A figure is a grid of panels under one legend that stands beside them, never on them.
-Cells that failed are part of the figure: a cross at the upper edge where they would
-have been, or a line in the note below the panels.
+A figure is a grid of panels with one legend next to them, never on them. Cells that
+failed are part of the figure: a cross at the upper edge at their position, or a line in
+the note below the panels.
 """
 
 import functools
@@ -29,7 +29,7 @@ from meft_reports.text import SHORT_LENGTH, short
 
 RC: dict[Any, Any] = {
     "figure.dpi": 100,
-    "font.family": "DejaVu Sans",  # ships with matplotlib: the same on any machine
+    "font.family": "DejaVu Sans",  # included in matplotlib: the same on any machine
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.titleweight": "bold",
@@ -41,7 +41,7 @@ RC: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.edgecolor": "#666666",
     "axes.unicode_minus": True,
-    "text.parse_math": False,  # a name with two dollar signs is a name, no formula
+    "text.parse_math": False,  # two dollar signs in a name are not a formula
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.7,
     "legend.frameon": False,
@@ -56,20 +56,20 @@ RC: dict[Any, Any] = {
 
 WIDTH_INCHES = 10.0
 TITLE_LENGTH = 44
-"""Characters that fit over one of two panels in a row."""
+"""Number of characters that fit over one of two panels in a row."""
 LOG_RATIO_ACROSS = 16
-"""A scale across is logarithmic when what it shows spans more than this factor."""
+"""The x axis is logarithmic if its values span more than this factor."""
 MAX_FAILURES = 20
-"""Failed cells that a note below the panels names."""
+"""Number of failed cells that a note below the panels names."""
 CELL_ID_LENGTH = 240
-"""Characters of a cell's name in that note."""
+"""Number of characters of a cell's name in that note."""
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def styled(draw: Callable[[pd.DataFrame], Figure]) -> Callable[[pd.DataFrame], Figure]:
-    """Run `draw` in our look, without touching matplotlib's global settings.
+    """Run `draw` in the style of this package, without changing matplotlib's settings.
 
-    The names it is given fit into a figure.
+    Names in the frame are shortened to fit into a figure.
     """
 
     @functools.wraps(draw)
@@ -99,10 +99,16 @@ def _with_short_names(frame: pd.DataFrame) -> pd.DataFrame:
 def panels(
     num_panels: int, num_columns: int, row_inches: float = 2.9
 ) -> tuple[Figure, list[Axes]]:
-    """An empty figure and its panels, row by row. No pyplot, no shared state."""
+    """Return an empty figure and its panels, row by row, without pyplot.
+
+    Args:
+        num_panels: number of panels.
+        num_columns: maximum number of panels in a row.
+        row_inches: height of a row.
+    """
     num_columns = min(num_panels, num_columns)
     num_rows = -(-num_panels // num_columns)
-    # One row still has to be as high as a legend of every method.
+    # One row must be high enough for a legend of every method.
     height = max(3.9, row_inches * num_rows)
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
     figure = Figure(figsize=(WIDTH_INCHES, height), layout=layout)
@@ -114,7 +120,7 @@ def panels(
 
 
 def set_title(axes: Axes, title: str) -> None:
-    """The panel's title, broken between its parts where it is too long for a line."""
+    """Set the panel's title, broken between its parts if it is too long for a line."""
     lines = [""]
     for part in title.split(" · "):
         longer = f"{lines[-1]} · {part}" if lines[-1] else part
@@ -125,28 +131,34 @@ def set_title(axes: Axes, title: str) -> None:
 def add_legend(
     figure: Figure, methods: Iterable[str], extra: Sequence[Line2D] = ()
 ) -> None:
-    """One entry per method, in the order of every figure, beside the panels."""
+    """Add one entry per method, in a fixed order, next to the panels.
+
+    Args:
+        figure: the figure.
+        methods: names of methods.
+        extra: entries that follow them.
+    """
     entries = [method_entry(m) for m in sorted(set(methods), key=method_order)]
     figure.legend(handles=[*entries, *extra], loc="outside right upper")
 
 
 def add_note(figure: Figure, lines: Iterable[str]) -> None:
-    """Lines of small text below the panels; nothing where there are none."""
+    """Add lines of small text below the panels, if there are any."""
     text = "\n".join(textwrap.fill(line, width=150) for line in lines)
     if text:
         figure.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color="#444444")
 
 
 def method_entry(method: str) -> Line2D:
-    """The legend's entry of a method."""
+    """Return the legend's entry of a method."""
     return Line2D([], [], label=method, **line_style(method))
 
 
 def line_style(method: str, rank: int = 5) -> dict[str, Any]:
-    """How matplotlib draws a line of this method.
+    """Return matplotlib's options for a line of this method.
 
-    Lines that may coincide are numbered by `rank`: later ones have smaller markers,
-    so that those below them can still be seen.
+    Lines that may coincide are numbered by `rank`: later ones have smaller markers, so
+    that those below them remain visible.
     """
     its = look(method)
     return {
@@ -161,10 +173,12 @@ def line_style(method: str, rank: int = 5) -> dict[str, Any]:
 def shaded_entries(
     lines: Mapping[tuple[str, int], str],
 ) -> dict[tuple[str, int], Line2D]:
-    """The legend's entry, which is the look, of every line of a method and a number.
+    """Return the legend entry, which has the style, of every line.
 
-    The lines of one method get lighter from the first to the last; `lines` holds what
-    to say of each beside its method.
+    The lines of one method get lighter from the first to the last.
+
+    Args:
+        lines: text of each line by its method and number.
     """
     entries = {}
     for method in sorted({method for method, _ in lines}, key=method_order):
@@ -181,13 +195,13 @@ def shaded_entries(
 
 
 def entries_by_k(rows: pd.DataFrame) -> dict[tuple[str, int], Line2D]:
-    """The look of every method and k in `rows`; k is -1 where there is none."""
+    """Return the style of every method and k in `rows`; k is -1 where there is none."""
     lines = zip(rows["method"], rows["lost_bits"].fillna(-1), strict=True)
     return shaded_entries({(method, int(k)): f"k = {k:.0f}" for method, k in lines})
 
 
 def style_of(entry: Line2D) -> dict[str, Any]:
-    """How matplotlib draws the line of a legend's entry."""
+    """Return matplotlib's options for the line of a legend's entry."""
     return {
         "color": entry.get_color(),
         "marker": entry.get_marker(),
@@ -197,7 +211,7 @@ def style_of(entry: Line2D) -> dict[str, Any]:
 
 
 def shades(color: str, count: int) -> list[str]:
-    """`count` colours from `color` towards white, for lines of one method."""
+    """Return `count` colours from `color` towards white, for lines of one method."""
     rgb = to_rgb(color)
     shares = [0.65 * rank / max(1, count - 1) for rank in range(count)]
     mixed = [[part + (1 - part) * share for part in rgb] for share in shares]
@@ -205,9 +219,16 @@ def shades(color: str, count: int) -> list[str]:
 
 
 def mark_off_scale(axes: Axes, x: float, finite: bool, color: str) -> None:
-    """What a logarithmic scale has no place for, on the edge of the panel.
+    """Mark a value that a logarithmic scale cannot show, on the edge of the panel.
 
-    A triangle on the lower edge is an exact zero, a star on the upper is not finite.
+    A triangle on the lower edge is an exact zero, a star on the upper edge is not
+    finite.
+
+    Args:
+        axes: the panel.
+        x: position on the x axis.
+        finite: whether the value is finite, and therefore zero.
+        color: colour of the mark.
     """
     y, marker = (0.0, "v") if finite else (1.0, "*")
     edge = axes.get_xaxis_transform()
@@ -215,10 +236,10 @@ def mark_off_scale(axes: Axes, x: float, finite: bool, color: str) -> None:
 
 
 class PowersOfTen(LogFormatter):
-    """`10⁻²`, as matplotlib's own formatter has it, but without a formula's markup."""
+    """Format `10⁻²` as matplotlib's own formatter does, without a formula's markup."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        """The label of a tick; empty where matplotlib would leave it out."""
+        """Return the label of a tick; empty where matplotlib would omit it."""
         if x <= 0 or not super().__call__(x, pos):
             return ""
         exponent = math.floor(math.log10(x) + 1e-9)
@@ -228,14 +249,22 @@ class PowersOfTen(LogFormatter):
 
 
 def log_up(axes: Axes) -> None:
-    """Make the scale up logarithmic, with labels that are plain text."""
+    """Make the y axis logarithmic, with plain text labels."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(PowersOfTen())
     axes.yaxis.set_minor_formatter(PowersOfTen())
 
 
 def name_line(axes: Axes, x: float, y: float, text: str, color: str) -> None:
-    """Small words at the end of a line; nothing for no words."""
+    """Add small text at the end of a line.
+
+    Args:
+        axes: the panel.
+        x: position of the end on the x axis.
+        y: position of the end on the y axis.
+        text: the text, which may be empty.
+        color: its colour.
+    """
     axes.annotate(
         text,
         (x, y),
@@ -248,9 +277,9 @@ def name_line(axes: Axes, x: float, y: float, text: str, color: str) -> None:
 
 
 def tick_at(axes: Axes, positions: Sequence[float]) -> None:
-    """Ticks where something was measured, on a logarithmic scale if they are far apart.
+    """Set ticks at measured positions, on a logarithmic scale if they are far apart.
 
-    The room on either side holds what is drawn beside the outermost ticks.
+    The margin on either side has room for points next to the outermost ticks.
     """
     low, high = positions[0], positions[-1]
     if low > 0 and high >= LOG_RATIO_ACROSS * low:
@@ -265,9 +294,16 @@ def tick_at(axes: Axes, positions: Sequence[float]) -> None:
 
 
 def beside(axes: Axes, position: float, rank: int, count: int) -> float:
-    """Where line `rank` of `count` has its point, so that no bar hides another.
+    """Return the x position of a point of line `rank` of `count` at `position`.
 
-    In the measure of the scale across, which `tick_at` has set.
+    Lines are shifted so that no error bar hides another. The offset is relative to the
+    range of the x axis, which `tick_at` has set.
+
+    Args:
+        axes: the panel.
+        position: the measured position.
+        rank: index of the line.
+        count: number of lines.
     """
     share = 0.006 * (rank - (count - 1) / 2)
     low, high = axes.get_xlim()
@@ -277,7 +313,7 @@ def beside(axes: Axes, position: float, rank: int, count: int) -> float:
 
 
 def failed_entry() -> Line2D:
-    """The legend's entry of the cross that stands for a failed cell."""
+    """Return the legend's entry of the cross that denotes a failed cell."""
     return Line2D(
         [], [], label="failed cell", color="#444444", marker="x", linestyle=""
     )
@@ -286,10 +322,16 @@ def failed_entry() -> Line2D:
 def mark_failed(
     axes: Axes, failed: pd.DataFrame, x_column: str, top: float = 0.97
 ) -> None:
-    """A cross with its status at the upper edge, for every failed cell.
+    """Draw a cross with its status at the upper edge for every failed cell.
 
-    Cells that failed at the same place stand below one another; the panel is made
-    higher, so that they never stand on data.
+    Crosses at the same position are stacked downwards; the y axis is extended, so that
+    they never cover data.
+
+    Args:
+        axes: the panel.
+        failed: the failed cells.
+        x_column: column with the position on the x axis.
+        top: height of the first cross, as a share of the panel.
     """
     if failed.empty:
         return
@@ -315,7 +357,7 @@ def mark_failed(
 
 
 def add_headroom(axes: Axes, share: float) -> None:
-    """Leave the upper `share` of the panel free of data, on either kind of scale."""
+    """Keep the upper `share` of the panel free of data, on either kind of scale."""
     low, high = axes.get_ylim()
     share = min(share, 0.7)
     if axes.get_yscale() == "log":
@@ -325,7 +367,7 @@ def add_headroom(axes: Axes, share: float) -> None:
 
 
 def failures_note(failed: pd.DataFrame) -> list[str]:
-    """One line that names failed cells, for plots that have no place for them."""
+    """Return one line that names failed cells, for plots that cannot show them."""
     if failed.empty:
         return []
     names = [
@@ -338,7 +380,7 @@ def failures_note(failed: pd.DataFrame) -> list[str]:
 
 
 def render(figure: Figure, format: str) -> bytes:
-    """The figure as `png`, `svg` or `pdf`: equal bytes for equal figures."""
+    """Return the figure as `png`, `svg` or `pdf`: equal bytes for equal figures."""
     # A date or a version in the file would make equal figures differ.
     metadata: dict[str, dict[str, None]] = {
         "png": {"Software": None},
@@ -347,7 +389,8 @@ def render(figure: Figure, format: str) -> bytes:
     }
     buffer = BytesIO()
     with matplotlib.rc_context(RC), warnings.catch_warnings():
-        # A letter that the font lacks is a box, and names may leave panels no room.
+        # A character that the font lacks is a box, and long names may leave no room for
+        # panels.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         warnings.filterwarnings("ignore", "constrained_layout not applied")
         figure.savefig(buffer, format=format, dpi=150, metadata=metadata[format])

@@ -1,7 +1,7 @@
-"""Worst gradient error against depth: how far down an inverse can be trusted.
+"""Largest gradient error against depth, for methods that rebuild activations.
 
-Every block inverted in floats adds its rounding, and a scale magnifies it; the exact
-inverse has an error of exactly zero at any depth.
+Every block that is inverted in floating point adds a rounding error, which a scale
+magnifies; the exact inverse has an error of exactly zero at any depth.
 """
 
 import math
@@ -26,12 +26,12 @@ CAPTION = (
     "the upper edge as a star, a cell that failed as a cross."
 )
 DECADES = (1e-8, 1e1)
-"""The scale of a panel in which no error has a place on it."""
+"""Range of the y axis of a panel in which no error can be shown."""
 
 
 @canvas.styled
 def draw(frame: pd.DataFrame) -> Figure:
-    """One panel per workload in which rebuilding methods have two depths.
+    """Draw one panel per workload in which rebuilding methods have two depths.
 
     Raises:
         NothingToDraw: there is none, or no ok cell of it reported gradient errors.

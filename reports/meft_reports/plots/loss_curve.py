@@ -1,7 +1,7 @@
 """Training loss against step: whether a method learns, and how fast.
 
-One thin line per seed, not an average of seeds that may have stopped at different
-steps. The lines are smoothed by a running mean whose width the axis states.
+There is one thin line per seed, not an average of seeds that may have stopped at
+different steps. The lines are smoothed by a running mean whose width the axis states.
 """
 
 import math
@@ -30,7 +30,7 @@ CAPTION = (
 
 @canvas.styled
 def draw(frame: pd.DataFrame) -> Figure:
-    """One panel per real task and workload.
+    """Draw one panel per real task and workload.
 
     Raises:
         NothingToDraw: no ok cell of a real task has a loss curve of two steps.
@@ -61,9 +61,9 @@ def draw(frame: pd.DataFrame) -> Figure:
 
 
 def running_mean(values: list[float], width: int) -> list[float]:
-    """The mean of every `width` values in a row; empty when there are fewer.
+    """Return the means of all windows of `width` values; empty when there are fewer.
 
-    A window that holds a value that is not finite is not finite either.
+    The mean of a window with a value that is not finite is NaN.
     """
     windows = (values[i : i + width] for i in range(len(values) - width + 1))
     return [math.nan if _broken(w) else math.fsum(w) / width for w in windows]

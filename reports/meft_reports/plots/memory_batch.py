@@ -1,4 +1,4 @@
-"""Memory against batch size: what one more row costs under each method."""
+"""Memory against batch size: the memory of one more row with each method."""
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ CAPTION = (
 
 @canvas.styled
 def draw(frame: pd.DataFrame) -> Figure:
-    """Two panels per workload that was measured at two batch sizes or more.
+    """Draw two panels per workload that was measured at two batch sizes or more.
 
     Raises:
         NothingToDraw: there is none.

@@ -1,8 +1,8 @@
-"""The body of `memory_batch` and `memory_depth`: memory of one step along one axis.
+"""Common part of `memory_batch` and `memory_depth`: memory of a step along one axis.
 
-Two panels per workload, bytes saved for backward beside peak allocated, one line per
-method. Drawn from cells on random input, whose shapes are exact. A cell that failed is
-a cross at the upper edge, where its number would have been.
+There are two panels per workload, bytes saved for backward and peak allocated, with one
+line per method. The cells are those on random input, whose shapes are exact. A cell
+that failed is a cross at the upper edge, at its position on the x axis.
 """
 
 import pandas as pd
@@ -29,13 +29,19 @@ QUANTITIES = {
     "saved_bytes": "saved for backward (MiB)",
     "peak_allocated_bytes": "peak allocated memory (MiB)",
 }
-# A panel is logarithmic when its values span more than this factor, or the places
+# A panel is logarithmic if its values span more than this factor, or the positions
 # where they were measured more than `LOG_RATIO_ACROSS`.
 LOG_RATIO_UP = 50
 
 
 def draw_along(frame: pd.DataFrame, field: str, x_column: str, label: str) -> Figure:
-    """Memory along the workload's `field`, whose value in the model is `x_column`.
+    """Draw memory along the workload's `field`.
+
+    Args:
+        frame: rows of `read_frame`.
+        field: a field of the workload.
+        x_column: column with the actual value of `field` in the model.
+        label: label of the x axis.
 
     Raises:
         NothingToDraw: no workload was measured at two values of `field`.
@@ -93,7 +99,7 @@ def _draw_panel(
 
 
 def _scale(axes: Axes, positions: list[int], values: "pd.Series[float]") -> None:
-    """Both axes linear or both logarithmic: proportional growth is a straight line."""
+    """Make both axes linear or both logarithmic: linear growth is a straight line."""
     wide = positions[-1] >= canvas.LOG_RATIO_ACROSS * positions[0]
     if len(values):
         wide |= values.max() > LOG_RATIO_UP * values.min()

@@ -1,4 +1,4 @@
-"""Memory against depth: what one more block costs under each method."""
+"""Memory against depth: the memory of one more block with each method."""
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -18,7 +18,7 @@ CAPTION = (
 
 @canvas.styled
 def draw(frame: pd.DataFrame) -> Figure:
-    """Two panels per workload that was measured at two depths or more.
+    """Draw two panels per workload that was measured at two depths or more.
 
     Raises:
         NothingToDraw: there is none.

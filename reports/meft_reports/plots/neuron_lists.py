@@ -1,4 +1,4 @@
-"""Lists that a cell holds of its neurons, a line each: what two figures share."""
+"""Common part of two figures: lists of a cell over its neurons, one line each."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ Entries = dict[tuple[str, int], Line2D]
 
 
 def entries_by_size(rows: pd.DataFrame) -> Entries:
-    """The look of every method and number of neurons in `rows`."""
+    """Return the style of every method and number of neurons in `rows`."""
     names = zip(rows["method"], rows["num_neurons"], strict=True)
     return canvas.shaded_entries(
         {(method, int(count)): f"{count:,} neurons" for method, count in names}
@@ -31,15 +31,15 @@ def draw_lists(
     labels: tuple[str, str],
     **style: Any,
 ) -> Figure:
-    """One panel per workload, one line per method and number of neurons.
+    """Draw one panel per workload, one line per method and number of neurons.
 
     Args:
         frame: rows of `read_frame`.
-        column: of lists, averaged over the cells of a line entry by entry.
-        has_list: which methods fill the column.
-        across: where the entries of a list of some length stand.
-        labels: of the axis across and of the axis up.
-        style: what lines look like, beside the look of their method.
+        column: column of lists, averaged over the cells of a line entry by entry.
+        has_list: whether a method fills the column.
+        across: positions of the entries on the x axis, given the length of a list.
+        labels: labels of the x axis and of the y axis.
+        style: options of lines, in addition to the style of their method.
 
     Raises:
         NothingToDraw: no such cell ended well.

@@ -1,8 +1,8 @@
 """Reconstruction and gradient error per block: how exact the rebuilt backward is.
 
 The backward of a reversible stack starts at the highest block and rebuilds downwards,
-so errors grow towards block 1. A gradient error of 1 means that nothing of the
-gradient is left.
+so errors grow towards the lowest block. A gradient error of 1 means that the error is
+as large as the gradient.
 """
 
 import math
@@ -43,10 +43,10 @@ QUANTITIES = {
 
 @canvas.styled
 def draw(frame: pd.DataFrame) -> Figure:
-    """Two panels per workload in which a method reported errors.
+    """Draw two panels per workload in which a method reported errors.
 
     Raises:
-        NothingToDraw: no ok cell did.
+        NothingToDraw: no ok cell reported errors.
     """
     rows = prepare(frame)
     if not (rows["method"].map(is_meft) & ~rows["method"].map(is_stored)).any():
@@ -77,7 +77,7 @@ def draw(frame: pd.DataFrame) -> Figure:
 
 
 def _deepest(parts: list[pd.DataFrame]) -> list[pd.DataFrame]:
-    """Of parts that differ in depth alone, the one with the most blocks."""
+    """Return the part with the most blocks among parts that differ in depth only."""
     fixed = [name for name in (*WORKLOAD, *PROVENANCE) if name != "depth"]
     kept: dict[tuple[str, ...], pd.DataFrame] = {}
     for part in parts:
@@ -104,7 +104,7 @@ def _draw_panel(axes: Axes, part: pd.DataFrame, quantity: str) -> None:
 
 
 def _draw_curve(axes: Axes, style: dict[str, Any], seeds: list[list[float]]) -> None:
-    # Numbered from 0, as `span` and the library's warnings number them.
+    # Numbered from 0, as in `span` and in the library's warnings.
     blocks = range(max(map(len, seeds), default=0))
     points = {b: [seed[b] for seed in seeds if len(seed) > b] for b in blocks}
     regular = {

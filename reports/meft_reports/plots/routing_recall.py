@@ -17,7 +17,7 @@ CAPTION = (
 
 @canvas.styled
 def draw(frame: pd.DataFrame) -> Figure:
-    """One panel per workload, one line per method and number of neurons.
+    """Draw one panel per workload, one line per method and number of neurons.
 
     Raises:
         NothingToDraw: no such cell ended well.

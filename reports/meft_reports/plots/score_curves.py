@@ -1,8 +1,8 @@
-"""The body of the `score_...` figures along one option of a method.
+"""Common part of the `score_...` figures along one option of a method.
 
-One line per method and setting: the mean over seeds, with bars of one sample standard
-deviation. Methods for which the option means nothing are horizontal lines with a band
-of the same width. One panel per task and workload.
+There is one line per method and setting: the mean over seeds, with bars of one sample
+standard deviation. Methods that do not use the option are horizontal lines with a band
+of the same width. There is one panel per task and workload.
 """
 
 from collections.abc import Callable, Iterable
@@ -40,15 +40,15 @@ def draw_along(
     references: References,
     also: tuple[str, ...] = (),
 ) -> Figure:
-    """Score along the option `field`, on an axis called `label`.
+    """Draw the score along the option `field`.
 
     Args:
         frame: rows of `read_frame`.
         field: an option of a cell; a panel needs two values of it.
-        label: what stands below the axis.
-        along: of one workload's rows those that make lines, with a column `x` and the
-            method that the line is named after.
-        references: the methods that a line of some method is held against.
+        label: label of the x axis.
+        along: selects, from one workload's rows, those that make lines, with a column
+            `x` and the method that the line is named after.
+        references: the methods that a line of some method is compared with.
         also: options that vary with `field` along a line.
 
     Raises:
@@ -87,14 +87,14 @@ def draw_along(
 
 
 def majority_entry() -> Line2D:
-    """The legend's entry of the score of the majority class."""
+    """Return the legend's entry of the score of the majority class."""
     return Line2D([], [], label="majority class", color="#888888", linestyle="--")
 
 
 def _lines(rows: pd.DataFrame, varied: tuple[str, ...]) -> list[pd.DataFrame]:
-    """The settings of a method in which the first of `varied` was.
+    """Return the settings of a method in which the first of `varied` takes two values.
 
-    Where it was not, as in a plain twin alone, there is a point and no line.
+    A setting with one value, as of a plain twin alone, is a point and not a line.
     """
     lines = settings(rows, ignoring=varied)
     return [line for line in lines if line[varied[0]].nunique() > 1]
@@ -107,7 +107,15 @@ def _draw_panel(
     varied: tuple[str, ...],
     references: References,
 ) -> set[str]:
-    """Draw the lines and what they are held against; the methods that are drawn."""
+    """Draw the lines and their references; return the methods that are drawn.
+
+    Args:
+        axes: the panel.
+        part: all rows of the workload.
+        lines: the rows of each line.
+        varied: options that vary along a line.
+        references: the methods that a line of some method is compared with.
+    """
     drawn = pd.concat(lines)
     others = {m for method in drawn["method"].unique() for m in references(method)}
     shown = {method for method in others if _draw_reference(axes, part, method, drawn)}
@@ -130,7 +138,14 @@ def _draw_panel(
 def _draw_reference(
     axes: Axes, part: pd.DataFrame, method: str, drawn: pd.DataFrame
 ) -> bool:
-    """A line and a band at the method's best setting; whether it has a score."""
+    """Draw a line and a band at the method's best setting; return whether it exists.
+
+    Args:
+        axes: the panel.
+        part: all rows of the workload.
+        method: the reference method.
+        drawn: the rows of the lines.
+    """
     rows = part[(part["method"] == method) & part["score"].notna()]
     blocks = drawn["reversible_blocks"].unique()
     alike = rows["reversible_blocks"].isna() | rows["reversible_blocks"].isin(blocks)

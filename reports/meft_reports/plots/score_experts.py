@@ -19,7 +19,7 @@ CAPTION = (
 
 @canvas.styled
 def draw(frame: pd.DataFrame) -> Figure:
-    """One panel per task and workload in which the number takes two values.
+    """Draw one panel per task and workload in which the number takes two values.
 
     Raises:
         NothingToDraw: there is none.
@@ -35,7 +35,7 @@ def draw(frame: pd.DataFrame) -> Figure:
 
 
 def _routed(rows: pd.DataFrame) -> pd.DataFrame:
-    # 0 is a rule, whose number the records do not hold.
+    # 0 denotes a rule; the records do not contain the resulting number.
     is_named = rows["method"].map(has_experts).astype(bool) & (rows["num_experts"] > 0)
     routed = rows[is_named.fillna(False).astype(bool)]
     return routed.assign(x=routed["num_experts"])

@@ -1,4 +1,4 @@
-"""Score against k: what the bits that the exact methods lose cost in quality."""
+"""Score against k, the number of bits that the exact methods lose."""
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -19,7 +19,7 @@ CAPTION = (
 
 @canvas.styled
 def draw(frame: pd.DataFrame) -> Figure:
-    """One panel per task and workload in which k takes two values.
+    """Draw one panel per task and workload in which k takes two values.
 
     Raises:
         NothingToDraw: there is none.

@@ -1,7 +1,7 @@
-"""Score against peak memory: what a method costs and what it gets for it.
+"""Score against peak memory of each method.
 
-One point per method, the mean over seeds; bars are the sample standard deviation in
-both directions. One panel per task and workload.
+There is one point per method, the mean over seeds; bars are the sample standard
+deviation in both directions. There is one panel per task and workload.
 """
 
 import pandas as pd
@@ -25,13 +25,13 @@ CAPTION = (
     "Up and to the left is better. Points of one method are its settings."
 )
 HAVE_THEIR_OWN = ("lost_bits", "reversible_blocks")
-"""Options with a figure of their own, whose many points have no room for labels."""
+"""Options with their own figure; their many points have no room for labels."""
 VALUES = ("score", "peak_allocated_bytes", "majority_score")
 
 
 @canvas.styled
 def draw(frame: pd.DataFrame) -> Figure:
-    """One panel per task and workload.
+    """Draw one panel per task and workload.
 
     Raises:
         NothingToDraw: no ok cell has both a score and a peak.

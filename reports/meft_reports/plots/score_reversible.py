@@ -1,4 +1,4 @@
-"""Score against the number of rebuilt blocks: what reversing more of a model costs."""
+"""Score against the number of rebuilt blocks of a model."""
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -20,7 +20,7 @@ CAPTION = (
 
 @canvas.styled
 def draw(frame: pd.DataFrame) -> Figure:
-    """One panel per task and workload in which that number takes two values.
+    """Draw one panel per task and workload in which that number takes two values.
 
     Raises:
         NothingToDraw: there is none.
@@ -36,7 +36,7 @@ def draw(frame: pd.DataFrame) -> Figure:
 
 def _num_rebuilt(rows: pd.DataFrame) -> pd.DataFrame:
     ours = rows[rows["method"].map(is_meft).astype(bool)]
-    # 0 asks for all of them.
+    # 0 rebuilds all of them.
     asked = ours["reversible_blocks"].where(ours["reversible_blocks"] != 0)
     rebuilt_blocks = asked.astype("Float64").fillna(
         ours["num_blocks"].astype("Float64")

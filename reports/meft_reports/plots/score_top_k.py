@@ -1,4 +1,4 @@
-"""Score against K: how many neurons a token needs (Hao et al., ACL 2024, figure 6)."""
+"""Score against K, the number of neurons per token (Hao et al., ACL 2024, figure 6)."""
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -18,7 +18,7 @@ CAPTION = (
 
 @canvas.styled
 def draw(frame: pd.DataFrame) -> Figure:
-    """One panel per task and workload in which K takes two values.
+    """Draw one panel per task and workload in which K takes two values.
 
     Raises:
         NothingToDraw: there is none.

@@ -1,6 +1,6 @@
-"""Deviation at the start against k: what the scales alone change of the backbone.
+"""Deviation from the backbone at the start against k, due to the scales only.
 
-Measured before the first step, so that training has no part in it.
+It is measured before the first step, so it does not depend on training.
 """
 
 import math
@@ -30,7 +30,7 @@ CAPTION = (
 
 @canvas.styled
 def draw(frame: pd.DataFrame) -> Figure:
-    """One panel per backbone and workload in which k takes two values.
+    """Draw one panel per backbone and workload in which k takes two values.
 
     Raises:
         NothingToDraw: there is none, or no ok cell of it reported a deviation.

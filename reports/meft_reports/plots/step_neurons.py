@@ -1,6 +1,6 @@
-"""Time of a step of adapters of many neurons by that of a rival, against their number.
+"""Step time of adapters of many neurons relative to a reference, by number of neurons.
 
-Steps took turns in the same process, as in `step_ratio`.
+Steps of both alternate in the same process, as in `step_ratio`.
 """
 
 import pandas as pd
@@ -24,7 +24,9 @@ CAPTION = (
 
 @canvas.styled
 def draw(frame: pd.DataFrame) -> Figure:
-    """One panel per workload, window of accumulation and rival, neurons across.
+    """Draw one panel per workload, accumulation window and reference method.
+
+    The x axis is the number of neurons.
 
     Raises:
         NothingToDraw: no such cell ended well.

@@ -1,7 +1,7 @@
-"""Time of a step by that of the rival, whose steps took turns in the same process.
+"""Step time relative to a reference method, whose steps alternate in the same process.
 
-Taking turns, both meet the same machine in the same minute, so the ratio says what
-seconds of two processes cannot.
+Both run on the same machine at the same time, so the ratio is comparable where seconds
+of two processes are not.
 """
 
 import pandas as pd
@@ -27,10 +27,11 @@ PLACE = [name for name in (*WORKLOAD, *PROVENANCE) if name != "depth"]
 
 @canvas.styled
 def draw(frame: pd.DataFrame) -> Figure:
-    """One panel per workload and rival, depth across.
+    """Draw one panel per workload and reference method; the x axis is the depth.
 
     Raises:
-        NothingToDraw: no cell was timed in turn with a rival, or none ended well.
+        NothingToDraw: no cell was timed interleaved with a reference, or none ended
+            well.
     """
     rows = prepare(frame)
     rows = rows[(rows["rival"] != "") & rows["num_blocks"].notna()]

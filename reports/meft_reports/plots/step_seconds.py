@@ -1,7 +1,8 @@
-"""Time of a step relative to full fine-tuning in the same run.
+"""Step time relative to full fine-tuning in the same run.
 
-Seconds of two machines say little about two methods; the ratio to `full`, measured
-beside it, does. Real tasks are drawn, or the synthetic workloads where there are none.
+Seconds on two machines are not comparable between methods; the ratio to `full`,
+measured in the same run, is. Real tasks are drawn, or the synthetic workloads where
+there are none.
 """
 
 import pandas as pd
@@ -27,7 +28,7 @@ CAPTION = (
 
 @canvas.styled
 def draw(frame: pd.DataFrame) -> Figure:
-    """One panel per workload in which `full` was measured.
+    """Draw one panel per workload in which `full` was measured.
 
     Raises:
         NothingToDraw: there is none.
@@ -54,9 +55,9 @@ def draw(frame: pd.DataFrame) -> Figure:
 
 
 def _full(part: pd.DataFrame) -> float | None:
-    """Seconds of a step of `full`; the fastest setting if there are several."""
+    """Return the seconds of a step of `full`, for the fastest of several settings."""
     seconds = part.loc[part["method"] == "full", "step_seconds"].dropna()
-    seconds = seconds[seconds > 0]  # nothing is a multiple of no time
+    seconds = seconds[seconds > 0]  # a ratio to 0 is not defined
     return float(seconds.min()) if len(seconds) else None
 
 

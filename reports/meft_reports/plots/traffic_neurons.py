@@ -1,6 +1,6 @@
 """Bytes between host and device in one step, against the number of neurons.
 
-Moved bytes beside the two formulas that they are held against, on one scale.
+Measured bytes and the two formulas they are compared with are on one scale.
 """
 
 from typing import Literal
@@ -31,7 +31,9 @@ _MIB = 2**20
 
 @canvas.styled
 def draw(frame: pd.DataFrame) -> Figure:
-    """One panel per workload and window of accumulation, neurons across.
+    """Draw one panel per workload and accumulation window.
+
+    The x axis is the number of neurons.
 
     Raises:
         NothingToDraw: no cell with sparse adapters ended well.
@@ -56,7 +58,7 @@ def draw(frame: pd.DataFrame) -> Figure:
             axes.plot(means.index, means, **canvas.line_style(method, rank + 2))
         for name, (_, style) in FORMULAS.items():
             means = part.groupby("num_neurons")[name].mean() / _MIB
-            # With a marker: of a single number of neurons there is no line to see.
+            # With a marker, because a single number of neurons has no visible line.
             axes.plot(means.index, means, color="#888888", linestyle=style, marker="_")
         steps = int(part["accumulation"].iloc[0])
         batches = f" · {steps} batches a step" if steps > 1 else ""

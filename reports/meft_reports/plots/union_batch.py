@@ -1,6 +1,6 @@
 """Share of neurons that a batch activates, against its number of tokens.
 
-Figure 8 of Hao et al. (ACL 2024): the union over tokens is what has to travel.
+Figure 8 of Hao et al. (ACL 2024): the union over tokens is transferred.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ CAPTION = (
 
 @canvas.styled
 def draw(frame: pd.DataFrame) -> Figure:
-    """One panel per workload, tokens of a batch across.
+    """Draw one panel per workload; the x axis is the number of tokens of a batch.
 
     Raises:
         NothingToDraw: no cell with sparse adapters ended well.
@@ -73,6 +73,6 @@ def draw(frame: pd.DataFrame) -> Figure:
 
 
 def _mean(lists: "pd.Series[Any]") -> tuple[float, float, float]:
-    """Mean, least and most over blocks; cells are averaged block by block."""
+    """Return mean, minimum and maximum over blocks, averaged over cells per block."""
     blocks = mean_list(lists)
     return sum(blocks) / len(blocks), min(blocks), max(blocks)

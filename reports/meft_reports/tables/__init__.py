@@ -1,11 +1,11 @@
-"""The tables: one kind per file, each with the same part.
+"""The tables: one kind per file, each with the same function.
 
     make(frame)        its tables: several, one, or none
 
-Averages come with their spread and count, cells that failed stand where their number
-would have been, and random weights are said in every table in which they occur. A table
-sees the frame of `meft_reports.frame` and nothing else. Add a kind by adding a file and
-its name below.
+Averages are shown with their spread and count, cells that failed are shown in place of
+their number, and random weights are noted in every table in which they occur. A table
+uses only the frame of `meft_reports.frame`. Add a kind by adding a file and its name
+below.
 """
 
 import importlib
@@ -40,7 +40,7 @@ TABLES = (
 
 
 def find_tables(name: str) -> "Callable[[pd.DataFrame], list[Table]]":
-    """The function that makes the tables called `name`.
+    """Return the function that makes the tables called `name`.
 
     Raises:
         UnknownName: there is none.

@@ -1,12 +1,12 @@
-"""Activations: what a step holds beyond what rests, by the protocol of the paper.
+"""Activations: memory of a step beyond the model state, by the protocol of the paper.
 
-    rest           what lives between two steps: weights, optimizer state
-    activations    the peak of a step less the rest, in GiB and in the unit of the
-                   authors' code, which says "GB" and means 1000 * 2^20 bytes
-    saved          what forward leaves for backward, counted tensor by tensor
+    rest           model state between two steps: weights, optimizer state
+    activations    the peak of a step minus the model state, in GiB and in the unit of
+                   the authors' code, which prints "GB" and means 1000 * 2^20 bytes
+    saved          bytes that forward saves for backward, counted tensor by tensor
 
-Liao et al., NeurIPS 2023, section 4, and their code. Gradients are among activations
-here; theirs rest.
+Source: Liao et al., NeurIPS 2023, section 4, and their code. Gradients count as
+activations in these tables; in theirs they belong to the model state.
 """
 
 from typing import Any
@@ -27,9 +27,9 @@ from meft_reports.tables.table import Table, join_options, notes_on
 
 GB_OF_THE_PAPER = 1000 * 2**20
 BASES = ("full", "checkpointing", "adapters-checkpointing")
-"""What the others save memory against."""
+"""Methods that the others are compared with."""
 EXACT = "meft1-exact"
-"""Of whose savings a sentence tells."""
+"""The method whose savings are described in a sentence."""
 QUANTITIES = {
     "peak_activation_bytes": "takes {size} of activations in a step",
     "saved_bytes": "keeps {size} for backward",
@@ -54,12 +54,12 @@ NOTES = (
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
-    """One table per workload that has a method to save against."""
+    """Return one table per workload that has a method to compare with."""
     return [_table(part, workload) for workload, part in workloads(frame)]
 
 
 def workloads(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Each workload on random input that has a method to save against, by its words."""
+    """Return each workload on random input with a method of `BASES`, by description."""
     rows = prepare(frame)
     rows = rows[on_random_input(rows) & (rows["rival"] == "")]
     always = ("task", "backbone", "dtype", "batch_size", "device")
@@ -87,13 +87,13 @@ def _table(part: pd.DataFrame, workload: str) -> Table:
 
 
 def bases_of(part: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """What was measured of each of `BASES`."""
+    """Return the ok cells of each of `BASES` with a measured peak."""
     measured = part[(part["status"] == "ok") & part["peak_activation_bytes"].notna()]
     return {base: measured[measured["method"] == base] for base in BASES}
 
 
 def ends_of(part: pd.DataFrame) -> dict[str, str]:
-    """How each method ended: `ok` if any of its cells did."""
+    """Return how each method ended: `ok` if any of its cells did."""
     return {
         str(method): "ok" if "ok" in set(statuses) else statuses.iloc[0]
         for method, statuses in part.groupby("method")["status"]
@@ -118,7 +118,7 @@ def _row(same: pd.DataFrame, bases: dict[str, pd.DataFrame]) -> tuple[str, ...]:
 
 
 def _sentences(part: pd.DataFrame, bases: dict[str, pd.DataFrame]) -> list[str]:
-    """What the exact inverse saves, in words; or how it ended."""
+    """Return sentences about the savings of the exact inverse, or how it ended."""
     ends = ends_of(part)
     if EXACT not in ends:
         return []
@@ -147,14 +147,14 @@ def _compared(value: Any, base: Any, method: str, end: str) -> str:
 
 
 def in_paper_unit(num_bytes: Any) -> str:
-    """In units of 1000 * 2^20 bytes."""
+    """Format a size in units of 1000 * 2^20 bytes."""
     return NOTHING if is_null(num_bytes) else f"{num_bytes / GB_OF_THE_PAPER:.2f}"
 
 
 def less(value: Any, base: Any) -> str:
-    """By how much `value` is less than `base`; how many times it, where it is more.
+    """Format by how much `value` is less than `base`, or how many times larger it is.
 
-    Nothing can be said of two that are the same, or of a base of no bytes.
+    The result is a dash if both are equal, or if `base` is 0 bytes.
     """
     if is_null(value) or is_null(base) or base in (0, value):
         return NOTHING

@@ -1,8 +1,8 @@
-"""Differences: one method's score less another's, and how sure that is.
+"""Differences of scores between two methods, with confidence intervals.
 
 A pair is two methods that trained with the same seeds on the same rows, equal in every
-option that both heed but the learning rate. A score has two chances in it, so there are
-two intervals of 95 %:
+option that both use except the learning rate. A score has two sources of randomness, so
+there are two intervals of 95 %:
 
     over seeds    Student's t over the differences of equal seeds
     over rows     normal, over the evaluated rows; a row counts with its mean over seeds
@@ -34,7 +34,7 @@ from meft_reports.summary import (
 from meft_reports.tables.table import Table, join_options, notes_on, notes_on_scores
 
 TAIL = 0.975
-"""An interval of 95 % ends where this much lies below."""
+"""Quantile of the upper end of an interval of 95 %."""
 MAY_DIFFER = ("learning_rate", "rival", "warmup_steps")
 HEADER = (
     "method",
@@ -56,17 +56,19 @@ NOTES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """Of two methods, over the seeds that both have."""
+    """The difference of two methods, over the seeds that both have."""
 
     scores: tuple[float, float]
     by_seed: tuple[float, ...]
     by_row: tuple[float, ...] | None
-    """The mean over seeds; None where the score is no share of rows, or its rows are
-    not known."""
+    """Differences per row, averaged over seeds; None if unknown.
+
+    They are unknown if the score is not a share of rows, or its rows were not recorded.
+    """
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
-    """One table per workload in which two methods have two seeds in common."""
+    """Return one table per workload in which two methods have two seeds in common."""
     rows = learned(prepare(frame))
     is_scored = (rows["status"] == "ok") & rows["score"].notna()
     rows = rows[is_scored & ~rows["method"].map(is_stored).astype(bool)]
@@ -119,7 +121,10 @@ def _over_rows(by_row: Sequence[float] | None) -> tuple[str, str]:
 
 
 def _are_alike(one: "pd.Series[Any]", other: "pd.Series[Any]") -> bool:
-    """What one of the two methods does not heed is null."""
+    """Return whether two methods differ and agree in the options that both use.
+
+    An option that one of the two methods does not use is null.
+    """
     return one["method"] != other["method"] and all(
         is_null(one[name]) or is_null(other[name]) or one[name] == other[name]
         for name in OPTIONS

@@ -1,4 +1,4 @@
-"""Environment: machine, code and packages behind the cells."""
+"""Environment: machine, code and packages of the cells."""
 
 import json
 
@@ -10,7 +10,7 @@ from meft_reports.tables.table import Table
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
-    """Where the cells ran: one table per distinct place and code."""
+    """Return one table per distinct environment of the cells."""
     fields = {
         "machine": "machine",
         "cpu": "processor",

@@ -1,4 +1,4 @@
-"""Exactness: how far the rebuilt activations and their gradients are off."""
+"""Exactness: errors of the rebuilt activations and their gradients."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ from meft_reports.summary import (
 from meft_reports.tables.table import Table, join_options
 
 IGNORED = ("rival", "max_steps", "warmup_steps")
-"""What steps are timed against, and for how long, makes no inverse worse."""
+"""Options of timing, which have no effect on the error of an inverse."""
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
-    """How exact the rebuilt backward is: the worst of every block and seed."""
+    """Return the largest errors of the rebuilt backward, over all blocks and seeds."""
     rows = prepare(frame)
     known = rows["reconstruction_error"].notna() | rows["gradient_error"].notna()
     rows = rows[known & (rows["status"] == "ok")]

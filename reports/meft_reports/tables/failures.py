@@ -1,4 +1,4 @@
-"""Failures: every cell that did not end well, and why; and remarks on others."""
+"""Failures: every cell that did not end well, and why; and notes on others."""
 
 import pandas as pd
 
@@ -8,9 +8,9 @@ from meft_reports.tables.table import Table
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
-    """Every cell that did not end well, and why; and those that are ok with a remark.
+    """Return tables of cells that did not end well, and of ok cells with a note.
 
-    A remark of the harness is that the loss was not finite.
+    A note of the harness is that the loss was not finite.
     """
     is_ok = frame["status"] == "ok"
     return [

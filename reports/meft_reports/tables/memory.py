@@ -24,7 +24,7 @@ MEMORY_TITLES = {
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
-    """Methods down, shapes across: one table per quantity, backbone and dtype."""
+    """Return one table per quantity, backbone and dtype: shapes are columns."""
     rows = prepare(frame)
     rows = rows[on_random_input(rows)]
     if rows.empty:
@@ -45,7 +45,8 @@ def _memory_table(part: pd.DataFrame, quantity: str, title: str) -> Table:
     shapes = {
         _shape(cells): cells for _, cells in split(part, ["num_blocks", "batch_size"])
     }
-    # What a rival does in the same process costs this method time, but no bytes.
+    # A reference method in the same process affects the time of this method, but not
+    # its bytes.
     ignoring = () if quantity == "step_seconds" else ("rival",)
     rows = []
     for same in settings(part, ignoring):

@@ -1,4 +1,4 @@
-"""Origins: where the weights and the rows came from."""
+"""Origins of the weights and of the rows."""
 
 import pandas as pd
 
@@ -8,7 +8,7 @@ from meft_reports.tables.table import Table
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
-    """Where the weights and the rows came from."""
+    """Return the tables of the origins of weights and of rows."""
     random = has_random_weights(frame)
     named = frame.assign(
         weights_origin=frame["weights_origin"].where(~random, "random weights")

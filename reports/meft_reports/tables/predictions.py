@@ -1,4 +1,4 @@
-"""Predictions held against the GPU itself: the same cell on both, peak by peak.
+"""Predictions compared with the GPU itself: the same cell on both, peak by peak.
 
 A pair is one cell that ran on `cuda` and on the virtual GPU of the same name.
 """
@@ -51,8 +51,10 @@ SHOWN = ("backbone", "dtype", "batch_size", "seq_len", "attention")
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
-    """Two tables per GPU that ran cells which its virtual twin ran too: a summary of
-    the errors, and every cell."""
+    """Return two tables per GPU: a summary of the errors, and every cell.
+
+    A GPU is included if it ran cells that its virtual counterpart also ran.
+    """
     rows = prepare(frame)
     rows = rows[(rows["status"] == "ok") & rows["device_name"].notna()]
     tables = []
@@ -82,7 +84,7 @@ def make(frame: pd.DataFrame) -> list[Table]:
 
 
 def _summary(part: pd.DataFrame) -> Iterator[tuple[str, ...]]:
-    """Errors of each quantity over all cells."""
+    """Yield the errors of each quantity over all cells."""
     measured, predicted = _sides(part)
     for quantity in COMPARED:
         errors: dict[Any, float] = {}
@@ -106,7 +108,7 @@ def _summary(part: pd.DataFrame) -> Iterator[tuple[str, ...]]:
 
 
 def _sides(part: pd.DataFrame) -> tuple[pd.DataFrame, dict[tuple[Any, ...], Any]]:
-    """What was measured, and what was predicted of a cell."""
+    """Return the measured cells, and the predicted ones by key."""
     predicted = {
         _key(row): row for _, row in part[part["source"] == "predicted"].iterrows()
     }
@@ -135,7 +137,7 @@ def _pairs(part: pd.DataFrame) -> list[tuple[str, ...]]:
 
 
 def _key(row: "pd.Series[Any]") -> tuple[Any, ...]:
-    """All that a cell is but for its device."""
+    """Return all fields of a cell except its device."""
     names = [n for n in (*WORKLOAD, *OPTIONS, "method", "seed") if n != "device"]
     return tuple(None if is_null(row[name]) else row[name] for name in names)
 

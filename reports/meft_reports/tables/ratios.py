@@ -1,9 +1,9 @@
-"""Ratios: what a MEFT method needs beside checkpointed adapters of the same shape.
+"""Ratios: memory of a MEFT method relative to checkpointed adapters of the same shape.
 
-Both keep something per block and run every block twice. The rival keeps one hidden
-state, in the dtype of its weights: fp32 weights leave fp32 checkpoints also under
-autocast. A ratio is therefore taken within one `weights_dtype`, and the titles say what
-the checkpoints are.
+Both keep some memory per block and run every block twice. The reference keeps one
+hidden state, in the dtype of its weights: fp32 weights result in fp32 checkpoints also
+under autocast. A ratio is therefore computed within one `weights_dtype`, and the titles
+state the dtype of the checkpoints.
 """
 
 from typing import Any
@@ -32,7 +32,10 @@ from meft_reports.summary import (
 from meft_reports.tables.table import Table, join_options, notes_on
 
 IGNORED = ("lost_bits", "rival", "max_steps", "warmup_steps")
-"""Said in columns; and for how long steps were timed, which changes no byte."""
+"""Options shown in columns, and the number of timed steps.
+
+The number of steps has no effect on bytes.
+"""
 HEADER = (
     "method",
     "blocks",
@@ -56,7 +59,7 @@ NOTES = (
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
-    """One table per workload in which both were declared; blocks and k down."""
+    """Return one table per workload with both methods; rows are blocks and k."""
     rows = prepare(frame)
     synthetic = rows[on_random_input(rows)]
     fixed = [name for name in (*WORKLOAD, *PROVENANCE) if name != "depth"]
@@ -70,7 +73,10 @@ def make(frame: pd.DataFrame) -> list[Table]:
 
 
 def _side_by_side(part: pd.DataFrame) -> bool:
-    """Cells of both, or cells of ours that were timed in turn with the rival."""
+    """Return whether there are cells of both methods, or cells with the reference.
+
+    The latter are interleaved with it.
+    """
     has_rival = (part["method"] == RIVAL) | (part["rival"] == RIVAL)
     return bool(has_rival.any() and part["method"].map(is_meft).any())
 

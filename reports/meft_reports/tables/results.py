@@ -1,4 +1,4 @@
-"""Results: what each method reached on each real task, and what it cost."""
+"""Results: score, memory and time of each method on each real task."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +30,7 @@ from meft_reports.tables.table import Table, join_options, notes_on, notes_on_sc
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
-    """What each method reached on each real task, and what it cost; over seeds."""
+    """Return score, memory and time of each method on each real task, over seeds."""
     rows = prepare(frame)
     rows = learned(rows)
     if rows.empty:
@@ -87,7 +87,7 @@ def _results_table(
         "host peak": lambda row: _bytes(row, "peak_host_bytes"),
         "step, median (IQR)": _step,
     }
-    if part["peak_reserved_bytes"].isna().all():  # only a GPU has it
+    if part["peak_reserved_bytes"].isna().all():  # only measured on a GPU
         del header["peak reserved"]
     return Table(
         title=title,
@@ -104,7 +104,7 @@ def _results_table(
 
 
 def _further(metric: Any, rank: str) -> dict[str, Callable[[Any], str]]:
-    """Columns of the metric's second or third value; none where it has no such."""
+    """Return columns of the metric's second or third value; empty if it has none."""
     if is_null(metric):
         return {}
     return {

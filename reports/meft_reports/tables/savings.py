@@ -1,4 +1,4 @@
-"""What the exact inverse saves: one line per workload of the tables of activations."""
+"""Savings of the exact inverse: one line per workload of the tables of activations."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ HEADER = (
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
-    """One table, if the exact inverse ran beside what it saves against."""
+    """Return one table, if the exact inverse ran together with a method of `BASES`."""
     parts = [
         (workload, part)
         for workload, part in workloads(frame)

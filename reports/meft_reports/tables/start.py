@@ -1,7 +1,7 @@
-"""Start: how far a method is from the backbone's function before the first step.
+"""Start: deviation of a method from the backbone's function before the first step.
 
-What changes at the start are the scales of the streams: the paper's own in floats, and
-2^-k in the exact arithmetic.
+At the start, only the scales of the streams have an effect: the paper's own in floating
+point, and 2^-k in the exact arithmetic.
 """
 
 import pandas as pd
@@ -16,7 +16,7 @@ from meft_reports.tables.table import Table, notes_on
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
-    """One table per workload; methods and blocks down, k across."""
+    """Return one table per workload; methods and blocks down, k across."""
     rows = start_deviations(frame)
     if rows.empty:
         return []

@@ -1,6 +1,6 @@
-"""A table as data, and as Markdown or HTML; words that several tables share.
+"""A table as data, and as Markdown or HTML; text that several tables share.
 
-A table is text already formatted for people, so both outputs say the same.
+The cells of a table are formatted text, so both outputs are equal.
 """
 
 import html
@@ -10,24 +10,26 @@ from dataclasses import dataclass
 import pandas as pd
 
 MARKUP = frozenset("\\|<>`*[]!$&~")
-"""What Markdown gives a meaning within a line, apart from `_`, which has none within a
-word."""
+"""Characters with a meaning in Markdown within a line.
+
+`_` is not included, because it has none within a word.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """A heading, a header, rows of text, and what a reader must know about them."""
+    """A title, a header, rows of text, and notes for the reader."""
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     num_text_columns: int = 1
-    """Columns from the left that hold text; the others hold numbers."""
+    """Number of columns from the left that hold text; the others hold numbers."""
     notes: tuple[str, ...] = ()
 
 
 def to_markdown(table: Table) -> str:
-    """The table as GitHub Markdown."""
+    """Return the table as GitHub Markdown."""
 
     def line(cells: Iterable[str]) -> str:
         return f"| {' | '.join(map(_as_markdown, cells))} |"
@@ -39,19 +41,19 @@ def to_markdown(table: Table) -> str:
     lines = [f"### {_as_markdown(table.title)}", ""]
     lines += [line(table.header), f"| {' | '.join(rules)} |"]
     lines += [line(row) for row in table.rows]
-    # Notes are ours, and mark code.
+    # Notes are our own text, with code in backticks.
     lines += [f"\n{_as_markdown(note, MARKUP - {'`'})}" for note in table.notes]
     return "\n".join(lines) + "\n"
 
 
 def _as_markdown(text: str, markup: frozenset[str] = MARKUP) -> str:
-    """Text that is nothing else in Markdown: no markup, link, image or formula."""
+    """Escape text for Markdown, so that it is no markup, link, image or formula."""
     escaped = "".join(f"\\{c}" if c in markup else c for c in text)
     return " ".join(escaped.split())
 
 
 def to_html(table: Table) -> str:
-    """The table as an HTML `<table>`, every value escaped."""
+    """Return the table as an HTML `<table>`, every value escaped."""
 
     def line(cells: Iterable[str], tag: str) -> str:
         parts = []
@@ -73,12 +75,12 @@ def to_html(table: Table) -> str:
 
 
 def join_options(name: str, options: str) -> str:
-    """A row's name: the method, and the options that tell it from its siblings."""
+    """Return a row's name: the method, and the options that distinguish it."""
     return f"{name} ({options})" if options else name
 
 
 def notes_on(rows: pd.DataFrame) -> list[str]:
-    """What must be said of some rows: random weights, numbers that are predictions."""
+    """Return notes on rows: random weights, numbers that are predictions."""
     notes = []
     if rows["random_weights"].any():
         notes.append(
@@ -93,7 +95,7 @@ def notes_on(rows: pd.DataFrame) -> list[str]:
 
 
 def notes_on_scores(rows: pd.DataFrame) -> list[str]:
-    """What must be said of how some rows were trained: by older code."""
+    """Return notes on rows that were trained by older code."""
     notes = []
     if rows["equal_batches"].any():
         notes.append(

@@ -1,9 +1,9 @@
-"""Traffic: what sparse adapters move between host and device in one optimizer step.
+"""Traffic: transfers of sparse adapters between host and device per optimizer step.
 
-Moved bytes are counted copy by copy. Beside them stand two formulas for the same
-batches: the paper's accounting, where active rows go up, their gradients and the hidden
-states down in every batch, and that of an offloaded dense adapter, all of whose rows
-and gradients travel in every batch.
+Measured bytes are counted copy by copy. They are compared with two formulas for the
+same batches: the paper's accounting, where active rows are copied to the device, and
+their gradients and the hidden states to the host in every batch, and that of an
+offloaded dense adapter, all of whose rows and gradients are copied in every batch.
 """
 
 import statistics
@@ -56,7 +56,7 @@ NOTES = (
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
-    """One table per workload in which rows moved or might have."""
+    """Return one table per workload with adapters whose rows can be transferred."""
     rows = prepare(frame)
     rows = rows[rows["paper_transfer_bytes"].notna()]
     if rows.empty:
@@ -100,7 +100,7 @@ def _row(cells: pd.DataFrame) -> tuple[str, ...]:
 
 
 def _shares(lists: "pd.Series[Any]") -> str:
-    """Of a block's neurons; blocks are averaged over cells first."""
+    """Return shares of a block's neurons; blocks are averaged over cells first."""
     if lists.empty:
         return NOTHING
     blocks = mean_list(lists)

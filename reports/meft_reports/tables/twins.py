@@ -1,7 +1,7 @@
-"""Twins: whether a method that rebuilds trains as its plain twin does, digit by digit.
+"""Twins: whether a method that rebuilds trains exactly as its plain twin does.
 
-Two cells are a pair when they differ in nothing but rebuilt against stored backward.
-The twin stores every block, so the method may rebuild as many as it likes.
+Two cells are a pair when they differ only in the backward, rebuilt or stored. The twin
+stores every block, so the method may rebuild any number of them.
 """
 
 import math
@@ -57,7 +57,7 @@ class Pair:
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
-    """One table; a row per method, options and workload, over seeds."""
+    """Return one table; a row per method, options and workload, over seeds."""
     rows = prepare(frame)
     rows = learned(rows)
     rows = rows[rows["status"] == "ok"]
@@ -100,7 +100,7 @@ def _pairs(setting: pd.DataFrame, part: pd.DataFrame) -> list[Pair]:
 
 
 def _key(row: "pd.Series[Any]") -> tuple[Any, ...]:
-    """What twins have in common; within one place."""
+    """Return the fields that twins have in common, within one `PLACE`."""
     names = [name for name in OPTIONS if name not in MAY_DIFFER]
     options = [None if is_null(row[name]) else row[name] for name in names]
     return (rebuilt(row["method"]), row["seed"], *options)
@@ -108,7 +108,7 @@ def _key(row: "pd.Series[Any]") -> tuple[Any, ...]:
 
 def _pair(row: "pd.Series[Any]", twin: "pd.Series[Any]") -> Pair:
     mine, its = row["loss_curve"], twin["loss_curve"]
-    # A step that only one of the two made is a step in which they differ.
+    # A step that only one of the two took is a step in which they differ.
     num_steps = max(len(mine), len(its))
     differing = [
         step
@@ -125,7 +125,7 @@ def _pair(row: "pd.Series[Any]", twin: "pd.Series[Any]") -> Pair:
 
 
 def _equal(one: float, other: float) -> bool:
-    # A loss that was not finite has no digits; both went wrong in the same step.
+    # Losses that were not finite are equal: both failed in the same step.
     return one == other or (math.isnan(one) and math.isnan(other))
 
 

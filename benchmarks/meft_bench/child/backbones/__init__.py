@@ -1,12 +1,14 @@
-"""Backbones: transformers' classifiers, of text of every such family of the library, of
-images of ViT.
+"""Backbones: transformers' classifiers of all supported families.
+
+These are text classifiers of every text family that the library supports, and image
+classifiers of ViT.
 
 names       from a backbone's name to a model, its tokenizer, and its origin
-packages    weights that installed packages carry
+packages    weights that installed packages contain
 files       weights on disk, as safetensors or GGUF
 shapes      random weights of a named shape
-classifier  what is done to a classifier whatever its family and origin
-bart        a classifier of our own, where transformers' looks at values
+classifier  configuration of a classifier, independent of family and origin
+bart        a BART classifier that does not depend on values
 """
 
 from meft_bench.child.backbones.classifier import (

@@ -1,9 +1,10 @@
-"""BART's classifier, which reads the last token of each row.
+"""A BART classifier that reads the last token of each row.
 
-transformers' own reads the last *end* token and asks for equally many of them in every
-row. Random tokens do not have that, nor do rows filled up from several texts, and on a
-virtual GPU there are no values to look for one in. BART's tokenizer ends every row with
-an end token, so on text both read the same place.
+transformers' own classifier reads the last *end* token and requires the same number of
+end tokens in every row. Rows of random tokens do not meet this requirement, nor do rows
+that are filled from several texts, and on a virtual GPU there are no values to search
+for an end token. BART's tokenizer ends every row with an end token, so on text both
+classifiers read the same position.
 """
 
 from typing import Any, Self
@@ -16,11 +17,11 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 class BartClassifier(BartForSequenceClassification):
-    """`BartForSequenceClassification`, but for the token that the head is given."""
+    """`BartForSequenceClassification` with a different choice of the head's token."""
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, **options: Any) -> Self:
-        """Random weights, asked for as of transformers' factories."""
+        """Return a model with random weights; the signature is that of transformers."""
         made: Self = cls._from_config(config, **options)  # type: ignore[no-untyped-call]
         return made
 
@@ -30,7 +31,14 @@ class BartClassifier(BartForSequenceClassification):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> SequenceClassifierOutput:
-        """Logits, and the loss if there are labels; padding is on the right."""
+        """Return logits, and the loss if there are labels.
+
+        Args:
+            input_ids: token ids, `batch seq`, padded on the right.
+            attention_mask: 1 for tokens and 0 for padding, `batch seq`; None means no
+                padding.
+            labels: class of each row, `batch`.
+        """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         out = self.model(input_ids, attention_mask=attention_mask, use_cache=False)

@@ -1,10 +1,10 @@
-"""A classifier of any family: which there are, and its head, blocks, depth and dtype.
+"""Classifiers of all families: head, blocks, depth and dtype.
 
-A classifier is transformers' `...ForSequenceClassification`, of images
-`...ForImageClassification`, with blocks that the library knows in one list; BART's are
-in two, its encoder's and its decoder's, of which `depth` and `reversible_blocks` count
-each. `weights_dtype` holds for the backbone alone: the head is new and trains, so it is
-float32, is given its input in float32, and so is the loss.
+A classifier is a `...ForSequenceClassification` of transformers, or for images a
+`...ForImageClassification`, with blocks that the library finds in one list. BART has
+two lists, one in its encoder and one in its decoder; `depth` and `reversible_blocks`
+apply to each. `weights_dtype` applies to the backbone only: the head is new and is
+trained, so the head, its input and the loss are float32.
 """
 
 import copy
@@ -29,29 +29,34 @@ from meft_bench.child.backbones.bart import BartClassifier
 from meft_bench.shared.cell import Cell
 
 WRITERS = ("llama", "mistral", "opt")
-"""Those of `MODEL_TYPES` that questions can be asked of."""
+"""Those of `MODEL_TYPES` that support tasks with questions."""
 
 LANGUAGE_MODELS = ("bart", *WRITERS)
-"""Those of them that learn told tokens, of which BART makes its decoder's input; how
-questions are put to a second stack, scoring does not know."""
+"""Model types that support language modelling on given tokens.
+
+BART derives its decoder's input from these tokens; tasks with questions do not support
+a second stack.
+"""
 
 WEIGHTS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def image_shape(config: PreTrainedConfig) -> tuple[int, int, int] | None:
-    """`channels height width` of images that a model sees; None if it reads text."""
+    """Return `channels height width` of a model's images; None if it reads text."""
     if config.model_type != "vit":
         return None
     return (config.num_channels, *_pair(config.image_size))
 
 
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The blocks of a classifier, lowest first, an encoder's before its decoder's."""
+    """Return the blocks of a classifier, lowest first, the encoder's before the
+    decoder's.
+    """
     return [block for found in find_blocks(model) for block in found.blocks]
 
 
 def heads_of(model: nn.Module) -> list[nn.Module]:
-    """The parts of a classifier that have no trained weights, of which there is one."""
+    """Return the parts of a classifier without pre-trained weights; there is one."""
     parts = [getattr(model, name, None) for name in NEW_HEADS]
     return [part for part in parts if isinstance(part, nn.Module)]
 
@@ -59,7 +64,7 @@ def heads_of(model: nn.Module) -> list[nn.Module]:
 def set_depth(model: PreTrainedModel, depth: int) -> None:
     """Keep the first `depth` blocks of every list, or repeat all of them in a cycle.
 
-    A repeated block is a copy with parameters of its own.
+    A repeated block is a copy with its own parameters.
     """
     for found in find_blocks(model):
         blocks = found.blocks
@@ -73,20 +78,25 @@ def set_depth(model: PreTrainedModel, depth: int) -> None:
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = index
         setattr(found.owner, found.attribute, nn.ModuleList(chosen))
-        # Not always one object, and both are read.
+        # The two configs are not always the same object, and both are read.
         for owner in (model, found.owner):
             set_depth_of_config(owner.config, depth)  # type: ignore[arg-type]
 
 
 def set_depth_of_config(config: PreTrainedConfig, depth: int) -> None:
-    """Make a config one of `depth` blocks a list."""
+    """Set the number of blocks per list in a config to `depth`."""
     config.num_hidden_layers = depth
-    if config.is_encoder_decoder:  # what it calls so is its encoder's
+    if config.is_encoder_decoder:  # `num_hidden_layers` is the encoder's
         config.decoder_layers = depth
 
 
 def model_class(config: PreTrainedConfig, num_labels: int | None) -> Any:
-    """transformers' factory of classifiers; of language models where there are none."""
+    """Return transformers' factory of classifiers, or of language models for None.
+
+    Args:
+        config: config of the model.
+        num_labels: number of classes; None for a language model.
+    """
     if num_labels is not None:
         if config.model_type == "bart":
             return BartClassifier
@@ -99,13 +109,17 @@ def model_class(config: PreTrainedConfig, num_labels: int | None) -> Any:
 
 
 def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int | None) -> None:
-    """Make a config one of a classifier of `num_labels` classes, trained as such, or,
-    for None, leave it one of a language model.
+    """Set up a config for a classifier or a language model.
+
+    Args:
+        config: config of the model; changed in place.
+        cell: the cell that the model is for.
+        num_labels: number of classes; None leaves the config that of a language model.
 
     Raises:
-        ValueError: `cell.seq_len` is more than the model has positions for, or not what
-            it makes of an image; the task has text and the model sees images, or the
-            task wants a language model and the family has none.
+        ValueError: `cell.seq_len` is larger than the number of positions of the model,
+            or not the number of tokens of an image; or the task is text and the model
+            is for images; or the task needs a language model and the family has none.
     """
     if num_labels is None:
         _check_language_model(config, cell)
@@ -149,7 +163,7 @@ def _check_images(
 
 def _check_text(config: PreTrainedConfig, cell: Cell) -> None:
     longest = config.max_position_embeddings
-    if config.model_type == "roberta":  # counts positions from the padding token's on
+    if config.model_type == "roberta":  # positions start after the padding token's
         longest -= config.pad_token_id + 1
     if cell.seq_len > longest:
         raise ValueError(
@@ -159,15 +173,15 @@ def _check_text(config: PreTrainedConfig, cell: Cell) -> None:
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width, of which a config may name one for both."""
+    """Return height and width; a config may have one number for both."""
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
 
 
 def options(cell: Cell) -> dict[str, Any]:
-    """What transformers is told when it makes the model of `cell`.
+    """Return the options with which transformers makes the model of `cell`.
 
-    Of torch's own kernels of attention, the one that `cell.attention` names is chosen
+    Which of torch's attention kernels is used, as set in `cell.attention`, is decided
     when the model runs.
     """
     return {
@@ -179,13 +193,18 @@ def options(cell: Cell) -> dict[str, Any]:
 def finish(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, cell: Cell
 ) -> None:
-    """Give text a token to be padded with; a classifier, a new head in float32.
+    """Set the padding token of a text model, and initialise a classifier's head.
 
-    The head is drawn anew even where the weights came with one, and as the last thing,
-    so that nothing but the seed decides it.
+    The head is in float32. It is initialised even if the weights include one, and as
+    the last step, so that it depends only on the seed.
+
+    Args:
+        model: the model; changed in place.
+        tokenizer: its tokenizer; None if it has none.
+        cell: the cell that the model is for.
     """
-    # Set on the finished model: an embedding that knows its padding token at birth
-    # would not train it, and here it may be the end token.
+    # Set on the finished model: an embedding that is created with a padding token does
+    # not train its row, and the padding token may be the end token.
     reads = image_shape(model.config) is None
     if reads and model.config.pad_token_id is None:
         model.config.pad_token_id = _padding(model.config, tokenizer)

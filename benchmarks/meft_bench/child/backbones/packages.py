@@ -1,7 +1,8 @@
-"""Real weights that installed packages carry.
+"""Real weights that installed packages contain.
 
-The packages' own code wants libraries that nothing here needs, so files are found
-through their metadata and the packages are never imported. Each holds one known file.
+The packages' own code requires libraries that the harness does not need, so the files
+are found through the packages' metadata and the packages are never imported. Each
+contains one known file.
 """
 
 import importlib.metadata
@@ -15,16 +16,16 @@ from meft_bench.shared.source import MissingError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packaged:
-    """The weights inside a package."""
+    """Description of the weights in a package."""
 
     file: str
-    """Name of the file, wherever it lies in the package."""
+    """Name of the file, in any folder of the package."""
     sha256: str
-    """Of the file."""
+    """SHA-256 of the file."""
     origin: str = "package {package}"
-    """What the weights are, for people."""
+    """Readable description of the weights."""
     requirements: str
-    """Where the package is pinned."""
+    """File that pins the version of the package."""
 
 
 PACKAGED = {
@@ -43,14 +44,14 @@ PACKAGED = {
         requirements="benchmarks/requirements-llm.txt",
     ),
 }
-"""What each of `PACKAGED_BACKBONES` holds."""
+"""The contents of each of `PACKAGED_BACKBONES`."""
 
 
 def find(backbone: str) -> Files:
-    """The files of a packaged backbone.
+    """Find the files of a packaged backbone.
 
     Raises:
-        MissingError: the package is not installed, or lost its weights.
+        MissingError: the package is not installed, or its weights are missing.
         ValueError: the weights are not those that were tested.
     """
     package, known = PACKAGED_BACKBONES[backbone], PACKAGED[backbone]

@@ -1,7 +1,7 @@
-"""Random weights in published shapes; the tiny ones, but for BERT's, are our own.
+"""Random weights in published shapes; the tiny shapes, except BERT's, are our own.
 
-Memory and speed depend on the shape alone. The model is born on the cell's device and
-in the dtype of its weights, so that a large one needs no room on the host.
+Memory and speed depend on the shape only. The model is created on the cell's device and
+in the dtype of its weights, so that a large model needs no memory on the host.
 """
 
 from pathlib import Path
@@ -40,7 +40,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         _TINY
         | {
             "intermediate_size": 512,
-            # As RoBERTa was published; transformers' defaults here are BERT's.
+            # RoBERTa's published values; transformers' defaults here are BERT's.
             "max_position_embeddings": 514,
             "type_vocab_size": 1,
             "layer_norm_eps": 1e-5,
@@ -125,14 +125,23 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""What each of `RANDOM_BACKBONES` is: a `model_type`, and what it changes in
-transformers' default config of that type, vocabulary included."""
+"""The `model_type` of each of `RANDOM_BACKBONES`, and the changes to its config.
+
+The changes are relative to transformers' default config of that type, vocabulary
+included.
+"""
 
 
 def build(
     config: PreTrainedConfig, cell: Cell, num_labels: int | None
 ) -> PreTrainedModel:
-    """The model of that config with random weights; `config` is changed to suit."""
+    """Make a model with random weights.
+
+    Args:
+        config: config of the model; changed in place.
+        cell: the cell that the model is for.
+        num_labels: number of classes of the head; None for a language model.
+    """
     set_up_config(config, cell, num_labels)
     if cell.depth:
         set_depth_of_config(config, cell.depth)
@@ -144,7 +153,7 @@ def build(
 
 
 def find_config(name: str) -> PreTrainedConfig:
-    """The config that `random:NAME` stands for."""
+    """Return the config that `random:NAME` denotes."""
     if name in RANDOM_BACKBONES:
         model_type, fields = SHAPES[name]
         config: PreTrainedConfig = CONFIG_MAPPING[model_type](**fields)

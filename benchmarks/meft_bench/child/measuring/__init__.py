@@ -1,7 +1,7 @@
-"""Measures one cell.
+"""Measure one cell.
 
 measure          trains, scores and probes, in this order
 probes           memory, traffic, routing, the inverse, interleaved timing
-starting_point   how far a method moves the model before any training
-partial_result   what has been measured so far, kept however the cell ends
+starting_point   how much a method changes the model before any training
+partial_result   measurements so far, kept even if the cell fails
 """

@@ -1,11 +1,11 @@
-"""One cell, from names to numbers, in the process made for it.
+"""Measure one cell in its own process.
 
     load task and backbone -> apply the method -> train, timed -> score the weights
     -> probe memory -> check the inverse, if there is one
-    -> time in turn with a rival, if the cell names one
+    -> time interleaved with a reference method, if the cell names one
 
-What has been seen is put into a `Sighting` at once, so that a cell that runs out of
-memory half-way still tells what it saw.
+Every measurement is added to the partial result at once, so that a cell that runs out
+of memory still reports what was measured before.
 """
 
 import dataclasses
@@ -37,10 +37,15 @@ from meft_bench.shared.source import Source
 
 
 def measure(cell: Cell, source: Source, sighting: Sighting) -> None:
-    """Run `cell` and note in `sighting` everything there is to see.
+    """Run `cell` and add all measurements to `sighting`.
+
+    Args:
+        cell: the cell to run.
+        source: where data and weights may come from.
+        sighting: the partial result to update.
 
     Raises:
-        MissingError: data, weights or the device are not at hand.
+        MissingError: data, weights or the device are not available.
     """
     prepare.require_device(cell)
     sighting.environment |= {
@@ -86,15 +91,24 @@ def _measure(cell: Cell, source: Source, sighting: Sighting) -> None:
     probes.look_at_routing(stepper, batches[0], sighting)
     if methods.TABLE[cell.method].rebuilds:
         probes.check_inverse(stepper, batches[0], sighting)
-    if cell.rival:  # last, as it needs memory for two
+    if cell.rival:  # last, because it needs memory for two models
         probes.race(stepper, _rival(cell, task, source), cell, batches, sighting)
 
 
 def _start(model: PreTrainedModel, batch: Batch, cell: Cell) -> Tensor | None:
-    """The plain backbone's last hidden state, for methods that change it."""
+    """Return the plain backbone's last hidden state, for methods that change it.
+
+    Args:
+        model: the backbone.
+        batch: the inputs.
+        cell: the cell to run.
+
+    Returns:
+        A tensor `batch seq hidden`; None for other methods.
+    """
     if not methods.TABLE[cell.method].is_reversible:
         return None
-    # Nothing trains yet, lest the stepper make an optimizer for all of it.
+    # All parameters are frozen, so that the stepper makes no optimizer state for them.
     nn.Module.to(model.requires_grad_(False), cell.device)
     return starting_point.last_hidden(Stepper(model, cell), batch)
 
@@ -105,7 +119,7 @@ def _rival(cell: Cell, task: AnyTask, source: Source) -> Stepper:
 
 
 def _scoring(task: AnyTask) -> Any:
-    """The module of `meft_bench.child.scoring` for tasks of this kind."""
+    """Return the module of `meft_bench.child.scoring` for tasks of this kind."""
     return answers if isinstance(task, AnswerTask) else labels
 
 

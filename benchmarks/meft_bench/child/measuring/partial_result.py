@@ -1,4 +1,4 @@
-"""`Sighting`: what has been seen of a cell so far, however it ends."""
+"""Partial results of a cell, which are available even if the cell fails."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from meft_bench.shared.record import Measurement
 
 
 class Sighting:
-    """What has been seen of a cell so far."""
+    """The measurements of a cell so far."""
 
     def __init__(self) -> None:
         self.measurement = Measurement()
@@ -21,14 +21,14 @@ class Sighting:
 
 
 def remark(loss_curve: Sequence[float | None] | None) -> str:
-    """What has to be known of a cell that ended well: that its loss was not finite.
+    """Return a warning about a cell that ended well if its loss was not finite.
 
     Args:
         loss_curve: `Measurement.loss_curve`: the loss of each step, None where it was
             not finite.
 
     Returns:
-        One line, or an empty text where every loss was finite.
+        One line; empty if every loss was finite.
     """
     losses = loss_curve or []
     steps = [number for number, loss in enumerate(losses, start=1) if loss is None]
@@ -44,5 +44,5 @@ def remark(loss_curve: Sequence[float | None] | None) -> str:
 
 
 def finite(value: float) -> float | None:
-    """`value`, or None: JSON has neither infinity nor not-a-number."""
+    """Return `value`, or None if it is not finite: JSON has only finite numbers."""
     return value if math.isfinite(value) else None

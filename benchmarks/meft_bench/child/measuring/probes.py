@@ -1,8 +1,8 @@
-"""What is measured on the trained model as it is.
+"""Measurements on the trained model.
 
-Every probe steps with a learning rate of 0: the optimizer does all its work and the
-weights stay. The batch is the largest the cell can meet, without padding, so that the
-figures do not depend on which rows came up.
+Every probe takes steps with a learning rate of 0: the optimizer does all its work and
+the weights do not change. The batch is the largest that the cell can contain, without
+padding, so that the figures do not depend on which rows were drawn.
 """
 
 import dataclasses
@@ -29,15 +29,15 @@ def probe_memory(
     sighting: Sighting,
     num_first_steps: int = 2,
 ) -> None:
-    """Bytes kept for backward, at rest, and at the peak of a step.
+    """Measure bytes saved for backward, of the model state, and at the peak of a step.
 
     Args:
-        stepper: the model as it is.
-        cell: whose device it is on.
-        batches: of one step.
-        sighting: where it is noted.
-        num_first_steps: in which caches of this shape fill and optimizer state comes
-            to be.
+        stepper: the trained model.
+        cell: the cell, which includes the device.
+        batches: micro-batches of one step.
+        sighting: the partial result to update.
+        num_first_steps: number of steps before the measurement, in which caches of this
+            shape are filled and optimizer state is created.
     """
 
     def step() -> None:
@@ -62,7 +62,13 @@ def probe_memory(
 
 
 def probe_link(stepper: Stepper, batches: Sequence[Batch], sighting: Sighting) -> None:
-    """What NVML tells of one step: bytes over the link, and of this process."""
+    """Measure with NVML the bytes over the link in one step, and those of this process.
+
+    Args:
+        stepper: the trained model.
+        batches: micro-batches of one step.
+        sighting: the partial result to update.
+    """
     import pynvml
 
     uuid = str(torch.cuda.get_device_properties(0).uuid)
@@ -77,7 +83,15 @@ def probe_link(stepper: Stepper, batches: Sequence[Batch], sighting: Sighting) -
 
 
 def probe_rows(stepper: Stepper, batches: Sequence[Batch], sighting: Sighting) -> None:
-    """What rows of sparse adapters move and hold in one step, in the long run."""
+    """Measure the rows that sparse adapters transfer and hold in one step.
+
+    The step follows those of training, so caches are in their steady state.
+
+    Args:
+        stepper: the trained model.
+        batches: micro-batches of one step.
+        sighting: the partial result to update.
+    """
     adapters = list(sparse_adapters(stepper.model).values())
     if not adapters:
         return
@@ -87,7 +101,13 @@ def probe_rows(stepper: Stepper, batches: Sequence[Batch], sighting: Sighting) -
 
 
 def look_at_routing(stepper: Stepper, batch: Batch, sighting: Sighting) -> None:
-    """How the trained model uses its neurons, dropout off."""
+    """Measure how the trained model uses its neurons, without dropout.
+
+    Args:
+        stepper: the trained model.
+        batch: the inputs.
+        sighting: the partial result to update.
+    """
     stepper.model.eval()
     inputs = stepper.to_device(batch)
     found = routing.look(stepper.model, lambda: stepper.loss(inputs))
@@ -102,7 +122,15 @@ def race(
     batches: Sequence[Batch],
     sighting: Sighting,
 ) -> None:
-    """Steps of a method and of its rival in turn."""
+    """Time interleaved steps of a method and of its reference method.
+
+    Args:
+        stepper: the model of the method.
+        rival: the model of the reference method.
+        cell: the cell, which includes the number of steps and the device.
+        batches: micro-batches of one step.
+        sighting: the partial result to update.
+    """
     for one in (stepper, rival):
         one.model.train()
     turns = take_turns(
@@ -116,13 +144,19 @@ def race(
 
 
 def check_inverse(stepper: Stepper, batch: Batch, sighting: Sighting) -> None:
-    """Errors of the rebuilt backward against the stored twin."""
+    """Compare the backward of the inverse with that of the stored twin.
+
+    Args:
+        stepper: the trained model.
+        batch: the inputs.
+        sighting: the partial result to update.
+    """
     stepper.model.train()
     try:
         with stepper.autocast():
             report = check_reversible(stepper.model, stepper.to_device(batch))
     except Exception as error:
-        # The check also runs the stored twin, which the cell itself never has to fit.
+        # The check also runs the stored twin, which need not fit for the cell itself.
         if not is_out_of_memory(error):
             raise
         print(f"no memory left to check the inverse: {error}", file=sys.stderr)

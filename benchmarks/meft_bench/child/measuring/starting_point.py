@@ -1,9 +1,10 @@
-"""What a method changes before any training: the deviation of its starting point.
+"""The change by a method before any training: the deviation of the starting point.
 
     |h_method - h_backbone| / |h_backbone|
 
-with h the last hidden state of a whole batch, which is what the head reads, in the
-cell's compute dtype and without dropout. Adapters are in it as they start out.
+where h is the last hidden state of a whole batch, which is the input of the head, in
+the cell's compute dtype and without dropout. Adapters are included with their initial
+weights.
 """
 
 import torch
@@ -15,7 +16,7 @@ from meft_bench.child.training.steps import Stepper
 
 @torch.no_grad()
 def last_hidden(stepper: Stepper, batch: Batch) -> Tensor:
-    """The last hidden state of the backbone, `batch seq hidden`, float64."""
+    """Return the last hidden state of the backbone, `batch seq hidden`, in float64."""
     model = stepper.model
     was_training = model.training
     model.eval()
@@ -27,5 +28,5 @@ def last_hidden(stepper: Stepper, batch: Batch) -> Tensor:
 
 
 def deviation(before: Tensor, after: Tensor) -> float:
-    """Relative to `before`, over all elements."""
+    """Return the deviation of `after` relative to `before`, over all elements."""
     return float((after - before).norm() / before.norm())

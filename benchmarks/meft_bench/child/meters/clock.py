@@ -1,4 +1,4 @@
-"""Seconds of a step, from one quiet device to the next."""
+"""Seconds of a step, measured between two synchronisations of the device."""
 
 import contextlib
 import statistics
@@ -9,11 +9,11 @@ import torch
 
 
 class StepClock:
-    """Times steps one after another; the first `warmup_steps` do not count.
+    """Time consecutive steps; the first `warmup_steps` are not counted.
 
     Args:
-        warmup_steps: first steps, kept in `all_step_seconds` only.
-        device: on `cuda`, the clock waits for the device before it reads the time.
+        warmup_steps: number of first steps, kept in `all_step_seconds` only.
+        device: on `cuda`, the clock synchronises the device before it reads the time.
     """
 
     def __init__(self, warmup_steps: int, device: str) -> None:
@@ -32,13 +32,13 @@ class StepClock:
 
     @property
     def step_seconds(self) -> float | None:
-        """Median of the steps after warm-up; None if there are none."""
+        """Median of the steps after warm-up in seconds; None if there are none."""
         steps = self.all_step_seconds[self._warmup_steps :]
         return statistics.median(steps) if steps else None
 
     @property
     def step_seconds_iqr(self) -> float | None:
-        """Distance between the quartiles of the same steps; None below two steps."""
+        """Interquartile range of the same steps in seconds; None below two steps."""
         return spread_of_quartiles(self.all_step_seconds[self._warmup_steps :])
 
     def _wait(self) -> None:
@@ -47,7 +47,7 @@ class StepClock:
 
 
 def spread_of_quartiles(values: Sequence[float]) -> float | None:
-    """Distance between the quartiles; None below two values."""
+    """Return the interquartile range; None below two values."""
     if len(values) < 2:
         return None
     lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")

@@ -1,10 +1,10 @@
-"""The step of one method against that of another, taken in turn.
+"""The step time of one method relative to another, with interleaved steps.
 
     own rival | rival own | own rival | ...
 
-On a shared machine two processes see two machines. Steps that take turns in one process
-see the same one, and the ratio within a turn is what is kept. Who goes first changes
-from turn to turn.
+On a shared machine, two processes may run under different load. Steps that alternate in
+one process run under the same load, and the ratio within a turn is recorded. The order
+changes from turn to turn.
 """
 
 import statistics
@@ -18,20 +18,31 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turns:
-    """What the turns after warm-up came to."""
+    """Statistics over the turns after warm-up."""
 
     rival_step_seconds: float
-    """Median."""
+    """Median over the steps of the reference method."""
     step_ratio: float
-    """Median of own by rival."""
+    """Median of the ratios of own step to reference step."""
     step_ratio_iqr: float | None
-    """Distance between the quartiles of the same ratios; None below two turns."""
+    """Interquartile range of the same ratios; None below two turns."""
 
 
 def take_turns(
     own: Step, rival: Step, *, warmup_turns: int, num_turns: int, device: str
 ) -> Turns:
-    """Time `own` and `rival` in turn, `warmup_turns` of the `num_turns` for nothing."""
+    """Time `own` and `rival` alternately.
+
+    Args:
+        own: takes one step of the method.
+        rival: takes one step of the reference method.
+        warmup_turns: number of first turns that are not counted.
+        num_turns: number of turns, warm-up included.
+        device: on `cuda`, the clocks synchronise the device.
+
+    Returns:
+        Median step seconds and ratios.
+    """
     clocks = {
         step: StepClock(warmup_steps=warmup_turns, device=device)
         for step in (own, rival)

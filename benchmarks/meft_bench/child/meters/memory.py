@@ -1,20 +1,22 @@
-"""Memory of one training step, in bytes, by five yardsticks that are never mixed.
+"""Memory of one training step, in bytes, by five measures that are never mixed.
 
     saved        distinct storage that autograd keeps for backward; exact, any device
-    resting      parameters, buffers, gradients and optimizer state between two steps
-    allocated    resting + the most that tensors of one step held at once
-    reserved     what CUDA's caching allocator took from the driver for that
-    host peak    the process's highest resident memory (`VmHWM`), all imports in
+    resting      model state between two steps: parameters, buffers, gradients and
+                 optimizer state
+    allocated    resting + the peak of the tensors of one step
+    reserved     memory that CUDA's caching allocator took from the driver for that
+    host peak    the process's highest resident memory (`VmHWM`), all imports included
 
-A step is what training does: forward, backward, clip, update, gradients let go. Steps
+A step is that of training: forward, backward, clip, update, release of gradients. Steps
 of the same shape must have run before, so that the optimizer state exists and caches
 are filled.
 
-On a CPU, `allocated` comes from the profiler's allocation events, a sum from zero at
-the start of the step. It is a pure function of the program, the same in every process.
-Two things it misses: the batch itself, which is there before the step, and memory held
-by libraries outside torch's allocator. If a step frees a block that was born before it
-and does not rest, the sum is too low by that block; training steps free none.
+On a CPU, `allocated` is computed from the profiler's allocation events, a sum that
+starts at zero with the step. It is a deterministic function of the program, equal in
+every process. It does not include the batch, which is allocated before the step, nor
+memory held by libraries outside torch's allocator. If a step frees a block that was
+allocated before it and is not part of the model state, the sum is too low by that
+block; training steps free none.
 """
 
 import gc
@@ -33,9 +35,14 @@ from meft_bench.child.tasks.batches import Batch
 def saved_by_forward(
     model: nn.Module, batch: Batch, loss_of: Callable[[Batch], Tensor]
 ) -> int:
-    """Bytes that the forward `loss_of(batch)` keeps for backward.
+    """Return the bytes that the forward `loss_of(batch)` saves for backward.
 
-    Parameters, buffers and the batch do not count: they are there anyway.
+    Parameters, buffers and the batch are not counted: they are allocated in any case.
+
+    Args:
+        model: the model.
+        batch: the inputs, on the device.
+        loss_of: function that computes the loss.
     """
     there_anyway = [*model.parameters(), *model.buffers(), *batch.values()]
     with saved_bytes(there_anyway) as counter:
@@ -46,9 +53,10 @@ def saved_by_forward(
 
 
 def resting_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of parameters, buffers, gradients and optimizer state, each once.
+    """Return the bytes of parameters, buffers, gradients and optimizer state.
 
-    Of sparse adapters, what they hold on the device: not rows in host memory.
+    Each storage is counted once. For sparse adapters, the memory on the device is
+    counted, not rows in host memory.
     """
     storages = {
         # By the storage and not its address, which fake tensors do not have.
@@ -73,10 +81,10 @@ def _resting(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Ten
 
 
 def cpu_step_peak_bytes(step: Callable[[], object]) -> int:
-    """The most that CPU tensors born in `step()` held at once.
+    """Return the peak of the CPU tensors allocated in `step()`, in bytes.
 
-    Garbage collection is off during the step: what it frees, and when, depends on what
-    the process did before.
+    Garbage collection is disabled during the step: what it frees, and when, depends on
+    earlier work of the process.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     gc.collect()
@@ -100,10 +108,11 @@ def cpu_step_peak_bytes(step: Callable[[], object]) -> int:
 
 
 def cuda_step_peak_bytes(step: Callable[[], object]) -> tuple[int, int]:
-    """(allocated, reserved) peaks of the current CUDA device during `step()`.
+    """Return the (allocated, reserved) peaks in bytes of the CUDA device in `step()`.
 
-    Both include what rests on the device. The cache is emptied first, so that reserved
-    memory is what this step needs and not what an earlier one took.
+    The device is the current one. Both peaks include the model state on it. The cache
+    is emptied first, so that reserved memory is that of this step and not of an earlier
+    one.
     """
     gc.collect()
     torch.cuda.synchronize()
@@ -115,7 +124,7 @@ def cuda_step_peak_bytes(step: Callable[[], object]) -> tuple[int, int]:
 
 
 def host_peak_bytes(status: Path = Path("/proc/self/status")) -> int | None:
-    """This process's highest resident memory so far; None where Linux does not tell."""
+    """Return the highest resident memory of this process; None where not available."""
     try:
         lines = status.read_text().splitlines()
     except OSError:

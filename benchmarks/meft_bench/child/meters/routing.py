@@ -1,9 +1,9 @@
-"""How a batch uses the neurons of its adapters, seen from outside.
+"""How a batch uses the neurons of its adapters, measured outside the method.
 
-    recall      of the neurons that a token would keep if all were scored, the share
-                that its experts hold and its router led it to; the mean over tokens
+    recall      share of the neurons that a token would keep if all were scored which
+                it also keeps with its experts and router; mean over tokens
     curve       each neuron's activation relu(k . h), the mean over tokens; neurons by
-                size, as shares of the largest, at 64 even places from first to last
+                size, as shares of the largest, at 64 evenly spaced positions
                 (figure 2 of Hao et al., ACL 2024)
 
 Both score every neuron, which the method itself never does.
@@ -29,14 +29,14 @@ class Routing:
     """Fields of `Measurement`."""
 
     routing_recall: list[float] | None
-    """Per block, lowest first; None where nothing is routed."""
+    """Recall per block, lowest first; None where nothing is routed."""
     activation_curve: list[float] | None
-    """The mean over blocks; None where no neuron was active."""
+    """Mean curve over blocks; None where no neuron was active."""
 
 
 @torch.no_grad()
 def look(model: nn.Module, run: Callable[[], object]) -> Routing | None:
-    """What `run()`, one forward of `model`, does; None without such adapters."""
+    """Measure `run()`, one forward of `model`; return None without such adapters."""
     adapters = [
         m for m in model.modules() if isinstance(m, SparseAdapter | DenseAdapter)
     ]

@@ -1,15 +1,17 @@
-"""What the rows of sparse adapters move and hold, counted by the library's own ledger.
+"""Rows that sparse adapters transfer and hold, counted by the library's own ledger.
 
-    moved     bytes between host and device in one optimizer step, every copy booked
+    moved     bytes between host and device in one optimizer step, every copy counted
               where it is made; on a CPU the same copies between two places in memory
-    paper     what the paper's accounting gives for the same batches: per block and
-              batch, rows that the batch activates up, their gradients down, and the
-              hidden states down: (4 d u + T d) elements (Hao et al., section 3.3)
-    dense     what an adapter of as many neurons moves when all of it is offloaded: rows
-              up and gradients down in every batch, 2 * 2 d r elements a block
+    paper     the paper's accounting for the same batches: per block and batch, the
+              rows that the batch activates to the device, their gradients to the
+              host, and the hidden states to the host: (4 d u + T d) elements (Hao et
+              al., section 3.3)
+    dense     transfers of an adapter with as many neurons that is offloaded entirely:
+              all rows and all gradients in every batch, 2 * 2 d r elements a block
 
-d is the width, u the neurons that a batch activates, T its tokens, r all neurons; all
-three in bytes of the same size of number.
+d is the width, u the number of neurons that a batch activates, T its number of tokens,
+r the number of all neurons. The three quantities are in bytes, with elements of the
+same size.
 """
 
 import dataclasses
@@ -24,12 +26,15 @@ from meft.transfer import Ledger
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowTraffic:
-    """Of one optimizer step; fields of `Measurement`. None without an engine."""
+    """Traffic of one optimizer step: fields of `Measurement`.
+
+    Fields that only an engine counts are None without one.
+    """
 
     paper_transfer_bytes: int
     dense_transfer_bytes: int
     union_fraction: list[float]
-    """Share of a block's neurons that a batch activates, the mean over batches."""
+    """Share of a block's neurons that a batch activates; mean over batches."""
     row_store_bytes: int
     h2d_bytes: int | None = None
     d2h_bytes: int | None = None
@@ -39,7 +44,7 @@ class RowTraffic:
     d2h_forward_bytes: list[int] | None = None
     d2h_backward_bytes: list[int] | None = None
     d2h_update_bytes: list[int] | None = None
-    """The last six per block, lowest first."""
+    """The last six are lists over blocks, lowest first."""
     cache_hit_fraction: float | None = None
     num_prefetched_rows: int | None = None
     row_device_bytes: int | None = None
@@ -47,7 +52,7 @@ class RowTraffic:
 
 
 class Watch:
-    """Counts from its making on."""
+    """Count the traffic of adapters from the creation of this object on."""
 
     def __init__(self, adapters: Sequence[SparseAdapter]) -> None:
         self._adapters = adapters
@@ -59,7 +64,7 @@ class Watch:
             self._engine.reset_counters()
 
     def result(self) -> RowTraffic:
-        """What came together since."""
+        """Return the counts so far."""
         seen = [adapter.seen for adapter in self._adapters]
         store = self._adapters[0].rows.store
         itemsize = store.wire_dtype.itemsize

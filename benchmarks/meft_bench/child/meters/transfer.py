@@ -1,13 +1,13 @@
-"""What NVML knows: bytes over the device's link, and device memory of this process.
+"""NVML's counters: bytes over the device's link, and device memory of this process.
 
-The PCIe counters (NVML fields 197 and 198) are the device's own: `tx` is what it sent
-to the host, `rx` what it received, protocol headers and other processes included. They
-only ever grow, on some drivers in 32 bits, where a busy link wraps them within tenths
-of a second; so a thread reads them every 20 ms and adds up the differences.
+The PCIe counters (NVML fields 197 and 198) are those of the device: `tx` counts bytes
+sent to the host, `rx` bytes received, including protocol headers and other processes.
+They only increase, on some drivers in 32 bits, where a busy link wraps them within
+tenths of a second; so a thread reads them every 20 ms and sums the differences.
 
-A counter that the driver does not offer, and a process that NVML does not list (it
-goes by the host's process ids, which a container hides), are None and never 0. The
-`nvml` argument is the module `pynvml`.
+A counter that the driver does not offer, and a process that NVML does not list (NVML
+uses the host's process ids, which a container hides), are None and never 0. The `nvml`
+argument is the module `pynvml`.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ _WRAP = 1 << 32
 
 @contextlib.contextmanager
 def open_device(nvml: Any, uuid: str) -> Iterator[Any]:
-    """The NVML handle of the device with `uuid`; None where NVML is not to be had.
+    """Provide the NVML handle of the device with `uuid`; None if not available.
 
-    NVML counts devices in another order than CUDA, hence the UUID
+    NVML numbers devices in another order than CUDA, so the UUID is used
     (`torch.cuda.get_device_properties(0).uuid`, without the leading `GPU-`).
     """
     try:
@@ -43,7 +43,16 @@ def open_device(nvml: Any, uuid: str) -> Iterator[Any]:
 
 
 def process_bytes(nvml: Any, device: Any, pid: int | None = None) -> int | None:
-    """Device memory that NVML attributes to `pid`, this process by default."""
+    """Return the device memory that NVML attributes to a process.
+
+    Args:
+        nvml: the module `pynvml`.
+        device: an NVML handle.
+        pid: id of the process; None for this process.
+
+    Returns:
+        Number of bytes; None where NVML does not list the process.
+    """
     pid = os.getpid() if pid is None else pid
     try:
         processes = nvml.nvmlDeviceGetComputeRunningProcesses(device)
@@ -57,7 +66,7 @@ class LinkMeter:
     """Bytes over the device's PCIe link during a `with` block.
 
     `rx_bytes` and `tx_bytes` are None before the block ends, and afterwards where the
-    driver does not count.
+    driver does not offer the counters.
     """
 
     def __init__(self, nvml: Any, device: Any) -> None:
@@ -94,7 +103,7 @@ class LinkMeter:
 
 
 class _Counter:
-    """A hardware counter, unwrapped: `total` is its growth since the first read."""
+    """An unwrapped hardware counter: `total` is its growth since the first read."""
 
     def __init__(self, nvml: Any, device: Any, field: int) -> None:
         self._nvml = nvml
@@ -114,7 +123,7 @@ class _Counter:
         self._last = value
 
     def _value(self) -> tuple[int | None, int]:
-        """(value, modulus of its wrap), 0 for a counter that does not wrap."""
+        """Return (value, modulus of its wrap); the modulus is 0 if it does not wrap."""
         nvml = self._nvml
         try:
             (field,) = nvml.nvmlDeviceGetFieldValues(self._device, [self._field])

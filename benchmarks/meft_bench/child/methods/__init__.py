@@ -1,12 +1,12 @@
-"""The methods under test, one file per family, all of one form:
+"""The fine-tuning methods, one file per family, all with one signature:
 
     method(model, cell) -> model
 
-A method takes a pre-trained classifier with a new head, decides what trains through
-`requires_grad`, wraps what it must, in place, and returns the model. The seed is set by
-then. The registry names them.
+A method takes a pre-trained classifier with a new head, selects the trained parameters
+through `requires_grad`, wraps modules in place as needed, and returns the model. The
+seed is set before the call. The registry names the methods.
 
-full           every parameter; or the head alone
+full           every parameter; or the head only
 lora           LoRA
 adapters       bottleneck adapters
 checkpointing  gradient checkpointing of the above

@@ -1,12 +1,13 @@
-"""Bottleneck adapters under ordinary autograd, the plain rival of MEFT3.
+"""Bottleneck adapters under ordinary autograd, the plain counterpart of MEFT3.
 
-The same adapters at the same places as MEFT3 has them, in an ordinary stack:
+The adapters and their positions are those of MEFT3, in an ordinary stack:
 
     a = attention_half(x, adapter),   out = mlp_half(a, adapter)
 
-with the halves of the library, which `meft.backbone` describes: one adapter after
-attention, sequential with a skip of its own, one beside the feed-forward, on the same
-input. So a difference between the two is due to the reversible stack alone.
+with the halves of the library, which `meft.backbone` describes: one adapter follows
+attention, sequentially with its own skip connection, and one is parallel to the
+feed-forward, on the same input. A difference between the two methods is therefore due
+to the reversible stack only.
 """
 
 import inspect
@@ -22,7 +23,7 @@ from meft_bench.shared.cell import Cell
 
 
 def adapters(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
-    """Two adapters per block train, and the new head."""
+    """Train two adapters per block, and the new head."""
     freeze_all_but_head(model)
     for found in find_blocks(model):
         adapted = nn.ModuleList()
@@ -35,7 +36,7 @@ def adapters(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
 
 
 class AdaptedBlock(nn.Module):
-    """A block of any family with an adapter in each of its halves, or in its MLP's."""
+    """A block of any family with an adapter in each half, or in its MLP half only."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class AdaptedBlock(nn.Module):
         self._names = list(inspect.signature(block.forward).parameters)[1:]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The block's output, `batch seq hidden`."""
+        """Return the block's output, `batch seq hidden`."""
         call = dict(zip(self._names, args, strict=False)) | kwargs
         attended = self.family.attention_half(
             self.block, hidden_states, self.attention_adapter, **call

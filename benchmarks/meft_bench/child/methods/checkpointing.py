@@ -1,9 +1,9 @@
-"""Gradient checkpointing: keep each block's input, run the block again in backward.
+"""Gradient checkpointing: save each block's input, recompute the block in backward.
 
-The plain rival of a reversible stack: the same extra forward, with one tensor kept per
-block where MEFT keeps two in all. transformers' own switch does the same and more: it
-makes the embedding's output require a gradient, which a frozen backbone does not need
-with the non-reentrant form and would pay for.
+This is the plain counterpart of a reversible stack: it has the same extra forward, but
+saves one tensor per block where MEFT saves two in total. transformers' own switch does
+the same and more: it makes the embedding's output require a gradient, which is not
+needed for a frozen backbone with the non-reentrant form and would add cost.
 """
 
 from collections.abc import Callable
@@ -23,24 +23,24 @@ Method = Callable[[PreTrainedModel, Cell], PreTrainedModel]
 
 
 def checkpointing(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
-    """Full fine-tuning with every block checkpointed."""
+    """Apply full fine-tuning with every block checkpointed."""
     return _checkpointed(full, model, cell)
 
 
 def lora_checkpointing(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
-    """LoRA with every block checkpointed."""
+    """Apply LoRA with every block checkpointed."""
     return _checkpointed(lora, model, cell)
 
 
 def adapters_checkpointing(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
-    """Adapters with every block checkpointed."""
+    """Apply adapters with every block checkpointed."""
     return _checkpointed(adapters, model, cell)
 
 
 def _checkpointed(
     method: Method, model: PreTrainedModel, cell: Cell
 ) -> PreTrainedModel:
-    # Looked up first: the method may put blocks of its own in the same places.
+    # Found first, because the method may replace the blocks in these lists.
     lists = find_blocks(model)
     model = method(model, cell)
     for found in lists:
@@ -50,14 +50,14 @@ def _checkpointed(
 
 
 class CheckpointedBlock(nn.Module):
-    """A block that keeps nothing but its input."""
+    """A block that saves only its input."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The block's output, `batch seq hidden`."""
+        """Return the block's output, `batch seq hidden`."""
         output: Tensor = checkpoint(
             self.block, hidden, *args, use_reentrant=False, **kwargs
         )

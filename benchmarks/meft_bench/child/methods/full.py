@@ -1,4 +1,4 @@
-"""The two ends of the range: train everything, or only the new head."""
+"""Two reference methods: train all parameters, or only the new head."""
 
 from transformers import PreTrainedModel
 
@@ -8,16 +8,16 @@ from meft_bench.shared.cell import Cell
 
 
 def full(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
-    """Full fine-tuning: every parameter trains."""
+    """Apply full fine-tuning: every parameter is trained."""
     model.requires_grad_(True)
     return model
 
 
 def head(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
-    """The new head trains; the backbone, a pooler included, is frozen.
+    """Train the new head; the backbone, including a pooler, is frozen.
 
     Raises:
-        ValueError: a language model has no new head.
+        ValueError: the model is a language model, which has no new head.
     """
     if not heads_of(model):
         raise ValueError(

@@ -3,10 +3,9 @@
     W x  becomes  W x + (alpha / r) B A dropout(x),   B = 0 at the start
 
 on the query and value projections of every attention, with r = `cell.lora_rank` and
-alpha = 2 r (`protocol.LORA_ALPHA_PER_RANK`), the factor that peft's and the paper's
-classification runs commonly use.
-Dropout is the backbone's own, so that every method here regularises its additions
-alike.
+alpha = 2 r (`protocol.LORA_ALPHA_PER_RANK`), the factor that classification runs of
+peft and of the paper commonly use. Dropout is that of the backbone, so that every
+method regularises its additional modules equally.
 """
 
 from peft import LoraConfig, inject_adapter_in_model
@@ -27,11 +26,11 @@ QUERY_AND_VALUE = {
     "Mistral": ["q_proj", "v_proj"],
     "ViT": ["q_proj", "v_proj"],
 }
-"""What each family calls the two projections."""
+"""Names of the two projections in each family."""
 
 
 def lora(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
-    """LoRA pairs on query and value train, and the new head."""
+    """Train LoRA matrices on query and value, and the new head."""
     found, *_ = find_blocks(model)
     shape = found.family.adapter_shape(found.blocks[0], found.owner.config)
     config = LoraConfig(

@@ -1,7 +1,7 @@
 """MEFT (Liao et al., NeurIPS 2023): three variants, two arithmetics, rebuilt or stored.
 
-`meftN` is the paper's, in floats; `meftN_exact` has integer streams and an exact
-inverse. Both rebuild their activations in the backward; `..._store` is the same
+`meftN` is the paper's method, in floating point; `meftN_exact` has integer streams and
+an exact inverse. Both rebuild their activations in backward; `..._store` is the same
 function under ordinary autograd, the reference for memory, speed and exactness. All
 train the adapters and the new head.
 """

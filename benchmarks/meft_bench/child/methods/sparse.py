@@ -1,10 +1,11 @@
-"""Adapters of many neurons beside the feed-forward (Hao et al., ACL 2024).
+"""Adapters of many neurons parallel to the feed-forward (Hao et al., ACL 2024).
 
-`dense` keeps all of them on the device and runs all of them, the paper's Parallel
-Adapter; `dense_offload` does the same with rows and optimizer in host memory, so that
-every row goes up and every gradient comes down once a step. `sparse` and
-`sparse_experts` run and move what a batch activates; `sparse_experts_...` switch one
-part of that off, or set it otherwise. All train the adapter and the new head.
+`dense` keeps and runs all neurons on the device, as the paper's Parallel Adapter;
+`dense_offload` does the same with rows and optimizer in host memory, so that every row
+is copied to the device and every gradient to the host once per step. `sparse` and
+`sparse_experts` run and transfer the neurons that a batch activates;
+`sparse_experts_...` disable or change one part of that. All train the adapter and the
+new head.
 """
 
 from functools import partial
@@ -21,7 +22,7 @@ from meft_bench.shared.cell import Cell
 
 
 def dense(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
-    """All neurons of every block run, and train, on the device."""
+    """Run and train all neurons of every block on the device."""
     freeze_all_but_head(model)
     for found in find_blocks(model):
         adapted = nn.ModuleList()
@@ -40,14 +41,14 @@ def _sparse(model: PreTrainedModel, cell: Cell, **fields: Any) -> PreTrainedMode
         "top_k_experts": cell.top_k_experts,
         "num_experts": cell.num_experts or None,
         "device_bytes": cell.row_budget_bytes,
-        # Beside autocast, the backbone's own dtype is not the one it computes in.
+        # Under autocast, the dtype of the backbone is not the compute dtype.
         "wire_dtype": {"bf16": "bfloat16", "fp16": "float16"}.get(cell.dtype),
     }
     return meft.add_sparse_adapters(model, meft.SparseConfig(**config | fields))
 
 
 def dense_offload(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
-    """All neurons run; their rows and optimizer are in host memory."""
+    """Run all neurons, with their rows and optimizer in host memory."""
     return _sparse(
         model,
         cell,

@@ -1,9 +1,9 @@
-"""Language models: the likeliest option, or what the model writes, read by a rule.
+"""Language models: choose the most likely option, or generate text that a rule scores.
 
-An option's likelihood is its log-likelihood per byte. Texts are written greedily and
+An option's likelihood is its log-likelihood per byte. Texts are generated greedily and
 end at the model's end token, where the next prompt would begin, or after
 `max_new_tokens`. `rules` has the metrics. `majority` always gives the most frequent
-answer of the training rows; of options, the place that is most often right.
+answer of the training rows; for options, the position that is most often right.
 """
 
 from collections import Counter
@@ -24,7 +24,12 @@ from meft_bench.shared.cell import Cell
 def examples(
     task: AnswerTask, tokenizer: PreTrainedTokenizerBase, cell: Cell
 ) -> Examples:
-    """Prompts with their answers to train on; questions as they are to score.
+    """Return prompts with answers for training, and questions for scoring.
+
+    Args:
+        task: the questions.
+        tokenizer: the tokenizer of the model.
+        cell: the cell, which includes the sequence length.
 
     Raises:
         ValueError: an option does not fit into `cell.seq_len` tokens.
@@ -44,7 +49,15 @@ def predict(
     tokenizer: PreTrainedTokenizerBase,
     cell: Cell,
 ) -> list[str]:
-    """The option that is chosen, or the text that is written."""
+    """Return the chosen option or the generated text for each row.
+
+    Args:
+        stepper: the model.
+        task: the task, whose metric decides between options and text.
+        rows: the questions.
+        tokenizer: the tokenizer of the model.
+        cell: the cell, which includes batch size and sequence length.
+    """
     stepper.model.eval()
     ask = _choose if task.metric == "options" else _write
     return ask(stepper, task, rows, tokenizer, cell)
@@ -53,7 +66,13 @@ def predict(
 def is_right(
     task: AnswerTask, predictions: Sequence[str], rows: Sequence[Question]
 ) -> list[bool]:
-    """Whether each answer is right by the score of the task's metric."""
+    """Return whether each answer is right by the score of the task's metric.
+
+    Args:
+        task: the task.
+        predictions: the answers.
+        rows: the questions, in the same order.
+    """
     rule = next(iter(METRICS[task.metric].values.values()))
     return [rule(*pair) == 1 for pair in zip(predictions, rows, strict=True)]
 
@@ -61,7 +80,13 @@ def is_right(
 def scores(
     task: AnswerTask, predictions: Sequence[str], rows: Sequence[Question]
 ) -> dict[str, float]:
-    """The mean over the questions of each value of the metric, the score first."""
+    """Return the mean over the questions of each value of the metric, the score first.
+
+    Args:
+        task: the task.
+        predictions: the answers.
+        rows: the questions, in the same order.
+    """
     pairs = list(zip(predictions, rows, strict=True))
     return {
         name: sum(rule(*pair) for pair in pairs) / len(pairs)
@@ -70,13 +95,13 @@ def scores(
 
 
 def majority(task: AnswerTask) -> dict[str, float]:
-    """The scores of always giving the most frequent answer."""
+    """Return the scores of always giving the most frequent answer."""
     if task.metric == "options":
         places = Counter(q.options.index(q.accepted[0]) for q in task.train)
         place = places.most_common(1)[0][0]
         answers = [q.options[min(place, len(q.options) - 1)] for q in task.evaluation]
     else:
-        # Solutions of GSM8K are all different, and their numbers are not.
+        # Solutions of GSM8K are all different, but their numbers are not.
         keys = [METRICS[task.metric].key(q.accepted[0]) for q in task.train]
         common = Counter(keys).most_common(1)[0][0]
         answer = task.train[keys.index(common)].answer
@@ -87,7 +112,7 @@ def majority(task: AnswerTask) -> dict[str, float]:
 def _refuse_long_options(
     task: AnswerTask, tokenizer: PreTrainedTokenizerBase, seq_len: int
 ) -> None:
-    """Raise before the first step where an option and a token before it do not fit."""
+    """Raise early if an option and a token before it do not fit."""
     for question in (*task.validation, *task.evaluation):
         for option in question.options:
             _, tokens = _split(question.prompt, f" {option}", tokenizer)
@@ -101,16 +126,16 @@ def _refuse_long_options(
 def _learned(
     question: Question, tokenizer: PreTrainedTokenizerBase, seq_len: int
 ) -> Example:
-    """The prompt with its answer, and where that ends, if it is not cut."""
+    """Return the prompt with its answer and, unless it is cut, the end token."""
     prompt, answer = _split(question.prompt, question.answer, tokenizer)
-    # A tokenizer without an end token leaves the end to `NEXT_PROMPT`.
+    # Without an end token, `NEXT_PROMPT` marks the end of an answer.
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    # One token of the prompt is kept: the first of a row is no target.
+    # One token of the prompt is kept, because the first of a row is no target.
     return _example(prompt, [*answer, *end][: seq_len - 1], seq_len)
 
 
 def _example(prompt: list[int], answer: list[int], seq_len: int) -> Example:
-    """The prompt loses its beginning where both are too long together."""
+    """Return prompt and answer as one row; the prompt is cut at its beginning."""
     prompt = prompt[max(0, len(prompt) + len(answer) - seq_len) :]
     return Example(
         token_ids=[*prompt, *answer],
@@ -122,10 +147,11 @@ def _example(prompt: list[int], answer: list[int], seq_len: int) -> Example:
 def _split(
     prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """The tokens of both texts together, split where the prompt's own tokens end.
+    """Tokenise both texts together, and split after the tokens of the prompt.
 
-    As in lm-evaluation-harness. Tokenised alone, the answer would begin otherwise where
-    a tokenizer marks the beginning of a text, as those of LLaMA and Mistral do.
+    This follows lm-evaluation-harness. Tokenised separately, the answer would begin
+    with different tokens where a tokenizer marks the beginning of a text, as those of
+    LLaMA and Mistral do.
     """
     begin: list[int] = tokenizer(prompt)["input_ids"]
     whole: list[int] = tokenizer(prompt + answer)["input_ids"]
@@ -142,7 +168,7 @@ def _choose(
 ) -> list[str]:
     pairs = [(i, option) for i, q in enumerate(rows) for option in q.options]
     encoded = [
-        # Without an end token: it would be a part of every option.
+        # Without an end token, which would be a part of every option.
         _example(*_split(rows[i].prompt, f" {o}", tokenizer), cell.seq_len)
         for i, o in pairs
     ]
@@ -150,7 +176,7 @@ def _choose(
     for chosen in _by_length(encoded, cell.batch_size):
         batch = collate([encoded[n] for n in chosen], stepper.pad_token_id)
         told = batch.pop("labels")[:, 1:]
-        # The head is the dearest part, and only the option's tokens need it.
+        # The head is the most expensive part, and only the option's tokens need it.
         places = (told != IGNORED).any(0).nonzero()[:, 0]
         inputs = stepper.to_device(batch | {"logits_to_keep": places})
         with stepper.autocast():
@@ -165,7 +191,7 @@ def _choose(
 
 
 def _log_likelihood(logits: Tensor, told: Tensor) -> Tensor:
-    """Of the tokens that count, summed per row."""
+    """Return the sum of the target tokens' log-likelihoods per row."""
     found = logits.log_softmax(-1).gather(-1, told.clamp(min=0)[..., None])[..., 0]
     return (found * (told != IGNORED)).sum(1)
 
@@ -179,13 +205,13 @@ def _write(
     cell: Cell,
 ) -> list[str]:
     end = tokenizer.eos_token_id
-    # As in training, a prompt that is too long loses its beginning.
+    # As in training, a prompt that is too long is cut at its beginning.
     prompts = [tokenizer(q.prompt)["input_ids"][-cell.seq_len :] for q in rows]
     written = [""] * len(rows)
     encoded = [Example(token_ids=p, segment_ids=[0] * len(p), label=0) for p in prompts]
     for chosen in _by_length(encoded, cell.batch_size):
         longest = max(len(prompts[n]) for n in chosen)
-        # A decoder goes on from the right end.
+        # Padded on the left, because a decoder continues at the right end.
         ids = [
             [stepper.pad_token_id] * (longest - len(prompts[n])) + prompts[n]
             for n in chosen
@@ -206,7 +232,7 @@ def _write(
                 tokenizer=tokenizer,
             )
         for n, tokens in zip(chosen, out[:, longest:].tolist(), strict=True):
-            # Behind the end of a row there is padding, until the last row has ended.
+            # A row that has ended is padded until the last row has ended.
             tokens = tokens[: tokens.index(end)] if end in tokens else tokens
             text = str(tokenizer.decode(tokens, skip_special_tokens=True))
             written[n] = text.partition(NEXT_PROMPT)[0]
@@ -214,6 +240,6 @@ def _write(
 
 
 def _by_length(rows: Sequence[Example], size: int) -> list[list[int]]:
-    """Batches of equal lengths need the least padding."""
+    """Return batches of rows of similar length, which need the least padding."""
     order = sorted(range(len(rows)), key=lambda n: len(rows[n].token_ids))
     return [order[start : start + size] for start in range(0, len(order), size)]

@@ -1,4 +1,4 @@
-"""The rows of a task as a kind of scoring wants them."""
+"""The rows of a task in the form that a kind of scoring requires."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Classifiers: the label with the largest logit, held against the true one."""
+"""Classifiers: the label with the largest logit, compared with the true label."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +14,13 @@ from meft_bench.shared.cell import Cell
 
 
 def examples(task: Task, tokenizer: PreTrainedTokenizerBase, cell: Cell) -> Examples:
-    """All rows as tokens."""
+    """Return all rows as tokens.
+
+    Args:
+        task: the rows.
+        tokenizer: the tokenizer of the model.
+        cell: the cell, which includes the sequence length.
+    """
     train, validation, evaluation = (
         encode(rows, tokenizer, cell.seq_len)
         for rows in (task.train, task.validation, task.evaluation)
@@ -29,27 +35,47 @@ def predict(
     tokenizer: PreTrainedTokenizerBase,
     cell: Cell,
 ) -> list[int]:
-    """The label with the largest logit."""
+    """Return the label with the largest logit for each row.
+
+    Args:
+        stepper: the model.
+        task: the task.
+        rows: the encoded rows.
+        tokenizer: the tokenizer of the model; unused.
+        cell: the cell, which includes the batch size.
+    """
     return steps.predict(stepper, list(rows), cell.batch_size)
 
 
 def is_right(
     task: Task, predictions: Sequence[int], rows: Sequence[Example]
 ) -> list[bool]:
-    """Whether each label is the true one."""
+    """Return whether each label is the true one.
+
+    Args:
+        task: the task.
+        predictions: the labels.
+        rows: the encoded rows, in the same order.
+    """
     return [p == row.label for p, row in zip(predictions, rows, strict=True)]
 
 
 def scores(
     task: Task, predictions: Sequence[int], rows: Sequence[Example]
 ) -> dict[str, float]:
-    """The metric's values, the score first."""
+    """Return the metric's values, the score first.
+
+    Args:
+        task: the task.
+        predictions: the labels.
+        rows: the encoded rows, in the same order.
+    """
     labels = [row.label for row in rows if isinstance(row.label, int)]
     return _of(task, predictions, labels)
 
 
 def majority(task: Task) -> dict[str, float]:
-    """For always answering the most frequent label of the training rows."""
+    """Return the scores of always answering the most frequent training label."""
     common = Counter(row.label for row in task.train).most_common(1)[0][0]
     references = [row.label for row in task.evaluation]
     return _of(task, [common] * len(references), references)
@@ -58,7 +84,8 @@ def majority(task: Task) -> dict[str, float]:
 def _of(
     task: Task, predictions: Sequence[int], references: Sequence[int]
 ) -> dict[str, float]:
-    # Imported here: most cells have no score, and the import costs more than they do.
+    # Imported here, because most cells have no score and the import takes longer than
+    # they do.
     from meft_bench.child.tasks import metrics
 
     assert task.metric is not None

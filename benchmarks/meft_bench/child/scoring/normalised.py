@@ -1,6 +1,6 @@
 """Exact match and F1 of short answers, as the official scripts compute them.
 
-    exact_match   1 if prediction and answer are equal once normalised
+    exact_match   1 if prediction and answer are equal after normalisation
     f1            harmonic mean of precision and recall over the normalised words
 
 Both are the maximum over the accepted answers. The scripts normalise differently:
@@ -26,17 +26,17 @@ TRIVIA_QA_PUNCTUATION = PUNCTUATION | set("\u2018\u2019\u00b4")
 
 
 def squad(text: str) -> str:
-    """`The Saint-Lawrence River!` as `saintlawrence river`."""
+    """Normalise `The Saint-Lawrence River!` to `saintlawrence river`."""
     return _words("".join(c for c in text.lower() if c not in PUNCTUATION))
 
 
 def nq_open(text: str) -> str:
-    """As `squad`, where composed and decomposed accents are the same."""
+    """Normalise as `squad` does, with composed and decomposed accents made equal."""
     return squad(unicodedata.normalize("NFD", text))
 
 
 def trivia_qa(text: str) -> str:
-    """`The Saint-Lawrence River!` as `saint lawrence river`."""
+    """Normalise `The Saint-Lawrence River!` to `saint lawrence river`."""
     lower = text.lower()
     return _words("".join(" " if c in TRIVIA_QA_PUNCTUATION else c for c in lower))
 
@@ -44,13 +44,25 @@ def trivia_qa(text: str) -> str:
 def exact_match(
     prediction: str, accepted: Sequence[str], normalise: Normalise
 ) -> float:
-    """1 if the prediction is one of the accepted answers, else 0."""
+    """Return 1 if the prediction is one of the accepted answers, else 0.
+
+    Args:
+        prediction: the model's answer.
+        accepted: the accepted answers.
+        normalise: applied to both.
+    """
     found = normalise(prediction)
     return float(any(found == normalise(answer) for answer in accepted))
 
 
 def f1(prediction: str, accepted: Sequence[str], normalise: Normalise) -> float:
-    """The best F1 of the prediction's words against those of an accepted answer."""
+    """Return the best F1 of the prediction's words against those of an accepted answer.
+
+    Args:
+        prediction: the model's answer.
+        accepted: the accepted answers.
+        normalise: applied to both.
+    """
     found = normalise(prediction).split()
     return max(_f1(found, normalise(answer).split()) for answer in accepted)
 

@@ -1,16 +1,16 @@
-"""The metrics of questions: what each answer counts, by a rule per value.
+"""The metrics of questions, with one rule for each value.
 
     options     `options`: the chosen option is the right one
     squad       `exact_match` and `f1` of SQuAD 1.1; `contains_any_case`: an accepted
-                answer appears in the answer, whatever the case of its letters
+                answer appears in the answer, ignoring case
     nq_open     `exact_match` and `f1` of NQ-open; `contains`: an accepted answer
-                appears in the answer, case included
+                appears in the answer, with the same case
     trivia_qa   `exact_match` and `f1` of TriviaQA; `contains_any_case`
     gsm8k       `final_number`: the number after the first `#### ` is that of the
                 solution
 
-The answer to all but `gsm8k` is the first line that is written. The first value of each
-metric is the score; it is 1 or 0 for each row.
+For all but `gsm8k`, the answer is the first line of the generated text. The first value
+of each metric is the score; it is 1 or 0 for each row.
 """
 
 from collections.abc import Callable
@@ -22,17 +22,17 @@ from meft_bench.child.tasks.gsm8k import final_number
 from meft_bench.child.tasks.question import Question
 
 Rule = Callable[[str, Question], float]
-"""What a text counts as the answer to a question, from 0 to 1."""
+"""Function from a text and a question to the text's value as an answer, from 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metric:
-    """The values of a metric, and when two answers are the same one for it."""
+    """The values of a metric, and a key that identifies equal answers."""
 
     values: dict[str, Rule]
-    """By name; the first is the score."""
+    """Rules by name; the first is the score."""
     key: Callable[[str], str]
-    """Equal for two accepted answers exactly where the metric takes them as one."""
+    """Equal for two accepted answers if and only if the metric treats them as equal."""
 
 
 def _options(text: str, question: Question) -> float:
@@ -55,7 +55,7 @@ def _final_number(text: str, question: Question) -> float:
 
 
 def first_line(text: str) -> str:
-    """The first line that is not blank, without the spaces around it."""
+    """Return the first line that is not blank, without surrounding spaces."""
     return text.strip().partition("\n")[0].strip()
 
 
@@ -100,4 +100,4 @@ METRICS = {
         key=lambda answer: final_number(answer) or "",
     ),
 }
-"""The metrics by name, as tasks name them."""
+"""The metrics by name, as tasks refer to them."""

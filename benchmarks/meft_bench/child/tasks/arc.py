@@ -1,9 +1,9 @@
 """ARC-Easy and ARC-Challenge: science questions of school exams, with options.
 
-Read from `arc-easy/` and `arc-challenge/` in the data directory: `train.json` and
-`test.json`, the official splits, in instruction form. The option with the largest
-log-likelihood per byte is chosen, as by lm-evaluation-harness's `acc_bytes` (its
-`acc_norm`, where all characters are ASCII).
+The rows are read from `arc-easy/` and `arc-challenge/` in the data directory:
+`train.json` and `test.json`, the official splits, in instruction form. The option with
+the largest log-likelihood per byte is chosen, as by lm-evaluation-harness's `acc_bytes`
+(its `acc_norm`, where all characters are ASCII).
 """
 
 import json
@@ -25,12 +25,12 @@ _OPTION = re.compile(r"Answer\d: ")
 
 
 def load_easy(cell: Cell, source: Source) -> AnswerTask:
-    """ARC-Easy as a task."""
+    """Load ARC-Easy as a task."""
     return _load("arc-easy", cell, source)
 
 
 def load_challenge(cell: Cell, source: Source) -> AnswerTask:
-    """ARC-Challenge as a task."""
+    """Load ARC-Challenge as a task."""
     return _load("arc-challenge", cell, source)
 
 

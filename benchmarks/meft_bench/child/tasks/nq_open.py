@@ -1,10 +1,10 @@
-"""NQ-open: questions that people asked a search engine, answered without a text.
+"""NQ-open: questions that people entered in a search engine, answered without a text.
 
-Read from `nq-open/` in the data directory: `topics.nq.dev.txt`, a part of the official
-training set, is trained on, and `NQ-open.dev.jsonl`, the official development set, is
-scored on; they share no question. Scores are exact match and F1, normalised as in the
-official evaluation, and whether an accepted answer appears in what the model writes
-(Hao et al., ACL 2024, and their code).
+The rows are read from `nq-open/` in the data directory: `topics.nq.dev.txt`, a part of
+the official training set, is used for training, and `NQ-open.dev.jsonl`, the official
+development set, for the score; they share no question. Scores are exact match and F1,
+normalised as in the official evaluation, and whether an accepted answer appears in the
+generated text (Hao et al., ACL 2024, and their code).
 """
 
 from meft_bench.child.tasks import topics
@@ -19,10 +19,10 @@ INSTEAD = "or take task `bbc-news`, whose text is in a package"
 
 
 def load(cell: Cell, source: Source) -> AnswerTask:
-    """NQ-open as a task.
+    """Load NQ-open as a task.
 
     Raises:
-        MissingError: the files are not at hand.
+        MissingError: the files are not available.
     """
     train_text, train_sha256 = read(source, FOLDER, TRAIN, INSTEAD)
     dev_text, dev_sha256 = read(source, FOLDER, DEV, INSTEAD)

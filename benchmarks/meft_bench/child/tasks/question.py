@@ -1,14 +1,16 @@
 """A task whose rows are questions that a language model answers in words.
 
-Training continues the prompt with the answer; only the answer's tokens count in the
-loss. Scoring lets the model choose among options, or write and be read.
+In training, the answer follows the prompt, and only its tokens count in the loss. In
+scoring, the model chooses among options, or generates text.
 """
 
 from dataclasses import dataclass
 
 NEXT_PROMPT = "Question:"
-"""What the prompt of every task has at the beginning of its question. Where a model
-writes it, its answer has ended and the next question begun."""
+"""Beginning of the question in the prompt of every task.
+
+Where a model generates it, its answer has ended and the next question has begun.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,11 +24,11 @@ class Question:
     prompt: str
     """Ends where the answer begins, without a space."""
     answer: str
-    """What training continues with, its leading space included."""
+    """The text that follows the prompt in training, including its leading space."""
     accepted: tuple[str, ...]
-    """Any of these is right; the first is the answer."""
+    """All right answers; the first is the answer."""
     options: tuple[str, ...] = ()
-    """To choose among, the right one included; empty where the model has to write."""
+    """Options including the right one; empty where the model generates text."""
 
     def __post_init__(self) -> None:
         if not self.accepted or not all(answer.strip() for answer in self.accepted):
@@ -38,7 +40,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerTask:
-    """Questions to learn from and to be scored on; splits as in `Task`."""
+    """Questions for training and scoring; splits as in `Task`."""
 
     name: str
     train: tuple[Question, ...]
@@ -47,6 +49,6 @@ class AnswerTask:
     metric: str
     """A name of `scoring.answers.METRICS`."""
     max_new_tokens: int
-    """Tokens of the longest answer that is generated; 0 where there are options."""
+    """Maximum number of generated tokens; 0 where there are options."""
     origin: str
-    """Where the rows came from and which splits they are."""
+    """Origin of the rows and which splits they are."""

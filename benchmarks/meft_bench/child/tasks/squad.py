@@ -1,9 +1,10 @@
-"""SQuAD, the part of its development set that XQuAD has: a text and questions on it.
+"""SQuAD, the part of its development set that is in XQuAD: texts with questions.
 
-Read from `squad-xquad-en/xquad.en.json` in the data directory. The full training set is
-not in it, so four articles in five are trained on and the fifth is scored on; a score
-is therefore not one of SQuAD. Scores are exact match and F1 as SQuAD 1.1 defines them,
-and whether an accepted answer appears in what the model writes.
+The rows are read from `squad-xquad-en/xquad.en.json` in the data directory. The file
+does not contain the full training set, so four of five articles are used for training
+and the fifth for the score; a score is therefore not comparable with published SQuAD
+scores. Scores are exact match and F1 as defined by SQuAD 1.1, and whether an accepted
+answer appears in the generated text.
 """
 
 import json
@@ -19,10 +20,10 @@ INSTEAD = "or take task `bbc-news`, whose text is in a package"
 
 
 def load(cell: Cell, source: Source) -> AnswerTask:
-    """XQuAD-en as a task.
+    """Load XQuAD-en as a task.
 
     Raises:
-        MissingError: the file is not at hand.
+        MissingError: the file is not available.
     """
     text, sha256 = read(source, FOLDER, FILE, INSTEAD)
     articles = [_questions(article) for article in json.loads(text)["data"]]

@@ -1,10 +1,10 @@
 """Random tokens or images of an exact shape: memory and time without data.
 
-Memory and speed do not depend on the values, so these cells measure what real text of
-that shape would. There is one fixed batch and nothing to score.
+Memory and speed do not depend on the values, so these cells measure the same as real
+text of that shape. There is one fixed batch and no score.
 
     synthetic      a classifier of two labels
-    synthetic-lm   a language model, told every token of the text that it reads
+    synthetic-lm   a language model, for which every token of its text is a target
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from meft_bench.shared.source import Source
 
 
 def load(cell: Cell, source: Source) -> Task:
-    """A task without rows; its batch is made once the model is known."""
+    """Load a task without rows; its batch is made once the model is known."""
     return _without_rows("synthetic", num_labels=2)
 
 
 def load_lm(cell: Cell, source: Source) -> Task:
-    """Likewise, of a language model, whose logits over the vocabulary take memory."""
+    """Load the same for a language model; logits over the vocabulary need memory."""
     return _without_rows("synthetic-lm", num_labels=None)
 
 
@@ -41,7 +41,7 @@ def _without_rows(name: str, num_labels: int | None) -> Task:
 
 
 def examples(cell: Cell, vocab_size: int) -> list[Example]:
-    """One batch of `cell.batch_size` rows with exactly `cell.seq_len` tokens each."""
+    """Return one batch: `cell.batch_size` rows of exactly `cell.seq_len` tokens."""
     generator = random.Random(cell.seed)
     return [
         Example(
@@ -54,13 +54,13 @@ def examples(cell: Cell, vocab_size: int) -> list[Example]:
 
 
 def told_examples(cell: Cell, vocab_size: int) -> list[Example]:
-    """The same tokens, each of which is also what is to be learned."""
+    """Return the same rows with every token as its own target."""
     rows = examples(cell, vocab_size)
     return [dataclasses.replace(row, label=row.token_ids) for row in rows]
 
 
 def images(cell: Cell, shape: tuple[int, int, int]) -> list[Image]:
-    """One batch of `cell.batch_size` images of noise, `channels height width` each."""
+    """Return one batch: `cell.batch_size` images of noise, `channels height width`."""
     generator = torch.Generator().manual_seed(cell.seed)
     return [
         Image(

@@ -1,8 +1,8 @@
-"""A task: labelled rows in three splits, and the metric they are scored with.
+"""A task: labelled rows in three splits, and the metric that scores them.
 
-train        what the optimizer sees
-validation   chooses the weights when training stops early, never scored
-evaluation   what the score is computed on, never chosen by
+train        rows for the optimizer
+validation   rows that select the weights when training stops early, never scored
+evaluation   rows for the score, never used to select weights
 """
 
 import random
@@ -26,18 +26,18 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """Rows to learn from and to be scored on."""
+    """Rows for training and scoring."""
 
     name: str
     num_labels: int | None
-    """None for a language model, which is told tokens."""
+    """Number of classes; None for a language model, whose targets are tokens."""
     train: tuple[Row, ...]
     validation: tuple[Row, ...]
     evaluation: tuple[Row, ...]
     metric: str | None
     """A name of `metrics.METRICS`; None if there is nothing to score."""
     origin: str
-    """Where the rows came from and which splits they are."""
+    """Origin of the rows and which splits they are."""
 
 
 def draw(
@@ -45,8 +45,8 @@ def draw(
 ) -> tuple[tuple[AnyRow, ...], tuple[AnyRow, ...]]:
     """Draw `cell.train_rows` (0: all) by `cell.seed` and set a tenth of them aside.
 
-    The tenth is set aside whether or not the cell stops early, so that cells of one
-    seed train on the same rows.
+    The tenth is set aside whether or not the cell stops early, so that cells with the
+    same seed train on the same rows.
 
     Returns:
         (train, validation)
@@ -60,5 +60,5 @@ def draw(
 
 
 def first(rows: Sequence[AnyRow], cell: Cell) -> tuple[AnyRow, ...]:
-    """The first `cell.eval_rows` rows; 0 takes all."""
+    """Return the first `cell.eval_rows` rows; 0 returns all."""
     return tuple(rows[: cell.eval_rows or None])

@@ -1,7 +1,7 @@
-"""Files of topics, as Anserini has them: a question and its accepted answers per line.
+"""Files of topics in Anserini's format: a question and its accepted answers per line.
 
-The columns are separated by a tab and may stand in double quotes; the answers are a
-Python list of strings.
+The columns are separated by a tab and may be in double quotes; the answers are a Python
+list of strings.
 """
 
 import ast
@@ -10,11 +10,11 @@ from meft_bench.child.tasks.files import table
 
 
 def rows(text: str, name: str) -> list[tuple[str, list[str]]]:
-    """The questions of a file, each with its accepted answers.
+    """Return the questions of a file, each with its accepted answers.
 
     Args:
-        text: of the file.
-        name: of the file, for the message.
+        text: contents of the file.
+        name: name of the file, for the message.
 
     Raises:
         ValueError: a line is not of this form.

@@ -1,11 +1,11 @@
-"""TriviaQA: trivia questions, answered without a text; most answers have many names.
+"""TriviaQA: trivia questions without a text; most answers have many accepted forms.
 
-Read from `triviaqa/` in the data directory: `topics.dpr.trivia.dev.txt`, a part of the
-official training set, is trained on, and `topics.dpr.trivia.test.txt`, the official
-unfiltered development set, is scored on. Training continues a question with the first
-of its answers, in the order of the file. Scores are exact match and F1, normalised as
-in the official evaluation, and whether an accepted answer appears in what the model
-writes.
+The rows are read from `triviaqa/` in the data directory: `topics.dpr.trivia.dev.txt`, a
+part of the official training set, is used for training, and
+`topics.dpr.trivia.test.txt`, the official unfiltered development set, for the score. In
+training, the first answer in the order of the file follows the question. Scores are
+exact match and F1, normalised as in the official evaluation, and whether an accepted
+answer appears in the generated text.
 """
 
 from meft_bench.child.tasks import topics
@@ -21,10 +21,10 @@ INSTEAD = "or take task `bbc-news`, whose text is in a package"
 
 
 def load(cell: Cell, source: Source) -> AnswerTask:
-    """TriviaQA as a task.
+    """Load TriviaQA as a task.
 
     Raises:
-        MissingError: the files are not at hand.
+        MissingError: the files are not available.
     """
     train_text, train_sha256 = read(source, FOLDER, TRAIN, INSTEAD)
     dev_text, dev_sha256 = read(source, FOLDER, DEV, INSTEAD)

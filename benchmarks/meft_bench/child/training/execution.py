@@ -15,12 +15,12 @@ _NO_KERNEL = (
     "No viable backend for scaled_dot_product_attention",
     "No available kernel",
 )
-"""How torch says so, on a CPU and on CUDA."""
+"""torch's messages, on a CPU and on CUDA."""
 
 
 @contextlib.contextmanager
 def attention(cell: Cell) -> Iterator[None]:
-    """The context that everything of `cell` runs in.
+    """Select the attention kernel of `cell`; all of the cell runs in this context.
 
     Raises:
         MissingError: torch has no such kernel for this device, or for these shapes.
@@ -45,8 +45,8 @@ def attention(cell: Cell) -> Iterator[None]:
 def compile_blocks(model: nn.Module) -> None:
     """Compile every module of every block, in place.
 
-    Methods take blocks apart, so which of its modules are called as such is theirs to
-    decide; inside a compiled module the others are part of its graph.
+    All modules are compiled because a method may call any part of a block directly;
+    inside a compiled module, the other modules are part of its graph.
     """
     for found in find_blocks(model):
         for block in found.blocks:

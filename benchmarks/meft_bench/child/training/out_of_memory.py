@@ -1,8 +1,8 @@
-"""Which exceptions say that memory ran out. No heavy imports: torch may not fit."""
+"""Exceptions that mean out of memory. No heavy imports: torch may not fit."""
 
 import errno
 
-# How torch and the libraries below it say it.
+# Messages of torch and of the libraries it uses.
 _PHRASES = (
     "out of memory",
     "can't allocate memory",
@@ -13,7 +13,7 @@ _PHRASES = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory, of the host or the device, ran out."""
+    """Return whether `error` means that memory of the host or the device ran out."""
     if isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:

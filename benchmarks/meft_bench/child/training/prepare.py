@@ -1,4 +1,4 @@
-"""From the names in a cell to a model that can step.
+"""From the names in a cell to a model that can take training steps.
 
 load_backbone -> apply_method -> a `Stepper` on the cell's device
 """
@@ -20,17 +20,18 @@ AnyTask = Task | AnswerTask
 
 
 def load_backbone(cell: Cell, task: AnyTask, source: Source) -> Backbone:
-    """Load the backbone of a cell; compile its blocks if the cell says so.
+    """Load the backbone of a cell; compile its blocks if the cell requires it.
 
     Args:
-        cell: what to run.
-        task: decides the head: a classifier's, or a language model's.
+        cell: the cell to run.
+        task: decides the head: that of a classifier, or of a language model.
         source: where weights may come from.
 
     Raises:
-        MissingError: the weights are not there; says how to provide them.
-        ValueError: no such backbone, not of a supported family, or `cell.seq_len` is
-            too long for it.
+        MissingError: the weights are not available; the message states how to provide
+            them.
+        ValueError: the backbone does not exist, its family is not supported, or
+            `cell.seq_len` is too long for it.
     """
     seed_everything(cell.seed)
     backbone = backbones.load(cell, num_labels_of(task), source)
@@ -40,7 +41,7 @@ def load_backbone(cell: Cell, task: AnyTask, source: Source) -> Backbone:
 
 
 def apply_method(backbone: Backbone, cell: Cell) -> Stepper:
-    """The backbone made ready by the cell's method, on its device."""
+    """Apply the cell's method to the backbone, and move the model to its device."""
     # Seeded again, so that adapters do not depend on how the backbone was loaded.
     seed_everything(cell.seed)
     model = load(METHODS[cell.method])(backbone.model, cell)
@@ -48,12 +49,12 @@ def apply_method(backbone: Backbone, cell: Cell) -> Stepper:
 
 
 def num_labels_of(task: AnyTask) -> int | None:
-    """The number of classes of the head; None for a language-model head."""
+    """Return the number of classes of the head; None for a language-model head."""
     return None if isinstance(task, AnswerTask) else task.num_labels
 
 
 def count(model: PreTrainedModel) -> dict[str, int]:
-    """How many parameters there are, and how many train: fields of `Measurement`."""
+    """Return the numbers of all and of trained parameters: fields of `Measurement`."""
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     return {
@@ -63,11 +64,11 @@ def count(model: PreTrainedModel) -> dict[str, int]:
 
 
 def require_device(cell: Cell) -> None:
-    """Raise `MissingError` unless the cell's device is there."""
+    """Raise `MissingError` unless the cell's device is available."""
     if cell.device == "cuda" and not torch.cuda.is_available():
         raise MissingError("no CUDA device: torch.cuda.is_available() is false")
 
 
 def device_name(cell: Cell) -> str:
-    """The device as torch names it."""
+    """Return the device's name as torch reports it."""
     return torch.cuda.get_device_name() if cell.device == "cuda" else "cpu"

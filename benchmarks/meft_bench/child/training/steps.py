@@ -1,12 +1,13 @@
-"""The protocol every method trains by (Liao et al., NeurIPS 2023, and their code).
+"""The training protocol of every method (Liao et al., NeurIPS 2023, and their code).
 
-AdamW with weight decay, but none on biases and norms; clipped gradients; a learning
-rate that rises over the first steps and falls linearly to 0. The numbers are constants
-of `protocol`. Parameters are float32; `bf16` and `fp16` compute under autocast, `fp16`
-with a loss scale. Where `weights_dtype` puts the backbone itself into the compute
-dtype, there is no autocast. With `eval_every`, the weights kept are those with the best
-score on rows set aside for that choice. To see what AdamW's state and its many kernels
-take, a cell may name another optimizer, with the same decay.
+AdamW with weight decay, but none on biases and norms; gradient clipping; a learning
+rate that increases over the first steps and decreases linearly to 0. The numbers are
+constants of `protocol`. Parameters are float32; `bf16` and `fp16` compute under
+autocast, `fp16` with a loss scale. Where `weights_dtype` sets the backbone itself to
+the compute dtype, there is no autocast. With `eval_every`, the weights with the best
+score on rows that are set aside for this selection are kept. A cell may name another
+optimizer, with the same decay, to measure the memory of AdamW's state and of its many
+kernels.
 """
 
 import contextlib
@@ -39,7 +40,12 @@ def seed_everything(seed: int) -> None:
 
 
 def learning_rate_at(step: int, cell: Cell) -> float:
-    """Rate of optimizer step `step`, counted from 0: up, then linearly down to 0."""
+    """Return the learning rate of a step: it rises, then falls linearly to 0.
+
+    Args:
+        step: number of the optimizer step, counted from 0.
+        cell: has the peak rate and the number of steps.
+    """
     num_rising = round(protocol.WARMUP_FRACTION * cell.max_steps)
     if step < num_rising:
         return cell.learning_rate * step / num_rising
@@ -47,7 +53,7 @@ def learning_rate_at(step: int, cell: Cell) -> float:
 
 
 class Stepper:
-    """Model, optimizer and loss scale: everything that one training step needs."""
+    """Model, optimizer and loss scale: all state of a training step."""
 
     def __init__(self, model: PreTrainedModel, cell: Cell) -> None:
         self.model = model
@@ -55,7 +61,8 @@ class Stepper:
         is_narrow = cell.weights_dtype == cell.dtype
         self._autocast_dtype = None if is_narrow else AUTOCAST_DTYPES.get(cell.dtype)
         self._scaler = torch.amp.GradScaler(cell.device, enabled=cell.dtype == "fp16")
-        # LLaMA and OPT know no segments, and would hand them on to nobody.
+        # LLaMA and OPT have no segments, and would pass them on to modules without
+        # effect.
         parameters = inspect.signature(model.forward).parameters
         self._left_out = {"token_type_ids"} - set(parameters)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -70,13 +77,13 @@ class Stepper:
         self.optimizer = _optimizer(model, groups, cell)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """The context a forward runs in."""
+        """Return the context in which a forward runs."""
         if self._autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device, self._autocast_dtype)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Loss of `batch`, which is on the device."""
+        """Return the loss of `batch`, which is on the device."""
         with self.autocast():
             loss: Tensor = self.model(**batch).loss
         return loss
@@ -84,16 +91,16 @@ class Stepper:
     def step(self, batches: Sequence[Batch], learning_rate: float) -> float:
         """Take one optimizer step on the gradient of the mean loss of all `batches`.
 
+        Gradients are released at the end, so that none exist between two steps.
+
         Args:
             batches: Micro-batches of one size, on the host or on the device. See
-                `divisors` for how much each of them counts.
+                `divisors` for the weight of each.
             learning_rate: The learning rate of this step.
 
         Returns:
-            The mean loss over all target tokens of a language model, over all rows of
-            a classifier; not-a-number where no micro-batch has a target token.
-
-        Gradients are released at the end, so that none exist between two steps.
+            The mean loss over all target tokens of a language model, over all rows of a
+            classifier; not-a-number where no micro-batch has a target token.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -109,20 +116,20 @@ class Stepper:
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        # The mean over no target is not-a-number, also divided by infinity.
+        # The mean over no target is not-a-number, even if divided by infinity.
         pairs = zip(losses, divisors, strict=True)
         return float(sum(loss for loss, divisor in pairs if not math.isinf(divisor)))
 
     def divisors(self, batches: Sequence[Batch]) -> list[Tensor | int]:
-        """What the mean loss of each micro-batch is divided by before it is added up.
+        """Return the divisor of each micro-batch's mean loss, applied before the sum.
 
         A language model's loss is the mean over the target tokens of its micro-batch,
-        so each is weighted by its share of the target tokens of the whole window:
-        every token then counts the same, whichever micro-batch it is in. transformers'
-        `Trainer` does so by `num_items_in_batch` for models whose forward accepts it,
-        which BART's does not. A micro-batch without a target token is divided by
-        infinity, and counts nothing. A classifier's micro-batches have equally many
-        labels and count the same.
+        so each is weighted by its share of the target tokens of the whole window: every
+        token then has the same weight, in any micro-batch. transformers' `Trainer` does
+        so with `num_items_in_batch` for models whose forward accepts it, which BART's
+        does not. A micro-batch without a target token is divided by infinity, and has
+        no weight. A classifier's micro-batches have equally many labels and the same
+        weight.
 
         Args:
             batches: The micro-batches of one optimizer step.
@@ -141,13 +148,13 @@ class Stepper:
 
     @property
     def pad_token_id(self) -> int:
-        """What fills up the rows of a batch."""
-        # Models of images have none, nor rows to fill up.
+        """The token that pads the rows of a batch."""
+        # Models of images have none, and no rows to pad.
         own: int = getattr(self.model.config, "pad_token_id", 0)
         return own
 
     def to_device(self, batch: Batch) -> Batch:
-        """What the model takes of `batch`, on its device."""
+        """Return the inputs that the model accepts of `batch`, on its device."""
         return {
             name: tensor.to(self.device)
             for name, tensor in batch.items()
@@ -156,7 +163,7 @@ class Stepper:
 
 
 def _is_matrix(parameter: Tensor) -> bool:
-    """Whether weight decay applies; biases and norms have one dimension."""
+    """Return whether weight decay applies; biases and norms have one dimension."""
     return parameter.ndim > 1
 
 
@@ -196,15 +203,15 @@ def train(
     """Train by the protocol and leave the selected weights in the model.
 
     Args:
-        stepper: what to train.
+        stepper: the model to train.
         cell: steps, rates, and when to validate and stop.
         batches: rows of each batch, without end; a step takes `cell.accumulation`.
         clock: times every step, from rows to updated weights.
-        validate: score of the present weights on the validation rows; called only
-            with `cell.eval_every`.
+        validate: returns the score of the current weights on the validation rows;
+            called only with `cell.eval_every`.
 
     Yields:
-        The loss of each step done, of which there may be fewer than `cell.max_steps`.
+        The loss of each completed step; there may be fewer than `cell.max_steps`.
     """
     best_score = -math.inf
     best_weights: list[Tensor] | None = None
@@ -236,7 +243,13 @@ def train(
 
 @torch.no_grad()
 def predict(stepper: Stepper, examples: list[Example], batch_size: int) -> list[int]:
-    """The model's label for each example, dropout off."""
+    """Return the model's label for each example, without dropout.
+
+    Args:
+        stepper: the model.
+        examples: the encoded rows.
+        batch_size: number of rows of a batch.
+    """
     stepper.model.eval()
     pad_token_id = stepper.pad_token_id
     # Batches of equal lengths need the least padding.

@@ -1,1 +1,1 @@
-"""Where cells run. `local`: one after another, or side by side, on this machine."""
+"""Where cells run. `local`: sequentially, or in parallel, on this machine."""

@@ -1,11 +1,11 @@
-"""The cells of a run, over the slots of this machine.
+"""Run the cells of a run in the slots of this machine.
 
-A slot is a thread that starts one child at a time and waits for it. An engine knows
-neither sweeps nor files: it is given cells and the function that runs one, and yields
-the records as they come.
+A slot is a thread that starts one child at a time and waits for it. An engine is
+independent of sweeps and files: it takes cells and the function that runs one, and
+yields the records as cells end.
 
-A slot outlives the children it starts, as it must: on Linux the signal that ends a
-child with its parent is tied to the thread that started it.
+A slot must outlive the children it starts: on Linux the signal that ends a child with
+its parent is tied to the thread that started it.
 """
 
 from collections.abc import Callable, Generator, Iterable
@@ -16,7 +16,7 @@ from meft_bench.shared.record import Record
 
 
 class Stopped(Exception):
-    """The run was stopped while a cell ran: there is no ending to record."""
+    """Raised if the run was stopped while a cell ran: there is no ending to record."""
 
 
 def run_cells(
@@ -25,11 +25,11 @@ def run_cells(
     """Run every cell, `num_slots` at a time, in order of their start.
 
     Args:
-        cells: what to run.
-        run_one: runs a cell to its end in the calling thread. Once it raises
-            `Stopped` it must do so at once for all cells, and the generator ends when
-            the records already made have been yielded.
-        num_slots: cells that run side by side.
+        cells: the cells to run.
+        run_one: runs a cell to its end in the calling thread. Once it raises `Stopped`
+            it must do so at once for all cells, and the generator ends when the records
+            already made have been yielded.
+        num_slots: number of cells that run in parallel.
 
     Yields:
         Records in the order in which their cells end.

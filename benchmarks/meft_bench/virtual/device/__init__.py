@@ -1,7 +1,7 @@
-"""Facts about a GPU, without one.
+"""Properties of a GPU, available without one.
 
-gpu          what is known of each GPU, from files in `gpus/`
+gpu          the description of each GPU, read from files in `gpus/`
 allocator    a model of PyTorch's caching allocator
-workspaces   memory that kernels take for themselves
+workspaces   memory that kernels allocate internally
 attention    which attention kernel runs for given shapes
 """

@@ -1,21 +1,24 @@
-"""What a trace of allocations makes PyTorch's CUDA allocator reserve.
+"""Compute what PyTorch's CUDA allocator reserves for a trace of allocations.
 
-A model of the native caching allocator (c10/cuda/CUDACachingAllocator.cpp) with its
-default settings, one stream and no expandable segments:
+This is a model of the native caching allocator (c10/cuda/CUDACachingAllocator.cpp) with
+its default settings, one stream and no expandable segments:
 
-    rounding     a request takes a multiple of 512 bytes
-    pools        up to 1 MiB it is served from the small pool, above from the large one
-    segments     memory comes from the driver 2 MiB at a time for the small pool; for
-                 the large one 20 MiB below 10 MiB, else a multiple of 2 MiB
-    best fit     the smallest free block that is large enough, the lowest of equals
-    splitting    what a block has too much becomes a block of its own, in the large pool
-                 only if it is more than 1 MiB
-    coalescing   free neighbours of one segment become one block
-    retry        where the driver has no more, segments that are all free go back to it,
-                 and it is asked once more
+    rounding     the size of a request is rounded up to a multiple of 512 bytes
+    pools        requests of up to 1 MiB are served from the small pool, larger ones
+                 from the large pool
+    segments     the small pool obtains memory from the driver 2 MiB at a time; the
+                 large pool obtains 20 MiB for requests below 10 MiB, otherwise a
+                 multiple of 2 MiB
+    best fit     the smallest free block that is large enough is used; among blocks of
+                 equal size, the one with the lowest address
+    splitting    the unused rest of a block becomes a block of its own; in the large
+                 pool only if it is more than 1 MiB
+    coalescing   free neighbours in one segment are merged into one block
+    retry        when the driver has no memory left, segments that are entirely free
+                 are returned to it, and the request is made once more
 
-`allocated_bytes` counts blocks, as `torch.cuda.memory_allocated` does, so what a block
-has too much and keeps is in it.
+`allocated_bytes` counts whole blocks, as `torch.cuda.memory_allocated` does, so it
+includes the part of a block that is larger than the request and is not split off.
 """
 
 from bisect import bisect_left, insort
@@ -24,20 +27,20 @@ from dataclasses import dataclass, field
 MIB = 2**20
 ROUND_BYTES = 512
 SMALL_BYTES = MIB
-"""The largest request of the small pool; the least that the large pool splits off."""
+"""Largest request of the small pool; the large pool splits off only larger rests."""
 SMALL_SEGMENT_BYTES = 2 * MIB
 LARGE_SEGMENT_BYTES = 20 * MIB
 LARGE_REQUEST_BYTES = 10 * MIB
-"""From here on a segment is made to measure."""
+"""Smallest request for which a segment is allocated in the size of the request."""
 
 
 class OutOfMemoryError(RuntimeError):
-    """The device has no room for a segment, even after free ones went back."""
+    """Raised when the device has no room for a segment after free ones are returned."""
 
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """A stretch of a segment, in use or free."""
+    """A contiguous part of a segment, in use or free."""
 
     num_bytes: int
     address: int
@@ -49,20 +52,21 @@ class Block:
 
     @property
     def key(self) -> "tuple[int, int, Block]":
-        """Where it stands among the free blocks; no two have one address."""
+        """Sort key among the free blocks; no two blocks have the same address."""
         return (self.num_bytes, self.address, self)
 
 
 def round_up(num_bytes: int, multiple: int = ROUND_BYTES) -> int:
-    """The least multiple that is not below `num_bytes`."""
+    """Return the smallest multiple of `multiple` that is not below `num_bytes`."""
     return -(-num_bytes // multiple) * multiple
 
 
 class CachingAllocator:
-    """Counts what is allocated and reserved, now and at the most.
+    """Model of PyTorch's caching allocator, with current values and peaks in bytes.
 
     Args:
-        capacity_bytes: what the driver has to give; None for without end.
+        capacity_bytes: number of bytes that the driver can provide; None means
+            unlimited.
     """
 
     def __init__(self, capacity_bytes: int | None = None) -> None:
@@ -75,7 +79,10 @@ class CachingAllocator:
         self._next_address = 0
 
     def malloc(self, num_bytes: int) -> Block | None:
-        """Serve a request; None for nothing, which takes no block.
+        """Allocate a block; return None for a request of 0 bytes.
+
+        Args:
+            num_bytes: size of the request, before rounding.
 
         Raises:
             OutOfMemoryError: there is no room.
@@ -95,7 +102,7 @@ class CachingAllocator:
         return block
 
     def free(self, block: Block | None) -> None:
-        """Take back what `malloc` gave."""
+        """Free a block that `malloc` returned."""
         if block is None:
             return
         assert not block.is_free
@@ -108,7 +115,7 @@ class CachingAllocator:
         insort(block.pool, block.key)
 
     def empty_cache(self) -> None:
-        """Give segments that are all free back to the driver."""
+        """Return segments that are entirely free to the driver."""
         for pool in (self._small, self._large):
             whole = [b for _, _, b in pool if b.before is None and b.after is None]
             for block in whole:
@@ -116,7 +123,7 @@ class CachingAllocator:
                 self.reserved_bytes -= block.num_bytes
 
     def reset_peaks(self) -> None:
-        """Take peaks from now on."""
+        """Reset the peaks to the current values."""
         self.peak_allocated_bytes = self.allocated_bytes
         self.peak_reserved_bytes = self.reserved_bytes
 
@@ -138,7 +145,7 @@ class CachingAllocator:
                 f"{(self.capacity_bytes or 0) / MIB:,.1f} MiB"
             )
         block = Block(num_bytes=num_bytes, address=self._next_address, pool=pool)
-        # Segments are not neighbours, whatever their addresses.
+        # Segments are not neighbours, although their addresses are consecutive.
         self._next_address += num_bytes
         self.reserved_bytes += num_bytes
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
@@ -159,7 +166,7 @@ def _best_fit(pool: "list[tuple[int, int, Block]]", wanted: int) -> Block | None
 
 
 def _split(block: Block, wanted: int) -> None:
-    """Leave `wanted` bytes in `block` and make what lies above them a free block."""
+    """Keep `wanted` bytes in `block` and make the rest a free block."""
     rest = Block(
         num_bytes=block.num_bytes - wanted,
         address=block.address + wanted,

@@ -1,9 +1,10 @@
-"""Which kernel of attention a GPU runs, and what it leaves in memory.
+"""Choose the attention kernel that a GPU runs, and call its operator.
 
-A CPU build of torch has no CUDA kernels to choose from and would take the `math` one,
-which keeps every matrix of scores. The choice is made here as torch makes it
-(aten/native/transformers/cuda/sdp_utils.cpp, select_sdp_backend), and the operator that
-belongs to it is called: its outputs and what it keeps are known also without a kernel.
+A CPU build of torch has no CUDA kernels to choose from and would use the `math`
+implementation, which keeps every matrix of scores. This module makes the same choice as
+torch (aten/native/transformers/cuda/sdp_utils.cpp, select_sdp_backend) and calls the
+corresponding operator: the shapes of its outputs and of the tensors it saves are known
+without a kernel.
 """
 
 import math
@@ -19,21 +20,25 @@ from meft_bench.virtual.device.gpu import Gpu
 
 aten = torch.ops.aten
 CONSUMER = ((8, 6), (8, 9), (12, 0), (12, 1))
-"""GPUs with less shared memory, where flash attention stops earlier."""
+"""Compute capabilities of GPUs with less shared memory.
+
+On these, flash attention supports fewer head sizes in backward.
+"""
 
 Attention = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """What `scaled_dot_product_attention` was called with."""
+    """Arguments of one call of `scaled_dot_product_attention`."""
 
     query: Tensor
     key: Tensor
     value: Tensor
-    """`[batch, heads, tokens, width]`, as are the other two."""
+    """`query`, `key` and `value` have the shape `[batch, heads, tokens, width]`."""
     mask: Tensor | None
-    """Added to the scores, or which of them count."""
+    """A float mask is added to the scores; a boolean mask is true where a score counts.
+    """
     dropout: float
     is_causal: bool
     scale: float | None
@@ -41,23 +46,23 @@ class Call:
 
     @property
     def width(self) -> int:
-        """Of a head."""
+        """Width of a head."""
         return self.query.shape[-1]
 
     @property
     def is_half(self) -> bool:
-        """Whether it computes in 16 bits."""
+        """Whether the tensors have a 16-bit floating-point dtype."""
         return self.query.dtype in (torch.float16, torch.bfloat16)
 
     @property
     def differentiates(self) -> bool:
-        """Whether the kernel has to keep something for backward."""
+        """Whether the kernel has to save tensors for backward."""
         tensors = (self.query, self.key, self.value)
         return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
     @property
     def is_dense(self) -> bool:
-        """Whether the last dimension of each tensor is without gaps."""
+        """Whether the last dimension of each tensor is contiguous."""
         mask = self.mask
         tensors = (self.query, self.key, self.value)
         return all(t.stride(-1) == 1 for t in tensors) and (
@@ -66,29 +71,34 @@ class Call:
 
 
 def chosen(gpu: Gpu, call: Call) -> str:
-    """The kernel that `gpu` runs: `cudnn`, `flash`, `efficient` or `math`.
+    """Return the kernel that `gpu` runs: `cudnn`, `flash`, `efficient` or `math`.
 
     Raises:
-        RuntimeError: none that is allowed can do it.
+        RuntimeError: none of the enabled kernels supports the call.
     """
     if call.query.dim() != 4:
         return "math"
     for name in gpu.attention_order:
         if _FITS[name](gpu, call):
             return name
-    raise RuntimeError("No available kernel. Aborting execution.")  # as torch says it
+    raise RuntimeError("No available kernel. Aborting execution.")  # torch's message
 
 
 def replacement(
     gpu: Gpu, device: str, plain: Attention, counts: dict[str, int]
 ) -> Attention:
-    """What stands in for `scaled_dot_product_attention`; other devices' tensors go on.
+    """Return a replacement for `scaled_dot_product_attention`.
+
+    Calls with tensors of other devices are passed on to `plain`.
 
     Args:
-        gpu: whose kernels.
-        device: type of the device that its tensors live on.
+        gpu: the GPU whose kernels are chosen.
+        device: type of the device on which the tensors of the virtual GPU are.
         plain: torch's own function.
-        counts: how often each kernel was chosen; is added to.
+        counts: number of calls by name of the chosen kernel; updated in place.
+
+    Returns:
+        A function with the signature of `scaled_dot_product_attention`.
     """
 
     def attention(
@@ -209,7 +219,7 @@ def _efficient(call: Call) -> Tensor:
     mask = _added(call)
     if mask is not None:
         length = mask.shape[-1]
-        if length % 8:  # rows of the mask begin at whole vectors
+        if length % 8:  # rows of the mask are aligned to 8 elements
             mask = functional.pad(mask, (0, 8 - length % 8))[..., :length]
         mask = mask.expand(*call.query.shape[:3], call.key.shape[2])
     out: Tensor = aten._scaled_dot_product_efficient_attention(
@@ -231,7 +241,7 @@ def _math(call: Call) -> Tensor:
 
 
 def _added(call: Call) -> Tensor | None:
-    """Of a mask that tells which scores count, what is added to them."""
+    """Convert a boolean mask to one that is added to the scores."""
     mask, query = call.mask, call.query
     if mask is None or mask.dtype != torch.bool:
         return mask

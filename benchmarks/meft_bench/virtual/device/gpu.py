@@ -1,6 +1,6 @@
-"""What is known of a GPU: one JSON file each in `gpus/`, or one of your own.
+"""Descriptions of GPUs: one JSON file each in `gpus/`, or a file of the user.
 
-A calibration changes a file and no code. This module imports nothing heavy.
+A calibration changes a file, not code. This module imports no heavy dependency.
 """
 
 import dataclasses
@@ -18,46 +18,57 @@ from meft_bench.shared.registry import VIRTUAL, nearest
 FOLDER = Path(__file__).with_name("gpus")
 ATTENTION_KERNELS = ("cudnn", "flash", "efficient", "math")
 ONE_WORKSPACE = Version("2.13.0.dev0")
-"""The torch from which on cuBLASLt works in cuBLAS's workspace."""
+"""First version of torch in which cuBLASLt uses the workspace of cuBLAS."""
 
 
 class GpuError(ValueError):
-    """No such GPU, or a file that describes none; the message says what to do."""
+    """Raised for an unknown GPU or an invalid file; the message states what to do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """One GPU; rates are the vendor's, dense, without sparsity."""
+    """Description of one GPU; rates are the vendor's, for dense operands."""
 
     name: str
-    """As `torch.cuda.get_device_name` tells it."""
+    """Name as `torch.cuda.get_device_name` returns it."""
     compute_capability: tuple[int, int]
     memory_bytes: int
     num_multiprocessors: int
     half_flops_per_second: float
-    """Of 16-bit floats."""
+    """Rate for 16-bit floats."""
     tf32_flops_per_second: float
     fp32_flops_per_second: float
     memory_bytes_per_second: float
     link_bytes_per_second: float
-    """Between host and device, each way."""
+    """Rate between host and device, in each direction."""
     cudnn_version: int
     attention_order: tuple[str, ...]
-    """In which `scaled_dot_product_attention` tries its kernels."""
+    """Order in which `scaled_dot_product_attention` tries its kernels."""
     cublas_workspace_bytes: int
     cublaslt_workspace_bytes: int
-    """Both kept for each thread that multiplies matrices; of torch 2.13 and later,
-    cuBLASLt takes cuBLAS's."""
+    """Kept for each thread that multiplies matrices, as that of cuBLAS.
+
+    In torch 2.13 and later, cuBLASLt uses the workspace of cuBLAS instead.
+    """
     context_bytes: int
-    """What the driver and its libraries take before the first tensor; about."""
+    """Approximate memory that the driver and its libraries use before the first tensor.
+    """
     source: str
-    """Where all this is from: read, or measured, and when."""
+    """Source of the values: where they were read or measured, and when."""
 
 
 def library_bytes(gpu: Gpu, torch_version: str) -> tuple[int, int]:
-    """What cuBLAS, and cuBLASLt, keep for each thread that multiplies matrices.
+    """Return the bytes that cuBLAS and cuBLASLt keep for each thread.
 
-    `CUBLAS_WORKSPACE_CONFIG` holds pairs of KiB and how often, as in `:4096:8`.
+    Only threads that multiply matrices count. `CUBLAS_WORKSPACE_CONFIG` holds pairs of
+    a size in KiB and a count, as in `:4096:8`.
+
+    Args:
+        gpu: the GPU whose defaults apply if the variable is not set.
+        torch_version: version of torch, which decides whether cuBLASLt has its own.
+
+    Returns:
+        Bytes of cuBLAS and bytes of cuBLASLt.
     """
     asked = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
     own = sum(1024 * int(size) * int(count) for size, count in asked)
@@ -67,30 +78,30 @@ def library_bytes(gpu: Gpu, torch_version: str) -> tuple[int, int]:
 
 
 def names() -> list[str]:
-    """The GPUs that come with the harness."""
+    """Return the names of the GPUs that are included in the harness."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def find(name: str) -> Gpu:
-    """The GPU of a name, of the beginning of one, or of a JSON file.
+    """Return the GPU for a name, an unambiguous prefix of a name, or a JSON file.
 
     Raises:
-        GpuError: as `resolve`, or the file is no GPU's.
+        GpuError: see `resolve`; or the file does not describe a GPU.
     """
     name = resolve(name)
     return _read(Path(name) if name.endswith(".json") else FOLDER / f"{name}.json")
 
 
 def name_in(device: str) -> str:
-    """What `find` knows the GPU by that a cell's `device` names."""
+    """Return the GPU's name, as `find` accepts it, from the `device` of a cell."""
     return device.removeprefix(VIRTUAL)
 
 
 def resolve(name: str) -> str:
-    """The whole name; of a JSON file, its path.
+    """Return the full name of a GPU, or the absolute path of a JSON file.
 
     Raises:
-        GpuError: there is none, or several names begin so.
+        GpuError: no name, or more than one, begins with `name`.
     """
     if name.endswith(".json"):
         return str(Path(name).resolve())
@@ -139,7 +150,7 @@ def _read(path: Path) -> Gpu:
 
 
 def _check(path: Path, name: str, kind: object, value: Any) -> None:
-    """Raise `GpuError` unless JSON's `value` is what the field `name` holds."""
+    """Raise `GpuError` unless the JSON `value` is valid for the field `name`."""
     if name == "compute_capability":
         words = "two integers"
         fits = isinstance(value, list) and [*map(type, value)] == [int, int]

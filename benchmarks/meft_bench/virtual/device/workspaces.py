@@ -1,9 +1,10 @@
-"""Memory that CUDA kernels take for themselves, which no tensor shows.
+"""Memory that CUDA kernels allocate internally, without a visible tensor.
 
-Read from the kernels' host code and held against an H200 (torch 2.11, cuDNN 9.19) by
-`meft-bench run gpu-check`. Each function gives bytes for the arguments and outputs of
-one call of an operator. Of the memory-efficient kernel with heads wider than 128, what
-it takes is not known: on the H200 it was up to 24 MiB more in 184.
+The formulas were read from the kernels' host code and compared with an H200 (torch
+2.11, cuDNN 9.19) by `meft-bench run gpu-check`. Each function returns bytes for the
+arguments and outputs of one call of an operator. For the memory-efficient kernel with
+heads wider than 128, the formula is incomplete: on the H200 the kernel used up to 24
+MiB more, of 184 MiB.
 """
 
 import functools
@@ -20,12 +21,12 @@ from meft_bench.virtual.device.gpu import Gpu
 aten = torch.ops.aten
 Workspace = Callable[[tuple[Any, ...], Any], int]
 SORTED_FROM = 3072
-"""From more indices on, the gradient of an embedding sorts them first."""
+"""Number of indices above which the gradient of an embedding sorts them first."""
 MOST_THREADS = 512
-"""Of a block that adds up."""
+"""Maximum number of threads of a block in a reduction."""
 THREADS_OF_MULTIPROCESSOR = 2048
 LEAST_VALUES, MOST_VALUES = 16, 256
-"""That a thread adds up, where blocks share an output."""
+"""Number of values that a thread sums, where blocks share an output."""
 
 
 def _flash_backward(args: tuple[Any, ...], out: Any) -> int:
@@ -37,7 +38,7 @@ def _flash_backward(args: tuple[Any, ...], out: Any) -> int:
 
 
 def _shared_heads(args: tuple[Any, ...]) -> int:
-    """Gradients of keys and values for each head of queries that shares them."""
+    """Gradients of keys and values for each query head that shares them."""
     query, key, value = args[1:4]
     if query.shape[1] == key.shape[1]:
         return 0
@@ -47,10 +48,11 @@ def _shared_heads(args: tuple[Any, ...]) -> int:
 
 
 def _efficient_backward(args: tuple[Any, ...], out: Any) -> int:
-    """Row sums, the output's gradient without gaps, an accumulator of halves.
+    """Row sums, a contiguous copy of the output's gradient, and an accumulator.
 
-    Of 32-bit floats, the row sums are not the kernel's work: the gradient times the
-    output is a tensor of its own.
+    The accumulator is float32 and exists for 16-bit inputs. For 32-bit floats, the row
+    sums are not computed by the kernel: the product of the gradient and the output is a
+    separate tensor.
     """
     gradient, query = args[0], args[1]
     batch, heads, tokens, width = query.shape
@@ -71,13 +73,13 @@ def _cudnn_backward(args: tuple[Any, ...], out: Any) -> int:
 
 
 def _safe_softmax(args: tuple[Any, ...], out: Any) -> int:
-    """Which entries have nothing to see."""
+    """A boolean mask of the masked scores, one byte each."""
     assert isinstance(out, Tensor)
     return out.numel()
 
 
 def _softmax_backward(args: tuple[Any, ...], out: Any) -> int:
-    """The gradient times the output (SoftMax.cu)."""
+    """Product of the gradient and the output (SoftMax.cu)."""
     assert isinstance(out, Tensor)
     return out.numel() * out.element_size()
 
@@ -89,15 +91,15 @@ def _embedding_backward(args: tuple[Any, ...], out: Any) -> int:
 
 
 def _sum(args: tuple[Any, ...], out: Any, num_multiprocessors: int) -> int:
-    """Partial sums of a gradient of a bias: rows `[M, N]` summed over `M` (Reduce.cuh).
+    """Partial sums of a bias gradient: rows `[M, N]` summed over `M` (Reduce.cuh).
 
-    Blocks of threads share an output where there are few outputs and many rows, and
-    each of their threads leaves a number.
+    Where there are few outputs and many rows, blocks of threads share an output, and
+    each of their threads stores one partial sum.
     """
     rows, dims = args[0], args[1]
     over = {dim % rows.dim() for dim in dims or range(rows.dim())} if rows.dim() else ()
     if not over or over != set(range(len(over))) or len(over) == rows.dim():
-        return 0  # whole warps add up an output and leave one number
+        return 0  # whole warps reduce an output to one number
     if not rows.is_contiguous() or rows.numel() == 0:
         return 0
     num_outputs = math.prod(rows.shape[len(over) :])
@@ -120,18 +122,18 @@ def _sum(args: tuple[Any, ...], out: Any, num_multiprocessors: int) -> int:
     )
     if sharing <= 1:
         return 0
-    accumulator = max(4, rows.element_size())  # sums of 16 bits are 32-bit floats
+    accumulator = max(4, rows.element_size())  # sums of 16-bit floats are 32-bit floats
     num_bytes: int = accumulator * num_outputs * sharing * width * vector
     return num_bytes
 
 
 def _power_of_2(value: int, most: int) -> int:
-    """The largest one that is not above either."""
+    """Return the largest power of two that exceeds neither `value` nor `most`."""
     return most if value >= most else 1 << max(value.bit_length() - 1, 0)
 
 
 def of(gpu: Gpu) -> Mapping[Any, Workspace]:
-    """What kernels of a GPU take, by operator."""
+    """Return the workspace functions for a GPU, by operator."""
     sums = functools.partial(_sum, num_multiprocessors=gpu.num_multiprocessors)
     return _OF_ALL | {aten.sum.dim_IntList: sums}
 
@@ -144,7 +146,7 @@ _OF_ALL: dict[Any, Workspace] = {
     aten._softmax_backward_data.default: _softmax_backward,
     aten.embedding_dense_backward.default: _embedding_backward,
 }
-"""Of any GPU, by operator."""
+"""Workspace functions that apply to every GPU, by operator."""
 
 MULTIPLY = (
     *(aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default),
@@ -152,4 +154,5 @@ MULTIPLY = (
 )
 """Operators for which cuBLAS keeps a workspace, one for each thread that runs them."""
 WITH_BIAS = (aten.addmm.default, aten._addmm_activation.default)
-"""Those of them that cuBLASLt runs, which keeps another."""
+"""Those operators of `MULTIPLY` that cuBLASLt runs, which keeps a workspace of its own.
+"""

@@ -1,14 +1,14 @@
-"""Makes torch and transformers behave as they do on a GPU that is not there.
+"""Make torch and transformers behave as on a GPU that does not exist.
 
 virtual_gpu             the virtual GPU: all of the following in one context
-backend                 what the two backends have in common
+backend                 the common part of the two backends
 cuda_backend            fake CUDA tensors, on a build of torch without CUDA
-cpu_backend             fake CPU tensors that take the code paths of CUDA, where the
-                        first cannot be used
+cpu_backend             fake CPU tensors that take the code paths of CUDA, for builds
+                        where `cuda_backend` cannot be used
 cuda_stubs              stubs for the functions of `torch.cuda`
-triton_stand_in         takes the memory that our Triton kernels take
+triton_stand_in         allocates the memory that our Triton kernels allocate
 assumed_activation      which neurons of sparse adapters a batch is assumed to
                         activate
-gradient_accumulation   which gradients autograd adds up in place
-unsupported             operators without an answer, and what to do then
+gradient_accumulation   which gradients autograd accumulates in place
+unsupported             errors for operators that fake tensors do not support
 """

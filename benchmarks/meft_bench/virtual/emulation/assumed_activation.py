@@ -1,12 +1,13 @@
-"""Sparse adapters on a virtual GPU: which neurons a batch activates is declared.
+"""Sparse adapters on a virtual GPU, with an assumed set of active neurons.
 
-Fake tensors have no values, so no token can choose. Instead every batch activates the
-first neurons of each block, as many as the cell's `active_fraction` says, though never
-more than its tokens could choose; and every other size that depends on values is the
-largest it can be. All batches activate the same neurons, as far as a cache is asked.
+Fake tensors have no values, so tokens cannot choose neurons. Instead, every batch is
+assumed to activate the first neurons of each block. Their share is the
+`active_fraction` of the cell, but their number is at most the number that the tokens of
+the batch could choose. Every other size that depends on values is set to its maximum.
+All batches activate the same neurons, which matters for caches.
 
-The host side of the engine (`meft.sparse.engine`) runs as it is: which row stands where
-is kept in real tensors, and its books tell what travelled.
+The host side of the engine (`meft.sparse.engine`) runs unchanged: the position of each
+row is kept in real tensors, and the engine's own counters report the transfers.
 """
 
 import contextlib
@@ -32,11 +33,11 @@ aten = torch.ops.aten
 
 @contextlib.contextmanager
 def rows(active_fraction: float) -> Iterator[None]:
-    """While it lasts, rows can live and move beside fake tensors.
+    """Make rows usable with fake tensors while the context is active.
 
     Args:
-        active_fraction: share of a block's neurons that a batch activates; of methods
-            that run every neuron, it is 1 whatever is declared.
+        active_fraction: share of a block's neurons that a batch is assumed to activate;
+            for methods that run every neuron, 1 is used instead.
     """
     declared = _Declared(active_fraction)
     patches: list[tuple[Any, str, Any]] = [
@@ -58,26 +59,26 @@ def rows(active_fraction: float) -> Iterator[None]:
 
 
 class _Declared:
-    """How many neurons answer."""
+    """Determine the number of active neurons from the assumed fraction."""
 
     def __init__(self, fraction: float) -> None:
         self._fraction = fraction
         self._most = 0
-        """Of the choice that is being looked at."""
+        """Number of entries of the current choice."""
         self._share = 1.0
 
     def distinct(self, adapter: SparseAdapter, choice: Tensor, size: int = 1) -> Ids:
-        """The library's own, which knows how much there is to choose."""
+        """Call the library's function; store the number of entries of the choice."""
         config = adapter.config
         self._most = choice.numel()
-        # Experts are so few that a batch asks all that it can.
+        # A batch is assumed to use all experts that it can, because there are few.
         chooses = size == 1 and config.top_k_neurons < config.num_neurons
         self._share = self._fraction if chooses else 1.0
         found: Ids = _distinct(adapter, choice, size)
         return _first(len(found)) if found.device.type == "cpu" else found
 
     def after(self, travel: Callable[[Rows, Tensor], Tensor]) -> Callable[..., Ids]:
-        """`Rows.chosen`, which looks at the flags where `travel` brings them."""
+        """Return a replacement for `Rows.chosen` that calls `travel` on the flags."""
 
         def chosen(of: Rows, flags: Tensor) -> Ids:
             here = travel(of, flags)
@@ -91,7 +92,7 @@ _distinct = token_topk.distinct
 
 
 def _first(count: int) -> Ids:
-    """In real memory, as the engine's books are."""
+    """Return the first `count` ids in real memory, as the engine requires."""
     with unset_fake_temporarily():
         return torch.arange(count)
 
@@ -120,21 +121,24 @@ def _every_row(of: RowStore) -> Ids:
 
 
 def _unknown() -> None:
-    """Fake rows take no memory."""
+    """Fake rows use no memory."""
 
 
 def _same(tensor: Tensor) -> Tensor:
-    """Page-locking takes no memory."""
+    """Page-locking uses no memory."""
     return tensor
 
 
 def _form_for(plain: Callable[[torch.device], Any]) -> Callable[[torch.device], Any]:
-    """The form of Adam on a host takes no memory; the one on a device does."""
+    """Replace the form of Adam on the host, which uses no memory.
+
+    The form on a device, which uses memory, is kept.
+    """
     return lambda device: _OnHost if device.type == "cpu" else plain(device)
 
 
 class _OnHost:
-    """Books which rows have changed: those that ever had a gradient, in every step."""
+    """Record which rows changed: in every step, those that ever had a gradient."""
 
     @staticmethod
     def advance(
@@ -146,10 +150,10 @@ class _OnHost:
 
     @staticmethod
     def values(table: Any, ids: Ids, out: Tensor, places: Ids) -> None:
-        """Nothing is read."""
+        """Read nothing."""
 
 
-# Sizes that depend on values: as if every condition held.
+# Sizes that depend on values are computed as if every condition held.
 
 
 def _nonzero(mode: Any, func: Any, tensor: Tensor) -> Tensor:
@@ -163,7 +167,7 @@ def _bincount(
 
 
 def _unique(mode: Any, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """One value: rows that stand at one step."""
+    """Return one value: all rows are at the same step."""
     none = tensor.new_empty(0, dtype=torch.long)
     return tensor.new_empty(1), none, none
 

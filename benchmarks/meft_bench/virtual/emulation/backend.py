@@ -1,9 +1,9 @@
-"""What the two ways to train on a GPU that is not there have in common.
+"""The common part of the two backends that emulate a GPU.
 
     cuda   fake CUDA tensors, for which parts of torch's compiled code are patched
-    cpu    fake CPU tensors that are led CUDA's way, in Python alone
+    cpu    fake CPU tensors that are made to take the code paths of CUDA, in Python only
 
-`VirtualGpu` takes the first, and the second where this torch cannot be patched.
+`VirtualGpu` uses the first, and the second where this build of torch cannot be patched.
 """
 
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Backend:
-    """One of the two."""
+    """Description of one backend."""
 
     name: str
     device: str
-    """Type of the device on which what is the GPU's lives."""
+    """Type of the device on which the tensors of the virtual GPU are."""
     how: str
-    """In the words of a record."""
+    """Description that is written to records."""

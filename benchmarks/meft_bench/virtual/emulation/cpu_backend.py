@@ -1,23 +1,23 @@
-"""Leads fake CPU tensors the way that CUDA tensors go, in Python alone.
+"""Make fake CPU tensors take the code paths of CUDA, in Python only.
 
-For builds of torch that `cuda_backend` cannot patch. A tensor's device is the CPU, and
-where torch asks for it, it answers otherwise than for a GPU. What a training step takes
-depends on these answers:
+This backend is for builds of torch that `cuda_backend` cannot patch. The tensors are on
+the CPU, and torch takes other code paths for them than for CUDA tensors. The memory of
+a training step depends on these differences:
 
-    is_cuda     tells "no"; our own kernels for CUDA would not be asked
-    dropout     keeps a mask of the activations' dtype; on CUDA one of bytes
-    autocast    has other lists: on CUDA norms, softmax, powers and sums are computed
-                in float32, and what they keep is twice as large
-    optimizers  go tensor by tensor; on CUDA through lists of tensors, whose peak is
-                higher by a copy of all weights
+    is_cuda     is False, so our own CUDA kernels would not be used
+    dropout     keeps a mask in the dtype of the activations; on CUDA a mask of bytes
+    autocast    has other lists of operators: on CUDA, norms, softmax, powers and sums
+                are computed in float32, and the tensors they save are twice as large
+    optimizers  process one tensor at a time; on CUDA they process lists of tensors,
+                whose peak is higher by a copy of all weights
 
-The first and last are patched; for the others, operators get kernels at the CPU's
-dispatch keys that do as CUDA's do. All are undone at the end.
+The first and the last are patched; for the other two, operators get kernels at the
+CPU's dispatch keys that behave as those of CUDA. All changes are undone at the end.
 
-What is lost is where a tensor is: batches and optimizers' counters, which stay on the
-host, are counted as if they were on the GPU, and nothing moves between the two.
-Convolutions and recurrent cells stay the CPU's, and so do the statistics of norms: in
-16 bits, where weights have 16.
+This backend cannot distinguish host and device: batches and optimizers' counters, which
+stay on the host, are counted as if they were on the GPU, and no transfers are recorded.
+Convolutions and recurrent cells use the CPU implementation, and so do the statistics of
+norms, which are in 16 bits where the weights are.
 """
 
 import contextlib
@@ -43,19 +43,22 @@ IN_FLOAT32 = (
     *("exp", "expm1", "log", "log1p", "log2", "log10", "logsumexp", "softplus"),
     *("cosine_similarity", "dist"),
 )
-"""Under CUDA's autocast (ATen/autocast_mode.h, AT_FORALL_FP32), of what models call."""
+"""Operators that CUDA's autocast runs in float32, as far as models use them.
+
+Source: ATen/autocast_mode.h, AT_FORALL_FP32.
+"""
 TO_FLOAT32 = (
     *("softmax.int", "log_softmax.int", "cumsum", "cumprod"),
     *("sum", "sum.dim_IntList", "linalg_vector_norm"),
 )
-"""The same for operators that are told the dtype of their result."""
+"""The same for operators that have an argument for the dtype of their result."""
 
 Operator = Callable[..., Any]
 
 
 @contextlib.contextmanager
 def like_cuda() -> Iterator[None]:
-    """While it lasts, fake CPU tensors are led CUDA's way."""
+    """Make fake CPU tensors take the code paths of CUDA while the context is active."""
     with contextlib.ExitStack() as stack:
         kernels = stack.enter_context(library._scoped_library("aten", "IMPL"))
         kernels.impl("dropout", _dropout, "AutogradCPU")
@@ -73,7 +76,7 @@ def _is_cuda() -> contextlib.AbstractContextManager[Any]:
 
 
 def _many_tensors_at_once() -> contextlib.AbstractContextManager[Any]:
-    """The clipping of gradients takes lists on a CPU anyway."""
+    """Make optimizers use lists of tensors, which gradient clipping does anyway."""
 
     def devices() -> list[str]:
         return [
@@ -87,7 +90,7 @@ def _many_tensors_at_once() -> contextlib.AbstractContextManager[Any]:
 
 
 def _dropout(tensor: Tensor, p: float, train: bool) -> Tensor:
-    """As torch chooses for CUDA (aten/native/Dropout.cpp)."""
+    """Choose the implementation as torch does for CUDA (aten/native/Dropout.cpp)."""
     if not train or p == 0:
         return tensor
     return torch.native_dropout(tensor, p, train)[0]
@@ -100,7 +103,7 @@ def _operator(name: str) -> Operator:
 
 
 def _in_float32(operator: Operator) -> Operator:
-    """`operator` with 16-bit floats among its tensors made wide."""
+    """Return `operator` with its 16-bit floating-point arguments cast to float32."""
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with torch._C._DisableAutocast():
@@ -110,7 +113,7 @@ def _in_float32(operator: Operator) -> Operator:
 
 
 def _to_float32(operator: Any) -> Operator:
-    """`operator` told to give float32, if it is told nothing."""
+    """Return `operator` with a result in float32, unless a dtype is given."""
     names = [argument.name for argument in operator._schema.arguments]
 
     def kernel(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -129,5 +132,5 @@ def _wide(value: Any) -> Any:
 
 
 def _is_cast(tensor: Tensor) -> bool:
-    """Autocast leaves integers and float64 as they are."""
+    """Whether autocast casts the tensor; integers and float64 are left unchanged."""
     return tensor.is_floating_point() and tensor.dtype != torch.float64

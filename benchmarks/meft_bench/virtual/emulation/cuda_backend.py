@@ -1,21 +1,22 @@
-"""Makes fake CUDA tensors train on a build of PyTorch that has no CUDA, or no GPU.
+"""Make fake CUDA tensors train on a build of PyTorch without CUDA, or without a GPU.
 
-`FakeTensorMode` makes tensors that have a device, a shape and no memory. Two things in
-the compiled part of a CPU build stand in the way of training on `cuda` ones:
+`FakeTensorMode` makes tensors that have a device and a shape but no memory. Two parts
+of the compiled code of a CPU build prevent training with fake `cuda` tensors:
 
-    device guard   operators ask the guard of their device to switch to it, and a CPU
-                   build has registered none. torch has a guard that does nothing, and
-                   puts it in the place of one that counts 0 devices: such a one is
-                   registered for an instant.
-    CUDA hooks     autograd asks which accelerator there is and whether it was started,
-                   through one object whose methods answer "none" or raise. Its table of
-                   methods is copied, and three of them in the copy answer "yes".
+    device guard   operators switch to a device through its guard, and a CPU build has
+                   not registered one for CUDA. torch has a guard that does nothing,
+                   and installs it in place of a registered guard that counts 0
+                   devices: such a guard is registered temporarily.
+    CUDA hooks     autograd queries which accelerator exists and whether it is
+                   initialised, through one object whose methods return "none" or
+                   raise. Its table of methods is copied, and three methods of the
+                   copy are replaced by one that returns true.
 
-Both are undone at the end, except for the guard, which nothing else looks at. What was
-put in place is checked: where the answers are not what they should be, everything is
-put back and `ShimError` tells why.
+Both changes are undone at the end, except for the guard, which nothing else uses. The
+result is checked: if the hooks do not return the expected values, everything is
+restored and `ShimError` states the reason.
 
-The order of methods in the table belongs to a version of torch. It was read from
+The order of methods in the table depends on the version of torch. It was read from
 ATen/detail/CUDAHooksInterface.h.
 """
 
@@ -34,31 +35,31 @@ CUDA = 1
 """c10::DeviceType::CUDA."""
 NUM_DEVICE_TYPES = 22
 HEAD = 2
-"""Offset and type information that stand before a table's first method."""
+"""Offset and type information that precede a table's first method."""
 NUM_METHODS = 64
 IS_BUILT, HAS_PRIMARY_CONTEXT, INIT = 2, 4, 5
-"""Places of the three methods, after two destructors."""
+"""Indices of the three methods, after two destructors."""
 
 
 class ShimError(RuntimeError):
-    """This build of torch cannot be made to train on fake CUDA tensors."""
+    """Raised when this build of torch cannot be made to train on fake CUDA tensors."""
 
 
 class RealGpuError(ShimError):
-    """There is a real GPU, beside which a virtual one does not stand."""
+    """Raised when there is a real GPU, which cannot be combined with a virtual one."""
 
 
 _kept: list[Any] = []
-"""What compiled code points to from now on, and must not be collected."""
+"""Objects that compiled code points to and that must not be garbage-collected."""
 
 
 @contextlib.contextmanager
 def fake_cuda() -> Iterator[None]:
-    """While it lasts, autograd believes that there is one CUDA device.
+    """Make autograd behave as if there were one CUDA device, in this context.
 
     Raises:
-        RealGpuError: there is a real one.
-        ShimError: it cannot be made to; nothing has changed.
+        RealGpuError: there is a real CUDA device.
+        ShimError: torch cannot be patched; nothing has changed.
     """
     if torch.cuda.is_available():
         raise RealGpuError("there is a real GPU, which is left alone")
@@ -111,7 +112,7 @@ def _hooks_that_answer_yes() -> Iterator[None]:
     size = ctypes.sizeof(ctypes.c_void_p)
     whole = ctypes.c_void_p * (HEAD + NUM_METHODS)
     table = whole(*whole.from_address(before - HEAD * size))
-    # A native function without arguments that is true for as long as there is Python.
+    # A native function without arguments that returns true while Python is running.
     yes = ctypes.cast(ctypes.pythonapi.Py_IsInitialized, ctypes.c_void_p).value
     for method in (IS_BUILT, HAS_PRIMARY_CONTEXT, INIT):
         table[HEAD + method] = yes

@@ -1,8 +1,8 @@
-"""`torch.cuda` of a GPU that is not there: its functions answer as if there were one.
+"""Stubs for `torch.cuda` that behave as if the virtual GPU existed.
 
-On the real one they call into a library that a CPU build lacks. On one stream, as here,
-everything has happened at once. What is asked for memory is answered by the ledger
-(`personality`).
+The real functions call a library that a CPU build lacks. On one stream, as in this
+emulation, all work is complete at once. Queries of memory are answered from the ledger
+(`virtual_gpu`).
 """
 
 import contextlib
@@ -22,8 +22,13 @@ from meft_bench.virtual.emulation.backend import Backend
 def answers_of(
     gpu: Gpu, backend: Backend
 ) -> Iterator[contextlib.AbstractContextManager[Any]]:
-    """The patches of `torch.cuda` that make it answer for `gpu`."""
-    # Code that looks for a GPU has to find the device on which tensors live.
+    """Yield the patches of `torch.cuda` that make it describe `gpu`.
+
+    Args:
+        gpu: the GPU to emulate.
+        backend: the backend; with the `cpu` backend, `torch.cuda` reports no device.
+    """
+    # Code that looks for a GPU must find the device on which the tensors are.
     is_found = backend.device == "cuda"
     major, minor = gpu.compute_capability
     properties = SimpleNamespace(
@@ -79,12 +84,12 @@ def answers_of(
     for name, answer in answers.items():
         yield mock.patch.object(torch.cuda, name, answer)
     yield mock.patch.object(Tensor, "record_stream", nothing)
-    if hasattr(fake_tensor, "init_gpu_context"):  # before torch 2.13: makes a real one
+    if hasattr(fake_tensor, "init_gpu_context"):  # before torch 2.13: initialises CUDA
         yield mock.patch.object(fake_tensor, "init_gpu_context", nothing)
 
 
 class Stream:
-    """A stream on which everything has happened already."""
+    """A stream on which all work is complete."""
 
     device_index = 0
     device_type = 1
@@ -94,20 +99,20 @@ class Stream:
         self.device = torch.device("cuda:0")
 
     def wait_stream(self, stream: Any) -> None:
-        """Nothing to wait for."""
+        """Do nothing; all work is complete."""
 
     def wait_event(self, event: Any) -> None:
-        """Nothing to wait for."""
+        """Do nothing; all work is complete."""
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing; all work is complete."""
 
     def record_event(self, event: Any = None) -> Any:
-        """An event that has happened."""
+        """Return an event that is complete."""
         return event or Event()
 
     def query(self) -> bool:
-        """All done."""
+        """Return True; all work is complete."""
         return True
 
     def __enter__(self) -> Self:
@@ -118,24 +123,24 @@ class Stream:
 
 
 class Event:
-    """Has happened."""
+    """An event that is complete."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def record(self, *args: Any) -> None:
-        """At once."""
+        """Do nothing; the event is complete."""
 
     def wait(self, *args: Any) -> None:
-        """Nothing to wait for."""
+        """Do nothing; the event is complete."""
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing; the event is complete."""
 
     def query(self) -> bool:
-        """All done."""
+        """Return True; the event is complete."""
         return True
 
     def elapsed_time(self, other: Any) -> float:
-        """No time passes."""
+        """Return 0.0; no time passes between events."""
         return 0.0

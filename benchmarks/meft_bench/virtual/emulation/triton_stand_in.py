@@ -1,7 +1,8 @@
-"""Stands in for `meft.reversible.fused` where there is no GPU to launch its kernels.
+"""Replacement for `meft.reversible.fused` where no GPU can run its kernels.
 
-Takes the memory that they take, which is that of the bits kept, and computes nothing.
-A build of torch for CUDA brings the triton that they need.
+The functions allocate the memory that the kernels allocate, which is that of the kept
+bits, and compute nothing. Builds of torch for CUDA include the triton that the kernels
+need.
 """
 
 from typing import Any
@@ -21,7 +22,20 @@ def couple_(
     fraction_bits: int,
     keep: bool,
 ) -> Tensor | None:
-    """The bits shifted out, if to `keep`; `target` stays where it is."""
+    """Return the bits shifted out if `keep` is set; `target` is changed in place.
+
+    Args:
+        target: the stream that changes, of any shape.
+        source: the stream that is read.
+        value: the branch's output, which is added to `target`.
+        num_bits: number of bits shifted out of each element.
+        difference: whether the coupling scales differences.
+        fraction_bits: number of fraction bits of the streams.
+        keep: whether the bits shifted out are kept.
+
+    Returns:
+        The packed bits as a tensor of 32-bit integers, or None.
+    """
     if not keep:
         return None
     num_words = packed_bytes(target.numel(), num_bits) // 4
@@ -29,4 +43,4 @@ def couple_(
 
 
 def uncouple_(*args: Any, **kwargs: Any) -> None:
-    """In place, with nothing beside."""
+    """Do nothing; the kernel works in place and allocates nothing."""

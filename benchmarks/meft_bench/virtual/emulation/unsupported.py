@@ -1,8 +1,8 @@
-"""Where a virtual GPU has no answer, said to whoever wrote the model.
+"""Errors for operations that a virtual GPU does not support, for authors of models.
 
-Fake tensors have shapes and no values. A value that is asked for alone is made up
-(`personality`), but how many rows a mask selects cannot be; and of an operator that
-torch does not know, it cannot be known what it makes.
+Fake tensors have shapes and no values. A single value that Python reads is made up
+(`virtual_gpu`), but the number of rows that a mask selects cannot be; and the output of
+an operator that torch does not know cannot be derived.
 """
 
 import contextlib
@@ -32,15 +32,15 @@ SAYINGS = {
     "There was no fake impl registered for": ("an operator of your own", IS_UNKNOWN),
     "its data is not allocated yet": ("an operator that reads memory", IS_UNKNOWN),
 }
-"""How torch's other errors begin, or what is in them."""
+"""Beginnings or parts of torch's other error messages."""
 
 
 @contextlib.contextmanager
 def told_in_words() -> Iterator[None]:
-    """The context that everything on a virtual GPU runs in.
+    """Translate errors of fake tensors; all code on a virtual GPU runs in this context.
 
     Raises:
-        MissingError: an operator cannot do without values; names it and its module.
+        MissingError: an operator needs values; the message names it and its module.
     """
     try:
         yield
@@ -60,7 +60,7 @@ def told_in_words() -> Iterator[None]:
 
 
 def _place(error: BaseException) -> str:
-    """` of NAME`, the module in whose forward it was raised; "" outside of all."""
+    """Return ` of NAME`, the module whose forward raised the error; "" without one."""
     called = [
         frame.f_locals["self"]
         for frame, _ in traceback.walk_tb(error.__traceback__)

@@ -1,12 +1,12 @@
-"""A virtual GPU: fake tensors on a device that answers as a GPU of that name would.
+"""A virtual GPU: fake tensors on a device that behaves as the named GPU.
 
     with VirtualGpu(gpu.find("H200")) as device:
         model = build().to(device.backend.device)  # no memory is taken
         with device.new_ledger() as ledger: ...
 
-While it lasts, torch and transformers are patched so that a training step takes the
-same way as on the real one. Each patch says what would go wrong without it. All are
-undone at the end.
+While the context is active, torch and transformers are patched so that a training step
+takes the same code paths as on the real GPU. The docstring of each patch states what
+would go wrong without it. All patches are undone at the end.
 """
 
 import contextlib
@@ -41,14 +41,14 @@ from meft_bench.virtual.recording.replay import Replay, replay
 
 aten = torch.ops.aten
 PINNING = (aten._pin_memory.default, aten.is_pinned.default)
-"""Asks CUDA, which is not there."""
+"""Operators that call CUDA, which is not available."""
 WHOLE_OPERATORS = ("silu_backward", "mish_backward")
-"""They have kernels on CUDA, and steps for devices that have none."""
+"""Operators with a kernel on CUDA that other devices decompose into steps."""
 
 
 class _Mode(FakeTensorMode):
-    # A property of the base class, which would start a GPU once `is_available()` says
-    # that there is one.
+    # A property of the base class, which would initialise a GPU once `is_available()`
+    # returns true.
     avoid_device_init = True
 
     def __torch_dispatch__(
@@ -58,8 +58,11 @@ class _Mode(FakeTensorMode):
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] = MappingProxyType({}),
     ) -> object:
-        """What is made on the host of real tensors alone is real; so is a number that
-        models draw there to decide whether a layer is left out."""
+        """Run an operator for real if it makes host tensors from real tensors only.
+
+        The same holds for a random number that models draw on the host to decide
+        whether a layer is skipped.
+        """
         if not types and (
             (func not in PINNING and _is_real(args, kwargs))
             or (func is aten.rand.default and _is_host_scalar(args, kwargs))
@@ -69,27 +72,28 @@ class _Mode(FakeTensorMode):
 
 
 class VirtualGpu:
-    """While it lasts, there is a fake device that behaves as `gpu`."""
+    """Emulate `gpu` with a fake device while the context is active."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
         self.workspaces = workspaces.of(gpu)
         self.backend = cuda_backend.BACKEND
-        """Which was taken, and on which device tensors live: told once it is there."""
+        """The backend with the device of the tensors; final once the context is
+        open."""
         self.attention_counts: dict[str, int] = {}
-        """How often each kernel of attention was chosen."""
+        """Number of calls of each attention kernel."""
         self.mode = _Mode(allow_non_fake_inputs=True, allow_fallback_kernels=False)
         self.ledger: Ledger | None = None
-        """Answers for `torch.cuda`'s figures of memory, once there is one."""
+        """Source of the memory statistics of `torch.cuda`, once there is a ledger."""
         self._peaks_since = 0
         self._emptied: list[int] = []
-        """When the cache was emptied."""
+        """Times at which the cache was emptied."""
         self._replays: dict[tuple[int, int], Replay] = {}
-        """The last, by when its peaks began and how many events it has."""
+        """The last replay, by the start of its peaks and its number of events."""
         self._stack = contextlib.ExitStack()
 
     def new_ledger(self) -> Ledger:
-        """One for its tensors, which from now on answers for `torch.cuda`'s figures."""
+        """Return a new ledger, which provides the memory statistics from now on."""
         self.ledger = Ledger(
             self.workspaces,
             accelerator=self.backend.device,
@@ -101,25 +105,25 @@ class VirtualGpu:
         return self.ledger
 
     def reset_peaks(self, *_: Any) -> None:
-        """Forget the peaks so far."""
+        """Reset the peaks."""
         if self.ledger is not None:
             self._peaks_since = self.ledger.mark()
 
     def empty_cache(self) -> None:
-        """Give what is reserved and free back to the driver."""
+        """Return memory that is reserved and free to the driver."""
         if self.ledger is not None:
             self._emptied.append(self.ledger.mark())
             self._replays.clear()
 
     def peaks(self) -> Replay:
-        """The most that was allocated and reserved since then.
+        """Return the peaks of allocated and reserved bytes since the last reset.
 
         Raises:
-            torch.OutOfMemoryError: it was more than the GPU has.
+            torch.OutOfMemoryError: the peak is larger than the memory of the GPU.
         """
         assert self.ledger is not None, "no ledger has been put in"
         asked = self._peaks_since, self.ledger.num_events
-        if asked not in self._replays:  # which takes as long as a step
+        if asked not in self._replays:  # a replay takes as long as a step
             found = replay(
                 self.ledger.trace(),
                 capacity_bytes=self.gpu.memory_bytes - self.gpu.context_bytes,
@@ -147,8 +151,8 @@ class VirtualGpu:
         self._stack.__exit__(*error)
 
     def _patches(self) -> Iterator[contextlib.AbstractContextManager[Any]]:
-        # In the calling thread: the same order in every run, and no thread that is
-        # still at work when the process ends.
+        # Backward runs in the calling thread: the order is the same in every run, and
+        # no thread is still running when the process ends.
         yield torch.autograd.set_multithreading_enabled(False)
         yield from cuda_stubs.answers_of(self.gpu, self.backend)
         yield from self._memory()
@@ -162,7 +166,7 @@ class VirtualGpu:
         yield from _masks()
 
     def _memory(self) -> Iterator[contextlib.AbstractContextManager[Any]]:
-        """Code that reads `torch.cuda`'s figures reads the ledger's."""
+        """Answer the memory functions of `torch.cuda` from the ledger."""
         answers: dict[str, Any] = {
             "reset_peak_memory_stats": self.reset_peaks,
             "empty_cache": self.empty_cache,
@@ -177,7 +181,7 @@ class VirtualGpu:
 
 
 def _enter_backend(stack: contextlib.ExitStack) -> Backend:
-    """The backend that this build of torch can take."""
+    """Enter and return the backend that this build of torch supports."""
     try:
         stack.enter_context(cuda_backend.fake_cuda())
     except cuda_backend.RealGpuError:
@@ -192,7 +196,7 @@ def _enter_backend(stack: contextlib.ExitStack) -> Backend:
 def _attention(
     gpu: Gpu, backend: Backend, counts: dict[str, int]
 ) -> Iterator[contextlib.AbstractContextManager[Any]]:
-    """A build without CUDA kernels takes the plain one, which keeps all scores."""
+    """A build without CUDA kernels would use `math`, which keeps all scores."""
     plain = functional.scaled_dot_product_attention
     ours = attention.replacement(gpu, backend.device, plain, counts)
     for owner in (functional, torch._C._nn):
@@ -200,8 +204,10 @@ def _attention(
 
 
 def _many_tensors_at_once() -> Iterator[contextlib.AbstractContextManager[Any]]:
-    """Optimizers and clipping go tensor by tensor for types that they do not know, and
-    their peak is then lower by a copy of all weights."""
+    """Optimizers and clipping process unknown types one tensor at a time.
+
+    Their peak would be lower by a copy of all weights.
+    """
     for name in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
         module = importlib.import_module(name)
         known = module._foreach_supported_types
@@ -211,14 +217,17 @@ def _many_tensors_at_once() -> Iterator[contextlib.AbstractContextManager[Any]]:
 
 
 def _our_kernels() -> contextlib.AbstractContextManager[Any]:
-    """Triton would launch them, and warn that it cannot."""
+    """Triton would try to launch the kernels, and warn that it cannot."""
     return mock.patch.object(fixed, "_kernels_on", return_value=triton_stand_in)
 
 
 @contextlib.contextmanager
 def _whole_operators() -> Iterator[None]:
-    """A build without CUDA takes these operators apart, into steps each of which makes
-    a tensor: backward of LLaMA's activation would hold two of them more."""
+    """A build without CUDA decomposes these operators into steps.
+
+    Each step makes a tensor: backward of LLaMA's activation would hold two more of
+    them.
+    """
     lacking = [
         name
         for name in WHOLE_OPERATORS
@@ -231,10 +240,10 @@ def _whole_operators() -> Iterator[None]:
 
 
 def _values() -> Iterator[contextlib.AbstractContextManager[Any]]:
-    """Python that looks at a value: a check holds, a number is 0.
+    """Python code that reads a value gets True for a check and 0 for a number.
 
-    What torch asks so are masks ("is there no padding?"), losses ("is it finite?") and
-    scales; ours asks whether two things are equal.
+    torch reads masks ("is there no padding?"), losses ("is it finite?") and scales; our
+    code checks whether two tensors are equal.
     """
 
     def item(mode: Any, func: Any, tensor: Tensor) -> bool | float | int:
@@ -263,8 +272,11 @@ def _values() -> Iterator[contextlib.AbstractContextManager[Any]]:
 
 
 def _initialisation() -> Iterator[contextlib.AbstractContextManager[Any]]:
-    """There are no values to draw, and a draw that is repeated until it suits never
-    ends. transformers' own way to skip it would also leave weights untied."""
+    """Skip initialisation: a draw that is repeated until it is valid would never end.
+
+    There are no values to draw, and transformers' own way to skip initialisation would
+    also leave weights untied.
+    """
 
     def same(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return tensor
@@ -279,8 +291,10 @@ def _initialisation() -> Iterator[contextlib.AbstractContextManager[Any]]:
 
 
 def _moving_modules() -> Iterator[contextlib.AbstractContextManager[Any]]:
-    """`Module.to` swaps fake tensors, and refuses those with weak references, which
-    they all have."""
+    """`Module.to` swaps fake tensors, and refuses those with weak references.
+
+    All fake tensors have weak references.
+    """
     plain: Any = torch.utils.swap_tensors
 
     def swap(one: Any, other: Tensor) -> None:
@@ -288,7 +302,7 @@ def _moving_modules() -> Iterator[contextlib.AbstractContextManager[Any]]:
         hooks = [*(one._post_accumulate_grad_hooks or {}).values()]
         with mock.patch.object(weakref, "getweakrefs", _none):
             plain(one, other)
-        # A move leaves on a parameter what others have written there.
+        # A move keeps the attributes that other code has set on a parameter.
         vars(one).update({k: v for k, v in written.items() if k not in vars(one)})
         one._post_accumulate_grad_hooks = None
         for hook in hooks:
@@ -298,14 +312,16 @@ def _moving_modules() -> Iterator[contextlib.AbstractContextManager[Any]]:
 
 
 def _masks() -> Iterator[contextlib.AbstractContextManager[Any]]:
-    """transformers takes fake tensors for tracing, and then always makes a mask."""
+    """transformers treats fake tensors as tracing, and would always make a mask."""
     masking = importlib.import_module("transformers.masking_utils")
     yield mock.patch.object(masking, "is_tracing", _no)
 
 
 def _is_real(args: Sequence[object], kwargs: Mapping[str, Any]) -> bool:
-    """Whether real tensors go in, as none is fake, and what comes out stays with them
-    on the host."""
+    """Whether the inputs are real tensors and the result stays on the host.
+
+    No input is fake when this is called.
+    """
     device = kwargs.get("device")
     return (device is None or torch.device(device).type == "cpu") and any(
         isinstance(arg, Tensor)
@@ -315,12 +331,12 @@ def _is_real(args: Sequence[object], kwargs: Mapping[str, Any]) -> bool:
 
 
 def _is_host_scalar(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether what is drawn is a single number on the host."""
+    """Whether a single number is drawn on the host."""
     device = kwargs.get("device")
     return not args[0] and (device is None or torch.device(device).type == "cpu")
 
 
-# Functions and no mocks, which would remember what they were called with.
+# Functions instead of mocks, because mocks keep references to their arguments.
 
 
 def _no(*args: Any) -> bool:

@@ -1,7 +1,7 @@
-"""The largest batch, sequence or depth that fits, from few probes.
+"""Find the largest batch, sequence or depth that fits, from few probes.
 
-What a step takes grows with any of the three, nearly in proportion, so two probes tell
-where a third should be. The answer is probed, and so is the answer + 1.
+The memory of a step grows nearly linearly with each of the three, so two probes suffice
+to estimate the third. Both the answer and the answer + 1 are probed.
 """
 
 import math
@@ -10,26 +10,29 @@ from dataclasses import dataclass
 
 MOST_LINES = 8
 Probe = Callable[[int], float]
-"""Bytes that are needed at a value; infinity where it cannot be run at all."""
+"""Function from a value to the number of bytes it needs; infinity if it cannot run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fit:
-    """The answer and how it was found."""
+    """The largest value that fits, with all probes."""
 
     largest: int
-    """0 where not even the least fits."""
+    """0 if not even the smallest value fits."""
     probes: dict[int, float]
-    """Every value that was tried, and the bytes it needs."""
+    """Number of bytes needed, by probed value."""
 
 
 def largest_that_fits(probe: Probe, room_bytes: float, at_most: int) -> Fit:
-    """The largest value from 1 to `at_most` that needs no more than `room_bytes`.
+    """Return the largest value from 1 to `at_most` that needs at most `room_bytes`.
 
     Args:
-        probe: what a value needs; never falls as the value grows.
-        room_bytes: what there is.
-        at_most: what the model or the person allows.
+        probe: number of bytes that a value needs; never decreases as the value grows.
+        room_bytes: number of available bytes.
+        at_most: upper bound, set by the model or the user.
+
+    Returns:
+        The answer and all probes.
     """
     probes: dict[int, float] = {}
 
@@ -40,7 +43,7 @@ def largest_that_fits(probe: Probe, room_bytes: float, at_most: int) -> Fit:
 
     if not fits(1):
         return Fit(largest=0, probes=probes)
-    low, high = 1, at_most + 1  # the largest known to fit, the least known not to
+    low, high = 1, at_most + 1  # largest that fits, smallest that does not
     while high - low > 1:
         guess = _next(probes, low, high, room_bytes)
         if fits(guess):
@@ -51,9 +54,9 @@ def largest_that_fits(probe: Probe, room_bytes: float, at_most: int) -> Fit:
 
 
 def _next(probes: dict[int, float], low: int, high: int, room_bytes: float) -> int:
-    """Where a straight line through what is known meets the room, inside the bounds.
+    """Return where a line through the probes meets `room_bytes`, inside the bounds.
 
-    A line that is far off would creep: after some probes, halves are taken.
+    A poor line would converge slowly: after `MOST_LINES` probes, bisection is used.
     """
     if len(probes) > MOST_LINES:
         return (low + high) // 2
@@ -61,7 +64,7 @@ def _next(probes: dict[int, float], low: int, high: int, room_bytes: float) -> i
     if other is None:
         other = max((value for value in probes if value < low), default=low)
     rise = (probes[other] - probes[low]) / ((other - low) or 1)
-    if rise <= 0:  # one point alone, or a step of the allocator's
+    if rise <= 0:  # a single point, or a plateau of the allocator's rounding
         return min(2 * low, high - 1)
     line = low + int((room_bytes - probes[low]) / rise)
     return min(max(line, low + 1), high - 1)

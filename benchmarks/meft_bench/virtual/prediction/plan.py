@@ -1,6 +1,6 @@
-"""What one step of a cell takes on a GPU, and why it takes so much.
+"""Predict the memory of one step of a cell on a GPU, with a breakdown.
 
-Two steps run under the ledger; the second, when all state exists, is reported.
+Two steps run under the ledger; the second, for which all state exists, is reported.
 """
 
 import dataclasses
@@ -21,68 +21,78 @@ from meft_bench.virtual.recording.replay import replay_in_full
 from meft_bench.virtual.recording.trace import Peak, Storage, Trace
 
 NUM_ALIVE = 12
-"""Storages that are listed one by one."""
+"""Number of storages that are listed individually."""
 HALF = ("bf16", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Of one method; bytes and rates of a step, all predicted."""
+    """Prediction for one method; bytes and rates are those of one step."""
 
     method: str
     verdict: str
     """`fits`, `tight` (fits without the margin), `too large`, or `unknown`."""
     message: str = ""
-    """Why, where it is neither of the first two: what there was no room for, when, and
-    what was alive."""
+    """Reason, if `verdict` is `too large` or `unknown`.
+
+    Names the request that failed, when it was made, and the storages that were alive.
+    """
     allocated_bytes: int | None = None
     reserved_bytes: int | None = None
     needed_bytes: int | None = None
-    """Reserved, and what the driver takes beside it."""
+    """Reserved bytes plus the memory of the driver."""
     by_kind: dict[str, int] | None = None
-    """Of the moment at which most was held. `libraries` is what those that multiply
-    matrices keep for ever."""
+    """Bytes at the peak, by kind.
+
+    `libraries` is the memory that libraries for matrix products never free.
+    """
     unattributed_bytes: int | None = None
-    """Allocated, but in no kind: what blocks have too much."""
+    """Allocated bytes that belong to no kind: blocks are larger than their requests."""
     by_phase: dict[str, int] | None = None
-    """The most that was held during each."""
+    """Peak of each phase."""
     by_block: dict[str, int] | None = None
     by_operator: dict[str, int] | None = None
-    """At the same moment, by where it was made; largest first, no workspaces."""
+    """Bytes at the peak, by the operator that allocated them; largest first.
+
+    Workspaces are not included.
+    """
     alive: list[dict[str, Any]] | None = None
-    """The largest storages of that moment, and where each was made."""
+    """The largest storages at the peak, and where each was allocated."""
     saved_by_block: dict[str, int] | None = None
-    """What each block leaves for backward."""
+    """Bytes that each block saves for backward."""
     timeline: list[dict[str, Any]] | None = None
     """Time in operators, phase, and bytes of each kind, one row per change."""
     where: str = ""
-    """That moment: phase, module, operator."""
+    """Location of the peak: phase, module, operator."""
     num_trainable_parameters: int | None = None
     num_flops: int | None = None
     h2d_bytes: int | None = None
     d2h_bytes: int | None = None
-    """Over the link; unknown where host and GPU cannot be distinguished."""
+    """Bytes transferred; None where host and GPU cannot be distinguished."""
     moved: list[dict[str, Any]] | None = None
-    """These two by direction, phase and block."""
+    """The transferred bytes by direction, phase and block."""
     bytes_touched: int | None = None
-    """Read and written by operators."""
+    """Bytes read and written by operators."""
     seconds_at_least: float | None = None
-    """What arithmetic or memory alone would take at the vendor's rates."""
+    """Larger of the times of arithmetic and of memory access at the vendor's rates."""
     prediction: str = HELD
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
+        """Return the plan as a JSON object."""
         return dataclasses.asdict(self)
 
 
 def plan(cell: Cell, source: Source, margin: float, timeline: bool = False) -> Plan:
-    """The plan of a cell on the virtual GPU that is its device; raises nothing.
+    """Return the plan of a cell on its virtual GPU; errors become a verdict.
 
     Args:
-        cell: what to plan.
-        source: of its config.
-        margin: share of the GPU's memory that is left free by what fits.
-        timeline: whether the plan has every moment of the step.
+        cell: the cell to plan.
+        source: origin of its config.
+        margin: share of the GPU's memory that must stay free for the verdict `fits`.
+        timeline: whether the plan includes every change of memory during the step.
+
+    Returns:
+        The plan of the cell.
     """
     try:
         with ready(cell, source) as it:
@@ -92,7 +102,7 @@ def plan(cell: Cell, source: Source, margin: float, timeline: bool = False) -> P
     except (MissingError, MeftError, ValueError, NotImplementedError) as error:
         message = " ".join(str(error).split())
         return Plan(method=cell.method, verdict="unknown", message=message)
-    except Exception as error:  # else the plans of other methods were lost with it
+    except Exception as error:  # otherwise the plans of other methods would be lost
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return Plan(method=cell.method, verdict="unknown", message=message)
 
@@ -175,7 +185,7 @@ def _moved(trace: Trace, started: int) -> list[dict[str, Any]]:
 
 
 def _where(trace: Trace, peak: Peak) -> str:
-    """The last thing that was made before most was held."""
+    """Return the location of the last allocation before the peak."""
     last = max(peak.alive, key=lambda s: (s.born, s.index))
     place = f" of {last.module}" if last.module else ""
     return f"{last.phase}: {last.operator}{place}"

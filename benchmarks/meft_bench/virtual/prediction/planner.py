@@ -1,4 +1,4 @@
-"""Answers the commands `plan` and `fit`, in the child process."""
+"""Run the commands `plan` and `fit` in the child process."""
 
 import dataclasses
 import math
@@ -18,10 +18,11 @@ def plan_all(request: dict[str, Any], options: ChildOptions) -> dict[str, Any]:
     """Plan every cell of a request.
 
     Args:
-        request: `cells`; `maximize`, the field to enlarge until it no longer fits, or
-            None; `at_most`, its largest value; `margin`, the share of the GPU's memory
-            to leave free; `timeline`, whether plans list every moment of the step.
-        options: of the child.
+        request: `cells`; `maximize`, the field to increase until the cell no longer
+            fits, or None; `at_most`, its upper bound; `margin`, the share of the GPU's
+            memory to leave free; `timeline`, whether plans list every change of memory
+            during the step.
+        options: options of the child.
 
     Returns:
         `{"plans": [...]}`, one JSON object for each cell in order; with `maximize`,

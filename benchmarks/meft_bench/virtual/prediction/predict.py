@@ -1,10 +1,10 @@
-"""One cell on a virtual GPU: the same model, method and step, and the same meters.
+"""Run one cell on a virtual GPU with the same model, method, step and meters.
 
     load task and config -> empty model on the virtual GPU -> apply the method
-    -> probe memory, which steps as training does
+    -> probe memory, with the steps of training
 
-There are no values, so nothing trains and nothing is scored; weights stay on disk, and
-of the rows only their shape is used.
+There are no values, so nothing is trained or scored; weights are not read, and of the
+examples only the shape is used.
 """
 
 import contextlib
@@ -34,16 +34,16 @@ HELD = "by rules that were held against an H200 (docs/virtual-gpu.md)"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ready:
-    """A cell that can step, and who watches it."""
+    """A cell that is ready to step, with its device and ledger."""
 
     cell: Cell
     device: VirtualGpu
     ledger: Ledger
     stepper: Stepper
     num_blocks: int
-    """Before the method takes them apart."""
+    """Number of blocks of the model before the method changes it."""
     batches: list[Batch]
-    """One step's."""
+    """The batches of one step."""
     how: str
     """How the numbers of the cell were predicted."""
     origins: dict[str, str | None]
@@ -52,18 +52,18 @@ class Ready:
 
 @contextlib.contextmanager
 def ready(cell: Cell, source: Source) -> Iterator[Ready]:
-    """Everything of `cell` on its virtual GPU, for as long as the body lasts.
+    """Prepare `cell` on its virtual GPU, which exists while the context is active.
 
     Raises:
-        MissingError: the backbone's config or the task is not at hand, or the method
-            needs what this build of torch cannot tell.
-        ValueError: the config, the method and the shape do not go together.
+        MissingError: the backbone's config or the task is not available, or the method
+            needs information that this build of torch does not have.
+        ValueError: the config, the method and the shape are incompatible.
     """
     task = load(TASKS[cell.task])(cell, source)
     config, origin = backbones.load_config(cell, source)
     device = VirtualGpu(gpu.find(gpu.name_in(cell.device)))
     num_labels = prepare.num_labels_of(task)
-    # For others, a size that depends on values is an error, and says so.
+    # For other methods, a size that depends on values raises an error.
     has_rows = cell.method in HAVE_ROWS
     sizes = (
         assumed_activation.rows(cell.active_fraction)
@@ -99,11 +99,16 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
 
 
 def predict(cell: Cell, source: Source, sighting: Sighting) -> None:
-    """Note in `sighting` what a step of `cell` would take.
+    """Add the predicted memory of a step of `cell` to `sighting`.
+
+    Args:
+        cell: the cell to predict.
+        source: origin of its config and task.
+        sighting: the partial result to update.
 
     Raises:
-        MissingError, ValueError: as `ready`.
-        torch.OutOfMemoryError: the GPU is too small for it.
+        MissingError, ValueError: see `ready`.
+        torch.OutOfMemoryError: the GPU has too little memory.
     """
     sighting.environment |= {
         "num_threads": torch.get_num_threads(),
@@ -120,7 +125,8 @@ def predict(cell: Cell, source: Source, sighting: Sighting) -> None:
             **prepare.count(model),
             num_blocks=it.num_blocks,
         )
-        # No kernel is tuned and no library warms up: after one step, all are alike.
+        # No kernel is tuned and no library warms up: all steps after the first are
+        # equal.
         probes.probe_memory(
             it.stepper, it.cell, it.batches, sighting, num_first_steps=1
         )
@@ -144,9 +150,10 @@ def _how(cell: Cell, device: VirtualGpu) -> str:
 def _batches(
     cell: Cell, image_shape: tuple[int, int, int] | None, num_labels: int | None
 ) -> list[Batch]:
-    """The largest step the cell can meet, of no particular tokens or images.
+    """Return the batches of the largest step of the cell, with arbitrary contents.
 
-    As `meft_bench.child.tasks.batches.full_batches`, which goes through every token.
+    The shapes are those of `meft_bench.child.tasks.batches.full_batches`, which reads
+    every token.
     """
     shape = (cell.batch_size, cell.seq_len)
     labels_shape = shape if num_labels is None else shape[:1]

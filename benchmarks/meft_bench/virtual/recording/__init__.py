@@ -1,10 +1,10 @@
-"""What a step allocates and copies, recorded and summarised.
+"""Record and summarise the allocations and copies of a step.
 
 ledger     records every storage, on any device, fake or real
-gradient_accumulation   which gradients autograd adds up in place
+gradient_accumulation   which gradients autograd accumulates in place
 
 trace      the recording: peaks, kinds, copies
-views      a trace, summed up by phase, block and operator
-replay     allocated, reserved or out of memory, for a whole trace
-snapshot   a real allocator's history, replayed by the model of it
+views      a trace, summed by phase, block and operator
+replay     allocated and reserved bytes, or out of memory, for a whole trace
+snapshot   the history of a real allocator, replayed by the model of it
 """

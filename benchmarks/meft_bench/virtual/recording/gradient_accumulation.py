@@ -1,8 +1,8 @@
-"""Whether autograd adds one gradient to another in place.
+"""Determine whether autograd accumulates one gradient into another in place.
 
-It does where it alone holds the first of them, but under a dispatch mode it adds out of
-place (`can_accumulate_inplace` in torch/csrc/autograd): backward would take up to an
-eighth more than without a ledger.
+It does so where it holds the only reference to the first gradient, but under a dispatch
+mode it adds out of place (`can_accumulate_inplace` in torch/csrc/autograd): backward
+would need up to an eighth more memory than without a ledger.
 """
 
 import sys
@@ -13,14 +13,17 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
 SOLE_OWNER = (4, 2)
-"""References to a tensor, and to its storage, where only autograd holds a gradient and
-hands it to us."""
+"""Number of references to a tensor, and to its storage, if autograd is the sole owner.
+
+This is when only autograd holds a gradient and passes it to the dispatch mode.
+"""
 
 
 def is_accumulation(args: tuple[Any, ...]) -> bool:
-    """Whether these are two gradients, the first of which autograd alone holds.
+    """Whether both are gradients and only autograd holds the first.
 
-    To be asked in `__torch_dispatch__`, which the engine calls with no Python between.
+    Must be called in `__torch_dispatch__`, which the engine calls with no Python
+    between.
     """
     if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
         return False
@@ -39,16 +42,16 @@ def is_accumulation(args: tuple[Any, ...]) -> bool:
 
 
 def _engine_calls() -> bool:
-    """Whether there is no Python between autograd and the dispatch above."""
+    """Whether there is no Python frame between autograd and the dispatch mode."""
     try:
         caller = sys._getframe(3)
-    except ValueError:  # a thread of the engine's own, with nothing below us
+    except ValueError:  # a thread of the engine, with no Python frame below
         return True
     return caller.f_code is _engine_run_backward.__code__
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether its elements lie together without gaps, in whatever order."""
+    """Whether the elements are contiguous without gaps, in any order of dimensions."""
     expected = 1
     pairs = zip(tensor.stride(), tensor.shape, strict=True)
     for stride, size in sorted(pair for pair in pairs if pair[1] != 1):

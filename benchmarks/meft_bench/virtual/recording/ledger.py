@@ -1,4 +1,4 @@
-"""Writes down every storage that a piece of code makes, on any device, fake or real.
+"""Record every storage that a piece of code allocates, on any device, fake or real.
 
     with Ledger() as ledger:
         ledger.watch(model, optimizer)
@@ -7,10 +7,10 @@
         optimizer.step()
     ledger.trace().peak("cuda").by_kind
 
-One dispatch mode sees every operator. A storage is born with the first tensor that has
-it and dies when nothing refers to it any more. Forward, backward, recompute and update
-are told apart by asking autograd, and modules by their hooks; the operators of backward
-belong to the module whose forward had the node's number.
+One dispatch mode intercepts every operator. A storage is allocated with the first
+tensor that uses it and freed when nothing refers to it any more. Forward, backward,
+recompute and update are distinguished by querying autograd, and modules by their hooks;
+the operators of backward are attributed to the module whose forward created the node.
 """
 
 import weakref
@@ -58,20 +58,24 @@ ATTENTION = {
     aten._scaled_dot_product_efficient_attention_backward: 1,
     aten._scaled_dot_product_cudnn_attention_backward: 1,
 }
-"""Kernels, and the place of the query among their arguments; key and value follow."""
+"""Attention kernels, and the index of the query among their arguments.
+
+The key and the value follow the query.
+"""
 LAST_NODE = 1 << 60
-"""Nodes that accumulate into leaves are numbered from the end."""
+"""Lower bound of the numbers of nodes that accumulate into leaves."""
 
 
 class Ledger(TorchDispatchMode):
-    """Everything that is made between `with` and its end.
+    """Record all storages that are allocated in the context.
 
     Args:
-        workspaces: what kernels of a real device would take for themselves.
-        round_bytes: that a peak counts storages in multiples of.
-        accelerator: type of the device that copies go to and from.
-        library_bytes: what cuBLAS, and cuBLASLt, keep on it for each thread that
-            multiplies matrices.
+        workspaces: functions that compute the workspace of a kernel in bytes, by
+            operator.
+        round_bytes: granularity of the storage sizes in a peak.
+        accelerator: type of the device whose copies to and from the host are recorded.
+        library_bytes: bytes that cuBLAS and cuBLASLt keep on the device for each thread
+            that multiplies matrices.
     """
 
     def __init__(
@@ -83,11 +87,12 @@ class Ledger(TorchDispatchMode):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.step = 0
-        """Optimizer steps so far."""
+        """Number of optimizer steps so far."""
         self.num_flops = 0
-        """Of matrix products and attention so far."""
+        """Number of floating-point operations of matrix products and attention so far.
+        """
         self.bytes_touched = 0
-        """Read and written by operators so far, as far as their tensors tell."""
+        """Bytes read and written by operators so far, derived from their tensors."""
         self._workspaces = workspaces or {}
         self._round_bytes = round_bytes
         self._accelerator = accelerator
@@ -111,23 +116,23 @@ class Ledger(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """Not a mode that changes what operators do."""
+        """Report that this mode does not change the results of operators."""
         return True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # No wrapper around the dispatch below: it costs time and hides the engine.
+        # The wrapper around the dispatch costs time and hides the caller, the engine.
         return False
 
-    # What there is, told from outside.
+    # Kinds of storages, as given by the caller.
 
     def watch(self, model: nn.Module, *optimizers: Optimizer) -> None:
-        """Tell weights, their gradients and their state from everything else."""
+        """Distinguish weights, gradients and optimizer state from other storages."""
         self._models.append(model)
         self._optimizers.extend(optimizers)
         if not self._names:
-            # Not on the modules: a model that runs some of them in parts refuses hooks
-            # there, which would never be called.
+            # Global hooks, because a model that runs some modules in parts refuses
+            # hooks on these, which would never be called.
             self._handles += [
                 register_module_forward_pre_hook(self._enter),
                 register_module_forward_hook(self._leave, always_call=True),
@@ -136,7 +141,7 @@ class Ledger(TorchDispatchMode):
         self._tell_kinds()
 
     def trace(self) -> Trace:
-        """What has been written down so far."""
+        """Return what has been recorded so far."""
         self._tell_kinds()
         return Trace(
             storages=tuple(self._storages),
@@ -148,16 +153,16 @@ class Ledger(TorchDispatchMode):
 
     @property
     def time(self) -> int:
-        """Operators so far."""
+        """Number of operators so far."""
         return self._time
 
     @property
     def num_events(self) -> int:
-        """Births and deaths so far."""
+        """Number of allocations and frees so far."""
         return len(self._events)
 
     def mark(self) -> int:
-        """A time that everything until now is before, and nothing after."""
+        """Return a time that separates all events so far from all later ones."""
         self._time += 1
         return self._time
 
@@ -177,7 +182,7 @@ class Ledger(TorchDispatchMode):
             handle.remove()
         self._handles.clear()
 
-    # Every operator.
+    # Interception of operators.
 
     def __torch_dispatch__(
         self,
@@ -186,13 +191,13 @@ class Ledger(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run one operator and write down what it made."""
+        """Run one operator and record the storages of its outputs."""
         if any(issubclass(kind, RowTensor | RowGrad) for kind in types):
-            return NotImplemented  # made of operators that come here in their turn
+            return NotImplemented  # its operators are intercepted individually
         if func is DEVICE_OF:
             return args[0].fake_device if _is_fake(args[0]) else args[0].device
         if func is ADD and not kwargs and is_accumulation(args):
-            # As autograd would without us; fake tensors have nothing to add.
+            # As autograd does without the ledger; fake tensors have nothing to add.
             return args[0] if _is_fake(args[0]) else args[0].add_(args[1])
         kwargs = kwargs or {}
         self._time += 1
@@ -213,7 +218,12 @@ class Ledger(TorchDispatchMode):
         return out
 
     def see(self, tensor: Tensor, func: Any = None) -> Storage | None:
-        """The storage of `tensor`, from now on written down; None if it has none."""
+        """Record the storage of `tensor` and return it; return None if it has none.
+
+        Args:
+            tensor: any tensor; its storage may be known already.
+            func: the operator that made it; None if unknown.
+        """
         if tensor.layout is not torch.strided or isinstance(tensor, RowGrad):
             return None
         memory = tensor.untyped_storage()
@@ -245,10 +255,10 @@ class Ledger(TorchDispatchMode):
         return storage
 
     def _keep_workspaces(self, func: Any, args: tuple[Any, ...]) -> None:
-        """What libraries keep from a thread's first product on, for ever."""
+        """Record the workspaces that libraries keep from a thread's first product."""
         if _device_of(args[0]) != self._accelerator:
             return
-        # Autograd has a thread of its own, in which checkpoints are run again, too.
+        # Autograd has its own thread, in which checkpoints are also recomputed.
         phase = self._present_phase()
         thread = "backward" if phase in BACKWARD else "forward"
         wanted = [(thread, False)] + [(thread, True)] * (func in WITH_BIAS)
@@ -284,7 +294,7 @@ class Ledger(TorchDispatchMode):
             Event(self._time, storage.index, storage.num_bytes, is_birth=False)
         )
 
-    # Where and when.
+    # Location and time.
 
     def _present_phase(self) -> str:
         if self._phase != "forward":
@@ -316,7 +326,7 @@ class Ledger(TorchDispatchMode):
         self._mark_nodes()
 
     def _mark_nodes(self) -> None:
-        """Nodes that are made from now on belong to the module we are in."""
+        """Attribute nodes that are created from now on to the current module."""
         number = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         name = self._modules[-1] if self._modules else ""
         if self._first_nodes and self._first_nodes[-1] >= number:
@@ -326,7 +336,7 @@ class Ledger(TorchDispatchMode):
             self._module_of_node.append(name)
 
     def _begin_update(self, *_: Any) -> None:
-        # An optimizer's step may be made of another's, with hooks of its own.
+        # An optimizer's step may call the step of another, with its own hooks.
         self._num_updating += 1
         self._tell_kinds()
         self._phase = "update"
@@ -361,7 +371,7 @@ class Ledger(TorchDispatchMode):
             storage.kind = kind
             storage.module = storage.module or owner
 
-    # How much.
+    # Amounts of work.
 
     def _count_work(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
@@ -386,7 +396,7 @@ class Ledger(TorchDispatchMode):
         direction = {("cpu", there): "h2d", (there, "cpu"): "d2h"}.get(pair)
         if direction is None:
             return
-        # A change of dtype happens on the device, whichever the direction is.
+        # A change of dtype happens on the device, for both directions.
         on_host = source if direction == "h2d" else target
         num_bytes = source.numel() * on_host.element_size()
         phase = self._present_phase()
@@ -396,9 +406,9 @@ class Ledger(TorchDispatchMode):
 
 
 def _all_heads(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of attention, with a head of keys and values for each of queries.
+    """Return attention's arguments with as many key and value heads as query heads.
 
-    Formulas of PyTorch before 2.13 refuse heads that queries share.
+    The formulas of PyTorch before 2.13 do not support heads that queries share.
     """
     first = ATTENTION.get(func._overloadpacket)
     if first is None:
@@ -428,10 +438,10 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _in_order(events: list[Event]) -> Iterator[Event]:
-    """Deaths in a row sorted by storage.
+    """Yield events with consecutive frees sorted by storage.
 
     The cache of autocast is a hash map over addresses, which differ in every process,
-    and lets go in its own order.
+    and frees its entries in its own order.
     """
     row: list[Event] = []
     for event in events:

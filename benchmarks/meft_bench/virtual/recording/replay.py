@@ -1,4 +1,4 @@
-"""What the caching allocator makes of a trace; or that memory runs out, and where."""
+"""Replay a trace on the model of the caching allocator, with or without a capacity."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _Mark = tuple[int, Callable[[CachingAllocator], None]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replay:
-    """The most that was held from some moment on, and what is held at the end."""
+    """Peaks from a given time on, and the bytes held at the end."""
 
     allocated_bytes: int
     reserved_bytes: int
@@ -30,7 +30,7 @@ class Replay:
 
 
 def held_by(allocator: CachingAllocator) -> Replay:
-    """What an allocator that has served everything has counted."""
+    """Return the counters of an allocator that has served all requests."""
     return Replay(
         allocated_bytes=allocator.peak_allocated_bytes,
         reserved_bytes=allocator.peak_reserved_bytes,
@@ -47,16 +47,21 @@ def replay(
     start: int = 0,
     emptied: Collection[int] = (),
 ) -> Replay:
-    """Serve all allocations of a trace on its accelerator, in order.
+    """Replay all allocations of a trace on its accelerator, in order.
 
     Args:
-        trace: what was allocated and freed.
-        capacity_bytes: what the driver has to give; None for without end.
-        start: the time from which on peaks are taken.
-        emptied: the times at which the cache is emptied.
+        trace: the recorded allocations.
+        capacity_bytes: number of bytes that the driver can provide; None means
+            unlimited.
+        start: time from which on peaks are counted, in operators.
+        emptied: times at which the cache is emptied, in operators.
+
+    Returns:
+        Peaks and final values, in bytes.
 
     Raises:
-        torch.OutOfMemoryError: there is no room; says for what, and what is alive.
+        torch.OutOfMemoryError: there is no room; the message names the request and the
+            storages that are alive.
     """
     allocator = CachingAllocator(capacity_bytes)
     blocks: dict[int | None, Block | None] = {}
@@ -84,12 +89,18 @@ def replay(
 def replay_in_full(
     trace: Trace, *, capacity_bytes: int, start: int = 0
 ) -> tuple[Replay, str]:
-    """As `replay`, and what there was no room for: "" if there was for everything.
+    """Replay a trace as `replay` does, but return an out-of-memory error as text.
 
-    The cache is emptied at `start`.
+    The cache is emptied at `start`. A trace that does not fit is replayed again without
+    a limit, so that its total need is known.
 
-    A trace for which there is no room is served once more without a limit, so that all
-    it needs can be told.
+    Args:
+        trace: the recorded allocations.
+        capacity_bytes: number of bytes that the driver can provide.
+        start: time from which on peaks are counted, in operators.
+
+    Returns:
+        The counters, and the message of the error; "" if the trace fits.
     """
     try:
         held = replay(
@@ -105,9 +116,9 @@ def replay_in_full(
 
 
 def _marks(start: int, emptied: Collection[int]) -> list[_Mark]:
-    """What happens to the allocator between two events, the last first."""
+    """Return the actions on the allocator between events, the last first."""
     marks: list[_Mark] = [(time, CachingAllocator.empty_cache) for time in emptied]
-    # Of the same time, after the cache is emptied.
+    # At equal times, the cache is emptied first.
     marks.append((start, CachingAllocator.reset_peaks))
     return sorted(marks, key=lambda mark: mark[0])[::-1]
 
@@ -120,7 +131,7 @@ def _is_on_device(trace: Trace, event: Event) -> bool:
 def _where(
     trace: Trace, event: Event | None, blocks: dict[int | None, Block | None]
 ) -> str:
-    """For what there was no room, and the largest things that are alive."""
+    """Return which request failed, and the largest kinds of memory that are alive."""
     assert event is not None
     if event.storage is None:
         wanted = "a kernel's workspace"

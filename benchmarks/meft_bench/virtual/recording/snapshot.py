@@ -1,11 +1,11 @@
-"""A real allocator's own history, served once more by the model of it.
+"""Replay the history of a real allocator on the model of the allocator.
 
     torch.cuda.memory._record_memory_history(context=None)
     step()
     (history,) = torch.cuda.memory._snapshot()["device_traces"]
-    serve(history).reserved_bytes        # beside torch.cuda.max_memory_reserved()
+    serve(history).reserved_bytes        # compare with max_memory_reserved()
 
-What differs is the model's fault alone: sizes and order are the real ones.
+Any difference is an error of the model: sizes and order are the real ones.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,13 +16,16 @@ from meft_bench.virtual.recording.replay import Replay, held_by
 
 
 def serve(history: Iterable[Mapping[str, Any]], start_bytes: int = 0) -> Replay:
-    """Serve all requests of a history in its order.
+    """Replay all requests of a history in order.
+
+    Frees of memory that was allocated before the history are ignored.
 
     Args:
         history: entries with `action`, `addr` and `size`, as PyTorch records them.
-        start_bytes: allocated before the history began, in one block.
+        start_bytes: bytes allocated before the history began, treated as one block.
 
-    What was there before the history and is freed in it is passed over.
+    Returns:
+        Peaks and final values, in bytes.
     """
     allocator = CachingAllocator()
     allocator.malloc(start_bytes)

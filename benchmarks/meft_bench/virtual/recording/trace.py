@@ -1,7 +1,7 @@
-"""What a ledger wrote down: every storage from birth to death, and what moved.
+"""The recording of a ledger: the lifetime of every storage, and all copies.
 
-Time is counted in operators. A storage's `kind` is decided here and not while it lives,
-because only its death tells what it was for.
+Time is counted in operators. A storage's `kind` is decided in this module and not while
+it is alive, because it depends on when the storage is freed.
 """
 
 import math
@@ -26,33 +26,34 @@ KINDS = (
     "workspace",
     "libraries",
 )
-"""What memory is for, in the order in which it is shown.
+"""Kinds of memory, in the order in which they are shown.
 
-parameters, frozen   weights that train, and that do not
-buffers, inputs      of modules; whatever was made before the step
-gradients, optimizer of parameters; state of theirs
-saved                made in forward and still there when backward begins
-forward ... update   made in that phase and gone soon; `recompute` is a forward that
-                     runs inside backward
-workspace            that kernels take for themselves
-libraries            that those which multiply matrices keep for ever
+parameters, frozen   weights that are trained, and weights that are not
+buffers, inputs      buffers of modules; everything allocated before the step
+gradients, optimizer gradients of parameters; optimizer state
+saved                allocated in forward and still alive when backward begins
+forward ... update   allocated in that phase and freed soon; `recompute` is a forward
+                     that runs inside backward
+workspace            memory that kernels allocate internally
+libraries            memory that libraries for matrix products never free
 """
 
 BACKWARD = ("backward", "recompute")
-"""Phases that are mixed in one backward."""
+"""Phases that alternate within one backward."""
 
 
 @dataclass(slots=True, eq=False)
 class Storage:
-    """One piece of memory."""
+    """One storage."""
 
     index: int
     num_bytes: int
-    """As asked for; an allocator rounds it up."""
+    """Requested size; an allocator rounds it up."""
     device: str
     operator: str
     module: str
-    """Where it was made, or whose parameter it belongs to; "" outside of all."""
+    """Module that allocated it, or whose parameter it belongs to; "" if there is none.
+    """
     phase: str
     step: int
     shape: tuple[int, ...]
@@ -60,23 +61,23 @@ class Storage:
     born: int
     died: int | None = None
     kind: str = ""
-    """Told by whoever knows; else it follows from phase and life (`Trace.kind_of`)."""
+    """Set where known; otherwise derived from phase and lifetime (`Trace.kind_of`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A storage is born or dies, or a kernel takes a workspace and gives it back."""
+    """An allocation or a free of a storage, or of a kernel's workspace."""
 
     time: int
     storage: int | None
     num_bytes: int
-    """Of a workspace, which is born and dies in one."""
+    """Size; a workspace is allocated and freed within one operator."""
     is_birth: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Bytes between host and device, by one operator."""
+    """Bytes copied between host and device by one operator."""
 
     time: int
     direction: str
@@ -88,35 +89,36 @@ class Copy:
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """The moment at which most was held."""
+    """The time at which most bytes were held."""
 
     num_bytes: int
     time: int
     by_kind: dict[str, int]
     alive: tuple[Storage, ...]
-    """Largest first; without workspaces."""
+    """Storages by size, largest first; without workspaces."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """All of it, in order."""
+    """The whole recording, in order."""
 
     storages: tuple[Storage, ...]
     events: tuple[Event, ...]
     copies: tuple[Copy, ...]
-    """Between host and accelerator; none are seen where `has_link` is false."""
+    """Copies between host and accelerator; none are recorded where `has_link` is false.
+    """
     round_bytes: int
     accelerator: str = "cuda"
-    """Type of the device on which what is the GPU's lives."""
+    """Type of the device on which the tensors of the GPU are."""
 
     @property
     def has_link(self) -> bool:
-        """Whether the accelerator's memory can be told from the host's."""
+        """Whether the accelerator's memory can be distinguished from the host's."""
         return self.accelerator != "cpu"
 
     @cached_property
     def _backwards(self) -> list[int]:
-        """When each of them began: the first thing that one made, after a forward."""
+        """Times of the first allocation of each backward after a forward."""
         began, before = [], ""
         for storage in self.storages:
             if storage.phase in BACKWARD and before not in BACKWARD:
@@ -125,7 +127,7 @@ class Trace:
         return began
 
     def kind_of(self, storage: Storage) -> str:
-        """What the storage was for, one of `KINDS`."""
+        """Return the kind of a storage, one of `KINDS`."""
         if storage.kind:
             return storage.kind
         if storage.phase != "forward":
@@ -136,20 +138,22 @@ class Trace:
         return "saved" if lives_on else "forward"
 
     def rounded(self, num_bytes: int) -> int:
-        """As an allocator's block."""
+        """Return the size of an allocator's block for `num_bytes`."""
         return -(-num_bytes // self.round_bytes) * self.round_bytes
 
     def held(
         self, device: str, name: Callable[[Storage], str] | None = None
     ) -> Iterator[tuple[int, str, int, Counter[str]]]:
-        """(time, phase, bytes held, bytes by name) after every event on `device`.
+        """Yield (time, phase, bytes held, bytes by name) after every event on `device`.
+
+        The phase is that of the last allocation on any device. The counter is one
+        object that is updated in place; a kernel's workspace always has the name
+        `workspace`.
 
         Args:
-            device: whose memory.
-            name: what a storage is summed up under; None for its kind.
-
-        The phase is that of what was made last, in any place. The counter is one object
-        that goes on changing; a kernel's workspace has no other name.
+            device: the device whose memory is counted.
+            name: function from a storage to the name under which it is summed; None for
+                its kind.
         """
         name = name or self.kind_of
         by_name: Counter[str] = Counter()
@@ -171,11 +175,11 @@ class Trace:
             yield event.time, phase, total, by_name
 
     def peak(self, device: str | None = None, start: int = 0) -> Peak:
-        """The first moment from time `start` on at which most was held.
+        """Return the first time from `start` on at which most bytes were held.
 
         Args:
-            device: whose memory; None for the accelerator's.
-            start: what was before does not count.
+            device: the device whose memory is counted; None for the accelerator.
+            start: time in operators; earlier events are not considered.
         """
         device = device or self.accelerator
         most, when, by_kind = -1, start, Counter[str]()

@@ -1,8 +1,9 @@
-"""A trace, summed up: what for, when, where and by what memory was held and moved.
+"""Summaries of a trace: memory held and copied, by kind, phase, module and operator.
 
-`Trace.peak` tells what a peak consists of by kind; here are the same bytes, at the peak
-or at any moment, by phase, module, block and operator, what each block saves for
-backward, and what crossed the link. A device of None is the accelerator.
+`Trace.peak` returns the bytes of a peak by kind. The functions of this module return
+the same bytes, at the peak or at any time, by phase, module, block and operator, as
+well as the bytes that each block saves for backward and those copied between host and
+device. A device of None is the accelerator.
 """
 
 import re
@@ -15,23 +16,23 @@ from meft_bench.shared.registry import nearest
 from meft_bench.virtual.recording.trace import Copy, Peak, Storage, Trace
 
 NAMES = ("kind", "phase", "block", "module", "operator")
-"""What memory is summed up by: what it is for, or where and by what it was made."""
+"""Ways to sum memory: by what it is used for, or by where it was allocated."""
 _BLOCK = re.compile(r"(?:^|.*?\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Moment:
-    """What is held after something was made or let go."""
+    """The bytes that are held after an allocation or a free."""
 
     time: int
-    """In operators."""
+    """Time in operators."""
     phase: str
-    """Of the last thing made."""
+    """Phase of the last allocation."""
     by_name: dict[str, int]
 
 
 def block_of(module: str) -> str:
-    """The block that a module is in, or itself if it is in none.
+    """Return the block that contains a module, or the module itself if there is none.
 
     `bert.encoder.layer.3.attention.self` is in `bert.encoder.layer.3`.
     """
@@ -42,13 +43,13 @@ def block_of(module: str) -> str:
 def timeline(
     trace: Trace, device: str | None = None, start: int = 0, of: str = "kind"
 ) -> Iterator[Moment]:
-    """What was held on `device` from time `start` on, one moment per change.
+    """Yield the bytes held on `device` from time `start` on, once per change.
 
     Args:
-        trace: what was written down.
-        device: whose memory.
-        start: in operators.
-        of: one of `NAMES`, by which each moment is summed up.
+        trace: the recording.
+        device: the device whose memory is counted.
+        start: time in operators.
+        of: one of `NAMES`, by which the bytes are summed.
     """
     held = trace.held(device or trace.accelerator, _name(trace, of))
     for time, phase, _, by_name in held:
@@ -60,7 +61,16 @@ def timeline(
 def peak_by_phase(
     trace: Trace, device: str | None = None, start: int = 0
 ) -> dict[str, int]:
-    """The most that was held on `device` during each phase."""
+    """Return the peak of the bytes held on `device` in each phase.
+
+    Args:
+        trace: the recording.
+        device: the device whose memory is counted.
+        start: time in operators.
+
+    Returns:
+        Bytes by phase.
+    """
     most: dict[str, int] = {}
     for time, phase, total, _ in trace.held(device or trace.accelerator):
         if time >= start:
@@ -69,14 +79,17 @@ def peak_by_phase(
 
 
 def at_peak(trace: Trace, peak: Peak, of: str) -> dict[str, int]:
-    """What was alive at a peak, summed up; largest first.
+    """Return the bytes that were alive at a peak, summed, largest first.
+
+    Workspaces belong to no module and are not included.
 
     Args:
-        trace: that the peak is of.
-        peak: from `Trace.peak`.
+        trace: the recording of the peak.
+        peak: a result of `Trace.peak`.
         of: one of `NAMES`.
 
-    Workspaces are of no module, and not in it.
+    Returns:
+        Bytes by name.
     """
     name = _name(trace, of)
     found: Counter[str] = Counter()
@@ -88,7 +101,16 @@ def at_peak(trace: Trace, peak: Peak, of: str) -> dict[str, int]:
 def saved_by_block(
     trace: Trace, step: int, device: str | None = None
 ) -> dict[str, int]:
-    """Bytes that the forward of a step left for its backward, by block."""
+    """Return the bytes that the forward of a step saved for its backward, by block.
+
+    Args:
+        trace: the recording.
+        step: index of the step.
+        device: the device whose memory is counted.
+
+    Returns:
+        Bytes by block.
+    """
     device = device or trace.accelerator
     found: dict[str, int] = defaultdict(int)
     for storage in trace.storages:
@@ -99,7 +121,15 @@ def saved_by_block(
 
 
 def moved(trace: Trace, start: int = 0) -> dict[tuple[str, str, str], int]:
-    """Bytes between host and device after `start`, by direction, phase and block."""
+    """Return the bytes copied between host and device after `start`.
+
+    Args:
+        trace: the recording.
+        start: time in operators.
+
+    Returns:
+        Bytes by (direction, phase, block).
+    """
     found: Counter[tuple[str, str, str]] = Counter()
     for copy in copies_after(trace, start):
         found[copy.direction, copy.phase, block_of(copy.module)] += copy.num_bytes
@@ -107,7 +137,7 @@ def moved(trace: Trace, start: int = 0) -> dict[tuple[str, str, str], int]:
 
 
 def copies_after(trace: Trace, start: int) -> Iterator[Copy]:
-    """Copies between host and device that began after `start`."""
+    """Yield the copies between host and device that began after `start`."""
     return (copy for copy in trace.copies if copy.time > start)
 
 

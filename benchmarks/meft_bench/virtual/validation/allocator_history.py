@@ -1,7 +1,7 @@
-"""The model of the caching allocator, held against the allocator itself.
+"""Compare the model of the caching allocator with the allocator itself.
 
-A program runs on the real GPU while torch records every request; the same requests go
-to the model. What differs is the model's fault alone.
+A program runs on the real GPU while torch records every request; the same requests are
+then replayed by the model. Any difference is an error of the model.
 """
 
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ MOST_ENTRIES = 4_000_000
 
 
 def figures(place: Place) -> Iterator[Figure]:
-    """Peaks by the GPU's allocator, and by the model of it."""
+    """Yield peaks from the GPU's allocator, and from the model of it."""
     if place.virtual is not None:
         raise MissingError("a history is recorded on a real GPU only")
     for name, run in training_steps.CASES.items():
-        if "empty_cache" in name:  # the history does not say when
+        if "empty_cache" in name:  # the history does not record it
             continue
         with place.fresh():
             start_bytes = torch.cuda.memory_allocated()

@@ -1,7 +1,7 @@
-"""Which kernel of attention runs, what it keeps for backward, and its workspaces.
+"""Attention kernels: which one runs, what it saves for backward, and its workspaces.
 
-Every case runs twice, and the second run counts. Peaks are beyond what was allocated
-when the forward, or the backward, began.
+Every case runs twice, and the second run is reported. Peaks are relative to the bytes
+allocated when the forward, or the backward, began.
 """
 
 import contextlib
@@ -19,17 +19,20 @@ from meft_bench.virtual.validation.place import Figure, Place
 
 BATCH, HEADS, TOKENS = 4, 16, 1024
 GROUPS = 4
-"""Heads of keys and values where queries share them."""
+"""Number of key and value heads where queries share them."""
 WIDTHS = (64, 128, 256)
 MASKS = ("none", "causal", "bool", "bool-causal", "float")
-"""No mask; `is_causal`; padding for all queries alike, as BERT has it; padding and
-causal in one, as decoders have it; the same, added to the scores."""
+"""Masks of the cases, in this order.
+
+No mask; `is_causal`; padding that is equal for all queries, as in BERT; padding and
+causal combined, as in decoders; the same, added to the scores.
+"""
 FORCED = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
 KERNELS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}
 
 
 def figures(place: Place) -> Iterator[Figure]:
-    """Kernels and bytes of every case."""
+    """Yield kernels and bytes of every case."""
     for dtype, width, mask, dropout, grouped in itertools.product(
         ("bf16", "fp32"), WIDTHS, MASKS, (0.0, 0.1), (False, True)
     ):
@@ -39,13 +42,13 @@ def figures(place: Place) -> Iterator[Figure]:
 
 
 def kernel_figures(place: Place) -> Iterator[Figure]:
-    """The same of each kernel where it alone is allowed, and of other lengths."""
+    """Yield the same for each kernel if only it is enabled, and for other lengths."""
     for kernel, width, dropout, mask in itertools.product(
         FORCED, WIDTHS, (0.0, 0.1), ("none", "causal", "bool-causal")
     ):
         name = f"only {kernel} bf16 width {width} mask {mask} dropout {dropout}"
         yield from _case(place, name, "bf16", width, mask, dropout, False, kernel)
-    for tokens in (100, 512, 2048):  # not a multiple of a kernel's tiles, and others
+    for tokens in (100, 512, 2048):  # 100 is no multiple of a kernel's tile
         for mask in ("none", "causal", "bool"):
             name = f"bf16 width 64 mask {mask} tokens {tokens}"
             yield from _case(
@@ -68,7 +71,7 @@ def _case(
     heads = GROUPS if grouped else HEADS
 
     def rows(num_heads: int) -> Tensor:
-        # As models make them: projected, cut into heads, and the axes swapped.
+        # As in models: a projection is split into heads, and the axes are swapped.
         whole = torch.randn(
             BATCH, tokens, num_heads, width, device=place.device, dtype=kind
         )
@@ -85,7 +88,7 @@ def _case(
         gradient = torch.randn_like(query)
         try:
             chosen = _chosen(place, query, key, value, named)
-        except RuntimeError:  # no kernel that is allowed can do it
+        except RuntimeError:  # none of the enabled kernels supports the call
             chosen = "none"
         yield Figure(case=name, quantity="kernel", value=chosen)
         try:
@@ -108,7 +111,7 @@ def _run(
     named: Mapping[str, Any],
     gradient: Tensor,
 ) -> dict[str, int]:
-    """Bytes of a forward and a backward."""
+    """Return the bytes of a forward and a backward."""
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     out = functional.scaled_dot_product_attention(query, key, value, **named)

@@ -1,6 +1,6 @@
-"""What the card has, what the driver and the libraries take of it, and how fast it is.
+"""Properties of the GPU: memory, overhead of driver and libraries, and rates.
 
-On a virtual GPU the same quantities are what its JSON file says.
+On a virtual GPU, the same quantities are those of its JSON file.
 """
 
 import time
@@ -13,14 +13,14 @@ from meft_bench.virtual.device.gpu import Gpu
 from meft_bench.virtual.validation.place import Figure, Place
 
 NUM_BYTES = 2**30
-"""Copied to measure a rate."""
+"""Number of bytes copied to measure a rate."""
 SIDE = 8192
-"""Of the matrices multiplied to measure a rate."""
+"""Side of the square matrices multiplied to measure a rate."""
 NUM_REPEATS = 10
 
 
 def figures(place: Place) -> Iterator[Figure]:
-    """Capacity, context, libraries, rates."""
+    """Yield capacity, context, libraries and rates."""
     known = _known(place.virtual.gpu) if place.virtual else _measured()
     for case, quantity, value in known:
         yield Figure(case=case, quantity=quantity, value=value)
@@ -54,7 +54,7 @@ def _measured() -> Iterator[tuple[str, str, int | float | str | None]]:
     torch.cuda.synchronize()
 
     def taken() -> int:
-        """Bytes that are neither free nor reserved by torch's allocator."""
+        """Return the bytes that are neither free nor reserved by torch's allocator."""
         torch.cuda.synchronize()
         free, _ = torch.cuda.mem_get_info()
         return int(before.free) - free - torch.cuda.memory_reserved()
@@ -103,7 +103,7 @@ def _attend_and_normalise() -> None:
         try:
             with torch.nn.attention.sdpa_kernel(backend):
                 out = functional.scaled_dot_product_attention(query, query, query)
-        except RuntimeError:  # not on this card
+        except RuntimeError:  # not supported on this GPU
             continue
         out.sum().backward()
     functional.layer_norm(query.float(), (64,)).sum().backward()
@@ -158,7 +158,7 @@ def _rates() -> Iterator[tuple[str, str, float]]:
 
 
 def _rate(amount: int, do: Callable[[], object]) -> float:
-    """`amount` per second of the fastest repeat, after one for nothing."""
+    """Return `amount` per second of the fastest repeat, after one warm-up run."""
     do()
     best = float("inf")
     for _ in range(NUM_REPEATS):

@@ -1,4 +1,4 @@
-"""The child's answer to a request for one program of this folder."""
+"""Run one program of this folder in the child process."""
 
 import dataclasses
 import sys
@@ -21,11 +21,11 @@ def run(request: dict[str, Any], options: ChildOptions) -> dict[str, Any]:
 
     Args:
         request: `name`, one of `CHECKS`, and `device`, `cuda` or a virtual GPU.
-        options: of the child.
+        options: options of the child.
 
     Returns:
-        `status` and `message` as a cell's, `figures` as JSON objects: all that were
-        reported before it ended, `seconds`, and the `device_name`.
+        `status` and `message` as for a cell; `figures`, a list of JSON objects, all
+        that were reported before the end; `seconds`; and the `device_name`.
     """
     torch.set_num_threads(options.num_threads)
     started = time.monotonic()

@@ -1,7 +1,7 @@
-"""Whether the exact inverse gives the gradients of the stored twin, bit for bit.
+"""Compare the gradients of the exact inverse with the stored twin, bit for bit.
 
 Each model runs twice: with the kernels that PyTorch chooses, some of which sum in an
-order that differs from run to run, and with deterministic ones only.
+order that varies between runs, and with deterministic kernels only.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ SHAPES: tuple[dict[str, Any], ...] = (
 
 
 def figures(place: Place) -> Iterator[Figure]:
-    """Worst errors of all blocks."""
+    """Yield the largest errors over all blocks."""
     if place.virtual is not None:
         raise MissingError("gradients have values on a real GPU only")
     for fields in SHAPES:
@@ -58,7 +58,7 @@ def _check(cell: Cell, deterministic: bool) -> Iterator[Figure]:
         stepper = prepare.apply_method(backbone, cell)
         stepper.model.train()
         batches = full_batches(rows, cell)
-        for _ in range(2):  # so that adapters are not at their start
+        for _ in range(2):  # so that adapters differ from their initialisation
             stepper.step(batches, learning_rate=1e-3)
         with stepper.autocast():
             report = check_reversible(stepper.model, stepper.to_device(batches[0]))

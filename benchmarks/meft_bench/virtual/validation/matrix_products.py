@@ -1,8 +1,8 @@
-"""What cuBLAS and cuBLASLt keep for themselves, once and for each thread.
+"""Workspaces that cuBLAS and cuBLASLt keep, once for each thread.
 
-The figures are what is allocated beyond the tensors of the program, after each kind of
-product in turn. `workspaces` runs under the harness's own `CUBLAS_WORKSPACE_CONFIG`,
-`workspaces-default` under torch's defaults.
+The figures are the bytes allocated beyond the tensors of the program, after each kind
+of product in sequence. `workspaces` runs with the harness's `CUBLAS_WORKSPACE_CONFIG`,
+`workspaces-default` with torch's defaults.
 """
 
 import os
@@ -17,7 +17,7 @@ SIDE = 1024
 
 
 def figures(place: Place) -> Iterator[Figure]:
-    """Workspaces after products of each kind."""
+    """Yield the workspaces after products of each kind."""
     with place.fresh():
         tensors = [torch.zeros(SIDE, SIDE, device=place.device)]
         tensors.append(torch.zeros(SIDE, SIDE, device=place.device))
@@ -51,6 +51,6 @@ def figures(place: Place) -> Iterator[Figure]:
 
 
 def default_figures(place: Place) -> Iterator[Figure]:
-    """The same, as torch sets it up where nobody says anything."""
+    """Yield the same with torch's default configuration."""
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)  # read at the first product
     yield from figures(place)

@@ -1,7 +1,7 @@
-"""Where a program of this folder runs: on a real GPU, or on a virtual one.
+"""The device on which a program of this folder runs: a real GPU, or a virtual one.
 
-A program is written once, against `torch.cuda`, whose figures of memory a virtual GPU
-answers from its ledger.
+Each program is written once, for `torch.cuda`; on a virtual GPU, the memory statistics
+come from its ledger.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ class Figure:
     """One number that a program reports."""
 
     case: str
-    """What was run."""
+    """The case that was run."""
     quantity: str
-    """What the number is, its unit as the ending: `backward_peak_bytes`."""
+    """The quantity, with its unit as the suffix: `backward_peak_bytes`."""
     value: int | float | str | None
-    """None: not known here."""
+    """None if the value is not available on this device."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class Place:
 
     Attributes:
         virtual: the virtual GPU; None on a real one.
-        device: type of the device that its tensors live on.
+        device: type of the device on which its tensors are.
     """
 
     virtual: VirtualGpu | None
@@ -43,7 +43,7 @@ class Place:
 
     @contextlib.contextmanager
     def fresh(self) -> Iterator[None]:
-        """A stretch of the program that starts with nothing allocated by itself."""
+        """Open a section of a program that starts with none of its memory allocated."""
         if self.virtual is not None:
             with self.virtual.new_ledger():
                 yield
@@ -57,7 +57,7 @@ class Place:
 
 @contextlib.contextmanager
 def place(device: str) -> Iterator[Place]:
-    """The place that `cuda` or `virtual-NAME` names, for as long as the body lasts.
+    """Provide the place for `cuda` or `virtual-NAME` while the context is active.
 
     Raises:
         MissingError: there is no CUDA device.

@@ -1,7 +1,7 @@
 """Peaks of whole training steps that no cell of a sweep describes.
 
-Padded decoders, whose mask decides the kernel of attention; and steps of different
-length one after another, of which the allocator's cache keeps something.
+The cases are padded decoders, whose mask decides the attention kernel, and consecutive
+steps of different length, which leave memory in the allocator's cache.
 """
 
 import functools
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from meft_bench.virtual.validation.place import Figure, Place
 
 LENGTHS = (512, 300, 1024, 128, 700, 900, 64, 1000, 450, 800)
-"""Tokens a row of ten steps."""
+"""Number of tokens per row in each of ten steps."""
 SMALL: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 2048,
@@ -24,7 +24,7 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
 }
-"""About a billion parameters; queries share keys and values."""
+"""A shape of about a billion parameters; queries share keys and values."""
 LLAMA_3B: dict[str, Any] = {
     "vocab_size": 128256,
     "hidden_size": 3072,
@@ -39,7 +39,7 @@ LLAMA_3B: dict[str, Any] = {
 
 
 def figures(place: Place) -> Iterator[Figure]:
-    """Peaks of every case."""
+    """Yield the peaks of every case."""
     for name, run in CASES.items():
         with place.fresh():
             run(place)
@@ -47,7 +47,7 @@ def figures(place: Place) -> Iterator[Figure]:
 
 
 def peaks(case: str) -> Iterator[Figure]:
-    """What `torch.cuda` says of the steps since the counters were reset."""
+    """Yield the memory statistics of `torch.cuda` since its counters were reset."""
     for quantity, value in {
         "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
         "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
@@ -58,7 +58,13 @@ def peaks(case: str) -> Iterator[Figure]:
 
 
 def lora(place: Place, *, padded: bool, checkpointing: bool = False) -> None:
-    """Three steps of LoRA, rank 8 on queries and values, of Llama-3.2-3B's shape."""
+    """Run three steps of LoRA, rank 8 on queries and values, with Llama-3.2-3B's shape.
+
+    Args:
+        place: the device to run on.
+        padded: whether the first row of each batch is padded.
+        checkpointing: whether gradient checkpointing is enabled.
+    """
     from peft import LoraConfig, get_peft_model
 
     model: Any = _model(LLAMA_3B, place)
@@ -72,7 +78,7 @@ def lora(place: Place, *, padded: bool, checkpointing: bool = False) -> None:
 
 
 def varying_lengths(place: Place, *, empty_cache: bool) -> None:
-    """AdamW on all weights, ten steps of as many lengths."""
+    """Run AdamW on all weights for ten steps of different lengths."""
     _train(_model(SMALL, place), place, LENGTHS, batch=8, empty_cache=empty_cache)
 
 
@@ -128,4 +134,4 @@ CASES: dict[str, Callable[[Place], None]] = {
         varying_lengths, empty_cache=True
     ),
 }
-"""By name."""
+"""Cases by name."""
