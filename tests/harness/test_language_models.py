@@ -40,7 +40,7 @@ def made(chosen: Cell) -> Stepper:
 
 
 def batch_of(stepper: Stepper, chosen: Cell) -> Batch:
-    rows = synthetic.told_examples(chosen, stepper.model.config.vocab_size)
+    rows = synthetic.causal_lm_examples(chosen, stepper.model.config.vocab_size)
     return stepper.to_device(full_batches(rows, chosen)[0])
 
 

@@ -9,7 +9,7 @@ import torch
 from harness.tiny import batch, cell, classifier
 from meft_bench.child.meters import memory
 from meft_bench.child.meters.clock import StepClock
-from meft_bench.child.meters.transfer import LinkMeter, open_device, process_bytes
+from meft_bench.child.meters.nvml import LinkMeter, open_device, process_bytes
 from meft_bench.child.training.steps import Stepper
 
 FLOAT = torch.float32.itemsize

@@ -14,7 +14,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from meft_bench.child.measuring.partial_result import Sighting, remark
+from meft_bench.child.measuring.partial_result import PartialResult, remark
 from meft_bench.child.training.out_of_memory import is_out_of_memory
 from meft_bench.child.watchdog import die_with_parent
 from meft_bench.shared import outcome, request
@@ -52,7 +52,7 @@ def main() -> None:
 
 def run(cell: Cell, options: ChildOptions) -> dict[str, object]:
     """Run `cell` and return its result as a JSON object, even if it fails."""
-    sighting = Sighting()
+    partial = PartialResult()
     try:
         # Imported here: under a memory limit, torch itself may not fit.
         import torch
@@ -67,8 +67,8 @@ def run(cell: Cell, options: ChildOptions) -> dict[str, object]:
             data_dir=Path(options.data_dir) if options.data_dir else None,
             allow_download=options.allow_download,
         )
-        look(cell, source, sighting)
-        status, message = Status.OK, remark(sighting.measurement.loss_curve)
+        look(cell, source, partial)
+        status, message = Status.OK, remark(partial.measurement.loss_curve)
     except MissingError as error:
         status, message = Status.SKIPPED, str(error)
     except Exception as error:
@@ -79,8 +79,8 @@ def run(cell: Cell, options: ChildOptions) -> dict[str, object]:
     return {
         "status": status,
         "message": message,
-        "measurement": dataclasses.asdict(sighting.measurement),
-        "environment": sighting.environment,
+        "measurement": dataclasses.asdict(partial.measurement),
+        "environment": partial.environment,
     }
 
 

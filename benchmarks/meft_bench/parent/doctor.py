@@ -14,7 +14,7 @@ from meft_bench.shared import distributions
 REQUIREMENTS = {
     "library": (
         "torch>=2.9",
-        "transformers>=5.20",
+        "transformers>=5.17",
         "safetensors>=0.5",
         "numpy>=2.0",
         "jaxtyping>=0.3",

@@ -28,10 +28,10 @@ from meft.backbone.families import NEW_HEADS, find_blocks
 from meft_bench.child.backbones.bart import BartClassifier
 from meft_bench.shared.cell import Cell
 
-WRITERS = ("llama", "mistral", "opt")
+CAUSAL_LM_TYPES = ("llama", "mistral", "opt")
 """Those of `MODEL_TYPES` that support tasks with questions."""
 
-LANGUAGE_MODELS = ("bart", *WRITERS)
+LANGUAGE_MODELS = ("bart", *CAUSAL_LM_TYPES)
 """Model types that support language modelling on given tokens.
 
 BART derives its decoder's input from these tokens; tasks with questions do not support
@@ -135,7 +135,7 @@ def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int | None) 
 
 
 def _check_language_model(config: PreTrainedConfig, cell: Cell) -> None:
-    able = LANGUAGE_MODELS if cell.task == "synthetic-lm" else WRITERS
+    able = LANGUAGE_MODELS if cell.task == "synthetic-lm" else CAUSAL_LM_TYPES
     if config.model_type not in able:
         raise ValueError(
             f"task {cell.task!r} wants a language model of {', '.join(able)}, and "

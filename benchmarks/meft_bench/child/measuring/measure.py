@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from meft_bench.child import backbones
 from meft_bench.child.backbones import Backbone
 from meft_bench.child.measuring import probes, starting_point
-from meft_bench.child.measuring.partial_result import Sighting, finite
+from meft_bench.child.measuring.partial_result import PartialResult, finite
 from meft_bench.child.meters import memory
 from meft_bench.child.meters.clock import StepClock
 from meft_bench.child.scoring import answers, labels
@@ -36,31 +36,31 @@ from meft_bench.shared.registry import TASKS, load
 from meft_bench.shared.source import Source
 
 
-def measure(cell: Cell, source: Source, sighting: Sighting) -> None:
-    """Run `cell` and add all measurements to `sighting`.
+def measure(cell: Cell, source: Source, partial: PartialResult) -> None:
+    """Run `cell` and add all measurements to `partial`.
 
     Args:
         cell: the cell to run.
         source: where data and weights may come from.
-        sighting: the partial result to update.
+        partial: the partial result to update.
 
     Raises:
         MissingError: data, weights or the device are not available.
     """
     prepare.require_device(cell)
-    sighting.environment |= {
+    partial.environment |= {
         "device_name": prepare.device_name(cell),
         "num_threads": torch.get_num_threads(),
     }
     with execution.attention(cell):
-        _measure(cell, source, sighting)
+        _measure(cell, source, partial)
 
 
-def _measure(cell: Cell, source: Source, sighting: Sighting) -> None:
+def _measure(cell: Cell, source: Source, partial: PartialResult) -> None:
     task: AnyTask = load(TASKS[cell.task])(cell, source)
-    sighting.environment["data_origin"] = task.origin
+    partial.environment["data_origin"] = task.origin
     backbone = prepare.load_backbone(cell, task, source)
-    sighting.environment |= {
+    partial.environment |= {
         "weights_origin": backbone.origin,
         "weights_sha256": backbone.sha256 or configs.digest(cell.backbone),
     }
@@ -76,23 +76,25 @@ def _measure(cell: Cell, source: Source, sighting: Sighting) -> None:
     stepper = prepare.apply_method(backbone, cell)
     if before is not None:
         after = starting_point.last_hidden(stepper, batches[0])
-        sighting.note(start_deviation=finite(starting_point.deviation(before, after)))
+        partial.note(start_deviation=finite(starting_point.deviation(before, after)))
         del before, after
-    sighting.note(
+    partial.note(
         **prepare.count(stepper.model),
         num_blocks=num_blocks,
         num_train_rows=len(examples.train),
     )
-    _train_and_score(stepper, cell, task, backbone, examples, sighting)
-    probes.probe_memory(stepper, cell, batches, sighting)
+    _train_and_score(stepper, cell, task, backbone, examples, partial)
+    probes.probe_memory(stepper, cell, batches, partial)
     if cell.device == "cuda":
-        probes.probe_link(stepper, batches, sighting)
-    probes.probe_rows(stepper, batches, sighting)
-    probes.look_at_routing(stepper, batches[0], sighting)
+        probes.probe_link(stepper, batches, partial)
+    probes.probe_rows(stepper, batches, partial)
+    probes.look_at_routing(stepper, batches[0], partial)
     if methods.TABLE[cell.method].rebuilds:
-        probes.check_inverse(stepper, batches[0], sighting)
+        probes.check_inverse(stepper, batches[0], partial)
     if cell.rival:  # last, because it needs memory for two models
-        probes.race(stepper, _rival(cell, task, source), cell, batches, sighting)
+        probes.time_against_reference(
+            stepper, _rival(cell, task, source), cell, batches, partial
+        )
 
 
 def _start(model: PreTrainedModel, batch: Batch, cell: Cell) -> Tensor | None:
@@ -148,7 +150,7 @@ def _noise(
     if shape is not None:
         return synthetic.images(cell, shape)
     if num_labels is None:
-        return synthetic.told_examples(cell, config.vocab_size)
+        return synthetic.causal_lm_examples(cell, config.vocab_size)
     return synthetic.examples(cell, config.vocab_size)
 
 
@@ -158,7 +160,7 @@ def _train_and_score(
     task: AnyTask,
     backbone: Backbone,
     examples: Examples,
-    sighting: Sighting,
+    partial: PartialResult,
 ) -> None:
     scoring = _scoring(task)
 
@@ -180,7 +182,7 @@ def _train_and_score(
         for loss in train(stepper, cell, batches, clock, validate):
             losses.append(loss)
     finally:
-        sighting.note(
+        partial.note(
             num_steps=len(losses),
             loss_curve=[finite(loss) for loss in losses],
             loss_mean="tokens" if prepare.num_labels_of(task) is None else "labels",
@@ -194,7 +196,7 @@ def _train_and_score(
         majority = scoring.majority(task)
         ranks = ("", "second_", "third_")
         for rank, (name, score) in zip(ranks, scores.items(), strict=False):
-            sighting.note(
+            partial.note(
                 **{
                     f"{rank}score_name": name,
                     f"{rank}score": score,
@@ -202,7 +204,7 @@ def _train_and_score(
                 }
             )
         right = scoring.is_right(task, predictions, examples.evaluation)
-        sighting.note(
+        partial.note(
             num_eval_rows=len(task.evaluation), right_rows=[int(r) for r in right]
         )
-    sighting.note(peak_host_bytes=memory.host_peak_bytes())
+    partial.note(peak_host_bytes=memory.host_peak_bytes())

@@ -8,7 +8,7 @@ from typing import Any
 from meft_bench.shared.record import Measurement
 
 
-class Sighting:
+class PartialResult:
     """The measurements of a cell so far."""
 
     def __init__(self) -> None:

@@ -13,9 +13,9 @@ import torch
 
 from meft.sparse.convert import sparse_adapters
 from meft.testing import check_reversible
-from meft_bench.child.measuring.partial_result import Sighting, finite
-from meft_bench.child.meters import memory, routing, rows, transfer
-from meft_bench.child.meters.interleaved import take_turns
+from meft_bench.child.measuring.partial_result import PartialResult, finite
+from meft_bench.child.meters import memory, nvml, routing, rows
+from meft_bench.child.meters.interleaved import time_interleaved
 from meft_bench.child.tasks.batches import Batch
 from meft_bench.child.training.out_of_memory import is_out_of_memory
 from meft_bench.child.training.steps import Stepper
@@ -26,7 +26,7 @@ def probe_memory(
     stepper: Stepper,
     cell: Cell,
     batches: Sequence[Batch],
-    sighting: Sighting,
+    partial: PartialResult,
     num_first_steps: int = 2,
 ) -> None:
     """Measure bytes saved for backward, of the model state, and at the peak of a step.
@@ -35,7 +35,7 @@ def probe_memory(
         stepper: the trained model.
         cell: the cell, which includes the device.
         batches: micro-batches of one step.
-        sighting: the partial result to update.
+        partial: the partial result to update.
         num_first_steps: number of steps before the measurement, in which caches of this
             shape are filled and optimizer state is created.
     """
@@ -47,42 +47,46 @@ def probe_memory(
     for _ in range(num_first_steps):
         step()
     on_device = stepper.to_device(batches[0])
-    sighting.note(
+    partial.note(
         saved_bytes=memory.saved_by_forward(stepper.model, on_device, stepper.loss)
     )
     del on_device
     resting_bytes = memory.resting_bytes(stepper.model, stepper.optimizer)
-    sighting.note(resting_bytes=resting_bytes)
+    partial.note(resting_bytes=resting_bytes)
     if cell.device == "cpu":
         peak_bytes = resting_bytes + memory.cpu_step_peak_bytes(step)
-        sighting.note(peak_allocated_bytes=peak_bytes)
+        partial.note(peak_allocated_bytes=peak_bytes)
         return
     allocated, reserved = memory.cuda_step_peak_bytes(step)
-    sighting.note(peak_allocated_bytes=allocated, peak_reserved_bytes=reserved)
+    partial.note(peak_allocated_bytes=allocated, peak_reserved_bytes=reserved)
 
 
-def probe_link(stepper: Stepper, batches: Sequence[Batch], sighting: Sighting) -> None:
+def probe_link(
+    stepper: Stepper, batches: Sequence[Batch], partial: PartialResult
+) -> None:
     """Measure with NVML the bytes over the link in one step, and those of this process.
 
     Args:
         stepper: the trained model.
         batches: micro-batches of one step.
-        sighting: the partial result to update.
+        partial: the partial result to update.
     """
     import pynvml
 
     uuid = str(torch.cuda.get_device_properties(0).uuid)
-    with transfer.open_device(pynvml, uuid) as device:
+    with nvml.open_device(pynvml, uuid) as device:
         if device is None:
             return
-        sighting.note(nvml_process_bytes=transfer.process_bytes(pynvml, device))
-        with transfer.LinkMeter(pynvml, device) as link:
+        partial.note(nvml_process_bytes=nvml.process_bytes(pynvml, device))
+        with nvml.LinkMeter(pynvml, device) as link:
             stepper.step(batches, learning_rate=0.0)
             torch.cuda.synchronize()
-        sighting.note(pcie_rx_bytes=link.rx_bytes, pcie_tx_bytes=link.tx_bytes)
+        partial.note(pcie_rx_bytes=link.rx_bytes, pcie_tx_bytes=link.tx_bytes)
 
 
-def probe_rows(stepper: Stepper, batches: Sequence[Batch], sighting: Sighting) -> None:
+def probe_rows(
+    stepper: Stepper, batches: Sequence[Batch], partial: PartialResult
+) -> None:
     """Measure the rows that sparse adapters transfer and hold in one step.
 
     The step follows those of training, so caches are in their steady state.
@@ -90,37 +94,37 @@ def probe_rows(stepper: Stepper, batches: Sequence[Batch], sighting: Sighting) -
     Args:
         stepper: the trained model.
         batches: micro-batches of one step.
-        sighting: the partial result to update.
+        partial: the partial result to update.
     """
     adapters = list(sparse_adapters(stepper.model).values())
     if not adapters:
         return
     watch = rows.Watch(adapters)
     stepper.step(batches, learning_rate=0.0)
-    sighting.note(**dataclasses.asdict(watch.result()))
+    partial.note(**dataclasses.asdict(watch.result()))
 
 
-def look_at_routing(stepper: Stepper, batch: Batch, sighting: Sighting) -> None:
+def look_at_routing(stepper: Stepper, batch: Batch, partial: PartialResult) -> None:
     """Measure how the trained model uses its neurons, without dropout.
 
     Args:
         stepper: the trained model.
         batch: the inputs.
-        sighting: the partial result to update.
+        partial: the partial result to update.
     """
     stepper.model.eval()
     inputs = stepper.to_device(batch)
     found = routing.look(stepper.model, lambda: stepper.loss(inputs))
     if found is not None:
-        sighting.note(**dataclasses.asdict(found))
+        partial.note(**dataclasses.asdict(found))
 
 
-def race(
+def time_against_reference(
     stepper: Stepper,
     rival: Stepper,
     cell: Cell,
     batches: Sequence[Batch],
-    sighting: Sighting,
+    partial: PartialResult,
 ) -> None:
     """Time interleaved steps of a method and of its reference method.
 
@@ -129,27 +133,27 @@ def race(
         rival: the model of the reference method.
         cell: the cell, which includes the number of steps and the device.
         batches: micro-batches of one step.
-        sighting: the partial result to update.
+        partial: the partial result to update.
     """
     for one in (stepper, rival):
         one.model.train()
-    turns = take_turns(
+    turns = time_interleaved(
         lambda: stepper.step(batches, learning_rate=0.0),
         lambda: rival.step(batches, learning_rate=0.0),
         warmup_turns=cell.warmup_steps,
         num_turns=cell.max_steps,
         device=cell.device,
     )
-    sighting.note(**dataclasses.asdict(turns))
+    partial.note(**dataclasses.asdict(turns))
 
 
-def check_inverse(stepper: Stepper, batch: Batch, sighting: Sighting) -> None:
+def check_inverse(stepper: Stepper, batch: Batch, partial: PartialResult) -> None:
     """Compare the backward of the inverse with that of the stored twin.
 
     Args:
         stepper: the trained model.
         batch: the inputs.
-        sighting: the partial result to update.
+        partial: the partial result to update.
     """
     stepper.model.train()
     try:
@@ -161,7 +165,7 @@ def check_inverse(stepper: Stepper, batch: Batch, sighting: Sighting) -> None:
             raise
         print(f"no memory left to check the inverse: {error}", file=sys.stderr)
         return
-    sighting.note(
+    partial.note(
         reconstruction_error=[finite(e) for e in report.reconstruction_error],
         gradient_error=[finite(e) for e in report.gradient_error],
         repeat_error=[finite(e) for e in report.repeat_error],

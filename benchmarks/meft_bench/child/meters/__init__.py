@@ -4,7 +4,7 @@ clock        seconds of a step
 interleaved  seconds of two methods whose steps alternate
 memory       bytes saved for backward, of the model state, allocated, reserved, and of
              the process
-transfer     bytes over the link to the device, and NVML's count for this process
+nvml         bytes over the link to the device, and NVML's count for this process
 rows         rows that sparse adapters transfer and hold
 routing      how many neurons a batch activates, and the recall of the router
 """

@@ -17,7 +17,7 @@ Step = Callable[[], object]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Turns:
+class InterleavedTimes:
     """Statistics over the turns after warm-up."""
 
     rival_step_seconds: float
@@ -28,9 +28,9 @@ class Turns:
     """Interquartile range of the same ratios; None below two turns."""
 
 
-def take_turns(
+def time_interleaved(
     own: Step, rival: Step, *, warmup_turns: int, num_turns: int, device: str
-) -> Turns:
+) -> InterleavedTimes:
     """Time `own` and `rival` alternately.
 
     Args:
@@ -56,7 +56,7 @@ def take_turns(
         clocks[step].all_step_seconds[warmup_turns:] for step in (own, rival)
     )
     ratios = [a / b for a, b in zip(seconds, rival_seconds, strict=True)]
-    return Turns(
+    return InterleavedTimes(
         rival_step_seconds=statistics.median(rival_seconds),
         step_ratio=statistics.median(ratios),
         step_ratio_iqr=spread_of_quartiles(ratios),

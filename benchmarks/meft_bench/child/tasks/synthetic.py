@@ -53,7 +53,7 @@ def examples(cell: Cell, vocab_size: int) -> list[Example]:
     ]
 
 
-def told_examples(cell: Cell, vocab_size: int) -> list[Example]:
+def causal_lm_examples(cell: Cell, vocab_size: int) -> list[Example]:
     """Return the same rows with every token as its own target."""
     rows = examples(cell, vocab_size)
     return [dataclasses.replace(row, label=row.token_ids) for row in rows]

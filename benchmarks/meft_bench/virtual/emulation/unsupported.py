@@ -36,7 +36,7 @@ SAYINGS = {
 
 
 @contextlib.contextmanager
-def told_in_words() -> Iterator[None]:
+def error_translation() -> Iterator[None]:
     """Translate errors of fake tensors; all code on a virtual GPU runs in this context.
 
     Raises:

@@ -139,7 +139,7 @@ class VirtualGpu:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(unsupported.told_in_words())
+            stack.enter_context(unsupported.error_translation())
             self.backend = _enter_backend(stack)
             for patch in self._patches():
                 stack.enter_context(patch)

@@ -16,7 +16,7 @@ import torch
 
 from meft_bench.child import backbones
 from meft_bench.child.measuring import probes
-from meft_bench.child.measuring.partial_result import Sighting
+from meft_bench.child.measuring.partial_result import PartialResult
 from meft_bench.child.tasks.batches import Batch
 from meft_bench.child.training import execution, prepare
 from meft_bench.child.training.steps import Stepper
@@ -98,39 +98,37 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
         )
 
 
-def predict(cell: Cell, source: Source, sighting: Sighting) -> None:
-    """Add the predicted memory of a step of `cell` to `sighting`.
+def predict(cell: Cell, source: Source, partial: PartialResult) -> None:
+    """Add the predicted memory of a step of `cell` to `partial`.
 
     Args:
         cell: the cell to predict.
         source: origin of its config and task.
-        sighting: the partial result to update.
+        partial: the partial result to update.
 
     Raises:
         MissingError, ValueError: see `ready`.
         torch.OutOfMemoryError: the GPU has too little memory.
     """
-    sighting.environment |= {
+    partial.environment |= {
         "num_threads": torch.get_num_threads(),
         "prediction": HELD,
     }
     with ready(cell, source) as it:
         model = it.stepper.model
-        sighting.environment |= {
+        partial.environment |= {
             "device_name": it.device.gpu.name,
             "prediction": it.how,
             **it.origins,
         }
-        sighting.note(
+        partial.note(
             **prepare.count(model),
             num_blocks=it.num_blocks,
         )
         # No kernel is tuned and no library warms up: all steps after the first are
         # equal.
-        probes.probe_memory(
-            it.stepper, it.cell, it.batches, sighting, num_first_steps=1
-        )
-        probes.probe_rows(it.stepper, it.batches, sighting)
+        probes.probe_memory(it.stepper, it.cell, it.batches, partial, num_first_steps=1)
+        probes.probe_rows(it.stepper, it.batches, partial)
 
 
 def _how(cell: Cell, device: VirtualGpu) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from meft_bench.child.measuring.starting_point import deviation
-from meft_bench.child.meters.interleaved import take_turns
+from meft_bench.child.meters.interleaved import time_interleaved
 
 Steps = tuple[list[str], Callable[[str, list[float]], Callable[[], None]]]
 """Names in the order they ran in, and what makes a step of a name and its times."""
@@ -36,7 +36,7 @@ def test_turns_change_who_goes_first(steps: Steps) -> None:
     """Else the one that always follows would pay for what the other leaves behind. Warm
     turns do not count; the ratio is that of each turn, not of the medians."""
     order, make = steps
-    turns = take_turns(
+    turns = time_interleaved(
         make("own", [9.0, 2.0, 30.0, 4.0]),
         make("rival", [1.0, 1.0, 10.0, 8.0]),
         warmup_turns=1,
@@ -52,7 +52,7 @@ def test_turns_change_who_goes_first(steps: Steps) -> None:
 def test_one_turn_has_no_spread(steps: Steps) -> None:
     """There is none to tell."""
     _, make = steps
-    turns = take_turns(
+    turns = time_interleaved(
         make("own", [3.0]),
         make("rival", [2.0]),
         warmup_turns=0,
