@@ -42,8 +42,7 @@ class Adapters(nn.ModuleDict):
         missing_keys: list[str],
         *rest: Any,
     ) -> None:
-        """Load without reporting a missing config if `state_dict` has parameters only.
-        """
+        """Load without reporting a config that is missing in `state_dict`."""
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, *rest
         )

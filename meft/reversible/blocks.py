@@ -297,8 +297,7 @@ class ReversibleBlocks(nn.Module):
             self.stream_dtype = torch.int64
 
     def _refuse_call(self) -> None:
-        """Refuse unsupported changes to the blocks and unsupported contexts of a call.
-        """
+        """Refuse unsupported changes to the blocks and unsupported contexts."""
         refuse_func("a reversible model")
         refuse_recording("how wide its streams are depends on the values of the batch")
         refuse_sharded(self)
@@ -308,8 +307,7 @@ class ReversibleBlocks(nn.Module):
     def _by_name(
         self, hidden: Hidden, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Return a block's arguments by name, and refuse those that are not supported.
-        """
+        """Return a block's arguments by name, and refuse unsupported ones."""
         if getattr(self, "_is_replica", False):
             raise UnsupportedCallError(
                 "`nn.DataParallel` is not supported: its replicas have no parameters, "

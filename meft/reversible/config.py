@@ -161,7 +161,9 @@ class ReversibleConfig:
         }
 
     def same_function(self, other: "ReversibleConfig") -> bool:
-        """Return whether both configs define the same function, whatever the backward.
+        """Return whether both configs define the same function.
+
+        The backward and its options may differ.
         """
         return self.function() == other.function()
 

@@ -24,8 +24,7 @@ from meft.reversible.coupling import Arithmetic
 
 
 class _Seen(NamedTuple):
-    """Extremes of one value and its stream, each with one element per row of the batch.
-    """
+    """Extremes of one value and its stream, with one element per row of the batch."""
 
     least: Tensor
     greatest: Tensor

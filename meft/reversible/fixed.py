@@ -89,8 +89,7 @@ class Fixed:
     def couple_(
         self, target: Tensor, source: Tensor, value: Tensor, coupling: Coupling
     ) -> Tensor | None:
-        """Shift the target, add the value, and return the bits that were shifted out.
-        """
+        """Shift the target, add the value, and return the bits shifted out."""
         num_bits = lost_bits(coupling)
         keep = num_bits > 0 and not coupling.starts
         if fused := kernels(target, source):
@@ -120,8 +119,7 @@ class Fixed:
         coupling: Coupling,
         kept: Tensor | None,
     ) -> None:
-        """Subtract the value, shift back, restore the bits and add `source` if needed.
-        """
+        """Subtract the value, shift back and restore the bits."""
         num_bits = lost_bits(coupling)
         if fused := kernels(target, source):
             fused.uncouple_(

@@ -19,8 +19,7 @@ from meft.reversible.coupling import Coupling
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Floating:
-    """Arithmetic of floating-point streams of `stream_dtype`, read in `compute_dtype`.
-    """
+    """Arithmetic of floating-point streams, which are read in `compute_dtype`."""
 
     compute_dtype: torch.dtype
     stream_dtype: torch.dtype

@@ -117,8 +117,7 @@ class Gradients:
 
 
 class _Root(torch.autograd.Function):
-    """Return the outputs; in backward, also pass the sums so far to the shared tensors.
-    """
+    """Return the outputs; in backward, also return the sums of the shared tensors."""
 
     @staticmethod
     def forward(

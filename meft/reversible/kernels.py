@@ -119,8 +119,7 @@ class Kernels:
             yield
 
     def changed(self, now: "Kernels") -> list[str]:
-        """Describe the changed settings that `entered` does not restore, one text each.
-        """
+        """Describe each changed setting that `entered` does not restore."""
         settings = zip(_SETTINGS, self.settings, now.settings, strict=True)
         return [
             f"`{setting.name}` from {before!r} to {after!r}"

@@ -111,8 +111,7 @@ class Exits:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Run the body with grad enabled; a backward through its graph raises an error.
-        """
+        """Run the body with grad enabled; a backward through its graph raises."""
         token = self._token = _Token()
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda _: token, _refuse_kept)
         # (Nodes must not keep a tensor itself: an output that its own node holds is

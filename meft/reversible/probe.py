@@ -92,8 +92,7 @@ class Probe:
         return list(dict.fromkeys(coupling.block for coupling in self._couplings))
 
     def rebuilt_errors(self) -> list[float]:
-        """Return the error of each block's rebuilt input: the larger of its streams'.
-        """
+        """Return the error of each block's rebuilt input: its streams' larger one."""
         return _worst(
             self._couplings, [self.errors[i] for i in range(len(self._couplings))]
         )

@@ -397,8 +397,7 @@ def _prepare_mixed(
     beside: Context,
     gradients: Gradients,
 ) -> Pull | None:
-    """Prepare the pull through the mixing part, to be run when `mixed` has been freed.
-    """
+    """Prepare the pull through the mixing part, to be run after freeing `mixed`."""
     if coupling.branch.mixing is None:
         return None
     others = [t for t in beside.values() if t.requires_grad]
@@ -408,8 +407,7 @@ def _prepare_mixed(
 
 
 class _Tensor(NamedTuple):
-    """The properties of a parameter or buffer that show whether it is still the same.
-    """
+    """The properties that show whether a parameter or buffer has changed."""
 
     identity: int
     storage: int

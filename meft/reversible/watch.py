@@ -111,8 +111,7 @@ class Watch:
             self._probe.compare(index, target)
 
     def point(self, index: int, gradient: Tensor | None) -> None:
-        """Pass the gradient of a coupling's target to the probe before differentiation.
-        """
+        """Pass the gradient of a coupling's target to the probe."""
         if self._probe is not None:
             self._probe.weigh(index, gradient)
 

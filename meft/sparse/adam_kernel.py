@@ -211,8 +211,7 @@ def _advance(
 @numba.njit(error_model="numpy")
 @no_type_check
 def _step_and_narrow(p, m, v, g, bits, moves, idle_steps, of_row, of_step):
-    """Take the step and write the bfloat16 copy in one loop, for the most common case.
-    """
+    """Take the step and write the bfloat16 copy in one loop; the most common case."""
     if moves:
         for k in range(p.size):
             at = _moved(p[k], m[k], v[k], idle_steps)
@@ -322,8 +321,7 @@ def _now(p, m, v, factors, powers, out):
 @numba.njit(error_model="numpy")
 @no_type_check
 def _idle_steps(factors, powers):
-    """Return the factors that apply to p: D, c, the least m that counts, coefficients.
-    """
+    """Return the factors for p: D, c, the least m that counts, coefficients."""
     return (
         _f32(factors[SHRINK]),
         _f32(factors[CENTRE]),
@@ -350,8 +348,7 @@ def _coefficient(factors, powers, k):
 @numba.njit(error_model="numpy")
 @no_type_check
 def _of_row(factors, beta1, beta2):
-    """Return the factors that apply to m and v, and the sizes below which these are 0.
-    """
+    """Return the factors for m and v, and the sizes below which these are 0."""
     mean = _f32(factors[MEAN] * beta1)
     square = factors[ROOT] * factors[ROOT] * beta2
     square = _f32(square) if square >= SMALLEST else _ZERO
@@ -397,8 +394,7 @@ def _stepped(at, by, under, new, of_row, of_step):
 @numba.njit(error_model="numpy")
 @no_type_check
 def _narrow(wide, out, kind):
-    """Convert the bits of float32 numbers to 16 bits, rounded to nearest, ties to even.
-    """
+    """Convert float32 bits to 16 bits, rounded to nearest, ties to even."""
     if kind == BFLOAT16:
         for k in range(wide.size):
             is_nan = (wide[k] & _u32(0x7FFFFFFF)) > _u32(0x7F800000)

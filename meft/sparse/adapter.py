@@ -94,8 +94,7 @@ class SparseAdapter(nn.Module):
 
     @property
     def rows_per_expert(self) -> int:
-        """Return the number of neurons in an expert, or of all neurons without experts.
-        """
+        """Return the number of neurons in an expert, or of all if there are none."""
         return self.config.num_neurons // max(self.config.experts, 1)
 
     @property

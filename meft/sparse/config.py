@@ -137,8 +137,7 @@ class SparseConfig:
 
     @property
     def is_gated(self) -> bool:
-        """Return whether an expert's router score is a factor of its neurons' scores.
-        """
+        """Return whether router scores are factors of the neurons' scores."""
         return (
             self.experts > 0 and self.semantics == "token_topk" and self.gate != "none"
         )
@@ -159,7 +158,10 @@ class SparseConfig:
         }
 
     def same_function(self, other: "SparseConfig") -> bool:
-        """Return whether both configs define the same function, ignoring placement."""
+        """Return whether both configs define the same function.
+
+        Placement and transfer of the rows may differ.
+        """
         return self.function() == other.function()
 
     def to_json(self) -> dict[str, Any]:

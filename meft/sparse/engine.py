@@ -97,8 +97,7 @@ class Engine:
         return self.link.download(tensor, trip)
 
     def prefetch(self, block: int) -> None:
-        """Fetch the rows that `block` used last time, if the cache has room for them.
-        """
+        """Fetch the rows that `block` used last time, if the cache has room."""
         if self.config.prefetch and 0 <= block < len(self.blocks):
             self.blocks[block].prefetch()
 
@@ -293,8 +292,7 @@ class OffloadedRows(Rows):
         self.engine.cache.invalidate(self.block)
 
     def prefetch(self) -> None:
-        """Fetch the rows used last time that are not cached, as far as there is room.
-        """
+        """Fetch uncached rows that were used last time, as far as there is room."""
         cache = self.engine.cache
         ids = self._last_taken
         if self._on_its_way is not None or not len(ids):

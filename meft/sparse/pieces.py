@@ -50,8 +50,7 @@ class Piece:
         return 2 * self.row + 1
 
     def by_row(self) -> tuple[Index, Start, Index]:
-        """Return entries ordered by row, the first entry of each row, and their tokens.
-        """
+        """Return the entries ordered by row, each row's first entry, and the tokens."""
         order = self.row.argsort(stable=True)
         start = starts(self.row[order], len(self.ids))
         return order, start, self.token[order]

@@ -108,8 +108,7 @@ class Live(Holder):
 
 
 def live_of(rows: Rows) -> Live | None:
-    """Return the holder of the gradients of `rows`; None if no gradient references it.
-    """
+    """Return the holder of the gradients of `rows`, or None if there is none."""
     return None if rows.live is None else rows.live()
 
 
@@ -367,8 +366,7 @@ def _of_list(
 
 
 def _unscale(func: Any, tensors: Any, found_inf: Tensor, inverse_scale: Tensor) -> None:
-    """Unscale gradients for a loss scaler: record non-finite values, and multiply all.
-    """
+    """Unscale gradients for a loss scaler, and record non-finite values."""
     plain = [tensor for tensor in tensors if not isinstance(tensor, RowGrad)]
     if plain:
         func(plain, found_inf, inverse_scale)
@@ -411,8 +409,7 @@ def _dense(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def replace_dense(holder: Holder, dense: Width) -> None:
-    """Set the gradient of `holder` to a dense tensor, without the rows that are all 0.
-    """
+    """Set the gradient of `holder` to the rows of `dense` that are not all 0."""
     ids = (dense != 0).any(1).nonzero()[:, 0]
     holder.replace_gradient(ids, dense[ids])
 

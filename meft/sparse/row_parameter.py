@@ -54,8 +54,7 @@ class RowTensor(torch.Tensor):
 
     @staticmethod
     def of(rows: Rows, plain: Tensor) -> "RowTensor":
-        """Return `plain`, which is memory of the store, as an instance of this class.
-        """
+        """Return `plain`, which is memory of the store, as a `RowTensor`."""
         made: RowTensor = torch.Tensor._make_subclass(RowTensor, plain, False)
         made.rows = rows
         return made
@@ -127,8 +126,7 @@ class RowTensor(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run a function on ordinary tensors, so that its results are ordinary tensors.
-        """
+        """Run a function so that its results are ordinary tensors."""
         if func is torch.autograd.grad and not in_backward():
             raise UnsupportedCallError(
                 "`torch.autograd.grad` cannot return the gradient of the rows of a "

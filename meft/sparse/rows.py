@@ -31,12 +31,10 @@ class Holder(Protocol):
     """Gradients of some rows of a table."""
 
     def held_ids(self) -> list[Tensor]:
-        """Return the rows that have a gradient, per part, on the device of the store.
-        """
+        """Return the rows with a gradient, per part, on the device of the store."""
 
     def parts(self) -> list[Tensor]:
-        """Return float32 copies of the gradients, one tensor per memory that has some.
-        """
+        """Return float32 copies of the gradients, one per memory that has some."""
 
     def put_parts(self, parts: list[Tensor]) -> None:
         """Replace the gradients by tensors in the form that `parts()` returns."""
@@ -93,8 +91,7 @@ class Rows(Holder, Protocol):
         """Update the cache after rows of all blocks have taken a step."""
 
     def invalidate(self) -> None:
-        """Invalidate copies on the device, as rows were changed other than by a step.
-        """
+        """Invalidate copies on the device after a change other than a step."""
 
 
 class ResidentRows(Rows):
