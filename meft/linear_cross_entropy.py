@@ -206,6 +206,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         num_items: Tensor | int | float | None,
         chunk_tokens: int,
     ) -> Tensor:
+        """Return the loss, and compute the gradients that are needed.
+
+        Args:
+            ctx: the autograd context.
+            hidden: one row per token, `tokens hidden`.
+            weight: one row per class, `vocab hidden`.
+            bias: the bias of the logits, `vocab`.
+            labels: one class per token, `tokens`.
+            ignore_index: the label of tokens to leave out.
+            num_items: the divisor of the sum over tokens; None for the mean.
+            chunk_tokens: rows of logits that exist at a time.
+
+        Returns:
+            The loss, a scalar.
+        """
         wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         kind = hidden.device.type

@@ -89,7 +89,17 @@ class Fixed:
     def couple_(
         self, target: Tensor, source: Tensor, value: Tensor, coupling: Coupling
     ) -> Tensor | None:
-        """Shift the target, add the value, and return the bits shifted out."""
+        """Shift the target, add the value, and return the bits shifted out.
+
+        Args:
+            target: the stream that changes, `batch seq hidden`.
+            source: the other stream, of the same shape.
+            value: the output of the branch, of the same shape.
+            coupling: the scale and the form of the coupling.
+
+        Returns:
+            The bits shifted out; None if there are none to keep.
+        """
         num_bits = lost_bits(coupling)
         keep = num_bits > 0 and not coupling.starts
         if fused := kernels(target, source):
@@ -119,7 +129,15 @@ class Fixed:
         coupling: Coupling,
         kept: Tensor | None,
     ) -> None:
-        """Subtract the value, shift back and restore the bits."""
+        """Subtract the value, shift back and restore the bits.
+
+        Args:
+            target: the stream that `couple_` changed, `batch seq hidden`.
+            source: the other stream, of the same shape.
+            value: the output of the branch, of the same shape.
+            coupling: the scale and the form of the coupling.
+            kept: what `couple_` returned.
+        """
         num_bits = lost_bits(coupling)
         if fused := kernels(target, source):
             fused.uncouple_(

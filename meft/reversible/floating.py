@@ -44,7 +44,14 @@ class Floating:
     def couple_(
         self, target: Tensor, source: Tensor, value: Tensor, coupling: Coupling
     ) -> None:
-        """Scale `target` and add `value`."""
+        """Scale `target` and add `value`.
+
+        Args:
+            target: the stream that changes, `batch seq hidden`.
+            source: the other stream, of the same shape.
+            value: the output of the branch, of the same shape.
+            coupling: the scale and the form of the coupling.
+        """
         if coupling.difference:
             target.sub_(source)
         target.mul_(coupling.scale).add_(value)
@@ -57,7 +64,15 @@ class Floating:
         coupling: Coupling,
         kept: Tensor | None,
     ) -> None:
-        """Subtract `value` and divide by the scale."""
+        """Subtract `value` and divide by the scale.
+
+        Args:
+            target: the stream that `couple_` changed, `batch seq hidden`.
+            source: the other stream, of the same shape.
+            value: the output of the branch, of the same shape.
+            coupling: the scale and the form of the coupling.
+            kept: None, as nothing is kept.
+        """
         target.sub_(value).div_(coupling.scale)
         if coupling.difference:
             target.add_(source)

@@ -123,6 +123,17 @@ class _Root(torch.autograd.Function):
     def forward(
         ctx: Any, gradients: Gradients, num_outputs: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
+        """Return outputs without memory in place of the outputs of a graph.
+
+        Args:
+            ctx: the autograd context.
+            gradients: the sums so far.
+            num_outputs: the number of outputs among `tensors`.
+            *tensors: the outputs of the graph, then the shared tensors.
+
+        Returns:
+            One tensor per output, of the same shape.
+        """
         ctx.set_materialize_grads(False)
         ctx.gradients, ctx.shared = gradients, tensors[num_outputs:]
         return tuple(carrier_like(t, t.dtype) for t in tensors[:num_outputs])

@@ -140,11 +140,27 @@ class _Token:
 class _Entrance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: _Token, x: Tensor, *sources: Tensor) -> Tensor:
+        """Return a view of `x` whose graph leads to `sources`.
+
+        Args:
+            ctx: the autograd context.
+            token: the object that every node of the graph references.
+            x: the input of a part of a branch, `batch seq hidden`.
+            *sources: tensors to which a gradient could flow.
+
+        Returns:
+            A view of `x`.
+        """
         ctx.token = token
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> NoReturn:
+        """Raise an error, because the graph holds no activations.
+
+        Raises:
+            UnsupportedCallError: always.
+        """
         _refuse_kept(None)
 
 

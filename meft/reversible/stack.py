@@ -110,6 +110,18 @@ class _Rebuild(torch.autograd.Function):
     def forward(
         ctx: Any, call: "_Call", extremes: Extremes, hidden: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
+        """Run all couplings without storing activations.
+
+        Args:
+            ctx: the autograd context.
+            call: the data of the forward that the backward needs.
+            extremes: records the extremes of values and streams.
+            hidden: the initial value of both streams, `batch seq hidden`.
+            *inputs: the tensors of the context, then the trainable parameters.
+
+        Returns:
+            The values and the carriers of both streams, all of the shape of `hidden`.
+        """
         ctx.set_materialize_grads(False)
         stack = call.stack
         context = call.context(inputs)
@@ -139,6 +151,21 @@ class _Rebuild(torch.autograd.Function):
     def backward(
         ctx: Any, _1: None, _2: None, d1: Tensor | None, d2: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        """Rebuild the activations from the top down and return all gradients.
+
+        Args:
+            ctx: the autograd context.
+            _1: None, as the values of stream 1 are not differentiable.
+            _2: None, as the values of stream 2 are not differentiable.
+            d1: the gradient of the carrier of stream 1, `batch seq hidden`.
+            d2: the gradient of the carrier of stream 2, of the same shape.
+
+        Returns:
+            The gradient of each input of `forward`; None for inputs without one.
+
+        Raises:
+            ReconstructionError: a rebuilt stream is wrong and `on_mismatch` is `raise`.
+        """
         refuse_create_graph("a rebuilding backward", "Set `backward='store'` for that")
         call: _Call = ctx.call
         call.refuse_changed_state()

@@ -264,6 +264,17 @@ class _Enter(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, values: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
+        """Create the carriers of two equal streams.
+
+        Args:
+            ctx: the autograd context.
+            hidden: the input of the stack, `batch seq hidden`.
+            values: the values of the streams, of the same shape.
+            dtype: the dtype of the gradients of streams.
+
+        Returns:
+            The two carriers, of the shape of `values`.
+        """
         ctx.dtype = hidden.dtype
         ctx.set_materialize_grads(False)
         return carrier_like(values, dtype), carrier_like(values, dtype)
@@ -281,6 +292,17 @@ class _Read(torch.autograd.Function):
     def forward(
         ctx: Any, carrier: Tensor, values: Tensor, arithmetic: Arithmetic
     ) -> Tensor:
+        """Return what a stream holds.
+
+        Args:
+            ctx: the autograd context.
+            carrier: the carrier of the stream, `batch seq hidden`.
+            values: its values, of the same shape.
+            arithmetic: the arithmetic of the stream.
+
+        Returns:
+            The stream in the dtype in which branches read it, of the same shape.
+        """
         ctx.dtype = carrier.dtype
         return arithmetic.read(values)
 
@@ -295,6 +317,18 @@ class _Couple(torch.autograd.Function):
     def forward(
         ctx: Any, target: Tensor, source: Tensor, value: Tensor, coupling: Coupling
     ) -> Tensor:
+        """Create the carrier of a target after its coupling.
+
+        Args:
+            ctx: the autograd context.
+            target: the carrier of the target, `batch seq hidden`.
+            source: the carrier of the source, of the same shape.
+            value: the output of the branch, of the same shape.
+            coupling: the scale and the form of the coupling.
+
+        Returns:
+            The new carrier, of the same shape.
+        """
         ctx.coupling, ctx.dtype = coupling, value.dtype
         return carrier_like(target, target.dtype)
 

@@ -145,7 +145,13 @@ def _settle(table: Table, ids: Ids, s: Schedule) -> None:
 
 
 def anchor(table: Table, ids: Ids, s: Schedule) -> None:
-    """Start the factors of rows again from their current values and moments."""
+    """Start the factors of rows again from their current values and moments.
+
+    Args:
+        table: the table to change.
+        ids: which rows, `some`.
+        s: the schedule.
+    """
     factors = table.factors[ids]
     table.first[ids], table.second[ids] = idling.moments_now(
         table.first[ids], table.second[ids], factors

@@ -415,7 +415,14 @@ def replace_dense(holder: Holder, dense: Width) -> None:
 
 
 def written(func: Any, args: Any, kwargs: Any, kind: type) -> list[Any]:
-    """Return the arguments of a class that an operation changes in place."""
+    """Return the arguments of a class that an operation changes in place.
+
+    Args:
+        func: the operation.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        kind: the class.
+    """
     found = []
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:

@@ -188,7 +188,16 @@ class ResidentRows(Rows):
 
 
 def choose(store: RowStore, tokens: Tokens, k: int) -> Int[Tensor, "tokens kept"]:
-    """Compute `Rows.choose` for tokens on the device of the store."""
+    """Compute `Rows.choose` for tokens on the device of the store.
+
+    Args:
+        store: the store of the rows.
+        tokens: `tokens hidden`.
+        k: the number of neurons per token.
+
+    Returns:
+        The indices of the neurons, `tokens kept`.
+    """
     if k == len(store):
         return top(tokens.new_empty(len(tokens), k), k)
     keys = store.keys()

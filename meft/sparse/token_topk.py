@@ -74,6 +74,19 @@ class _TokenTopK(torch.autograd.Function):
         experts: Int[Tensor, "tokens experts"] | None,
         adapter: "SparseAdapter",
     ) -> Tokens:
+        """Return the output of the adapter; arguments are those of `token_topk`.
+
+        Args:
+            ctx: the autograd context.
+            tokens: h, `tokens hidden`.
+            gates: factors on the scores, `tokens experts`; None for 1.
+            parameter: the parameter of the rows.
+            experts: the experts of each token, `tokens experts`; None without experts.
+            adapter: the adapter with its rows.
+
+        Returns:
+            The output, `tokens hidden`.
+        """
         columns, raw = choose(adapter, tokens, gates, experts)
         per_expert = adapter.rows_per_expert
         neurons = neurons_of(columns, experts, per_expert)

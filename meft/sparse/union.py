@@ -64,6 +64,19 @@ class _Union(torch.autograd.Function):
         experts: Int[Tensor, "tokens experts"] | None,
         adapter: "SparseAdapter",
     ) -> Tokens:
+        """Return the output of the adapter; arguments are those of `union`.
+
+        Args:
+            ctx: the autograd context.
+            tokens: h, `tokens hidden`.
+            gates: None, as there are no gates.
+            parameter: the parameter of the rows.
+            experts: the experts of each token, `tokens experts`; None without experts.
+            adapter: the adapter with its rows.
+
+        Returns:
+            The output, `tokens hidden`.
+        """
         columns, _ = choose(adapter, tokens, None, experts)
         active = distinct(
             adapter, neurons_of(columns, experts, adapter.rows_per_expert)
