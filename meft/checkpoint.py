@@ -490,7 +490,7 @@ def _dtype_of(tensors: Mapping[str, Tensor]) -> str:
 def _digests(
     tensors: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> dict[str, str]:
-    """Return the sha256 of each tensor's shape and values, rounded to `dtype`."""
+    """Return the sha256 of each tensor's shape and values; floats are in `dtype`."""
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
         found = pool.map(partial(_digest_of_one, dtype=dtype), tensors.values())
         return dict(zip(tensors, found, strict=True))

@@ -180,7 +180,7 @@ class SavedBytes:
         """Count the tensor's whole storage and save its values; this is the pack hook.
 
         The tensor itself is not saved: an output that its own node holds is never
-            freed.
+        freed.
         """
         storage = tensor.untyped_storage()
         if storage._cdata not in self._excluded:

@@ -13,8 +13,8 @@ def refuse_create_graph(what: str, remedy: str = "") -> None:
     """Refuse a backward pass that records its own graph. Call it in a `backward`.
 
     `once_differentiable` would raise when the gradients are differentiated, but not if
-        the incoming gradient is a constant: a penalty on gradients would then omit a
-        part of them.
+    the incoming gradient is a constant: a penalty on gradients would then omit a part
+    of them.
 
     Args:
         what: the part of the library that does not support it, for the message.

@@ -133,8 +133,7 @@ class ReversibleBlocks(nn.Module):
         self.probe: Probe | None = None
         """Probe of one forward and backward; `meft.testing` sets it."""
         self.ledger = Ledger()
-        """Bytes that have been copied to and from a side buffer in host memory so far.
-        """
+        """Bytes copied to and from a side buffer in host memory so far."""
         self._model_config = model_config
         self.stream_dtype = torch.int32
         """Dtype of `fixed` streams: int64 once a forward has computed numbers that
@@ -171,7 +170,7 @@ class ReversibleBlocks(nn.Module):
         """Iterate over this stack in a `forward`, otherwise over the original blocks.
 
         Only the function that contains the loop is examined, not its callers: code that
-            freezes blocks may be called by the `forward` of another module.
+        freezes blocks may be called by the `forward` of another module.
         """
         in_forward = torch.compiler.is_compiling() or _is_forward(sys._getframe(1))
         return iter((self,) if in_forward else self.blocks)
@@ -237,7 +236,7 @@ class ReversibleBlocks(nn.Module):
 
         Returns:
             Both streams after the top block; the rebuilt stack; all couplings; and, for
-            each row, whether every value was finite (None where the streams show it).
+            each row, whether every value was finite (None for `float` streams).
 
         Raises:
             UnsupportedCallError: a block computes numbers that `fixed` streams of 64

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 
 Function = Callable[..., Tensor]
-"""Maps a stream, and the other inputs of the branch by name, to a tensor of its shape.
-"""
+"""Maps a stream, and other inputs by name, to a tensor of the stream's shape."""
 
 
 @dataclass(frozen=True, slots=True)

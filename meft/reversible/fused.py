@@ -101,7 +101,7 @@ def uncouple_(
     """Undo `couple_` in place.
 
     Without `kept`, the restored bits are those of `source`, or 0 if `source` is to be
-        added: at the bottom of a stack both streams are equal.
+    added: at the bottom of a stack both streams are equal.
 
     Args:
         target: the stream that `couple_` changed, contiguous, int32 or int64.
@@ -268,10 +268,10 @@ def _quanta(pointers, inside, scale, limit, dtype: tl.constexpr):
     """Compute `Fixed.quantise` with operations that every machine rounds alike.
 
     A product with a power of two is exact unless it leaves the range of floats: for
-        large values the clamp comes first; for small values the loss is far below half
-        a quantum. Fusing the product with the sum therefore does not change the result.
-        2^23 plus a number from 0 to 2^23 is rounded to a whole number, half to even;
-        greater numbers are whole already.
+    large values the clamp comes first; for small values the loss is far below half a
+    quantum. Fusing the product with the sum therefore does not change the result. 2^23
+    plus a number from 0 to 2^23 is rounded to a whole number, half to even; greater
+    numbers are whole already.
     """
     x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     x = tl.where(x == x, x, 0.0)

@@ -158,8 +158,7 @@ def keep_hooks_for_whole_gradients(parameters: Iterable[Tensor]) -> bool:
     """Wrap the current hooks of parameters in place, so that they ignore partial sums.
 
     The wrapped hooks are also not called where there is no gradient: autograd has an
-        edge from a rebuilt stack to each of its parameters, whether or not a block used
-        it.
+    edge from a rebuilt stack to each of its parameters, whether or not a block used it.
 
     Returns:
         Whether any of `parameters` has a tensor hook.

@@ -32,8 +32,7 @@ class _Setting(NamedTuple):
     name: str
     read: Callable[[], Any]
     write: Callable[[Any], object] | None = None
-    """Function that sets the value; None if a recompute uses the value of the backward.
-    """
+    """Function that sets the value; None if a recompute uses the backward's value."""
     device_type: str | None = None
     """The only type of device that the setting affects; None for all."""
 

@@ -579,8 +579,7 @@ class _Call:
 
     stack: Stack
     names: tuple[str, ...]
-    """Names of the tensors in addition to the stream, which come before the parameters.
-    """
+    """Names of the tensors in addition to the stream, which precede parameters."""
     parameters: list[Tensor]
     """Trainable parameters."""
     state: _State

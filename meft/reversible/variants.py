@@ -62,8 +62,7 @@ class Rule:
     variant: str
     scales: tuple[float, float]
     difference: bool
-    """Whether couplings that contain a piece of the backbone subtract the source first.
-    """
+    """Whether couplings with a piece of the backbone subtract the source first."""
 
 
 def couplings(

@@ -69,8 +69,7 @@ class Watch:
     ) -> None:
         self._outside: Outside = {} if outside is None else outside
         self.found_outside = False
-        """Whether a parameter from another module was found that was not known before.
-        """
+        """Whether a new parameter of another module was found."""
         self._exact = exact
         self._call = call
         self._repeatable = repeatable

@@ -1,4 +1,4 @@
-"""Sparse adapters whose neurons live in host memory (Hao et al., ACL 2024).
+"""Sparse adapters whose neurons are stored in host memory (Hao et al., ACL 2024).
 
 Read the modules in this order: `router` (selects the neurons of a token), `dense` (the
 plain twin), `products` and `pieces` (the same computation on the chosen rows only),

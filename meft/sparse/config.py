@@ -29,48 +29,48 @@ class SparseConfig:
 
     Attributes:
         num_neurons (int): Neurons per block, r, at least 1. A neuron takes `2 *
-        hidden_size` float32 numbers, and AdamW stores twice as many in addition. Raise
-        it for more capacity. Default: `6400`.
-        top_k_neurons (int): Neurons that a token keeps, K, 1 to `num_neurons`.
-            Default: `64`.
+            hidden_size` float32 numbers, and AdamW stores twice as many in addition.
+            Raise it for more capacity. Default: `6400`.
+        top_k_neurons (int): Neurons that a token keeps, K, 1 to `num_neurons`. Default:
+            `64`.
         num_experts (int | None): Groups of equally many neurons that the router chooses
-        among, N; it must divide `num_neurons`. 0: no router, every neuron is scored.
-        None: the divisor of `num_neurons` nearest to the authors' 4 *
-        ceil(sqrt(num_neurons)), the larger of two that are equally near; if there is
-        none from half to twice of that, as for a prime number, pass a number or another
-        `num_neurons`. Default: `None`.
+            among, N; it must divide `num_neurons`. 0: no router, every neuron is
+            scored. None: the divisor of `num_neurons` nearest to the authors' 4 *
+            ceil(sqrt(num_neurons)), the larger of two that are equally near; if there
+            is none from half to twice of that, as for a prime number, pass a number or
+            another `num_neurons`. Default: `None`.
         top_k_experts (int): Experts that a token is routed to, 1 to the number of
             experts. Default: `8`.
         gate (str): How an expert's router score affects the scores of its neurons.
-        `logit`: it is a factor (the authors' choice). `softmax`: it is a factor after a
-        softmax over all experts. `none`: it only selects the experts, and the router
-        cannot learn. Default: `'logit'`.
+            `logit`: it is a factor (the authors' choice). `softmax`: it is a factor
+            after a softmax over all experts. `none`: it only selects the experts, and
+            the router cannot learn. Default: `'logit'`.
         semantics (str): `token_topk`: the output for a token is a sum over the neurons
             that it keeps (the authors' code behind their accuracies). `union`: over all
             neurons that any token of the batch keeps, without a gate (algorithm 1 of
             the paper). Default: `'token_topk'`.
         placement (str): Where rows are stored: `offloaded`, in host memory, or
-        `resident`, on the device. Use `resident` if they fit there. Default:
-        `'offloaded'`.
+            `resident`, on the device. Use `resident` if they fit there. Default:
+            `'offloaded'`.
         wire_dtype (str | None): `float32`, `bfloat16` or `float16`: the transfer dtype,
-        that is, the dtype of rows and gradients while they are copied between host and
-        device. Master rows are float32 always. None selects the backbone's dtype.
-        Default: `None`.
+            that is, the dtype of rows and gradients while they are copied between host
+            and device. Master rows are float32 always. None selects the backbone's
+            dtype. Default: `None`.
         device_bytes (int): Bytes that rows and their gradients may take on the device,
-        for all blocks together, at least 1: seven eighths for the cache, the rest for
-        the rows of the current computation. If that eighth does not hold the rows that
-        a batch chose in a block, rows are processed in pieces, and sums over pieces
-        round differently. Default: `1073741824`.
+            for all blocks together, at least 1: seven eighths for the cache, the rest
+            for the rows of the current computation. If that eighth does not hold the
+            rows that a batch chose in a block, rows are processed in pieces, and sums
+            over pieces round differently. Default: `1073741824`.
         cache (str): How long a row stays on the device. `steps`: as long as its value
-        does not change. `window`: until the next optimizer step. `off`: only while it
-        is used in a computation, so its gradient is transferred at once. Default:
-        `'steps'`.
+            does not change. `window`: until the next optimizer step. `off`: only while
+            it is used in a computation, so its gradient is transferred at once.
+            Default: `'steps'`.
         prefetch (bool): Whether to fetch the rows that the next block used last time
-        while the current block computes. Default: `True`.
+            while the current block computes. Default: `True`.
         update (str): What happens to rows without a gradient in an optimizer step.
-        `dense`: they take the step. `lazy`: they do not change. `catchup`: they take it
-        when they are next needed, with the same bits as `dense`, at a cost that is
-        proportional to the rows used. Default: `'catchup'`.
+            `dense`: they take the step. `lazy`: they do not change. `catchup`: they
+            take it when they are next needed, with the same bits as `dense`, at a cost
+            that is proportional to the rows used. Default: `'catchup'`.
 
     Raises:
         ConfigError: a value has the wrong type, is out of range or contradicts another.

@@ -129,8 +129,7 @@ class OffloadedRows(Rows):
         self._host_gradient: Tensor | None = None
         self._on_host = np.zeros(len(store), bool)
         self._gradient_places: Tensor | None = None
-        """Slots of the gradients on the device, if they have been transferred already.
-        """
+        """Slots of the gradients on the device, if transferred already."""
         self.is_settled = False
         self.live = None
         self.owner = None

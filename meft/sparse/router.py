@@ -17,8 +17,7 @@ from meft.errors import ConfigError
 KEY_STD = 0.02
 """Standard deviation of the initial keys (the authors' `initializer_range`)."""
 ROUTER_GAIN = 50.0
-"""Factor of the mean of an expert's keys in its initial router row (the authors' code).
-"""
+"""Factor of an expert's mean key in its initial router row (the authors' code)."""
 
 
 def top(scores: Float[Tensor, "tokens choices"], k: int) -> Int[Tensor, "tokens kept"]:

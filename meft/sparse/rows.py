@@ -85,7 +85,7 @@ class Rows(Holder, Protocol):
         """
 
     def on_device(self) -> list[Tensor]:
-        """Return tensors on the device; of shared ones only the first block's."""
+        """Return tensors on the device; only the first block returns shared ones."""
 
     def end_step(self) -> None:
         """Update the cache after rows of all blocks have taken a step."""
