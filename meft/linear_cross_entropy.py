@@ -56,8 +56,8 @@ def linear_cross_entropy(
     gradient of a bias under autocast.
 
     At most `chunk_tokens * vocab * 12` bytes are alive for logits (24 in float64). Kept
-    for backward are `tokens * hidden` in the dtype of `hidden`, and `vocab * hidden *
-    4` bytes (8 in float64) if, and only if, `weight` requires a gradient. Under
+    for backward are `tokens * hidden` in the dtype of `hidden`, and, if and only if
+    `weight` requires a gradient, `vocab * hidden * 4` bytes (8 in float64). Under
     autocast the cast of the weight is alive during the forward.
 
     Args:

@@ -28,8 +28,8 @@ class SparseConfig:
     `top_k_neurons` with the highest scores (Hao et al., ACL 2024).
 
     Attributes:
-        num_neurons (int): Neurons per block, r, at least 1. A neuron takes `2 *
-            hidden_size` float32 numbers, and AdamW stores twice as many in addition.
+        num_neurons (int): Neurons per block, r, at least 1. A neuron takes
+            `2 * hidden_size` float32 numbers, and AdamW stores twice as many more.
             Raise it for more capacity. Default: `6400`.
         top_k_neurons (int): Neurons that a token keeps, K, 1 to `num_neurons`. Default:
             `64`.
