@@ -31,7 +31,7 @@ _WARNED: WeakSet[nn.Module] = WeakSet()
 
 
 def add_saving(model: nn.Module, converted: type[nn.Module]) -> None:
-    """Replace `save_pretrained` of `model` and of the models inside with all adapters.
+    """Make `model`, and models inside it that hold all adapters, save the adapters.
 
     Args:
         model: a converted model.

@@ -29,7 +29,7 @@ class SparseConfig:
 
     Attributes:
         num_neurons (int): Neurons per block, r, at least 1. A neuron takes
-            `2 * hidden_size` float32 numbers, and AdamW stores twice as many more.
+            `2 * hidden_size` float32 numbers, and AdamW stores two more for each.
             Raise it for more capacity. Default: `6400`.
         top_k_neurons (int): Neurons that a token keeps, K, 1 to `num_neurons`. Default:
             `64`.
