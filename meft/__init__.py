@@ -1,6 +1,7 @@
-"""Fine-tune transformers within memory.
+"""Memory-efficient fine-tuning of transformers.
 
-Public names; everything else may change. `meft.testing` holds the checks.
+The names listed here are public; everything else may change. `meft.testing` contains
+checks for users.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +29,7 @@ from meft.sparse.optimizer import SparseAdamW, optimizer_cls_and_kwargs
 
 try:
     __version__ = version("meft")
-except PackageNotFoundError:  # a source tree that was never installed
+except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [

@@ -1,10 +1,10 @@
-"""The adapter both methods share: down, activation, dropout, up.
+"""The adapter that both methods share: down, activation, dropout, up.
 
     bottleneck(x) = W_up dropout(activation(W_down x + b_down)) + b_up
 
-There is no skip connection and no norm inside; whoever places the adapter adds its
-output to something. Both weights start as N(0, std^2) and both biases as 0, so the
-adapter starts small but not silent (Liao et al., NeurIPS 2023, figure 4: std = 0.02).
+It contains no skip connection and no norm; the caller adds its output to another
+tensor. Both weights are initialised from N(0, std^2) and both biases as 0, so the
+output is initially small but not 0 (Liao et al., NeurIPS 2023, figure 4: std = 0.02).
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Bottleneck(nn.Module):
         bottleneck_size: inner width, at least 1.
         activation: elementwise function, the backbone's own.
         dropout: probability between activation and up, the backbone's own.
-        std: standard deviation of both weights at the start.
+        std: initial standard deviation of both weights.
     """
 
     def __init__(
@@ -45,9 +45,10 @@ class Bottleneck(nn.Module):
     def forward(
         self, x: Float[Tensor, "*shape hidden"]
     ) -> Float[Tensor, "*shape hidden"]:
-        """The adapter's output, in the dtype of `x`.
+        """Return the adapter's output, in the dtype of `x`.
 
-        Adapters keep float32 weights beside a half-precision backbone, hence the casts.
+        Adapters keep float32 weights next to a half-precision backbone, hence the
+        casts.
         """
         inner = self.activation(self.down(x.to(self.down.weight.dtype)))
         outer: Tensor = self.up(self.dropout(inner))
@@ -55,5 +56,5 @@ class Bottleneck(nn.Module):
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for what we add to a backbone of `dtype`: float32 or wider."""
+    """Return the dtype of parameters added to a backbone: float32 or wider."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,12 +1,12 @@
-"""Save and load what is trained, and nothing else.
+"""Saving and loading of the trained tensors.
 
-A directory holds two files: `adapters.safetensors`, every trainable parameter and the
-buffers that go with them, under their names in the model, and `adapters.json`, which
-says what kind of model they belong to: the configs of our methods, what the backbone's
-config says about its function, and digests of all values of the backbone and of the
-saved tensors. Loading compares all of them before it touches the model. Next to a whole
-model written by `save_pretrained()`, the rows of sparse adapters are in the model's
-file only.
+A directory holds two files. `adapters.safetensors` contains every trainable parameter
+and the buffers that belong to them, under their names in the model. `adapters.json`
+identifies the model they belong to: the configs of our methods, the fields of the
+backbone's config that define its function, and digests of all values of the backbone
+and of the saved tensors. Loading compares all of them before it changes the model. Next
+to a whole model written by `save_pretrained()`, the rows of sparse adapters are in the
+model's file only.
 """
 
 import contextlib
@@ -44,9 +44,9 @@ from meft.trainable import has_peft_layers
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapters.json"
 FORMAT_VERSION = 3
-"""Versions 1 and 2, of development, had digests of some of the values."""
+"""Versions 1 and 2, used in development, had digests of only some of the values."""
 IN_MODEL = "in_model_file"
-"""Key of the config: names that are in transformers' file of the whole model."""
+"""Key of the config: names of tensors in transformers' file of the whole model."""
 _NO_PART_OF_THE_FUNCTION = {
     *("_name_or_path", "architectures", "auto_map", "tokenizer_class"),
     *("transformers_version", "dtype", "torch_dtype", "quantization_config"),
@@ -56,29 +56,30 @@ _NO_PART_OF_THE_FUNCTION = {
     *("initializer_range", "initializer_factor", "init_std"),
     *vars(GenerationConfig()),  # `use_cache` and `eos_token_id`, for example
 }
-"""Fields of transformers' configs that may differ; so may those of dropout."""
+"""Fields of transformers' configs that may differ; those of dropout may differ too."""
 _DIGEST_DTYPES = {"exact": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What values are rounded to before they are digested. `exact` counts where the model
-has the dtype that it was saved in; the others where it has another."""
+"""Dtypes to which values are rounded before they are digested. `exact` is compared if
+the model has the dtype in which it was saved; otherwise the others are.
+"""
 _CHUNK = 1 << 22
-"""Values that are rounded and digested at a time."""
+"""Number of values that are rounded and digested at a time."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def save_adapters(model: nn.Module, directory: str | Path) -> None:
-    """Write the adapters, whatever else is trainable, and the config of a model.
+    """Write the adapters, all other trainable parameters, and the config of a model.
 
-    An earlier save in the same directory is replaced; each file appears whole or not at
-    all.
+    An earlier save in the same directory is replaced; each file is written completely
+    or not at all.
 
     Args:
         model: a converted model, or a PeftModel that holds one.
-        directory: where to write; it is made if it does not exist.
+        directory: the directory to write to, which is created if it does not exist.
 
     Raises:
         UnsupportedModelError: the model has not been converted.
-        OSError: `directory` cannot be written to; nothing half-written is left in it.
+        OSError: `directory` cannot be written to; no partial file is left in it.
     """
     if not sparse_adapters(model) and not find_stacks(model):
         raise UnsupportedModelError(
@@ -91,15 +92,17 @@ def save_adapters(model: nn.Module, directory: str | Path) -> None:
 def trained_tensors(
     model: nn.Module, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """What `save_adapters` writes: adapters, whatever else is trainable, and buffers.
+    """Return the tensors that `save_adapters` writes.
+
+    These are the adapters, all other trainable parameters, and buffers.
 
     Args:
         model: a converted model.
-        state_dict: the values to take instead of the model's own, such as averages.
-            Without any of these names in it, nothing is to be written.
+        state_dict: values to use instead of the model's own, such as averages. If it
+            contains none of these names, the result is empty.
 
     Raises:
-        AdapterFileError: `state_dict` has some of the names and not all.
+        AdapterFileError: `state_dict` has some of the names but not all.
     """
     adapters = _adapter_names(model)
     parameters = {
@@ -130,14 +133,14 @@ def write_adapters(
     *,
     next_to_model: bool = False,
 ) -> None:
-    """Write what was trained, and the config of a model.
+    """Write the trained tensors and the config of a model.
 
     Args:
         model: a converted model.
-        directory: where to write; it is made if it does not exist.
+        directory: the directory to write to, which is created if it does not exist.
         trained: the result of `trained_tensors`.
-        next_to_model: whether `save_pretrained` of transformers has just written there.
-            Rows that its files have are not written a second time.
+        next_to_model: whether transformers' `save_pretrained` has just written to the
+            directory. Rows that its files contain are not written a second time.
     """
     sparse, stacks = sparse_adapters(model), list(find_stacks(model).values())
     directory = Path(directory)
@@ -159,33 +162,35 @@ def write_adapters(
         "trained_sha256": _digest(trained),
         IN_MODEL: sorted(in_model),
     }
-    # Weights before config: a directory with a config always has its weights.
+    # Weights are written before the config: a directory with a config always has its
+    # weights.
     _replace(directory / WEIGHTS, lambda path: save_file(written, path))
     text = json.dumps(config, indent=2) + "\n"
     _replace(directory / CONFIG, lambda path: path.write_text(text))
 
 
 def load_adapters(model: Model, directory: str | Path) -> Model:
-    """Put saved adapters into `model`, converting it first if it is not reversible yet.
+    """Load saved adapters into `model`, which is converted first if necessary.
 
     Args:
-        model: the class and backbone that the adapters were trained with. For what a
-            PeftModel has saved, a PeftModel with the same tuners.
-        directory: where `save_adapters()` or `model.save_pretrained()` wrote, such as a
-            checkpoint of `Trainer`.
+        model: a model with the class and backbone that the adapters were trained with.
+            If a PeftModel was saved, a PeftModel with the same tuners.
+        directory: the directory that `save_adapters()` or `model.save_pretrained()`
+            wrote, such as a checkpoint of `Trainer`.
 
     Returns:
-        `model` itself. It is left as it was if anything is refused.
+        `model` itself, which is unchanged if an error is raised.
 
     Raises:
-        AdapterFileError: files missing or damaged; another model class, another config
-            or other frozen weights of the backbone, or another config of our methods;
-            or tensors that do not fit or are missing.
+        AdapterFileError: files are missing or damaged; the model class, the config or
+            frozen weights of the backbone, or the config of our methods differ; or
+            tensors do not fit or are missing.
     """
     directory = Path(directory)
     config = _read_config(directory)
     trained = _read_weights(directory, config)
-    # Before the weights, of which the model's own adapters would count as frozen ones.
+    # This check precedes that of the weights, which would count the model's own
+    # adapters as frozen.
     _refuse_other_adapters(model, config, directory)
     _refuse_other_backbone(model, config, trained, directory)
     with _converted(model, config, directory):
@@ -225,7 +230,7 @@ def _configs(
 def _refuse_other_adapters(
     model: nn.Module, config: dict[str, Any], directory: Path
 ) -> None:
-    """A model may have been converted already, if it was in the same way."""
+    """Raise an error if the model has been converted with another config."""
     sparse, reversible = _configs(config)
     for stack in find_stacks(model).values():
         if reversible is None or not stack.reversible.same_function(reversible):
@@ -239,7 +244,7 @@ def _refuse_other_adapters(
 def _converted(
     model: nn.Module, config: dict[str, Any], directory: Path
 ) -> Iterator[None]:
-    """Give the model the adapters of `config`; undo it if the body raises."""
+    """Convert the model by the configs in `config`; undo this if the body raises."""
     sparse, reversible = _configs(config)
     stacks, adapters = find_stacks(model), sparse_adapters(model)
     flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -269,14 +274,14 @@ def _converted(
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """What is trainable is decided by the files that are being loaded."""
+    """Suppress `FrozenWarning`, as the loaded files determine what is trainable."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FrozenWarning)
         yield
 
 
 def _adapter_names(model: nn.Module) -> set[str]:
-    """Names of all parameters of adapters, trainable or not."""
+    """Return the names of all parameters of adapters, trainable or not."""
     stacks, sparse = find_stacks(model), sparse_adapters(model)
     modules = [*(stack.adapters for stack in stacks.values()), *sparse.values()]
     adapters = {id(p) for module in modules for p in module.parameters()}
@@ -336,7 +341,7 @@ def _read_weights(directory: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _model_files(directory: Path) -> dict[str, Path]:
-    """The file of each tensor that `save_pretrained()` has last written there."""
+    """Return the file of each tensor that the last `save_pretrained()` wrote there."""
     whole, index = directory / MODEL, directory / f"{MODEL}.index.json"
     found = [path for path in (whole, index) if path.exists()]
     if not found:
@@ -357,14 +362,14 @@ def _refuse_other_backbone(
 ) -> None:
     saved, given = config["backbone"], _function(model)
     pairs = [("model class", config["model_class"], type(model).__name__)]
-    # Another version of transformers may know other fields.
+    # Another version of transformers may have other fields.
     common = (name for name in given if name in saved)
     pairs += [(name, saved[name], given[name]) for name in common]
     wrong = [
         f"{name} {want!r}, got {got!r}" for name, want, got in pairs if want != got
     ]
     if wrong:
-        # A PeftModel's names and layers are its own.
+        # A PeftModel has its own names and layers.
         peft = config["model_class"].startswith("Peft") and not has_peft_layers(model)
         advice = ". Load `PeftModel.from_pretrained(model, directory)` first"
         raise AdapterFileError(
@@ -415,7 +420,7 @@ def _refuse_misfit(
 
 
 def _function(model: nn.Module) -> dict[str, Any]:
-    """What the configs of transformers' models inside say about their function."""
+    """Return config fields that define the function of transformers' models inside."""
     found: dict[str, PreTrainedModel] = {}
     for name, module in model.named_modules():
         inside = any(f"{name}.".startswith(f"{outer}.") or not outer for outer in found)
@@ -439,7 +444,7 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _buffers_of_trained(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong to what is trained, such as the statistics of a batch norm.
+    """Return buffers that belong to trained parameters, such as batch norm statistics.
 
     They are in task heads, in modules around the transformers models, and in modules
     with a trainable parameter of their own. All others count as part of the backbone.
@@ -470,7 +475,7 @@ def _persistent_buffers(name: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def _frozen(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer that is not saved."""
+    """Return every parameter and persistent buffer that is not saved."""
     found: dict[str, Tensor] = dict(model.named_parameters())
     for name, module in model.named_modules():
         found |= _persistent_buffers(name, module)
@@ -485,7 +490,7 @@ def _dtype_of(tensors: Mapping[str, Tensor]) -> str:
 def _digests(
     tensors: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> dict[str, str]:
-    """sha256 over shape and values of each tensor; floats are rounded to `dtype`."""
+    """Return the sha256 of each tensor's shape and values; floats are in `dtype`."""
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
         found = pool.map(partial(_digest_of_one, dtype=dtype), tensors.values())
         return dict(zip(tensors, found, strict=True))
@@ -504,14 +509,15 @@ def _digest_of_one(tensor: Tensor, dtype: torch.dtype | None) -> str:
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes and values."""
+    """Return the sha256 of all names, shapes and values."""
     digests = sorted(_digests(tensors, dtype=None).items())
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path`, then rename over it. Permissions follow the umask."""
-    # Not `tempfile`, whose files are private; those of safetensors are, too.
+    """Write to a temporary file and rename it. Permissions follow the umask."""
+    # `tempfile` is not used, because its files are private; those of safetensors are,
+    # too.
     beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     beside.touch(exist_ok=False)
     mode = beside.stat().st_mode

@@ -1,13 +1,13 @@
-"""`chunk_loss`: a causal language model whose loss never has all its logits.
+"""`chunk_loss`: the loss of a causal language model without all logits in memory.
 
-transformers' causal models compute logits for every token, upcast them, and call the
-loss on them: for a large vocabulary that is the largest tensor of a training step, and
-what a reversible stack saves is small beside it. Here a call with labels goes from the
-last hidden states to the loss in one function, `linear_cross_entropy`; a call without
-labels is the model's own.
+transformers' causal models compute logits for every token, upcast them, and compute the
+loss from them. With a large vocabulary the logits are the largest tensor of a training
+step, and the memory that a reversible stack saves is small in comparison. With
+`chunk_loss`, a call with labels computes the loss from the last hidden states in one
+function, `linear_cross_entropy`; a call without labels runs the model's own forward.
 
 The model's `forward` is replaced on the instance, so class, modules, parameters and
-names stay as they are.
+names do not change.
 """
 
 import functools
@@ -42,55 +42,59 @@ from meft.validate import integer
 
 Model = TypeVar("Model", bound=nn.Module)
 Loss = Callable[..., Tensor]
-"""(hidden, weight, labels, bias, ignore_index, num_items): a loss."""
+"""Signature (hidden, weight, labels, bias, ignore_index, num_items); returns a loss."""
 
 BODIES: dict[type[Any], str] = {
     OPTForCausalLM: "model.decoder",
     LlamaForCausalLM: "model",
     MistralForCausalLM: "model",
 }
-"""Per class, the module that its forward takes the last hidden states from. All of them
-multiply these by `lm_head` and do nothing else to the logits."""
+"""The module, per class, that computes the last hidden states in its forward. All these
+classes multiply them by `lm_head` and do not change the logits further.
+"""
 
 _forwards: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
-"""What `chunk_loss` has put into models. A mark on the function would not do: whoever
-wraps it later copies its attributes."""
+"""Functions that `chunk_loss` has installed in models. An attribute of the function
+would not identify them, because wrappers copy attributes.
+"""
 
 
 def chunk_loss(model: Model, chunk_tokens: int = 1024, backend: str = "torch") -> Model:
-    """Let a causal language model compute its loss chunk by chunk, in place.
+    """Compute the loss of a causal language model chunk by chunk, in place.
 
-    For a batch of [batch, seq] tokens, `model(**inputs, labels=labels)` then gives the
-    loss that it gave before, in training and in evaluation, and `logits` in its output
-    is None. Without labels (generation, a loss of one's own, the `Trainer`'s label
-    smoothing) every call is as before, with all logits.
+    For a batch of [batch, seq] tokens, `model(**inputs, labels=labels)` then returns
+    the same loss as before, in training and in evaluation, and `logits` in its output
+    is None. Every call without labels (generation, a user's own loss, the `Trainer`'s
+    label smoothing) is as before, with all logits.
 
     Logits take `chunk_tokens * vocab * 12` bytes at a time, where they took up to
-    `batch * seq * vocab * 16` (24 and 32 in float64). Kept for backward is a gradient
-    of the size of the last hidden states, `batch * seq * hidden`; and if the head
-    trains, one of `vocab * hidden` in float32 at least.
+    `batch * seq * vocab * 16` (24 and 32 in float64). Kept for backward are a gradient
+    of the size of the last hidden states, `batch * seq * hidden`, and, if the head is
+    trained, one of `vocab * hidden` in at least float32.
 
-    The loss is float32; of a float64 model it is float64, where transformers rounds to
-    float32. `num_items_in_batch`, `ignore_index` and `shift_labels` mean what they mean
-    to transformers, so the `Trainer` normalises accumulated gradients as it does. One
-    process per device: `nn.DataParallel` is not supported, nor is pickling the model
-    whole (the copy computes the same, with all logits).
+    The loss is float32; for a float64 model it is float64, where transformers rounds to
+    float32. `num_items_in_batch`, `ignore_index` and `shift_labels` have the same
+    meaning as in transformers, so the `Trainer` normalises accumulated gradients as
+    usual. Use one process per device: `nn.DataParallel` is not supported, and neither
+    is pickling the whole model (the copy computes the same loss, with all logits).
 
     Args:
         model: an `OPTForCausalLM`, `LlamaForCausalLM` or `MistralForCausalLM`,
-            reversible or not; it may become so afterwards.
-        chunk_tokens: tokens whose logits exist at a time.
+            reversible or not; it may be converted afterwards.
+        chunk_tokens: number of tokens whose logits exist at a time.
         backend: `torch`; or `liger`, the fused kernels of the package `liger-kernel`,
-            which choose their chunks themselves and run on CUDA only. This project's
-            own tests have no GPU: they have never run them.
+            which choose their chunks themselves and run on CUDA only. The tests of this
+            project run without a GPU and have never run these kernels.
 
     Returns:
-        `model` itself. `unchunk_loss()` undoes it.
+        `model` itself. `unchunk_loss()` undoes the change.
 
     Raises:
-        UnsupportedModelError: another class, a loss function or a head that is not the
-            one of the class, or a `forward` that has been replaced already.
-        ConfigError: `chunk_tokens` is not positive; no such backend, or not installed.
+        UnsupportedModelError: the model is of another class, has a loss function or
+            head other than that of its class, or has a `forward` that was replaced
+            already.
+        ConfigError: `chunk_tokens` is not positive, or the backend does not exist or is
+            not installed.
     """
     chunk_tokens = integer(1)("chunk_tokens", chunk_tokens)
     path = _body_path(model)
@@ -120,7 +124,7 @@ def unchunk_loss(model: Model) -> Model:
 
     Raises:
         UnsupportedModelError: the loss is not chunked, or its `forward` has been
-            wrapped by something else since.
+            wrapped since.
     """
     if not _is_chunked(model):
         raise UnsupportedModelError(
@@ -133,7 +137,7 @@ def unchunk_loss(model: Model) -> Model:
 
 def _body_path(model: nn.Module) -> str:
     for supported, path in BODIES.items():
-        # A subclass with a forward of its own may do anything.
+        # A subclass with its own forward may compute something else.
         if getattr(type(model), "forward", None) is supported.forward:
             return path
     names = ", ".join(supported.__name__ for supported in BODIES)
@@ -146,7 +150,7 @@ def _body_path(model: nn.Module) -> str:
 
 
 def _unusual(model: Any) -> str | None:
-    """What of `model` its class does not account for, as the end of a sentence."""
+    """Describe how `model` differs from its class, as the end of a sentence."""
     head = model.lm_head
     if type(head) is not nn.Linear:
         return f"an `lm_head` that is not a plain `nn.Linear`, but {head}"
@@ -172,7 +176,7 @@ def _is_chunked(model: nn.Module) -> bool:
 
 
 def _forward(plain: Callable[..., Any], path: str, loss: Loss) -> Callable[..., Any]:
-    """The forward of a class whose own is `plain`."""
+    """Return the new forward of a class whose own forward is `plain`."""
     signature = inspect.signature(plain)
 
     @functools.wraps(plain)
@@ -214,7 +218,7 @@ def _with_loss(
         raise UnsupportedCallError(f"this model has, since `chunk_loss()`, {reason}")
     outputs = model.get_submodule(path)(**call)
     hidden = outputs.last_hidden_state
-    # transformers' `ForCausalLMLoss`, up to the logits.
+    # From here on as in transformers' `ForCausalLMLoss`, up to the logits.
     ignore_index = call.get("ignore_index", IGNORE_INDEX)
     shifted = call.get("shift_labels")
     if shifted is None:

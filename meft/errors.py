@@ -1,4 +1,4 @@
-"""Our exceptions and warnings.
+"""The exceptions and warnings of this library.
 
 MeftError
 ├── ConfigError (ValueError)              a config holds an illegal value
@@ -16,27 +16,27 @@ SavingWarning (UserWarning)               a saved model needs `meft.load_adapter
 
 
 class MeftError(Exception):
-    """Base of every exception this library raises on purpose."""
+    """Base class of all exceptions that this library raises."""
 
 
 class ConfigError(MeftError, ValueError):
-    """A config holds an illegal value."""
+    """A config contains an illegal value."""
 
 
 class UnsupportedModelError(MeftError, TypeError):
-    """This model cannot be converted; the message lists what can."""
+    """The model cannot be converted; the message lists the supported models."""
 
 
 class UnsupportedCallError(MeftError, RuntimeError):
-    """A converted model was asked for something a reversible stack cannot give."""
+    """A call of a converted model requests something that is not supported."""
 
 
 class ReconstructionError(MeftError, RuntimeError):
-    """A rebuilt activation is not the one that the forward saw."""
+    """A rebuilt activation differs from that of the forward."""
 
 
 class AdapterFileError(MeftError, ValueError):
-    """Saved adapters are missing, damaged, or of another backbone or config."""
+    """Saved adapters are missing, damaged, or belong to another backbone or config."""
 
 
 class HostMemoryError(MeftError, MemoryError):
@@ -44,11 +44,11 @@ class HostMemoryError(MeftError, MemoryError):
 
 
 class MismatchWarning(UserWarning):
-    """A rebuilt activation was not the true one, and the step was skipped or redone."""
+    """A rebuilt activation was wrong, and the step was skipped or computed again."""
 
 
 class LostGradientWarning(UserWarning):
-    """Rebuilt activations are so inexact that gradients are wrong by more than 1%."""
+    """Rebuilt activations are so inexact that gradients have errors above 1%."""
 
 
 class FrozenWarning(UserWarning):
@@ -56,4 +56,4 @@ class FrozenWarning(UserWarning):
 
 
 class SavingWarning(UserWarning):
-    """`from_pretrained` alone does not restore what was saved."""
+    """`from_pretrained` alone does not restore the saved model."""

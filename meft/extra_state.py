@@ -1,14 +1,14 @@
 """The config of a conversion as an entry of `state_dict()`.
 
 Weights of a converted model compute the same function only under the same config, and
-many configs have parameters of the same names and shapes. So each module that a
-conversion adds returns the fields that define its function from `get_extra_state`, and
+many configs have parameters of the same names and shapes. Each module that a conversion
+adds therefore returns the fields that define its function from `get_extra_state`, and
 compares them in `set_extra_state`. Everything that saves and loads a `state_dict()`
 (`torch.save`, safetensors, accelerate, `Trainer.resume_from_checkpoint`) then checks
 the config as well.
 
-The entry is the JSON text of the fields with one float32 number per character.
-Averages of dictionaries, which people compute entry by entry, in place and in other
+The entry is the JSON text of the fields with one float32 number per character. Averages
+of state dictionaries, which users compute entry by entry, in place and in other
 floating-point dtypes, round to the same text.
 """
 
@@ -22,27 +22,27 @@ from torch import Tensor
 from meft.errors import AdapterFileError
 
 KEY = "_extra_state"
-"""Last part of the entry's name, as torch has it."""
+"""Last part of the entry's name, which torch defines."""
 
 
 def to_tensor(fields: Mapping[str, Any]) -> Tensor:
-    """Encode the fields of a config as a tensor of one axis, on the CPU."""
+    """Encode the fields of a config as a one-dimensional tensor on the CPU."""
     codes = list(json.dumps(fields).encode("ascii"))
     return torch.tensor(codes, dtype=torch.float32, device="cpu")
 
 
 def refuse_other(state: Tensor, fields: Mapping[str, Any]) -> None:
-    """Compare the fields of a saved config with those of the model.
+    """Raise an error if the fields of a saved config differ from those of the model.
 
     Args:
-        state: an entry that `to_tensor` has made.
-        fields: of the module that the entry is loaded into.
+        state: an entry that `to_tensor` has created.
+        fields: the fields of the module that the entry is loaded into.
 
     Raises:
         AdapterFileError: the fields differ, or `state` is not such an entry.
     """
     if state.is_meta:
-        return  # neither do meta tensors of parameters change anything
+        return  # meta tensors of parameters do not change anything either
     remedy = (
         "To load the weights without this check, delete the entries of the dictionary "
         f"whose names end in `{KEY}`"
@@ -69,10 +69,10 @@ def refuse_other(state: Tensor, fields: Mapping[str, Any]) -> None:
 
 
 def forgive_missing(prefix: str, missing_keys: list[str]) -> None:
-    """Remove the entry of the module at `prefix` from torch's list of missing ones.
+    """Remove the entry of the module at `prefix` from torch's list of missing keys.
 
-    Dictionaries of parameters alone, and those saved before there was such an entry,
-    load as they always did.
+    State dictionaries of parameters alone, and those saved before the entry existed,
+    can therefore still be loaded.
     """
     if prefix + KEY in missing_keys:
         missing_keys.remove(prefix + KEY)

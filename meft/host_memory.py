@@ -1,23 +1,23 @@
-"""How much host memory this process may still take: what Linux and its cgroups allow.
+"""Available host memory of this process, by Linux and its cgroups.
 
     available = min(MemAvailable of the machine,
-                    limit - usage + reclaimable page cache of every cgroup around us)
+                    limit - usage + reclaimable page cache of every enclosing cgroup)
 
-A container's limit is one of the latter, and an allocation beyond it is not refused:
-the process is killed once the pages are written to.
+A container's limit is one of the latter. An allocation beyond it is not refused: the
+process is killed once the pages are written to.
 """
 
 from pathlib import Path
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """Bytes that can still be allocated and used.
+    """Return the number of bytes that can still be allocated and used.
 
     Args:
-        root: of the file system, for tests.
+        root: root of the file system, for tests.
 
     Returns:
-        The bytes; None where the system does not say.
+        The bytes; None if the system does not report them.
     """
     found = [_of_machine(root / "proc/meminfo"), *_of_cgroups(root)]
     known = [number for number in found if number is not None]
@@ -50,7 +50,7 @@ def _of_cgroups(root: Path) -> list[int | None]:
         else:
             continue
         here = mount / name.lstrip("/")
-        # In a container, the name may be of the host's tree and not exist in ours.
+        # In a container, the name may refer to the host's tree and not exist here.
         groups = [here, *here.parents] if here.exists() else [mount]
         found += [_of_cgroup(g, *files) for g in groups if g.is_relative_to(mount)]
     return found

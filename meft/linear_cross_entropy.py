@@ -1,23 +1,24 @@
-"""Linear layer and cross-entropy in one, without the logits of a whole batch.
+"""A linear layer and cross-entropy in one function, without all logits at once.
 
 For rows h_t of `hidden`, labels y_t and a divisor n,
 
     loss = 1/n sum_t (logsumexp(z_t) - z_t[y_t]),    z_t = W h_t + b
 
-and its gradient for the logits needs nothing but the logits:
+and its gradient with respect to the logits depends on the logits only:
 
     dz_t = 1/n (softmax(z_t) - onehot(y_t))
     dh_t = W^T dz_t,    dW = sum_t dz_t h_t^T
 
-So the forward takes a chunk of tokens, computes its logits, its part of the loss and at
-once its part of the gradients, and lets the logits go before it takes the next chunk.
-The backward only multiplies by the incoming gradient. Nothing is computed twice: the
-matrix products are those of ordinary autograd, some of them earlier.
+The forward therefore processes chunks of tokens. For each chunk it computes the logits,
+their part of the loss and, at the same time, their part of the gradients, and frees the
+logits before the next chunk. The backward only multiplies by the incoming gradient.
+Nothing is computed twice: the matrix products are those of ordinary autograd, some of
+them earlier.
 
-`plain_linear_cross_entropy` is the twin, and the reference of the tests. A kernel from
-elsewhere has its adapter below. There is no label smoothing and there are no class
-weights; no vector of losses, one per token, because its backward would have to wait for
-the incoming gradients; no second derivative.
+`plain_linear_cross_entropy` is the twin, and the reference of the tests.
+`liger_linear_cross_entropy` calls a kernel of another package. There is no label
+smoothing and there are no class weights. A loss per token is not supported, because its
+backward would have to wait for the incoming gradients; nor are second derivatives.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from meft.errors import ConfigError, UnsupportedCallError
 from meft.transforms import refuse_create_graph
 
 IGNORE_INDEX = -100
-"""The label of tokens that have no part in the loss, as in torch and transformers."""
+"""Label of tokens that are not part of the loss, as in torch and transformers."""
 
 
 def linear_cross_entropy(
@@ -46,34 +47,35 @@ def linear_cross_entropy(
     num_items: Tensor | int | float | None = None,
     chunk_tokens: int = 1024,
 ) -> Float[Tensor, ""]:
-    """The cross-entropy of `hidden weight^T + bias`, chunk by chunk.
+    """Return the cross-entropy of `hidden weight^T + bias`, computed chunk by chunk.
 
     Logits are computed in the dtype of `hidden`, under autocast in that of autocast;
-    softmax, loss and sums in float32, for float64 in float64. With a single chunk loss
-    and gradients are the plain twin's, bit for bit, but for two that are finer here:
-    those in float16, where the twin's underflow sooner, and a bias's under autocast.
+    softmax, loss and sums in float32, for float64 in float64. With a single chunk, loss
+    and gradients have the same bits as those of the plain twin, except for two that are
+    more precise here: float16 gradients, which underflow sooner in the twin, and the
+    gradient of a bias under autocast.
 
     At most `chunk_tokens * vocab * 12` bytes are alive for logits (24 in float64). Kept
-    for backward: `tokens * hidden` in the dtype of `hidden`; and `vocab * hidden * 4`
-    bytes (8 in float64) if, and only if, `weight` wants a gradient. Under autocast the
-    weight's cast is alive during the forward.
+    for backward are `tokens * hidden` in the dtype of `hidden`, and, if and only if
+    `weight` requires a gradient, `vocab * hidden * 4` bytes (8 in float64). Under
+    autocast the cast of the weight is alive during the forward.
 
     Args:
-        hidden: a row per token.
-        weight: a row per class.
-        labels: a class per token, int64.
-        bias: of the logits.
+        hidden: one row per token, `tokens hidden`.
+        weight: one row per class, `vocab hidden`.
+        labels: one class per token, int64, `tokens`.
+        bias: the bias of the logits, `vocab`.
         ignore_index: the label of tokens to leave out. If all are left out, gradients
-            are 0, and the loss is not-a-number unless `num_items` is given.
-        num_items: the sum over tokens is divided by this, 1 for the sum itself; None
-            for the number of labels that are not left out, which makes it the mean.
+            are 0, and the loss is NaN unless `num_items` is given.
+        num_items: the divisor of the sum over tokens: 1 for the sum itself, None for
+            the number of labels that are not left out, which gives the mean.
         chunk_tokens: rows of logits that exist at a time, at least 1.
 
     Returns:
-        The loss. What is not finite in logits that have a part in it reaches it.
+        The loss, which is not finite if a logit that contributes to it is not.
     """
     if not torch.is_grad_enabled():
-        # Only so does the autograd function hear that nobody wants a gradient.
+        # Only then does the autograd function know that no gradient is needed.
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -91,7 +93,16 @@ def plain_linear_cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     num_items: Tensor | int | float | None = None,
 ) -> Float[Tensor, ""]:
-    """The same under ordinary autograd, with all logits at once."""
+    """Return the same loss under ordinary autograd, with all logits at once.
+
+    Args:
+        hidden: one row per token, `tokens hidden`.
+        weight: one row per class, `vocab hidden`.
+        labels: one class per token, int64, `tokens`.
+        bias: the bias of the logits, `vocab`.
+        ignore_index: the label of tokens to leave out.
+        num_items: the divisor of the sum over tokens; None for the mean.
+    """
     logits = functional.linear(hidden, weight, bias)
     logits = logits.to(wide_dtype(logits.dtype))
     if num_items is None:
@@ -111,15 +122,23 @@ def liger_linear_cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     num_items: Tensor | int | float | None = None,
 ) -> Float[Tensor, ""]:
-    """The same by the fused Triton kernels of `liger-kernel`, CUDA only.
+    """Return the same loss, computed by Triton kernels of `liger-kernel` on CUDA.
 
-    It chooses its chunks itself. The tests of this project run without a GPU: they
-    check how it is called, not what it computes.
+    The kernels choose their chunks themselves. The tests of this project run without a
+    GPU: they check how the kernels are called, not what they compute.
+
+    Args:
+        hidden: one row per token, `tokens hidden`.
+        weight: one row per class, `vocab hidden`.
+        labels: one class per token, int64, `tokens`.
+        bias: the bias of the logits, `vocab`.
+        ignore_index: the label of tokens to leave out.
+        num_items: the divisor of the sum over tokens; None for the mean.
 
     Raises:
         ConfigError: `liger-kernel` is not installed.
-        UnsupportedCallError: not on CUDA; or `weight` wants a gradient and `hidden`
-            does not.
+        UnsupportedCallError: `hidden` is not on CUDA, or `weight` requires a gradient
+            and `hidden` does not.
     """
     liger = import_liger()
     if not hidden.is_cuda:
@@ -144,7 +163,7 @@ def liger_linear_cross_entropy(
 
 
 def import_liger() -> Callable[..., Tensor]:
-    """The function of `liger-kernel`.
+    """Import and return the loss function of `liger-kernel`.
 
     Raises:
         ConfigError: it is not installed.
@@ -164,16 +183,16 @@ def import_liger() -> Callable[..., Tensor]:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The autograd function; its idea is in the module's docstring.
+    """The autograd function that the module's docstring describes.
 
-    Note: [The divisor comes in two halves]
+    Note: [The divisor is split in two]
 
     A loss scaler multiplies the loss to keep float16 gradients out of the subnormals,
-    but here the gradients were taken before it could. So 1/n is split into a mantissa
-    and a power of two: the logits' gradients are taken with the mantissa, at a size
-    that float16 can hold, and the backward multiplies by the power of two together with
-    the incoming gradient, in float32. Powers of two are exact, so no other dtype sees a
-    difference.
+    but here the gradients are computed before the loss is scaled. 1/n is therefore
+    split into a mantissa and a power of two: the logits' gradients are computed with
+    the mantissa, in a range that float16 can represent, and the backward multiplies by
+    the power of two together with the incoming gradient, in float32. Powers of two are
+    exact, so the result does not change in any other dtype.
     """
 
     @staticmethod
@@ -187,6 +206,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         num_items: Tensor | int | float | None,
         chunk_tokens: int,
     ) -> Tensor:
+        """Return the loss, and compute the gradients that are needed.
+
+        Args:
+            ctx: the autograd context.
+            hidden: one row per token, `tokens hidden`.
+            weight: one row per class, `vocab hidden`.
+            bias: the bias of the logits, `vocab`.
+            labels: one class per token, `tokens`.
+            ignore_index: the label of tokens to leave out.
+            num_items: the divisor of the sum over tokens; None for the mean.
+            chunk_tokens: rows of logits that exist at a time.
+
+        Returns:
+            The loss, a scalar.
+        """
         wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         kind = hidden.device.type
@@ -201,7 +235,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         items = kept.sum() if num_items is None else num_items
         items = torch.as_tensor(items, dtype=wide, device=hidden.device)
         mantissa, exponent = torch.frexp(1 / items)
-        # With no items the mantissa is infinite and the exponent may be anything.
+        # With no items the mantissa is infinite and the exponent is undefined.
         exponent = exponent.where(mantissa.isfinite(), 0)
         share = torch.where(kept, mantissa, 0)
 
@@ -243,8 +277,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         refuse_create_graph("a chunked loss", "Call `meft.unchunk_loss(model)` first")
         *products, power = ctx.saved_tensors
         factor = gradient * power
-        # In the dtype of the loss, because the factor alone may be out of the range of
-        # float16.
+        # Computed in the dtype of the loss, because the factor alone may be out of the
+        # range of float16.
         scaled = (
             None if d is None else (d.to(factor.dtype) * factor).to(dtype)
             for d, dtype in zip(products, ctx.dtypes, strict=True)
@@ -257,12 +291,18 @@ def _gradient(
     labels: Int[Tensor, " chunk"],
     share: Float[Tensor, " chunk"],
 ) -> Float[Tensor, "chunk vocab"]:
-    """dz, with `share` for 1/n, which is 0 for ignored tokens."""
+    """Return dz, where `share` is 1/n, or 0 for ignored tokens.
+
+    Args:
+        log_p: log-probabilities, `chunk vocab`.
+        labels: one class per token, `chunk`.
+        share: the weight of each token, `chunk`.
+    """
     d_log_p = torch.zeros_like(log_p)
     rows = torch.arange(len(log_p), device=log_p.device)
     d_log_p[rows, labels.where(share != 0, 0)] = -share
-    # What autograd itself calls, and so the same bits. A graph for autograd would pass
-    # the logits to whoever counts or offloads saved tensors.
+    # Autograd itself calls this operation, so the bits are the same. A graph for
+    # autograd would expose the logits to code that counts or offloads saved tensors.
     dz: Tensor = torch.ops.aten._log_softmax_backward_data(
         d_log_p, log_p, 1, log_p.dtype
     )
@@ -274,10 +314,10 @@ def _add_product_(
     dz: Float[Tensor, "chunk vocab"],
     inputs: Float[Tensor, "chunk hidden"],
 ) -> None:
-    """Add a chunk's dW, dz^T inputs."""
+    """Add a chunk's dW, which is dz^T inputs, to `d_weight` in place."""
     if dz.dtype == torch.bfloat16:
         d_weight += dz.t() @ inputs
     else:
-        # Float16 as well: the sum over tokens could overflow before any loss scaler
-        # had a say.
+        # The same holds for float16: the sum over tokens could overflow before any loss
+        # scaler detects it.
         d_weight.addmm_(dz.t().to(d_weight.dtype), inputs.to(d_weight.dtype))

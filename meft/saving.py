@@ -1,15 +1,16 @@
-"""What transformers' and peft's own saving and loading does on a converted model.
+"""Saving and loading a converted model by the methods of transformers and peft.
 
 `save_pretrained` writes a model's weights, adapters included, but `from_pretrained`
-makes a model of the plain class and leaves the adapters out. So `save_pretrained` of a
-converted model, which `Trainer` and `push_to_hub` call, also writes the two files of
-`meft.save_adapters`, and warns once of how to load them. `load_adapter` of a PeftModel,
-which `Trainer` calls to resume and to load the best checkpoint, also reads them.
+creates a model of the plain class and omits the adapters. `save_pretrained` of a
+converted model, which `Trainer` and `push_to_hub` call, therefore also writes the two
+files of `meft.save_adapters`, and warns once how to load them. `load_adapter` of a
+PeftModel, which `Trainer` calls to resume and to load the best checkpoint, also reads
+them.
 
 Both are set on the instance, under the names that transformers and peft call: classes
-stay as they are, and a copy of the model has them as well. A model around the converted
-one does not have them: when its `save_pretrained` collects the weights, a warning says
-that the adapters' files are missing.
+do not change, and a copy of the model has them as well. A model around the converted
+one does not have them: when its `save_pretrained` collects the weights, a warning
+reports that the adapters' files are missing.
 """
 
 import inspect
@@ -26,15 +27,15 @@ from meft.errors import SavingWarning, UnsupportedCallError
 
 METHODS = ("save_pretrained", "load_adapter")
 _WARNED: WeakSet[nn.Module] = WeakSet()
-"""Models around a converted one that have said that they save no adapters."""
+"""Models around a converted one that have warned that they save no adapters."""
 
 
 def add_saving(model: nn.Module, converted: type[nn.Module]) -> None:
-    """Let `model`, and each model inside that has all that was converted, save it.
+    """Make `model`, and models inside it that hold all adapters, save the adapters.
 
     Args:
         model: a converted model.
-        converted: the class of the modules that a conversion has put in.
+        converted: the class of the modules that a conversion has added.
     """
     number = _count(model, converted)
     for module in model.modules():
@@ -58,7 +59,7 @@ def remove_saving(model: nn.Module) -> None:
 
 
 class SavePretrained:
-    """`save_pretrained` of `model`, followed by `meft.save_adapters`.
+    """Call `save_pretrained` of `model`, then `meft.save_adapters`.
 
     Args:
         model: a converted transformers model, or a PeftModel that holds one.
@@ -69,15 +70,16 @@ class SavePretrained:
         self.has_warned = False
 
     def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """Takes and returns what `save_pretrained` of the model's class does.
+        """Save the model; arguments and result are those of `save_pretrained`.
 
         Raises:
             UnsupportedCallError: the call would upload the directory before the
                 adapters are in it.
-            AdapterFileError: `state_dict` is given and has some of the adapters only.
+            AdapterFileError: `state_dict` is given and contains only some of the
+                adapters.
 
         Warns:
-            SavingWarning: once per model, of what `from_pretrained` leaves out.
+            SavingWarning: once per model, what `from_pretrained` omits.
         """
         from meft.checkpoint import trained_tensors, write_adapters  # imports us
 
@@ -116,7 +118,7 @@ class SavePretrained:
 
 
 class LoadAdapter:
-    """`load_adapter` of a PeftModel, followed by `meft.load_adapters`.
+    """Call `load_adapter` of a PeftModel, then `meft.load_adapters`.
 
     Args:
         model: a PeftModel that holds a converted model.
@@ -128,11 +130,17 @@ class LoadAdapter:
     def __call__(
         self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any
     ) -> Any:
-        """Takes and returns what `load_adapter` of the model's class does.
+        """Load adapters, with the arguments and result of the class's `load_adapter`.
+
+        Args:
+            model_id: the directory to load from.
+            adapter_name: the name of the adapter in the PeftModel.
+            *args: other positional arguments of `load_adapter`.
+            **kwargs: other keyword arguments of `load_adapter`.
 
         Raises:
-            UnsupportedCallError: `adapter_name` is new, and `model_id` holds adapters
-                of meft, of which a model has one set.
+            UnsupportedCallError: `adapter_name` is new, and `model_id` contains
+                adapters of meft, of which a model has one set.
             AdapterFileError: see `meft.load_adapters`.
         """
         from meft.checkpoint import CONFIG, load_adapters  # imports this module

@@ -1,4 +1,4 @@
-"""Checks anyone can run on their own model: is it reversible, what does it keep?
+"""Checks for users: whether a model is reversible, and what it keeps for backward.
 
 check_reversible(model, batch)   reconstruction and gradient error of every block
 saved_bytes(exclude)             bytes kept for backward, exact, on any device
@@ -22,10 +22,10 @@ from meft.reversible.probe import LOST, Probe, relative_error
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReversibleReport:
-    """What `check_reversible` saw. `str()` gives a table, lowest block first."""
+    """Results of `check_reversible`. `str()` returns a table, lowest block first."""
 
     blocks: tuple[str, ...]
-    """Name in the model of every rebuilt block, the order of what follows."""
+    """Names in the model of the rebuilt blocks, in the order of the other fields."""
     reconstruction_error: tuple[float, ...]
     """Larger relative error of the two rebuilt input streams, per block."""
     point_error: tuple[float, ...]
@@ -33,12 +33,13 @@ class ReversibleReport:
     gradient_error: tuple[float, ...]
     """Relative error of all parameter gradients of a block against the twin's."""
     repeat_error: tuple[float, ...]
-    """The same error between two runs of the twin: above 0 where a kernel sums in an
-    order that differs from run to run, as backward kernels of attention on CUDA do."""
+    """The same error between two runs of the twin. It is above 0 if a kernel sums in an
+    order that differs from run to run, as backward kernels of attention on CUDA do.
+    """
 
     @property
     def lost_blocks(self) -> tuple[str, ...]:
-        """Blocks whose gradients are off by more than a tenth."""
+        """Return the blocks whose gradients have a relative error above a tenth."""
         errors = zip(self.blocks, self.gradient_error, strict=True)
         return tuple(block for block, error in errors if not error <= LOST)
 
@@ -63,26 +64,27 @@ class ReversibleReport:
 
 
 def check_reversible(model: nn.Module, batch: Mapping[str, Any]) -> ReversibleReport:
-    """Hold the rebuilding backward of `model` against its stored twin on one batch.
+    """Compare the rebuilding backward of `model` with its stored twin on one batch.
 
-    Both run with the same dropout masks, in the model's present mode. Parameters, their
-    `.grad` and the random generators are left as they were. With `fixed` streams every
+    Both run with the same dropout masks, in the model's current mode. Parameters, their
+    `.grad` and the random generators are restored. With `fixed` streams every
     reconstruction error is 0, or the backward raises. Gradient errors are 0, too, where
     kernels give the same bits every time. Some backward kernels of attention on CUDA do
-    not: the stored twin runs twice, and gradient errors of the size of `repeat_error`
-    are those kernels' own. `torch.use_deterministic_algorithms(True)` makes PyTorch
-    choose kernels that do.
+    not: the stored twin therefore runs twice, and gradient errors of the size of
+    `repeat_error` are caused by those kernels.
+    `torch.use_deterministic_algorithms(True)` makes PyTorch choose kernels that give
+    the same bits.
 
     Args:
-        model: a model that has been through `make_reversible()`.
-        batch: keyword arguments of its forward, labels among them.
+        model: a model that was converted by `make_reversible()`.
+        batch: keyword arguments of its forward, including labels.
 
     Returns:
         The errors of every rebuilt block, each relative to the size of the true values.
 
     Raises:
         UnsupportedModelError: the model is not reversible.
-        UnsupportedCallError: the batch gives no loss.
+        UnsupportedCallError: the model computes no loss for the batch.
     """
     stacks = reversible_stacks(model)
     probes = {name: Probe(num_samples=0) for name in stacks}
@@ -127,7 +129,16 @@ def _gradients(
     backward_pass: str,
     probes: Mapping[str, Probe],
 ) -> dict[int, Tensor]:
-    """Gradient of the batch's loss for each parameter, by identity."""
+    """Return the gradient of the batch's loss for each parameter, by its id.
+
+    Args:
+        model: the model.
+        batch: keyword arguments of its forward.
+        parameters: the parameters to differentiate with respect to.
+        stacks: the reversible stacks of the model, by name.
+        backward_pass: `store` or `rebuild`, set on every stack during the call.
+        probes: the probe of each stack, by the stack's name.
+    """
     before = {name: (s.backward_pass, s.probe) for name, s in stacks.items()}
     for name, stack in stacks.items():
         stack.backward_pass, stack.probe = backward_pass, probes.get(name)
@@ -153,22 +164,23 @@ def _joined(gradients: dict[int, Tensor], parameters: list[nn.Parameter]) -> Ten
 
 
 class SavedBytes:
-    """Counts distinct storage handed to autograd's saved-tensor hooks."""
+    """Count distinct storages passed to autograd's saved-tensor hooks."""
 
     def __init__(self, exclude: Iterable[Tensor]) -> None:
-        # By the storage and not its address, which fake tensors do not have.
+        # Storages are identified by object and not by address, which fake tensors lack.
         self._excluded = {t.untyped_storage()._cdata for t in exclude}
         self._seen: dict[int, int] = {}
 
     @property
     def total(self) -> int:
-        """Bytes so far."""
+        """Return the bytes counted so far."""
         return sum(self._seen.values())
 
     def count(self, tensor: Tensor) -> Tensor:
-        """The pack hook: note the tensor's whole storage and keep its values.
+        """Count the tensor's whole storage and save its values; this is the pack hook.
 
-        Not the tensor itself: an output that its own node holds is never freed.
+        The tensor itself is not saved: an output that its own node holds is never
+        freed.
         """
         storage = tensor.untyped_storage()
         if storage._cdata not in self._excluded:
@@ -180,12 +192,12 @@ class SavedBytes:
 def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[SavedBytes]:
     """Count what the forward in the body keeps for backward.
 
-    Each storage counts once and whole, however many views of it are saved. Keep the
-    outputs alive until the body ends: freed storage can come back under the same
-    address and would be counted once.
+    Each storage counts once and as a whole, however many views of it are saved. Keep
+    the outputs alive until the body ends: freed storage can be allocated again at the
+    same address and would be counted once.
 
     Args:
-        exclude: tensors that would be there anyway, which are not counted:
+        exclude: tensors that exist anyway, which are not counted:
             `[*model.parameters(), *model.buffers()]`, the batch.
 
     Yields:
@@ -199,10 +211,11 @@ def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[SavedBytes]:
 def tolerance(
     dtype: torch.dtype, depth: int, scale_1: float = 1.0, scale_2: float = 1.0
 ) -> float:
-    """Relative error that rounding alone explains after inverting `depth` blocks.
+    """Return the relative error that rounding alone explains after `depth` blocks.
 
-    Each block adds a few roundings and multiplies what is already wrong by `growth()`;
-    the factor 16 covers the norms and attention inside a block.
+    It is the error of inverting `depth` blocks. Each block adds a few roundings and
+    multiplies the existing error by `growth()`; the factor 16 covers the norms and
+    attention inside a block.
 
     Args:
         dtype: of the streams, a floating-point dtype.

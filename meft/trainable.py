@@ -1,11 +1,12 @@
-"""Which parameters of a converted model are trained.
+"""Selection of the trainable parameters of a converted model.
 
 A conversion makes its adapters and newly made task heads trainable and freezes
 everything else. If some parameters were frozen before the conversion and others were
-not, somebody has chosen what to train, by hand or with peft, and that choice is kept.
+not, the user has chosen what to train, manually or with peft, and that choice is kept.
 
-Other libraries freeze parameters as well: peft's `get_peft_model` freezes all that peft
-has not made itself. `warn_if_frozen` finds adapters that were frozen in this way.
+Other libraries freeze parameters as well: peft's `get_peft_model` freezes all
+parameters that peft has not added itself. `warn_if_frozen` detects adapters that were
+frozen in this way.
 """
 
 import warnings
@@ -30,15 +31,15 @@ PEFT_LAST = (
 
 
 def choose_trainable(model: nn.Module) -> None:
-    """Freeze the backbone, unless the model comes with a choice of what to train.
+    """Freeze the backbone, unless the user has chosen what to train.
 
     Args:
-        model: a model before its conversion. Adapters of the other method, if it has
-            them, stay as they are.
+        model: a model before its conversion. If it has adapters of the other method,
+            these do not change.
 
     Warns:
-        FrozenWarning: the choice has frozen a task head; or it cannot be known whether
-            a module that a class of the user's adds is pre-trained.
+        FrozenWarning: the choice has frozen a task head, or it is unknown whether a
+            module that a user's class adds is pre-trained.
     """
     if not _is_chosen(model):
         freeze_all_but_head(model)
@@ -65,23 +66,23 @@ def choose_trainable(model: nn.Module) -> None:
 
 
 def has_peft_layers(module: nn.Module) -> bool:
-    """Whether peft has put a layer of its own into `module`."""
+    """Return whether peft has added a layer of its own to `module`."""
     return any(type(m).__module__.startswith("peft.") for m in module.modules())
 
 
 def warn_if_frozen(
     parameters: Iterable[Tensor], converter: str, names: str, peft_came_last: bool
 ) -> bool:
-    """Warn if adapters are about to be left out of a training.
+    """Warn if adapters would be excluded from training.
 
     Args:
         parameters: weights of the adapters.
-        converter: the function that made them, as users call it.
-        names: what the names of these parameters have in common.
-        peft_came_last: peft was applied after `converter`.
+        converter: the function that added them, by its public name.
+        names: the part that the names of these parameters have in common.
+        peft_came_last: whether peft was applied after `converter`.
 
     Returns:
-        Whether there was something to warn of.
+        Whether a warning was issued.
 
     Warns:
         FrozenWarning: all of `parameters` are frozen, or `peft_came_last`.
@@ -111,7 +112,7 @@ def warn_if_frozen(
 def _is_chosen(model: nn.Module) -> bool:
     if has_peft_layers(model):
         return True
-    # Quantised weights cannot be trained, so that nobody has chosen to freeze them.
+    # Quantised weights cannot be trained, so their being frozen is not a user's choice.
     flags = {
         parameter.requires_grad
         for parameter in backbone_parameters(model)

@@ -1,8 +1,8 @@
-"""Moving tensors between device and host, with a ledger of the bytes.
+"""Transfer of tensors between device and host, with a ledger of the bytes.
 
-Host memory is pinned where there is a GPU, so that a copy does not make the host wait.
-`to_host` and `to_device` run on the current stream, in order with what computes there;
-a `Link` has a stream of its own for each direction, so that copies go on beside it.
+Host memory is pinned if there is a GPU, so that a copy does not block the host.
+`to_host` and `to_device` run on the current stream, in order with its computations; a
+`Link` has its own stream for each direction, so that copies overlap with computation.
 """
 
 from collections import Counter
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 class Trip(NamedTuple):
-    """What the bytes of one copy are booked under."""
+    """The key under which the bytes of one transfer are recorded."""
 
     place: str = ""
-    """Of the model, the name of a block for one."""
+    """Part of the model, such as the name of a block."""
     phase: str = ""
     """`forward`, `backward` or `update`."""
 
@@ -34,22 +34,28 @@ class Ledger:
 
     @property
     def d2h_bytes(self) -> int:
-        """Device to host."""
+        """Return the bytes copied from device to host."""
         return self.d2h.total()
 
     @property
     def h2d_bytes(self) -> int:
-        """Host to device."""
+        """Return the bytes copied from host to device."""
         return self.h2d.total()
 
     def clear(self) -> None:
-        """Start again at nothing."""
+        """Set all counts to 0."""
         self.d2h.clear()
         self.h2d.clear()
 
 
 def to_host(tensor: Tensor, ledger: Ledger, trip: Trip = _UNNAMED) -> Tensor:
-    """A copy of `tensor` in host memory."""
+    """Return a copy of `tensor` in host memory.
+
+    Args:
+        tensor: a tensor on the device.
+        ledger: where the bytes are counted.
+        trip: the key in the ledger.
+    """
     copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
     copy.copy_(tensor, non_blocking=True)
     ledger.d2h[trip] += tensor.nbytes
@@ -59,15 +65,22 @@ def to_host(tensor: Tensor, ledger: Ledger, trip: Trip = _UNNAMED) -> Tensor:
 def to_device(
     tensor: Tensor, device: torch.device, ledger: Ledger, trip: Trip = _UNNAMED
 ) -> Tensor:
-    """A copy of `tensor`, which is in host memory, on `device`."""
+    """Return a copy of `tensor`, which is in host memory, on `device`.
+
+    Args:
+        tensor: a tensor in host memory.
+        device: the device to copy to.
+        ledger: where the bytes are counted.
+        trip: the key in the ledger.
+    """
     ledger.h2d[trip] += tensor.nbytes
     return tensor.to(device, non_blocking=True, copy=True)
 
 
 class Link:
-    """Both directions between the host and `device`, each on a stream of its own.
+    """Transfers between the host and `device`, with a separate stream per direction.
 
-    On a CPU the same calls copy at once.
+    On a CPU the same methods copy synchronously.
     """
 
     def __init__(self, device: torch.device, ledger: Ledger) -> None:
@@ -81,8 +94,8 @@ class Link:
         """Start to copy `tensor`, in host memory, to the device."""
         if self._up is None:
             return Copy(to_device(tensor, self.device, self.ledger, trip), None)
-        # A pinned block is not handed out again before the copy that reads it is done:
-        # torch's host allocator sees to that.
+        # torch's host allocator does not reuse a pinned block before the copy that
+        # reads it has finished.
         pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
         with torch.cuda.stream(self._up):
             copy = to_device(pinned, self.device, self.ledger, trip)
@@ -101,14 +114,14 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A copy that may still be under way."""
+    """A copy that may not have finished."""
 
     _tensor: Tensor
     _done: Any
-    """The event after it, or what stands in for one; None where it was made at once."""
+    """Event after the copy, or a substitute; None if the copy was synchronous."""
 
     def get(self) -> Tensor:
-        """The copy, safe to use by whoever reads it next on its side."""
+        """Return the copy, synchronized with the host or with the current stream."""
         if self._done is None:
             return self._tensor
         if not self._tensor.is_cuda:

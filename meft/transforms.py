@@ -1,7 +1,7 @@
-"""Ways of running a model that this library's autograd functions do not support.
+"""Checks against uses of a model that this library's autograd functions do not support.
 
-Second derivatives, `torch.func`, and programs recorded by `torch.jit.trace` or
-`torch.export`: each is refused where it would first be wrong.
+These are second derivatives, `torch.func`, and programs recorded by `torch.jit.trace`
+or `torch.export`. Each is refused at the first point where its result would be wrong.
 """
 
 import torch
@@ -10,15 +10,15 @@ from meft.errors import UnsupportedCallError
 
 
 def refuse_create_graph(what: str, remedy: str = "") -> None:
-    """Refuse a backward pass that records its own graph. For use in a `backward`.
+    """Refuse a backward pass that records its own graph. Call it in a `backward`.
 
     `once_differentiable` would raise when the gradients are differentiated, but not if
-    the incoming gradient is a constant: a penalty on gradients would then leave a part
-    of them out.
+    the incoming gradient is a constant: a penalty on gradients would then omit a part
+    of them.
 
     Args:
-        what: does not support it, as part of the message.
-        remedy: a further sentence of the message.
+        what: the part of the library that does not support it, for the message.
+        remedy: an additional sentence of the message.
 
     Raises:
         UnsupportedCallError: this backward pass runs with `create_graph=True`.
@@ -34,7 +34,7 @@ def refuse_func(what: str) -> None:
     """Refuse `torch.func` and `torch.vmap`.
 
     Args:
-        what: does not support them, as part of the message.
+        what: the part of the library that does not support them, for the message.
 
     Raises:
         UnsupportedCallError: one of their transforms is active.
@@ -50,7 +50,7 @@ def refuse_recording(reason: str) -> None:
     """Refuse `torch.jit.trace` and `torch.export`.
 
     Args:
-        reason: why a recorded program would be wrong, the end of the message.
+        reason: why a recorded program would be wrong, as the end of the message.
 
     Raises:
         UnsupportedCallError: the model is being traced or exported.

@@ -1,9 +1,9 @@
-"""Check the fields of a config.
+"""Validation of the fields of a config.
 
-A config has a table with what is expected of each of its fields. `check_fields`
+A config has a table with the expectation for each of its fields. `check_fields`
 replaces each value by what the expectation returns: the same value as a plain `str`,
-`int`, `float`, `bool` or `tuple`. An illegal value raises `ConfigError`, which says
-what was given and what is expected.
+`int`, `float`, `bool` or `tuple`. An illegal value raises `ConfigError`, whose message
+contains the given value and what is expected.
 """
 
 import difflib
@@ -19,15 +19,15 @@ import numpy as np
 from meft.errors import ConfigError
 
 Expectation = Callable[[str, Any], Any]
-"""(name, value): the value, or `ConfigError`."""
+"""Function of (name, value) that returns the value or raises `ConfigError`."""
 
 
 def check_fields(config: object, expectations: Mapping[str, Expectation]) -> None:
-    """Check every field of a frozen dataclass, and make its values plain.
+    """Check every field of a frozen dataclass, and convert its values to plain types.
 
     Args:
         config: the instance, in its `__post_init__`.
-        expectations: by name of the field.
+        expectations: the expectation of each field, by name.
 
     Raises:
         ConfigError: the first illegal value.
@@ -37,24 +37,24 @@ def check_fields(config: object, expectations: Mapping[str, Expectation]) -> Non
 
 
 def one_of(valid: Iterable[str]) -> Expectation:
-    """One of some strings."""
+    """Expect one of some strings."""
     return partial(_one_of, list(valid))
 
 
 def integer(least: int, most: int | None = None) -> Expectation:
-    """An integer of any type that Python accepts as an index, but not a bool."""
+    """Expect an integer of any type that Python accepts as an index, except bool."""
     return partial(_integer, least, most)
 
 
 def boolean(name: str, value: Any) -> bool:
-    """True or False, of Python or numpy."""
+    """Return `value` as a bool if it is True or False, of Python or numpy."""
     if not isinstance(value, bool | np.bool_):
         raise ConfigError(f"`{name}` must be True or False, got {_given(value)}")
     return bool(value)
 
 
 def nonzero_number(name: str, value: Any) -> float:
-    """A finite real number other than 0."""
+    """Return `value` as a float if it is a finite real number other than 0."""
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_real or not math.isfinite(value) or value == 0:
         raise ConfigError(
@@ -64,7 +64,7 @@ def nonzero_number(name: str, value: Any) -> float:
 
 
 def or_none(expected: Expectation) -> Expectation:
-    """None, or what `expected` accepts."""
+    """Expect None, or what `expected` accepts."""
     return partial(_or_none, expected)
 
 
@@ -101,7 +101,7 @@ def _or_none(expected: Expectation, name: str, value: Any) -> Any:
 
 
 def _given(value: Any) -> str:
-    """The value, and its type where the value does not show it."""
+    """Return the value as text, with its type where the value does not show it."""
     if value is None or isinstance(value, str | bool):
         return repr(value)
     return f"{value!r} of type {type(value).__name__}"

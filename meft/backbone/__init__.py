@@ -1,14 +1,14 @@
-"""What a method needs of a transformers model: its blocks, in two halves each.
+"""Access to the blocks of a transformers model, each split into two halves.
 
-One file per family, all of one form:
+There is one module per family, and all have the same functions:
 
-    attention_half(block, hidden, adapter, **call)   what mixes tokens
-    mlp_half(block, hidden, adapter)                 what treats each token alone
+    attention_half(block, hidden, adapter, **call)   the part that mixes tokens
+    mlp_half(block, hidden, adapter)                 the position-wise layers
 
-Each half is whole: its norm, its residual and its dropout are inside. `call` holds what
-the model's loop passes to a block besides the hidden states, by name. Where an adapter
-is given, it sits where the paper puts it (Liao et al., NeurIPS 2023, and their code):
-after attention, sequential with a skip of its own; beside the feed-forward, on the same
-input. `families` lists them (`bart`, `bert`, `llama`,
-`opt`, `vit`) and looks into a model.
+Each half is complete: its norm, its residual and its dropout are inside. `call` holds
+the arguments other than the hidden states that the model's loop passes to a block, by
+name. If an adapter is given, it is placed as in the paper (Liao et al., NeurIPS 2023,
+and their code): after attention it is sequential with its own skip connection; at the
+feed-forward it runs in parallel, on the same input. `families` lists them (`bart`,
+`bert`, `llama`, `opt`, `vit`) and finds the blocks of a model.
 """

@@ -1,11 +1,11 @@
-"""BART: a post-norm encoder, and a post-norm decoder that also looks at the encoder.
+"""BART: a post-norm encoder, and a post-norm decoder with attention to the encoder.
 
     attention:  a   = LN(x + u [+ adapter(u)]),        u = W_o attend(x)
     cross:      c   = LN(a + W_o attend(a, encoder))   (decoder only)
     mlp:        out = LN(c + W_2 act(W_1 c) [+ adapter(c)])
 
-Cross-attention belongs to the attention half: it mixes tokens, and what it reads of the
-encoder is an input of the block beside the streams.
+Cross-attention belongs to the attention half: it mixes tokens, and the encoder's output
+that it reads is an input of the block in addition to the streams.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from meft.backbone.family import Adapter, AdapterShape, Family
 from meft.shapes import Hidden
 
 Source = Float[Tensor, "batch source hidden"]
-"""What the encoder gives: another text than the decoder's, so of another length."""
+"""The encoder's output, whose text, and so length, differs from the decoder's."""
 
 
 def attention_half(
@@ -32,7 +32,20 @@ def attention_half(
     use_cache: bool | None = None,
     **call: Any,
 ) -> Hidden:
-    """Self-attention of one block and, in a decoder, attention to the encoder."""
+    """Run self-attention of one block and, in a decoder, attention to the encoder.
+
+    Args:
+        block: the block.
+        hidden: `batch seq hidden`.
+        adapter: runs after self-attention, if given.
+        encoder_hidden_states: the encoder's output, `batch source hidden`.
+        encoder_attention_mask: the mask of the encoder's tokens.
+        use_cache: ignored.
+        **call: arguments of self-attention.
+
+    Returns:
+        The result, of the shape of `hidden`.
+    """
     update, *_ = block.self_attn(hidden, **call)
     update = functional.dropout(update, block.dropout, block.training)
     if adapter is not None:
@@ -50,20 +63,29 @@ def attention_half(
 
 
 def mlp_half(block: Any, hidden: Hidden, adapter: Adapter | None = None) -> Hidden:
-    """Feed-forward of one block."""
+    """Run the feed-forward of one block, and an adapter in parallel with it.
+
+    Args:
+        block: the block.
+        hidden: `batch seq hidden`.
+        adapter: runs on the input of the feed-forward, if given.
+
+    Returns:
+        The result, of the shape of `hidden`.
+    """
     update = block.activation_fn(block.fc1(hidden))
     update = functional.dropout(update, block.activation_dropout, block.training)
     update = functional.dropout(block.fc2(update), block.dropout, block.training)
     if adapter is not None:
         update = update + adapter(hidden)
-    # transformers' encoder block goes on to clamp what overflows in float16. Left out:
-    # an overflow should reach the loss scaler, which skips the step.
+    # transformers' encoder block then clamps float16 overflows. This is omitted: an
+    # overflow should reach the loss scaler, which skips the step.
     normed: Tensor = block.final_layer_norm(hidden + update)
     return normed
 
 
 def adapter_shape(block: Any, config: Any) -> AdapterShape:
-    """Width, activation, dropout and initial size of an adapter in `block`."""
+    """Return width, activation, dropout and initial size of an adapter in `block`."""
     return AdapterShape(
         hidden_size=config.d_model,
         activation=block.activation_fn,

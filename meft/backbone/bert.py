@@ -25,7 +25,21 @@ def attention_half(
     past_key_values: None = None,
     **call: Any,
 ) -> Hidden:
-    """Self-attention of one block; what belongs to decoders is None."""
+    """Run self-attention of one block; the arguments of decoders are None.
+
+    Args:
+        block: the block.
+        hidden: `batch seq hidden`.
+        adapter: runs after attention, if given.
+        attention_mask: the mask of the tokens.
+        encoder_hidden_states: None.
+        encoder_attention_mask: None.
+        past_key_values: None.
+        **call: other arguments of self-attention.
+
+    Returns:
+        The result, of the shape of `hidden`.
+    """
     attended, _ = block.attention.self(hidden, attention_mask=attention_mask, **call)
     output = block.attention.output
     update = output.dropout(output.dense(attended))
@@ -36,7 +50,16 @@ def attention_half(
 
 
 def mlp_half(block: Any, hidden: Hidden, adapter: Adapter | None = None) -> Hidden:
-    """Feed-forward of one block."""
+    """Run the feed-forward of one block, and an adapter in parallel with it.
+
+    Args:
+        block: the block.
+        hidden: `batch seq hidden`.
+        adapter: runs on the input of the feed-forward, if given.
+
+    Returns:
+        The result, of the shape of `hidden`.
+    """
     update = block.output.dropout(block.output.dense(block.intermediate(hidden)))
     if adapter is not None:
         update = update + adapter(hidden)
@@ -45,7 +68,7 @@ def mlp_half(block: Any, hidden: Hidden, adapter: Adapter | None = None) -> Hidd
 
 
 def adapter_shape(block: Any, config: Any) -> AdapterShape:
-    """Width, activation, dropout and initial size of an adapter in `block`."""
+    """Return width, activation, dropout and initial size of an adapter in `block`."""
     return AdapterShape(
         hidden_size=config.hidden_size,
         activation=block.intermediate.intermediate_act_fn,

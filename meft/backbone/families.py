@@ -1,7 +1,8 @@
-"""Which families there are, and where a model keeps its blocks.
+"""The supported families, and functions that find a model's blocks and heads.
 
-A model is recognised by the class of its blocks, so every head that transformers puts
-on a family is supported, and so is every part of a model that has blocks of one.
+A model is recognised by the class of its blocks, so every head that transformers
+provides for a family is supported, and so is every part of a model that has blocks of a
+family.
 """
 
 import inspect
@@ -34,7 +35,7 @@ FAMILIES = (
 
 
 def family_of(block: type[nn.Module]) -> Family:
-    """The family whose blocks are of class `block`."""
+    """Return the family whose blocks are of class `block`."""
     return next(family for family in FAMILIES if family.block is block)
 
 
@@ -47,12 +48,13 @@ NEW_HEADS = (
     "distillation_classifier",
 )
 """Attributes of transformers' models that hold a task head without pre-trained weights,
-which must train. Poolers and language-model heads are pre-trained and stay frozen."""
+which must be trained. Poolers and language-model heads are pre-trained and stay frozen.
+"""
 _DROPS_BLOCKS = (
     "its loop drops whole blocks at random (`layerdrop` above 0), which a stack that "
     "runs as one cannot do"
 )
-"""A part of error messages."""
+"""Part of error messages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,27 +62,27 @@ class BlockList:
     """A list of blocks inside a model."""
 
     name: str
-    """Of the list in the model, `bert.encoder.layer`."""
+    """Name of the list in the model, `bert.encoder.layer`."""
     owner: nn.Module
-    """Whose forward loops over the list."""
+    """Module whose forward loops over the list."""
     attribute: str
-    """Of the list in its owner, `layer`."""
+    """Name of the list in its owner, `layer`."""
     blocks: list[nn.Module]
     family: Family
 
 
 def find_blocks(model: nn.Module) -> list[BlockList]:
-    """Every list of blocks of a known family in `model`, as often as there is one.
+    """Return every list of blocks of a supported family in `model`.
 
     Raises:
-        UnsupportedModelError: there is none, or its blocks cannot be taken apart.
+        UnsupportedModelError: there is none, or its blocks cannot be run in halves.
     """
     families = {family.block: family for family in FAMILIES}
     found = []
     for path, owner in model.named_modules():
         for attribute, child in owner.named_children():
             blocks = list(child) if isinstance(child, nn.ModuleList) else []
-            # A block that carries a parallel adapter has a class of its own.
+            # A block with a parallel adapter has its own class.
             kind = getattr(blocks[0], "plain", type(blocks[0])) if blocks else None
             if kind not in families:
                 continue
@@ -107,15 +109,15 @@ def find_blocks(model: nn.Module) -> list[BlockList]:
 
 
 def transformers_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a wrapper such as peft's; else `model` itself."""
+    """Return the transformers model in a wrapper such as peft's, otherwise `model`."""
     inside = (m for m in model.modules() if isinstance(m, PreTrainedModel))
     return next(inside, model)
 
 
 def backbone_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What came with the transformers models inside `model`, each parameter once.
+    """Return the parameters of the transformers models in `model`, each once.
 
-    Neither what a module around them has of its own, nor parallel adapters.
+    Parameters of modules around them and of parallel adapters are not included.
     """
     inside: list[nn.Module] = [
         module for module in model.modules() if isinstance(module, PreTrainedModel)
@@ -127,10 +129,10 @@ def backbone_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def freeze_all_but_head(model: nn.Module) -> None:
-    """Freeze what came with the model, except task heads without trained weights.
+    """Freeze the parameters of the model, except task heads without trained weights.
 
-    Parallel adapters that another method has added stay as they are, and so does what a
-    module around the transformers models has of its own.
+    Parallel adapters that another method has added do not change, and neither do the
+    parameters of modules around the transformers models.
     """
     for parameter in backbone_parameters(model):
         parameter.requires_grad_(False)
@@ -139,10 +141,10 @@ def freeze_all_but_head(model: nn.Module) -> None:
 
 
 def new_heads(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
-    """What the transformers models inside `model` have without pre-trained weights.
+    """Return the heads without pre-trained weights of the models inside `model`.
 
-    These are task heads of transformers' own classes and whatever a class of the user's
-    adds to these classes, by name in `model`.
+    These are task heads of transformers' own classes and all modules and parameters
+    that a user's class adds to these classes, by name in `model`.
     """
     inside = {n: m for n, m in model.named_modules() if isinstance(m, PreTrainedModel)}
     found: dict[str, nn.Module | nn.Parameter] = {}
@@ -159,9 +161,9 @@ def new_heads(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
 
 
 def uncertain_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that a class of the user's puts on a model, and may have loaded.
+    """Return modules that a user's class adds to a model and may have loaded.
 
-    They are of transformers' classes, or give the logits of a language model.
+    They are of transformers' classes, or compute the logits of a language model.
     """
     found = {}
     for path, module in model.named_modules():
@@ -178,7 +180,7 @@ def uncertain_heads(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _added(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
-    """What a class of the user's has that transformers' classes do not assign."""
+    """Return attributes of a user's class that transformers' classes do not assign."""
     kinds = [k for k in type(model).__mro__ if k.__module__.startswith("transformers.")]
     if not kinds or kinds[0] is type(model):
         return {}
@@ -189,7 +191,7 @@ def _added(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
 
 
 def _nothing() -> None:
-    """The `__init__` of a class that has none of its own."""
+    """Replace the `__init__` of a class that defines none."""
 
 
 def _modules(part: nn.Module | nn.Parameter) -> list[nn.Module]:
@@ -197,7 +199,7 @@ def _modules(part: nn.Module | nn.Parameter) -> list[nn.Module]:
 
 
 def _may_be_pretrained(part: nn.Module | nn.Parameter, model: nn.Module) -> bool:
-    """Whether `part` is what transformers loads weights into."""
+    """Return whether transformers may load weights into `part`."""
     if isinstance(model, PreTrainedModel) and part is model.get_output_embeddings():
         return True
     kinds = [kind for module in _modules(part) for kind in type(module).__mro__]
@@ -205,13 +207,14 @@ def _may_be_pretrained(part: nn.Module | nn.Parameter, model: nn.Module) -> bool
 
 
 def is_checkpointing(model: nn.Module) -> bool:
-    """Whether any block of `model` has gradient checkpointing switched on."""
+    """Return whether any block of `model` has gradient checkpointing switched on."""
     return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
 def refuse_layerdrop(owner: Any, args: tuple[Any, ...]) -> None:
-    """Refuse a `layerdrop` that was set after the conversion: the loop of `owner` would
-    leave out all blocks at once. A forward pre-hook.
+    """Refuse a `layerdrop` that was set after the conversion; a forward pre-hook.
+
+    The loop of `owner` would skip all blocks at once.
 
     Raises:
         UnsupportedCallError: `owner` is in training mode and has a `layerdrop`.
@@ -225,7 +228,7 @@ def refuse_layerdrop(owner: Any, args: tuple[Any, ...]) -> None:
 
 def _refuse_compiled(model: nn.Module, families: dict[type[nn.Module], Family]) -> None:
     for module in model.modules():
-        plain = getattr(module, "_orig_mod", None)  # of what `torch.compile` returns
+        plain = getattr(module, "_orig_mod", None)  # set by `torch.compile`
         if type(plain) in families:
             raise UnsupportedModelError(
                 f"the blocks of this {type(model).__name__} were compiled by "

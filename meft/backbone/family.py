@@ -1,4 +1,4 @@
-"""`Family`: how the blocks of one kind are put together."""
+"""`Family`: the structure of the blocks of one class."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from meft.shapes import Hidden
 
 Adapter = Callable[[Tensor], Tensor]
-"""What is added beside or after a half, as a function of its input."""
+"""A function that is added in parallel with or after a half."""
 AttentionHalf = Callable[..., Hidden]
-"""(block, hidden, adapter, **call): what mixes tokens in one block."""
+"""(block, hidden, adapter, **call): the part of a block that mixes tokens."""
 MlpHalf = Callable[..., Hidden]
-"""(block, hidden, adapter): what treats each token alone in one block."""
+"""(block, hidden, adapter): the position-wise layers of a block."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterShape:
-    """What an adapter takes from the backbone it is put into."""
+    """The properties that an adapter takes from its backbone."""
 
     hidden_size: int
     activation: Callable[[Tensor], Tensor]
@@ -28,25 +28,27 @@ class AdapterShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """Blocks of one class."""
+    """The structure of the blocks of one class."""
 
     name: str
-    """As its users write it, `BERT`."""
+    """Name of the family for users, `BERT`."""
     block: type[nn.Module]
     attention_half: AttentionHalf
     mlp_half: MlpHalf
     adapter_shape: Callable[[Any, Any], AdapterShape]
-    """Of a block and its model's config."""
+    """Shape of an adapter, given a block and its model's config."""
     is_post_norm: Callable[[Any], bool]
-    """Whether the block ends in a norm: then streams keep their size by themselves."""
+    """Whether the block ends in a norm, which limits the size of the streams."""
     in_parts: tuple[str, ...] = ()
-    """Names, in a block, of modules that the halves run in parts, as the block itself:
-    they call what is inside and not the module (`meft.backbone.uncalled`)."""
+    """Names, in a block, of modules that the halves run in parts, like the block
+    itself: the halves call their submodules and not the module
+    (`meft.backbone.uncalled`).
+    """
     refuse: Callable[[Any], str | None] = lambda block: None
-    """Why this very block cannot be taken apart; None if it can."""
+    """Reason why this block cannot be run in halves; None if it can."""
 
     def __reduce__(self) -> tuple[Callable[[type[nn.Module]], "Family"], tuple[Any]]:
-        """A family is pickled by the class of its blocks, and copied not at all."""
-        from meft.backbone.families import family_of  # which imports this module
+        """Reduce to the class of the blocks; `copy` returns the family itself."""
+        from meft.backbone.families import family_of  # that module imports this one
 
         return family_of, (self.block,)

@@ -17,7 +17,17 @@ from meft.shapes import Hidden
 def attention_half(
     block: Any, hidden: Hidden, adapter: Adapter | None = None, **call: Any
 ) -> Hidden:
-    """Self-attention of one block."""
+    """Run self-attention of one block.
+
+    Args:
+        block: the block.
+        hidden: `batch seq hidden`.
+        adapter: runs after attention, if given.
+        **call: arguments of self-attention.
+
+    Returns:
+        The result, of the shape of `hidden`.
+    """
     update, *_ = block.self_attn(hidden_states=block.input_layernorm(hidden), **call)
     if adapter is not None:
         update = update + adapter(update)
@@ -26,7 +36,16 @@ def attention_half(
 
 
 def mlp_half(block: Any, hidden: Hidden, adapter: Adapter | None = None) -> Hidden:
-    """Feed-forward of one block."""
+    """Run the feed-forward of one block, and an adapter in parallel with it.
+
+    Args:
+        block: the block.
+        hidden: `batch seq hidden`.
+        adapter: runs on the input of the feed-forward, if given.
+
+    Returns:
+        The result, of the shape of `hidden`.
+    """
     inner = block.post_attention_layernorm(hidden)
     update = block.mlp(inner)
     if adapter is not None:
@@ -36,7 +55,7 @@ def mlp_half(block: Any, hidden: Hidden, adapter: Adapter | None = None) -> Hidd
 
 
 def adapter_shape(block: Any, config: Any) -> AdapterShape:
-    """Width, activation, dropout and initial size of an adapter in `block`.
+    """Return width, activation, dropout and initial size of an adapter in `block`.
 
     The family has no dropout outside attention.
     """

@@ -1,4 +1,4 @@
-"""OPT: decoders, pre-norm but for the 350M model, which is post-norm.
+"""OPT: pre-norm decoders, except for the 350M model, which is post-norm.
 
 pre-norm:   a   = x + u [+ adapter(u)],            u = W_o attend(LN(x))
             out = a + W_2 act(W_1 z) [+ adapter(z)],   z = LN(a)
@@ -23,7 +23,18 @@ def attention_half(
     use_cache: bool | None = None,
     **call: Any,
 ) -> Hidden:
-    """Self-attention of one block."""
+    """Run self-attention of one block.
+
+    Args:
+        block: the block.
+        hidden: `batch seq hidden`.
+        adapter: runs after attention, if given.
+        use_cache: ignored.
+        **call: arguments of self-attention.
+
+    Returns:
+        The result, of the shape of `hidden`.
+    """
     norm, first = block.self_attn_layer_norm, block.do_layer_norm_before
     update, *_ = block.self_attn(
         hidden_states=norm(hidden) if first else hidden, **call
@@ -36,7 +47,16 @@ def attention_half(
 
 
 def mlp_half(block: Any, hidden: Hidden, adapter: Adapter | None = None) -> Hidden:
-    """Feed-forward of one block."""
+    """Run the feed-forward of one block, and an adapter in parallel with it.
+
+    Args:
+        block: the block.
+        hidden: `batch seq hidden`.
+        adapter: runs on the input of the feed-forward, if given.
+
+    Returns:
+        The result, of the shape of `hidden`.
+    """
     norm, first = block.final_layer_norm, block.do_layer_norm_before
     inner = norm(hidden) if first else hidden
     update = block.fc2(block.activation_fn(block.fc1(inner)))
@@ -48,7 +68,7 @@ def mlp_half(block: Any, hidden: Hidden, adapter: Adapter | None = None) -> Hidd
 
 
 def adapter_shape(block: Any, config: Any) -> AdapterShape:
-    """Width, activation, dropout and initial size of an adapter in `block`."""
+    """Return width, activation, dropout and initial size of an adapter in `block`."""
     return AdapterShape(
         hidden_size=config.hidden_size,
         activation=block.activation_fn,

@@ -1,11 +1,11 @@
-"""What stands beside a block's feed-forward, put there by another method.
+"""Parallel adapters at a block's feed-forward that another method has added.
 
-A block may carry a module as `parallel_adapter`, with one method:
+A block may hold a module named `parallel_adapter` with one method:
 
-    bind() -> function of the feed-forward's input, for the batch in the works
+    bind() -> function of the feed-forward's input, for the current batch
 
-`beside` joins it to the adapter that a caller brings along, so that whoever takes a
-block apart into halves runs it too.
+`beside` adds it to the adapter given by a caller. Code that runs a block in halves uses
+`beside`, so that the parallel adapter runs too.
 """
 
 from typing import Any
@@ -14,11 +14,11 @@ from meft.backbone.family import Adapter
 
 NAME = "parallel_adapter"
 REBUILDS = "rebuilds_blocks"
-"""Attribute, true of a module that runs blocks in halves and runs them again."""
+"""Attribute that is True on a module that runs blocks in halves and recomputes them."""
 
 
 def beside(block: Any, adapter: Adapter | None = None) -> Adapter | None:
-    """`adapter` and what the block itself carries, as one; None if there is neither."""
+    """Return the sum of `adapter` and the parallel adapter; None without either."""
     carried = getattr(block, NAME, None)
     if carried is None:
         return adapter

@@ -1,11 +1,11 @@
-"""Modules that are run in parts, and what people attach to them that would never run.
+"""Modules that are run in parts, and checks for attached code that would never run.
 
 The two halves of a family call the modules inside a block, not the block: its own
-`forward`, and the hooks that `nn.Module.__call__` runs around it, would be passed over
-without a word. A few containers inside a block are run in parts as well; a family lists
-them as `in_parts`. Whoever runs the halves calls `refuse_what_would_not_run` first, and
+`forward`, and the hooks that `nn.Module.__call__` runs around it, would silently be
+skipped. A few containers inside a block are run in parts as well; a family lists them
+as `in_parts`. Code that runs the halves calls `refuse_what_would_not_run` first, and
 `refuse_sharded` as well if it recomputes them. `refuse_calls` is for blocks whose
-adapters are elsewhere.
+adapters are stored outside the block.
 """
 
 from collections.abc import Iterator
@@ -22,21 +22,22 @@ _HOOKS = {
     "_backward_pre_hooks": "full backward pre-hook",
     "_backward_hooks": "backward hook",
 }
-"""Attributes of a module that hold hooks, and how PyTorch calls these."""
+"""Attributes of a module that hold hooks, with PyTorch's names for the hooks."""
 _SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
-"""PyTorch's classes of modules that gather their own weights, by name: importing them
-takes a second."""
+"""Names of PyTorch's classes of modules that gather their own weights; importing the
+classes takes a second.
+"""
 
 
 def run_in_parts(
     family: Family, block: nn.Module, is_called: bool = False
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a block that are never called, by their name in the block.
+    """Yield the modules of a block that are never called, by their name in the block.
 
     Args:
-        family: how the block is put together.
+        family: the structure of the block.
         block: one block.
-        is_called: whether the block itself is called, and only its inside in parts.
+        is_called: whether the block itself is called, and only its inside run in parts.
     """
     if not is_called:
         yield "", block
@@ -45,16 +46,17 @@ def run_in_parts(
 
 
 def ignored(module: Any) -> str | None:
-    """What is attached to `module` that runs only if it is called; None for nothing."""
+    """Describe code attached to `module` that runs only if it is called, if any."""
     for attribute, kind in _HOOKS.items():
         for hook in getattr(module, attribute).values():
-            # transformers leaves these after a call with `output_hidden_states=True`.
-            # They do nothing by themselves, and that argument is refused elsewhere.
+            # transformers leaves these hooks after a call with
+            # `output_hidden_states=True`. They do nothing by themselves, and that
+            # argument is refused elsewhere.
             is_theirs = hook.__module__ == "transformers.utils.output_capturing"
             if not is_theirs and hook is not _refuse_call:
                 return f"a {kind} (`{getattr(hook, '__qualname__', hook)}`)"
     forward = vars(module).get("forward")
-    # What takes its replacement away again may leave the module's own method there.
+    # Code that restores a replaced `forward` may leave the module's own method there.
     if getattr(forward, "__func__", forward) not in (None, type(module).forward):
         return (
             "a `forward` that was replaced on the instance (accelerate does so to move "
@@ -64,7 +66,7 @@ def ignored(module: Any) -> str | None:
 
 
 def refuse_calls(block: nn.Module) -> None:
-    """Let every call of `block` raise, as it would run without its adapters."""
+    """Make every call of `block` raise, as it would run without its adapters."""
     block.register_forward_pre_hook(_refuse_call)
 
 
@@ -88,12 +90,12 @@ def _refuse_call(block: nn.Module, args: tuple[Any, ...]) -> NoReturn:
 def refuse_sharded(module: nn.Module) -> None:
     """Refuse FSDP around a part of `module`, which holds all blocks.
 
-    FSDP gathers weights when a module is called and hands out gradients when its
-    backward has run. A recompute calls it once more, on some processes only where
-    batches differ, and the gradients would not reach the shards.
+    FSDP gathers weights when a module is called and distributes gradients when its
+    backward has run. A recompute calls the module again, possibly only on some
+    processes if batches differ, and the gradients would not reach the shards.
 
     Raises:
-        UnsupportedCallError: a module inside is sharded by itself.
+        UnsupportedCallError: a module inside is sharded separately.
     """
     for name, part in module.named_modules():
         if any(kind.__name__ in _SHARDED for kind in type(part).__mro__):
@@ -108,16 +110,16 @@ def refuse_sharded(module: nn.Module) -> None:
 def refuse_what_would_not_run(
     family: Family, block: nn.Module, label: str, is_called: bool = False
 ) -> None:
-    """Refuse a block with something attached that would never run.
+    """Refuse a block with attached code that would never run.
 
     Args:
-        family: how the block is put together.
+        family: the structure of the block.
         block: one block.
-        label: what to call it in the message, `block 3`.
-        is_called: whether the block itself is called, and only its inside in parts.
+        label: the name of the block in the message, `block 3`.
+        is_called: whether the block itself is called, and only its inside run in parts.
 
     Raises:
-        UnsupportedCallError: there is such a thing, or the block has been wrapped.
+        UnsupportedCallError: there is such code, or the block has been wrapped.
     """
     if not isinstance(block, family.block):
         raise UnsupportedCallError(

@@ -22,7 +22,18 @@ def attention_half(
     attention_mask: Tensor | None = None,
     **call: Any,
 ) -> Hidden:
-    """Self-attention of one block."""
+    """Run self-attention of one block.
+
+    Args:
+        block: the block.
+        hidden: `batch seq hidden`.
+        adapter: runs after attention, if given.
+        attention_mask: the mask of the tokens.
+        **call: other arguments of self-attention.
+
+    Returns:
+        The result, of the shape of `hidden`.
+    """
     update, *_ = block.attention(block.layernorm_before(hidden), attention_mask, **call)
     update = block.dropout(update)
     if adapter is not None:
@@ -32,7 +43,16 @@ def attention_half(
 
 
 def mlp_half(block: Any, hidden: Hidden, adapter: Adapter | None = None) -> Hidden:
-    """Feed-forward of one block."""
+    """Run the feed-forward of one block, and an adapter in parallel with it.
+
+    Args:
+        block: the block.
+        hidden: `batch seq hidden`.
+        adapter: runs on the input of the feed-forward, if given.
+
+    Returns:
+        The result, of the shape of `hidden`.
+    """
     inner = block.layernorm_after(hidden)
     update = block.dropout(block.mlp(inner))
     if adapter is not None:
@@ -42,7 +62,7 @@ def mlp_half(block: Any, hidden: Hidden, adapter: Adapter | None = None) -> Hidd
 
 
 def adapter_shape(block: Any, config: Any) -> AdapterShape:
-    """Width, activation, dropout and initial size of an adapter in `block`."""
+    """Return width, activation, dropout and initial size of an adapter in `block`."""
     return AdapterShape(
         hidden_size=config.hidden_size,
         activation=block.mlp.activation_fn,

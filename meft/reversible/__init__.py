@@ -1,5 +1,6 @@
-"""Reversible fine-tuning: two streams, a coupling, a backward that inverts it.
+"""Reversible fine-tuning with two streams, a coupling and a backward that inverts it.
 
-Read in this order: `coupling` (the mathematics), `twin` (the plain forward), `stack`
-(the backward that rebuilds), `variants` (what F and G are), `encoder` and `convert`.
+Read the modules in this order: `coupling` (the mathematics), `twin` (the plain
+forward), `stack` (the backward that rebuilds activations), `variants` (what F and G
+are), `blocks` (the module that replaces a model's list of blocks) and `convert`.
 """

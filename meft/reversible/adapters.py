@@ -1,4 +1,4 @@
-"""`Adapters`: the adapters of all blocks of a stack, and the config they belong to."""
+"""`Adapters`: the adapters of all blocks of a stack, with the config they belong to."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from meft import extra_state
 
 
 class Adapters(nn.ModuleDict):
-    """The adapters of each block from `span[0]` up, by the block's number.
+    """Hold the adapters of each block from `span[0]` up, keyed by the block's number.
 
     Its `state_dict()` has the config as an entry (`meft.extra_state`).
 
@@ -26,7 +26,7 @@ class Adapters(nn.ModuleDict):
         return extra_state.to_tensor(self.function)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Compare the config with that of a saved model.
+        """Raise an error if a saved model has another config.
 
         Raises:
             AdapterFileError: the saved model computes another function.
@@ -42,7 +42,7 @@ class Adapters(nn.ModuleDict):
         missing_keys: list[str],
         *rest: Any,
     ) -> None:
-        """Does not miss the config in a dictionary of parameters alone."""
+        """Load without reporting a config that is missing in `state_dict`."""
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, *rest
         )

@@ -1,23 +1,24 @@
-"""The reversible stack in the place of a model's list of blocks.
+"""The reversible stack, which replaces a model's list of blocks.
 
     h -> plain frozen blocks -> (h, h) -> rebuilt span -> stored blocks -> read-out
 
-transformers loops over a list of blocks and passes the hidden states through each. To
-a loop in a `forward` this is a list of one block, the whole stack. To everything else,
-such as a loop that freezes some blocks, it is the list of the original blocks. These
-keep their names, with the adapters next to them (`adapters.N...`), and cannot be called
-alone, so that a loop that was mistaken for one that does not call them is refused.
-It holds no tensor between forward and backward, so several forwards before a backward
-are fine.
+transformers loops over a list of blocks and passes the hidden states through each. A
+loop in a `forward` receives a list of one block, which is the whole stack. All other
+code, such as a loop that freezes some blocks, receives the list of the original blocks.
+These keep their names, with the adapters next to them (`adapters.N...`). They cannot be
+called alone: a call raises an error, because a loop outside a `forward` that calls the
+blocks would bypass the stack. The module holds no tensor between forward and backward,
+so several forwards can run before a backward.
 
-Read-out: with `fixed`, the fresh stream; the other is one block behind. With `float`,
-as the authors do: the mean of both after post-norm blocks, else the fresh stream and a
-tenth of the other.
+The read-out of `fixed` streams is the fresh stream; the other one is one block behind.
+The read-out of `float` streams follows the authors: after post-norm blocks it is the
+mean of both streams, otherwise the fresh stream plus a tenth of the other.
 
-Integer streams begin with 32 bits. A forward in which some number does not fit is run
-again with 64, before anything is returned, and so are all later ones: the quantum stays
-the same, and with it the function. With a cache, which a second run would fill again,
-streams have 64 bits from the start. What does not fit into 64 either is refused.
+Integer streams begin with 32 bits. If a number in a forward does not fit, the forward
+is run again with 64 bits before it returns, and all later forwards use 64 bits. The
+quantum stays the same, so the computed function does too. With a cache, which a second
+run would fill again, streams have 64 bits from the start. A number that does not fit
+into 64 bits raises an error.
 """
 
 import inspect
@@ -66,9 +67,9 @@ from meft.transfer import Ledger
 from meft.transforms import refuse_func, refuse_recording
 
 _LEFT_EMPTY = "_left_empty_by_a_reversible_model"
-"""Attribute of a cache that a training forward was given and did not fill."""
+"""Attribute set on a cache that was passed to a training forward and not filled."""
 STALE_WEIGHT = 0.1
-"""Of the other stream in the read-out of pre-norm `float` stacks."""
+"""Factor on the other stream in the read-out of pre-norm `float` stacks."""
 CHECKPOINTING_IS_ON = (
     "gradient checkpointing is on: a reversible stack rebuilds its activations "
     "already. Pass `gradient_checkpointing=False`, in newer versions also called "
@@ -97,14 +98,14 @@ _UNCHANGEABLE = (
 
 
 class ReversibleBlocks(nn.Module):
-    """Blocks with two streams, in the place of a `ModuleList`.
+    """Run blocks with two streams, in place of a `ModuleList`.
 
     Args:
-        blocks: the originals; they are taken over, not copied.
+        blocks: the original blocks, which become submodules and are not copied.
         adapters: one `ModuleDict` of adapters per block from `span[0]` up.
-        family: how the blocks are put together.
-        config: what kind of reversible model this is.
-        span: blocks to rebuild, first and end.
+        family: the structure of the blocks.
+        config: the config of the reversible model.
+        span: the blocks to rebuild, as (first, end).
         model_config: the config of the model that loops over the blocks.
     """
 
@@ -122,7 +123,7 @@ class ReversibleBlocks(nn.Module):
         super().__init__()
         for index, block in enumerate(blocks):
             self.add_module(str(index), block)
-            if index >= span[0]:  # those below are called by the stack
+            if index >= span[0]:  # blocks below the span are called by the stack
                 refuse_calls(block)
         self.adapters = adapters
         self.family = family
@@ -130,14 +131,15 @@ class ReversibleBlocks(nn.Module):
         self.span = span
         self.backward_pass = config.backward
         self.probe: Probe | None = None
-        """Set by `meft.testing` to watch one forward and backward."""
+        """Probe of one forward and backward; `meft.testing` sets it."""
         self.ledger = Ledger()
-        """Bytes that a side buffer in host memory has moved so far."""
+        """Bytes copied to and from a side buffer in host memory so far."""
         self._model_config = model_config
         self.stream_dtype = torch.int32
-        """Of `fixed` streams: int64 once a forward has met numbers that int32 cannot
-        hold. Both give the same function; set int64 to spare the forward that finds
-        out, which is run twice."""
+        """Dtype of `fixed` streams: int64 once a forward has computed numbers that
+        int32 cannot hold. Both dtypes give the same function. Set it to int64 to avoid
+        running the first such forward twice.
+        """
         self._num_blocks = len(blocks)
         self._repeatable: Repeatable = {}
         self._outside: Outside = {}
@@ -146,10 +148,11 @@ class ReversibleBlocks(nn.Module):
         self._has_warned_of_frozen = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """What `copy` and `pickle` take along: all but what was learned about kernels.
+        """Return the state to copy or pickle, without what is known about kernels.
 
-        A copy may run on another device or under another version of torch, so it finds
-        out for itself which of its branches repeat their bits.
+        A copy may run on another device or under another version of torch, so it
+        determines for itself which of its branches give the same bits when they are run
+        again.
         """
         return {
             **self.__dict__,
@@ -161,20 +164,20 @@ class ReversibleBlocks(nn.Module):
     def __len__(self) -> int:
         return self._num_blocks
 
-    # A type checker of calls, such as that of our tests, would be the caller.
+    # A type checker that wraps calls, such as that of our tests, would be the caller.
     @no_type_check
     def __iter__(self) -> Iterator[nn.Module]:
-        """In a `forward`, one block, which is the stack; elsewhere the original blocks.
+        """Iterate over this stack in a `forward`, otherwise over the original blocks.
 
-        Only the function that contains the loop counts, not its callers: code that
-        freezes blocks may well be called by some module's `forward`.
+        Only the function that contains the loop is examined, not its callers: code that
+        freezes blocks may be called by the `forward` of another module.
         """
         in_forward = torch.compiler.is_compiling() or _is_forward(sys._getframe(1))
         return iter((self,) if in_forward else self.blocks)
 
     @no_type_check
     def __getitem__(self, index: Any) -> Any:
-        """One of the original blocks; or, for a slice, what `__iter__` gives.
+        """Return an original block, or for a slice the items that `__iter__` gives.
 
         Raises:
             UnsupportedCallError: a slice in a `forward` leaves blocks out.
@@ -200,27 +203,45 @@ class ReversibleBlocks(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The original blocks, lowest first."""
+        """Return the original blocks, lowest first."""
         return [self.get_submodule(str(index)) for index in range(self._num_blocks)]
 
     def adapters_of(self, block: int) -> nn.ModuleDict:
-        """The adapters of one block from `span[0]` up."""
+        """Return the adapters of block number `block`, which is `span[0]` or higher."""
         return cast(nn.ModuleDict, self.adapters[str(block)])
 
     @torch.compiler.disable(reason=_NOT_COMPILED)  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Hidden, *args: Any, **kwargs: Any) -> Hidden:
-        """As all blocks one after the other."""
+        """Run all blocks one after the other and return the read-out.
+
+        Args:
+            hidden_states: input of the lowest block, `batch seq hidden`.
+            *args: positional arguments that the model passes to every block.
+            **kwargs: keyword arguments that the model passes to every block.
+
+        Returns:
+            The output of the stack, of the shape of `hidden_states`.
+        """
         return self._read_out(*self.streams(hidden_states, *args, **kwargs))
 
     def streams(
         self, hidden_states: Hidden, *args: Any, **kwargs: Any
     ) -> tuple[Stack, Streams, list[Coupling], Tensor | None]:
-        """Both streams after the top block, the rebuilt stack, all couplings, and for
-        each row whether every value was finite (None where the streams show it).
+        """Run all blocks and return the streams without reading them out.
+
+        Args:
+            hidden_states: input of the lowest block, `batch seq hidden`.
+            *args: positional arguments that the model passes to every block.
+            **kwargs: keyword arguments that the model passes to every block.
+
+        Returns:
+            Both streams after the top block; the rebuilt stack; all couplings; and, for
+            each row, whether every value was finite (None for `float` streams).
 
         Raises:
-            UnsupportedCallError: a block gives numbers that `fixed` streams of 64 bits
-                cannot hold; or the call asks for what a stack cannot give.
+            UnsupportedCallError: a block computes numbers that `fixed` streams of 64
+                bits cannot hold, or the call requests an unsupported output or
+                argument.
         """
         self._refuse_call()
         call = self._by_name(hidden_states, args, kwargs)
@@ -256,8 +277,9 @@ class ReversibleBlocks(nn.Module):
                     self.ledger if self.reversible.side_buffer == "host" else None,
                 )
                 if watch.found_outside and not is_rerun:
-                    # Once more, with these parameters as inputs. (Parameters that are
-                    # made anew in every run cannot be: the backward refuses them.)
+                    # Run once more with these parameters as inputs. (Parameters that
+                    # are created anew in every run cannot be inputs: the backward
+                    # refuses them.)
                     is_rerun = True
                     continue
             else:
@@ -274,7 +296,7 @@ class ReversibleBlocks(nn.Module):
             self.stream_dtype = torch.int64
 
     def _refuse_call(self) -> None:
-        """Refuse what has been done to the blocks or is done around this call."""
+        """Refuse unsupported changes to the blocks and unsupported contexts."""
         refuse_func("a reversible model")
         refuse_recording("how wide its streams are depends on the values of the batch")
         refuse_sharded(self)
@@ -284,7 +306,7 @@ class ReversibleBlocks(nn.Module):
     def _by_name(
         self, hidden: Hidden, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """What the loop passes to a block, by name; refuses what cannot be given."""
+        """Return a block's arguments by name, and refuse unsupported ones."""
         if getattr(self, "_is_replica", False):
             raise UnsupportedCallError(
                 "`nn.DataParallel` is not supported: its replicas have no parameters, "
@@ -325,7 +347,7 @@ class ReversibleBlocks(nn.Module):
                     "hold tokens, as peft's prefix tuning does: its recompute would "
                     "add them again. Train without a cache, or call `model.eval()`"
                 )
-            # transformers makes an empty one unless told `use_cache=False`.
+            # transformers creates an empty cache unless `use_cache=False` is given.
             call["past_key_values"] = None
             setattr(cache, _LEFT_EMPTY, True)
         return call
@@ -410,7 +432,8 @@ class ReversibleBlocks(nn.Module):
         pair = streams.pair()
         out = read(stack, pair[fresh])
         if finite is not None:
-            # Streams clamp; this is how a loss scaler gets to see an overflow.
+            # Streams clamp values, so NaN is added here: a loss scaler detects the
+            # overflow.
             zero = out.new_zeros(())
             added = torch.where(finite, zero, zero + torch.nan)
             out.add_(added.view(-1, *[1] * (out.dim() - 1)))
@@ -423,13 +446,13 @@ class ReversibleBlocks(nn.Module):
 
 
 def _is_forward(frame: FrameType) -> bool:
-    # The second name is that of `torch.compile` for what comes after a graph break.
+    # The second name is the one `torch.compile` gives to code after a graph break.
     name = frame.f_code.co_name
     return name == "forward" or name.startswith("torch_dynamo_resume_in_forward_at_")
 
 
 def _kind_of(call: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a call tells about the kernels it will run: which tensors, of what form."""
+    """Return what a call implies about its kernels: its tensors and their shapes."""
     return tuple(
         (n, (v.shape, v.dtype) if isinstance(v, Tensor) else type(v))
         for n, v in sorted(call.items())

@@ -1,4 +1,4 @@
-"""`ReversibleConfig`: everything that decides which function a reversible model is."""
+"""`ReversibleConfig`: the fields that define the function of a reversible model."""
 
 import dataclasses
 import operator
@@ -16,13 +16,13 @@ from meft.validate import (
 )
 
 PAPER_SCALES = {"meft1": (0.1, 1.0), "meft2": (1.0, 0.1), "meft3": (0.1, 0.1)}
-"""(lambda, beta) of the authors' GLUE runs, per variant."""
+"""The factors (lambda, beta) of the authors' GLUE runs, per variant."""
 MAX_LOST_BITS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReversibleConfig:
-    """The config of `meft.make_reversible`.
+    """Configuration of `meft.make_reversible`.
 
     A reversible block couples two streams, each of the shape of the hidden states, by
     two functions F and G, so that its inputs can be rebuilt from its outputs. The
@@ -35,68 +35,69 @@ class ReversibleConfig:
     - `meft3`: F is the attention half of the block and G its feed-forward half, each
       with an adapter. Both couplings scale a stream, so it keeps twice the lost bits.
 
-    Take `meft1` unless you compare variants: with `meft2` it keeps the least for the
-    backward, most of our measurements are of it, and the three score within a few
+    Use `meft1` unless you compare variants: `meft1` and `meft2` keep the least for the
+    backward, most of our measurements are of `meft1`, and the three score within a few
     percentage points of each other in `reports/published/reference`.
 
     Attributes:
         variant (str): `meft1`, `meft2` or `meft3`, as above. Required.
         bottleneck_size (int): Inner width of every adapter, in features, at least 1.
             Raise it if the model underfits. Default: `8`.
-        arithmetic (str): How streams hold their numbers. `fixed`: integers with an
-            exact inverse, so that gradients equal those of stored activations in every
-            bit. `float`: floating point as in the paper, inverted by subtraction and
-            division, whose gradients are wrong by about 1% in the lowest of 6 blocks
-            (0.1% with 5) and by all of their size in the lowest of 12. Take `float`
-            only to compare with the paper. Default: `'fixed'`.
-        lost_bits (int): `fixed` only: k of the small scale 2^-k, 0 to 16. Kept for the
-            backward are k bits per element and block (2k for `meft3`). Every bit more
-            halves the deviation of the converted model from the pre-trained one; 16 is
-            gradient checkpointing of the unchanged backbone. Lower it for less memory,
-            raise it if the first loss is far from that of the pre-trained model.
-            Default: `4`.
+        arithmetic (str): Number format of the streams. `fixed`: integers with an exact
+            inverse, so that gradients equal those of stored activations in every bit.
+            `float`: floating point as in the paper, inverted by subtraction and
+            division. Its gradients have errors of about 1% in the lowest of 6 blocks
+            (0.1% with 5) and of 100% in the lowest of 12. Use `float` only to compare
+            with the paper. Default: `'fixed'`.
+        lost_bits (int): `fixed` only: k of the small scale 2^-k, 0 to 16. k bits per
+            element and block (2k for `meft3`) are kept for the backward. Each
+            additional bit halves the deviation of the converted model from the
+            pre-trained one; 16 corresponds to gradient checkpointing of the unchanged
+            backbone. Lower it to save memory; raise it if the first loss is far from
+            that of the pre-trained model. Default: `4`.
         fraction_bits (int | None): `fixed` only: the quantum of a stream is
-            2^-fraction_bits, 4 to 24. None takes 14 for 16-bit compute and 18 for
-            wider. Streams are 32-bit integers while no activation exceeds 2^29 quanta
-            (32,768 and 2,048), and 64-bit integers from the first forward on in which
-            one does (limits of 1.4e14 and 8.8e12): the same function, for 8 bytes more
-            per element of the pair of streams. A forward with larger values raises
-            `UnsupportedCallError`, which names the block; lower it then.
-            Default: `None`.
+            2^-fraction_bits, 4 to 24. None selects 14 for 16-bit compute and 18 for
+            wider dtypes. Streams are 32-bit integers while no activation exceeds 2^29
+            quanta (32,768 and 2,048), and 64-bit integers from the first forward on in
+            which one does (limits of 1.4e14 and 8.8e12). Both compute the same
+            function; 64-bit streams take 8 more bytes per element of the pair of
+            streams. A forward with larger values raises `UnsupportedCallError`, which
+            names the block; in that case lower `fraction_bits`. Default: `None`.
         scale_1 (float | None): `float` only: lambda, the factor on stream 1, finite and
-            not 0. None takes the paper's. Default: `None`.
+            not 0. None selects the paper's value. Default: `None`.
         scale_2 (float | None): `float` only: beta, the factor on stream 2, finite and
-            not 0. None takes the paper's. Default: `None`.
-        coupling (str | None): `difference` scales what one block changed, `paper` the
-            whole carried stream. None takes `difference` for `fixed` and `paper` for
-            `float`. Change it only to compare. Default: `None`.
-        span (tuple[int, int] | None): Blocks `span[0]` up to, not including, `span[1]`
-            are rebuilt. Blocks below stay plain and frozen; blocks above get adapters
-            too, but store their activations. None rebuilds all blocks (figure 7 of the
-            paper compares such settings). Default: `None`.
+            not 0. None selects the paper's value. Default: `None`.
+        coupling (str | None): `difference` scales the change made by one block, `paper`
+            the whole carried stream. None selects `difference` for `fixed` and `paper`
+            for `float`. Change it only to compare. Default: `None`.
+        span (tuple[int, int] | None): Blocks from `span[0]` up to, not including,
+            `span[1]` are rebuilt. Blocks below stay plain and frozen; blocks above get
+            adapters too, but store their activations. None rebuilds all blocks (figure
+            7 of the paper compares such settings). Default: `None`.
         backward (str): `rebuild`: the reversible backward pass. `store`: the same
-            function with stored activations under ordinary autograd, for comparison
-            and debugging. Default: `'rebuild'`.
-        mlp_chunks (int): Number of parts of the batch's tokens in which everything that
-            treats tokens separately (MLP, norms, adapter) is recomputed and
+            function with stored activations under ordinary autograd, for comparison and
+            debugging. Default: `'rebuild'`.
+        mlp_chunks (int): Number of parts into which the tokens of the batch are split
+            when the position-wise layers (MLP, norms, adapter) are recomputed and
             differentiated, at least 1. Raise it to lower peak memory at the same number
             of operations. Default: `1`.
         gradient_dtype (str): `fixed` only: `float32` or `bfloat16`, the dtype of the
             gradients of streams. `bfloat16` halves their memory and rounds them.
             Default: `'float32'`.
         side_buffer (str): `fixed` only: where the lost bits are kept until the
-            backward. `device`, or `host`: in (pinned) host memory, so that nothing that
-            grows with depth stays on the device; `ReversibleBlocks.ledger` counts the
-            bytes. Default: `'device'`.
-        on_mismatch (str): `fixed` only: what to do if a branch gave other bits in the
-            backward than in the forward. `raise` raises `ReconstructionError`; `skip`
-            gives the stack and what is below it no gradients for this batch, and a
-            warning (a task head above keeps its own, which autograd has computed
-            before); `redo` computes them with stored activations, and a warning (it
-            keeps the input of the stack for that). Default: `'raise'`.
+            backward. `device`, or `host`: in (pinned) host memory, so that no memory
+            that grows with depth stays on the device; `ReversibleBlocks.ledger` counts
+            the bytes. Default: `'device'`.
+        on_mismatch (str): `fixed` only: what to do if a branch gives other bits in the
+            backward than in the forward. `raise` raises `ReconstructionError`. `skip`
+            issues a warning and returns no gradients for the stack and the layers below
+            it in this batch (a task head above keeps its gradients, which autograd has
+            computed before). `redo` issues a warning and computes the gradients with
+            stored activations (it keeps the input of the stack for that). Default:
+            `'raise'`.
 
     Raises:
-        ConfigError: a value is of another type, out of range, or without effect.
+        ConfigError: a value has the wrong type, is out of range or has no effect.
     """
 
     variant: str
@@ -125,7 +126,7 @@ class ReversibleConfig:
 
     @property
     def scales(self) -> tuple[float, float]:
-        """(lambda, beta)."""
+        """Return (lambda, beta)."""
         paper_1, paper_2 = PAPER_SCALES[self.variant]
         if self.arithmetic == "fixed":
             small = 2.0**-self.lost_bits
@@ -137,14 +138,14 @@ class ReversibleConfig:
 
     @property
     def is_difference(self) -> bool:
-        """Whether the coupling scales differences."""
+        """Return whether the coupling scales differences."""
         return (self.coupling or _COUPLINGS[self.arithmetic]) == "difference"
 
     def function(self) -> dict[str, Any]:
-        """The fields that define the function, not how it is computed.
+        """Return the fields that define the function, without those of its computation.
 
-        Defaults that None selects are filled in where they do not depend on the
-        model, and fields without effect are None.
+        Defaults that None selects are filled in where they do not depend on the model,
+        and fields without effect are None.
         """
         is_fixed = self.arithmetic == "fixed"
         scale_1, scale_2 = (None, None) if is_fixed else self.scales
@@ -161,16 +162,19 @@ class ReversibleConfig:
         }
 
     def same_function(self, other: "ReversibleConfig") -> bool:
-        """Whether both describe one function, however its backward is computed."""
+        """Return whether both configs define the same function.
+
+        The backward and its options may differ.
+        """
         return self.function() == other.function()
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
+        """Return the fields as a JSON object."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "ReversibleConfig":
-        """The inverse of `to_json`."""
+        """Create a config from the output of `to_json`."""
         span = fields["span"]
         return cls(**fields | {"span": None if span is None else tuple(span)})
 

@@ -1,4 +1,4 @@
-"""`make_reversible`: a transformers model in, the same model out, reversible."""
+"""`make_reversible`: convert a transformers model to a reversible one in place."""
 
 from functools import partial
 from typing import TypeVar
@@ -30,11 +30,14 @@ def make_reversible(model: Model, config: ReversibleConfig) -> Model:
     The model keeps its class, its `forward` signature and its outputs. Afterwards the
     adapters and a newly made task head (`classifier`, `qa_outputs`, `score`, ...) are
     trainable and everything else is frozen (Liao et al., NeurIPS 2023, section 4.1).
-    If some parameters were frozen before and others were not, by hand or because the
-    model is a PeftModel, that choice is kept and the adapters are trained in addition.
-    Change `requires_grad` afterwards to train more or less.
+        If some parameters were frozen before and others were not, manually or because
+        the
+        model is a PeftModel, that choice is kept and the adapters are trained in
+        addition.
+        Change `requires_grad` afterwards to train more or fewer parameters.
 
-    `model.save_pretrained` also writes the files of `meft.save_adapters` from now on.
+        From then on, `model.save_pretrained` also writes the files of
+        `meft.save_adapters`.
 
     Args:
         model: any class of a supported family, which `meft.backbone.families` lists, or
@@ -45,13 +48,13 @@ def make_reversible(model: Model, config: ReversibleConfig) -> Model:
         `model` itself.
 
     Raises:
-        UnsupportedModelError: not such a model, or already reversible, or with gradient
-            checkpointing on.
+        UnsupportedModelError: the model is not of a supported family, is already
+            reversible, or has gradient checkpointing on.
         ConfigError: `config.span` reaches beyond the model's blocks.
 
     Warns:
-        FrozenWarning: a task head was frozen before, and so stays frozen; or a head
-            stays frozen because it may be pre-trained.
+        FrozenWarning: a task head was frozen before and stays frozen, or a head stays
+            frozen because it may be pre-trained.
     """
     if find_stacks(model):
         raise UnsupportedModelError("this model is reversible already")
@@ -78,16 +81,16 @@ def make_reversible(model: Model, config: ReversibleConfig) -> Model:
 
 
 def find_stacks(model: nn.Module) -> dict[str, ReversibleBlocks]:
-    """The reversible stacks inside `model`, by name; empty if it has none."""
+    """Return the reversible stacks in `model` by name; the result may be empty."""
     named = model.named_modules()
     return {name: m for name, m in named if isinstance(m, ReversibleBlocks)}
 
 
 def reversible_stacks(model: nn.Module) -> dict[str, ReversibleBlocks]:
-    """As `find_stacks`.
+    """Return the reversible stacks in `model` by name, of which there is at least one.
 
     Raises:
-        UnsupportedModelError: `model` has not been through `make_reversible()`.
+        UnsupportedModelError: `model` was not converted by `make_reversible()`.
     """
     stacks = find_stacks(model)
     if not stacks:
@@ -99,7 +102,7 @@ def reversible_stacks(model: nn.Module) -> dict[str, ReversibleBlocks]:
 
 
 def _refuse_beside_parallel(found: BlockList, config: ReversibleConfig) -> None:
-    """What another method's adapters beside the feed-forward cannot go with."""
+    """Refuse fields that do not work with parallel adapters of another method."""
     if not any(hasattr(block, NAME) for block in found.blocks):
         return
     for field, only, reason in (
@@ -117,7 +120,7 @@ def _stack(found: BlockList, config: ReversibleConfig) -> ReversibleBlocks:
     adapters = Adapters(config.function() | {"span": (first, end)})
     for index, block in enumerate(found.blocks[first:], first):
         shape = found.family.adapter_shape(block, found.owner.config)
-        # Not of a quantised weight, whose dtype is that of its storage.
+        # Skip quantised weights, whose dtype is that of their storage.
         weight = next(p for p in block.parameters() if p.is_floating_point())
         make = partial(
             Bottleneck,
@@ -127,8 +130,8 @@ def _stack(found: BlockList, config: ReversibleConfig) -> ReversibleBlocks:
             shape.dropout,
             shape.std,
         )
-        # What only the stale stream of the last block would see has no effect, unless
-        # the read-out mixes both streams.
+        # An adapter that only changes the stale stream of the last block has no effect,
+        # unless the read-out mixes both streams.
         is_last = index == len(found.blocks) - 1
         unread = is_last and config.variant == "meft1" and config.arithmetic == "fixed"
         made = make_adapters(config.variant, make, only_f=unread)

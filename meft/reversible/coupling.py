@@ -1,20 +1,20 @@
 """The coupling: an invertible change of one of two streams.
 
-A stack of blocks is a list of couplings. Each changes one stream, its target, by a
-function of the other, its source:
+A stack of blocks is a list of couplings. Each coupling changes one stream, its target,
+by a function of the other stream, its source:
 
     t <- scale t + branch(s)              `coupling="paper"`
     t <- scale (t - s) + branch(s)        `coupling="difference"`
 
-The source is still there afterwards, so the coupling can be undone: subtract what the
-branch gives again, divide by the scale. One block is two couplings, y1 = scale_1 x1 +
-F(x2) and y2 = scale_2 x2 + G(y1) (Liao et al., NeurIPS 2023, section 3.1, with lambda =
-scale_1 and beta = scale_2). Subtracting the source first keeps a small scale from
-mixing in a stale copy of the whole hidden state: what is scaled is only the change that
-one block made. Couplings with a scale of 1 have no need of it and no room for it.
+The source is unchanged, so the coupling can be undone: compute the branch again,
+subtract its value and divide by the scale. One block consists of two couplings, y1 =
+scale_1 x1 + F(x2) and y2 = scale_2 x2 + G(y1) (Liao et al., NeurIPS 2023, section 3.1,
+with lambda = scale_1 and beta = scale_2). If the source is subtracted first, a small
+scale does not mix in an outdated copy of the whole hidden state: only the change made
+by one block is scaled. Couplings with a scale of 1 neither need nor allow this.
 
-How streams hold their numbers is the arithmetic's business: `floating`, or `fixed`,
-whose inverse is exact.
+The arithmetic defines the number format of the streams: `floating`, or `fixed`, whose
+inverse is exact.
 """
 
 import math
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 Function = Callable[..., Tensor]
-"""A stream in, and by name what else the branch reads; a tensor of its shape out."""
+"""Maps a stream, and other inputs by name, to a tensor of the stream's shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,11 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Branch:
-    """F or G: tokenwise(mixing(s)). Either may be missing.
+    """F or G, which computes tokenwise(mixing(s)). Either part may be missing.
 
-    The mixing part (attention) sees a whole sequence, and may read tensors beside the
-    stream; the tokenwise part sees one token at a time, so it can be run in chunks.
+    The mixing part (attention) reads whole sequences and may read tensors in addition
+    to the stream. The tokenwise part is applied to each token independently, so it can
+    run in chunks.
     """
 
     mixing: Part | None = None
@@ -51,7 +52,7 @@ class Branch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Coupling:
-    """One change of one stream."""
+    """One invertible change of one stream."""
 
     target: int
     """0 or 1: the stream that changes; its source is the other."""
@@ -61,36 +62,46 @@ class Coupling:
     block: int
     """Index in the model of the block that the coupling belongs to."""
     number: int
-    """Of the coupling in the model: what its random numbers depend on."""
+    """Number of the coupling in the model; its random numbers depend on it."""
     starts: bool = False
-    """Whether this is the first coupling of all, where both streams are still equal."""
+    """Whether this is the first coupling of the stack, where both streams are equal."""
 
 
 @runtime_checkable
 class Arithmetic(Protocol):
-    """How streams hold their numbers, and how a coupling and its inverse compute."""
+    """Number format of streams, with the computation of a coupling and its inverse."""
 
     @property
     def gradient_dtype(self) -> torch.dtype:
-        """Of the gradients of streams."""
+        """Return the dtype of the gradients of streams."""
 
     @property
     def limit(self) -> tuple[float, int] | None:
-        """The greatest value that one addition takes, and what no stream may reach.
+        """Return the greatest value that can be added, and the bound on streams.
 
-        None if streams hold every number that a value can be.
+        No stream may reach the bound. None if streams can hold every value.
         """
 
     def enter(self, hidden: Tensor) -> Tensor:
-        """A new stream that holds `hidden`."""
+        """Return a new stream that holds `hidden`."""
 
     def read(self, stream: Tensor) -> Tensor:
-        """The stream as a branch reads it."""
+        """Return the stream in the dtype in which a branch reads it."""
 
     def couple_(
         self, target: Tensor, source: Tensor, value: Tensor, coupling: Coupling
     ) -> Tensor | None:
-        """`coupling` on `target` in place; returns what has to be kept to undo it."""
+        """Apply a coupling to `target` in place.
+
+        Args:
+            target: the stream that changes, `batch seq hidden`.
+            source: the other stream, of the same shape.
+            value: the output of the branch at `source`, of the same shape.
+            coupling: the scale and the form of the coupling.
+
+        Returns:
+            What has to be kept to undo the coupling; None if that is nothing.
+        """
 
     def uncouple_(
         self,
@@ -100,20 +111,33 @@ class Arithmetic(Protocol):
         coupling: Coupling,
         kept: Tensor | None,
     ) -> None:
-        """The inverse of `couple_`, in place."""
+        """Undo `couple_` in place.
+
+        Args:
+            target: the stream that `couple_` changed, `batch seq hidden`.
+            source: the other stream, of the same shape.
+            value: the output of the branch at `source`, as in `couple_`.
+            coupling: the scale and the form of the coupling.
+            kept: what `couple_` returned.
+        """
 
 
 Context = Mapping[str, Tensor]
-"""Tensors beside the stream that branches read and that want a gradient, by name."""
+"""Tensors that branches read in addition to the stream and that require a gradient."""
 
 
 def growth(scale_1: float, scale_2: float) -> float:
-    """Factor by which undoing one block magnifies an error already there, in floats.
+    """Return the factor by which inverting a block in floats magnifies an error.
 
-    With swapped streams the errors of two successive blocks obey
-    e' = (e + J e'') / (scale_1 scale_2), J the gain of the block, so the factor is the
-    positive root of g^2 = (1 + J g) / (scale_1 scale_2). J = 1 here: 1.6 for scales of
-    1, 10.9 for (0.1, 1), 101 for (0.1, 0.1), close to what real backbones show.
+    With swapped streams, the errors of two successive blocks obey e' = (e + J e'') /
+    (scale_1 scale_2), where J is the gain of the block. The factor is therefore the
+    positive root of g^2 = (1 + J g) / (scale_1 scale_2). This function uses J = 1. It
+    returns 1.6 for scales of 1, 10.9 for (0.1, 1) and 101 for (0.1, 0.1), close to the
+    values of real backbones.
+
+    Args:
+        scale_1: lambda, the scale of the first coupling.
+        scale_2: beta, the scale of the second coupling.
     """
     product = abs(scale_1 * scale_2)
     return (1 + math.sqrt(1 + 4 * product)) / (2 * product)

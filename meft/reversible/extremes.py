@@ -1,18 +1,18 @@
-"""Did every number fit into its stream, and was it finite?
+"""Check whether every number fitted into its stream and was finite.
 
 Integer streams have a range. A value beyond it is clamped and a sum beyond it wraps
-around: the coupling can still be undone, but the numbers are wrong. So the forward
-keeps the extremes of every value and of every stream, per row of the batch, four
-scalars a row and coupling that stay on the device, and decides at its end:
+around: the coupling can still be undone, but the numbers are wrong. The forward
+therefore keeps the extremes of every value and of every stream per row of the batch,
+four scalars per row and coupling, on the device, and evaluates them at its end:
 
-* Everything fits if no value exceeds the limit of one addition and no stream reaches
-  twice that: then nothing was clamped, and no sum or difference has wrapped around.
-* An infinity or a not-a-number is an overflow of the backbone itself. The row's output
-  of the stack becomes not-a-number, which a loss scaler expects, and whatever follows
-  in the row does not count as too large. Rows do not read each other, so the others are
-  what they would be without it.
+* All numbers fit if no value exceeds the limit of one addition and no stream reaches
+  twice that limit: then nothing was clamped, and no sum or difference has wrapped
+  around.
+* An infinity or a NaN is an overflow of the backbone itself. The row's output of the
+  stack becomes NaN, which a loss scaler expects, and later numbers of the row do not
+  count as too large. Rows do not read each other, so the other rows are unaffected.
 
-The host waits for one value a forward, that of `fit`.
+The host synchronizes with the device once per forward, in `fit`.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from meft.reversible.coupling import Arithmetic
 
 
 class _Seen(NamedTuple):
-    """Each has one element per row of the batch."""
+    """Extremes of one value and its stream, with one element per row of the batch."""
 
     least: Tensor
     greatest: Tensor
@@ -33,11 +33,11 @@ class _Seen(NamedTuple):
 
 
 class Extremes:
-    """The extremes of all values and streams of one forward.
+    """Record the extremes of all values and streams of one forward.
 
     Args:
-        arithmetic: of the streams. Streams of floats hold every number that a value
-            can be, so nothing is kept for them.
+        arithmetic: arithmetic of the streams. Streams of floats hold every value, so
+            nothing is recorded for them.
     """
 
     def __init__(self, arithmetic: Arithmetic) -> None:
@@ -49,31 +49,33 @@ class Extremes:
         """Record that a value of `block` was added to `stream`.
 
         Args:
-            block: index in the model.
-            value: what the block gave, or the input of the stack; rows come first.
+            block: index of the block in the model.
+            value: the output of the branch, or the input of the stack; rows come first.
             stream: the stream after the addition, of the same shape.
         """
         if self._limit is None:
             return
         self._blocks.append(block)
-        # A row with a not-a-number has no other extremes.
+        # In a row with a NaN, every extreme is NaN.
         self._seen.append(_Seen(*_of_rows(value.detach()), *_of_rows(stream)))
 
     def finite(self) -> Tensor | None:
-        """Whether every value of a row was finite, on the device, for each row; None
-        for streams of floats."""
+        """Return for each row whether all its values were finite.
+
+        The result is a tensor on the device, or None for streams of floats.
+        """
         return self._finite().all(0) if self._seen else None
 
     def fit(self) -> bool:
-        """Whether every number fitted into its stream. Waits for the device."""
+        """Return whether every number fitted; synchronizes with the device."""
         return not self._seen or bool((~self._too_large()).all())
 
     def first_too_large(self) -> tuple[int, float | None]:
-        """The lowest block with a number that did not fit.
+        """Return the lowest block with a number that did not fit.
 
         Returns:
-            Its index, and the greatest value that it computed; None if all its values
-            fitted and the sum in the stream did not.
+            Its index and the greatest value that it computed; None instead of the value
+            if all its values fitted and the sum in the stream did not.
         """
         assert self._limit is not None
         rows = self._too_large()
@@ -88,8 +90,10 @@ class Extremes:
         return least.isfinite() & greatest.isfinite()
 
     def _too_large(self) -> Tensor:
-        """Per value and row, whether it or its stream did not fit, all before in the
-        row being finite."""
+        """Return, per value and row, whether the value or its stream did not fit.
+
+        Only numbers count that follow no infinity or NaN in their row.
+        """
         assert self._limit is not None
         least, greatest, lowest, highest = self._stacked()
         value, stream = self._limit
@@ -102,9 +106,9 @@ class Extremes:
 
 
 def _of_rows(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the greatest element of every row."""
+    """Return the least and the greatest element of every row."""
     rows = tensor.flatten(1)
     if rows.is_cuda:
         return torch.aminmax(rows, dim=1)
-    # On a CPU torch's `aminmax(dim=...)` takes four times as long as both of these.
+    # On a CPU, torch's `aminmax(dim=...)` takes four times as long as both calls below.
     return rows.amin(1), rows.amax(1)

@@ -1,25 +1,26 @@
 """Fixed-point streams, whose inverse is exact.
 
 A stream is a tensor of integers, in quanta of q = 2^-fraction_bits. Scales are powers
-of two, 2^-k, so scaling is a shift; the k bits that it drops are kept:
+of two, 2^-k, so scaling is a shift. The k bits that the shift drops are kept:
 
     couple:    d = t [- s];  r = d & (2^k - 1);  t <- (d >> k) + Q(value);   keep r
     uncouple:  d = ((t - Q(value)) << k) | r;    t <- d [+ s]
 
-Integers make the round trip bit by bit, whatever the depth, the scale or the precision
-of the branches; addition may even wrap around, and wraps back. The one condition is
-that a branch gives the same value again. Rounding has the gradient of the identity, as
-the rounding of floats has under autograd.
+Integers are restored bit by bit, whatever the depth, the scale or the precision of the
+branches; an addition that wraps around is undone exactly too. The one condition is that
+a branch gives the same value again. Rounding has the gradient of the identity, as the
+rounding of floats has under autograd.
 
 Integers have 32 bits as long as all numbers fit, and 64 if they do not (`extremes`
-finds out, `blocks` decides). Quanta are the same, so both widths compute the same
-function, bit for bit, and nothing about the width has to be saved or agreed on between
+checks this, `blocks` decides). Quanta are the same, so both widths compute the same
+function, bit for bit, and the width does not have to be saved or synchronized between
 processes.
 
-What is here is the reference, and what runs on a CPU. On a GPU, where memory traffic is
-what it costs, `fused` computes the same bits in one pass.
+This module contains the reference implementation, which also runs on a CPU. On a GPU,
+where the couplings are limited by memory traffic, `fused` computes the same bits in one
+pass.
 
-Nearest relatives: Maclaurin et al., ICML 2015 (an information buffer makes momentum
+Related work: Maclaurin et al., ICML 2015 (an information buffer makes momentum
 reversible); MacKay et al., NeurIPS 2018 (the bits that forgetting must keep); Zhang et
 al., arXiv 2407.09093 (one side bit for a scale of 1/2, trained from scratch).
 """
@@ -37,17 +38,18 @@ from meft.reversible.coupling import Coupling
 from meft.reversible.packing import pack, put_back_
 
 FRACTION_BITS = {torch.float16: 14, torch.bfloat16: 14}
-"""Per compute dtype: below its own rounding for values of ordinary size, and with a
-range of 32768 in 32 bits."""
+"""Fraction bits per compute dtype. The quantum is below the dtype's own rounding for
+values of ordinary size, and the range is 32768 in 32 bits.
+"""
 FRACTION_BITS_WIDE = 18
-"""For float32 and wider: range 2048 in 32 bits, 8.8e12 in 64."""
+"""Fraction bits for float32 and wider: range 2048 in 32 bits, 8.8e12 in 64."""
 LIMITS = {torch.int32: 2.0**29, torch.int64: 2.0**61}
 """Greatest value of one addition, in quanta, by the dtype of streams."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fixed:
-    """Streams of `stream_dtype`, int32 or int64, read in `compute_dtype`."""
+    """Arithmetic of int32 or int64 streams, which are read in `compute_dtype`."""
 
     compute_dtype: torch.dtype
     fraction_bits: int
@@ -55,18 +57,19 @@ class Fixed:
     stream_dtype: torch.dtype = torch.int32
 
     def enter(self, hidden: Tensor) -> Tensor:
-        """`hidden` in quanta."""
+        """Return `hidden` in quanta."""
         return self.quantise(hidden.contiguous())
 
     def read(self, stream: Tensor) -> Tensor:
-        """The stream as numbers again, rounded to what branches compute in."""
-        # A power of two: the product is exact, only the two casts round.
+        """Return the stream as floats, rounded to `compute_dtype`."""
+        # The factor is a power of two: the product is exact, only the two casts round.
         return stream.float().mul_(2.0**-self.fraction_bits).to(self.compute_dtype)
 
     def quantise(self, value: Tensor) -> Tensor:
-        """Q: to the nearest quantum, half to even; clamped, and 0 for not-a-number.
+        """Return Q(value), rounded to the nearest quantum, half to even.
 
-        So that a coupling can always be undone; `extremes` finds what is lost by it.
+        Values beyond the limit are clamped and NaN becomes 0, so that a coupling can
+        always be undone; `extremes` detects such values.
         """
         limit = LIMITS[self.stream_dtype]
         quanta = value.to(torch.float32, copy=True).mul_(2.0**self.fraction_bits)
@@ -75,10 +78,10 @@ class Fixed:
 
     @property
     def limit(self) -> tuple[float, int]:
-        """The greatest value that is not clamped; what no stream may reach, in quanta.
+        """Return the greatest value that is not clamped, and the bound on streams.
 
-        With both streams below twice the limit of an addition, neither their difference
-        nor its sum with a value leaves the integers without being seen.
+        The bound is in quanta. With both streams below twice the limit of an addition,
+        an overflow of their difference or of its sum with a value is always detected.
         """
         limit = LIMITS[self.stream_dtype]
         return limit * 2.0**-self.fraction_bits, 2 * int(limit)
@@ -86,7 +89,17 @@ class Fixed:
     def couple_(
         self, target: Tensor, source: Tensor, value: Tensor, coupling: Coupling
     ) -> Tensor | None:
-        """Shift, add; keep the bits that were shifted out."""
+        """Shift the target, add the value, and return the bits shifted out.
+
+        Args:
+            target: the stream that changes, `batch seq hidden`.
+            source: the other stream, of the same shape.
+            value: the output of the branch, of the same shape.
+            coupling: the scale and the form of the coupling.
+
+        Returns:
+            The bits shifted out; None if there are none to keep.
+        """
         num_bits = lost_bits(coupling)
         keep = num_bits > 0 and not coupling.starts
         if fused := kernels(target, source):
@@ -116,7 +129,15 @@ class Fixed:
         coupling: Coupling,
         kept: Tensor | None,
     ) -> None:
-        """Subtract, shift back, put the bits in."""
+        """Subtract the value, shift back and restore the bits.
+
+        Args:
+            target: the stream that `couple_` changed, `batch seq hidden`.
+            source: the other stream, of the same shape.
+            value: the output of the branch, of the same shape.
+            coupling: the scale and the form of the coupling.
+            kept: what `couple_` returned.
+        """
         num_bits = lost_bits(coupling)
         if fused := kernels(target, source):
             fused.uncouple_(
@@ -135,21 +156,22 @@ class Fixed:
         if kept is not None:
             put_back_(target, kept, num_bits)
         elif num_bits and not coupling.difference:
-            # Where the stack starts, both streams were equal: the source has the bits.
+            # At the bottom of the stack both streams were equal: the source has the
+            # bits.
             target.bitwise_or_(source & (2**num_bits - 1))
         if coupling.difference:
             target.add_(source)
 
 
 def lost_bits(coupling: Coupling) -> int:
-    """k of a scale of 2^-k."""
+    """Return k of a scale of 2^-k."""
     return round(-math.log2(coupling.scale))
 
 
 def kernels(target: Tensor, source: Tensor) -> ModuleType | None:
-    """`meft.reversible.fused` if it can take these streams; None: the reference does.
+    """Return `meft.reversible.fused` if it supports these streams, otherwise None.
 
-    It can on CUDA, if they are contiguous and triton works there.
+    It supports contiguous streams on CUDA if triton works on that device.
     """
     if target.is_cuda and target.is_contiguous() and source.is_contiguous():
         return _kernels_on(target.device)
@@ -166,8 +188,8 @@ def _kernels_on(device: torch.device) -> ModuleType | None:
         target, source = torch.zeros(2, 1, dtype=torch.int32, device=device)
         fused.couple_(target, source, target.float(), 0, False, 0, False)
     except Exception as error:
-        # Triton needs a C compiler where it runs and does not know every device. What
-        # it raises then has no common class.
+        # Triton needs a C compiler where it runs and does not support every device. The
+        # exceptions that it raises then have no common class.
         warnings.warn(
             f"streams on {device} are computed without triton, which is slower and "
             f"gives the same bits: {type(error).__name__}: {error}",

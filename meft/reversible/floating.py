@@ -2,11 +2,11 @@
 
     couple:  t <- scale t + value          uncouple:  t <- (t - value) / scale
 
-Nothing is kept. The two are inverse up to rounding, which every division by a scale
-below 1 magnifies (`coupling.growth`): at the paper's scales and in float32, gradients
-are wrong by about 1% five blocks below the top one (MEFT1, MEFT2), by ten times as much
-with every block below, and soon by all of their size. Here as the baseline; `fixed` has
-no such limit.
+Nothing is kept. The two operations are inverse up to rounding, which every division by
+a scale below 1 magnifies (`coupling.growth`). At the paper's scales and in float32, the
+gradients five blocks below the top one have errors of about 1% (MEFT1, MEFT2); the
+error grows tenfold with every further block and soon reaches 100%. This module serves
+as the baseline; `fixed` has no such limit.
 """
 
 from dataclasses import dataclass
@@ -19,32 +19,39 @@ from meft.reversible.coupling import Coupling
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Floating:
-    """Streams of `stream_dtype`, read in `compute_dtype`."""
+    """Arithmetic of floating-point streams, which are read in `compute_dtype`."""
 
     compute_dtype: torch.dtype
     stream_dtype: torch.dtype
 
     @property
     def gradient_dtype(self) -> torch.dtype:
-        """That of the streams."""
+        """Return the dtype of the gradients, which is that of the streams."""
         return self.stream_dtype
 
     @property
     def limit(self) -> None:
-        """Streams hold infinity and not-a-number as they come."""
+        """Return None: streams can hold infinity and NaN."""
 
     def enter(self, hidden: Tensor) -> Tensor:
-        """A copy of `hidden`."""
+        """Return a copy of `hidden` in `stream_dtype`."""
         return hidden.to(self.stream_dtype, copy=True)
 
     def read(self, stream: Tensor) -> Tensor:
-        """The stream, rounded to what branches compute in."""
+        """Return the stream, rounded to `compute_dtype`."""
         return stream.to(self.compute_dtype)
 
     def couple_(
         self, target: Tensor, source: Tensor, value: Tensor, coupling: Coupling
     ) -> None:
-        """Scale, add."""
+        """Scale `target` and add `value`.
+
+        Args:
+            target: the stream that changes, `batch seq hidden`.
+            source: the other stream, of the same shape.
+            value: the output of the branch, of the same shape.
+            coupling: the scale and the form of the coupling.
+        """
         if coupling.difference:
             target.sub_(source)
         target.mul_(coupling.scale).add_(value)
@@ -57,7 +64,15 @@ class Floating:
         coupling: Coupling,
         kept: Tensor | None,
     ) -> None:
-        """Subtract, divide."""
+        """Subtract `value` and divide by the scale.
+
+        Args:
+            target: the stream that `couple_` changed, `batch seq hidden`.
+            source: the other stream, of the same shape.
+            value: the output of the branch, of the same shape.
+            coupling: the scale and the form of the coupling.
+            kept: None, as nothing is kept.
+        """
         target.sub_(value).div_(coupling.scale)
         if coupling.difference:
             target.add_(source)

@@ -1,27 +1,29 @@
-"""The couplings of `fixed` on a GPU: each way reads and writes every number once.
+"""The couplings of `fixed` on a GPU, which read and write every number once.
 
     couple:    d = t [- s];  keep d & (2^k - 1);  t <- (d >> k) + Q(value)
     uncouple:  t <- (((t - Q(value)) << k) | kept) [+ s]
 
-Bit for bit what `Fixed` computes with a dozen operations of torch, which stay the
-reference, and what is kept has the layout of `packing`: either side undoes the other.
-One program takes a block of words, and with them the elements i W + j of all their
-fields, so it neither shares a word nor a number with another program.
+The kernels compute bit for bit what `Fixed` computes with a dozen torch operations,
+which are the reference. The kept bits have the layout of `packing`, so either
+implementation can undo the other. One program takes a block of words, and with them the
+elements i W + j of all their fields, so it shares neither a word nor a number with
+another program.
 
-That is one launch where k is a power of two, or 0, or nothing is kept. Otherwise the
-words of each width are a layout of their own, and each takes a launch: coupling, all
-but the last only look; uncoupling, each adds its bits. Bytes moved per element, with v
-those of one number of `value`, and those in brackets if the coupling has a difference:
+One launch is enough where k is a power of two or 0, or where nothing is kept. Otherwise
+the words of each width have a layout of their own and each width takes a launch: when
+coupling, all launches but the last only read the target; when uncoupling, each launch
+adds its bits. Bytes moved per element, where v is the size of one number of `value` and
+the terms in brackets apply if the coupling has a difference:
 
     one launch      either way    8 + v + k/8 [+ 4]
     two launches    couple       12 + v + k/8 [+ 8]
                     uncouple     16 + v + k/8 [+ 4]
 
-For k = 4 and 16-bit values that is 10.5 [14.5]; one operation of torch after the other
-moves about 110 [120]. Streams of 64 bits move twice the 8, 12, 16 and what is in
-brackets.
+For k = 4 and 16-bit values that is 10.5 [14.5]; the separate torch operations move
+about 110 [120]. For streams of 64 bits, the terms 8, 12, 16 and those in brackets
+double.
 
-This module needs triton, so nothing but `fixed.kernels` imports it.
+This module needs triton, so only `fixed.kernels` imports it.
 """
 
 from typing import Any, no_type_check
@@ -35,7 +37,7 @@ from meft.reversible.fixed import LIMITS
 from meft.reversible.packing import WORD_BITS, packed_bytes, widths
 
 BLOCK = 512
-"""Words of one program: four for every thread of the four warps that triton takes."""
+"""Words per program: four for every thread of the four warps that triton uses."""
 
 
 def couple_(
@@ -47,7 +49,20 @@ def couple_(
     fraction_bits: int,
     keep: bool,
 ) -> Tensor | None:
-    """`target` one coupling on, in place; the bits shifted out, if to `keep`."""
+    """Apply a coupling to `target` in place.
+
+    Args:
+        target: the stream that changes, contiguous, int32 or int64.
+        source: the other stream, of the same shape and dtype.
+        value: the output of the branch, of the same shape.
+        num_bits: k of the scale 2^-k.
+        difference: whether `source` is subtracted first.
+        fraction_bits: the quantum is 2^-fraction_bits.
+        keep: whether to return the bits that are shifted out.
+
+    Returns:
+        The bits shifted out as int32 words, one-dimensional; None if not `keep`.
+    """
     num_values = target.numel()
     num_words = packed_bytes(num_values, num_bits) // 4
     kept = target.new_empty(num_words, dtype=torch.int32) if keep else None
@@ -83,10 +98,19 @@ def uncouple_(
     difference: bool,
     fraction_bits: int,
 ) -> None:
-    """The inverse of `couple_`, in place.
+    """Undo `couple_` in place.
 
-    Without `kept` the bits are those of `source`, or 0 if it is to be added: where a
-    stack starts, both streams are equal.
+    Without `kept`, the restored bits are those of `source`, or 0 if `source` is to be
+    added: at the bottom of a stack both streams are equal.
+
+    Args:
+        target: the stream that `couple_` changed, contiguous, int32 or int64.
+        source: the other stream, of the same shape and dtype.
+        value: the output of the branch, of the same shape.
+        kept: what `couple_` returned.
+        num_bits: k of the scale 2^-k.
+        difference: whether `source` is added at the end.
+        fraction_bits: the quantum is 2^-fraction_bits.
     """
     offset = start = 0
     for width in [0] if kept is None else widths(num_bits):
@@ -111,7 +135,10 @@ def uncouple_(
 
 
 def _layout(num_values: int, width: int) -> tuple[int, int]:
-    """Fields in a word, words; for a width of 0, one element to a "word" unwritten."""
+    """Return the fields per word and the number of words.
+
+    For a width of 0, each element counts as one word, which is not written.
+    """
     rows = WORD_BITS // width if width else 1
     return rows, -(-num_values // rows)
 
@@ -147,12 +174,12 @@ def _launch(
             # Sums may wrap around, also under TRITON_DEBUG.
             sanitize_overflow=False,
         )
-    # What torch does by itself: let autograd see that the tensor was changed.
+    # Tell autograd about the in-place change, as torch operations do.
     torch.autograd.graph.increment_version(target)
 
 
-# In kernels, capitals are constants of the compilation. `no_type_check` keeps the type
-# checker of the tests from wrapping what triton wants to read the source of.
+# In kernels, names in capitals are compile-time constants. `no_type_check` keeps the
+# type checker of the tests from wrapping functions whose source triton has to read.
 
 
 @triton.jit
@@ -174,7 +201,7 @@ def _couple(
     LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # 64 bits: a stream may have more than 2^31 elements.
+    # Offsets have 64 bits: a stream may have more than 2^31 elements.
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     word = tl.full((BLOCK,), 0, tl.int32)
     element = column
@@ -238,12 +265,13 @@ def _uncouple(
 @triton.jit
 @no_type_check
 def _quanta(pointers, inside, scale, limit, dtype: tl.constexpr):
-    """`Fixed.quantise`, without an operation that two machines may round differently.
+    """Compute `Fixed.quantise` with operations that every machine rounds alike.
 
-    A product with a power of two is exact unless it leaves the range of floats: above,
-    the clamp comes first; below, what is lost is far under half a quantum. So it does
-    not matter if a compiler fuses it with the sum. 2^23 plus a number from 0 to 2^23 is
-    rounded to a whole number, half to even; greater ones are whole already.
+    A product with a power of two is exact unless it leaves the range of floats: for
+    large values the clamp comes first; for small values the loss is far below half a
+    quantum. Fusing the product with the sum therefore does not change the result. 2^23
+    plus a number from 0 to 2^23 is rounded to a whole number, half to even; greater
+    numbers are whole already.
     """
     x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     x = tl.where(x == x, x, 0.0)

@@ -1,23 +1,24 @@
-"""Gradients of the tensors that several parts of a stack share, one part at a time.
+"""Gradients of the tensors that several parts of a stack share, summed part by part.
 
 A rebuilding backward differentiates a stack in parts: the two halves of a branch, and
-every chunk of tokens, have a graph of their own. A parameter's gradient is the sum over
-the parts that use it. The result is the same as if there had been one graph:
+every chunk of tokens, have their own autograd graphs. A parameter's gradient is the sum
+over the parts that use it. The result is the same as with a single graph:
 
-* **One sum, in autograd's order.** Autograd adds the uses of a parameter one by one.
-  Where a part uses a parameter twice, adding sums of parts would round differently.
-  Where there is a sum already, a pull therefore starts at a `_Root`, a node whose
-  backward gives the sums so far to the same parameters, so that autograd itself
-  continues them: ((earlier + first use) + second use).
-* **Hooks see the whole gradient.** Autograd calls the tensor hooks of a parameter
+* **The sums have autograd's order.** Autograd adds the uses of a parameter one by one.
+  Where a part uses a parameter twice, adding sums of parts would round differently. If
+  a sum exists already, a pull (a backward pass through the graph of one part) therefore
+  starts at a `_Root`, a node whose backward passes the sums so far to the same
+  parameters, so that autograd itself continues them: ((earlier + first use) + second
+  use).
+* **Hooks receive the whole gradient.** Autograd calls the tensor hooks of a parameter
   whenever it has computed a gradient for it, also for `torch.autograd.grad`. A pull
-  computes a part; the whole is what the stack returns to the outer backward, which
-  calls the hooks then. So they are wrapped, in the parameter's own dictionary of
-  hooks, and do nothing during a pull.
+  computes only a part of the gradient; the stack returns the whole gradient to the
+  outer backward, which then calls the hooks. The hooks are therefore wrapped, in the
+  parameter's own dictionary of hooks, and do nothing during a pull.
 
-A pull is recognised by the id of its graph task, which is noted when its first node
-runs. Nothing is changed on modules or threads: a backward in another thread through the
-same parameter calls its hooks, and after an exception there is nothing to put back.
+A pull is recognised by the id of its graph task, which is recorded when its first node
+runs. No state of modules or threads is changed: a backward in another thread through
+the same parameter calls its hooks, and no clean-up is needed after an exception.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -36,25 +37,26 @@ _pulls: set[int] = set()
 
 @dataclass(frozen=True, slots=True)
 class Pull:
-    """What `Gradients.pull` needs of a graph; it keeps none of the outputs alive."""
+    """The data that `Gradients.pull` needs of a graph; it keeps no output alive."""
 
     edges: list[GradientEdge]
-    """Where the gradients of the outputs enter the graph; empty if no output requires a
-    gradient."""
+    """Edges at which the gradients of the outputs enter the graph; empty if no output
+    requires a gradient.
+    """
     dtypes: list[torch.dtype]
-    """Of the outputs."""
+    """Dtypes of the outputs."""
     shared: list[Tensor]
-    """The tensors whose gradients are added up."""
+    """Tensors whose gradients are added up."""
 
 
 class Gradients:
-    """The sums, by tensor, of one backward."""
+    """The sums of gradients in one backward, by tensor."""
 
     def __init__(self) -> None:
         self._sums: dict[int, Tensor] = {}
 
     def of(self, tensor: Tensor) -> Tensor | None:
-        """The sum for `tensor` so far."""
+        """Return the sum for `tensor` so far; None if there is none."""
         return self._sums.get(id(tensor))
 
     def prepare(
@@ -65,7 +67,10 @@ class Gradients:
     ) -> Pull:
         """Prepare a pull through `outputs` that adds to the sums of `shared`.
 
-        `meanwhile` are the tensors of pulls that come between this call and the pull.
+        Args:
+            outputs: the outputs of the graph.
+            shared: the tensors whose gradients are added up.
+            meanwhile: the tensors of pulls that run between this call and the pull.
         """
         distinct = list({id(t): t for t in shared}.values())
         starts = [output for output in outputs if output.requires_grad]
@@ -77,16 +82,16 @@ class Gradients:
         return Pull(edges, [start.dtype for start in starts], distinct)
 
     def pull(self, pull: Pull, x: Tensor, dy: Sequence[Tensor]) -> Tensor | None:
-        """Pull gradients through a graph and add them to the sums.
+        """Run a backward pass through a graph and add the gradients to the sums.
 
         Args:
-            pull: what was prepared for this graph.
-            x: a leaf of this graph alone.
+            pull: the return value of `prepare` for this graph.
+            x: a leaf that belongs to this graph only.
             dy: the gradient of every output that requires one.
 
         Returns:
             The gradient of `x`: zeros if no output depends on `x`, None if `x` does not
-            require one.
+                require one.
         """
         inputs = [*([x] if x.requires_grad else []), *pull.shared]
         if not inputs or not pull.edges:
@@ -112,12 +117,23 @@ class Gradients:
 
 
 class _Root(torch.autograd.Function):
-    """Outputs in; in backward, the sums so far for the shared tensors as well."""
+    """Return the outputs; in backward, also return the sums of the shared tensors."""
 
     @staticmethod
     def forward(
         ctx: Any, gradients: Gradients, num_outputs: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
+        """Return outputs without memory in place of the outputs of a graph.
+
+        Args:
+            ctx: the autograd context.
+            gradients: the sums so far.
+            num_outputs: the number of outputs among `tensors`.
+            *tensors: the outputs of the graph, then the shared tensors.
+
+        Returns:
+            One tensor per output, of the same shape.
+        """
         ctx.set_materialize_grads(False)
         ctx.gradients, ctx.shared = gradients, tensors[num_outputs:]
         return tuple(carrier_like(t, t.dtype) for t in tensors[:num_outputs])
@@ -133,16 +149,16 @@ class _Task:
     id = -1
 
     def note(self, gradients: Sequence[Tensor | None]) -> None:
-        """Note its id; a hook of the nodes that run first."""
+        """Record the task's id; this is a prehook of the nodes that run first."""
         self.id = torch._C._current_graph_task_id()
         _pulls.add(self.id)
 
 
 def keep_hooks_for_whole_gradients(parameters: Iterable[Tensor]) -> bool:
-    """Wrap the hooks that parameters have by now, in place, so that they see no part.
+    """Wrap the current hooks of parameters in place, so that they ignore partial sums.
 
-    Nor are they called where there is no gradient: autograd has an edge from a rebuilt
-    stack to each of its parameters, whether or not a block used it.
+    The wrapped hooks are also not called where there is no gradient: autograd has an
+    edge from a rebuilt stack to each of its parameters, whether or not a block used it.
 
     Returns:
         Whether any of `parameters` has a tensor hook.
@@ -158,7 +174,7 @@ def _wrap(
     hooks: dict[int, Callable[[Tensor], Any]] | None,
     kind: "type[_TensorHook | _PostAccumulateGradHook]",
 ) -> bool:
-    """Wrap the values: autograd calls these, and handles remove hooks by their keys."""
+    """Wrap the values and keep the keys, by which handles remove hooks."""
     if not hooks:
         return False
     for key, hook in list(hooks.items()):

@@ -1,14 +1,14 @@
-"""The caller's settings that decide which kernels run, to be entered by a recompute.
+"""The torch settings that select kernels, to be restored by a recompute.
 
-A backward runs outside of the contexts that the forward ran in: autocast, a choice of
-backends for `scaled_dot_product_attention`, the number of threads. Another backend, or
+A backward runs outside of the contexts that the forward ran in: autocast, the backends
+selected for `scaled_dot_product_attention`, the number of threads. Another backend, or
 a sum that is split among other threads, gives other bits. The precision of float32
-products is not entered again, because torch refuses to mix the two ways of setting it;
-if it changed, the error of the watch says so.
+products is not restored, because torch refuses to mix the two ways of setting it; if it
+changed, the error message of the watch reports it.
 
-Autocast's weight cache stays off. A cast cached by a forward without grad would be
-found without history by the recompute and cut the gradient; and one cast shared by
-several chunks would add up their gradients in half precision.
+Autocast's weight cache stays off. If a forward without grad cached a cast, the
+recompute would use that cast, which has no autograd history, and lose the gradient. A
+cast shared by several chunks would sum their gradients in half precision.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ class _Setting(NamedTuple):
     name: str
     read: Callable[[], Any]
     write: Callable[[Any], object] | None = None
-    """None: a recompute takes the value of the backward."""
+    """Function that sets the value; None if a recompute uses the backward's value."""
     device_type: str | None = None
-    """The only kind of device that it has an effect on."""
+    """The only type of device that the setting affects; None for all."""
 
 
 def _attribute(module: Any, module_name: str, attribute: str) -> _Setting:
@@ -44,7 +44,7 @@ def _attribute(module: Any, module_name: str, attribute: str) -> _Setting:
     )
 
 
-_MKLDNN: Any = mkldnn  # torch's annotations lack its `matmul`
+_MKLDNN: Any = mkldnn  # torch's annotations lack `matmul`
 _SETTINGS = (
     _Setting(
         "torch.get_default_dtype()", torch.get_default_dtype, torch.set_default_dtype
@@ -67,19 +67,19 @@ _SETTINGS = (
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """Autocast, backends of attention and other settings of torch at one moment."""
+    """Autocast, attention backends and other torch settings at one point in time."""
 
     device_type: str
     dtype: torch.dtype
-    """That autocast computes in."""
+    """Dtype of autocast."""
     autocast: bool
     attention: tuple[SDPBackend, ...]
     settings: tuple[Any, ...]
-    """The values of `_SETTINGS`."""
+    """Values of `_SETTINGS`."""
 
     @classmethod
     def current(cls, device: torch.device) -> "Kernels":
-        """The caller's, for computations on `device`."""
+        """Return the current settings for computations on `device`."""
         kind = device.type
         return cls(
             kind,
@@ -94,12 +94,12 @@ class Kernels:
 
     @property
     def computed_in(self) -> torch.dtype | None:
-        """The dtype that autocast computes in; None where it is off."""
+        """Return the dtype that autocast computes in; None if autocast is off."""
         return self.dtype if self.autocast else None
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Run the body with these settings, and without a cache of casts."""
+        """Run the body with these settings and without autocast's weight cache."""
         with contextlib.ExitStack() as stack:
             if self.autocast or torch.is_autocast_enabled(self.device_type):
                 stack.enter_context(
@@ -118,7 +118,7 @@ class Kernels:
             yield
 
     def changed(self, now: "Kernels") -> list[str]:
-        """What `now` differs in that `entered` does not enter again, as text."""
+        """Describe each changed setting that `entered` does not restore."""
         settings = zip(_SETTINGS, self.settings, now.settings, strict=True)
         return [
             f"`{setting.name}` from {before!r} to {after!r}"

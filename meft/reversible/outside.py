@@ -1,4 +1,4 @@
-"""What crosses the border of a branch without being passed to it or returned by it.
+"""Tensors that enter or leave a branch other than as arguments or return values.
 
 A rebuilt branch is differentiated when its stack's backward recomputes it. autograd
 knows the arguments of the block and the parameters of its modules. Two things are
@@ -11,7 +11,7 @@ unknown to it:
 * **Out of the branch.** A forward hook may keep an activation, and a loss may use it.
   The forward pass stores no graph, so the gradient of such a loss would be missing.
   `Exits` runs a branch with a graph that holds no activations and raises an error if a
-  backward pass reaches it, and says whether any tensor with such a graph was kept.
+  backward pass reaches it, and reports whether any tensor with such a graph was kept.
 """
 
 import contextlib
@@ -26,11 +26,13 @@ from torch.nn.modules import module as torch_module
 from meft.errors import UnsupportedCallError
 
 Parameters = weakref.WeakValueDictionary[int, Tensor]
-"""Tensors by their id, as long as anyone else refers to them."""
+"""Tensors by their id, as long as other references to them exist."""
 
 _IDLE = ("transformers.utils.output_capturing", "meft.backbone.uncalled")
-"""Modules whose hooks see no activation: transformers leaves some that do nothing
-unless `output_hidden_states=True`, which a stack refuses, and ours refuse calls."""
+"""Modules whose hooks receive no activation: transformers registers some that do
+nothing unless `output_hidden_states=True`, which a stack refuses, and ours refuse
+calls.
+"""
 _KEPT = (
     "a backward pass has reached an activation that was computed inside a reversible "
     "block and kept by a hook or a module. A stack with `backward='rebuild'` stores no "
@@ -43,13 +45,16 @@ _KEPT = (
 def leaves_of(
     output: Tensor, own: Iterable[Tensor], block: int, oldest: int = 0
 ) -> list[Tensor]:
-    """The leaves in the graph of `output` that are not in `own`.
+    """Return the leaves in the graph of `output` that are not in `own`.
 
     Args:
-        output: what a part of a branch has returned.
-        own: tensors whose gradients are taken care of: inputs and parameters.
+        output: what a part of a branch has returned, `batch seq hidden`.
+        own: tensors whose gradients are handled already: inputs and parameters.
         block: index of the block, for the error message.
-        oldest: sequence number of the first node that the branch may have made.
+        oldest: sequence number of the first node that the branch may have created.
+
+    Returns:
+        The leaves, such as parameters of other modules.
 
     Raises:
         UnsupportedCallError: the branch uses a tensor that was computed outside of it.
@@ -84,7 +89,7 @@ def leaves_of(
 
 
 def newest_node() -> int:
-    """The sequence number of a node of autograd that is made now, in this thread."""
+    """Return the sequence number that a new autograd node has now in this thread."""
     with torch.enable_grad():
         node = torch.empty(0, requires_grad=True).view(0).grad_fn
     assert node is not None
@@ -92,11 +97,12 @@ def newest_node() -> int:
 
 
 class Exits:
-    """Runs branches with a graph that holds no activations.
+    """Run branches with a graph that holds no activations.
 
     Args:
-        sources: what the gradient of a kept activation would flow to. A backward pass
-            to one of these (`torch.autograd.grad`) reaches the graph, too.
+        sources: tensors to which the gradient of a kept activation would flow. A
+            backward pass to one of these (`torch.autograd.grad`) also reaches the
+            graph.
     """
 
     def __init__(self, sources: Sequence[Tensor]) -> None:
@@ -105,40 +111,56 @@ class Exits:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Run the body with grad; its graph raises an error when it is walked."""
+        """Run the body with grad enabled; a backward through its graph raises."""
         token = self._token = _Token()
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda _: token, _refuse_kept)
-        # (Nodes must not keep a tensor as it is: an output that its own node holds is
+        # (Nodes must not keep a tensor itself: an output that its own node holds is
         # never freed.)
         with torch.enable_grad(), hooks:
             yield
 
     def entrance(self, x: Tensor, wants_gradient: bool) -> Tensor:
-        """`x` at the start of such a graph."""
+        """Return `x` as the start of such a graph."""
         if not wants_gradient:
             return x.detach()
         out: Tensor = _Entrance.apply(self._token, x.detach(), *self._sources)  # type: ignore[no-untyped-call]
         return out if out.requires_grad else out.requires_grad_()
 
     def used(self) -> bool:
-        """Whether any tensor with such a graph is still referred to."""
+        """Return whether a tensor with such a graph is still referenced."""
         alive = weakref.ref(self._token) if self._token is not None else lambda: None
         self._token = None
         return alive() is not None
 
 
 class _Token:
-    """Held by every node of one graph."""
+    """An object that every node of one graph references."""
 
 
 class _Entrance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: _Token, x: Tensor, *sources: Tensor) -> Tensor:
+        """Return a view of `x` whose graph leads to `sources`.
+
+        Args:
+            ctx: the autograd context.
+            token: the object that every node of the graph references.
+            x: the input of a part of a branch, `batch seq hidden`.
+            *sources: tensors to which a gradient could flow.
+
+        Returns:
+            A view of `x`.
+        """
         ctx.token = token
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> NoReturn:
+        """Raise an error, because the graph holds no activations.
+
+        Raises:
+            UnsupportedCallError: always.
+        """
         _refuse_kept(None)
 
 
@@ -147,7 +169,7 @@ def _refuse_kept(_: Any) -> NoReturn:
 
 
 def has_forward_hooks(modules: Iterable[nn.Module]) -> bool:
-    """Whether someone may see or change what these modules compute."""
+    """Return whether hooks may read or change what these modules compute."""
     return (
         bool(torch_module._global_forward_hooks)
         or bool(torch_module._global_forward_pre_hooks)
@@ -162,7 +184,11 @@ def has_forward_hooks(modules: Iterable[nn.Module]) -> bool:
 
 
 def refuse_late(leaf: Tensor, block: int) -> NoReturn:
-    """Refuse a leaf that the forward did not use, or that could not be seen there.
+    """Refuse a leaf that was not used, or could not be found, in the forward.
+
+    Args:
+        leaf: the parameter.
+        block: index of the block, for the error message.
 
     Raises:
         UnsupportedCallError: always.

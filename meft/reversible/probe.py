@@ -1,10 +1,10 @@
-"""How exact was the inverse? Samples of the true streams, compared when rebuilt.
+"""Measurement of the inverse: samples of true streams, compared with rebuilt ones.
 
-A branch's gradients are taken at its source: F sees the rebuilt x2, G the rebuilt y1.
-So a block trains well if these two are right, whatever its own x1 looks like, and its
-gradients are about as wrong as these are: between a tenth and three times as much, in
-relative numbers, until they are wrong by all of their size. Tokens count by the
-gradient that they receive: what padding looks like does not matter.
+A branch's gradients are computed at its source: F reads the rebuilt x2, G the rebuilt
+y1. A block therefore trains well if these two are right, whatever its own x1 is. The
+relative error of its gradients is between a tenth and three times that of these
+streams, until it reaches 100%. Tokens are weighted by the gradient that they receive,
+so the values of padding do not matter.
 
 The probe keeps some elements of every stream before a coupling changes it and reports
 relative errors in the backward. The library probes the first step of `floating` stacks
@@ -25,11 +25,11 @@ WARN_ABOVE = 0.01
 
 
 class Probe:
-    """True and rebuilt streams of one forward and backward.
+    """Compare true and rebuilt streams of one forward and backward.
 
     Args:
         num_samples: elements kept per coupling, evenly spaced; 0 keeps all.
-        when_done: called with the probe when the backward has seen every coupling.
+        when_done: function called with the probe at the end of the backward.
     """
 
     def __init__(
@@ -42,27 +42,35 @@ class Probe:
         self._couplings: Sequence[Coupling] = ()
         self._expected: dict[int, Tensor] = {}
         self.errors: dict[int, float] = {}
-        """Relative error of the rebuilt target of each coupling, by the coupling's
-        index."""
+        """Relative error of each coupling's rebuilt target, by the coupling's index."""
         self._rebuilt: dict[int, tuple[Tensor, Tensor]] = {}
-        """Samples of each stream as it was last rebuilt: its error, its true value."""
+        """Samples of each stream as last rebuilt: its error and its true value."""
         self._estimates: dict[int, float] = {}
 
     def expect(self, couplings: Sequence[Coupling], index: int, target: Tensor) -> None:
-        """Remember the true target of coupling `index` of `couplings`."""
+        """Store samples of the true target of coupling `index`.
+
+        Args:
+            couplings: all couplings of the stack, lowest first.
+            index: the position of the coupling in `couplings`.
+            target: the stream before the coupling, `batch seq hidden`.
+        """
         self._couplings = couplings
         self._expected[index] = self._sample(target)
 
     def compare(self, index: int, target: Tensor) -> None:
-        """Hold the rebuilt target of coupling `index` against the true one."""
+        """Compare the rebuilt target of coupling `index` with the true one."""
         got, expected = self._sample(target), self._expected[index]
         self.errors[index] = relative_error(got, expected)
         error = got.double() - expected.double()
         self._rebuilt[self._couplings[index].target] = error, expected.double()
 
     def weigh(self, index: int, gradient: Tensor | None) -> None:
-        """Coupling `index` is about to be differentiated, given the gradient of its
-        target: estimate the relative error of what comes out."""
+        """Estimate the relative error of the gradients of coupling `index`.
+
+        It is computed from the gradient of the coupling's target, before the coupling
+        is differentiated.
+        """
         source = 1 - self._couplings[index].target
         if gradient is None or source not in self._rebuilt:
             self._estimates[index] = 0.0
@@ -75,28 +83,28 @@ class Probe:
         )
 
     def finish(self) -> None:
-        """The backward has seen every coupling."""
+        """Report the end of the backward to `when_done`."""
         if self._when_done is not None:
             self._when_done(self)
 
     def blocks(self) -> list[int]:
-        """Index in the model of each block that was seen, lowest first."""
+        """Return the index in the model of each probed block, lowest first."""
         return list(dict.fromkeys(coupling.block for coupling in self._couplings))
 
     def rebuilt_errors(self) -> list[float]:
-        """Error of the rebuilt input of each block: the larger of its streams'."""
+        """Return the error of each block's rebuilt input: its streams' larger one."""
         return _worst(
             self._couplings, [self.errors[i] for i in range(len(self._couplings))]
         )
 
     def estimated_errors(self) -> list[float]:
-        """Estimated relative error of the gradients of each block."""
+        """Return the estimated relative error of the gradients of each block."""
         return _worst(
             self._couplings, [self._estimates[i] for i in range(len(self._couplings))]
         )
 
     def point_errors(self) -> list[float]:
-        """Error of the point that each block is differentiated at."""
+        """Return the error of the point at which each block is differentiated."""
         couplings = self._couplings
         latest, at_source = [0.0, 0.0], [0.0] * len(couplings)
         for index in reversed(range(len(couplings))):
@@ -121,7 +129,7 @@ def _worst(couplings: Sequence[Coupling], errors: Sequence[float]) -> list[float
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """|got - expected| / |expected|, and infinity where `got` is not finite."""
+    """Return |got - expected| / |expected|, or infinity where `got` is not finite."""
     difference = (got.double() - expected.double()).norm()
     if difference == 0:  # also where both are 0
         return 0.0
@@ -136,17 +144,17 @@ def warning_text(
     scale_2: float,
     dtype: torch.dtype,
 ) -> str | None:
-    """By how much the gradients of which blocks are wrong, and what to do.
+    """Describe by how much the gradients of which blocks are wrong, and the remedies.
 
     Args:
         blocks: index in the model of each rebuilt block, lowest first.
-        errors: estimated relative error of the gradients of each.
-        scale_1: of the first coupling of a block.
-        scale_2: of the second.
-        dtype: of streams.
+        errors: estimated relative error of the gradients of each block.
+        scale_1: scale of the first coupling of a block.
+        scale_2: scale of the second coupling of a block.
+        dtype: dtype of the streams.
 
     Returns:
-        None if no error is above `WARN_ABOVE`.
+        The text; None if no error is above `WARN_ABOVE`.
     """
     by_block = dict(zip(blocks, errors, strict=True))
     wrong = [block for block, error in by_block.items() if not error <= WARN_ABOVE]
@@ -173,7 +181,7 @@ def warning_text(
 
 
 def _ranges(blocks: list[int]) -> str:
-    """Sorted block numbers as text: [0, 1, 2, 5] becomes '0-2, 5'."""
+    """Return sorted block numbers as text: [0, 1, 2, 5] becomes '0-2, 5'."""
     runs: list[list[int]] = []
     for block in blocks:
         if runs and block == runs[-1][-1] + 1:

@@ -1,19 +1,20 @@
 """A stack of couplings whose backward rebuilds activations instead of storing them.
 
-Kept between forward and backward: the top pair of streams, a seed, and per coupling
-what the arithmetic keeps to undo it. The backward walks down. At each coupling, with dt
-and ds the gradients of target and source:
+Between forward and backward, the stack keeps the top pair of streams, a seed, and per
+coupling what the arithmetic needs to undo it. The backward visits the couplings from
+the top to the bottom. At each coupling, where dt and ds are the gradients of target and
+source:
 
     recompute value = branch(s), pull dt through it:  gradients of parameters, v
     t <- the coupling undone;    dt <- scale dt;    ds <- ds [- dt] + v
 
 (Liao et al., NeurIPS 2023, section 3.1.) Trainable parameters are inputs of the
 autograd function and their gradients are returned, so hooks, accumulation, gradient
-scaling and `torch.autograd.grad` work as for any other operation, and nothing frozen
-has to pretend to be trainable. Only half a branch's graph is alive at a time: its
-tokenwise part is differentiated as soon as it has been recomputed, chunk by chunk,
-because the gradient it needs is already there. The coupling is undone before the mixing
-part is differentiated: by then nothing that the recompute gave is alive but its graph.
+scaling and `torch.autograd.grad` work as for any other operation, and no frozen tensor
+has to require a gradient. Only half a branch's graph is alive at a time: its tokenwise
+part is differentiated as soon as it has been recomputed, chunk by chunk, because the
+gradient of its output is available already. The coupling is undone before the mixing
+part is differentiated: at that point only the graph of the recompute is still alive.
 """
 
 import contextlib
@@ -52,19 +53,23 @@ def run_rebuilt(
     on_mismatch: str = "raise",
     host_ledger: Ledger | None = None,
 ) -> Streams:
-    """`twin.run` on the streams of `twin.enter`, nothing stored.
+    """Compute what `twin.run(twin.enter(...))` does without storing activations.
 
     Args:
         stack: the couplings.
-        hidden: what both streams start as.
-        context: tensors beside the stream, by name.
-        watch: looks on in the forward and in the backward.
-        extremes: of the forward.
-        on_mismatch: what the backward does if it has not met what the forward saw:
-            `raise`, `skip` (give no gradients from here on down, warn) or `redo`
-            (compute them with stored activations, warn; `hidden` is kept for that).
-        host_ledger: if given, what has to be kept waits in host memory, and this counts
-            the bytes.
+        hidden: the initial value of both streams, `batch seq hidden`.
+        context: tensors in addition to the stream, by name.
+        watch: checks the rebuilt streams in the forward and in the backward.
+        extremes: records the extremes of the forward.
+        on_mismatch: what the backward does if it computes other bits than the forward:
+            `raise`, `skip` (return no gradients for this stack and the layers below,
+            and warn) or `redo` (compute them with stored activations, and warn;
+            `hidden` is kept for that).
+        host_ledger: if given, what has to be kept is stored in host memory until the
+            backward, and this ledger counts the bytes.
+
+    Returns:
+        The streams after the last coupling.
     """
     outside = {c.number: watch.outside_of(c) for c in stack.couplings}
     state = _State.of(stack, outside)
@@ -99,12 +104,24 @@ _REDONE = (
 
 
 class _Rebuild(torch.autograd.Function):
-    """The autograd function; its idea is in the module's docstring."""
+    """The autograd function that the module's docstring describes."""
 
     @staticmethod
     def forward(
         ctx: Any, call: "_Call", extremes: Extremes, hidden: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
+        """Run all couplings without storing activations.
+
+        Args:
+            ctx: the autograd context.
+            call: the data of the forward that the backward needs.
+            extremes: records the extremes of values and streams.
+            hidden: the initial value of both streams, `batch seq hidden`.
+            *inputs: the tensors of the context, then the trainable parameters.
+
+        Returns:
+            The values and the carriers of both streams, all of the shape of `hidden`.
+        """
         ctx.set_materialize_grads(False)
         stack = call.stack
         context = call.context(inputs)
@@ -134,6 +151,21 @@ class _Rebuild(torch.autograd.Function):
     def backward(
         ctx: Any, _1: None, _2: None, d1: Tensor | None, d2: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        """Rebuild the activations from the top down and return all gradients.
+
+        Args:
+            ctx: the autograd context.
+            _1: None, as the values of stream 1 are not differentiable.
+            _2: None, as the values of stream 2 are not differentiable.
+            d1: the gradient of the carrier of stream 1, `batch seq hidden`.
+            d2: the gradient of the carrier of stream 2, of the same shape.
+
+        Returns:
+            The gradient of each input of `forward`; None for inputs without one.
+
+        Raises:
+            ReconstructionError: a rebuilt stream is wrong and `on_mismatch` is `raise`.
+        """
         refuse_create_graph("a rebuilding backward", "Set `backward='store'` for that")
         call: _Call = ctx.call
         call.refuse_changed_state()
@@ -189,7 +221,19 @@ def _walk_down(
     wants_input: bool,
     gradients: Gradients,
 ) -> None:
-    """From the top streams and their gradients `d` to the bottom ones, in place."""
+    """Process the couplings from the top one down, in place.
+
+    Args:
+        call: the data of the forward.
+        streams: both streams, `batch seq hidden`: the top pair, replaced by the bottom
+            pair.
+        d: the gradients of both streams, likewise; None for a gradient of 0.
+        kept: what each coupling has kept, lowest first.
+        expected: what the watch has saved of the true streams.
+        beside: tensors that the blocks read in addition to the stream, by name.
+        wants_input: whether the gradient of the stack's input is needed.
+        gradients: the sums to which gradients of other tensors are added.
+    """
     stack, couplings = call.stack, call.stack.couplings
     for index in reversed(range(len(couplings))):
         coupling = couplings[index]
@@ -222,7 +266,19 @@ def _stored(
     wants_input: bool,
     gradients: Gradients,
 ) -> Tensor | None:
-    """The gradient of the input, if wanted, by the twin; adds up the others."""
+    """Compute the gradients with the twin, which stores activations.
+
+    Args:
+        call: the data of the forward.
+        start: the input of the stack, `batch seq hidden`.
+        beside: tensors that the blocks read in addition to the stream, by name.
+        d: the gradients of both streams at the top.
+        wants_input: whether the gradient of `start` is needed.
+        gradients: the sums to which gradients of other tensors are added.
+
+    Returns:
+        The gradient of `start`, or None if it is not needed.
+    """
     start = start.detach().requires_grad_(wants_input)
     unread = Extremes(call.stack.arithmetic)
     with call.recomputing():
@@ -241,11 +297,11 @@ def _stored(
 
 
 def _taken(gradient: Tensor | None) -> Tensor | None:
-    """The gradient, in nobody else's hands.
+    """Take ownership of the gradient and free autograd's reference to its memory.
 
-    Autograd's frames hold what they hand over until a backward returns, and here that
-    would be for the whole walk down. Their tensor is emptied: it is the gradient of a
-    carrier, made for this function alone.
+    Autograd's frames hold the gradients that they pass to a backward until it returns,
+    which here would be for the whole loop over couplings. Their tensor is emptied. This
+    is safe because it is the gradient of a carrier, created for this function alone.
     """
     if gradient is None:
         return None
@@ -261,13 +317,21 @@ def _copy(gradient: Tensor | None) -> Tensor | None:
 def _down(
     dt: Tensor | None, ds: Tensor | None, v: Tensor | None, coupling: Coupling
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of target and source below a coupling; `ds` is updated in place.
+    """Return the gradients of target and source below a coupling.
 
-    Added in the order in which autograd adds them for the twin, for equality of bits.
+    They are added in the order in which autograd adds them for the twin, so that the
+    bits are equal.
+
+    Args:
+        dt: the gradient of the target above the coupling, `batch seq hidden`.
+        ds: the gradient of the source above the coupling; updated in place.
+        v: the gradient of the source through the branch.
+        coupling: the scale and the form of the coupling.
     """
     if dt is None:
         return None, ds
-    # New also for a scale of 1: the branch was given this one, and hooks may hold it.
+    # A new tensor also for a scale of 1: the branch received the old one, and hooks may
+    # hold it.
     dt = dt * coupling.scale
     if coupling.difference:
         ds = -dt if ds is None else ds.sub_(dt)
@@ -277,10 +341,10 @@ def _down(
 
 
 class _Mixed(NamedTuple):
-    """The recomputed mixing part of a branch, yet to be pulled through."""
+    """The recomputed mixing part of a branch, before its backward pass."""
 
     pull: Pull | None
-    """None if there is none: what was recomputed is the input itself."""
+    """Pull through the mixing part; None if the branch has no such part."""
     gradient: Tensor
 
 
@@ -295,7 +359,20 @@ def _recompute(
 ) -> tuple[Tensor, _Mixed | None]:
     """Recompute a branch at `x` and pull `dy` through its tokenwise part.
 
-    Returns its value and what is left to pull through; adds up gradients of parameters.
+    Gradients of parameters are added to `gradients`.
+
+    Args:
+        call: the data of the forward.
+        coupling: the coupling whose branch is recomputed.
+        x: what its source stream holds, `batch seq hidden`.
+        beside: tensors that the block reads in addition to the stream, by name.
+        dy: the gradient of the output of the branch; None if it is 0.
+        wants_x: whether the gradient of `x` is needed.
+        gradients: the sums of the backward.
+
+    Returns:
+        The output of the branch, of the shape of `x`, and the mixing part whose
+        backward pass remains to be run.
     """
     if dy is None:
         with call.kernels.entered():
@@ -311,7 +388,7 @@ def _recompute(
     parameters = call.state.trainable_in(tokenwise, coupling)
     outputs: list[Tensor] = []
     pulled: list[Tensor | None] = []
-    # From the last chunk to the first, as autograd does for the twin.
+    # The order is from the last chunk to the first, as autograd does for the twin.
     chunks = stack.chunks(coupling, mixed.detach())
     slices = stack.chunks(coupling, dy)
     for index in reversed(range(len(chunks))):
@@ -332,7 +409,7 @@ def _recompute(
 
 
 def _pull_mixed(mixed: _Mixed | None, x: Tensor, gradients: Gradients) -> Tensor | None:
-    """Pull through the mixing part: the gradient of `x`, if wanted."""
+    """Pull through the mixing part and return the gradient of `x`, if needed."""
     if mixed is None:
         return None
     if mixed.pull is None:
@@ -347,7 +424,7 @@ def _prepare_mixed(
     beside: Context,
     gradients: Gradients,
 ) -> Pull | None:
-    """Prepare the pull through the mixing part, for when `mixed` itself is gone."""
+    """Prepare the pull through the mixing part, to be run after freeing `mixed`."""
     if coupling.branch.mixing is None:
         return None
     others = [t for t in beside.values() if t.requires_grad]
@@ -357,7 +434,7 @@ def _prepare_mixed(
 
 
 class _Tensor(NamedTuple):
-    """What of a parameter or buffer tells whether it is still the same."""
+    """The properties that show whether a parameter or buffer has changed."""
 
     identity: int
     storage: int
@@ -373,12 +450,12 @@ class _Tensor(NamedTuple):
             tensor.untyped_storage()._cdata,
             tensor.dtype,
             tensor.device,
-            tensor._version,  # in-place updates count it up
+            tensor._version,  # in-place updates increment it
             tensor.requires_grad,
         )
 
     def change(self, now: "_Tensor") -> str:
-        """What happened to it, as the end of a sentence."""
+        """Describe what happened to the tensor, as the end of a sentence."""
         if self.requires_grad != now.requires_grad:
             return f"`requires_grad` was set to {now.requires_grad}"
         if (self.dtype, self.device) != (now.dtype, now.device):
@@ -390,24 +467,24 @@ class _Tensor(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _State:
-    """The parameters and buffers that branches may read, and modes of their modules."""
+    """The parameters and buffers that branches may read, and their modules' modes."""
 
     tensors: dict[int, list[Tensor]]
-    """Of each module that a branch uses, by its id."""
+    """Parameters and buffers of each module that a branch uses, by the module's id."""
     outside: dict[int, list[Tensor]]
     """Parameters of other modules that a branch uses, by the coupling's number."""
     seen: list[_Tensor]
-    """All of these."""
+    """Identity and version of all these tensors."""
     with_hooks: set[int]
-    """Ids of the keys of `tensors` inside which there are forward hooks."""
+    """Ids of the modules in `tensors` that contain forward hooks."""
     training: list[tuple[nn.Module, bool]]
-    """The flag of every module inside."""
+    """Flag `training` of every module inside."""
     attention: list[str]
-    """transformers' names of the implementations of attention inside."""
+    """transformers' names of the attention implementations inside."""
 
     @classmethod
     def of(cls, stack: Stack, outside: dict[int, list[Tensor]]) -> "_State":
-        """As they are now."""
+        """Return the current state."""
         branches = (coupling.branch for coupling in stack.couplings)
         parts = (part for b in branches for part in (b.mixing, b.tokenwise) if part)
         modules = {id(m): [*m.modules()] for part in parts for m in part.modules}
@@ -430,7 +507,7 @@ class _State:
 
     @contextlib.contextmanager
     def modes(self) -> Iterator[None]:
-        """Run the body with every module in the mode that it was in."""
+        """Run the body with every module in the mode that it had."""
         changed = [pair for pair in self.training if pair[0].training != pair[1]]
         for module, was_training in changed:
             module.training = was_training
@@ -441,7 +518,7 @@ class _State:
                 module.training = not was_training
 
     def trainable(self) -> list[Tensor]:
-        """The parameters that want a gradient, each once."""
+        """Return the parameters that require a gradient, without duplicates."""
         every = (
             t
             for tensors in (*self.tensors.values(), *self.outside.values())
@@ -450,14 +527,14 @@ class _State:
         return list({id(t): t for t in every if t.requires_grad}.values())
 
     def trainable_in(self, part: Part | None, coupling: Coupling) -> list[Tensor]:
-        """Those that one part of the branch of `coupling` may use."""
+        """Return those that one part of the branch of `coupling` may use."""
         if part is None:
             return []
         own = [t for m in part.modules for t in self.tensors[id(m)] if t.requires_grad]
         return own + self.outside[coupling.number]
 
     def trainable_of(self, coupling: Coupling) -> list[Tensor]:
-        """Those that the branch of `coupling` may use."""
+        """Return those that the branch of `coupling` may use."""
         branch = coupling.branch
         return [
             tensor
@@ -466,13 +543,13 @@ class _State:
         ]
 
     def has_hooks(self, coupling: Coupling) -> bool:
-        """Whether there are forward hooks inside the branch of `coupling`."""
+        """Return whether there are forward hooks inside the branch of `coupling`."""
         parts = (coupling.branch.mixing, coupling.branch.tokenwise)
         return any(id(m) in self.with_hooks for p in parts if p for m in p.modules)
 
 
 def _tensors_of(modules: Sequence[nn.Module]) -> list[Tensor]:
-    """The parameters and buffers of these, each once."""
+    """Return the parameters and buffers of these modules, without duplicates."""
     owned = (
         tensor
         for module in modules
@@ -483,7 +560,7 @@ def _tensors_of(modules: Sequence[nn.Module]) -> list[Tensor]:
 
 
 def _name_of(identity: int, stack: Stack) -> str:
-    """Of a parameter or buffer, if it is still there."""
+    """Return the name of a parameter or buffer, if it still exists."""
     for coupling in stack.couplings:
         for part in (coupling.branch.mixing, coupling.branch.tokenwise):
             for module in part.modules if part else ():
@@ -498,35 +575,38 @@ def _name_of(identity: int, stack: Stack) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Call:
-    """What the backward needs to know of its forward, besides the saved tensors."""
+    """The data of a forward that its backward needs besides the saved tensors."""
 
     stack: Stack
     names: tuple[str, ...]
-    """Of the tensors beside the stream, which come before the parameters."""
+    """Names of the tensors in addition to the stream, which precede parameters."""
     parameters: list[Tensor]
-    """The trainable ones."""
+    """Trainable parameters."""
     state: _State
-    """Before the forward, so that what the blocks themselves change is seen too."""
+    """State before the forward, so that changes by the blocks are detected too."""
     kernels: Kernels
     watch: Watch
     on_mismatch: str
     host_ledger: Ledger | None
 
     def put_away(self, kept: Tensor | None) -> Tensor | None:
-        """Where what is kept waits for the backward."""
+        """Store what is kept for the backward, in host memory if requested."""
         if kept is None or self.host_ledger is None:
             return kept
         return to_host(kept, self.host_ledger)
 
     def fetched(self, kept: Tensor | None, device: torch.device) -> Tensor | None:
-        """What `put_away` was given."""
+        """Return what `put_away` received, on `device`."""
         if kept is None or self.host_ledger is None:
             return kept
         return to_device(kept, device, self.host_ledger)
 
     @contextlib.contextmanager
     def recomputing(self) -> Iterator[None]:
-        """As the forward ran. Only that: gradients are pulled outside of autocast."""
+        """Run the body with grad enabled and the settings of the forward.
+
+        Backward passes run outside of this context, hence outside of autocast.
+        """
         with torch.enable_grad(), self.kernels.entered():
             yield
 
@@ -541,10 +621,10 @@ class _Call:
         """Run a branch without keeping a graph.
 
         Args:
-            coupling: the one whose branch is run.
+            coupling: the coupling whose branch is run.
             x: what its source stream holds, `batch seq hidden`.
-            context: tensors that the block is given besides the stream, by name.
-            wants_input: whether the gradient of `x` is wanted.
+            context: tensors that the block receives in addition to the stream, by name.
+            wants_input: whether the gradient of `x` is needed.
             sources: tensors that a gradient of the branch may flow to.
 
         Returns:
@@ -568,7 +648,7 @@ class _Call:
         """Refuse a recomputed graph with a leaf whose gradient could not be returned.
 
         Args:
-            coupling: the one whose branch was recomputed.
+            coupling: the coupling whose branch was recomputed.
             output: what a part of the branch has returned.
             own: the inputs of the autograd function that the branch may use.
 
@@ -587,7 +667,7 @@ class _Call:
         return dict(zip(self.names, inputs, strict=False))
 
     def refuse_changed_state(self) -> None:
-        """The recompute would use weights or buffers that the forward did not."""
+        """Refuse the backward if weights or buffers have changed since the forward."""
         seen, now = self.state.seen, self._state_now().seen
         if seen == now:
             return
@@ -606,7 +686,7 @@ class _Call:
         )
 
     def changes(self, device: torch.device) -> str:
-        """What else is known to have changed since the forward, as a sentence."""
+        """Describe other known changes since the forward, as a sentence."""
         changed = self.kernels.changed(Kernels.current(device))
         before, now = self.state.attention, self._state_now().attention
         if before != now:

@@ -1,14 +1,14 @@
 """The plain twin: a stack of couplings, run forward under ordinary autograd.
 
-This is `backward="store"`, the reference of every test: each branch keeps its own
-activations, and autograd walks back through them. The couplings between branches are
-three small functions of the tape, whose gradients are those of
+This is `backward="store"`, the reference of every test: autograd stores the activations
+of each branch and differentiates through them. The couplings between branches are three
+small autograd functions, whose gradients are those of
 
     t <- scale t [- scale s] + value
 
-with the identity for every rounding. Streams are pairs: values, which the arithmetic
-computes with and autograd never sees, and a carrier, which has the gradient's shape and
-dtype, and no storage.
+with the identity for every rounding. A stream consists of values, which the arithmetic
+computes with and which are not part of the autograd graph, and a carrier, which has the
+gradient's shape and dtype, and no storage.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,54 +26,55 @@ from meft.reversible.rng import replayed
 from meft.shapes import Hidden
 
 Nested = Mapping[str, tuple[list[Any], TreeSpec]]
-"""Arguments that are tuples, lists or dicts with tensors inside that want a gradient:
-the leaves, None for those tensors, and the structure."""
+"""Arguments that are tuples, lists or dicts containing tensors that require a gradient:
+the leaves, with None in place of those tensors, and the structure.
+"""
 
 
 class Stream(NamedTuple):
-    """A stream as autograd sees it."""
+    """A stream as autograd handles it: its values and its carrier."""
 
     values: Tensor
     carrier: Tensor
 
 
 class Streams(NamedTuple):
-    """Both of them."""
+    """The two streams of a stack."""
 
     first: Stream
     second: Stream
 
     def pair(self) -> list[Stream]:
-        """The two streams."""
+        """Return the two streams."""
         return [self.first, self.second]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stack:
-    """A run of couplings: plain arguments, made anew for every forward."""
+    """A run of couplings with plain arguments, created anew for every forward."""
 
     couplings: Sequence[Coupling]
-    """Lowest first."""
+    """Couplings, lowest first."""
     arithmetic: Arithmetic
     seed: int | None
     """Seed of the dropout masks; None in evaluation."""
     num_chunks: int
-    """Parts of the tokens that the tokenwise part of a branch is run in."""
+    """Number of parts in which the tokenwise part of a branch processes the tokens."""
     nested: Nested = field(default_factory=dict)
     """Arguments of the mixing part whose tensors are in the context."""
 
     @property
     def lowest(self) -> int:
-        """Index in the model of the lowest block."""
+        """Return the index in the model of the lowest block."""
         return self.couplings[0].block
 
     def mixed(self, coupling: Coupling, x: Tensor, context: Context) -> Tensor:
         """Run the first half of a branch, which mixes tokens.
 
         Args:
-            coupling: the one whose branch is run.
+            coupling: the coupling whose branch is run.
             x: what its source stream holds, `batch seq hidden`.
-            context: tensors that the block is given besides the stream, by name.
+            context: tensors that the block receives in addition to the stream, by name.
 
         Returns:
             The result, of the shape of `x`; `x` itself if the branch has no such half.
@@ -85,24 +86,24 @@ class Stack:
             return part.function(x, **_arguments(context, self.nested))
 
     def chunks(self, coupling: Coupling, mixed: Tensor) -> Sequence[Tensor]:
-        """What the second half is applied to, one after the other.
+        """Split a tensor into the chunks to which the second half is applied in turn.
 
-        Also fit for gradients of its shape.
+        Gradients of the same shape can be split in the same way.
         """
         if coupling.branch.tokenwise is None or self.num_chunks == 1:
             return (mixed,)
-        # Parts of one long row: parts of every row would not be contiguous, which
-        # costs a linear layer a copy of its weights for each.
+        # These are parts of one long row: parts of every row would not be contiguous,
+        # and a linear layer would then copy its weights for each.
         row = mixed.reshape(1, -1, mixed.shape[-1])
         return row.chunk(self.num_chunks, dim=1)
 
     def tokenwise(self, coupling: Coupling, chunk: Tensor, index: int) -> Tensor:
-        """Run the second half of a branch, which treats each token separately.
+        """Run the second half of a branch, which processes each token independently.
 
         Args:
-            coupling: the one whose branch is run.
+            coupling: the coupling whose branch is run.
             chunk: one of `chunks()`.
-            index: of the chunk; decides the seed of its dropout.
+            index: the position of the chunk, which determines the seed of its dropout.
 
         Returns:
             The result, of the shape of `chunk`.
@@ -114,7 +115,16 @@ class Stack:
             return part.function(chunk)
 
     def value(self, coupling: Coupling, x: Tensor, context: Context) -> Tensor:
-        """What a branch gives for a source that reads `x`."""
+        """Run a branch.
+
+        Args:
+            coupling: the coupling whose branch is run.
+            x: what its source stream holds, `batch seq hidden`.
+            context: tensors that the block receives in addition to the stream, by name.
+
+        Returns:
+            The output of the branch, of the shape of `x`.
+        """
         chunks = self.chunks(coupling, self.mixed(coupling, x, context))
         outputs = [self.tokenwise(coupling, c, i) for i, c in enumerate(chunks)]
         return joined(outputs, x.shape)
@@ -123,11 +133,11 @@ class Stack:
 def take_apart(
     call: Mapping[str, Any],
 ) -> tuple[dict[str, Tensor], Nested, dict[str, Any]]:
-    """Separate the tensors among the arguments of a block that want a gradient.
+    """Separate the tensors that require a gradient from the arguments of a block.
 
     Returns:
-        Those tensors by name, `name[i]` for leaf i of a tuple, list or dict; what is
-        left of these; and all other arguments.
+        Those tensors by name, `name[i]` for leaf i of a tuple, list or dict; the rest
+        of these tuples, lists and dicts; and all other arguments.
     """
     context: dict[str, Tensor] = {}
     nested: dict[str, tuple[list[Any], TreeSpec]] = {}
@@ -150,7 +160,7 @@ def take_apart(
 
 
 def _arguments(context: Context, nested: Nested) -> dict[str, Any]:
-    """The arguments that `take_apart` has taken from a call."""
+    """Return the arguments that `take_apart` has removed from a call."""
     whole = {
         name: tree_unflatten(
             [context.get(f"{name}[{i}]", leaf) for i, leaf in enumerate(rest)], spec
@@ -162,18 +172,18 @@ def _arguments(context: Context, nested: Nested) -> dict[str, Any]:
 
 
 def joined(chunks: Sequence[Tensor], shape: torch.Size) -> Tensor:
-    """The tensor of that shape whose chunks these are."""
+    """Join chunks to a tensor of that shape."""
     whole = chunks[0] if len(chunks) == 1 else torch.cat(list(chunks), dim=1)
     return whole.view(shape)
 
 
 def enter(stack: Stack, hidden: Hidden, extremes: Extremes) -> Streams:
-    """Make two equal streams of the hidden states.
+    """Create two equal streams from the hidden states.
 
     Args:
         stack: the couplings.
         hidden: `batch seq hidden`.
-        extremes: notes the range of `hidden`.
+        extremes: records the range of `hidden`.
 
     Returns:
         The streams, connected to `hidden` by autograd.
@@ -192,9 +202,9 @@ def run(
 
     Args:
         stack: the couplings.
-        streams: as `enter` made them.
-        context: tensors that the blocks are given besides the streams, by name.
-        extremes: notes the range of every stream.
+        streams: the streams that `enter` returned.
+        context: tensors that the blocks receive in addition to the streams, by name.
+        extremes: records the range of every stream.
 
     Returns:
         The streams after the last coupling.
@@ -207,8 +217,9 @@ def _run(
     stack: Stack, streams: Streams, context: Context, extremes: Extremes
 ) -> Streams:
     pair = streams.pair()
-    # A node for the whole run, which gathers the gradient of a shared tensor as a
-    # rebuilding stack does, before another run's joins it: sums depend on their order.
+    # These views give the whole run a node, which sums the gradient of a shared tensor
+    # as a rebuilding stack does before that of another run is added: sums depend on
+    # their order.
     context = {name: tensor.view_as(tensor) for name, tensor in context.items()}
     for coupling in stack.couplings:
         target, source = pair[coupling.target], pair[1 - coupling.target]
@@ -220,18 +231,18 @@ def _run(
 
 
 def read(stack: Stack, stream: Stream) -> Hidden:
-    """What a stream holds, with the gradient of the identity."""
+    """Return what a stream holds, with the gradient of the identity."""
     out: Tensor = _Read.apply(stream.carrier, stream.values, stack.arithmetic)  # type: ignore[no-untyped-call]
     return out
 
 
 def added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """The sum of what may be missing."""
+    """Return the sum of two tensors, either of which may be None."""
     return one if other is None else other if one is None else one + other
 
 
 def carrier_like(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of the shape of `values` that takes no memory."""
+    """Return a tensor of the shape of `values` that takes no memory."""
     return values.new_zeros((), dtype=dtype).expand(values.shape)
 
 
@@ -253,6 +264,17 @@ class _Enter(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, values: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
+        """Create the carriers of two equal streams.
+
+        Args:
+            ctx: the autograd context.
+            hidden: the input of the stack, `batch seq hidden`.
+            values: the values of the streams, of the same shape.
+            dtype: the dtype of the gradients of streams.
+
+        Returns:
+            The two carriers, of the shape of `values`.
+        """
         ctx.dtype = hidden.dtype
         ctx.set_materialize_grads(False)
         return carrier_like(values, dtype), carrier_like(values, dtype)
@@ -270,12 +292,23 @@ class _Read(torch.autograd.Function):
     def forward(
         ctx: Any, carrier: Tensor, values: Tensor, arithmetic: Arithmetic
     ) -> Tensor:
+        """Return what a stream holds.
+
+        Args:
+            ctx: the autograd context.
+            carrier: the carrier of the stream, `batch seq hidden`.
+            values: its values, of the same shape.
+            arithmetic: the arithmetic of the stream.
+
+        Returns:
+            The stream in the dtype in which branches read it, of the same shape.
+        """
         ctx.dtype = carrier.dtype
         return arithmetic.read(values)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        # A copy always: a rebuilt stack below empties what it is handed.
+        # Always a copy: a rebuilt stack below empties the gradient that it receives.
         return gradient.to(ctx.dtype, copy=True), None, None
 
 
@@ -284,6 +317,18 @@ class _Couple(torch.autograd.Function):
     def forward(
         ctx: Any, target: Tensor, source: Tensor, value: Tensor, coupling: Coupling
     ) -> Tensor:
+        """Create the carrier of a target after its coupling.
+
+        Args:
+            ctx: the autograd context.
+            target: the carrier of the target, `batch seq hidden`.
+            source: the carrier of the source, of the same shape.
+            value: the output of the branch, of the same shape.
+            coupling: the scale and the form of the coupling.
+
+        Returns:
+            The new carrier, of the same shape.
+        """
         ctx.coupling, ctx.dtype = coupling, value.dtype
         return carrier_like(target, target.dtype)
 

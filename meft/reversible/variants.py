@@ -1,16 +1,17 @@
-"""What F and G are in MEFT1, MEFT2 and MEFT3 (Liao et al., NeurIPS 2023, figure 4).
+"""F and G in MEFT1, MEFT2 and MEFT3 (Liao et al., NeurIPS 2023, figure 4).
 
               F                              G                             swap
     meft1     block + feed-forward adapter   reversible adapter            yes
     meft2     reversible adapter             block + feed-forward adapter  yes
     meft3     attention half + adapter       MLP half + adapter            no
 
-Everything of the original block stays inside F or G: residuals, norms, dropouts. The
-reversible adapter has no residual of its own; the coupling supplies one. Couplings that
-contain a piece of the backbone have the small scale, the others a scale of 1. "Swap"
-says that the streams change places after every block; as a list of couplings, that is
-only a matter of which stream a coupling changes. The stream changed last is the fresh
-one, which has just been through a block."""
+All parts of the original block stay inside F or G: residuals, norms, dropouts. The
+reversible adapter has no residual of its own, because the coupling supplies one.
+Couplings that contain a piece of the backbone have the small scale, the others a scale
+of 1. "Swap" means that the streams change places after every block; in a list of
+couplings this only determines which stream a coupling changes. The stream changed last
+is the fresh stream, which has just passed through a block.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,19 +41,28 @@ HOLDS_BLOCK = {"meft1": (True, False), "meft2": (False, True), "meft3": (True, T
 def make_adapters(
     variant: str, make: Callable[[], Bottleneck], only_f: bool
 ) -> nn.ModuleDict:
-    """The adapters of one block; `only_f` leaves G's out."""
+    """Create the adapters of one block.
+
+    Args:
+        variant: `meft1`, `meft2` or `meft3`.
+        make: function that creates one adapter.
+        only_f: whether to leave out the adapter of G.
+
+    Returns:
+        The adapters by name, as in `ADAPTERS`.
+    """
     names = ADAPTERS[variant][: 1 if only_f else 2]
     return nn.ModuleDict({name: make() for name in names})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
-    """What the couplings of all blocks have in common."""
+    """The properties that the couplings of all blocks share."""
 
     variant: str
     scales: tuple[float, float]
     difference: bool
-    """Whether couplings that hold a piece of the backbone subtract the source first."""
+    """Whether couplings with a piece of the backbone subtract the source first."""
 
 
 def couplings(
@@ -61,13 +71,13 @@ def couplings(
     blocks: Mapping[int, tuple[nn.Module, nn.ModuleDict]],
     call: Mapping[str, Any],
 ) -> Iterator[Coupling]:
-    """Two couplings per block, lowest first; one where the adapter of G is missing.
+    """Yield two couplings per block, lowest first, or one if G has no adapter.
 
     Args:
-        rule: variant, scales and form.
-        family: how the blocks are put together.
+        rule: variant, scales and form of the couplings.
+        family: the structure of the blocks.
         blocks: block and adapters by the block's index in the model, lowest first.
-        call: what the model's loop passes to every block.
+        call: the arguments that the model's loop passes to every block.
     """
     for position, (index, (block, adapters)) in enumerate(blocks.items()):
         swapped = SWAPS[rule.variant] and index % 2 == 1
@@ -87,7 +97,7 @@ def couplings(
 
 
 def fresh_stream(variant: str, couplings: Sequence[Coupling]) -> int:
-    """The stream that has just been through the top block."""
+    """Return the index of the stream that has just passed through the top block."""
     side = max(side for side in range(2) if HOLDS_BLOCK[variant][side])
     return next(
         coupling.target

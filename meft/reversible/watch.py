@@ -1,22 +1,23 @@
-"""Watching a rebuilt stack: did the backward meet what the forward saw?
+"""Checks that a rebuilt stack recomputes the same streams in the backward.
 
 With `fixed` streams the inverse is exact if every branch gives the same bits again.
-Three things see to it:
+Three checks ensure this:
 
-* before a branch is first used at a shape and dtype it is run with and without grad;
-  if the bits differ, or if something keeps a tensor of the branch, its forwards run
-  with grad from then on, with a graph that holds nothing (`outside`); if they differ
-  from one run to the next, it is refused;
-* a checksum of every stream before it changes is kept, 8 bytes a coupling, and compared
-  with that of the rebuilt one, so that a fault is found where it happens;
-* at the bottom both streams must meet, element by element.
+* Before a branch is first used at a shape and dtype, it is run with and without grad.
+  If the bits differ, or if code outside the branch keeps one of its tensors, its
+  forwards run with grad from then on, with a graph that holds no activations
+  (`outside`). If the bits differ from one run to the next, the branch is refused.
+* The checksum of every stream before it changes is kept, 8 bytes per coupling, and
+  compared with that of the rebuilt stream, so that an error is detected at the coupling
+  where it occurs.
+* At the bottom both streams must be equal, element by element.
 
 With forward hooks inside, which may keep tensors at any time, forwards always run with
-grad. Whenever a forward runs with grad, parameters are looked for that are used in the
-branch and do not belong to its modules.
+grad. Whenever a forward runs with grad, the graph of the branch is searched for
+parameters that do not belong to its modules.
 
-Comparisons stay on the device; one flag is read at the end of the backward. With
-`floating` streams there is nothing to compare exactly, and a `Probe` may look on.
+Comparisons stay on the device; one flag is read at the end of the backward. For
+`floating` streams there is no exact comparison; a `Probe` may measure their error.
 """
 
 from collections.abc import Hashable, Sequence
@@ -33,26 +34,29 @@ from meft.reversible.probe import Probe
 from meft.reversible.twin import Stack, joined
 
 Repeatable = dict[tuple[Any, ...], bool]
-"""Whether a branch without grad gives the bits that it gives with grad, and keeps no
-tensor, by the coupling's number and whatever decides which kernels run."""
+"""Whether a branch without grad gives the same bits as with grad, and none of its
+tensors is kept, by the coupling's number and the settings that decide which kernels
+run.
+"""
 Outside = dict[int, Parameters]
 """Parameters that a branch uses and that do not belong to its modules, by the
-coupling's number."""
+coupling's number.
+"""
 
 CHECKSUM_BASE = 0x5851F42D4C957F2D
-"""Any large odd number."""
+"""An arbitrary large odd number."""
 
 
 class Watch:
-    """What is watched over one forward and backward.
+    """Check the streams of one forward and backward.
 
     Args:
         exact: whether rebuilt streams must equal the true ones.
-        repeatable: what is known of the branches; what is found out is added.
-        call: what every block is given beside the stream, as far as it decides which
-            kernels run.
-        probe: looks at samples of the streams, or at all of them.
-        outside: what is known of parameters from elsewhere; what is found is added.
+        repeatable: what is known about the branches; new results are added.
+        call: the arguments of every block in addition to the stream, as far as they
+            decide which kernels run.
+        probe: compares samples of the streams, or all elements.
+        outside: the known parameters from other modules; new ones are added.
     """
 
     def __init__(
@@ -65,7 +69,7 @@ class Watch:
     ) -> None:
         self._outside: Outside = {} if outside is None else outside
         self.found_outside = False
-        """Whether a parameter from elsewhere was found that was not known before."""
+        """Whether a new parameter of another module was found."""
         self._exact = exact
         self._call = call
         self._repeatable = repeatable
@@ -75,35 +79,46 @@ class Watch:
         self._weights: Tensor | None = None
 
     def before(self, stack: Stack, index: int, target: Tensor) -> None:
-        """The forward is about to change `target` in coupling `index`."""
+        """Record `target` before the forward changes it in coupling `index`.
+
+        Args:
+            stack: the couplings.
+            index: the position of the coupling in the stack.
+            target: the stream before the coupling, `batch seq hidden`.
+        """
         if self._exact:
             self._sums.append(self._checksum(target))
         if self._probe is not None:
             self._probe.expect(stack.couplings, index, target)
 
     def expected(self) -> Tensor | None:
-        """What has been seen so far, to be kept for the backward."""
+        """Return the checksums recorded so far, to be saved for the backward."""
         sums, self._sums = self._sums, []
         return torch.stack(sums) if sums else None
 
     def after(self, index: int, target: Tensor, expected: Tensor | None) -> None:
-        """The backward has undone coupling `index`, which gave `target`."""
+        """Check `target` after the backward has undone coupling `index`.
+
+        Args:
+            index: the position of the coupling in the stack.
+            target: the rebuilt stream, `batch seq hidden`.
+            expected: what `expected()` returned.
+        """
         if expected is not None:
             self._intact[index] = self._checksum(target) == expected[index]
         if self._probe is not None:
             self._probe.compare(index, target)
 
     def point(self, index: int, gradient: Tensor | None) -> None:
-        """The backward is about to differentiate coupling `index`, given the gradient
-        of its target."""
+        """Pass the gradient of a coupling's target to the probe."""
         if self._probe is not None:
             self._probe.weigh(index, gradient)
 
     def finish(self, stack: Stack, streams: list[Tensor]) -> None:
-        """The backward has undone all couplings.
+        """Evaluate all checks after the backward has undone all couplings.
 
         Raises:
-            ReconstructionError: a rebuilt stream is not the true one.
+            ReconstructionError: a rebuilt stream differs from the true one.
         """
         if self._exact:
             met = (streams[0] == streams[1]).all()
@@ -117,8 +132,10 @@ class Watch:
             self._probe.finish()
 
     def outside_of(self, coupling: Coupling) -> list[Tensor]:
-        """What is known of parameters that a branch uses besides those of its modules
-        and that want a gradient."""
+        """Return the known parameters of other modules that a branch uses.
+
+        Only those that require a gradient are returned.
+        """
         known = list(self._outside.get(coupling.number, Parameters()).values())
         return [parameter for parameter in known if parameter.requires_grad]
 
@@ -134,18 +151,21 @@ class Watch:
         has_hooks: bool,
         sources: Sequence[Tensor],
     ) -> Tensor:
-        """What a branch gives, without a graph, in bits that the backward will meet.
+        """Run a branch without keeping a graph, in bits that a recompute reproduces.
 
         Args:
             stack: the couplings.
-            coupling: the one whose branch is run.
-            x: what its source holds.
-            context: tensors that the block is given besides the stream.
-            wants_input: whether the gradient of `x` is wanted.
-            kernels: what decides which kernels run.
+            coupling: the coupling whose branch is run.
+            x: what its source stream holds, `batch seq hidden`.
+            context: tensors that the block receives in addition to the stream, by name.
+            wants_input: whether the gradient of `x` is needed.
+            kernels: the settings that decide which kernels run.
             own: the parameters that the branch is known to use.
             has_hooks: whether modules inside have forward hooks.
-            sources: what a gradient of the branch may flow to.
+            sources: tensors that a gradient of the branch may flow to.
+
+        Returns:
+            The output of the branch, of the shape of `x`.
         """
         training = stack.seed is not None
         key: tuple[Any, ...] = (coupling.number, x.shape, x.dtype, kernels, training)
@@ -168,7 +188,7 @@ class Watch:
 
         value = graded()
         if may_drop_graph is None:
-            # Who keeps tensors must be given none without a graph.
+            # Code that keeps tensors must not receive tensors without a graph.
             may_drop_graph = not (has_hooks or exits.used())
             if self._exact and may_drop_graph:
                 plain = stack.value(coupling, x, context)
@@ -179,24 +199,26 @@ class Watch:
         return value
 
     def note_outside(self, coupling: Coupling, leaves: Sequence[Tensor]) -> None:
-        """Note parameters that a branch was not known to use."""
+        """Record parameters that a branch was not known to use."""
         if leaves:
             known = self._outside.setdefault(coupling.number, Parameters())
             known.update({id(leaf): leaf for leaf in leaves})
             self.found_outside = True
 
     def look_again(self) -> None:
-        """Try every branch again before the next forward that uses it."""
+        """Test every branch again before the next forward that uses it."""
         self._repeatable.clear()
 
     def _checksum(self, stream: Tensor) -> Tensor:
-        """The sum over tokens and then, times b^c for channel c, over channels.
+        """Return the checksum of a stream.
 
-        Modulo 2^64. Without weights most faults would pass whose way to the stream ends
-        in a norm: what a layer norm gives for a token adds up to nothing.
+        It is the sum over tokens and then, with weight b^c for channel c, over
+        channels, modulo 2^64. Without weights, most errors that reach the stream
+        through a norm would go undetected: the output of a layer norm for a token sums
+        to zero.
         """
-        # In the dtype of the stream, which may wrap around as streams may: torch would
-        # sum int32 in int64 by way of a copy of the whole stream.
+        # The sum has the dtype of the stream, and may wrap around as streams may: torch
+        # would sum int32 in int64 by way of a copy of the whole stream.
         channels = stream.flatten(0, -2).sum(0, dtype=stream.dtype)
         if self._weights is None:
             base = torch.full_like(channels, CHECKSUM_BASE, dtype=torch.int64)
@@ -213,10 +235,19 @@ def _graded(
     exits: Exits,
     own: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
-    """As the backward will run the branch, one chunk's graph at a time, all dropped.
+    """Run a branch as the backward will, with one graph per chunk, and drop the graphs.
+
+    Args:
+        stack: the couplings.
+        coupling: the coupling whose branch is run.
+        x: what its source stream holds, `batch seq hidden`.
+        context: tensors that the block receives in addition to the stream, by name.
+        wants_input: whether the gradient of `x` is needed.
+        exits: provides graphs that hold no activations.
+        own: the parameters that the branch is known to use.
 
     Returns:
-        The value, and the leaves that the graph ends in and that are not in `own`.
+        The output, and the leaves of the graph that are not in `own`.
     """
     oldest = newest_node()
     with exits.watched():

@@ -1,8 +1,9 @@
-"""Sparse adapters whose neurons live in host memory (Hao et al., ACL 2024).
+"""Sparse adapters whose neurons are stored in host memory (Hao et al., ACL 2024).
 
-In reading order: `router` (who answers a token), `dense` (the plain twin),
-`products` and `pieces` (the same at the cost of what was chosen), `token_topk` and
-`union` (the two semantics), `store`, `adam` (home of the rows, and their optimizer),
-`rows`, `cache`, `engine` (how rows get to the device), `row_grad`, `row_parameter`
-(rows as autograd, optimizers and files see them), `adapter`, `optimizer`, `convert`.
+Read the modules in this order: `router` (selects the neurons of a token), `dense` (the
+plain twin), `products` and `pieces` (the same computation on the chosen rows only),
+`token_topk` and `union` (the two semantics), `store`, `adam` (storage of the rows, and
+their optimizer), `rows`, `cache`, `engine` (transfer of rows to the device),
+`row_grad`, `row_parameter` (rows as a parameter for autograd, optimizers and files),
+`adapter`, `optimizer`, `convert`.
 """

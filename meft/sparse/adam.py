@@ -1,4 +1,4 @@
-"""AdamW on some rows of a table, with three answers to what happens to the others.
+"""AdamW on some rows of a table, with three ways to update the other rows.
 
 One step on one number, with gradient g (Loshchilov & Hutter, ICLR 2019):
 
@@ -8,18 +8,18 @@ One step on one number, with gradient g (Loshchilov & Hutter, ICLR 2019):
     p = p - size m / (root sqrt(v) + eps)       size = lr / (1 - beta1^t)
                                                 root = 1 / sqrt(1 - beta2^t)
 
-An idle row, one without a gradient, has g = 0 and moves on by what m remembers:
+An idle row, a row without a gradient, has g = 0 and is still moved by m:
 
-    dense     every row is computed anew in every step
-    lazy      an idle row stands still, and so do its moments (torch's SparseAdam)
-    catchup   an idle row is computed when it is next read or has a gradient
+    dense     every row is updated in every step
+    lazy      an idle row and its moments do not change (torch's SparseAdam)
+    catchup   an idle row is updated when it is next read or has a gradient
 
-`dense` and `catchup` are one function, in the same bits: a table holds a row as it was
-after its last gradient, and what it is now follows from that and from the factors of
-the steps since (`meft.sparse.idle`), however often it was looked at in between.
+`dense` and `catchup` are the same function, bit for bit: a table holds a row as it was
+after its last gradient, and its current value follows from that and from the factors of
+the steps since (`meft.sparse.idle`), however often it was read in between.
 
-This is the plain form, for any device, held against `meft.sparse.adam_kernel`, which
-does the same on a CPU in one pass over memory.
+This module is the plain implementation, for any device. It is the reference of
+`meft.sparse.adam_kernel`, which computes the same on a CPU in one pass over memory.
 """
 
 import math
@@ -40,12 +40,12 @@ Rows = Float[Tensor, "rows width"]
 Ids = Int[Tensor, " some"]
 
 PIECE = 1024
-"""Rows that are computed with at a time."""
+"""Number of rows that are processed at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Rows and their Adam state as of each row's last gradient, in place."""
+    """Rows and their Adam state as of each row's last gradient, changed in place."""
 
     rows: Rows
     first: Rows
@@ -53,11 +53,11 @@ class Table:
     second: Rows
     """v, the mean squared gradient."""
     factors: Factors
-    """What the idle steps since have made of a row: `meft.sparse.idle`."""
+    """Effect of the idle steps since then on each row: `meft.sparse.idle`."""
     updated_at: Int[Tensor, " rows"]
     """The last step that changed the value of a row."""
     shadow: Float[Tensor, "rows width"] | None = None
-    """A 16-bit copy of rows that `advance` writes along with them."""
+    """16-bit copy of rows that `advance` writes along with them."""
 
 
 def advance(
@@ -71,11 +71,11 @@ def advance(
     """Take the schedule's last step.
 
     Args:
-        table: what to change.
-        ids: rows that have a gradient; distinct.
-        gradient: of these rows.
-        schedule: the last step is the one to take.
-        idle: whether all others take an idle step (`dense`, `catchup`) or none
+        table: the table to change.
+        ids: the rows that have a gradient, distinct, `some`.
+        gradient: the gradient of these rows, float32, `some width`.
+        schedule: the schedule whose last step is taken.
+        idle: whether all other rows take an idle step (`dense`, `catchup`) or none
             (`lazy`).
     """
     for some, of_some in zip(ids.split(PIECE), gradient.split(PIECE), strict=True):
@@ -95,13 +95,13 @@ def advance(
 def values(
     table: Table, ids: Ids, out: Float[Tensor, "places width"], places: Ids
 ) -> None:
-    """Compute what rows are now; the table stays as it is.
+    """Compute the current values of rows; the table does not change.
 
     Args:
-        table: what to read.
-        ids: which rows.
-        out: where to write, in the dtype of that: float32, bfloat16 or float16. It may
-            be `table.rows` with `places` equal to `ids`.
+        table: the table to read.
+        ids: which rows, `some`.
+        out: the output, in its dtype: float32, bfloat16 or float16. It may be
+            `table.rows` with `places` equal to `ids`.
         places: rows of `out`, one for each of `ids`.
     """
     for some, there in zip(ids.split(PIECE), places.split(PIECE), strict=True):
@@ -136,7 +136,7 @@ def _idle_step(table: Table, ids: Ids, s: Schedule) -> None:
 
 
 def _settle(table: Table, ids: Ids, s: Schedule) -> None:
-    """Put rows where the idle steps before the last one have brought them."""
+    """Write the values of rows after all idle steps before the last one."""
     table.rows[ids] = _rows_now(table, ids)
     rests, _ = idling.events(table.factors[ids], s)
     anchor(table, ids, s)
@@ -145,7 +145,13 @@ def _settle(table: Table, ids: Ids, s: Schedule) -> None:
 
 
 def anchor(table: Table, ids: Ids, s: Schedule) -> None:
-    """Let rows go on from what they are, with the moments that they have now."""
+    """Start the factors of rows again from their current values and moments.
+
+    Args:
+        table: the table to change.
+        ids: which rows, `some`.
+        s: the schedule.
+    """
     factors = table.factors[ids]
     table.first[ids], table.second[ids] = idling.moments_now(
         table.first[ids], table.second[ids], factors
@@ -160,5 +166,8 @@ def _rows_now(table: Table, ids: Ids) -> SomeRows:
 
 
 def smallest_gradient(s: Schedule) -> float:
-    """Size below which a gradient counts as 0: what it adds to v would be denormal."""
+    """Return the size below which a gradient counts as 0.
+
+    The contribution of such a gradient to v would be denormal.
+    """
     return float(np.float32(math.sqrt(idling.SMALLEST / (1 - s.beta2))))

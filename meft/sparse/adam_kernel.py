@@ -1,8 +1,9 @@
-"""`meft.sparse.adam` in one pass over memory, by all cores, compiled by numba.
+"""`meft.sparse.adam` in one pass over memory on all cores, compiled by numba.
 
 Each row is read and written once, however many idle steps it took, and its 16-bit copy
-is written while it is at hand. The same bits as the plain form: every operation there
-is one here, in the same order. Never imported where numba is missing.
+is written in the same pass. The results have the same bits as those of the plain
+implementation: both execute the same operations in the same order. The module is not
+imported where numba is missing.
 """
 
 from typing import Any, no_type_check
@@ -30,9 +31,9 @@ from meft.sparse.idle import (
 from meft.sparse.schedule import Schedule
 
 BLOCK = 512
-"""Elements of a row whose 16-bit copy is made while they are in the first cache."""
+"""Elements of a row whose 16-bit copy is written while they are in the L1 cache."""
 WIDE, BFLOAT16, FLOAT16 = range(3)
-"""Kinds of what is written: float32, or which 16 bits."""
+"""Output formats: float32, or one of two 16-bit dtypes."""
 KINDS = {torch.float32: WIDE, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 _f32, _u32, _u16 = np.float32, np.uint32, np.uint16
 _ZERO = _f32(0)
@@ -46,7 +47,15 @@ def advance(
     *,
     idle: bool,
 ) -> None:
-    """As the plain one, in the same bits."""
+    """Take the schedule's last step, with the same bits as `meft.sparse.adam.advance`.
+
+    Args:
+        table: the table to change.
+        ids: the rows that have a gradient, distinct, `some`.
+        gradient: the gradient of these rows, float32, `some width`.
+        schedule: the schedule whose last step is taken.
+        idle: whether all other rows take an idle step.
+    """
     _use_threads()
     s = schedule
     steps = (s.decay, s.size, s.root, s.eps, 1 - s.beta1, 1 - s.beta2)
@@ -69,7 +78,14 @@ def advance(
 def values(
     table: Table, ids: Ids, out: Float[Tensor, "places width"], places: Ids
 ) -> None:
-    """As the plain one, in the same bits."""
+    """Compute current values of rows, with the same bits as `meft.sparse.adam.values`.
+
+    Args:
+        table: the table to read.
+        ids: which rows, `some`.
+        out: the output, in its dtype.
+        places: rows of `out`, one for each of `ids`.
+    """
     _use_threads()
     bits, kind = _bits(out, out)
     _values(
@@ -85,7 +101,11 @@ def values(
 
 
 def _choices() -> tuple[Any, ...]:
-    """What `idle` chose: arguments, as numba's cache goes by this file alone."""
+    """Return the constants of `idle`.
+
+    They are passed as arguments because numba's cache only detects changes of this
+    file.
+    """
     return idle.NODES, idle.POWERS, idle.REST, idle.SPREAD
 
 
@@ -98,13 +118,13 @@ def _centre_of(schedule: Schedule, idling: bool) -> float:
 
 
 def _bits(out: Tensor | None, like: Tensor) -> tuple[Any, int]:
-    """Memory of 16-bit numbers as integers, which numba knows, and their kind."""
+    """Return 16-bit memory as integers, which numba supports, and its format."""
     if out is None or out.dtype == torch.float32:
         return np.empty((0, like.shape[1]), _u16), WIDE
     return out.view(torch.int16).numpy().view(_u16), KINDS[out.dtype]
 
 
-# `no_type_check` keeps the type checker of the tests from wrapping what numba compiles.
+# `no_type_check` keeps the type checker of the tests from wrapping numba functions.
 
 
 @numba.njit(parallel=True, cache=True, error_model="numpy")
@@ -191,7 +211,7 @@ def _advance(
 @numba.njit(error_model="numpy")
 @no_type_check
 def _step_and_narrow(p, m, v, g, bits, moves, idle_steps, of_row, of_step):
-    """All of an element's work in one loop, which is what the usual kind is worth."""
+    """Take the step and write the bfloat16 copy in one loop; the most common case."""
     if moves:
         for k in range(p.size):
             at = _moved(p[k], m[k], v[k], idle_steps)
@@ -211,7 +231,7 @@ def _step_and_narrow(p, m, v, g, bits, moves, idle_steps, of_row, of_step):
 @numba.njit(error_model="numpy")
 @no_type_check
 def _age(factors, has_gradient, updated_at, scalars, nodes, step):
-    """An idle step of all rows without a gradient."""
+    """Take an idle step of all rows without a gradient."""
     beta1, _, decay, sqrt_beta2, fading, of_weight, offset = scalars
     for i in range(has_gradient.size):
         if has_gradient[i]:
@@ -239,7 +259,7 @@ def _age(factors, has_gradient, updated_at, scalars, nodes, step):
 @numba.njit(error_model="numpy")
 @no_type_check
 def _due(factors, has_gradient, scalars, rest, spread):
-    """Rows without a gradient that rest or recentre."""
+    """Return the rows without a gradient that come to rest or recentre."""
     sqrt_beta2, offset = scalars[3], scalars[6]
     is_due = np.zeros(has_gradient.size, np.bool_)
     for i in range(has_gradient.size):
@@ -254,7 +274,7 @@ def _due(factors, has_gradient, scalars, rest, spread):
 @numba.njit(error_model="numpy")
 @no_type_check
 def _settle(p, m, v, factors, powers, rest, centre):
-    """Put a row where its idle steps have brought it."""
+    """Write the value of a row after its idle steps."""
     rests = factors[FADE] <= rest
     _now(p, m, v, factors, powers, p)
     of_row = _of_row(factors, 1.0, 1.0)
@@ -288,7 +308,7 @@ def _values(rows, first, second, factors, ids, places, out, bits, kind, powers):
 @numba.njit(error_model="numpy")
 @no_type_check
 def _now(p, m, v, factors, powers, out):
-    """The value of part of a row."""
+    """Compute the current value of part of a row."""
     idle_steps = _idle_steps(factors, powers)
     if idle_steps[3] != 0:
         for k in range(p.size):
@@ -301,7 +321,7 @@ def _now(p, m, v, factors, powers, out):
 @numba.njit(error_model="numpy")
 @no_type_check
 def _idle_steps(factors, powers):
-    """What a row's factors do to p: D, c, the least m that counts, coefficients."""
+    """Return the factors for p: D, c, the least m that counts, coefficients."""
     return (
         _f32(factors[SHRINK]),
         _f32(factors[CENTRE]),
@@ -328,7 +348,7 @@ def _coefficient(factors, powers, k):
 @numba.njit(error_model="numpy")
 @no_type_check
 def _of_row(factors, beta1, beta2):
-    """What a row's factors do to m and v, and below which sizes these are 0."""
+    """Return the factors for m and v, and the sizes below which these are 0."""
     mean = _f32(factors[MEAN] * beta1)
     square = factors[ROOT] * factors[ROOT] * beta2
     square = _f32(square) if square >= SMALLEST else _ZERO
@@ -339,7 +359,7 @@ def _of_row(factors, beta1, beta2):
 @numba.njit(error_model="numpy")
 @no_type_check
 def _moved(at, by, under, idle_steps):
-    """p after idle steps."""
+    """Return p after idle steps."""
     shrink, c, from_mean, a0, a1, a2, a3, a4, a5, a6 = idle_steps
     by = _ZERO if abs(by) < from_mean else by
     x = c / (np.sqrt(under) + c)
@@ -352,7 +372,7 @@ def _moved(at, by, under, idle_steps):
 @numba.njit(error_model="numpy")
 @no_type_check
 def _faded(by, under, of_row):
-    """m and v after idle steps."""
+    """Return m and v after idle steps."""
     mean, square, from_mean, from_square = of_row
     by = _ZERO if abs(by) < from_mean else by
     under = _ZERO if under < from_square else under * square
@@ -362,7 +382,7 @@ def _faded(by, under, of_row):
 @numba.njit(error_model="numpy")
 @no_type_check
 def _stepped(at, by, under, new, of_row, of_step):
-    """p, m and v after the step that brings a gradient."""
+    """Return p, m and v after a step with a gradient."""
     decay, size, root, eps, rest1, rest2, from_new = of_step
     by, under = _faded(by, under, of_row)
     new = _ZERO if abs(new) < from_new else new
@@ -374,7 +394,7 @@ def _stepped(at, by, under, new, of_row, of_step):
 @numba.njit(error_model="numpy")
 @no_type_check
 def _narrow(wide, out, kind):
-    """16 bits of the bits of float32 numbers, rounded to the nearest, ties to even."""
+    """Convert float32 bits to 16 bits, rounded to nearest, ties to even."""
     if kind == BFLOAT16:
         for k in range(wide.size):
             is_nan = (wide[k] & _u32(0x7FFFFFFF)) > _u32(0x7F800000)
@@ -387,7 +407,7 @@ def _narrow(wide, out, kind):
 @numba.njit(error_model="numpy", inline="always")
 @no_type_check
 def _bfloat16(b):
-    """Of bits that are not those of a NaN which rounding would carry over to 0."""
+    """Convert bits of a float32, except a NaN that rounding would turn into 0."""
     odd = (b >> _u32(16)) & _u32(1)
     return _u16((b + _u32(0x7FFF) + odd) >> _u32(16))
 
@@ -396,11 +416,11 @@ def _bfloat16(b):
 @no_type_check
 def _half(b):
     sign = (b >> _u32(16)) & _u32(0x8000)
-    b = np.uint32(b & _u32(0x7FFFFFFF))  # numba would go on in 64 bits
+    b = np.uint32(b & _u32(0x7FFFFFFF))  # numba would continue in 64 bits
     odd = (b >> _u32(13)) & _u32(1)
-    # The exponent's offset is 127 in 32 bits and 15 in 16.
+    # The exponent's bias is 127 in 32 bits and 15 in 16.
     normal = (b - _u32((127 - 15) << 23) + _u32(0xFFF) + odd) >> _u32(13)
-    # Below 2^-14 there are only multiples of 2^-24: what adding 1/2 rounds to.
+    # Below 2^-14, float16 has only multiples of 2^-24: adding 1/2 rounds to these.
     lifted = np.float32(b.view(np.float32) + np.float32(0.5))
     small = lifted.view(np.uint32) - _u32(0x3F000000)
     found = small if b < _u32(113 << 23) else normal

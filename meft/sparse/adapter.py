@@ -1,10 +1,10 @@
-"""`SparseAdapter`: a second feed-forward of many neurons, few of which answer.
+"""`SparseAdapter`: a second feed-forward of many neurons, few of which are active.
 
     out = sum over some neurons i of relu(s_i) v_i,        s_i a score of k_i . h
 
-beside the block's own feed-forward, on the same input h, without a scale and without
-biases (Hao et al., ACL 2024, sections 2 and 3). Which neurons: `token_topk` and
-`union`, a file each. Padding chooses none and gets 0.
+It runs next to the block's own feed-forward, on the same input h, without a scale and
+without biases (Hao et al., ACL 2024, sections 2 and 3). `token_topk` and `union` define
+which neurons are summed. Padding tokens choose no neurons and get 0.
 """
 
 from collections.abc import Callable
@@ -32,10 +32,10 @@ FUNCTIONS: dict[str, Callable[..., Tokens]] = {"token_topk": token_topk, "union"
 
 @dataclass(slots=True)
 class Batch:
-    """What all adapters of a model need to know of the batch in the works."""
+    """Data about the current batch that all adapters of a model share."""
 
     token_mask: Bool[Tensor, "batch seq"] | None = None
-    """False for padding; None if there is none."""
+    """False for padding; None if there is no padding."""
     had_peft_layers: bool = False
     """Whether peft had been applied to the model before the conversion."""
     has_warned_of_frozen: bool = False
@@ -43,38 +43,38 @@ class Batch:
 
 @dataclass(slots=True)
 class Seen:
-    """What batches of one block were like, since `clear()`."""
+    """Statistics of the batches of one block since `clear()`."""
 
     num_batches: int = 0
     total_tokens: int = 0
     total_candidates: int = 0
-    """Distinct neurons that were scored because some token's expert holds them."""
+    """Distinct neurons that were scored because they are in an expert of some token."""
     total_active: int = 0
-    """Distinct neurons that answered: the union over a batch's tokens."""
+    """Distinct active neurons: the union over a batch's tokens."""
 
     def clear(self) -> None:
-        """Start again at nothing."""
+        """Set all counters to 0."""
         self.num_batches = self.total_tokens = 0
         self.total_candidates = self.total_active = 0
 
     def add(self, tokens: int, active: int) -> None:
-        """One more batch."""
+        """Add the counts of one batch."""
         self.num_batches += 1
         self.total_tokens += tokens
         self.total_active += active
 
 
 class SparseAdapter(nn.Module):
-    """The adapter of one block.
+    """The sparse adapter of one block.
 
-    Its neurons are the parameter `neurons`, which stays where `rows` has it and in
-    float32, whatever the module is moved or cast to.
+    Its neurons are the parameter `neurons`. They stay in float32 and in the memory
+    where `rows` has them, whatever the module is moved or cast to.
 
     Args:
         rows: the neurons.
-        router_weight: W_g, one row per expert; None without experts.
+        router_weight: W_g, one row per expert, `experts hidden`; None without experts.
         config: how neurons are chosen and summed.
-        batch: shared by all blocks of a model.
+        batch: data about the current batch, shared by all blocks of a model.
     """
 
     def __init__(
@@ -94,22 +94,22 @@ class SparseAdapter(nn.Module):
 
     @property
     def rows_per_expert(self) -> int:
-        """Neurons in an expert; all of them without experts."""
+        """Return the number of neurons in an expert, or of all if there are none."""
         return self.config.num_neurons // max(self.config.experts, 1)
 
     @property
     def rows_per_piece(self) -> int:
-        """Neurons that are on the device at a time, to compute with."""
+        """Return the number of neurons that are processed on the device at a time."""
         row_bytes = 2 * 4 * self.rows.store.width  # as float32, and their gradient
         return max(self.config.device_bytes // 8 // row_bytes, 1)
 
     def bind(self) -> Callable[[Hidden], Hidden]:
-        """The adapter for the batch in the works, also when it is run again later."""
+        """Return a function that runs the adapter on the current batch, also later."""
         mask = self.batch.token_mask
         return lambda hidden: self(hidden, mask)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseAdapter":
-        """`to(...)`, `half()` and the like, of everything but the neurons."""
+        """Apply `to(...)`, `half()` and the like to all tensors except the neurons."""
         neurons = self._parameters.pop("neurons")
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -122,7 +122,7 @@ class SparseAdapter(nn.Module):
         return extra_state.to_tensor(self.config.function())
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Compare the config with that of a saved model.
+        """Raise an error if a saved model has another config.
 
         Raises:
             AdapterFileError: the saved model computes another function.
@@ -138,7 +138,7 @@ class SparseAdapter(nn.Module):
         missing_keys: list[str],
         *rest: Any,
     ) -> None:
-        """Copies into the neurons also where others are assigned (`assign=True`)."""
+        """Copy into the neurons, even if other tensors are assigned (`assign=True`)."""
         if prefix + extra_state.KEY in state_dict:  # before anything is copied
             self.set_extra_state(state_dict[prefix + extra_state.KEY])
         copying = {**local_metadata, "assign_to_params_buffers": False}
@@ -151,7 +151,15 @@ class SparseAdapter(nn.Module):
     def forward(
         self, hidden: Hidden, token_mask: Bool[Tensor, "batch seq"] | None = None
     ) -> Hidden:
-        """What the neurons add, in the dtype of `hidden`."""
+        """Return the weighted sum of the values of the chosen neurons.
+
+        Args:
+            hidden: the input of the block's feed-forward, `*shape hidden`.
+            token_mask: False for padding, `batch seq`; None if there is no padding.
+
+        Returns:
+            The output, of the shape and dtype of `hidden`; 0 for padding.
+        """
         refuse_func("a sparse adapter")
         refuse_recording(
             "which neurons of a sparse adapter answer depends on the batch"
@@ -170,7 +178,7 @@ class SparseAdapter(nn.Module):
 
     def _of_tokens(self, tokens: Tokens) -> Tokens:
         store = self.rows.store
-        # 16-bit products are for devices that are made for them.
+        # 16-bit products are used on devices that have hardware for them.
         compute = torch.float32 if tokens.device.type == "cpu" else store.wire_dtype
         self.rows.begin_batch(tokens.device)
         begin_forward(self.neurons, self.rows)

@@ -1,4 +1,4 @@
-"""`SparseConfig`: everything that decides what a sparse adapter computes, and where."""
+"""`SparseConfig`: all options of a sparse adapter."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from meft.validate import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparseConfig:
-    """The config of `meft.add_sparse_adapters`.
+    """Configuration of `meft.add_sparse_adapters`.
 
     A sparse adapter has `num_neurons` neurons (pairs of a key and a value) next to the
     feed-forward of a block. A router sends each token to `top_k_experts` of
@@ -29,49 +29,51 @@ class SparseConfig:
 
     Attributes:
         num_neurons (int): Neurons per block, r, at least 1. A neuron takes
-            `2 * hidden_size` float32 numbers, and as many again twice for AdamW. Raise
-            it for more capacity. Default: `6400`.
-        top_k_neurons (int): Neurons that a token keeps, K, 1 to `num_neurons`.
-            Default: `64`.
+            `2 * hidden_size` float32 numbers, and AdamW stores two more for each.
+            Raise it for more capacity. Default: `6400`.
+        top_k_neurons (int): Neurons that a token keeps, K, 1 to `num_neurons`. Default:
+            `64`.
         num_experts (int | None): Groups of equally many neurons that the router chooses
             among, N; it must divide `num_neurons`. 0: no router, every neuron is
-            scored. None: the divisor of `num_neurons` nearest to the authors'
-            4 * ceil(sqrt(num_neurons)), the larger of two that are equally near; if
-            there is none from half to twice of that, as for a prime number, pass a
-            number or another `num_neurons`. Default: `None`.
+            scored. None: the divisor of `num_neurons` nearest to the authors' 4 *
+            ceil(sqrt(num_neurons)), the larger of two that are equally near; if there
+            is none from half to twice of that, as for a prime number, pass a number or
+            another `num_neurons`. Default: `None`.
         top_k_experts (int): Experts that a token is routed to, 1 to the number of
             experts. Default: `8`.
-        gate (str): What an expert's router score does to the scores of its neurons.
+        gate (str): How an expert's router score affects the scores of its neurons.
             `logit`: it is a factor (the authors' choice). `softmax`: it is a factor
-            after a softmax over all experts. `none`: it only chooses, and the router
-            cannot learn. Default: `'logit'`.
+            after a softmax over all experts. `none`: it only selects the experts, and
+            the router cannot learn. Default: `'logit'`.
         semantics (str): `token_topk`: the output for a token is a sum over the neurons
             that it keeps (the authors' code behind their accuracies). `union`: over all
             neurons that any token of the batch keeps, without a gate (algorithm 1 of
             the paper). Default: `'token_topk'`.
         placement (str): Where rows are stored: `offloaded`, in host memory, or
-            `resident`, on the device. Take `resident` if they fit there.
-            Default: `'offloaded'`.
-        wire_dtype (str | None): `float32`, `bfloat16` or `float16`: the dtype of rows
-            and gradients while they travel between host and device. Master rows are
-            float32 always. None takes the backbone's dtype. Default: `None`.
+            `resident`, on the device. Use `resident` if they fit there. Default:
+            `'offloaded'`.
+        wire_dtype (str | None): `float32`, `bfloat16` or `float16`: the transfer dtype,
+            that is, the dtype of rows and gradients while they are copied between host
+            and device. Master rows are float32 always. None selects the backbone's
+            dtype. Default: `None`.
         device_bytes (int): Bytes that rows and their gradients may take on the device,
-            of all blocks together, at least 1: seven eighths for the cache, the rest
-            for the rows that are being computed with. If that eighth does not hold what
-            a batch chose in a block, rows are computed with a piece at a time, and sums
+            for all blocks together, at least 1: seven eighths for the cache, the rest
+            for the rows of the current computation. If that eighth does not hold the
+            rows that a batch chose in a block, rows are processed in pieces, and sums
             over pieces round differently. Default: `1073741824`.
         cache (str): How long a row stays on the device. `steps`: as long as its value
             does not change. `window`: until the next optimizer step. `off`: only while
-            it is computed with, so its gradient travels at once. Default: `'steps'`.
+            it is used in a computation, so its gradient is transferred at once.
+            Default: `'steps'`.
         prefetch (bool): Whether to fetch the rows that the next block used last time
-            while this one computes. Default: `True`.
+            while the current block computes. Default: `True`.
         update (str): What happens to rows without a gradient in an optimizer step.
             `dense`: they take the step. `lazy`: they do not change. `catchup`: they
-            take it when they are next needed, with the same bits as `dense` at the cost
-            of the rows that are touched. Default: `'catchup'`.
+            take it when they are next needed, with the same bits as `dense`, at a cost
+            that is proportional to the rows used. Default: `'catchup'`.
 
     Raises:
-        ConfigError: a value is of another type, out of range, or contradicts another.
+        ConfigError: a value has the wrong type, is out of range or contradicts another.
     """
 
     num_neurons: int = 6400
@@ -116,35 +118,35 @@ class SparseConfig:
 
     @property
     def experts(self) -> int:
-        """N, 0 where there is no router."""
+        """Return N, or 0 if there is no router."""
         if self.num_experts is None:
             return _default_experts(self.num_neurons)
         return self.num_experts
 
     @property
     def num_candidates(self) -> int:
-        """Neurons that a token scores."""
+        """Return the number of neurons that a token scores."""
         if not self.experts:
             return self.num_neurons
         return self.num_neurons // self.experts * self.top_k_experts
 
     @property
     def router_learns(self) -> bool:
-        """Whether a gradient reaches the router."""
+        """Return whether a gradient reaches the router."""
         return bool(self.experts) and self.is_gated
 
     @property
     def is_gated(self) -> bool:
-        """Whether an expert's router score is a factor of its neurons' scores."""
+        """Return whether router scores are factors of the neurons' scores."""
         return (
             self.experts > 0 and self.semantics == "token_topk" and self.gate != "none"
         )
 
     def function(self) -> dict[str, Any]:
-        """The fields that define the function, not where and when rows move.
+        """Return the fields that define the function, without those of placement.
 
-        The default that None selects is filled in, and fields without effect have one
-        value only.
+        The default that None selects is filled in, and fields without effect have a
+        single value.
         """
         return {
             "num_neurons": self.num_neurons,
@@ -156,16 +158,19 @@ class SparseConfig:
         }
 
     def same_function(self, other: "SparseConfig") -> bool:
-        """Whether both describe one function, wherever its rows live."""
+        """Return whether both configs define the same function.
+
+        Placement and transfer of the rows may differ.
+        """
         return self.function() == other.function()
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
+        """Return the fields as a JSON object."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "SparseConfig":
-        """The inverse of `to_json`."""
+        """Create a config from the output of `to_json`."""
         return cls(**fields)
 
 
@@ -187,9 +192,10 @@ _EXPECTED: dict[str, Expectation] = {
 
 @functools.cache
 def _default_experts(num_neurons: int) -> int:
-    """The divisor nearest to the authors' number, the larger of two.
+    """Return the divisor nearest to the authors' number, the larger of two.
 
-    Their number itself, which is refused, if there is none from half to twice of it.
+    If there is none from half to twice of the authors' number, return that number
+    itself, which is refused later.
     """
     authors = 4 * math.ceil(math.sqrt(num_neurons))
     near = range(math.ceil(authors / 2), 2 * authors + 1)

@@ -1,4 +1,4 @@
-"""`add_sparse_adapters`: a transformers model in, the same with more neurons out."""
+"""`add_sparse_adapters`: add sparse adapters to a transformers model in place."""
 
 import functools
 import inspect
@@ -31,37 +31,38 @@ _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 
 def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
-    """Put a sparse adapter beside the feed-forward of every block, in place.
+    """Add a sparse adapter next to the feed-forward of every block, in place.
 
-    The model keeps its class, its `forward` signature and its outputs; at the start it
-    computes what it did before. Afterwards routers, rows and a newly made task head are
-    trainable and everything else is frozen, unless some parameters were frozen before
-    and others were not: that choice is kept. Train it with `meft.SparseAdamW`, as every
-    other optimizer is refused. The rows are the parameter `neurons` of each adapter: in
-    float32 always, and in host memory whatever the model is moved to
-    (`placement="resident"`: they follow it). `save_pretrained()` and
-    `meft.save_adapters()` save them.
+    The model keeps its class, its `forward` signature and its outputs; initially it
+    computes the same function as before. Afterwards routers, rows and a newly made task
+    head are trainable and everything else is frozen, unless some parameters were frozen
+    before and others were not: that choice is kept. Train the model with
+    `meft.SparseAdamW`, as every other optimizer is refused. The rows are the parameter
+    `neurons` of each adapter. They are always float32, and in host memory whatever the
+    model is moved to (with `placement="resident"` they follow the model).
+    `save_pretrained()` and `meft.save_adapters()` save them.
 
     Args:
         model: any class of BERT, RoBERTa, OPT, LLaMA or Mistral, or a PeftModel that
-            holds one. Call `make_reversible` afterwards, if at all.
-        config: neurons, routing, and where rows live.
+            holds one. To use `make_reversible` too, call it afterwards.
+        config: neurons, routing and placement of rows.
 
     Returns:
         `model` itself.
 
     Raises:
-        UnsupportedModelError: not such a model, or it has sparse adapters already.
+        UnsupportedModelError: the model is not of such a class, or it has sparse
+            adapters already.
         HostMemoryError: host memory does not suffice to train that many neurons.
 
     Warns:
-        FrozenWarning: a task head was frozen before, and so stays frozen; or a head
-            stays frozen because it may be pre-trained.
+        FrozenWarning: a task head was frozen before and stays frozen, or a head stays
+            frozen because it may be pre-trained.
     """
     if sparse_adapters(model):
         raise UnsupportedModelError("this model has sparse adapters already")
     found = _find(model)
-    # Not of a quantised weight, whose dtype is that of its storage.
+    # Skip quantised weights, whose dtype is that of their storage.
     weights = found.blocks[0].parameters()
     dtype = next(p.dtype for p in weights if p.is_floating_point())
     wire_dtype = getattr(torch, config.wire_dtype) if config.wire_dtype else dtype
@@ -82,14 +83,14 @@ def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
         block.__class__ = _with_adapter(kind, found.family)
     _watch_padding(_base_model(model), batch)
     add_saving(model, SparseAdapter)
-    # Else `DistributedDataParallel` would copy rows into its buckets.
+    # Otherwise `DistributedDataParallel` would copy rows into its buckets.
     names = [name for name, p in model.named_parameters() if rows_of(p) is not None]
     model.__dict__[_IGNORED_BY_DDP] = names
     return model
 
 
 def remove_sparse_adapters(model: nn.Module) -> None:
-    """Undo `add_sparse_adapters()`, but for what is trainable."""
+    """Undo `add_sparse_adapters()`, except for the choice of trainable parameters."""
     blocks: list[Any] = [m for m in model.modules() if hasattr(m, parallel.NAME)]
     for block in blocks:
         delattr(block, parallel.NAME)
@@ -104,13 +105,13 @@ def remove_sparse_adapters(model: nn.Module) -> None:
 
 
 def sparse_adapters(model: nn.Module) -> dict[str, SparseAdapter]:
-    """The sparse adapters inside `model`, by name; empty if it has none."""
+    """Return the sparse adapters in `model` by name; the result may be empty."""
     named = model.named_modules()
     return {name: m for name, m in named if isinstance(m, SparseAdapter)}
 
 
 def _base_model(model: nn.Module) -> nn.Module:
-    """The part of a model that is given the mask: all but the head."""
+    """Return the part of a model that receives the mask: all but the head."""
     inner = transformers_model(model)
     return inner.base_model if isinstance(inner, PreTrainedModel) else inner
 
@@ -160,14 +161,17 @@ def host_bytes(
     *,
     is_on_host: bool,
 ) -> dict[str, int]:
-    """Bytes of host memory that rows take in training, by what they are for.
+    """Return the bytes of host memory that rows take in training, by purpose.
 
     Args:
-        config: where rows live.
-        num_rows: of all blocks.
+        config: placement and cache of the rows.
+        num_rows: the number of rows of all blocks.
         width: numbers in a row.
-        wire_dtype: of the copy that travels.
+        wire_dtype: dtype of the copy that is transferred.
         is_on_host: whether the model itself is in host memory.
+
+    Returns:
+        The bytes of each purpose.
     """
     numbers = num_rows * width
     steps = RowStore.bytes_per_row * num_rows
@@ -192,7 +196,10 @@ def host_bytes(
 def _new_store(
     block: nn.Module, found: BlockList, config: SparseConfig, wire_dtype: torch.dtype
 ) -> RowStore:
-    """Keys N(0, 0.02^2), values 0: at the start the adapter adds nothing."""
+    """Create rows with keys from N(0, 0.02^2) and values 0.
+
+    Initially the adapter therefore adds 0.
+    """
     hidden_size = found.family.adapter_shape(block, found.owner.config).hidden_size
     rows = torch.zeros(config.num_neurons, 2 * hidden_size)
     rows[:, :hidden_size].normal_(std=router.KEY_STD)
@@ -207,19 +214,19 @@ def _rows(stores: list[RowStore], config: SparseConfig) -> list[Rows]:
 
 @functools.cache
 def _with_adapter(original: Any, family: Family) -> type[nn.Module]:
-    """The class of a block that carries a sparse adapter: still an `original`."""
+    """Return a subclass of `original` for blocks with a sparse adapter."""
     signature = inspect.signature(original.forward)
 
     class WithSparseAdapter(original):  # type: ignore[misc]
         plain = original
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            # This class has no name to be found by.
+            # This class cannot be imported by name.
             _, _, *state = super().__reduce_ex__(protocol)
             return (_bare_block, (original,), *state)
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            # Into the arguments, so that gradient checkpointing gives it again.
+            # The mask is an argument so that gradient checkpointing passes it again.
             mask = self.parallel_adapter.batch.token_mask
             return super().__call__(*args, token_mask=mask, **kwargs)
 
@@ -245,14 +252,15 @@ def _with_adapter(original: Any, family: Family) -> type[nn.Module]:
 
 
 def _bare_block(original: Any) -> nn.Module:
-    """A block with a sparse adapter, for `copy` and `pickle` to fill."""
+    """Create a block with a sparse adapter that `copy` or `pickle` fills."""
     family = next(family for family in KNOWN if family.block is original)
     kind = _with_adapter(original, family)
     return kind.__new__(kind)
 
 
 def _watch_padding(model: nn.Module, batch: Batch) -> None:
-    # Partials, not closures: a copy of the model gets hooks on its own `batch`.
+    # Partials are used instead of closures: a copy of the model gets hooks on its own
+    # `batch`.
     model.register_forward_pre_hook(
         functools.partial(_note_padding, batch), with_kwargs=True
     )
@@ -270,10 +278,10 @@ def _note_padding(
     mask = call.get("attention_mask")
     batch.token_mask = None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return  # no padding that could be told from this
+        return  # the mask does not identify padding tokens
     for name in ("input_ids", "inputs_embeds"):
         if isinstance(call.get(name), Tensor):
-            # With a cache, the mask is of what is cached too.
+            # With a cache, the mask also covers the cached tokens.
             mask = mask[:, -call[name].shape[1] :].bool()
             batch.token_mask = None if mask.all() else mask
             return

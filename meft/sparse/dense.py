@@ -1,8 +1,9 @@
 """The plain twin: all rows, one device, ordinary autograd. The reference of the tests.
 
-Scores of all neurons, a mask of those that the method keeps, one product with all
-values. Also `DenseAdapter`, the same adapter with every neuron kept, which is what the
-method is measured against (the paper's Parallel Adapter, with its ReLU).
+It computes scores of all neurons, a mask of those that the method keeps, and one
+product with all values. The module also contains `DenseAdapter`, the same adapter with
+every neuron kept, which the method is compared with (the paper's Parallel Adapter, with
+its ReLU).
 """
 
 import torch
@@ -19,7 +20,17 @@ def dense(
     router_weight: Float[Tensor, "experts hidden"] | None,
     config: SparseConfig,
 ) -> Float[Tensor, "tokens hidden"]:
-    """What a sparse adapter adds, as a function of rows and router."""
+    """Return the output of a sparse adapter as a function of rows and router.
+
+    Args:
+        tokens: the inputs, `tokens hidden`.
+        rows: keys and values next to each other, `neurons width`.
+        router_weight: W_g, `experts hidden`; None without experts.
+        config: how neurons are chosen and summed.
+
+    Returns:
+        The output, `tokens hidden`.
+    """
     keys, values = rows.chunk(2, 1)
     score = tokens @ keys.T
     allowed = torch.ones_like(score, dtype=torch.bool)
@@ -46,7 +57,7 @@ def _mask(
 
 
 class DenseAdapter(nn.Module):
-    """`num_neurons` neurons, all of which answer every token.
+    """An adapter whose `num_neurons` neurons are all active for every token.
 
         adapter(h) = relu(h W_A) W_B                     (Hao et al., equation 1)
 
@@ -63,6 +74,6 @@ class DenseAdapter(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "*shape hidden"]
     ) -> Float[Tensor, "*shape hidden"]:
-        """The adapter's output, in the dtype of `hidden`."""
+        """Return the adapter's output, in the dtype of `hidden`."""
         score = torch.relu(hidden.to(self.keys.dtype) @ self.keys.T)
         return (score @ self.values).to(hidden.dtype)

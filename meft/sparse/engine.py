@@ -1,16 +1,17 @@
-"""Rows that live in host memory and visit the device.
+"""Rows that are stored in host memory and copied to the device for computation.
 
-    take(ids):  rows in the cache, unchanged since they were fetched: from there
-                all others: gathered on the host, one upload, kept if there is room
-    gradients:  of rows in the cache: summed there, one download a step; they stay until
-                they are cleared, and clipping and scaling change them where they are
-                of all others: one download a batch, summed on the host
+    take(ids):  cached rows that have not changed since they were fetched: read from
+                the cache; all others: gathered on the host, one upload, kept if there
+                is room
+    gradients:  of cached rows: summed in the cache, one download per step; they stay
+                until they are cleared, and clipping and scaling change them in place;
+                of all others: one download per batch, summed on the host
 
-Weights change only at the optimizer step, so a row that was fetched once is right for
-all the batches whose gradients that step adds up (the accumulation window).
+Weights change only at the optimizer step, so a row that was fetched once is valid for
+all batches whose gradients that step adds up (the accumulation window).
 
-What travels is booked in the ledger under the block and the phase: rows, gradients, and
-the numbers that say which (int32 to the device, one byte a flag to the host).
+All transfers are recorded in the ledger under the block and the phase: rows, gradients,
+and the indices that identify them (int32 to the device, one byte per flag to the host).
 """
 
 from collections.abc import Callable
@@ -29,14 +30,14 @@ from meft.transfer import Copy, Ledger, Link, Trip
 
 
 class Engine:
-    """The device side of all blocks' rows: the cache, and the link to the host."""
+    """The device side of all blocks' rows: the cache and the link to the host."""
 
     def __init__(self, stores: list[RowStore], config: SparseConfig) -> None:
         self.config = config
         self.ledger = Ledger()
         self.link = Link(torch.device("cpu"), self.ledger)
         for store in stores:
-            # A model may be unpickled on to a device.
+            # A model may be unpickled directly onto a device.
             store.to(torch.device("cpu"))
         first = stores[0]
         num_slots = slots_for(
@@ -49,17 +50,17 @@ class Engine:
             OffloadedRows(self, index, store) for index, store in enumerate(stores)
         ]
         self.peak_staging_bytes = 0
-        """The most that was on its way in one copy."""
+        """Size of the largest single transfer."""
         self.num_taken, self.num_hits, self.num_prefetched = 0, 0, 0
-        """Rows asked for; of these found in the cache; and fetched ahead of time."""
+        """Numbers of rows requested, found in the cache, and prefetched."""
 
     def __reduce__(self) -> Any:
-        """A copy, also a saved one, has the rows, no gradients and an empty cache."""
+        """Reduce to the rows; copies, also saved ones, have no gradients or cache."""
         return Engine, ([block.store for block in self.blocks], self.config)
 
     @property
     def slabs(self) -> tuple[Tensor, Tensor]:
-        """Slots for rows, and for their gradients."""
+        """Return the slots for rows and those for their gradients."""
         if self._slabs is None:
             store = self.blocks[0].store
             shape = (self._num_slots, store.width)
@@ -70,7 +71,7 @@ class Engine:
         return self._slabs
 
     def reset_counters(self) -> None:
-        """Count from nothing again."""
+        """Set all counters to 0."""
         self.ledger.clear()
         self.peak_staging_bytes = 0
         self.num_taken, self.num_hits, self.num_prefetched = 0, 0, 0
@@ -96,7 +97,7 @@ class Engine:
         return self.link.download(tensor, trip)
 
     def prefetch(self, block: int) -> None:
-        """Fetch what `block` used last time, if the cache has room for it."""
+        """Fetch the rows that `block` used last time, if the cache has room."""
         if self.config.prefetch and 0 <= block < len(self.blocks):
             self.blocks[block].prefetch()
 
@@ -104,13 +105,20 @@ class Engine:
 def slots_for(
     config: SparseConfig, num_rows: int, width: int, wire_dtype: torch.dtype
 ) -> int:
-    """Slots of the cache: what the budget has room for, a row and its gradient each."""
+    """Return the number of slots in the budget, each for a row and its gradient.
+
+    Args:
+        config: the budget (`device_bytes`), and whether there is a cache.
+        num_rows: the number of rows of all blocks.
+        width: numbers in a row.
+        wire_dtype: dtype of the cached rows.
+    """
     budget = config.device_bytes * 7 // 8 if config.cache != "off" else 0
     return min(budget // (width * (wire_dtype.itemsize + 4)), num_rows)
 
 
 class OffloadedRows(Rows):
-    """Rows of one block that live in host memory."""
+    """Rows of one block that are stored in host memory."""
 
     def __init__(self, engine: Engine, block: int, store: RowStore) -> None:
         self.store = store
@@ -121,13 +129,13 @@ class OffloadedRows(Rows):
         self._host_gradient: Tensor | None = None
         self._on_host = np.zeros(len(store), bool)
         self._gradient_places: Tensor | None = None
-        """Slots of the gradients on the device, if the device knows them already."""
+        """Slots of the gradients on the device, if transferred already."""
         self.is_settled = False
         self.live = None
         self.owner = None
 
     def __reduce__(self) -> Any:
-        """See `Engine.__reduce__`."""
+        """Reduce to a reference to the engine: see `Engine.__reduce__`."""
         return _block_of, (self.engine, self.block)
 
     @override
@@ -136,7 +144,7 @@ class OffloadedRows(Rows):
         self.engine.cache.begin_round(self.block)
 
     def leave_device(self) -> None:
-        """Another device is about to be used: bring home what is only there."""
+        """Download the gradients that are only on the device, before it is changed."""
         ids, slots = self.engine.cache.with_gradient(self.block)
         self._on_its_way = None
         if len(ids):
@@ -283,7 +291,7 @@ class OffloadedRows(Rows):
         self.engine.cache.invalidate(self.block)
 
     def prefetch(self) -> None:
-        """Fetch what was used last time and is not here, as far as there is room."""
+        """Fetch uncached rows that were used last time, as far as there is room."""
         cache = self.engine.cache
         ids = self._last_taken
         if self._on_its_way is not None or not len(ids):
@@ -304,7 +312,7 @@ class OffloadedRows(Rows):
         )
 
     def _land(self) -> None:
-        """Put what was fetched ahead into its slots."""
+        """Write prefetched rows into their slots."""
         if self._on_its_way is not None:
             rows, places = (copy.get() for copy in self._on_its_way)
             self.engine.slabs[0].index_copy_(0, places.long(), rows)
@@ -313,7 +321,14 @@ class OffloadedRows(Rows):
     def _fetch(
         self, wanted: Longs, slots: Longs, version: Longs, fresh: np.ndarray
     ) -> Width:
-        """Rows of which at least one has to come from the host."""
+        """Return rows of which at least one has to be uploaded from the host.
+
+        Args:
+            wanted: the indices of the rows, `some`.
+            slots: the slot of each, -1 for rows that are not cached; updated in place.
+            version: the current version of each.
+            fresh: whether the cached copy of each is up to date.
+        """
         missing = self.store.read(torch.from_numpy(wanted[~fresh]))
         rows = self.engine.upload(missing, self.trip()).get()
         kept = self._keep(wanted, slots, version, ~fresh)
@@ -336,7 +351,17 @@ class OffloadedRows(Rows):
     def _keep(
         self, ids: Longs, slots: Longs, version: Longs, stale: np.ndarray
     ) -> np.ndarray:
-        """Which stale rows get a slot, written into `slots`."""
+        """Choose the stale rows that get a slot, and write their slots into `slots`.
+
+        Args:
+            ids: the indices of the rows, `some`.
+            slots: the slot of each, -1 for rows that are not cached; updated in place.
+            version: the current version of each.
+            stale: whether each row is missing or outdated in the cache.
+
+        Returns:
+            Whether each row is stale and has a slot.
+        """
         cache = self.engine.cache
         absent = slots < 0
         slots[absent] = cache.admit(self.block, ids[absent])
@@ -364,12 +389,12 @@ class OffloadedRows(Rows):
         return self._gradient_places
 
     def _places(self, places: Longs, phase: str | None = None) -> Tensor:
-        """Numbers that the device needs to know."""
+        """Upload indices to the device."""
         numbers = torch.from_numpy(places.astype(np.int32))
         return self.engine.upload(numbers, self.trip(phase)).get().long()
 
     def trip(self, phase: str | None = None) -> Trip:
-        """What this block's copies are booked under, by default in this phase."""
+        """Return the ledger key of this block's transfers, by default of this phase."""
         if phase is None:
             phase = "backward" if in_backward() else "forward"
         return Trip(place=f"block {self.block}", phase=phase)
@@ -380,5 +405,5 @@ def _block_of(engine: Engine, block: int) -> OffloadedRows:
 
 
 def in_backward() -> bool:
-    """Whether autograd is running a backward in this thread."""
+    """Return whether autograd is running a backward in this thread."""
     return bool(torch._C._current_graph_task_id() != -1)

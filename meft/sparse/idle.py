@@ -1,7 +1,7 @@
-"""What idle steps make of a row: a closed form in its last gradient.
+"""Effect of idle steps on a row: a closed form in its last gradient.
 
 A row without a gradient takes AdamW's step with g = 0. After its last gradient it holds
-(p, m, v); idle steps j = 1, 2, ... later it holds
+(p, m, v); after j = 1, 2, ... idle steps it holds
 
     m_j = M m        M  product of beta1 since then
     v_j = Q^2 v      Q  product of sqrt(beta2)
@@ -11,25 +11,26 @@ A row without a gradient takes AdamW's step with g = 0. After its last gradient 
                           the decay of the steps after it
                      e_i  eps sqrt(1 - beta2^t) / Q of step i
 
-The sum is over scalars of the schedule and depends on an element only through v. With
-x = c / (sqrt(v) + c), which is in [0, 1], it is
+The sum is over scalars of the schedule and depends on an element only through v. With x
+= c / (sqrt(v) + c), which is in [0, 1], it is
 
     x * phi(x),      phi(x) = sum_i w_i / (c + x (e_i - c))
 
-and phi is smooth as long as all e_i are within a factor of `SPREAD` of the centre c. So
-its exact values at a few nodes are carried along, one addition a step, and an element
-takes the polynomial through them: the cost of a row does not depend on how long it was
-idle. x = 0 is a node, as almost every element is close to it (sqrt(v) >> eps).
+and phi is smooth as long as all e_i are within a factor of `SPREAD` of the centre c.
+Its exact values at a few nodes are therefore kept and updated, one addition per step,
+and an element evaluates the polynomial through them: the cost of a row does not depend
+on the number of its idle steps. x = 0 is a node, as almost every element is close to it
+(sqrt(v) >> eps).
 
-A row's factors depend on nothing but the schedule. Two events put the row itself where
-the formula says it is and start the factors again, in the step in which they occur,
-whether or not anyone reads the row:
+A row's factors depend on the schedule alone. Two events write the row's current value
+by the formula and reset its factors, in the step in which they occur, whether or not
+the row is read:
 
     rest        M / Q since the gradient has fallen to `REST`: m is 0 from now on
     recentre    the next e is further than `SPREAD` from c (eps or beta2 changed)
 
-This file is the plain form on tensors, `meft.sparse.adam_kernel` the fast one; both
-give the same bits. Factors are float64, what is computed per element is float32.
+This module is the plain implementation on tensors, `meft.sparse.adam_kernel` the fast
+one; both give the same bits. Factors are float64, values per element are float32.
 """
 
 import math
@@ -42,9 +43,9 @@ from torch import Tensor
 from meft.sparse.schedule import Schedule
 
 DEGREE = 6
-"""Of the polynomial in x."""
+"""Degree of the polynomial in x."""
 NODES = (1 - np.cos(np.pi * np.arange(DEGREE + 1) / DEGREE)) / 2
-"""Where phi is known: extrema of a Chebyshev polynomial on [0, 1], 0 and 1 included."""
+"""Nodes of phi: extrema of a Chebyshev polynomial on [0, 1], including 0 and 1."""
 POWERS = np.linalg.inv(np.vander(NODES, increasing=True))
 """Coefficient k of the polynomial is `POWERS[k] @ phi(NODES)`."""
 POWERS[0] = np.eye(DEGREE + 1)[0]
@@ -56,11 +57,11 @@ NUM_FACTORS = SUMS + DEGREE + 1
 REST = 2.0**-34
 SPREAD = 2.0
 SMALLEST = 2.0**-126
-"""The smallest normal float32: results below it take a hundred times as long."""
+"""Smallest normal float32; smaller results take a hundred times as long."""
 NEGLIGIBLE = 2.0**-100
-"""A smaller mean gradient counts as 0."""
+"""Size below which a mean gradient counts as 0."""
 SMALLEST_ROOT = 2.0**-64
-"""Q falls no further: v is 0 by then."""
+"""Lower bound of Q; v is 0 at this value."""
 
 Factors = Float[Tensor, "rows factors"]
 SomeRows = Float[Tensor, "some width"]
@@ -68,19 +69,19 @@ Flags = Bool[Tensor, " rows"]
 
 
 def new_factors(num_rows: int, device: torch.device | None = None) -> Factors:
-    """Factors of rows that never had a gradient: they take part in decay only."""
+    """Return factors of rows without any gradient so far, which only decay."""
     made = torch.zeros(num_rows, NUM_FACTORS, dtype=torch.double, device=device)
     made[:, [SHRINK, ROOT, CENTRE]] = 1
     return made
 
 
 def anchor(factors: Factors, centre: float, is_live: Flags) -> None:
-    """Start factors again, in place, for rows that hold their present (p, m, v).
+    """Reset factors in place, for rows that hold their current (p, m, v).
 
     Args:
-        factors: to be changed.
-        centre: c of the sums to come.
-        is_live: whether m is other than 0.
+        factors: the factors to change, `rows factors`.
+        centre: c of the following sums.
+        is_live: whether m is other than 0, `rows`.
     """
     factors[:, [SHRINK, ROOT]] = 1
     factors[:, MEAN] = is_live.double()
@@ -89,7 +90,7 @@ def anchor(factors: Factors, centre: float, is_live: Flags) -> None:
 
 
 def events(factors: Factors, schedule: Schedule) -> tuple[Flags, Flags]:
-    """Which rows come to rest before the schedule's last step, and which recentre."""
+    """Return which rows rest before the schedule's last step, and which recentre."""
     is_live = factors[:, MEAN] > 0
     rests = is_live & (factors[:, FADE] <= REST)
     root = (factors[:, ROOT] * schedule.sqrt_beta2).clamp(min=SMALLEST_ROOT)
@@ -99,7 +100,7 @@ def events(factors: Factors, schedule: Schedule) -> tuple[Flags, Flags]:
 
 
 def age(factors: Factors, schedule: Schedule) -> None:
-    """Take the schedule's last step as an idle one, in place."""
+    """Take the schedule's last step as an idle step, in place."""
     shrink = factors[:, SHRINK] * schedule.decay
     factors[:, SHRINK] = shrink.where(shrink >= SMALLEST, 0.0)
     factors[:, MEAN] *= schedule.beta1
@@ -108,7 +109,7 @@ def age(factors: Factors, schedule: Schedule) -> None:
     factors[:, ROOT] = root
     weight = factors[:, MEAN] / root * schedule.weight
     centre = factors[:, CENTRE]
-    # A number over a tensor would be its reciprocal times the number.
+    # Dividing a number by a tensor would compute the reciprocal and multiply.
     away = torch.full_like(root, schedule.offset) / root - centre
     for k, node in enumerate(NODES.tolist()):
         term = weight / (away * node + centre)
@@ -118,13 +119,20 @@ def age(factors: Factors, schedule: Schedule) -> None:
 def rows_now(
     rows: SomeRows, first: SomeRows, second: SomeRows, factors: Factors
 ) -> SomeRows:
-    """p of rows with these factors, a column each."""
+    """Return the current p of rows.
+
+    Args:
+        rows: p after the last gradient, `some width`.
+        first: m after the last gradient, `some width`.
+        second: v after the last gradient, `some width`.
+        factors: the factors of these rows, `some factors`.
+    """
     sums = factors[:, SUMS:].T
     shrink, centre = _column(factors[:, SHRINK]), _column(factors[:, CENTRE])
     x = centre / (sqrt(second) + centre)
     phi = torch.zeros_like(x)
     for powers in reversed(POWERS.tolist()):
-        # One after the other: a product of matrices has an order of its own.
+        # The additions are separate: a matrix product has its own order of summation.
         coefficient = torch.zeros_like(sums[0])
         for power, values in zip(powers, sums, strict=True):
             coefficient = coefficient + values * power
@@ -140,7 +148,15 @@ def moments_now(
     beta1: float = 1.0,
     beta2: float = 1.0,
 ) -> tuple[SomeRows, SomeRows]:
-    """m and v of rows with these factors, times the betas of one more step."""
+    """Return the current m and v of rows, multiplied by the betas of one more step.
+
+    Args:
+        first: m after the last gradient, `some width`.
+        second: v after the last gradient, `some width`.
+        factors: the factors of these rows, `some factors`.
+        beta1: factor on m.
+        beta2: factor on v.
+    """
     mean = _mean(first, factors) * _column(factors[:, MEAN] * beta1)
     square = factors[:, ROOT] * factors[:, ROOT] * beta2
     share = _column(square.where(square >= SMALLEST, 0.0))
@@ -149,15 +165,15 @@ def moments_now(
 
 
 def sqrt(x: Tensor) -> Tensor:
-    """Square root, correctly rounded also where torch's own is not."""
+    """Return the correctly rounded square root, also where torch's own is not."""
     return x.sqrt() if x.is_cuda else x.double().sqrt().float()
 
 
 def centre_of(schedule: Schedule) -> float:
-    """c for rows whose last gradient was in the schedule's last step.
+    """Return c for rows whose last gradient was in the schedule's last step.
 
-    e of the step by which the idle steps to come have done most of what they do, but
-    not far from that of the next one.
+    It is the e of the step by which most of the effect of the following idle steps has
+    occurred, limited to a multiple of the e of the next step.
     """
     ahead = 1 / (1 - schedule.beta1)
     rooted = math.sqrt(1 - schedule.beta2 ** (schedule.step + ahead))
@@ -166,7 +182,7 @@ def centre_of(schedule: Schedule) -> float:
 
 
 def _mean(first: SomeRows, factors: Factors) -> SomeRows:
-    """m of the last gradient, 0 where M m is negligible."""
+    """Return m of the last gradient, 0 where M m is negligible."""
     mean = _column(factors[:, MEAN])
     is_lost = first.abs() < torch.full_like(mean, NEGLIGIBLE) / mean
     return torch.where(is_lost, 0.0, first)

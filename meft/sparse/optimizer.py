@@ -1,8 +1,8 @@
 """`SparseAdamW`: AdamW for a model with sparse adapters.
 
-Ordinary parameters take torch's AdamW. Rows of sparse adapters take their step where
-they live: gradients come over, one block after the other, and touched rows change in
-place (`meft.sparse.adam`).
+Ordinary parameters use torch's AdamW. Rows of sparse adapters are updated in the memory
+where they are stored: gradients are transferred one block after the other, and rows
+with a gradient change in place (`meft.sparse.adam`).
 """
 
 import copy
@@ -34,13 +34,13 @@ _PLAIN = {
     "differentiable": False,
     "decoupled_weight_decay": True,
 }
-"""Settings of torch's AdamW that rows have in one way only."""
+"""The only values of these settings of torch's AdamW that rows support."""
 
 
 class SparseAdamW(torch.optim.AdamW):
     """AdamW over all parameters of a model with sparse adapters.
 
-    What happens to rows without a gradient in a step is set by `SparseConfig.update`.
+    `SparseConfig.update` sets what happens to rows without a gradient in a step.
     Learning rate, betas, eps and weight decay may differ by group and by step.
 
     Args:
@@ -53,7 +53,7 @@ class SparseAdamW(torch.optim.AdamW):
 
     Raises:
         ConfigError: a group with rows sets `amsgrad` or another option of torch's AdamW
-            that rows do not have, or values that no step can be taken with.
+            that rows do not support, or invalid values.
     """
 
     steps_rows = True
@@ -70,7 +70,7 @@ class SparseAdamW(torch.optim.AdamW):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as to any optimizer. Its rows start at their first step."""
+        """Add a parameter group; step counts and moments of its rows are reset."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for _, rows in _with_rows(group):
@@ -81,10 +81,11 @@ class SparseAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of every parameter that has a gradient, and of its rows.
+        """Take one step with every parameter and every row that has a gradient.
 
         Raises:
-            UnsupportedCallError: the rows belong to an optimizer that was made later.
+            UnsupportedCallError: the rows belong to an optimizer that was created
+                later.
         """
         self._refuse_rows_of_others()
         loss = None
@@ -95,7 +96,7 @@ class SparseAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             here = [pair for pair in _with_rows(group) if pair[0].grad is not None]
             if here:
-                values = _values(group)  # refused here if at all, in any group
+                values = _values(group)  # raises its error here if at all, in any group
                 groups.append(([rows.store for _, rows in here], values))
             stepping += here
         stores = [rows.store for _, rows in self._rows()]
@@ -105,11 +106,12 @@ class SparseAdamW(torch.optim.AdamW):
             settle(parameter)
         grads = [parameter.grad for parameter, _ in stepping]
         for parameter, _ in stepping:
-            parameter.grad = None  # torch's step is not for them
+            parameter.grad = None  # torch's step must skip them
         super().step()
         for (parameter, _), grad in zip(stepping, grads, strict=True):
             parameter.grad = grad
-        # The gradient of the next block comes over while this one takes its step.
+        # The gradient of the next block is transferred while the current block takes
+        # its step.
         coming = stepping[0][1].gradient() if stepping else None
         for index, (parameter, rows) in enumerate(stepping):
             get, following = coming, stepping[index + 1 : index + 2]
@@ -122,7 +124,7 @@ class SparseAdamW(torch.optim.AdamW):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, and per row parameter its moments and steps."""
+        """Return torch's state, and per row parameter its moments and steps."""
         stores = [rows.store for _, rows in self._rows()]
         books = list({id(store.schedule): store.schedule for store in stores}.values())
         states = [
@@ -131,14 +133,14 @@ class SparseAdamW(torch.optim.AdamW):
         return {**super().state_dict(), ROWS: states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of `state_dict()`. The rows themselves are in the model's.
+        """Load what `state_dict()` returned. The rows themselves are in the model's.
 
-        Load the model's first, as `Trainer` and accelerate do: then the run goes on in
-        the same bits. In the other order, rows that were idle go on from what they are
-        now, which rounds differently (about 1e-7).
+        Load the model's state first, as `Trainer` and accelerate do: then training
+        continues with the same bits. In the other order, idle rows continue from their
+        current values, which rounds differently (about 1e-7).
 
         Raises:
-            ConfigError: the state is of another optimizer, or of other adapters.
+            ConfigError: the state belongs to another optimizer or to other adapters.
         """
         found = list(self._rows())
         states = state_dict.get(ROWS)
@@ -154,12 +156,12 @@ class SparseAdamW(torch.optim.AdamW):
         books: dict[int, Schedule | None] = {}
         for (_, rows), state in zip(found, states, strict=True):
             rows.store.load(state)
-            # Rows that shared a schedule do so again.
+            # Rows that shared a schedule share one again.
             rows.store.schedule = books.setdefault(state["book"], rows.store.schedule)
             rows.invalidate()
 
     def __getstate__(self) -> dict[str, Any]:
-        """With the name by which rows know it."""
+        """Include the name by which rows identify this optimizer."""
         return {**super().__getstate__(), "_name": self._name}
 
     def _rows(self) -> Iterator[tuple[nn.Parameter, Rows]]:
@@ -179,15 +181,16 @@ class SparseAdamW(torch.optim.AdamW):
 def optimizer_cls_and_kwargs(
     args: TrainingArguments,
 ) -> tuple[type[SparseAdamW], dict[str, Any]]:
-    """`SparseAdamW` with the learning rate, betas and eps of a Trainer's arguments.
+    """Return `SparseAdamW` and the options for it in a Trainer's arguments.
 
         Trainer(model, args, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args))
 
-    Trainer itself sets `args.weight_decay`, for all but biases and norms.
+    The options are learning rate, betas and eps. Trainer itself sets
+    `args.weight_decay`, for all but biases and norms.
 
     Args:
-        args: of the Trainer. `optim` must be the default or another implementation of
-            torch's AdamW, and `optim_args` must be empty.
+        args: the Trainer's arguments. `optim` must be the default or another
+            implementation of torch's AdamW, and `optim_args` must be empty.
 
     Returns:
         The class and its keyword arguments.
@@ -219,17 +222,16 @@ def optimizer_cls_and_kwargs(
 def count_step(
     stores: Sequence[RowStore], stepping: Sequence[RowStore], values: dict[str, Any]
 ) -> None:
-    """Count one more step of some stores, those of one group that have a gradient.
+    """Count one more step of the stores of one group that have a gradient.
 
     Stores that have taken the same steps share one schedule. A store without a gradient
-    does not step, as a parameter of torch's AdamW without one does not, and one that
-    was moved to another group steps with other values; from then on each part has a
-    schedule of its own.
+    does not step, as in torch's AdamW, and a store that was moved to another group
+    steps with other values. From then on each of these parts has its own schedule.
 
     Args:
-        stores: all of the optimizer.
+        stores: all stores of the optimizer.
         stepping: those that step now, with the same values.
-        values: what `Schedule.add` takes.
+        values: the arguments of `Schedule.add`.
     """
     for schedule in {id(store.schedule): store.schedule for store in stepping}.values():
         sharing = [store for store in stores if store.schedule is schedule]
@@ -267,7 +269,7 @@ def _values(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_idle(stores: Sequence[RowStore]) -> bool:
-    """Whether some of these have rows that take idle steps."""
+    """Return whether some of these stores have rows that take idle steps."""
     return any(store.update != "lazy" for store in stores)
 
 

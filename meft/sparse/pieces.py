@@ -1,8 +1,8 @@
-"""Rows of chosen neurons, a piece of a fixed size at a time.
+"""Rows of chosen neurons, in pieces of a fixed size.
 
-What a device holds of the rows is then one piece, however many neurons were chosen.
-Where a piece ends depends on the choice and the size alone, never on where rows live:
-sums are added up in the same order everywhere.
+The device then holds one piece of the rows at a time, however many neurons were chosen.
+The boundaries of pieces depend on the choice and the size alone, not on where rows are
+stored, so sums are added up in the same order everywhere.
 """
 
 from collections.abc import Iterator
@@ -19,38 +19,38 @@ from meft.sparse.store import Ids
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """Some rows, and the entries of a choice that fall on them."""
+    """Some rows, and the entries of a choice that refer to them."""
 
     ids: Ids
-    """Which neurons, ascending; on the host."""
+    """Indices of the neurons, ascending; on the host."""
     table: Float[Tensor, "keys_and_values hidden"]
-    """Key of the first, value of the first, key of the second, ..."""
+    """Key of the first neuron, value of the first, key of the second, ..."""
     entries: Index
-    """Of the flattened choice, ascending."""
+    """Positions in the flattened choice, ascending."""
     row: Index
-    """In this piece, per entry."""
+    """Row in this piece, per entry."""
     start: Start
-    """Of each token among the entries."""
+    """First entry of each token."""
     per_token: int
-    """Entries a token has in the whole choice."""
+    """Number of entries of a token in the whole choice."""
 
     @property
     def token(self) -> Index:
-        """Per entry."""
+        """Return the token of each entry."""
         return self.entries // self.per_token
 
     @property
     def keys(self) -> Index:
-        """Where an entry's key is in `table`."""
+        """Return the position of each entry's key in `table`."""
         return 2 * self.row
 
     @property
     def values(self) -> Index:
-        """Where an entry's value is in `table`."""
+        """Return the position of each entry's value in `table`."""
         return 2 * self.row + 1
 
     def by_row(self) -> tuple[Index, Start, Index]:
-        """Entries ordered by row, where each row's begin, and their tokens."""
+        """Return the entries ordered by row, each row's first entry, and the tokens."""
         order = self.row.argsort(stable=True)
         start = starts(self.row[order], len(self.ids))
         return order, start, self.token[order]
@@ -64,15 +64,15 @@ def pieces(
     size: int,
     dtype: torch.dtype,
 ) -> Iterator[Piece]:
-    """Go through a choice, `size` rows at a time.
+    """Iterate over a choice, `size` rows at a time.
 
     Args:
-        rows: where to get them.
-        neurons: what each token chose.
-        counts: which of these to leave in; None for all.
-        active: all distinct neurons left in, ascending; on the host.
-        size: most rows at a time.
-        dtype: to compute in.
+        rows: the rows of the block.
+        neurons: the neurons that each token chose, `tokens kept`.
+        counts: which of these to include, `tokens kept`; None for all.
+        active: all distinct included neurons, ascending; on the host.
+        size: maximum number of rows at a time.
+        dtype: the dtype of the computation.
     """
     flat = neurons.flatten()
     entries = (
@@ -87,7 +87,7 @@ def pieces(
         if len(ids) < len(active):
             here = (chosen >= ids[0].item()) & (chosen <= ids[-1].item())
             inside, mine = entries[here], chosen[here]
-        # Where each neuron is in this piece.
+        # Compute the position of each neuron in this piece.
         place = torch.zeros(len(rows.store), dtype=torch.long, device=flat.device)
         place[mine] = 1
         row = (place.cumsum(0) - 1)[mine]

@@ -1,7 +1,7 @@
-"""Products with chosen rows only, at the cost of what was chosen.
+"""Products with chosen rows only, at a cost proportional to the choice.
 
-A choice is a sparse matrix of tokens by rows in compressed form: `start[t]` to
-`start[t + 1]` are the entries of token t, and `index[n]` is the row of entry n.
+A choice is a sparse matrix of tokens by rows in compressed form: the entries of token t
+are `start[t]` to `start[t + 1]`, and `index[n]` is the row of entry n.
 
     dots(x, table)[n]       = x_t . table_index[n]      for the token t of entry n
     sums(weights, table)[t] = sum over t's entries of weights[n] table_index[n]
@@ -19,7 +19,10 @@ Index = Int[Tensor, " entries"]
 
 
 def starts(of: Index, count: int) -> Start:
-    """Where the entries of 0, 1, ... `count` - 1 begin, and the end; `of` ascends."""
+    """Return where the entries of 0, 1, ... `count` - 1 begin, and the end.
+
+    `of` must be ascending.
+    """
     counts = torch.bincount(of, minlength=count)
     return functional.pad(counts.cumsum(0), (1, 0))
 
@@ -30,14 +33,20 @@ def dots(
     start: Start,
     index: Index,
 ) -> Float[Tensor, " entries"]:
-    """The dot product of each entry's token with its row, in float32."""
+    """Return the dot product of each entry's token with its row, in float32.
+
+    Args:
+        x: the tokens, `tokens hidden`.
+        table: the rows, `rows hidden`.
+        start: the first entry of each token, `tokens + 1`.
+        index: the row of each entry, `entries`.
+    """
     if x.is_cuda:
-        # A product with every row, on the units made for it, costs less than fetching
-        # pairs does.
+        # A product with every row, on matrix units, costs less than gathering pairs.
         token = torch.repeat_interleave(start.diff(), output_size=index.numel())
         return (x @ table.T)[token, index].float()
     with warnings.catch_warnings():
-        # That compressed tensors are in beta; these are right by construction.
+        # The warning says that compressed tensors are in beta.
         warnings.filterwarnings("ignore", message="Sparse")
         pattern = torch.sparse_csr_tensor(
             start,
@@ -56,7 +65,14 @@ def sums(
     start: Start,
     index: Index,
 ) -> Float[Tensor, "tokens hidden"]:
-    """The weighted sum of each token's rows, in float32."""
+    """Return the weighted sum of each token's rows, in float32.
+
+    Args:
+        weights: the weight of each entry, `entries`.
+        table: the rows, `rows hidden`.
+        start: the first entry of each token, `tokens + 1`.
+        index: the row of each entry, `entries`.
+    """
     return functional.embedding_bag(
         index,
         table,

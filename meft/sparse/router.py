@@ -1,11 +1,11 @@
-"""Who answers a token: the experts it is routed to, the neurons it keeps.
+"""Selection of neurons: the experts that a token is routed to, the neurons it keeps.
 
     logits = W_g h                        (one per expert; no softmax: appendix B)
     experts of a token = its top_k_experts largest logits           (equations 5, 6)
     neurons of a token = its top_k_neurons largest scores among theirs   (equation 7)
 
-Hao et al., ACL 2024, section 3.2. Of equal scores the lowest index is taken, so that a
-choice is the same wherever it is made.
+Hao et al., ACL 2024, section 3.2. Of equal scores the lowest index is selected, so that
+a choice does not depend on the device.
 """
 
 import torch
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from meft.errors import ConfigError
 
 KEY_STD = 0.02
-"""Of the keys at the start (the authors' `initializer_range`)."""
+"""Standard deviation of the initial keys (the authors' `initializer_range`)."""
 ROUTER_GAIN = 50.0
-"""A router row starts as this many means of its expert's keys (the authors' code)."""
+"""Factor of an expert's mean key in its initial router row (the authors' code)."""
 
 
 def top(scores: Float[Tensor, "tokens choices"], k: int) -> Int[Tensor, "tokens kept"]:
-    """Indices of the `k` largest scores of each token, ascending.
+    """Return the indices of the `k` largest scores of each token, ascending.
 
-    Ties go to the lowest index. A NaN counts as the largest of all, so that it reaches
-    the output and is noticed.
+    Ties go to the lowest index. A NaN counts as the largest score, so that it reaches
+    the output.
     """
     tokens, choices = scores.shape
     if k > choices:
@@ -37,7 +37,7 @@ def top(scores: Float[Tensor, "tokens choices"], k: int) -> Int[Tensor, "tokens 
     tied = scores == last
     room = k - kept.sum(1, keepdim=True)
     kept |= tied & (tied.cumsum(1, dtype=torch.int32) <= room)
-    # The size is known: `nonzero` would make the host wait for the device.
+    # The size is known; `nonzero` would make the host wait for the device.
     found = torch.nonzero_static(kept, size=tokens * k)
     return found[:, 1].view(tokens, k)
 
@@ -45,7 +45,7 @@ def top(scores: Float[Tensor, "tokens choices"], k: int) -> Int[Tensor, "tokens 
 def make_router(
     keys: Float[Tensor, "neurons hidden"], num_experts: int
 ) -> nn.Parameter:
-    """W_g at the start: the mean key of each expert, enlarged."""
+    """Return the initial W_g: the mean key of each expert, times `ROUTER_GAIN`."""
     groups = keys.view(num_experts, -1, keys.shape[1])
     return nn.Parameter(ROUTER_GAIN * groups.mean(1))
 
@@ -55,7 +55,13 @@ def gates(
     chosen: Int[Tensor, "tokens kept"],
     gate: str,
 ) -> Float[Tensor, "tokens kept"]:
-    """The factors on the scores of the chosen experts' neurons."""
+    """Return the factors on the scores of the chosen experts' neurons.
+
+    Args:
+        logits: the router scores, `tokens experts`.
+        chosen: the experts of each token, `tokens kept`.
+        gate: `softmax` or `logit`.
+    """
     if gate == "softmax":
         logits = logits.softmax(1)
     return logits.gather(1, chosen)

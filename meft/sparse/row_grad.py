@@ -1,18 +1,19 @@
-"""`RowGrad`: the gradient of a table of rows of which only some have one.
+"""`RowGrad`: the gradient of a table of rows in which only some rows have a gradient.
 
-It has the shape of the table and behaves as the dense gradient would, in which the rows
-without a gradient are 0. What it holds are the values of the others, in a *holder*:
+It has the shape of the table and behaves like the dense gradient, in which rows without
+a gradient are 0. It stores only the values of the other rows, in a *holder*:
 
     Live    what backwards have added since gradients were last cleared, kept by `Rows`
     Held    tensors of its own: a clone, or the result of an operation
 
-An operation that leaves 0 at 0 (scaling, clipping, unscaling) and a norm work on these
-values, where they are. Every other operation works on the dense gradient, made for it
-where the parameter is, and put back if it was changed. Views are refused, because a
-write to a view of the dense gradient would be lost.
+Norms and operations that map 0 to 0 (scaling, clipping, unscaling) run on these values,
+on the device where they are. Every other operation runs on the dense gradient, which is
+created for it on the device of the parameter, and written back if it was changed. Views
+are refused, because a write to a view of the dense gradient would be lost.
 
-It reports the device of its parameter, as autograd demands of a gradient, although the
-values of rows in host memory wait on the device that computed them.
+A `RowGrad` reports the device of its parameter, as autograd requires of a gradient,
+although the gradient values of rows in host memory stay on the device that computed
+them.
 """
 
 import weakref
@@ -35,7 +36,7 @@ aten = torch.ops.aten
 
 @dataclass(slots=True)
 class Held(Holder):
-    """Gradients in tensors that nothing else uses."""
+    """Gradients in tensors that are not referenced elsewhere."""
 
     ids: list[Tensor]
     values: list[Tensor]
@@ -66,10 +67,10 @@ class Held(Holder):
 
 
 class Live(Holder):
-    """What `rows` remember, until they forget it: from then on a copy of it.
+    """Gradients that `rows` hold until they drop them; a copy of them afterwards.
 
-    So whoever keeps `parameter.grad` and then sets it to None keeps its values, as with
-    any parameter.
+    If a caller keeps a reference to `parameter.grad` and then sets it to None, the
+    values are preserved, as with any parameter.
     """
 
     def __init__(self, rows: Rows) -> None:
@@ -101,18 +102,18 @@ class Live(Holder):
         self._holder.drop_gradient()
 
     def copy_from_rows(self) -> None:
-        """Keep a copy of the values, which the rows are about to forget."""
+        """Copy the values before the rows drop them."""
         ids = [each.clone() for each in self._holder.held_ids()]
         self._holder = Held(ids, self._holder.parts())
 
 
 def live_of(rows: Rows) -> Live | None:
-    """The holder of what `rows` remember; None if no gradient has it any more."""
+    """Return the holder of the gradients of `rows`, or None if there is none."""
     return None if rows.live is None else rows.live()
 
 
 def forget(rows: Rows) -> None:
-    """Have `rows` remember no gradient, as their parameter has another or none."""
+    """Make `rows` drop their gradient, as their parameter has another one or none."""
     live = live_of(rows)
     if live is not None:
         live.copy_from_rows()
@@ -121,13 +122,13 @@ def forget(rows: Rows) -> None:
 
 
 class RowGrad(torch.Tensor):
-    """See the module's docstring.
+    """Gradient of a table of rows: see the module's docstring.
 
     Args:
-        holder: the values; None for what a backward hands to autograd, which says that
-            it has added its gradient to the holder itself.
-        shape: of the table.
-        device: of the parameter.
+        holder: the values; None for the mark that a backward returns to autograd, which
+            means that it has added its gradient to the holder itself.
+        shape: shape of the table.
+        device: device of the parameter.
     """
 
     holder: Holder | None
@@ -136,7 +137,7 @@ class RowGrad(torch.Tensor):
     def __new__(
         cls, holder: Holder | None, shape: Sequence[int], device: torch.device
     ) -> "RowGrad":
-        """A tensor without memory of its own."""
+        """Create a tensor without memory of its own."""
         made = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=torch.float32, device=device
         )
@@ -144,7 +145,7 @@ class RowGrad(torch.Tensor):
         return made
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Width:
-        """A copy as an ordinary tensor, on the device of the parameter."""
+        """Return a copy as an ordinary tensor, on the device of the parameter."""
         whole = torch.zeros(tuple(self.shape), device=self.device)
         holder = self._holder()
         for ids, part in zip(holder.held_ids(), holder.parts(), strict=True):
@@ -152,35 +153,36 @@ class RowGrad(torch.Tensor):
         return whole
 
     def numpy(self, *, force: bool = False) -> Any:
-        """The dense gradient; a change of it changes nothing here."""
+        """Return the dense gradient; changes to it do not affect this gradient."""
         return self.to_dense().numpy(force=force)
 
     def tolist(self) -> Any:
-        """The dense gradient in lists."""
+        """Return the dense gradient as nested lists."""
         return self.to_dense().tolist()
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        """Shape and number of rows that have a gradient."""
+        """Return the shape and the number of rows that have a gradient."""
         if self.holder is None:
             return f"RowGrad(shape={tuple(self.shape)}, added where it is held)"
         count = sum(len(ids) for ids in self.holder.held_ids())
         return f"RowGrad(shape={tuple(self.shape)}, rows with a gradient: {count})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RowGrad":
-        """A copy with values of its own."""
+        """Return a copy with its own values."""
         copied = memo[id(self)] = self.clone()
         return cast(RowGrad, copied)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Saved as the dense gradient."""
+        """Serialize as the dense gradient."""
         return self.to_dense().__reduce_ex__(protocol)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Every operation that has a `RowGrad` among its arguments."""
-        # Operations within are ordinary ones again, also for modes that look on.
+        """Handle every operation that has a `RowGrad` among its arguments."""
+        # Operations within are dispatched as usual again, also for active dispatch
+        # modes.
         with torch.no_grad(), enable_reentrant_dispatch():
             return cls._dispatch(func, args, kwargs or {})
 
@@ -222,7 +224,8 @@ class RowGrad(torch.Tensor):
         return RowGrad(holder, self.shape, self.device)
 
     def _norm(self, order: float) -> Tensor:
-        # In float64, so that it does not depend on how rows are divided into parts.
+        # Computed in float64, so that it does not depend on how rows are divided into
+        # parts.
         holder = self._holder()
         norms = [
             torch.linalg.vector_norm(piece.double(), order)
@@ -233,7 +236,7 @@ class RowGrad(torch.Tensor):
         if not norms:
             return torch.zeros((), device=self.device)
         together = torch.stack([holder.bring(n, norms[0].device) for n in norms])
-        if order == 0:  # a number of elements
+        if order == 0:  # a count of elements
             return together.sum().float()
         total: Tensor = torch.linalg.vector_norm(together, order)
         return total.float()
@@ -255,7 +258,7 @@ class RowGrad(torch.Tensor):
 
 
 _NORM_PIECE = 2**22
-"""Numbers that a norm is taken of at a time, as copies of 8 bytes each."""
+"""Numbers per chunk of a norm, copied as 8 bytes each."""
 _IN_PLACE = (
     aten.mul_,
     aten.div_,
@@ -284,11 +287,11 @@ _OF_LISTS = {
     aten._foreach_neg_: aten.neg_,
     aten._foreach_norm: aten.linalg_vector_norm,
 }
-"""Operations on a list that are one operation on each of its tensors."""
+"""Operations on a list that apply one operation to each of its tensors."""
 
 
 def _keeps_zero(name: Any, args: Any, kwargs: Any) -> bool:
-    """Whether 0 stays 0, and every other operand is one number."""
+    """Return whether 0 stays 0, and every other operand is a single number."""
     if any(isinstance(a, Tensor) and a.numel() != 1 for a in args[1:]):
         return False
     if any(isinstance(a, RowGrad) for a in args[1:]) or "out" in kwargs:
@@ -306,7 +309,7 @@ def _keeps_zero(name: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _is_whole_norm(args: Any, kwargs: Any) -> bool:
-    """Whether it is of all elements, and rows without a gradient do not count."""
+    """Return whether a norm is over all elements and unaffected by zero rows."""
     order = args[1] if len(args) > 1 else 2
     return order >= 0 and len(args) < 3 and not any(kwargs.values())
 
@@ -328,7 +331,17 @@ def _is_far(operand: Any, part: Tensor) -> bool:
 def _of_list(
     func: Any, name: Any, args: Any, kwargs: Any
 ) -> tuple[list[Tensor] | None] | None:
-    """What an operation on a list returns; None if it is not one of those above."""
+    """Run an operation on a list; return None if it is not one of those above.
+
+    Args:
+        func: the operation.
+        name: its overload packet.
+        args: its positional arguments; the first is the list.
+        kwargs: its keyword arguments.
+
+    Returns:
+        The result in a tuple, so that it differs from None.
+    """
     tensors, rest = args[0], args[1:]
     if name is aten._amp_foreach_non_finite_check_and_unscale_:
         _unscale(func, *args)
@@ -353,7 +366,7 @@ def _of_list(
 
 
 def _unscale(func: Any, tensors: Any, found_inf: Tensor, inverse_scale: Tensor) -> None:
-    """What a loss scaler does: notice values that are not finite, and multiply all."""
+    """Unscale gradients for a loss scaler, and record non-finite values."""
     plain = [tensor for tensor in tensors if not isinstance(tensor, RowGrad)]
     if plain:
         func(plain, found_inf, inverse_scale)
@@ -373,7 +386,7 @@ def _unscale(func: Any, tensors: Any, found_inf: Tensor, inverse_scale: Tensor) 
 
 
 def _dense(func: Any, args: Any, kwargs: Any) -> Any:
-    """Any other operation, on the dense gradients."""
+    """Run any other operation on the dense gradients."""
     if func.is_view:
         raise UnsupportedCallError(
             f"`{func}` of the gradient of a sparse adapter's rows would be a view of a "
@@ -396,13 +409,20 @@ def _dense(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def replace_dense(holder: Holder, dense: Width) -> None:
-    """Have the gradient that an ordinary tensor says: rows of which not all is 0."""
+    """Set the gradient of `holder` to the rows of `dense` that are not all 0."""
     ids = (dense != 0).any(1).nonzero()[:, 0]
     holder.replace_gradient(ids, dense[ids])
 
 
 def written(func: Any, args: Any, kwargs: Any, kind: type) -> list[Any]:
-    """The arguments of a class that an operation changes in place."""
+    """Return the arguments of a class that an operation changes in place.
+
+    Args:
+        func: the operation.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        kind: the class.
+    """
     found = []
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
@@ -412,7 +432,7 @@ def written(func: Any, args: Any, kwargs: Any, kind: type) -> list[Any]:
     return found
 
 
-# A mark says that a backward has added its gradient where it is held.
+# A mark means that a backward has added its gradient to the holder.
 
 
 def _is_mark(value: Any) -> bool:
@@ -420,7 +440,7 @@ def _is_mark(value: Any) -> bool:
 
 
 def _with_mark(name: Any, args: Any) -> RowGrad:
-    """Autograd's own sums; nothing else may be done to a mark."""
+    """Handle autograd's own sums; all other operations on a mark are refused."""
     grads = [a for a in args if isinstance(a, RowGrad)]
     if name in (aten.detach, aten.alias, aten.clone):
         return grads[0]._like(None)

@@ -1,21 +1,22 @@
 """`RowParameter`: the rows of one block as a parameter.
 
-Its memory is the store's, wherever that is: moving the model or changing its dtype does
-not change it. Rows may be behind, because idle rows take their steps later, and copies
-of rows may be on a device. So an operation that reads the parameter brings all rows up
-to date first, and one that writes it makes every copy void afterwards. Views of the
-parameter, `detach()`, `data` and what `state_dict()` returns do the same.
+Its memory is that of the store, wherever that is: moving the model or changing its
+dtype does not change it. Rows may be outdated, because idle rows take their steps
+later, and copies of rows may be on a device. An operation that reads the parameter
+therefore updates all rows first, and an operation that writes it invalidates every copy
+afterwards. Views of the parameter, `detach()`, `data` and the tensors that
+`state_dict()` returns do the same.
 
-Its gradient is a `RowGrad`. A backward adds to what the rows remember piece by piece
-and gives autograd a mark in place of a gradient:
+Its gradient is a `RowGrad`. A backward adds to the gradient in `Rows` piece by piece
+and returns a mark to autograd in place of a gradient:
 
     forward    begin_forward(parameter)       its result depends on the parameter
-    backward   begin_backward(ctx, ...)       make both agree: `parameter.grad`, which
-                                              may have been cleared or replaced, and
-                                              what the rows remember
+    backward   begin_backward(ctx, ...)       synchronize `parameter.grad`, which may
+                                              have been cleared or replaced, with the
+                                              gradient in `Rows`
                rows.add_gradient(...)
                return mark(parameter)         then `parameter.grad` is a `RowGrad` of
-                                              what the rows remember
+                                              the gradient in `Rows`
 """
 
 import copy
@@ -47,24 +48,24 @@ TRAIN_WITH = (
 
 
 class RowTensor(torch.Tensor):
-    """The memory of rows, or a view of it, up to date whenever it is read."""
+    """The memory of rows, or a view of it, which is updated before it is read."""
 
     rows: Rows
 
     @staticmethod
     def of(rows: Rows, plain: Tensor) -> "RowTensor":
-        """`plain`, which is memory of the store, as an instance."""
+        """Return `plain`, which is memory of the store, as a `RowTensor`."""
         made: RowTensor = torch.Tensor._make_subclass(RowTensor, plain, False)
         made.rows = rows
         return made
 
     def settled(self) -> Tensor:
-        """The same as an ordinary tensor in the same memory, as it is now."""
+        """Return an ordinary tensor in the same memory, with current values."""
         return _like(self, self.rows.store.settled())
 
     @property
     def data(self) -> Tensor:
-        """As of any tensor; assigning to it copies."""
+        """Return the detached tensor, as for any tensor; assigning to it copies."""
         return self.detach()
 
     @data.setter
@@ -73,11 +74,11 @@ class RowTensor(torch.Tensor):
             self.detach().copy_(value)
 
     def numpy(self, *, force: bool = False) -> Any:
-        """A copy, which cannot be written to: a write to it would not reach the rows.
+        """Return a read-only copy, because a write to it would not reach the rows.
 
         Raises:
-            RuntimeError: without `force`, if it requires a gradient or is on another
-                device, as for any tensor.
+            RuntimeError: without `force`, if the tensor requires a gradient or is on
+                another device, as for any tensor.
         """
         if self.requires_grad and not force:
             raise RuntimeError(
@@ -89,43 +90,43 @@ class RowTensor(torch.Tensor):
         return found
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
-        """For numpy's own functions."""
+        """Convert to an array for numpy's own functions."""
         return np.asarray(self.numpy(), dtype)
 
     def tolist(self) -> Any:
-        """The numbers in lists."""
+        """Return the numbers as nested lists."""
         return self.settled().tolist()
 
     def data_ptr(self) -> int:
-        """The address, of memory that is up to date now."""
+        """Return the address of the memory after updating all rows."""
         return self.settled().data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        """The memory, up to date now."""
+        """Return the storage after updating all rows."""
         return self.settled().untyped_storage()
 
     def __dlpack__(self, **kwargs: Any) -> Any:
-        """A copy: a write to it would not reach the rows."""
+        """Export a copy, because a write to it would not reach the rows."""
         return self.settled().detach().clone().__dlpack__(**kwargs)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        """As of any tensor."""
+        """Return the representation of the current values, as for any tensor."""
         return f"{type(self).__name__}({self.settled().detach()!r})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """An ordinary tensor."""
+        """Return a copy as an ordinary tensor."""
         copied = memo[id(self)] = self.settled().detach().clone()
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Saved as an ordinary tensor."""
+        """Serialize as an ordinary tensor."""
         return self.settled().detach().__reduce_ex__(protocol)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Results are ordinary tensors."""
+        """Run a function so that its results are ordinary tensors."""
         if func is torch.autograd.grad and not in_backward():
             raise UnsupportedCallError(
                 "`torch.autograd.grad` cannot return the gradient of the rows of a "
@@ -139,8 +140,9 @@ class RowTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Every operation on rows."""
-        # Operations within are ordinary ones again, also for modes that look on.
+        """Handle every operation on rows."""
+        # Operations within are dispatched as usual again, also for active dispatch
+        # modes.
         with torch.no_grad(), enable_reentrant_dispatch():
             return cls._dispatch(func, args, kwargs or {})
 
@@ -149,7 +151,7 @@ class RowTensor(torch.Tensor):
         leaves = tree_leaves((args, kwargs))
         every = {id(t.rows): t.rows for t in leaves if isinstance(t, RowTensor)}
         stores = {key: rows.store for key, rows in every.items()}
-        # A view shows rows as they are when it is read.
+        # A view is updated when it is read, not when it is created.
         memory = {
             key: store.rows if func.is_view else store.settled()
             for key, store in stores.items()
@@ -169,7 +171,7 @@ class RowTensor(torch.Tensor):
             every[key].invalidate()
         if not changed or out is None:
             return out
-        # Operations in place return what they changed.
+        # In-place operations return the tensor that they changed.
         return changed[0] if isinstance(out, Tensor) else args[0]
 
 
@@ -183,15 +185,15 @@ def _view(rows: Rows, plain: Tensor) -> RowTensor:
 
 
 def _like(tensor: Tensor, memory: Tensor) -> Tensor:
-    """The part of `memory`, a table of rows, that `tensor` is of its own table."""
+    """Return the part of `memory` with the strides and offset of `tensor`."""
     return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 class RowParameter(RowTensor, nn.Parameter):
-    """See the module's docstring. Made by `row_parameter`."""
+    """Parameter of rows: see the module's docstring. `row_parameter` creates it."""
 
     def register_hook(self, hook: Any) -> Any:
-        """Refused: the gradient does not pass through autograd.
+        """Raise an error, because the gradient does not pass through autograd.
 
         Raises:
             UnsupportedCallError: always.
@@ -203,25 +205,25 @@ class RowParameter(RowTensor, nn.Parameter):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        """Rows of its own, without the state of an optimizer, as of any parameter."""
+        """Return a copy with its own rows and without optimizer state."""
         rows = copy.deepcopy(self.rows, memo)
         made = memo[id(self)] = row_parameter(rows, self.requires_grad)
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Made again from its rows."""
+        """Serialize as the rows from which the parameter can be created again."""
         return row_parameter, (self.rows, self.requires_grad)
 
 
 def row_parameter(rows: Rows, requires_grad: bool = True) -> nn.Parameter:
-    """The parameter of `rows`, in the memory of their store.
+    """Create the parameter of `rows`, in the memory of their store.
 
     Returns:
         A `RowParameter`; an ordinary parameter if the memory is not that of an ordinary
         tensor, as under `FakeTensorMode`. Either has `rows` as an attribute.
     """
     _refuse_other_optimizers()
-    # `data` has a version of its own, which catching up does not count up.
+    # `data` has its own version counter, which late updates of rows do not increment.
     memory = rows.store.rows.data
     parameter: Any
     if type(memory) is Tensor:
@@ -229,19 +231,19 @@ def row_parameter(rows: Rows, requires_grad: bool = True) -> nn.Parameter:
     else:
         parameter = nn.Parameter(memory)
     parameter.rows = rows
-    # Also of frozen rows, which may be unfrozen later.
+    # Registered for frozen rows too, which may be unfrozen later.
     parameter.register_post_accumulate_grad_hook(_after_backward)
     return cast(nn.Parameter, parameter.requires_grad_(requires_grad))
 
 
 def rows_of(parameter: Tensor) -> Rows | None:
-    """The rows of a row parameter; None for any other tensor."""
-    # Not by its class, which a tensor without values does not have.
+    """Return the rows of a row parameter; None for any other tensor."""
+    # The class is not checked, because a tensor without values has another class.
     return getattr(parameter, "rows", None)
 
 
 def begin_forward(parameter: Tensor, rows: Rows) -> None:
-    """Refuse what cannot be trained, and notice a gradient that was cleared.
+    """Refuse unsupported parameters, and drop the gradient if it was cleared.
 
     Raises:
         UnsupportedCallError: the parameter was replaced, or there is more than one
@@ -281,12 +283,12 @@ def begin_backward(ctx: Any, parameter: nn.Parameter, version: int) -> bool:
     """Prepare to add to the gradient.
 
     Args:
-        ctx: of the autograd function that the parameter is an input of.
-        parameter: of the rows.
-        version: of the parameter in the forward.
+        ctx: the context of the autograd function that has the parameter as an input.
+        parameter: the parameter of the rows.
+        version: the version of the parameter in the forward.
 
     Returns:
-        Whether this backward wants the gradient of the rows.
+        Whether this backward needs the gradient of the rows.
 
     Raises:
         UnsupportedCallError: the rows were changed since the forward.
@@ -311,7 +313,7 @@ def begin_backward(ctx: Any, parameter: nn.Parameter, version: int) -> bool:
 
 
 def settle(parameter: nn.Parameter) -> None:
-    """Make the rows remember what `parameter.grad` says, if it was replaced."""
+    """Copy `parameter.grad` to the rows, if it was replaced."""
     rows, grad = rows_of(parameter), parameter.grad
     assert rows is not None
     if grad is None:
@@ -333,7 +335,7 @@ def settle(parameter: nn.Parameter) -> None:
 
 
 def mark(parameter: nn.Parameter) -> RowGrad:
-    """What a backward returns: its gradient has been added where it is held."""
+    """Return the mark of a backward whose gradient has been added to the holder."""
     return RowGrad(None, parameter.shape, parameter.device)
 
 
@@ -346,12 +348,12 @@ def _after_backward(parameter: Any) -> None:
 
 
 def _is_wanted(node: Any) -> bool:
-    """Whether the backward in the works needs the gradient of a leaf."""
+    """Return whether the running backward needs the gradient of a leaf."""
     try:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:
-        # It is an input of a `torch.autograd.grad` inside of a backward, whose result
-        # is handed on to autograd by the caller.
+        # The leaf is an input of a `torch.autograd.grad` inside a backward, whose
+        # caller passes the result to autograd.
         return True
 
 
@@ -366,7 +368,7 @@ _is_refusing = False
 
 
 def _refuse_other_optimizers() -> None:
-    """From the first row parameter on, look at every optimizer before its step."""
+    """Register a hook that checks every optimizer before its step, once per process."""
     global _is_refusing
     if not _is_refusing:
         register_optimizer_step_pre_hook(_refuse_other_optimizer)

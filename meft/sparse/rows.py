@@ -1,14 +1,14 @@
-"""What an adapter asks of its rows, wherever they live.
+"""The interface between an adapter and its rows, wherever these are stored.
 
-    choose(h, k)             the k best neurons of each token, every neuron scored
-    take(ids)                rows as they are now, on the device
-    add_gradient(ids, g)     remember a gradient until gradients are cleared
-    parts(), put_parts()     what is remembered, to be read and changed where it is
-    gradient()               what is remembered, on its way to the optimizer
+    choose(h, k)             return the k best neurons of each token, all scored
+    take(ids)                return current rows, on the device
+    add_gradient(ids, g)     add to the gradient that is kept until it is cleared
+    parts(), put_parts()     read and change that gradient in the memory it is in
+    gradient()               start the transfer of that gradient to the optimizer
 
-`ResidentRows` answers from the device's own memory and is the plain twin of
-`meft.sparse.engine.OffloadedRows`: between equal questions there is no arithmetic but
-copies, so both give the same bits.
+`ResidentRows` keeps rows in the device's own memory and is the plain twin of
+`meft.sparse.engine.OffloadedRows`: the two differ in copies only, not in arithmetic, so
+both give the same bits.
 """
 
 from collections.abc import Callable
@@ -31,72 +31,71 @@ class Holder(Protocol):
     """Gradients of some rows of a table."""
 
     def held_ids(self) -> list[Tensor]:
-        """Rows that have a gradient, per part, where the store is."""
+        """Return the rows with a gradient, per part, on the device of the store."""
 
     def parts(self) -> list[Tensor]:
-        """Copies of the gradients, float32, one tensor per place where some are."""
+        """Return float32 copies of the gradients, one per memory that has some."""
 
     def put_parts(self, parts: list[Tensor]) -> None:
-        """Replace the gradients, given as `parts()` returns them."""
+        """Replace the gradients by tensors in the form that `parts()` returns."""
 
     def bring(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """A tensor of the optimizer's or of the user's on `device`."""
+        """Return a tensor of the optimizer or of the user on `device`."""
 
     def replace_gradient(self, ids: Ids, gradient: SomeRows) -> None:
-        """Remember this and nothing else; float32, both where the store is."""
+        """Replace the gradient; float32, both arguments on the store's device."""
 
     def drop_gradient(self) -> None:
-        """Forget all that `add_gradient` added."""
+        """Drop all that `add_gradient` has added."""
 
 
 @runtime_checkable
 class Rows(Holder, Protocol):
-    """Rows of one block."""
+    """The rows of one block."""
 
     store: RowStore
-    """Their home."""
+    """Storage of the rows."""
     is_settled: bool
-    """Whether the backward in the works has compared what is remembered with the
-    parameter's gradient."""
+    """Whether the running backward has compared this gradient with the parameter's."""
     live: Callable[[], Any] | None
-    """A weak reference to what gives others the remembered gradient."""
+    """Weak reference to the `Live` holder of the gradient kept here."""
     owner: object | None
-    """What the optimizer that trains them calls itself."""
+    """Name of the optimizer that trains the rows."""
 
     def begin_batch(self, device: torch.device) -> None:
-        """The block starts on another batch, which is on `device`."""
+        """Prepare for another batch of the block, which is on `device`."""
 
     def chosen(self, flags: Tensor) -> Ids:
-        """Indices of what is True in `flags`, known where rows are looked up."""
+        """Return the indices of True elements of `flags`, on the store's device."""
 
     def choose(self, tokens: Tokens, k: int) -> Int[Tensor, "tokens kept"]:
-        """The `k` neurons of each token with the largest scores, ascending."""
+        """Return the `k` neurons of each token with the largest scores, ascending."""
 
     def take(self, ids: Ids) -> SomeRows:
-        """Rows `ids`, ascending, on the device in the wire's dtype."""
+        """Return rows `ids`, ascending, on the device in the transfer dtype."""
 
     def add_gradient(self, ids: Ids, gradient: SomeRows) -> None:
         """Add to the gradients of rows `ids`, ascending; float32, on the device."""
 
     def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:
-        """Start to bring the gradient to where the store is.
+        """Start the transfer of the gradient to the device of the store.
 
-        The result waits for it: rows that have one, ascending or not, and it in
-        float32.
+        The returned function waits for the transfer. It returns the rows that have a
+        gradient, in any order, and the gradient in float32.
         """
 
     def on_device(self) -> list[Tensor]:
-        """What this block, or the first of those that share it, holds on the device."""
+        """Return tensors on the device; only the first block returns shared ones."""
 
     def end_step(self) -> None:
-        """Rows of all blocks have taken a step."""
+        """Update the cache after rows of all blocks have taken a step."""
 
     def invalidate(self) -> None:
-        """Rows were changed other than by a step: copies on the device are void."""
+        """Invalidate copies on the device after a change other than a step."""
 
 
 class ResidentRows(Rows):
-    """Rows that live on the device."""
+    """Rows that are stored on the device."""
 
     def __init__(self, store: RowStore) -> None:
         self.store = store
@@ -107,7 +106,7 @@ class ResidentRows(Rows):
         self._has_gradient = torch.zeros(len(store), dtype=torch.bool)
 
     def __reduce__(self) -> Any:
-        """A copy, also a saved one, has the rows and no gradient."""
+        """Reduce to the rows; a copy, also a saved one, has no gradient."""
         return ResidentRows, (self.store,)
 
     @override
@@ -181,15 +180,24 @@ class ResidentRows(Rows):
 
     @override
     def end_step(self) -> None:
-        """Nothing is kept that a step could make wrong."""
+        """Do nothing, because there is no cache."""
 
     @override
     def invalidate(self) -> None:
-        """Nothing is copied."""
+        """Do nothing, because there are no copies."""
 
 
 def choose(store: RowStore, tokens: Tokens, k: int) -> Int[Tensor, "tokens kept"]:
-    """`Rows.choose` for tokens that are where the store is."""
+    """Compute `Rows.choose` for tokens on the device of the store.
+
+    Args:
+        store: the store of the rows.
+        tokens: `tokens hidden`.
+        k: the number of neurons per token.
+
+    Returns:
+        The indices of the neurons, `tokens kept`.
+    """
     if k == len(store):
         return top(tokens.new_empty(len(tokens), k), k)
     keys = store.keys()

@@ -1,8 +1,8 @@
-"""The steps of AdamW as numbers: one `Schedule` counts them and holds the last one.
+"""The steps of AdamW as numbers: a `Schedule` counts them and holds the last one.
 
-It is given all of a parameter group's values in every step, so any of them may change
-at any time. Of earlier steps nothing is kept: what a row needs of them is in its own
-factors (`meft.sparse.idle`).
+It receives all values of a parameter group in every step, so any of them may change at
+any time. It keeps no earlier steps: a row's own factors contain their effect on the row
+(`meft.sparse.idle`).
 """
 
 import math
@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from meft.errors import ConfigError
 
 SMALLEST_EPS = 1e-15
-"""Smaller ones would bring out gradients that count as 0."""
+"""Lower bound of eps; below it, gradients that count as 0 would matter."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Schedule:
-    """How many steps there were, and the factors of the last one."""
+    """The number of steps so far, and the factors of the last one."""
 
     step: int = 0
     """Steps so far; t of the last one."""
     idle: bool = True
-    """Whether rows without a gradient take part, which restricts betas and eps."""
+    """Whether rows without a gradient take steps, which restricts betas and eps."""
     decay: float = 1.0
     """1 - lr * weight_decay."""
     size: float = 0.0
@@ -33,7 +33,7 @@ class Schedule:
     eps: float = 0.0
     sqrt_beta2: float = 0.0
     fading: float = 0.0
-    """beta1 / sqrt(beta2), by which what an idle row does falls from step to step."""
+    """beta1 / sqrt(beta2), the factor on an idle row's updates from step to step."""
     weight: float = 0.0
     """size / root, the numerator of an idle step."""
     offset: float = 0.0
@@ -52,11 +52,11 @@ class Schedule:
         Args:
             lr: step size.
             betas: decay of the mean gradient and of the mean squared gradient.
-            eps: added to the root of the latter.
-            weight_decay: share of lr by which rows shrink in this step.
+            eps: number added to the root of the latter.
+            weight_decay: fraction of lr by which rows shrink in this step.
 
         Raises:
-            ConfigError: values that no step can be taken with; nothing has changed.
+            ConfigError: a value is invalid; the schedule has not changed.
         """
         lr, eps, weight_decay = float(lr), float(eps), float(weight_decay)
         beta1, beta2 = float(betas[0]), float(betas[1])

@@ -1,15 +1,15 @@
-"""The home of one block's rows: master weights, Adam state, and what travels.
+"""Storage of one block's rows: master weights, Adam state and the transfer copy.
 
-A row is a neuron, key and value side by side, so that one gather, one copy, one
-gradient and one Adam step are each of contiguous memory. Rows and both moments are
-float32; where the wire carries 16 bits, a 16-bit copy of the rows is kept beside them.
-In host memory all of it is page-locked if there is a GPU to copy to.
+A row is a neuron, with key and value next to each other, so that one gather, one copy,
+one gradient and one Adam step each use contiguous memory. Rows and both moments are
+float32; if the transfer dtype has 16 bits, a 16-bit copy of the rows is kept in
+addition. In host memory all of it is page-locked if there is a GPU to copy to.
 
-The master rows are as of their last gradient (`meft.sparse.adam`). Reading computes
-what they are now into memory of its own, or into the 16-bit copy, from which later
+The master rows are as of their last gradient (`meft.sparse.adam`). A read computes
+their current values into memory of its own, or into the 16-bit copy, from which later
 reads of the same value are plain gathers.
 
-A store is no module and holds no parameter: `meft.sparse.row_parameter` makes one in
+A store is no module and holds no parameter: `meft.sparse.row_parameter` creates one in
 its memory.
 """
 
@@ -34,16 +34,17 @@ Ids = Int[Tensor, " some"]
 
 
 class RowStore:
-    """Rows of one block, with their optimizer state, in one place.
+    """Rows of one block, with their optimizer state, on one device.
 
     Args:
-        rows: float32, in the memory that they are to live in.
-        wire_dtype: of what `read()` gives.
+        rows: the rows, float32, `rows width`, in the memory in which they are to be
+            stored.
+        wire_dtype: the dtype of what `read()` returns.
         update: what happens to rows without a gradient (`SparseConfig.update`).
     """
 
     bytes_per_row = 8 * idle.NUM_FACTORS + 16
-    """Of what is held of a row besides its numbers."""
+    """Bytes stored per row in addition to its numbers."""
 
     def __init__(
         self, rows: Width, wire_dtype: torch.dtype, update: str = "catchup"
@@ -54,25 +55,25 @@ class RowStore:
         self.shadow = None if is_wide else _pinned(rows.to(wire_dtype))
         self._moments: tuple[Tensor, Tensor] | None = None
         self.updated_at = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-        """The last step that changed the value of a row."""
+        """The last step that changed the value of each row."""
         self.shadow_at = torch.zeros_like(self.updated_at)
-        """The same, of the value that the 16-bit copy holds."""
+        """The same for the value that the 16-bit copy holds."""
         self.factors = idle.new_factors(len(rows), rows.device)
-        """What idle steps have made of a row since its last gradient."""
+        """Effect of the idle steps since each row's last gradient."""
         self._at_last: Tensor | None = None
-        """Rows as of their last gradient, while `rows` are what they are now."""
+        """Rows as of their last gradient, while `rows` holds current values."""
         self._life = 0
-        """How often rows were put in place of others."""
+        """Number of times that rows were replaced by others."""
         self.schedule: Schedule | None = None
-        """The optimizer's, once there is one."""
+        """The optimizer's schedule; None before its first step."""
         self.update = update
 
     def __reduce__(self) -> Any:
-        """A copy, also a saved one, has the rows as they are now, and no steps."""
+        """Reduce to the current rows; a copy, also a saved one, has taken no steps."""
         return RowStore, (self.settled(), self.wire_dtype, self.update)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RowStore":
-        """See `__reduce__`."""
+        """Return a copy with the current rows: see `__reduce__`."""
         copied = RowStore(self.settled().clone(), self.wire_dtype, self.update)
         memo[id(self)] = copied
         return copied
@@ -82,11 +83,11 @@ class RowStore:
 
     @property
     def width(self) -> int:
-        """Numbers in a row: twice the backbone's width."""
+        """Return the numbers in a row: twice the backbone's width."""
         return self.rows.shape[1]
 
     def tensors(self) -> list[Tensor]:
-        """Everything held."""
+        """Return all tensors of the store."""
         held: list[Tensor | None]
         held = [self.rows, self.updated_at, self.shadow_at, self.factors]
         held += [self.shadow, self._at_last, *(self._moments or ())]
@@ -94,12 +95,12 @@ class RowStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything held."""
+        """Return the bytes of all tensors of the store."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
     @property
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Adam's m and v, made when first asked for."""
+        """Return Adam's m and v, which are created on first access."""
         if self._moments is None:
             self._moments = (
                 _pinned(torch.zeros_like(self.rows)),
@@ -108,7 +109,7 @@ class RowStore:
         return self._moments
 
     def to(self, device: torch.device) -> None:
-        """Move everything; nothing to do where it is there already."""
+        """Move all tensors to `device`, unless they are there already."""
         if self.rows.device == device:
             return
         for name in ("rows", "updated_at", "shadow_at", "factors"):
@@ -122,7 +123,7 @@ class RowStore:
             self._moments = first.to(device), second.to(device)
 
     def read(self, ids: Ids) -> SomeRows:
-        """Rows as they are now, in the wire's dtype: a copy."""
+        """Return a copy of the current rows `ids`, in the transfer dtype."""
         if self.shadow is not None:
             self._renew_shadow(ids)
             return self.shadow.index_select(0, ids)
@@ -134,17 +135,17 @@ class RowStore:
         return out
 
     def keys(self) -> Width:
-        """All keys as they are now, in the wire's dtype: a view."""
+        """Return a view of all current keys, in the transfer dtype."""
         if self.shadow is None:
             return self.settled()[:, : self.width // 2]
         self._renew_shadow(self._everyone())
         return self.shadow[:, : self.width // 2]
 
     def settled(self) -> Width:
-        """All master rows as they are now: `rows`, which hold them until the next step.
+        """Update all master rows and return `rows`, current until the next step.
 
-        What they were after their last gradient is kept aside until then, so that it
-        makes no difference to later steps whether anyone has looked.
+        Their values after the last gradient are kept separately until then, so that
+        later steps do not depend on whether this method was called.
         """
         if self._at_last is None and len(self._behind()):
             at_last = self.rows.clone()
@@ -156,7 +157,7 @@ class RowStore:
     def assign(self, rows: Width) -> None:
         """Set all rows, which may be what `settled()` returned; moments stay.
 
-        Rows that are given the value they have are left as they are.
+        Rows that are set to their current value do not change.
         """
         if rows is not self.rows:
             self.settled()
@@ -166,11 +167,11 @@ class RowStore:
         self._fill_shadow()
 
     def version(self, ids: Ids) -> Int[Tensor, " some"]:
-        """A number per row that changes whenever its value does."""
+        """Return a number per row that changes whenever its value does."""
         return self.updated_at[ids] + self._life * _STEPS_OF_A_LIFE
 
     def begin(self) -> None:
-        """Forget every step: another optimizer is about to take its first."""
+        """Discard every step, before another optimizer takes its first."""
         self.settled()
         self._start_again()
         self.schedule = None
@@ -178,7 +179,8 @@ class RowStore:
     def step(self, ids: Ids, gradient: SomeRows) -> None:
         """Take the schedule's last step with a float32 gradient for rows `ids`.
 
-        What idle rows are now is computed at once (`dense`) or when it is needed.
+        The new values of idle rows are computed at once (`dense`) or when they are
+        needed.
         """
         assert self.schedule is not None
         self._unsettle()
@@ -190,10 +192,10 @@ class RowStore:
             self._renew_shadow(self._everyone())
 
     def state(self) -> dict[str, Any]:
-        """What a later run needs, beside the rows, to go on in the same bits.
+        """Return what a later run needs besides the rows to continue bit for bit.
 
-        Of rows that have taken idle steps since their last gradient, that is also what
-        they were then.
+        For rows that have taken idle steps since their last gradient, this includes
+        their values at that time.
         """
         first, second = self.moments
         behind = self._behind()
@@ -210,7 +212,7 @@ class RowStore:
         }
 
     def refuse(self, state: dict[str, Any]) -> None:
-        """Raise if `state` is not of a store like this one.
+        """Raise an error if `state` does not match this store.
 
         Raises:
             ConfigError: `state` was saved by an earlier release, with another `update`,
@@ -236,11 +238,11 @@ class RowStore:
             )
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over what `state()` returned, after `refuse()` has looked at it.
+        """Load what `state()` returned, after `refuse()` has checked it.
 
-        The rows themselves are not in it. Where they are what they were when it was
-        made, the run goes on in the same bits; where not, from what they are, with the
-        moments of the state.
+        The rows themselves are not part of it. Where they have the values they had when
+        the state was created, training continues with the same bits; elsewhere it
+        continues from the rows' values, with the moments of the state.
         """
         self.settled()
         first, second = self.moments
@@ -263,12 +265,12 @@ class RowStore:
         self._fill_shadow()
 
     def replace(self, rows: Width) -> None:
-        """Take other rows, which no step so far moves."""
+        """Replace the rows by others, without any effect of earlier steps."""
         self.rows.copy_(rows)
         self._start_again()
 
     def _start_again(self) -> None:
-        """Rows are what they are, and no step has touched them."""
+        """Reset the optimizer state, keeping the rows."""
         self._at_last = self._moments = None
         self._life += 1
         self.updated_at.zero_()
@@ -276,14 +278,14 @@ class RowStore:
         self._fill_shadow()
 
     def _behind(self) -> Ids:
-        """Rows that are no longer what they were after their last gradient."""
+        """Return the rows that have changed since their last gradient."""
         if self._moments is None:
             return self._everyone()[:0]
         shrunk = self.factors[:, idle.SHRINK] != 1
         return (shrunk | (self.factors[:, idle.SUMS] != 0)).nonzero()[:, 0]
 
     def _anchor_changed(self) -> None:
-        """Let rows in `rows` that are not what they were go on from what they are."""
+        """Start the factors of rows again whose value in `rows` was changed."""
         if self._at_last is None or self.schedule is None:
             return
         for ids in self._everyone().split(adam.PIECE):
@@ -295,13 +297,13 @@ class RowStore:
             self._at_last[changed] = self.rows[changed]
 
     def _unsettle(self) -> None:
-        """Put rows back to their last gradient."""
+        """Restore the values of rows after their last gradient."""
         if self._at_last is not None:
             self.rows.copy_(self._at_last)
             self._at_last = None
 
     def _renew_shadow(self, ids: Ids) -> None:
-        """Write what rows are now into their 16-bit copy, where that is out of date."""
+        """Write current rows into their 16-bit copy, where that is out of date."""
         assert self.shadow is not None
         late = ids[self.shadow_at[ids] != self.updated_at[ids]]
         if not len(late):
@@ -313,7 +315,7 @@ class RowStore:
         self.shadow_at[late] = self.updated_at[late]
 
     def _fill_shadow(self) -> None:
-        """The same for all rows, whatever the copy held."""
+        """Write all current rows into their 16-bit copy."""
         self.shadow_at.fill_(-1)
         if self.shadow is not None:
             self._renew_shadow(self._everyone())
@@ -337,11 +339,11 @@ class RowStore:
 
 
 _STEPS_OF_A_LIFE = 2**40
-"""More than there will be, so that versions of one life are not those of another."""
+"""More steps than a run can have, so that versions of replaced rows differ."""
 
 
 def form_for(device: torch.device) -> Any:
-    """The form of Adam that runs on `device`: `adam`, or `adam_kernel` on a CPU."""
+    """Return the module of Adam for `device`: `adam`, or `adam_kernel` on a CPU."""
     if device.type != "cpu":
         return adam
     if importlib.util.find_spec("numba") is None:
@@ -357,7 +359,7 @@ def form_for(device: torch.device) -> Any:
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    """The same memory, page-locked where that is of use.
+    """Return the same memory, page-locked where that is useful.
 
     torch's own pinned allocator rounds every block up to a power of two; registering
     ordinary memory does not.

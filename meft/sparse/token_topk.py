@@ -1,4 +1,4 @@
-"""Each token is answered by the neurons that it kept (the authors' code).
+"""Output per token as a sum over the neurons that the token keeps (the authors' code).
 
     s_i  = g_e(i) (k_i . h)              g: the gate of neuron i's expert, 1 without
     out  = sum over kept i of relu(s_i) v_i
@@ -9,8 +9,8 @@
     dh   = sum over kept i of ds_i g k_i
     dg_e = sum over kept i of e of ds_i (k_i . h)
 
-A neuron with s <= 0 has no part in any of these and is not asked for. Saved for
-backward are h and, per token, which neurons it kept and their k . h.
+A neuron with s <= 0 contributes to none of these and is not fetched. Saved for backward
+are h and, per token, the neurons that it kept and their k . h.
 """
 
 from collections.abc import Iterator
@@ -42,14 +42,19 @@ def token_topk(
     experts: Int[Tensor, "tokens experts"] | None,
     adapter: "SparseAdapter",
 ) -> Tokens:
-    """What the neurons add.
+    """Return the output of the adapter.
 
     Args:
-        tokens: h, in the dtype to compute in.
-        gates: factors on the scores of each token's experts; None for 1.
-        parameter: of the rows.
-        experts: of each token, ascending; None without experts.
-        adapter: its rows and how many to keep.
+        tokens: h, in the dtype of the computation, `tokens hidden`.
+        gates: factors on the scores of each token's experts, `tokens experts`; None for
+            1.
+        parameter: the parameter of the rows.
+        experts: the experts of each token, ascending, `tokens experts`; None without
+            experts.
+        adapter: the adapter with its rows and the number of neurons to keep.
+
+    Returns:
+        The output, `tokens hidden`.
     """
     out: Tensor = _TokenTopK.apply(  # type: ignore[no-untyped-call]
         tokens, gates, parameter, experts, adapter
@@ -58,7 +63,7 @@ def token_topk(
 
 
 class _TokenTopK(torch.autograd.Function):
-    """The autograd function; its formulas are in the module's docstring."""
+    """The autograd function whose formulas are in the module's docstring."""
 
     @staticmethod
     def forward(
@@ -69,6 +74,19 @@ class _TokenTopK(torch.autograd.Function):
         experts: Int[Tensor, "tokens experts"] | None,
         adapter: "SparseAdapter",
     ) -> Tokens:
+        """Return the output of the adapter; arguments are those of `token_topk`.
+
+        Args:
+            ctx: the autograd context.
+            tokens: h, `tokens hidden`.
+            gates: factors on the scores, `tokens experts`; None for 1.
+            parameter: the parameter of the rows.
+            experts: the experts of each token, `tokens experts`; None without experts.
+            adapter: the adapter with its rows.
+
+        Returns:
+            The output, `tokens hidden`.
+        """
         columns, raw = choose(adapter, tokens, gates, experts)
         per_expert = adapter.rows_per_expert
         neurons = neurons_of(columns, experts, per_expert)
@@ -132,10 +150,21 @@ def choose(
     gates: PerExpert | None,
     experts: Int[Tensor, "tokens experts"] | None,
 ) -> tuple[Int[Tensor, "tokens kept"], PerKept]:
-    """Which of its candidates each token keeps, and their dot products with it.
+    """Return the candidates that each token keeps, and their dot products with it.
 
     Candidates are numbered 0, 1, ... through the token's experts; without experts they
     are all neurons.
+
+    Args:
+        adapter: the adapter with its rows and the number of neurons to keep.
+        tokens: h, `tokens hidden`.
+        gates: factors on the scores of each token's experts, `tokens experts`; None for
+            1.
+        experts: the experts of each token, ascending, `tokens experts`; None without
+            experts.
+
+    Returns:
+        The numbers of the candidates and their dot products, both `tokens kept`.
     """
     k = min(adapter.config.top_k_neurons, adapter.config.num_candidates)
     if experts is None:
@@ -155,7 +184,13 @@ def choose(
 def distinct(
     adapter: "SparseAdapter", choice: Int[Tensor, "*shape"], size: int = 1
 ) -> Ids:
-    """The neurons in a choice of groups of `size`, each once, ascending."""
+    """Return the distinct neurons in a choice of groups of `size`, ascending.
+
+    Args:
+        adapter: the adapter with its rows.
+        choice: indices of groups.
+        size: neurons per group.
+    """
     num_groups = adapter.config.num_neurons // size
     flags = torch.zeros(num_groups, dtype=torch.bool, device=choice.device)
     flags[choice.flatten()] = True
@@ -194,7 +229,13 @@ def neurons_of(
     experts: Int[Tensor, "tokens experts"] | None,
     per_expert: int,
 ) -> Int[Tensor, "tokens kept"]:
-    """The neurons that candidates stand for."""
+    """Return the neurons that candidates represent.
+
+    Args:
+        columns: the numbers of the candidates, `tokens kept`.
+        experts: the experts of each token, `tokens experts`; None without experts.
+        per_expert: neurons in an expert.
+    """
     if experts is None:
         return columns
     first = experts.gather(1, columns // per_expert) * per_expert

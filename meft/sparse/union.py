@@ -1,12 +1,12 @@
-"""Each token is answered by all that any token of the batch kept (the paper).
+"""Output per token over all neurons that any token of the batch kept (the paper).
 
     out  = relu(h K') V'            K', V': keys and values of the union
     dV'  = relu(h K')^T d           d: the gradient of out
     dS   = (d V'^T) where h K' > 0
     dK'  = h^T dS,   dh = dS K'^T
 
-Hao et al., ACL 2024, equation 4 and algorithm 1. Experts only narrow down what a token
-may keep; their gates are not in the sum, so the router does not learn.
+Hao et al., ACL 2024, equation 4 and algorithm 1. Experts only restrict the neurons that
+a token may keep; their gates are not in the sum, so the router does not learn.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,19 @@ def union(
     experts: Int[Tensor, "tokens experts"] | None,
     adapter: "SparseAdapter",
 ) -> Tokens:
-    """What the neurons add; arguments as those of `token_topk`."""
+    """Return the output of the adapter.
+
+    Args:
+        tokens: h, in the dtype of the computation, `tokens hidden`.
+        gates: None, as there are no gates.
+        parameter: the parameter of the rows.
+        experts: the experts of each token, ascending, `tokens experts`; None without
+            experts.
+        adapter: the adapter with its rows and the number of neurons to keep.
+
+    Returns:
+        The output, `tokens hidden`.
+    """
     out: Tensor = _Union.apply(  # type: ignore[no-untyped-call]
         tokens, gates, parameter, experts, adapter
     )
@@ -41,7 +53,7 @@ def union(
 
 
 class _Union(torch.autograd.Function):
-    """The autograd function; its formulas are in the module's docstring."""
+    """The autograd function whose formulas are in the module's docstring."""
 
     @staticmethod
     def forward(
@@ -52,6 +64,19 @@ class _Union(torch.autograd.Function):
         experts: Int[Tensor, "tokens experts"] | None,
         adapter: "SparseAdapter",
     ) -> Tokens:
+        """Return the output of the adapter; arguments are those of `union`.
+
+        Args:
+            ctx: the autograd context.
+            tokens: h, `tokens hidden`.
+            gates: None, as there are no gates.
+            parameter: the parameter of the rows.
+            experts: the experts of each token, `tokens experts`; None without experts.
+            adapter: the adapter with its rows.
+
+        Returns:
+            The output, `tokens hidden`.
+        """
         columns, _ = choose(adapter, tokens, None, experts)
         active = distinct(
             adapter, neurons_of(columns, experts, adapter.rows_per_expert)
