@@ -205,7 +205,7 @@ def _with_loss(
 ) -> CausalLMOutputWithPast:
     if not isinstance(logits_to_keep, int) or logits_to_keep != 0:
         raise UnsupportedCallError(
-            "`logits_to_keep` beside `labels` is not supported: a chunked loss keeps "
+            "`logits_to_keep` with `labels` is not supported: a chunked loss keeps "
             f"no logits. Set labels that shall not count to {IGNORE_INDEX}"
         )
     if label_smoothing != 0:

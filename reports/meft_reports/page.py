@@ -116,7 +116,7 @@ def _all_sections(frame: pd.DataFrame) -> list[Section]:
         Section(
             anchor="ratios",
             title="Against checkpointed adapters",
-            lead="MEFT beside the plain way to the same end: bottleneck adapters, one "
+            lead="MEFT and the plain alternative: bottleneck adapters, one "
             "checkpoint per block, everything else computed twice.",
             figures=_figures(frame, "step_ratio"),
             folded=_folded(frame, "ratios"),

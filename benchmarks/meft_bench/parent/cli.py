@@ -310,7 +310,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     if chosen.checks and device == "cpu":
         raise UsageError(
             f"sweep {chosen.name!r} checks a GPU and there is none here; "
-            "--device virtual-H200 tells what is predicted of one"
+            "--device virtual-H200 predicts one"
         )
     data_dir = _data_dir(arguments)
     if data_dir is not None and not data_dir.is_dir():

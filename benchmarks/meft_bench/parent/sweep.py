@@ -196,7 +196,7 @@ def _parse(name: str, table: dict[str, Any], device: str) -> Sweep:
     _check_keys(table, _SWEEP_KEYS)
     question = table.get("question")
     if not isinstance(question, str) or not question.strip():
-        raise ValueError("`question` is missing; say in a sentence what is asked")
+        raise ValueError("`question` is missing; state the question in one sentence")
     tables = _tables(table.get("matrix", []), "matrix")
     if not tables:
         raise ValueError("no [[matrix]]; declare at least one")
@@ -322,7 +322,7 @@ def _zipped(table: dict[str, Any]) -> tuple[Point, ...]:
 def _rule(table: dict[str, Any]) -> Rule:
     override = {name: value for name, value in table.items() if name != "when"}
     if not override:
-        raise ValueError("set: nothing to set; name at least one field beside `when`")
+        raise ValueError("set: nothing to set; name at least one field in addition to `when`")
     when = _table(table.get("when", {}), "set: when")
     return Rule(when=_condition(when, "set: when"), override=_point(override, "set"))
 

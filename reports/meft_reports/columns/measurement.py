@@ -147,7 +147,7 @@ MEASUREMENT: tuple[Column, ...] = (
     seen(
         "second_score",
         "Float64",
-        "what the task's metric reports beside its score",
+        "what the task's metric reports in addition to its score",
         "fraction",
         False,
         greatest=1,
@@ -275,7 +275,7 @@ MEASUREMENT: tuple[Column, ...] = (
     seen(
         "cache_hit_fraction",
         "Float64",
-        "of the rows asked for, those that were on the device",
+        "of the rows requested, those that were on the device",
         "fraction",
         False,
         greatest=1,

@@ -10,7 +10,7 @@ from meft_reports.plots.score_curves import draw_along
 TITLE = "Score against number of experts"
 CAPTION = (
     "A router chooses some experts for each token, and the token's neurons among "
-    "theirs; more experts are smaller ones, of which more are asked. One line per "
+    "theirs; more experts are smaller ones, of which more are chosen. One line per "
     "method: the mean over its seeds, with bars of one sample standard deviation where "
     "there are several. Horizontal lines are the same without experts and the dense "
     "adapter; the dashed grey line is always answering alike. Higher is better."

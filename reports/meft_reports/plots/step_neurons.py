@@ -37,7 +37,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         raise NothingDeclared("no adapters of many neurons take turns with a rival")
     timed = declared[(declared["status"] == "ok") & declared["step_ratio"].notna()]
     if timed.empty:
-        raise NothingToDraw("no ok cell was timed in turn with its rival")
+        raise NothingToDraw("no ok cell was timed alternately with its rival")
     place = [*WORKLOAD, *PROVENANCE, "accumulation", "rival"]
     parts = [part for _, part in split(timed, place)]
     shown = fields_to_show(timed, always=("task", "backbone", "dtype", "batch_size"))

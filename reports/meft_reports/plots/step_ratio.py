@@ -43,7 +43,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         part for _, part in split(rows, [*PLACE, "rival"]) if timed[part.index].any()
     ]
     if not parts:
-        raise NothingToDraw("no ok cell was timed in turn with its rival")
+        raise NothingToDraw("no ok cell was timed alternately with its rival")
     drawn = pd.concat(parts)
     shown = fields_to_show(drawn, always=("backbone", "dtype"))
     shown = [name for name in shown if name in PLACE]

@@ -35,7 +35,7 @@ from meft_bench.virtual.emulation.backend import Backend
 BACKEND = Backend(
     name="cpu",
     device="cpu",
-    how="fake CPU tensors that are led CUDA's way, without traffic",
+    how="fake CPU tensors on the code paths of CUDA, without traffic",
 )
 IN_FLOAT32 = (
     *("layer_norm", "native_layer_norm", "rms_norm", "group_norm"),

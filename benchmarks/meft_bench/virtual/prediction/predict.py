@@ -141,7 +141,7 @@ def _how(cell: Cell, device: VirtualGpu) -> str:
                 "on `cpu`, where every byte is counted, or take another build"
             )
         share = f"{cell.active_fraction:.0%} of a block's neurons"
-        words.append(f"a batch is said to activate {share}")
+        words.append(f"assumed: a batch activates {share}")
     return "; ".join(words)
 
 
