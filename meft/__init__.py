@@ -6,6 +6,7 @@ checks for users.
 
 from importlib.metadata import PackageNotFoundError, version
 
+from meft import testing
 from meft.checkpoint import load_adapters, save_adapters
 from meft.chunked_loss import chunk_loss, unchunk_loss
 from meft.errors import (
@@ -54,5 +55,6 @@ __all__ = [
     "make_reversible",
     "optimizer_cls_and_kwargs",
     "save_adapters",
+    "testing",
     "unchunk_loss",
 ]

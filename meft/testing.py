@@ -99,6 +99,11 @@ def check_reversible(model: nn.Module, batch: Mapping[str, Any]) -> ReversibleRe
         for block in range(*stack.span)
     }
     parameters = [p for group in groups.values() for p in group]
+    if not parameters:
+        raise UnsupportedCallError(
+            "nothing in the rebuilt blocks is trained, so there are no gradients to "
+            "compare: set `requires_grad` of their adapters"
+        )
     stored = _gradients(model, batch, parameters, stacks, "store", {})
     rebuilt = _gradients(model, batch, parameters, stacks, "rebuild", probes)
     again = _gradients(model, batch, parameters, stacks, "store", {})
@@ -111,13 +116,9 @@ def check_reversible(model: nn.Module, batch: Mapping[str, Any]) -> ReversibleRe
             error for probe in probes.values() for error in probe.point_errors()
         ),
         gradient_error=tuple(
-            relative_error(_joined(rebuilt, group), _joined(stored, group))
-            for group in groups.values()
+            _error(rebuilt, stored, group) for group in groups.values()
         ),
-        repeat_error=tuple(
-            relative_error(_joined(again, group), _joined(stored, group))
-            for group in groups.values()
-        ),
+        repeat_error=tuple(_error(again, stored, group) for group in groups.values()),
     )
 
 
@@ -157,6 +158,15 @@ def _gradients(
         for name, stack in stacks.items():
             stack.backward_pass, stack.probe = before[name]
     return {id(p): g for p, g in zip(parameters, gradients, strict=True)}
+
+
+def _error(
+    found: dict[int, Tensor], true: dict[int, Tensor], parameters: list[nn.Parameter]
+) -> float:
+    """Relative error of the gradients of some parameters; 0 where none is trained."""
+    if not parameters:
+        return 0.0
+    return relative_error(_joined(found, parameters), _joined(true, parameters))
 
 
 def _joined(gradients: dict[int, Tensor], parameters: list[nn.Parameter]) -> Tensor:

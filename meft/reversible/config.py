@@ -36,7 +36,8 @@ class ReversibleConfig:
       with an adapter. Both couplings scale a stream, so it keeps twice the lost bits.
 
     Use `meft1` unless you compare variants: `meft1` and `meft2` keep the least for the
-    backward, most of our measurements are of `meft1`, and the three score within a few
+    backward, `meft3` had a peak 3 to 10 % lower on an H200, and most of our
+    measurements are of `meft1`. In the paper's arithmetic the three score within a few
     percentage points of each other in `reports/published/reference`.
 
     Attributes:

@@ -296,6 +296,10 @@ def _add_check_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _refuse_to_overwrite(runs: Sequence[Path], output: Path) -> None:
+    if output.suffix.lower() == ".gz":
+        raise ReportError(
+            f"{output}: outputs are not compressed; leave out .gz, and use `gzip`"
+        )
     where = output.resolve()  # also through a folder that does not exist, as `x/../a`
     for path in runs:
         if path.exists() and where.exists() and path.samefile(where):

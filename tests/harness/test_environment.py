@@ -184,3 +184,23 @@ def test_no_driver(nvml: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert environment.gpu_names() == []
     assert environment.why_no_gpu().startswith("cannot tell without `python -m pip")
+
+
+def test_data_that_the_code_computes_with_are_part_of_its_digest(
+    tmp_path: Path,
+) -> None:
+    """The table of methods, next to the package or inside it, and files of GPUs."""
+    package = tmp_path / "meft_bench"
+    gpus = package / "virtual" / "device" / "gpus"
+    gpus.mkdir(parents=True)
+    (package / "cell.py").write_text("")
+    table, one = tmp_path / "methods.toml", gpus / "mine.json"
+    table.write_text("[full]")
+    one.write_text("{}")
+    before = environment.digest({"meft_bench": package})
+    table.rename(package / "methods.toml")
+    assert environment.digest({"meft_bench": package}) == before
+    (package / "methods.toml").write_text("[head]")
+    after = environment.digest({"meft_bench": package})
+    one.write_text("{ }")
+    assert len({before, after, environment.digest({"meft_bench": package})}) == 3

@@ -54,6 +54,7 @@ def per_block(method: str, name: str = "saved_bytes", **changes: Any) -> float:
     return float(high - low) / 6
 
 
+@pytest.mark.slow
 def test_exact_streams_keep_k_bits_an_element() -> None:
     """And a number for each of two couplings, by which they are checked."""
     bits = packed_bytes(BATCH * TOKENS * WIDTH, 4)
@@ -61,10 +62,12 @@ def test_exact_streams_keep_k_bits_an_element() -> None:
     assert per_block("meft1-exact") == bits + 2 * 8
 
 
+@pytest.mark.slow
 def test_streams_of_floats_keep_nothing() -> None:
     assert per_block("meft1") <= 64
 
 
+@pytest.mark.slow
 def test_checkpoints_keep_an_input_a_block() -> None:
     """In the dtype of the weights."""
     element = {"fp32": 4, "bf16": 2}

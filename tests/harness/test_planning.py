@@ -134,6 +134,7 @@ def test_what_the_library_refuses_it_says_itself(
     )
 
 
+@pytest.mark.slow
 def test_what_fits_is_the_largest(capsys: pytest.CaptureFixture[str]) -> None:
     """Held against the plans of the answer and of the next."""
     words = ["fit", "bert-tiny", "--method", "lora", "--seq", "512", "--gpu", "RTX3090"]

@@ -161,9 +161,12 @@ def test_peaks_start_anew_and_the_cache_is_emptied_as_on_a_gpu() -> None:
         assert torch.cuda.memory_reserved() == held - 2**28
 
 
-def line(device: str, values: dict[str, Any]) -> str:
+def line(
+    device: str, values: dict[str, Any], status: str = "ok", card: str = "a card"
+) -> str:
     figures = [{"case": "a", "quantity": q, "value": v} for q, v in values.items()]
-    return json.dumps({"check": "card", "device": device, "figures": figures}) + "\n"
+    head = {"check": "card", "device": device, "device_name": card, "status": status}
+    return json.dumps(head | {"figures": figures, "environment": {}}) + "\n"
 
 
 def test_figures_are_compared_where_both_sides_have_run(tmp_path: Path) -> None:
@@ -174,10 +177,16 @@ def test_figures_are_compared_where_both_sides_have_run(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write(line("cuda", {"kernel": "math", "bytes": 50}))
         file.write(line("cuda", {"kernel": "flash", "bytes": 100}))
-    assert checks.compare(path) == [
+    wanted = [
         "card: kernel: 1 of 1 as predicted",
         "card: bytes: 0 of 1 as predicted, median error 10.00%, worst +10.00% (a)",
     ]
+    assert checks.compare(path) == wanted
+    with path.open("a") as file:
+        file.write(line("virtual-A100-40GB", {"bytes": 7}, card="another card"))
+        file.write(line("cuda", {}, status="error"))
+        file.write('{"check": "card", "dev')
+    assert checks.compare(path) == wanted
 
 
 SWEEP = """
@@ -190,6 +199,7 @@ axes = { seed = [0, 1] }
 """
 
 
+@pytest.mark.slow
 def test_checks_run_before_cells_and_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +217,38 @@ def test_checks_run_before_cells_and_once(
     assert [json.loads(text)["check"] for text in lines] == ["card", "workspaces"]
     assert cli.main(words) == 0
     assert "check card" not in capsys.readouterr().err
+
+
+def test_a_half_written_line_is_passed_over_and_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that was killed leaves one; what comes next is a line of its own. The GPU
+    is a file of the user's, whose path names no log."""
+    sweep, mine = tmp_path / "mine.toml", tmp_path / "mine.json"
+    sweep.write_text(SWEEP.replace('["card", "workspaces"]', '["card"]'))
+    mine.write_text((gpu.FOLDER / "H200.json").read_text())
+    records = tmp_path / "runs.jsonl"
+    path = checks.path_beside(records)
+    path.write_text('[1]\n{"check": "card", "dev')
+    words = ["run", str(sweep), "--device", f"virtual-{mine}", "-o", str(records)]
+    assert cli.main(words) == 0
+    assert "ok, 13 figures" in capsys.readouterr().err
+    *_, last = path.read_text().splitlines()
+    assert json.loads(last)["status"] == "ok"
+    assert cli.main(words) == 0
+    assert "figures" not in capsys.readouterr().err
+
+
+def test_a_check_that_the_budget_ends_is_not_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "mine.toml"
+    sweep.write_text(SWEEP)
+    records = tmp_path / "runs.jsonl"
+    words = ["run", str(sweep), "--device", "virtual-H200", "-o", str(records)]
+    assert cli.main([*words, "--time-budget", "1s"]) == 3
+    assert "check card on virtual-H200: out of time" in capsys.readouterr().err
+    assert not checks.path_beside(records).exists()
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_a_cell_of_each_is_predicted(method: str) -> None:
     assert told["status"] == "ok", told["message"]
     measured: Any = told["measurement"]
     environment: Any = told["environment"]
-    assert "activate 25% of a block's neurons" in environment["prediction"]
+    assert "activates 25% of a block's neurons" in environment["prediction"]
     share = 1.0 if method == "dense-offload" else 0.25
     assert set(measured["union_fraction"]) == {share}
     assert measured["row_store_bytes"] > 0

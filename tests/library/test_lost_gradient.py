@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import meft
-from library.models import batch, reversible
+from library.models import batch, only_stack, reversible
 from library.test_coupling import coupling
 from meft.reversible import blocks
 from meft.reversible.coupling import growth
@@ -46,6 +46,29 @@ def test_fixed_streams_lose_nothing_there(variant: str) -> None:
     assert set(seen.reconstruction_error) == {0.0}
     assert set(seen.gradient_error) == {0.0}
     assert seen.lost_blocks == ()
+
+
+def test_the_twin_repeats_itself_on_a_cpu() -> None:
+    """So that its own error is 0; a table shows that of kernels that do not."""
+    seen = check_reversible(reversible(2, variant="meft1"), batch())
+    assert seen.repeat_error == (0.0, 0.0)
+    assert "stored twice" not in str(seen)
+    noisy = dataclasses.replace(seen, repeat_error=(0.0, 1e-3))
+    assert "stored twice" in str(noisy)
+    assert "1.0e-03" in str(noisy)
+
+
+def test_blocks_that_do_not_train_have_no_error() -> None:
+    """Where none does there is nothing to compare, and it says so."""
+    model = reversible(2, variant="meft1")
+    stack = only_stack(model)
+    for module in (stack[1], stack.adapters_of(1)):
+        module.requires_grad_(False)
+    seen = check_reversible(model, batch())
+    assert seen.gradient_error == seen.repeat_error == (0.0, 0.0)
+    model.requires_grad_(False)
+    with pytest.raises(meft.UnsupportedCallError, match="nothing in the rebuilt"):
+        check_reversible(model, batch())
 
 
 @pytest.mark.parametrize("variant", ["meft1", "meft2"])

@@ -601,6 +601,7 @@ def test_rows_that_are_written_to_keep_their_moments() -> None:
     assert not torch.equal(plain.settled()[7], written.settled()[7])
 
 
+@pytest.mark.slow
 def test_a_row_that_is_set_to_0_moves_on_as_torchs_does() -> None:
     """By the moments that it had."""
     options = USUAL | {"lr": 1e-3, "weight_decay": 0.1}

@@ -182,8 +182,8 @@ def test_only_the_two_streams_are_saved_at_any_depth(variant: str) -> None:
     assert (third - second) == 4 * (second - first) > 0
 
 
-@variants
-@pytest.mark.parametrize("lost_bits", [0, 3, 4])
+@pytest.mark.parametrize("variant", slow_but_for(VARIANTS, "meft3"))
+@pytest.mark.parametrize("lost_bits", slow_but_for([0, 3, 4], 3))
 def test_fixed_streams_save_their_lost_bits_besides(
     variant: str, lost_bits: int
 ) -> None:

@@ -729,6 +729,7 @@ def test_what_rounding_absorbs_is_no_fault(variant: str, on_mismatch: str) -> No
     assert_same(left(model), expected)
 
 
+@pytest.mark.slow
 @dtypes
 @variants
 def test_without_a_fault_there_is_no_alarm(variant: str, dtype: torch.dtype) -> None:

@@ -1,3 +1,4 @@
+import gzip
 import json
 import subprocess
 import sys
@@ -368,3 +369,26 @@ def test_the_harness_and_torch_are_never_imported() -> None:
         "sys.exit(str(found) if found else 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_records_may_be_compressed_and_outputs_may_not(
+    matrix: list[Record],
+    write: Write,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same table; half a file says so, and no output is plain text in .gz."""
+    plain = write(matrix)
+    packed = tmp_path / "packed.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert main(["table", "memory", str(plain)]) == 0
+    expected = capsys.readouterr().out
+    assert main(["table", "memory", str(packed)]) == 0
+    assert capsys.readouterr().out == expected
+    out = tmp_path / "baseline.jsonl.gz"
+    assert main(["baseline", str(packed), "-o", str(out)]) == 2
+    assert "outputs are not compressed" in capsys.readouterr().err
+    assert not out.exists()
+    packed.write_bytes(packed.read_bytes()[:-9])
+    assert main(["table", "memory", str(packed)]) == 2
+    assert "not a whole gzip file" in capsys.readouterr().err

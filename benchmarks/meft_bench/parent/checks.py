@@ -10,6 +10,8 @@ a file next to the records (`runs/gpu-check.checks.jsonl`):
 
 import dataclasses
 import json
+import os
+import re
 import statistics
 import subprocess
 from collections.abc import Iterator
@@ -23,6 +25,8 @@ from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.record import Environment, Status
 from meft_bench.shared.registry import VIRTUAL
 from meft_bench.shared.request import WORKER
+
+_KEYS = {"check", "device", "device_name", "status", "figures", "environment"}
 
 
 def path_beside(records: Path) -> Path:
@@ -39,19 +43,15 @@ def is_done(path: Path, name: str, device: str, environment: Environment) -> boo
         device: `cuda` or a virtual GPU.
         environment: the current environment.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return False
     wanted = {
         "check": name,
         "device": device,
         "status": Status.OK,
         "code_sha256": environment.code_sha256,
         "machine": environment.machine,
+        "versions": environment.versions,
     }
-    for text in lines:
-        line = json.loads(text)
+    for line in _lines(path):
         found = {**line["environment"], **line}
         if all(found[key] == value for key, value in wanted.items()):
             return True
@@ -67,7 +67,8 @@ def run(
     environment: Environment,
     options: ChildOptions,
     timeout_seconds: float,
-) -> dict[str, Any]:
+    ends_run: bool,
+) -> dict[str, Any] | None:
     """Run one check, and append its report to `path`.
 
     Args:
@@ -78,12 +79,16 @@ def run(
         environment: the environment of the run.
         options: options of the child.
         timeout_seconds: time after which the child is killed.
+        ends_run: whether that is the end of the whole run, which is no fault of the
+            check: nothing is recorded then.
 
     Returns:
-        The line, as a JSON object.
+        The line, as a JSON object; None where nothing is recorded.
     """
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     answer = _run_one(name, device, logs, options, timeout_seconds)
+    if answer["status"] == Status.TIMEOUT and ends_run:
+        return None
     line = {
         "check": name,
         "device": device,
@@ -91,28 +96,48 @@ def run(
         **answer,
         "environment": dataclasses.asdict(environment),
     }
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    with path.open("a+b") as file:
+        # A line that a killed run has left half written ends here.
+        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(("\n" * torn + json.dumps(line) + "\n").encode())
     return line
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file of checks; none if there is no file."""
+    try:
+        texts = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and line.keys() >= _KEYS:
+            yield line
 
 
 def compare(path: Path) -> list[str]:
     """Return lines that compare predicted figures with measured ones.
 
-    The newest figures of each check are used; there are no lines before a check has run
-    on both devices.
+    Figures of a check are compared with those of the virtual GPU of the same name. The
+    newest figures of checks that ended well are used; there are no lines before a check
+    has run on both.
     """
-    newest: dict[tuple[str, bool], dict[tuple[str, str], Any]] = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
+    newest: dict[tuple[str, str, bool], dict[tuple[str, str], Any]] = {}
+    for line in _lines(path):
+        if line["status"] != Status.OK:
+            continue
         is_virtual = line["device"].startswith(VIRTUAL)
-        newest[line["check"], is_virtual] = {
+        newest[line["check"], line["device_name"], is_virtual] = {
             (figure["case"], figure["quantity"]): figure["value"]
             for figure in line["figures"]
         }
     lines = []
-    for (check, is_virtual), predicted in newest.items():
-        measured = newest.get((check, False), {})
+    for (check, card, is_virtual), predicted in newest.items():
+        measured = newest.get((check, card, False), {})
         if is_virtual and measured:
             lines += [f"{check}: {text}" for text in _differences(measured, predicted)]
     return lines
@@ -145,11 +170,12 @@ def _differences(
 def _run_one(
     name: str, device: str, logs: Path, options: ChildOptions, timeout_seconds: float
 ) -> dict[str, Any]:
-    out = (logs / f"check-{name}-{device}.json").resolve()
+    label = re.sub(r"[^A-Za-z0-9.-]+", "_", device)  # a device may be a path
+    out = (logs / f"check-{name}-{label}.json").resolve()
     out.unlink(missing_ok=True)
     log = out.with_suffix(".log")
     body = {"check": {"name": name, "device": device}, "options": options.to_json()}
-    message = ""
+    status, message = Status.ERROR, ""
     with log.open("wb") as file:
         try:
             done = subprocess.run(
@@ -163,9 +189,16 @@ def _run_one(
             )
             message = f"ended with {done.returncode}; see {log}"
         except subprocess.TimeoutExpired:
+            status = Status.TIMEOUT
             message = f"still running after {timeout_seconds:g} s"
     if not out.is_file():
-        return {"status": "error", "message": message, "figures": [], "seconds": None}
+        return {
+            "status": status,
+            "message": message,
+            "figures": [],
+            "seconds": None,
+            "device_name": None,
+        }
     answer: dict[str, Any] = json.loads(out.read_text())
     out.unlink()
     return answer

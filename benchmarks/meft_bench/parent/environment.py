@@ -13,10 +13,10 @@ import importlib.util
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from meft_bench.shared import distributions
+from meft_bench.shared import distributions, methods
 from meft_bench.shared.record import Environment
 from meft_bench.shared.registry import VIRTUAL
 
@@ -144,15 +144,26 @@ def source_folders() -> dict[str, Path]:
 
 
 def digest(folders: Mapping[str, Path]) -> str:
-    """Return the sha256 over the `.py` files of some packages, names and contents."""
+    """Return the sha256 over the sources of some packages, names and contents.
+
+    Sources are `.py` files and the data that they compute with: the table of methods
+    and the files of GPUs.
+    """
     total = hashlib.sha256()
     for name, folder in sorted(folders.items()):
-        for path in sorted(folder.rglob("*.py")):
+        paths = {path.relative_to(folder).as_posix(): path for path in _sources(folder)}
+        table = methods.path_of(folder)
+        if name == "meft_bench" and table.is_file():
+            paths[methods.FILE] = table
+        for relative, path in sorted(paths.items()):
             content = hashlib.sha256(path.read_bytes()).hexdigest()
-            total.update(
-                f"{name}/{path.relative_to(folder).as_posix()} {content}\n".encode()
-            )
+            total.update(f"{name}/{relative} {content}\n".encode())
     return total.hexdigest()
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    yield from folder.rglob("*.py")
+    yield from folder.glob("virtual/device/gpus/*.json")
 
 
 def _commit(

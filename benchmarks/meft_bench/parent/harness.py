@@ -139,7 +139,8 @@ class Budget:
         if self._deadline is None:
             yield
             return
-        timer = threading.Timer(self.seconds_left, stop.set)
+        seconds = min(self.seconds_left, threading.TIMEOUT_MAX)
+        timer = threading.Timer(seconds, stop.set)
         timer.daemon = True
         timer.start()
         try:
@@ -165,6 +166,7 @@ def _run_checks(plan: Plan, budget: Budget) -> list[Status]:
         done = not plan.force and checks.is_done(path, name, plan.check_device, where)
         if done or budget.is_over:
             continue
+        ends_run = budget.seconds_left < plan.timeout_seconds
         line = checks.run(
             name,
             plan.check_device,
@@ -173,7 +175,11 @@ def _run_checks(plan: Plan, budget: Budget) -> list[Status]:
             environment=where,
             options=plan.options,
             timeout_seconds=min(plan.timeout_seconds, budget.seconds_left),
+            ends_run=ends_run,
         )
+        if line is None:
+            output.complain(f"check {name} on {plan.check_device}: out of time")
+            break
         ended.append(Status(line["status"]))
         words = [f"check {name} on {plan.check_device}: {line['status']}"]
         words += [str(line["message"])] if line["message"] else []

@@ -322,7 +322,9 @@ def _zipped(table: dict[str, Any]) -> tuple[Point, ...]:
 def _rule(table: dict[str, Any]) -> Rule:
     override = {name: value for name, value in table.items() if name != "when"}
     if not override:
-        raise ValueError("set: nothing to set; name at least one field in addition to `when`")
+        raise ValueError(
+            "set: nothing to set; name at least one field in addition to `when`"
+        )
     when = _table(table.get("when", {}), "set: when")
     return Rule(when=_condition(when, "set: when"), override=_point(override, "set"))
 

@@ -1,8 +1,8 @@
 """A virtual GPU: fake tensors on a device that behaves as the named GPU.
 
     with VirtualGpu(gpu.find("H200")) as device:
-        model = build().to(device.backend.device)  # no memory is taken
-        with device.new_ledger() as ledger: ...
+        with device.new_ledger() as ledger:  # counts what is made inside
+            model = build().to(device.backend.device)  # no memory is taken
 
 While the context is active, torch and transformers are patched so that a training step
 takes the same code paths as on the real GPU. The docstring of each patch states what
@@ -104,7 +104,7 @@ class VirtualGpu:
         self._replays.clear()
         return self.ledger
 
-    def reset_peaks(self, *_: Any) -> None:
+    def reset_peaks(self, *_: Any, **__: Any) -> None:
         """Reset the peaks."""
         if self.ledger is not None:
             self._peaks_since = self.ledger.mark()
@@ -121,7 +121,11 @@ class VirtualGpu:
         Raises:
             torch.OutOfMemoryError: the peak is larger than the memory of the GPU.
         """
-        assert self.ledger is not None, "no ledger has been put in"
+        if self.ledger is None:
+            raise RuntimeError(
+                "a virtual GPU counts memory from `new_ledger()` on: make the model "
+                "and train inside `with device.new_ledger():`"
+            )
         asked = self._peaks_since, self.ledger.num_events
         if asked not in self._replays:  # a replay takes as long as a step
             found = replay(
@@ -132,6 +136,10 @@ class VirtualGpu:
             )
             self._replays = {asked: found}
         return self._replays[asked]
+
+    def _memory_info(self, *_: Any, **__: Any) -> tuple[int, int]:
+        """Free and total bytes, as `torch.cuda.mem_get_info` returns them."""
+        return self._free_bytes(), self.gpu.memory_bytes
 
     def _free_bytes(self) -> int:
         taken = self.gpu.context_bytes + self.peaks().end_reserved_bytes
@@ -170,14 +178,19 @@ class VirtualGpu:
         answers: dict[str, Any] = {
             "reset_peak_memory_stats": self.reset_peaks,
             "empty_cache": self.empty_cache,
-            "max_memory_allocated": lambda *_: self.peaks().allocated_bytes,
-            "max_memory_reserved": lambda *_: self.peaks().reserved_bytes,
-            "memory_allocated": lambda *_: self.peaks().end_allocated_bytes,
-            "memory_reserved": lambda *_: self.peaks().end_reserved_bytes,
-            "mem_get_info": lambda *_: (self._free_bytes(), self.gpu.memory_bytes),
+            "max_memory_allocated": lambda *_, **__: self.peaks().allocated_bytes,
+            "max_memory_reserved": lambda *_, **__: self.peaks().reserved_bytes,
+            "memory_allocated": lambda *_, **__: self.peaks().end_allocated_bytes,
+            "memory_reserved": lambda *_, **__: self.peaks().end_reserved_bytes,
+            "mem_get_info": lambda *_, **__: (
+                self._free_bytes(),
+                self.gpu.memory_bytes,
+            ),
         }
         for name, answer in answers.items():
-            yield mock.patch.object(torch.cuda, name, answer)
+            # Some code takes them from the module in which they are written.
+            for module in (torch.cuda, torch.cuda.memory):
+                yield mock.patch.object(module, name, answer)
 
 
 def _enter_backend(stack: contextlib.ExitStack) -> Backend:
