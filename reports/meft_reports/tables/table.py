@@ -88,8 +88,8 @@ def notes_on(rows: pd.DataFrame) -> list[str]:
         )
     if rows["device"].str.startswith("virtual-").any():
         notes.append(
-            "Predicted, not measured: nothing ran on a virtual GPU, and no prediction "
-            "has been held against a real one yet."
+            "Predicted, not measured: nothing ran on a virtual GPU. How close such "
+            "predictions were to an H200: docs/virtual-gpu.md."
         )
     return notes
 
