@@ -204,9 +204,12 @@ def test_no_text_of_a_figure_is_a_formula(name: str) -> None:
     records = [_with_text(record, text) for record in build_all()]
     for record, plain in zip(records, build_all(), strict=True):
         # One method is what others relate to, and has to keep its name; the headline
-        # has certain methods only.
-        if plain["cell"]["method"] == "full" or name == "headline":
-            record["cell"]["method"] = plain["cell"]["method"]
+        # has certain methods, tasks and devices only.
+        if plain["cell"]["method"] == "full":
+            record["cell"]["method"] = "full"
+        if name == "headline":
+            kept = ("method", "task", "device", "rival")
+            record["cell"] |= {field: plain["cell"][field] for field in kept}
     figure = find_plot(name).draw(to_frame(records))
     render(figure, "svg")
     texts = figure.findobj(matplotlib.text.Text)
