@@ -69,9 +69,11 @@ def lora(place: Place, *, padded: bool, checkpointing: bool = False) -> None:
 
     model: Any = _model(LLAMA_3B, place)
     if checkpointing:
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        # The first name is that of transformers 5.23 and later.
+        name = "activation_checkpointing_enable"
+        if not hasattr(model, name):
+            name = "gradient_checkpointing_enable"
+        getattr(model, name)({"use_reentrant": False})
         model.enable_input_require_grads()
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
     _train(get_peft_model(model, config), place, (1024,) * 3, batch=4, padded=padded)
