@@ -283,6 +283,16 @@ class _Enter(torch.autograd.Function):
     def backward(
         ctx: Any, one: Tensor | None, other: Tensor | None
     ) -> tuple[Tensor | None, None, None]:
+        """Add up the gradients of both carriers.
+
+        Args:
+            ctx: what `forward` kept.
+            one, other: gradients of the two carriers, `batch seq hidden`; None for one
+                that nothing used.
+
+        Returns:
+            The gradient of the hidden states, None if there is none; None twice.
+        """
         total = added(one, other)
         return None if total is None else total.to(ctx.dtype), None, None
 

@@ -16,6 +16,7 @@ from meft_bench.parent import cli, planning
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.source import Source
 from meft_bench.virtual.device import gpu
+from meft_bench.virtual.device.gpu import library_bytes
 from meft_bench.virtual.prediction.plan import plan as make_plan
 
 TINY = ["--batch", "2", "--seq", "16", "--gpu", "RTX3090"]
@@ -33,7 +34,7 @@ def test_a_plan_tells_what_a_step_takes(capsys: pytest.CaptureFixture[str]) -> N
         assert plan["needed_bytes"] > plan["reserved_bytes"] >= plan["allocated_bytes"]
         # Of each of two threads: 8 times 4 MiB, as children of the harness ask of
         # cuBLAS, and what cuBLASLt takes.
-        _, lt = gpu.library_bytes(rtx, torch.__version__)
+        _, lt = library_bytes(rtx, torch.__version__)
         own = 8 * 4 * 2**20
         assert plan["by_kind"]["libraries"] - 2 * own in (0, lt, 2 * lt)
         assert "held against an H200" in plan["prediction"]

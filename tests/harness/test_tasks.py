@@ -316,6 +316,6 @@ def test_synthetic_rows_have_exactly_the_shape_asked_for() -> None:
     assert all(0 <= token < 11 for e in examples for token in e.token_ids)
     assert synthetic.examples(cell(batch_size=3, seq_len=7), 11) == examples
     assert synthetic.examples(cell(batch_size=3, seq_len=7, seed=1), 11) != examples
-    told = synthetic.causal_lm_examples(cell(batch_size=3, seq_len=7), 11)
-    assert [e.token_ids for e in told] == [e.token_ids for e in examples]
-    assert all(e.label == e.token_ids for e in told)
+    targets = synthetic.causal_lm_examples(cell(batch_size=3, seq_len=7), 11)
+    assert [e.token_ids for e in targets] == [e.token_ids for e in examples]
+    assert all(e.label == e.token_ids for e in targets)

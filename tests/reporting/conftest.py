@@ -365,7 +365,7 @@ def knowledge() -> pd.DataFrame:
 
 @pytest.fixture(scope="session")
 def headline() -> pd.DataFrame:
-    """The frame of `build_headline`; nobody may change it."""
+    """The frame of `build_headline`; tests must not modify it."""
     return to_frame(build_headline())
 
 
