@@ -16,7 +16,8 @@ import pytest
 from meft_bench.parent import cli, doctor, environment, harness, planning, runs
 from meft_bench.shared import configs, distributions, registry
 from meft_bench.shared.cell import Cell
-from meft_bench.shared.record import Measurement, Record, Status
+from meft_bench.shared.measurement import Measurement
+from meft_bench.shared.record import Record, Status
 from meft_bench.shared.source import MissingError, Source
 from meft_bench.shared.units import format_bytes, parse_bytes
 

@@ -17,8 +17,9 @@ from meft_bench.parent import cli, environment, isolate, runs
 from meft_bench.parent.runs import RecordsFile, RunsError
 from meft_bench.shared import outcome
 from meft_bench.shared.cell import Cell
+from meft_bench.shared.measurement import Measurement
 from meft_bench.shared.options import ChildOptions
-from meft_bench.shared.record import Environment, Measurement, Record, Status
+from meft_bench.shared.record import Environment, Record, Status
 
 SWEEP = """
 question = "Is anything lost?"

@@ -9,7 +9,8 @@ import pytest
 from meft_bench.parent import runs
 from meft_bench.parent.runs import RecordsFile, RunsError
 from meft_bench.shared.cell import Cell
-from meft_bench.shared.record import Environment, Measurement, Record, Status
+from meft_bench.shared.measurement import Measurement
+from meft_bench.shared.record import Environment, Record, Status
 
 
 @pytest.fixture

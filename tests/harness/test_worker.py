@@ -12,8 +12,8 @@ from meft_bench.child.training.out_of_memory import is_out_of_memory
 from meft_bench.child.worker import one_line, run
 from meft_bench.shared import outcome, request
 from meft_bench.shared.cell import Cell
+from meft_bench.shared.measurement import Measurement
 from meft_bench.shared.options import ChildOptions
-from meft_bench.shared.record import Measurement
 from meft_bench.shared.registry import METHODS
 
 TINY: dict[str, Any] = {

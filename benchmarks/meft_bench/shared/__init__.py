@@ -1,6 +1,8 @@
 """Code of both the parent process and its children; no module imports torch.
 
 cell       what to run: the fields that identify a measurement
+tables     reads the tables of methods and of measurements
+measurement   the numbers of a cell by name; None where one was not measured
 record     the result: status, measurement and environment
 request    what a parent requests of a child, on the command line
 options    settings of a child that do not belong to the cell

@@ -1,9 +1,9 @@
 """The definition of every column of the frame, in one table.
 
 The location of a value in a record, its dtype, its unit, whether lower is better and
-its meaning are defined only in this package. The reader, the tables, the page's legend
-and the thresholds of `check` all use `COLUMNS`. docs/numbers.md describes how the
-harness measures each number.
+its meaning are defined only here: those of the measurement in `measurements.toml`. The
+reader, the tables, the page's legend, docs/numbers.md and the thresholds of `check` all
+use `COLUMNS`.
 """
 
 from meft_reports.columns.cell import CELL
