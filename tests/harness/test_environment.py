@@ -186,21 +186,22 @@ def test_no_driver(nvml: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment.why_no_gpu().startswith("cannot tell without `python -m pip")
 
 
+@pytest.mark.parametrize("file", ["methods.toml", "backbones.toml"])
 def test_data_that_the_code_computes_with_are_part_of_its_digest(
-    tmp_path: Path,
+    tmp_path: Path, file: str
 ) -> None:
-    """The table of methods, next to the package or inside it, and files of GPUs."""
+    """The two tables, next to the package or inside it, and files of GPUs."""
     package = tmp_path / "meft_bench"
     gpus = package / "virtual" / "device" / "gpus"
     gpus.mkdir(parents=True)
     (package / "cell.py").write_text("")
-    table, one = tmp_path / "methods.toml", gpus / "mine.json"
+    table, one = tmp_path / file, gpus / "mine.json"
     table.write_text("[full]")
     one.write_text("{}")
     before = environment.digest({"meft_bench": package})
-    table.rename(package / "methods.toml")
+    table.rename(package / file)
     assert environment.digest({"meft_bench": package}) == before
-    (package / "methods.toml").write_text("[head]")
+    (package / file).write_text("[head]")
     after = environment.digest({"meft_bench": package})
     one.write_text("{ }")
     assert len({before, after, environment.digest({"meft_bench": package})}) == 3

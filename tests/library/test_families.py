@@ -23,7 +23,8 @@ from library.families import (
     twin_of,
 )
 from marks import slow_but_for
-from meft.backbone.families import FAMILIES, find_blocks
+from meft.backbone.families import FAMILIES
+from meft.backbone.find import find_blocks
 from meft.reversible.blocks import ReversibleBlocks
 from meft.reversible.convert import find_stacks
 from meft.reversible.fixed import FRACTION_BITS_WIDE

@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from meft_bench.shared import distributions, methods
+from meft_bench.shared import distributions, tables
 from meft_bench.shared.record import Environment
 from meft_bench.shared.registry import VIRTUAL
 
@@ -146,15 +146,16 @@ def source_folders() -> dict[str, Path]:
 def digest(folders: Mapping[str, Path]) -> str:
     """Return the sha256 over the sources of some packages, names and contents.
 
-    Sources are `.py` files and the data that they compute with: the table of methods
-    and the files of GPUs.
+    Sources are `.py` files and the data that they compute with: the tables of
+    methods and backbones, and the files of GPUs.
     """
     total = hashlib.sha256()
     for name, folder in sorted(folders.items()):
         paths = {path.relative_to(folder).as_posix(): path for path in _sources(folder)}
-        table = methods.path_of(folder)
-        if name == "meft_bench" and table.is_file():
-            paths[methods.FILE] = table
+        for file in tables.FILES if name == "meft_bench" else ():
+            table = tables.path_of(folder, file)
+            if table.is_file():
+                paths[file] = table
         for relative, path in sorted(paths.items()):
             content = hashlib.sha256(path.read_bytes()).hexdigest()
             total.update(f"{name}/{relative} {content}\n".encode())

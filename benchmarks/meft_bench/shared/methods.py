@@ -4,11 +4,10 @@ The data is `methods.toml`, which the reports read as well.
 """
 
 import dataclasses
-import tomllib
 from dataclasses import dataclass
-from pathlib import Path
 
-FILE = "methods.toml"
+from meft_bench.shared import tables
+
 FUNCTIONS = "meft_bench.child.methods"
 """Package of the functions."""
 
@@ -44,35 +43,21 @@ class Method:
 _FOR_REPORTS = ("float_of", "color", "marker", "line", "hollow")
 
 
-def path_of(package: Path) -> Path:
-    """Return the path of the table of methods that belongs to a copy of `meft_bench`.
-
-    A wheel carries the file inside the package; a checkout has it next to it.
-    """
-    inside = package / FILE
-    return inside if inside.is_file() else package.parent / FILE
-
-
 def _read() -> dict[str, Method]:
-    path = path_of(Path(__file__).parents[1])
-    known = {field.name for field in dataclasses.fields(Method)}
+    known = {*(field.name for field in dataclasses.fields(Method)), *_FOR_REPORTS}
     methods = {}
-    for name, table in tomllib.loads(path.read_text(encoding="utf-8")).items():
-        wrong = [key for key in table if key not in {*known, *_FOR_REPORTS}]
-        if wrong or "function" not in table:
-            what = f"unknown field {wrong[0]!r}" if wrong else "no `function`"
-            valid = ", ".join(sorted({*known, *_FOR_REPORTS}))
-            raise ValueError(f"{path}: [{name}]: {what}; fields are {valid}")
+    for name, table in tables.read(tables.METHODS, "function", known).items():
         fields = {key: v for key, v in table.items() if key not in _FOR_REPORTS}
         fields["options"] = tuple(fields.get("options", ()))
         methods[name] = Method(**fields)
     for name, method in methods.items():
+        where = f"{tables.METHODS}: [{name}]"
         if method.twin_of and method.twin_of not in methods:
-            raise ValueError(f"{path}: [{name}]: no method {method.twin_of!r}")
+            raise ValueError(f"{where}: no method {method.twin_of!r}")
         if method.streams not in ("", "float", "integer"):
-            raise ValueError(f"{path}: [{name}]: streams are `float` or `integer`")
+            raise ValueError(f"{where}: streams are `float` or `integer`")
         if ":" not in method.function:
-            raise ValueError(f"{path}: [{name}]: `function` is written FILE:NAME")
+            raise ValueError(f"{where}: `function` is written FILE:NAME")
     return methods
 
 
