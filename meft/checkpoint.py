@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME as MODEL
 
-from meft.backbone.families import find_blocks, new_heads
+from meft.backbone.find import find_blocks
+from meft.backbone.heads import new_heads
 from meft.backbone.uncalled import allow_calls
 from meft.errors import AdapterFileError, FrozenWarning, UnsupportedModelError
 from meft.reversible.config import ReversibleConfig

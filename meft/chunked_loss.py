@@ -19,17 +19,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import (
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    OPTForCausalLM,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from meft.backbone.families import transformers_model
+from meft.backbone.families import FAMILIES
+from meft.backbone.find import transformers_model
 from meft.backbone.uncalled import ignored
 from meft.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
 from meft.linear_cross_entropy import (
@@ -44,14 +40,8 @@ Model = TypeVar("Model", bound=nn.Module)
 Loss = Callable[..., Tensor]
 """Signature (hidden, weight, labels, bias, ignore_index, num_items); returns a loss."""
 
-BODIES: dict[type[Any], str] = {
-    OPTForCausalLM: "model.decoder",
-    LlamaForCausalLM: "model",
-    MistralForCausalLM: "model",
-}
-"""The module, per class, that computes the last hidden states in its forward. All these
-classes multiply them by `lm_head` and do not change the logits further.
-"""
+SUPPORTED = tuple(family.causal_lm for family in FAMILIES if family.causal_lm)
+"""The language models whose loss can be computed without their logits."""
 
 _forwards: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 """Functions that `chunk_loss` has installed in models. An attribute of the function
@@ -136,11 +126,11 @@ def unchunk_loss(model: Model) -> Model:
 
 
 def _body_path(model: nn.Module) -> str:
-    for supported, path in BODIES.items():
+    for supported in SUPPORTED:
         # A subclass with its own forward may compute something else.
-        if getattr(type(model), "forward", None) is supported.forward:
-            return path
-    names = ", ".join(supported.__name__ for supported in BODIES)
+        if getattr(type(model), "forward", None) is supported.model_class.forward:
+            return supported.body
+    names = ", ".join(supported.model_class.__name__ for supported in SUPPORTED)
     inner = transformers_model(model)
     advice = "" if inner is model else f". Call it on the {type(inner).__name__} inside"
     raise UnsupportedModelError(

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from meft.backbone.families import (
+from meft.backbone.heads import (
     backbone_parameters,
     freeze_all_but_head,
     new_heads,

@@ -1,4 +1,7 @@
-"""`Family`: the structure of the blocks of one class."""
+"""`Family`: all that the library knows about one class of blocks and its models.
+
+`meft.backbone.families` has one module per structure of blocks, and lists all families.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,11 +30,28 @@ class AdapterShape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CausalLM:
+    """transformers' causal language model of a family.
+
+    Its logits are the last hidden states times `lm_head`, without further changes.
+    """
+
+    model_class: type[Any]
+    body: str
+    """Name, in the model, of the module whose forward computes the last hidden states.
+    """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """The structure of the blocks of one class."""
+    """The structure of the blocks of one class, and of the models that have them."""
 
     name: str
     """Name of the family for users, `BERT`."""
+    model_type: str
+    """`model_type` of transformers' configs."""
+    order: int
+    """Position in lists, such as those of error messages."""
     block: type[nn.Module]
     attention_half: AttentionHalf
     mlp_half: MlpHalf
@@ -46,9 +66,17 @@ class Family:
     """
     refuse: Callable[[Any], str | None] = lambda block: None
     """Reason why this block cannot be run in halves; None if it can."""
-
-    def __reduce__(self) -> tuple[Callable[[type[nn.Module]], "Family"], tuple[Any]]:
-        """Reduce to the class of the blocks; `copy` returns the family itself."""
-        from meft.backbone.families import family_of  # that module imports this one
-
-        return family_of, (self.block,)
+    new_heads: tuple[str, ...]
+    """Attributes of transformers' models that hold a task head without pre-trained
+    weights, which must be trained. Poolers and language-model heads are pre-trained and
+    stay frozen.
+    """
+    query_and_value: tuple[str, str]
+    """Last parts of the names of the query and value projections, as LoRA takes them.
+    """
+    takes_parallel_adapter: bool = False
+    """Whether a model has one list of blocks, whose class can be changed to add a
+    parallel adapter (`meft.add_sparse_adapters`).
+    """
+    causal_lm: CausalLM | None = None
+    """The causal language model whose loss can be chunked (`meft.chunk_loss`)."""

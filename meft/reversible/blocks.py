@@ -32,8 +32,8 @@ from typing import Any, cast, no_type_check
 import torch
 from torch import Tensor, nn
 
-from meft.backbone.families import is_checkpointing
 from meft.backbone.family import Family
+from meft.backbone.find import is_checkpointing
 from meft.backbone.uncalled import (
     refuse_calls,
     refuse_sharded,

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from meft.backbone.families import (
+from meft.backbone.find import (
     BlockList,
     find_blocks,
     is_checkpointing,

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from meft import host_memory
 from meft.backbone import parallel
-from meft.backbone.families import FAMILIES as KNOWN
-from meft.backbone.families import BlockList, find_blocks, transformers_model
+from meft.backbone.families import FAMILIES, family_of
 from meft.backbone.family import Family
+from meft.backbone.find import BlockList, find_blocks, transformers_model
 from meft.backbone.uncalled import refuse_what_would_not_run
 from meft.errors import HostMemoryError, UnsupportedModelError
 from meft.saving import add_saving, remove_saving
@@ -26,7 +26,6 @@ from meft.sparse.store import RowStore
 from meft.trainable import choose_trainable, has_peft_layers, warn_if_frozen
 
 Model = TypeVar("Model", bound=nn.Module)
-FAMILIES = ("BERT", "RoBERTa", "OPT", "LLaMA", "Mistral")
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 
@@ -123,11 +122,11 @@ def _find(model: nn.Module) -> BlockList:
             "and `meft.make_reversible()` on the result"
         )
     lists = find_blocks(model)
-    if len(lists) != 1 or lists[0].family.name not in FAMILIES:
+    if len(lists) != 1 or not lists[0].family.takes_parallel_adapter:
+        names = ", ".join(f.name for f in FAMILIES if f.takes_parallel_adapter)
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not supported by sparse adapters: they go "
-            f"beside the feed-forward of transformers' {', '.join(FAMILIES)}, with any "
-            "head"
+            f"{type(model).__name__} is not supported by sparse adapters: they run in "
+            f"parallel with the feed-forward of transformers' {names}, with any head"
         )
     return lists[0]
 
@@ -253,8 +252,7 @@ def _with_adapter(original: Any, family: Family) -> type[nn.Module]:
 
 def _bare_block(original: Any) -> nn.Module:
     """Create a block with a sparse adapter that `copy` or `pickle` fills."""
-    family = next(family for family in KNOWN if family.block is original)
-    kind = _with_adapter(original, family)
+    kind = _with_adapter(original, family_of(original))
     return kind.__new__(kind)
 
 

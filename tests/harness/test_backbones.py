@@ -17,11 +17,14 @@ from transformers import (
 )
 
 from harness.tiny import FAMILIES, HIDDEN, VOCABULARY, cell, classifier, num_lists
+from meft.backbone import families
 from meft_bench.child import backbones
 from meft_bench.child.backbones import files, packages, shapes
+from meft_bench.child.backbones.classifier import CAUSAL_LM_TYPES
 from meft_bench.child.tasks.batches import encode
 from meft_bench.child.tasks.task import Row
 from meft_bench.shared import configs, distributions
+from meft_bench.shared.backbones import TABLE
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import PACKAGED_BACKBONES, RANDOM_BACKBONES
 from meft_bench.shared.source import MissingError, Source
@@ -144,9 +147,19 @@ def test_barts_classifier_is_transformers_own_on_rows_that_end_once() -> None:
         assert torch.equal(got.grad, expected.grad)
 
 
+def test_the_table_has_the_model_types_of_the_library() -> None:
+    """Of those that the harness does not run, it makes no models."""
+    assert set(TABLE) == {family.model_type for family in families.FAMILIES}
+    without = {name for name, kind in TABLE.items() if not kind.models}
+    assert without == {"deit"}
+    causal = {f.model_type for f in families.FAMILIES if f.causal_lm}
+    assert set(CAUSAL_LM_TYPES) == causal
+
+
 def test_every_named_shape_is_known() -> None:
     """What a sweep may name is what can be built, and so for packages."""
-    assert set(shapes.SHAPES) == set(RANDOM_BACKBONES)
+    for name, model_type in RANDOM_BACKBONES.items():
+        assert shapes.find_config(name).model_type == model_type
     assert set(packages.PACKAGED) == set(PACKAGED_BACKBONES)
 
 

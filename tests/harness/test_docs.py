@@ -56,10 +56,13 @@ def test_every_file_is_in_the_picture(package: str) -> None:
         files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
         if not files or folder.name == "__pycache__":
             continue
+        init = (folder / "__init__.py").read_text()
+        if "pkgutil" in init:  # all files in it are of one kind
+            files = []
         where = folder.relative_to(root)
         if folder != root and f"`{where}/`" not in text and f"`{where}/" not in text:
             missing.append(f"{where}/")
-        listed = re.findall(r"\w+", (folder / "__init__.py").read_text())
+        listed = re.findall(r"\w+", init)
         missing += [
             f"{path.relative_to(root)}"
             for path in files

@@ -15,7 +15,8 @@ from harness.tiny import (
     classifier,
     num_lists,
 )
-from meft.backbone.families import NEW_HEADS, BlockList, find_blocks
+from meft.backbone.find import BlockList, find_blocks
+from meft.backbone.heads import NEW_HEADS
 from meft.errors import UnsupportedModelError
 from meft.sparse.adapter import SparseAdapter
 from meft.sparse.convert import sparse_adapters

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from harness.tiny import FAMILIES, batch, cell, classifier
-from meft.backbone.families import NEW_HEADS
+from meft.backbone.heads import NEW_HEADS
 from meft.sparse.convert import sparse_adapters
 from meft_bench.child import backbones
 from meft_bench.child.meters.clock import StepClock

@@ -17,7 +17,7 @@ from library.families import CASES, Case, cases
 from library.families import reversible as reversible_case
 from library.models import batch, classifier, gradients, only_stack, reversible
 from library.sparse import batches, config
-from meft.backbone.families import find_blocks
+from meft.backbone.find import find_blocks
 from meft.reversible.convert import find_stacks
 
 KINDS: dict[str, Callable[[Any, Callable[..., Any]], Any]] = {

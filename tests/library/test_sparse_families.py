@@ -10,13 +10,15 @@ from transformers import PreTrainedModel
 import meft
 from library.families import CASES, HIDDEN, Case, assert_same_bits, gradients, objective
 from library.sparse import all_rows, config, randomise, row_gradients
-from meft.backbone.families import find_blocks
+from meft.backbone.families import FAMILIES
+from meft.backbone.find import find_blocks
 from meft.errors import UnsupportedModelError
-from meft.sparse.convert import FAMILIES, remove_sparse_adapters, sparse_adapters
+from meft.sparse.convert import remove_sparse_adapters, sparse_adapters
 from meft.sparse.dense import DenseAdapter
 from meft.testing import tolerance
 
-SUPPORTED = [case for case in CASES if case.family.split()[0] in FAMILIES]
+NAMES = {family.name for family in FAMILIES if family.takes_parallel_adapter}
+SUPPORTED = [case for case in CASES if case.family.split()[0] in NAMES]
 every_case = pytest.mark.parametrize("case", SUPPORTED, ids=lambda case: case.name)
 ENDS = {
     "BERT": ("intermediate", "output.dense"),

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from meft_bench.shared import methods
+from meft_bench.shared import backbones, methods
 
 _TASKS = "meft_bench.child.tasks"
 _CHECKS = "meft_bench.virtual.validation"
@@ -67,30 +67,18 @@ PACKAGED_BACKBONES = {
 }
 """Real weights that a package contains: backbone name to distribution name."""
 
-MODEL_TYPES = ("bart", "bert", "llama", "mistral", "opt", "roberta", "vit")
+MODEL_TYPES = backbones.types_of(*backbones.MODELS)
 """The `model_type` of every supported config."""
 
-RANDOM_BACKBONES = (
-    "bert-tiny",
-    "bert-base",
-    "bert-large",
-    "roberta-tiny",
-    "roberta-large",
-    "bart-tiny",
-    "bart-large",
-    "opt-tiny",
-    "opt-125m",
-    "opt-1.3b",
-    "opt-6.7b",
-    "opt-66b",
-    "llama-tiny",
-    "llama-7b",
-    "mistral-tiny",
-    "mistral-7b",
-    "vit-tiny",
-    "vit-large",
-)
-"""Shapes by name for `random:NAME`; `random:PATH` reads a config.json."""
+RANDOM_BACKBONES = {
+    shape: model_type
+    for model_type, kind in backbones.TABLE.items()
+    for shape in kind.shapes
+}
+"""Shapes by name for `random:NAME`, each with its `model_type`.
+
+`random:PATH` reads a config.json.
+"""
 
 DTYPES = ("fp32", "bf16", "fp16")
 BLOCKS = ("eager", "compiled")

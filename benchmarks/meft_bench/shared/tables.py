@@ -1,12 +1,14 @@
-"""The tables of methods and of measurements, which are data of this package."""
+"""The tables of methods, measurements and backbones, which are data of this package."""
 
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-METHODS, MEASUREMENTS = "methods.toml", "measurements.toml"
-FILES = (METHODS, MEASUREMENTS)
+METHODS = "methods.toml"
+MEASUREMENTS = "measurements.toml"
+BACKBONES = "backbones.toml"
+FILES = (METHODS, MEASUREMENTS, BACKBONES)
 
 
 class TableError(ValueError):

@@ -24,14 +24,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from meft.backbone.families import NEW_HEADS, find_blocks
-from meft_bench.child.backbones.bart import BartClassifier
+from meft.backbone.find import find_blocks
+from meft.backbone.heads import NEW_HEADS
+from meft_bench.shared import backbones, registry
 from meft_bench.shared.cell import Cell
 
-CAUSAL_LM_TYPES = ("llama", "mistral", "opt")
-"""Those of `MODEL_TYPES` that support tasks with questions."""
+CAUSAL_LM_TYPES = backbones.types_of("causal-lm")
+"""Model types that support tasks with questions."""
 
-LANGUAGE_MODELS = ("bart", *CAUSAL_LM_TYPES)
+LANGUAGE_MODELS = backbones.types_of("causal-lm", "seq2seq-lm")
 """Model types that support language modelling on given tokens.
 
 BART derives its decoder's input from these tokens; tasks with questions do not support
@@ -41,9 +42,13 @@ a second stack.
 WEIGHTS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def _type_of(config: PreTrainedConfig) -> backbones.ModelType:
+    return backbones.TABLE[config.model_type]
+
+
 def image_shape(config: PreTrainedConfig) -> tuple[int, int, int] | None:
     """Return `channels height width` of a model's images; None if it reads text."""
-    if config.model_type != "vit":
+    if "image-classifier" not in _type_of(config).models:
         return None
     return (config.num_channels, *_pair(config.image_size))
 
@@ -97,15 +102,15 @@ def model_class(config: PreTrainedConfig, num_labels: int | None) -> Any:
         config: config of the model.
         num_labels: number of classes; None for a language model.
     """
-    if num_labels is not None:
-        if config.model_type == "bart":
-            return BartClassifier
-        if config.model_type == "vit":
-            return AutoModelForImageClassification
-        return AutoModelForSequenceClassification
-    if config.model_type == "bart":
-        return AutoModelForSeq2SeqLM
-    return AutoModelForCausalLM
+    kind = _type_of(config)
+    if num_labels is None:
+        is_seq2seq = "seq2seq-lm" in kind.models
+        return AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
+    if kind.classifier:
+        return registry.load(f"{backbones.CLASSES}.{kind.classifier}")
+    if "image-classifier" in kind.models:
+        return AutoModelForImageClassification
+    return AutoModelForSequenceClassification
 
 
 def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int | None) -> None:
@@ -163,7 +168,7 @@ def _check_images(
 
 def _check_text(config: PreTrainedConfig, cell: Cell) -> None:
     longest = config.max_position_embeddings
-    if config.model_type == "roberta":  # positions start after the padding token's
+    if _type_of(config).positions_start_after_padding:
         longest -= config.pad_token_id + 1
     if cell.seq_len > longest:
         raise ValueError(

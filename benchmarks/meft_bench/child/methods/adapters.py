@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from meft.backbone.families import find_blocks, freeze_all_but_head
 from meft.backbone.family import AdapterShape, Family
+from meft.backbone.find import find_blocks
+from meft.backbone.heads import freeze_all_but_head
 from meft.bottleneck import Bottleneck, wide_dtype
 from meft_bench.shared.cell import Cell
 

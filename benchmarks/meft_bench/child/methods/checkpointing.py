@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from meft.backbone.families import find_blocks
+from meft.backbone.find import find_blocks
 from meft_bench.child.methods.adapters import adapters
 from meft_bench.child.methods.full import full
 from meft_bench.child.methods.lora import lora

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from meft.backbone.families import freeze_all_but_head
+from meft.backbone.heads import freeze_all_but_head
 from meft_bench.child.backbones import heads_of
 from meft_bench.shared.cell import Cell
 

@@ -11,22 +11,11 @@ method regularises its additional modules equally.
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import PreTrainedModel
 
-from meft.backbone.families import find_blocks
+from meft.backbone.find import find_blocks
 from meft.bottleneck import wide_dtype
 from meft_bench.child.backbones import heads_of
 from meft_bench.shared import protocol
 from meft_bench.shared.cell import Cell
-
-QUERY_AND_VALUE = {
-    "BERT": ["query", "value"],
-    "RoBERTa": ["query", "value"],
-    "BART": ["q_proj", "v_proj"],
-    "OPT": ["q_proj", "v_proj"],
-    "LLaMA": ["q_proj", "v_proj"],
-    "Mistral": ["q_proj", "v_proj"],
-    "ViT": ["q_proj", "v_proj"],
-}
-"""Names of the two projections in each family."""
 
 
 def lora(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
@@ -37,7 +26,7 @@ def lora(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
         r=cell.lora_rank,
         lora_alpha=protocol.LORA_ALPHA_PER_RANK * cell.lora_rank,
         lora_dropout=shape.dropout,
-        target_modules=QUERY_AND_VALUE[found.family.name],
+        target_modules=list(found.family.query_and_value),
     )
     # Injected in place: `get_peft_model` would keep a frozen copy of the head.
     inject_adapter_in_model(config, model)

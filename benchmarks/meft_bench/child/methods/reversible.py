@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 import meft
-from meft.backbone.families import find_blocks
+from meft.backbone.find import find_blocks
 from meft_bench.shared.cell import Cell
 
 

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import meft
-from meft.backbone.families import find_blocks, freeze_all_but_head
+from meft.backbone.find import find_blocks
+from meft.backbone.heads import freeze_all_but_head
 from meft.sparse.dense import DenseAdapter
 from meft_bench.child.methods.adapters import AdaptedBlock
 from meft_bench.shared.cell import Cell

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from meft.backbone.families import find_blocks
+from meft.backbone.find import find_blocks
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import ATTENTIONS
 from meft_bench.shared.source import MissingError

@@ -7,10 +7,13 @@ mlp:        out = a + W_down(act(W_gate z) * W_up z) [+ adapter(z)],   z = RMS(a
 from typing import Any
 
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
+from transformers.models.mistral.modeling_mistral import (
+    MistralDecoderLayer,
+    MistralForCausalLM,
+)
 
-from meft.backbone.family import Adapter, AdapterShape, Family
+from meft.backbone.family import Adapter, AdapterShape, CausalLM, Family
 from meft.shapes import Hidden
 
 
@@ -67,17 +70,23 @@ def adapter_shape(block: Any, config: Any) -> AdapterShape:
     )
 
 
-LLAMA, MISTRAL = (
+FAMILIES = tuple(
     Family(
         name=name,
+        model_type=model_type,
+        order=3,
         block=block,
         attention_half=attention_half,
         mlp_half=mlp_half,
         adapter_shape=adapter_shape,
         is_post_norm=lambda block: False,
+        new_heads=("score", "qa_outputs"),
+        query_and_value=("q_proj", "v_proj"),
+        takes_parallel_adapter=True,
+        causal_lm=CausalLM(model_class=causal_lm, body="model"),
     )
-    for name, block in (
-        ("LLaMA", LlamaDecoderLayer),
-        ("Mistral", MistralDecoderLayer),
+    for name, model_type, block, causal_lm in (
+        ("LLaMA", "llama", LlamaDecoderLayer, LlamaForCausalLM),
+        ("Mistral", "mistral", MistralDecoderLayer, MistralForCausalLM),
     )
 )

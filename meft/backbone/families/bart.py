@@ -18,7 +18,7 @@ from transformers.models.bart.modeling_bart import BartDecoderLayer, BartEncoder
 from meft.backbone.family import Adapter, AdapterShape, Family
 from meft.shapes import Hidden
 
-Source = Float[Tensor, "batch source hidden"]
+EncoderHidden = Float[Tensor, "batch source hidden"]
 """The encoder's output, whose text, and so length, differs from the decoder's."""
 
 
@@ -27,7 +27,7 @@ def attention_half(
     hidden: Hidden,
     adapter: Adapter | None = None,
     *,
-    encoder_hidden_states: Source | None = None,
+    encoder_hidden_states: EncoderHidden | None = None,
     encoder_attention_mask: Tensor | None = None,
     use_cache: bool | None = None,
     **call: Any,
@@ -94,17 +94,18 @@ def adapter_shape(block: Any, config: Any) -> AdapterShape:
     )
 
 
-BART_ENCODER, BART_DECODER = (
+FAMILIES = tuple(
     Family(
-        name=name,
+        name="BART",
+        model_type="bart",
+        order=2,
         block=block,
         attention_half=attention_half,
         mlp_half=mlp_half,
         adapter_shape=adapter_shape,
         is_post_norm=lambda block: True,
+        new_heads=("classification_head", "qa_outputs"),
+        query_and_value=("q_proj", "v_proj"),
     )
-    for name, block in (
-        ("BART", BartEncoderLayer),
-        ("BART", BartDecoderLayer),
-    )
+    for block in (BartEncoderLayer, BartDecoderLayer)
 )

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
-from transformers.models.opt.modeling_opt import OPTDecoderLayer
+from transformers.models.opt.modeling_opt import OPTDecoderLayer, OPTForCausalLM
 
-from meft.backbone.family import Adapter, AdapterShape, Family
+from meft.backbone.family import Adapter, AdapterShape, CausalLM, Family
 from meft.shapes import Hidden
 
 
@@ -77,11 +77,19 @@ def adapter_shape(block: Any, config: Any) -> AdapterShape:
     )
 
 
-OPT = Family(
-    name="OPT",
-    block=OPTDecoderLayer,
-    attention_half=attention_half,
-    mlp_half=mlp_half,
-    adapter_shape=adapter_shape,
-    is_post_norm=lambda block: not block.do_layer_norm_before,
+FAMILIES = (
+    Family(
+        name="OPT",
+        model_type="opt",
+        order=1,
+        block=OPTDecoderLayer,
+        attention_half=attention_half,
+        mlp_half=mlp_half,
+        adapter_shape=adapter_shape,
+        is_post_norm=lambda block: not block.do_layer_norm_before,
+        new_heads=("score", "qa_outputs"),
+        query_and_value=("q_proj", "v_proj"),
+        takes_parallel_adapter=True,
+        causal_lm=CausalLM(model_class=OPTForCausalLM, body="model.decoder"),
+    ),
 )

@@ -1,14 +1,14 @@
-"""BERT and RoBERTa: post-norm encoders with the same block.
+"""ViT and DeiT: pre-norm encoders of image patches with the same block.
 
-attention:  a   = LN(x + u [+ adapter(u)]),        u = W_o attend(x)
-mlp:        out = LN(a + W_2 act(W_1 a) [+ adapter(a)])
+attention:  a   = x + u [+ adapter(u)],            u = W_o attend(LN(x))
+mlp:        out = a + W_2 act(W_1 z) [+ adapter(z)],   z = LN(a)
 """
 
 from typing import Any
 
 from torch import Tensor
-from transformers.models.bert.modeling_bert import BertLayer
-from transformers.models.roberta.modeling_roberta import RobertaLayer
+from transformers.models.deit.modeling_deit import DeiTLayer
+from transformers.models.vit.modeling_vit import ViTLayer
 
 from meft.backbone.family import Adapter, AdapterShape, Family
 from meft.shapes import Hidden
@@ -20,33 +20,26 @@ def attention_half(
     adapter: Adapter | None = None,
     *,
     attention_mask: Tensor | None = None,
-    encoder_hidden_states: None = None,
-    encoder_attention_mask: None = None,
-    past_key_values: None = None,
     **call: Any,
 ) -> Hidden:
-    """Run self-attention of one block; the arguments of decoders are None.
+    """Run self-attention of one block.
 
     Args:
         block: the block.
         hidden: `batch seq hidden`.
         adapter: runs after attention, if given.
         attention_mask: the mask of the tokens.
-        encoder_hidden_states: None.
-        encoder_attention_mask: None.
-        past_key_values: None.
         **call: other arguments of self-attention.
 
     Returns:
         The result, of the shape of `hidden`.
     """
-    attended, _ = block.attention.self(hidden, attention_mask=attention_mask, **call)
-    output = block.attention.output
-    update = output.dropout(output.dense(attended))
+    update, *_ = block.attention(block.layernorm_before(hidden), attention_mask, **call)
+    update = block.dropout(update)
     if adapter is not None:
         update = update + adapter(update)
-    normed: Tensor = output.LayerNorm(update + hidden)
-    return normed
+    summed: Tensor = update + hidden
+    return summed
 
 
 def mlp_half(block: Any, hidden: Hidden, adapter: Adapter | None = None) -> Hidden:
@@ -60,39 +53,44 @@ def mlp_half(block: Any, hidden: Hidden, adapter: Adapter | None = None) -> Hidd
     Returns:
         The result, of the shape of `hidden`.
     """
-    update = block.output.dropout(block.output.dense(block.intermediate(hidden)))
+    inner = block.layernorm_after(hidden)
+    update = block.dropout(block.mlp(inner))
     if adapter is not None:
-        update = update + adapter(hidden)
-    normed: Tensor = block.output.LayerNorm(update + hidden)
-    return normed
+        update = update + adapter(inner)
+    summed: Tensor = update + hidden
+    return summed
 
 
 def adapter_shape(block: Any, config: Any) -> AdapterShape:
     """Return width, activation, dropout and initial size of an adapter in `block`."""
     return AdapterShape(
         hidden_size=config.hidden_size,
-        activation=block.intermediate.intermediate_act_fn,
+        activation=block.mlp.activation_fn,
         dropout=config.hidden_dropout_prob,
         std=config.initializer_range,
     )
 
 
-def _refuse(block: Any) -> str | None:
-    if not block.is_decoder:
-        return None
-    return "it has `config.is_decoder=True`: load it with `is_decoder=False`"
-
-
-BERT, ROBERTA = (
+FAMILIES = tuple(
     Family(
         name=name,
+        model_type=model_type,
+        order=4,
         block=block,
         attention_half=attention_half,
         mlp_half=mlp_half,
         adapter_shape=adapter_shape,
-        is_post_norm=lambda block: True,
-        in_parts=("attention", "attention.output", "output"),
-        refuse=_refuse,
+        is_post_norm=lambda block: False,
+        new_heads=new_heads,
+        query_and_value=("q_proj", "v_proj"),
     )
-    for name, block in (("BERT", BertLayer), ("RoBERTa", RobertaLayer))
+    for name, model_type, block, new_heads in (
+        ("ViT", "vit", ViTLayer, ("classifier",)),
+        (
+            "DeiT",
+            "deit",
+            DeiTLayer,
+            ("classifier", "cls_classifier", "distillation_classifier"),
+        ),
+    )
 )

@@ -1,0 +1,124 @@
+"""The lists of blocks in a model, and what prevents blocks from running in halves.
+
+A model is recognised by the class of its blocks, so every head that transformers
+provides for a family is supported, and so is every part of a model that has blocks of a
+family.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from meft.backbone.families import FAMILIES
+from meft.backbone.family import Family
+from meft.errors import UnsupportedCallError, UnsupportedModelError
+
+_DROPS_BLOCKS = (
+    "its loop drops whole blocks at random (`layerdrop` above 0), which a stack that "
+    "runs as one cannot do"
+)
+"""Part of error messages."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockList:
+    """A list of blocks inside a model."""
+
+    name: str
+    """Name of the list in the model, `bert.encoder.layer`."""
+    owner: nn.Module
+    """Module whose forward loops over the list."""
+    attribute: str
+    """Name of the list in its owner, `layer`."""
+    blocks: list[nn.Module]
+    family: Family
+
+
+def find_blocks(model: nn.Module) -> list[BlockList]:
+    """Return every list of blocks of a supported family in `model`.
+
+    Raises:
+        UnsupportedModelError: there is none, or its blocks cannot be run in halves.
+    """
+    families = {family.block: family for family in FAMILIES}
+    found = []
+    for path, owner in model.named_modules():
+        for attribute, child in owner.named_children():
+            blocks = list(child) if isinstance(child, nn.ModuleList) else []
+            # A block with a parallel adapter has its own class.
+            kind = getattr(blocks[0], "plain", type(blocks[0])) if blocks else None
+            if kind not in families:
+                continue
+            name = f"{path}.{attribute}".lstrip(".")
+            family = families[kind]
+            _refuse(model, owner, family, blocks)
+            found.append(
+                BlockList(
+                    name=name,
+                    owner=owner,
+                    attribute=attribute,
+                    blocks=blocks,
+                    family=family,
+                )
+            )
+    if not found:
+        _refuse_compiled(model, families)
+        names = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not supported: it has no blocks of a known "
+            f"family. Supported are transformers' {names}, with any head"
+        )
+    return found
+
+
+def transformers_model(model: nn.Module) -> nn.Module:
+    """Return the transformers model in a wrapper such as peft's, otherwise `model`."""
+    inside = (m for m in model.modules() if isinstance(m, PreTrainedModel))
+    return next(inside, model)
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Return whether any block of `model` has gradient checkpointing switched on."""
+    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+def refuse_layerdrop(owner: Any, args: tuple[Any, ...]) -> None:
+    """Refuse a `layerdrop` that was set after the conversion; a forward pre-hook.
+
+    The loop of `owner` would skip all blocks at once.
+
+    Raises:
+        UnsupportedCallError: `owner` is in training mode and has a `layerdrop`.
+    """
+    if owner.training and owner.layerdrop > 0:
+        raise UnsupportedCallError(
+            f"`layerdrop` of this {type(owner).__name__} was set to {owner.layerdrop} "
+            f"after the conversion: {_DROPS_BLOCKS}. Set it back to 0"
+        )
+
+
+def _refuse_compiled(model: nn.Module, families: dict[type[nn.Module], Family]) -> None:
+    for module in model.modules():
+        plain = getattr(module, "_orig_mod", None)  # set by `torch.compile`
+        if type(plain) in families:
+            raise UnsupportedModelError(
+                f"the blocks of this {type(model).__name__} were compiled by "
+                f"`torch.compile`, and a {type(plain).__name__} has to be run in parts:"
+                " convert the plain model, then call `module.compile()` on modules "
+                "inside its blocks, such as attention and MLP"
+            )
+
+
+def _refuse(
+    model: nn.Module, owner: nn.Module, family: Family, blocks: list[nn.Module]
+) -> None:
+    reasons = [family.refuse(block) for block in blocks]
+    if cast(float, getattr(owner, "layerdrop", 0.0)) > 0:
+        reasons.append(f"{_DROPS_BLOCKS}: set it to 0 in the config")
+    reason = next((reason for reason in reasons if reason), None)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is a {family.name}, but {reason}"
+        )
