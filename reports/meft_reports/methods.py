@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from meft_reports.data_files import METHODS, read_tables
 
-RIVAL = "adapters-checkpointing"
+REFERENCE = "adapters-checkpointing"
 """Reference of the exact methods: adapters whose blocks are checkpointed."""
 
 

@@ -278,7 +278,7 @@ def test_a_line_half_written_is_said(
     """As after `kill -9` or a loss of power, which may leave zeros behind."""
     assert cli.main(list(RUN), worker_module="harness.workers.fake_ok") == 0
     before = ids(FILE)
-    for rest in (b'{"schema_version": 1, "cell_', b"\0" * 512):
+    for rest in (b'{"schema_version": 2, "cell_', b"\0" * 512):
         whole = FILE.read_bytes()
         FILE.write_bytes(whole + rest)
         capsys.readouterr()

@@ -2,6 +2,7 @@
 
 Schema history
   1  first version
+  2  `rival` is called `reference`, and `resting_bytes` `model_state_bytes`
 
 Quantities are integers in bytes (`_bytes`), floats in seconds (`_seconds`) and counts
 (`num_`). A quantity that was not measured is None, never 0 or a placeholder.
@@ -16,7 +17,7 @@ from typing import Any
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.measurement import Measurement
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Status(StrEnum):
@@ -104,8 +105,8 @@ class Record:
         version = fields.get("schema_version")
         if version != SCHEMA_VERSION:
             raise ValueError(
-                f"record of schema version {version!r}; this harness reads "
-                f"version {SCHEMA_VERSION}"
+                f"record of schema version {version!r}; this harness reads version "
+                f"{SCHEMA_VERSION}: run the cell again into another file"
             )
         return cls(
             sweep=fields["sweep"],

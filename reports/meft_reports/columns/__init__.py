@@ -12,7 +12,7 @@ from meft_reports.columns.environment import ENVIRONMENT
 from meft_reports.columns.measurement import MEASUREMENT
 from meft_reports.errors import UnknownName
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """The version of the record format that this table describes."""
 
 COLUMNS: tuple[Column, ...] = (*CELL, *MEASUREMENT, *ENVIRONMENT)
