@@ -12,7 +12,7 @@ from meft_bench.child.worker import run
 from meft_bench.shared.measurement import Measurement
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.source import Source
-from meft_bench.virtual.prediction.plan import Plan, plan
+from meft_bench.virtual.prediction.plan import MemoryPlan, plan
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a real GPU, which is left alone"
@@ -32,7 +32,7 @@ def step(method: str, depth: int, **changes: Any) -> Measurement:
 
 
 @functools.cache
-def planned(method: str) -> Plan:
+def planned(method: str) -> MemoryPlan:
     return plan(
         cell(
             method=method,

@@ -19,8 +19,8 @@ TITLE = "Time of a step, relative to a reference method's"
 CAPTION = (
     "One forward, backward and optimizer update, divided by one of the reference "
     "method, timed interleaved in the same process: the median over the pairs, with a "
-    "bar as long as the distance between the quartiles. One line per method and k, side "
-    "by side where they share a depth. Below 1 (dotted) is faster than the "
+    "bar as long as the distance between the quartiles. One line per method and k, "
+    "side by side where they share a depth. Below 1 (dotted) is faster than the "
     "reference."
 )
 PLACE = [name for name in (*WORKLOAD, *PROVENANCE) if name != "depth"]

@@ -99,9 +99,9 @@ def probe_rows(
     adapters = list(sparse_adapters(stepper.model).values())
     if not adapters:
         return
-    watch = rows.Watch(adapters)
+    meter = rows.TrafficMeter(adapters)
     stepper.step(batches, learning_rate=0.0)
-    partial.note(**dataclasses.asdict(watch.result()))
+    partial.note(**dataclasses.asdict(meter.result()))
 
 
 def look_at_routing(stepper: Stepper, batch: Batch, partial: PartialResult) -> None:
