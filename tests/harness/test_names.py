@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from harness.texts import ROOT, documents, mentions, strings, texts, tracked, unknown
-from meft_bench.parent import cli, planning, sweep
+from meft_bench.parent import arguments, planning, sweep
 from meft_bench.parent.isolate import child_environment
 from meft_bench.shared.options import ChildOptions
 from meft_bench.virtual.device import gpu
@@ -138,7 +138,7 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
                 yield from parsers(sub)
 
 
-COMMANDS = {"meft-bench": cli._parser, "meft-report": reports_cli.parser}
+COMMANDS = {"meft-bench": arguments.parser, "meft-report": reports_cli.parser}
 
 
 def subcommands(program: str) -> set[str]:
