@@ -34,12 +34,9 @@ from meft.errors import AdapterFileError, FrozenWarning, UnsupportedModelError
 from meft.reversible.config import ReversibleConfig
 from meft.reversible.convert import find_stacks, make_reversible
 from meft.saving import remove_saving
+from meft.sparse.adapter import sparse_adapters
 from meft.sparse.config import SparseConfig
-from meft.sparse.convert import (
-    add_sparse_adapters,
-    remove_sparse_adapters,
-    sparse_adapters,
-)
+from meft.sparse.convert import add_sparse_adapters, remove_sparse_adapters
 from meft.sparse.row_parameter import rows_of
 from meft.trainable import has_peft_layers
 

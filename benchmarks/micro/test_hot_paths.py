@@ -13,8 +13,9 @@ from transformers import BertConfig, BertModel
 import meft
 from meft.bottleneck import Bottleneck
 from meft.reversible.coupling import Arithmetic, Branch, Coupling
-from meft.reversible.fixed import FRACTION_BITS_WIDE, Fixed
+from meft.reversible.fixed import Fixed
 from meft.reversible.floating import Floating
+from meft.reversible.integer_format import FRACTION_BITS_WIDE
 
 ROWS, SEQ, HIDDEN, DEPTH = 8, 128, 256, 6
 

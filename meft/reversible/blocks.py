@@ -43,10 +43,11 @@ from meft.bottleneck import Bottleneck, wide_dtype
 from meft.errors import LostGradientWarning, UnsupportedCallError
 from meft.reversible.config import ReversibleConfig
 from meft.reversible.coupling import Arithmetic, Coupling
+from meft.reversible.execution_context import ExecutionContext
 from meft.reversible.extremes import Extremes
-from meft.reversible.fixed import FRACTION_BITS, FRACTION_BITS_WIDE, Fixed
+from meft.reversible.fixed import Fixed
 from meft.reversible.floating import Floating
-from meft.reversible.kernels import Kernels
+from meft.reversible.integer_format import FRACTION_BITS, FRACTION_BITS_WIDE
 from meft.reversible.probe import Probe, warning_text
 from meft.reversible.rng import draw_seed
 from meft.reversible.stack import run_rebuilt
@@ -367,7 +368,8 @@ class ReversibleBlocks(nn.Module):
             return Floating(
                 compute_dtype=hidden.dtype, stream_dtype=wide_dtype(hidden.dtype)
             )
-        computed_in = Kernels.current(hidden.device).computed_in or hidden.dtype
+        execution = ExecutionContext.current(hidden.device)
+        computed_in = execution.computed_in or hidden.dtype
         return Fixed(
             compute_dtype=hidden.dtype,
             fraction_bits=(

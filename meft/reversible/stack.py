@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from meft.errors import MismatchWarning, ReconstructionError, UnsupportedCallError
 from meft.reversible import twin
 from meft.reversible.coupling import Context, Coupling, Part
+from meft.reversible.execution_context import ExecutionContext
 from meft.reversible.extremes import Extremes
 from meft.reversible.gradients import (
     Gradients,
     Pull,
     keep_hooks_for_whole_gradients,
 )
-from meft.reversible.kernels import Kernels
 from meft.reversible.outside import has_forward_hooks, leaves_of, refuse_late
 from meft.reversible.twin import Stack, Stream, Streams, carrier_like
 from meft.reversible.watch import Watch
@@ -78,7 +78,7 @@ def run_rebuilt(
         names=tuple(context),
         parameters=state.trainable(),
         state=state,
-        kernels=Kernels.current(hidden.device),
+        execution=ExecutionContext.current(hidden.device),
         watch=watch,
         on_mismatch=on_mismatch,
         host_ledger=host_ledger,
@@ -128,7 +128,7 @@ class _Rebuild(torch.autograd.Function):
         streams = [stack.arithmetic.enter(hidden) for _ in range(2)]
         extremes.note(stack.lowest, hidden, streams[0])
         kept: list[Tensor | None] = []
-        with call.kernels.entered():
+        with call.execution.entered():
             for index, coupling in enumerate(stack.couplings):
                 target, source = streams[coupling.target], streams[1 - coupling.target]
                 call.watch.before(stack, index, target)
@@ -375,7 +375,7 @@ def _recompute(
         backward pass remains to be run.
     """
     if dy is None:
-        with call.kernels.entered():
+        with call.execution.entered():
             value = call.value(coupling, x, beside, wants_x)
         return value, None
     stack, tokenwise = call.stack, coupling.branch.tokenwise
@@ -584,7 +584,7 @@ class _Call:
     """Trainable parameters."""
     state: _State
     """State before the forward, so that changes by the blocks are detected too."""
-    kernels: Kernels
+    execution: ExecutionContext
     watch: Watch
     on_mismatch: str
     host_ledger: Ledger | None
@@ -607,7 +607,7 @@ class _Call:
 
         Backward passes run outside of this context, hence outside of autocast.
         """
-        with torch.enable_grad(), self.kernels.entered():
+        with torch.enable_grad(), self.execution.entered():
             yield
 
     def value(
@@ -636,7 +636,7 @@ class _Call:
             x,
             context,
             wants_input,
-            self.kernels,
+            self.execution,
             self.state.trainable_of(coupling),
             self.state.has_hooks(coupling),
             sources,
@@ -687,7 +687,7 @@ class _Call:
 
     def changes(self, device: torch.device) -> str:
         """Describe other known changes since the forward, as a sentence."""
-        changed = self.kernels.changed(Kernels.current(device))
+        changed = self.execution.changed(ExecutionContext.current(device))
         before, now = self.state.attention, self._state_now().attention
         if before != now:
             changed.append(

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from meft.reversible.coupling import Arithmetic, Context, Coupling
+from meft.reversible.execution_context import ExecutionContext
 from meft.reversible.extremes import Extremes
-from meft.reversible.kernels import Kernels
 from meft.reversible.rng import replayed
 from meft.shapes import Hidden
 
@@ -209,7 +209,7 @@ def run(
     Returns:
         The streams after the last coupling.
     """
-    with Kernels.current(streams.first.values.device).entered():
+    with ExecutionContext.current(streams.first.values.device).entered():
         return _run(stack, streams, context, extremes)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from meft.errors import ReconstructionError, UnsupportedCallError
 from meft.reversible.coupling import Context, Coupling
-from meft.reversible.kernels import Kernels
+from meft.reversible.execution_context import ExecutionContext
 from meft.reversible.outside import Exits, Parameters, leaves_of, newest_node
 from meft.reversible.probe import Probe
 from meft.reversible.twin import Stack, joined
@@ -146,7 +146,7 @@ class Watch:
         x: Tensor,
         context: Context,
         wants_input: bool,
-        kernels: Kernels,
+        execution: ExecutionContext,
         own: Sequence[Tensor],
         has_hooks: bool,
         sources: Sequence[Tensor],
@@ -159,7 +159,7 @@ class Watch:
             x: what its source stream holds, `batch seq hidden`.
             context: tensors that the block receives in addition to the stream, by name.
             wants_input: whether the gradient of `x` is needed.
-            kernels: the settings that decide which kernels run.
+            execution: the settings that decide which kernels run.
             own: the parameters that the branch is known to use.
             has_hooks: whether modules inside have forward hooks.
             sources: tensors that a gradient of the branch may flow to.
@@ -168,7 +168,7 @@ class Watch:
             The output of the branch, of the shape of `x`.
         """
         training = stack.seed is not None
-        key: tuple[Any, ...] = (coupling.number, x.shape, x.dtype, kernels, training)
+        key: tuple[Any, ...] = (coupling.number, x.shape, x.dtype, execution, training)
         key += (self._call,)
         may_drop_graph = self._repeatable.get(key)
         if has_hooks:

@@ -32,12 +32,12 @@ from torch import Tensor
 
 from meft.sparse import idle as idling
 from meft.sparse.idle import Factors, SomeRows
+from meft.sparse.indices import Ids
 from meft.sparse.schedule import Schedule
 
 UPDATES = ("dense", "lazy", "catchup")
 
 Rows = Float[Tensor, "rows width"]
-Ids = Int[Tensor, " some"]
 
 PIECE = 1024
 """Number of rows that are processed at a time."""

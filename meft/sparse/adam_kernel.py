@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from meft.sparse import adam, idle
-from meft.sparse.adam import Ids, Table
+from meft.sparse.adam import Table
 from meft.sparse.idle import (
     CENTRE,
     FADE,
@@ -28,6 +28,7 @@ from meft.sparse.idle import (
     SUMS,
     SomeRows,
 )
+from meft.sparse.indices import Ids
 from meft.sparse.schedule import Schedule
 
 BLOCK = 512

@@ -128,7 +128,12 @@ class SparseConfig:
         """Return the number of neurons that a token scores."""
         if not self.experts:
             return self.num_neurons
-        return self.num_neurons // self.experts * self.top_k_experts
+        return self.neurons_per_expert * self.top_k_experts
+
+    @property
+    def neurons_per_expert(self) -> int:
+        """Return the number of neurons in an expert, or of all if there are none."""
+        return self.num_neurons // max(self.experts, 1)
 
     @property
     def router_learns(self) -> bool:

@@ -17,7 +17,7 @@ from meft.backbone.uncalled import refuse_what_would_not_run
 from meft.errors import HostMemoryError, UnsupportedModelError
 from meft.saving import add_saving, remove_saving
 from meft.sparse import router
-from meft.sparse.adapter import Batch, SparseAdapter
+from meft.sparse.adapter import Batch, SparseAdapter, sparse_adapters
 from meft.sparse.config import SparseConfig
 from meft.sparse.engine import Engine, slots_for
 from meft.sparse.row_parameter import rows_of
@@ -101,12 +101,6 @@ def remove_sparse_adapters(model: nn.Module) -> None:
                 del hooks[key]
     remove_saving(model)
     model.__dict__.pop(_IGNORED_BY_DDP, None)
-
-
-def sparse_adapters(model: nn.Module) -> dict[str, SparseAdapter]:
-    """Return the sparse adapters in `model` by name; the result may be empty."""
-    named = model.named_modules()
-    return {name: m for name, m in named if isinstance(m, SparseAdapter)}
 
 
 def _base_model(model: nn.Module) -> nn.Module:

@@ -24,8 +24,9 @@ from typing_extensions import override
 
 from meft.sparse.cache import Longs, RowCache
 from meft.sparse.config import SparseConfig
+from meft.sparse.indices import Ids, ids_of
 from meft.sparse.rows import Rows, SomeRows, Tokens, choose
-from meft.sparse.store import Ids, RowStore, Width
+from meft.sparse.store import RowStore, Width
 from meft.transfer import Copy, Ledger, Link, Trip
 
 
@@ -156,7 +157,7 @@ class OffloadedRows(Rows):
     @override
     def chosen(self, flags: Tensor) -> Ids:
         here = self.engine.download(flags, self.trip()).get()
-        return here.nonzero()[:, 0]
+        return ids_of(here)
 
     @override
     def choose(self, tokens: Tokens, k: int) -> Tensor:

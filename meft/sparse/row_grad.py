@@ -28,8 +28,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from typing_extensions import override
 
 from meft.errors import UnsupportedCallError
+from meft.sparse.indices import Ids
 from meft.sparse.rows import Holder, Rows, SomeRows
-from meft.sparse.store import Ids, Width
+from meft.sparse.store import Width
 
 aten = torch.ops.aten
 

@@ -19,8 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
+from meft.sparse.indices import Ids, ids_of
 from meft.sparse.router import top
-from meft.sparse.store import Ids, RowStore
+from meft.sparse.store import RowStore
 
 SomeRows = Float[Tensor, "some width"]
 Tokens = Float[Tensor, "tokens hidden"]
@@ -118,7 +119,7 @@ class ResidentRows(Rows):
 
     @override
     def chosen(self, flags: Tensor) -> Ids:
-        return flags.nonzero()[:, 0]
+        return ids_of(flags)
 
     @override
     def choose(self, tokens: Tokens, k: int) -> Int[Tensor, "tokens kept"]:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.tiny import HIDDEN, SHAPE, batch, cell, classifier
-from meft.sparse.adapter import SparseAdapter
-from meft.sparse.convert import sparse_adapters
+from meft.sparse.adapter import SparseAdapter, sparse_adapters
 from meft.sparse.dense import DenseAdapter
 from meft_bench.child.training.steps import Stepper, learning_rate_at
 from meft_bench.shared import protocol

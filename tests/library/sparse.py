@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import meft
-from meft.sparse.adapter import Batch, SparseAdapter
-from meft.sparse.convert import sparse_adapters
+from meft.sparse.adapter import Batch, SparseAdapter, sparse_adapters
 from meft.sparse.engine import Engine, OffloadedRows
 from meft.sparse.router import make_router
 from meft.sparse.rows import ResidentRows

@@ -18,8 +18,7 @@ from library.sparse import HIDDEN, batches, lone_adapter, sparse_model
 from library.sparse import config as sparse_config
 from marks import slow_but_for
 from meft.errors import ConfigError, UnsupportedCallError
-from meft.sparse.adapter import SparseAdapter
-from meft.sparse.convert import sparse_adapters
+from meft.sparse.adapter import SparseAdapter, sparse_adapters
 from meft.sparse.row_grad import RowGrad
 from meft.testing import tolerance
 

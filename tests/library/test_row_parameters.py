@@ -29,7 +29,7 @@ from library.sparse import (
 from marks import slow_but_for
 from meft import host_memory
 from meft.errors import AdapterFileError, HostMemoryError, UnsupportedCallError
-from meft.sparse.convert import sparse_adapters
+from meft.sparse.adapter import sparse_adapters
 from meft.sparse.idle import NUM_FACTORS
 from meft.sparse.row_parameter import RowParameter, rows_of
 

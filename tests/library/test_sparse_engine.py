@@ -21,8 +21,8 @@ from library.sparse import (
     train,
 )
 from marks import slow_but_for
+from meft.sparse.adapter import sparse_adapters
 from meft.sparse.cache import RowCache
-from meft.sparse.convert import sparse_adapters
 from meft.sparse.engine import Engine, OffloadedRows
 from meft.sparse.store import RowStore
 from meft.transfer import Trip
@@ -101,7 +101,7 @@ def test_the_ledger_is_the_closed_formula() -> None:
     model(**inputs).loss.backward()
     row = 2 * HIDDEN * 4
     for index, adapter in enumerate(sparse_adapters(model).values()):
-        name, seen = f"block {index}", adapter.seen
+        name, seen = f"block {index}", adapter.counts
         assert 0 < seen.total_active < seen.total_candidates
         up, down = engine.ledger.h2d, engine.ledger.d2h
         forward = row * (seen.total_candidates + seen.total_active)

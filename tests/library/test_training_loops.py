@@ -30,7 +30,7 @@ from library.models import VOCAB, batch, classifier, gradient, gradients, revers
 from marks import slow_but_for
 from meft.reversible.blocks import ReversibleBlocks
 from meft.reversible.convert import find_stacks
-from meft.reversible.fixed import FRACTION_BITS_WIDE
+from meft.reversible.integer_format import FRACTION_BITS_WIDE
 from meft.reversible.probe import Probe
 from meft.testing import check_reversible
 

@@ -59,13 +59,13 @@ class Watch:
         first = adapters[0].rows
         self._engine = first.engine if isinstance(first, OffloadedRows) else None
         for adapter in adapters:
-            adapter.seen.clear()
+            adapter.counts.clear()
         if self._engine is not None:
             self._engine.reset_counters()
 
     def result(self) -> RowTraffic:
         """Return the counts so far."""
-        seen = [adapter.seen for adapter in self._adapters]
+        seen = [adapter.counts for adapter in self._adapters]
         store = self._adapters[0].rows.store
         itemsize = store.wire_dtype.itemsize
         hidden = store.width // 2

@@ -66,7 +66,7 @@ _SETTINGS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Kernels:
+class ExecutionContext:
     """Autocast, attention backends and other torch settings at one point in time."""
 
     device_type: str
@@ -78,7 +78,7 @@ class Kernels:
     """Values of `_SETTINGS`."""
 
     @classmethod
-    def current(cls, device: torch.device) -> "Kernels":
+    def current(cls, device: torch.device) -> "ExecutionContext":
         """Return the current settings for computations on `device`."""
         kind = device.type
         return cls(
@@ -117,7 +117,7 @@ class Kernels:
                     setting.write(value)
             yield
 
-    def changed(self, now: "Kernels") -> list[str]:
+    def changed(self, now: "ExecutionContext") -> list[str]:
         """Describe each changed setting that `entered` does not restore."""
         settings = zip(_SETTINGS, self.settings, now.settings, strict=True)
         return [
