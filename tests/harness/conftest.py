@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 
 import meft_bench
+from meft_bench.parent import environment
 from meft_bench.shared.record import Environment
 
 TESTS = Path(__file__).parents[1]
+SWEEP = """
+question = "Does the command do as it is told?"
+[[matrix]]
+name = "one"
+axes = { method = ["full", "head", "lora", "meft1", "meft1-store"] }
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +101,13 @@ def is_running() -> Callable[[int], bool]:
         return fields.rpartition(")")[2].split()[0] not in "ZX"
 
     return look
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current directory with one sweep in it, on a machine without a GPU."""
+    (tmp_path / "mine.toml").write_text(SWEEP)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MEFT_DATA_DIR", raising=False)
+    monkeypatch.setattr(environment, "gpu_names", list)
+    return tmp_path

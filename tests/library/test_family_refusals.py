@@ -1,0 +1,124 @@
+"""What every family refuses, by name."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import meft
+from library.families import Case, assert_same_bits, cases, gradients, reversible
+from meft.reversible.convert import find_stacks
+
+every_kind = cases("Model", "BartForCausalLM")
+one_head_each = cases("ForSequenceClassification", "ForImageClassification")
+
+
+@one_head_each
+def test_a_refused_load_leaves_the_plain_model(case: Case, tmp_path: Path) -> None:
+    """Where a tensor does not fit, every stack of the model has its blocks back, and
+    what was trainable is."""
+    meft.save_adapters(reversible(case), tmp_path)
+    path = tmp_path / "adapters.safetensors"
+    trained = load_file(path)
+    name = max(name for name in trained if ".adapters." in name)
+    save_file(trained | {name: torch.zeros(1)}, path)
+    model = case.build()
+    next(model.parameters()).requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(meft.AdapterFileError, match="with shape"):
+        meft.load_adapters(model, tmp_path)
+    assert not find_stacks(model)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert_same_bits(
+        gradients(model.requires_grad_(True), case.batch()),
+        gradients(case.build(), case.batch()),
+    )
+
+
+@every_kind
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_outputs_of_single_blocks_are_refused(case: Case, name: str) -> None:
+    """Asked for in the call or in the config."""
+    torch.manual_seed(1)
+    config = meft.ReversibleConfig(variant="meft1")
+    model = meft.make_reversible(case.build(1, attn_implementation="eager"), config)
+    with pytest.raises(meft.UnsupportedCallError, match=f"`{name}=True`"):
+        model(**case.batch(), **{name: True})
+    setattr(model.config, name, True)
+    with pytest.raises(meft.UnsupportedCallError, match=f"`{name}=True`"):
+        model(**case.batch())
+
+
+@every_kind
+def test_gradient_checkpointing_is_refused(case: Case) -> None:
+    """When converting, and when it is switched on later; not in evaluation, where it
+    does nothing. What the message says helps."""
+    config = meft.ReversibleConfig(variant="meft1")
+    advice = "activation_checkpointing_disable"
+    plain = case.build(1)
+    plain.activation_checkpointing_enable()
+    with pytest.raises(meft.UnsupportedModelError, match=advice):
+        meft.make_reversible(plain, config)
+    assert not find_stacks(plain)
+    model = reversible(case, 1)
+    model.activation_checkpointing_enable()
+    with pytest.raises(meft.UnsupportedCallError, match=advice):
+        model(**case.batch())
+    model.eval()(**case.batch())
+    model.train().activation_checkpointing_disable()
+    model(**case.batch())
+
+
+@cases("OPTModel", "BartModel")
+@pytest.mark.parametrize("side", ["", "encoder_", "decoder_"])
+def test_layerdrop_is_refused(case: Case, side: str) -> None:
+    """A loop that leaves out blocks at random cannot run them as one stack."""
+    if bool(side) != (case.family == "BART"):
+        pytest.skip("no such option")
+    model = case.build(1, **{f"{side}layerdrop": 0.1})
+    with pytest.raises(meft.UnsupportedModelError, match="`layerdrop` above 0"):
+        meft.make_reversible(model, meft.ReversibleConfig(variant="meft1"))
+    assert not find_stacks(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("is_copied", [False, True])
+@cases("OPTForCausalLM", "BartModel")
+def test_layerdrop_that_is_set_later_is_refused(case: Case, is_copied: bool) -> None:
+    """Before anything is left out, in training: evaluation leaves out nothing."""
+    model = reversible(case)
+    if is_copied:
+        model = copy.deepcopy(model)
+    decoder: Any = model.get_decoder()
+    decoder.layerdrop = 1.0
+    for _ in range(2):
+        with pytest.raises(meft.UnsupportedCallError, match="was set to 1"):
+            model(**case.batch())
+    model.eval()(**case.batch())
+    decoder.layerdrop = 0.0
+    model.train()(**case.batch())
+
+
+@cases("BertModel", "RobertaModel")
+def test_a_decoder_bert_is_refused(case: Case) -> None:
+    """Its blocks hold a cache and cross-attention, which the halves leave out."""
+    model = case.build(1, is_decoder=True)
+    with pytest.raises(
+        meft.UnsupportedModelError, match=f"a {case.family}, but it has"
+    ):
+        meft.make_reversible(model, meft.ReversibleConfig(variant="meft1"))
+    assert not find_stacks(model)
+
+
+def test_an_unknown_model_is_named() -> None:
+    """The message says what was given and lists what is supported."""
+    gpt = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))
+    supported = "BERT, RoBERTa, OPT, BART, LLaMA, Mistral, ViT, DeiT"
+    message = f"GPT2LMHeadModel is not supported.* {supported}, with any head"
+    with pytest.raises(meft.UnsupportedModelError, match=message):
+        meft.make_reversible(gpt, meft.ReversibleConfig(variant="meft1"))
+    assert all(parameter.requires_grad for parameter in gpt.parameters())
