@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from meft.errors import UnsupportedCallError
-from meft.reversible.blocks import ReversibleBlocks
-from meft.reversible.convert import reversible_stacks
+from meft.reversible.blocks import ReversibleBlocks, reversible_stacks
 from meft.reversible.coupling import growth
 from meft.reversible.probe import LOST, Probe, relative_error
 

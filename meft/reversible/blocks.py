@@ -40,7 +40,11 @@ from meft.backbone.uncalled import (
     refuse_what_would_not_run,
 )
 from meft.bottleneck import Bottleneck, wide_dtype
-from meft.errors import LostGradientWarning, UnsupportedCallError
+from meft.errors import (
+    LostGradientWarning,
+    UnsupportedCallError,
+    UnsupportedModelError,
+)
 from meft.reversible.config import ReversibleConfig
 from meft.reversible.coupling import Arithmetic, Coupling
 from meft.reversible.execution_context import ExecutionContext
@@ -481,3 +485,24 @@ def _warn_if_lost(config: ReversibleConfig, probe: Probe, dtype: torch.dtype) ->
     text = warning_text(probe.blocks(), errors, *config.scales, dtype)
     if text is not None:
         warnings.warn(text, LostGradientWarning, stacklevel=2)
+
+
+def find_stacks(model: nn.Module) -> dict[str, ReversibleBlocks]:
+    """Return the reversible stacks in `model` by name; the result may be empty."""
+    named = model.named_modules()
+    return {name: m for name, m in named if isinstance(m, ReversibleBlocks)}
+
+
+def reversible_stacks(model: nn.Module) -> dict[str, ReversibleBlocks]:
+    """Return the reversible stacks in `model` by name, of which there is at least one.
+
+    Raises:
+        UnsupportedModelError: `model` was not converted by `make_reversible()`.
+    """
+    stacks = find_stacks(model)
+    if not stacks:
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} is not reversible: call "
+            "`meft.make_reversible(model, config)` first"
+        )
+    return stacks

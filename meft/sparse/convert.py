@@ -1,4 +1,4 @@
-"""`add_sparse_adapters`: add sparse adapters to a transformers model in place."""
+"""Adds sparse adapters to the blocks of a transformers model."""
 
 import functools
 import inspect
@@ -15,7 +15,6 @@ from meft.backbone.family import Family
 from meft.backbone.find import BlockList, find_blocks, transformers_model
 from meft.backbone.uncalled import refuse_what_would_not_run
 from meft.errors import HostMemoryError, UnsupportedModelError
-from meft.saving import add_saving, remove_saving
 from meft.sparse import router
 from meft.sparse.adapter import Batch, SparseAdapter, sparse_adapters
 from meft.sparse.config import SparseConfig
@@ -29,34 +28,10 @@ Model = TypeVar("Model", bound=nn.Module)
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 
-def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
+def insert_sparse_adapters(model: Model, config: SparseConfig) -> Model:
     """Add a sparse adapter next to the feed-forward of every block, in place.
 
-    The model keeps its class, its `forward` signature and its outputs; initially it
-    computes the same function as before. Afterwards routers, rows and a newly made task
-    head are trainable and everything else is frozen, unless some parameters were frozen
-    before and others were not: that choice is kept. Train the model with
-    `meft.SparseAdamW`, as every other optimizer is refused. The rows are the parameter
-    `neurons` of each adapter. They are always float32, and in host memory whatever the
-    model is moved to (with `placement="resident"` they follow the model).
-    `save_pretrained()` and `meft.save_adapters()` save them.
-
-    Args:
-        model: any class of BERT, RoBERTa, OPT, LLaMA or Mistral, or a PeftModel that
-            holds one. To use `make_reversible` too, call it afterwards.
-        config: neurons, routing and placement of rows.
-
-    Returns:
-        `model` itself.
-
-    Raises:
-        UnsupportedModelError: the model is not of such a class, or it has sparse
-            adapters already.
-        HostMemoryError: host memory does not suffice to train that many neurons.
-
-    Warns:
-        FrozenWarning: a task head was frozen before and stays frozen, or a head stays
-            frozen because it may be pre-trained.
+    Arguments, result, errors and warnings are those of `meft.add_sparse_adapters`.
     """
     if sparse_adapters(model):
         raise UnsupportedModelError("this model has sparse adapters already")
@@ -81,7 +56,6 @@ def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
         kind: Any = type(block)
         block.__class__ = _with_adapter(kind, found.family)
     _watch_padding(_base_model(model), batch)
-    add_saving(model, SparseAdapter)
     # Otherwise `DistributedDataParallel` would copy rows into its buckets.
     names = [name for name, p in model.named_parameters() if rows_of(p) is not None]
     model.__dict__[_IGNORED_BY_DDP] = names
@@ -89,7 +63,7 @@ def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
 
 
 def remove_sparse_adapters(model: nn.Module) -> None:
-    """Undo `add_sparse_adapters()`, except for the choice of trainable parameters."""
+    """Undo `insert_sparse_adapters()`, except for which parameters are trainable."""
     blocks: list[Any] = [m for m in model.modules() if hasattr(m, parallel.NAME)]
     for block in blocks:
         delattr(block, parallel.NAME)
@@ -99,7 +73,6 @@ def remove_sparse_adapters(model: nn.Module) -> None:
         for key, hook in list(hooks.items()):
             if isinstance(hook, functools.partial) and hook.func in _HOOKS:
                 del hooks[key]
-    remove_saving(model)
     model.__dict__.pop(_IGNORED_BY_DDP, None)
 
 

@@ -10,7 +10,7 @@ from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCau
 
 import meft
 from library.models import VOCAB, batch, classifier, only_stack, reversible
-from meft.reversible.convert import find_stacks
+from meft.reversible.blocks import find_stacks
 
 
 def trained() -> BertForSequenceClassification:
