@@ -22,8 +22,10 @@ from transformers.utils import SAFE_WEIGHTS_NAME as MODEL
 from meft.errors import AdapterFileError
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapters.json"
-FORMAT_VERSION = 3
-"""Versions 1 and 2, used in development, had digests of only some of the values."""
+FORMAT_VERSION = 4
+"""Versions 1 to 3, used in development, had digests of only some of the values, or
+other names in the config.
+"""
 IN_MODEL = "in_model_file"
 """Key of the config: names of tensors in transformers' file of the whole model."""
 

@@ -52,7 +52,8 @@ from meft.reversible.extremes import Extremes
 from meft.reversible.fixed import Fixed
 from meft.reversible.floating import Floating
 from meft.reversible.integer_format import FRACTION_BITS, FRACTION_BITS_WIDE
-from meft.reversible.probe import Probe, warning_text
+from meft.reversible.inverse_error import InverseErrorProbe, warning_text
+from meft.reversible.recompute_check import Outside, RecomputeCheck, Repeatable
 from meft.reversible.rng import draw_seed
 from meft.reversible.stack import run_rebuilt
 from meft.reversible.twin import (
@@ -64,11 +65,10 @@ from meft.reversible.twin import (
     run,
     take_apart,
 )
-from meft.reversible.variants import Rule, couplings, fresh_stream
-from meft.reversible.watch import Outside, Repeatable, Watch
+from meft.reversible.variants import CouplingOptions, couplings, fresh_stream
 from meft.shapes import Hidden
 from meft.trainable import has_peft_layers, warn_if_frozen
-from meft.transfer import Ledger
+from meft.transfer import TransferLedger
 from meft.transforms import refuse_func, refuse_recording
 
 _LEFT_EMPTY = "_left_empty_by_a_reversible_model"
@@ -135,9 +135,9 @@ class ReversibleBlocks(nn.Module):
         self.reversible = config
         self.span = span
         self.backward_pass = config.backward
-        self.probe: Probe | None = None
-        """Probe of one forward and backward; `meft.testing` sets it."""
-        self.ledger = Ledger()
+        self.probe: InverseErrorProbe | None = None
+        """InverseErrorProbe of one forward and backward; `meft.testing` sets it."""
+        self.ledger = TransferLedger()
         """Bytes copied to and from a side buffer in host memory so far."""
         self._model_config = model_config
         self.stream_dtype = torch.int32
@@ -271,17 +271,17 @@ class ReversibleBlocks(nn.Module):
                 and self.backward_pass == "rebuild"
                 and not cached
             ):
-                watch = self._watch(arithmetic, call)
+                check = self._check(arithmetic, call)
                 streams = run_rebuilt(
                     lower,
                     hidden,
                     context,
-                    watch,
+                    check,
                     extremes,
                     self.reversible.on_mismatch,
                     self.ledger if self.reversible.side_buffer == "host" else None,
                 )
-                if watch.found_outside and not is_rerun:
+                if check.found_outside and not is_rerun:
                     # Run once more with these parameters as inputs. (Parameters that
                     # are created anew in every run cannot be inputs: the backward
                     # refuses them.)
@@ -394,7 +394,7 @@ class ReversibleBlocks(nn.Module):
         first: int,
         end: int,
     ) -> Stack:
-        rule = Rule(
+        options = CouplingOptions(
             variant=self.reversible.variant,
             scales=self.reversible.scales,
             difference=self.reversible.is_difference,
@@ -404,26 +404,26 @@ class ReversibleBlocks(nn.Module):
             for index, block in enumerate(self.blocks[first:end], first)
         }
         return Stack(
-            couplings=list(couplings(rule, self.family, blocks, call)),
+            couplings=list(couplings(options, self.family, blocks, call)),
             arithmetic=arithmetic,
             seed=seed,
             num_chunks=self.reversible.mlp_chunks,
             nested=nested,
         )
 
-    def _watch(self, arithmetic: Arithmetic, call: Mapping[str, Any]) -> Watch:
+    def _check(self, arithmetic: Arithmetic, call: Mapping[str, Any]) -> RecomputeCheck:
         exact = isinstance(arithmetic, Fixed)
         probe = self.probe
         if probe is None and not exact and not self._first_step_is_over:
             dtype = arithmetic.gradient_dtype
 
-            def report(probe: Probe) -> None:
+            def report(probe: InverseErrorProbe) -> None:
                 if not self._first_step_is_over:
                     self._first_step_is_over = True
                     _warn_if_lost(self.reversible, probe, dtype)
 
-            probe = Probe(when_done=report)
-        return Watch(
+            probe = InverseErrorProbe(when_done=report)
+        return RecomputeCheck(
             exact, self._repeatable, _kind_of(call), probe, outside=self._outside
         )
 
@@ -480,7 +480,9 @@ def _too_large(block: int, greatest: float | None) -> str:
     )
 
 
-def _warn_if_lost(config: ReversibleConfig, probe: Probe, dtype: torch.dtype) -> None:
+def _warn_if_lost(
+    config: ReversibleConfig, probe: InverseErrorProbe, dtype: torch.dtype
+) -> None:
     errors = probe.estimated_errors()
     text = warning_text(probe.blocks(), errors, *config.scales, dtype)
     if text is not None:

@@ -41,7 +41,7 @@ def insert_stacks(model: Model, config: ReversibleConfig) -> Model:
                 f"`span` is {config.span}, but {found.name} of {type(model).__name__} "
                 f"has {len(found.blocks)} blocks"
             )
-        _refuse_beside_parallel(found, config)
+        _refuse_with_parallel(found, config)
     choose_trainable(model)
     for found in lists:
         stack = _stack(found, config)
@@ -51,7 +51,7 @@ def insert_stacks(model: Model, config: ReversibleConfig) -> Model:
     return model
 
 
-def _refuse_beside_parallel(found: BlockList, config: ReversibleConfig) -> None:
+def _refuse_with_parallel(found: BlockList, config: ReversibleConfig) -> None:
     """Refuse fields that do not work with parallel adapters of another method."""
     if not any(hasattr(block, NAME) for block in found.blocks):
         return

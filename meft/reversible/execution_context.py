@@ -4,7 +4,7 @@ A backward runs outside of the contexts that the forward ran in: autocast, the b
 selected for `scaled_dot_product_attention`, the number of threads. Another backend, or
 a sum that is split among other threads, gives other bits. The precision of float32
 products is not restored, because torch refuses to mix the two ways of setting it; if it
-changed, the error message of the watch reports it.
+changed, the error message of the check reports it.
 
 Autocast's weight cache stays off. If a forward without grad cached a cast, the
 recompute would use that cast, which has no autograd history, and lose the gradient. A

@@ -37,10 +37,10 @@ from meft.reversible.gradients import (
     keep_hooks_for_whole_gradients,
 )
 from meft.reversible.outside import has_forward_hooks, leaves_of, refuse_late
-from meft.reversible.twin import Stack, Stream, Streams, carrier_like
-from meft.reversible.watch import Watch
+from meft.reversible.recompute_check import RecomputeCheck
+from meft.reversible.twin import Stack, Streams, TrackedStream, carrier_like
 from meft.shapes import Hidden
-from meft.transfer import Ledger, to_device, to_host
+from meft.transfer import TransferLedger, to_device, to_host
 from meft.transforms import refuse_create_graph
 
 
@@ -48,10 +48,10 @@ def run_rebuilt(
     stack: Stack,
     hidden: Hidden,
     context: Context,
-    watch: Watch,
+    check: RecomputeCheck,
     extremes: Extremes,
     on_mismatch: str = "raise",
-    host_ledger: Ledger | None = None,
+    host_ledger: TransferLedger | None = None,
 ) -> Streams:
     """Compute what `twin.run(twin.enter(...))` does without storing activations.
 
@@ -59,7 +59,7 @@ def run_rebuilt(
         stack: the couplings.
         hidden: the initial value of both streams, `batch seq hidden`.
         context: tensors in addition to the stream, by name.
-        watch: checks the rebuilt streams in the forward and in the backward.
+        check: checks the rebuilt streams in the forward and in the backward.
         extremes: records the extremes of the forward.
         on_mismatch: what the backward does if it computes other bits than the forward:
             `raise`, `skip` (return no gradients for this stack and the layers below,
@@ -71,7 +71,7 @@ def run_rebuilt(
     Returns:
         The streams after the last coupling.
     """
-    outside = {c.number: watch.outside_of(c) for c in stack.couplings}
+    outside = {c.number: check.outside_of(c) for c in stack.couplings}
     state = _State.of(stack, outside)
     call = _Call(
         stack=stack,
@@ -79,14 +79,16 @@ def run_rebuilt(
         parameters=state.trainable(),
         state=state,
         execution=ExecutionContext.current(hidden.device),
-        watch=watch,
+        check=check,
         on_mismatch=on_mismatch,
         host_ledger=host_ledger,
     )
     values_1, values_2, carrier_1, carrier_2 = _Rebuild.apply(  # type: ignore[no-untyped-call]
         call, extremes, hidden, *context.values(), *call.parameters
     )
-    return Streams(Stream(values_1, carrier_1), Stream(values_2, carrier_2))
+    return Streams(
+        TrackedStream(values_1, carrier_1), TrackedStream(values_2, carrier_2)
+    )
 
 
 _RAISED = (
@@ -131,7 +133,7 @@ class _Rebuild(torch.autograd.Function):
         with call.execution.entered():
             for index, coupling in enumerate(stack.couplings):
                 target, source = streams[coupling.target], streams[1 - coupling.target]
-                call.watch.before(stack, index, target)
+                call.check.before(stack, index, target)
                 x = stack.arithmetic.read(source)
                 wants_input = ctx.needs_input_grad[2] or index > 0
                 value = call.value(coupling, x, context, wants_input, (hidden, *inputs))
@@ -140,7 +142,7 @@ class _Rebuild(torch.autograd.Function):
                 kept.append(call.put_away(lost))
         ctx.call, ctx.dtype = call, hidden.dtype
         start = hidden if call.on_mismatch == "redo" else None
-        expected = call.watch.expected()
+        expected = call.check.expected()
         ctx.save_for_backward(*streams, *context.values(), *kept, expected, start)
         ctx.mark_non_differentiable(*streams)
         dtype = stack.arithmetic.gradient_dtype
@@ -174,7 +176,7 @@ class _Rebuild(torch.autograd.Function):
         streams = [first, second]
         if torch._C._autograd._get_current_graph_task_keep_graph():
             streams = [first.clone(), second.clone()]
-        beside = {
+        context = {
             name: tensor.detach().requires_grad_(wanted)
             for name, tensor, wanted in zip(
                 call.names, rest, ctx.needs_input_grad[3:], strict=False
@@ -185,9 +187,11 @@ class _Rebuild(torch.autograd.Function):
         d = [_taken(d1), _taken(d2)] if start is None else [_copy(d1), _copy(d2)]
         wants_input = ctx.needs_input_grad[2]
         with call.state.modes():
-            _walk_down(call, streams, d, kept, expected, beside, wants_input, gradients)
+            _walk_down(
+                call, streams, d, kept, expected, context, wants_input, gradients
+            )
         try:
-            call.watch.finish(call.stack, streams)
+            call.check.finish(call.stack, streams)
         except ReconstructionError as error:
             message = f"{error}{call.changes(streams[0].device)}"
             if call.on_mismatch == "raise":
@@ -199,14 +203,14 @@ class _Rebuild(torch.autograd.Function):
             del streams, d
             gradients = Gradients()
             with call.state.modes():
-                hidden = _stored(call, start, beside, (d1, d2), wants_input, gradients)
+                hidden = _stored(call, start, context, (d1, d2), wants_input, gradients)
         else:
             hidden = twin.added(d[0], d[1]) if wants_input else None
         return (
             None,
             None,
             None if hidden is None else hidden.to(ctx.dtype),
-            *(gradients.of(tensor) for tensor in beside.values()),
+            *(gradients.of(tensor) for tensor in context.values()),
             *(gradients.of(parameter) for parameter in call.parameters),
         )
 
@@ -217,7 +221,7 @@ def _walk_down(
     d: list[Tensor | None],
     kept: Sequence[Tensor | None],
     expected: Tensor | None,
-    beside: Context,
+    context: Context,
     wants_input: bool,
     gradients: Gradients,
 ) -> None:
@@ -229,8 +233,8 @@ def _walk_down(
             pair.
         d: the gradients of both streams, likewise; None for a gradient of 0.
         kept: what each coupling has kept, lowest first.
-        expected: what the watch has saved of the true streams.
-        beside: tensors that the blocks read in addition to the stream, by name.
+        expected: what the check has saved of the true streams.
+        context: tensors that the blocks read in addition to the stream, by name.
         wants_input: whether the gradient of the stack's input is needed.
         gradients: the sums to which gradients of other tensors are added.
     """
@@ -240,9 +244,9 @@ def _walk_down(
         target, source = coupling.target, 1 - coupling.target
         x = stack.arithmetic.read(streams[source])
         wants_x = wants_input or index > 0
-        call.watch.point(index, d[target])
+        call.check.point(index, d[target])
         value, mixed = _recompute(
-            call, coupling, x, beside, d[target], wants_x, gradients
+            call, coupling, x, context, d[target], wants_x, gradients
         )
         stack.arithmetic.uncouple_(
             streams[target],
@@ -252,7 +256,7 @@ def _walk_down(
             call.fetched(kept[index], value.device),
         )
         del value
-        call.watch.after(index, streams[target], expected)
+        call.check.after(index, streams[target], expected)
         v = _pull_mixed(mixed, x, gradients)
         d[target], d[source] = _down(d[target], d[source], v, coupling)
         del x, mixed, v
@@ -261,7 +265,7 @@ def _walk_down(
 def _stored(
     call: "_Call",
     start: Tensor,
-    beside: Context,
+    context: Context,
     d: tuple[Tensor | None, Tensor | None],
     wants_input: bool,
     gradients: Gradients,
@@ -271,7 +275,7 @@ def _stored(
     Args:
         call: the data of the forward.
         start: the input of the stack, `batch seq hidden`.
-        beside: tensors that the blocks read in addition to the stream, by name.
+        context: tensors that the blocks read in addition to the stream, by name.
         d: the gradients of both streams at the top.
         wants_input: whether the gradient of `start` is needed.
         gradients: the sums to which gradients of other tensors are added.
@@ -283,13 +287,13 @@ def _stored(
     unread = Extremes(call.stack.arithmetic)
     with call.recomputing():
         entered = twin.enter(call.stack, start, unread)
-        streams = twin.run(call.stack, entered, beside, unread)
+        streams = twin.run(call.stack, entered, context, unread)
     ends = [
         (stream.carrier, gradient)
         for stream, gradient in zip(streams.pair(), d, strict=True)
         if gradient is not None and stream.carrier.requires_grad
     ]
-    others = [t for t in beside.values() if t.requires_grad]
+    others = [t for t in context.values() if t.requires_grad]
     pull = gradients.prepare(
         [carrier for carrier, _ in ends], [*others, *call.parameters]
     )
@@ -352,7 +356,7 @@ def _recompute(
     call: "_Call",
     coupling: Coupling,
     x: Tensor,
-    beside: Context,
+    context: Context,
     dy: Tensor | None,
     wants_x: bool,
     gradients: Gradients,
@@ -365,7 +369,7 @@ def _recompute(
         call: the data of the forward.
         coupling: the coupling whose branch is recomputed.
         x: what its source stream holds, `batch seq hidden`.
-        beside: tensors that the block reads in addition to the stream, by name.
+        context: tensors that the block reads in addition to the stream, by name.
         dy: the gradient of the output of the branch; None if it is 0.
         wants_x: whether the gradient of `x` is needed.
         gradients: the sums of the backward.
@@ -376,15 +380,15 @@ def _recompute(
     """
     if dy is None:
         with call.execution.entered():
-            value = call.value(coupling, x, beside, wants_x)
+            value = call.value(coupling, x, context, wants_x)
         return value, None
     stack, tokenwise = call.stack, coupling.branch.tokenwise
     x.requires_grad_(wants_x)
     with call.recomputing():
-        mixed = stack.mixed(coupling, x, beside)
-    own = [*beside.values(), *call.state.trainable_of(coupling)]
+        mixed = stack.mixed(coupling, x, context)
+    own = [*context.values(), *call.state.trainable_of(coupling)]
     call.refuse_outside(coupling, mixed, [x, *own])
-    pull = _prepare_mixed(call, coupling, mixed, beside, gradients)
+    pull = _prepare_mixed(call, coupling, mixed, context, gradients)
     parameters = call.state.trainable_in(tokenwise, coupling)
     outputs: list[Tensor] = []
     pulled: list[Tensor | None] = []
@@ -421,13 +425,13 @@ def _prepare_mixed(
     call: "_Call",
     coupling: Coupling,
     mixed: Tensor,
-    beside: Context,
+    context: Context,
     gradients: Gradients,
 ) -> Pull | None:
     """Prepare the pull through the mixing part, to be run after freeing `mixed`."""
     if coupling.branch.mixing is None:
         return None
-    others = [t for t in beside.values() if t.requires_grad]
+    others = [t for t in context.values() if t.requires_grad]
     others += call.state.trainable_in(coupling.branch.mixing, coupling)
     meanwhile = call.state.trainable_in(coupling.branch.tokenwise, coupling)
     return gradients.prepare([mixed], others, meanwhile)
@@ -585,9 +589,9 @@ class _Call:
     state: _State
     """State before the forward, so that changes by the blocks are detected too."""
     execution: ExecutionContext
-    watch: Watch
+    check: RecomputeCheck
     on_mismatch: str
-    host_ledger: Ledger | None
+    host_ledger: TransferLedger | None
 
     def put_away(self, kept: Tensor | None) -> Tensor | None:
         """Store what is kept for the backward, in host memory if requested."""
@@ -630,7 +634,7 @@ class _Call:
         Returns:
             The output of the branch, of the shape of `x`.
         """
-        return self.watch.value(
+        return self.check.value(
             self.stack,
             coupling,
             x,
@@ -657,7 +661,7 @@ class _Call:
         """
         leaves = leaves_of(output, own, coupling.block)
         if leaves:
-            self.watch.look_again()
+            self.check.look_again()
             refuse_late(leaves[0], coupling.block)
 
     def _state_now(self) -> _State:

@@ -27,12 +27,12 @@ from meft.sparse.token_topk import token_topk
 from meft.sparse.union import union
 from meft.transforms import refuse_func, refuse_recording
 
-Hidden = Float[Tensor, "*shape hidden"]
+Features = Float[Tensor, "*shape hidden"]
 FUNCTIONS: dict[str, Callable[..., Tokens]] = {"token_topk": token_topk, "union": union}
 
 
 @dataclass(slots=True)
-class Batch:
+class SharedState:
     """Data about the current batch that all adapters of a model share."""
 
     token_mask: Bool[Tensor, "batch seq"] | None = None
@@ -52,7 +52,7 @@ class SparseAdapter(nn.Module):
         rows: the neurons.
         router_weight: W_g, one row per expert, `experts hidden`; None without experts.
         config: how neurons are chosen and summed.
-        batch: data about the current batch, shared by all blocks of a model.
+        shared: data about the current batch, shared by all blocks of a model.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class SparseAdapter(nn.Module):
         rows: Rows,
         router_weight: nn.Parameter | None,
         config: SparseConfig,
-        batch: Batch,
+        shared: SharedState,
     ) -> None:
         super().__init__()
         self.rows = rows
         self.config = config
-        self.batch = batch
+        self.shared = shared
         self.router = router_weight
         self.neurons = row_parameter(rows)
         self.counts = ActivityCounts()
@@ -75,9 +75,9 @@ class SparseAdapter(nn.Module):
         """Return what the two semantics use of this adapter."""
         return BlockNeurons(rows=self.rows, config=self.config, counts=self.counts)
 
-    def bind(self) -> Callable[[Hidden], Hidden]:
+    def bind(self) -> Callable[[Features], Features]:
         """Return a function that runs the adapter on the current batch, also later."""
-        mask = self.batch.token_mask
+        mask = self.shared.token_mask
         return lambda hidden: self(hidden, mask)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseAdapter":
@@ -121,8 +121,8 @@ class SparseAdapter(nn.Module):
 
     @torch.compiler.disable(reason="its rows are chosen and moved by plain Python")  # type: ignore[untyped-decorator]
     def forward(
-        self, hidden: Hidden, token_mask: Bool[Tensor, "batch seq"] | None = None
-    ) -> Hidden:
+        self, hidden: Features, token_mask: Bool[Tensor, "batch seq"] | None = None
+    ) -> Features:
         """Return the weighted sum of the values of the chosen neurons.
 
         Args:
@@ -151,7 +151,7 @@ class SparseAdapter(nn.Module):
     def _of_tokens(self, tokens: Tokens) -> Tokens:
         store = self.rows.store
         # 16-bit products are used on devices that have hardware for them.
-        compute = torch.float32 if tokens.device.type == "cpu" else store.wire_dtype
+        compute = torch.float32 if tokens.device.type == "cpu" else store.transfer_dtype
         self.rows.begin_batch(tokens.device)
         begin_forward(self.neurons, self.rows)
         with torch.autocast(tokens.device.type, enabled=False):

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from meft.replaceable import Replaceable
 from meft.sparse.block_neurons import BlockNeurons
-from meft.sparse.indices import Ids
 from meft.sparse.pieces import Piece, pieces
 from meft.sparse.products import dots
 from meft.sparse.router import top
 from meft.sparse.rows import Tokens
+from meft.sparse.shapes import Ids
 
 PerExpert = Float[Tensor, "tokens experts"]
 PerKept = Float[Tensor, "tokens kept"]

@@ -1,13 +1,11 @@
 """Index tensors of rows: indices of all or some rows, and the last step of each row."""
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from meft.replaceable import Replaceable
-
-Ids = Int[Tensor, " some"]
-Steps = Int[Tensor, " rows"]
+from meft.sparse.shapes import Ids, Steps
 
 
 @Replaceable

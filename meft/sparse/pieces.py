@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from meft.sparse.indices import Ids
 from meft.sparse.products import Index, Start, starts
 from meft.sparse.rows import Rows
+from meft.sparse.shapes import Ids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,19 +17,17 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from meft.errors import ConfigError
 from meft.page_lock import page_locked
 from meft.sparse import adam, idle
-from meft.sparse.adam import Table
+from meft.sparse.adam import RowTable
 from meft.sparse.adam_on import adam_on
-from meft.sparse.indices import Ids, all_ids, new_steps
+from meft.sparse.indices import all_ids, new_steps
 from meft.sparse.schedule import Schedule
-
-Width = Float[Tensor, "rows width"]
-SomeRows = Float[Tensor, "some width"]
+from meft.sparse.shapes import AllRows, Ids, SomeRows
 
 
 class RowStore:
@@ -38,7 +36,7 @@ class RowStore:
     Args:
         rows: the rows, float32, `rows width`, in the memory in which they are to be
             stored.
-        wire_dtype: the dtype of what `read()` returns.
+        transfer_dtype: the dtype of what `read()` returns.
         update: what happens to rows without a gradient (`SparseConfig.update`).
     """
 
@@ -46,12 +44,12 @@ class RowStore:
     """Bytes stored per row in addition to its numbers."""
 
     def __init__(
-        self, rows: Width, wire_dtype: torch.dtype, update: str = "catchup"
+        self, rows: AllRows, transfer_dtype: torch.dtype, update: str = "catchup"
     ) -> None:
         self.rows = page_locked(rows)
-        self.wire_dtype = wire_dtype
-        is_wide = wire_dtype == torch.float32
-        self.shadow = None if is_wide else page_locked(rows.to(wire_dtype))
+        self.transfer_dtype = transfer_dtype
+        is_wide = transfer_dtype == torch.float32
+        self.shadow = None if is_wide else page_locked(rows.to(transfer_dtype))
         self._moments: tuple[Tensor, Tensor] | None = None
         self.updated_at = new_steps(len(rows), rows.device)
         """The last step that changed the value of each row."""
@@ -69,11 +67,11 @@ class RowStore:
 
     def __reduce__(self) -> Any:
         """Reduce to the current rows; a copy, also a saved one, has taken no steps."""
-        return RowStore, (self.settled(), self.wire_dtype, self.update)
+        return RowStore, (self.settled(), self.transfer_dtype, self.update)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RowStore":
         """Return a copy with the current rows: see `__reduce__`."""
-        copied = RowStore(self.settled().clone(), self.wire_dtype, self.update)
+        copied = RowStore(self.settled().clone(), self.transfer_dtype, self.update)
         memo[id(self)] = copied
         return copied
 
@@ -133,14 +131,14 @@ class RowStore:
         self._adam().values(self._table(), ids, out, places)
         return out
 
-    def keys(self) -> Width:
+    def keys(self) -> AllRows:
         """Return a view of all current keys, in the transfer dtype."""
         if self.shadow is None:
             return self.settled()[:, : self.width // 2]
         self._renew_shadow(self._everyone())
         return self.shadow[:, : self.width // 2]
 
-    def settled(self) -> Width:
+    def settled(self) -> AllRows:
         """Update all master rows and return `rows`, current until the next step.
 
         Their values after the last gradient are kept separately until then, so that
@@ -153,7 +151,7 @@ class RowStore:
             self._at_last = at_last
         return self.rows
 
-    def assign(self, rows: Width) -> None:
+    def assign(self, rows: AllRows) -> None:
         """Set all rows, which may be what `settled()` returned; moments stay.
 
         Rows that are set to their current value do not change.
@@ -161,7 +159,7 @@ class RowStore:
         if rows is not self.rows:
             self.settled()
             self.rows.copy_(rows)
-        self._anchor_changed()
+        self._restart_changed()
         self._life += 1
         self._fill_shadow()
 
@@ -259,11 +257,11 @@ class RowStore:
             self._at_last = self.rows.clone()
             behind = state["behind"].to(self.rows.device)
             self._at_last[behind] = state["at_last"].to(self.rows.device)
-            self._anchor_changed()
+            self._restart_changed()
         self._life += 1
         self._fill_shadow()
 
-    def replace(self, rows: Width) -> None:
+    def replace(self, rows: AllRows) -> None:
         """Replace the rows by others, without any effect of earlier steps."""
         self.rows.copy_(rows)
         self._start_again()
@@ -283,7 +281,7 @@ class RowStore:
         shrunk = self.factors[:, idle.SHRINK] != 1
         return (shrunk | (self.factors[:, idle.SUMS] != 0)).nonzero()[:, 0]
 
-    def _anchor_changed(self) -> None:
+    def _restart_changed(self) -> None:
         """Start the factors of rows again whose value in `rows` was changed."""
         if self._at_last is None or self.schedule is None:
             return
@@ -292,7 +290,7 @@ class RowStore:
             places = torch.arange(len(ids), device=ids.device)
             self._adam().values(self._table(), ids, was, places)
             changed = ids[(was != self.rows[ids]).any(1)]
-            adam.anchor(self._table(), changed, self.schedule)
+            adam.restart(self._table(), changed, self.schedule)
             self._at_last[changed] = self.rows[changed]
 
     def _unsettle(self) -> None:
@@ -322,9 +320,9 @@ class RowStore:
     def _everyone(self) -> Ids:
         return all_ids(len(self), self.rows.device)
 
-    def _table(self, shadow: Tensor | None = None) -> Table:
+    def _table(self, shadow: Tensor | None = None) -> RowTable:
         first, second = self.moments
-        return Table(
+        return RowTable(
             rows=self.rows if self._at_last is None else self._at_last,
             first=first,
             second=second,

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from meft.sparse.block_neurons import BlockNeurons
 from meft.sparse.choice import choose, distinct, neurons_of
-from meft.sparse.indices import Ids
 from meft.sparse.row_parameter import begin_backward, mark
 from meft.sparse.rows import Tokens
+from meft.sparse.shapes import Ids
 from meft.transforms import refuse_create_graph
 
 

@@ -137,7 +137,7 @@ def test_a_16_bit_wire_rounds_rows_and_gradients_once(
     wire: str, placement: str
 ) -> None:
     """Held against the twin on rows that were rounded first."""
-    cfg = config(num_experts=0, wire_dtype=wire, placement=placement)
+    cfg = config(num_experts=0, transfer_dtype=wire, placement=placement)
     adapter = lone_adapter(cfg)
     dtype = getattr(torch, wire)
     rows = adapter.rows.store.rows.to(dtype).float().requires_grad_()

@@ -27,7 +27,8 @@ from meft.page_lock import page_locked
 from meft.sparse.adam_on import adam_on
 from meft.sparse.block_neurons import BlockNeurons
 from meft.sparse.choice import distinct
-from meft.sparse.indices import Ids, all_ids, ids_of, new_steps
+from meft.sparse.indices import all_ids, ids_of, new_steps
+from meft.sparse.shapes import Ids
 
 aten = torch.ops.aten
 
