@@ -17,30 +17,26 @@ gradient of its output is available already. The coupling is undone before the m
 part is differentiated: at that point only the graph of the recompute is still alive.
 """
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from meft.errors import MismatchWarning, ReconstructionError, UnsupportedCallError
+from meft.errors import MismatchWarning, ReconstructionError
 from meft.reversible import twin
-from meft.reversible.coupling import Context, Coupling, Part
+from meft.reversible.branch_state import BranchState
+from meft.reversible.coupling import Context, Coupling
 from meft.reversible.execution_context import ExecutionContext
 from meft.reversible.extremes import Extremes
-from meft.reversible.gradients import (
-    Gradients,
-    Pull,
-    keep_hooks_for_whole_gradients,
-)
-from meft.reversible.outside import has_forward_hooks, leaves_of, refuse_late
+from meft.reversible.gradients import Gradients, keep_hooks_for_whole_gradients
+from meft.reversible.rebuild_call import RebuildCall
+from meft.reversible.recompute import pull_mixed, recompute_branch
 from meft.reversible.recompute_check import RecomputeCheck
 from meft.reversible.twin import Stack, Streams, TrackedStream, carrier_like
 from meft.shapes import Hidden
-from meft.transfer import TransferLedger, to_device, to_host
+from meft.transfer import TransferLedger
 from meft.transforms import refuse_create_graph
 
 
@@ -72,8 +68,8 @@ def run_rebuilt(
         The streams after the last coupling.
     """
     outside = {c.number: check.outside_of(c) for c in stack.couplings}
-    state = _State.of(stack, outside)
-    call = _Call(
+    state = BranchState.of(stack, outside)
+    call = RebuildCall(
         stack=stack,
         names=tuple(context),
         parameters=state.trainable(),
@@ -110,7 +106,7 @@ class _Rebuild(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: "_Call", extremes: Extremes, hidden: Tensor, *inputs: Tensor
+        ctx: Any, call: RebuildCall, extremes: Extremes, hidden: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         """Run all couplings without storing activations.
 
@@ -169,7 +165,7 @@ class _Rebuild(torch.autograd.Function):
             ReconstructionError: a rebuilt stream is wrong and `on_mismatch` is `raise`.
         """
         refuse_create_graph("a rebuilding backward", "Set `backward='store'` for that")
-        call: _Call = ctx.call
+        call: RebuildCall = ctx.call
         call.refuse_changed_state()
         keep_hooks_for_whole_gradients(call.parameters)
         first, second, *rest = ctx.saved_tensors
@@ -216,7 +212,7 @@ class _Rebuild(torch.autograd.Function):
 
 
 def _walk_down(
-    call: "_Call",
+    call: RebuildCall,
     streams: list[Tensor],
     d: list[Tensor | None],
     kept: Sequence[Tensor | None],
@@ -245,7 +241,7 @@ def _walk_down(
         x = stack.arithmetic.read(streams[source])
         wants_x = wants_input or index > 0
         call.check.point(index, d[target])
-        value, mixed = _recompute(
+        value, mixed = recompute_branch(
             call, coupling, x, context, d[target], wants_x, gradients
         )
         stack.arithmetic.uncouple_(
@@ -257,13 +253,13 @@ def _walk_down(
         )
         del value
         call.check.after(index, streams[target], expected)
-        v = _pull_mixed(mixed, x, gradients)
+        v = pull_mixed(mixed, x, gradients)
         d[target], d[source] = _down(d[target], d[source], v, coupling)
         del x, mixed, v
 
 
 def _stored(
-    call: "_Call",
+    call: RebuildCall,
     start: Tensor,
     context: Context,
     d: tuple[Tensor | None, Tensor | None],
@@ -342,360 +338,3 @@ def _down(
     if v is None:
         return dt, ds
     return dt, v.to(dt.dtype, copy=True) if ds is None else ds.add_(v.to(dt.dtype))
-
-
-class _Mixed(NamedTuple):
-    """The recomputed mixing part of a branch, before its backward pass."""
-
-    pull: Pull | None
-    """Pull through the mixing part; None if the branch has no such part."""
-    gradient: Tensor
-
-
-def _recompute(
-    call: "_Call",
-    coupling: Coupling,
-    x: Tensor,
-    context: Context,
-    dy: Tensor | None,
-    wants_x: bool,
-    gradients: Gradients,
-) -> tuple[Tensor, _Mixed | None]:
-    """Recompute a branch at `x` and pull `dy` through its tokenwise part.
-
-    Gradients of parameters are added to `gradients`.
-
-    Args:
-        call: the data of the forward.
-        coupling: the coupling whose branch is recomputed.
-        x: what its source stream holds, `batch seq hidden`.
-        context: tensors that the block reads in addition to the stream, by name.
-        dy: the gradient of the output of the branch; None if it is 0.
-        wants_x: whether the gradient of `x` is needed.
-        gradients: the sums of the backward.
-
-    Returns:
-        The output of the branch, of the shape of `x`, and the mixing part whose
-        backward pass remains to be run.
-    """
-    if dy is None:
-        with call.execution.entered():
-            value = call.value(coupling, x, context, wants_x)
-        return value, None
-    stack, tokenwise = call.stack, coupling.branch.tokenwise
-    x.requires_grad_(wants_x)
-    with call.recomputing():
-        mixed = stack.mixed(coupling, x, context)
-    own = [*context.values(), *call.state.trainable_of(coupling)]
-    call.refuse_outside(coupling, mixed, [x, *own])
-    pull = _prepare_mixed(call, coupling, mixed, context, gradients)
-    parameters = call.state.trainable_in(tokenwise, coupling)
-    outputs: list[Tensor] = []
-    pulled: list[Tensor | None] = []
-    # The order is from the last chunk to the first, as autograd does for the twin.
-    chunks = stack.chunks(coupling, mixed.detach())
-    slices = stack.chunks(coupling, dy)
-    for index in reversed(range(len(chunks))):
-        chunk = chunks[index].detach().requires_grad_(mixed.requires_grad)
-        with call.recomputing():
-            output = stack.tokenwise(coupling, chunk, index)
-        call.refuse_outside(coupling, output, [chunk, *own])
-        chunk_pull = gradients.prepare([output], parameters)
-        pulled.insert(0, gradients.pull(chunk_pull, chunk, [slices[index]]))
-        outputs.insert(0, output.detach())
-        del output, chunk_pull
-    value = twin.joined(outputs, x.shape)
-    if not mixed.requires_grad:
-        return value, None
-    d_chunks = [d for d in pulled if d is not None]
-    gradient = twin.joined(d_chunks, mixed.shape)
-    return value, _Mixed(pull, gradient)
-
-
-def _pull_mixed(mixed: _Mixed | None, x: Tensor, gradients: Gradients) -> Tensor | None:
-    """Pull through the mixing part and return the gradient of `x`, if needed."""
-    if mixed is None:
-        return None
-    if mixed.pull is None:
-        return mixed.gradient
-    return gradients.pull(mixed.pull, x, [mixed.gradient])
-
-
-def _prepare_mixed(
-    call: "_Call",
-    coupling: Coupling,
-    mixed: Tensor,
-    context: Context,
-    gradients: Gradients,
-) -> Pull | None:
-    """Prepare the pull through the mixing part, to be run after freeing `mixed`."""
-    if coupling.branch.mixing is None:
-        return None
-    others = [t for t in context.values() if t.requires_grad]
-    others += call.state.trainable_in(coupling.branch.mixing, coupling)
-    meanwhile = call.state.trainable_in(coupling.branch.tokenwise, coupling)
-    return gradients.prepare([mixed], others, meanwhile)
-
-
-class _Tensor(NamedTuple):
-    """The properties that show whether a parameter or buffer has changed."""
-
-    identity: int
-    storage: int
-    dtype: torch.dtype
-    device: torch.device
-    version: int
-    requires_grad: bool
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "_Tensor":
-        return cls(
-            id(tensor),
-            tensor.untyped_storage()._cdata,
-            tensor.dtype,
-            tensor.device,
-            tensor._version,  # in-place updates increment it
-            tensor.requires_grad,
-        )
-
-    def change(self, now: "_Tensor") -> str:
-        """Describe what happened to the tensor, as the end of a sentence."""
-        if self.requires_grad != now.requires_grad:
-            return f"`requires_grad` was set to {now.requires_grad}"
-        if (self.dtype, self.device) != (now.dtype, now.device):
-            return f"it was moved or converted to {now.dtype} on {now.device}"
-        if (self.identity, self.storage) != (now.identity, now.storage):
-            return "it was replaced by another tensor, or its `.data` was"
-        return "it was updated in place"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _State:
-    """The parameters and buffers that branches may read, and their modules' modes."""
-
-    tensors: dict[int, list[Tensor]]
-    """Parameters and buffers of each module that a branch uses, by the module's id."""
-    outside: dict[int, list[Tensor]]
-    """Parameters of other modules that a branch uses, by the coupling's number."""
-    seen: list[_Tensor]
-    """Identity and version of all these tensors."""
-    with_hooks: set[int]
-    """Ids of the modules in `tensors` that contain forward hooks."""
-    training: list[tuple[nn.Module, bool]]
-    """Flag `training` of every module inside."""
-    attention: list[str]
-    """transformers' names of the attention implementations inside."""
-
-    @classmethod
-    def of(cls, stack: Stack, outside: dict[int, list[Tensor]]) -> "_State":
-        """Return the current state."""
-        branches = (coupling.branch for coupling in stack.couplings)
-        parts = (part for b in branches for part in (b.mixing, b.tokenwise) if part)
-        modules = {id(m): [*m.modules()] for part in parts for m in part.modules}
-        tensors = {key: _tensors_of(inside) for key, inside in modules.items()}
-        every = [module for inside in modules.values() for module in inside]
-        configs = (module.__dict__.get("config") for module in every)
-        kinds = (getattr(config, "_attn_implementation", None) for config in configs)
-        return cls(
-            tensors=tensors,
-            outside=outside,
-            seen=[
-                _Tensor.of(t)
-                for ts in (*tensors.values(), *outside.values())
-                for t in ts
-            ],
-            with_hooks={key for key in modules if has_forward_hooks(modules[key])},
-            training=[(module, module.training) for module in every],
-            attention=list(dict.fromkeys(kind for kind in kinds if kind is not None)),
-        )
-
-    @contextlib.contextmanager
-    def modes(self) -> Iterator[None]:
-        """Run the body with every module in the mode that it had."""
-        changed = [pair for pair in self.training if pair[0].training != pair[1]]
-        for module, was_training in changed:
-            module.training = was_training
-        try:
-            yield
-        finally:
-            for module, was_training in changed:
-                module.training = not was_training
-
-    def trainable(self) -> list[Tensor]:
-        """Return the parameters that require a gradient, without duplicates."""
-        every = (
-            t
-            for tensors in (*self.tensors.values(), *self.outside.values())
-            for t in tensors
-        )
-        return list({id(t): t for t in every if t.requires_grad}.values())
-
-    def trainable_in(self, part: Part | None, coupling: Coupling) -> list[Tensor]:
-        """Return those that one part of the branch of `coupling` may use."""
-        if part is None:
-            return []
-        own = [t for m in part.modules for t in self.tensors[id(m)] if t.requires_grad]
-        return own + self.outside[coupling.number]
-
-    def trainable_of(self, coupling: Coupling) -> list[Tensor]:
-        """Return those that the branch of `coupling` may use."""
-        branch = coupling.branch
-        return [
-            tensor
-            for part in (branch.mixing, branch.tokenwise)
-            for tensor in self.trainable_in(part, coupling)
-        ]
-
-    def has_hooks(self, coupling: Coupling) -> bool:
-        """Return whether there are forward hooks inside the branch of `coupling`."""
-        parts = (coupling.branch.mixing, coupling.branch.tokenwise)
-        return any(id(m) in self.with_hooks for p in parts if p for m in p.modules)
-
-
-def _tensors_of(modules: Sequence[nn.Module]) -> list[Tensor]:
-    """Return the parameters and buffers of these modules, without duplicates."""
-    owned = (
-        tensor
-        for module in modules
-        for tensors in (module._parameters, module._buffers)
-        for tensor in tensors.values()
-    )
-    return list({id(tensor): tensor for tensor in owned if tensor is not None}.values())
-
-
-def _name_of(identity: int, stack: Stack) -> str:
-    """Return the name of a parameter or buffer, if it still exists."""
-    for coupling in stack.couplings:
-        for part in (coupling.branch.mixing, coupling.branch.tokenwise):
-            for module in part.modules if part else ():
-                for name, tensor in (
-                    *module.named_parameters(),
-                    *module.named_buffers(),
-                ):
-                    if id(tensor) == identity:
-                        return f"`{name}` of block {coupling.block}"
-    return "one of them"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Call:
-    """The data of a forward that its backward needs besides the saved tensors."""
-
-    stack: Stack
-    names: tuple[str, ...]
-    """Names of the tensors in addition to the stream, which precede parameters."""
-    parameters: list[Tensor]
-    """Trainable parameters."""
-    state: _State
-    """State before the forward, so that changes by the blocks are detected too."""
-    execution: ExecutionContext
-    check: RecomputeCheck
-    on_mismatch: str
-    host_ledger: TransferLedger | None
-
-    def put_away(self, kept: Tensor | None) -> Tensor | None:
-        """Store what is kept for the backward, in host memory if requested."""
-        if kept is None or self.host_ledger is None:
-            return kept
-        return to_host(kept, self.host_ledger)
-
-    def fetched(self, kept: Tensor | None, device: torch.device) -> Tensor | None:
-        """Return what `put_away` received, on `device`."""
-        if kept is None or self.host_ledger is None:
-            return kept
-        return to_device(kept, device, self.host_ledger)
-
-    @contextlib.contextmanager
-    def recomputing(self) -> Iterator[None]:
-        """Run the body with grad enabled and the settings of the forward.
-
-        Backward passes run outside of this context, hence outside of autocast.
-        """
-        with torch.enable_grad(), self.execution.entered():
-            yield
-
-    def value(
-        self,
-        coupling: Coupling,
-        x: Tensor,
-        context: Context,
-        wants_input: bool,
-        sources: Sequence[Tensor] = (),
-    ) -> Tensor:
-        """Run a branch without keeping a graph.
-
-        Args:
-            coupling: the coupling whose branch is run.
-            x: what its source stream holds, `batch seq hidden`.
-            context: tensors that the block receives in addition to the stream, by name.
-            wants_input: whether the gradient of `x` is needed.
-            sources: tensors that a gradient of the branch may flow to.
-
-        Returns:
-            The output of the branch, of the shape of `x`.
-        """
-        return self.check.value(
-            self.stack,
-            coupling,
-            x,
-            context,
-            wants_input,
-            self.execution,
-            self.state.trainable_of(coupling),
-            self.state.has_hooks(coupling),
-            sources,
-        )
-
-    def refuse_outside(
-        self, coupling: Coupling, output: Tensor, own: Sequence[Tensor]
-    ) -> None:
-        """Refuse a recomputed graph with a leaf whose gradient could not be returned.
-
-        Args:
-            coupling: the coupling whose branch was recomputed.
-            output: what a part of the branch has returned.
-            own: the inputs of the autograd function that the branch may use.
-
-        Raises:
-            UnsupportedCallError: a leaf is not in `own`.
-        """
-        leaves = leaves_of(output, own, coupling.block)
-        if leaves:
-            self.check.look_again()
-            refuse_late(leaves[0], coupling.block)
-
-    def _state_now(self) -> _State:
-        return _State.of(self.stack, self.state.outside)
-
-    def context(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        return dict(zip(self.names, inputs, strict=False))
-
-    def refuse_changed_state(self) -> None:
-        """Refuse the backward if weights or buffers have changed since the forward."""
-        seen, now = self.state.seen, self._state_now().seen
-        if seen == now:
-            return
-        pairs = zip(seen, now, strict=False)
-        changes = (
-            f"{_name_of(after.identity, self.stack)}: {before.change(after)}"
-            for before, after in pairs
-            if before != after
-        )
-        raise UnsupportedCallError(
-            "a parameter or buffer of a reversible block was changed or replaced "
-            f"between forward and backward ({next(changes, 'one came or went')}). This "
-            "may be an optimizer step, a moving average, any in-place update, "
-            "`functional_call`, or the block itself (running statistics): its "
-            "activations can no longer be rebuilt. Run the backward first"
-        )
-
-    def changes(self, device: torch.device) -> str:
-        """Describe other known changes since the forward, as a sentence."""
-        changed = self.execution.changed(ExecutionContext.current(device))
-        before, now = self.state.attention, self._state_now().attention
-        if before != now:
-            changed.append(
-                f"the implementation of attention from {', '.join(before)} to "
-                f"{', '.join(now)}"
-            )
-        return f" Changed since the forward: {'; '.join(changed)}." if changed else ""

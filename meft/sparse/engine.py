@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from meft.sparse.cache import Longs, RowCache
 from meft.sparse.config import SparseConfig
+from meft.sparse.host_gradient import HostGradient
 from meft.sparse.indices import ids_of
 from meft.sparse.rows import Rows, Tokens, choose
 from meft.sparse.shapes import Ids, SomeRows
@@ -128,8 +129,7 @@ class OffloadedRows(Rows):
         self.block = block
         self._last_taken: Longs = np.zeros(0, np.int64)
         self._on_its_way: tuple[PendingCopy, PendingCopy] | None = None
-        self._host_gradient: Tensor | None = None
-        self._on_host = np.zeros(len(store), bool)
+        self._host_gradient = HostGradient(len(store), store.width)
         self._gradient_places: Tensor | None = None
         """Slots of the gradients on the device, if transferred already."""
         self.is_settled = False
@@ -151,7 +151,8 @@ class OffloadedRows(Rows):
         self._on_its_way = None
         if len(ids):
             there = self.engine.slabs[1][self._places(slots)]
-            self._add_on_host(ids, self.engine.download(there, self.tag()).get())
+            gradient = self.engine.download(there, self.tag()).get()
+            self._host_gradient.add(ids, gradient)
             self.engine.cache.has_gradient[slots] = False
             self._gradient_places = None
 
@@ -193,7 +194,7 @@ class OffloadedRows(Rows):
         cache = self.engine.cache
         wanted = ids.numpy()
         slots = cache.find(self.block, wanted)
-        away = (slots < 0) | self._on_host[wanted]
+        away = (slots < 0) | self._host_gradient.has_gradient[wanted]
         if not away.any():
             self._add_on_device(slots, gradient)
             return
@@ -202,7 +203,8 @@ class OffloadedRows(Rows):
             self._add_on_device(slots[~away], gradient[stay])
             gradient = gradient[self._places(away.nonzero()[0])]
         sent = gradient.to(self.store.transfer_dtype)
-        self._add_on_host(wanted[away], self.engine.download(sent, self.tag()).get())
+        gradient = self.engine.download(sent, self.tag()).get()
+        self._host_gradient.add(wanted[away], gradient)
 
     @override
     def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:
@@ -217,9 +219,8 @@ class OffloadedRows(Rows):
             parts = []
             if coming is not None:
                 parts.append((torch.from_numpy(ids), coming.get().float()))
-            if self._host_gradient is not None and self._on_host.any():
-                away = self._ids_on_host()
-                parts.append((away, self._host_gradient[away]))
+            if self._host_gradient:
+                parts.append((self._host_gradient.ids, self._host_gradient.values))
             if not parts:
                 return torch.zeros(0, dtype=torch.long), self.store.rows[:0]
             if len(parts) == 1:
@@ -232,7 +233,7 @@ class OffloadedRows(Rows):
     def held_ids(self) -> list[Tensor]:
         ids, _ = self.engine.cache.with_gradient(self.block)
         held = [torch.from_numpy(ids)] if len(ids) else []
-        return [*held, self._ids_on_host()] if self._on_host.any() else held
+        return [*held, self._host_gradient.ids] if self._host_gradient else held
 
     @override
     def parts(self) -> list[Tensor]:
@@ -240,8 +241,8 @@ class OffloadedRows(Rows):
         found = []
         if len(slots):
             found.append(self.engine.slabs[1][self._places_of_gradient(slots)])
-        if self._host_gradient is not None and self._on_host.any():
-            found.append(self._host_gradient[self._ids_on_host()])
+        if self._host_gradient:
+            found.append(self._host_gradient.values)
         return found
 
     @override
@@ -250,8 +251,8 @@ class OffloadedRows(Rows):
         rest = iter(parts)
         if len(slots):
             self.engine.slabs[1][self._places_of_gradient(slots)] = next(rest)
-        if self._host_gradient is not None and self._on_host.any():
-            self._host_gradient[self._ids_on_host()] = next(rest)
+        if self._host_gradient:
+            self._host_gradient.put(next(rest))
 
     @override
     def bring(self, tensor: Tensor, device: torch.device) -> Tensor:
@@ -265,7 +266,7 @@ class OffloadedRows(Rows):
     @override
     def replace_gradient(self, ids: Ids, gradient: SomeRows) -> None:
         self.drop_gradient()
-        self._add_on_host(ids.numpy(), gradient)
+        self._host_gradient.add(ids.numpy(), gradient)
 
     @override
     def drop_gradient(self) -> None:
@@ -274,9 +275,7 @@ class OffloadedRows(Rows):
             self.engine.slabs[1][self._places_of_gradient(slots)] = 0
             self.engine.cache.has_gradient[slots] = False
             self._gradient_places = None
-        if self._host_gradient is not None and self._on_host.any():
-            self._host_gradient[self._ids_on_host()] = 0
-            self._on_host.fill(False)
+        self._host_gradient.drop()
 
     @override
     def on_device(self) -> list[Tensor]:
@@ -375,15 +374,6 @@ class OffloadedRows(Rows):
         self.engine.slabs[1].index_add_(0, self._places(slots), gradient)
         self.engine.cache.has_gradient[slots] = True
         self._gradient_places = None
-
-    def _add_on_host(self, ids: Longs, gradient: SomeRows) -> None:
-        if self._host_gradient is None:
-            self._host_gradient = torch.zeros_like(self.store.rows)
-        self._host_gradient.index_add_(0, torch.from_numpy(ids), gradient.float())
-        self._on_host[ids] = True
-
-    def _ids_on_host(self) -> Ids:
-        return torch.from_numpy(self._on_host.nonzero()[0])
 
     def _places_of_gradient(self, slots: Longs) -> Tensor:
         if self._gradient_places is None:
