@@ -16,7 +16,8 @@ import pytest
 from meft_bench.parent import cli, doctor, environment, harness, planning, runs
 from meft_bench.shared import configs
 from meft_bench.shared.cell import Cell
-from meft_bench.shared.record import Measurement, Record, Status
+from meft_bench.shared.measurement import Measurement
+from meft_bench.shared.record import Record, Status
 
 pytestmark = pytest.mark.usefixtures("folder")
 

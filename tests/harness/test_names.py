@@ -90,6 +90,7 @@ FOREIGN_FILES = {
     "*test.jsonl": "data of a task",
     "meft_bench/sweeps": "inside a wheel",
     "meft_bench/methods.toml": "inside a wheel",
+    "meft_bench/measurements.toml": "inside a wheel",
     "meft_bench/backbones.toml": "inside a wheel",
     # Files that ours write, or that a user has.
     "adapters.json": "written by meft.save_adapters",

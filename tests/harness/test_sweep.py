@@ -64,9 +64,12 @@ def test_decoders_have_the_head_that_they_were_trained_with(name: str) -> None:
 
 
 def test_quickstart() -> None:
-    """The quickstart is small, and measures every method of its list everywhere: the
-    rivals and the paper's own. What the exact inverse costs, against its own adapters
-    under checkpointing, is the sweep `depth`; what sparse adapters move, `sparsity`."""
+    """The quickstart is small, and measures every method of its list everywhere.
+
+    These are the references and the paper's own. What the exact inverse costs, against
+    its own adapters under checkpointing, is the sweep `depth`; what sparse adapters
+    move, `sparsity`.
+    """
     cells = sweep.load("quickstart", device="cpu").cells
     methods = {cell.method for cell in cells}
     assert methods == {
@@ -304,9 +307,9 @@ BAD = {
         "`method` = 'sparse'",
         "take 'adamw'",
     ),
-    "a rival's rows, too": (
-        AXES + "defaults = { rival = 'dense-offload', optimizer = 'adamw-fused' }",
-        "`rival` = 'dense-offload'",
+    "a reference's rows, too": (
+        AXES + "defaults = { reference = 'dense-offload', optimizer = 'adamw-fused' }",
+        "`reference` = 'dense-offload'",
     ),
     "patience alone": (AXES + "defaults = { patience = 2 }", "`eval_every`"),
     "text for a random backbone": (

@@ -7,7 +7,6 @@ available) and `error`. Other failures are detected by the parent.
 """
 
 import contextlib
-import dataclasses
 import os
 import resource
 import sys
@@ -79,7 +78,7 @@ def run(cell: Cell, options: ChildOptions) -> dict[str, object]:
     return {
         "status": status,
         "message": message,
-        "measurement": dataclasses.asdict(partial.measurement),
+        "measurement": partial.measurement.to_json(),
         "environment": partial.environment,
     }
 

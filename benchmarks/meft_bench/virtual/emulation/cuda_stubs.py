@@ -68,10 +68,10 @@ def answers_of(
         "get_device_properties": lambda *_: properties,
         "get_device_capability": lambda *_: gpu.compute_capability,
         "get_device_name": lambda *_: gpu.name,
-        "Stream": Stream,
-        "Event": Event,
-        "current_stream": lambda *_: Stream(),
-        "default_stream": lambda *_: Stream(),
+        "Stream": StreamStub,
+        "Event": EventStub,
+        "current_stream": lambda *_: StreamStub(),
+        "default_stream": lambda *_: StreamStub(),
         "stream": lambda *_: contextlib.nullcontext(),
         "device": lambda *_: contextlib.nullcontext(),
     }
@@ -88,7 +88,7 @@ def answers_of(
         yield mock.patch.object(fake_tensor, "init_gpu_context", nothing)
 
 
-class Stream:
+class StreamStub:
     """A stream on which all work is complete."""
 
     device_index = 0
@@ -109,7 +109,7 @@ class Stream:
 
     def record_event(self, event: Any = None) -> Any:
         """Return an event that is complete."""
-        return event or Event()
+        return event or EventStub()
 
     def query(self) -> bool:
         """Return True; all work is complete."""
@@ -122,7 +122,7 @@ class Stream:
         pass
 
 
-class Event:
+class EventStub:
     """An event that is complete."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
