@@ -87,8 +87,8 @@ def library_bytes(gpu: Gpu, torch_version: str) -> tuple[int, int]:
     Returns:
         Bytes of cuBLAS and bytes of cuBLASLt.
     """
-    asked = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
-    own = sum(1024 * int(size) * int(count) for size, count in asked)
+    found = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    own = sum(1024 * int(size) * int(count) for size, count in found)
     is_one = Version(torch_version) >= ONE_WORKSPACE
     lt = 0 if is_one else gpu.cublaslt_workspace_bytes
     return own or gpu.cublas_workspace_bytes, lt
