@@ -1,8 +1,22 @@
-"""Run `meft-bench` as `python -m meft_bench`."""
+"""The command `meft-bench`, also as `python -m meft_bench`."""
 
 import sys
 
-from meft_bench.parent.cli import main
+from meft_bench.shared.tables import TableError
+
+EXIT_USAGE = 2
+
+
+def main() -> int:
+    """Run the command and return its exit code."""
+    try:
+        # Imported here, because the tables of methods and measurements are read then.
+        from meft_bench.parent import cli
+    except TableError as error:
+        print(f"meft-bench: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    return cli.main()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Time of the library's hot paths, each beside what it competes with.
+"""Time of the library's hot paths, each next to its alternative.
 
 Run by `tox -e micro`; the groups compare within one run, which is the only comparison
 worth making on a shared machine.

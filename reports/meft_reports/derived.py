@@ -1,7 +1,7 @@
 """Numbers that are computed from two others of the same measurement.
 
     trainable_fraction      num_trainable_parameters / num_parameters
-    peak_activation_bytes   peak_allocated_bytes - resting_bytes
+    peak_activation_bytes   peak_allocated_bytes - model_state_bytes
     transfer_bytes          h2d_bytes + d2h_bytes
 
 The frame contains them, and `records` rejects a record in which one is out of its
@@ -36,7 +36,11 @@ def _share(part: int, whole: int) -> float | None:
 
 DERIVED: dict[str, tuple[Any, str, str]] = {
     "trainable_fraction": (_share, "num_trainable_parameters", "num_parameters"),
-    "peak_activation_bytes": (operator.sub, "peak_allocated_bytes", "resting_bytes"),
+    "peak_activation_bytes": (
+        operator.sub,
+        "peak_allocated_bytes",
+        "model_state_bytes",
+    ),
     "transfer_bytes": (operator.add, "h2d_bytes", "d2h_bytes"),
 }
 """Formula and sources of each number."""

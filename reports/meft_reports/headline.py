@@ -39,7 +39,7 @@ def find(frame: pd.DataFrame) -> tuple[str, Cells] | None:
         frame: the frame of `meft_reports.frame`.
     """
     rows = prepare(frame)
-    rows = rows[on_random_input(rows) & (rows["rival"] == "")]
+    rows = rows[on_random_input(rows) & (rows["reference"] == "")]
     rows = rows[(rows["device"] == "cuda") & (rows["status"] == "ok")]
     shown = fields_to_show(rows, always=("backbone", "dtype", "batch_size", "seq_len"))
     found = [

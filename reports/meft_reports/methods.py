@@ -4,12 +4,13 @@ The data is `methods.toml`, which the harness reads as well. A method that is no
 uses all options and is neither reversible nor an adapter of many neurons.
 """
 
+import dataclasses
 import functools
-import tomllib
 from dataclasses import dataclass
-from pathlib import Path
 
-RIVAL = "adapters-checkpointing"
+from meft_reports.data_files import METHODS, read_tables
+
+REFERENCE = "adapters-checkpointing"
 """Reference of the exact methods: adapters whose blocks are checkpointed."""
 
 
@@ -32,14 +33,9 @@ _FOR_THE_HARNESS = ("function", "has_rows")
 
 
 def _read() -> dict[str, Method]:
-    # A wheel carries the file in the harness's package; a checkout has it in
-    # `benchmarks`.
-    here = Path(__file__)
-    installed = here.parents[1] / "meft_bench" / "methods.toml"
-    checkout = here.parents[2] / "benchmarks" / "methods.toml"
-    path = installed if installed.is_file() else checkout
+    known = {*(field.name for field in dataclasses.fields(Method)), *_FOR_THE_HARNESS}
     methods = {}
-    for name, table in tomllib.loads(path.read_text(encoding="utf-8")).items():
+    for name, table in read_tables(METHODS, required=(), known=known).items():
         fields = {key: v for key, v in table.items() if key not in _FOR_THE_HARNESS}
         fields["options"] = tuple(fields.get("options", ()))
         methods[name] = Method(**fields)

@@ -26,7 +26,7 @@ from meft_reports.tables.table import to_html
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Figure:
+class PageFigure:
     """A plot on the page, or the reason why there is none."""
 
     name: str
@@ -44,7 +44,7 @@ class Section:
     anchor: str
     title: str
     lead: str
-    figures: tuple[Figure, ...] = ()
+    figures: tuple[PageFigure, ...] = ()
     tables: tuple[Markup, ...] = ()
     folded: tuple[tuple[str, Markup], ...] = ()
     empty: str = ""
@@ -171,12 +171,12 @@ def _all_sections(frame: pd.DataFrame) -> list[Section]:
     ]
 
 
-def _figures(frame: pd.DataFrame, *names: str) -> tuple[Figure, ...]:
+def _figures(frame: pd.DataFrame, *names: str) -> tuple[PageFigure, ...]:
     figures = (_figure(frame, name) for name in names)
     return tuple(figure for figure in figures if figure is not None)
 
 
-def _figure(frame: pd.DataFrame, name: str) -> Figure | None:
+def _figure(frame: pd.DataFrame, name: str) -> PageFigure | None:
     """Return a figure; None if no cell of the run is of the kind it shows."""
     plot = find_plot(name)
     try:
@@ -184,13 +184,13 @@ def _figure(frame: pd.DataFrame, name: str) -> Figure | None:
     except NothingDeclared:
         return None
     except NothingToDraw as reason:
-        return Figure(
+        return PageFigure(
             name=name, title=plot.TITLE, caption=plot.CAPTION, reason=str(reason)
         )
     panels = [axes.get_title(loc="left").replace("\n", " · ") for axes in drawn.axes]
     # An image has its own namespace for the SVG's ids, and an alternative text.
     svg = base64.b64encode(render(drawn, "svg")).decode()
-    return Figure(
+    return PageFigure(
         name=name,
         title=plot.TITLE,
         caption=plot.CAPTION,

@@ -186,7 +186,8 @@ def _validate(record: Any, where: str) -> set[str]:
     if version != SCHEMA_VERSION or type(version) is not int:
         raise RecordError(
             f"{where}: schema version {_quoted(version)}, expected {SCHEMA_VERSION}; "
-            "use the meft-report of the meft-bench that wrote it"
+            "run its cells again with this meft-bench, or use the meft-report of the "
+            "meft-bench that wrote it"
         )
     for section in SECTIONS:
         if not isinstance(record.get(section), dict):

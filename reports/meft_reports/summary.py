@@ -55,7 +55,7 @@ def learned(frame: pd.DataFrame) -> pd.DataFrame:
     cells interleaved with a reference method, which train for timing only.
     """
     learns = ~on_random_input(frame) & (frame["max_steps"] > 1)
-    return frame[learns & (frame["rival"] == "")]
+    return frame[learns & (frame["reference"] == "")]
 
 
 def mean_list(lists: "pd.Series[Any]") -> list[float]:

@@ -162,7 +162,7 @@ def test_a_window_has_the_gradients_that_transformers_trainer_computes(
 def test_a_window_of_micro_batches_with_equally_many_targets_is_their_plain_mean(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As before: to the last bit, so that memory probes and races are unchanged."""
+    """As before: to the last bit, so that memory probes and timings are unchanged."""
     whole = micro_batches(8)[0]
     found, _ = gradients_and_loss(model_of(cell()), [whole] * 3, monkeypatch)
     stepper = Stepper(model_of(cell()), cell())

@@ -16,7 +16,8 @@ import pytest
 from meft_bench.parent import cli, doctor, environment, harness, planning, runs
 from meft_bench.shared import configs
 from meft_bench.shared.cell import Cell
-from meft_bench.shared.record import Measurement, Record, Status
+from meft_bench.shared.measurement import Measurement
+from meft_bench.shared.record import Record, Status
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -46,7 +47,7 @@ def test_list_is_light(folder: Path) -> None:
         )
         *_, summary, heavy, seconds = done.stdout.splitlines()
         times.append(float(seconds))
-    assert summary == "90 cells, 0 done in runs/quickstart.jsonl"
+    assert summary == "92 cells, 0 done in runs/quickstart.jsonl"
     assert heavy == "[]"
     assert min(times) < 0.8
     assert not (folder / "runs").exists()

@@ -186,11 +186,13 @@ def test_no_driver(nvml: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment.why_no_gpu().startswith("cannot tell without `python -m pip")
 
 
-@pytest.mark.parametrize("file", ["methods.toml", "backbones.toml"])
+@pytest.mark.parametrize(
+    "file", ["methods.toml", "measurements.toml", "backbones.toml"]
+)
 def test_data_that_the_code_computes_with_are_part_of_its_digest(
     tmp_path: Path, file: str
 ) -> None:
-    """The two tables, next to the package or inside it, and files of GPUs."""
+    """The tables, next to the package or inside it, and files of GPUs."""
     package = tmp_path / "meft_bench"
     gpus = package / "virtual" / "device" / "gpus"
     gpus.mkdir(parents=True)

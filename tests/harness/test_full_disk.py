@@ -17,8 +17,9 @@ from meft_bench.parent import cli, environment, isolate, runs
 from meft_bench.parent.runs import RecordsFile, RunsError
 from meft_bench.shared import outcome
 from meft_bench.shared.cell import Cell
+from meft_bench.shared.measurement import Measurement
 from meft_bench.shared.options import ChildOptions
-from meft_bench.shared.record import Environment, Measurement, Record, Status
+from meft_bench.shared.record import Environment, Record, Status
 
 SWEEP = """
 question = "Is anything lost?"
@@ -277,7 +278,7 @@ def test_a_line_half_written_is_said(
     """As after `kill -9` or a loss of power, which may leave zeros behind."""
     assert cli.main(list(RUN), worker_module="harness.workers.fake_ok") == 0
     before = ids(FILE)
-    for rest in (b'{"schema_version": 1, "cell_', b"\0" * 512):
+    for rest in (b'{"schema_version": 2, "cell_', b"\0" * 512):
         whole = FILE.read_bytes()
         FILE.write_bytes(whole + rest)
         capsys.readouterr()

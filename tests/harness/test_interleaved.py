@@ -1,4 +1,4 @@
-"""Steps of two methods in turn, and where a method starts from."""
+"""Interleaved steps of two methods, and where a method starts from."""
 
 import time
 from collections.abc import Callable
@@ -34,33 +34,42 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
 
 def test_turns_change_who_goes_first(steps: Steps) -> None:
     """Else the one that always follows would pay for what the other leaves behind. Warm
-    turns do not count; the ratio is that of each turn, not of the medians."""
+    pairs do not count; the ratio is that of each pair, not of the medians."""
     order, make = steps
-    turns = time_interleaved(
+    timed = time_interleaved(
         make("own", [9.0, 2.0, 30.0, 4.0]),
-        make("rival", [1.0, 1.0, 10.0, 8.0]),
-        warmup_turns=1,
-        num_turns=4,
+        make("reference", [1.0, 1.0, 10.0, 8.0]),
+        warmup_pairs=1,
+        num_pairs=4,
         device="cpu",
     )
-    assert order == ["own", "rival", "rival", "own", "own", "rival", "rival", "own"]
-    assert turns.rival_step_seconds == 8.0
-    assert turns.step_ratio == 2.0  # of 2, 3 and 0.5; the medians would give 4 / 8
-    assert turns.step_ratio_iqr == 1.25
+    assert order == [
+        "own",
+        "reference",
+        "reference",
+        "own",
+        "own",
+        "reference",
+        "reference",
+        "own",
+    ]
+    assert timed.reference_step_seconds == 8.0
+    assert timed.step_ratio == 2.0  # of 2, 3 and 0.5; the medians would give 4 / 8
+    assert timed.step_ratio_iqr == 1.25
 
 
-def test_one_turn_has_no_spread(steps: Steps) -> None:
+def test_one_pair_has_no_spread(steps: Steps) -> None:
     """There is none to tell."""
     _, make = steps
-    turns = time_interleaved(
+    timed = time_interleaved(
         make("own", [3.0]),
-        make("rival", [2.0]),
-        warmup_turns=0,
-        num_turns=1,
+        make("reference", [2.0]),
+        warmup_pairs=0,
+        num_pairs=1,
         device="cpu",
     )
-    assert turns.step_ratio == 1.5
-    assert turns.step_ratio_iqr is None
+    assert timed.step_ratio == 1.5
+    assert timed.step_ratio_iqr is None
 
 
 def test_deviation_is_relative_to_the_backbone() -> None:

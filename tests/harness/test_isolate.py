@@ -14,8 +14,9 @@ from meft_bench.parent import isolate
 from meft_bench.parent.engines.local import Stopped
 from meft_bench.shared import outcome
 from meft_bench.shared.cell import Cell
+from meft_bench.shared.measurement import Measurement
 from meft_bench.shared.options import ChildOptions
-from meft_bench.shared.record import Environment, Measurement, Record, Status
+from meft_bench.shared.record import Environment, Record, Status
 
 CELL = Cell(method="meft1", batch_size=4, seed=3)
 SEEN = Measurement(saved_bytes=2**20, step_seconds=1, loss_curve=[])

@@ -18,7 +18,7 @@ from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.registry import METHODS, load
 from meft_bench.shared.source import Source
-from meft_bench.virtual.prediction.plan import Plan, plan
+from meft_bench.virtual.prediction.plan import MemoryPlan, plan
 
 HERE = Source()
 without_gpu = pytest.mark.skipif(
@@ -103,7 +103,7 @@ def test_a_cell_of_a_language_model_is_measured(
         assert measured["reconstruction_error"] == [0.0] * measured["num_blocks"]
 
 
-def planned(family: str, task: str) -> Plan:
+def planned(family: str, task: str) -> MemoryPlan:
     sizes = {"batch_size": 8, "seq_len": 128, "method": "lora-checkpointing"}
     return plan(told(family, task=task, device="virtual-H200", **sizes), HERE, 0.05)
 

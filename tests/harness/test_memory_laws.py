@@ -9,10 +9,10 @@ import torch
 from harness.tiny import cell
 from meft.reversible.packing import packed_bytes
 from meft_bench.child.worker import run
+from meft_bench.shared.measurement import Measurement
 from meft_bench.shared.options import ChildOptions
-from meft_bench.shared.record import Measurement
 from meft_bench.shared.source import Source
-from meft_bench.virtual.prediction.plan import Plan, plan
+from meft_bench.virtual.prediction.plan import MemoryPlan, plan
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a real GPU, which is left alone"
@@ -32,7 +32,7 @@ def step(method: str, depth: int, **changes: Any) -> Measurement:
 
 
 @functools.cache
-def planned(method: str) -> Plan:
+def planned(method: str) -> MemoryPlan:
     return plan(
         cell(
             method=method,
@@ -114,7 +114,7 @@ def test_sparse_adapters_take_as_much_of_the_device_however_many_neurons() -> No
     """16 times the neurons, in one budget: all that grows is who was chosen."""
 
     def peak(method: str, num_neurons: int) -> int:
-        found = step(
+        found: int | None = step(
             method,
             2,
             num_neurons=num_neurons,

@@ -71,19 +71,19 @@ def test_what_the_step_keeps_counts_and_what_was_there_does_not() -> None:
     assert got == 1000 * FLOAT
 
 
-def test_resting_memory_is_parameters_buffers_gradients_and_state() -> None:
+def test_model_state_memory_is_parameters_buffers_gradients_and_state() -> None:
     """Each storage once, however many tensors view it."""
     model = torch.nn.Linear(3, 5, bias=False)
     model.register_buffer("twice", model.weight.detach().view(-1))
     model.register_buffer("own", torch.zeros(7))
     optimizer = torch.optim.AdamW(model.parameters())
     weight = 3 * 5 * FLOAT
-    assert memory.resting_bytes(model, optimizer) == weight + 7 * FLOAT
+    assert memory.model_state_bytes(model, optimizer) == weight + 7 * FLOAT
     model(torch.ones(3)).sum().backward()
-    assert memory.resting_bytes(model, optimizer) == 2 * weight + 7 * FLOAT
+    assert memory.model_state_bytes(model, optimizer) == 2 * weight + 7 * FLOAT
     optimizer.step()
     # exp_avg, exp_avg_sq, and the step counter, a float of its own
-    assert memory.resting_bytes(model, optimizer) == 4 * weight + 8 * FLOAT
+    assert memory.model_state_bytes(model, optimizer) == 4 * weight + 8 * FLOAT
 
 
 def test_saved_bytes_are_what_a_linear_keeps_for_backward() -> None:
@@ -102,7 +102,7 @@ def test_a_step_of_full_fine_tuning_holds_every_gradient_at_once() -> None:
     stepper.step([batch()], 0.0)
     gradients = sum(p.numel() for p in model.parameters()) * FLOAT
     assert memory.cpu_step_peak_bytes(lambda: stepper.step([batch()], 0.0)) >= gradients
-    assert memory.resting_bytes(model, stepper.optimizer) < 4 * gradients
+    assert memory.model_state_bytes(model, stepper.optimizer) < 4 * gradients
 
 
 def test_the_host_peak_is_read_from_the_kernel(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from meft.sparse.adapter import SparseAdapter, sparse_adapters
 from meft.sparse.dense import DenseAdapter
 from meft.testing import saved_bytes
 from meft_bench.child.meters.routing import look
-from meft_bench.child.meters.rows import Watch
+from meft_bench.child.meters.rows import TrafficMeter
 from meft_bench.child.methods.adapters import AdaptedBlock
 from meft_bench.child.training.steps import Stepper
 from meft_bench.shared.registry import HAVE_ROWS, METHODS, load
@@ -333,9 +333,9 @@ def test_a_step_of_sparse_adapters_moves_their_rows() -> None:
     stepper.step([batch(), batch()], learning_rate=1e-2)
     for adapter, rows in zip(adapters, before, strict=True):
         assert not torch.equal(adapter.rows.store.rows, rows)
-    watch = Watch(adapters)
+    meter = TrafficMeter(adapters)
     stepper.step([batch(), batch()], learning_rate=1e-2)
-    seen = watch.result()
+    seen = meter.result()
     assert seen.h2d_bytes is not None
     assert seen.d2h_bytes is not None
     assert 0 < seen.d2h_bytes + seen.h2d_bytes < seen.dense_transfer_bytes

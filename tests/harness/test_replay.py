@@ -7,7 +7,7 @@ import torch
 
 from meft_bench.virtual.device.allocator import MIB
 from meft_bench.virtual.recording.replay import replay, replay_in_full
-from meft_bench.virtual.recording.trace import Event, Storage, Trace
+from meft_bench.virtual.recording.trace import Storage, StorageEvent, Trace
 
 
 def trace(*steps: tuple[str, int], elsewhere: Sequence[str] = ()) -> Trace:
@@ -16,11 +16,11 @@ def trace(*steps: tuple[str, int], elsewhere: Sequence[str] = ()) -> Trace:
     Without a name it is a kernel's workspace, which comes and goes.
     """
     storages: dict[str, Storage] = {}
-    events: list[Event] = []
+    events: list[StorageEvent] = []
     for time, (name, size) in enumerate(steps, start=1):
         if not name:
             for is_birth in (True, False):
-                events.append(Event(time, None, size * MIB, is_birth=is_birth))
+                events.append(StorageEvent(time, None, size * MIB, is_birth=is_birth))
             continue
         if size:
             storages[name] = Storage(
@@ -37,7 +37,7 @@ def trace(*steps: tuple[str, int], elsewhere: Sequence[str] = ()) -> Trace:
             )
         storage = storages[name]
         events.append(
-            Event(time, storage.index, storage.num_bytes, is_birth=bool(size))
+            StorageEvent(time, storage.index, storage.num_bytes, is_birth=bool(size))
         )
     return Trace(
         storages=tuple(storages.values()),

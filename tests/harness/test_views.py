@@ -8,7 +8,7 @@ from harness.tiny import BLOCKS, batch, cell, classifier
 from meft_bench.child.training.steps import Stepper
 from meft_bench.virtual.recording import views
 from meft_bench.virtual.recording.ledger import Ledger
-from meft_bench.virtual.recording.trace import Copy, Trace
+from meft_bench.virtual.recording.trace import RecordedCopy, Trace
 
 pytestmark = pytest.mark.usefixtures("no_garbage_collection")
 
@@ -108,7 +108,7 @@ def test_blocks_alike_save_as_much() -> None:
 
 def test_copies_are_summed_by_where_they_belong() -> None:
     copies = tuple(
-        Copy(time, direction, 8, phase, module)
+        RecordedCopy(time, direction, 8, phase, module)
         for time, direction, phase, module in (
             (1, "h2d", "forward", "a.0.b"),
             (2, "h2d", "forward", "a.0.c"),

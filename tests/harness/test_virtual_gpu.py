@@ -298,10 +298,10 @@ def test_a_cell_is_predicted_by_the_worker_that_measures() -> None:
     )
     assert told["status"] == "ok", told["message"]
     measured: Any = told["measurement"]
-    peaks = ("saved_bytes", "resting_bytes", "peak_allocated_bytes")
-    saved, resting, allocated = (measured[name] for name in peaks)
+    peaks = ("saved_bytes", "model_state_bytes", "peak_allocated_bytes")
+    saved, model_state, allocated = (measured[name] for name in peaks)
     assert 0 < saved < allocated <= measured["peak_reserved_bytes"]
-    assert resting < allocated
+    assert model_state < allocated
     assert measured["score"] is None
     environment: Any = told["environment"]
     assert environment["device_name"] == "NVIDIA A100-SXM4-80GB"

@@ -21,7 +21,7 @@ from meft_bench.shared.source import Source
 from meft_bench.virtual.device import gpu
 from meft_bench.virtual.emulation import cpu_backend, cuda_backend, virtual_gpu
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
-from meft_bench.virtual.prediction.plan import Plan, plan
+from meft_bench.virtual.prediction.plan import MemoryPlan, plan
 from meft_bench.virtual.recording.trace import Trace
 
 pytestmark = [
@@ -314,7 +314,7 @@ def test_both_paths_at_real_sizes(
 ) -> None:
     """Prints a row of the table in docs/virtual-gpu.md."""
 
-    def planned() -> tuple[int, Plan]:
+    def planned() -> tuple[int, MemoryPlan]:
         here = cell(device="virtual-H200", **REAL_SIZES[name])
         found = plan(here, Source(), margin=0.05)
         assert found.by_kind is not None, found.message

@@ -9,7 +9,7 @@ import torch
 from harness.tiny import BLOCKS, HIDDEN, batch, cell, classifier
 from marks import slow_but_for
 from meft.sparse.adapter import sparse_adapters
-from meft_bench.child.meters.rows import RowTraffic, Watch
+from meft_bench.child.meters.rows import RowTraffic, TrafficMeter
 from meft_bench.child.training.steps import Stepper
 from meft_bench.child.worker import run
 from meft_bench.shared.options import ChildOptions
@@ -44,9 +44,9 @@ def moved(stepper: Stepper, num_batches: int = 2) -> RowTraffic:
     batches = [batch() for _ in range(num_batches)]
     for _ in range(2):
         stepper.step(batches, 1e-3)
-    watch = Watch(list(sparse_adapters(stepper.model).values()))
+    meter = TrafficMeter(list(sparse_adapters(stepper.model).values()))
     stepper.step(batches, 1e-3)
-    return watch.result()
+    return meter.result()
 
 
 @pytest.mark.parametrize(
@@ -60,10 +60,10 @@ def test_every_byte_that_moves_is_in_the_engines_books(method: str) -> None:
         batches = [batch()] * 2
         for _ in range(2):
             stepper.step(batches, 1e-3)
-        watch = Watch(list(sparse_adapters(stepper.model).values()))
+        meter = TrafficMeter(list(sparse_adapters(stepper.model).values()))
         started = ledger.time
         stepper.step(batches, 1e-3)
-        books = watch.result()
+        books = meter.result()
     found: Counter[str] = Counter()
     for copy in ledger.trace().copies:
         if copy.time > started and copy.num_bytes > 4:

@@ -12,8 +12,8 @@ from meft_bench.child.training.out_of_memory import is_out_of_memory
 from meft_bench.child.worker import one_line, run
 from meft_bench.shared import outcome, request
 from meft_bench.shared.cell import Cell
+from meft_bench.shared.measurement import Measurement
 from meft_bench.shared.options import ChildOptions
-from meft_bench.shared.record import Measurement
 from meft_bench.shared.registry import METHODS
 
 TINY: dict[str, Any] = {
@@ -51,7 +51,7 @@ def test_every_method_is_measured(method: str) -> None:
         "num_parameters",
         "num_trainable_parameters",
         "saved_bytes",
-        "resting_bytes",
+        "model_state_bytes",
         "peak_host_bytes",
         "step_seconds",
         "step_seconds_iqr",
@@ -63,8 +63,8 @@ def test_every_method_is_measured(method: str) -> None:
     assert seen.all_step_seconds is not None
     assert len(seen.loss_curve) == len(seen.all_step_seconds) == 3
     assert seen.peak_allocated_bytes is not None
-    assert seen.resting_bytes is not None
-    assert seen.peak_allocated_bytes > seen.resting_bytes
+    assert seen.model_state_bytes is not None
+    assert seen.peak_allocated_bytes > seen.model_state_bytes
     for name in ("peak_reserved_bytes", "nvml_process_bytes", "pcie_rx_bytes", "score"):
         assert getattr(seen, name) is None, name
     assert (seen.reconstruction_error is not None) == (
@@ -130,20 +130,20 @@ def test_steps_whose_loss_is_not_finite_are_counted_from_one(
     assert remark(losses) == said
 
 
-def test_a_rival_takes_turns() -> None:
+def test_steps_are_interleaved_with_those_of_a_reference() -> None:
     """Its step and the ratio are recorded; what is measured of the method itself is
     what it would be alone."""
     alone = run(Cell(method="meft1-exact", **TINY), ChildOptions())
     result = run(
-        Cell(method="meft1-exact", rival="adapters-checkpointing", **TINY),
+        Cell(method="meft1-exact", reference="adapters-checkpointing", **TINY),
         ChildOptions(),
     )
     assert (result["status"], result["message"]) == ("ok", "")
     assert isinstance(result["measurement"], dict)
     assert isinstance(alone["measurement"], dict)
     seen = Measurement(**result["measurement"])
-    assert seen.rival_step_seconds is not None
-    assert seen.rival_step_seconds > 0
+    assert seen.reference_step_seconds is not None
+    assert seen.reference_step_seconds > 0
     assert seen.step_ratio is not None
     assert seen.step_ratio > 0
     assert seen.step_ratio_iqr is not None
@@ -198,14 +198,19 @@ def test_compiled_blocks_are_rebuilt_exactly(dtype: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "meft1"])
 def test_memory_is_the_same_in_every_process(tmp_path: Path, method: str) -> None:
-    """Saved bytes, resting bytes and the allocator's peak agree to the byte."""
+    """Saved bytes, model-state bytes and the allocator's peak agree to the byte."""
     seen = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         result = child(tmp_path / name, Cell(method=method, **TINY))
         assert result["status"] == "ok", result["message"]
         seen.append(result["measurement"])
-    for name in ("saved_bytes", "resting_bytes", "peak_allocated_bytes", "loss_curve"):
+    for name in (
+        "saved_bytes",
+        "model_state_bytes",
+        "peak_allocated_bytes",
+        "loss_curve",
+    ):
         assert seen[0][name] is not None
         assert seen[0][name] == seen[1][name], name
 

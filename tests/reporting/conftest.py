@@ -43,7 +43,7 @@ CELL = {
     "mlp_chunks": 1,
     "attention": "sdpa",
     "blocks": "eager",
-    "rival": "",
+    "reference": "",
     "num_neurons": 1024,
     "top_k_neurons": 64,
     "num_experts": 0,
@@ -53,10 +53,10 @@ CELL = {
     "accumulation": 1,
 }
 NOTHING_SEEN = dict.fromkeys(
-    """num_parameters num_trainable_parameters num_blocks saved_bytes resting_bytes
+    """num_parameters num_trainable_parameters num_blocks saved_bytes model_state_bytes
     peak_allocated_bytes peak_reserved_bytes peak_host_bytes nvml_process_bytes
     pcie_rx_bytes pcie_tx_bytes step_seconds step_seconds_iqr all_step_seconds
-    rival_step_seconds step_ratio step_ratio_iqr num_steps loss_curve loss_mean
+    reference_step_seconds step_ratio step_ratio_iqr num_steps loss_curve loss_mean
     score_name score majority_score second_score_name second_score
     second_majority_score third_score_name third_score third_majority_score
     right_rows h2d_bytes d2h_bytes
@@ -72,7 +72,7 @@ SEEN = {
     "num_trainable_parameters": 220_000,
     "num_blocks": 6,
     "saved_bytes": 100 * MIB,
-    "resting_bytes": 200 * MIB,
+    "model_state_bytes": 200 * MIB,
     "peak_allocated_bytes": 300 * MIB,
     "peak_host_bytes": 900 * MIB,
     "step_seconds": 0.5,
@@ -118,9 +118,9 @@ def build_record(
         seen |= SEEN
     seen |= {k: v for k, v in changes.items() if k in NOTHING_SEEN}
     peak = seen["peak_allocated_bytes"]
-    if peak is not None and "resting_bytes" not in changes:  # a part of the peak
-        rests = SEEN["resting_bytes"]
-        seen["resting_bytes"] = rests if rests < peak else peak // 2
+    if peak is not None and "model_state_bytes" not in changes:  # a part of the peak
+        rests = SEEN["model_state_bytes"]
+        seen["model_state_bytes"] = rests if rests < peak else peak // 2
     where = ENVIRONMENT | {k: v for k, v in changes.items() if k in ENVIRONMENT}
     unknown = changes.keys() - CELL.keys() - NOTHING_SEEN.keys() - ENVIRONMENT.keys()
     assert not unknown, unknown
@@ -130,7 +130,7 @@ def build_record(
     if message is None:
         message = "" if status == "ok" else f"made-up {status}"
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "cell_id": cell_id,
         "sweep": sweep,
         "cell": cell,
@@ -192,7 +192,7 @@ def build_matrix() -> list[Record]:
 def build_depth() -> list[Record]:
     """MEFT beside checkpointed adapters, on fp32 and on bf16 weights; one cell fails.
 
-    The rival keeps 4 MiB a block in fp32 and 2 in bf16, and the exact method k/2.
+    The reference keeps 4 MiB a block in fp32 and 2 in bf16, and the exact method k/2.
     """
     records = []
     for weights_dtype, block in (("fp32", 4 * MIB), ("bf16", 2 * MIB)):
@@ -202,7 +202,7 @@ def build_depth() -> list[Record]:
             shape |= {"seq_len": 64}
 
             def add(method: str, saved: int, shape: Any = shape, **its: Any) -> None:
-                sizes: Any = {"saved_bytes": saved, "resting_bytes": 8 * MIB}
+                sizes: Any = {"saved_bytes": saved, "model_state_bytes": 8 * MIB}
                 sizes |= {"peak_allocated_bytes": saved + 10 * MIB}
                 records.append(build_record(method=method, **shape, **sizes, **its))
 
@@ -217,11 +217,11 @@ def build_depth() -> list[Record]:
                     gradient_error=[0.0] * depth,
                     reconstruction_error=[0.0] * depth,
                     start_deviation=2.0**-k,
-                    rival="adapters-checkpointing",
+                    reference="adapters-checkpointing",
                     step_ratio=1 + k / 10,
                     step_ratio_iqr=0.1,
                 )
-    shape |= {"depth": 24, "num_blocks": None, "rival": "adapters-checkpointing"}
+    shape |= {"depth": 24, "num_blocks": None, "reference": "adapters-checkpointing"}
     return [*records, build_record("oom", method="meft1-exact", **shape)]
 
 
@@ -253,7 +253,7 @@ def build_quality() -> list[Record]:
 
 
 def build_traffic() -> list[Record]:
-    """Sparse adapters of two sizes, whose rows move, beside the dense rival."""
+    """Sparse adapters of two sizes, whose rows move, beside the dense reference."""
     records = []
     for neurons in (1024, 4096):
         shape: Any = {"task": "synthetic", "num_neurons": neurons, "dtype": "bf16"}
@@ -264,7 +264,7 @@ def build_traffic() -> list[Record]:
                 build_record(
                     method="sparse-experts",
                     batch_size=size,
-                    rival="dense",
+                    reference="dense",
                     step_ratio=0.5,
                     step_ratio_iqr=0.1,
                     h2d_bytes=6 * MIB,
@@ -290,7 +290,7 @@ def build_headline() -> list[Record]:
         build_record(
             method=method,
             batch_size=batch_size,
-            resting_bytes=GIB,
+            model_state_bytes=GIB,
             peak_allocated_bytes=(2 + index) * batch_size * GIB,
             saved_bytes=batch_size * GIB,
             gradient_error=[0.5, 0.25] if method == "meft1" else None,

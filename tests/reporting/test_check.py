@@ -38,8 +38,8 @@ def test_what_a_step_needs_above_what_rests_is_compared(
     make_record: MakeRecord,
 ) -> None:
     """It is derived, and has a threshold all the same."""
-    before = make_record(peak_allocated_bytes=300, resting_bytes=200)
-    after = make_record(peak_allocated_bytes=301, resting_bytes=200)
+    before = make_record(peak_allocated_bytes=300, model_state_bytes=200)
+    after = make_record(peak_allocated_bytes=301, model_state_bytes=200)
     result = verdict([before], [after], "peak_activation:0")
     assert [finding.kind for finding in result.findings] == [Kind.REGRESSION]
     assert verdict([before], [after], "peak_activation:1").exit_code == 0
@@ -267,7 +267,7 @@ def test_a_verdict_sums_up_in_one_line(make_record: MakeRecord) -> None:
         make_record(seed=2, saved_bytes=8),
         make_record(seed=5),
     ]
-    last = str(verdict(before, after, "saved:0", "resting:0")).splitlines()[-1]
+    last = str(verdict(before, after, "saved:0", "model_state:0")).splitlines()[-1]
     assert last == (
         "4 cells in the baseline, 4 numbers compared: 1 failed, 1 missing, 2 improved, "
         "1 new"

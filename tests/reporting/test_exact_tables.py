@@ -27,7 +27,7 @@ def test_a_ratio_is_taken_against_checkpoints_of_the_same_weights(
     for table in (bf16, fp32):
         (row,) = [r for r in rows(table) if (r["blocks"], r["k"]) == ("12", "2")]
         assert row["saved for backward"] == "12.0 MiB"
-        found.append((row["the rival saves"], row["saved ratio"]))
+        found.append((row["the reference saves"], row["saved ratio"]))
     assert found == [("24.0 MiB", "0.500"), ("48.0 MiB", "0.250")]
     assert "see bf16 weights" in " ".join(fp32.notes)
     assert "see bf16 weights" not in " ".join(bf16.notes)
@@ -37,22 +37,24 @@ def test_a_peak_ratio_leaves_out_what_rests(depth: pd.DataFrame) -> None:
     """8 of the 10 MiB beside what is saved rest, so 2 are above it."""
     table = find_tables("ratios")(depth)[0]
     (row,) = [r for r in rows(table) if (r["blocks"], r["k"]) == ("6", "4")]
-    assert row["peak activation"] == row["the rival's peak"] == "14.0 MiB"
+    assert row["peak activation"] == row["the reference's peak"] == "14.0 MiB"
     assert row["peak ratio"] == "1.000"
 
 
 def test_a_step_ratio_is_never_made_of_two_processes(
     make_record: MakeRecord,
 ) -> None:
-    """Both have a time of a step; without turns, or with another rival, no ratio."""
-    rival = make_record(task="synthetic", method="adapters-checkpointing")
-    for its in ({}, {"rival": "lora-checkpointing", "step_ratio": 2.0}):
+    """Both have a time of a step, but no ratio, unless their steps were interleaved."""
+    reference = make_record(task="synthetic", method="adapters-checkpointing")
+    for its in ({}, {"reference": "lora-checkpointing", "step_ratio": 2.0}):
         ours = make_record(task="synthetic", method="meft1", **its)
-        (table,) = find_tables("ratios")(to_frame([rival, ours]))
+        (table,) = find_tables("ratios")(to_frame([reference, ours]))
         assert rows(table)[0]["step ratio, median (IQR)"] == NOTHING
 
 
-def test_turns_with_the_rival_give_median_and_spread(depth: pd.DataFrame) -> None:
+def test_steps_interleaved_with_the_reference_give_median_and_spread(
+    depth: pd.DataFrame,
+) -> None:
     """As the cell that measured them says."""
     found = {
         row["step ratio, median (IQR)"]
@@ -67,16 +69,16 @@ def test_a_failed_cell_stands_in_place_of_its_bytes(depth: pd.DataFrame) -> None
     table = find_tables("ratios")(depth)[0]
     (row,) = [r for r in rows(table) if r["blocks"] == "24"]
     assert row["saved for backward"] == "oom"
-    assert row["the rival saves"] == row["saved ratio"] == NOTHING
+    assert row["the reference saves"] == row["saved ratio"] == NOTHING
 
 
-def test_a_rival_of_another_width_is_no_rival(make_record: MakeRecord) -> None:
+def test_a_reference_of_another_width_is_no_reference(make_record: MakeRecord) -> None:
     """Adapters of 64 keep more than those of 8."""
     wide = {"method": "adapters-checkpointing", "bottleneck_size": 64}
     records = [make_record(task="synthetic", **wide)]
     records.append(make_record(task="synthetic", method="meft1"))
     (table,) = find_tables("ratios")(to_frame(records))
-    assert rows(table)[0]["the rival saves"] == NOTHING
+    assert rows(table)[0]["the reference saves"] == NOTHING
 
 
 def test_an_error_without_bounds_is_not_called_unmeasured(

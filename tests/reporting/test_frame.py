@@ -9,13 +9,8 @@ import pandas as pd
 import pytest
 
 from meft_bench.shared.cell import Cell
-from meft_bench.shared.record import (
-    SCHEMA_VERSION,
-    Environment,
-    Measurement,
-    Record,
-    Status,
-)
+from meft_bench.shared.measurement import FIELDS, Measurement
+from meft_bench.shared.record import SCHEMA_VERSION, Environment, Record, Status
 from meft_reports import columns
 from meft_reports.errors import RecordError, UnknownName
 from meft_reports.frame import (
@@ -30,8 +25,8 @@ from reporting.kinds import MakeRecord, Write
 
 def test_every_field_of_a_record_has_a_column() -> None:
     """What the harness writes down, a reader of the frame can find."""
-    fields = {"cell_id"}
-    for part in (Cell, Measurement, Environment, Record):
+    fields = {"cell_id", *FIELDS}
+    for part in (Cell, Environment, Record):
         fields |= {field.name for field in dataclasses.fields(part)}
     parts = {"cell", "measurement", "environment"}
     assert fields - parts <= columns.BY_NAME.keys()

@@ -67,7 +67,7 @@ def test_a_plot_without_data_says_why(make_record: MakeRecord) -> None:
 
 
 def test_what_a_run_did_not_ask_for_is_not_missed(make_record: MakeRecord) -> None:
-    """A run of one task has no word on depth, rivals or lost bits."""
+    """A run of one task has no word on depth, references or lost bits."""
     text = render_page(to_frame([make_record()])).decode()
     assert "Not drawn" not in text
     assert "Against checkpointed adapters" not in text

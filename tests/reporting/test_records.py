@@ -73,10 +73,10 @@ def test_what_a_score_can_be_depends_on_its_metric(
     ("seen", "message"),
     [
         (
-            {"peak_allocated_bytes": 0, "resting_bytes": 52642492},
+            {"peak_allocated_bytes": 0, "model_state_bytes": 52642492},
             "`peak_activation_bytes` should be a finite number of at least 0, and of "
             "at most 1.15292e+18, got -52642492 from `peak_allocated_bytes` 0 and "
-            "`resting_bytes` 52642492",
+            "`model_state_bytes` 52642492",
         ),
         (
             {"num_trainable_parameters": 10**9 + 1, "num_parameters": 10**9},
@@ -115,7 +115,7 @@ def test_the_bounds_themselves_can_be_measured(
         step_seconds=0.0,
         num_trainable_parameters=22_000_000,
         peak_allocated_bytes=0,
-        resting_bytes=0,
+        model_state_bytes=0,
     )
     assert len(read_frame([write([record])])) == 1
 
@@ -181,14 +181,14 @@ def test_versions_are_text(
         (lambda line: b'"text"\n', "line 1: expected a JSON object, got 'text'"),
         (lambda line: b"null\n" + line, "line 1: expected a JSON object, got None"),
         (
-            lambda line: line.replace(b'"schema_version": 1', b'"schema_version": 0'),
-            "line 1: schema version 0, expected 1; use the meft-report of",
+            lambda line: line.replace(b'"schema_version": 2', b'"schema_version": 1'),
+            "line 1: schema version 1, expected 2; run its cells again with",
         ),
         (
             lambda line: line.replace(
-                b'"schema_version": 1', b'"schema_version": true'
+                b'"schema_version": 2', b'"schema_version": true'
             ),
-            "line 1: schema version True, expected 1",
+            "line 1: schema version True, expected 2",
         ),
     ],
 )

@@ -113,7 +113,7 @@ def test_usual_values_go_without_saying(make_record: MakeRecord) -> None:
 def test_a_null_in_a_record_loses_no_row(make_record: MakeRecord) -> None:
     """An older record lacks a field, or holds null in it: both mean the default."""
     record = make_record(method="meft1-exact", seed=0)
-    record["cell"]["lost_bits"] = record["cell"]["rival"] = None
+    record["cell"]["lost_bits"] = record["cell"]["reference"] = None
     rows = to_frame([record, make_record(method="meft1-exact", seed=1)])
     assert summarise(rows, ["score"])["num_seeds"].tolist() == [2]
 

@@ -37,7 +37,7 @@ def test_results_hold_mean_spread_count_and_cost(frame: pd.DataFrame) -> None:
         "share": "1 %",
         "saved for backward": "100.0 MiB",
         "peak allocated": "120.0 MiB",
-        "resting": "60.0 MiB",
+        "model state": "60.0 MiB",
         "host peak": "900.0 MiB",
         "step, median (IQR)": "500 ms (50 ms)",
     }
@@ -163,7 +163,7 @@ def test_cells_that_are_ok_with_a_remark_have_a_table_of_their_own(
 
 
 def test_a_base_of_no_bytes_has_no_multiple() -> None:
-    """A step whose peak is what rests needs nothing above it."""
+    """A step whose peak is the model state needs nothing above it."""
     assert less(1024.0, 0.0) == less(0.0, 0.0) == less(7.0, 7.0) == NOTHING
     assert (less(3.0, 4.0), less(6.0, 4.0)) == ("25 %", "1.5 times")
 
@@ -172,7 +172,7 @@ def test_what_is_compared_with_zero_has_no_ratio(make_record: MakeRecord) -> Non
     """Zero bytes and zero seconds can be measured; no table or figure fails of it."""
     one, other, *_ = build_prediction()
     for record in (one, other):
-        record["measurement"] |= {"peak_allocated_bytes": 0, "resting_bytes": 0}
+        record["measurement"] |= {"peak_allocated_bytes": 0, "model_state_bytes": 0}
     summary, table = find_tables("predictions")(to_frame([one, other]))
     assert [row[0] for row in summary.rows] == ["saved"]
     assert table.rows[0][7] == NOTHING
@@ -249,7 +249,7 @@ def test_activations_are_what_a_step_adds_to_what_rests(
 ) -> None:
     """By hand, in both units; nothing is compared with a cell that failed."""
     gib = 2**30
-    shape: Any = {"task": "synthetic", "resting_bytes": gib}
+    shape: Any = {"task": "synthetic", "model_state_bytes": gib}
     records = [
         make_record(
             method="full",

@@ -90,8 +90,8 @@ def _with_text(record: Record, text: str) -> Record:
             place[name] = f"{place[name] or ''}{text}"
     if not record["cell"]["task"].startswith("synthetic"):
         record["cell"]["task"] += text
-    if record["cell"]["rival"]:
-        record["cell"]["rival"] += text
+    if record["cell"]["reference"]:
+        record["cell"]["reference"] += text
     versions = record["environment"]["versions"]
     record["environment"]["versions"] = {n: v + text for n, v in versions.items()}
     record["environment"]["versions"]["package" + text] = text
@@ -208,7 +208,7 @@ def test_no_text_of_a_figure_is_a_formula(name: str) -> None:
         if plain["cell"]["method"] == "full":
             record["cell"]["method"] = "full"
         if name == "headline":
-            kept = ("method", "task", "device", "rival")
+            kept = ("method", "task", "device", "reference")
             record["cell"] |= {field: plain["cell"][field] for field in kept}
     figure = find_plot(name).draw(to_frame(records))
     render(figure, "svg")

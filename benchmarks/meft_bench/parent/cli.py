@@ -30,7 +30,7 @@ from meft_bench.parent import (
     show,
     sweep,
 )
-from meft_bench.parent.harness import Plan
+from meft_bench.parent.harness import RunPlan
 from meft_bench.parent.planning import PlanningError
 from meft_bench.parent.runs import RunsError
 from meft_bench.parent.sweep import Sweep, SweepError
@@ -299,7 +299,7 @@ def _list(arguments: argparse.Namespace) -> int:
     return harness.EXIT_OK
 
 
-def _plan(arguments: argparse.Namespace) -> Plan:
+def _plan(arguments: argparse.Namespace) -> RunPlan:
     """Return the run that the command line describes, after checking all of it."""
     chosen = _load(arguments)
     cells = _select(chosen, arguments.only)
@@ -316,7 +316,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     if data_dir is not None and not data_dir.is_dir():
         raise UsageError(f"data directory {str(data_dir)!r} does not exist")
     spare = max(1, environment.num_cores() // arguments.slots)
-    return Plan(
+    return RunPlan(
         sweep=chosen.name,
         cells=cells,
         path=_records_path(arguments, chosen),

@@ -146,8 +146,8 @@ def source_folders() -> dict[str, Path]:
 def digest(folders: Mapping[str, Path]) -> str:
     """Return the sha256 over the sources of some packages, names and contents.
 
-    Sources are `.py` files and the data that they compute with: the tables of
-    methods and backbones, and the files of GPUs.
+    Sources are `.py` files and the data that they compute with: `tables.FILES` and
+    the files of GPUs.
     """
     total = hashlib.sha256()
     for name, folder in sorted(folders.items()):

@@ -27,7 +27,7 @@ _NAMES: dict[str, Collection[str]] = {
     "attention": registry.ATTENTIONS,
     "blocks": registry.BLOCKS,
     "optimizer": registry.OPTIMIZERS,
-    "rival": ("", *registry.METHODS),
+    "reference": ("", *registry.METHODS),
 }
 _FROM_ONE = {
     "batch_size",
@@ -96,7 +96,7 @@ def check_together(cell: Cell) -> None:
             f"{' or '.join(map(repr, registry.SYNTHETIC_TASKS))}, or a backbone with "
             "real weights"
         )
-    for name in ("method", "rival"):
+    for name in ("method", "reference"):
         method = getattr(cell, name)
         if cell.optimizer != "adamw" and method in registry.HAVE_ROWS:
             raise ValueError(

@@ -37,7 +37,7 @@ NUM_REASONS = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class RunPlan:
     """The complete definition of one run."""
 
     sweep: str
@@ -59,7 +59,7 @@ class Plan:
     """Time after which the run ends with the cells done so far; None means no limit."""
 
 
-def run(plan: Plan, *, worker_module: str = request.WORKER) -> int:
+def run(plan: RunPlan, *, worker_module: str = request.WORKER) -> int:
     """Run the remaining cells of a plan, print a summary, and return the exit code.
 
     Args:
@@ -149,7 +149,7 @@ class Budget:
             timer.cancel()
 
 
-def _run_checks(plan: Plan, budget: Budget) -> list[Status]:
+def _run_checks(plan: RunPlan, budget: Budget) -> list[Status]:
     """Run the checks of a plan that are not done yet, and return their statuses."""
     if not plan.checks:
         return []
@@ -219,7 +219,7 @@ def environments_for(
 
 
 def _run_left(
-    plan: Plan,
+    plan: RunPlan,
     left: list[Cell],
     done: Mapping[Cell, Record],
     environments: dict[str, Environment],
@@ -272,7 +272,7 @@ def _run_left(
     return ended
 
 
-def _left_out(plan: Plan, done: Mapping[Cell, Record]) -> Iterator[str]:
+def _left_out(plan: RunPlan, done: Mapping[Cell, Record]) -> Iterator[str]:
     """Yield what the sweep declares and this run omits, a line for each reason."""
     yield from plan.left_out
     if done:
@@ -283,7 +283,7 @@ def _left_out(plan: Plan, done: Mapping[Cell, Record]) -> Iterator[str]:
         )
 
 
-def _other_load(plan: Plan, done: Iterable[Record]) -> str:
+def _other_load(plan: RunPlan, done: Iterable[Record]) -> str:
     """Return how many cells ran with other threads or slots, on which times depend."""
     loads = [(r.environment.num_threads, r.environment.num_slots) for r in done]
     others = [

@@ -32,9 +32,10 @@ from pathlib import Path
 from meft_bench.parent.engines.local import Stopped
 from meft_bench.shared import outcome, request
 from meft_bench.shared.cell import Cell
+from meft_bench.shared.measurement import Measurement
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.outcome import Outcome
-from meft_bench.shared.record import Environment, Measurement, Record, Status
+from meft_bench.shared.record import Environment, Record, Status
 from meft_bench.shared.registry import VIRTUAL
 from meft_bench.shared.request import WORKER
 from meft_bench.shared.units import format_bytes

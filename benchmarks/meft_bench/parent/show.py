@@ -20,11 +20,10 @@ def describe(record: Record) -> Iterator[tuple[str, str]]:
     yield "sweep", printable(record.sweep)
     yield "started_at", printable(record.started_at)
     yield "wall_seconds", f"{record.wall_seconds:.1f}"
-    for part in (record.measurement, record.environment):
-        for field in dataclasses.fields(part):
-            value = getattr(part, field.name)
-            if value not in (None, []):
-                yield field.name, _format(field.name, value)
+    environment = dataclasses.asdict(record.environment)
+    for name, value in (record.measurement.to_json() | environment).items():
+        if value not in (None, []):
+            yield name, _format(name, value)
 
 
 def printable(text: str) -> str:

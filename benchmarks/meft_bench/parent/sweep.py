@@ -51,7 +51,7 @@ class SweepError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rule:
+class CellOverride:
     """Fields to override wherever a condition holds."""
 
     when: Condition
@@ -66,7 +66,7 @@ class Matrix:
     defaults: Point
     axes: tuple[tuple[Point, ...], ...]
     """Each axis or zip as the points that it iterates over; the last varies fastest."""
-    rules: tuple[Rule, ...]
+    rules: tuple[CellOverride, ...]
     excludes: tuple[Condition, ...]
 
 
@@ -319,14 +319,16 @@ def _zipped(table: dict[str, Any]) -> tuple[Point, ...]:
     return tuple(dict(zip(lists, row, strict=True)) for row in rows)
 
 
-def _rule(table: dict[str, Any]) -> Rule:
+def _rule(table: dict[str, Any]) -> CellOverride:
     override = {name: value for name, value in table.items() if name != "when"}
     if not override:
         raise ValueError(
             "set: nothing to set; name at least one field in addition to `when`"
         )
     when = _table(table.get("when", {}), "set: when")
-    return Rule(when=_condition(when, "set: when"), override=_point(override, "set"))
+    return CellOverride(
+        when=_condition(when, "set: when"), override=_point(override, "set")
+    )
 
 
 def _condition(table: dict[str, Any], where: str) -> Condition:

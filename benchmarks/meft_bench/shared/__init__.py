@@ -1,11 +1,12 @@
 """Code of both the parent process and its children; no module imports torch.
 
 cell       what to run: the fields that identify a measurement
+measurement   the numbers of a cell by name; None where one was not measured
 record     the result: status, measurement and environment
 request    what a parent requests of a child, on the command line
 options    settings of a child that do not belong to the cell
 outcome    the file in which a child reports how it ended
-tables     reads the tables of methods and backbones
+tables     reads the tables of methods, measurements and backbones
 methods    the table of methods: functions, options, what each has
 backbones  the table of model types: what can be made of each, its shapes
 registry   the names of methods, tasks, backbones and devices

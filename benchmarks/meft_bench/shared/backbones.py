@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meft_bench.shared import tables
+from meft_bench.shared.tables import TableError
 
 CLASSES = "meft_bench.child.backbones"
 """Package of the classes of classifiers that are not transformers' own."""
@@ -34,7 +35,7 @@ def _read() -> dict[str, ModelType]:
     for name, fields in tables.read(tables.BACKBONES, "models", known).items():
         wrong = [model for model in fields["models"] if model not in MODELS]
         if wrong:
-            raise ValueError(
+            raise TableError(
                 f"{tables.BACKBONES}: [{name}]: unknown model {wrong[0]!r}; "
                 f"models are {', '.join(MODELS)}"
             )

@@ -113,8 +113,8 @@ class Cell:
     """Attention kernel, one of `meft_bench.shared.registry.ATTENTIONS`."""
     blocks: str = "eager"
     """`eager`, or `compiled` by `torch.compile`."""
-    rival: str = ""
-    """A reference method whose steps alternate with this one's, in one process."""
+    reference: str = ""
+    """A method whose steps are timed interleaved with this one's, in one process."""
 
     @property
     def id(self) -> str:

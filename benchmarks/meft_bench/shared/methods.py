@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from meft_bench.shared import tables
+from meft_bench.shared.tables import TableError
 
 FUNCTIONS = "meft_bench.child.methods"
 """Package of the functions."""
@@ -53,11 +54,11 @@ def _read() -> dict[str, Method]:
     for name, method in methods.items():
         where = f"{tables.METHODS}: [{name}]"
         if method.twin_of and method.twin_of not in methods:
-            raise ValueError(f"{where}: no method {method.twin_of!r}")
+            raise TableError(f"{where}: no method {method.twin_of!r}")
         if method.streams not in ("", "float", "integer"):
-            raise ValueError(f"{where}: streams are `float` or `integer`")
+            raise TableError(f"{where}: streams are `float` or `integer`")
         if ":" not in method.function:
-            raise ValueError(f"{where}: `function` is written FILE:NAME")
+            raise TableError(f"{where}: `function` is written FILE:NAME")
     return methods
 
 

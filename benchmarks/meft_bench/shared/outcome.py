@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meft_bench.shared.record import Environment, Measurement, Status
+from meft_bench.shared import measurement
+from meft_bench.shared.measurement import Measurement
+from meft_bench.shared.record import Environment, Status
 
 REPORTED = (
     "device_name",
@@ -95,8 +97,9 @@ def read(path: Path) -> Outcome:
         raise ValueError(f"status {table['status']!r} is not a child's to give")
     if not isinstance(table["message"], str):
         raise ValueError("`message` is not text")
-    _check_fields(table, "measurement", Measurement, None)
-    _check_fields(table, "environment", Environment, REPORTED)
+    _check_fields(table, "measurement", measurement.FIELDS)
+    hints = typing.get_type_hints(Environment)
+    _check_fields(table, "environment", {name: hints[name] for name in REPORTED})
     return Outcome(
         status=Status(table["status"]),
         message=" ".join(table["message"].split()),
@@ -105,15 +108,11 @@ def read(path: Path) -> Outcome:
     )
 
 
-def _check_fields(
-    table: dict[str, Any], key: str, kind: type, allowed: tuple[str, ...] | None
-) -> None:
-    hints = typing.get_type_hints(kind)
-    names = hints.keys() if allowed is None else allowed
+def _check_fields(table: dict[str, Any], key: str, hints: dict[str, Any]) -> None:
     if not isinstance(table[key], dict):
         raise ValueError(f"`{key}` is not an object")
     for name, value in table[key].items():
-        if name not in names:
+        if name not in hints:
             raise ValueError(f"`{key}` has an unknown field {name!r}")
         if not _fits(value, hints[name]):
             raise ValueError(f"`{key}.{name}` = {value!r} should be {hints[name]}")

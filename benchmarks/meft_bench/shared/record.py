@@ -2,6 +2,7 @@
 
 Schema history
   1  first version
+  2  `rival` is called `reference`, and `resting_bytes` `model_state_bytes`
 
 Quantities are integers in bytes (`_bytes`), floats in seconds (`_seconds`) and counts
 (`num_`). A quantity that was not measured is None, never 0 or a placeholder.
@@ -14,8 +15,9 @@ from enum import StrEnum
 from typing import Any
 
 from meft_bench.shared.cell import Cell
+from meft_bench.shared.measurement import Measurement
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Status(StrEnum):
@@ -27,124 +29,6 @@ class Status(StrEnum):
     KILLED = "killed"
     ERROR = "error"
     SKIPPED = "skipped"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measurement:
-    """The measurements of one cell. Every field may be None: not measured."""
-
-    num_parameters: int | None = None
-    num_trainable_parameters: int | None = None
-    num_blocks: int | None = None
-    saved_bytes: int | None = None
-    """Distinct storage kept for backward, parameters excluded; exact, any device."""
-    resting_bytes: int | None = None
-    """Parameters, gradients, optimizer state and buffers held between two steps."""
-    peak_allocated_bytes: int | None = None
-    """Peak tensor memory during one step, model state included."""
-    peak_reserved_bytes: int | None = None
-    """Peak memory taken from the driver during one step (CUDA only)."""
-    peak_host_bytes: int | None = None
-    """`VmHWM` of the child process: its highest resident memory, including imports."""
-    nvml_process_bytes: int | None = None
-    """Device memory NVML attributes to the child (CUDA only)."""
-    pcie_rx_bytes: int | None = None
-    """Hardware counter: bytes the device received over the link in one step."""
-    pcie_tx_bytes: int | None = None
-    """Hardware counter: bytes the device sent over the link in one step."""
-    step_seconds: float | None = None
-    """Median over the steps after warm-up."""
-    step_seconds_iqr: float | None = None
-    """Interquartile range of the same steps."""
-    all_step_seconds: list[float] | None = None
-    """Every step in order, warm-up first."""
-    rival_step_seconds: float | None = None
-    """Median step of the cell's `rival`, whose steps alternate with this method's."""
-    step_ratio: float | None = None
-    """Median over those turns of this method's step time divided by its `rival`'s."""
-    step_ratio_iqr: float | None = None
-    """Interquartile range of the same ratios."""
-    num_steps: int | None = None
-    """Number of optimizer steps done; early stopping may end below `max_steps`."""
-    loss_curve: list[float | None] | None = None
-    """Training loss, one value per step; None where it was not finite."""
-    loss_mean: str | None = None
-    """The unit over which the loss of a step is the mean.
-
-    `labels`, or `tokens` of a language model. None in records from before micro-batches
-    were weighted by their tokens.
-    """
-    score_name: str | None = None
-    score: float | None = None
-    """Metric on the evaluation split at the selected weights."""
-    majority_score: float | None = None
-    """The same metric for always answering the most frequent training label."""
-    second_score_name: str | None = None
-    second_score: float | None = None
-    """Second value of the task's metric: F1 of MRPC and of SQuAD."""
-    second_majority_score: float | None = None
-    third_score_name: str | None = None
-    third_score: float | None = None
-    """Third value of the task's metric: containment of short answers."""
-    third_majority_score: float | None = None
-    right_rows: list[int] | None = None
-    """For each evaluated row, in order: 1 where the answer is right, else 0."""
-    h2d_bytes: int | None = None
-    """Rows and their metadata, host to device, in one optimizer step."""
-    d2h_bytes: int | None = None
-    """Gradients of rows and their metadata, device to host, in one optimizer step."""
-    h2d_forward_bytes: list[int] | None = None
-    h2d_backward_bytes: list[int] | None = None
-    h2d_update_bytes: list[int] | None = None
-    d2h_forward_bytes: list[int] | None = None
-    d2h_backward_bytes: list[int] | None = None
-    d2h_update_bytes: list[int] | None = None
-    """Both directions by phase, per block, lowest first."""
-    paper_transfer_bytes: int | None = None
-    """Both directions by the paper's accounting, for the same batches."""
-    dense_transfer_bytes: int | None = None
-    """Both directions if all rows and all gradients were transferred in every batch."""
-    union_fraction: list[float] | None = None
-    """Share of each block's neurons that a batch activates, the mean over batches."""
-    routing_recall: list[float] | None = None
-    """Recall of the router per block.
-
-    It is the share of the neurons that tokens would keep if all were scored which they
-    also keep with the router.
-    """
-    activation_curve: list[float] | None = None
-    """Mean activations of neurons by size, as shares of the largest; 64 positions."""
-    cache_hit_fraction: float | None = None
-    """Share of the requested rows that were on the device."""
-    num_prefetched_rows: int | None = None
-    row_store_bytes: int | None = None
-    """Rows and their optimizer state, in the memory where they are stored."""
-    row_device_bytes: int | None = None
-    """Slots for rows and their gradients on the device."""
-    peak_staging_bytes: int | None = None
-    """Peak of the bytes in transfer in one copy."""
-    num_train_rows: int | None = None
-    num_eval_rows: int | None = None
-    start_deviation: float | None = None
-    """Relative deviation of the last hidden state from the backbone's, before training.
-
-    Measured without dropout: the change due to the method itself.
-    """
-    reconstruction_error: list[float | None] | None = None
-    """Relative error of each block's rebuilt input, lowest block first.
-
-    None where it was not finite.
-    """
-    gradient_error: list[float | None] | None = None
-    """Relative error of each block's gradients against the stored twin.
-
-    The lowest block is first; None where the error was not finite.
-    """
-    repeat_error: list[float | None] | None = None
-    """Relative error of each block's gradients between two runs of the stored twin.
-
-    It is due to kernels that sum in varying order.
-    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,8 +85,15 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object, with its schema version and the cell's id."""
-        fields = dataclasses.asdict(self)
-        return {"schema_version": SCHEMA_VERSION, "cell_id": self.cell.id, **fields}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "cell_id": self.cell.id,
+            **fields,
+            "cell": self.cell.to_json(),
+            "measurement": self.measurement.to_json(),
+            "environment": dataclasses.asdict(self.environment),
+        }
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Record":
@@ -214,8 +105,8 @@ class Record:
         version = fields.get("schema_version")
         if version != SCHEMA_VERSION:
             raise ValueError(
-                f"record of schema version {version!r}; this harness reads "
-                f"version {SCHEMA_VERSION}"
+                f"record of schema version {version!r}; this harness reads version "
+                f"{SCHEMA_VERSION}: run the cell again into another file"
             )
         return cls(
             sweep=fields["sweep"],

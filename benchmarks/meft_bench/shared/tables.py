@@ -1,12 +1,18 @@
-"""The tables of methods and of backbones, which are data of this package."""
+"""The tables of methods, measurements and backbones, which are data of this package."""
 
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-METHODS, BACKBONES = "methods.toml", "backbones.toml"
-FILES = (METHODS, BACKBONES)
+METHODS = "methods.toml"
+MEASUREMENTS = "measurements.toml"
+BACKBONES = "backbones.toml"
+FILES = (METHODS, MEASUREMENTS, BACKBONES)
+
+
+class TableError(ValueError):
+    """Raised if a file of tables is wrong; the message is one line."""
 
 
 def path_of(package: Path, file: str) -> Path:
@@ -30,14 +36,22 @@ def read(file: str, required: str, known: Collection[str]) -> dict[str, dict[str
         The fields of each table by its name, in the order of the file.
 
     Raises:
-        ValueError: a table has an unknown field, or lacks the required one.
+        TableError: the file cannot be read, or a table has an unknown field, or lacks
+            the required one; names the file and the place.
     """
     path = path_of(Path(__file__).parents[1], file)
-    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TableError(f"{path}: {error.strerror}") from error
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise TableError(f"{path}: {error}") from error
     for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise TableError(f"{path}: {name!r} is not a table")
         wrong = [key for key in table if key not in known]
         if wrong or required not in table:
             what = f"unknown field {wrong[0]!r}" if wrong else f"no `{required}`"
             valid = ", ".join(sorted(known))
-            raise ValueError(f"{path}: [{name}]: {what}; fields are {valid}")
+            raise TableError(f"{path}: [{name}]: {what}; fields are {valid}")
     return tables

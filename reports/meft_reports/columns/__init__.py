@@ -1,9 +1,9 @@
 """The definition of every column of the frame, in one table.
 
 The location of a value in a record, its dtype, its unit, whether lower is better and
-its meaning are defined only in this package. The reader, the tables, the page's legend
-and the thresholds of `check` all use `COLUMNS`. docs/numbers.md describes how the
-harness measures each number.
+its meaning are defined only here: those of the measurement in `measurements.toml`. The
+reader, the tables, the page's legend, docs/numbers.md and the thresholds of `check` all
+use `COLUMNS`.
 """
 
 from meft_reports.columns.cell import CELL
@@ -12,7 +12,7 @@ from meft_reports.columns.environment import ENVIRONMENT
 from meft_reports.columns.measurement import MEASUREMENT
 from meft_reports.errors import UnknownName
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """The version of the record format that this table describes."""
 
 COLUMNS: tuple[Column, ...] = (*CELL, *MEASUREMENT, *ENVIRONMENT)

@@ -30,6 +30,10 @@ class Column:
     default: str | float | None = None
     """Value for older records that lack the field."""
     meaning: str
+    group: str = ""
+    """Section of docs/numbers.md whose table has this column; "" if none has."""
+    how: str = ""
+    """How a column with a group is measured."""
 
     @property
     def key(self) -> str:
@@ -121,35 +125,6 @@ def later_cell(
     )
 
 
-def seen(
-    name: str,
-    dtype: Dtype,
-    meaning: str,
-    unit: Unit = "",
-    lower_is_better: bool | None = None,
-    greatest: float | None = None,
-) -> Column:
-    """Define a field of the measurement.
-
-    Args:
-        name: name of the column.
-        dtype: its dtype.
-        meaning: its description.
-        unit: its unit.
-        lower_is_better: direction of improvement; None if there is none.
-        greatest: maximum of its values; None if there is no bound.
-    """
-    return Column(
-        name=name,
-        section="measurement",
-        dtype=dtype,
-        unit=unit,
-        lower_is_better=lower_is_better,
-        greatest=greatest,
-        meaning=meaning,
-    )
-
-
 def where(name: str, dtype: Dtype, meaning: str, required: bool = False) -> Column:
     """Define a field of the environment.
 
@@ -178,30 +153,12 @@ def version(package: str) -> Column:
     )
 
 
-def derived(
-    name: str,
-    dtype: Dtype,
-    meaning: str,
-    unit: Unit = "",
-    lower_is_better: bool | None = None,
-    greatest: float | None = None,
-) -> Column:
-    """Define a column that is computed from other columns.
+def derived(name: str, dtype: Dtype, meaning: str) -> Column:
+    """Define a column of the record that is computed from other columns.
 
     Args:
         name: name of the column.
         dtype: its dtype.
         meaning: its description.
-        unit: its unit.
-        lower_is_better: direction of improvement; None if there is none.
-        greatest: maximum of its values; None if there is no bound.
     """
-    return Column(
-        name=name,
-        section="derived",
-        dtype=dtype,
-        unit=unit,
-        lower_is_better=lower_is_better,
-        greatest=greatest,
-        meaning=meaning,
-    )
+    return Column(name=name, section="derived", dtype=dtype, meaning=meaning)

@@ -1,6 +1,13 @@
-"""Columns of the measurement of a cell."""
+"""Columns of the measurement of a cell.
 
-from meft_reports.columns.column import Column, derived, seen
+The data is `measurements.toml`, which the harness reads as well.
+"""
+
+from typing import Any
+
+from meft_reports.columns.column import Column, Dtype
+from meft_reports.data_files import MEASUREMENTS, read_tables
+from meft_reports.errors import ReportError
 
 OLD_SCORE_NAMES = {
     "exact_match": "contains",
@@ -13,322 +20,48 @@ Older code called containment exact match, which is another rule today, and `num
 number after the last `####`, or the whole answer if there was none.
 """
 
-MEASUREMENT: tuple[Column, ...] = (
-    seen("num_parameters", "Int64", "all parameters", "count"),
-    seen("num_trainable_parameters", "Int64", "those that train", "count", True),
-    derived(
-        "trainable_fraction",
-        "Float64",
-        "share of parameters that train",
-        "fraction",
-        greatest=1,
-    ),
-    seen("num_blocks", "Int64", "transformer layers of the model that ran", "count"),
-    seen(
-        "saved_bytes",
-        "Int64",
-        "distinct storage kept for backward, parameters excluded; exact",
-        "bytes",
-        True,
-    ),
-    seen(
-        "resting_bytes",
-        "Int64",
-        "parameters, gradients, optimizer state, buffers held between two steps",
-        "bytes",
-        True,
-    ),
-    seen(
-        "peak_allocated_bytes",
-        "Int64",
-        "highest tensor memory during one step, resting memory included",
-        "bytes",
-        True,
-    ),
-    derived(
-        "peak_activation_bytes",
-        "Int64",
-        "what that step needed above `resting_bytes`",
-        "bytes",
-        True,
-    ),
-    seen(
-        "peak_reserved_bytes",
-        "Int64",
-        "highest memory taken from the driver during one step (CUDA only)",
-        "bytes",
-        True,
-    ),
-    seen(
-        "peak_host_bytes",
-        "Int64",
-        "highest resident memory of the child process (VmHWM), all imports in",
-        "bytes",
-        True,
-    ),
-    seen(
-        "nvml_process_bytes",
-        "Int64",
-        "device memory that NVML attributes to the child (CUDA only)",
-        "bytes",
-        True,
-    ),
-    seen(
-        "pcie_rx_bytes",
-        "Int64",
-        "hardware counter: received over the link in one step (CUDA only)",
-        "bytes",
-        True,
-    ),
-    seen(
-        "pcie_tx_bytes",
-        "Int64",
-        "hardware counter: sent over the link in one step (CUDA only)",
-        "bytes",
-        True,
-    ),
-    seen(
-        "step_seconds",
-        "Float64",
-        "one optimizer step: median over the steps after warm-up",
-        "seconds",
-        True,
-    ),
-    seen(
-        "step_seconds_iqr",
-        "Float64",
-        "distance between the quartiles of the same steps",
-        "seconds",
-        True,
-    ),
-    seen("all_step_seconds", "list", "every step in order, warm-up first", "seconds"),
-    seen(
-        "rival_step_seconds",
-        "Float64",
-        "one step of the rival: median over its turns",
-        "seconds",
-    ),
-    seen(
-        "step_ratio",
-        "Float64",
-        "step by the rival's step: median over their turns",
-        "fraction",
-        True,
-    ),
-    seen(
-        "step_ratio_iqr",
-        "Float64",
-        "distance between the quartiles of the same ratios",
-        "fraction",
-        True,
-    ),
-    seen("num_steps", "Int64", "optimizer steps done", "count"),
-    seen("loss_curve", "list", "training loss, one value a step"),
-    seen(
-        "loss_mean", "string", "what a step's loss is the mean over; null: older code"
-    ),
-    seen("score_name", "string", "the metric behind `score`"),
-    seen(
-        "score",
-        "Float64",
-        "metric on the evaluation split at the selected weights",
-        "fraction",
-        False,
-        greatest=1,
-    ),
-    seen(
-        "majority_score",
-        "Float64",
-        "same metric for always answering the most frequent training label",
-        "fraction",
-        greatest=1,
-    ),
-    seen("second_score_name", "string", "the metric behind `second_score`"),
-    seen(
-        "second_score",
-        "Float64",
-        "what the task's metric reports in addition to its score",
-        "fraction",
-        False,
-        greatest=1,
-    ),
-    seen(
-        "second_majority_score",
-        "Float64",
-        "second score of always answering the most frequent training label",
-        "fraction",
-        greatest=1,
-    ),
-    seen("third_score_name", "string", "the metric behind `third_score`"),
-    seen(
-        "third_score",
-        "Float64",
-        "likewise: containment of short answers",
-        "fraction",
-        False,
-        greatest=1,
-    ),
-    seen(
-        "third_majority_score",
-        "Float64",
-        "third score of always answering the most frequent training label",
-        "fraction",
-        greatest=1,
-    ),
-    seen(
-        "right_rows",
-        "list",
-        "of each evaluated row: 1 where the answer is right",
-        greatest=1,
-    ),
-    seen(
-        "h2d_bytes",
-        "Int64",
-        "rows and what belongs to them, host to device, in one step",
-        "bytes",
-        True,
-    ),
-    seen(
-        "d2h_bytes",
-        "Int64",
-        "gradients of rows and what belongs to them, device to host, in one step",
-        "bytes",
-        True,
-    ),
-    seen(
-        "h2d_forward_bytes",
-        "list",
-        "up in forward, per block",
-        "bytes",
-        lower_is_better=True,
-    ),
-    seen(
-        "h2d_backward_bytes",
-        "list",
-        "up in backward, per block",
-        "bytes",
-        lower_is_better=True,
-    ),
-    seen(
-        "h2d_update_bytes",
-        "list",
-        "up in update, per block",
-        "bytes",
-        lower_is_better=True,
-    ),
-    seen(
-        "d2h_forward_bytes",
-        "list",
-        "down in forward, per block",
-        "bytes",
-        lower_is_better=True,
-    ),
-    seen(
-        "d2h_backward_bytes",
-        "list",
-        "down in backward, per block",
-        "bytes",
-        lower_is_better=True,
-    ),
-    seen(
-        "d2h_update_bytes",
-        "list",
-        "down in update, per block",
-        "bytes",
-        lower_is_better=True,
-    ),
-    seen(
-        "paper_transfer_bytes",
-        "Int64",
-        "both directions by the paper's accounting, for the same batches",
-        "bytes",
-    ),
-    seen(
-        "dense_transfer_bytes",
-        "Int64",
-        "both directions if all rows went up and all gradients down in every batch",
-        "bytes",
-    ),
-    derived("transfer_bytes", "Int64", "both directions, in one step", "bytes", True),
-    seen(
-        "union_fraction",
-        "list",
-        "share of each block's neurons that a batch activates",
-        "fraction",
-        greatest=1,
-    ),
-    seen(
-        "routing_recall",
-        "list",
-        "share of a token's best neurons that its router led it to, per block",
-        "fraction",
-        greatest=1,
-        lower_is_better=False,
-    ),
-    seen(
-        "activation_curve",
-        "list",
-        "mean activations of neurons by size, as shares of the largest",
-        "fraction",
-        greatest=1,
-    ),
-    seen(
-        "cache_hit_fraction",
-        "Float64",
-        "of the rows requested, those that were on the device",
-        "fraction",
-        False,
-        greatest=1,
-    ),
-    seen("num_prefetched_rows", "Int64", "rows fetched ahead in one step", "count"),
-    seen(
-        "row_store_bytes",
-        "Int64",
-        "rows and their optimizer state, where they live",
-        "bytes",
-        True,
-    ),
-    seen(
-        "row_device_bytes",
-        "Int64",
-        "slots for rows and their gradients on the device",
-        "bytes",
-        True,
-    ),
-    seen(
-        "peak_staging_bytes",
-        "Int64",
-        "the most that was on its way in one copy",
-        "bytes",
-        True,
-    ),
-    seen("num_train_rows", "Int64", "rows trained on", "count"),
-    seen("num_eval_rows", "Int64", "rows scored on", "count"),
-    seen(
-        "start_deviation",
-        "Float64",
-        "relative deviation of the last hidden state from the backbone's at the start",
-        "fraction",
-        True,
-    ),
-    seen(
-        "reconstruction_error",
-        "list",
-        "relative error of each block's rebuilt input, lowest block first",
-        "fraction",
-        lower_is_better=True,
-    ),
-    seen(
-        "gradient_error",
-        "list",
-        "relative error of each block's gradients against the stored twin",
-        "fraction",
-        lower_is_better=True,
-    ),
-    seen(
-        "repeat_error",
-        "list",
-        "relative error of each block's gradients between two runs of the stored twin",
-        "fraction",
-    ),
+_DTYPES: dict[str, Dtype] = {
+    "int": "Int64",
+    "float": "Float64",
+    "str": "string",
+    "list[int]": "list",
+    "list[float]": "list",
+    "list[float | None]": "list",
+}
+_LOWER_IS_BETTER = {"lower": True, "higher": False, None: None}
+_UNITS = ("", "bytes", "seconds", "count", "fraction")
+_REQUIRED = ("group", "type", "meaning", "how")
+_KNOWN = (*_REQUIRED, "unit", "better", "maximum", "derived")
+
+
+def _column(name: str, fields: dict[str, Any]) -> Column:
+    for key, allowed in (
+        ("type", _DTYPES),
+        ("better", _LOWER_IS_BETTER),
+        ("unit", _UNITS),
+    ):
+        if key in fields and fields[key] not in allowed:
+            valid = ", ".join(filter(None, allowed))
+            raise ReportError(
+                f"{MEASUREMENTS}: [{name}]: `{key}` is {fields[key]!r}; valid: {valid}"
+            )
+    return Column(
+        name=name,
+        section="derived" if fields.get("derived") else "measurement",
+        dtype=_DTYPES[fields["type"]],
+        unit=fields.get("unit", ""),
+        lower_is_better=_LOWER_IS_BETTER[fields.get("better")],
+        greatest=fields.get("maximum"),
+        meaning=fields["meaning"],
+        group=fields["group"],
+        how=fields["how"],
+    )
+
+
+MEASUREMENT: tuple[Column, ...] = tuple(
+    _column(name, fields)
+    for name, fields in read_tables(
+        MEASUREMENTS, required=_REQUIRED, known=_KNOWN
+    ).items()
 )
+"""Every number of a measurement, in the order of the file."""

@@ -32,7 +32,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     title, cells = found
     figure, (axes,) = canvas.panels(1, num_columns=1)
     for place, method in enumerate(METHODS):
-        state = float(cells[method]["resting_bytes"]) / GIB
+        state = float(cells[method]["model_state_bytes"]) / GIB
         peak = float(cells[method]["peak_allocated_bytes"]) / GIB
         axes.barh(place, state, color=STATE, height=0.65)
         color = look(method).color

@@ -10,7 +10,7 @@ TITLE = "Memory against batch size"
 CAPTION = (
     "One training step on random input of exact shape. Left: distinct storage that "
     "autograd keeps for the backward pass, counted by hooks, parameters excluded. "
-    "Right: the highest tensor memory during the step, resting memory included. "
+    "Right: the highest tensor memory during the step, model-state memory included. "
     "Lower is better. A cross at the upper edge is a cell that failed there."
 )
 

@@ -87,7 +87,7 @@ def _draw_panel(
     entries: dict[tuple[str, int], Line2D],
 ) -> None:
     means = summarise(part, ["num_blocks", quantity]).dropna(subset=[quantity])
-    for rank, line in enumerate(settings(means, ignoring=("rival",))):
+    for rank, line in enumerate(settings(means, ignoring=("reference",))):
         ordered = line.sort_values(x_column)
         method, k = line["method"].iloc[0], line["lost_bits"].fillna(-1).iloc[0]
         style = canvas.line_style(method, rank)

@@ -11,8 +11,8 @@ CAPTION = (
     "One training step on random input of exact shape, with blocks of the backbone "
     "taken or repeated. Left: distinct storage that autograd keeps for the backward "
     "pass, counted by hooks, parameters excluded. Right: the highest tensor memory "
-    "during the step, resting memory included. Lower is better; a flat line does not "
-    "pay for depth. A cross at the upper edge is a cell that failed there."
+    "during the step, model-state memory included. Lower is better; a flat line does "
+    "not pay for depth. A cross at the upper edge is a cell that failed there."
 )
 
 

@@ -94,7 +94,7 @@ def _draw_panel(axes: Axes, part: pd.DataFrame, quantity: str) -> None:
         axes.axhline(1, color="#888888", linestyle=":", linewidth=1)
     curves = [
         (same["method"].iloc[0], list(same[quantity].dropna()))
-        for same in settings(part, ignoring=("rival",))
+        for same in settings(part, ignoring=("reference",))
     ]
     for rank, (method, seeds) in enumerate(curves):
         _draw_curve(axes, canvas.line_style(method, rank), seeds)

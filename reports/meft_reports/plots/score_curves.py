@@ -58,7 +58,7 @@ def draw_along(
     rows = prepare(frame)
     rows = learned(rows)
     places = [*WORKLOAD, *PROVENANCE]
-    varied = (field, *also, "rival")
+    varied = (field, *also, "reference")
     if not any(_lines(along(part), varied) for _, part in split(rows, places)):
         raise NothingDeclared(
             f"no workload of a real task was declared at two values of `{field}`"

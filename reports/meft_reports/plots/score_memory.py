@@ -20,7 +20,7 @@ TITLE = "Score against peak memory"
 CAPTION = (
     "Each point is one method: the mean over its seeds, with bars of one sample "
     "standard deviation. Across: the highest tensor memory during one training step, "
-    "resting memory included. Up: the task's metric on the evaluation split. The "
+    "model-state memory included. Up: the task's metric on the evaluation split. The "
     "dashed line is the score of always answering the most frequent training label. "
     "Up and to the left is better. Points of one method are its settings."
 )

@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from meft_reports.deviation_at_start import PLACE, start_deviations
 from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.labels import describe, fields_to_show
 from meft_reports.methods import is_exact
 from meft_reports.plots import canvas
-from meft_reports.start import PLACE, start_deviations
 from meft_reports.summary import prepare, split
 
 TITLE = "Deviation from the backbone at the start"

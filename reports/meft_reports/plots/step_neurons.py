@@ -14,11 +14,12 @@ from meft_reports.plots import canvas
 from meft_reports.style import method_order
 from meft_reports.summary import PROVENANCE, WORKLOAD, prepare, split
 
-TITLE = "Time of a step, relative to a rival's of as many neurons"
+TITLE = "Time of a step, relative to a reference method's of as many neurons"
 CAPTION = (
-    "One forward, backward and optimizer update, divided by one of the rival that took "
-    "turns with it in the same process: the median over the turns, with a bar as long "
-    "as the distance between the quartiles. Below 1 (dotted) is faster than the rival."
+    "One forward, backward and optimizer update, divided by one of the reference "
+    "method, timed interleaved in the same process: the median over the pairs, with a "
+    "bar as long as the distance between the quartiles. Below 1 (dotted) is faster "
+    "than the reference."
 )
 
 
@@ -32,13 +33,15 @@ def draw(frame: pd.DataFrame) -> Figure:
         NothingToDraw: no such cell ended well.
     """
     rows = prepare(frame)
-    declared = rows[(rows["rival"] != "") & rows["method"].map(has_neurons)]
+    declared = rows[(rows["reference"] != "") & rows["method"].map(has_neurons)]
     if declared.empty:
-        raise NothingDeclared("no adapters of many neurons take turns with a rival")
+        raise NothingDeclared(
+            "no adapters of many neurons were declared with a `reference`"
+        )
     timed = declared[(declared["status"] == "ok") & declared["step_ratio"].notna()]
     if timed.empty:
-        raise NothingToDraw("no ok cell was timed alternately with its rival")
-    place = [*WORKLOAD, *PROVENANCE, "accumulation", "rival"]
+        raise NothingToDraw("no ok cell was timed alternately with its reference")
+    place = [*WORKLOAD, *PROVENANCE, "accumulation", "reference"]
     parts = [part for _, part in split(timed, place)]
     shown = fields_to_show(timed, always=("task", "backbone", "dtype", "batch_size"))
     figure, grid = canvas.panels(len(parts), num_columns=2)
@@ -58,11 +61,11 @@ def draw(frame: pd.DataFrame) -> Figure:
                 **canvas.line_style(method, rank + 2),
             )
         canvas.set_title(
-            axes, f"{describe(part, shown)} · against {part['rival'].iloc[0]}"
+            axes, f"{describe(part, shown)} · against {part['reference'].iloc[0]}"
         )
         axes.set_ylim(bottom=0)
         axes.set_xlabel("neurons per block")
-        axes.set_ylabel("time of a step (rival = 1)")
-    dotted = Line2D([], [], label="the rival = 1", color="#888888", linestyle=":")
+        axes.set_ylabel("time of a step (reference = 1)")
+    dotted = Line2D([], [], label="the reference = 1", color="#888888", linestyle=":")
     canvas.add_legend(figure, set(timed["method"]), [dotted])
     return figure

@@ -15,12 +15,13 @@ from meft_reports.methods import has_neurons
 from meft_reports.plots import canvas
 from meft_reports.summary import PROVENANCE, WORKLOAD, prepare, split
 
-TITLE = "Time of a step, relative to a rival's"
+TITLE = "Time of a step, relative to a reference method's"
 CAPTION = (
-    "One forward, backward and optimizer update, divided by one of the rival that took "
-    "turns with it in the same process: the median over the turns, with a bar as long "
-    "as the distance between the quartiles. One line per method and k, side by side "
-    "where they share a depth. Below 1 (dotted) is faster than the rival."
+    "One forward, backward and optimizer update, divided by one of the reference "
+    "method, timed interleaved in the same process: the median over the pairs, with a "
+    "bar as long as the distance between the quartiles. One line per method and k, "
+    "side by side where they share a depth. Below 1 (dotted) is faster than the "
+    "reference."
 )
 PLACE = [name for name in (*WORKLOAD, *PROVENANCE) if name != "depth"]
 
@@ -34,30 +35,32 @@ def draw(frame: pd.DataFrame) -> Figure:
             well.
     """
     rows = prepare(frame)
-    rows = rows[(rows["rival"] != "") & rows["num_blocks"].notna()]
+    rows = rows[(rows["reference"] != "") & rows["num_blocks"].notna()]
     rows = rows[~rows["method"].map(has_neurons).astype(bool)]
     if rows.empty:
-        raise NothingDeclared("no cell was declared with a `rival` to take turns with")
+        raise NothingDeclared("no cell was declared with a `reference` method")
     timed = (rows["status"] == "ok") & rows["step_ratio"].notna()
     parts = [
-        part for _, part in split(rows, [*PLACE, "rival"]) if timed[part.index].any()
+        part
+        for _, part in split(rows, [*PLACE, "reference"])
+        if timed[part.index].any()
     ]
     if not parts:
-        raise NothingToDraw("no ok cell was timed alternately with its rival")
+        raise NothingToDraw("no ok cell was timed alternately with its reference")
     drawn = pd.concat(parts)
     shown = fields_to_show(drawn, always=("backbone", "dtype"))
     shown = [name for name in shown if name in PLACE]
-    several = drawn["rival"].nunique() > 1
+    several = drawn["reference"].nunique() > 1
     figure, grid = canvas.panels(len(parts), num_columns=2)
     entries = canvas.entries_by_k(drawn[timed[drawn.index]])
     for axes, part in zip(grid, parts, strict=True):
         _draw_panel(axes, part, entries)
-        rival = f" · against {part['rival'].iloc[0]}" if several else ""
-        canvas.set_title(axes, describe(part, shown) + rival)
+        reference = f" · against {part['reference'].iloc[0]}" if several else ""
+        canvas.set_title(axes, describe(part, shown) + reference)
         axes.set_xlabel("depth (blocks)")
-        axes.set_ylabel("time of a step (rival = 1)")
-    rivals = ", ".join(sorted(drawn["rival"].unique()))
-    dotted = Line2D([], [], label=f"{rivals} = 1", color="#888888", linestyle=":")
+        axes.set_ylabel("time of a step (reference = 1)")
+    references = ", ".join(sorted(drawn["reference"].unique()))
+    dotted = Line2D([], [], label=f"{references} = 1", color="#888888", linestyle=":")
     failed = [canvas.failed_entry()] if (drawn["status"] != "ok").any() else []
     canvas.add_legend(figure, [], [*entries.values(), dotted, *failed])
     return figure

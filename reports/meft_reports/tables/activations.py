@@ -61,7 +61,7 @@ def make(frame: pd.DataFrame) -> list[Table]:
 def workloads(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Return each workload on random input with a method of `BASES`, by description."""
     rows = prepare(frame)
-    rows = rows[on_random_input(rows) & (rows["rival"] == "")]
+    rows = rows[on_random_input(rows) & (rows["reference"] == "")]
     always = ("task", "backbone", "dtype", "batch_size", "device")
     shown = fields_to_show(rows, always=always)
     return [
@@ -111,7 +111,7 @@ def _row(same: pd.DataFrame, bases: dict[str, pd.DataFrame]) -> tuple[str, ...]:
         if name != "saved_bytes":
             cells.append(in_paper_unit(mean))
         if name == "peak_allocated_bytes":
-            cells.append(format_bytes(ok["resting_bytes"].mean()))
+            cells.append(format_bytes(ok["model_state_bytes"].mean()))
             continue
         cells += [less(mean, base[name].mean()) for base in bases.values()]
     return tuple(cells)
@@ -134,8 +134,8 @@ def _sentences(part: pd.DataFrame, bases: dict[str, pd.DataFrame]) -> list[str]:
             if method in ends
         ]
         if compared and not is_null(mean):
-            told = words.format(size=format_bytes(mean))
-            sentences.append(f"{EXACT} {told}: {', '.join(compared)}.")
+            text = words.format(size=format_bytes(mean))
+            sentences.append(f"{EXACT} {text}: {', '.join(compared)}.")
     return sentences
 
 

@@ -35,7 +35,7 @@ from meft_reports.tables.table import Table, join_options, notes_on, notes_on_sc
 
 TAIL = 0.975
 """Quantile of the upper end of an interval of 95 %."""
-MAY_DIFFER = ("learning_rate", "rival", "warmup_steps")
+MAY_DIFFER = ("learning_rate", "reference", "warmup_steps")
 HEADER = (
     "method",
     "less",

@@ -16,7 +16,7 @@ from meft_reports.summary import (
 )
 from meft_reports.tables.table import Table, join_options
 
-IGNORED = ("rival", "max_steps", "warmup_steps")
+IGNORED = ("reference", "max_steps", "warmup_steps")
 """Options of timing, which have no effect on the error of an inverse."""
 
 

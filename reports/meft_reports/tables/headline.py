@@ -50,7 +50,7 @@ def _row(cell: "pd.Series[Any]") -> tuple[str, ...]:
     has_errors = hasattr(errors, "__len__")
     return (
         format_bytes(cell["peak_allocated_bytes"]),
-        format_bytes(cell["resting_bytes"]),
+        format_bytes(cell["model_state_bytes"]),
         format_bytes(cell["peak_activation_bytes"]),
         format_bytes(cell["saved_bytes"]),
         format_error(worst(pd.Series([errors]))) if has_errors else NOTHING,

@@ -17,7 +17,7 @@ from meft_reports.tables.table import Table, join_options, notes_on
 MEMORY_TITLES = {
     "saved_bytes": "Saved for backward",
     "peak_allocated_bytes": "Peak allocated",
-    "resting_bytes": "Resting",
+    "model_state_bytes": "Model state",
     "peak_host_bytes": "Host peak",
     "step_seconds": "Step (median)",
 }
@@ -47,7 +47,7 @@ def _memory_table(part: pd.DataFrame, quantity: str, title: str) -> Table:
     }
     # A reference method in the same process affects the time of this method, but not
     # its bytes.
-    ignoring = () if quantity == "step_seconds" else ("rival",)
+    ignoring = () if quantity == "step_seconds" else ("reference",)
     rows = []
     for same in settings(part, ignoring):
         first = same.iloc[0]

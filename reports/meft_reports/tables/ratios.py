@@ -19,7 +19,7 @@ from meft_reports.format import (
     is_null,
 )
 from meft_reports.labels import describe, fields_to_show, option_label
-from meft_reports.methods import RIVAL, is_meft
+from meft_reports.methods import REFERENCE, is_meft
 from meft_reports.summary import (
     PROVENANCE,
     WORKLOAD,
@@ -31,7 +31,7 @@ from meft_reports.summary import (
 )
 from meft_reports.tables.table import Table, join_options, notes_on
 
-IGNORED = ("lost_bits", "rival", "max_steps", "warmup_steps")
+IGNORED = ("lost_bits", "reference", "max_steps", "warmup_steps")
 """Options shown in columns, and the number of timed steps.
 
 The number of steps has no effect on bytes.
@@ -41,20 +41,21 @@ HEADER = (
     "blocks",
     "k",
     "saved for backward",
-    "the rival saves",
+    "the reference saves",
     "saved ratio",
     "peak activation",
-    "the rival's peak",
+    "the reference's peak",
     "peak ratio",
     "step ratio, median (IQR)",
     "worst gradient error",
     "cells",
 )
 NOTES = (
-    f"The rival is {RIVAL} with bottlenecks of the same width. Bytes are measured, "
-    "the mean where there are several cells; below 1 is less than the rival's. Peak "
-    "activation is what a step needs above what rests.",
-    "A step ratio is only shown where both methods' steps took turns in one process.",
+    f"The reference is {REFERENCE} with bottlenecks of the same width. Bytes are "
+    "measured, the mean where there are several cells; below 1 is less than the "
+    "reference's. Peak activation is what a step needs above the model state.",
+    "A step ratio is only shown where both methods' steps were timed interleaved in "
+    "one process.",
 )
 
 
@@ -77,39 +78,46 @@ def _side_by_side(part: pd.DataFrame) -> bool:
 
     The latter are interleaved with it.
     """
-    has_rival = (part["method"] == RIVAL) | (part["rival"] == RIVAL)
-    return bool(has_rival.any() and part["method"].map(is_meft).any())
+    has_reference = (part["method"] == REFERENCE) | (part["reference"] == REFERENCE)
+    return bool(has_reference.any() and part["method"].map(is_meft).any())
 
 
 def _ratios_table(part: pd.DataFrame, workload: str) -> Table:
-    ours, rivals = part[part["method"].map(is_meft)], part[part["method"] == RIVAL]
+    ours, references = (
+        part[part["method"].map(is_meft)],
+        part[part["method"] == REFERENCE],
+    )
     rows = []
     for setting in settings(ours, ignoring=IGNORED):
         first = setting.iloc[0]
         name = join_options(first["method"], option_label(first, ours, IGNORED))
-        same_width = rivals[rivals["bottleneck_size"] == first["bottleneck_size"]]
+        same_width = references[
+            references["bottleneck_size"] == first["bottleneck_size"]
+        ]
         for key, cells in split(setting, ["num_blocks", "lost_bits"]):
-            rival = same_width[same_width["num_blocks"].eq(key["num_blocks"])]
-            rows.append((name, *map(format_count, key.values()), *_row(cells, rival)))
+            reference = same_width[same_width["num_blocks"].eq(key["num_blocks"])]
+            rows.append(
+                (name, *map(format_count, key.values()), *_row(cells, reference))
+            )
     dtype = part["weights_dtype"].iloc[0]
     return Table(
-        title=f"Against {dtype} checkpoints of {RIVAL} · {workload}",
+        title=f"Against {dtype} checkpoints of {REFERENCE} · {workload}",
         header=HEADER,
         rows=tuple(rows),
         notes=(*NOTES, _checkpoint_note(part), *notes_on(part)),
     )
 
 
-def _row(cells: pd.DataFrame, rival: pd.DataFrame) -> tuple[str, ...]:
+def _row(cells: pd.DataFrame, reference: pd.DataFrame) -> tuple[str, ...]:
     texts = []
     for quantity in ("saved_bytes", "peak_activation_bytes"):
-        mine, its = _mean(cells, quantity), _mean(rival, quantity)
+        mine, its = _mean(cells, quantity), _mean(reference, quantity)
         ratio = mine / its if mine is not None and its else None
-        texts += [_bytes(mine, cells), _bytes(its, rival), format_ratio(ratio)]
+        texts += [_bytes(mine, cells), _bytes(its, reference), format_ratio(ratio)]
     ok = cells[cells["status"] == "ok"]
     return (
         *texts,
-        _step_ratio(ok[ok["rival"] == RIVAL]),
+        _step_ratio(ok[ok["reference"] == REFERENCE]),
         format_error(worst(ok["gradient_error"])),
         str(len(cells)),
     )
@@ -135,10 +143,10 @@ def _step_ratio(cells: pd.DataFrame) -> str:
 def _checkpoint_note(part: pd.DataFrame) -> str:
     dtype, compute = part["weights_dtype"].iloc[0], part["dtype"].iloc[0]
     if dtype != "fp32":
-        return f"The rival's checkpoints are {dtype}, as its weights are."
+        return f"The reference's checkpoints are {dtype}, as its weights are."
     if compute == "fp32":
-        return "The rival's checkpoints are fp32."
+        return "The reference's checkpoints are fp32."
     return (
-        f"The rival's checkpoints are fp32, although it computes in {compute}: its "
+        f"The reference's checkpoints are fp32, although it computes in {compute}: its "
         f"weights are fp32. Against {compute} checkpoints see {compute} weights."
     )

@@ -47,7 +47,7 @@ def make(frame: pd.DataFrame) -> list[Table]:
         "saved_bytes",
         "peak_allocated_bytes",
         "peak_reserved_bytes",
-        "resting_bytes",
+        "model_state_bytes",
         "peak_host_bytes",
         "step_seconds",
         "step_seconds_iqr",
@@ -83,7 +83,7 @@ def _results_table(
         "saved for backward": lambda row: _bytes(row, "saved_bytes"),
         "peak allocated": lambda row: _bytes(row, "peak_allocated_bytes"),
         "peak reserved": lambda row: _bytes(row, "peak_reserved_bytes"),
-        "resting": lambda row: _bytes(row, "resting_bytes"),
+        "model state": lambda row: _bytes(row, "model_state_bytes"),
         "host peak": lambda row: _bytes(row, "peak_host_bytes"),
         "step, median (IQR)": _step,
     }

@@ -6,10 +6,10 @@ point, and 2^-k in the exact arithmetic.
 
 import pandas as pd
 
+from meft_reports.deviation_at_start import PLACE, start_deviations
 from meft_reports.format import format_count, format_error
 from meft_reports.labels import describe, fields_to_show
 from meft_reports.methods import is_exact
-from meft_reports.start import PLACE, start_deviations
 from meft_reports.style import method_order
 from meft_reports.summary import split
 from meft_reports.tables.table import Table, notes_on

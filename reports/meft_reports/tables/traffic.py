@@ -30,7 +30,7 @@ from meft_reports.summary import (
 )
 from meft_reports.tables.table import Table, join_options, notes_on
 
-IN_COLUMNS = ("num_neurons", "accumulation", "rival", "max_steps", "warmup_steps")
+IN_COLUMNS = ("num_neurons", "accumulation", "reference", "max_steps", "warmup_steps")
 HEADER = (
     "method",
     "neurons",
@@ -50,8 +50,8 @@ NOTES = (
     "Up is host to device, down is device to host, all blocks, one optimizer step in "
     "the long run; index numbers are in them. The paper's bytes and dense offload's "
     "are formulas, with numbers of the same size.",
-    "A step ratio is only shown where both methods' steps took turns in one process; "
-    "its rival is named behind it.",
+    "A step ratio is only shown where both methods' steps were timed interleaved in "
+    "one process; its reference is named behind it.",
 )
 
 
@@ -112,8 +112,8 @@ def _step_ratio(cells: pd.DataFrame) -> str:
     ratio, iqr = cells["step_ratio"].mean(), cells["step_ratio_iqr"].mean()
     if is_null(ratio):
         return NOTHING
-    rival = ", ".join(sorted(cells["rival"].unique()))
-    return f"{format_ratio(ratio)} ({format_ratio(iqr)}) of {rival}"
+    reference = ", ".join(sorted(cells["reference"].unique()))
+    return f"{format_ratio(ratio)} ({format_ratio(iqr)}) of {reference}"
 
 
 def _none(value: Any) -> float | None:

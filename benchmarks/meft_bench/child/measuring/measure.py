@@ -91,9 +91,9 @@ def _measure(cell: Cell, source: Source, partial: PartialResult) -> None:
     probes.look_at_routing(stepper, batches[0], partial)
     if methods.TABLE[cell.method].rebuilds:
         probes.check_inverse(stepper, batches[0], partial)
-    if cell.rival:  # last, because it needs memory for two models
+    if cell.reference:  # last, because it needs memory for two models
         probes.time_against_reference(
-            stepper, _rival(cell, task, source), cell, batches, partial
+            stepper, _reference(cell, task, source), cell, batches, partial
         )
 
 
@@ -115,9 +115,11 @@ def _start(model: PreTrainedModel, batch: Batch, cell: Cell) -> Tensor | None:
     return starting_point.last_hidden(Stepper(model, cell), batch)
 
 
-def _rival(cell: Cell, task: AnyTask, source: Source) -> Stepper:
-    rival = dataclasses.replace(cell, method=cell.rival, rival="")
-    return prepare.apply_method(prepare.load_backbone(rival, task, source), rival)
+def _reference(cell: Cell, task: AnyTask, source: Source) -> Stepper:
+    reference = dataclasses.replace(cell, method=cell.reference, reference="")
+    return prepare.apply_method(
+        prepare.load_backbone(reference, task, source), reference
+    )
 
 
 def _scoring(task: AnyTask) -> Any:

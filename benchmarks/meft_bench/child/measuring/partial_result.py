@@ -1,11 +1,10 @@
 """Partial results of a cell, which are available even if the cell fails."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from meft_bench.shared.record import Measurement
+from meft_bench.shared.measurement import Measurement
 
 
 class PartialResult:
@@ -16,8 +15,8 @@ class PartialResult:
         self.environment: dict[str, str | int | None] = {}
 
     def note(self, **fields: Any) -> None:
-        """Add fields of `Measurement`."""
-        self.measurement = dataclasses.replace(self.measurement, **fields)
+        """Add numbers of `Measurement`."""
+        self.measurement = self.measurement.with_numbers(**fields)
 
 
 def remark(loss_curve: Sequence[float | None] | None) -> str:

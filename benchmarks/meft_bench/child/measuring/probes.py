@@ -51,10 +51,10 @@ def probe_memory(
         saved_bytes=memory.saved_by_forward(stepper.model, on_device, stepper.loss)
     )
     del on_device
-    resting_bytes = memory.resting_bytes(stepper.model, stepper.optimizer)
-    partial.note(resting_bytes=resting_bytes)
+    model_state_bytes = memory.model_state_bytes(stepper.model, stepper.optimizer)
+    partial.note(model_state_bytes=model_state_bytes)
     if cell.device == "cpu":
-        peak_bytes = resting_bytes + memory.cpu_step_peak_bytes(step)
+        peak_bytes = model_state_bytes + memory.cpu_step_peak_bytes(step)
         partial.note(peak_allocated_bytes=peak_bytes)
         return
     allocated, reserved = memory.cuda_step_peak_bytes(step)
@@ -99,9 +99,9 @@ def probe_rows(
     adapters = list(sparse_adapters(stepper.model).values())
     if not adapters:
         return
-    watch = rows.Watch(adapters)
+    meter = rows.TrafficMeter(adapters)
     stepper.step(batches, learning_rate=0.0)
-    partial.note(**dataclasses.asdict(watch.result()))
+    partial.note(**dataclasses.asdict(meter.result()))
 
 
 def look_at_routing(stepper: Stepper, batch: Batch, partial: PartialResult) -> None:
@@ -121,7 +121,7 @@ def look_at_routing(stepper: Stepper, batch: Batch, partial: PartialResult) -> N
 
 def time_against_reference(
     stepper: Stepper,
-    rival: Stepper,
+    reference: Stepper,
     cell: Cell,
     batches: Sequence[Batch],
     partial: PartialResult,
@@ -130,21 +130,21 @@ def time_against_reference(
 
     Args:
         stepper: the model of the method.
-        rival: the model of the reference method.
+        reference: the model of the reference method.
         cell: the cell, which includes the number of steps and the device.
         batches: micro-batches of one step.
         partial: the partial result to update.
     """
-    for one in (stepper, rival):
+    for one in (stepper, reference):
         one.model.train()
-    turns = time_interleaved(
+    timed = time_interleaved(
         lambda: stepper.step(batches, learning_rate=0.0),
-        lambda: rival.step(batches, learning_rate=0.0),
-        warmup_turns=cell.warmup_steps,
-        num_turns=cell.max_steps,
+        lambda: reference.step(batches, learning_rate=0.0),
+        warmup_pairs=cell.warmup_steps,
+        num_pairs=cell.max_steps,
         device=cell.device,
     )
-    partial.note(**dataclasses.asdict(turns))
+    partial.note(**dataclasses.asdict(timed))
 
 
 def check_inverse(stepper: Stepper, batch: Batch, partial: PartialResult) -> None:

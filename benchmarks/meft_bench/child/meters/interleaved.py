@@ -1,10 +1,10 @@
 """The step time of one method relative to another, with interleaved steps.
 
-    own rival | rival own | own rival | ...
+    own reference | reference own | own reference | ...
 
 On a shared machine, two processes may run under different load. Steps that alternate in
-one process run under the same load, and the ratio within a turn is recorded. The order
-changes from turn to turn.
+one process run under the same load, and the ratio within a pair is recorded. The order
+changes from pair to pair.
 """
 
 import statistics
@@ -18,46 +18,46 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InterleavedTimes:
-    """Statistics over the turns after warm-up."""
+    """Statistics over the pairs after warm-up."""
 
-    rival_step_seconds: float
+    reference_step_seconds: float
     """Median over the steps of the reference method."""
     step_ratio: float
     """Median of the ratios of own step to reference step."""
     step_ratio_iqr: float | None
-    """Interquartile range of the same ratios; None below two turns."""
+    """Interquartile range of the same ratios; None below two pairs."""
 
 
 def time_interleaved(
-    own: Step, rival: Step, *, warmup_turns: int, num_turns: int, device: str
+    own: Step, reference: Step, *, warmup_pairs: int, num_pairs: int, device: str
 ) -> InterleavedTimes:
-    """Time `own` and `rival` alternately.
+    """Time `own` and `reference` alternately.
 
     Args:
         own: takes one step of the method.
-        rival: takes one step of the reference method.
-        warmup_turns: number of first turns that are not counted.
-        num_turns: number of turns, warm-up included.
+        reference: takes one step of the reference method.
+        warmup_pairs: number of first pairs that are not counted.
+        num_pairs: number of pairs of steps, warm-up included.
         device: on `cuda`, the clocks synchronise the device.
 
     Returns:
         Median step seconds and ratios.
     """
     clocks = {
-        step: StepClock(warmup_steps=warmup_turns, device=device)
-        for step in (own, rival)
+        step: StepClock(warmup_steps=warmup_pairs, device=device)
+        for step in (own, reference)
     }
-    for turn in range(num_turns):
-        pair = (own, rival) if turn % 2 == 0 else (rival, own)
+    for index in range(num_pairs):
+        pair = (own, reference) if index % 2 == 0 else (reference, own)
         for step in pair:
             with clocks[step].step():
                 step()
-    seconds, rival_seconds = (
-        clocks[step].all_step_seconds[warmup_turns:] for step in (own, rival)
+    seconds, reference_seconds = (
+        clocks[step].all_step_seconds[warmup_pairs:] for step in (own, reference)
     )
-    ratios = [a / b for a, b in zip(seconds, rival_seconds, strict=True)]
+    ratios = [a / b for a, b in zip(seconds, reference_seconds, strict=True)]
     return InterleavedTimes(
-        rival_step_seconds=statistics.median(rival_seconds),
+        reference_step_seconds=statistics.median(reference_seconds),
         step_ratio=statistics.median(ratios),
         step_ratio_iqr=spread_of_quartiles(ratios),
     )

@@ -1,9 +1,9 @@
 """Memory of one training step, in bytes, by five measures that are never mixed.
 
     saved        distinct storage that autograd keeps for backward; exact, any device
-    resting      model state between two steps: parameters, buffers, gradients and
+    model state  held between two steps: parameters, buffers, gradients and
                  optimizer state
-    allocated    resting + the peak of the tensors of one step
+    allocated    model state + the peak of the tensors of one step
     reserved     memory that CUDA's caching allocator took from the driver for that
     host peak    the process's highest resident memory (`VmHWM`), all imports included
 
@@ -52,7 +52,7 @@ def saved_by_forward(
     return total
 
 
-def resting_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def model_state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Return the bytes of parameters, buffers, gradients and optimizer state.
 
     Each storage is counted once. For sparse adapters, the memory on the device is
@@ -61,12 +61,14 @@ def resting_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     storages = {
         # By the storage and not its address, which fake tensors do not have.
         tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
-        for tensor in _resting(model, optimizer)
+        for tensor in _model_state(model, optimizer)
     }
     return sum(storages.values())
 
 
-def _resting(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+def _model_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Iterator[Tensor]:
     yield from model.buffers()
     for parameter in model.parameters():
         if rows_of(parameter) is not None:

@@ -51,7 +51,7 @@ class RowTraffic:
     peak_staging_bytes: int | None = None
 
 
-class Watch:
+class TrafficMeter:
     """Count the traffic of adapters from the creation of this object on."""
 
     def __init__(self, adapters: Sequence[SparseAdapter]) -> None:

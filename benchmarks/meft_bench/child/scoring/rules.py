@@ -21,7 +21,7 @@ from meft_bench.child.scoring import normalised
 from meft_bench.child.tasks.gsm8k import final_number
 from meft_bench.child.tasks.question import Question
 
-Rule = Callable[[str, Question], float]
+ScoringRule = Callable[[str, Question], float]
 """Function from a text and a question to the text's value as an answer, from 0 to 1."""
 
 
@@ -29,7 +29,7 @@ Rule = Callable[[str, Question], float]
 class Metric:
     """The values of a metric, and a key that identifies equal answers."""
 
-    values: dict[str, Rule]
+    values: dict[str, ScoringRule]
     """Rules by name; the first is the score."""
     key: Callable[[str], str]
     """Equal for two accepted answers if and only if the metric treats them as equal."""

@@ -38,7 +38,7 @@ def answers_of(
         total_memory=gpu.memory_bytes,
         multi_processor_count=gpu.num_multiprocessors,
         warp_size=32,
-        max_threads_per_multi_processor=2048,
+        max_threads_per_multi_processor=gpu.max_threads_per_multiprocessor,
         regs_per_multiprocessor=65536,
         gcnArchName="",
     )
@@ -49,8 +49,8 @@ def answers_of(
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None
 
-    def yes(*args: Any, **kwargs: Any) -> bool:
-        return True
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        return including_emulation or gpu.computes_in_bf16
 
     def zero(*args: Any, **kwargs: Any) -> int:
         return 0
@@ -58,7 +58,7 @@ def answers_of(
     answers: dict[str, Any] = {
         "is_available": lambda: is_found,
         "is_initialized": lambda: is_found,
-        "is_bf16_supported": yes,
+        "is_bf16_supported": is_bf16_supported,
         "is_current_stream_capturing": lambda: False,
         "device_count": lambda: int(is_found),
         "current_device": zero,
@@ -68,10 +68,10 @@ def answers_of(
         "get_device_properties": lambda *_: properties,
         "get_device_capability": lambda *_: gpu.compute_capability,
         "get_device_name": lambda *_: gpu.name,
-        "Stream": Stream,
-        "Event": Event,
-        "current_stream": lambda *_: Stream(),
-        "default_stream": lambda *_: Stream(),
+        "Stream": StreamStub,
+        "Event": EventStub,
+        "current_stream": lambda *_: StreamStub(),
+        "default_stream": lambda *_: StreamStub(),
         "stream": lambda *_: contextlib.nullcontext(),
         "device": lambda *_: contextlib.nullcontext(),
     }
@@ -88,7 +88,7 @@ def answers_of(
         yield mock.patch.object(fake_tensor, "init_gpu_context", nothing)
 
 
-class Stream:
+class StreamStub:
     """A stream on which all work is complete."""
 
     device_index = 0
@@ -109,7 +109,7 @@ class Stream:
 
     def record_event(self, event: Any = None) -> Any:
         """Return an event that is complete."""
-        return event or Event()
+        return event or EventStub()
 
     def query(self) -> bool:
         """Return True; all work is complete."""
@@ -122,7 +122,7 @@ class Stream:
         pass
 
 
-class Event:
+class EventStub:
     """An event that is complete."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 MOST_LINES = 8
-Probe = Callable[[int], float]
+BytesOf = Callable[[int], float]
 """Function from a value to the number of bytes it needs; infinity if it cannot run."""
 
 
@@ -23,7 +23,7 @@ class Fit:
     """Number of bytes needed, by probed value."""
 
 
-def largest_that_fits(probe: Probe, room_bytes: float, at_most: int) -> Fit:
+def largest_that_fits(probe: BytesOf, room_bytes: float, at_most: int) -> Fit:
     """Return the largest value from 1 to `at_most` that needs at most `room_bytes`.
 
     Args:

@@ -26,7 +26,7 @@ HALF = ("bf16", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class MemoryPlan:
     """Prediction for one method; bytes and rates are those of one step."""
 
     method: str
@@ -82,7 +82,9 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-def plan(cell: Cell, source: Source, margin: float, timeline: bool = False) -> Plan:
+def plan(
+    cell: Cell, source: Source, margin: float, timeline: bool = False
+) -> MemoryPlan:
     """Return the plan of a cell on its virtual GPU; errors become a verdict.
 
     Args:
@@ -98,16 +100,16 @@ def plan(cell: Cell, source: Source, margin: float, timeline: bool = False) -> P
         with ready(cell, source) as it:
             return _plan(it, margin, timeline)
     except torch.OutOfMemoryError as error:
-        return Plan(method=cell.method, verdict="too large", message=str(error))
+        return MemoryPlan(method=cell.method, verdict="too large", message=str(error))
     except (MissingError, MeftError, ValueError, NotImplementedError) as error:
         message = " ".join(str(error).split())
-        return Plan(method=cell.method, verdict="unknown", message=message)
+        return MemoryPlan(method=cell.method, verdict="unknown", message=message)
     except Exception as error:  # otherwise the plans of other methods would be lost
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return Plan(method=cell.method, verdict="unknown", message=message)
+        return MemoryPlan(method=cell.method, verdict="unknown", message=message)
 
 
-def _plan(it: Ready, margin: float, timeline: bool) -> Plan:
+def _plan(it: Ready, margin: float, timeline: bool) -> MemoryPlan:
     gpu = it.device.gpu
     ledger = it.ledger
     it.stepper.model.train()
@@ -130,7 +132,7 @@ def _plan(it: Ready, margin: float, timeline: bool) -> Plan:
     for copy in views.copies_after(trace, started):
         directions[copy.direction] += copy.num_bytes
     count = prepare.count(it.stepper.model)
-    return Plan(
+    return MemoryPlan(
         method=it.cell.method,
         verdict="too large" if message else _verdict(needed, gpu, margin),
         message=message,
@@ -192,7 +194,7 @@ def _where(trace: Trace, peak: Peak) -> str:
 
 
 def _flops_per_second(cell: Cell, gpu: Gpu) -> float:
-    if cell.dtype in HALF:
+    if cell.dtype in HALF and (cell.dtype == "fp16" or gpu.computes_in_bf16):
         return gpu.half_flops_per_second
     is_tf32 = torch.backends.cuda.matmul.allow_tf32
     return gpu.tf32_flops_per_second if is_tf32 else gpu.fp32_flops_per_second

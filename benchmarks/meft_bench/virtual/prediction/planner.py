@@ -11,7 +11,7 @@ from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.source import Source
 from meft_bench.virtual.device import gpu
 from meft_bench.virtual.prediction.fit import largest_that_fits
-from meft_bench.virtual.prediction.plan import Plan, plan
+from meft_bench.virtual.prediction.plan import MemoryPlan, plan
 
 
 def plan_all(request: dict[str, Any], options: ChildOptions) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def plan_all(request: dict[str, Any], options: ChildOptions) -> dict[str, Any]:
 def _fit(
     cell: Cell, field: str, request: dict[str, Any], source: Source
 ) -> dict[str, Any]:
-    plans: dict[int, Plan] = {}
+    plans: dict[int, MemoryPlan] = {}
     margin: float = request["margin"]
 
     def needed(value: int) -> float:

@@ -40,9 +40,9 @@ from meft_bench.virtual.device.workspaces import MULTIPLY, WITH_BIAS, Workspace
 from meft_bench.virtual.recording.gradient_accumulation import is_accumulation
 from meft_bench.virtual.recording.trace import (
     BACKWARD,
-    Copy,
-    Event,
+    RecordedCopy,
     Storage,
+    StorageEvent,
     Trace,
 )
 
@@ -101,8 +101,8 @@ class Ledger(TorchDispatchMode):
         self._phase = "inputs"
         self._time = 0
         self._storages: list[Storage] = []
-        self._events: list[Event] = []
-        self._copies: list[Copy] = []
+        self._events: list[StorageEvent] = []
+        self._copies: list[RecordedCopy] = []
         self._alive: dict[int, Storage] = {}
         self._deaths: dict[int, weakref.ref[Any]] = {}
         self._names: dict[nn.Module, str] = {}
@@ -210,8 +210,8 @@ class Ledger(TorchDispatchMode):
         workspace = self._workspaces.get(func)
         if workspace is not None and (num_bytes := workspace(args, out)):
             self._events += [
-                Event(self._time, None, num_bytes, is_birth=True),
-                Event(self._time, None, num_bytes, is_birth=False),
+                StorageEvent(self._time, None, num_bytes, is_birth=True),
+                StorageEvent(self._time, None, num_bytes, is_birth=False),
             ]
         if func in COPIES:
             self._count_copy(func, args, out)
@@ -250,7 +250,7 @@ class Ledger(TorchDispatchMode):
             memory, lambda _: self._bury(storage, key)
         )
         self._events.append(
-            Event(self._time, storage.index, storage.num_bytes, is_birth=True)
+            StorageEvent(self._time, storage.index, storage.num_bytes, is_birth=True)
         )
         return storage
 
@@ -282,7 +282,7 @@ class Ledger(TorchDispatchMode):
             )
             self._storages.append(storage)
             self._events.append(
-                Event(self._time, storage.index, num_bytes, is_birth=True)
+                StorageEvent(self._time, storage.index, num_bytes, is_birth=True)
             )
 
     def _bury(self, storage: Storage, key: int) -> None:
@@ -291,7 +291,7 @@ class Ledger(TorchDispatchMode):
         self._deaths.pop(storage.index, None)
         storage.died = self._time
         self._events.append(
-            Event(self._time, storage.index, storage.num_bytes, is_birth=False)
+            StorageEvent(self._time, storage.index, storage.num_bytes, is_birth=False)
         )
 
     # Location and time.
@@ -401,7 +401,9 @@ class Ledger(TorchDispatchMode):
         num_bytes = source.numel() * on_host.element_size()
         phase = self._present_phase()
         self._copies.append(
-            Copy(self._time, direction, num_bytes, phase, self._present_module(phase))
+            RecordedCopy(
+                self._time, direction, num_bytes, phase, self._present_module(phase)
+            )
         )
 
 
@@ -437,13 +439,13 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _in_order(events: list[Event]) -> Iterator[Event]:
+def _in_order(events: list[StorageEvent]) -> Iterator[StorageEvent]:
     """Yield events with consecutive frees sorted by storage.
 
     The cache of autocast is a hash map over addresses, which differ in every process,
     and frees its entries in its own order.
     """
-    row: list[Event] = []
+    row: list[StorageEvent] = []
     for event in events:
         if event.storage is not None and not event.is_birth:
             row.append(event)

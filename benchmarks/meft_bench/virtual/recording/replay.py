@@ -11,7 +11,7 @@ from meft_bench.virtual.device.allocator import (
     CachingAllocator,
     OutOfMemoryError,
 )
-from meft_bench.virtual.recording.trace import Event, Trace
+from meft_bench.virtual.recording.trace import StorageEvent, Trace
 
 NUM_SHOWN = 5
 
@@ -123,13 +123,13 @@ def _marks(start: int, emptied: Collection[int]) -> list[_Mark]:
     return sorted(marks, key=lambda mark: mark[0])[::-1]
 
 
-def _is_on_device(trace: Trace, event: Event) -> bool:
+def _is_on_device(trace: Trace, event: StorageEvent) -> bool:
     assert event.storage is not None
     return trace.storages[event.storage].device == trace.accelerator
 
 
 def _where(
-    trace: Trace, event: Event | None, blocks: dict[int | None, Block | None]
+    trace: Trace, event: StorageEvent | None, blocks: dict[int | None, Block | None]
 ) -> str:
     """Return which request failed, and the largest kinds of memory that are alive."""
     assert event is not None

@@ -65,7 +65,7 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class StorageEvent:
     """An allocation or a free of a storage, or of a kernel's workspace."""
 
     time: int
@@ -76,7 +76,7 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class RecordedCopy:
     """Bytes copied between host and device by one operator."""
 
     time: int
@@ -103,8 +103,8 @@ class Trace:
     """The whole recording, in order."""
 
     storages: tuple[Storage, ...]
-    events: tuple[Event, ...]
-    copies: tuple[Copy, ...]
+    events: tuple[StorageEvent, ...]
+    copies: tuple[RecordedCopy, ...]
     """Copies between host and accelerator; none are recorded where `has_link` is false.
     """
     round_bytes: int

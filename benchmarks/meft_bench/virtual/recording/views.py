@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from meft_bench.shared.registry import nearest
-from meft_bench.virtual.recording.trace import Copy, Peak, Storage, Trace
+from meft_bench.virtual.recording.trace import Peak, RecordedCopy, Storage, Trace
 
 NAMES = ("kind", "phase", "block", "module", "operator")
 """Ways to sum memory: by what it is used for, or by where it was allocated."""
@@ -136,7 +136,7 @@ def moved(trace: Trace, start: int = 0) -> dict[tuple[str, str, str], int]:
     return dict(sorted(found.items()))
 
 
-def copies_after(trace: Trace, start: int) -> Iterator[Copy]:
+def copies_after(trace: Trace, start: int) -> Iterator[RecordedCopy]:
     """Yield the copies between host and device that began after `start`."""
     return (copy for copy in trace.copies if copy.time > start)
 

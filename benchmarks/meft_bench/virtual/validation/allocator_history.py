@@ -11,12 +11,12 @@ import torch
 from meft_bench.shared.source import MissingError
 from meft_bench.virtual.recording.snapshot import serve
 from meft_bench.virtual.validation import training_steps
-from meft_bench.virtual.validation.place import Figure, Place
+from meft_bench.virtual.validation.place import CheckFigure, Place
 
 MOST_ENTRIES = 4_000_000
 
 
-def figures(place: Place) -> Iterator[Figure]:
+def figures(place: Place) -> Iterator[CheckFigure]:
     """Yield peaks from the GPU's allocator, and from the model of it."""
     if place.virtual is not None:
         raise MissingError("a history is recorded on a real GPU only")
@@ -42,4 +42,4 @@ def figures(place: Place) -> Iterator[Figure]:
                 "served_end_reserved_bytes": served.end_reserved_bytes,
                 "num_entries": len(history),
             }.items():
-                yield Figure(case=name, quantity=quantity, value=value)
+                yield CheckFigure(case=name, quantity=quantity, value=value)

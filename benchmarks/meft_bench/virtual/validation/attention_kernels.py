@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meft_bench.virtual.device import attention
-from meft_bench.virtual.validation.place import Figure, Place
+from meft_bench.virtual.validation.place import CheckFigure, Place
 
 BATCH, HEADS, TOKENS = 4, 16, 1024
 GROUPS = 4
@@ -31,7 +31,7 @@ FORCED = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
 KERNELS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}
 
 
-def figures(place: Place) -> Iterator[Figure]:
+def figures(place: Place) -> Iterator[CheckFigure]:
     """Yield kernels and bytes of every case."""
     for dtype, width, mask, dropout, grouped in itertools.product(
         ("bf16", "fp32"), WIDTHS, MASKS, (0.0, 0.1), (False, True)
@@ -41,7 +41,7 @@ def figures(place: Place) -> Iterator[Figure]:
         yield from _case(place, name, dtype, width, mask, dropout, grouped, None)
 
 
-def kernel_figures(place: Place) -> Iterator[Figure]:
+def kernel_figures(place: Place) -> Iterator[CheckFigure]:
     """Yield the same for each kernel if only it is enabled, and for other lengths."""
     for kernel, width, dropout, mask in itertools.product(
         FORCED, WIDTHS, (0.0, 0.1), ("none", "causal", "bool-causal")
@@ -66,7 +66,7 @@ def _case(
     grouped: bool,
     kernel: str | None,
     tokens: int = TOKENS,
-) -> Iterator[Figure]:
+) -> Iterator[CheckFigure]:
     kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     heads = GROUPS if grouped else HEADS
 
@@ -90,7 +90,7 @@ def _case(
             chosen = _chosen(place, query, key, value, named)
         except RuntimeError:  # none of the enabled kernels supports the call
             chosen = "none"
-        yield Figure(case=name, quantity="kernel", value=chosen)
+        yield CheckFigure(case=name, quantity="kernel", value=chosen)
         try:
             _run(query, key, value, named, gradient)
             found = _run(query, key, value, named, gradient)
@@ -98,10 +98,10 @@ def _case(
             if kernel is None:
                 raise
             first = str(error).splitlines()[0]
-            yield Figure(case=name, quantity="refusal", value=first[:80])
+            yield CheckFigure(case=name, quantity="refusal", value=first[:80])
             return
     for quantity, num_bytes in found.items():
-        yield Figure(case=name, quantity=quantity, value=num_bytes)
+        yield CheckFigure(case=name, quantity=quantity, value=num_bytes)
 
 
 def _run(

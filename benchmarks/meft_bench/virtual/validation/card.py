@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from meft_bench.virtual.device.gpu import Gpu
-from meft_bench.virtual.validation.place import Figure, Place
+from meft_bench.virtual.validation.place import CheckFigure, Place
 
 NUM_BYTES = 2**30
 """Number of bytes copied to measure a rate."""
@@ -19,11 +19,11 @@ SIDE = 8192
 NUM_REPEATS = 10
 
 
-def figures(place: Place) -> Iterator[Figure]:
+def figures(place: Place) -> Iterator[CheckFigure]:
     """Yield capacity, context, libraries and rates."""
     known = _known(place.virtual.gpu) if place.virtual else _measured()
     for case, quantity, value in known:
-        yield Figure(case=case, quantity=quantity, value=value)
+        yield CheckFigure(case=case, quantity=quantity, value=value)
 
 
 def _known(gpu: Gpu) -> Iterator[tuple[str, str, int | float | str]]:

@@ -13,7 +13,7 @@ from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.record import Status
 from meft_bench.shared.registry import CHECKS, load
 from meft_bench.shared.source import MissingError
-from meft_bench.virtual.validation.place import Figure, place
+from meft_bench.virtual.validation.place import CheckFigure, place
 
 
 def run(request: dict[str, Any], options: ChildOptions) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def run(request: dict[str, Any], options: ChildOptions) -> dict[str, Any]:
     """
     torch.set_num_threads(options.num_threads)
     started = time.monotonic()
-    found: list[Figure] = []
+    found: list[CheckFigure] = []
     device_name, status, message = None, Status.OK, ""
     try:
         with place(request["device"]) as it:

@@ -17,7 +17,7 @@ from meft_bench.child.tasks.batches import full_batches
 from meft_bench.child.training import prepare
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.source import MissingError, Source
-from meft_bench.virtual.validation.place import Figure, Place
+from meft_bench.virtual.validation.place import CheckFigure, Place
 
 SHAPES: tuple[dict[str, Any], ...] = (
     {"backbone": "random:roberta-large", "dtype": "bf16", "batch_size": 16},
@@ -38,7 +38,7 @@ SHAPES: tuple[dict[str, Any], ...] = (
 )
 
 
-def figures(place: Place) -> Iterator[Figure]:
+def figures(place: Place) -> Iterator[CheckFigure]:
     """Yield the largest errors over all blocks."""
     if place.virtual is not None:
         raise MissingError("gradients have values on a real GPU only")
@@ -48,7 +48,7 @@ def figures(place: Place) -> Iterator[Figure]:
             yield from _check(cell, deterministic)
 
 
-def _check(cell: Cell, deterministic: bool) -> Iterator[Figure]:
+def _check(cell: Cell, deterministic: bool) -> Iterator[CheckFigure]:
     name = f"{cell.backbone} {cell.dtype} {cell.batch_size} x {cell.seq_len}"
     name += ", deterministic kernels" if deterministic else ""
     with _kernels(deterministic):
@@ -64,7 +64,7 @@ def _check(cell: Cell, deterministic: bool) -> Iterator[Figure]:
             report = check_reversible(stepper.model, stepper.to_device(batches[0]))
     for quantity in ("reconstruction_error", "gradient_error", "repeat_error"):
         worst = max(getattr(report, quantity))
-        yield Figure(case=name, quantity=quantity, value=worst)
+        yield CheckFigure(case=name, quantity=quantity, value=worst)
     del backbone, stepper
     gc.collect()
     torch.cuda.empty_cache()

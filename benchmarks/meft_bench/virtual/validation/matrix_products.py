@@ -11,12 +11,12 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-from meft_bench.virtual.validation.place import Figure, Place
+from meft_bench.virtual.validation.place import CheckFigure, Place
 
 SIDE = 1024
 
 
-def figures(place: Place) -> Iterator[Figure]:
+def figures(place: Place) -> Iterator[CheckFigure]:
     """Yield the workspaces after products of each kind."""
     with place.fresh():
         tensors = [torch.zeros(SIDE, SIDE, device=place.device)]
@@ -27,9 +27,9 @@ def figures(place: Place) -> Iterator[Figure]:
         own = (*tensors, weight, rows, bias)
         num_bytes = sum(t.numel() * t.element_size() for t in own)
 
-        def figure(case: str) -> Figure:
+        def figure(case: str) -> CheckFigure:
             beyond = int(torch.cuda.memory_allocated()) - num_bytes
-            return Figure(case=case, quantity="workspace_bytes", value=beyond)
+            return CheckFigure(case=case, quantity="workspace_bytes", value=beyond)
 
         yield figure("nothing multiplied")
         tensors[0] @ tensors[1]
@@ -50,7 +50,7 @@ def figures(place: Place) -> Iterator[Figure]:
         yield figure("+ batched product")
 
 
-def default_figures(place: Place) -> Iterator[Figure]:
+def default_figures(place: Place) -> Iterator[CheckFigure]:
     """Yield the same with torch's default configuration."""
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)  # read at the first product
     yield from figures(place)

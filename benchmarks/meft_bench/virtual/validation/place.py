@@ -18,7 +18,7 @@ from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Figure:
+class CheckFigure:
     """One number that a program reports."""
 
     case: str

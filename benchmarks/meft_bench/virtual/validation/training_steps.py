@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from meft_bench.virtual.validation.place import Figure, Place
+from meft_bench.virtual.validation.place import CheckFigure, Place
 
 LENGTHS = (512, 300, 1024, 128, 700, 900, 64, 1000, 450, 800)
 """Number of tokens per row in each of ten steps."""
@@ -38,7 +38,7 @@ LLAMA_3B: dict[str, Any] = {
 """The shape of Llama-3.2-3B."""
 
 
-def figures(place: Place) -> Iterator[Figure]:
+def figures(place: Place) -> Iterator[CheckFigure]:
     """Yield the peaks of every case."""
     for name, run in CASES.items():
         with place.fresh():
@@ -46,7 +46,7 @@ def figures(place: Place) -> Iterator[Figure]:
             yield from peaks(name)
 
 
-def peaks(case: str) -> Iterator[Figure]:
+def peaks(case: str) -> Iterator[CheckFigure]:
     """Yield the memory statistics of `torch.cuda` since its counters were reset."""
     for quantity, value in {
         "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
@@ -54,7 +54,7 @@ def peaks(case: str) -> Iterator[Figure]:
         "end_allocated_bytes": torch.cuda.memory_allocated(),
         "end_reserved_bytes": torch.cuda.memory_reserved(),
     }.items():
-        yield Figure(case=case, quantity=quantity, value=int(value))
+        yield CheckFigure(case=case, quantity=quantity, value=int(value))
 
 
 def lora(place: Place, *, padded: bool, checkpointing: bool = False) -> None:

@@ -1,0 +1,81 @@
+"""The measurement of a cell: every number by its name, None where it was not measured.
+
+The names and types are those of `measurements.toml`, which the reports read as well and
+which defines what each number means and how it is measured.
+"""
+
+from typing import Any, NoReturn
+
+from meft_bench.shared import tables
+from meft_bench.shared.registry import nearest
+from meft_bench.shared.tables import TableError
+
+_TYPES: dict[str, Any] = {
+    "int": int | None,
+    "float": float | None,
+    "str": str | None,
+    "list[int]": list[int] | None,
+    "list[float]": list[float] | None,
+    "list[float | None]": list[float | None] | None,
+}
+_FOR_REPORTS = ("group", "unit", "better", "maximum", "meaning", "how")
+
+
+def _read() -> dict[str, Any]:
+    known = ("type", "derived", *_FOR_REPORTS)
+    found = {}
+    for name, fields in tables.read(tables.MEASUREMENTS, "type", known).items():
+        if fields["type"] not in _TYPES:
+            raise TableError(
+                f"{tables.MEASUREMENTS}: [{name}]: unknown type {fields['type']!r}; "
+                f"types are {', '.join(_TYPES)}"
+            )
+        if not fields.get("derived", False):
+            found[name] = _TYPES[fields["type"]]
+    return found
+
+
+FIELDS: dict[str, Any] = _read()
+"""The type of every number of a record by its name, in the order of the file."""
+
+
+class Measurement:
+    """The numbers of one cell as attributes. It cannot be changed after it was made.
+
+    Raises:
+        ValueError: there is no number of this name.
+    """
+
+    def __init__(self, **numbers: Any) -> None:
+        for name in numbers:
+            if name not in FIELDS:
+                raise ValueError(f"unknown number {name!r}; {nearest(name, FIELDS)}")
+        self.__dict__.update(dict.fromkeys(FIELDS) | numbers)
+
+    def with_numbers(self, **numbers: Any) -> "Measurement":
+        """Return a measurement that has these numbers in addition.
+
+        Raises:
+            ValueError: there is no number of this name.
+        """
+        return Measurement(**self.to_json() | numbers)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all numbers by name, None for those that were not measured."""
+        return dict(self.__dict__)
+
+    def __getattr__(self, name: str) -> Any:
+        # Python calls this only if there is no such attribute.
+        raise AttributeError(f"unknown number {name!r}; {nearest(name, FIELDS)}")
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"cannot set `{name}`: a measurement cannot be changed")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Measurement):
+            return NotImplemented
+        return self.__dict__ == other.__dict__
+
+    def __repr__(self) -> str:
+        known = {name: v for name, v in self.__dict__.items() if v is not None}
+        return f"Measurement({', '.join(f'{n}={v!r}' for n, v in known.items())})"
