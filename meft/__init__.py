@@ -7,8 +7,10 @@ checks for users.
 from importlib.metadata import PackageNotFoundError, version
 
 from meft import testing
-from meft.checkpoint import load_adapters, save_adapters
+from meft.checkpoint.load import load_adapters
+from meft.checkpoint.save import save_adapters
 from meft.chunked_loss import chunk_loss, unchunk_loss
+from meft.convert import add_sparse_adapters, make_reversible
 from meft.errors import (
     AdapterFileError,
     ConfigError,
@@ -23,9 +25,7 @@ from meft.errors import (
     UnsupportedModelError,
 )
 from meft.reversible.config import ReversibleConfig
-from meft.reversible.convert import make_reversible
 from meft.sparse.config import SparseConfig
-from meft.sparse.convert import add_sparse_adapters
 from meft.sparse.optimizer import SparseAdamW, optimizer_cls_and_kwargs
 
 try:

@@ -9,7 +9,10 @@ process is killed once the pages are written to.
 
 from pathlib import Path
 
+from meft.replaceable import Replaceable
 
+
+@Replaceable
 def available_bytes(root: Path = Path("/")) -> int | None:
     """Return the number of bytes that can still be allocated and used.
 

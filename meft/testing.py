@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from meft.errors import UnsupportedCallError
-from meft.reversible.blocks import ReversibleBlocks
-from meft.reversible.convert import reversible_stacks
+from meft.reversible.blocks import ReversibleBlocks, reversible_stacks
 from meft.reversible.coupling import growth
-from meft.reversible.probe import LOST, Probe, relative_error
+from meft.reversible.inverse_error import LOST, InverseErrorProbe, relative_error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +86,7 @@ def check_reversible(model: nn.Module, batch: Mapping[str, Any]) -> ReversibleRe
         UnsupportedCallError: the model computes no loss for the batch.
     """
     stacks = reversible_stacks(model)
-    probes = {name: Probe(num_samples=0) for name in stacks}
+    probes = {name: InverseErrorProbe(num_samples=0) for name in stacks}
     groups = {
         f"{name}.{block}": [
             parameter
@@ -128,7 +127,7 @@ def _gradients(
     parameters: list[nn.Parameter],
     stacks: Mapping[str, ReversibleBlocks],
     backward_pass: str,
-    probes: Mapping[str, Probe],
+    probes: Mapping[str, InverseErrorProbe],
 ) -> dict[int, Tensor]:
     """Return the gradient of the batch's loss for each parameter, by its id.
 

@@ -49,7 +49,7 @@ def choose_trainable(model: nn.Module) -> None:
                 "which may have pre-trained weights. Call "
                 f"`model.{name}.requires_grad_(True)` after the conversion to train it",
                 FrozenWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         return
     for name, head in new_heads(model).items():
@@ -61,7 +61,7 @@ def choose_trainable(model: nn.Module) -> None:
                 f"and will not be trained. Call `model.{name}.requires_grad_(True)` "
                 f"to train it; with peft, pass `modules_to_save=[{last!r}]`",
                 FrozenWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-class Trip(NamedTuple):
+class TransferTag(NamedTuple):
     """The key under which the bytes of one transfer are recorded."""
 
     place: str = ""
@@ -22,15 +22,15 @@ class Trip(NamedTuple):
     """`forward`, `backward` or `update`."""
 
 
-_UNNAMED = Trip()
+_UNNAMED = TransferTag()
 
 
 @dataclass(slots=True)
-class Ledger:
+class TransferLedger:
     """Bytes copied so far, per direction. On a CPU both ends are host memory."""
 
-    d2h: Counter[Trip] = field(default_factory=Counter)
-    h2d: Counter[Trip] = field(default_factory=Counter)
+    d2h: Counter[TransferTag] = field(default_factory=Counter)
+    h2d: Counter[TransferTag] = field(default_factory=Counter)
 
     @property
     def d2h_bytes(self) -> int:
@@ -48,22 +48,27 @@ class Ledger:
         self.h2d.clear()
 
 
-def to_host(tensor: Tensor, ledger: Ledger, trip: Trip = _UNNAMED) -> Tensor:
+def to_host(
+    tensor: Tensor, ledger: TransferLedger, tag: TransferTag = _UNNAMED
+) -> Tensor:
     """Return a copy of `tensor` in host memory.
 
     Args:
         tensor: a tensor on the device.
         ledger: where the bytes are counted.
-        trip: the key in the ledger.
+        tag: the key in the ledger.
     """
     copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
     copy.copy_(tensor, non_blocking=True)
-    ledger.d2h[trip] += tensor.nbytes
+    ledger.d2h[tag] += tensor.nbytes
     return copy
 
 
 def to_device(
-    tensor: Tensor, device: torch.device, ledger: Ledger, trip: Trip = _UNNAMED
+    tensor: Tensor,
+    device: torch.device,
+    ledger: TransferLedger,
+    tag: TransferTag = _UNNAMED,
 ) -> Tensor:
     """Return a copy of `tensor`, which is in host memory, on `device`.
 
@@ -71,9 +76,9 @@ def to_device(
         tensor: a tensor in host memory.
         device: the device to copy to.
         ledger: where the bytes are counted.
-        trip: the key in the ledger.
+        tag: the key in the ledger.
     """
-    ledger.h2d[trip] += tensor.nbytes
+    ledger.h2d[tag] += tensor.nbytes
     return tensor.to(device, non_blocking=True, copy=True)
 
 
@@ -83,37 +88,37 @@ class Link:
     On a CPU the same methods copy synchronously.
     """
 
-    def __init__(self, device: torch.device, ledger: Ledger) -> None:
+    def __init__(self, device: torch.device, ledger: TransferLedger) -> None:
         self.device = device
         self.ledger = ledger
         is_cuda = device.type == "cuda"
         self._up = torch.cuda.Stream(device) if is_cuda else None
         self._down = torch.cuda.Stream(device) if is_cuda else None
 
-    def upload(self, tensor: Tensor, trip: Trip) -> "Copy":
+    def upload(self, tensor: Tensor, tag: TransferTag) -> "PendingCopy":
         """Start to copy `tensor`, in host memory, to the device."""
         if self._up is None:
-            return Copy(to_device(tensor, self.device, self.ledger, trip), None)
+            return PendingCopy(to_device(tensor, self.device, self.ledger, tag), None)
         # torch's host allocator does not reuse a pinned block before the copy that
         # reads it has finished.
         pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
         with torch.cuda.stream(self._up):
-            copy = to_device(pinned, self.device, self.ledger, trip)
-            return Copy(copy, self._up.record_event())
+            copy = to_device(pinned, self.device, self.ledger, tag)
+            return PendingCopy(copy, self._up.record_event())
 
-    def download(self, tensor: Tensor, trip: Trip) -> "Copy":
+    def download(self, tensor: Tensor, tag: TransferTag) -> "PendingCopy":
         """Start to copy `tensor`, on the device, to the host."""
         if self._down is None:
-            return Copy(to_host(tensor, self.ledger, trip), None)
+            return PendingCopy(to_host(tensor, self.ledger, tag), None)
         self._down.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._down):
-            copy = to_host(tensor, self.ledger, trip)
+            copy = to_host(tensor, self.ledger, tag)
             tensor.record_stream(self._down)
-            return Copy(copy, self._down.record_event())
+            return PendingCopy(copy, self._down.record_event())
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class PendingCopy:
     """A copy that may not have finished."""
 
     _tensor: Tensor

@@ -1,4 +1,4 @@
-"""Time of the library's hot paths, each beside what it competes with.
+"""Time of the library's hot paths, each next to its alternative.
 
 Run by `tox -e micro`; the groups compare within one run, which is the only comparison
 worth making on a shared machine.
@@ -13,8 +13,9 @@ from transformers import BertConfig, BertModel
 import meft
 from meft.bottleneck import Bottleneck
 from meft.reversible.coupling import Arithmetic, Branch, Coupling
-from meft.reversible.fixed import FRACTION_BITS_WIDE, Fixed
+from meft.reversible.fixed import Fixed
 from meft.reversible.floating import Floating
+from meft.reversible.integer_format import FRACTION_BITS_WIDE
 
 ROWS, SEQ, HIDDEN, DEPTH = 8, 128, 256, 6
 

@@ -21,7 +21,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from meft.sparse import adam, idle
-from meft.sparse.adam import Table
+from meft.sparse.adam import RowTable
 from meft.sparse.schedule import Schedule
 
 numba = pytest.importorskip("numba", reason="numba is missing")
@@ -37,9 +37,9 @@ VALUES: dict[str, Any] = {
 }
 
 
-def table(rows: int = ROWS, width: int = WIDTH) -> Table:
+def table(rows: int = ROWS, width: int = WIDTH) -> RowTable:
     made = torch.randn(rows, width)
-    return Table(
+    return RowTable(
         rows=made,
         first=torch.zeros(rows, width),
         second=torch.zeros(rows, width),

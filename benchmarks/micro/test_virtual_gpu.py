@@ -1,7 +1,7 @@
 """Time and host memory of a prediction: two steps on a virtual H200 and their replay.
 
 Imports are done before. What is aimed at on one core is in `AIM_SECONDS`, and below
-1 GB of memory in all; a time is recorded beside it, as machines differ, and memory is
+1 GB of memory in all; a time is recorded next to it, as machines differ, and memory is
 asserted.
 """
 

@@ -4,8 +4,8 @@ A block may hold a module named `parallel_adapter` with one method:
 
     bind() -> function of the feed-forward's input, for the current batch
 
-`beside` adds it to the adapter given by a caller. Code that runs a block in halves uses
-`beside`, so that the parallel adapter runs too.
+Code that runs a block in halves passes its adapter through `with_parallel`, so that the
+parallel adapter runs too.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ REBUILDS = "rebuilds_blocks"
 """Attribute that is True on a module that runs blocks in halves and recomputes them."""
 
 
-def beside(block: Any, adapter: Adapter | None = None) -> Adapter | None:
+def with_parallel(block: Any, adapter: Adapter | None = None) -> Adapter | None:
     """Return the sum of `adapter` and the parallel adapter; None without either."""
     carried = getattr(block, NAME, None)
     if carried is None:

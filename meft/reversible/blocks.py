@@ -10,10 +10,6 @@ called alone: a call raises an error, because a loop outside a `forward` that ca
 blocks would bypass the stack. The module holds no tensor between forward and backward,
 so several forwards can run before a backward.
 
-The read-out of `fixed` streams is the fresh stream; the other one is one block behind.
-The read-out of `float` streams follows the authors: after post-norm blocks it is the
-mean of both streams, otherwise the fresh stream plus a tenth of the other.
-
 Integer streams begin with 32 bits. If a number in a forward does not fit, the forward
 is run again with 64 bits before it returns, and all later forwards use 64 bits. The
 quantum stays the same, so the computed function does too. With a cache, which a second
@@ -21,7 +17,6 @@ run would fill again, streams have 64 bits from the start. A number that does no
 into 64 bits raises an error.
 """
 
-import inspect
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -39,15 +34,27 @@ from meft.backbone.uncalled import (
     refuse_sharded,
     refuse_what_would_not_run,
 )
-from meft.bottleneck import Bottleneck, wide_dtype
-from meft.errors import LostGradientWarning, UnsupportedCallError
+from meft.bottleneck import Bottleneck
+from meft.errors import (
+    LostGradientWarning,
+    UnsupportedCallError,
+    UnsupportedModelError,
+)
+from meft.reversible.arithmetic import arithmetic_of, too_large
+from meft.reversible.call_arguments import (
+    by_name,
+    kind_of,
+    leave_cache_empty,
+    refuse_empty_cache,
+    refuse_outputs,
+)
 from meft.reversible.config import ReversibleConfig
 from meft.reversible.coupling import Arithmetic, Coupling
 from meft.reversible.extremes import Extremes
-from meft.reversible.fixed import FRACTION_BITS, FRACTION_BITS_WIDE, Fixed
-from meft.reversible.floating import Floating
-from meft.reversible.kernels import Kernels
-from meft.reversible.probe import Probe, warning_text
+from meft.reversible.fixed import Fixed
+from meft.reversible.inverse_error import InverseErrorProbe, warning_text
+from meft.reversible.read_out import read_out, read_out_of_both
+from meft.reversible.recompute_check import Outside, RecomputeCheck, Repeatable
 from meft.reversible.rng import draw_seed
 from meft.reversible.stack import run_rebuilt
 from meft.reversible.twin import (
@@ -55,21 +62,15 @@ from meft.reversible.twin import (
     Stack,
     Streams,
     enter,
-    read,
     run,
     take_apart,
 )
-from meft.reversible.variants import Rule, couplings, fresh_stream
-from meft.reversible.watch import Outside, Repeatable, Watch
+from meft.reversible.variants import CouplingOptions, couplings, fresh_stream
 from meft.shapes import Hidden
 from meft.trainable import has_peft_layers, warn_if_frozen
-from meft.transfer import Ledger
+from meft.transfer import TransferLedger
 from meft.transforms import refuse_func, refuse_recording
 
-_LEFT_EMPTY = "_left_empty_by_a_reversible_model"
-"""Attribute set on a cache that was passed to a training forward and not filled."""
-STALE_WEIGHT = 0.1
-"""Factor on the other stream in the read-out of pre-norm `float` stacks."""
 CHECKPOINTING_IS_ON = (
     "gradient checkpointing is on: a reversible stack rebuilds its activations "
     "already. Pass `gradient_checkpointing=False`, in newer versions also called "
@@ -130,9 +131,9 @@ class ReversibleBlocks(nn.Module):
         self.reversible = config
         self.span = span
         self.backward_pass = config.backward
-        self.probe: Probe | None = None
-        """Probe of one forward and backward; `meft.testing` sets it."""
-        self.ledger = Ledger()
+        self.probe: InverseErrorProbe | None = None
+        """InverseErrorProbe of one forward and backward; `meft.testing` sets it."""
+        self.ledger = TransferLedger()
         """Bytes copied to and from a side buffer in host memory so far."""
         self._model_config = model_config
         self.stream_dtype = torch.int32
@@ -222,7 +223,12 @@ class ReversibleBlocks(nn.Module):
         Returns:
             The output of the stack, of the shape of `hidden_states`.
         """
-        return self._read_out(*self.streams(hidden_states, *args, **kwargs))
+        stack, streams, couplings, finite = self.streams(hidden_states, *args, **kwargs)
+        fresh = fresh_stream(self.reversible.variant, couplings)
+        if self.reversible.arithmetic == "fixed":
+            return read_out(stack, streams, fresh, finite)
+        is_post_norm = self.family.is_post_norm(self.blocks[-1])
+        return read_out_of_both(stack, streams, fresh, is_post_norm)
 
     def streams(
         self, hidden_states: Hidden, *args: Any, **kwargs: Any
@@ -257,7 +263,7 @@ class ReversibleBlocks(nn.Module):
         is_rerun = False
         while True:
             dtype = torch.int64 if cached else self.stream_dtype
-            arithmetic = self._arithmetic(hidden, dtype)
+            arithmetic = arithmetic_of(self.reversible, hidden, dtype)
             extremes = Extremes(arithmetic)
             make = partial(self._stack, others, nested, arithmetic, seed)
             lower, upper = make(first, end), make(end, len(blocks))
@@ -266,17 +272,17 @@ class ReversibleBlocks(nn.Module):
                 and self.backward_pass == "rebuild"
                 and not cached
             ):
-                watch = self._watch(arithmetic, call)
+                check = self._check(arithmetic, call)
                 streams = run_rebuilt(
                     lower,
                     hidden,
                     context,
-                    watch,
+                    check,
                     extremes,
                     self.reversible.on_mismatch,
                     self.ledger if self.reversible.side_buffer == "host" else None,
                 )
-                if watch.found_outside and not is_rerun:
+                if check.found_outside and not is_rerun:
                     # Run once more with these parameters as inputs. (Parameters that
                     # are created anew in every run cannot be inputs: the backward
                     # refuses them.)
@@ -291,7 +297,7 @@ class ReversibleBlocks(nn.Module):
                 couplings = [*lower.couplings, *upper.couplings]
                 return lower, streams, couplings, extremes.finite()
             if dtype == torch.int64:
-                raise UnsupportedCallError(_too_large(*extremes.first_too_large()))
+                raise UnsupportedCallError(too_large(*extremes.first_too_large()))
             del streams
             self.stream_dtype = torch.int64
 
@@ -313,43 +319,16 @@ class ReversibleBlocks(nn.Module):
                 "so adapters would get no gradient. Start one process per device "
                 "(`torchrun`, `accelerate launch`)"
             )
-        signature = inspect.signature(self.family.block.forward)
-        bound = signature.bind(self, hidden, *args, **kwargs).arguments
-        call = {**bound, **bound.pop("kwargs", {})}
-        call.pop("kwargs", None)
-        del call["self"], call["hidden_states"]
-        for name in ("output_hidden_states", "output_attentions"):
-            asked = call.pop(name, None)
-            if asked is None:
-                asked = getattr(self._model_config, name, False)
-            if asked:
-                raise UnsupportedCallError(
-                    f"`{name}=True` is not supported by a reversible model: between "
-                    "blocks there are two streams, which are rebuilt and not kept"
-                )
+        call = by_name(self.family.block, hidden, args, kwargs)
+        refuse_outputs(call, self._model_config)
         if self.training and is_checkpointing(self):
             raise UnsupportedCallError(f"{CHECKPOINTING_IS_ON} before training")
-        if self.training and torch.is_grad_enabled():
+        trains = self.training and torch.is_grad_enabled()
+        if trains:
             self._warn_if_frozen()
-        cache = call.get("past_key_values")
-        if getattr(cache, _LEFT_EMPTY, False):
-            raise UnsupportedCallError(
-                "these `past_key_values` were given to a reversible model in training "
-                "before, which left them empty: the tokens of that call would be "
-                "missing. To train on a text in segments, call `model.eval()`: then "
-                "caches are filled, gradients flow, and there is no dropout. Otherwise "
-                "train without a cache, on whole texts, or pass a new cache"
-            )
-        if cache is not None and self.training and torch.is_grad_enabled():
-            if cache.get_seq_length() > 0:
-                raise UnsupportedCallError(
-                    "a reversible model in training was given `past_key_values` that "
-                    "hold tokens, as peft's prefix tuning does: its recompute would "
-                    "add them again. Train without a cache, or call `model.eval()`"
-                )
-            # transformers creates an empty cache unless `use_cache=False` is given.
-            call["past_key_values"] = None
-            setattr(cache, _LEFT_EMPTY, True)
+        refuse_empty_cache(call)
+        if trains:
+            leave_cache_empty(call)
         return call
 
     def _warn_if_frozen(self) -> None:
@@ -362,23 +341,6 @@ class ReversibleBlocks(nn.Module):
                 peft_came_last=has_peft_layers(self) and not self._had_peft_layers,
             )
 
-    def _arithmetic(self, hidden: Hidden, stream_dtype: torch.dtype) -> Arithmetic:
-        if self.reversible.arithmetic == "float":
-            return Floating(
-                compute_dtype=hidden.dtype, stream_dtype=wide_dtype(hidden.dtype)
-            )
-        computed_in = Kernels.current(hidden.device).computed_in or hidden.dtype
-        return Fixed(
-            compute_dtype=hidden.dtype,
-            fraction_bits=(
-                FRACTION_BITS.get(computed_in, FRACTION_BITS_WIDE)
-                if self.reversible.fraction_bits is None
-                else self.reversible.fraction_bits
-            ),
-            gradient_dtype=getattr(torch, self.reversible.gradient_dtype),
-            stream_dtype=stream_dtype,
-        )
-
     def _stack(
         self,
         call: Mapping[str, Any],
@@ -388,7 +350,7 @@ class ReversibleBlocks(nn.Module):
         first: int,
         end: int,
     ) -> Stack:
-        rule = Rule(
+        options = CouplingOptions(
             variant=self.reversible.variant,
             scales=self.reversible.scales,
             difference=self.reversible.is_difference,
@@ -398,51 +360,28 @@ class ReversibleBlocks(nn.Module):
             for index, block in enumerate(self.blocks[first:end], first)
         }
         return Stack(
-            couplings=list(couplings(rule, self.family, blocks, call)),
+            couplings=list(couplings(options, self.family, blocks, call)),
             arithmetic=arithmetic,
             seed=seed,
             num_chunks=self.reversible.mlp_chunks,
             nested=nested,
         )
 
-    def _watch(self, arithmetic: Arithmetic, call: Mapping[str, Any]) -> Watch:
+    def _check(self, arithmetic: Arithmetic, call: Mapping[str, Any]) -> RecomputeCheck:
         exact = isinstance(arithmetic, Fixed)
         probe = self.probe
         if probe is None and not exact and not self._first_step_is_over:
             dtype = arithmetic.gradient_dtype
 
-            def report(probe: Probe) -> None:
+            def report(probe: InverseErrorProbe) -> None:
                 if not self._first_step_is_over:
                     self._first_step_is_over = True
                     _warn_if_lost(self.reversible, probe, dtype)
 
-            probe = Probe(when_done=report)
-        return Watch(
-            exact, self._repeatable, _kind_of(call), probe, outside=self._outside
+            probe = InverseErrorProbe(when_done=report)
+        return RecomputeCheck(
+            exact, self._repeatable, kind_of(call), probe, outside=self._outside
         )
-
-    def _read_out(
-        self,
-        stack: Stack,
-        streams: Streams,
-        couplings: list[Coupling],
-        finite: Tensor | None,
-    ) -> Hidden:
-        fresh = fresh_stream(self.reversible.variant, couplings)
-        pair = streams.pair()
-        out = read(stack, pair[fresh])
-        if finite is not None:
-            # Streams clamp values, so NaN is added here: a loss scaler detects the
-            # overflow.
-            zero = out.new_zeros(())
-            added = torch.where(finite, zero, zero + torch.nan)
-            out.add_(added.view(-1, *[1] * (out.dim() - 1)))
-        if self.reversible.arithmetic == "fixed":
-            return out
-        stale = read(stack, pair[1 - fresh])
-        if self.family.is_post_norm(self.blocks[-1]):
-            return (out + stale) / 2
-        return out + STALE_WEIGHT * stale
 
 
 def _is_forward(frame: FrameType) -> bool:
@@ -451,31 +390,31 @@ def _is_forward(frame: FrameType) -> bool:
     return name == "forward" or name.startswith("torch_dynamo_resume_in_forward_at_")
 
 
-def _kind_of(call: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what a call implies about its kernels: its tensors and their shapes."""
-    return tuple(
-        (n, (v.shape, v.dtype) if isinstance(v, Tensor) else type(v))
-        for n, v in sorted(call.items())
-    )
-
-
-def _too_large(block: int, greatest: float | None) -> str:
-    if greatest is None:
-        return (
-            f"the streams of block {block} have grown beyond what 64-bit integers "
-            "hold, though all values of its branches fit: set `lost_bits` higher in "
-            "the `ReversibleConfig`, at 0 the streams grow with every block"
-        )
-    return (
-        f"block {block} computes values up to {greatest:.4g}, which `fixed` streams "
-        "cannot hold in 64 bits either: look for what made them so large, or set "
-        "`fraction_bits` lower in the `ReversibleConfig` (each bit less doubles the "
-        "range)"
-    )
-
-
-def _warn_if_lost(config: ReversibleConfig, probe: Probe, dtype: torch.dtype) -> None:
+def _warn_if_lost(
+    config: ReversibleConfig, probe: InverseErrorProbe, dtype: torch.dtype
+) -> None:
     errors = probe.estimated_errors()
     text = warning_text(probe.blocks(), errors, *config.scales, dtype)
     if text is not None:
         warnings.warn(text, LostGradientWarning, stacklevel=2)
+
+
+def find_stacks(model: nn.Module) -> dict[str, ReversibleBlocks]:
+    """Return the reversible stacks in `model` by name; the result may be empty."""
+    named = model.named_modules()
+    return {name: m for name, m in named if isinstance(m, ReversibleBlocks)}
+
+
+def reversible_stacks(model: nn.Module) -> dict[str, ReversibleBlocks]:
+    """Return the reversible stacks in `model` by name, of which there is at least one.
+
+    Raises:
+        UnsupportedModelError: `model` was not converted by `make_reversible()`.
+    """
+    stacks = find_stacks(model)
+    if not stacks:
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} is not reversible: call "
+            "`meft.make_reversible(model, config)` first"
+        )
+    return stacks

@@ -1,4 +1,4 @@
-"""`make_reversible`: convert a transformers model to a reversible one in place."""
+"""Replaces the lists of blocks of a transformers model by reversible stacks."""
 
 from functools import partial
 from typing import TypeVar
@@ -15,46 +15,18 @@ from meft.backbone.parallel import NAME
 from meft.bottleneck import Bottleneck, wide_dtype
 from meft.errors import ConfigError, UnsupportedModelError
 from meft.reversible.adapters import Adapters
-from meft.reversible.blocks import CHECKPOINTING_IS_ON, ReversibleBlocks
+from meft.reversible.blocks import CHECKPOINTING_IS_ON, ReversibleBlocks, find_stacks
 from meft.reversible.config import ReversibleConfig
 from meft.reversible.variants import make_adapters
-from meft.saving import add_saving
 from meft.trainable import choose_trainable
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def make_reversible(model: Model, config: ReversibleConfig) -> Model:
+def insert_stacks(model: Model, config: ReversibleConfig) -> Model:
     """Replace every list of blocks in a model by a reversible stack, in place.
 
-    The model keeps its class, its `forward` signature and its outputs. Afterwards the
-    adapters and a newly made task head (`classifier`, `qa_outputs`, `score`, ...) are
-    trainable and everything else is frozen (Liao et al., NeurIPS 2023, section 4.1).
-        If some parameters were frozen before and others were not, manually or because
-        the
-        model is a PeftModel, that choice is kept and the adapters are trained in
-        addition.
-        Change `requires_grad` afterwards to train more or fewer parameters.
-
-        From then on, `model.save_pretrained` also writes the files of
-        `meft.save_adapters`.
-
-    Args:
-        model: any class of a supported family, which `meft.backbone.families` lists, or
-            a PeftModel that holds one.
-        config: variant, arithmetic, span and backward pass.
-
-    Returns:
-        `model` itself.
-
-    Raises:
-        UnsupportedModelError: the model is not of a supported family, is already
-            reversible, or has gradient checkpointing on.
-        ConfigError: `config.span` reaches beyond the model's blocks.
-
-    Warns:
-        FrozenWarning: a task head was frozen before and stays frozen, or a head stays
-            frozen because it may be pre-trained.
+    Arguments, result, errors and warnings are those of `meft.make_reversible`.
     """
     if find_stacks(model):
         raise UnsupportedModelError("this model is reversible already")
@@ -69,39 +41,17 @@ def make_reversible(model: Model, config: ReversibleConfig) -> Model:
                 f"`span` is {config.span}, but {found.name} of {type(model).__name__} "
                 f"has {len(found.blocks)} blocks"
             )
-        _refuse_beside_parallel(found, config)
+        _refuse_with_parallel(found, config)
     choose_trainable(model)
     for found in lists:
         stack = _stack(found, config)
         setattr(found.owner, found.attribute, stack.train(model.training))
         if hasattr(found.owner, "layerdrop"):
             found.owner.register_forward_pre_hook(refuse_layerdrop)
-    add_saving(model, ReversibleBlocks)
     return model
 
 
-def find_stacks(model: nn.Module) -> dict[str, ReversibleBlocks]:
-    """Return the reversible stacks in `model` by name; the result may be empty."""
-    named = model.named_modules()
-    return {name: m for name, m in named if isinstance(m, ReversibleBlocks)}
-
-
-def reversible_stacks(model: nn.Module) -> dict[str, ReversibleBlocks]:
-    """Return the reversible stacks in `model` by name, of which there is at least one.
-
-    Raises:
-        UnsupportedModelError: `model` was not converted by `make_reversible()`.
-    """
-    stacks = find_stacks(model)
-    if not stacks:
-        raise UnsupportedModelError(
-            f"this {type(model).__name__} is not reversible: call "
-            "`meft.make_reversible(model, config)` first"
-        )
-    return stacks
-
-
-def _refuse_beside_parallel(found: BlockList, config: ReversibleConfig) -> None:
+def _refuse_with_parallel(found: BlockList, config: ReversibleConfig) -> None:
     """Refuse fields that do not work with parallel adapters of another method."""
     if not any(hasattr(block, NAME) for block in found.blocks):
         return

@@ -17,8 +17,8 @@ function, bit for bit, and the width does not have to be saved or synchronized b
 processes.
 
 This module contains the reference implementation, which also runs on a CPU. On a GPU,
-where the couplings are limited by memory traffic, `fused` computes the same bits in one
-pass.
+where the couplings are limited by memory traffic, `triton_kernels` computes the same
+bits in one pass.
 
 Related work: Maclaurin et al., ICML 2015 (an information buffer makes momentum
 reversible); MacKay et al., NeurIPS 2018 (the bits that forgetting must keep); Zhang et
@@ -29,22 +29,15 @@ import functools
 import math
 import warnings
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from meft.replaceable import Replaceable
 from meft.reversible.coupling import Coupling
+from meft.reversible.integer_format import LIMITS
 from meft.reversible.packing import pack, put_back_
-
-FRACTION_BITS = {torch.float16: 14, torch.bfloat16: 14}
-"""Fraction bits per compute dtype. The quantum is below the dtype's own rounding for
-values of ordinary size, and the range is 32768 in 32 bits.
-"""
-FRACTION_BITS_WIDE = 18
-"""Fraction bits for float32 and wider: range 2048 in 32 bits, 8.8e12 in 64."""
-LIMITS = {torch.int32: 2.0**29, torch.int64: 2.0**61}
-"""Greatest value of one addition, in quanta, by the dtype of streams."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,8 +95,8 @@ class Fixed:
         """
         num_bits = lost_bits(coupling)
         keep = num_bits > 0 and not coupling.starts
-        if fused := kernels(target, source):
-            out: Tensor | None = fused.couple_(
+        if found := kernels(target, source):
+            out: Tensor | None = found.couple_(
                 target,
                 source,
                 value,
@@ -139,8 +132,8 @@ class Fixed:
             kept: what `couple_` returned.
         """
         num_bits = lost_bits(coupling)
-        if fused := kernels(target, source):
-            fused.uncouple_(
+        if found := kernels(target, source):
+            found.uncouple_(
                 target,
                 source,
                 value,
@@ -168,25 +161,36 @@ def lost_bits(coupling: Coupling) -> int:
     return round(-math.log2(coupling.scale))
 
 
-def kernels(target: Tensor, source: Tensor) -> ModuleType | None:
-    """Return `meft.reversible.fused` if it supports these streams, otherwise None.
+def kernels(target: Tensor, source: Tensor) -> Any:
+    """Return `meft.reversible.triton_kernels` if it supports these streams, or None.
 
     It supports contiguous streams on CUDA if triton works on that device.
     """
     if target.is_cuda and target.is_contiguous() and source.is_contiguous():
-        return _kernels_on(target.device)
+        return kernels_on(target.device)
     return None
 
 
+@Replaceable
+def kernels_on(device: torch.device) -> Any:
+    """Return the module whose kernels couple streams on `device`; None without one."""
+    return load_kernels(device)
+
+
 @functools.cache
-def _kernels_on(device: torch.device) -> ModuleType | None:
+def load_kernels(device: torch.device) -> Any:
+    """Return `meft.reversible.triton_kernels` if it works on `device`, or None.
+
+    Warns:
+        RuntimeWarning: triton is installed and does not work on `device`.
+    """
     try:
-        from meft.reversible import fused
+        from meft.reversible import triton_kernels
     except ImportError:
         return None
     try:
         target, source = torch.zeros(2, 1, dtype=torch.int32, device=device)
-        fused.couple_(target, source, target.float(), 0, False, 0, False)
+        triton_kernels.couple_(target, source, target.float(), 0, False, 0, False)
     except Exception as error:
         # Triton needs a C compiler where it runs and does not support every device. The
         # exceptions that it raises then have no common class.
@@ -194,7 +198,7 @@ def _kernels_on(device: torch.device) -> ModuleType | None:
             f"streams on {device} are computed without triton, which is slower and "
             f"gives the same bits: {type(error).__name__}: {error}",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=6,
         )
         return None
-    return fused
+    return triton_kernels

@@ -17,30 +17,26 @@ gradient of its output is available already. The coupling is undone before the m
 part is differentiated: at that point only the graph of the recompute is still alive.
 """
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from meft.errors import MismatchWarning, ReconstructionError, UnsupportedCallError
+from meft.errors import MismatchWarning, ReconstructionError
 from meft.reversible import twin
-from meft.reversible.coupling import Context, Coupling, Part
+from meft.reversible.branch_state import BranchState
+from meft.reversible.coupling import Context, Coupling
+from meft.reversible.execution_context import ExecutionContext
 from meft.reversible.extremes import Extremes
-from meft.reversible.gradients import (
-    Gradients,
-    Pull,
-    keep_hooks_for_whole_gradients,
-)
-from meft.reversible.kernels import Kernels
-from meft.reversible.outside import has_forward_hooks, leaves_of, refuse_late
-from meft.reversible.twin import Stack, Stream, Streams, carrier_like
-from meft.reversible.watch import Watch
+from meft.reversible.gradients import Gradients, keep_hooks_for_whole_gradients
+from meft.reversible.rebuild_call import RebuildCall
+from meft.reversible.recompute import pull_mixed, recompute_branch
+from meft.reversible.recompute_check import RecomputeCheck
+from meft.reversible.twin import Stack, Streams, TrackedStream, carrier_like
 from meft.shapes import Hidden
-from meft.transfer import Ledger, to_device, to_host
+from meft.transfer import TransferLedger
 from meft.transforms import refuse_create_graph
 
 
@@ -48,10 +44,10 @@ def run_rebuilt(
     stack: Stack,
     hidden: Hidden,
     context: Context,
-    watch: Watch,
+    check: RecomputeCheck,
     extremes: Extremes,
     on_mismatch: str = "raise",
-    host_ledger: Ledger | None = None,
+    host_ledger: TransferLedger | None = None,
 ) -> Streams:
     """Compute what `twin.run(twin.enter(...))` does without storing activations.
 
@@ -59,7 +55,7 @@ def run_rebuilt(
         stack: the couplings.
         hidden: the initial value of both streams, `batch seq hidden`.
         context: tensors in addition to the stream, by name.
-        watch: checks the rebuilt streams in the forward and in the backward.
+        check: checks the rebuilt streams in the forward and in the backward.
         extremes: records the extremes of the forward.
         on_mismatch: what the backward does if it computes other bits than the forward:
             `raise`, `skip` (return no gradients for this stack and the layers below,
@@ -71,22 +67,24 @@ def run_rebuilt(
     Returns:
         The streams after the last coupling.
     """
-    outside = {c.number: watch.outside_of(c) for c in stack.couplings}
-    state = _State.of(stack, outside)
-    call = _Call(
+    outside = {c.number: check.outside_of(c) for c in stack.couplings}
+    state = BranchState.of(stack, outside)
+    call = RebuildCall(
         stack=stack,
         names=tuple(context),
         parameters=state.trainable(),
         state=state,
-        kernels=Kernels.current(hidden.device),
-        watch=watch,
+        execution=ExecutionContext.current(hidden.device),
+        check=check,
         on_mismatch=on_mismatch,
         host_ledger=host_ledger,
     )
     values_1, values_2, carrier_1, carrier_2 = _Rebuild.apply(  # type: ignore[no-untyped-call]
         call, extremes, hidden, *context.values(), *call.parameters
     )
-    return Streams(Stream(values_1, carrier_1), Stream(values_2, carrier_2))
+    return Streams(
+        TrackedStream(values_1, carrier_1), TrackedStream(values_2, carrier_2)
+    )
 
 
 _RAISED = (
@@ -108,7 +106,7 @@ class _Rebuild(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: "_Call", extremes: Extremes, hidden: Tensor, *inputs: Tensor
+        ctx: Any, call: RebuildCall, extremes: Extremes, hidden: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         """Run all couplings without storing activations.
 
@@ -128,10 +126,10 @@ class _Rebuild(torch.autograd.Function):
         streams = [stack.arithmetic.enter(hidden) for _ in range(2)]
         extremes.note(stack.lowest, hidden, streams[0])
         kept: list[Tensor | None] = []
-        with call.kernels.entered():
+        with call.execution.entered():
             for index, coupling in enumerate(stack.couplings):
                 target, source = streams[coupling.target], streams[1 - coupling.target]
-                call.watch.before(stack, index, target)
+                call.check.before(stack, index, target)
                 x = stack.arithmetic.read(source)
                 wants_input = ctx.needs_input_grad[2] or index > 0
                 value = call.value(coupling, x, context, wants_input, (hidden, *inputs))
@@ -140,7 +138,7 @@ class _Rebuild(torch.autograd.Function):
                 kept.append(call.put_away(lost))
         ctx.call, ctx.dtype = call, hidden.dtype
         start = hidden if call.on_mismatch == "redo" else None
-        expected = call.watch.expected()
+        expected = call.check.expected()
         ctx.save_for_backward(*streams, *context.values(), *kept, expected, start)
         ctx.mark_non_differentiable(*streams)
         dtype = stack.arithmetic.gradient_dtype
@@ -167,14 +165,14 @@ class _Rebuild(torch.autograd.Function):
             ReconstructionError: a rebuilt stream is wrong and `on_mismatch` is `raise`.
         """
         refuse_create_graph("a rebuilding backward", "Set `backward='store'` for that")
-        call: _Call = ctx.call
+        call: RebuildCall = ctx.call
         call.refuse_changed_state()
         keep_hooks_for_whole_gradients(call.parameters)
         first, second, *rest = ctx.saved_tensors
         streams = [first, second]
         if torch._C._autograd._get_current_graph_task_keep_graph():
             streams = [first.clone(), second.clone()]
-        beside = {
+        context = {
             name: tensor.detach().requires_grad_(wanted)
             for name, tensor, wanted in zip(
                 call.names, rest, ctx.needs_input_grad[3:], strict=False
@@ -185,9 +183,11 @@ class _Rebuild(torch.autograd.Function):
         d = [_taken(d1), _taken(d2)] if start is None else [_copy(d1), _copy(d2)]
         wants_input = ctx.needs_input_grad[2]
         with call.state.modes():
-            _walk_down(call, streams, d, kept, expected, beside, wants_input, gradients)
+            _walk_down(
+                call, streams, d, kept, expected, context, wants_input, gradients
+            )
         try:
-            call.watch.finish(call.stack, streams)
+            call.check.finish(call.stack, streams)
         except ReconstructionError as error:
             message = f"{error}{call.changes(streams[0].device)}"
             if call.on_mismatch == "raise":
@@ -199,25 +199,25 @@ class _Rebuild(torch.autograd.Function):
             del streams, d
             gradients = Gradients()
             with call.state.modes():
-                hidden = _stored(call, start, beside, (d1, d2), wants_input, gradients)
+                hidden = _stored(call, start, context, (d1, d2), wants_input, gradients)
         else:
             hidden = twin.added(d[0], d[1]) if wants_input else None
         return (
             None,
             None,
             None if hidden is None else hidden.to(ctx.dtype),
-            *(gradients.of(tensor) for tensor in beside.values()),
+            *(gradients.of(tensor) for tensor in context.values()),
             *(gradients.of(parameter) for parameter in call.parameters),
         )
 
 
 def _walk_down(
-    call: "_Call",
+    call: RebuildCall,
     streams: list[Tensor],
     d: list[Tensor | None],
     kept: Sequence[Tensor | None],
     expected: Tensor | None,
-    beside: Context,
+    context: Context,
     wants_input: bool,
     gradients: Gradients,
 ) -> None:
@@ -229,8 +229,8 @@ def _walk_down(
             pair.
         d: the gradients of both streams, likewise; None for a gradient of 0.
         kept: what each coupling has kept, lowest first.
-        expected: what the watch has saved of the true streams.
-        beside: tensors that the blocks read in addition to the stream, by name.
+        expected: what the check has saved of the true streams.
+        context: tensors that the blocks read in addition to the stream, by name.
         wants_input: whether the gradient of the stack's input is needed.
         gradients: the sums to which gradients of other tensors are added.
     """
@@ -240,9 +240,9 @@ def _walk_down(
         target, source = coupling.target, 1 - coupling.target
         x = stack.arithmetic.read(streams[source])
         wants_x = wants_input or index > 0
-        call.watch.point(index, d[target])
-        value, mixed = _recompute(
-            call, coupling, x, beside, d[target], wants_x, gradients
+        call.check.point(index, d[target])
+        value, mixed = recompute_branch(
+            call, coupling, x, context, d[target], wants_x, gradients
         )
         stack.arithmetic.uncouple_(
             streams[target],
@@ -252,16 +252,16 @@ def _walk_down(
             call.fetched(kept[index], value.device),
         )
         del value
-        call.watch.after(index, streams[target], expected)
-        v = _pull_mixed(mixed, x, gradients)
+        call.check.after(index, streams[target], expected)
+        v = pull_mixed(mixed, x, gradients)
         d[target], d[source] = _down(d[target], d[source], v, coupling)
         del x, mixed, v
 
 
 def _stored(
-    call: "_Call",
+    call: RebuildCall,
     start: Tensor,
-    beside: Context,
+    context: Context,
     d: tuple[Tensor | None, Tensor | None],
     wants_input: bool,
     gradients: Gradients,
@@ -271,7 +271,7 @@ def _stored(
     Args:
         call: the data of the forward.
         start: the input of the stack, `batch seq hidden`.
-        beside: tensors that the blocks read in addition to the stream, by name.
+        context: tensors that the blocks read in addition to the stream, by name.
         d: the gradients of both streams at the top.
         wants_input: whether the gradient of `start` is needed.
         gradients: the sums to which gradients of other tensors are added.
@@ -283,13 +283,13 @@ def _stored(
     unread = Extremes(call.stack.arithmetic)
     with call.recomputing():
         entered = twin.enter(call.stack, start, unread)
-        streams = twin.run(call.stack, entered, beside, unread)
+        streams = twin.run(call.stack, entered, context, unread)
     ends = [
         (stream.carrier, gradient)
         for stream, gradient in zip(streams.pair(), d, strict=True)
         if gradient is not None and stream.carrier.requires_grad
     ]
-    others = [t for t in beside.values() if t.requires_grad]
+    others = [t for t in context.values() if t.requires_grad]
     pull = gradients.prepare(
         [carrier for carrier, _ in ends], [*others, *call.parameters]
     )
@@ -338,360 +338,3 @@ def _down(
     if v is None:
         return dt, ds
     return dt, v.to(dt.dtype, copy=True) if ds is None else ds.add_(v.to(dt.dtype))
-
-
-class _Mixed(NamedTuple):
-    """The recomputed mixing part of a branch, before its backward pass."""
-
-    pull: Pull | None
-    """Pull through the mixing part; None if the branch has no such part."""
-    gradient: Tensor
-
-
-def _recompute(
-    call: "_Call",
-    coupling: Coupling,
-    x: Tensor,
-    beside: Context,
-    dy: Tensor | None,
-    wants_x: bool,
-    gradients: Gradients,
-) -> tuple[Tensor, _Mixed | None]:
-    """Recompute a branch at `x` and pull `dy` through its tokenwise part.
-
-    Gradients of parameters are added to `gradients`.
-
-    Args:
-        call: the data of the forward.
-        coupling: the coupling whose branch is recomputed.
-        x: what its source stream holds, `batch seq hidden`.
-        beside: tensors that the block reads in addition to the stream, by name.
-        dy: the gradient of the output of the branch; None if it is 0.
-        wants_x: whether the gradient of `x` is needed.
-        gradients: the sums of the backward.
-
-    Returns:
-        The output of the branch, of the shape of `x`, and the mixing part whose
-        backward pass remains to be run.
-    """
-    if dy is None:
-        with call.kernels.entered():
-            value = call.value(coupling, x, beside, wants_x)
-        return value, None
-    stack, tokenwise = call.stack, coupling.branch.tokenwise
-    x.requires_grad_(wants_x)
-    with call.recomputing():
-        mixed = stack.mixed(coupling, x, beside)
-    own = [*beside.values(), *call.state.trainable_of(coupling)]
-    call.refuse_outside(coupling, mixed, [x, *own])
-    pull = _prepare_mixed(call, coupling, mixed, beside, gradients)
-    parameters = call.state.trainable_in(tokenwise, coupling)
-    outputs: list[Tensor] = []
-    pulled: list[Tensor | None] = []
-    # The order is from the last chunk to the first, as autograd does for the twin.
-    chunks = stack.chunks(coupling, mixed.detach())
-    slices = stack.chunks(coupling, dy)
-    for index in reversed(range(len(chunks))):
-        chunk = chunks[index].detach().requires_grad_(mixed.requires_grad)
-        with call.recomputing():
-            output = stack.tokenwise(coupling, chunk, index)
-        call.refuse_outside(coupling, output, [chunk, *own])
-        chunk_pull = gradients.prepare([output], parameters)
-        pulled.insert(0, gradients.pull(chunk_pull, chunk, [slices[index]]))
-        outputs.insert(0, output.detach())
-        del output, chunk_pull
-    value = twin.joined(outputs, x.shape)
-    if not mixed.requires_grad:
-        return value, None
-    d_chunks = [d for d in pulled if d is not None]
-    gradient = twin.joined(d_chunks, mixed.shape)
-    return value, _Mixed(pull, gradient)
-
-
-def _pull_mixed(mixed: _Mixed | None, x: Tensor, gradients: Gradients) -> Tensor | None:
-    """Pull through the mixing part and return the gradient of `x`, if needed."""
-    if mixed is None:
-        return None
-    if mixed.pull is None:
-        return mixed.gradient
-    return gradients.pull(mixed.pull, x, [mixed.gradient])
-
-
-def _prepare_mixed(
-    call: "_Call",
-    coupling: Coupling,
-    mixed: Tensor,
-    beside: Context,
-    gradients: Gradients,
-) -> Pull | None:
-    """Prepare the pull through the mixing part, to be run after freeing `mixed`."""
-    if coupling.branch.mixing is None:
-        return None
-    others = [t for t in beside.values() if t.requires_grad]
-    others += call.state.trainable_in(coupling.branch.mixing, coupling)
-    meanwhile = call.state.trainable_in(coupling.branch.tokenwise, coupling)
-    return gradients.prepare([mixed], others, meanwhile)
-
-
-class _Tensor(NamedTuple):
-    """The properties that show whether a parameter or buffer has changed."""
-
-    identity: int
-    storage: int
-    dtype: torch.dtype
-    device: torch.device
-    version: int
-    requires_grad: bool
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "_Tensor":
-        return cls(
-            id(tensor),
-            tensor.untyped_storage()._cdata,
-            tensor.dtype,
-            tensor.device,
-            tensor._version,  # in-place updates increment it
-            tensor.requires_grad,
-        )
-
-    def change(self, now: "_Tensor") -> str:
-        """Describe what happened to the tensor, as the end of a sentence."""
-        if self.requires_grad != now.requires_grad:
-            return f"`requires_grad` was set to {now.requires_grad}"
-        if (self.dtype, self.device) != (now.dtype, now.device):
-            return f"it was moved or converted to {now.dtype} on {now.device}"
-        if (self.identity, self.storage) != (now.identity, now.storage):
-            return "it was replaced by another tensor, or its `.data` was"
-        return "it was updated in place"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _State:
-    """The parameters and buffers that branches may read, and their modules' modes."""
-
-    tensors: dict[int, list[Tensor]]
-    """Parameters and buffers of each module that a branch uses, by the module's id."""
-    outside: dict[int, list[Tensor]]
-    """Parameters of other modules that a branch uses, by the coupling's number."""
-    seen: list[_Tensor]
-    """Identity and version of all these tensors."""
-    with_hooks: set[int]
-    """Ids of the modules in `tensors` that contain forward hooks."""
-    training: list[tuple[nn.Module, bool]]
-    """Flag `training` of every module inside."""
-    attention: list[str]
-    """transformers' names of the attention implementations inside."""
-
-    @classmethod
-    def of(cls, stack: Stack, outside: dict[int, list[Tensor]]) -> "_State":
-        """Return the current state."""
-        branches = (coupling.branch for coupling in stack.couplings)
-        parts = (part for b in branches for part in (b.mixing, b.tokenwise) if part)
-        modules = {id(m): [*m.modules()] for part in parts for m in part.modules}
-        tensors = {key: _tensors_of(inside) for key, inside in modules.items()}
-        every = [module for inside in modules.values() for module in inside]
-        configs = (module.__dict__.get("config") for module in every)
-        kinds = (getattr(config, "_attn_implementation", None) for config in configs)
-        return cls(
-            tensors=tensors,
-            outside=outside,
-            seen=[
-                _Tensor.of(t)
-                for ts in (*tensors.values(), *outside.values())
-                for t in ts
-            ],
-            with_hooks={key for key in modules if has_forward_hooks(modules[key])},
-            training=[(module, module.training) for module in every],
-            attention=list(dict.fromkeys(kind for kind in kinds if kind is not None)),
-        )
-
-    @contextlib.contextmanager
-    def modes(self) -> Iterator[None]:
-        """Run the body with every module in the mode that it had."""
-        changed = [pair for pair in self.training if pair[0].training != pair[1]]
-        for module, was_training in changed:
-            module.training = was_training
-        try:
-            yield
-        finally:
-            for module, was_training in changed:
-                module.training = not was_training
-
-    def trainable(self) -> list[Tensor]:
-        """Return the parameters that require a gradient, without duplicates."""
-        every = (
-            t
-            for tensors in (*self.tensors.values(), *self.outside.values())
-            for t in tensors
-        )
-        return list({id(t): t for t in every if t.requires_grad}.values())
-
-    def trainable_in(self, part: Part | None, coupling: Coupling) -> list[Tensor]:
-        """Return those that one part of the branch of `coupling` may use."""
-        if part is None:
-            return []
-        own = [t for m in part.modules for t in self.tensors[id(m)] if t.requires_grad]
-        return own + self.outside[coupling.number]
-
-    def trainable_of(self, coupling: Coupling) -> list[Tensor]:
-        """Return those that the branch of `coupling` may use."""
-        branch = coupling.branch
-        return [
-            tensor
-            for part in (branch.mixing, branch.tokenwise)
-            for tensor in self.trainable_in(part, coupling)
-        ]
-
-    def has_hooks(self, coupling: Coupling) -> bool:
-        """Return whether there are forward hooks inside the branch of `coupling`."""
-        parts = (coupling.branch.mixing, coupling.branch.tokenwise)
-        return any(id(m) in self.with_hooks for p in parts if p for m in p.modules)
-
-
-def _tensors_of(modules: Sequence[nn.Module]) -> list[Tensor]:
-    """Return the parameters and buffers of these modules, without duplicates."""
-    owned = (
-        tensor
-        for module in modules
-        for tensors in (module._parameters, module._buffers)
-        for tensor in tensors.values()
-    )
-    return list({id(tensor): tensor for tensor in owned if tensor is not None}.values())
-
-
-def _name_of(identity: int, stack: Stack) -> str:
-    """Return the name of a parameter or buffer, if it still exists."""
-    for coupling in stack.couplings:
-        for part in (coupling.branch.mixing, coupling.branch.tokenwise):
-            for module in part.modules if part else ():
-                for name, tensor in (
-                    *module.named_parameters(),
-                    *module.named_buffers(),
-                ):
-                    if id(tensor) == identity:
-                        return f"`{name}` of block {coupling.block}"
-    return "one of them"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Call:
-    """The data of a forward that its backward needs besides the saved tensors."""
-
-    stack: Stack
-    names: tuple[str, ...]
-    """Names of the tensors in addition to the stream, which precede parameters."""
-    parameters: list[Tensor]
-    """Trainable parameters."""
-    state: _State
-    """State before the forward, so that changes by the blocks are detected too."""
-    kernels: Kernels
-    watch: Watch
-    on_mismatch: str
-    host_ledger: Ledger | None
-
-    def put_away(self, kept: Tensor | None) -> Tensor | None:
-        """Store what is kept for the backward, in host memory if requested."""
-        if kept is None or self.host_ledger is None:
-            return kept
-        return to_host(kept, self.host_ledger)
-
-    def fetched(self, kept: Tensor | None, device: torch.device) -> Tensor | None:
-        """Return what `put_away` received, on `device`."""
-        if kept is None or self.host_ledger is None:
-            return kept
-        return to_device(kept, device, self.host_ledger)
-
-    @contextlib.contextmanager
-    def recomputing(self) -> Iterator[None]:
-        """Run the body with grad enabled and the settings of the forward.
-
-        Backward passes run outside of this context, hence outside of autocast.
-        """
-        with torch.enable_grad(), self.kernels.entered():
-            yield
-
-    def value(
-        self,
-        coupling: Coupling,
-        x: Tensor,
-        context: Context,
-        wants_input: bool,
-        sources: Sequence[Tensor] = (),
-    ) -> Tensor:
-        """Run a branch without keeping a graph.
-
-        Args:
-            coupling: the coupling whose branch is run.
-            x: what its source stream holds, `batch seq hidden`.
-            context: tensors that the block receives in addition to the stream, by name.
-            wants_input: whether the gradient of `x` is needed.
-            sources: tensors that a gradient of the branch may flow to.
-
-        Returns:
-            The output of the branch, of the shape of `x`.
-        """
-        return self.watch.value(
-            self.stack,
-            coupling,
-            x,
-            context,
-            wants_input,
-            self.kernels,
-            self.state.trainable_of(coupling),
-            self.state.has_hooks(coupling),
-            sources,
-        )
-
-    def refuse_outside(
-        self, coupling: Coupling, output: Tensor, own: Sequence[Tensor]
-    ) -> None:
-        """Refuse a recomputed graph with a leaf whose gradient could not be returned.
-
-        Args:
-            coupling: the coupling whose branch was recomputed.
-            output: what a part of the branch has returned.
-            own: the inputs of the autograd function that the branch may use.
-
-        Raises:
-            UnsupportedCallError: a leaf is not in `own`.
-        """
-        leaves = leaves_of(output, own, coupling.block)
-        if leaves:
-            self.watch.look_again()
-            refuse_late(leaves[0], coupling.block)
-
-    def _state_now(self) -> _State:
-        return _State.of(self.stack, self.state.outside)
-
-    def context(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        return dict(zip(self.names, inputs, strict=False))
-
-    def refuse_changed_state(self) -> None:
-        """Refuse the backward if weights or buffers have changed since the forward."""
-        seen, now = self.state.seen, self._state_now().seen
-        if seen == now:
-            return
-        pairs = zip(seen, now, strict=False)
-        changes = (
-            f"{_name_of(after.identity, self.stack)}: {before.change(after)}"
-            for before, after in pairs
-            if before != after
-        )
-        raise UnsupportedCallError(
-            "a parameter or buffer of a reversible block was changed or replaced "
-            f"between forward and backward ({next(changes, 'one came or went')}). This "
-            "may be an optimizer step, a moving average, any in-place update, "
-            "`functional_call`, or the block itself (running statistics): its "
-            "activations can no longer be rebuilt. Run the backward first"
-        )
-
-    def changes(self, device: torch.device) -> str:
-        """Describe other known changes since the forward, as a sentence."""
-        changed = self.kernels.changed(Kernels.current(device))
-        before, now = self.state.attention, self._state_now().attention
-        if before != now:
-            changed.append(
-                f"the implementation of attention from {', '.join(before)} to "
-                f"{', '.join(now)}"
-            )
-        return f" Changed since the forward: {'; '.join(changed)}." if changed else ""

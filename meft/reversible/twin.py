@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from meft.reversible.coupling import Arithmetic, Context, Coupling
+from meft.reversible.execution_context import ExecutionContext
 from meft.reversible.extremes import Extremes
-from meft.reversible.kernels import Kernels
 from meft.reversible.rng import replayed
 from meft.shapes import Hidden
 
@@ -31,7 +31,7 @@ the leaves, with None in place of those tensors, and the structure.
 """
 
 
-class Stream(NamedTuple):
+class TrackedStream(NamedTuple):
     """A stream as autograd handles it: its values and its carrier."""
 
     values: Tensor
@@ -41,10 +41,10 @@ class Stream(NamedTuple):
 class Streams(NamedTuple):
     """The two streams of a stack."""
 
-    first: Stream
-    second: Stream
+    first: TrackedStream
+    second: TrackedStream
 
-    def pair(self) -> list[Stream]:
+    def pair(self) -> list[TrackedStream]:
         """Return the two streams."""
         return [self.first, self.second]
 
@@ -191,7 +191,7 @@ def enter(stack: Stack, hidden: Hidden, extremes: Extremes) -> Streams:
     values = stack.arithmetic.enter(hidden.detach())
     carriers = _Enter.apply(hidden, values, stack.arithmetic.gradient_dtype)  # type: ignore[no-untyped-call]
     extremes.note(stack.lowest, hidden, values)
-    first, second = (Stream(values, carrier) for carrier in carriers)
+    first, second = (TrackedStream(values, carrier) for carrier in carriers)
     return Streams(first, second)
 
 
@@ -209,7 +209,7 @@ def run(
     Returns:
         The streams after the last coupling.
     """
-    with Kernels.current(streams.first.values.device).entered():
+    with ExecutionContext.current(streams.first.values.device).entered():
         return _run(stack, streams, context, extremes)
 
 
@@ -230,7 +230,7 @@ def _run(
     return Streams(pair[0], pair[1])
 
 
-def read(stack: Stack, stream: Stream) -> Hidden:
+def read(stack: Stack, stream: TrackedStream) -> Hidden:
     """Return what a stream holds, with the gradient of the identity."""
     out: Tensor = _Read.apply(stream.carrier, stream.values, stack.arithmetic)  # type: ignore[no-untyped-call]
     return out
@@ -248,15 +248,15 @@ def carrier_like(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _couple(
     arithmetic: Arithmetic,
-    target: Stream,
-    source: Stream,
+    target: TrackedStream,
+    source: TrackedStream,
     value: Tensor,
     coupling: Coupling,
-) -> Stream:
+) -> TrackedStream:
     values = target.values.clone()
     arithmetic.couple_(values, source.values, value.detach(), coupling)
     carrier = _Couple.apply(target.carrier, source.carrier, value, coupling)  # type: ignore[no-untyped-call]
-    return Stream(values, carrier)
+    return TrackedStream(values, carrier)
 
 
 class _Enter(torch.autograd.Function):

@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from meft.backbone.family import Family
-from meft.backbone.parallel import beside
+from meft.backbone.parallel import with_parallel
 from meft.bottleneck import Bottleneck
 from meft.reversible.coupling import Branch, Coupling, Part
 
@@ -56,7 +56,7 @@ def make_adapters(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rule:
+class CouplingOptions:
     """The properties that the couplings of all blocks share."""
 
     variant: str
@@ -66,7 +66,7 @@ class Rule:
 
 
 def couplings(
-    rule: Rule,
+    options: CouplingOptions,
     family: Family,
     blocks: Mapping[int, tuple[nn.Module, nn.ModuleDict]],
     call: Mapping[str, Any],
@@ -74,22 +74,24 @@ def couplings(
     """Yield two couplings per block, lowest first, or one if G has no adapter.
 
     Args:
-        rule: variant, scales and form of the couplings.
+        options: variant, scales and form of the couplings.
         family: the structure of the blocks.
         blocks: block and adapters by the block's index in the model, lowest first.
         call: the arguments that the model's loop passes to every block.
     """
     for position, (index, (block, adapters)) in enumerate(blocks.items()):
-        swapped = SWAPS[rule.variant] and index % 2 == 1
-        for side, name in enumerate(ADAPTERS[rule.variant]):
+        swapped = SWAPS[options.variant] and index % 2 == 1
+        for side, name in enumerate(ADAPTERS[options.variant]):
             if name not in adapters:
                 continue
-            holds_block = HOLDS_BLOCK[rule.variant][side]
+            holds_block = HOLDS_BLOCK[options.variant][side]
             yield Coupling(
                 target=side ^ swapped,
-                branch=_branch(rule.variant, side, family, block, adapters[name], call),
-                scale=rule.scales[side],
-                difference=rule.difference and holds_block,
+                branch=_branch(
+                    options.variant, side, family, block, adapters[name], call
+                ),
+                scale=options.scales[side],
+                difference=options.difference and holds_block,
                 block=index,
                 number=2 * index + side,
                 starts=position == 0 and side == 0,
@@ -119,7 +121,7 @@ def _branch(
         modules = (block,) if inside is None else (block, inside)
         return Part(function, modules)
 
-    joined = beside(block, adapter)
+    joined = with_parallel(block, adapter)
     mlp = Part(partial(family.mlp_half, block, adapter=joined), (block, adapter))
     if variant == "meft3":
         return Branch(mixing=attention(adapter)) if side == 0 else Branch(tokenwise=mlp)

@@ -27,41 +27,40 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from meft.sparse import idle as idling
-from meft.sparse.idle import Factors, SomeRows
+from meft.sparse.idle import Factors
 from meft.sparse.schedule import Schedule
+from meft.sparse.shapes import AllRows, Ids, SomeRows, Steps
 
 UPDATES = ("dense", "lazy", "catchup")
 
-Rows = Float[Tensor, "rows width"]
-Ids = Int[Tensor, " some"]
 
 PIECE = 1024
 """Number of rows that are processed at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
+class RowTable:
     """Rows and their Adam state as of each row's last gradient, changed in place."""
 
-    rows: Rows
-    first: Rows
+    rows: AllRows
+    first: AllRows
     """m, the mean gradient."""
-    second: Rows
+    second: AllRows
     """v, the mean squared gradient."""
     factors: Factors
     """Effect of the idle steps since then on each row: `meft.sparse.idle`."""
-    updated_at: Int[Tensor, " rows"]
+    updated_at: Steps
     """The last step that changed the value of a row."""
     shadow: Float[Tensor, "rows width"] | None = None
     """16-bit copy of rows that `advance` writes along with them."""
 
 
 def advance(
-    table: Table,
+    table: RowTable,
     ids: Ids,
     gradient: SomeRows,
     schedule: Schedule,
@@ -86,14 +85,14 @@ def advance(
         _idle_step(table, others.nonzero()[:, 0], schedule)
     mine = table.factors[ids]
     moves = torch.ones_like(ids, dtype=torch.bool)
-    idling.anchor(mine, idling.centre_of(schedule) if idle else 1.0, moves)
+    idling.restart(mine, idling.centre_of(schedule) if idle else 1.0, moves)
     mine[:, idling.FADE] = 1
     table.factors[ids] = mine
     table.updated_at[ids] = schedule.step
 
 
 def values(
-    table: Table, ids: Ids, out: Float[Tensor, "places width"], places: Ids
+    table: RowTable, ids: Ids, out: Float[Tensor, "places width"], places: Ids
 ) -> None:
     """Compute the current values of rows; the table does not change.
 
@@ -108,7 +107,7 @@ def values(
         out[there] = _rows_now(table, some).to(out.dtype)
 
 
-def _step(table: Table, ids: Ids, gradient: SomeRows, s: Schedule) -> None:
+def _step(table: RowTable, ids: Ids, gradient: SomeRows, s: Schedule) -> None:
     factors = table.factors[ids]
     rows = _rows_now(table, ids)
     first, second = idling.moments_now(
@@ -124,7 +123,7 @@ def _step(table: Table, ids: Ids, gradient: SomeRows, s: Schedule) -> None:
         table.shadow[ids] = rows.to(table.shadow.dtype)
 
 
-def _idle_step(table: Table, ids: Ids, s: Schedule) -> None:
+def _idle_step(table: RowTable, ids: Ids, s: Schedule) -> None:
     rests, recentres = idling.events(table.factors[ids], s)
     for some in ids[rests | recentres].split(PIECE):
         _settle(table, some, s)
@@ -135,16 +134,16 @@ def _idle_step(table: Table, ids: Ids, s: Schedule) -> None:
     table.updated_at[ids] = table.updated_at[ids].masked_fill(moves, s.step)
 
 
-def _settle(table: Table, ids: Ids, s: Schedule) -> None:
+def _settle(table: RowTable, ids: Ids, s: Schedule) -> None:
     """Write the values of rows after all idle steps before the last one."""
     table.rows[ids] = _rows_now(table, ids)
     rests, _ = idling.events(table.factors[ids], s)
-    anchor(table, ids, s)
+    restart(table, ids, s)
     table.first[ids] = table.first[ids].masked_fill(rests[:, None], 0.0)
     table.factors[ids, idling.MEAN] = (~rests).double()
 
 
-def anchor(table: Table, ids: Ids, s: Schedule) -> None:
+def restart(table: RowTable, ids: Ids, s: Schedule) -> None:
     """Start the factors of rows again from their current values and moments.
 
     Args:
@@ -156,11 +155,11 @@ def anchor(table: Table, ids: Ids, s: Schedule) -> None:
     table.first[ids], table.second[ids] = idling.moments_now(
         table.first[ids], table.second[ids], factors
     )
-    idling.anchor(factors, idling.centre_of(s), factors[:, idling.MEAN] > 0)
+    idling.restart(factors, idling.centre_of(s), factors[:, idling.MEAN] > 0)
     table.factors[ids] = factors
 
 
-def _rows_now(table: Table, ids: Ids) -> SomeRows:
+def _rows_now(table: RowTable, ids: Ids) -> SomeRows:
     at_last = table.rows[ids], table.first[ids], table.second[ids]
     return idling.rows_now(*at_last, table.factors[ids])
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from meft.sparse import adam, idle
-from meft.sparse.adam import Ids, Table
+from meft.sparse.adam import RowTable
 from meft.sparse.idle import (
     CENTRE,
     FADE,
@@ -26,9 +26,9 @@ from meft.sparse.idle import (
     SMALLEST,
     SMALLEST_ROOT,
     SUMS,
-    SomeRows,
 )
 from meft.sparse.schedule import Schedule
+from meft.sparse.shapes import Ids, SomeRows
 
 BLOCK = 512
 """Elements of a row whose 16-bit copy is written while they are in the L1 cache."""
@@ -40,7 +40,7 @@ _ZERO = _f32(0)
 
 
 def advance(
-    table: Table,
+    table: RowTable,
     ids: Ids,
     gradient: SomeRows,
     schedule: Schedule,
@@ -76,7 +76,7 @@ def advance(
 
 
 def values(
-    table: Table, ids: Ids, out: Float[Tensor, "places width"], places: Ids
+    table: RowTable, ids: Ids, out: Float[Tensor, "places width"], places: Ids
 ) -> None:
     """Compute current values of rows, with the same bits as `meft.sparse.adam.values`.
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 from meft import extra_state
 from meft.errors import UnsupportedCallError
 from meft.sparse import router
+from meft.sparse.block_neurons import ActivityCounts, BlockNeurons
 from meft.sparse.config import SparseConfig
 from meft.sparse.row_parameter import begin_forward, row_parameter
 from meft.sparse.rows import Rows, Tokens
@@ -26,12 +27,12 @@ from meft.sparse.token_topk import token_topk
 from meft.sparse.union import union
 from meft.transforms import refuse_func, refuse_recording
 
-Hidden = Float[Tensor, "*shape hidden"]
+Features = Float[Tensor, "*shape hidden"]
 FUNCTIONS: dict[str, Callable[..., Tokens]] = {"token_topk": token_topk, "union": union}
 
 
 @dataclass(slots=True)
-class Batch:
+class SharedState:
     """Data about the current batch that all adapters of a model share."""
 
     token_mask: Bool[Tensor, "batch seq"] | None = None
@@ -39,29 +40,6 @@ class Batch:
     had_peft_layers: bool = False
     """Whether peft had been applied to the model before the conversion."""
     has_warned_of_frozen: bool = False
-
-
-@dataclass(slots=True)
-class Seen:
-    """Statistics of the batches of one block since `clear()`."""
-
-    num_batches: int = 0
-    total_tokens: int = 0
-    total_candidates: int = 0
-    """Distinct neurons that were scored because they are in an expert of some token."""
-    total_active: int = 0
-    """Distinct active neurons: the union over a batch's tokens."""
-
-    def clear(self) -> None:
-        """Set all counters to 0."""
-        self.num_batches = self.total_tokens = 0
-        self.total_candidates = self.total_active = 0
-
-    def add(self, tokens: int, active: int) -> None:
-        """Add the counts of one batch."""
-        self.num_batches += 1
-        self.total_tokens += tokens
-        self.total_active += active
 
 
 class SparseAdapter(nn.Module):
@@ -74,7 +52,7 @@ class SparseAdapter(nn.Module):
         rows: the neurons.
         router_weight: W_g, one row per expert, `experts hidden`; None without experts.
         config: how neurons are chosen and summed.
-        batch: data about the current batch, shared by all blocks of a model.
+        shared: data about the current batch, shared by all blocks of a model.
     """
 
     def __init__(
@@ -82,30 +60,24 @@ class SparseAdapter(nn.Module):
         rows: Rows,
         router_weight: nn.Parameter | None,
         config: SparseConfig,
-        batch: Batch,
+        shared: SharedState,
     ) -> None:
         super().__init__()
         self.rows = rows
         self.config = config
-        self.batch = batch
+        self.shared = shared
         self.router = router_weight
         self.neurons = row_parameter(rows)
-        self.seen = Seen()
+        self.counts = ActivityCounts()
 
     @property
-    def rows_per_expert(self) -> int:
-        """Return the number of neurons in an expert, or of all if there are none."""
-        return self.config.num_neurons // max(self.config.experts, 1)
+    def block_neurons(self) -> BlockNeurons:
+        """Return what the two semantics use of this adapter."""
+        return BlockNeurons(rows=self.rows, config=self.config, counts=self.counts)
 
-    @property
-    def rows_per_piece(self) -> int:
-        """Return the number of neurons that are processed on the device at a time."""
-        row_bytes = 2 * 4 * self.rows.store.width  # as float32, and their gradient
-        return max(self.config.device_bytes // 8 // row_bytes, 1)
-
-    def bind(self) -> Callable[[Hidden], Hidden]:
+    def bind(self) -> Callable[[Features], Features]:
         """Return a function that runs the adapter on the current batch, also later."""
-        mask = self.batch.token_mask
+        mask = self.shared.token_mask
         return lambda hidden: self(hidden, mask)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseAdapter":
@@ -149,8 +121,8 @@ class SparseAdapter(nn.Module):
 
     @torch.compiler.disable(reason="its rows are chosen and moved by plain Python")  # type: ignore[untyped-decorator]
     def forward(
-        self, hidden: Hidden, token_mask: Bool[Tensor, "batch seq"] | None = None
-    ) -> Hidden:
+        self, hidden: Features, token_mask: Bool[Tensor, "batch seq"] | None = None
+    ) -> Features:
         """Return the weighted sum of the values of the chosen neurons.
 
         Args:
@@ -179,7 +151,7 @@ class SparseAdapter(nn.Module):
     def _of_tokens(self, tokens: Tokens) -> Tokens:
         store = self.rows.store
         # 16-bit products are used on devices that have hardware for them.
-        compute = torch.float32 if tokens.device.type == "cpu" else store.wire_dtype
+        compute = torch.float32 if tokens.device.type == "cpu" else store.transfer_dtype
         self.rows.begin_batch(tokens.device)
         begin_forward(self.neurons, self.rows)
         with torch.autocast(tokens.device.type, enabled=False):
@@ -190,6 +162,12 @@ class SparseAdapter(nn.Module):
                 if self.config.is_gated:
                     gates = router.gates(logits, experts, self.config.gate)
             function = FUNCTIONS[self.config.semantics]
-            arguments = (tokens.to(compute), gates, self.neurons, experts, self)
-            out = function(*arguments)
+            arguments = (tokens.to(compute), gates, self.neurons, experts)
+            out = function(*arguments, self.block_neurons)
         return out.to(tokens.dtype)
+
+
+def sparse_adapters(model: nn.Module) -> dict[str, SparseAdapter]:
+    """Return the sparse adapters in `model` by name; the result may be empty."""
+    named = model.named_modules()
+    return {name: m for name, m in named if isinstance(m, SparseAdapter)}

@@ -52,10 +52,10 @@ class SparseConfig:
         placement (str): Where rows are stored: `offloaded`, in host memory, or
             `resident`, on the device. Use `resident` if they fit there. Default:
             `'offloaded'`.
-        wire_dtype (str | None): `float32`, `bfloat16` or `float16`: the transfer dtype,
-            that is, the dtype of rows and gradients while they are copied between host
-            and device. Master rows are float32 always. None selects the backbone's
-            dtype. Default: `None`.
+        transfer_dtype (str | None): `float32`, `bfloat16` or `float16`: the dtype of
+            rows and gradients while they are copied between host and device. Master
+            rows are float32 always. None selects the backbone's dtype. Default:
+            `None`.
         device_bytes (int): Bytes that rows and their gradients may take on the device,
             for all blocks together, at least 1: seven eighths for the cache, the rest
             for the rows of the current computation. If that eighth does not hold the
@@ -83,7 +83,7 @@ class SparseConfig:
     gate: str = "logit"
     semantics: str = "token_topk"
     placement: str = "offloaded"
-    wire_dtype: str | None = None
+    transfer_dtype: str | None = None
     device_bytes: int = 2**30
     cache: str = "steps"
     prefetch: bool = True
@@ -128,7 +128,12 @@ class SparseConfig:
         """Return the number of neurons that a token scores."""
         if not self.experts:
             return self.num_neurons
-        return self.num_neurons // self.experts * self.top_k_experts
+        return self.neurons_per_expert * self.top_k_experts
+
+    @property
+    def neurons_per_expert(self) -> int:
+        """Return the number of neurons in an expert, or of all if there are none."""
+        return self.num_neurons // max(self.experts, 1)
 
     @property
     def router_learns(self) -> bool:
@@ -182,7 +187,7 @@ _EXPECTED: dict[str, Expectation] = {
     "gate": one_of(("logit", "softmax", "none")),
     "semantics": one_of(("token_topk", "union")),
     "placement": one_of(("offloaded", "resident")),
-    "wire_dtype": or_none(one_of(("float32", "bfloat16", "float16"))),
+    "transfer_dtype": or_none(one_of(("float32", "bfloat16", "float16"))),
     "device_bytes": integer(1),
     "cache": one_of(("steps", "window", "off")),
     "prefetch": boolean,

@@ -1,4 +1,4 @@
-"""`add_sparse_adapters`: add sparse adapters to a transformers model in place."""
+"""Adds sparse adapters to the blocks of a transformers model."""
 
 import functools
 import inspect
@@ -15,9 +15,8 @@ from meft.backbone.family import Family
 from meft.backbone.find import BlockList, find_blocks, transformers_model
 from meft.backbone.uncalled import refuse_what_would_not_run
 from meft.errors import HostMemoryError, UnsupportedModelError
-from meft.saving import add_saving, remove_saving
 from meft.sparse import router
-from meft.sparse.adapter import Batch, SparseAdapter
+from meft.sparse.adapter import SharedState, SparseAdapter, sparse_adapters
 from meft.sparse.config import SparseConfig
 from meft.sparse.engine import Engine, slots_for
 from meft.sparse.row_parameter import rows_of
@@ -29,34 +28,10 @@ Model = TypeVar("Model", bound=nn.Module)
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 
-def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
+def insert_sparse_adapters(model: Model, config: SparseConfig) -> Model:
     """Add a sparse adapter next to the feed-forward of every block, in place.
 
-    The model keeps its class, its `forward` signature and its outputs; initially it
-    computes the same function as before. Afterwards routers, rows and a newly made task
-    head are trainable and everything else is frozen, unless some parameters were frozen
-    before and others were not: that choice is kept. Train the model with
-    `meft.SparseAdamW`, as every other optimizer is refused. The rows are the parameter
-    `neurons` of each adapter. They are always float32, and in host memory whatever the
-    model is moved to (with `placement="resident"` they follow the model).
-    `save_pretrained()` and `meft.save_adapters()` save them.
-
-    Args:
-        model: any class of BERT, RoBERTa, OPT, LLaMA or Mistral, or a PeftModel that
-            holds one. To use `make_reversible` too, call it afterwards.
-        config: neurons, routing and placement of rows.
-
-    Returns:
-        `model` itself.
-
-    Raises:
-        UnsupportedModelError: the model is not of such a class, or it has sparse
-            adapters already.
-        HostMemoryError: host memory does not suffice to train that many neurons.
-
-    Warns:
-        FrozenWarning: a task head was frozen before and stays frozen, or a head stays
-            frozen because it may be pre-trained.
+    Arguments, result, errors and warnings are those of `meft.add_sparse_adapters`.
     """
     if sparse_adapters(model):
         raise UnsupportedModelError("this model has sparse adapters already")
@@ -64,11 +39,15 @@ def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
     # Skip quantised weights, whose dtype is that of their storage.
     weights = found.blocks[0].parameters()
     dtype = next(p.dtype for p in weights if p.is_floating_point())
-    wire_dtype = getattr(torch, config.wire_dtype) if config.wire_dtype else dtype
-    _refuse_too_many_rows(found, config, wire_dtype)
+    transfer_dtype = (
+        getattr(torch, config.transfer_dtype) if config.transfer_dtype else dtype
+    )
+    _refuse_too_many_rows(found, config, transfer_dtype)
     choose_trainable(model)
-    batch = Batch(had_peft_layers=has_peft_layers(model))
-    stores = [_new_store(block, found, config, wire_dtype) for block in found.blocks]
+    shared = SharedState(had_peft_layers=has_peft_layers(model))
+    stores = [
+        _new_store(block, found, config, transfer_dtype) for block in found.blocks
+    ]
     for block, rows in zip(found.blocks, _rows(stores, config), strict=True):
         weight = None
         device = next(block.parameters()).device
@@ -76,12 +55,11 @@ def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
             keys = rows.store.rows[:, : rows.store.width // 2]
             weight = router.make_router(keys, config.experts)
             weight.requires_grad = config.router_learns
-        adapter = SparseAdapter(rows, weight, config, batch)
+        adapter = SparseAdapter(rows, weight, config, shared)
         block.add_module(parallel.NAME, adapter.to(device).train(block.training))
         kind: Any = type(block)
         block.__class__ = _with_adapter(kind, found.family)
-    _watch_padding(_base_model(model), batch)
-    add_saving(model, SparseAdapter)
+    _watch_padding(_base_model(model), shared)
     # Otherwise `DistributedDataParallel` would copy rows into its buckets.
     names = [name for name, p in model.named_parameters() if rows_of(p) is not None]
     model.__dict__[_IGNORED_BY_DDP] = names
@@ -89,7 +67,7 @@ def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
 
 
 def remove_sparse_adapters(model: nn.Module) -> None:
-    """Undo `add_sparse_adapters()`, except for the choice of trainable parameters."""
+    """Undo `insert_sparse_adapters()`, except for which parameters are trainable."""
     blocks: list[Any] = [m for m in model.modules() if hasattr(m, parallel.NAME)]
     for block in blocks:
         delattr(block, parallel.NAME)
@@ -99,14 +77,7 @@ def remove_sparse_adapters(model: nn.Module) -> None:
         for key, hook in list(hooks.items()):
             if isinstance(hook, functools.partial) and hook.func in _HOOKS:
                 del hooks[key]
-    remove_saving(model)
     model.__dict__.pop(_IGNORED_BY_DDP, None)
-
-
-def sparse_adapters(model: nn.Module) -> dict[str, SparseAdapter]:
-    """Return the sparse adapters in `model` by name; the result may be empty."""
-    named = model.named_modules()
-    return {name: m for name, m in named if isinstance(m, SparseAdapter)}
 
 
 def _base_model(model: nn.Module) -> nn.Module:
@@ -132,7 +103,7 @@ def _find(model: nn.Module) -> BlockList:
 
 
 def _refuse_too_many_rows(
-    found: BlockList, config: SparseConfig, wire_dtype: torch.dtype
+    found: BlockList, config: SparseConfig, transfer_dtype: torch.dtype
 ) -> None:
     available = host_memory.available_bytes()
     if available is None:
@@ -141,7 +112,7 @@ def _refuse_too_many_rows(
     width = 2 * found.family.adapter_shape(first, found.owner.config).hidden_size
     num_rows = len(found.blocks) * config.num_neurons
     is_on_host = next(first.parameters()).device.type == "cpu"
-    parts = host_bytes(config, num_rows, width, wire_dtype, is_on_host=is_on_host)
+    parts = host_bytes(config, num_rows, width, transfer_dtype, is_on_host=is_on_host)
     needed = sum(parts.values())
     if needed > available:
         listed = ", ".join(f"{name} {n:,}" for name, n in parts.items() if n)
@@ -156,7 +127,7 @@ def host_bytes(
     config: SparseConfig,
     num_rows: int,
     width: int,
-    wire_dtype: torch.dtype,
+    transfer_dtype: torch.dtype,
     *,
     is_on_host: bool,
 ) -> dict[str, int]:
@@ -166,7 +137,7 @@ def host_bytes(
         config: placement and cache of the rows.
         num_rows: the number of rows of all blocks.
         width: numbers in a row.
-        wire_dtype: dtype of the copy that is transferred.
+        transfer_dtype: dtype of the copy that is transferred.
         is_on_host: whether the model itself is in host memory.
 
     Returns:
@@ -175,25 +146,28 @@ def host_bytes(
     numbers = num_rows * width
     steps = RowStore.bytes_per_row * num_rows
     found = {"rows": 4 * numbers}
-    if wire_dtype != torch.float32:
+    if transfer_dtype != torch.float32:
         found["16-bit copy"] = 2 * numbers
     if config.placement == "resident":
         if is_on_host:
             found |= {"moments": 8 * numbers, "gradients": 4 * numbers}
             found |= {"idle steps": steps, "rows while they are saved": 4 * numbers}
         return found
-    slots = slots_for(config, num_rows, width, wire_dtype)
+    slots = slots_for(config, num_rows, width, transfer_dtype)
     found["moments"] = 8 * numbers
     found |= {"idle steps": steps, "rows while they are saved": 4 * numbers}
     if slots < num_rows:
         found["gradients"] = 4 * numbers
     if is_on_host:
-        found["cache"] = slots * width * (wire_dtype.itemsize + 4)
+        found["cache"] = slots * width * (transfer_dtype.itemsize + 4)
     return found
 
 
 def _new_store(
-    block: nn.Module, found: BlockList, config: SparseConfig, wire_dtype: torch.dtype
+    block: nn.Module,
+    found: BlockList,
+    config: SparseConfig,
+    transfer_dtype: torch.dtype,
 ) -> RowStore:
     """Create rows with keys from N(0, 0.02^2) and values 0.
 
@@ -202,7 +176,7 @@ def _new_store(
     hidden_size = found.family.adapter_shape(block, found.owner.config).hidden_size
     rows = torch.zeros(config.num_neurons, 2 * hidden_size)
     rows[:, :hidden_size].normal_(std=router.KEY_STD)
-    return RowStore(rows, wire_dtype, config.update)
+    return RowStore(rows, transfer_dtype, config.update)
 
 
 def _rows(stores: list[RowStore], config: SparseConfig) -> list[Rows]:
@@ -226,7 +200,7 @@ def _with_adapter(original: Any, family: Family) -> type[nn.Module]:
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             # The mask is an argument so that gradient checkpointing passes it again.
-            mask = self.parallel_adapter.batch.token_mask
+            mask = self.parallel_adapter.shared.token_mask
             return super().__call__(*args, token_mask=mask, **kwargs)
 
         def forward(
@@ -256,49 +230,49 @@ def _bare_block(original: Any) -> nn.Module:
     return kind.__new__(kind)
 
 
-def _watch_padding(model: nn.Module, batch: Batch) -> None:
+def _watch_padding(model: nn.Module, shared: SharedState) -> None:
     # Partials are used instead of closures: a copy of the model gets hooks on its own
-    # `batch`.
+    # state.
     model.register_forward_pre_hook(
-        functools.partial(_note_padding, batch), with_kwargs=True
+        functools.partial(_note_padding, shared), with_kwargs=True
     )
     model.register_forward_hook(
-        functools.partial(_forget_padding, batch), always_call=True
+        functools.partial(_forget_padding, shared), always_call=True
     )
 
 
 def _note_padding(
-    batch: Batch, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    shared: SharedState, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    _warn_if_frozen(batch, model)
+    _warn_if_frozen(shared, model)
     given = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
     call = {**given.arguments, **given.arguments.get("kwargs", {})}
     mask = call.get("attention_mask")
-    batch.token_mask = None
+    shared.token_mask = None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return  # the mask does not identify padding tokens
     for name in ("input_ids", "inputs_embeds"):
         if isinstance(call.get(name), Tensor):
             # With a cache, the mask also covers the cached tokens.
             mask = mask[:, -call[name].shape[1] :].bool()
-            batch.token_mask = None if mask.all() else mask
+            shared.token_mask = None if mask.all() else mask
             return
 
 
-def _warn_if_frozen(batch: Batch, model: nn.Module) -> None:
-    if not model.training or not torch.is_grad_enabled() or batch.has_warned_of_frozen:
+def _warn_if_frozen(shared: SharedState, model: nn.Module) -> None:
+    if not model.training or not torch.is_grad_enabled() or shared.has_warned_of_frozen:
         return
     adapters = sparse_adapters(model).values()
-    batch.has_warned_of_frozen = warn_if_frozen(
+    shared.has_warned_of_frozen = warn_if_frozen(
         [p for adapter in adapters for p in adapter.parameters()],
         "meft.add_sparse_adapters",
         f".{parallel.NAME}.",
-        peft_came_last=has_peft_layers(model) and not batch.had_peft_layers,
+        peft_came_last=has_peft_layers(model) and not shared.had_peft_layers,
     )
 
 
-def _forget_padding(batch: Batch, *unused: Any) -> None:
-    batch.token_mask = None
+def _forget_padding(shared: SharedState, *unused: Any) -> None:
+    shared.token_mask = None
 
 
 _HOOKS = (_note_padding, _forget_padding)

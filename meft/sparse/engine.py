@@ -24,9 +24,12 @@ from typing_extensions import override
 
 from meft.sparse.cache import Longs, RowCache
 from meft.sparse.config import SparseConfig
-from meft.sparse.rows import Rows, SomeRows, Tokens, choose
-from meft.sparse.store import Ids, RowStore, Width
-from meft.transfer import Copy, Ledger, Link, Trip
+from meft.sparse.host_gradient import HostGradient
+from meft.sparse.indices import ids_of
+from meft.sparse.rows import Rows, Tokens, choose
+from meft.sparse.shapes import Ids, SomeRows
+from meft.sparse.store import RowStore
+from meft.transfer import Link, PendingCopy, TransferLedger, TransferTag
 
 
 class Engine:
@@ -34,14 +37,14 @@ class Engine:
 
     def __init__(self, stores: list[RowStore], config: SparseConfig) -> None:
         self.config = config
-        self.ledger = Ledger()
+        self.ledger = TransferLedger()
         self.link = Link(torch.device("cpu"), self.ledger)
         for store in stores:
             # A model may be unpickled directly onto a device.
             store.to(torch.device("cpu"))
         first = stores[0]
         num_slots = slots_for(
-            config, len(stores) * len(first), first.width, first.wire_dtype
+            config, len(stores) * len(first), first.width, first.transfer_dtype
         )
         self.cache = RowCache(len(stores), len(first), num_slots)
         self._num_slots = num_slots
@@ -65,7 +68,7 @@ class Engine:
             store = self.blocks[0].store
             shape = (self._num_slots, store.width)
             self._slabs = (
-                torch.zeros(shape, dtype=store.wire_dtype, device=self.link.device),
+                torch.zeros(shape, dtype=store.transfer_dtype, device=self.link.device),
                 torch.zeros(shape, device=self.link.device),
             )
         return self._slabs
@@ -86,15 +89,15 @@ class Engine:
         self._slabs = None
         self.link = Link(device, self.ledger)
 
-    def upload(self, tensor: Tensor, trip: Trip) -> Copy:
+    def upload(self, tensor: Tensor, tag: TransferTag) -> PendingCopy:
         """Start a copy to the device."""
         self.peak_staging_bytes = max(self.peak_staging_bytes, tensor.nbytes)
-        return self.link.upload(tensor, trip)
+        return self.link.upload(tensor, tag)
 
-    def download(self, tensor: Tensor, trip: Trip) -> Copy:
+    def download(self, tensor: Tensor, tag: TransferTag) -> PendingCopy:
         """Start a copy to the host."""
         self.peak_staging_bytes = max(self.peak_staging_bytes, tensor.nbytes)
-        return self.link.download(tensor, trip)
+        return self.link.download(tensor, tag)
 
     def prefetch(self, block: int) -> None:
         """Fetch the rows that `block` used last time, if the cache has room."""
@@ -103,7 +106,7 @@ class Engine:
 
 
 def slots_for(
-    config: SparseConfig, num_rows: int, width: int, wire_dtype: torch.dtype
+    config: SparseConfig, num_rows: int, width: int, transfer_dtype: torch.dtype
 ) -> int:
     """Return the number of slots in the budget, each for a row and its gradient.
 
@@ -111,10 +114,10 @@ def slots_for(
         config: the budget (`device_bytes`), and whether there is a cache.
         num_rows: the number of rows of all blocks.
         width: numbers in a row.
-        wire_dtype: dtype of the cached rows.
+        transfer_dtype: dtype of the cached rows.
     """
     budget = config.device_bytes * 7 // 8 if config.cache != "off" else 0
-    return min(budget // (width * (wire_dtype.itemsize + 4)), num_rows)
+    return min(budget // (width * (transfer_dtype.itemsize + 4)), num_rows)
 
 
 class OffloadedRows(Rows):
@@ -125,9 +128,8 @@ class OffloadedRows(Rows):
         self.engine = engine
         self.block = block
         self._last_taken: Longs = np.zeros(0, np.int64)
-        self._on_its_way: tuple[Copy, Copy] | None = None
-        self._host_gradient: Tensor | None = None
-        self._on_host = np.zeros(len(store), bool)
+        self._on_its_way: tuple[PendingCopy, PendingCopy] | None = None
+        self._host_gradient = HostGradient(len(store), store.width)
         self._gradient_places: Tensor | None = None
         """Slots of the gradients on the device, if transferred already."""
         self.is_settled = False
@@ -149,22 +151,23 @@ class OffloadedRows(Rows):
         self._on_its_way = None
         if len(ids):
             there = self.engine.slabs[1][self._places(slots)]
-            self._add_on_host(ids, self.engine.download(there, self.trip()).get())
+            gradient = self.engine.download(there, self.tag()).get()
+            self._host_gradient.add(ids, gradient)
             self.engine.cache.has_gradient[slots] = False
             self._gradient_places = None
 
     @override
     def chosen(self, flags: Tensor) -> Ids:
-        here = self.engine.download(flags, self.trip()).get()
-        return here.nonzero()[:, 0]
+        here = self.engine.download(flags, self.tag()).get()
+        return ids_of(here)
 
     @override
     def choose(self, tokens: Tokens, k: int) -> Tensor:
-        trip = self.trip()
-        dtype = self.store.wire_dtype
-        here = self.engine.download(tokens.to(dtype), trip).get()
+        tag = self.tag()
+        dtype = self.store.transfer_dtype
+        here = self.engine.download(tokens.to(dtype), tag).get()
         ids = choose(self.store, here, k)
-        return self.engine.upload(ids.int(), trip).get().long()
+        return self.engine.upload(ids.int(), tag).get().long()
 
     @override
     def take(self, ids: Ids) -> SomeRows:
@@ -182,7 +185,7 @@ class OffloadedRows(Rows):
             taken = engine.slabs[0].index_select(0, self._places(slots))
         else:
             taken = self._fetch(wanted, slots, version, fresh)
-        step = 1 if self.trip().phase == "forward" else -1
+        step = 1 if self.tag().phase == "forward" else -1
         engine.prefetch(self.block + step)
         return taken
 
@@ -191,7 +194,7 @@ class OffloadedRows(Rows):
         cache = self.engine.cache
         wanted = ids.numpy()
         slots = cache.find(self.block, wanted)
-        away = (slots < 0) | self._on_host[wanted]
+        away = (slots < 0) | self._host_gradient.has_gradient[wanted]
         if not away.any():
             self._add_on_device(slots, gradient)
             return
@@ -199,8 +202,9 @@ class OffloadedRows(Rows):
             stay = self._places((~away).nonzero()[0])
             self._add_on_device(slots[~away], gradient[stay])
             gradient = gradient[self._places(away.nonzero()[0])]
-        sent = gradient.to(self.store.wire_dtype)
-        self._add_on_host(wanted[away], self.engine.download(sent, self.trip()).get())
+        sent = gradient.to(self.store.transfer_dtype)
+        gradient = self.engine.download(sent, self.tag()).get()
+        self._host_gradient.add(wanted[away], gradient)
 
     @override
     def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:
@@ -208,16 +212,15 @@ class OffloadedRows(Rows):
         coming = None
         if len(ids):
             sums = self.engine.slabs[1][self._places_of_gradient(slots)]
-            sent = sums.to(self.store.wire_dtype)
-            coming = self.engine.download(sent, self.trip("update"))
+            sent = sums.to(self.store.transfer_dtype)
+            coming = self.engine.download(sent, self.tag("update"))
 
         def get() -> tuple[Ids, SomeRows]:
             parts = []
             if coming is not None:
                 parts.append((torch.from_numpy(ids), coming.get().float()))
-            if self._host_gradient is not None and self._on_host.any():
-                away = self._ids_on_host()
-                parts.append((away, self._host_gradient[away]))
+            if self._host_gradient:
+                parts.append((self._host_gradient.ids, self._host_gradient.values))
             if not parts:
                 return torch.zeros(0, dtype=torch.long), self.store.rows[:0]
             if len(parts) == 1:
@@ -230,7 +233,7 @@ class OffloadedRows(Rows):
     def held_ids(self) -> list[Tensor]:
         ids, _ = self.engine.cache.with_gradient(self.block)
         held = [torch.from_numpy(ids)] if len(ids) else []
-        return [*held, self._ids_on_host()] if self._on_host.any() else held
+        return [*held, self._host_gradient.ids] if self._host_gradient else held
 
     @override
     def parts(self) -> list[Tensor]:
@@ -238,8 +241,8 @@ class OffloadedRows(Rows):
         found = []
         if len(slots):
             found.append(self.engine.slabs[1][self._places_of_gradient(slots)])
-        if self._host_gradient is not None and self._on_host.any():
-            found.append(self._host_gradient[self._ids_on_host()])
+        if self._host_gradient:
+            found.append(self._host_gradient.values)
         return found
 
     @override
@@ -248,8 +251,8 @@ class OffloadedRows(Rows):
         rest = iter(parts)
         if len(slots):
             self.engine.slabs[1][self._places_of_gradient(slots)] = next(rest)
-        if self._host_gradient is not None and self._on_host.any():
-            self._host_gradient[self._ids_on_host()] = next(rest)
+        if self._host_gradient:
+            self._host_gradient.put(next(rest))
 
     @override
     def bring(self, tensor: Tensor, device: torch.device) -> Tensor:
@@ -258,12 +261,12 @@ class OffloadedRows(Rows):
         move = (
             self.engine.upload if tensor.device.type == "cpu" else self.engine.download
         )
-        return move(tensor, self.trip("update")).get()
+        return move(tensor, self.tag("update")).get()
 
     @override
     def replace_gradient(self, ids: Ids, gradient: SomeRows) -> None:
         self.drop_gradient()
-        self._add_on_host(ids.numpy(), gradient)
+        self._host_gradient.add(ids.numpy(), gradient)
 
     @override
     def drop_gradient(self) -> None:
@@ -272,9 +275,7 @@ class OffloadedRows(Rows):
             self.engine.slabs[1][self._places_of_gradient(slots)] = 0
             self.engine.cache.has_gradient[slots] = False
             self._gradient_places = None
-        if self._host_gradient is not None and self._on_host.any():
-            self._host_gradient[self._ids_on_host()] = 0
-            self._on_host.fill(False)
+        self._host_gradient.drop()
 
     @override
     def on_device(self) -> list[Tensor]:
@@ -305,10 +306,10 @@ class OffloadedRows(Rows):
             return
         rows = self.store.read(torch.from_numpy(ids[kept]))
         self.engine.num_prefetched += len(rows)
-        trip = self.trip()
+        tag = self.tag()
         self._on_its_way = (
-            self.engine.upload(rows, trip),
-            self.engine.upload(torch.from_numpy(slots[kept]).int(), trip),
+            self.engine.upload(rows, tag),
+            self.engine.upload(torch.from_numpy(slots[kept]).int(), tag),
         )
 
     def _land(self) -> None:
@@ -320,7 +321,7 @@ class OffloadedRows(Rows):
 
     def _fetch(
         self, wanted: Longs, slots: Longs, version: Longs, fresh: np.ndarray
-    ) -> Width:
+    ) -> SomeRows:
         """Return rows of which at least one has to be uploaded from the host.
 
         Args:
@@ -330,7 +331,7 @@ class OffloadedRows(Rows):
             fresh: whether the cached copy of each is up to date.
         """
         missing = self.store.read(torch.from_numpy(wanted[~fresh]))
-        rows = self.engine.upload(missing, self.trip()).get()
+        rows = self.engine.upload(missing, self.tag()).get()
         kept = self._keep(wanted, slots, version, ~fresh)
         if kept.any():
             of_missing = kept[~fresh]
@@ -369,19 +370,10 @@ class OffloadedRows(Rows):
         cache.version[slots[kept]] = version[kept]
         return kept
 
-    def _add_on_device(self, slots: Longs, gradient: Width) -> None:
+    def _add_on_device(self, slots: Longs, gradient: SomeRows) -> None:
         self.engine.slabs[1].index_add_(0, self._places(slots), gradient)
         self.engine.cache.has_gradient[slots] = True
         self._gradient_places = None
-
-    def _add_on_host(self, ids: Longs, gradient: Width) -> None:
-        if self._host_gradient is None:
-            self._host_gradient = torch.zeros_like(self.store.rows)
-        self._host_gradient.index_add_(0, torch.from_numpy(ids), gradient.float())
-        self._on_host[ids] = True
-
-    def _ids_on_host(self) -> Ids:
-        return torch.from_numpy(self._on_host.nonzero()[0])
 
     def _places_of_gradient(self, slots: Longs) -> Tensor:
         if self._gradient_places is None:
@@ -391,13 +383,13 @@ class OffloadedRows(Rows):
     def _places(self, places: Longs, phase: str | None = None) -> Tensor:
         """Upload indices to the device."""
         numbers = torch.from_numpy(places.astype(np.int32))
-        return self.engine.upload(numbers, self.trip(phase)).get().long()
+        return self.engine.upload(numbers, self.tag(phase)).get().long()
 
-    def trip(self, phase: str | None = None) -> Trip:
+    def tag(self, phase: str | None = None) -> TransferTag:
         """Return the ledger key of this block's transfers, by default of this phase."""
         if phase is None:
             phase = "backward" if in_backward() else "forward"
-        return Trip(place=f"block {self.block}", phase=phase)
+        return TransferTag(place=f"block {self.block}", phase=phase)
 
 
 def _block_of(engine: Engine, block: int) -> OffloadedRows:

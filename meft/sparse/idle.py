@@ -41,6 +41,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from meft.sparse.schedule import Schedule
+from meft.sparse.shapes import SomeRows
 
 DEGREE = 6
 """Degree of the polynomial in x."""
@@ -64,7 +65,6 @@ SMALLEST_ROOT = 2.0**-64
 """Lower bound of Q; v is 0 at this value."""
 
 Factors = Float[Tensor, "rows factors"]
-SomeRows = Float[Tensor, "some width"]
 Flags = Bool[Tensor, " rows"]
 
 
@@ -75,7 +75,7 @@ def new_factors(num_rows: int, device: torch.device | None = None) -> Factors:
     return made
 
 
-def anchor(factors: Factors, centre: float, is_live: Flags) -> None:
+def restart(factors: Factors, centre: float, is_live: Flags) -> None:
     """Reset factors in place, for rows that hold their current (p, m, v).
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from meft.sparse.products import Index, Start, starts
 from meft.sparse.rows import Rows
-from meft.sparse.store import Ids
+from meft.sparse.shapes import Ids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

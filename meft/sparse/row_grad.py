@@ -28,8 +28,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from typing_extensions import override
 
 from meft.errors import UnsupportedCallError
-from meft.sparse.rows import Holder, Rows, SomeRows
-from meft.sparse.store import Ids, Width
+from meft.sparse.rows import Holder, Rows
+from meft.sparse.shapes import AllRows, Ids, SomeRows
 
 aten = torch.ops.aten
 
@@ -144,7 +144,7 @@ class RowGrad(torch.Tensor):
         made.holder = holder
         return made
 
-    def to_dense(self, *args: Any, **kwargs: Any) -> Width:
+    def to_dense(self, *args: Any, **kwargs: Any) -> AllRows:
         """Return a copy as an ordinary tensor, on the device of the parameter."""
         whole = torch.zeros(tuple(self.shape), device=self.device)
         holder = self._holder()
@@ -408,7 +408,7 @@ def _dense(func: Any, args: Any, kwargs: Any) -> Any:
     return tree_map_only(Tensor, lambda t: original.get(id(t), t), out)
 
 
-def replace_dense(holder: Holder, dense: Width) -> None:
+def replace_dense(holder: Holder, dense: AllRows) -> None:
     """Set the gradient of `holder` to the rows of `dense` that are not all 0."""
     ids = (dense != 0).any(1).nonzero()[:, 0]
     holder.replace_gradient(ids, dense[ids])

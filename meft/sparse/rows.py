@@ -19,10 +19,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
+from meft.sparse.indices import ids_of
 from meft.sparse.router import top
-from meft.sparse.store import Ids, RowStore
+from meft.sparse.shapes import Ids, SomeRows
+from meft.sparse.store import RowStore
 
-SomeRows = Float[Tensor, "some width"]
 Tokens = Float[Tensor, "tokens hidden"]
 
 
@@ -118,7 +119,7 @@ class ResidentRows(Rows):
 
     @override
     def chosen(self, flags: Tensor) -> Ids:
-        return flags.nonzero()[:, 0]
+        return ids_of(flags)
 
     @override
     def choose(self, tokens: Tokens, k: int) -> Int[Tensor, "tokens kept"]:
@@ -139,7 +140,7 @@ class ResidentRows(Rows):
     def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:
         ids, found = self.chosen(self._has_gradient), self.store.rows[:0]
         if self._gradient is not None:
-            found = self._gradient[ids].to(self.store.wire_dtype).float()
+            found = self._gradient[ids].to(self.store.transfer_dtype).float()
         return lambda: (ids, found)
 
     @override

@@ -13,24 +13,21 @@ A store is no module and holds no parameter: `meft.sparse.row_parameter` creates
 its memory.
 """
 
-import importlib.util
-import warnings
-import weakref
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from meft.errors import ConfigError, MeftError
+from meft.errors import ConfigError
+from meft.page_lock import page_locked
 from meft.sparse import adam, idle
-from meft.sparse.adam import Table
+from meft.sparse.adam import RowTable
+from meft.sparse.adam_on import adam_on
+from meft.sparse.indices import all_ids, new_steps
 from meft.sparse.schedule import Schedule
-
-Width = Float[Tensor, "rows width"]
-SomeRows = Float[Tensor, "some width"]
-Ids = Int[Tensor, " some"]
+from meft.sparse.shapes import AllRows, Ids, SomeRows
 
 
 class RowStore:
@@ -39,7 +36,7 @@ class RowStore:
     Args:
         rows: the rows, float32, `rows width`, in the memory in which they are to be
             stored.
-        wire_dtype: the dtype of what `read()` returns.
+        transfer_dtype: the dtype of what `read()` returns.
         update: what happens to rows without a gradient (`SparseConfig.update`).
     """
 
@@ -47,16 +44,16 @@ class RowStore:
     """Bytes stored per row in addition to its numbers."""
 
     def __init__(
-        self, rows: Width, wire_dtype: torch.dtype, update: str = "catchup"
+        self, rows: AllRows, transfer_dtype: torch.dtype, update: str = "catchup"
     ) -> None:
-        self.rows = _pinned(rows)
-        self.wire_dtype = wire_dtype
-        is_wide = wire_dtype == torch.float32
-        self.shadow = None if is_wide else _pinned(rows.to(wire_dtype))
+        self.rows = page_locked(rows)
+        self.transfer_dtype = transfer_dtype
+        is_wide = transfer_dtype == torch.float32
+        self.shadow = None if is_wide else page_locked(rows.to(transfer_dtype))
         self._moments: tuple[Tensor, Tensor] | None = None
-        self.updated_at = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+        self.updated_at = new_steps(len(rows), rows.device)
         """The last step that changed the value of each row."""
-        self.shadow_at = torch.zeros_like(self.updated_at)
+        self.shadow_at = new_steps(len(rows), rows.device)
         """The same for the value that the 16-bit copy holds."""
         self.factors = idle.new_factors(len(rows), rows.device)
         """Effect of the idle steps since each row's last gradient."""
@@ -70,11 +67,11 @@ class RowStore:
 
     def __reduce__(self) -> Any:
         """Reduce to the current rows; a copy, also a saved one, has taken no steps."""
-        return RowStore, (self.settled(), self.wire_dtype, self.update)
+        return RowStore, (self.settled(), self.transfer_dtype, self.update)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RowStore":
         """Return a copy with the current rows: see `__reduce__`."""
-        copied = RowStore(self.settled().clone(), self.wire_dtype, self.update)
+        copied = RowStore(self.settled().clone(), self.transfer_dtype, self.update)
         memo[id(self)] = copied
         return copied
 
@@ -103,8 +100,8 @@ class RowStore:
         """Return Adam's m and v, which are created on first access."""
         if self._moments is None:
             self._moments = (
-                _pinned(torch.zeros_like(self.rows)),
-                _pinned(torch.zeros_like(self.rows)),
+                page_locked(torch.zeros_like(self.rows)),
+                page_locked(torch.zeros_like(self.rows)),
             )
         return self._moments
 
@@ -131,17 +128,17 @@ class RowStore:
             return self.rows.index_select(0, ids)
         out = self.rows.new_empty(len(ids), self.width)
         places = torch.arange(len(ids), device=ids.device)
-        self._form().values(self._table(), ids, out, places)
+        self._adam().values(self._table(), ids, out, places)
         return out
 
-    def keys(self) -> Width:
+    def keys(self) -> AllRows:
         """Return a view of all current keys, in the transfer dtype."""
         if self.shadow is None:
             return self.settled()[:, : self.width // 2]
         self._renew_shadow(self._everyone())
         return self.shadow[:, : self.width // 2]
 
-    def settled(self) -> Width:
+    def settled(self) -> AllRows:
         """Update all master rows and return `rows`, current until the next step.
 
         Their values after the last gradient are kept separately until then, so that
@@ -150,11 +147,11 @@ class RowStore:
         if self._at_last is None and len(self._behind()):
             at_last = self.rows.clone()
             everyone = self._everyone()
-            self._form().values(self._table(), everyone, self.rows, everyone)
+            self._adam().values(self._table(), everyone, self.rows, everyone)
             self._at_last = at_last
         return self.rows
 
-    def assign(self, rows: Width) -> None:
+    def assign(self, rows: AllRows) -> None:
         """Set all rows, which may be what `settled()` returned; moments stay.
 
         Rows that are set to their current value do not change.
@@ -162,7 +159,7 @@ class RowStore:
         if rows is not self.rows:
             self.settled()
             self.rows.copy_(rows)
-        self._anchor_changed()
+        self._restart_changed()
         self._life += 1
         self._fill_shadow()
 
@@ -186,7 +183,7 @@ class RowStore:
         self._unsettle()
         table = self._table(self.shadow)
         is_idle = self.update != "lazy"
-        self._form().advance(table, ids, gradient, self.schedule, idle=is_idle)
+        self._adam().advance(table, ids, gradient, self.schedule, idle=is_idle)
         self.shadow_at[ids] = self.schedule.step
         if self.update == "dense" and self.shadow is not None:
             self._renew_shadow(self._everyone())
@@ -260,11 +257,11 @@ class RowStore:
             self._at_last = self.rows.clone()
             behind = state["behind"].to(self.rows.device)
             self._at_last[behind] = state["at_last"].to(self.rows.device)
-            self._anchor_changed()
+            self._restart_changed()
         self._life += 1
         self._fill_shadow()
 
-    def replace(self, rows: Width) -> None:
+    def replace(self, rows: AllRows) -> None:
         """Replace the rows by others, without any effect of earlier steps."""
         self.rows.copy_(rows)
         self._start_again()
@@ -284,16 +281,16 @@ class RowStore:
         shrunk = self.factors[:, idle.SHRINK] != 1
         return (shrunk | (self.factors[:, idle.SUMS] != 0)).nonzero()[:, 0]
 
-    def _anchor_changed(self) -> None:
+    def _restart_changed(self) -> None:
         """Start the factors of rows again whose value in `rows` was changed."""
         if self._at_last is None or self.schedule is None:
             return
         for ids in self._everyone().split(adam.PIECE):
             was = self.rows.new_empty(len(ids), self.width)
             places = torch.arange(len(ids), device=ids.device)
-            self._form().values(self._table(), ids, was, places)
+            self._adam().values(self._table(), ids, was, places)
             changed = ids[(was != self.rows[ids]).any(1)]
-            adam.anchor(self._table(), changed, self.schedule)
+            adam.restart(self._table(), changed, self.schedule)
             self._at_last[changed] = self.rows[changed]
 
     def _unsettle(self) -> None:
@@ -311,7 +308,7 @@ class RowStore:
         if self._at_last is not None or self._moments is None:
             self.shadow[late] = self.rows[late].to(self.shadow.dtype)
         else:
-            self._form().values(self._table(), late, self.shadow, late)
+            self._adam().values(self._table(), late, self.shadow, late)
         self.shadow_at[late] = self.updated_at[late]
 
     def _fill_shadow(self) -> None:
@@ -321,11 +318,11 @@ class RowStore:
             self._renew_shadow(self._everyone())
 
     def _everyone(self) -> Ids:
-        return torch.arange(len(self), device=self.rows.device)
+        return all_ids(len(self), self.rows.device)
 
-    def _table(self, shadow: Tensor | None = None) -> Table:
+    def _table(self, shadow: Tensor | None = None) -> RowTable:
         first, second = self.moments
-        return Table(
+        return RowTable(
             rows=self.rows if self._at_last is None else self._at_last,
             first=first,
             second=second,
@@ -334,45 +331,9 @@ class RowStore:
             shadow=shadow,
         )
 
-    def _form(self) -> Any:
-        return form_for(self.rows.device)
+    def _adam(self) -> Any:
+        return adam_on(self.rows.device)
 
 
 _STEPS_OF_A_LIFE = 2**40
 """More steps than a run can have, so that versions of replaced rows differ."""
-
-
-def form_for(device: torch.device) -> Any:
-    """Return the module of Adam for `device`: `adam`, or `adam_kernel` on a CPU."""
-    if device.type != "cpu":
-        return adam
-    if importlib.util.find_spec("numba") is None:
-        warnings.warn(
-            "numba is not installed: rows of sparse adapters take their steps many "
-            "times slower. `pip install 'meft[sparse]'`",
-            stacklevel=5,
-        )
-        return adam
-    from meft.sparse import adam_kernel
-
-    return adam_kernel
-
-
-def _pinned(tensor: Tensor) -> Tensor:
-    """Return the same memory, page-locked where that is useful.
-
-    torch's own pinned allocator rounds every block up to a power of two; registering
-    ordinary memory does not.
-    """
-    if tensor.is_cuda or not torch.cuda.is_available() or tensor.numel() == 0:
-        return tensor
-    tensor, runtime = tensor.contiguous(), torch.cuda.cudart()
-    code = runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
-    storage = tensor.untyped_storage()
-    weakref.finalize(storage, runtime.cudaHostUnregister, tensor.data_ptr())
-    if int(code) != 0:
-        raise MeftError(
-            f"{tensor.nbytes} bytes of host memory could not be page-locked (CUDA "
-            f"error {int(code)}): free host memory or take fewer `num_neurons`"
-        )
-    return tensor

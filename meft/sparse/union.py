@@ -10,20 +10,18 @@ a token may keep; their gates are not in the sum, so the router does not learn.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from meft.sparse.block_neurons import BlockNeurons
+from meft.sparse.choice import choose, distinct, neurons_of
 from meft.sparse.row_parameter import begin_backward, mark
 from meft.sparse.rows import Tokens
-from meft.sparse.store import Ids
-from meft.sparse.token_topk import choose, distinct, neurons_of
+from meft.sparse.shapes import Ids
 from meft.transforms import refuse_create_graph
-
-if TYPE_CHECKING:
-    from meft.sparse.adapter import SparseAdapter
 
 
 def union(
@@ -31,9 +29,9 @@ def union(
     gates: None,
     parameter: nn.Parameter,
     experts: Int[Tensor, "tokens experts"] | None,
-    adapter: "SparseAdapter",
+    block: BlockNeurons,
 ) -> Tokens:
-    """Return the output of the adapter.
+    """Return the output of the block.
 
     Args:
         tokens: h, in the dtype of the computation, `tokens hidden`.
@@ -41,13 +39,13 @@ def union(
         parameter: the parameter of the rows.
         experts: the experts of each token, ascending, `tokens experts`; None without
             experts.
-        adapter: the adapter with its rows and the number of neurons to keep.
+        block: the neurons of the block and the number of them to keep.
 
     Returns:
         The output, `tokens hidden`.
     """
     out: Tensor = _Union.apply(  # type: ignore[no-untyped-call]
-        tokens, gates, parameter, experts, adapter
+        tokens, gates, parameter, experts, block
     )
     return out
 
@@ -62,7 +60,7 @@ class _Union(torch.autograd.Function):
         gates: None,
         parameter: nn.Parameter,
         experts: Int[Tensor, "tokens experts"] | None,
-        adapter: "SparseAdapter",
+        block: BlockNeurons,
     ) -> Tokens:
         """Return the output of the adapter; arguments are those of `union`.
 
@@ -72,20 +70,20 @@ class _Union(torch.autograd.Function):
             gates: None, as there are no gates.
             parameter: the parameter of the rows.
             experts: the experts of each token, `tokens experts`; None without experts.
-            adapter: the adapter with its rows.
+            block: the neurons of the block.
 
         Returns:
             The output, `tokens hidden`.
         """
-        columns, _ = choose(adapter, tokens, None, experts)
+        columns, _ = choose(block, tokens, None, experts)
         active = distinct(
-            adapter, neurons_of(columns, experts, adapter.rows_per_expert)
+            block, neurons_of(columns, experts, block.config.neurons_per_expert)
         )
-        adapter.seen.add(len(tokens), len(active))
+        block.counts.add(len(tokens), len(active))
         out = torch.zeros_like(tokens, dtype=torch.float32)
-        for _, keys, values in _pieces(adapter, tokens, active):
+        for _, keys, values in _pieces(block, tokens, active):
             out += torch.relu(tokens @ keys.T) @ values
-        ctx.adapter, ctx.active = adapter, active
+        ctx.block, ctx.active = block, active
         ctx.parameter, ctx.version = parameter, parameter._version
         ctx.save_for_backward(tokens)
         return out.to(tokens.dtype)
@@ -94,24 +92,24 @@ class _Union(torch.autograd.Function):
     def backward(ctx: Any, grad: Tokens) -> tuple[Tensor | None, ...]:
         (tokens,) = ctx.saved_tensors
         refuse_create_graph("a sparse adapter")
-        adapter: SparseAdapter = ctx.adapter
+        block: BlockNeurons = ctx.block
         wants_rows = begin_backward(ctx, ctx.parameter, ctx.version)
         grad = grad.to(tokens.dtype)
         grad_tokens = torch.zeros_like(tokens, dtype=torch.float32)
-        for ids, keys, values in _pieces(adapter, tokens, ctx.active):
+        for ids, keys, values in _pieces(block, tokens, ctx.active):
             weights = torch.relu(tokens @ keys.T)
             grad_dots = (grad @ values.T) * (weights > 0)
             grad_tokens += grad_dots @ keys
             if wants_rows:
                 grad_rows = torch.cat((grad_dots.T @ tokens, weights.T @ grad), 1)
-                adapter.rows.add_gradient(ids, grad_rows.float())
+                block.rows.add_gradient(ids, grad_rows.float())
         grad_parameter = mark(ctx.parameter) if wants_rows else None
         return grad_tokens.to(tokens.dtype), None, grad_parameter, None, None
 
 
 def _pieces(
-    adapter: "SparseAdapter", tokens: Tokens, active: Ids
+    block: BlockNeurons, tokens: Tokens, active: Ids
 ) -> Iterator[tuple[Ids, Tensor, Tensor]]:
-    for ids in active.split(adapter.rows_per_piece) if len(active) else ():
-        keys, values = adapter.rows.take(ids).to(tokens.dtype).chunk(2, 1)
+    for ids in active.split(block.rows_per_piece) if len(active) else ():
+        keys, values = block.rows.take(ids).to(tokens.dtype).chunk(2, 1)
         yield ids, keys, values

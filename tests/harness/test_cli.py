@@ -56,7 +56,7 @@ def test_list_is_light(folder: Path) -> None:
         )
         *_, summary, heavy, seconds = done.stdout.splitlines()
         times.append(float(seconds))
-    assert summary == "90 cells, 0 done in runs/quickstart.jsonl"
+    assert summary == "92 cells, 0 done in runs/quickstart.jsonl"
     assert heavy == "[]"
     assert min(times) < 0.8
     assert not (folder / "runs").exists()

@@ -18,8 +18,7 @@ from harness.tiny import (
 from meft.backbone.find import BlockList, find_blocks
 from meft.backbone.heads import NEW_HEADS
 from meft.errors import UnsupportedModelError
-from meft.sparse.adapter import SparseAdapter
-from meft.sparse.convert import sparse_adapters
+from meft.sparse.adapter import SparseAdapter, sparse_adapters
 from meft.sparse.dense import DenseAdapter
 from meft.testing import saved_bytes
 from meft_bench.child.meters.routing import look

@@ -18,9 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from harness.texts import ROOT, documents, mentions, strings, texts, tracked, unknown
+from harness.texts import ROOT, mentions, strings, texts, tracked, unknown
 from meft_bench.parent import arguments, planning, sweep
 from meft_bench.parent.isolate import child_environment
 from meft_bench.shared.options import ChildOptions
@@ -287,16 +285,6 @@ def test_every_file_exists() -> None:
     allowed = {name for names in foreign.values() for name in names}
     assert unknown(found, lambda name: is_known(name) or name in allowed) == []
     assert [pattern for pattern, names in foreign.items() if not names] == []
-
-
-@pytest.mark.parametrize("place", sorted(n for n in documents() if n.endswith(".md")))
-def test_every_link_leads_somewhere(place: str) -> None:
-    """From where the document is."""
-    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", documents()[place])
-    own = [link for link in links if "://" not in link]
-    assert [
-        link for link in own if not (ROOT / place).parent.joinpath(link).exists()
-    ] == []
 
 
 def test_every_variable_is_read() -> None:

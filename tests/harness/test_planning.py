@@ -164,7 +164,7 @@ def test_a_config_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 MISTAKES = {
     "bert-tiny --gpu H20O": "unknown GPU 'H20O'; did you mean 'H200'?",
-    "bert-tiny --gpu RTX": "'RTX' may be RTX3090-24GB or RTX4090-24GB",
+    "bert-tiny --gpu RTX": "'RTX' may be RTX3090-24GB or RTX4090-24GB or RTX5090",
     "bert-tiny --gpu no.json": "no.json: No such file",
     "bert-tiny --gpu bert.json": "bert.json: missing fields: attention_order",
     "bert-tinny": "did you mean 'bert-tiny'?",

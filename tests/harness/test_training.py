@@ -9,7 +9,7 @@ import torch
 
 from harness.tiny import FAMILIES, batch, cell, classifier
 from meft.backbone.heads import NEW_HEADS
-from meft.sparse.convert import sparse_adapters
+from meft.sparse.adapter import sparse_adapters
 from meft_bench.child import backbones
 from meft_bench.child.meters.clock import StepClock
 from meft_bench.child.tasks import synthetic

@@ -8,7 +8,7 @@ import torch
 
 from harness.tiny import BLOCKS, HIDDEN, batch, cell, classifier
 from marks import slow_but_for
-from meft.sparse.convert import sparse_adapters
+from meft.sparse.adapter import sparse_adapters
 from meft_bench.child.meters.rows import RowTraffic, TrafficMeter
 from meft_bench.child.training.steps import Stepper
 from meft_bench.child.worker import run

@@ -28,7 +28,7 @@ def tracked() -> list[str]:
             [*command, "--exclude-standard"], capture_output=True, text=True, check=True
         )
     except (FileNotFoundError, subprocess.CalledProcessError):
-        pytest.skip("needs a checkout and git")
+        pytest.skip("needs a checkout and git", allow_module_level=True)
     return [name for name in done.stdout.splitlines() if (ROOT / name).is_file()]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from meft.sparse import adam, idle
-from meft.sparse.adam import Table
+from meft.sparse.adam import RowTable
 
 FORMS: dict[str, ModuleType] = {"plain": adam}
 try:
@@ -38,9 +38,9 @@ def start() -> Tensor:
     return rows
 
 
-def table(shadow: torch.dtype | None = None, rows: Tensor | None = None) -> Table:
+def table(shadow: torch.dtype | None = None, rows: Tensor | None = None) -> RowTable:
     made = start() if rows is None else rows.clone()
-    return Table(
+    return RowTable(
         rows=made,
         first=torch.zeros_like(made),
         second=torch.zeros_like(made),
@@ -78,7 +78,7 @@ def gradients(
         yield ids, gradient
 
 
-def now(form: ModuleType, made: Table, dtype: torch.dtype = torch.float32) -> Tensor:
+def now(form: ModuleType, made: RowTable, dtype: torch.dtype = torch.float32) -> Tensor:
     """What all rows are."""
     everyone = torch.arange(len(made.rows))
     out = torch.zeros(made.rows.shape, dtype=dtype)

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import meft
-from meft.reversible.convert import find_stacks
+from meft.reversible.blocks import find_stacks
 
 DEPTH, HIDDEN, VOCAB, LABELS = 3, 16, 50, 2  # question answering asks for 2
 ROWS, SEQ, IMAGE, PATCH = 3, 7, 8, 4

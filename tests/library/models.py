@@ -13,8 +13,7 @@ from transformers import (
 )
 
 import meft
-from meft.reversible.blocks import ReversibleBlocks
-from meft.reversible.convert import reversible_stacks
+from meft.reversible.blocks import ReversibleBlocks, reversible_stacks
 
 VOCAB, LABELS = 50, 3
 

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import meft
-from meft.sparse.adapter import Batch, SparseAdapter
-from meft.sparse.convert import sparse_adapters
+from meft.sparse.adapter import SharedState, SparseAdapter, sparse_adapters
 from meft.sparse.engine import Engine, OffloadedRows
 from meft.sparse.router import make_router
 from meft.sparse.rows import ResidentRows
@@ -70,7 +69,7 @@ def lone_adapter(cfg: meft.SparseConfig, hidden: int = HIDDEN) -> SparseAdapter:
     """An adapter in no model."""
     generator = torch.Generator().manual_seed(5)
     rows = 0.3 * torch.randn(cfg.num_neurons, 2 * hidden, generator=generator)
-    store = RowStore(rows, getattr(torch, cfg.wire_dtype or "float32"), cfg.update)
+    store = RowStore(rows, getattr(torch, cfg.transfer_dtype or "float32"), cfg.update)
     weight = make_router(rows[:, :hidden], cfg.experts) if cfg.experts else None
     if weight is not None:
         weight.requires_grad = cfg.router_learns
@@ -79,7 +78,7 @@ def lone_adapter(cfg: meft.SparseConfig, hidden: int = HIDDEN) -> SparseAdapter:
         if cfg.placement == "resident"
         else Engine([store], cfg).blocks[0]
     )
-    return SparseAdapter(home, weight, cfg, Batch())
+    return SparseAdapter(home, weight, cfg, SharedState())
 
 
 def batches(count: int, rows: int = 2, seq: int = 9) -> Iterator[dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from library.families import CASES, Case, cases, objective
 from library.families import reversible as family_model
 from library.models import batch, only_stack, reversible
 from library.sparse import plain_model
-from meft.reversible.convert import find_stacks
+from meft.reversible.blocks import find_stacks
 
 LLAMA = next(case for case in CASES if case.kind == "LlamaForCausalLM")
 DEPTH = 3

@@ -10,7 +10,7 @@ from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCau
 
 import meft
 from library.models import VOCAB, batch, classifier, only_stack, reversible
-from meft.reversible.convert import find_stacks
+from meft.reversible.blocks import find_stacks
 
 
 def trained() -> BertForSequenceClassification:
@@ -267,7 +267,7 @@ def test_buffers_of_a_head_in_the_model_come_back(tmp_path: Path) -> None:
         meft.load_adapters(other, tmp_path)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_files_of_earlier_formats_are_refused(version: int, tmp_path: Path) -> None:
     """Their digests cannot tell whether the backbone is the same."""
     meft.save_adapters(trained(), tmp_path)

@@ -29,7 +29,7 @@ from library.models import (
     only_stack,
     reversible,
 )
-from meft.reversible.fixed import FRACTION_BITS_WIDE
+from meft.reversible.integer_format import FRACTION_BITS_WIDE
 from meft.reversible.packing import packed_bytes
 from meft.reversible.twin import read
 from meft.reversible.variants import SWAPS, fresh_stream

@@ -25,9 +25,8 @@ from library.families import (
 from marks import slow_but_for
 from meft.backbone.families import FAMILIES
 from meft.backbone.find import find_blocks
-from meft.reversible.blocks import ReversibleBlocks
-from meft.reversible.convert import find_stacks
-from meft.reversible.fixed import FRACTION_BITS_WIDE
+from meft.reversible.blocks import ReversibleBlocks, find_stacks
+from meft.reversible.integer_format import FRACTION_BITS_WIDE
 from meft.reversible.packing import packed_bytes
 from meft.testing import check_reversible, saved_bytes
 

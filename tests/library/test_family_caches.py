@@ -19,7 +19,7 @@ from library.families import (
     reversible,
     text,
 )
-from meft.reversible.fixed import FRACTION_BITS_WIDE
+from meft.reversible.integer_format import FRACTION_BITS_WIDE
 
 every_decoder = cases("ForCausalLM", "ForConditionalGeneration")
 QUANTUM = 2.0**-FRACTION_BITS_WIDE

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import meft
 from library.families import Case, assert_same_bits, cases, gradients, reversible
-from meft.reversible.convert import find_stacks
+from meft.reversible.blocks import find_stacks
 
 every_kind = cases("Model", "BartForCausalLM")
 one_head_each = cases("ForSequenceClassification", "ForImageClassification")

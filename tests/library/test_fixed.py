@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from library.test_coupling import coupling
-from meft.reversible.fixed import LIMITS, Fixed, lost_bits
+from meft.reversible.fixed import Fixed, lost_bits
+from meft.reversible.integer_format import LIMITS
 from meft.reversible.packing import pack, packed_bytes, put_back_, widths
 
 ARITHMETIC = Fixed(compute_dtype=torch.float32, fraction_bits=14)

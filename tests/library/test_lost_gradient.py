@@ -17,7 +17,7 @@ from library.models import batch, only_stack, reversible
 from library.test_coupling import coupling
 from meft.reversible import blocks
 from meft.reversible.coupling import growth
-from meft.reversible.probe import Probe, warning_text
+from meft.reversible.inverse_error import InverseErrorProbe, warning_text
 from meft.testing import ReversibleReport, check_reversible, tolerance
 
 DEPTH = 12
@@ -118,7 +118,7 @@ def test_the_estimate_is_near_the_error_of_the_gradients(
 
 def test_padding_does_not_count() -> None:
     """What rounding does to tokens that receive no gradient is no error."""
-    probe = Probe(num_samples=0)
+    probe = InverseErrorProbe(num_samples=0)
     one, two = (coupling(0.1, False), coupling(0.1, False))
     pair = [dataclasses.replace(one, target=0), dataclasses.replace(two, target=1)]
     true = torch.ones(1, 2, 4)

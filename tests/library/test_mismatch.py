@@ -20,7 +20,7 @@ from library.training import (
     trainable,
     variants,
 )
-from meft.reversible.fixed import FRACTION_BITS_WIDE
+from meft.reversible.integer_format import FRACTION_BITS_WIDE
 
 
 class Fault:

@@ -18,7 +18,7 @@ import meft
 from library.models import batch, classifier
 from library.sparse import plain_model, randomise
 from marks import slow_but_for
-from meft.reversible.convert import find_stacks
+from meft.reversible.blocks import find_stacks
 
 peft = pytest.importorskip("peft")
 

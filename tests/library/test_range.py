@@ -33,8 +33,7 @@ from library.families import (
 from library.models import batch as bert_batch
 from library.models import only_stack
 from library.models import reversible as reversible_bert
-from meft.reversible.blocks import ReversibleBlocks
-from meft.reversible.convert import find_stacks
+from meft.reversible.blocks import ReversibleBlocks, find_stacks
 from meft.reversible.packing import packed_bytes
 from meft.testing import check_reversible, saved_bytes
 

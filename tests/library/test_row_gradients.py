@@ -19,7 +19,7 @@ import meft
 from library.sparse import batches, sparse_model
 from marks import slow_but_for
 from meft.errors import UnsupportedCallError
-from meft.sparse.convert import sparse_adapters
+from meft.sparse.adapter import sparse_adapters
 from meft.sparse.row_grad import RowGrad
 from meft.sparse.row_parameter import rows_of
 

@@ -18,7 +18,7 @@ from library.sparse import HIDDEN, batches, lone_adapter, sparse_model
 from library.sparse import config as sparse_config
 from marks import slow_but_for
 from meft.errors import ConfigError, UnsupportedCallError
-from meft.sparse.convert import sparse_adapters
+from meft.sparse.adapter import sparse_adapters
 
 OTHERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     name: kind

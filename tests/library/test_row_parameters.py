@@ -29,7 +29,7 @@ from library.sparse import (
 from marks import slow_but_for
 from meft import host_memory
 from meft.errors import AdapterFileError, HostMemoryError, UnsupportedCallError
-from meft.sparse.convert import sparse_adapters
+from meft.sparse.adapter import sparse_adapters
 from meft.sparse.idle import NUM_FACTORS
 from meft.sparse.row_parameter import RowParameter, rows_of
 
@@ -139,7 +139,7 @@ WRITES: dict[str, Callable[[nn.Parameter, Tensor], object]] = {
 @pytest.mark.parametrize("write", WRITES)
 def test_a_write_reaches_every_copy(write: str, wire: str) -> None:
     """The 16-bit copy, and rows that the device holds; moments stay, as torch's do."""
-    model = sparse_model(depth=1, wire_dtype=wire)
+    model = sparse_model(depth=1, transfer_dtype=wire)
     train(model, steps=2)
     (parameter,) = row_parameters(model)
     logits(model)  # rows are on the device now
@@ -147,7 +147,7 @@ def test_a_write_reaches_every_copy(write: str, wire: str) -> None:
     with torch.no_grad():
         WRITES[write](parameter, new)
     torch.testing.assert_close(parameter.detach().clone(), new)
-    wanted = sparse_model(depth=1, wire_dtype=wire)
+    wanted = sparse_model(depth=1, transfer_dtype=wire)
     wanted.load_state_dict(model.state_dict())
     assert torch.equal(logits(model), logits(wanted))
     store = sparse_adapters(model)["model.layers.0.parallel_adapter"].rows.store
@@ -220,7 +220,7 @@ AVERAGES: dict[str, Any] = {
 
 @pytest.mark.parametrize("average", AVERAGES)
 def test_an_averaged_model_averages_rows(average: str) -> None:
-    model = sparse_model(depth=1, wire_dtype="bfloat16")
+    model = sparse_model(depth=1, transfer_dtype="bfloat16")
     averaged = swa_utils.AveragedModel(model, **AVERAGES[average](swa_utils))
     seen = []
     for _ in range(3):
@@ -234,7 +234,7 @@ def test_an_averaged_model_averages_rows(average: str) -> None:
     (found,) = row_parameters(averaged.module)
     assert isinstance(found, RowParameter)
     torch.testing.assert_close(found.detach().clone(), wanted)
-    other = sparse_model(depth=1, wire_dtype="bfloat16")
+    other = sparse_model(depth=1, transfer_dtype="bfloat16")
     other.load_state_dict(averaged.module.state_dict())
     assert torch.equal(logits(averaged.module), logits(other))
 
@@ -365,7 +365,7 @@ def test_more_neurons_than_host_memory_holds_are_refused_before_they_are_made(
 ) -> None:
     """Rows, moments, the 16-bit copy, factors of idle steps, gradients and a copy while
     rows are saved count, to the byte."""
-    fields = {"num_neurons": 1024, "num_experts": 128, "wire_dtype": "bfloat16"}
+    fields = {"num_neurons": 1024, "num_experts": 128, "transfer_dtype": "bfloat16"}
     numbers = 3 * 1024 * 2 * HIDDEN
     slots = min(9000 * 7 // 8 // (2 * HIDDEN * 6), 3 * 1024)
     needed = (4 + 2 + 8 + 4 + 4) * numbers + slots * 2 * HIDDEN * 6

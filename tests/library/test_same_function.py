@@ -145,7 +145,7 @@ def test_how_the_function_is_computed_does_not_matter() -> None:
     state = of_sparse().state_dict()
     of_rows: list[dict[str, Any]] = [
         {"placement": "resident", "device_bytes": 10**6, "update": "lazy"},
-        {"cache": "off", "prefetch": False, "wire_dtype": "bfloat16"},
+        {"cache": "off", "prefetch": False, "transfer_dtype": "bfloat16"},
         {"num_experts": 32},
     ]
     for fields in of_rows:

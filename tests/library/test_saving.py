@@ -29,7 +29,7 @@ from transformers import (
 import meft
 from library.models import batch, classifier, reversible
 from library.sparse import plain_model
-from meft.reversible.convert import find_stacks
+from meft.reversible.blocks import find_stacks
 
 FILES = {"adapters.json", "adapters.safetensors"}
 

@@ -25,7 +25,7 @@ from library.adam_tables import (
     wild,
 )
 from meft.sparse import adam, idle
-from meft.sparse.adam import Table
+from meft.sparse.adam import RowTable
 from meft.sparse.schedule import Schedule
 
 REST = 226
@@ -43,7 +43,7 @@ def run(
     *,
     lazy: bool = False,
     shadow: torch.dtype | None = None,
-) -> Table:
+) -> RowTable:
     made, schedule = table(shadow), Schedule(idle=not lazy)
     for step, (ids, gradient) in enumerate(gradients()):
         schedule.add(**values(step))
@@ -51,7 +51,7 @@ def run(
     return made
 
 
-def equal(one: Table, other: Table) -> bool:
+def equal(one: RowTable, other: RowTable) -> bool:
     """Every tensor, in every bit."""
     return all(
         torch.equal(getattr(one, name), getattr(other, name))

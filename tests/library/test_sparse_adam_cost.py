@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from library.adam_tables import FORMS, USUAL, slow, table
-from meft.sparse.adam import Table
+from meft.sparse.adam import RowTable
 from meft.sparse.schedule import Schedule
 
 
@@ -96,7 +96,7 @@ def test_a_row_costs_the_same_after_10_and_after_100000_idle_steps(
     steps: dict[str, float] = {}
     for _ in range(20):
         for gap, some in ids.items():
-            one = Table(
+            one = RowTable(
                 rows=made.rows[some],
                 first=made.first[some],
                 second=made.second[some],

@@ -44,7 +44,7 @@ def test_output_and_gradients_are_those_of_the_dense_twin(
     """With 9000 bytes for rows, they come in pieces of 4."""
     cfg = config(**ROUTINGS[routing], placement=placement, device_bytes=device_bytes)
     adapter = lone_adapter(cfg)
-    assert (adapter.rows_per_piece < 5) == (device_bytes == 9000)
+    assert (adapter.block_neurons.rows_per_piece < 5) == (device_bytes == 9000)
     x, y = tokens().requires_grad_(), tokens().requires_grad_()
     rows = adapter.rows.store.rows.clone().requires_grad_()
     router = adapter.router
@@ -116,7 +116,7 @@ def test_padding_chooses_nothing(routing: str) -> None:
         out = adapter(torch.where(mask[..., None], x, filler), mask)
         out.square().sum().backward()
         assert not out[~mask].any()
-        found.append((out.detach(), gradient_of(adapter), adapter.seen.total_active))
+        found.append((out.detach(), gradient_of(adapter), adapter.counts.total_active))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
     assert found[0][2] == found[1][2]
@@ -137,7 +137,7 @@ def test_a_16_bit_wire_rounds_rows_and_gradients_once(
     wire: str, placement: str
 ) -> None:
     """Held against the twin on rows that were rounded first."""
-    cfg = config(num_experts=0, wire_dtype=wire, placement=placement)
+    cfg = config(num_experts=0, transfer_dtype=wire, placement=placement)
     adapter = lone_adapter(cfg)
     dtype = getattr(torch, wire)
     rows = adapter.rows.store.rows.to(dtype).float().requires_grad_()

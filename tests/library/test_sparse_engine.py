@@ -21,11 +21,11 @@ from library.sparse import (
     train,
 )
 from marks import slow_but_for
+from meft.sparse.adapter import sparse_adapters
 from meft.sparse.cache import RowCache
-from meft.sparse.convert import sparse_adapters
 from meft.sparse.engine import Engine, OffloadedRows
 from meft.sparse.store import RowStore
-from meft.transfer import Trip
+from meft.transfer import TransferTag
 
 ENGINES: dict[str, dict[str, Any]] = {
     "all on": {},
@@ -81,7 +81,7 @@ def test_a_budget_whose_eighth_holds_what_a_batch_chose_changes_no_bit(
 def test_a_16_bit_wire_gives_the_bits_of_resident_16_bit_rows(engine: str) -> None:
     """As long as gradients travel once a step; more often, each rounds anew. So does
     their size, which clipping would use."""
-    fields = {"wire_dtype": "bfloat16", **ENGINES[engine]}
+    fields = {"transfer_dtype": "bfloat16", **ENGINES[engine]}
     here = sparse_model(**fields, placement="resident")
     away = sparse_model(**fields)
     found = train(here, window=1, clip=None), train(away, window=1, clip=None)
@@ -101,15 +101,15 @@ def test_the_ledger_is_the_closed_formula() -> None:
     model(**inputs).loss.backward()
     row = 2 * HIDDEN * 4
     for index, adapter in enumerate(sparse_adapters(model).values()):
-        name, seen = f"block {index}", adapter.seen
+        name, seen = f"block {index}", adapter.counts
         assert 0 < seen.total_active < seen.total_candidates
         up, down = engine.ledger.h2d, engine.ledger.d2h
         forward = row * (seen.total_candidates + seen.total_active)
-        assert up[Trip(name, "forward")] == forward
-        assert down[Trip(name, "forward")] == 32 + 64
-        assert up[Trip(name, "backward")] == row * seen.total_active
-        assert down[Trip(name, "backward")] == row * seen.total_active
-        assert up[Trip(name, "update")] == down[Trip(name, "update")] == 0
+        assert up[TransferTag(name, "forward")] == forward
+        assert down[TransferTag(name, "forward")] == 32 + 64
+        assert up[TransferTag(name, "backward")] == row * seen.total_active
+        assert down[TransferTag(name, "backward")] == row * seen.total_active
+        assert up[TransferTag(name, "update")] == down[TransferTag(name, "update")] == 0
 
 
 def test_in_a_window_every_row_and_gradient_travels_once() -> None:
@@ -127,7 +127,7 @@ def test_in_a_window_every_row_and_gradient_travels_once() -> None:
     row = 2 * HIDDEN * 4
     for index in range(DEPTH):
         name = f"block {index}"
-        down = engine.ledger.d2h[Trip(name, "update")]
+        down = engine.ledger.d2h[TransferTag(name, "update")]
         assert down == row * len(touched[index])
     rows_up = sum(engine.num_taken - engine.num_hits for _ in range(1))
     assert rows_up <= DEPTH * 64

@@ -13,7 +13,8 @@ from library.sparse import all_rows, config, randomise, row_gradients
 from meft.backbone.families import FAMILIES
 from meft.backbone.find import find_blocks
 from meft.errors import UnsupportedModelError
-from meft.sparse.convert import remove_sparse_adapters, sparse_adapters
+from meft.sparse.adapter import sparse_adapters
+from meft.sparse.convert import remove_sparse_adapters
 from meft.sparse.dense import DenseAdapter
 from meft.testing import tolerance
 

@@ -56,7 +56,7 @@ def test_more_than_there_are_cannot_be_kept() -> None:
         ({"placement": "gpu"}, "one of"),
         ({"num_neurons": 0}, "at least 1"),
         ({"num_experts": -1}, "at least 0"),
-        ({"wire_dtype": "float64"}, "one of"),
+        ({"transfer_dtype": "float64"}, "one of"),
         ({"cache": "on"}, "one of"),
         ({"gate": "logits"}, "did you mean 'logit'"),
         ({"update": "catch-up"}, "did you mean 'catchup'"),

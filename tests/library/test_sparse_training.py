@@ -24,7 +24,7 @@ from library.sparse import (
     train,
 )
 from meft.errors import AdapterFileError, ConfigError, UnsupportedCallError
-from meft.sparse.convert import sparse_adapters
+from meft.sparse.adapter import sparse_adapters
 
 
 def backward(model: PreTrainedModel, count: int = 1) -> None:

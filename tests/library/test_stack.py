@@ -8,7 +8,7 @@ import torch
 import meft
 from library.models import batch, gradient, gradients, only_stack, reversible
 from marks import slow_but_for
-from meft.reversible.fixed import FRACTION_BITS_WIDE
+from meft.reversible.integer_format import FRACTION_BITS_WIDE
 from meft.reversible.packing import packed_bytes
 from meft.reversible.twin import read
 from meft.reversible.variants import fresh_stream

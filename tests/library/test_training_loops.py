@@ -32,7 +32,7 @@ from library.training import (
     trainable,
     variants,
 )
-from meft.reversible.probe import Probe
+from meft.reversible.inverse_error import InverseErrorProbe
 from meft.testing import check_reversible
 
 # Loops -------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_an_overflow_skips_the_step_and_is_undone_exactly(
 
     with torch.no_grad():
         weight[0, 0] += 2.0**20
-    stack.probe = Probe(num_samples=0)
+    stack.probe = InverseErrorProbe(num_samples=0)
     assert not torch.isfinite(step())
     assert any(not torch.isfinite(g).all() for g in left(model).values())
     assert stack.probe.rebuilt_errors() == [0.0, 0.0, 0.0]

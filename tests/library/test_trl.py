@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import meft
 from library.sparse import VOCAB, plain_model
 from marks import slow_but_for
-from meft.reversible.convert import find_stacks
+from meft.reversible.blocks import find_stacks
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 peft = pytest.importorskip("peft")

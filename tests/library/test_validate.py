@@ -24,7 +24,7 @@ OPTIONAL = {
     "coupling",
     "span",
     "num_experts",
-    "wire_dtype",
+    "transfer_dtype",
 }
 INTEGERS = {
     "bottleneck_size": meft.ReversibleConfig,

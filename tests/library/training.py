@@ -11,8 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import meft
 from library.models import VOCAB, batch, gradient, gradients, reversible
 from marks import slow_but_for
-from meft.reversible.blocks import ReversibleBlocks
-from meft.reversible.convert import find_stacks
+from meft.reversible.blocks import ReversibleBlocks, find_stacks
 
 Gradients = dict[str, torch.Tensor]
 Batch = dict[str, torch.Tensor]

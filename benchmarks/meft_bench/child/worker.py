@@ -26,9 +26,9 @@ from meft_bench.shared.source import MissingError, Source
 
 def main() -> None:
     """Process the request on the command line."""
-    asked = request.read()
-    die_with_parent(asked.parent_pid)
-    options = ChildOptions(**asked.body["options"])
+    given = request.read()
+    die_with_parent(given.parent_pid)
+    options = ChildOptions(**given.body["options"])
     if options.memory_limit_bytes is not None:
         limit = options.memory_limit_bytes
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -36,17 +36,17 @@ def main() -> None:
         # Set before the libraries are imported, because they read it on import.
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    if "cell" in asked.body:
-        answer = run(Cell.from_json(asked.body["cell"]), options)
-    elif "check" in asked.body:
+    if "cell" in given.body:
+        answer = run(Cell.from_json(given.body["cell"]), options)
+    elif "check" in given.body:
         from meft_bench.virtual.validation import checks
 
-        answer = checks.run(asked.body["check"], options)
+        answer = checks.run(given.body["check"], options)
     else:
         from meft_bench.virtual.prediction.planner import plan_all
 
-        answer = plan_all(asked.body["plan"], options)
-    outcome.leave(asked.out, answer)
+        answer = plan_all(given.body["plan"], options)
+    outcome.leave(given.out, answer)
 
 
 def run(cell: Cell, options: ChildOptions) -> dict[str, object]:

@@ -37,8 +37,8 @@ def draw(frame: pd.DataFrame) -> Figure:
 def _num_rebuilt(rows: pd.DataFrame) -> pd.DataFrame:
     ours = rows[rows["method"].map(is_meft).astype(bool)]
     # 0 rebuilds all of them.
-    asked = ours["reversible_blocks"].where(ours["reversible_blocks"] != 0)
-    rebuilt_blocks = asked.astype("Float64").fillna(
+    requested = ours["reversible_blocks"].where(ours["reversible_blocks"] != 0)
+    rebuilt_blocks = requested.astype("Float64").fillna(
         ours["num_blocks"].astype("Float64")
     )
     x = rebuilt_blocks.mask(ours["method"].map(is_stored).astype(bool), 0.0)

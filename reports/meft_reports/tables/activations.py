@@ -134,8 +134,8 @@ def _sentences(part: pd.DataFrame, bases: dict[str, pd.DataFrame]) -> list[str]:
             if method in ends
         ]
         if compared and not is_null(mean):
-            told = words.format(size=format_bytes(mean))
-            sentences.append(f"{EXACT} {told}: {', '.join(compared)}.")
+            text = words.format(size=format_bytes(mean))
+            sentences.append(f"{EXACT} {text}: {', '.join(compared)}.")
     return sentences
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from meft.sparse.convert import sparse_adapters
+from meft.sparse.adapter import sparse_adapters
 from meft.testing import check_reversible
 from meft_bench.child.measuring.partial_result import PartialResult, finite
 from meft_bench.child.meters import memory, nvml, routing, rows

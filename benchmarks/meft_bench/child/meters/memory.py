@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from meft.sparse.convert import sparse_adapters
+from meft.sparse.adapter import sparse_adapters
 from meft.sparse.row_parameter import rows_of
 from meft.testing import saved_bytes
 from meft_bench.child.tasks.batches import Batch

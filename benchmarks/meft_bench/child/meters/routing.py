@@ -79,11 +79,11 @@ def _recall(adapter: SparseAdapter, tokens: Tensor, scores: Tensor) -> float:
     logits = functional.linear(tokens, adapter.router.float())
     experts = router.top(logits, config.top_k_experts)
     held = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, experts, True)
-    held = held.repeat_interleave(adapter.rows_per_expert, 1)
+    held = held.repeat_interleave(adapter.config.neurons_per_expert, 1)
     routed = scores
     if config.is_gated:
         gates = logits.softmax(1) if config.gate == "softmax" else logits
-        routed = scores * gates.repeat_interleave(adapter.rows_per_expert, 1)
+        routed = scores * gates.repeat_interleave(adapter.config.neurons_per_expert, 1)
     k = min(config.top_k_neurons, config.num_candidates)
     kept = router.top(routed.masked_fill(~held, -torch.inf), k)
     best = router.top(scores, config.top_k_neurons)

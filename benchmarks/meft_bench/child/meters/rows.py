@@ -21,7 +21,7 @@ from typing import Any
 
 from meft.sparse.adapter import SparseAdapter
 from meft.sparse.engine import OffloadedRows
-from meft.transfer import Ledger
+from meft.transfer import TransferLedger
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,15 +59,15 @@ class TrafficMeter:
         first = adapters[0].rows
         self._engine = first.engine if isinstance(first, OffloadedRows) else None
         for adapter in adapters:
-            adapter.seen.clear()
+            adapter.counts.clear()
         if self._engine is not None:
             self._engine.reset_counters()
 
     def result(self) -> RowTraffic:
         """Return the counts so far."""
-        seen = [adapter.seen for adapter in self._adapters]
+        seen = [adapter.counts for adapter in self._adapters]
         store = self._adapters[0].rows.store
-        itemsize = store.wire_dtype.itemsize
+        itemsize = store.transfer_dtype.itemsize
         hidden = store.width // 2
         num_batches = seen[0].num_batches
         active = sum(one.total_active for one in seen)
@@ -95,12 +95,12 @@ class TrafficMeter:
             peak_staging_bytes=engine.peak_staging_bytes,
         )
 
-    def _by_block(self, ledger: Ledger) -> dict[str, Any]:
+    def _by_block(self, ledger: TransferLedger) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for direction, booked in (("h2d", ledger.h2d), ("d2h", ledger.d2h)):
             for phase in ("forward", "backward", "update"):
                 found[f"{direction}_{phase}_bytes"] = [
-                    booked[adapter.rows.trip(phase)]
+                    booked[adapter.rows.tag(phase)]
                     for adapter in self._adapters
                     if isinstance(adapter.rows, OffloadedRows)
                 ]

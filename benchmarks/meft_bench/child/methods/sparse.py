@@ -43,7 +43,7 @@ def _sparse(model: PreTrainedModel, cell: Cell, **fields: Any) -> PreTrainedMode
         "num_experts": cell.num_experts or None,
         "device_bytes": cell.row_budget_bytes,
         # Under autocast, the dtype of the backbone is not the compute dtype.
-        "wire_dtype": {"bf16": "bfloat16", "fp16": "float16"}.get(cell.dtype),
+        "transfer_dtype": {"bf16": "bfloat16", "fp16": "float16"}.get(cell.dtype),
     }
     return meft.add_sparse_adapters(model, meft.SparseConfig(**config | fields))
 
@@ -67,6 +67,6 @@ sparse_experts_resident = partial(_sparse, placement="resident")
 sparse_experts_no_cache = partial(_sparse, cache="off")
 sparse_experts_window = partial(_sparse, cache="window")
 sparse_experts_no_prefetch = partial(_sparse, prefetch=False)
-sparse_experts_wide = partial(_sparse, wire_dtype="float32")
+sparse_experts_wide = partial(_sparse, transfer_dtype="float32")
 sparse_experts_lazy = partial(_sparse, update="lazy")
 sparse_experts_dense_update = partial(_sparse, update="dense")

@@ -175,13 +175,13 @@ def _choose(
     best: dict[int, tuple[float, str]] = {}
     for chosen in _by_length(encoded, cell.batch_size):
         batch = collate([encoded[n] for n in chosen], stepper.pad_token_id)
-        told = batch.pop("labels")[:, 1:]
+        targets = batch.pop("labels")[:, 1:]
         # The head is the most expensive part, and only the option's tokens need it.
-        places = (told != IGNORED).any(0).nonzero()[:, 0]
+        places = (targets != IGNORED).any(0).nonzero()[:, 0]
         inputs = stepper.to_device(batch | {"logits_to_keep": places})
         with stepper.autocast():
             logits = stepper.model(**inputs).logits
-        likely = _log_likelihood(logits.float().cpu(), told[:, places])
+        likely = _log_likelihood(logits.float().cpu(), targets[:, places])
         for n, value in zip(chosen, likely.tolist(), strict=True):
             i, option = pairs[n]
             per_byte = value / max(1, len(option.encode()))
@@ -190,10 +190,10 @@ def _choose(
     return [best[i][1] for i in range(len(rows))]
 
 
-def _log_likelihood(logits: Tensor, told: Tensor) -> Tensor:
+def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the sum of the target tokens' log-likelihoods per row."""
-    found = logits.log_softmax(-1).gather(-1, told.clamp(min=0)[..., None])[..., 0]
-    return (found * (told != IGNORED)).sum(1)
+    found = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return (found * (targets != IGNORED)).sum(1)
 
 
 @torch.no_grad()

@@ -168,14 +168,14 @@ def full_batches(rows: Sequence[Example | Image], cell: Cell) -> list[Batch]:
     batches = []
     for _ in range(cell.accumulation):
         ids = torch.tensor([*itertools.islice(tokens, shape[0] * shape[1])]).view(shape)
-        told = [*itertools.islice(labels, cell.batch_size)]
-        is_told = isinstance(told[0], list)
+        targets = [*itertools.islice(labels, cell.batch_size)]
+        is_list = isinstance(targets[0], list)
         batches.append(
             {
                 "input_ids": ids,
                 "token_type_ids": torch.zeros(shape, dtype=torch.long),
                 "attention_mask": torch.ones(shape, dtype=torch.long),
-                "labels": ids.clone() if is_told else torch.tensor(told),
+                "labels": ids.clone() if is_list else torch.tensor(targets),
             }
         )
     return batches

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import meft
-from meft.sparse.convert import sparse_adapters
+from meft.sparse.adapter import sparse_adapters
 from meft_bench.child.meters.clock import StepClock
 from meft_bench.child.tasks.batches import IGNORED, Batch, Example, Image, collate
 from meft_bench.shared import protocol

@@ -16,14 +16,9 @@ from torch import Tensor
 from torch.backends import cuda as switches
 from torch.nn import functional
 
-from meft_bench.virtual.device.gpu import Gpu
+from meft_bench.virtual.device.gpu import CONSUMER, Gpu
 
 aten = torch.ops.aten
-CONSUMER = ((8, 6), (8, 9), (12, 0), (12, 1))
-"""Compute capabilities of GPUs with less shared memory.
-
-On these, flash attention supports fewer head sizes in backward.
-"""
 
 Attention = Callable[..., Tensor]
 
@@ -179,10 +174,12 @@ def _flash_fits(gpu: Gpu, call: Call) -> bool:
 
 
 def _efficient_fits(gpu: Gpu, call: Call) -> bool:
-    step = 8 if call.is_half else 4
+    is_old = gpu.compute_capability < (8, 0)
+    step = 8 if call.is_half else 1 if is_old else 4
+    dtypes = [torch.float16, torch.float32, *([] if is_old else [torch.bfloat16])]
     return (
         switches.mem_efficient_sdp_enabled()
-        and (call.is_half or call.query.dtype == torch.float32)
+        and call.query.dtype in dtypes
         and call.width == call.key.shape[-1]
         and call.width % step == 0
         and call.value.shape[-1] % step == 0

@@ -17,6 +17,11 @@ from meft_bench.shared.registry import VIRTUAL, nearest
 
 FOLDER = Path(__file__).with_name("gpus")
 ATTENTION_KERNELS = ("cudnn", "flash", "efficient", "math")
+CONSUMER = ((8, 6), (8, 9), (12, 0), (12, 1))
+"""Compute capabilities of GPUs with fewer threads and less shared memory.
+
+On these, flash attention supports fewer head sizes in backward.
+"""
 ONE_WORKSPACE = Version("2.13.0.dev0")
 """First version of torch in which cuBLASLt uses the workspace of cuBLAS."""
 
@@ -56,6 +61,18 @@ class Gpu:
     source: str
     """Source of the values: where they were read or measured, and when."""
 
+    @property
+    def max_threads_per_multiprocessor(self) -> int:
+        """Maximum number of threads on a multiprocessor, as CUDA documents it."""
+        if self.compute_capability == (7, 5):
+            return 1024
+        return 1536 if self.compute_capability in CONSUMER else 2048
+
+    @property
+    def computes_in_bf16(self) -> bool:
+        """Whether it multiplies BF16 matrices; older GPUs emulate that in FP32."""
+        return self.compute_capability >= (8, 0)
+
 
 def library_bytes(gpu: Gpu, torch_version: str) -> tuple[int, int]:
     """Return the bytes that cuBLAS and cuBLASLt keep for each thread.
@@ -70,8 +87,8 @@ def library_bytes(gpu: Gpu, torch_version: str) -> tuple[int, int]:
     Returns:
         Bytes of cuBLAS and bytes of cuBLASLt.
     """
-    asked = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
-    own = sum(1024 * int(size) * int(count) for size, count in asked)
+    found = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    own = sum(1024 * int(size) * int(count) for size, count in found)
     is_one = Version(torch_version) >= ONE_WORKSPACE
     lt = 0 if is_one else gpu.cublaslt_workspace_bytes
     return own or gpu.cublas_workspace_bytes, lt

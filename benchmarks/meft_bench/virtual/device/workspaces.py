@@ -24,7 +24,6 @@ SORTED_FROM = 3072
 """Number of indices above which the gradient of an embedding sorts them first."""
 MOST_THREADS = 512
 """Maximum number of threads of a block in a reduction."""
-THREADS_OF_MULTIPROCESSOR = 2048
 LEAST_VALUES, MOST_VALUES = 16, 256
 """Number of values that a thread sums, where blocks share an output."""
 
@@ -90,7 +89,7 @@ def _embedding_backward(args: tuple[Any, ...], out: Any) -> int:
     return 0 if count <= SORTED_FROM else 4 * 8 * count
 
 
-def _sum(args: tuple[Any, ...], out: Any, num_multiprocessors: int) -> int:
+def _sum(args: tuple[Any, ...], out: Any, gpu: Gpu) -> int:
     """Partial sums of a bias gradient: rows `[M, N]` summed over `M` (Reduce.cuh).
 
     Where there are few outputs and many rows, blocks of threads share an output, and
@@ -113,7 +112,8 @@ def _sum(args: tuple[Any, ...], out: Any, num_multiprocessors: int) -> int:
         return 0
     values = -(-num_inputs // height)
     grid = -(-(num_outputs // vector) // width)
-    most_blocks = num_multiprocessors * (THREADS_OF_MULTIPROCESSOR // (width * height))
+    blocks_per_multiprocessor = gpu.max_threads_per_multiprocessor // (width * height)
+    most_blocks = gpu.num_multiprocessors * blocks_per_multiprocessor
     if values < MOST_VALUES or grid > most_blocks:
         return 0
     sharing = max(
@@ -134,7 +134,7 @@ def _power_of_2(value: int, most: int) -> int:
 
 def of(gpu: Gpu) -> Mapping[Any, Workspace]:
     """Return the workspace functions for a GPU, by operator."""
-    sums = functools.partial(_sum, num_multiprocessors=gpu.num_multiprocessors)
+    sums = functools.partial(_sum, gpu=gpu)
     return _OF_ALL | {aten.sum.dim_IntList: sums}
 
 

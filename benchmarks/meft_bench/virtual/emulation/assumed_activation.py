@@ -13,6 +13,7 @@ row is kept in real tensors, and the engine's own counters report the transfers.
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,12 +22,13 @@ from torch import Tensor
 from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from meft import host_memory
-from meft.sparse import store, token_topk, union
-from meft.sparse.adapter import SparseAdapter
-from meft.sparse.engine import OffloadedRows
-from meft.sparse.rows import ResidentRows, Rows
-from meft.sparse.store import Ids, RowStore
+from meft.host_memory import available_bytes
+from meft.page_lock import page_locked
+from meft.sparse.adam_on import adam_on
+from meft.sparse.block_neurons import BlockNeurons
+from meft.sparse.choice import distinct
+from meft.sparse.indices import all_ids, ids_of, new_steps
+from meft.sparse.shapes import Ids
 
 aten = torch.ops.aten
 
@@ -40,20 +42,17 @@ def rows(active_fraction: float) -> Iterator[None]:
             for methods that run every neuron, 1 is used instead.
     """
     declared = _Declared(active_fraction)
-    patches: list[tuple[Any, str, Any]] = [
-        (token_topk, "distinct", declared.distinct),
-        (union, "distinct", declared.distinct),
-        (OffloadedRows, "chosen", declared.after(_to_host)),
-        (ResidentRows, "chosen", declared.after(_nowhere)),
-        (RowStore, "__init__", _with_real_steps(RowStore.__init__)),
-        (store, "_pinned", _same),
-        (host_memory, "available_bytes", _unknown),
-        (RowStore, "_everyone", _every_row),
-        (store, "form_for", _form_for(store.form_for)),
-    ]
     with contextlib.ExitStack() as stack:
-        for owner, name, ours in patches:
-            stack.enter_context(mock.patch.object(owner, name, ours))
+        for replacement in (
+            distinct.replaced(declared.distinct),
+            ids_of.replaced(declared.ids_of),
+            all_ids.replaced(_all_ids),
+            new_steps.replaced(_new_steps),
+            page_locked.replaced(_same),
+            available_bytes.replaced(_unknown),
+            adam_on.replaced(_adam_on),
+        ):
+            stack.enter_context(replacement)
         stack.enter_context(mock.patch.dict(fake_impls.op_implementations_dict, _SIZES))
         yield
 
@@ -67,28 +66,20 @@ class _Declared:
         """Number of entries of the current choice."""
         self._share = 1.0
 
-    def distinct(self, adapter: SparseAdapter, choice: Tensor, size: int = 1) -> Ids:
+    def distinct(self, block: BlockNeurons, choice: Tensor, size: int = 1) -> Ids:
         """Call the library's function; store the number of entries of the choice."""
-        config = adapter.config
+        config = block.config
         self._most = choice.numel()
         # A batch is assumed to use all experts that it can, because there are few.
         chooses = size == 1 and config.top_k_neurons < config.num_neurons
         self._share = self._fraction if chooses else 1.0
-        found: Ids = _distinct(adapter, choice, size)
+        found = distinct.plain(block, choice, size)
         return _first(len(found)) if found.device.type == "cpu" else found
 
-    def after(self, travel: Callable[[Rows, Tensor], Tensor]) -> Callable[..., Ids]:
-        """Return a replacement for `Rows.chosen` that calls `travel` on the flags."""
-
-        def chosen(of: Rows, flags: Tensor) -> Ids:
-            here = travel(of, flags)
-            count = min(math.ceil(self._share * len(flags)), self._most)
-            return torch.arange(count, device=here.device)
-
-        return chosen
-
-
-_distinct = token_topk.distinct
+    def ids_of(self, flags: Tensor) -> Ids:
+        """Return the first rows instead of those whose flag is set."""
+        count = min(math.ceil(self._share * len(flags)), self._most)
+        return torch.arange(count, device=flags.device)
 
 
 def _first(count: int) -> Ids:
@@ -97,30 +88,16 @@ def _first(count: int) -> Ids:
         return torch.arange(count)
 
 
-def _to_host(of: Any, flags: Tensor) -> Tensor:
-    here: Tensor = of.engine.download(flags, of.trip()).get()
-    return here
+def _all_ids(num_rows: int, device: torch.device) -> Ids:
+    return _first(num_rows)
 
 
-def _nowhere(of: Rows, flags: Tensor) -> Tensor:
-    return flags
+def _new_steps(num_rows: int, device: torch.device) -> Tensor:
+    with unset_fake_temporarily():
+        return torch.zeros(num_rows, dtype=torch.long)
 
 
-def _with_real_steps(plain: Callable[..., None]) -> Callable[..., None]:
-    def init(self: RowStore, *args: Any, **kwargs: Any) -> None:
-        plain(self, *args, **kwargs)
-        with unset_fake_temporarily():
-            self.updated_at = torch.zeros(len(self.rows), dtype=torch.long)
-            self.shadow_at = torch.zeros(len(self.rows), dtype=torch.long)
-
-    return init
-
-
-def _every_row(of: RowStore) -> Ids:
-    return _first(len(of))
-
-
-def _unknown() -> None:
+def _unknown(root: Path = Path("/")) -> None:
     """Fake rows use no memory."""
 
 
@@ -129,12 +106,12 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _form_for(plain: Callable[[torch.device], Any]) -> Callable[[torch.device], Any]:
-    """Replace the form of Adam on the host, which uses no memory.
+def _adam_on(device: torch.device) -> Any:
+    """Replace AdamW on the host, which uses no memory.
 
-    The form on a device, which uses memory, is kept.
+    AdamW on a device, which uses memory, is kept.
     """
-    return lambda device: _OnHost if device.type == "cpu" else plain(device)
+    return _OnHost if device.type == "cpu" else adam_on.plain(device)
 
 
 class _OnHost:

@@ -117,11 +117,11 @@ def _to_float32(operator: Any) -> Operator:
     names = [argument.name for argument in operator._schema.arguments]
 
     def kernel(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        told = dict(zip(names[1:], args, strict=False)) | kwargs
-        if told.get("dtype") is None and _is_cast(tensor):
-            told["dtype"] = torch.float32
+        options = dict(zip(names[1:], args, strict=False)) | kwargs
+        if options.get("dtype") is None and _is_cast(tensor):
+            options["dtype"] = torch.float32
         with torch._C._DisableAutocast():
-            return operator(tensor, **told)
+            return operator(tensor, **options)
 
     return kernel
 

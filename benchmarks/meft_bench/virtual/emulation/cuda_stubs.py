@@ -38,7 +38,7 @@ def answers_of(
         total_memory=gpu.memory_bytes,
         multi_processor_count=gpu.num_multiprocessors,
         warp_size=32,
-        max_threads_per_multi_processor=2048,
+        max_threads_per_multi_processor=gpu.max_threads_per_multiprocessor,
         regs_per_multiprocessor=65536,
         gcnArchName="",
     )
@@ -49,8 +49,8 @@ def answers_of(
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None
 
-    def yes(*args: Any, **kwargs: Any) -> bool:
-        return True
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        return including_emulation or gpu.computes_in_bf16
 
     def zero(*args: Any, **kwargs: Any) -> int:
         return 0
@@ -58,7 +58,7 @@ def answers_of(
     answers: dict[str, Any] = {
         "is_available": lambda: is_found,
         "is_initialized": lambda: is_found,
-        "is_bf16_supported": yes,
+        "is_bf16_supported": is_bf16_supported,
         "is_current_stream_capturing": lambda: False,
         "device_count": lambda: int(is_found),
         "current_device": zero,

@@ -1,4 +1,4 @@
-"""Replacement for `meft.reversible.fused` where no GPU can run its kernels.
+"""Replacement for `meft.reversible.triton_kernels` where no GPU can run its kernels.
 
 The functions allocate the memory that the kernels allocate, which is that of the kept
 bits, and compute nothing. Builds of torch for CUDA include the triton that the kernels

@@ -194,7 +194,7 @@ def _where(trace: Trace, peak: Peak) -> str:
 
 
 def _flops_per_second(cell: Cell, gpu: Gpu) -> float:
-    if cell.dtype in HALF:
+    if cell.dtype in HALF and (cell.dtype == "fp16" or gpu.computes_in_bf16):
         return gpu.half_flops_per_second
     is_tf32 = torch.backends.cuda.matmul.allow_tf32
     return gpu.tf32_flops_per_second if is_tf32 else gpu.fp32_flops_per_second

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from library.models import batch, gradient, gradients, only_stack, reversible
-from meft.reversible.kernels import Kernels
+from meft.reversible.execution_context import ExecutionContext
 
 CPU = torch.device("cpu")
 
@@ -35,12 +35,12 @@ def test_the_backward_takes_the_forwards_attention(variant: str) -> None:
         expected = gradients(model, inputs)
     stack.backward_pass = "rebuild"
     model.zero_grad()
-    before = Kernels.current(CPU)
+    before = ExecutionContext.current(CPU)
     with sdpa_kernel(SDPBackend.MATH):
         torch.manual_seed(3)
         loss = model(**inputs).loss
     loss.backward()
-    assert Kernels.current(CPU) == before
+    assert ExecutionContext.current(CPU) == before
     got = {n: gradient(p) for n, p in model.named_parameters() if p.requires_grad}
     for name, tensor in expected.items():
         assert torch.equal(got[name], tensor), name
@@ -50,15 +50,15 @@ def test_settings_come_and_go() -> None:
     """Inside `entered()` they are what they were, without a cache; outside they are
     left as they are, after an error as well."""
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        inside = Kernels.current(CPU)
-    outside = Kernels.current(CPU)
+        inside = ExecutionContext.current(CPU)
+    outside = ExecutionContext.current(CPU)
     assert inside.computed_in == torch.bfloat16
     assert outside.computed_in is None
     with contextlib.suppress(ZeroDivisionError), inside.entered():
-        assert Kernels.current(CPU) == inside
+        assert ExecutionContext.current(CPU) == inside
         assert not torch.is_autocast_cache_enabled()
         _ = 1 / 0
-    assert Kernels.current(CPU) == outside
+    assert ExecutionContext.current(CPU) == outside
     assert torch.is_autocast_cache_enabled()
 
 

@@ -4,7 +4,7 @@ A backward runs outside of the contexts that the forward ran in: autocast, the b
 selected for `scaled_dot_product_attention`, the number of threads. Another backend, or
 a sum that is split among other threads, gives other bits. The precision of float32
 products is not restored, because torch refuses to mix the two ways of setting it; if it
-changed, the error message of the watch reports it.
+changed, the error message of the check reports it.
 
 Autocast's weight cache stays off. If a forward without grad cached a cast, the
 recompute would use that cast, which has no autograd history, and lose the gradient. A
@@ -66,7 +66,7 @@ _SETTINGS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Kernels:
+class ExecutionContext:
     """Autocast, attention backends and other torch settings at one point in time."""
 
     device_type: str
@@ -78,7 +78,7 @@ class Kernels:
     """Values of `_SETTINGS`."""
 
     @classmethod
-    def current(cls, device: torch.device) -> "Kernels":
+    def current(cls, device: torch.device) -> "ExecutionContext":
         """Return the current settings for computations on `device`."""
         kind = device.type
         return cls(
@@ -117,7 +117,7 @@ class Kernels:
                     setting.write(value)
             yield
 
-    def changed(self, now: "Kernels") -> list[str]:
+    def changed(self, now: "ExecutionContext") -> list[str]:
         """Describe each changed setting that `entered` does not restore."""
         settings = zip(_SETTINGS, self.settings, now.settings, strict=True)
         return [

@@ -24,7 +24,7 @@ WARN_ABOVE = 0.01
 """Estimated relative error of a block's gradients above which training warns."""
 
 
-class Probe:
+class InverseErrorProbe:
     """Compare true and rebuilt streams of one forward and backward.
 
     Args:
@@ -35,7 +35,7 @@ class Probe:
     def __init__(
         self,
         num_samples: int = 4096,
-        when_done: "Callable[[Probe], None] | None" = None,
+        when_done: "Callable[[InverseErrorProbe], None] | None" = None,
     ) -> None:
         self._num_samples = num_samples
         self._when_done = when_done

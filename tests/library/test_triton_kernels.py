@@ -19,6 +19,7 @@ from library.models import batch, gradients, reversible
 from meft.reversible import fixed
 from meft.reversible.coupling import Branch, Coupling
 from meft.reversible.fixed import Fixed
+from meft.reversible.integer_format import FRACTION_BITS, FRACTION_BITS_WIDE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The interpreter is slow: each size takes one type.
@@ -35,21 +36,21 @@ couplings = pytest.mark.parametrize("difference", [True, False], ids=["diff", "p
 
 
 @pytest.fixture(scope="module")
-def fused() -> ModuleType:
+def interpreted() -> ModuleType:
     """The kernels in triton's interpreter, on the CPU."""
-    return copy_of_fused(interpret=True)
+    return copy_of_kernels(interpret=True)
 
 
 @pytest.fixture(scope="module")
 def compiled() -> ModuleType:
     """The kernels as they are compiled, which takes no GPU."""
-    return copy_of_fused(interpret=False)
+    return copy_of_kernels(interpret=False)
 
 
-def copy_of_fused(interpret: bool) -> ModuleType:
+def copy_of_kernels(interpret: bool) -> ModuleType:
     """Of its own: triton decides on import how a kernel will be run."""
     pytest.importorskip("triton", reason="triton is not installed")
-    spec = importlib.util.find_spec("meft.reversible.fused")
+    spec = importlib.util.find_spec("meft.reversible.triton_kernels")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -102,7 +103,7 @@ def values(size: int, dtype: torch.dtype, fraction_bits: int) -> Tensor:
 
 
 def assert_same(
-    fused: ModuleType,
+    interpreted: ModuleType,
     coupling: Coupling,
     target: Tensor,
     source: Tensor,
@@ -120,7 +121,7 @@ def assert_same(
     expected, got, untouched = target.clone(), target.clone(), source.clone()
     kept = arithmetic.couple_(expected, source, value, coupling)
     arguments = (num_bits, coupling.difference, fraction_bits)
-    got_kept = fused.couple_(got, source, value, *arguments, keep)
+    got_kept = interpreted.couple_(got, source, value, *arguments, keep)
     assert torch.equal(got, expected)
     if keep:
         assert kept is not None
@@ -129,7 +130,7 @@ def assert_same(
     else:
         assert kept is None
         assert got_kept is None
-    fused.uncouple_(got, source, value, kept, *arguments)
+    interpreted.uncouple_(got, source, value, kept, *arguments)
     assert torch.equal(got, target)
     arithmetic.uncouple_(expected, source, value, coupling, got_kept)
     assert torch.equal(expected, target)
@@ -140,13 +141,13 @@ def assert_same(
 @couplings
 @pytest.mark.parametrize("starts", [False, True], ids=["", "starts"])
 def test_the_kernels_compute_the_bits_of_the_reference(
-    fused: ModuleType, num_bits: int, difference: bool, starts: bool
+    interpreted: ModuleType, num_bits: int, difference: bool, starts: bool
 ) -> None:
     """Stream, what is kept, and the way back, for every size and kind of number."""
     for size, dtype in SIZES.items():
-        bits = fixed.FRACTION_BITS.get(dtype, fixed.FRACTION_BITS_WIDE)
+        bits = FRACTION_BITS.get(dtype, FRACTION_BITS_WIDE)
         assert_same(
-            fused,
+            interpreted,
             coupling(num_bits, difference, starts),
             *streams(size, starts),
             values(size, dtype, bits),
@@ -158,7 +159,7 @@ def test_the_kernels_compute_the_bits_of_the_reference(
 @couplings
 @pytest.mark.parametrize("starts", [False, True], ids=["", "starts"])
 def test_streams_of_64_bits_are_computed_as_the_reference_computes_them(
-    fused: ModuleType, num_bits: int, difference: bool, starts: bool
+    interpreted: ModuleType, num_bits: int, difference: bool, starts: bool
 ) -> None:
     """What is kept has 32 bits a word either way."""
     for size, dtype in (
@@ -168,7 +169,7 @@ def test_streams_of_64_bits_are_computed_as_the_reference_computes_them(
     ):
         at = coupling(num_bits, difference, starts)
         target, source = streams(size, starts, torch.int64)
-        assert_same(fused, at, target, source, values(size, dtype, 14), 14)
+        assert_same(interpreted, at, target, source, values(size, dtype, 14), 14)
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -187,7 +188,7 @@ def test_streams_of_64_bits_are_computed_as_the_reference_computes_them(
     fraction_bits=st.integers(0, 24),
 )
 def test_whatever_the_numbers_the_bits_are_the_references(
-    fused: ModuleType,
+    interpreted: ModuleType,
     numbers: list[tuple[int, int, float]],
     num_bits: int,
     difference: bool,
@@ -196,7 +197,7 @@ def test_whatever_the_numbers_the_bits_are_the_references(
     """Any integers and any floats, at every scale that a config can ask for."""
     target, source, value = zip(*numbers, strict=True)
     assert_same(
-        fused,
+        interpreted,
         coupling(num_bits, difference, False),
         torch.tensor(target, dtype=torch.int32),
         torch.tensor(source, dtype=torch.int32),
@@ -207,19 +208,19 @@ def test_whatever_the_numbers_the_bits_are_the_references(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_all_numbers_of_16_bits_are_rounded_as_the_reference_rounds(
-    fused: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     """All 65536 of each type: every not-a-number, infinity, denormal and half."""
-    monkeypatch.setattr(fused, "BLOCK", 2**16)  # one program: the interpreter is slow
+    monkeypatch.setattr(interpreted, "BLOCK", 2**16)  # one program
     value = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     zeros = torch.zeros(len(value), dtype=torch.int32)
-    assert_same(fused, coupling(0, False, False), zeros, zeros, value, 14)
+    assert_same(interpreted, coupling(0, False, False), zeros, zeros, value, 14)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("fraction_bits", [14, 18])
 def test_floats_are_rounded_half_to_even_at_every_magnitude(
-    fused: ModuleType, fraction_bits: int, dtype: torch.dtype
+    interpreted: ModuleType, fraction_bits: int, dtype: torch.dtype
 ) -> None:
     """The floats around halves and wholes, from 2^-2 quanta to where they clamp."""
     end = torch.iinfo(dtype).bits - 1
@@ -228,51 +229,56 @@ def test_floats_are_rounded_half_to_even_at_every_magnitude(
     near = [exact, exact.nextafter(exact * 2), exact.nextafter(exact * 0)]
     value = torch.cat([*near, *(-x for x in near)]) * 2.0**-fraction_bits
     zeros = torch.zeros(len(value), dtype=dtype)
-    assert_same(fused, coupling(0, False, False), zeros, zeros, value, fraction_bits)
+    assert_same(
+        interpreted, coupling(0, False, False), zeros, zeros, value, fraction_bits
+    )
 
 
-def test_double_precision_is_rounded_to_single_first(fused: ModuleType) -> None:
+def test_double_precision_is_rounded_to_single_first(interpreted: ModuleType) -> None:
     """1.5 quanta less a bit that float32 lacks: 2, by way of 1.5; directly it is 1."""
     value = torch.tensor([1.5 - 2.0**-40, -1e300, 1e300], dtype=torch.float64)
     zeros = torch.zeros(3, dtype=torch.int32)
     got = zeros.clone()
-    fused.couple_(got, zeros, value, 0, False, 0, False)
+    interpreted.couple_(got, zeros, value, 0, False, 0, False)
     assert got.tolist() == [2, -(2**29), 2**29]
-    assert_same(fused, coupling(2, True, False), zeros, zeros, value, 0)
+    assert_same(interpreted, coupling(2, True, False), zeros, zeros, value, 0)
 
 
-def test_values_may_lie_in_any_order(fused: ModuleType) -> None:
+def test_values_may_lie_in_any_order(interpreted: ModuleType) -> None:
     """A transposed and an expanded value count by index, not by address."""
     target, source = (x.view(7, 5) for x in streams(35, False))
     transposed = values(35, torch.float32, 18).view(5, 7).t()
     expanded = values(5, torch.float32, 18).expand(7, 5)
     for value in (transposed, expanded):
         assert not value.is_contiguous()
-        assert_same(fused, coupling(4, True, False), target, source, value, 18)
+        assert_same(interpreted, coupling(4, True, False), target, source, value, 18)
 
 
-def test_streams_have_to_be_contiguous(fused: ModuleType) -> None:
+def test_streams_have_to_be_contiguous(interpreted: ModuleType) -> None:
     """A kernel would take them for something else: refused rather than ruined."""
     target, source = (x.view(7, 5).t() for x in streams(35, False))
     value = torch.zeros(5, 7)
     with pytest.raises(AssertionError):
-        fused.couple_(target, source.contiguous(), value, 4, True, 18, True)
+        interpreted.couple_(target, source.contiguous(), value, 4, True, 18, True)
     with pytest.raises(AssertionError):
-        fused.couple_(target.contiguous(), source, value, 4, True, 18, True)
+        interpreted.couple_(target.contiguous(), source, value, 4, True, 18, True)
 
 
-def test_autograd_sees_that_a_stream_was_changed(fused: ModuleType) -> None:
+def test_autograd_sees_that_a_stream_was_changed(interpreted: ModuleType) -> None:
     """What was saved before a coupling and is read after it raises, as in torch."""
     stream = torch.zeros(3, dtype=torch.int32)
     before = stream._version
-    fused.couple_(stream, stream.clone(), torch.ones(3), 0, False, 0, False)
+    interpreted.couple_(stream, stream.clone(), torch.ones(3), 0, False, 0, False)
     assert stream._version > before
 
 
 @pytest.mark.parametrize("lost_bits", [3, 4])
 @pytest.mark.parametrize("coupling", ["difference", "paper"])
 def test_a_model_has_the_same_gradients_with_either_path(
-    fused: ModuleType, monkeypatch: pytest.MonkeyPatch, lost_bits: int, coupling: str
+    interpreted: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    lost_bits: int,
+    coupling: str,
 ) -> None:
     """Forward and backward through all couplings of a small model, equal in every bit.
 
@@ -287,7 +293,7 @@ def test_a_model_has_the_same_gradients_with_either_path(
 
     def kernels(target: Tensor, source: Tensor) -> ModuleType:
         calls.append(target.shape)
-        return fused
+        return interpreted
 
     monkeypatch.setattr(fixed, "kernels", kernels)
     got = gradients(model, inputs)
@@ -375,7 +381,7 @@ def test_a_gpu_computes_the_bits_of_the_reference(
 ) -> None:
     """A stream of a real model's size, on CUDA by triton and by torch."""
     size = 8 * 512 * 1024 + 1
-    bits = fixed.FRACTION_BITS.get(dtype, fixed.FRACTION_BITS_WIDE)
+    bits = FRACTION_BITS.get(dtype, FRACTION_BITS_WIDE)
     target, source = (stream.cuda() for stream in streams(size, False, width))
     value = values(size, dtype, bits).cuda()
     at = coupling(num_bits, difference, False)
@@ -399,9 +405,9 @@ def test_the_library_does_without_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, meft\n"
-        "assert 'meft.reversible.fused' not in sys.modules\n"
+        "assert 'meft.reversible.triton_kernels' not in sys.modules\n"
         "from meft.reversible import fixed\n"
-        "assert fixed._kernels_on(torch.device('cpu')) is None"
+        "assert fixed.kernels_on(torch.device('cpu')) is None"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
@@ -411,19 +417,19 @@ def test_the_library_does_without_triton() -> None:
 
 @pytest.fixture
 def installed(
-    fused: ModuleType, monkeypatch: pytest.MonkeyPatch
+    interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[ModuleType]:
     """The interpreted kernels as what `fixed` imports, and nothing decided yet."""
-    monkeypatch.setitem(sys.modules, "meft.reversible.fused", fused)
-    monkeypatch.setattr(meft.reversible, "fused", fused, raising=False)
-    fixed._kernels_on.cache_clear()
-    yield fused
-    fixed._kernels_on.cache_clear()
+    monkeypatch.setitem(sys.modules, "meft.reversible.triton_kernels", interpreted)
+    monkeypatch.setattr(meft.reversible, "triton_kernels", interpreted, raising=False)
+    fixed.load_kernels.cache_clear()
+    yield interpreted
+    fixed.load_kernels.cache_clear()
 
 
 def test_where_triton_works_the_kernels_are_used(installed: ModuleType) -> None:
     """They are tried on one element first; the interpreter works on a CPU."""
-    assert fixed._kernels_on(torch.device("cpu")) is installed
+    assert fixed.kernels_on(torch.device("cpu")) is installed
 
 
 def test_where_triton_does_not_work_the_reference_is_used_and_says_so(
@@ -436,5 +442,5 @@ def test_where_triton_does_not_work_the_reference_is_used_and_says_so(
 
     monkeypatch.setattr(installed, "couple_", couple_)
     with pytest.warns(RuntimeWarning, match="without triton.*C compiler"):
-        assert fixed._kernels_on(torch.device("cpu")) is None
-    assert fixed._kernels_on(torch.device("cpu")) is None  # and no second warning
+        assert fixed.kernels_on(torch.device("cpu")) is None
+    assert fixed.kernels_on(torch.device("cpu")) is None  # and no second warning

@@ -23,7 +23,7 @@ For k = 4 and 16-bit values that is 10.5 [14.5]; the separate torch operations m
 about 110 [120]. For streams of 64 bits, the terms 8, 12, 16 and those in brackets
 double.
 
-This module needs triton, so only `fixed.kernels` imports it.
+This module needs triton, so only `fixed.load_kernels` imports it.
 """
 
 from typing import Any, no_type_check
@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meft.reversible.fixed import LIMITS
+from meft.reversible.integer_format import LIMITS
 from meft.reversible.packing import WORD_BITS, packed_bytes, widths
 
 BLOCK = 512

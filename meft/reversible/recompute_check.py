@@ -17,7 +17,8 @@ grad. Whenever a forward runs with grad, the graph of the branch is searched for
 parameters that do not belong to its modules.
 
 Comparisons stay on the device; one flag is read at the end of the backward. For
-`floating` streams there is no exact comparison; a `Probe` may measure their error.
+`floating` streams there is no exact comparison; an `InverseErrorProbe` may measure
+their error.
 """
 
 from collections.abc import Hashable, Sequence
@@ -28,9 +29,9 @@ from torch import Tensor
 
 from meft.errors import ReconstructionError, UnsupportedCallError
 from meft.reversible.coupling import Context, Coupling
-from meft.reversible.kernels import Kernels
+from meft.reversible.execution_context import ExecutionContext
+from meft.reversible.inverse_error import InverseErrorProbe
 from meft.reversible.outside import Exits, Parameters, leaves_of, newest_node
-from meft.reversible.probe import Probe
 from meft.reversible.twin import Stack, joined
 
 Repeatable = dict[tuple[Any, ...], bool]
@@ -47,7 +48,7 @@ CHECKSUM_BASE = 0x5851F42D4C957F2D
 """An arbitrary large odd number."""
 
 
-class Watch:
+class RecomputeCheck:
     """Check the streams of one forward and backward.
 
     Args:
@@ -64,7 +65,7 @@ class Watch:
         exact: bool,
         repeatable: Repeatable,
         call: Hashable = None,
-        probe: Probe | None = None,
+        probe: InverseErrorProbe | None = None,
         outside: Outside | None = None,
     ) -> None:
         self._outside: Outside = {} if outside is None else outside
@@ -146,7 +147,7 @@ class Watch:
         x: Tensor,
         context: Context,
         wants_input: bool,
-        kernels: Kernels,
+        execution: ExecutionContext,
         own: Sequence[Tensor],
         has_hooks: bool,
         sources: Sequence[Tensor],
@@ -159,7 +160,7 @@ class Watch:
             x: what its source stream holds, `batch seq hidden`.
             context: tensors that the block receives in addition to the stream, by name.
             wants_input: whether the gradient of `x` is needed.
-            kernels: the settings that decide which kernels run.
+            execution: the settings that decide which kernels run.
             own: the parameters that the branch is known to use.
             has_hooks: whether modules inside have forward hooks.
             sources: tensors that a gradient of the branch may flow to.
@@ -168,7 +169,7 @@ class Watch:
             The output of the branch, of the shape of `x`.
         """
         training = stack.seed is not None
-        key: tuple[Any, ...] = (coupling.number, x.shape, x.dtype, kernels, training)
+        key: tuple[Any, ...] = (coupling.number, x.shape, x.dtype, execution, training)
         key += (self._call,)
         may_drop_graph = self._repeatable.get(key)
         if has_hooks:

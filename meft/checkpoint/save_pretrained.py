@@ -16,6 +16,7 @@ reports that the adapters' files are missing.
 import inspect
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,19 +24,24 @@ from weakref import WeakSet
 
 from torch import nn
 
+from meft.checkpoint.files import CONFIG
+from meft.checkpoint.save import write_adapters
+from meft.checkpoint.trained import trained_tensors
 from meft.errors import SavingWarning, UnsupportedCallError
 
+Load = Callable[[nn.Module, str | Path], nn.Module]
 METHODS = ("save_pretrained", "load_adapter")
 _WARNED: WeakSet[nn.Module] = WeakSet()
 """Models around a converted one that have warned that they save no adapters."""
 
 
-def add_saving(model: nn.Module, converted: type[nn.Module]) -> None:
+def add_saving(model: nn.Module, converted: type[nn.Module], load: Load) -> None:
     """Make `model`, and models inside it that hold all adapters, save the adapters.
 
     Args:
         model: a converted model.
         converted: the class of the modules that a conversion has added.
+        load: `meft.load_adapters`.
     """
     number = _count(model, converted)
     for module in model.modules():
@@ -45,7 +51,7 @@ def add_saving(model: nn.Module, converted: type[nn.Module]) -> None:
         if saves and _count(module, converted) == number:
             module.__dict__["save_pretrained"] = SavePretrained(module)
             if _is_peft_model(module):
-                module.__dict__["load_adapter"] = LoadAdapter(module)
+                module.__dict__["load_adapter"] = LoadAdapter(module, load)
 
 
 def remove_saving(model: nn.Module) -> None:
@@ -81,8 +87,6 @@ class SavePretrained:
         Warns:
             SavingWarning: once per model, what `from_pretrained` omits.
         """
-        from meft.checkpoint import trained_tensors, write_adapters  # imports us
-
         plain: Any = type(self.model).save_pretrained  # type: ignore[attr-defined]
         call = inspect.signature(plain).bind(
             self.model, save_directory, *args, **kwargs
@@ -122,10 +126,12 @@ class LoadAdapter:
 
     Args:
         model: a PeftModel that holds a converted model.
+        load: `meft.load_adapters`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, load: Load) -> None:
         self.model = model
+        self._load = load
 
     def __call__(
         self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any
@@ -143,8 +149,6 @@ class LoadAdapter:
                 adapters of meft, of which a model has one set.
             AdapterFileError: see `meft.load_adapters`.
         """
-        from meft.checkpoint import CONFIG, load_adapters  # imports this module
-
         model: Any = self.model
         has_ours = (Path(model_id) / CONFIG).is_file()
         if has_ours and adapter_name not in model.peft_config:
@@ -156,7 +160,7 @@ class LoadAdapter:
             )
         out = type(model).load_adapter(model, model_id, adapter_name, *args, **kwargs)
         if has_ours:
-            load_adapters(model, model_id)
+            self._load(model, model_id)
         return out
 
 

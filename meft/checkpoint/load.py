@@ -1,0 +1,163 @@
+"""`load_adapters`: load saved adapters into a model, which is converted if necessary.
+
+Everything that identifies the model is compared before the model changes.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from meft.backbone.find import find_blocks
+from meft.backbone.uncalled import allow_calls
+from meft.checkpoint.backbone import refuse_other_backbone
+from meft.checkpoint.digests import digest
+from meft.checkpoint.files import CONFIG, WEIGHTS, read_config, read_weights
+from meft.checkpoint.save_pretrained import add_saving, remove_saving
+from meft.checkpoint.trained import adapter_names
+from meft.errors import AdapterFileError, FrozenWarning
+from meft.reversible.blocks import ReversibleBlocks, find_stacks
+from meft.reversible.config import ReversibleConfig
+from meft.reversible.convert import insert_stacks
+from meft.sparse.adapter import SparseAdapter, sparse_adapters
+from meft.sparse.config import SparseConfig
+from meft.sparse.convert import insert_sparse_adapters, remove_sparse_adapters
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def load_adapters(model: Model, directory: str | Path) -> Model:
+    """Load saved adapters into `model`, which is converted first if necessary.
+
+    Args:
+        model: a model with the class and backbone that the adapters were trained with.
+            If a PeftModel was saved, a PeftModel with the same tuners.
+        directory: the directory that `save_adapters()` or `model.save_pretrained()`
+            wrote, such as a checkpoint of `Trainer`.
+
+    Returns:
+        `model` itself, which is unchanged if an error is raised.
+
+    Raises:
+        AdapterFileError: files are missing or damaged; the model class, the config or
+            frozen weights of the backbone, or the config of our methods differ; or
+            tensors do not fit or are missing.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    trained = read_weights(directory, config)
+    # This check precedes that of the weights, which would count the model's own
+    # adapters as frozen.
+    _refuse_other_adapters(model, config, directory)
+    refuse_other_backbone(model, config, trained, directory)
+    with _converted(model, config, directory):
+        parameters = dict(model.named_parameters())
+        targets = parameters | dict(model.named_buffers())
+        for name, value in trained.items():
+            _refuse_misfit(name, value, targets, directory)
+        missing = sorted(adapter_names(model) - trained.keys())
+        if missing:
+            raise AdapterFileError(
+                f"{directory / WEIGHTS} lacks {missing[0]!r}, an adapter of the model"
+            )
+        if config["trained_sha256"] != digest(trained):
+            raise AdapterFileError(
+                f"{directory / WEIGHTS} does not hold the tensors that {CONFIG} was "
+                "written with: a save was interrupted, or files of two saves were mixed"
+            )
+    fixed = {id(p) for a in sparse_adapters(model).values() for p in a.parameters()}
+    with torch.no_grad():
+        for name, value in trained.items():
+            target = targets[name].copy_(value)
+            if name in parameters:
+                target.requires_grad |= id(target) not in fixed
+    return model
+
+
+def _configs(
+    config: dict[str, Any],
+) -> tuple[SparseConfig | None, ReversibleConfig | None]:
+    of_sparse, of_reversible = config.get("sparse"), config["reversible"]
+    return (
+        SparseConfig.from_json(of_sparse) if of_sparse else None,
+        ReversibleConfig.from_json(of_reversible) if of_reversible else None,
+    )
+
+
+def _refuse_other_adapters(
+    model: nn.Module, config: dict[str, Any], directory: Path
+) -> None:
+    """Raise an error if the model has been converted with another config."""
+    sparse, reversible = _configs(config)
+    for stack in find_stacks(model).values():
+        if reversible is None or not stack.reversible.same_function(reversible):
+            raise _other_adapters(directory, reversible, stack.reversible)
+    for adapter in sparse_adapters(model).values():
+        if sparse is None or not adapter.config.same_function(sparse):
+            raise _other_adapters(directory, sparse, adapter.config)
+
+
+@contextlib.contextmanager
+def _converted(
+    model: nn.Module, config: dict[str, Any], directory: Path
+) -> Iterator[None]:
+    """Convert the model by the configs in `config`; undo this if the body raises."""
+    sparse, reversible = _configs(config)
+    stacks, adapters = find_stacks(model), sparse_adapters(model)
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    undo: list[Callable[[], object]] = []
+    try:
+        if sparse and not adapters:
+            with _quietly():
+                insert_sparse_adapters(model, sparse)
+            undo.append(lambda: remove_sparse_adapters(model))
+            undo.append(lambda: remove_saving(model))
+            add_saving(model, SparseAdapter, load_adapters)
+        if reversible and not stacks:
+            for found in find_blocks(model):
+                blocks = getattr(found.owner, found.attribute)
+                undo.append(partial(setattr, found.owner, found.attribute, blocks))
+                undo += [partial(allow_calls, block) for block in blocks]
+            if not adapters:
+                undo.append(lambda: remove_saving(model))
+            with _quietly():
+                insert_stacks(model, reversible)
+            add_saving(model, ReversibleBlocks, load_adapters)
+        yield
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Suppress `FrozenWarning`, as the loaded files determine what is trainable."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FrozenWarning)
+        yield
+
+
+def _other_adapters(directory: Path, saved: object, given: object) -> AdapterFileError:
+    return AdapterFileError(
+        f"{directory} was saved with {saved}, this model was made with {given}"
+    )
+
+
+def _refuse_misfit(
+    name: str, value: Tensor, parameters: Mapping[str, Tensor], directory: Path
+) -> None:
+    if name not in parameters:
+        raise AdapterFileError(f"{directory} has {name!r}, which the model has not")
+    if parameters[name].shape != value.shape:
+        raise AdapterFileError(
+            f"{directory} has {name!r} with shape {tuple(value.shape)}, the model with "
+            f"shape {tuple(parameters[name].shape)}"
+        )

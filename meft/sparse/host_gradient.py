@@ -1,0 +1,54 @@
+"""Gradients of rows that are summed in host memory."""
+
+import numpy as np
+import torch
+
+from meft.sparse.cache import Longs
+from meft.sparse.shapes import AllRows, Ids, SomeRows
+
+
+class HostGradient:
+    """The gradient of some rows of a block, in host memory.
+
+    Args:
+        num_rows: the number of rows of the block.
+        width: numbers in a row.
+    """
+
+    def __init__(self, num_rows: int, width: int) -> None:
+        self._width = width
+        self._sums: AllRows | None = None
+        self.has_gradient = np.zeros(num_rows, bool)
+        """Whether each row has a gradient here."""
+
+    def __bool__(self) -> bool:
+        return self._sums is not None and bool(self.has_gradient.any())
+
+    @property
+    def ids(self) -> Ids:
+        """Return the rows that have a gradient here, ascending."""
+        return torch.from_numpy(self.has_gradient.nonzero()[0])
+
+    @property
+    def values(self) -> SomeRows:
+        """Return a copy of the gradients of `ids`; there is at least one."""
+        assert self._sums is not None
+        return self._sums[self.ids]
+
+    def add(self, ids: Longs, gradient: SomeRows) -> None:
+        """Add to the gradients of rows `ids`."""
+        if self._sums is None:
+            self._sums = torch.zeros(len(self.has_gradient), self._width)
+        self._sums.index_add_(0, torch.from_numpy(ids), gradient.float())
+        self.has_gradient[ids] = True
+
+    def put(self, values: SomeRows) -> None:
+        """Replace the gradients of `ids`, of which there is at least one."""
+        assert self._sums is not None
+        self._sums[self.ids] = values
+
+    def drop(self) -> None:
+        """Set all gradients to 0."""
+        if self._sums is not None:
+            self._sums[self.ids] = 0
+            self.has_gradient.fill(False)
