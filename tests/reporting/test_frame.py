@@ -18,7 +18,7 @@ from meft_reports.frame import (
     to_frame,
 )
 from meft_reports.frame_files import load_frame, save_frame
-from meft_reports.records import STATUSES
+from meft_reports.valid_records import STATUSES
 from reporting.kinds import MakeRecord, Write
 
 

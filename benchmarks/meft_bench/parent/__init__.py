@@ -16,7 +16,8 @@ of memory ends only its own process.
     isolate       runs one cell in a child process and records how it ended
     environment   versions, sources and machine
     progress      output during a run
-    planning      the commands `plan` and `fit`
+    planning      the commands `plan` and `fit`: requests to the planner
+    plan_text     its answers as text
     show          the command `show`
     doctor        the command `doctor`
     output        printing to a terminal, a pipe or a full disk
