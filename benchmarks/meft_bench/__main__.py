@@ -2,9 +2,8 @@
 
 import sys
 
+from meft_bench.parent import output
 from meft_bench.shared.tables import TableError
-
-EXIT_USAGE = 2
 
 
 def main() -> int:
@@ -13,8 +12,8 @@ def main() -> int:
         # Imported here, because the tables of methods and measurements are read then.
         from meft_bench.parent import cli
     except TableError as error:
-        print(f"meft-bench: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        output.complain(f"meft-bench: {error}")
+        return output.EXIT_USAGE
     return cli.main()
 
 

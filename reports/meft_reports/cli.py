@@ -136,7 +136,8 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def frame(arguments: argparse.Namespace) -> int:
     """Write the tidy table."""
-    from meft_reports.frame import read_frame, save_frame
+    from meft_reports.frame import read_frame
+    from meft_reports.frame_files import save_frame
 
     save_frame(read_frame(arguments.runs), arguments.output)
     return _written(arguments.output)

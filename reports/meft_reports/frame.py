@@ -1,4 +1,4 @@
-"""Records as one tidy table, and that table as a file.
+"""Records as one tidy table.
 
 There is one row per cell and one column per entry of `meft_reports.columns`, with
 nullable dtypes and bytes as integers. Cells of every status are kept. Texts are
@@ -9,33 +9,23 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from meft_reports.columns import COLUMNS
 from meft_reports.columns.column import Column
 from meft_reports.columns.measurement import OLD_SCORE_NAMES
 from meft_reports.derived import derive
-from meft_reports.errors import RecordError, UnknownName
-from meft_reports.files import write_atomically
+from meft_reports.errors import RecordError
 from meft_reports.latest import code_of, in_order, newest_code
 from meft_reports.records import lookup, read_records
 from meft_reports.text import SHORT_LENGTH, printable
 
 MAX_VERSIONS = 100
 """Number of packages of an environment that the frame keeps, in order of names."""
-FORMULA_STARTS = tuple("=+-@＝＋－＠'")  # noqa: RUF001 (full-width ones are meant)
-"""Characters that a spreadsheet treats as the start of a formula in a CSV field.
-
-The list includes full-width characters, and the mark that prevents a formula; leading
-spaces are ignored.
-"""
 
 
 def read_frame(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
@@ -76,47 +66,7 @@ def to_frame(
             raise RecordError(
                 f"two cells are both shown as {row['cell_id']!r}; rename one of them"
             )
-    return _typed({c.name: [row[c.name] for row in rows] for c in COLUMNS})
-
-
-def save_frame(frame: pd.DataFrame, path: Path) -> None:
-    """Write the frame as Parquet or CSV, by the suffix of `path`.
-
-    Parquet stores lists as lists; CSV stores them as JSON, null as an empty field, and
-    a text that a spreadsheet would treat as a formula with a preceding `'`.
-
-    Raises:
-        UnknownName: the suffix is neither `.parquet` nor `.csv`.
-    """
-    writers = {".parquet": _parquet, ".csv": _csv}
-    if path.suffix not in writers:
-        raise UnknownName("ending", path.suffix, writers)
-    write_atomically(path, writers[path.suffix](frame))
-
-
-def load_frame(path: str | Path) -> pd.DataFrame:
-    """Read a file of `save_frame`: the same values with the same dtypes."""
-    path = Path(path)
-    if path.suffix == ".parquet":
-        columns = pq.read_table(path).to_pydict()
-        return _typed(columns)
-    raw = pd.read_csv(path, dtype=str, keep_default_na=False)
-    return _typed({c.name: [_parse(text, c) for text in raw[c.name]] for c in COLUMNS})
-
-
-def _parse(text: str, column: Column) -> Any:
-    """Return the value of one field of a CSV file; empty is null."""
-    if not text and not (column.required and column.dtype == "string"):
-        return column.default
-    match column.dtype:
-        case "string":
-            return text.removeprefix("'")
-        case "boolean":
-            return text == "True"
-        case "Int64":
-            return int(text)
-        case _:
-            return json.loads(text)
+    return typed({c.name: [row[c.name] for row in rows] for c in COLUMNS})
 
 
 def _flatten(record: dict[str, Any], newest: str) -> dict[str, Any]:
@@ -139,7 +89,8 @@ def _versions(versions: dict[str, str]) -> str:
     return json.dumps(texts, sort_keys=True)
 
 
-def _typed(columns: dict[str, list[Any]]) -> pd.DataFrame:
+def typed(columns: dict[str, list[Any]]) -> pd.DataFrame:
+    """Return columns of Python values as a frame with the dtypes of `COLUMNS`."""
     return pd.DataFrame({c.name: _series(columns[c.name], c) for c in COLUMNS})
 
 
@@ -167,43 +118,3 @@ def _series(values: list[Any], column: Column) -> "pd.Series[Any]":
 def _float(number: float | None) -> float:
     """Return a list's element as float; null in JSON becomes NaN."""
     return math.nan if number is None else float(number)
-
-
-def _or_null(number: float) -> float | None:
-    return number if math.isfinite(number) else None
-
-
-def _not_a_formula(text: str) -> str:
-    return f"'{text}" if text.lstrip().startswith(FORMULA_STARTS) else text
-
-
-_ARROW_TYPES = {
-    "string": pa.string(),
-    "boolean": pa.bool_(),
-    "Int64": pa.int64(),
-    "Float64": pa.float64(),
-    "list": pa.list_(pa.float64()),
-}
-
-
-def _parquet(frame: pd.DataFrame) -> bytes:
-    schema = pa.schema([(c.name, _ARROW_TYPES[c.dtype]) for c in COLUMNS])
-    buffer = BytesIO()
-    table = pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
-    pq.write_table(table, buffer)
-    return buffer.getvalue()
-
-
-def _csv(frame: pd.DataFrame) -> bytes:
-    text = frame.copy()
-    for column in COLUMNS:
-        if column.dtype == "list":
-            text[column.name] = [
-                None if value is None else json.dumps([*map(_or_null, value)])
-                for value in frame[column.name]
-            ]
-        if column.dtype == "string":
-            text[column.name] = frame[column.name].map(
-                _not_a_formula, na_action="ignore"
-            )
-    return text.to_csv(index=False, lineterminator="\n").encode()

@@ -13,7 +13,16 @@ from types import ModuleType
 
 import pytest
 
-from meft_bench.parent import cli, doctor, environment, harness, planning, runs
+from meft_bench.parent import (
+    arguments,
+    cli,
+    doctor,
+    environment,
+    harness,
+    planning,
+    runs,
+    selection,
+)
 from meft_bench.shared import configs
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.measurement import Measurement
@@ -252,7 +261,7 @@ def test_data_from_variable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Without `--data` the directory is `MEFT_DATA_DIR`."""
     (folder / "data").mkdir()
     monkeypatch.setenv("MEFT_DATA_DIR", str(folder / "data"))
-    plan = cli._plan(cli._parser().parse_args(["run", "mine.toml"]))
+    plan = selection.run_plan(arguments.parser().parse_args(["run", "mine.toml"]))
     assert plan.options.data_dir == str(folder / "data")
 
 

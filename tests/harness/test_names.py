@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.texts import ROOT, mentions, strings, texts, tracked, unknown
-from meft_bench.parent import cli, planning, sweep
+from meft_bench.parent import arguments, planning, sweep
 from meft_bench.parent.isolate import child_environment
 from meft_bench.shared.options import ChildOptions
 from meft_bench.virtual.device import gpu
@@ -136,7 +136,7 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
                 yield from parsers(sub)
 
 
-COMMANDS = {"meft-bench": cli._parser, "meft-report": reports_cli.parser}
+COMMANDS = {"meft-bench": arguments.parser, "meft-report": reports_cli.parser}
 
 
 def subcommands(program: str) -> set[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from meft_reports.cli import main, parser
-from meft_reports.frame import load_frame
+from meft_reports.frame_files import load_frame
 from meft_reports.tables import TABLES
 from reporting.kinds import Cli, MakeRecord, Record, Write
 

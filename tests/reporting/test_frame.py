@@ -14,11 +14,10 @@ from meft_bench.shared.record import SCHEMA_VERSION, Environment, Record, Status
 from meft_reports import columns
 from meft_reports.errors import RecordError, UnknownName
 from meft_reports.frame import (
-    load_frame,
     read_frame,
-    save_frame,
     to_frame,
 )
+from meft_reports.frame_files import load_frame, save_frame
 from meft_reports.records import STATUSES
 from reporting.kinds import MakeRecord, Write
 

@@ -21,7 +21,8 @@ from meft_bench.parent import show
 from meft_bench.shared.record import Record as HarnessRecord
 from meft_reports import methods
 from meft_reports.check import check
-from meft_reports.frame import save_frame, to_frame
+from meft_reports.frame import to_frame
+from meft_reports.frame_files import save_frame
 from meft_reports.page import render_page
 from meft_reports.plots import PLOTS, find_plot
 from meft_reports.plots.canvas import render

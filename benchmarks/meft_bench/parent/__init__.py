@@ -4,6 +4,8 @@ No module imports torch, so that every command starts at once, and a cell that r
 of memory ends only its own process.
 
     cli           the command `meft-bench`
+    arguments     its commands, their options, the types of values
+    selection     the sweep, the cells and the run that a command line describes
     sweep         reads a TOML file as a list of cells
     fields        valid values of each field of a cell
     runs          files of records: reading, appending, which cells are done

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
+EXIT_USAGE = 2
+"""Exit code if the command, or a file that it names, is wrong."""
 EXIT_CLOSED = 141
 """Exit code if the reader closed the output, as `head` does.
 

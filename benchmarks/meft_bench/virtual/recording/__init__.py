@@ -1,6 +1,10 @@
 """Record and summarise the allocations and copies of a step.
 
 ledger     records every storage, on any device, fake or real
+location   where in a step an operator runs: its phase and its module
+work       the operations of an operator, and the bytes that it reads and writes
+copies     which operators copy between host and device, and how much
+tensors    properties of tensors, fake or real
 gradient_accumulation   which gradients autograd accumulates in place
 
 trace      the recording: peaks, kinds, copies

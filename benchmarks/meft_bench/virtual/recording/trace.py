@@ -199,3 +199,20 @@ class Trace:
             by_kind={k: by_kind[k] for k in KINDS if by_kind[k]},
             alive=tuple(sorted(alive, key=lambda s: -s.num_bytes)),
         )
+
+
+def in_order(events: list[StorageEvent]) -> Iterator[StorageEvent]:
+    """Yield events with consecutive frees sorted by storage.
+
+    The cache of autocast is a hash map over addresses, which differ in every process,
+    and frees its entries in its own order.
+    """
+    row: list[StorageEvent] = []
+    for event in events:
+        if event.storage is not None and not event.is_birth:
+            row.append(event)
+            continue
+        yield from sorted(row, key=lambda e: (e.time, e.storage))
+        row.clear()
+        yield event
+    yield from sorted(row, key=lambda e: (e.time, e.storage))

@@ -1,0 +1,127 @@
+"""From a command line to a sweep, the cells of it that are selected, and a run."""
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from meft_bench.parent import environment, sweep
+from meft_bench.parent.harness import RunPlan
+from meft_bench.parent.sweep import Sweep
+from meft_bench.shared import registry
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.options import ChildOptions
+
+
+class UsageError(Exception):
+    """Raised for a command line that cannot be executed; the message is one line."""
+
+
+def run_plan(arguments: argparse.Namespace) -> RunPlan:
+    """Return the run that the command line describes, after checking all of it.
+
+    Raises:
+        UsageError: it cannot be executed.
+    """
+    chosen = load(arguments)
+    cells = select(chosen, arguments.only)
+    if any(cell.device == "cuda" for cell in cells) and not environment.gpu_names():
+        reason = environment.why_no_gpu()
+        raise UsageError(f"device cuda: no GPU here ({reason}); use --device cpu")
+    device = _default_device(arguments)
+    if chosen.checks and device == "cpu":
+        raise UsageError(
+            f"sweep {chosen.name!r} checks a GPU and there is none here; "
+            "--device virtual-H200 predicts one"
+        )
+    folder = data_dir(arguments)
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"data directory {str(folder)!r} does not exist")
+    spare = max(1, environment.num_cores() // arguments.slots)
+    return RunPlan(
+        sweep=chosen.name,
+        cells=cells,
+        path=records_path(arguments, chosen),
+        options=ChildOptions(
+            data_dir=None if folder is None else str(folder.resolve()),
+            allow_download=arguments.allow_download,
+            num_threads=arguments.threads or chosen.num_threads or spare,
+            memory_limit_bytes=arguments.memory_limit or chosen.memory_limit_bytes,
+        ),
+        num_slots=arguments.slots,
+        timeout_seconds=arguments.timeout or chosen.timeout_seconds,
+        force=arguments.force,
+        left_out=tuple(_left_out(chosen, cells, arguments.only, arguments.device)),
+        checks=chosen.checks if arguments.only is None else (),
+        check_device=device,
+        time_budget_seconds=arguments.time_budget,
+    )
+
+
+def _left_out(
+    chosen: Sweep, cells: Sequence[Cell], only: str | None, device: str | None
+) -> Iterator[str]:
+    """Yield what the sweep declares and the command line does not select.
+
+    Args:
+        chosen: the sweep.
+        cells: the selected cells.
+        only: value of `--only`.
+        device: value of `--device`.
+    """
+    if chosen.num_excluded:
+        yield f"excluded, {chosen.num_excluded}: by the sweep's own rules"
+    if device is not None:
+        others = sorted({cell.device for cell in cells} - {device})
+        if others:
+            yield f"not on {device}: the sweep itself names {', '.join(others)}"
+    num_others = len(chosen.cells) - len(cells)
+    if num_others:
+        yield f"not selected, {num_others} of {len(chosen.cells)}: `--only {only}`"
+
+
+def load(arguments: argparse.Namespace) -> Sweep:
+    """Return the sweep that the command line names."""
+    return sweep.load(arguments.sweep, device=_default_device(arguments))
+
+
+def _default_device(arguments: argparse.Namespace) -> str:
+    """Return the device of checks, and of cells whose matrix does not name one."""
+    return arguments.device or ("cuda" if environment.gpu_names() else "cpu")
+
+
+def select(chosen: Sweep, only: str | None) -> tuple[Cell, ...]:
+    """Return the cells of the method `only`, or those with `only` in their ids.
+
+    Raises:
+        UsageError: there is no such cell.
+    """
+    if only is None:
+        return chosen.cells
+    if only in registry.METHODS:
+        cells = tuple(cell for cell in chosen.cells if cell.method == only)
+    else:
+        cells = tuple(cell for cell in chosen.cells if only in cell.id)
+    if not cells:
+        methods = {cell.method for cell in chosen.cells}
+        hint = registry.nearest(only, methods)
+        raise UsageError(f"--only {only!r} matches no cell of {chosen.name}; {hint}")
+    return cells
+
+
+def records_path(arguments: argparse.Namespace, chosen: Sweep) -> Path:
+    """Return the records file of a sweep.
+
+    Raises:
+        UsageError: its name does not end in `.jsonl`.
+    """
+    path: Path = arguments.output or Path("runs", f"{chosen.name}.jsonl")
+    if path.suffix != ".jsonl":  # the names of logs and page are derived from it
+        raise UsageError(f"records file {str(path)!r} should end in .jsonl")
+    return path
+
+
+def data_dir(arguments: argparse.Namespace) -> Path | None:
+    """Return the directory of data that the user names, or None."""
+    named = arguments.data or os.environ.get("MEFT_DATA_DIR")
+    return Path(named) if named else None

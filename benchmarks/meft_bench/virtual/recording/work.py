@@ -1,0 +1,81 @@
+"""The amount of work of an operator: operations, and bytes read and written."""
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry
+
+from meft_bench.virtual.recording.tensors import tensors_in
+
+aten = torch.ops.aten
+ATTENTION = {
+    aten._scaled_dot_product_flash_attention: 0,
+    aten._scaled_dot_product_efficient_attention: 0,
+    aten._scaled_dot_product_cudnn_attention: 0,
+    aten._scaled_dot_product_flash_attention_backward: 1,
+    aten._scaled_dot_product_efficient_attention_backward: 1,
+    aten._scaled_dot_product_cudnn_attention_backward: 1,
+}
+"""Attention kernels, and the index of the query among their arguments.
+
+The key and the value follow the query.
+"""
+
+
+def num_flops(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> int:
+    """Return the floating-point operations of a matrix product or of attention.
+
+    Args:
+        func: the operator.
+        args: its positional arguments.
+        kwargs: its other arguments.
+        out: its result.
+
+    Returns:
+        The number of operations; 0 for any other operator.
+    """
+    formula = flop_registry.get(func._overloadpacket)
+    if formula is None:
+        return 0
+    return int(formula(*_all_heads(func, args), **kwargs, out_val=out))
+
+
+def bytes_touched(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> int:
+    """Return the bytes that an operator reads and writes, derived from its tensors.
+
+    Args:
+        func: the operator.
+        args: its positional arguments.
+        kwargs: its other arguments.
+        out: its result.
+
+    Returns:
+        The number of bytes; 0 for a view.
+    """
+    if func.is_view:
+        return 0
+    tensors = [
+        *tensors_in(args),
+        *tensors_in(list(kwargs.values())),
+        *tensors_in(out),
+    ]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _all_heads(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return attention's arguments with as many key and value heads as query heads.
+
+    The formulas of PyTorch before 2.13 do not support heads that queries share.
+    """
+    first = ATTENTION.get(func._overloadpacket)
+    if first is None:
+        return args
+    heads = args[first].shape[1]
+    shapes = [
+        torch.Size((t.shape[0], heads, *t.shape[2:])) for t in args[first : first + 3]
+    ]
+    return (*args[:first], *shapes, *args[first + 3 :])
