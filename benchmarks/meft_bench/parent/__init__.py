@@ -12,6 +12,7 @@ of memory ends only its own process.
     harness       runs the cells of a sweep
     engines       where cells run: sequentially or in parallel on this machine
     checks        runs the checks of a sweep and compares a GPU with a virtual one
+    child_process   starts a child, waits for it, kills it with its processes
     isolate       runs one cell in a child process and records how it ended
     environment   versions, sources and machine
     progress      output during a run
