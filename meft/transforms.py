@@ -60,3 +60,8 @@ def refuse_recording(reason: str) -> None:
             "this model cannot be recorded by `torch.jit.trace` or `torch.export`: "
             f"{reason}"
         )
+
+
+def in_backward() -> bool:
+    """Return whether autograd is running a backward in this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)

@@ -18,7 +18,8 @@ from meft.errors import HostMemoryError, UnsupportedModelError
 from meft.sparse import router
 from meft.sparse.adapter import SharedState, SparseAdapter, sparse_adapters
 from meft.sparse.config import SparseConfig
-from meft.sparse.engine import Engine, slots_for
+from meft.sparse.engine import slots_for
+from meft.sparse.offloaded_rows import offload
 from meft.sparse.row_parameter import rows_of
 from meft.sparse.rows import ResidentRows, Rows
 from meft.sparse.store import RowStore
@@ -182,7 +183,7 @@ def _new_store(
 def _rows(stores: list[RowStore], config: SparseConfig) -> list[Rows]:
     if config.placement == "resident":
         return [ResidentRows(store) for store in stores]
-    return list(Engine(stores, config).blocks)
+    return list(offload(stores, config).blocks)
 
 
 @functools.cache

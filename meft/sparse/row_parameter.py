@@ -30,7 +30,6 @@ from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from meft.errors import UnsupportedCallError
-from meft.sparse.engine import in_backward
 from meft.sparse.row_grad import (
     Live,
     RowGrad,
@@ -40,6 +39,7 @@ from meft.sparse.row_grad import (
     written,
 )
 from meft.sparse.rows import Rows
+from meft.transforms import in_backward
 
 TRAIN_WITH = (
     "`meft.SparseAdamW(model.parameters(), lr=...)`, or with transformers' Trainer "

@@ -7,8 +7,8 @@
     gradient()               start the transfer of that gradient to the optimizer
 
 `ResidentRows` keeps rows in the device's own memory and is the plain twin of
-`meft.sparse.engine.OffloadedRows`: the two differ in copies only, not in arithmetic, so
-both give the same bits.
+`meft.sparse.offloaded_rows`: the two differ in copies only, not in arithmetic, so both
+give the same bits.
 """
 
 from collections.abc import Callable

@@ -47,7 +47,7 @@ EXIT_MISTAKE = 2
 EXIT_BUG = 70
 
 
-class Parser(argparse.ArgumentParser):
+class ReportParser(argparse.ArgumentParser):
     """argparse without abbreviated options, with one line for every error."""
 
     def __init__(self, **named: Any) -> None:
@@ -232,7 +232,7 @@ COMMANDS = {
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    root = Parser(
+    root = ReportParser(
         prog="meft-report",
         description="Tables, plots, one HTML page and a regression check from the "
         "records of meft-bench.",
@@ -240,7 +240,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     root.add_argument("--version", action="version", version=f"meft {_version()}")
-    commands = root.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands = root.add_subparsers(
+        dest="command", required=True, parser_class=ReportParser
+    )
     subs = {
         "frame": "write one tidy table, a row per cell, as Parquet or CSV",
         "plot": "draw one figure as PNG, SVG or PDF",

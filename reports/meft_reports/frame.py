@@ -21,8 +21,9 @@ from meft_reports.columns.measurement import OLD_SCORE_NAMES
 from meft_reports.derived import derive
 from meft_reports.errors import RecordError
 from meft_reports.latest import code_of, in_order, newest_code
-from meft_reports.records import lookup, read_records
+from meft_reports.records import read_records
 from meft_reports.text import SHORT_LENGTH, printable
+from meft_reports.valid_records import lookup
 
 MAX_VERSIONS = 100
 """Number of packages of an environment that the frame keeps, in order of names."""

@@ -18,11 +18,11 @@ from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.format import format_seconds
 from meft_reports.plots import find_plot
 from meft_reports.plots.canvas import render
-from meft_reports.records import STATUSES
 from meft_reports.style import look, method_order
 from meft_reports.summary import has_random_weights, on_random_input
 from meft_reports.tables import find_tables
 from meft_reports.tables.table import to_html
+from meft_reports.valid_records import STATUSES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -99,3 +99,15 @@ def _folder(root: Path, name: str) -> str:
     while not root.joinpath(*parts).is_dir():
         parts.pop()
     return ".".join(parts)
+
+
+def test_every_class_has_a_name_of_its_own() -> None:
+    """In the harness and the reports; both read the same table of methods."""
+    places: dict[str, list[str]] = {}
+    for package in ("benchmarks/meft_bench", "reports/meft_reports"):
+        for path in sorted((DOCS.parent / package).rglob("*.py")):
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ClassDef):
+                    places.setdefault(node.name, []).append(path.name)
+    twice = {name: files for name, files in places.items() if len(files) > 1}
+    assert twice == {"Method": ["methods.py", "methods.py"]}

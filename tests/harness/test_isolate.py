@@ -129,7 +129,7 @@ def test_no_child(run: Callable[..., Record], monkeypatch: pytest.MonkeyPatch) -
     def no_process(*_: object, **__: object) -> None:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr("meft_bench.parent.isolate.subprocess.Popen", no_process)
+    monkeypatch.setattr("meft_bench.parent.child_process.subprocess.Popen", no_process)
     with pytest.raises(OSError, match="no child could be started: Resource") as caught:
         run("fake_ok")
     assert caught.value.filename == sys.executable

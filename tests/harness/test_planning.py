@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 from meft_bench.child.backbones.files import read_config
-from meft_bench.parent import cli, planning
+from meft_bench.parent import cli, plan_text, planning
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.source import Source
 from meft_bench.virtual.device import gpu
@@ -40,9 +40,9 @@ def test_a_plan_tells_what_a_step_takes(capsys: pytest.CaptureFixture[str]) -> N
         assert "held against an H200" in plan["prediction"]
     assert full["num_trainable_parameters"] > exact["num_trainable_parameters"]
     assert full["by_kind"]["optimizer"] > exact["by_kind"]["optimizer"]
-    assert "h2d forward" in planning.details(full)
+    assert "h2d forward" in plan_text.details(full)
     # Where host and GPU cannot be told apart, nothing is known to move.
-    assert "h2d" not in planning.details(full | {"moved": None})
+    assert "h2d" not in plan_text.details(full | {"moved": None})
 
 
 def test_the_table_says_that_it_is_a_prediction(
@@ -146,7 +146,7 @@ def test_what_fits_is_the_largest(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["largest"] > 100
     assert found["num_probes"] <= 16
     cells = [Cell(method="lora", backbone="random:bert-tiny", device="virtual-RTX3090")]
-    out = planning.table(cells, [found], "batch", 0.05)
+    out = plan_text.table(cells, [found], "batch", 0.05)
     assert f"lora: batch {found['largest'] + 1} would need" in out
     assert f"MiB of {room / 2**20:,.0f}" in out
 
@@ -366,7 +366,7 @@ def test_a_timeline_is_written_whole_or_not_at_all(
     plans = [{"method": "full", "timeline": [{"time": 1, "phase": "forward"}]}]
     (tmp_path / "moments.csv").mkdir()
     with pytest.raises(IsADirectoryError):
-        planning.write_timeline(plans, tmp_path / "moments.csv")
+        plan_text.write_timeline(plans, tmp_path / "moments.csv")
     assert [path.name for path in tmp_path.iterdir()] == ["moments.csv"]
 
 

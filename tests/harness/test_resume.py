@@ -125,6 +125,31 @@ def test_interrupt(
     assert len(after) == len(set(after)) == NUM_CELLS
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_of_a_check(
+    start_parent: Start,
+    tmp_path: Path,
+    wait_until: WaitUntil,
+    number: signal.Signals,
+) -> None:
+    """It is not recorded, no cell runs, and the run says how to go on."""
+    text = SWEEP.replace("[[matrix]]", 'checks = ["card"]\n[[matrix]]')
+    (tmp_path / "mine.toml").write_text(text)
+    words = ("run", "mine.toml", "--device", "virtual-H200")
+    parent = start_parent("fake_ok", *words, cwd=tmp_path)
+    log = tmp_path / "runs" / "mine.logs" / "check-card-virtual-H200.log"
+    wait_until(log.exists)
+    parent.send_signal(number)
+    _, stderr = parent.communicate(timeout=PATIENCE)
+    assert parent.returncode == 130
+    assert stderr.splitlines()[-1] == (
+        f"interrupted: 0 of {NUM_CELLS} cells are recorded in runs/mine.jsonl; run the "
+        "same command again to go on"
+    )
+    assert recorded(tmp_path) == []
+    assert not (tmp_path / "runs" / "mine.checks.jsonl").exists()
+
+
 def test_second_run(
     start_parent: Start, journal: Path, tmp_path: Path, wait_until: WaitUntil
 ) -> None:

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import meft
 from meft.sparse.adapter import SharedState, SparseAdapter, sparse_adapters
-from meft.sparse.engine import Engine, OffloadedRows
+from meft.sparse.engine import Engine
+from meft.sparse.offloaded_rows import OffloadedRows, offload
 from meft.sparse.router import make_router
 from meft.sparse.rows import ResidentRows
 from meft.sparse.store import RowStore
@@ -76,7 +77,7 @@ def lone_adapter(cfg: meft.SparseConfig, hidden: int = HIDDEN) -> SparseAdapter:
     home = (
         ResidentRows(store)
         if cfg.placement == "resident"
-        else Engine([store], cfg).blocks[0]
+        else offload([store], cfg).blocks[0]
     )
     return SparseAdapter(home, weight, cfg, SharedState())
 

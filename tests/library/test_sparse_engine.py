@@ -23,7 +23,8 @@ from library.sparse import (
 )
 from meft.sparse.adapter import sparse_adapters
 from meft.sparse.cache import RowCache
-from meft.sparse.engine import Engine, OffloadedRows
+from meft.sparse.engine import Engine
+from meft.sparse.offloaded_rows import OffloadedRows, offload
 from meft.sparse.store import RowStore
 from meft.transfer import TransferTag
 
@@ -188,7 +189,7 @@ def test_device_bytes_do_not_grow_with_the_number_of_neurons() -> None:
 def test_rows_that_changed_are_fetched_again_and_others_are_not() -> None:
     generator = torch.Generator().manual_seed(1)
     store = RowStore(torch.randn(64, 8, generator=generator), torch.float32)
-    engine = Engine([store], config())
+    engine = offload([store], config())
     rows = engine.blocks[0]
     ids = torch.arange(6)
     rows.begin_batch(torch.device("cpu"))

@@ -18,7 +18,7 @@ from meft_reports.frame import (
     to_frame,
 )
 from meft_reports.frame_files import load_frame, save_frame
-from meft_reports.records import STATUSES
+from meft_reports.valid_records import STATUSES
 from reporting.kinds import MakeRecord, Write
 
 
@@ -182,8 +182,8 @@ def _without(record: Any, section: str, field: str) -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r | {"schema_version": 2}, "line 1: schema version 2, expected 1"),
-        (lambda r: {}, "line 1: schema version None, expected 1"),
+        (lambda r: r | {"schema_version": 1}, "line 1: schema version 1, expected 2"),
+        (lambda r: {}, "line 1: schema version None, expected 2"),
         (lambda r: [1], r"line 1: expected a JSON object, got \[1\]"),
         (lambda r: r | {"cell": None}, "line 1: `cell` is missing or not an object"),
         (lambda r: r | {"status": "fine"}, "line 1: unknown status 'fine'"),

@@ -92,6 +92,10 @@ def test_every_file_of_the_folder_is_a_plot_or_a_part_of_one() -> None:
     assert files == {*PLOTS, *parts}
 
 
+WITH_LEGEND = sorted({*PLOTS} - {"step_seconds"})
+"""The lines of the others have the names of methods next to them."""
+
+
 @every_plot
 def test_axes_carry_labels_with_units(draw: Draw, name: str) -> None:
     """A reader need not look elsewhere to know what is drawn, and in what unit."""
@@ -104,15 +108,16 @@ def test_axes_carry_labels_with_units(draw: Draw, name: str) -> None:
         assert axes.get_xlabel()
 
 
-@every_plot
-def test_the_legend_does_not_cover_data(draw: Draw, name: str) -> None:
-    """It stands beside every panel, and inside the figure."""
+@pytest.mark.parametrize("name", WITH_LEGEND)
+def test_the_legend_does_not_cover_anything(draw: Draw, name: str) -> None:
+    """It is next to every panel and title, and inside the figure."""
     figure = draw(name)
     figure.canvas.draw()
     (legend,) = figure.legends
     box = legend.get_window_extent()
     for axes in figure.axes:
         assert not box.overlaps(axes.get_window_extent())
+        assert not box.overlaps(axes._left_title.get_window_extent())  # type: ignore[attr-defined]
         assert axes.get_legend() is None
     assert figure.bbox.x0 <= box.x0
     assert box.x1 <= figure.bbox.x1
@@ -182,6 +187,29 @@ def test_a_failed_cell_never_stands_on_data(draw: Draw) -> None:
                 assert data[:, 1].max() < edge
 
 
+def test_lines_that_name_their_method_need_no_legend(draw: Draw) -> None:
+    """Long names of settings would otherwise leave it no room next to the titles."""
+    figure = draw("step_seconds")
+    assert not figure.legends
+    for axes in figure.axes:
+        names = [label.get_text().split()[0] for label in axes.get_yticklabels()]
+        assert {*names} <= {*LOOKS}
+
+
+@pytest.mark.parametrize("num_slots", [1, 2])
+def test_times_of_cells_that_ran_at_the_same_time_are_marked(
+    frames: dict[str, pd.DataFrame], num_slots: int
+) -> None:
+    """A panel has one number of slots, given in its title, and a note explains."""
+    frame = frames["step_seconds"].assign(num_slots=num_slots)
+    figure = find_plot("step_seconds").draw(frame)
+    is_marked = num_slots > 1
+    for axes in figure.axes:
+        title = axes.get_title(loc="left").replace("\n", " · ")
+        assert ("2 cells at a time" in title) == is_marked
+    assert any("under the same load" in t for t in texts(figure)) == is_marked
+
+
 @pytest.mark.parametrize("name", ["score_memory", "loss_curve", "step_seconds"])
 def test_a_failed_cell_without_a_place_is_named(draw: Draw, name: str) -> None:
     """Where no axis could hold it, the note below the panels does."""
@@ -192,7 +220,7 @@ def test_a_failed_cell_without_a_place_is_named(draw: Draw, name: str) -> None:
 
 def test_a_method_looks_the_same_everywhere(draw: Draw) -> None:
     """One colour per method, in every legend."""
-    for name in PLOTS:
+    for name in WITH_LEGEND:
         (legend,) = draw(name).legends
         for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True):
             if text.get_text() in LOOKS:
@@ -292,7 +320,7 @@ def test_a_running_mean_is_the_mean_of_each_window() -> None:
 def test_methods_stand_in_the_same_order_in_every_legend(draw: Draw) -> None:
     """The order of the table of looks."""
     order = list(LOOKS)
-    for name in PLOTS:
+    for name in WITH_LEGEND:
         (legend,) = draw(name).legends
         shown = [text.get_text() for text in legend.get_texts()]
         positions = [order.index(text) for text in shown if text in order]

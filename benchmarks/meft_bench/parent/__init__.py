@@ -12,10 +12,12 @@ of memory ends only its own process.
     harness       runs the cells of a sweep
     engines       where cells run: sequentially or in parallel on this machine
     checks        runs the checks of a sweep and compares a GPU with a virtual one
+    child_process   starts a child, waits for it, kills it with its processes
     isolate       runs one cell in a child process and records how it ended
     environment   versions, sources and machine
     progress      output during a run
-    planning      the commands `plan` and `fit`
+    planning      the commands `plan` and `fit`: requests to the planner
+    plan_text     its answers as text
     show          the command `show`
     doctor        the command `doctor`
     output        printing to a terminal, a pipe or a full disk

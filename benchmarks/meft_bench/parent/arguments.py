@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of `meft-bench` with those of its commands."""
-    parser = Parser(prog="meft-bench", description="Measure ways of fine-tuning.")
+    parser = BenchParser(prog="meft-bench", description="Measure ways of fine-tuning.")
     version = f"meft {distributions.installed('meft') or 'of a checkout'}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -130,7 +130,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class Parser(argparse.ArgumentParser):
+class BenchParser(argparse.ArgumentParser):
     """argparse without abbreviated options, with one line for every error."""
 
     def __init__(self, **named: Any) -> None:

@@ -13,13 +13,13 @@ import json
 import os
 import re
 import statistics
-import subprocess
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from meft_bench.parent import isolate
+from meft_bench.parent import child_process, isolate
 from meft_bench.shared import request
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.record import Environment, Status
@@ -68,6 +68,7 @@ def run(
     options: ChildOptions,
     timeout_seconds: float,
     ends_run: bool,
+    stop: threading.Event,
 ) -> dict[str, Any] | None:
     """Run one check, and append its report to `path`.
 
@@ -81,12 +82,16 @@ def run(
         timeout_seconds: time after which the child is killed.
         ends_run: whether that is the end of the whole run, which is no fault of the
             check: nothing is recorded then.
+        stop: when set, the child is killed and `Stopped` is raised.
 
     Returns:
         The line, as a JSON object; None where nothing is recorded.
+
+    Raises:
+        Stopped: `stop` was set.
     """
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
-    answer = _run_one(name, device, logs, options, timeout_seconds)
+    answer = _run_one(name, device, logs, options, timeout_seconds, stop)
     if answer["status"] == Status.TIMEOUT and ends_run:
         return None
     line = {
@@ -168,29 +173,33 @@ def _differences(
 
 
 def _run_one(
-    name: str, device: str, logs: Path, options: ChildOptions, timeout_seconds: float
+    name: str,
+    device: str,
+    logs: Path,
+    options: ChildOptions,
+    timeout_seconds: float,
+    stop: threading.Event,
 ) -> dict[str, Any]:
     label = re.sub(r"[^A-Za-z0-9.-]+", "_", device)  # a device may be a path
     out = (logs / f"check-{name}-{label}.json").resolve()
     out.unlink(missing_ok=True)
     log = out.with_suffix(".log")
     body = {"check": {"name": name, "device": device}, "options": options.to_json()}
-    status, message = Status.ERROR, ""
-    with log.open("wb") as file:
-        try:
-            done = subprocess.run(
-                request.command(body, out, worker_module=WORKER),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=isolate.child_environment(options, device),
-                timeout=timeout_seconds,
-                check=False,
-            )
-            message = f"ended with {done.returncode}; see {log}"
-        except subprocess.TimeoutExpired:
-            status = Status.TIMEOUT
-            message = f"still running after {timeout_seconds:g} s"
+    code = child_process.run(
+        request.command(body, out, worker_module=WORKER),
+        log=log,
+        variables=isolate.child_environment(options, device),
+        timeout_seconds=timeout_seconds,
+        stop=stop,
+    )
+    status = Status.ERROR
+    if code is None:
+        status = Status.TIMEOUT
+        message = f"still running after {timeout_seconds:g} s"
+    elif code < 0:
+        message = f"{child_process.describe_signal(-code)}; see {log}"
+    else:
+        message = f"ended with {code}; see {log}"
     if not out.is_file():
         return {
             "status": status,

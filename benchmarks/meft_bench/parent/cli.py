@@ -21,6 +21,7 @@ from meft_bench.parent import (
     doctor,
     harness,
     output,
+    plan_text,
     planning,
     runs,
     selection,
@@ -94,16 +95,16 @@ def _plan_or_fit(given: argparse.Namespace) -> int:
     )
     refused = planning.unanswered(plans)
     if timeline is not None and len(refused) < len(plans):
-        planning.write_timeline(plans, timeline)
+        plan_text.write_timeline(plans, timeline)
     if given.json:
         print(json.dumps(plans, indent=2))
     if len(refused) == len(plans):
-        reasons = "; ".join(planning.reasons(plans))
+        reasons = "; ".join(plan_text.reasons(plans))
         raise PlanningError(f"nothing can be planned: {reasons}")
     if not given.json:
-        print(planning.table(cells, plans, maximize, margin))
+        print(plan_text.table(cells, plans, maximize, margin))
         for plan in plans if is_plan and given.details else ():
-            print(f"\n{planning.details(plan)}")
+            print(f"\n{plan_text.details(plan)}")
     if refused:
         names = ", ".join(plan["method"] for plan in refused)
         output.complain(

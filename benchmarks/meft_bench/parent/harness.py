@@ -18,6 +18,7 @@ from types import FrameType
 
 from meft_bench.parent import checks, environment, isolate, output, runs
 from meft_bench.parent.engines import local
+from meft_bench.parent.engines.local import Stopped
 from meft_bench.parent.progress import Progress, count
 from meft_bench.parent.runs import RecordsFile
 from meft_bench.shared import request
@@ -77,7 +78,10 @@ def run(plan: RunPlan, *, worker_module: str = request.WORKER) -> int:
         done = {} if plan.force else runs.done(file.records, plan.cells, environments)
         left = [cell for cell in plan.cells if cell not in done]
         try:
-            checked = _run_checks(plan, budget)
+            try:
+                checked = _run_checks(plan, budget)
+            except Stopped:
+                return _interrupted(plan, [Status.OK for _ in done])
             ended = _run_left(
                 plan, left, done, environments, file, budget, worker_module
             )
@@ -94,12 +98,7 @@ def run(plan: RunPlan, *, worker_module: str = request.WORKER) -> int:
         )
         return _exit_code([*statuses, *checked])
     if len(ended) < len(left):
-        output.summarize([count(statuses)])
-        output.complain(
-            f"interrupted: {len(statuses)} of {len(plan.cells)} cells are recorded in "
-            f"{plan.path}; run the same command again to go on"
-        )
-        return EXIT_INTERRUPTED
+        return _interrupted(plan, statuses)
     page = plan.path.with_suffix(".html")
     output.summarize(
         [
@@ -150,7 +149,11 @@ class Budget:
 
 
 def _run_checks(plan: RunPlan, budget: Budget) -> list[Status]:
-    """Run the checks of a plan that are not done yet, and return their statuses."""
+    """Run the checks of a plan that are not done yet, and return their statuses.
+
+    Raises:
+        Stopped: the run was interrupted.
+    """
     if not plan.checks:
         return []
     path = checks.path_beside(plan.path)
@@ -167,16 +170,19 @@ def _run_checks(plan: RunPlan, budget: Budget) -> list[Status]:
         if done or budget.is_over:
             continue
         ends_run = budget.seconds_left < plan.timeout_seconds
-        line = checks.run(
-            name,
-            plan.check_device,
-            path=path,
-            logs=logs,
-            environment=where,
-            options=plan.options,
-            timeout_seconds=min(plan.timeout_seconds, budget.seconds_left),
-            ends_run=ends_run,
-        )
+        stop = threading.Event()
+        with _stopping(stop):
+            line = checks.run(
+                name,
+                plan.check_device,
+                path=path,
+                logs=logs,
+                environment=where,
+                options=plan.options,
+                timeout_seconds=min(plan.timeout_seconds, budget.seconds_left),
+                ends_run=ends_run,
+                stop=stop,
+            )
         if line is None:
             output.complain(f"check {name} on {plan.check_device}: out of time")
             break
@@ -189,6 +195,21 @@ def _run_checks(plan: RunPlan, budget: Budget) -> list[Status]:
         for text in checks.compare(path):
             output.complain(text)
     return ended
+
+
+def _interrupted(plan: RunPlan, statuses: Sequence[Status]) -> int:
+    """Say how to continue an interrupted run, and return its exit code.
+
+    Args:
+        plan: the run.
+        statuses: those of the recorded cells.
+    """
+    output.summarize([count(statuses)])
+    output.complain(
+        f"interrupted: {len(statuses)} of {len(plan.cells)} cells are recorded in "
+        f"{plan.path}; run the same command again to go on"
+    )
+    return EXIT_INTERRUPTED
 
 
 def _exit_code(statuses: Sequence[Status]) -> int:

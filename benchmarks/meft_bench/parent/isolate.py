@@ -21,14 +21,12 @@ in a terminal reaches only the parent.
 import dataclasses
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from meft_bench.parent import child_process
 from meft_bench.parent.engines.local import Stopped
 from meft_bench.shared import outcome, request
 from meft_bench.shared.cell import Cell
@@ -40,7 +38,6 @@ from meft_bench.shared.registry import VIRTUAL
 from meft_bench.shared.request import WORKER
 from meft_bench.shared.units import format_bytes
 
-_POLL_SECONDS = 0.05
 _LOG_TAIL_BYTES = 64 * 2**10
 _MESSAGE_LENGTH = 500
 
@@ -83,23 +80,13 @@ def run(
     out.unlink(missing_ok=True)
     body = {"cell": cell.to_json(), "options": options.to_json()}
     command = request.command(body, out, worker_module=worker_module)
-    with log.open("wb") as log_file:
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=subprocess.STDOUT,
-                env=child_environment(options, cell.device),
-                start_new_session=True,
-            )
-        except OSError as error:  # too many processes, or no memory for another
-            reason = f"no child could be started: {error.strerror}"
-            raise OSError(error.errno, reason, sys.executable) from error
-    try:
-        code = _wait(process, start + timeout_seconds, stop)
-    finally:
-        _kill_group(process)
+    code = child_process.run(
+        command,
+        log=log,
+        variables=child_environment(options, cell.device),
+        timeout_seconds=timeout_seconds,
+        stop=stop,
+    )
     ending = _ending(out, log, code, timeout_seconds)
     out.unlink(missing_ok=True)
     return Record(
@@ -146,33 +133,6 @@ def child_environment(options: ChildOptions, device: str) -> dict[str, str]:
     return variables
 
 
-def _wait(
-    process: subprocess.Popen[bytes], deadline: float, stop: threading.Event
-) -> int | None:
-    """Return the exit status, or None when the deadline passed first.
-
-    Args:
-        process: the child.
-        deadline: time of the monotonic clock, in seconds.
-        stop: when set, `Stopped` is raised.
-    """
-    while process.poll() is None:
-        if time.monotonic() > deadline:
-            return None
-        if stop.wait(_POLL_SECONDS):
-            raise Stopped
-    return process.returncode
-
-
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill the child and its processes; does nothing when all have ended."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass  # macOS returns EPERM for a group with only a zombie
-    process.wait()
-
-
 def _ending(out: Path, log: Path, code: int | None, timeout_seconds: float) -> Outcome:
     """Return the outcome the child wrote or, without one, the outcome of its exit.
 
@@ -193,7 +153,7 @@ def _ending(out: Path, log: Path, code: int | None, timeout_seconds: float) -> O
     if code is None:
         return _failure(Status.TIMEOUT, f"still running after {timeout_seconds:g} s")
     if code < 0:
-        return _failure(Status.KILLED, _describe_signal(-code))
+        return _failure(Status.KILLED, child_process.describe_signal(-code))
     last = _last_line(log) or f"exit status {code}, and an empty log"
     if code == outcome.EXIT_UNWRITTEN:
         free = format_bytes(shutil.disk_usage(out.parent).free)
@@ -214,16 +174,6 @@ def _failure(status: Status, message: str) -> Outcome:
         measurement=Measurement(),
         environment={},
     )
-
-
-def _describe_signal(number: int) -> str:
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        name = f"signal {number}"
-    if number == signal.SIGKILL:
-        return f"{name}: the kernel does this when the machine runs out of memory"
-    return name
 
 
 def _last_line(log: Path) -> str:

@@ -42,16 +42,31 @@ def draw(frame: pd.DataFrame) -> Figure:
     if not parts:
         raise NothingToDraw("no workload has the step time of an ok `full` cell")
     drawn = pd.concat(parts)
-    shown = fields_to_show(drawn, always=("task", "backbone", "dtype"))
+    always = ["task", "backbone", "dtype"]
+    if (drawn["num_slots"] > 1).any():
+        always.append("num_slots")
+    shown = fields_to_show(drawn, always=always)
     # Every setting of a method is a line of text.
     row_inches = max(2.9, 1 + 0.17 * max(map(len, parts)))
     figure, grid = canvas.panels(len(parts), num_columns=2, row_inches=row_inches)
     for axes, part in zip(grid, parts, strict=True):
         _draw_panel(axes, part)
         canvas.set_title(axes, describe(part, shown))
-    canvas.add_legend(figure, drawn["method"])
-    canvas.add_note(figure, canvas.failures_note(rows[rows["status"] != "ok"]))
+    # There is no legend: every line of a panel has the name of its method.
+    failed = rows[rows["status"] != "ok"]
+    canvas.add_note(figure, [*_load_note(drawn), *canvas.failures_note(failed)])
     return figure
+
+
+def _load_note(drawn: pd.DataFrame) -> list[str]:
+    """Return a line about cells that ran at the same time, if there are any."""
+    if (drawn["num_slots"] == 1).all():
+        return []
+    return [
+        "Where several cells ran at a time, each step took longer, by an amount that "
+        "depends on the other cells: such ratios are rough. `step_ratio` compares two "
+        "methods under the same load."
+    ]
 
 
 def _full(part: pd.DataFrame) -> float | None:

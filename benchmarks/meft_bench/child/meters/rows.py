@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meft.sparse.adapter import SparseAdapter
-from meft.sparse.engine import OffloadedRows
+from meft.sparse.offloaded_rows import OffloadedRows
 from meft.transfer import TransferLedger
 
 

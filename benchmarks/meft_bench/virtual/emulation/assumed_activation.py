@@ -6,8 +6,8 @@ assumed to activate the first neurons of each block. Their share is the
 the batch could choose. Every other size that depends on values is set to its maximum.
 All batches activate the same neurons, which matters for caches.
 
-The host side of the engine (`meft.sparse.engine`) runs unchanged: the position of each
-row is kept in real tensors, and the engine's own counters report the transfers.
+The host side of rows (`meft.sparse.offloaded_rows`) runs unchanged: the position of
+each row is kept in real tensors, and the engine's own counters report the transfers.
 """
 
 import contextlib

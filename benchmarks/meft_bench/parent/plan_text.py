@@ -1,0 +1,166 @@
+"""The plans of a step as text: a table, the details of one, and a timeline as CSV."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.units import format_bytes
+from meft_bench.virtual.device import gpu
+
+MIB = 2**20
+NUM_SHOWN = 8
+"""Number of lines of each part of the details."""
+NOTE = (
+    "Predicted from fake tensors and a model of the caching allocator, by rules that "
+    "were held against an H200 (docs/virtual-gpu.md); for batches without padding. "
+    "Needed is what is reserved and about "
+    "{context} of the driver's own; fits leaves {margin:.0%} free."
+)
+
+
+def table(
+    cells: Sequence[Cell],
+    plans: Sequence[dict[str, Any]],
+    maximize: str | None,
+    margin: float,
+) -> str:
+    """Return the answer as a readable table.
+
+    Args:
+        cells: the planned cells.
+        plans: their plans, in the same order.
+        maximize: one of `planning.FIELDS`, or None.
+        margin: share of the GPU's memory that must stay free.
+    """
+    first = cells[0]
+    found = gpu.find(gpu.name_in(first.device))
+    shape = {"batch": f"batch {first.batch_size}", "seq": f"{first.seq_len} tokens"}
+    given = [words for name, words in shape.items() if name != maximize]
+    size = format_bytes(found.memory_bytes)
+    shown = ", ".join([*given, first.dtype])
+    lines = [f"{first.backbone} on {found.name} ({size}): {shown}"]
+    header = ["method", "verdict", "needed", "reserved", "allocated"]
+    if maximize is not None:
+        header.insert(1, f"largest {maximize}")
+    header += ["trainable", "TFLOP", "minimum time", "host to device"]
+    header += ["largest kind", "peak at"]
+    lines += _aligned([header, *(_row(plan, maximize) for plan in plans)])
+    lines += reasons(plans)
+    room = (1 - margin) * found.memory_bytes / MIB
+    lines += [
+        f"{p['method']}: {maximize} {p['largest'] + 1} would need "
+        f"{p['beyond_bytes'] / MIB:,.0f} MiB of {room:,.0f}"
+        for p in plans
+        if p.get("beyond_bytes") is not None
+    ]
+    lines += [
+        f"{p['method']}: no {maximize} above {p['largest']}: {p['beyond_message']}"
+        for p in plans
+        if p.get("beyond_bytes") is None and p.get("beyond_message")
+    ]
+    context = format_bytes(found.context_bytes)
+    lines.append(NOTE.format(context=context, margin=margin))
+    return "\n".join(lines)
+
+
+def reasons(plans: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the messages of the plans, one line per message with all its methods."""
+    methods: dict[str, list[str]] = {}
+    for plan in plans:
+        if plan["message"]:
+            methods.setdefault(plan["message"], []).append(plan["method"])
+    return [f"{', '.join(names)}: {message}" for message, names in methods.items()]
+
+
+def details(plan: dict[str, Any]) -> str:
+    """Return a readable breakdown of the memory and the traffic of one plan."""
+    lines = [f"{plan['method']}:"]
+    if plan["by_kind"] is None:
+        return lines[0] + " no plan"
+    sums = {
+        "at the peak, by kind": plan["by_kind"],
+        "peak, by phase": plan["by_phase"],
+        "at the peak, by block": plan["by_block"],
+        "at the peak, by operator": plan["by_operator"],
+        "saved for backward, by block": plan["saved_by_block"],
+        "between host and device": {
+            f"{m['direction']} {m['phase']} {m['block']}": m["num_bytes"]
+            for m in plan["moved"] or ()
+        },
+    }
+    for title, parts in sums.items():
+        shown = dict(list(parts.items())[:NUM_SHOWN])
+        rest = sum(parts.values()) - sum(shown.values())
+        rows = [[f"    {name or '-'}", format_bytes(n)] for name, n in shown.items()]
+        if len(parts) > NUM_SHOWN and title != "peak, by phase":
+            more = f"    {len(parts) - NUM_SHOWN} more"
+            rows.append([more, format_bytes(rest)])
+        lines += [f"  {title}", *_aligned(rows)]
+    lines.append(f"  unattributed {format_bytes(plan['unattributed_bytes'])}")
+    lines.append("  largest at the peak")
+    lines += _aligned(
+        [
+            [
+                f"    {format_bytes(one['num_bytes'])}",
+                f"{one['dtype']} {one['shape']}",
+                one["kind"],
+                f"{one['operator']} of {one['module'] or '-'}",
+            ]
+            for one in plan["alive"]
+        ]
+    )
+    return "\n".join(lines)
+
+
+def write_timeline(plans: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write every change of memory of each plan's step as CSV, atomically."""
+    moments = [
+        {"method": plan["method"]} | moment
+        for plan in plans
+        for moment in plan.pop("timeline") or ()
+    ]
+    names = dict.fromkeys(name for moment in moments for name in moment)
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(names), restval=0)
+            writer.writeheader()
+            writer.writerows(moments)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(text) for text in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            text.ljust(width) for text, width in zip(row, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _row(plan: dict[str, Any], maximize: str | None) -> list[str]:
+    sizes = [
+        "-" if plan[name] is None else format_bytes(plan[name])
+        for name in ("needed_bytes", "reserved_bytes", "allocated_bytes")
+    ]
+    row = [plan["method"], plan["verdict"], *sizes]
+    if maximize is not None:
+        row.insert(1, str(plan["largest"]))
+    if plan["by_kind"] is None:
+        return [*row, *["-"] * 6]
+    kinds = sorted(plan["by_kind"].items(), key=lambda item: -item[1])[:3]
+    return [
+        *row,
+        f"{plan['num_trainable_parameters']:,}",
+        f"{plan['num_flops'] / 1e12:.1f}",
+        f"{plan['seconds_at_least']:.3g} s",
+        "-" if plan["h2d_bytes"] is None else format_bytes(plan["h2d_bytes"]),
+        ", ".join(f"{kind} {format_bytes(size)}" for kind, size in kinds),
+        plan["where"],
+    ]

@@ -1,0 +1,312 @@
+"""Rows that are stored in host memory and copied to the device for computation.
+
+    take(ids):  cached rows that have not changed since they were fetched: read from
+                the cache; all others: gathered on the host, one upload, kept if there
+                is room
+    gradients:  of cached rows: summed in the cache, one download per step; they stay
+                until they are cleared, and clipping and scaling change them in place;
+                of all others: one download per batch, summed on the host
+
+Weights change only at the optimizer step, so a row that was fetched once is valid for
+all batches whose gradients that step adds up (the accumulation window).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from meft.sparse.cache import Longs
+from meft.sparse.config import SparseConfig
+from meft.sparse.engine import Engine, EngineRows
+from meft.sparse.host_gradient import HostGradient
+from meft.sparse.indices import ids_of
+from meft.sparse.rows import Tokens, choose
+from meft.sparse.shapes import Ids, SomeRows
+from meft.sparse.store import RowStore
+from meft.transfer import PendingCopy, TransferTag
+from meft.transforms import in_backward
+
+
+def offload(stores: list[RowStore], config: SparseConfig) -> Engine:
+    """Return an engine for the rows of all blocks, which move to host memory."""
+    return Engine(stores, config, OffloadedRows)
+
+
+class OffloadedRows(EngineRows):
+    """Rows of one block that are stored in host memory."""
+
+    def __init__(self, engine: Engine, block: int, store: RowStore) -> None:
+        self.store = store
+        self.engine = engine
+        self.block = block
+        self._last_taken: Longs = np.zeros(0, np.int64)
+        self._on_its_way: tuple[PendingCopy, PendingCopy] | None = None
+        self._host_gradient = HostGradient(len(store), store.width)
+        self._gradient_places: Tensor | None = None
+        """Slots of the gradients on the device, if transferred already."""
+        self.is_settled = False
+        self.live = None
+        self.owner = None
+
+    def __reduce__(self) -> Any:
+        """Reduce to a reference to the engine: see `Engine.__reduce__`."""
+        return _block_of, (self.engine, self.block)
+
+    @override
+    def begin_batch(self, device: torch.device) -> None:
+        self.engine.use(device)
+        self.engine.cache.begin_round(self.block)
+
+    def leave_device(self) -> None:
+        """Download the gradients that are only on the device, before it is changed."""
+        ids, slots = self.engine.cache.with_gradient(self.block)
+        self._on_its_way = None
+        if len(ids):
+            there = self.engine.slabs[1][self._places(slots)]
+            gradient = self.engine.download(there, self.tag()).get()
+            self._host_gradient.add(ids, gradient)
+            self.engine.cache.has_gradient[slots] = False
+            self._gradient_places = None
+
+    @override
+    def chosen(self, flags: Tensor) -> Ids:
+        here = self.engine.download(flags, self.tag()).get()
+        return ids_of(here)
+
+    @override
+    def choose(self, tokens: Tokens, k: int) -> Tensor:
+        tag = self.tag()
+        dtype = self.store.transfer_dtype
+        here = self.engine.download(tokens.to(dtype), tag).get()
+        ids = choose(self.store, here, k)
+        return self.engine.upload(ids.int(), tag).get().long()
+
+    @override
+    def take(self, ids: Ids) -> SomeRows:
+        engine, cache = self.engine, self.engine.cache
+        self._land()
+        wanted = ids.numpy()
+        slots = cache.find(self.block, wanted)
+        version = self.store.version(ids).numpy()
+        fresh = slots >= 0
+        fresh[fresh] = cache.version[slots[fresh]] == version[fresh]
+        engine.num_taken += len(wanted)
+        engine.num_hits += int(fresh.sum())
+        self._last_taken = wanted
+        if fresh.all() and len(wanted):
+            taken = engine.slabs[0].index_select(0, self._places(slots))
+        else:
+            taken = self._fetch(wanted, slots, version, fresh)
+        step = 1 if self.tag().phase == "forward" else -1
+        engine.prefetch(self.block + step)
+        return taken
+
+    @override
+    def add_gradient(self, ids: Ids, gradient: SomeRows) -> None:
+        cache = self.engine.cache
+        wanted = ids.numpy()
+        slots = cache.find(self.block, wanted)
+        away = (slots < 0) | self._host_gradient.has_gradient[wanted]
+        if not away.any():
+            self._add_on_device(slots, gradient)
+            return
+        if not away.all():
+            stay = self._places((~away).nonzero()[0])
+            self._add_on_device(slots[~away], gradient[stay])
+            gradient = gradient[self._places(away.nonzero()[0])]
+        sent = gradient.to(self.store.transfer_dtype)
+        gradient = self.engine.download(sent, self.tag()).get()
+        self._host_gradient.add(wanted[away], gradient)
+
+    @override
+    def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:
+        ids, slots = self.engine.cache.with_gradient(self.block)
+        coming = None
+        if len(ids):
+            sums = self.engine.slabs[1][self._places_of_gradient(slots)]
+            sent = sums.to(self.store.transfer_dtype)
+            coming = self.engine.download(sent, self.tag("update"))
+
+        def get() -> tuple[Ids, SomeRows]:
+            parts = []
+            if coming is not None:
+                parts.append((torch.from_numpy(ids), coming.get().float()))
+            if self._host_gradient:
+                parts.append((self._host_gradient.ids, self._host_gradient.values))
+            if not parts:
+                return torch.zeros(0, dtype=torch.long), self.store.rows[:0]
+            if len(parts) == 1:
+                return parts[0]
+            return torch.cat([i for i, _ in parts]), torch.cat([g for _, g in parts])
+
+        return get
+
+    @override
+    def held_ids(self) -> list[Tensor]:
+        ids, _ = self.engine.cache.with_gradient(self.block)
+        held = [torch.from_numpy(ids)] if len(ids) else []
+        return [*held, self._host_gradient.ids] if self._host_gradient else held
+
+    @override
+    def parts(self) -> list[Tensor]:
+        _, slots = self.engine.cache.with_gradient(self.block)
+        found = []
+        if len(slots):
+            found.append(self.engine.slabs[1][self._places_of_gradient(slots)])
+        if self._host_gradient:
+            found.append(self._host_gradient.values)
+        return found
+
+    @override
+    def put_parts(self, parts: list[Tensor]) -> None:
+        _, slots = self.engine.cache.with_gradient(self.block)
+        rest = iter(parts)
+        if len(slots):
+            self.engine.slabs[1][self._places_of_gradient(slots)] = next(rest)
+        if self._host_gradient:
+            self._host_gradient.put(next(rest))
+
+    @override
+    def bring(self, tensor: Tensor, device: torch.device) -> Tensor:
+        if tensor.device == device:
+            return tensor
+        move = (
+            self.engine.upload if tensor.device.type == "cpu" else self.engine.download
+        )
+        return move(tensor, self.tag("update")).get()
+
+    @override
+    def replace_gradient(self, ids: Ids, gradient: SomeRows) -> None:
+        self.drop_gradient()
+        self._host_gradient.add(ids.numpy(), gradient)
+
+    @override
+    def drop_gradient(self) -> None:
+        _, slots = self.engine.cache.with_gradient(self.block)
+        if len(slots):
+            self.engine.slabs[1][self._places_of_gradient(slots)] = 0
+            self.engine.cache.has_gradient[slots] = False
+            self._gradient_places = None
+        self._host_gradient.drop()
+
+    @override
+    def on_device(self) -> list[Tensor]:
+        return list(self.engine.slabs) if self.block == 0 else []
+
+    @override
+    def end_step(self) -> None:
+        if self.engine.config.cache == "window":
+            self.engine.cache.clear()
+
+    @override
+    def invalidate(self) -> None:
+        self._on_its_way = None
+        self.engine.cache.invalidate(self.block)
+
+    def prefetch(self) -> None:
+        """Fetch uncached rows that were used last time, as far as there is room."""
+        cache = self.engine.cache
+        ids = self._last_taken
+        if self._on_its_way is not None or not len(ids):
+            return
+        version = self.store.version(torch.from_numpy(ids)).numpy()
+        slots = cache.find(self.block, ids)
+        stale = slots < 0
+        stale[~stale] = cache.version[slots[~stale]] != version[~stale]
+        kept = self._keep(ids, slots, version, stale)
+        if not kept.any():
+            return
+        rows = self.store.read(torch.from_numpy(ids[kept]))
+        self.engine.num_prefetched += len(rows)
+        tag = self.tag()
+        self._on_its_way = (
+            self.engine.upload(rows, tag),
+            self.engine.upload(torch.from_numpy(slots[kept]).int(), tag),
+        )
+
+    def _land(self) -> None:
+        """Write prefetched rows into their slots."""
+        if self._on_its_way is not None:
+            rows, places = (copy.get() for copy in self._on_its_way)
+            self.engine.slabs[0].index_copy_(0, places.long(), rows)
+            self._on_its_way = None
+
+    def _fetch(
+        self, wanted: Longs, slots: Longs, version: Longs, fresh: np.ndarray
+    ) -> SomeRows:
+        """Return rows of which at least one has to be uploaded from the host.
+
+        Args:
+            wanted: the indices of the rows, `some`.
+            slots: the slot of each, -1 for rows that are not cached; updated in place.
+            version: the current version of each.
+            fresh: whether the cached copy of each is up to date.
+        """
+        missing = self.store.read(torch.from_numpy(wanted[~fresh]))
+        rows = self.engine.upload(missing, self.tag()).get()
+        kept = self._keep(wanted, slots, version, ~fresh)
+        if kept.any():
+            of_missing = kept[~fresh]
+            new = (
+                rows
+                if of_missing.all()
+                else rows[self._places(of_missing.nonzero()[0])]
+            )
+            self.engine.slabs[0].index_copy_(0, self._places(slots[kept]), new)
+        if not fresh.any():
+            return rows
+        taken = rows.new_empty(len(wanted), rows.shape[1])
+        found = self.engine.slabs[0].index_select(0, self._places(slots[fresh]))
+        taken.index_copy_(0, self._places(fresh.nonzero()[0]), found)
+        taken.index_copy_(0, self._places((~fresh).nonzero()[0]), rows)
+        return taken
+
+    def _keep(
+        self, ids: Longs, slots: Longs, version: Longs, stale: np.ndarray
+    ) -> np.ndarray:
+        """Choose the stale rows that get a slot, and write their slots into `slots`.
+
+        Args:
+            ids: the indices of the rows, `some`.
+            slots: the slot of each, -1 for rows that are not cached; updated in place.
+            version: the current version of each.
+            stale: whether each row is missing or outdated in the cache.
+
+        Returns:
+            Whether each row is stale and has a slot.
+        """
+        cache = self.engine.cache
+        absent = slots < 0
+        slots[absent] = cache.admit(self.block, ids[absent])
+        kept = stale & (slots >= 0)
+        cache.version[slots[kept]] = version[kept]
+        return kept
+
+    def _add_on_device(self, slots: Longs, gradient: SomeRows) -> None:
+        self.engine.slabs[1].index_add_(0, self._places(slots), gradient)
+        self.engine.cache.has_gradient[slots] = True
+        self._gradient_places = None
+
+    def _places_of_gradient(self, slots: Longs) -> Tensor:
+        if self._gradient_places is None:
+            self._gradient_places = self._places(slots, "update")
+        return self._gradient_places
+
+    def _places(self, places: Longs, phase: str | None = None) -> Tensor:
+        """Upload indices to the device."""
+        numbers = torch.from_numpy(places.astype(np.int32))
+        return self.engine.upload(numbers, self.tag(phase)).get().long()
+
+    def tag(self, phase: str | None = None) -> TransferTag:
+        """Return the ledger key of this block's transfers, by default of this phase."""
+        if phase is None:
+            phase = "backward" if in_backward() else "forward"
+        return TransferTag(place=f"block {self.block}", phase=phase)
+
+
+def _block_of(engine: Engine, block: int) -> EngineRows:
+    return engine.blocks[block]
