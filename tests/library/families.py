@@ -269,10 +269,16 @@ CASES = [
 """Every head of every family."""
 
 
+def some_cases(*heads: str) -> list[Case]:
+    """All cases, or those whose class ends in one of `heads`."""
+    return [case for case in CASES if case.kind.endswith(heads or "")]
+
+
 def cases(*heads: str) -> pytest.MarkDecorator:
-    """Ask a test of all cases, or of those whose class ends in one of `heads`."""
-    chosen = [case for case in CASES if case.kind.endswith(heads or "")]
-    return pytest.mark.parametrize("case", chosen, ids=lambda case: case.name)
+    """Run a test for each of `some_cases`."""
+    return pytest.mark.parametrize(
+        "case", some_cases(*heads), ids=lambda case: case.name
+    )
 
 
 def reversible(

@@ -20,9 +20,10 @@ from library.families import (
     gradients,
     objective,
     reversible,
+    some_cases,
     twin_of,
 )
-from marks import slow_but_for
+from marks import pairs, slow_but_for
 from meft.backbone.families import FAMILIES
 from meft.backbone.find import find_blocks
 from meft.reversible.blocks import ReversibleBlocks, find_stacks
@@ -132,9 +133,11 @@ def test_gradients_are_the_twins(case: Case, trained: str) -> None:
     assert all(gradient.isfinite().all() for gradient in rebuilt.values())
 
 
-@every_kind
-@variants
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16", "autocast"])
+@pairs(
+    case=some_cases("Model", "BartForCausalLM"),
+    variant=slow_but_for(["meft1", "meft2", "meft3"], "meft1", "meft3"),
+    precision=["float32", "bfloat16", "float16", "autocast"],
+)
 def test_gradients_are_the_twins_in_every_precision(
     case: Case, variant: str, precision: str
 ) -> None:

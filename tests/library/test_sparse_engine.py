@@ -1,5 +1,6 @@
 """Rows in host memory: the same bits as on the device, and every byte booked."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,6 @@ from library.sparse import (
     sparse_model,
     train,
 )
-from marks import slow_but_for
 from meft.sparse.adapter import sparse_adapters
 from meft.sparse.cache import RowCache
 from meft.sparse.engine import Engine
@@ -39,8 +39,19 @@ ENGINES: dict[str, dict[str, Any]] = {
 """The features of the engine, each switched off, and budgets that do not suffice."""
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("engine", slow_but_for(ENGINES, "all on", "tiny cache"))
+FAST = {(routing, "tiny cache") for routing in ROUTINGS} | {
+    ("experts", "all on"),
+    ("union", "all on"),
+}
+
+
+@pytest.mark.parametrize(
+    ("routing", "engine"),
+    [
+        pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow)
+        for pair in itertools.product(ROUTINGS, ENGINES)
+    ],
+)
 def test_offloaded_rows_give_the_bits_of_resident_rows(
     routing: str, engine: str
 ) -> None:

@@ -7,7 +7,7 @@ import torch
 
 import meft
 from library.models import batch, gradient, gradients, only_stack, reversible
-from marks import slow_but_for
+from marks import pairs, slow_but_for
 from meft.reversible.integer_format import FRACTION_BITS_WIDE
 from meft.reversible.packing import packed_bytes
 from meft.reversible.twin import read
@@ -100,10 +100,12 @@ def test_it_equals_the_twin(
     agree(rebuilt, stored, options, tolerance(torch.float64, 6))
 
 
-@variants
-@pytest.mark.parametrize("coupling", ["difference", "paper"])
-@pytest.mark.parametrize("lost_bits", slow_but_for([0, 1, 3, 4, 8, 16], 0, 3, 16))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pairs(
+    variant=VARIANTS,
+    coupling=["difference", "paper"],
+    lost_bits=slow_but_for([0, 1, 3, 4, 8, 16], 0, 3, 16),
+    dtype=[torch.float32, torch.bfloat16],
+)
 def test_fixed_streams_have_the_twins_bits(
     variant: str, coupling: str, lost_bits: int, dtype: torch.dtype
 ) -> None:

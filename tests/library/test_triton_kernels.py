@@ -16,6 +16,7 @@ from torch import Tensor
 import meft
 import meft.reversible
 from library.models import batch, gradients, reversible
+from marks import pairs
 from meft.reversible import fixed
 from meft.reversible.coupling import Branch, Coupling
 from meft.reversible.fixed import Fixed
@@ -31,7 +32,8 @@ SIZES = {
     5003: torch.float32,
 }
 
-every_num_bits = pytest.mark.parametrize("num_bits", [0, 1, 2, 3, 4, 5, 8, 16])
+NUM_BITS = [0, 1, 2, 3, 4, 5, 8, 16]
+every_num_bits = pytest.mark.parametrize("num_bits", NUM_BITS)
 couplings = pytest.mark.parametrize("difference", [True, False], ids=["diff", "paper"])
 
 
@@ -137,9 +139,7 @@ def assert_same(
     assert torch.equal(source, untouched)
 
 
-@every_num_bits
-@couplings
-@pytest.mark.parametrize("starts", [False, True], ids=["", "starts"])
+@pairs(num_bits=NUM_BITS, difference=[True, False], starts=[False, True])
 def test_the_kernels_compute_the_bits_of_the_reference(
     interpreted: ModuleType, num_bits: int, difference: bool, starts: bool
 ) -> None:
@@ -155,9 +155,7 @@ def test_the_kernels_compute_the_bits_of_the_reference(
         )
 
 
-@pytest.mark.parametrize("num_bits", [0, 1, 4, 5])
-@couplings
-@pytest.mark.parametrize("starts", [False, True], ids=["", "starts"])
+@pairs(num_bits=[0, 1, 4, 5], difference=[True, False], starts=[False, True])
 def test_streams_of_64_bits_are_computed_as_the_reference_computes_them(
     interpreted: ModuleType, num_bits: int, difference: bool, starts: bool
 ) -> None:

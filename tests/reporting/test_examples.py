@@ -63,6 +63,18 @@ def test_the_readme_has_the_table_and_the_figure_of_the_published_records(
     assert (drawn == kept).all()
 
 
+def test_a_published_document_has_the_figure_of_its_records(tmp_path: Path) -> None:
+    """To the pixel, with this matplotlib; `tox -e published` makes all of them."""
+    folder = ROOT / "reports" / "published" / "knowledge"
+    figure = tmp_path / "score_top_k.png"
+    records = str(folder / "records.jsonl.gz")
+    assert main(["plot", "score_top_k", records, "-o", str(figure)]) == 0
+    drawn, kept = (
+        matplotlib.image.imread(path) for path in (figure, folder / figure.name)
+    )
+    assert (drawn == kept).all()
+
+
 def test_documents_have_examples_of_the_gate() -> None:
     """So that the tests below are about something."""
     assert {name for name, words in GATE if words[0] == "check"} >= {
