@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
+from harness.tiny import asked
 from meft_bench.child.scoring import answers, normalised
 from meft_bench.child.scoring.rules import METRICS, first_line
 from meft_bench.child.tasks.gsm8k import final_number
-from meft_bench.child.tasks.question import AnswerTask, Question
+from meft_bench.child.tasks.question import Question
 
 Score = tuple[int, float]
 
@@ -20,19 +21,6 @@ def question(*accepted: str, **changes: Any) -> Question:
         "accepted": accepted,
     }
     return Question(**fields | changes)
-
-
-def asked(metric: str, *questions: Question, **changes: Any) -> AnswerTask:
-    fields: dict[str, Any] = {
-        "name": "made up",
-        "train": questions,
-        "validation": (),
-        "evaluation": questions,
-        "metric": metric,
-        "max_new_tokens": 3,
-        "origin": "made up",
-    }
-    return AnswerTask(**fields | changes)
 
 
 # Exact match and F1 that the official scripts gave for these, run once: SQuAD 1.1's

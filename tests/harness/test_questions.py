@@ -9,11 +9,11 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from harness.tiny import cell
+from harness.tiny import asked, cell
 from meft_bench.child import backbones
 from meft_bench.child.scoring import answers
 from meft_bench.child.tasks.batches import IGNORED, Example, collate, full_batches
-from meft_bench.child.tasks.question import AnswerTask, Question
+from meft_bench.child.tasks.question import Question
 from meft_bench.child.training.steps import Stepper
 from meft_bench.shared.source import Source
 
@@ -68,19 +68,6 @@ def sky(**changes: Any) -> Question:
         "options": ("red", "blue"),
     }
     return Question(**fields | changes)
-
-
-def asked(metric: str, *questions: Question, **changes: Any) -> AnswerTask:
-    fields: dict[str, Any] = {
-        "name": "made up",
-        "train": questions,
-        "validation": (),
-        "evaluation": questions,
-        "metric": metric,
-        "max_new_tokens": 3,
-        "origin": "made up",
-    }
-    return AnswerTask(**fields | changes)
 
 
 def test_only_the_answer_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -7,6 +7,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from meft_bench.child.backbones.classifier import model_class
 from meft_bench.child.tasks.batches import Batch
+from meft_bench.child.tasks.question import AnswerTask, Question
 from meft_bench.shared.cell import Cell
 
 HIDDEN, BLOCKS, LABELS, VOCABULARY = 32, 3, 2, 50
@@ -64,3 +65,17 @@ def batch(batch_size: int = 4, seq_len: int = 8) -> Batch:
         "attention_mask": torch.ones(shape, dtype=torch.long),
         "labels": torch.arange(batch_size) % LABELS,
     }
+
+
+def asked(metric: str, *questions: Question, **changes: Any) -> AnswerTask:
+    """A task that asks the same questions in training and evaluation."""
+    fields: dict[str, Any] = {
+        "name": "made up",
+        "train": questions,
+        "validation": (),
+        "evaluation": questions,
+        "metric": metric,
+        "max_new_tokens": 3,
+        "origin": "made up",
+    }
+    return AnswerTask(**fields | changes)

@@ -94,6 +94,23 @@ def batches(count: int, rows: int = 2, seq: int = 9) -> Iterator[dict[str, Tenso
         yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+class Texts(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Single rows for `Trainer`."""
+
+    def __init__(self) -> None:
+        self.rows = [
+            {name: tensor[i] for name, tensor in inputs.items()}
+            for inputs in batches(8)
+            for i in range(2)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.rows[index]
+
+
 def train(
     model: PreTrainedModel,
     steps: int = 4,

@@ -11,25 +11,8 @@ from transformers.training_args import OptimizerNames
 
 import meft
 from library.parameters import assert_unmoved, copies, trainable
-from library.sparse import batches, sparse_model
+from library.sparse import Texts, sparse_model
 from meft.errors import ConfigError, UnsupportedCallError
-
-
-class Texts(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Single rows for `Trainer`."""
-
-    def __init__(self) -> None:
-        self.rows = [
-            {name: tensor[i] for name, tensor in inputs.items()}
-            for inputs in batches(8)
-            for i in range(2)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.rows[index]
 
 
 def arguments(directory: Path, **options: Any) -> TrainingArguments:

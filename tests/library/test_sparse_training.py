@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 import meft
 from library.sparse import (
     HIDDEN,
+    Texts,
     all_rows,
     batches,
     config,
@@ -204,23 +205,6 @@ def test_generation_with_a_cache_is_that_without() -> None:
     with_cache = model.generate(**text, **options, use_cache=True)
     without = model.generate(**text, **options, use_cache=False)
     assert torch.equal(with_cache, without)
-
-
-class Texts(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Single rows for `Trainer`."""
-
-    def __init__(self) -> None:
-        self.rows = [
-            {n: t[i] for n, t in inputs.items()}
-            for inputs in batches(8)
-            for i in range(2)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.rows[index]
 
 
 def trainer(model: PreTrainedModel, directory: Path, **options: Any) -> Trainer:
