@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 import meft_reports.plots
 from meft_reports.errors import NothingToDraw, UnknownName
 from meft_reports.frame import to_frame
-from meft_reports.plots import PLOTS, find_plot
+from meft_reports.plots import PLOTS, canvas, find_plot
 from meft_reports.plots.canvas import render
 from meft_reports.plots.loss_curve import running_mean
 from meft_reports.style import LOOKS, look
@@ -331,3 +331,19 @@ def test_an_unknown_plot_names_the_nearest() -> None:
     """A mistyped name costs one line."""
     with pytest.raises(UnknownName, match="did you mean 'memory_depth'"):
         find_plot("memory-depth")
+
+
+def test_a_wide_legend_leaves_panels_as_wide_as_their_titles() -> None:
+    """Names of methods can be long; then the figure is wider."""
+    for num_letters in (4, 30, 60):
+        figure, grid = canvas.panels(4, num_columns=2)
+        for axes in grid:
+            canvas.set_title(axes, " · ".join(["twenty letters long"] * 5))
+        canvas.add_legend(figure, ["m" * num_letters, "full"])
+        figure.draw_without_rendering()
+        legend = figure.legends[0].get_window_extent()
+        for axes in grid:
+            # matplotlib has no public name for a title on the left.
+            title = axes._left_title.get_window_extent()  # type: ignore[attr-defined]
+            assert title.x1 < legend.x0
+            assert legend.x1 < figure.bbox.x1

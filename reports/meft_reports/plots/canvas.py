@@ -57,6 +57,8 @@ RC: dict[Any, Any] = {
 WIDTH_INCHES = 10.0
 TITLE_LENGTH = 44
 """Number of characters that fit over one of two panels in a row."""
+LEGEND_INCHES = 1.6
+"""Width of the legend that leaves the panels wide enough for `TITLE_LENGTH`."""
 LOG_RATIO_ACROSS = 16
 """The x axis is logarithmic if its values span more than this factor."""
 MAX_FAILURES = 20
@@ -139,7 +141,10 @@ def add_legend(
         extra: entries that follow them.
     """
     entries = [method_entry(m) for m in sorted(set(methods), key=method_order)]
-    figure.legend(handles=[*entries, *extra], loc="outside right upper")
+    legend = figure.legend(handles=[*entries, *extra], loc="outside right upper")
+    # A wide legend makes the figure wider, not the panels narrower than their titles.
+    width = legend.get_window_extent().width / figure.dpi
+    figure.set_figwidth(WIDTH_INCHES + max(0.0, width - LEGEND_INCHES))
 
 
 def add_note(figure: Figure, lines: Iterable[str]) -> None:
