@@ -45,9 +45,9 @@ def _has_cuda() -> bool:
 
 @pytest.fixture
 def data_dir() -> Path:
-    """Real data sets: `$MEFT_DATA_DIR`, or `shared/data` beside the checkout."""
-    beside = Path(__file__).parents[2] / "shared" / "data"
-    path = Path(os.environ.get("MEFT_DATA_DIR", beside))
+    """Real data sets: `$MEFT_DATA_DIR`, or `shared/data` next to the checkout."""
+    next_to_checkout = Path(__file__).parents[2] / "shared" / "data"
+    path = Path(os.environ.get("MEFT_DATA_DIR", next_to_checkout))
     if not path.is_dir():
         pytest.skip(f"no data directory at {path}; set MEFT_DATA_DIR")
     return path

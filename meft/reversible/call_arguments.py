@@ -46,10 +46,10 @@ def refuse_outputs(call: dict[str, Any], model_config: Any) -> None:
         UnsupportedCallError: `call` or the config of the model requests such tensors.
     """
     for name in ("output_hidden_states", "output_attentions"):
-        asked = call.pop(name, None)
-        if asked is None:
-            asked = getattr(model_config, name, False)
-        if asked:
+        requested = call.pop(name, None)
+        if requested is None:
+            requested = getattr(model_config, name, False)
+        if requested:
             raise UnsupportedCallError(
                 f"`{name}=True` is not supported by a reversible model: between "
                 "blocks there are two streams, which are rebuilt and not kept"

@@ -14,7 +14,7 @@ from meft_bench.shared.record import Environment
 
 TESTS = Path(__file__).parents[1]
 SWEEP = """
-question = "Does the command do as it is told?"
+question = "Does the command follow its arguments?"
 [[matrix]]
 name = "one"
 axes = { method = ["full", "head", "lora", "meft1", "meft1-store"] }

@@ -113,7 +113,7 @@ def test_free_segments_go_back_before_memory_runs_out() -> None:
     seed=st.integers(0, 10),
 )
 def test_blocks_never_overlap_and_nothing_is_lost(sizes: list[int], seed: int) -> None:
-    """Whatever is asked for and given back."""
+    """Whatever is allocated and freed."""
     rng = random.Random(seed)
     allocator = CachingAllocator()
     live: list[Block] = []

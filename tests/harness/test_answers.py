@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from harness.tiny import asked
+from harness.tiny import task_of
 from meft_bench.child.scoring import answers, normalised
 from meft_bench.child.scoring.rules import METRICS, first_line
 from meft_bench.child.tasks.gsm8k import final_number
@@ -115,7 +115,7 @@ def test_a_short_answer_is_the_first_line_that_is_written(
     metric: str, text: str, wanted: tuple[float, ...]
 ) -> None:
     """Exact match and F1 of it, and whether `Blue` appears in it."""
-    task = asked(metric, question("Blue"))
+    task = task_of(metric, question("Blue"))
     found = answers.scores(task, [text], task.evaluation)
     assert tuple(found.values()) == pytest.approx(wanted)
     assert answers.is_right(task, [text], task.evaluation) == [wanted[0] == 1]
@@ -124,7 +124,7 @@ def test_a_short_answer_is_the_first_line_that_is_written(
 def test_the_best_of_several_accepted_answers_counts() -> None:
     """Each value has its own best one."""
     asked_once = question("deep blue sea", "Red")
-    task = asked("squad", asked_once)
+    task = task_of("squad", asked_once)
     assert answers.scores(task, ["deep sea"], [asked_once]) == {
         "exact_match": 0.0,
         "f1": pytest.approx(0.8),
@@ -134,7 +134,7 @@ def test_the_best_of_several_accepted_answers_counts() -> None:
 
 
 def test_scores_are_means_over_the_rows() -> None:
-    task = asked("nq_open", question("blue"), question("red"), question("big sky"))
+    task = task_of("nq_open", question("blue"), question("red"), question("big sky"))
     found = answers.scores(task, ["Blue", "blue", "sky"], task.evaluation)
     assert found == {
         "exact_match": pytest.approx(1 / 3),
@@ -196,7 +196,7 @@ def test_the_final_number_is_the_one_that_the_official_rule_finds(
 def test_a_problem_is_solved_if_its_final_number_is_right(
     text: str, is_right: bool
 ) -> None:
-    task = asked("gsm8k", question("600*2=1200\n#### 1,200"))
+    task = task_of("gsm8k", question("600*2=1200\n#### 1,200"))
     assert answers.is_right(task, [text], task.evaluation) == [is_right]
     assert answers.scores(task, [text], task.evaluation) == {"final_number": is_right}
 
@@ -208,7 +208,7 @@ def test_the_most_frequent_answer_is_the_one_that_the_metric_takes_as_one() -> N
     """Five spellings of one answer are more than two of another."""
     spellings = ("The Blue", "blue!", "BLUE")
     learned = [question(text) for text in ("red", "red", *spellings)]
-    task = asked("squad", *learned, evaluation=(question("blue"), question("red")))
+    task = task_of("squad", *learned, evaluation=(question("blue"), question("red")))
     assert answers.majority(task) == {
         "exact_match": 0.5,
         "f1": 0.5,
@@ -219,7 +219,7 @@ def test_the_most_frequent_answer_is_the_one_that_the_metric_takes_as_one() -> N
 def test_the_most_frequent_number_is_what_gsm8k_is_compared_with() -> None:
     """All solutions differ, so the most frequent of them is right about nothing."""
     solutions = ("1+3=4\n#### 4", "2+2=4\n#### 4", "#### 5", "10-6=4\n#### 4")
-    task = asked("gsm8k", *map(question, solutions))
+    task = task_of("gsm8k", *map(question, solutions))
     assert answers.majority(task) == {"final_number": 0.75}
 
 
@@ -229,11 +229,11 @@ def test_the_most_frequent_place_is_what_options_are_compared_with() -> None:
     questions = [question("d", options=long)] * 2
     questions += [question("a", options=long), question("c", options=long)]
     questions += [question("a", options=short)]
-    assert answers.majority(asked("options", *questions)) == {"options": 3 / 5}
+    assert answers.majority(task_of("options", *questions)) == {"options": 3 / 5}
 
 
 def test_as_many_answers_as_questions_are_scored() -> None:
-    task = asked("squad", question("blue"), question("red"))
+    task = task_of("squad", question("blue"), question("red"))
     for score in (answers.scores, answers.is_right):
         with pytest.raises(ValueError, match="zip"):
             score(task, ["blue"], task.evaluation)
@@ -251,7 +251,7 @@ def test_each_metric_has_its_own_normalisation(
     metric: str, same: str, other: str
 ) -> None:
     """In exact match, in F1, and in what it takes as one answer."""
-    task = asked(metric, question("Beyonc\u00e9"))
+    task = task_of(metric, question("Beyonc\u00e9"))
     values = list(METRICS[metric].values.values())[:2]
     assert [rule(same, task.evaluation[0]) for rule in values] == [1, 1]
     assert [rule(other, task.evaluation[0]) for rule in values] == [0, 0]

@@ -53,7 +53,7 @@ def saved(family: str, tmp_path: Path, **options: Any) -> Path:
 
 
 def test_a_directory_gives_its_own_weights_under_a_new_head(directory: Path) -> None:
-    """Everything but the classifier comes from the file, whose sha256 is told."""
+    """Everything but the classifier comes from the file, whose sha256 is reported."""
     loaded = backbones.load(cell(backbone=f"dir:{directory}"), 3, HERE)
     on_file = load_file(directory / "model.safetensors")
     state = loaded.model.state_dict()
@@ -119,7 +119,7 @@ def test_every_block_takes_part(depth: int, family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("depth", [0, 1, 2, 3])
 def test_random_weights_are_made_for_every_family(depth: int, family: str) -> None:
-    """With one new head, no cache, something to pad with, and the depth asked for."""
+    """With one new head, no cache, something to pad with, and the requested depth."""
     model = load(cell(backbone=f"random:{family}-tiny", depth=depth), num_labels=3)
     assert len(backbones.blocks_of(model)) == num_lists(family) * (depth or 2)
     assert len(backbones.heads_of(model)) == 1
@@ -188,12 +188,12 @@ def test_named_shapes_have_their_published_size(name: str, num_parameters: int) 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_is_the_kernel_that_the_cell_names(family: str) -> None:
     """transformers' own steps, or torch's fused function in whatever backend."""
-    for asked, expected in (
+    for name, expected in (
         ("eager", "eager"),
         ("sdpa", "sdpa"),
         ("sdpa-math", "sdpa"),
     ):
-        model = load(cell(backbone=f"random:{family}-tiny", depth=1, attention=asked))
+        model = load(cell(backbone=f"random:{family}-tiny", depth=1, attention=name))
         assert model.config._attn_implementation == expected
 
 
@@ -308,7 +308,7 @@ def test_a_model_without_padding_pads_with_what_its_tokenizer_pads_with(
 
 @pytest.mark.parametrize("name", ["dir:/nowhere", "hub:google-bert/bert-base-uncased"])
 def test_missing_weights_name_three_ways_to_provide_them(name: str) -> None:
-    """A package, a directory, or the hub, which is never asked unless allowed."""
+    """A package, a directory, or the hub, which is not used unless allowed."""
     with pytest.raises(MissingError) as caught:
         backbones.load(cell(backbone=name), 2, HERE)
     message = str(caught.value)

@@ -86,19 +86,19 @@ def test_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = runs.read(folder / "runs" / "mine.jsonl")
     assert [record.status for record in records] == [Status.OK] * 5
     assert {record.sweep for record in records} == {"mine"}
-    told = seen.err.splitlines()
-    assert len(told) == 5
-    assert re.fullmatch(r"\[1/5\] ok \d+\.\d s full/minilm-l6/\S+", told[0])
+    printed = seen.err.splitlines()
+    assert len(printed) == 5
+    assert re.fullmatch(r"\[1/5\] ok \d+\.\d s full/minilm-l6/\S+", printed[0])
 
 
 def test_failures(capsys: pytest.CaptureFixture[str]) -> None:
-    """A failed cell is told with its reason and its log, and makes the exit code 4."""
+    """A failed cell is printed with its reason and its log; the exit code is 4."""
     assert run("--only", "head", worker="fake_mixed") == 4
     seen = capsys.readouterr()
     assert seen.out.startswith("oom 1\n")
-    told = re.search(r"\noom: head/\S+: too small \((.+\.log)\)\n", seen.err)
-    assert told is not None
-    assert Path(told[1]).is_file()
+    printed = re.search(r"\noom: head/\S+: too small \((.+\.log)\)\n", seen.err)
+    assert printed is not None
+    assert Path(printed[1]).is_file()
 
 
 def test_a_remark_on_an_ok_cell_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -335,7 +335,7 @@ def test_interrupted(
 def test_bad_input(
     folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
-    """Bad input is told in one line, exits with 2, and leaves no file."""
+    """Bad input is reported in one line, exits with 2, and leaves no file."""
     bad = (folder / "mine.toml").read_text().replace('"full"', '"ful"')
     (folder / "bad.toml").write_text(bad)
     (folder / "empty.jsonl").touch()
@@ -357,11 +357,11 @@ def test_show(capsys: pytest.CaptureFixture[str]) -> None:
     run()
     capsys.readouterr()
     assert cli.main(["show", "head", "runs/mine.jsonl"]) == 0
-    told = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
-    assert told["cell"].startswith("head/")
-    assert told["saved_bytes"] == "1 MiB (1048576)"
-    assert told["device_name"] == "fake device"
-    assert "score" not in told
+    printed = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert printed["cell"].startswith("head/")
+    assert printed["saved_bytes"] == "1 MiB (1048576)"
+    assert printed["device_name"] == "fake device"
+    assert "score" not in printed
     assert cli.main(["show", "seed0", "runs/mine.jsonl"]) == 2
     assert "5 cells in runs/mine.jsonl named 'seed0'" in capsys.readouterr().err
     name = "full/minilm-16/b16-s128-fp32/synthetic/seed0"

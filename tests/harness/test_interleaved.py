@@ -15,7 +15,7 @@ Steps = tuple[list[str], Callable[[str, list[float]], Callable[[], None]]]
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
-    """Steps that take as many seconds as they are told to."""
+    """Steps that take given numbers of seconds."""
     now = [0.0]
     order: list[str] = []
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])

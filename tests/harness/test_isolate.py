@@ -54,7 +54,7 @@ def test_ok(run: Callable[..., Record], here: Environment) -> None:
 
 
 def test_raises(run: Callable[..., Record]) -> None:
-    """A child that raises is an error, told by the last line it printed, in print."""
+    """A child that raises is an error, whose message is the last line it printed."""
     record = run("fake_raises")
     assert record.status == Status.ERROR
     assert record.message == "RuntimeError: the tokenizer[31m is missing"
@@ -93,7 +93,7 @@ def test_killed(run: Callable[..., Record]) -> None:
 
 
 def test_aborts(run: Callable[..., Record]) -> None:
-    """A child that any other signal ends is told by the signal's name."""
+    """The message for a child that any other signal ends is the signal's name."""
     record = run("fake_aborts")
     assert (record.status, record.message) == (Status.KILLED, "SIGABRT")
 
@@ -136,7 +136,7 @@ def test_no_child(run: Callable[..., Record], monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_mute(run: Callable[..., Record]) -> None:
-    """A child that says nothing at all is told by its exit status."""
+    """The message for a child that prints nothing is its exit status."""
     record = run("fake_mute")
     assert record.status == Status.ERROR
     assert record.message == "exit status 3, and an empty log"
@@ -173,7 +173,7 @@ def test_stopped(run: Callable[..., Record], tmp_path: Path) -> None:
 def test_child_environment(
     run: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A child is offline, seeded and as wide as it is told, and knows its options."""
+    """A child is offline and seeded, has the given threads, and knows its options."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     options = ChildOptions(data_dir="/data", num_threads=2)
     variables = isolate.child_environment(options, "cpu")

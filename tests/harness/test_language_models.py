@@ -1,4 +1,4 @@
-"""Random tokens told to language models: the same methods and meters, another head."""
+"""Language models trained on random tokens: the same methods, another head."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ without_gpu = pytest.mark.skipif(
 )
 
 
-def told(family: str = "llama", **changes: object) -> Cell:
+def lm_cell(family: str = "llama", **changes: object) -> Cell:
     """A cell of that family's tiny shape, whose vocabulary is of full size."""
     fields: dict[str, object] = {"backbone": f"random:{family}-tiny", "max_steps": 3}
     fields |= {"task": "synthetic-lm", "num_neurons": 64, "top_k_neurons": 8}
@@ -47,8 +47,8 @@ def batch_of(stepper: Stepper, chosen: Cell) -> Batch:
 @pytest.mark.parametrize("family", LANGUAGE_MODELS)
 def test_every_token_is_told(family: str) -> None:
     """The loss is that of all of them, from logits over the whole vocabulary."""
-    stepper = made(told(family))
-    batch = batch_of(stepper, told(family))
+    stepper = made(lm_cell(family))
+    batch = batch_of(stepper, lm_cell(family))
     assert torch.equal(batch["labels"], batch["input_ids"])
     assert batch["input_ids"].shape == (4, 8)
     stepper.model.eval()
@@ -67,7 +67,7 @@ def test_every_token_is_told(family: str) -> None:
 )
 def test_every_method_trains_a_language_model(method: str) -> None:
     """A step moves what trains and nothing else, the head only with all of it."""
-    chosen = told(method=method)
+    chosen = lm_cell(method=method)
     stepper = made(chosen)
     before = {n: p.detach().clone() for n, p in stepper.model.named_parameters()}
     stepper.model.train()
@@ -94,7 +94,7 @@ def test_a_cell_of_a_language_model_is_measured(
     method: str, device: str, family: str
 ) -> None:
     """Whole, by the worker: on a CPU, and on a GPU that is not there."""
-    seen: Any = run(told(family, method=method, device=device), ChildOptions())
+    seen: Any = run(lm_cell(family, method=method, device=device), ChildOptions())
     assert seen["status"] == "ok", seen["message"]
     measured = seen["measurement"]
     assert 0 < measured["saved_bytes"] < measured["peak_allocated_bytes"]
@@ -105,18 +105,18 @@ def test_a_cell_of_a_language_model_is_measured(
 
 def planned(family: str, task: str) -> MemoryPlan:
     sizes = {"batch_size": 8, "seq_len": 128, "method": "lora-checkpointing"}
-    return plan(told(family, task=task, device="virtual-H200", **sizes), HERE, 0.05)
+    return plan(lm_cell(family, task=task, device="virtual-H200", **sizes), HERE, 0.05)
 
 
 @without_gpu
 @pytest.mark.parametrize("family", slow_but_for(LANGUAGE_MODELS, "llama"))
 def test_logits_are_most_of_what_a_small_stack_takes(family: str) -> None:
-    """The peak is where their gradient is made, of 4 bytes a place: beside it are the
+    """The peak is where their gradient is made, of 4 bytes a place, next to the
     logarithms that it is made of, and nothing of the kind in a classifier."""
     large, small = (planned(family, task) for task in ("synthetic-lm", "synthetic"))
     assert large.by_operator is not None
     assert small.by_operator is not None
-    config, _ = backbones.load_config(told(family), HERE)
+    config, _ = backbones.load_config(lm_cell(family), HERE)
     num_bytes = 8 * 128 * config.vocab_size * 4
     assert "_log_softmax_backward_data" in large.where
     names = ("aten._log_softmax.default", "aten._log_softmax_backward_data.default")
@@ -137,14 +137,14 @@ def test_logits_are_most_of_what_a_small_stack_takes(family: str) -> None:
 def test_what_has_no_such_head_is_refused(family: str, method: str, words: str) -> None:
     """With what to do instead."""
     with pytest.raises(ValueError, match=words):
-        made(told(family, method=method))
+        made(lm_cell(family, method=method))
 
 
 def test_a_directory_may_hold_barts_language_model(tmp_path: Path) -> None:
     """Its head is read with its other weights."""
-    model = backbones.load(told("bart"), None, HERE).model
+    model = backbones.load(lm_cell("bart"), None, HERE).model
     model.save_pretrained(tmp_path)
-    stored = told(backbone=f"dir:{tmp_path}")
+    stored = lm_cell(backbone=f"dir:{tmp_path}")
     loaded = backbones.load(stored, None, HERE).model.state_dict()
     for name, weight in model.state_dict().items():
         assert torch.equal(loaded[name], weight), name
@@ -152,6 +152,6 @@ def test_a_directory_may_hold_barts_language_model(tmp_path: Path) -> None:
 
 def test_a_row_of_one_token_is_refused() -> None:
     """It has no target, and the mean over none is no number."""
-    seen: Any = run(told(seq_len=1), ChildOptions())
+    seen: Any = run(lm_cell(seq_len=1), ChildOptions())
     assert seen["status"] == "error"
     assert "`seq_len` is 1, but a language model predicts each token" in seen["message"]

@@ -25,9 +25,9 @@ BATCH, TOKENS, WIDTH = 16, 512, 1024
 def step(method: str, depth: int, **changes: Any) -> Measurement:
     fields: dict[str, Any] = {"backbone": "random:roberta-large", "dtype": "bf16"}
     fields |= {"device": "virtual-H200", "batch_size": BATCH, "seq_len": TOKENS}
-    told = run(cell(method=method, depth=depth, **fields | changes), ChildOptions())
-    assert told["status"] == "ok", told["message"]
-    measured: Any = told["measurement"]
+    outcome = run(cell(method=method, depth=depth, **fields | changes), ChildOptions())
+    assert outcome["status"] == "ok", outcome["message"]
+    measured: Any = outcome["measurement"]
     return Measurement(**measured)
 
 
@@ -91,7 +91,7 @@ def test_frozen_weights_have_no_state() -> None:
 
 @pytest.mark.parametrize("method", ["full", "lora", "meft1-exact", "sparse"])
 def test_everything_at_the_peak_is_told(method: str) -> None:
-    """The kinds add up to all of it; what is allocated beside is blocks' slack."""
+    """The kinds add up to all of it; the rest of what is allocated is blocks' slack."""
     found = planned(method)
     assert found.by_kind is not None
     assert found.allocated_bytes is not None

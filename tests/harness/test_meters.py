@@ -199,7 +199,7 @@ def test_a_counter_of_32_bits_is_unwrapped() -> None:
 
 
 def test_an_unsupported_counter_is_none_and_not_zero() -> None:
-    """Beside a counter that works."""
+    """Next to a counter that works."""
     assert read_link(_FakeNvml(readings={198: [5, 5]})) == (None, 0)
 
 

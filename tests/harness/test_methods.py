@@ -37,7 +37,7 @@ LORA = HEAD + BLOCKS * 2 * 2 * HIDDEN * R
 ADAPTERS = HEAD + BLOCKS * 2 * BOTTLENECK
 NEURONS, EXPERTS = 256, 64
 SPARSE = [family for family in FAMILIES if family != "bart"]
-"""Those that rows in host memory go beside."""
+"""Those that rows in host memory can be added to."""
 PHASES = ("forward", "backward", "update")
 ROWS = HEAD + BLOCKS * 2 * NEURONS * HIDDEN
 ROUTED = ROWS + BLOCKS * EXPERTS * HIDDEN
@@ -240,8 +240,8 @@ def test_exact_methods_equal_their_stored_twins(
 @pytest.mark.parametrize("method", ["meft1", "meft1-exact"])
 def test_a_cell_says_how_much_of_a_stack_is_rebuilt(method: str) -> None:
     """So many of the lowest blocks; 0 rebuilds all; more than there are is refused."""
-    for asked, rebuilt in ((0, BLOCKS), (2, 2)):
-        model = made(method, reversible_blocks=asked, mlp_chunks=2)
+    for requested, rebuilt in ((0, BLOCKS), (2, 2)):
+        model = made(method, reversible_blocks=requested, mlp_chunks=2)
         stack = model.bert.encoder.layer
         assert stack.span == (0, rebuilt)
         assert stack.reversible.mlp_chunks == 2
@@ -353,7 +353,7 @@ def test_a_step_of_sparse_adapters_moves_their_rows() -> None:
 
 
 def test_a_router_is_held_against_scores_of_all_neurons() -> None:
-    """With every expert asked and no gate, it finds the best; by half of them, less."""
+    """With every expert and no gate, it finds the best; with half of them, less."""
     found = []
     text = {name: batch()[name] for name in ("input_ids", "attention_mask")}
     for top_k in (EXPERTS, EXPERTS // 8):

@@ -41,7 +41,7 @@ def test_a_plan_tells_what_a_step_takes(capsys: pytest.CaptureFixture[str]) -> N
     assert full["num_trainable_parameters"] > exact["num_trainable_parameters"]
     assert full["by_kind"]["optimizer"] > exact["by_kind"]["optimizer"]
     assert "h2d forward" in plan_text.details(full)
-    # Where host and GPU cannot be told apart, nothing is known to move.
+    # Where host and GPU cannot be distinguished, nothing is known to move.
     assert "h2d" not in plan_text.details(full | {"moved": None})
 
 
@@ -121,7 +121,7 @@ def test_a_plan_of_a_language_model_is_asked_by_its_task(
 def test_what_the_library_refuses_it_says_itself(
     command: str, task: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rows of sparse adapters have no place beside BART's feed-forward."""
+    """Rows of sparse adapters cannot be added to BART's feed-forward."""
     words = [command, "bart-tiny", "--method", "sparse", *TINY, "--json"]
     words += ["--set", f"task={task}"]
     words += ["--maximize", "depth"] if command == "fit" else []
@@ -196,7 +196,7 @@ MISTAKES = {
 @pytest.fixture
 def nothing_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A current directory with configs of every wrong kind; no packages, no cache of
-    the hub's, and no child that could be asked."""
+    the hub's, and no child to run."""
     contents = {
         "t5": '{"model_type": "t5"}',
         "nameless": "{}",
@@ -320,17 +320,17 @@ def test_repeated_flags_add_up(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """None takes the place of an earlier one, and a method is planned once."""
-    asked: list[Cell] = []
+    planned_cells: list[Cell] = []
 
     def ask(cells: list[Cell], *_: object, **__: object) -> list[dict[str, object]]:
-        asked.extend(cells)
+        planned_cells.extend(cells)
         return [FITS | {"method": cell.method} for cell in cells]
 
     monkeypatch.setattr(planning, "ask", ask)
     words = "plan bert-tiny --gpu H200 --method full --method exact meft1-exact"
     assert cli.main([*words.split(), "--set", "seed=1", "--set", "lora_rank=2"]) == 0
-    assert [cell.method for cell in asked] == ["full", "meft1-exact"]
-    assert {(cell.seed, cell.lora_rank) for cell in asked} == {(1, 2)}
+    assert [cell.method for cell in planned_cells] == ["full", "meft1-exact"]
+    assert {(cell.seed, cell.lora_rank) for cell in planned_cells} == {(1, 2)}
 
 
 def test_one_method_does_not_take_the_others_along(

@@ -1,4 +1,4 @@
-"""What a language model is asked, what it learns, and what it answers."""
+"""The questions for a language model, what it learns, and what it answers."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from harness.tiny import asked, cell
+from harness.tiny import cell, task_of
 from meft_bench.child import backbones
 from meft_bench.child.scoring import answers
 from meft_bench.child.tasks.batches import IGNORED, Example, collate, full_batches
@@ -72,7 +72,7 @@ def sky(**changes: Any) -> Question:
 
 def test_only_the_answer_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
     """And the end; a prompt that is too long loses its beginning."""
-    task = asked("options", sky(), validation=(sky(prompt="Answer:"),))
+    task = task_of("options", sky(), validation=(sky(prompt="Answer:"),))
     found = answers.examples(task, tokenizer, cell(seq_len=8))
     assert (found.validation, found.evaluation) == (task.validation, task.evaluation)
     (example,) = found.train
@@ -81,7 +81,7 @@ def test_only_the_answer_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
     assert example.segment_ids == [0] * 6
     assert example.label == [IGNORED] * 4 + [6, 1]
     (short,) = answers.examples(
-        asked("options", sky()), tokenizer, cell(seq_len=4)
+        task_of("options", sky()), tokenizer, cell(seq_len=4)
     ).train
     assert isinstance(short, Example)
     assert short.token_ids == [8, 4, 6, 1]
@@ -99,10 +99,10 @@ def likeliest(
     values = {}
     for option in question.options:
         prompt = tokenizer(question.prompt)["input_ids"]
-        told = tokenizer(option)["input_ids"]
-        logits = stepper.model.eval()(torch.tensor([[*prompt, *told]])).logits[0]
+        tokens = tokenizer(option)["input_ids"]
+        logits = stepper.model.eval()(torch.tensor([[*prompt, *tokens]])).logits[0]
         likely = logits[len(prompt) - 1 : -1].log_softmax(-1)
-        total = sum(likely[place, token] for place, token in enumerate(told))
+        total = sum(likely[place, token] for place, token in enumerate(tokens))
         values[option] = float(total) / len(option)
     return max(values, key=lambda option: values[option])
 
@@ -119,7 +119,7 @@ def test_the_likeliest_option_is_chosen(tokenizer: PreTrainedTokenizerFast) -> N
     ]
     wanted = [likeliest(stepper, tokenizer, q) for q in questions]
     assert len(set(wanted)) > 1
-    task = asked("options", *questions)
+    task = task_of("options", *questions)
     # Of unequal lengths, so that some rows of a batch are padded.
     found = answers.predict(stepper, task, questions, tokenizer, cell(batch_size=7))
     assert found == wanted
@@ -140,7 +140,7 @@ def test_what_is_written_does_not_depend_on_the_batch(
         "Answer:",
         "Question: red blue sky ?\nAnswer:",
     ]
-    task = asked("nq_open", *(sky(prompt=p) for p in prompts))
+    task = task_of("nq_open", *(sky(prompt=p) for p in prompts))
     alone = [
         answers._write(stepper, task, [q], tokenizer, cell()) for q in task.evaluation
     ]
@@ -150,19 +150,19 @@ def test_what_is_written_does_not_depend_on_the_batch(
 
 class Speller:
     """What `generate` returns, without a model: it writes the same tokens to all, and
-    stops where it is asked to."""
+    stops where requested."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
         self.config = LlamaConfig(vocab_size=len(WORDS), pad_token_id=0)
-        self.asked: dict[str, Any] = {}
+        self.task_of: dict[str, Any] = {}
         self.read: list[list[int]] = []
 
     def eval(self) -> None:
         pass
 
-    def generate(self, input_ids: torch.Tensor, **asked: Any) -> torch.Tensor:
-        self.asked, self.read = asked, input_ids.tolist()
+    def generate(self, input_ids: torch.Tensor, **task_of: Any) -> torch.Tensor:
+        self.task_of, self.read = task_of, input_ids.tolist()
         new = torch.tensor([self.tokens] * len(input_ids))
         return torch.cat([input_ids, new], dim=1)
 
@@ -173,13 +173,13 @@ def test_an_answer_ends_at_the_end_token(
     """What stands behind it is padding, even if that is a word."""
     stepper = writer()
     stepper.model = Speller([6, 1, 7, 7])
-    task = asked("nq_open", sky())
+    task = task_of("nq_open", sky())
     found = answers.predict(stepper, task, task.evaluation, tokenizer, cell())
     assert found == ["blue"]
-    assert stepper.model.asked["eos_token_id"] == 1
-    assert stepper.model.asked["pad_token_id"] == 0
-    assert stepper.model.asked["do_sample"] is False
-    assert stepper.model.asked["use_cache"] is True
+    assert stepper.model.task_of["eos_token_id"] == 1
+    assert stepper.model.task_of["pad_token_id"] == 0
+    assert stepper.model.task_of["do_sample"] is False
+    assert stepper.model.task_of["use_cache"] is True
 
 
 def test_prompts_are_padded_on_the_left_and_padding_is_masked(
@@ -188,17 +188,17 @@ def test_prompts_are_padded_on_the_left_and_padding_is_masked(
     """A decoder goes on from the right end."""
     stepper = writer()
     stepper.model = Speller([1])
-    task = asked("nq_open", sky(prompt="Answer:"), sky(prompt="sky ? Answer:"))
+    task = task_of("nq_open", sky(prompt="Answer:"), sky(prompt="sky ? Answer:"))
     answers.predict(stepper, task, task.evaluation, tokenizer, cell())
     assert stepper.model.read == [[0, 0, 4], [5, 8, 4]]
-    assert stepper.model.asked["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
+    assert stepper.model.task_of["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
 
 
 def test_special_tokens_are_no_text(tokenizer: PreTrainedTokenizerFast) -> None:
     """Wherever a model writes them."""
     stepper = writer()
     stepper.model = Speller([6, 2, 0, 7, 1])
-    task = asked("nq_open", sky())
+    task = task_of("nq_open", sky())
     found = answers.predict(stepper, task, task.evaluation, tokenizer, cell())
     assert found == ["blue red"]
 
@@ -206,11 +206,11 @@ def test_special_tokens_are_no_text(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_a_likelihood_is_that_of_the_tokens_that_count() -> None:
     """Summed per row; token 0 counts like any other, and nothing that is ignored."""
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
-    told = torch.tensor([[0, 3, IGNORED], [IGNORED, 4, 1]])
+    targets = torch.tensor([[0, 3, IGNORED], [IGNORED, 4, 1]])
     likely = logits.log_softmax(-1)
     wanted = [likely[0, 0, 0] + likely[0, 1, 3], likely[1, 1, 4] + likely[1, 2, 1]]
     torch.testing.assert_close(
-        answers._log_likelihood(logits, told), torch.stack(wanted)
+        answers._log_likelihood(logits, targets), torch.stack(wanted)
     )
 
 
@@ -229,10 +229,10 @@ def test_an_answer_ends_where_the_next_prompt_begins(
     stepper = writer()
     stepper.model = Speller([6, 7, 3, 5, 8, 4, 6])
     for metric in ("nq_open", "trivia_qa", "squad", "gsm8k"):
-        task = asked(metric, sky())
+        task = task_of(metric, sky())
         found = answers.predict(stepper, task, task.evaluation, tokenizer, cell())
         assert found == ["blue red "]
-        assert stepper.model.asked["stop_strings"] == ["Question:"]
+        assert stepper.model.task_of["stop_strings"] == ["Question:"]
 
 
 def endless(next_word: dict[int, int]) -> Any:
@@ -261,13 +261,13 @@ def test_generation_stops_where_the_next_prompt_begins(
     lengths = []
     generate = stepper.model.generate
 
-    def watched(input_ids: torch.Tensor, **asked: Any) -> torch.Tensor:
-        out: torch.Tensor = generate(input_ids=input_ids, **asked)
+    def watched(input_ids: torch.Tensor, **task_of: Any) -> torch.Tensor:
+        out: torch.Tensor = generate(input_ids=input_ids, **task_of)
         lengths.append(out.shape[1] - input_ids.shape[1])
         return out
 
     monkeypatch.setattr(stepper.model, "generate", watched)
-    task = asked("gsm8k", sky(), sky(prompt="?"), max_new_tokens=20)
+    task = task_of("gsm8k", sky(), sky(prompt="?"), max_new_tokens=20)
     (first, _), here = task.evaluation, cell(seq_len=32)
     assert answers.predict(stepper, task, [first], tokenizer, here) == ["blue red "]
     assert lengths == [3]
@@ -298,11 +298,11 @@ def marking() -> PreTrainedTokenizerFast:
 
 
 def test_an_answer_is_tokenised_as_in_its_text() -> None:
-    """Alone, it would begin with a token that stands for the beginning of a text."""
+    """Alone, it would begin with a token that marks the beginning of a text."""
     assert marking()(" blue")["input_ids"] == [3, 5]
     question = sky(prompt="Answer:")
     (example,) = answers.examples(
-        asked("nq_open", question, max_new_tokens=3), marking(), cell(seq_len=8)
+        task_of("nq_open", question, max_new_tokens=3), marking(), cell(seq_len=8)
     ).train
     assert isinstance(example, Example)
     assert example.token_ids == [4, 5, 1]
@@ -323,7 +323,7 @@ def test_options_are_tokenised_as_in_their_text(
 
     monkeypatch.setattr(stepper.model, "forward", look)
     question = sky(prompt="Answer:")
-    task = asked("options", question)
+    task = task_of("options", question)
     answers._choose(stepper, task, [question], marking(), cell())
     assert seen == [[[4, 6], [4, 5]]]
 
@@ -333,7 +333,7 @@ def test_an_answer_that_is_cut_is_not_said_to_end(
 ) -> None:
     """Nor is its first token lost: one of the prompt stands before it."""
     long = sky(answer=" blue red blue red")
-    task = asked("nq_open", long, max_new_tokens=2)
+    task = task_of("nq_open", long, max_new_tokens=2)
     (cut,) = answers.examples(task, tokenizer, cell(seq_len=4)).train
     assert isinstance(cut, Example)
     assert cut.token_ids == [4, 6, 7, 6]
@@ -345,7 +345,7 @@ def test_an_answer_without_an_end_token_is_learned_as_it_is(
 ) -> None:
     """Some tokenizers have none; the next prompt ends the answer then."""
     tokenizer.eos_token = None
-    task = asked("nq_open", sky(), max_new_tokens=2)
+    task = task_of("nq_open", sky(), max_new_tokens=2)
     (example,) = answers.examples(task, tokenizer, cell(seq_len=8)).train
     assert isinstance(example, Example)
     assert example.token_ids == [3, 5, 8, 4, 6]
@@ -357,7 +357,7 @@ def test_an_option_without_room_is_refused(
 ) -> None:
     """Before anything trains: of an option that is cut, the rest would be scored."""
     fits, long = sky(), sky(options=("blue", "blue red sky"))
-    task = asked("options", fits, **{"evaluation": (), split: (fits, long)})
+    task = task_of("options", fits, **{"evaluation": (), split: (fits, long)})
     words = "`seq_len` is 3, but an option of task 'made up' has 3 tokens"
     with pytest.raises(ValueError, match=words):
         answers.examples(task, tokenizer, cell(seq_len=3))
@@ -370,12 +370,12 @@ def test_a_prompt_that_is_too_long_to_continue_loses_its_beginning(
     """It has `seq_len` tokens left, whatever the length of the answer to come."""
     stepper = writer()
     stepper.model = Speller([6, 1])
-    task = asked("nq_open", sky(), max_new_tokens=20)
+    task = task_of("nq_open", sky(), max_new_tokens=20)
     for seq_len, wanted in ((3, [5, 8, 4]), (8, [3, 5, 8, 4])):
         here = cell(seq_len=seq_len)
         answers.predict(stepper, task, task.evaluation, tokenizer, here)
         assert stepper.model.read == [wanted]
-        assert stepper.model.asked["max_new_tokens"] == 20
+        assert stepper.model.task_of["max_new_tokens"] == 20
 
 
 def test_of_options_that_are_equally_likely_the_first_is_chosen(
@@ -383,7 +383,7 @@ def test_of_options_that_are_equally_likely_the_first_is_chosen(
 ) -> None:
     """As numpy's `argmax` has it, and with it the harnesses of the field."""
     stepper = endless({})
-    task = asked("options", sky(options=("red", "sky"), accepted=("red",)))
+    task = task_of("options", sky(options=("red", "sky"), accepted=("red",)))
     found = answers.predict(stepper, task, task.evaluation, tokenizer, cell())
     assert found == ["red"]
 
@@ -393,7 +393,9 @@ def test_an_option_counts_by_its_bytes(tokenizer: PreTrainedTokenizerFast) -> No
     wins: not the shortest, and not the one with the most characters."""
     long = ("sky", "Question:", "\u00e9\u00e9\u00e9\u00e9\u00e9")
     short = ("?", "\u00e9")
-    task = asked("options", *(sky(options=o, accepted=(o[0],)) for o in (long, short)))
+    task = task_of(
+        "options", *(sky(options=o, accepted=(o[0],)) for o in (long, short))
+    )
     found = answers.predict(
         endless({}), task, task.evaluation, tokenizer, cell(batch_size=2)
     )

@@ -102,6 +102,6 @@ def test_out_of_memory_tells_for_what_when_and_beside_what() -> None:
     assert "a request of 40.0 MiB" in message
     assert "make_b of model.b in forward of step 0" in message
     assert "alive: saved 30.0 MiB" in message
-    found, told = replay_in_full(steps, capacity_bytes=60 * MIB)
-    assert told == message
+    found, reported = replay_in_full(steps, capacity_bytes=60 * MIB)
+    assert reported == message
     assert found.reserved_bytes == 70 * MIB

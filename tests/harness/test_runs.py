@@ -95,7 +95,7 @@ def test_a_blank_line_is_no_record(tmp_path: Path, records: list[Record]) -> Non
     ["garbage", "[]", "{}", '{"schema_version": 1}', '{"status": 1, "status": 2}'],
 )
 def test_bad_line(tmp_path: Path, records: list[Record], text: str) -> None:
-    """A whole line that is no record is told by its number, and nothing is changed."""
+    """A whole line that is no record is reported by number; nothing is changed."""
     path = tmp_path / "runs.jsonl"
     with RecordsFile(path) as file:
         file.append(records[0])
@@ -125,7 +125,7 @@ def test_a_name_that_is_twice_in_a_record(
 
 
 def test_unusable_path(tmp_path: Path) -> None:
-    """A path that cannot be a file is told, with the reason."""
+    """A path that cannot be a file is reported, with the reason."""
     with pytest.raises(RunsError, match="Is a directory"):
         RecordsFile(tmp_path)
     (tmp_path / "file").touch()
@@ -134,7 +134,7 @@ def test_unusable_path(tmp_path: Path) -> None:
 
 
 def test_lock(tmp_path: Path) -> None:
-    """Two runs never write to one file, and the second is told what to do."""
+    """Two runs never write to one file; the second's message says what to do."""
     path = tmp_path / "runs.jsonl"
     with (
         RecordsFile(path),

@@ -108,7 +108,7 @@ def test_the_short_gate_is_a_part_of_the_gate() -> None:
 
 
 def test_gate() -> None:
-    """The gate runs every method on the CPU with one thread, whatever is asked."""
+    """The gate runs every method on the CPU with one thread, whatever is requested."""
     gate = sweep.load("gate", device="cuda")
     assert gate.num_threads == 1
     assert {cell.device for cell in gate.cells} == {"cpu"}
@@ -188,7 +188,7 @@ def test_shared_cells(load: Callable[[str], Sweep]) -> None:
 
 
 def test_device(load: Callable[[str], Sweep], tmp_path: Path) -> None:
-    """Cells run on the device asked for unless their matrix names one."""
+    """Cells run on the requested device unless their matrix names one."""
     load(MATRIX + 'axes = { method = ["full"] }')
     mine = str(tmp_path / "mine.toml")
     assert {c.device for c in sweep.load(mine, device="cuda").cells} == {"cuda"}
@@ -322,7 +322,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_sweep(load: Callable[[str], Sweep], tmp_path: Path, case: str) -> None:
-    """A mistake is told in one line: the file, what is wrong, what is right."""
+    """A mistake is reported in one line: the file, what is wrong, what is right."""
     text, *words = BAD[case]
     with pytest.raises(SweepError) as caught:
         load(text)

@@ -126,7 +126,7 @@ def test_one_kernel_takes_the_step_of_many() -> None:
 
 
 def test_plain_sgd_keeps_nothing() -> None:
-    """Between two steps there are the weights and no state beside them."""
+    """Between two steps there are the weights and no other state."""
     stepper = stepper_for(cell(optimizer="sgd"))
     before = [p.detach().clone() for p in stepper.model.parameters()]
     stepper.step([batch()], 1e-1)

@@ -314,8 +314,8 @@ def test_a_checkpoint_keeps_the_input_of_each_block(
     plain, plain_counts = backward_of(lambda model, rows: model(rows))
     kept, counts = backward_of(run)
     activation, scalars = 4 * ROWS * WIDTH, 2 * 512
-    # Of each of four blocks the input, of the plain one also the ReLU's output; beside
-    # them, the loss and its gradient.
+    # Of each of four blocks the input, of the plain one also the ReLU's output;
+    # furthermore the loss and its gradient.
     assert held(kept, "saved") == 4 * activation + scalars
     assert held(plain, "saved") == 8 * activation + scalars
     assert counts["aten.addmm"] - plain_counts["aten.addmm"] == num_again
@@ -378,7 +378,7 @@ def twice(x: Tensor) -> Tensor:
 
 
 class Asks(nn.Module):
-    """Does what it is told in the middle of a model."""
+    """Does what it was given in the middle of a model."""
 
     def __init__(self, ask: Callable[[Tensor], object]) -> None:
         super().__init__()
@@ -405,16 +405,16 @@ UNANSWERED: dict[str, tuple[Callable[[Tensor], object], str]] = {
 def test_what_has_no_answer_says_where_and_what_to_do(name: str) -> None:
     ask, operator = UNANSWERED[name]
     model = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Flatten(), Asks(ask)))
-    with pytest.raises(MissingError) as told, h200():
+    with pytest.raises(MissingError) as reported, h200():
         model(torch.zeros(2, 4, device="cuda"))
-    message = str(told.value)
+    message = str(reported.value)
     assert operator in message
     assert "of 1.1 (Asks)" in message
     assert "or run it on `cpu` or `cuda`" in message
 
 
 def test_a_value_that_decides_is_made_up() -> None:
-    """A sum is 0, and what is asked of it holds."""
+    """A sum is 0, and every condition on it holds."""
     with h200():
         x = torch.ones(4, device="cuda")
         assert x.sum().item() == 0
@@ -440,9 +440,9 @@ def test_a_plan_and_a_record_say_so() -> None:
     name = f"{__name__}:{a_method_that_looks.__name__}"
     with mock.patch.dict(METHODS, {"full": name}):
         planned = plan(here, Source(), margin=0.05)
-        told = run(here, ChildOptions())
+        reported = run(here, ChildOptions())
     assert planned.verdict == "unknown"
-    assert told["status"] == "skipped"
-    for message in (planned.message, str(told["message"])):
+    assert reported["status"] == "skipped"
+    for message in (planned.message, str(reported["message"])):
         assert "aten.nonzero.default" in message
         assert "bert.encoder.layer.1.output (BertOutput)" in message

@@ -293,17 +293,17 @@ def _patched_places() -> list[Any]:
 
 def test_a_cell_is_predicted_by_the_worker_that_measures() -> None:
     """From its shapes, and says so; a GPU too small for it is out of memory."""
-    told = run(
+    outcome = run(
         cell(device="virtual-A100-80GB", backbone="random:bert-tiny"), ChildOptions()
     )
-    assert told["status"] == "ok", told["message"]
-    measured: Any = told["measurement"]
+    assert outcome["status"] == "ok", outcome["message"]
+    measured: Any = outcome["measurement"]
     peaks = ("saved_bytes", "model_state_bytes", "peak_allocated_bytes")
     saved, model_state, allocated = (measured[name] for name in peaks)
     assert 0 < saved < allocated <= measured["peak_reserved_bytes"]
     assert model_state < allocated
     assert measured["score"] is None
-    environment: Any = told["environment"]
+    environment: Any = outcome["environment"]
     assert environment["device_name"] == "NVIDIA A100-SXM4-80GB"
     assert "held against an H200" in environment["prediction"]
     large = cell(
@@ -312,9 +312,9 @@ def test_a_cell_is_predicted_by_the_worker_that_measures() -> None:
         batch_size=60_000,
         seq_len=512,
     )
-    told = run(large, ChildOptions())
-    assert told["status"] == "oom"
-    assert "no room for a segment" in str(told["message"])
+    outcome = run(large, ChildOptions())
+    assert outcome["status"] == "oom"
+    assert "no room for a segment" in str(outcome["message"])
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_autocast_of_cuda_knows_the_operator(name: str) -> None:
 
 
 def test_autocast_gives_the_same_dtypes() -> None:
-    """Of everything that is told apart, and of what is not."""
+    """Of everything that is distinguished, and of what is not."""
 
     def dtypes() -> list[torch.dtype]:
         with VirtualGpu(gpu.find("H200")) as device:
@@ -210,7 +210,7 @@ def test_nothing_stays_patched(is_shimmed: bool) -> None:
     with path, VirtualGpu(gpu.find("H200")) as device:
         expected = cuda_backend.BACKEND if is_shimmed else cpu_backend.BACKEND
         assert device.backend.name == expected.name
-        # Why the shim could not be is told.
+        # The reason why the cuda backend could not be used is given.
         assert device.backend.how.startswith(expected.how)
         assert ("another order of methods" in device.backend.how) != is_shimmed
         # What looks for a GPU finds the device on which tensors live.
@@ -247,10 +247,10 @@ def test_no_path_stands_beside_a_real_gpu() -> None:
 
 def test_a_cell_says_which_path_it_took() -> None:
     """And holds the same figures, but for what the host's memory is taken for."""
-    asked = cell(device="virtual-H200", backbone="random:bert-tiny", dtype="bf16")
-    shimmed = run(asked, ChildOptions())
+    here = cell(device="virtual-H200", backbone="random:bert-tiny", dtype="bf16")
+    shimmed = run(here, ChildOptions())
     with without_shim():
-        plain = run(asked, ChildOptions())
+        plain = run(here, ChildOptions())
     assert plain["status"] == shimmed["status"] == "ok", plain["message"]
     of_shim: Any = shimmed["environment"]
     of_pure: Any = plain["environment"]
@@ -265,11 +265,11 @@ def test_a_cell_says_which_path_it_took() -> None:
 
 def test_a_plan_without_a_link_knows_no_traffic() -> None:
     """None, which is not 0."""
-    asked = cell(device="virtual-H200", backbone="random:bert-tiny")
+    here = cell(device="virtual-H200", backbone="random:bert-tiny")
     rows, labels = 3 * 4 * 8 * 8, 4 * 8
-    assert plan(asked, Source(), margin=0.05).h2d_bytes == rows + labels
+    assert plan(here, Source(), margin=0.05).h2d_bytes == rows + labels
     with without_shim():
-        found = plan(asked, Source(), margin=0.05)
+        found = plan(here, Source(), margin=0.05)
     assert found.verdict == "fits", found.message
     assert found.h2d_bytes is None
     assert found.d2h_bytes is None

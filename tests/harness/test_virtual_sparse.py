@@ -53,8 +53,8 @@ def moved(stepper: Stepper, num_batches: int = 2) -> RowTraffic:
     "method", slow_but_for(OFFLOADED, "dense-offload", "sparse", "sparse-experts")
 )
 def test_every_byte_that_moves_is_in_the_engines_books(method: str) -> None:
-    """Held against a ledger that sees all copies; beside rows, only batches move, and
-    single numbers, by which torch's clipping brings norms and its factor together."""
+    """Compared with a ledger of all copies; other than rows only batches are copied,
+    and single numbers, by which torch's clipping combines norms and its factor."""
     with VirtualGpu(gpu.find("H200")), assumed_activation.rows(0.5), Ledger() as ledger:
         stepper = ready(method, device="cuda")
         batches = [batch()] * 2
@@ -116,7 +116,7 @@ def test_no_more_is_active_than_tokens_can_keep() -> None:
 )
 def test_a_cell_of_each_is_predicted(method: str) -> None:
     fields: dict[str, Any] = SHAPE | {"top_k_experts": 2, "active_fraction": 0.25}
-    told = run(
+    outcome = run(
         cell(
             method=method,
             device="virtual-H200",
@@ -125,9 +125,9 @@ def test_a_cell_of_each_is_predicted(method: str) -> None:
         ),
         ChildOptions(),
     )
-    assert told["status"] == "ok", told["message"]
-    measured: Any = told["measurement"]
-    environment: Any = told["environment"]
+    assert outcome["status"] == "ok", outcome["message"]
+    measured: Any = outcome["measurement"]
+    environment: Any = outcome["environment"]
     assert "activates 25% of a block's neurons" in environment["prediction"]
     share = 1.0 if method == "dense-offload" else 0.25
     assert set(measured["union_fraction"]) == {share}

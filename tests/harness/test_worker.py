@@ -126,7 +126,8 @@ def test_a_loss_that_is_not_finite_is_said() -> None:
 def test_steps_whose_loss_is_not_finite_are_counted_from_one(
     losses: list[float | None] | None, said: str
 ) -> None:
-    """A loss that recovers, as under a loss scale, is told from one that does not."""
+    """A loss that recovers, as under a loss scale, has another remark than one that
+    does not."""
     assert remark(losses) == said
 
 
@@ -164,7 +165,7 @@ def test_the_start_comes_closer_with_every_bit() -> None:
 
 
 def test_a_kernel_of_attention_that_is_not_there_skips_the_cell() -> None:
-    """It is nobody's error that a device has no such kernel; the message says which."""
+    """That a device has no such kernel is not an error; the message says which."""
     cell = Cell(method="meft1-exact", attention="sdpa-efficient", **TINY)
     result = run(cell, ChildOptions())
     assert result["status"] == "skipped"

@@ -67,7 +67,7 @@ def batch(batch_size: int = 4, seq_len: int = 8) -> Batch:
     }
 
 
-def asked(metric: str, *questions: Question, **changes: Any) -> AnswerTask:
+def task_of(metric: str, *questions: Question, **changes: Any) -> AnswerTask:
     """A task that asks the same questions in training and evaluation."""
     fields: dict[str, Any] = {
         "name": "made up",

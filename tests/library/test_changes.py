@@ -216,10 +216,10 @@ def test_changes_that_torch_does_not_count_are_found_by_their_bits(change: Any) 
 def test_another_implementation_of_attention_is_named(on_mismatch: str) -> None:
     """`set_attn_implementation`, which a module reads when it runs."""
     expected = "the implementation of attention from sdpa to eager"
-    told: Any = pytest.raises(meft.ReconstructionError, match=expected)
+    reports: Any = pytest.raises(meft.ReconstructionError, match=expected)
     if on_mismatch == "redo":
-        told = pytest.warns(meft.MismatchWarning, match=expected)
-    with told:
+        reports = pytest.warns(meft.MismatchWarning, match=expected)
+    with reports:
         backward_after(
             lambda m: m.set_attn_implementation("eager"), on_mismatch=on_mismatch
         )

@@ -231,7 +231,7 @@ def test_the_trainer_does_the_same_steps(
 
 
 def test_a_trainer_can_predict_without_logits(tmp_path: Path) -> None:
-    """Asked for predictions beside the loss it finds none, and does not fail."""
+    """Predictions that are requested with the loss are absent, and does not fail."""
     model = meft.chunk_loss(llama())
     out = trainer(model, tmp_path, prediction_loss_only=False).predict(Rows())
     assert out.metrics is not None

@@ -9,7 +9,7 @@ from meft.testing import tolerance
 
 
 def coupling(scale: float, difference: bool, starts: bool = False) -> Coupling:
-    """A coupling whose branch is never asked."""
+    """A coupling whose branch is never run."""
     return Coupling(
         target=0,
         branch=Branch(),

@@ -77,9 +77,9 @@ def test_too_large_and_not_finite_are_two_things(
         tensor = torch.tensor([[0.5, value, -1.0]])
         extremes.note(block, tensor, arithmetic.enter(tensor))
     assert extremes.fit() == fit
-    told = extremes.finite()
-    assert told is not None
-    assert bool(told) == finite
+    flag = extremes.finite()
+    assert flag is not None
+    assert bool(flag) == finite
     if not fit:
         block, greatest = extremes.first_too_large()
         assert greatest == pytest.approx(abs(values[block]))
@@ -97,9 +97,9 @@ def test_every_row_is_judged_by_itself() -> None:
         for block in range(2):
             column = torch.tensor(values)[:, block : block + 1]
             extremes.note(block, column, arithmetic.enter(column))
-        told = extremes.finite()
-        assert told is not None
-        assert told.tolist() == finite
+        flag = extremes.finite()
+        assert flag is not None
+        assert flag.tolist() == finite
         assert extremes.fit() == fit
         if not fit:
             assert extremes.first_too_large() == (1, 3e3)

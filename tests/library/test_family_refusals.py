@@ -42,7 +42,7 @@ def test_a_refused_load_leaves_the_plain_model(case: Case, tmp_path: Path) -> No
 @every_kind
 @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
 def test_outputs_of_single_blocks_are_refused(case: Case, name: str) -> None:
-    """Asked for in the call or in the config."""
+    """Requested in the call or in the config."""
     torch.manual_seed(1)
     config = meft.ReversibleConfig(variant="meft1")
     model = meft.make_reversible(case.build(1, attn_implementation="eager"), config)

@@ -55,7 +55,7 @@ def fake_liger(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_liger_is_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model on the CPU is told so at the call, as it may have been about to move."""
+    """A model on the CPU is refused at the call, as it may have been about to move."""
     fake_liger(monkeypatch)
     model = meft.chunk_loss(llama(), backend="liger")
     with pytest.raises(meft.UnsupportedCallError, match="got hidden states on cpu"):

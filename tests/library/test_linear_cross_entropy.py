@@ -292,7 +292,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
 @dtypes
 def test_alive_are_the_logits_of_a_chunk_three_times(dtype: torch.dtype) -> None:
     """log p, its gradient and that of the logits, float32 or wider, whatever the number
-    of tokens; beside them what is small: two tensors of [tokens, hidden], as the twin
+    of tokens; the rest is small: two tensors of [tokens, hidden], as the twin
     has, and a number per token."""
     chunk_tokens, tokens = 20, 200
     hidden, weight = leaves(dtype, tokens=tokens)

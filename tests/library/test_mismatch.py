@@ -146,8 +146,8 @@ def test_skip_leaves_the_stack_without_gradient(
     torch.manual_seed(3)
     loss = model(**batch_without_reseeding).loss
     fault.armed = True
-    told = f"block {block} .* what is above it, as a task head, has its own .*'skip'"
-    with pytest.warns(meft.MismatchWarning, match=told):
+    message = f"block {block} .* what is above it, as a task head, has its own .*'skip'"
+    with pytest.warns(meft.MismatchWarning, match=message):
         loss.backward()
     for name, parameter in trainable(model).items():
         if name.startswith("classifier"):
@@ -182,7 +182,7 @@ def test_redo_gives_the_twins_gradients(
 @variants
 def test_what_rounding_absorbs_is_no_fault(variant: str, on_mismatch: str) -> None:
     """A quarter of a quantum on an element that lies on one: the streams do not notice,
-    so gradients are the twin's and nobody is told."""
+    so gradients are the twin's and there is no warning."""
     model = reversible(3, dropout=0.1, variant=variant, on_mismatch=on_mismatch)
     fault = Fault(stack_of(model)[1].output.LayerNorm, quanta(0.25))
     expected = stored_gradients(model, batch())

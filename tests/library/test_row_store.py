@@ -141,7 +141,7 @@ def written_to(wire: torch.dtype) -> tuple[RowStore, RowStore]:
 
 
 def test_rows_that_are_written_to_keep_their_moments() -> None:
-    """And the others every bit, also later: as if nobody had touched the table."""
+    """And the others every bit, also later: as if the table had not been changed."""
     plain, written = written_to(torch.bfloat16)
     assert (written.read(SOURCE[4:8]) == 0).all()
     for mine in (plain, written):

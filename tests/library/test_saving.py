@@ -129,7 +129,7 @@ def test_tied_and_trained_weights_come_back(tmp_path: Path) -> None:
 
 
 def test_a_state_dict_of_averages_is_saved_whole(tmp_path: Path) -> None:
-    """`state_dict` stands for the model: both files take its values. One without any
+    """`state_dict` represents the model: both files take its values. One without any
     adapter saves the backbone alone; one with some of them is refused."""
     model, averages = trained(), trained(seed=6)
     model.save_pretrained(tmp_path / "whole", state_dict=averages.state_dict())
@@ -356,7 +356,7 @@ def test_a_missing_adapter_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_of_two_saves_are_refused(tmp_path: Path) -> None:
-    """Interrupted between its two files, a save leaves the new tensors beside the old
+    """Interrupted between its two files, a save leaves the new tensors next to the old
     config; both are valid, but of two models."""
     meft.save_adapters(trained(seed=5), tmp_path / "old")
     meft.save_adapters(trained(seed=6), tmp_path / "new")

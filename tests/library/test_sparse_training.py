@@ -181,7 +181,7 @@ def test_a_copy_of_a_model_has_rows_of_its_own() -> None:
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
-    """The recompute is told of the padding it was run with."""
+    """The recompute gets the padding of its forward."""
     plain, rebuilt = sparse_model(), sparse_model()
     rebuilt.activation_checkpointing_enable({"use_reentrant": False})
     assert train(rebuilt) == train(plain)

@@ -345,8 +345,8 @@ def test_gradients_reach_what_lies_below_the_stack(
 def test_a_mask_that_wants_a_gradient_has_the_twins(
     variant: str, trains_input: bool
 ) -> None:
-    """What blocks are given beside the stream, whether or not the stream's own input
-    wants a gradient."""
+    """The arguments of blocks in addition to the stream, whether or not the stream's
+    own input wants a gradient."""
     encoder = only_stack(reversible(3, variant=variant))
     found = []
     for backward in ("rebuild", "store"):

@@ -190,7 +190,7 @@ def build_matrix() -> list[Record]:
 
 
 def build_depth() -> list[Record]:
-    """MEFT beside checkpointed adapters, on fp32 and on bf16 weights; one cell fails.
+    """MEFT next to checkpointed adapters, on fp32 and on bf16 weights; one cell fails.
 
     The reference keeps 4 MiB a block in fp32 and 2 in bf16, and the exact method k/2.
     """
@@ -253,7 +253,7 @@ def build_quality() -> list[Record]:
 
 
 def build_traffic() -> list[Record]:
-    """Sparse adapters of two sizes, whose rows move, beside the dense reference."""
+    """Sparse adapters of two sizes, whose rows move, next to the dense reference."""
     records = []
     for neurons in (1024, 4096):
         shape: Any = {"task": "synthetic", "num_neurons": neurons, "dtype": "bf16"}
@@ -359,7 +359,7 @@ def build_all() -> list[Record]:
 
 @pytest.fixture(scope="session")
 def knowledge() -> pd.DataFrame:
-    """The frame of `build_knowledge`; nobody may change it."""
+    """The frame of `build_knowledge`; do not change it."""
     return to_frame(build_knowledge())
 
 
@@ -371,19 +371,19 @@ def headline() -> pd.DataFrame:
 
 @pytest.fixture(scope="session")
 def depth() -> pd.DataFrame:
-    """The frame of `build_depth`; nobody may change it."""
+    """The frame of `build_depth`; do not change it."""
     return to_frame(build_depth())
 
 
 @pytest.fixture(scope="session")
 def quality() -> pd.DataFrame:
-    """The frame of `build_quality`; nobody may change it."""
+    """The frame of `build_quality`; do not change it."""
     return to_frame(build_quality())
 
 
 @pytest.fixture(scope="session")
 def traffic() -> pd.DataFrame:
-    """The frame of `build_traffic`; nobody may change it."""
+    """The frame of `build_traffic`; do not change it."""
     return to_frame(build_traffic())
 
 
@@ -407,7 +407,7 @@ def matrix() -> list[Record]:
 
 @pytest.fixture(scope="session")
 def frame() -> pd.DataFrame:
-    """The frame of `build_matrix`; nobody may change it."""
+    """The frame of `build_matrix`; do not change it."""
     return to_frame(build_matrix())
 
 

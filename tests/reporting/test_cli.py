@@ -248,7 +248,7 @@ def test_a_run_without_an_ok_cell_makes_no_baseline(
 def test_frame_writes_a_row_per_cell(
     matrix: list[Record], write: Write, tmp_path: Path, name: str
 ) -> None:
-    """Under the ending that was asked for."""
+    """With the requested ending."""
     assert main(["frame", str(write(matrix)), "-o", str(tmp_path / name)]) == 0
     assert len(load_frame(tmp_path / name)) == len(matrix)
 

@@ -34,7 +34,7 @@ def test_a_ratio_is_taken_against_checkpoints_of_the_same_weights(
 
 
 def test_a_peak_ratio_leaves_out_what_rests(depth: pd.DataFrame) -> None:
-    """8 of the 10 MiB beside what is saved rest, so 2 are above it."""
+    """8 of the 10 MiB that are not saved are model state, so 2 are above it."""
     table = find_tables("ratios")(depth)[0]
     (row,) = [r for r in rows(table) if (r["blocks"], r["k"]) == ("6", "4")]
     assert row["peak activation"] == row["the reference's peak"] == "14.0 MiB"
@@ -95,7 +95,7 @@ def test_an_error_without_bounds_is_not_called_unmeasured(
 def test_exact_twins_agree_in_every_digit_and_float_ones_until_a_step(
     quality: pd.DataFrame,
 ) -> None:
-    """Over seeds, for every number of rebuilt blocks, beside both scores."""
+    """Over seeds, for every number of rebuilt blocks, next to both scores."""
     (table,) = find_tables("twins")(quality)
     found = {row["method"]: row for row in rows(table)}
     assert list(found) == [

@@ -107,7 +107,7 @@ WRITERS = ("frame", "plot", "page", "baseline")
 def test_a_full_disk_leaves_what_was_there(
     commands: dict[str, list[str]], name: str, exists: bool
 ) -> None:
-    """Real writes that fail half-way: the old file or none, and nothing beside it."""
+    """Real writes that fail half-way: the old file or none, and no other file."""
     output = Path(commands[name][-1])
     if exists:
         output.write_text("" if name == "baseline" else "old")
@@ -177,7 +177,7 @@ def test_stdout_without_room_is_a_mistake(
 
 @pytest.mark.parametrize("words", [["--help"], ["check", "--help"]])
 def test_help_without_room_is_a_mistake(words: list[str]) -> None:
-    """As for every other text that nobody could read."""
+    """As for every other text that cannot be read."""
     with Path("/dev/full").open("w") as full:
         done = _run(words, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == EXIT_MISTAKE

@@ -52,7 +52,7 @@ def test_every_failed_cell_is_on_the_page(frame: pd.DataFrame, page: str) -> Non
 
 
 def test_every_figure_has_a_text_and_a_caption(page: str) -> None:
-    """Who cannot see a figure is told what it shows; everyone how it was measured."""
+    """Figures have a text equivalent, and say how they were measured."""
     alts = re.findall(r'<img src="[^"]+" alt="([^"]+)"', page)
     assert len(alts) == len(PLOTS)
     for name in PLOTS:

@@ -26,7 +26,7 @@ def test_seeds_are_averaged_and_counted(make_record: MakeRecord) -> None:
 
 
 def test_one_seed_has_no_spread(make_record: MakeRecord) -> None:
-    """A spread of zero would claim a certainty that nobody measured."""
+    """A spread of zero would claim a certainty that was not measured."""
     row = summarise(to_frame([make_record()]), ["score"]).iloc[0]
     assert pd.isna(row["score_spread"])
     assert spread([1.0]) is None
@@ -100,7 +100,7 @@ def _split(records: list[Record]) -> list[pd.DataFrame]:
 
 
 def test_usual_values_go_without_saying(make_record: MakeRecord) -> None:
-    """Unless another value stands beside them."""
+    """Unless there is another value."""
     usual, other = make_record(), make_record(weights_dtype="bf16")
     rows = prepare(to_frame([usual]))
     assert "weights" not in describe(rows, fields_to_show(rows, WORKLOAD))
@@ -131,7 +131,7 @@ def test_a_failed_seed_is_counted_not_averaged(make_record: MakeRecord) -> None:
 def test_a_failed_cell_takes_its_depth_from_what_it_asked_for(
     make_record: MakeRecord,
 ) -> None:
-    """Or from a sibling of the same backbone, if it asked for none."""
+    """Or from a sibling of the same backbone, if it requested none."""
     records = [
         make_record("oom", depth=32),
         make_record("oom", seed=1),

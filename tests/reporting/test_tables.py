@@ -206,7 +206,7 @@ def test_exactness_is_the_worst_of_blocks_and_seeds(frame: pd.DataFrame) -> None
 def test_random_input_of_two_heads_is_two_tables(
     make_record: MakeRecord, name: str
 ) -> None:
-    """A classifier's and a language model's, told apart also where one is alone."""
+    """A classifier's and a language model's, distinguished also where one is alone."""
     methods = ("adapters-checkpointing", "meft1-exact")
     titles = []
     for task in ("synthetic", "synthetic-lm"):

@@ -57,7 +57,7 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
         configs.check(backbone, allow_download=arguments.allow_download)
     except (ValueError, MissingError) as error:
         raise PlanningError(str(error)) from error
-    asked: dict[str, Any] = {
+    given: dict[str, Any] = {
         "backbone": backbone,
         "dtype": arguments.dtype,
         "weights_dtype": arguments.weights_dtype or "fp32",
@@ -72,9 +72,9 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
                 f"--{flag} {given} has no effect with --maximize {flag}; leave it out, "
                 f"or maximize one of {', '.join(f for f in FIELDS if f != flag)}"
             )
-        asked[field] = DEFAULTS[flag] if given is None else given
-    asked |= _set_fields(arguments.set)
-    found = [Cell(method=method, **asked) for method in _methods(arguments.method)]
+        given[field] = DEFAULTS[flag] if given is None else given
+    given |= _set_fields(arguments.set)
+    found = [Cell(method=method, **given) for method in _methods(arguments.method)]
     for cell in found:
         try:
             fields.check_together(cell)
@@ -179,33 +179,33 @@ def _typed(name: str, text: str) -> fields.Value:
         return text  # which `fields.check` rejects by name
 
 
-def _methods(asked: Sequence[str]) -> list[str]:
+def _methods(given: Sequence[str]) -> list[str]:
     """Return methods by their registered names, each once."""
     known = [*ALIASES, *registry.METHODS]
-    for name in asked:
+    for name in given:
         if name != "all" and name not in known:
             hint = registry.nearest(name, ["all", *known])
             raise PlanningError(f"unknown method {name!r}; {hint}")
-    if not asked or "all" in asked:
+    if not given or "all" in given:
         return [*registry.METHODS]
-    return list(dict.fromkeys(ALIASES.get(name, name) for name in asked))
+    return list(dict.fromkeys(ALIASES.get(name, name) for name in given))
 
 
-def _backbone(asked: str) -> str:
+def _backbone(given: str) -> str:
     """Return a backbone as a cell names it: shapes by their name, files by their path.
 
     Raises:
         ValueError: there is no such backbone.
     """
-    if asked in registry.RANDOM_BACKBONES:
-        return f"random:{asked}"
-    path = Path(asked)
+    if given in registry.RANDOM_BACKBONES:
+        return f"random:{given}"
+    path = Path(given)
     if path.is_dir():
         return f"dir:{path.resolve()}"
-    if asked in registry.PACKAGED_BACKBONES or ":" in asked:
-        return str(fields.check("backbone", asked))
+    if given in registry.PACKAGED_BACKBONES or ":" in given:
+        return str(fields.check("backbone", given))
     if path.suffix == ".json":
         return f"random:{path.resolve()}"
     valid = [*registry.RANDOM_BACKBONES, *registry.PACKAGED_BACKBONES]
-    hint = registry.nearest(asked, [*valid, "DIRECTORY", "hub:NAME"])
-    raise PlanningError(f"unknown backbone {asked!r}; {hint}")
+    hint = registry.nearest(given, [*valid, "DIRECTORY", "hub:NAME"])
+    raise PlanningError(f"unknown backbone {given!r}; {hint}")

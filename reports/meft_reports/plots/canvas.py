@@ -298,7 +298,7 @@ def tick_at(axes: Axes, positions: Sequence[float]) -> None:
     axes.minorticks_off()
 
 
-def beside(axes: Axes, position: float, rank: int, count: int) -> float:
+def side_by_side(axes: Axes, position: float, rank: int, count: int) -> float:
     """Return the x position of a point of line `rank` of `count` at `position`.
 
     Lines are shifted so that no error bar hides another. The offset is relative to the

@@ -53,7 +53,7 @@ def draw(frame: pd.DataFrame) -> Figure:
             line = part[part["method"] == method].groupby("num_neurons")
             means = line[["step_ratio", "step_ratio_iqr"]].mean()
             axes.errorbar(
-                [canvas.beside(axes, n, rank, len(methods)) for n in means.index],
+                [canvas.side_by_side(axes, n, rank, len(methods)) for n in means.index],
                 means["step_ratio"],
                 means["step_ratio_iqr"].fillna(0) / 2,
                 capsize=2,

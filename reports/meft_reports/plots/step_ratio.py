@@ -81,7 +81,7 @@ def _draw_panel(
     for rank, (entry, line) in enumerate(lines):
         means = line.groupby("num_blocks")[["step_ratio", "step_ratio_iqr"]].mean()
         axes.errorbar(
-            [canvas.beside(axes, n, rank, len(lines)) for n in means.index],
+            [canvas.side_by_side(axes, n, rank, len(lines)) for n in means.index],
             means["step_ratio"],
             means["step_ratio_iqr"].fillna(0) / 2,
             capsize=2,

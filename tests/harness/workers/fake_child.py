@@ -19,11 +19,11 @@ class Child:
     """The arguments of a child, and its pen."""
 
     def __init__(self) -> None:
-        asked = request.read()
-        die_with_parent(asked.parent_pid)
-        self.cell = Cell.from_json(asked.body["cell"])
-        self.options = asked.body["options"]
-        self.out = asked.out
+        given = request.read()
+        die_with_parent(given.parent_pid)
+        self.cell = Cell.from_json(given.body["cell"])
+        self.options = given.body["options"]
+        self.out = given.out
         limit = self.options["memory_limit_bytes"]
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -38,7 +38,7 @@ class Child:
                 file.write(line)
 
     def write(self, status: str = "ok", message: str = "", **environment: Any) -> None:
-        """Write the outcome beside its place, then rename it."""
+        """Write the outcome to another file, then rename it."""
         outcome = {
             "status": status,
             "message": message,

@@ -54,8 +54,8 @@ def error_translation() -> Iterator[None]:
         first = str(error).partition("\n")[0]
         for saying, (what, sentence) in SAYINGS.items():
             if saying in first:
-                told = sentence.format(what=f"{what}{_place(error)}")
-                raise MissingError(f"{told} ({first})") from error
+                text = sentence.format(what=f"{what}{_place(error)}")
+                raise MissingError(f"{text} ({first})") from error
         raise
 
 

@@ -126,16 +126,16 @@ class VirtualGpu:
                 "a virtual GPU counts memory from `new_ledger()` on: make the model "
                 "and train inside `with device.new_ledger():`"
             )
-        asked = self._peaks_since, self.ledger.num_events
-        if asked not in self._replays:  # a replay takes as long as a step
+        moment = self._peaks_since, self.ledger.num_events
+        if moment not in self._replays:  # a replay takes as long as a step
             found = replay(
                 self.ledger.trace(),
                 capacity_bytes=self.gpu.memory_bytes - self.gpu.context_bytes,
                 start=self._peaks_since,
                 emptied=self._emptied,
             )
-            self._replays = {asked: found}
-        return self._replays[asked]
+            self._replays = {moment: found}
+        return self._replays[moment]
 
     def _memory_info(self, *_: Any, **__: Any) -> tuple[int, int]:
         """Free and total bytes, as `torch.cuda.mem_get_info` returns them."""
