@@ -57,7 +57,7 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
         configs.check(backbone, allow_download=arguments.allow_download)
     except (ValueError, MissingError) as error:
         raise PlanningError(str(error)) from error
-    given: dict[str, Any] = {
+    values: dict[str, Any] = {
         "backbone": backbone,
         "dtype": arguments.dtype,
         "weights_dtype": arguments.weights_dtype or "fp32",
@@ -72,9 +72,9 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
                 f"--{flag} {given} has no effect with --maximize {flag}; leave it out, "
                 f"or maximize one of {', '.join(f for f in FIELDS if f != flag)}"
             )
-        given[field] = DEFAULTS[flag] if given is None else given
-    given |= _set_fields(arguments.set)
-    found = [Cell(method=method, **given) for method in _methods(arguments.method)]
+        values[field] = DEFAULTS[flag] if given is None else given
+    values |= _set_fields(arguments.set)
+    found = [Cell(method=method, **values) for method in _methods(arguments.method)]
     for cell in found:
         try:
             fields.check_together(cell)
