@@ -63,7 +63,7 @@ def test_a_page_without_a_place_for_each_table_is_refused(
         (
             MEASUREMENTS,
             "[a]\ntype = 'long'\ngroup = 'time'\nmeaning = 'A.'\nhow = 'b'\n",
-            r"\[a\]: `type` is 'long'; valid: int, ",
+            r"\[a\]: `type` = 'long' should be one of int, ",
         ),
     ],
 )
