@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from meft_reports.errors import ReportError
-from meft_reports.field_kinds import TABLE_NAME, Kind, one_of
+from meft_reports.field_kinds import TABLE_NAME, FieldKind, one_of
 from meft_reports.text import printable
 
 METHODS, MEASUREMENTS = "methods.toml", "measurements.toml"
@@ -27,7 +27,7 @@ def path_of(file: str) -> Path:
 
 
 def read_tables(
-    file: str, *, required: Collection[str], schema: Mapping[str, Kind]
+    file: str, *, required: Collection[str], schema: Mapping[str, FieldKind]
 ) -> dict[str, dict[str, Any]]:
     """Read one of the files.
 

@@ -13,7 +13,7 @@ from meft_bench.shared.field_kinds import (
     COLOR,
     FLAG,
     TABLE_NAME,
-    Kind,
+    FieldKind,
     object_in,
     one_of,
     some_of,
@@ -51,7 +51,7 @@ class Method:
         return self.is_reversible and not self.twin_of
 
 
-_FOR_REPORTS: dict[str, Kind] = {
+_FOR_REPORTS: dict[str, FieldKind] = {
     "float_of": TABLE_NAME,
     "color": COLOR,
     "marker": one_of([*"ov^<>8spP*hHDdX"]),

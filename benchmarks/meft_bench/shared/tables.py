@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from meft_bench.shared.field_kinds import TABLE_NAME, Kind, one_of
+from meft_bench.shared.field_kinds import TABLE_NAME, FieldKind, one_of
 
 METHODS = "methods.toml"
 MEASUREMENTS = "measurements.toml"
@@ -29,7 +29,7 @@ def path_of(package: Path, file: str) -> Path:
 
 
 def read(
-    file: str, required: Collection[str], schema: Mapping[str, Kind]
+    file: str, required: Collection[str], schema: Mapping[str, FieldKind]
 ) -> dict[str, dict[str, Any]]:
     """Read one of `FILES`.
 
