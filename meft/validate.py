@@ -36,6 +36,34 @@ def check_fields(config: object, expectations: Mapping[str, Expectation]) -> Non
         object.__setattr__(config, name, expected(name, getattr(config, name)))
 
 
+def checked(
+    fields: Mapping[str, Any], expectations: Mapping[str, Expectation]
+) -> dict[str, Any]:
+    """Return fields that were read from a file, checked and converted to plain types.
+
+    Args:
+        fields: the value of each field, by name.
+        expectations: the expectation of each field, by name.
+
+    Returns:
+        What the expectations return, by name.
+
+    Raises:
+        ConfigError: a field is unknown or missing, or the first illegal value.
+    """
+    for name in fields:
+        if name not in expectations:
+            raise ConfigError(
+                f"there is no field `{name}`{_nearest(name, expectations)}"
+            )
+    for name in expectations:
+        if name not in fields:
+            raise ConfigError(f"the field `{name}` is missing")
+    return {
+        name: expected(name, fields[name]) for name, expected in expectations.items()
+    }
+
+
 def one_of(valid: Iterable[str]) -> Expectation:
     """Expect one of some strings."""
     return partial(_one_of, list(valid))
@@ -71,9 +99,14 @@ def or_none(expected: Expectation) -> Expectation:
 def _one_of(valid: list[str], name: str, value: Any) -> str:
     if isinstance(value, str) and value in valid:
         return valid[valid.index(value)]
-    close = difflib.get_close_matches(str(value), valid, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = _nearest(str(value), valid)
     raise ConfigError(f"`{name}` must be one of {valid}, got {_given(value)}{hint}")
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    """Return the end of an error message that suggests the nearest valid name."""
+    close = difflib.get_close_matches(name, valid, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _integer(least: int, most: int | None, name: str, value: Any) -> int:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,15 @@ from torch import Tensor, nn
 from meft.backbone.find import find_blocks
 from meft.backbone.uncalled import allow_calls
 from meft.checkpoint.backbone import refuse_other_backbone
+from meft.checkpoint.config_file import SavedConfig, read_config
 from meft.checkpoint.digests import digest
-from meft.checkpoint.files import CONFIG, WEIGHTS, read_config, read_weights
+from meft.checkpoint.files import CONFIG, WEIGHTS, read_weights
 from meft.checkpoint.save_pretrained import add_saving, remove_saving
 from meft.checkpoint.trained import adapter_names
 from meft.errors import AdapterFileError, FrozenWarning
 from meft.reversible.blocks import ReversibleBlocks, find_stacks
-from meft.reversible.config import ReversibleConfig
 from meft.reversible.convert import insert_stacks
 from meft.sparse.adapter import SparseAdapter, sparse_adapters
-from meft.sparse.config import SparseConfig
 from meft.sparse.convert import insert_sparse_adapters, remove_sparse_adapters
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -50,12 +49,12 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
     """
     directory = Path(directory)
     config = read_config(directory)
-    trained = read_weights(directory, config)
+    trained = read_weights(directory, config.in_model_file)
     # This check precedes that of the weights, which would count the model's own
     # adapters as frozen.
     _refuse_other_adapters(model, config, directory)
     refuse_other_backbone(model, config, trained, directory)
-    with _converted(model, config, directory):
+    with _converted(model, config):
         parameters = dict(model.named_parameters())
         targets = parameters | dict(model.named_buffers())
         for name, value in trained.items():
@@ -65,7 +64,7 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
             raise AdapterFileError(
                 f"{directory / WEIGHTS} lacks {missing[0]!r}, an adapter of the model"
             )
-        if config["trained_sha256"] != digest(trained):
+        if config.trained_sha256 != digest(trained):
             raise AdapterFileError(
                 f"{directory / WEIGHTS} does not hold the tensors that {CONFIG} was "
                 "written with: a save was interrupted, or files of two saves were mixed"
@@ -79,21 +78,11 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
     return model
 
 
-def _configs(
-    config: dict[str, Any],
-) -> tuple[SparseConfig | None, ReversibleConfig | None]:
-    of_sparse, of_reversible = config.get("sparse"), config["reversible"]
-    return (
-        SparseConfig.from_json(of_sparse) if of_sparse else None,
-        ReversibleConfig.from_json(of_reversible) if of_reversible else None,
-    )
-
-
 def _refuse_other_adapters(
-    model: nn.Module, config: dict[str, Any], directory: Path
+    model: nn.Module, config: SavedConfig, directory: Path
 ) -> None:
     """Raise an error if the model has been converted with another config."""
-    sparse, reversible = _configs(config)
+    sparse, reversible = config.sparse, config.reversible
     for stack in find_stacks(model).values():
         if reversible is None or not stack.reversible.same_function(reversible):
             raise _other_adapters(directory, reversible, stack.reversible)
@@ -103,11 +92,9 @@ def _refuse_other_adapters(
 
 
 @contextlib.contextmanager
-def _converted(
-    model: nn.Module, config: dict[str, Any], directory: Path
-) -> Iterator[None]:
+def _converted(model: nn.Module, config: SavedConfig) -> Iterator[None]:
     """Convert the model by the configs in `config`; undo this if the body raises."""
-    sparse, reversible = _configs(config)
+    sparse, reversible = config.sparse, config.reversible
     stacks, adapters = find_stacks(model), sparse_adapters(model)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     undo: list[Callable[[], object]] = []

@@ -9,6 +9,7 @@ from meft.errors import ConfigError
 from meft.validate import (
     Expectation,
     check_fields,
+    checked,
     integer,
     nonzero_number,
     one_of,
@@ -175,9 +176,12 @@ class ReversibleConfig:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "ReversibleConfig":
-        """Create a config from the output of `to_json`."""
-        span = fields["span"]
-        return cls(**fields | {"span": None if span is None else tuple(span)})
+        """Create a config from the output of `to_json`.
+
+        Raises:
+            ConfigError: a field is unknown or missing, or has an illegal value.
+        """
+        return cls(**checked(fields, _EXPECTED))
 
 
 _COUPLINGS = {"fixed": "difference", "float": "paper"}

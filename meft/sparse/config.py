@@ -12,6 +12,7 @@ from meft.validate import (
     Expectation,
     boolean,
     check_fields,
+    checked,
     integer,
     one_of,
     or_none,
@@ -175,8 +176,12 @@ class SparseConfig:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "SparseConfig":
-        """Create a config from the output of `to_json`."""
-        return cls(**fields)
+        """Create a config from the output of `to_json`.
+
+        Raises:
+            ConfigError: a field is unknown or missing, or has an illegal value.
+        """
+        return cls(**checked(fields, _EXPECTED))
 
 
 _EXPECTED: dict[str, Expectation] = {
