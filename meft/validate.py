@@ -3,23 +3,52 @@
 A config has a table with the expectation for each of its fields. `check_fields`
 replaces each value by what the expectation returns: the same value as a plain `str`,
 `int`, `float`, `bool` or `tuple`. An illegal value raises `ConfigError`, whose message
-contains the given value and what is expected.
+contains the given value and what is expected. `suggests_fields` handles misspelt names
+of arguments.
 """
 
 import difflib
+import inspect
 import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 import numpy as np
 
 from meft.errors import ConfigError
 
+Config = TypeVar("Config")
 Expectation = Callable[[str, Any], Any]
 """Function of (name, value) that returns the value or raises `ConfigError`."""
+
+
+def suggests_fields(kind: type[Config]) -> type[Config]:
+    """Make a dataclass suggest the nearest field for a misspelt keyword argument.
+
+    A class decorator, above `@dataclass`. The signature does not change.
+
+    Args:
+        kind: the dataclass, all of whose arguments are keyword arguments.
+
+    Returns:
+        `kind` itself, which raises TypeError as before, with another message.
+    """
+    plain: Callable[..., None] = kind.__init__
+    valid = list(inspect.signature(kind).parameters)
+
+    @wraps(plain)
+    def __init__(self: Config, /, *args: Any, **fields: Any) -> None:
+        for name in fields:
+            if name not in valid:
+                hint = _nearest(name, valid) or f"; expected one of {valid}"
+                raise TypeError(f"{kind.__name__} has no field {name!r}{hint}")
+        plain(self, *args, **fields)
+
+    kind.__init__ = __init__  # type: ignore[method-assign,assignment]
+    return kind
 
 
 def check_fields(config: object, expectations: Mapping[str, Expectation]) -> None:

@@ -22,12 +22,16 @@ from meft.checkpoint.files import CONFIG, WEIGHTS, read_weights
 from meft.checkpoint.save_pretrained import add_saving, remove_saving
 from meft.checkpoint.trained import adapter_names
 from meft.errors import AdapterFileError, FrozenWarning
+from meft.extra_state import refuse_other_function
 from meft.reversible.blocks import ReversibleBlocks, find_stacks
+from meft.reversible.config import ReversibleConfig
 from meft.reversible.convert import insert_stacks
 from meft.sparse.adapter import SparseAdapter, sparse_adapters
+from meft.sparse.config import SparseConfig
 from meft.sparse.convert import insert_sparse_adapters, remove_sparse_adapters
 
 Model = TypeVar("Model", bound=nn.Module)
+Config = TypeVar("Config", ReversibleConfig, SparseConfig)
 
 
 def load_adapters(model: Model, directory: str | Path) -> Model:
@@ -82,13 +86,25 @@ def _refuse_other_adapters(
     model: nn.Module, config: SavedConfig, directory: Path
 ) -> None:
     """Raise an error if the model has been converted with another config."""
-    sparse, reversible = config.sparse, config.reversible
     for stack in find_stacks(model).values():
-        if reversible is None or not stack.reversible.same_function(reversible):
-            raise _other_adapters(directory, reversible, stack.reversible)
+        _refuse_other(config.reversible, stack.reversible, directory)
     for adapter in sparse_adapters(model).values():
-        if sparse is None or not adapter.config.same_function(sparse):
-            raise _other_adapters(directory, sparse, adapter.config)
+        _refuse_other(config.sparse, adapter.config, directory)
+
+
+def _refuse_other(saved: Config | None, given: Config, directory: Path) -> None:
+    remedy = "Load them into a model that has not been converted"
+    if saved is None:
+        raise AdapterFileError(
+            f"the adapters in {directory} were saved from a model without a "
+            f"{type(given).__name__}, but this model was converted with one. {remedy}"
+        )
+    refuse_other_function(
+        saved.function(),
+        given.function(),
+        what=f"the adapters in {directory}",
+        remedy=f"{remedy}, or convert the model with the config of the saved one",
+    )
 
 
 @contextlib.contextmanager
@@ -130,12 +146,6 @@ def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FrozenWarning)
         yield
-
-
-def _other_adapters(directory: Path, saved: object, given: object) -> AdapterFileError:
-    return AdapterFileError(
-        f"{directory} was saved with {saved}, this model was made with {given}"
-    )
 
 
 def _refuse_misfit(

@@ -14,6 +14,7 @@ from meft.validate import (
     nonzero_number,
     one_of,
     or_none,
+    suggests_fields,
 )
 
 PAPER_SCALES = {"meft1": (0.1, 1.0), "meft2": (1.0, 0.1), "meft3": (0.1, 0.1)}
@@ -21,6 +22,7 @@ PAPER_SCALES = {"meft1": (0.1, 1.0), "meft2": (1.0, 0.1), "meft3": (0.1, 0.1)}
 MAX_LOST_BITS = 16
 
 
+@suggests_fields
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReversibleConfig:
     """Configuration of `meft.make_reversible`.
@@ -162,13 +164,6 @@ class ReversibleConfig:
             "coupling": self.coupling or _COUPLINGS[self.arithmetic],
             "span": self.span,
         }
-
-    def same_function(self, other: "ReversibleConfig") -> bool:
-        """Return whether both configs define the same function.
-
-        The backward and its options may differ.
-        """
-        return self.function() == other.function()
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON object."""

@@ -16,9 +16,11 @@ from meft.validate import (
     integer,
     one_of,
     or_none,
+    suggests_fields,
 )
 
 
+@suggests_fields
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparseConfig:
     """Configuration of `meft.add_sparse_adapters`.
@@ -162,13 +164,6 @@ class SparseConfig:
             "gate": self.gate if self.is_gated else "none",
             "semantics": self.semantics,
         }
-
-    def same_function(self, other: "SparseConfig") -> bool:
-        """Return whether both configs define the same function.
-
-        Placement and transfer of the rows may differ.
-        """
-        return self.function() == other.function()
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON object."""

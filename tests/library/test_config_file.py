@@ -19,7 +19,7 @@ KEYS = (
     *("format_version", "reversible", "sparse", "model_class", "backbone"),
     *("frozen_dtype", "frozen_sha256", "trained_sha256", "in_model_file"),
 )
-LEGAL = [("sparse", None), ("in_model_file", [])]
+LEGAL: list[tuple[str, Any]] = [("sparse", None), ("in_model_file", [])]
 OTHER = [None, 3, "x", [], {}, [3], {"x": 3}]
 """Values of every type of JSON, none of which a key can have, except for those above.
 For a class called `x`, the file belongs to another backbone."""
