@@ -69,6 +69,7 @@ FOREIGN_FILES = {
     "triviaqa_evaluation.py": "TriviaQA's official script",
     "grade_school_math/dataset.py": "GSM8K's repository",
     "flash_api.cpp": "flash attention's sources",
+    "sdp_utils.cpp": "PyTorch's sources",
     "sysexits.h": "the C library",
     "config.json": "transformers' file of a model",
     "PATH/config.json": "a user's",

@@ -2,7 +2,8 @@
 
 Schema history
   1  first version
-  2  `rival` is called `reference`, and `resting_bytes` `model_state_bytes`
+  2  `rival`, `rival_step_seconds` and `resting_bytes` are called `reference`,
+     `reference_step_seconds` and `model_state_bytes`
 
 Quantities are integers in bytes (`_bytes`), floats in seconds (`_seconds`) and counts
 (`num_`). A quantity that was not measured is None, never 0 or a placeholder.

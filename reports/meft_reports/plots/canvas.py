@@ -143,7 +143,9 @@ def add_legend(
     entries = [method_entry(m) for m in sorted(set(methods), key=method_order)]
     legend = figure.legend(handles=[*entries, *extra], loc="outside right upper")
     # A wide legend makes the figure wider, not the panels narrower than their titles.
-    width = legend.get_window_extent().width / figure.dpi
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # it is a box
+        width = legend.get_window_extent().width / figure.dpi
     figure.set_figwidth(WIDTH_INCHES + max(0.0, width - LEGEND_INCHES))
 
 
