@@ -57,14 +57,36 @@ def refuse_other(state: Tensor, fields: Mapping[str, Any]) -> None:
             f"the entry `{KEY}` of this state dictionary does not hold the config of a "
             f"converted model, but other numbers. {remedy}"
         )
-    given = json.loads(json.dumps(fields))
-    names = [name for name in given | saved if saved.get(name) != given.get(name)]
+    refuse_other_function(
+        saved,
+        fields,
+        what="these weights",
+        remedy=f"Convert the model with the config of the saved one. {remedy}",
+    )
+
+
+def refuse_other_function(
+    saved: Mapping[str, Any], given: Mapping[str, Any], *, what: str, remedy: str
+) -> None:
+    """Raise an error that names the fields in which two configs differ, if any.
+
+    Args:
+        saved: the fields that define the function of the saved model.
+        given: those of the model that it is loaded into.
+        what: what was saved, in the plural, for the message.
+        remedy: the last sentences of the message.
+
+    Raises:
+        AdapterFileError: the fields differ.
+    """
+    # JSON has no tuples, so `saved` may have lists instead.
+    saved, given = (json.loads(json.dumps(fields)) for fields in (saved, given))
+    names = [name for name in {**given, **saved} if saved.get(name) != given.get(name)]
     if names:
         raise AdapterFileError(
-            "these weights were saved from a model that was converted with "
+            f"{what} were saved from a model that was converted with "
             f"{_listed(saved, names)}, but this model was converted with "
-            f"{_listed(given, names)}: with it they compute another function. Convert "
-            f"the model with the config of the saved one. {remedy}"
+            f"{_listed(given, names)}: with it they compute another function. {remedy}"
         )
 
 

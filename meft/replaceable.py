@@ -34,12 +34,17 @@ class Replaceable(Generic[P, R]):
 
     def __init__(self, plain: Callable[P, R]) -> None:
         functools.update_wrapper(self, plain)
+        self.__qualname__: str
         self.plain = plain
         self._current = plain
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function that is in use now."""
         return self._current(*args, **kwargs)
+
+    def __reduce__(self) -> str:
+        """Pickle and copy by name, as functions are, so that there is one object."""
+        return self.__qualname__
 
     @contextlib.contextmanager
     def replaced(self, function: Callable[P, R]) -> Iterator[None]:

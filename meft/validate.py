@@ -3,23 +3,52 @@
 A config has a table with the expectation for each of its fields. `check_fields`
 replaces each value by what the expectation returns: the same value as a plain `str`,
 `int`, `float`, `bool` or `tuple`. An illegal value raises `ConfigError`, whose message
-contains the given value and what is expected.
+contains the given value and what is expected. `suggests_fields` handles misspelt names
+of arguments.
 """
 
 import difflib
+import inspect
 import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 import numpy as np
 
 from meft.errors import ConfigError
 
+Config = TypeVar("Config")
 Expectation = Callable[[str, Any], Any]
 """Function of (name, value) that returns the value or raises `ConfigError`."""
+
+
+def suggests_fields(kind: type[Config]) -> type[Config]:
+    """Make a dataclass suggest the nearest field for a misspelt keyword argument.
+
+    A class decorator, above `@dataclass`. The signature does not change.
+
+    Args:
+        kind: the dataclass, all of whose arguments are keyword arguments.
+
+    Returns:
+        `kind` itself, which raises TypeError as before, with another message.
+    """
+    plain: Callable[..., None] = kind.__init__
+    valid = list(inspect.signature(kind).parameters)
+
+    @wraps(plain)
+    def __init__(self: Config, /, *args: Any, **fields: Any) -> None:
+        for name in fields:
+            if name not in valid:
+                hint = _nearest(name, valid) or f"; expected one of {valid}"
+                raise TypeError(f"{kind.__name__} has no field {name!r}{hint}")
+        plain(self, *args, **fields)
+
+    kind.__init__ = __init__  # type: ignore[method-assign,assignment]
+    return kind
 
 
 def check_fields(config: object, expectations: Mapping[str, Expectation]) -> None:
@@ -34,6 +63,34 @@ def check_fields(config: object, expectations: Mapping[str, Expectation]) -> Non
     """
     for name, expected in expectations.items():
         object.__setattr__(config, name, expected(name, getattr(config, name)))
+
+
+def checked(
+    fields: Mapping[str, Any], expectations: Mapping[str, Expectation]
+) -> dict[str, Any]:
+    """Return fields that were read from a file, checked and converted to plain types.
+
+    Args:
+        fields: the value of each field, by name.
+        expectations: the expectation of each field, by name.
+
+    Returns:
+        What the expectations return, by name.
+
+    Raises:
+        ConfigError: a field is unknown or missing, or the first illegal value.
+    """
+    for name in fields:
+        if name not in expectations:
+            raise ConfigError(
+                f"there is no field `{name}`{_nearest(name, expectations)}"
+            )
+    for name in expectations:
+        if name not in fields:
+            raise ConfigError(f"the field `{name}` is missing")
+    return {
+        name: expected(name, fields[name]) for name, expected in expectations.items()
+    }
 
 
 def one_of(valid: Iterable[str]) -> Expectation:
@@ -71,9 +128,14 @@ def or_none(expected: Expectation) -> Expectation:
 def _one_of(valid: list[str], name: str, value: Any) -> str:
     if isinstance(value, str) and value in valid:
         return valid[valid.index(value)]
-    close = difflib.get_close_matches(str(value), valid, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = _nearest(str(value), valid)
     raise ConfigError(f"`{name}` must be one of {valid}, got {_given(value)}{hint}")
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    """Return the end of an error message that suggests the nearest valid name."""
+    close = difflib.get_close_matches(name, valid, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _integer(least: int, most: int | None, name: str, value: Any) -> int:

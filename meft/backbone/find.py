@@ -68,7 +68,9 @@ def find_blocks(model: nn.Module) -> list[BlockList]:
         names = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
         raise UnsupportedModelError(
             f"{type(model).__name__} is not supported: it has no blocks of a known "
-            f"family. Supported are transformers' {names}, with any head"
+            f"family. Supported are transformers' {names}, with any head; a "
+            "family is added by a file in `meft/backbone/families` (CONTRIBUTING.md, "
+            "'A family of models')"
         )
     return found
 

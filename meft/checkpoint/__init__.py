@@ -3,6 +3,7 @@
 files            the two files of a directory, and reading and writing them
 digests          sha256 of tensors
 trained          which tensors are saved
+config_file      the contents of the config file, checked
 backbone         what identifies the backbone that they belong to
 save             `save_adapters`
 load             `load_adapters`

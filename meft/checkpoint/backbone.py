@@ -5,15 +5,17 @@ digests of all values that are not saved.
 """
 
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from meft.checkpoint.digests import digests
+from meft.checkpoint.config_file import SavedConfig
+from meft.checkpoint.digests import DIGEST_DTYPES, digests
+from meft.checkpoint.files import CONFIG
 from meft.checkpoint.trained import persistent_buffers
 from meft.errors import AdapterFileError
 from meft.trainable import has_peft_layers
@@ -28,10 +30,6 @@ _NO_PART_OF_THE_FUNCTION = {
     *vars(GenerationConfig()),  # `use_cache` and `eos_token_id`, for example
 }
 """Fields of transformers' configs that may differ; those of dropout may differ too."""
-_DIGEST_DTYPES = {"exact": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Dtypes to which values are rounded before they are digested. `exact` is compared if
-the model has the dtype in which it was saved; otherwise the others are.
-"""
 
 
 def backbone_fields(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -47,14 +45,14 @@ def backbone_fields(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str
         "backbone": _function(model),
         "frozen_dtype": _dtype_of(frozen),
         "frozen_sha256": {
-            name: digests(frozen, dtype) for name, dtype in _DIGEST_DTYPES.items()
+            name: digests(frozen, dtype) for name, dtype in DIGEST_DTYPES.items()
         },
     }
 
 
 def refuse_other_backbone(
     model: nn.Module,
-    config: dict[str, Any],
+    config: SavedConfig,
     trained: dict[str, Tensor],
     directory: Path,
 ) -> None:
@@ -69,17 +67,23 @@ def refuse_other_backbone(
     Raises:
         AdapterFileError: the class, the function or a frozen value differs.
     """
-    saved, given = config["backbone"], _function(model)
-    pairs = [("model class", config["model_class"], type(model).__name__)]
+    saved, given = config.backbone, _function(model)
+    pairs = [("model class", config.model_class, type(model).__name__)]
     # Another version of transformers may have other fields.
-    common = (name for name in given if name in saved)
+    common = [name for name in given if name in saved]
+    if given and not common:
+        raise AdapterFileError(
+            f"{directory / CONFIG} is damaged, restore it or save the adapters again: "
+            f"`backbone` must contain fields of the config of a {config.model_class}, "
+            f"got {reprlib.repr(saved)}"
+        )
     pairs += [(name, saved[name], given[name]) for name in common]
     wrong = [
         f"{name} {want!r}, got {got!r}" for name, want, got in pairs if want != got
     ]
     if wrong:
         # A PeftModel has its own names and layers.
-        peft = config["model_class"].startswith("Peft") and not has_peft_layers(model)
+        peft = config.model_class.startswith("Peft") and not has_peft_layers(model)
         advice = ". Load `PeftModel.from_pretrained(model, directory)` first"
         raise AdapterFileError(
             f"{directory} belongs to another backbone: expected {'; '.join(wrong)}"
@@ -89,14 +93,14 @@ def refuse_other_backbone(
 
 
 def _refuse_other_weights(
-    frozen: Mapping[str, Tensor], config: dict[str, Any], directory: Path
+    frozen: Mapping[str, Tensor], config: SavedConfig, directory: Path
 ) -> None:
-    expected: dict[str, dict[str, str]] = config["frozen_sha256"]
+    expected = config.frozen_sha256
     unequal = dict(frozen)
-    saved, given = config["frozen_dtype"], _dtype_of(frozen)
+    saved, given = config.frozen_dtype, _dtype_of(frozen)
     names_of = ["exact"] if given == saved else ["bfloat16", "float16"]
     for name in names_of:
-        dtype = _DIGEST_DTYPES[name]
+        dtype = DIGEST_DTYPES[name]
         found = digests(unequal, dtype)
         unequal = {
             n: unequal[n] for n, d in found.items() if d != expected[name].get(n)

@@ -9,6 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+DIGEST_DTYPES = {"exact": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Dtypes to which values are rounded before they are digested. `exact` is compared if
+the model has the dtype in which it was saved; otherwise the others are.
+"""
 _CHUNK = 1 << 22
 """Number of values that are rounded and digested at a time."""
 

@@ -12,7 +12,6 @@ import json
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -26,44 +25,14 @@ FORMAT_VERSION = 4
 """Versions 1 to 3, used in development, had digests of only some of the values, or
 other names in the config.
 """
-IN_MODEL = "in_model_file"
-"""Key of the config: names of tensors in transformers' file of the whole model."""
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """Return the contents of the config file.
-
-    Raises:
-        AdapterFileError: there is none, or it is damaged or of another format version.
-    """
-    path = directory / CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise AdapterFileError(
-            f"no saved adapters in {directory}: {CONFIG} cannot be read "
-            f"({error.strerror}); expected a directory written by `save_adapters()` or "
-            f"by a converted model's `save_pretrained()`{_nearby(directory)}"
-        ) from None
-    except ValueError as error:
-        raise AdapterFileError(f"{path} is not valid JSON: {error}") from None
-    version = config.get("format_version") if isinstance(config, dict) else None
-    if version != FORMAT_VERSION:
-        raise AdapterFileError(
-            f"{path} is of format version {version!r}, but this release of meft reads "
-            f"version {FORMAT_VERSION}. Load it with the release that wrote it, and "
-            "bring the model's `state_dict()` into a model that this release converted"
-        )
-    return cast(dict[str, Any], config)
-
-
-def _nearby(directory: Path) -> str:
-    found = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
-    return f". There are some in {', '.join(found)} inside it" if found else ""
-
-
-def read_weights(directory: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+def read_weights(directory: Path, in_model: list[str]) -> dict[str, Tensor]:
     """Return the saved tensors, wherever they are in the directory.
+
+    Args:
+        directory: the directory to read from.
+        in_model: names of tensors in transformers' file of the whole model.
 
     Raises:
         AdapterFileError: a file is missing or damaged.
@@ -71,8 +40,8 @@ def read_weights(directory: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     path, why = directory / WEIGHTS, ""
     try:
         found = load_file(path)
-        elsewhere = model_files(directory) if config.get(IN_MODEL) else {}
-        for name in config.get(IN_MODEL, ()):
+        elsewhere = model_files(directory) if in_model else {}
+        for name in in_model:
             why = (
                 ". `save_pretrained` writes the rows of sparse adapters into the "
                 "model's file only: keep the directory whole, or save with "
@@ -87,15 +56,25 @@ def read_weights(directory: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def model_files(directory: Path) -> dict[str, Path]:
-    """Return the file of each tensor that the last `save_pretrained()` wrote there."""
+    """Return the file of each tensor that the last `save_pretrained()` wrote there.
+
+    Raises:
+        AdapterFileError: the index of a model in several files is damaged.
+    """
     whole, index = directory / MODEL, directory / f"{MODEL}.index.json"
     found = [path for path in (whole, index) if path.exists()]
     if not found:
         return {}
     # Either may be left over from an earlier save.
     if max(found, key=lambda path: path.stat().st_mtime_ns) == index:
-        names: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        return {name: directory / file for name, file in names.items()}
+        try:
+            names = json.loads(index.read_text())["weight_map"]
+            return {name: directory / file for name, file in names.items()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise AdapterFileError(
+                f"{index} is damaged: `weight_map` must be an object with the file of "
+                "each tensor. Save the model again"
+            ) from error
     with safe_open(whole, "pt") as file:
         return dict.fromkeys(file.keys(), whole)
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from meft.backbone.find import find_blocks
 from meft.backbone.uncalled import allow_calls
 from meft.checkpoint.backbone import refuse_other_backbone
+from meft.checkpoint.config_file import SavedConfig, read_config
 from meft.checkpoint.digests import digest
-from meft.checkpoint.files import CONFIG, WEIGHTS, read_config, read_weights
+from meft.checkpoint.files import CONFIG, WEIGHTS, read_weights
 from meft.checkpoint.save_pretrained import add_saving, remove_saving
 from meft.checkpoint.trained import adapter_names
 from meft.errors import AdapterFileError, FrozenWarning
+from meft.extra_state import refuse_other_function
 from meft.reversible.blocks import ReversibleBlocks, find_stacks
 from meft.reversible.config import ReversibleConfig
 from meft.reversible.convert import insert_stacks
@@ -29,6 +31,7 @@ from meft.sparse.config import SparseConfig
 from meft.sparse.convert import insert_sparse_adapters, remove_sparse_adapters
 
 Model = TypeVar("Model", bound=nn.Module)
+Config = TypeVar("Config", ReversibleConfig, SparseConfig)
 
 
 def load_adapters(model: Model, directory: str | Path) -> Model:
@@ -50,12 +53,12 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
     """
     directory = Path(directory)
     config = read_config(directory)
-    trained = read_weights(directory, config)
+    trained = read_weights(directory, config.in_model_file)
     # This check precedes that of the weights, which would count the model's own
     # adapters as frozen.
     _refuse_other_adapters(model, config, directory)
     refuse_other_backbone(model, config, trained, directory)
-    with _converted(model, config, directory):
+    with _converted(model, config):
         parameters = dict(model.named_parameters())
         targets = parameters | dict(model.named_buffers())
         for name, value in trained.items():
@@ -65,7 +68,7 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
             raise AdapterFileError(
                 f"{directory / WEIGHTS} lacks {missing[0]!r}, an adapter of the model"
             )
-        if config["trained_sha256"] != digest(trained):
+        if config.trained_sha256 != digest(trained):
             raise AdapterFileError(
                 f"{directory / WEIGHTS} does not hold the tensors that {CONFIG} was "
                 "written with: a save was interrupted, or files of two saves were mixed"
@@ -79,35 +82,35 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
     return model
 
 
-def _configs(
-    config: dict[str, Any],
-) -> tuple[SparseConfig | None, ReversibleConfig | None]:
-    of_sparse, of_reversible = config.get("sparse"), config["reversible"]
-    return (
-        SparseConfig.from_json(of_sparse) if of_sparse else None,
-        ReversibleConfig.from_json(of_reversible) if of_reversible else None,
+def _refuse_other_adapters(
+    model: nn.Module, config: SavedConfig, directory: Path
+) -> None:
+    """Raise an error if the model has been converted with another config."""
+    for stack in find_stacks(model).values():
+        _refuse_other(config.reversible, stack.reversible, directory)
+    for adapter in sparse_adapters(model).values():
+        _refuse_other(config.sparse, adapter.config, directory)
+
+
+def _refuse_other(saved: Config | None, given: Config, directory: Path) -> None:
+    remedy = "Load them into a model that has not been converted"
+    if saved is None:
+        raise AdapterFileError(
+            f"the adapters in {directory} were saved from a model without a "
+            f"{type(given).__name__}, but this model was converted with one. {remedy}"
+        )
+    refuse_other_function(
+        saved.function(),
+        given.function(),
+        what=f"the adapters in {directory}",
+        remedy=f"{remedy}, or convert the model with the config of the saved one",
     )
 
 
-def _refuse_other_adapters(
-    model: nn.Module, config: dict[str, Any], directory: Path
-) -> None:
-    """Raise an error if the model has been converted with another config."""
-    sparse, reversible = _configs(config)
-    for stack in find_stacks(model).values():
-        if reversible is None or not stack.reversible.same_function(reversible):
-            raise _other_adapters(directory, reversible, stack.reversible)
-    for adapter in sparse_adapters(model).values():
-        if sparse is None or not adapter.config.same_function(sparse):
-            raise _other_adapters(directory, sparse, adapter.config)
-
-
 @contextlib.contextmanager
-def _converted(
-    model: nn.Module, config: dict[str, Any], directory: Path
-) -> Iterator[None]:
+def _converted(model: nn.Module, config: SavedConfig) -> Iterator[None]:
     """Convert the model by the configs in `config`; undo this if the body raises."""
-    sparse, reversible = _configs(config)
+    sparse, reversible = config.sparse, config.reversible
     stacks, adapters = find_stacks(model), sparse_adapters(model)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     undo: list[Callable[[], object]] = []
@@ -143,12 +146,6 @@ def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FrozenWarning)
         yield
-
-
-def _other_adapters(directory: Path, saved: object, given: object) -> AdapterFileError:
-    return AdapterFileError(
-        f"{directory} was saved with {saved}, this model was made with {given}"
-    )
 
 
 def _refuse_misfit(

@@ -12,7 +12,6 @@ from meft.checkpoint.digests import digest
 from meft.checkpoint.files import (
     CONFIG,
     FORMAT_VERSION,
-    IN_MODEL,
     WEIGHTS,
     model_files,
     replace_file,
@@ -74,7 +73,7 @@ def write_adapters(
         "sparse": next(iter(sparse.values())).config.to_json() if sparse else None,
         **backbone_fields(model, trained),
         "trained_sha256": digest(trained),
-        IN_MODEL: sorted(in_model),
+        "in_model_file": sorted(in_model),
     }
     # Weights are written before the config: a directory with a config always has its
     # weights.

@@ -9,10 +9,12 @@ from meft.errors import ConfigError
 from meft.validate import (
     Expectation,
     check_fields,
+    checked,
     integer,
     nonzero_number,
     one_of,
     or_none,
+    suggests_fields,
 )
 
 PAPER_SCALES = {"meft1": (0.1, 1.0), "meft2": (1.0, 0.1), "meft3": (0.1, 0.1)}
@@ -20,6 +22,7 @@ PAPER_SCALES = {"meft1": (0.1, 1.0), "meft2": (1.0, 0.1), "meft3": (0.1, 0.1)}
 MAX_LOST_BITS = 16
 
 
+@suggests_fields
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReversibleConfig:
     """Configuration of `meft.make_reversible`.
@@ -162,22 +165,18 @@ class ReversibleConfig:
             "span": self.span,
         }
 
-    def same_function(self, other: "ReversibleConfig") -> bool:
-        """Return whether both configs define the same function.
-
-        The backward and its options may differ.
-        """
-        return self.function() == other.function()
-
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON object."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "ReversibleConfig":
-        """Create a config from the output of `to_json`."""
-        span = fields["span"]
-        return cls(**fields | {"span": None if span is None else tuple(span)})
+        """Create a config from the output of `to_json`.
+
+        Raises:
+            ConfigError: a field is unknown or missing, or has an illegal value.
+        """
+        return cls(**checked(fields, _EXPECTED))
 
 
 _COUPLINGS = {"fixed": "difference", "float": "paper"}

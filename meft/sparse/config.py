@@ -12,12 +12,15 @@ from meft.validate import (
     Expectation,
     boolean,
     check_fields,
+    checked,
     integer,
     one_of,
     or_none,
+    suggests_fields,
 )
 
 
+@suggests_fields
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparseConfig:
     """Configuration of `meft.add_sparse_adapters`.
@@ -162,21 +165,18 @@ class SparseConfig:
             "semantics": self.semantics,
         }
 
-    def same_function(self, other: "SparseConfig") -> bool:
-        """Return whether both configs define the same function.
-
-        Placement and transfer of the rows may differ.
-        """
-        return self.function() == other.function()
-
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON object."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "SparseConfig":
-        """Create a config from the output of `to_json`."""
-        return cls(**fields)
+        """Create a config from the output of `to_json`.
+
+        Raises:
+            ConfigError: a field is unknown or missing, or has an illegal value.
+        """
+        return cls(**checked(fields, _EXPECTED))
 
 
 _EXPECTED: dict[str, Expectation] = {

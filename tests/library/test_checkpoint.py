@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,16 @@ def test_only_what_is_trained_is_written(tmp_path: Path) -> None:
         (lambda: classifier(3), "num_hidden_layers 2, got 3"),
         (lambda: classifier(2, hidden=32), "hidden_size 16, got 32"),
         (lambda: classifier(2).bert, "model class 'BertForSequenceClassification'"),
-        (lambda: reversible(2, variant="meft1"), "was saved with"),
-        (lambda: reversible(2, variant="meft3"), "was saved with"),
-        (lambda: reversible(2, variant="meft1", arithmetic="float"), "was saved with"),
+        (lambda: reversible(2, variant="meft1"), "with `variant='meft2'`, but"),
+        (lambda: reversible(2, variant="meft3"), "this .* with `variant='meft3'`: "),
+        (
+            lambda: reversible(2, variant="meft2", arithmetic="float"),
+            "this .* with `arithmetic='float'`, `lost_bits=None`, `scale_1=1.0`, ",
+        ),
+        (
+            lambda: meft.add_sparse_adapters(classifier(2), meft.SparseConfig()),
+            "without a SparseConfig, but .* that has not been converted",
+        ),
     ],
 )
 def test_another_backbone_is_refused(target, message: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -297,12 +305,21 @@ def test_a_refused_load_leaves_the_model_alone(tmp_path: Path) -> None:
 
 def test_how_the_backward_is_computed_does_not_matter(tmp_path: Path) -> None:
     """Adapters trained with stored activations load into a rebuilding model: the
-    function is the same. Another number of lost bits is another function."""
+    function is the same. Another number of lost bits is another function, and the error
+    names no other field."""
     meft.save_adapters(trained(), tmp_path)
     how: dict[str, Any] = {"backward": "store", "mlp_chunks": 2, "on_mismatch": "redo"}
     meft.load_adapters(reversible(2, variant="meft2", **how), tmp_path)
-    with pytest.raises(meft.AdapterFileError, match="lost_bits=3"):
-        meft.load_adapters(reversible(2, variant="meft2", lost_bits=3), tmp_path)
+    message = (
+        f"the adapters in {tmp_path} were saved from a model that was converted with "
+        "`lost_bits=4`, but this model was converted with `lost_bits=3`: with it they "
+        "compute another function. Load them into a model that has not been converted, "
+        "or convert the model with the config of the saved one"
+    )
+    with pytest.raises(meft.AdapterFileError, match=f"^{re.escape(message)}$"):
+        meft.load_adapters(
+            reversible(2, variant="meft2", lost_bits=3, mlp_chunks=2), tmp_path
+        )
 
 
 @pytest.mark.parametrize("damage", ["missing", "config", "version", "weights"])

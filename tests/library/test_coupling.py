@@ -3,22 +3,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meft.reversible.coupling import Branch, Coupling, growth
+from library.couplings import coupling
+from meft.reversible.coupling import growth
 from meft.reversible.floating import Floating
 from meft.testing import tolerance
-
-
-def coupling(scale: float, difference: bool, starts: bool = False) -> Coupling:
-    """A coupling whose branch is never run."""
-    return Coupling(
-        target=0,
-        branch=Branch(),
-        scale=scale,
-        difference=difference,
-        block=0,
-        number=0,
-        starts=starts,
-    )
 
 
 @given(

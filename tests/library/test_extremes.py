@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from library.test_coupling import coupling
+from library.couplings import coupling
 from meft.reversible.extremes import Extremes
 from meft.reversible.fixed import Fixed
 from meft.reversible.floating import Floating

@@ -115,10 +115,12 @@ def test_a_decoder_bert_is_refused(case: Case) -> None:
 
 
 def test_an_unknown_model_is_named() -> None:
-    """The message says what was given and lists what is supported."""
+    """The message says what was given, lists what is supported, and how a family is
+    added."""
     gpt = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))
     supported = "BERT, RoBERTa, OPT, BART, LLaMA, Mistral, ViT, DeiT"
-    message = f"GPT2LMHeadModel is not supported.* {supported}, with any head"
+    added = "any head; a family is added by a file in `meft/backbone/families`"
+    message = f"GPT2LMHeadModel is not supported.* {supported}, with {added}"
     with pytest.raises(meft.UnsupportedModelError, match=message):
         meft.make_reversible(gpt, meft.ReversibleConfig(variant="meft1"))
     assert all(parameter.requires_grad for parameter in gpt.parameters())

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.test_coupling import coupling
+from library.couplings import coupling
 from meft.reversible.fixed import Fixed, lost_bits
 from meft.reversible.integer_format import LIMITS
 from meft.reversible.packing import pack, packed_bytes, put_back_, widths

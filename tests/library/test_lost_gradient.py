@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import meft
+from library.couplings import coupling
 from library.models import batch, only_stack, reversible
-from library.test_coupling import coupling
 from meft.reversible import blocks
 from meft.reversible.coupling import growth
 from meft.reversible.inverse_error import InverseErrorProbe, warning_text

@@ -1,8 +1,12 @@
+import copy
+import pickle
 import threading
 
 import pytest
 
+from meft.host_memory import available_bytes
 from meft.replaceable import Replaceable
+from meft.sparse.adam_on import adam_on
 
 
 @Replaceable
@@ -39,3 +43,11 @@ def test_replacements_may_be_nested() -> None:
         with double.replaced(lambda number: 1):
             assert double(3) == 1
         assert double(3) == 0
+
+
+def test_copies_and_pickles_are_the_same_object() -> None:
+    """As of functions, by name; a replacement therefore applies to them too."""
+    for function in (double, available_bytes, adam_on):
+        assert pickle.loads(pickle.dumps(function)) is function
+        assert copy.copy(function) is function
+        assert copy.deepcopy({"inside": function})["inside"] is function

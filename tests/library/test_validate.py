@@ -1,7 +1,12 @@
 """Every field of both configs checks type and range, and keeps plain values."""
 
+import copy
 import dataclasses
+import inspect
 import math
+import pickle
+import pydoc
+import re
 from typing import Any
 
 import numpy as np
@@ -81,6 +86,50 @@ def test_values_of_other_types_are_refused(kind: type[Any], name: str) -> None:
         assert "None, the default, is allowed" in refused(kind, name, object())
     else:
         assert "got None" in refused(kind, name, None)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_misspelt_field_is_named_with_the_nearest(kind: Any) -> None:
+    """By the class, `dataclasses.replace` and `from_json`. Where no field is near, the
+    message lists them all."""
+    for field in dataclasses.fields(kind):
+        name = field.name
+        message = f"has no field '{name}x'; did you mean '{name}'?"
+        with pytest.raises(TypeError, match=re.escape(message)):
+            kind(**CONFIGS[kind], **{f"{name}x": 3})
+        with pytest.raises(TypeError, match=re.escape(message)):
+            dataclasses.replace(kind(**CONFIGS[kind]), **{f"{name}x": 3})
+        with pytest.raises(meft.ConfigError, match=f"did you mean '{name}'"):
+            kind.from_json(kind(**CONFIGS[kind]).to_json() | {f"{name}x": 3})
+    with pytest.raises(TypeError, match=r"no field 'qqq'; expected one of \['"):
+        kind(**CONFIGS[kind], qqq=3)
+    with pytest.raises(TypeError, match="positional"):
+        kind(3)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_configs_are_ordinary_dataclasses(kind: Any) -> None:
+    """Signature, help, copies, pickles, equality and what is frozen."""
+    config = kind(**CONFIGS[kind])
+    parameters = inspect.signature(kind).parameters
+    assert [*parameters] == [field.name for field in dataclasses.fields(kind)]
+    for field in dataclasses.fields(kind):
+        assert parameters[field.name].kind is inspect.Parameter.KEYWORD_ONLY
+        default = parameters[field.name].default
+        assert default == field.default or field.default is dataclasses.MISSING
+        assert parameters[field.name].annotation == field.type
+    assert f"{kind.__name__}(*, {next(iter(parameters))}: " in pydoc.render_doc(kind)
+    for copied in (
+        pickle.loads(pickle.dumps(config)),
+        copy.deepcopy(config),
+        dataclasses.replace(config),
+        kind.from_json(config.to_json()),
+    ):
+        assert copied == config
+        assert hash(copied) == hash(config)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, next(iter(parameters)), 3)
+    assert not hasattr(config, "__dict__")
 
 
 @pytest.mark.parametrize("name", INTEGERS)
