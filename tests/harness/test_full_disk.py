@@ -306,7 +306,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_nobody_reads_the_output(folder: Path, record: Record, command: str) -> None:
+def test_the_output_is_not_read(folder: Path, record: Record, command: str) -> None:
     """As of `meft-bench list | head -0`: no traceback, and the code of the docs."""
     with RecordsFile(FILE) as file:
         file.append(record)

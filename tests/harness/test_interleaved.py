@@ -32,7 +32,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     return order, make
 
 
-def test_turns_change_who_goes_first(steps: Steps) -> None:
+def test_the_order_within_a_pair_changes(steps: Steps) -> None:
     """Else the one that always follows would pay for what the other leaves behind. Warm
     pairs do not count; the ratio is that of each pair, not of the medians."""
     order, make = steps

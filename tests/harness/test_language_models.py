@@ -45,7 +45,7 @@ def batch_of(stepper: Stepper, chosen: Cell) -> Batch:
 
 
 @pytest.mark.parametrize("family", LANGUAGE_MODELS)
-def test_every_token_is_told(family: str) -> None:
+def test_every_token_is_a_target(family: str) -> None:
     """The loss is that of all of them, from logits over the whole vocabulary."""
     stepper = made(lm_cell(family))
     batch = batch_of(stepper, lm_cell(family))

@@ -50,7 +50,7 @@ def test_storages_are_counted_from_birth_to_death() -> None:
     assert [s.num_bytes for s in peak.alive] == [8192, 4096]
 
 
-def test_kinds_are_told_apart_to_the_byte() -> None:
+def test_kinds_are_distinguished_to_the_byte() -> None:
     model = two_layers()
     trace = traced(model)
     weights = sum(p.numel() for p in model.parameters()) * 4

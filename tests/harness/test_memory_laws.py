@@ -90,7 +90,7 @@ def test_frozen_weights_have_no_state() -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "meft1-exact", "sparse"])
-def test_everything_at_the_peak_is_told(method: str) -> None:
+def test_kinds_add_up_to_the_peak(method: str) -> None:
     """The kinds add up to all of it; the rest of what is allocated is blocks' slack."""
     found = planned(method)
     assert found.by_kind is not None

@@ -222,7 +222,7 @@ def test_without_the_device_or_nvml_there_is_no_handle(nvml: _FakeNvml) -> None:
     assert not nvml.is_open
 
 
-def test_memory_is_that_of_the_process_asked_for() -> None:
+def test_memory_is_that_of_the_given_process() -> None:
     """Among all processes on the device."""
     processes = [
         SimpleNamespace(pid=1, usedGpuMemory=10),

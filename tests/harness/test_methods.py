@@ -293,7 +293,7 @@ def test_a_block_more_keeps_its_input_or_nothing(
 
 
 @pytest.mark.parametrize("method", HAVE_ROWS)
-def test_rows_beside_a_decoder_that_reads_an_encoder_are_refused(method: str) -> None:
+def test_rows_in_a_decoder_that_reads_an_encoder_are_refused(method: str) -> None:
     """By the library, which says where they go."""
     with pytest.raises(
         UnsupportedModelError, match=r"transformers' BERT, RoBERTa, OPT"

@@ -81,7 +81,7 @@ def test_a_timeline_is_a_table(
 
 
 @pytest.mark.slow
-def test_what_sparse_adapters_need_is_asked_by_its_field(
+def test_sparse_adapters_are_planned_by_their_fields(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A quarter of the neurons, as declared, moves."""
@@ -102,7 +102,7 @@ def test_what_sparse_adapters_need_is_asked_by_its_field(
 
 
 @pytest.mark.slow
-def test_a_plan_of_a_language_model_is_asked_by_its_task(
+def test_a_language_model_is_planned_by_its_task(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Whose head is as frozen as LoRA leaves it, and whose logits are there."""

@@ -403,7 +403,7 @@ def test_an_option_counts_by_its_bytes(tokenizer: PreTrainedTokenizerFast) -> No
 
 
 @pytest.mark.parametrize("family", ["bert", "bart", "vit"])
-def test_questions_are_not_asked_of_what_cannot_write(family: str) -> None:
+def test_questions_need_a_model_that_generates(family: str) -> None:
     """Nor of a second stack, which scoring does not know."""
     chosen = cell(backbone=f"random:{family}-tiny", task="nq-open")
     words = f"'nq-open' wants a language model of llama, mistral, opt, .* '{family}'"

@@ -93,7 +93,7 @@ def test_what_was_kept_goes_back_before_memory_is_out() -> None:
     assert found.num_retries == 1
 
 
-def test_out_of_memory_tells_for_what_when_and_beside_what() -> None:
+def test_out_of_memory_names_what_when_and_what_was_alive() -> None:
     """And how much it would have been."""
     steps = trace(("a", 30), ("b", 40), ("b", 0), ("a", 0))
     with pytest.raises(torch.OutOfMemoryError) as caught:

@@ -228,7 +228,7 @@ def test_scores_are_what_their_formulas_give() -> None:
     }
 
 
-def test_mrpc_scores_accuracy_with_f1_beside_it() -> None:
+def test_mrpc_scores_accuracy_and_f1() -> None:
     """Four right of six, but no pair that says the same was found: F1 is 0."""
     got = metrics.scores("accuracy_and_f1", [0] * 6, [0, 0, 0, 0, 1, 1])
     # The first of the two is the score.
@@ -309,7 +309,7 @@ def test_the_full_batch_has_no_padding() -> None:
     assert batch["labels"].tolist() == [0, 1]
 
 
-def test_synthetic_rows_have_exactly_the_shape_asked_for() -> None:
+def test_synthetic_rows_have_exactly_the_requested_shape() -> None:
     """One batch, the same for every method, another for every seed."""
     examples = synthetic.examples(cell(batch_size=3, seq_len=7), vocab_size=11)
     assert [len(e.token_ids) for e in examples] == [7, 7, 7]

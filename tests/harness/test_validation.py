@@ -213,7 +213,7 @@ def test_checks_run_before_cells_and_once(
     assert cli.main(words) == 0
     said = capsys.readouterr().err
     assert "check card on virtual-H200: ok, 13 figures" in said
-    lines = checks.path_beside(records).read_text().splitlines()
+    lines = checks.path_next_to(records).read_text().splitlines()
     assert [json.loads(text)["check"] for text in lines] == ["card", "workspaces"]
     assert cli.main(words) == 0
     assert "check card" not in capsys.readouterr().err
@@ -228,7 +228,7 @@ def test_a_half_written_line_is_passed_over_and_ended(
     sweep.write_text(SWEEP.replace('["card", "workspaces"]', '["card"]'))
     mine.write_text((gpu.FOLDER / "H200.json").read_text())
     records = tmp_path / "runs.jsonl"
-    path = checks.path_beside(records)
+    path = checks.path_next_to(records)
     path.write_text('[1]\n{"check": "card", "dev')
     words = ["run", str(sweep), "--device", f"virtual-{mine}", "-o", str(records)]
     assert cli.main(words) == 0
@@ -248,7 +248,7 @@ def test_a_check_that_the_budget_ends_is_not_recorded(
     words = ["run", str(sweep), "--device", "virtual-H200", "-o", str(records)]
     assert cli.main([*words, "--time-budget", "1s"]) == 3
     assert "check card on virtual-H200: out of time" in capsys.readouterr().err
-    assert not checks.path_beside(records).exists()
+    assert not checks.path_next_to(records).exists()
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_a_peak_is_the_same_bytes_however_it_is_cut(of: str) -> None:
     assert list(parts.values()) == sorted(parts.values(), reverse=True)
 
 
-def test_blocks_are_told_by_their_number() -> None:
+def test_blocks_are_named_by_their_number() -> None:
     found = {
         name: views.block_of(name)
         for name in (

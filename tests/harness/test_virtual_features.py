@@ -216,7 +216,7 @@ def update(make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Trace:
         ({"fused": True}, 0, 0),
     ],
 )
-def test_how_adamw_steps_decides_what_it_takes_beside(
+def test_the_implementation_of_adamw_decides_its_extra_memory(
     options: dict[str, Any], least: int, most: int
 ) -> None:
     """All weights' denominators at once, one weight's, or none; in copies of one."""

@@ -236,7 +236,7 @@ def _patched_places() -> list[Any]:
     ]
 
 
-def test_no_path_stands_beside_a_real_gpu() -> None:
+def test_no_backend_is_used_with_a_real_gpu() -> None:
     with (
         mock.patch.object(torch.cuda, "is_available", return_value=True),
         pytest.raises(cuda_backend.RealGpuError, match="left alone"),

@@ -239,7 +239,7 @@ def test_missing_data_skips_the_cell_and_names_three_ways() -> None:
         assert way in str(result["message"])
 
 
-def test_an_error_is_told_in_one_line() -> None:
+def test_an_error_is_reported_in_one_line() -> None:
     """Type and message; the traceback goes to the log."""
     result = run(Cell(method="full", **TINY | {"seq_len": 513}), ChildOptions())
     assert result["status"] == "error"
@@ -276,7 +276,7 @@ def test_selecting_weights_needs_rows_to_select_with() -> None:
         (OSError(2, "No such file"), False),
     ],
 )
-def test_memory_that_ran_out_is_told_from_other_errors(
+def test_out_of_memory_is_distinguished_from_other_errors(
     error: Exception, expected: bool
 ) -> None:
     """By type and number, or by what torch and its libraries say."""

@@ -31,7 +31,7 @@ def test_dropout_sits_between_activation_and_up() -> None:
     assert torch.equal(adapter(torch.randn(3, 4)), torch.ones(3, 4))
 
 
-def test_beside_a_half_precision_backbone_the_adapter_stays_float32() -> None:
+def test_with_a_half_precision_backbone_the_adapter_stays_float32() -> None:
     """Half-precision in, half-precision out, float32 weights in between."""
     assert wide_dtype(torch.bfloat16) == wide_dtype(torch.float16) == torch.float32
     assert wide_dtype(torch.float64) == torch.float64

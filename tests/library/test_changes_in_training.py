@@ -87,7 +87,7 @@ def test_changes_between_forward_and_backward_are_refused(
     assert_same(rebuilt, stored_gradients(model, batch()))
 
 
-def test_changes_elsewhere_are_nobodys_business() -> None:
+def test_changes_elsewhere_have_no_effect() -> None:
     """Weights outside of the blocks may change, as far as autograd allows it."""
     model = reversible(2, variant="meft1")
     loss = model(**batch()).loss
@@ -112,7 +112,7 @@ def test_a_block_that_changes_its_own_buffers_is_refused() -> None:
     [(_step(torch.optim.AdamW, fused=True), 3), (_hidden_change, 2)],
     ids=["fused", "data"],
 )
-def test_a_change_that_leaves_no_trace_is_found_where_it_matters(
+def test_a_change_that_torch_does_not_count_is_found_where_it_matters(
     change: Change, block: int
 ) -> None:
     """Torch does not count changes by fused optimizers or through `.data`. They are

@@ -293,7 +293,7 @@ def one_process(tmp_path: Path) -> Iterator[Any]:
     group.destroy_process_group()
 
 
-def test_containers_beside_a_sparse_adapter_are_refused() -> None:
+def test_containers_next_to_a_sparse_adapter_are_refused() -> None:
     """A block that carries one is called, and its containers are not."""
     model = classifier(2)
     meft.add_sparse_adapters(model, config())

@@ -255,7 +255,7 @@ def test_values_beyond_64_bits_name_the_block_and_the_remedy(
             assert way(model, inputs).isfinite().all()
 
 
-def test_an_input_that_does_not_fit_is_told_too() -> None:
+def test_an_input_that_does_not_fit_is_reported_too() -> None:
     """Embeddings of 1e15: the error names the block that would read them."""
     _, model, inputs = llama()
     with torch.no_grad():

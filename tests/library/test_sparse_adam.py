@@ -335,7 +335,7 @@ def test_a_gap_of_any_length_is_adamws(
 
 
 @pytest.mark.parametrize("form", list(FORMS)[-1:])
-def test_a_row_rests_once_its_last_gradient_has_faded(form: str) -> None:
+def test_a_row_stops_changing_once_its_last_gradient_has_faded(form: str) -> None:
     """After H idle steps m is 0 and, without decay, the row's value stands still."""
     made, schedule = table(), Schedule()
     ones, values = torch.ones(ROWS, WIDTH), []

@@ -74,7 +74,7 @@ def _blocks(model: PreTrainedModel) -> list[Any]:
 
 
 @every_case
-def test_all_neurons_are_a_dense_adapter_beside_the_feed_forward(case: Case) -> None:
+def test_all_neurons_are_a_dense_adapter_next_to_the_feed_forward(case: Case) -> None:
     """Its gradients are."""
     model = sparse(case, num_experts=0, top_k_neurons=64).eval()
     objective(model(**batch_of(case))).backward()

@@ -39,7 +39,7 @@ def test_only_the_two_streams_are_saved_at_any_depth(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", slow_but_for(VARIANTS, "meft3"))
 @pytest.mark.parametrize("lost_bits", slow_but_for([0, 3, 4], 3))
-def test_fixed_streams_save_their_lost_bits_besides(
+def test_fixed_streams_save_their_lost_bits_in_addition(
     variant: str, lost_bits: int
 ) -> None:
     """Saved for backward: two int32 streams; k bits an element for every scaled

@@ -34,7 +34,7 @@ def test_a_byte_more_than_allowed_is_a_byte_more(
     assert result.num_compared == 1
 
 
-def test_what_a_step_needs_above_what_rests_is_compared(
+def test_what_a_step_needs_above_model_state_is_compared(
     make_record: MakeRecord,
 ) -> None:
     """It is derived, and has a threshold all the same."""

@@ -147,7 +147,7 @@ def test_baseline_shows_what_changes(
 
 
 @pytest.mark.parametrize("status", ["oom", "error", "timeout", "killed", "skipped", ""])
-def test_a_baseline_does_not_lose_a_cell_unasked(
+def test_a_baseline_loses_a_cell_on_request_only(
     capsys: pytest.CaptureFixture[str],
     make_record: MakeRecord,
     write: Write,

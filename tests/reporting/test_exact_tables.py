@@ -33,7 +33,7 @@ def test_a_ratio_is_taken_against_checkpoints_of_the_same_weights(
     assert "see bf16 weights" not in " ".join(bf16.notes)
 
 
-def test_a_peak_ratio_leaves_out_what_rests(depth: pd.DataFrame) -> None:
+def test_a_peak_ratio_leaves_out_model_state(depth: pd.DataFrame) -> None:
     """8 of the 10 MiB that are not saved are model state, so 2 are above it."""
     table = find_tables("ratios")(depth)[0]
     (row,) = [r for r in rows(table) if (r["blocks"], r["k"]) == ("6", "4")]
@@ -151,7 +151,7 @@ def test_a_step_that_only_one_twin_made_is_a_difference(
     assert row["first step that differs"] == "3"
 
 
-def test_the_start_has_k_across_and_the_papers_scales_beside(
+def test_the_start_has_k_across_and_the_papers_scales_next_to_it(
     quality: pd.DataFrame,
 ) -> None:
     """Twins share a row; a float method has no k."""

@@ -87,7 +87,7 @@ def test_score_against_k_is_held_against_all_neurons(knowledge: pd.DataFrame) ->
     assert horizontal(axes, look("dense").color) == pytest.approx([0.625])
 
 
-def test_experts_that_are_asked_grow_along_with_their_number(
+def test_chosen_experts_grow_along_with_their_number(
     knowledge: pd.DataFrame,
 ) -> None:
     """One line through cells that differ in both, of two seeds and of one."""

@@ -59,7 +59,7 @@ def test_two_settings_are_never_averaged(
     assert len(summarise(to_frame(records), ["score"])) == 2
 
 
-def test_options_that_a_method_does_not_heed_do_not_split_it(
+def test_options_that_a_method_does_not_use_do_not_split_it(
     make_record: MakeRecord,
 ) -> None:
     """k is nothing to full fine-tuning: two such cells of one seed are one."""
@@ -128,7 +128,7 @@ def test_a_failed_seed_is_counted_not_averaged(make_record: MakeRecord) -> None:
     assert (row["num_seeds"], row["num_failed"], row["score"]) == (1, 1, 0.8)
 
 
-def test_a_failed_cell_takes_its_depth_from_what_it_asked_for(
+def test_a_failed_cell_takes_its_depth_from_its_request(
     make_record: MakeRecord,
 ) -> None:
     """Or from a sibling of the same backbone, if it requested none."""

@@ -45,7 +45,7 @@ def test_results_hold_mean_spread_count_and_cost(frame: pd.DataFrame) -> None:
     assert cells(table, "meft3")["peak allocated"] == "–"  # noqa: RUF001
 
 
-def test_a_second_score_stands_beside_the_first(make_record: MakeRecord) -> None:
+def test_a_second_score_is_next_to_the_first(make_record: MakeRecord) -> None:
     """F1 of MRPC, with what the majority class gives; other tasks have no column."""
     scores = {"second_score_name": "f1", "second_majority_score": 0.812}
     records = [
@@ -244,7 +244,7 @@ def test_random_weights_are_labelled_in_every_table(
         assert "andom weights" in to_html(table), table.title
 
 
-def test_activations_are_what_a_step_adds_to_what_rests(
+def test_activations_are_what_a_step_adds_to_model_state(
     make_record: MakeRecord,
 ) -> None:
     """By hand, in both units; nothing is compared with a cell that failed."""

@@ -8,7 +8,7 @@ from meft_reports.plots import find_plot
 from meft_reports.tables import find_tables
 
 
-def test_moved_bytes_stand_beside_both_formulas(traffic: pd.DataFrame) -> None:
+def test_transferred_bytes_are_next_to_both_formulas(traffic: pd.DataFrame) -> None:
     """10 MiB of the paper's 80, and of the 200 of a dense adapter that is offloaded."""
     tables = find_tables("traffic")(traffic)
     assert len(tables) == 2  # batch sizes are workloads

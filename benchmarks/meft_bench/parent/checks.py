@@ -29,7 +29,7 @@ from meft_bench.shared.request import WORKER
 _KEYS = {"check", "device", "device_name", "status", "figures", "environment"}
 
 
-def path_beside(records: Path) -> Path:
+def path_next_to(records: Path) -> Path:
     """Return the path of the file of checks that belongs to a records file."""
     return records.with_suffix(".checks.jsonl")
 

@@ -156,7 +156,7 @@ def _run_checks(plan: RunPlan, budget: Budget) -> list[Status]:
     """
     if not plan.checks:
         return []
-    path = checks.path_beside(plan.path)
+    path = checks.path_next_to(plan.path)
     logs = plan.path.with_suffix(".logs")
     logs.mkdir(exist_ok=True)
     where = environment.collect(
