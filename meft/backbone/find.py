@@ -70,7 +70,7 @@ def find_blocks(model: nn.Module) -> list[BlockList]:
             f"{type(model).__name__} is not supported: it has no blocks of a known "
             f"family. Supported are transformers' {names}, with any head; a "
             "family is added by a file in `meft/backbone/families` (CONTRIBUTING.md, "
-            "'A family of models')"
+            "'Adding something')"
         )
     return found
 
