@@ -28,7 +28,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     """
     found = find(frame)
     if found is None:
-        raise NothingDeclared(f"needs {NEEDS}")
+        raise NothingDeclared(f"no headline, which needs {NEEDS}")
     title, cells = found
     figure, (axes,) = canvas.panels(1, num_columns=1)
     for place, method in enumerate(METHODS):
