@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 from meft_reports.errors import ReportError, UnknownName
 from meft_reports.files import write_atomically
 from meft_reports.plots import PLOTS, find_plot
-from meft_reports.tables import TABLES, find_tables
+from meft_reports.tables import TABLES, find_maker
 from meft_reports.text import printable
 
 if TYPE_CHECKING:
@@ -161,13 +161,13 @@ def plot(arguments: argparse.Namespace) -> int:
 
 def table(arguments: argparse.Namespace) -> int:
     """Print tables as Markdown."""
-    make = find_tables(arguments.name)
+    maker = find_maker(arguments.name)
 
     from meft_reports.frame import read_frame
     from meft_reports.tables.table import to_markdown
 
-    some = make(read_frame(arguments.runs))
-    nothing = f"No table: the records hold nothing that `{arguments.name}` shows."
+    some = maker.make(read_frame(arguments.runs))
+    nothing = f"No table: `{arguments.name}` needs {maker.NEEDS}."
     _say("\n".join(map(to_markdown, some)) if some else nothing)
     return 0
 

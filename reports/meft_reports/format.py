@@ -19,12 +19,14 @@ def is_null(value: Any) -> bool:
 def format_bytes(value: Any) -> str:
     """Format `1536` as `1.5 KiB`.
 
-    The unit is the largest of B, KiB, MiB, GiB in which the number is at least 1.
+    The unit is the largest of B, KiB, MiB, GiB in which the rounded number is at least
+    1.
     """
     if is_null(value):
         return NOTHING
     size, units = float(value), ["B", "KiB", "MiB", "GiB"]
-    while abs(size) >= 1024 and len(units) > 1:
+    # One digit after the point is shown, so 1023.96 KiB is 1.0 MiB.
+    while abs(round(size, 1)) >= 1024 and len(units) > 1:
         size /= 1024
         units.pop(0)
     return f"{size:.0f} B" if units[0] == "B" else f"{size:,.1f} {units[0]}"

@@ -28,6 +28,12 @@ METHODS = {
 }
 """The methods in order, each with its name for readers."""
 
+NEEDS = (
+    "one workload of the task synthetic or synthetic-lm with ok cells on the device "
+    f"cuda, without a `reference`, of all of these methods: {', '.join(METHODS)}"
+)
+"""What the records must hold for there to be a headline."""
+
 Cells = dict[str, "pd.Series[Any]"]
 """One cell of each method."""
 

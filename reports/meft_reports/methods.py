@@ -4,11 +4,12 @@ The data is `methods.toml`, which the harness reads as well. A method that is no
 uses all options and is neither reversible nor an adapter of many neurons.
 """
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 
+from meft_reports.columns import CELL_FIELDS
 from meft_reports.data_files import METHODS, read_tables
+from meft_reports.field_kinds import ANY, COLOR, FLAG, TABLE_NAME, one_of, some_of
 
 REFERENCE = "adapters-checkpointing"
 """Reference of the exact methods: adapters whose blocks are checkpointed."""
@@ -29,13 +30,24 @@ class Method:
     hollow: bool = False
 
 
-_FOR_THE_HARNESS = ("function", "has_rows")
+_FOR_THE_HARNESS = {"function": ANY, "has_rows": ANY}
+_SCHEMA = _FOR_THE_HARNESS | {
+    "options": some_of(CELL_FIELDS),
+    "streams": one_of(["float", "integer"]),
+    "twin_of": TABLE_NAME,
+    "float_of": TABLE_NAME,
+    "neurons": one_of(["dense", "sparse", "experts"]),
+    "color": COLOR,
+    "marker": one_of([*"ov^<>8spP*hHDdX"]),
+    "line": one_of(["-", "--", "-.", ":"]),
+    "hollow": FLAG,
+}
 
 
 def _read() -> dict[str, Method]:
-    known = {*(field.name for field in dataclasses.fields(Method)), *_FOR_THE_HARNESS}
     methods = {}
-    for name, table in read_tables(METHODS, required=(), known=known).items():
+    required = ("color", "marker")
+    for name, table in read_tables(METHODS, required=required, schema=_SCHEMA).items():
         fields = {key: v for key, v in table.items() if key not in _FOR_THE_HARNESS}
         fields["options"] = tuple(fields.get("options", ()))
         methods[name] = Method(**fields)

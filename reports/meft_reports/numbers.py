@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = Path(name)
         try:
             write_atomically(path, update(path.read_text(encoding="utf-8")).encode())
-        except (ReportError, OSError) as error:
+        except (ReportError, OSError, UnicodeDecodeError) as error:
             print(f"{path}: {error}", file=sys.stderr)
             return 2
     return 0

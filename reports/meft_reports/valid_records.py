@@ -148,7 +148,7 @@ def _check_derived(record: Record, where: str) -> None:
         if number is None:
             continue
         column = BY_NAME[name]
-        greatest = column.greatest or GREATEST[column.unit]
+        greatest = column.greatest or GREATEST.get(column.unit, math.inf)
         if not 0 <= number <= greatest:  # exact: no float32 is involved
             _, *keys = DERIVED[name]
             sources = " and ".join(f"`{key}` {seen[key]}" for key in keys)

@@ -439,3 +439,13 @@ def test_smollm2_is_loaded_from_its_package() -> None:
     assert first.model.config.pad_token_id == first.tokenizer.eos_token_id
     (pair,) = encode([Row(("A cat.", "A dog."), 1)], first.tokenizer, seq_len=16)
     assert first.tokenizer.decode(pair.token_ids) == "A cat.\nA dog."
+
+
+def test_a_shape_without_a_padding_token_names_its_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A named shape has no config.json that could be changed."""
+    monkeypatch.setitem(TABLE["llama"].shapes["llama-tiny"], "eos_token_id", None)
+    place = r"\[llama\.shapes\.llama-tiny\] of backbones\.toml$"
+    with pytest.raises(ValueError, match=rf"set `pad_token_id` in {place}"):
+        load(cell(backbone="random:llama-tiny"))

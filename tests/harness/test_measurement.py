@@ -40,6 +40,8 @@ def test_a_measurement_cannot_be_changed() -> None:
     seen = Measurement(saved_bytes=3)
     with pytest.raises(AttributeError, match="cannot set `saved_bytes`"):
         seen.saved_bytes = 4
+    with pytest.raises(AttributeError, match="cannot delete `saved_bytes`"):
+        del seen.saved_bytes
     more = seen.with_numbers(num_steps=2)
     assert seen == Measurement(saved_bytes=3)
     assert more == Measurement(saved_bytes=3, num_steps=2)
@@ -81,3 +83,16 @@ def test_a_wrong_table_is_one_line(
     )
     assert done.returncode == 2
     assert re.fullmatch(rf"meft-bench: .*{file}: .*{place}.*\n", done.stderr)
+
+
+def test_every_number_of_a_record_is_measured_somewhere() -> None:
+    """Its name is in the code of a child, or in that of a virtual GPU."""
+    sources = "\n".join(
+        path.read_text()
+        for folder in ("child", "virtual")
+        for path in (PACKAGE / folder).rglob("*.py")
+    )
+    # The second and third scores of a task are named after the first.
+    names = {re.sub("^(second|third)_", "", name) for name in FIELDS}
+    missing = [name for name in names if not re.search(rf"\b{name}\b", sources)]
+    assert not missing

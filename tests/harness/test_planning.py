@@ -151,6 +151,39 @@ def test_what_fits_is_the_largest(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"MiB of {room / 2**20:,.0f}" in out
 
 
+def footer(gpu_name: str, dtype: str) -> str:
+    """Return what a table of a step on a GPU says below its rows."""
+    device = f"virtual-{gpu_name}"
+    one = Cell(method="lora", backbone="random:bert-tiny", device=device, dtype=dtype)
+    plan = {"method": "lora", "verdict": "fits", "message": "", "by_kind": None}
+    plan |= dict.fromkeys(("needed_bytes", "reserved_bytes", "allocated_bytes"))
+    return plan_text.table([one], [plan], None, 0.05)
+
+
+def test_only_an_h200_was_compared() -> None:
+    """The footer of other GPUs states that they were not."""
+    assert "held against an H200 (docs/virtual-gpu.md)" in footer("H200", "bf16")
+    assert "not compared" not in footer("H200", "bf16")
+    other = footer("V100-16GB", "fp16")
+    assert "not compared with a real Tesla V100-SXM2-16GB (docs/" in other
+
+
+@pytest.mark.parametrize(
+    ("gpu_name", "dtype", "emulates"),
+    [
+        ("V100-16GB", "bf16", True),
+        ("V100-16GB", "fp16", False),
+        ("V100-16GB", "fp32", False),
+        ("H200", "bf16", False),
+    ],
+)
+def test_a_gpu_that_emulates_bf16_says_so(
+    gpu_name: str, dtype: str, emulates: bool
+) -> None:
+    words = "emulates BF16: the dtype that such a GPU trains in is fp16."
+    assert (words in footer(gpu_name, dtype)) == emulates
+
+
 @pytest.mark.slow
 def test_a_config_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A directory without weights."""

@@ -109,6 +109,47 @@ def test_bad_line(tmp_path: Path, records: list[Record], text: str) -> None:
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("", "wall_seconds", "x"),
+        ("", "wall_seconds", None),
+        ("", "wall_seconds", True),
+        ("", "sweep", None),
+        ("", "started_at", 3),
+        ("", "status", []),
+        ("", "measurement", []),
+        ("cell", "method", ["full"]),
+        ("cell", "batch_size", {}),
+        ("cell", "seed", 1.5),
+        ("measurement", "saved_bytes", "many"),
+        ("measurement", "loss_curve", [[1.0]]),
+        ("environment", "versions", {"torch": 2}),
+        ("environment", "num_slots", None),
+        ("", "schema_version", 2.0),
+        ("", "schema_version", True),
+    ],
+)
+def test_a_value_of_another_type_is_one_line(
+    tmp_path: Path, records: list[Record], section: str, name: str, value: object
+) -> None:
+    """It names the file, the line and the field."""
+    fields = json.loads(json.dumps(records[0].to_json()))
+    (fields[section] if section else fields)[name] = value
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps(fields) + "\n")
+    what = "schema version" if name == "schema_version" else f"`{name}` = "
+    with pytest.raises(RunsError, match=rf"line 1 is not a record \(.*{what}.*\)"):
+        runs.read(path)
+
+
+def test_a_line_of_nested_lists_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    path.write_text("[" * 100_000 + "\n")
+    with pytest.raises(RunsError, match="line 1 is not a record"):
+        runs.read(path)
+
+
 def test_a_name_that_is_twice_in_a_record(
     tmp_path: Path, records: list[Record]
 ) -> None:

@@ -30,8 +30,19 @@ def test_parse_too_many_bytes(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("num_bytes", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (3 * 2**29, "1.5 GiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (999 * 2**20, "999 MiB"),
+        (1000 * 2**20, "0.977 GiB"),
+        (1023 * 2**20, "0.999 GiB"),
+        (2**30 - 1, "1 GiB"),
+        (3 * 2**29, "1.5 GiB"),
+        (-1020 * 2**20, "-0.996 GiB"),
+        (5000 * 2**40, "5000 TiB"),
+    ],
 )
 def test_format_bytes(num_bytes: int, text: str) -> None:
-    """Sizes are shown in the largest unit that they reach."""
+    """Sizes have three digits, in the first unit of which there are below 1000."""
     assert format_bytes(num_bytes) == text

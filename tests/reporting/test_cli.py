@@ -8,6 +8,7 @@ import pytest
 
 from meft_reports.cli import main, parser
 from meft_reports.frame_files import load_frame
+from meft_reports.headline import METHODS as HEADLINE
 from meft_reports.tables import TABLES
 from reporting.kinds import Cli, MakeRecord, Record, Write
 
@@ -289,6 +290,43 @@ def test_table_prints_markdown(
     with pytest.raises(SystemExit):
         parser().parse_args(["table", "--help"])
     assert name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("headline", ", ".join(HEADLINE)),
+        ("results", "a task other than synthetic and synthetic-lm"),
+        ("savings", "meft1-exact and at least one of full, checkpointing, "),
+        ("ratios", "a MEFT method and adapters-checkpointing"),
+        ("traffic", "a method with rows of neurons"),
+        ("predictions", "the device cuda"),
+    ],
+)
+def test_no_table_says_what_one_needs(
+    capsys: pytest.CaptureFixture[str],
+    make_record: MakeRecord,
+    write: Write,
+    name: str,
+    words: str,
+) -> None:
+    """Methods, task or device, as the error of a figure does."""
+    path = write([make_record(task="synthetic")])
+    assert main(["table", name, str(path)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"No table: `{name}` needs ")
+    assert words in out
+
+
+def test_no_figure_of_the_headline_names_the_methods_it_needs(
+    capsys: pytest.CaptureFixture[str],
+    make_record: MakeRecord,
+    write: Write,
+    tmp_path: Path,
+) -> None:
+    figure = str(tmp_path / "a.svg")
+    assert main(["plot", "headline", str(write([make_record()])), "-o", figure]) == 2
+    assert ", ".join(HEADLINE) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

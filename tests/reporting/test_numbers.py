@@ -53,6 +53,15 @@ def test_a_page_without_a_place_for_each_table_is_refused(
         numbers.update(text)
 
 
+def test_a_page_that_is_not_utf8_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "numbers.md"
+    path.write_bytes(b"\xff")
+    assert numbers.main([str(path)]) == 2
+    assert re.fullmatch(rf"{path}: 'utf-8' codec can't .*\n", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("file", "text", "place"),
     [
@@ -63,7 +72,7 @@ def test_a_page_without_a_place_for_each_table_is_refused(
         (
             MEASUREMENTS,
             "[a]\ntype = 'long'\ngroup = 'time'\nmeaning = 'A.'\nhow = 'b'\n",
-            r"\[a\]: `type` is 'long'; valid: int, ",
+            r"\[a\]: `type` = 'long' should be one of int, ",
         ),
     ],
 )

@@ -332,6 +332,9 @@ def test_predictions_are_held_against_the_gpu_of_their_name() -> None:
         ("saved", "1", "0.000 %", "0.00 %", "+0.00 %"),
         ("peak allocated", "1", "1.500 %", "1.50 %", "+1.50 %"),
     ]
+    # Where every prediction is exact, no cell is the worst.
+    assert summary.rows[0][5] == "\N{EN DASH}"
+    assert summary.rows[1][5].startswith("full, ")
     assert table.title == "Predictions held against NVIDIA H200"
     (row,) = table.rows
     assert row[0] == "full"
@@ -379,6 +382,7 @@ def test_text_cannot_break_a_table() -> None:
         (0, "0 B"),
         (1023, "1023 B"),
         (1536, "1.5 KiB"),
+        (2**20 - 2, "1.0 MiB"),
         (5 * 2**20, "5.0 MiB"),
         (2**41, "2,048.0 GiB"),
         (-(2**20), "-1.0 MiB"),

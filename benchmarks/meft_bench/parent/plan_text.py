@@ -10,11 +10,14 @@ from meft_bench.shared.units import format_bytes
 from meft_bench.virtual.device import gpu
 
 MIB = 2**20
+COMPARED = "NVIDIA H200"
+"""The GPU that predictions were compared with."""
 NUM_SHOWN = 8
 """Number of lines of each part of the details."""
 NOTE = (
     "Predicted from fake tensors and a model of the caching allocator, by rules that "
-    "were held against an H200 (docs/virtual-gpu.md); for batches without padding. "
+    "were held against an H200{compared} (docs/virtual-gpu.md); for batches without "
+    "padding. "
     "Needed is what is reserved and about "
     "{context} of the driver's own; fits leaves {margin:.0%} free."
 )
@@ -61,7 +64,14 @@ def table(
         if p.get("beyond_bytes") is None and p.get("beyond_message")
     ]
     context = format_bytes(found.context_bytes)
-    lines.append(NOTE.format(context=context, margin=margin))
+    compared = (
+        "" if found.name == COMPARED else f" and not compared with a real {found.name}"
+    )
+    lines.append(NOTE.format(context=context, margin=margin, compared=compared))
+    if first.dtype == "bf16" and not found.computes_in_bf16:
+        lines.append(
+            f"{found.name} emulates BF16: the dtype that such a GPU trains in is fp16."
+        )
     return "\n".join(lines)
 
 

@@ -227,7 +227,13 @@ def _parse(path: Path, content: bytes) -> list[Record]:
         try:
             found = json.loads(line, object_pairs_hook=_refuse_duplicates)
             records.append(Record.from_json(found))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,  # of lists in lists
+        ) as error:
             reason = " ".join(str(error).split())
             raise RunsError(
                 f"{path}: line {number} is not a record ({reason}); "

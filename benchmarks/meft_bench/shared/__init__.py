@@ -2,11 +2,13 @@
 
 cell       what to run: the fields that identify a measurement
 measurement   the numbers of a cell by name; None where one was not measured
+json_types   checks that values read from JSON have their annotated types
 record     the result: status, measurement and environment
 request    what a parent requests of a child, on the command line
 options    settings of a child that do not belong to the cell
 outcome    the file in which a child reports how it ended
 tables     reads the tables of methods, measurements and backbones
+field_kinds   what a field of these tables may hold
 methods    the table of methods: functions, options, what each has
 backbones  the table of model types: what can be made of each, its shapes
 registry   the names of methods, tasks, backbones and devices

@@ -3,12 +3,12 @@
 The data is `backbones.toml`.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from meft_bench.shared import tables
-from meft_bench.shared.tables import TableError
+from meft_bench.shared.field_kinds import FLAG, TABLES, object_in, some_of
 
 CLASSES = "meft_bench.child.backbones"
 """Package of the classes of classifiers that are not transformers' own."""
@@ -29,17 +29,29 @@ class ModelType:
     """Changes to transformers' default config, by the name of the shape."""
 
 
+_SCHEMA = {
+    "models": some_of(MODELS),
+    "classifier": object_in(Path(__file__).parents[1] / "child" / "backbones"),
+    "positions_start_after_padding": FLAG,
+    "shapes": TABLES,
+}
+
+
 def _read() -> dict[str, ModelType]:
-    known = {field.name for field in dataclasses.fields(ModelType)}
-    types = {}
-    for name, fields in tables.read(tables.BACKBONES, "models", known).items():
-        wrong = [model for model in fields["models"] if model not in MODELS]
-        if wrong:
-            raise TableError(
-                f"{tables.BACKBONES}: [{name}]: unknown model {wrong[0]!r}; "
-                f"models are {', '.join(MODELS)}"
-            )
+    types: dict[str, ModelType] = {}
+    type_of: dict[str, str] = {}
+    for name, fields in tables.read(tables.BACKBONES, ["models"], _SCHEMA).items():
         types[name] = ModelType(**fields | {"models": tuple(fields["models"])})
+        for shape in types[name].shapes:
+            if shape in type_of:
+                raise tables.wrong_value(
+                    tables.BACKBONES,
+                    name,
+                    "shapes",
+                    shape,
+                    f"another name: [{type_of[shape]}] has a shape of this name",
+                )
+            type_of[shape] = name
     return types
 
 

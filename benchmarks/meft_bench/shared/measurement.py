@@ -4,11 +4,16 @@ The names and types are those of `measurements.toml`, which the reports read as 
 which defines what each number means and how it is measured.
 """
 
+import dataclasses
 from typing import Any, NoReturn
 
 from meft_bench.shared import tables
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.field_kinds import FLAG, NUMBER, TEXT, one_of
 from meft_bench.shared.registry import nearest
-from meft_bench.shared.tables import TableError
+
+GROUPS = ("memory", "transfer", "time", "quality", "start", "exactness", "model")
+"""The sections of docs/numbers.md."""
 
 _TYPES: dict[str, Any] = {
     "int": int | None,
@@ -18,21 +23,30 @@ _TYPES: dict[str, Any] = {
     "list[float]": list[float] | None,
     "list[float | None]": list[float | None] | None,
 }
-_FOR_REPORTS = ("group", "unit", "better", "maximum", "meaning", "how")
+_SCHEMA = {
+    "group": one_of(GROUPS),
+    "type": one_of(_TYPES),
+    "unit": one_of(["bytes", "seconds", "count", "fraction"]),
+    "better": one_of(["lower", "higher"]),
+    "maximum": NUMBER,
+    "derived": FLAG,
+    "meaning": TEXT,
+    "how": TEXT,
+}
+_REQUIRED = ("type", "group", "meaning", "how")
 
 
 def _read() -> dict[str, Any]:
-    known = ("type", "derived", *_FOR_REPORTS)
-    found = {}
-    for name, fields in tables.read(tables.MEASUREMENTS, "type", known).items():
-        if fields["type"] not in _TYPES:
-            raise TableError(
-                f"{tables.MEASUREMENTS}: [{name}]: unknown type {fields['type']!r}; "
-                f"types are {', '.join(_TYPES)}"
-            )
-        if not fields.get("derived", False):
-            found[name] = _TYPES[fields["type"]]
-    return found
+    found = tables.read(tables.MEASUREMENTS, _REQUIRED, _SCHEMA)
+    for field in dataclasses.fields(Cell):
+        if field.name in found:  # the frame has both in one row
+            path = tables.path_in_use(tables.MEASUREMENTS)
+            raise tables.TableError(f"{path}: [{field.name}]: is a field of a cell")
+    return {
+        name: _TYPES[fields["type"]]
+        for name, fields in found.items()
+        if not fields.get("derived", False)
+    }
 
 
 FIELDS: dict[str, Any] = _read()
@@ -70,6 +84,9 @@ class Measurement:
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"cannot set `{name}`: a measurement cannot be changed")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"cannot delete `{name}`: a measurement cannot be changed")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Measurement):

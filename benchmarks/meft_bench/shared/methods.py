@@ -5,9 +5,19 @@ The data is `methods.toml`, which the reports read as well.
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from meft_bench.shared import tables
-from meft_bench.shared.tables import TableError
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.field_kinds import (
+    COLOR,
+    FLAG,
+    TABLE_NAME,
+    FieldKind,
+    object_in,
+    one_of,
+    some_of,
+)
 
 FUNCTIONS = "meft_bench.child.methods"
 """Package of the functions."""
@@ -41,24 +51,29 @@ class Method:
         return self.is_reversible and not self.twin_of
 
 
-_FOR_REPORTS = ("float_of", "color", "marker", "line", "hollow")
+_FOR_REPORTS: dict[str, FieldKind] = {
+    "float_of": TABLE_NAME,
+    "color": COLOR,
+    "marker": one_of([*"ov^<>8spP*hHDdX"]),
+    "line": one_of(["-", "--", "-.", ":"]),
+    "hollow": FLAG,
+}
+_SCHEMA = _FOR_REPORTS | {
+    "function": object_in(Path(__file__).parents[1] / "child" / "methods"),
+    "options": some_of([field.name for field in dataclasses.fields(Cell)]),
+    "streams": one_of(["float", "integer"]),
+    "twin_of": TABLE_NAME,
+    "neurons": one_of(["dense", "sparse", "experts"]),
+    "has_rows": FLAG,
+}
 
 
 def _read() -> dict[str, Method]:
-    known = {*(field.name for field in dataclasses.fields(Method)), *_FOR_REPORTS}
     methods = {}
-    for name, table in tables.read(tables.METHODS, "function", known).items():
+    for name, table in tables.read(tables.METHODS, ["function"], _SCHEMA).items():
         fields = {key: v for key, v in table.items() if key not in _FOR_REPORTS}
         fields["options"] = tuple(fields.get("options", ()))
         methods[name] = Method(**fields)
-    for name, method in methods.items():
-        where = f"{tables.METHODS}: [{name}]"
-        if method.twin_of and method.twin_of not in methods:
-            raise TableError(f"{where}: no method {method.twin_of!r}")
-        if method.streams not in ("", "float", "integer"):
-            raise TableError(f"{where}: streams are `float` or `integer`")
-        if ":" not in method.function:
-            raise TableError(f"{where}: `function` is written FILE:NAME")
     return methods
 
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from meft_bench.shared import json_types
 from meft_bench.shared.cell import Cell
-from meft_bench.shared.measurement import Measurement
+from meft_bench.shared.measurement import FIELDS, Measurement
 
 SCHEMA_VERSION = 2
 
@@ -101,14 +102,19 @@ class Record:
         """Make a record from the result of `to_json`.
 
         Raises:
-            ValueError: the record is of another schema version.
+            ValueError: the record is of another schema version, or a field is of
+                another type.
         """
         version = fields.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if version != SCHEMA_VERSION or type(version) is not int:
             raise ValueError(
                 f"record of schema version {version!r}; this harness reads version "
                 f"{SCHEMA_VERSION}: run the cell again into another file"
             )
+        json_types.check(fields, _OWN_TYPES)
+        json_types.check(fields["cell"], _types(Cell))
+        json_types.check(fields["measurement"], FIELDS)
+        json_types.check(fields["environment"], _types(Environment))
         return cls(
             sweep=fields["sweep"],
             cell=Cell.from_json(fields["cell"]),
@@ -119,3 +125,20 @@ class Record:
             measurement=Measurement(**fields["measurement"]),
             environment=Environment(**fields["environment"]),
         )
+
+
+def _types(cls: type[Cell] | type[Environment]) -> dict[str, Any]:
+    return {field.name: field.type for field in dataclasses.fields(cls)}
+
+
+_OWN_TYPES = {
+    "sweep": str,
+    "status": str,
+    "message": str,
+    "started_at": str,
+    "wall_seconds": float,
+    "cell": dict[str, Any],
+    "measurement": dict[str, Any],
+    "environment": dict[str, Any],
+}
+"""Types of the fields of a record in JSON."""

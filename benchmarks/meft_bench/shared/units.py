@@ -27,10 +27,13 @@ def parse_bytes(text: str) -> int:
 
 def format_bytes(num_bytes: int) -> str:
     """Return three digits and a unit: 1610612736 is `1.50 GiB`."""
-    unit = "B"
-    for larger, size in _UNITS.items():
-        if abs(num_bytes) >= size:
-            unit = larger
-    if unit == "B":
+    if abs(num_bytes) < 2**10:
         return f"{num_bytes} B"
-    return f"{num_bytes / _UNITS[unit]:.3g} {unit}"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        text = f"{num_bytes / _UNITS[unit]:.3g}"
+        # `.3g` rounds 1000 and more to three digits with an exponent.
+        if abs(float(text)) < 1000:
+            break
+    else:
+        text = f"{num_bytes / _UNITS[unit]:.0f}"
+    return f"{text} {unit}"

@@ -5,9 +5,16 @@ The data is `measurements.toml`, which the harness reads as well.
 
 from typing import Any
 
+from meft_reports.columns.cell import CELL
 from meft_reports.columns.column import Column, Dtype
-from meft_reports.data_files import MEASUREMENTS, read_tables
+from meft_reports.columns.environment import ENVIRONMENT
+from meft_reports.data_files import MEASUREMENTS, path_of, read_tables
+from meft_reports.derived import DERIVED
 from meft_reports.errors import ReportError
+from meft_reports.field_kinds import FLAG, NUMBER, TEXT, one_of
+
+GROUPS = ("memory", "transfer", "time", "quality", "start", "exactness", "model")
+"""The sections of docs/numbers.md."""
 
 OLD_SCORE_NAMES = {
     "exact_match": "contains",
@@ -29,22 +36,20 @@ _DTYPES: dict[str, Dtype] = {
     "list[float | None]": "list",
 }
 _LOWER_IS_BETTER = {"lower": True, "higher": False, None: None}
-_UNITS = ("", "bytes", "seconds", "count", "fraction")
+_SCHEMA = {
+    "group": one_of(GROUPS),
+    "type": one_of(_DTYPES),
+    "unit": one_of(["bytes", "seconds", "count", "fraction"]),
+    "better": one_of(["lower", "higher"]),
+    "maximum": NUMBER,
+    "derived": FLAG,
+    "meaning": TEXT,
+    "how": TEXT,
+}
 _REQUIRED = ("group", "type", "meaning", "how")
-_KNOWN = (*_REQUIRED, "unit", "better", "maximum", "derived")
 
 
 def _column(name: str, fields: dict[str, Any]) -> Column:
-    for key, allowed in (
-        ("type", _DTYPES),
-        ("better", _LOWER_IS_BETTER),
-        ("unit", _UNITS),
-    ):
-        if key in fields and fields[key] not in allowed:
-            valid = ", ".join(filter(None, allowed))
-            raise ReportError(
-                f"{MEASUREMENTS}: [{name}]: `{key}` is {fields[key]!r}; valid: {valid}"
-            )
     return Column(
         name=name,
         section="derived" if fields.get("derived") else "measurement",
@@ -58,10 +63,30 @@ def _column(name: str, fields: dict[str, Any]) -> Column:
     )
 
 
-MEASUREMENT: tuple[Column, ...] = tuple(
-    _column(name, fields)
-    for name, fields in read_tables(
-        MEASUREMENTS, required=_REQUIRED, known=_KNOWN
-    ).items()
-)
+def _read() -> tuple[Column, ...]:
+    tables = read_tables(MEASUREMENTS, required=_REQUIRED, schema=_SCHEMA)
+    path = path_of(MEASUREMENTS)
+    for column in (*CELL, *ENVIRONMENT):
+        if column.name in tables:
+            raise ReportError(
+                f"{path}: [{column.name}]: is another column of the frame already"
+            )
+    for name, fields in tables.items():
+        if fields.get("derived", False) != (name in DERIVED):
+            raise ReportError(
+                f"{path}: [{name}]: `derived` = true should be set where "
+                "meft_reports/derived.py has a formula, which it has for "
+                f"{', '.join(DERIVED)}"
+            )
+    for name, (_, *sources) in DERIVED.items():
+        for wanted in (name, *sources):
+            if wanted not in tables:
+                raise ReportError(
+                    f"{path}: no [{wanted}], which meft_reports/derived.py has in its "
+                    f"formula of {name!r}"
+                )
+    return tuple(_column(name, fields) for name, fields in tables.items())
+
+
+MEASUREMENT = _read()
 """Every number of a measurement, in the order of the file."""

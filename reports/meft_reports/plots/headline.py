@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from meft_reports.errors import NothingDeclared
-from meft_reports.headline import METHODS, find
+from meft_reports.headline import METHODS, NEEDS, find
 from meft_reports.plots import canvas
 from meft_reports.style import look
 
@@ -28,7 +28,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     """
     found = find(frame)
     if found is None:
-        raise NothingDeclared("no workload has run with all of these methods on a GPU")
+        raise NothingDeclared(f"needs {NEEDS}")
     title, cells = found
     figure, (axes,) = canvas.panels(1, num_columns=1)
     for place, method in enumerate(METHODS):

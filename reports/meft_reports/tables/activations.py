@@ -53,6 +53,13 @@ NOTES = (
 )
 
 
+NEEDS = (
+    f"two methods, of which one is {', '.join(BASES)}, on one workload of the task "
+    "synthetic or synthetic-lm, without a `reference`"
+)
+"""What the records must hold for there to be a table."""
+
+
 def make(frame: pd.DataFrame) -> list[Table]:
     """Return one table per workload that has a method to compare with."""
     return [_table(part, workload) for workload, part in workloads(frame)]

@@ -67,6 +67,13 @@ class Difference:
     """
 
 
+NEEDS = (
+    "scores of two methods with two seeds in common, on the same workload of a task "
+    "other than synthetic and synthetic-lm"
+)
+"""What the records must hold for there to be a table."""
+
+
 def make(frame: pd.DataFrame) -> list[Table]:
     """Return one table per workload in which two methods have two seeds in common."""
     rows = learned(prepare(frame))

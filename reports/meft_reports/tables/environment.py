@@ -8,6 +8,9 @@ from meft_reports.format import format_fact
 from meft_reports.summary import split, with_torch_known
 from meft_reports.tables.table import Table
 
+NEEDS = "any cell"
+"""What the records must hold for there to be a table."""
+
 
 def make(frame: pd.DataFrame) -> list[Table]:
     """Return one table per distinct environment of the cells."""

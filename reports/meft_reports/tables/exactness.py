@@ -20,6 +20,13 @@ IGNORED = ("reference", "max_steps", "warmup_steps")
 """Options of timing, which have no effect on the error of an inverse."""
 
 
+NEEDS = (
+    "ok cells of a MEFT method that measured the error of rebuilt streams or of "
+    "gradients"
+)
+"""What the records must hold for there to be a table."""
+
+
 def make(frame: pd.DataFrame) -> list[Table]:
     """Return the largest errors of the rebuilt backward, over all blocks and seeds."""
     rows = prepare(frame)

@@ -6,6 +6,9 @@ from meft_reports.format import format_seconds, format_text
 from meft_reports.summary import by_method, has_random_weights
 from meft_reports.tables.table import Table
 
+NEEDS = "a cell that did not end well, or an ok cell with a message"
+"""What the records must hold for there to be a table."""
+
 
 def make(frame: pd.DataFrame) -> list[Table]:
     """Return tables of cells that did not end well, and of ok cells with a note.

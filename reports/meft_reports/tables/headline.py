@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 
 from meft_reports.format import NOTHING, format_bytes, format_error
-from meft_reports.headline import METHODS, find
+from meft_reports.headline import METHODS, NEEDS, find
 from meft_reports.summary import worst
 from meft_reports.tables.table import Table
 
@@ -25,6 +25,8 @@ NOTES = (
     "Attention on CUDA sums in an order that varies between runs, which gives errors "
     "of 1e-7 (FP32) to 1e-2 (BF16) by itself, and 0 with deterministic kernels.",
 )
+
+__all__ = ["NEEDS", "make"]
 
 
 def make(frame: pd.DataFrame) -> list[Table]:

@@ -23,6 +23,10 @@ MEMORY_TITLES = {
 }
 
 
+NEEDS = "cells of the task synthetic or synthetic-lm"
+"""What the records must hold for there to be a table."""
+
+
 def make(frame: pd.DataFrame) -> list[Table]:
     """Return one table per quantity, backbone and dtype: shapes are columns."""
     rows = prepare(frame)

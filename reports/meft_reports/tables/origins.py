@@ -6,6 +6,9 @@ from meft_reports.format import format_count, format_fact
 from meft_reports.summary import has_random_weights, on_random_input, split
 from meft_reports.tables.table import Table
 
+NEEDS = "any cell"
+"""What the records must hold for there to be a table."""
+
 
 def make(frame: pd.DataFrame) -> list[Table]:
     """Return the tables of the origins of weights and of rows."""

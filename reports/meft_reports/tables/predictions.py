@@ -50,6 +50,10 @@ SUMMARY_NOTES = (
 SHOWN = ("backbone", "dtype", "batch_size", "seq_len", "attention")
 
 
+NEEDS = "the same ok cell on the device cuda and on the virtual GPU of the same name"
+"""What the records must hold for there to be a table."""
+
+
 def make(frame: pd.DataFrame) -> list[Table]:
     """Return two tables per GPU: a summary of the errors, and every cell.
 
@@ -103,7 +107,9 @@ def _summary(part: pd.DataFrame) -> Iterator[tuple[str, ...]]:
             f"{100 * sizes.median():.3f} %",
             f"{100 * sizes.quantile(0.9):.2f} %",
             f"{100 * errors[worst]:+.2f} %",
-            f"{row['method']}, {describe(measured.loc[[worst]], SHOWN)}",
+            f"{row['method']}, {describe(measured.loc[[worst]], SHOWN)}"
+            if errors[worst]
+            else NOTHING,
         )
 
 

@@ -59,6 +59,13 @@ NOTES = (
 )
 
 
+NEEDS = (
+    f"a MEFT method and {REFERENCE}, as a method or as the `reference`, on one "
+    "workload of the task synthetic or synthetic-lm"
+)
+"""What the records must hold for there to be a table."""
+
+
 def make(frame: pd.DataFrame) -> list[Table]:
     """Return one table per workload with both methods; rows are blocks and k."""
     rows = prepare(frame)

@@ -28,6 +28,12 @@ from meft_reports.summary import (
 )
 from meft_reports.tables.table import Table, join_options, notes_on, notes_on_scores
 
+NEEDS = (
+    "cells of a task other than synthetic and synthetic-lm, with more than one step "
+    "and without a `reference`"
+)
+"""What the records must hold for there to be a table."""
+
 
 def make(frame: pd.DataFrame) -> list[Table]:
     """Return score, memory and time of each method on each real task, over seeds."""

@@ -17,6 +17,11 @@ from meft_reports.tables.activations import (
 )
 from meft_reports.tables.table import Table, notes_on
 
+NEEDS = (
+    f"{EXACT} and at least one of {', '.join(BASES)} on one workload of the task "
+    "synthetic or synthetic-lm, without a `reference`"
+)
+"""What the records must hold for there to be a table."""
 HEADER = (
     "workload",
     "activations",

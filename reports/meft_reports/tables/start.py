@@ -14,6 +14,9 @@ from meft_reports.style import method_order
 from meft_reports.summary import split
 from meft_reports.tables.table import Table, notes_on
 
+NEEDS = "ok cells of a MEFT method that measured `start_deviation`"
+"""What the records must hold for there to be a table."""
+
 
 def make(frame: pd.DataFrame) -> list[Table]:
     """Return one table per workload; methods and blocks down, k across."""

@@ -55,6 +55,13 @@ NOTES = (
 )
 
 
+NEEDS = (
+    "cells of a method with rows of neurons, such as sparse, which counted its "
+    "transfers"
+)
+"""What the records must hold for there to be a table."""
+
+
 def make(frame: pd.DataFrame) -> list[Table]:
     """Return one table per workload with adapters whose rows can be transferred."""
     rows = prepare(frame)

@@ -56,6 +56,13 @@ class Pair:
     twin_score: float
 
 
+NEEDS = (
+    "ok cells of a MEFT method and of its `-store` twin with the same options and "
+    "seed, of a task other than synthetic and synthetic-lm"
+)
+"""What the records must hold for there to be a table."""
+
+
 def make(frame: pd.DataFrame) -> list[Table]:
     """Return one table; a row per method, options and workload, over seeds."""
     rows = prepare(frame)

@@ -212,7 +212,7 @@ def finish(
     # not train its row, and the padding token may be the end token.
     reads = image_shape(model.config) is None
     if reads and model.config.pad_token_id is None:
-        model.config.pad_token_id = _padding(model.config, tokenizer)
+        model.config.pad_token_id = _padding(model.config, tokenizer, cell)
     found, *_ = find_blocks(model)
     std = found.family.adapter_shape(found.blocks[0], found.owner.config).std
     for head in heads_of(model):
@@ -227,16 +227,33 @@ def finish(
 
 
 def _padding(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, cell: Cell
 ) -> int:
+    """Return the id of the padding token, or of the end token.
+
+    Args:
+        config: config of the model.
+        tokenizer: its tokenizer; None for random weights.
+        cell: the cell that the model is for, whose backbone an error names.
+
+    Raises:
+        ValueError: there is neither.
+    """
     own: int | None = None if tokenizer is None else tokenizer.pad_token_id
     if own is not None:
         return own
     end: int | list[int] | None = config.eos_token_id
     if end is None:
+        shape = cell.backbone.removeprefix("random:")
+        is_named = cell.backbone != shape and shape in registry.RANDOM_BACKBONES
+        place = (
+            f"[{registry.RANDOM_BACKBONES[shape]}.shapes.{shape}] of backbones.toml"
+            if is_named
+            else "its config.json"
+        )
         raise ValueError(
             "the model has neither a padding token nor an end token to pad with: set "
-            "`pad_token_id` in its config.json"
+            f"`pad_token_id` in {place}"
         )
     return end[0] if isinstance(end, list) else end
 

@@ -1,0 +1,70 @@
+"""What the fields of a data file may hold: a schema names one `FieldKind` per field.
+
+one_of(words)          one of these words
+some_of(words)         a list of these words
+object_in(folder)      `FILE:NAME`, where FILE is a module in a folder
+"""
+
+import math
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class FieldKind:
+    """What a field may hold."""
+
+    words: str
+    """What it should be, as an error message says it."""
+    fits: Callable[[Any], bool]
+    """Returns whether a value of TOML is of this kind."""
+
+
+def one_of(words: Collection[str]) -> FieldKind:
+    """Return the kind of a field that holds one of `words`."""
+    return FieldKind(
+        f"one of {', '.join(words)}", lambda v: isinstance(v, str) and v in words
+    )
+
+
+def some_of(words: Collection[str]) -> FieldKind:
+    """Return the kind of a field that holds a list of `words`, which may be empty."""
+    return FieldKind(
+        f"a list of {', '.join(words)}",
+        lambda v: (
+            isinstance(v, list) and all(isinstance(w, str) and w in words for w in v)
+        ),
+    )
+
+
+def object_in(folder: Path) -> FieldKind:
+    """Return the kind of a field that holds `FILE:NAME`, FILE a module in `folder`."""
+    files = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
+
+    def fits(value: Any) -> bool:
+        if not isinstance(value, str):
+            return False
+        file, _, name = value.partition(":")
+        return file in files and name.isidentifier()
+
+    return FieldKind(f"FILE:NAME, with a FILE of {', '.join(files)}", fits)
+
+
+TEXT = FieldKind("a string", lambda v: isinstance(v, str))
+FLAG = FieldKind("true or false", lambda v: isinstance(v, bool))
+NUMBER = FieldKind(
+    "a finite number", lambda v: type(v) in (int, float) and math.isfinite(v)
+)
+TABLES = FieldKind(
+    "a table of tables",
+    lambda v: isinstance(v, dict) and all(isinstance(w, dict) for w in v.values()),
+)
+COLOR = FieldKind(
+    'a color such as "#0072B2"',
+    lambda v: isinstance(v, str) and bool(re.fullmatch("#[0-9A-Fa-f]{6}", v)),
+)
+TABLE_NAME = FieldKind("the name of a table of this file", lambda v: isinstance(v, str))
+"""The reader of the file checks in addition that it has a table of this name."""
