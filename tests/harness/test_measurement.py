@@ -71,9 +71,9 @@ def test_a_wrong_table_is_one_line(
     """It names the file and the place, and the command is a usage error."""
     copied = tmp_path / "meft_bench"
     shutil.copytree(PACKAGE, copied, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in tables.FILES:
-        shutil.copy(tables.path_of(PACKAGE, name), tmp_path)
-    (tmp_path / file).write_text(text)
+    for name in tables.FILES:  # in a checkout they are next to the package
+        shutil.copy(tables.path_of(PACKAGE, name), tables.path_of(copied, name))
+    tables.path_of(copied, file).write_text(text)
     done = subprocess.run(
         [sys.executable, "-m", "meft_bench", "list", "gate"],
         cwd=tmp_path,
