@@ -83,7 +83,16 @@ def recompute_branch(
 
 
 def pull_mixed(mixed: Mixed | None, x: Tensor, gradients: Gradients) -> Tensor | None:
-    """Pull through the mixing part and return the gradient of `x`, if needed."""
+    """Pull through the mixing part of a branch.
+
+    Args:
+        mixed: the mixing part; None if its gradient is not needed.
+        x: what the source stream holds, `batch seq hidden`.
+        gradients: the sums of the backward, to which those of parameters are added.
+
+    Returns:
+        The gradient of `x`, of its shape; None if it is not needed.
+    """
     if mixed is None:
         return None
     if mixed.pull is None:
