@@ -8,11 +8,18 @@ import pytest
 
 
 def slow_but_for(values: Iterable[Any], *kept: Any) -> list[Any]:
-    """Values to test with, most of them only with `--slow`."""
-    return [
-        value if value in kept else pytest.param(value, marks=pytest.mark.slow)
-        for value in values
-    ]
+    """Values to test with, most of them only with `--slow`.
+
+    Args:
+        values: the values of an argument, or tuples with one of each of several.
+        kept: those that are fast.
+    """
+
+    def slow(value: Any) -> Any:
+        each = value if isinstance(value, tuple) else (value,)
+        return pytest.param(*each, marks=pytest.mark.slow)
+
+    return [value if value in kept else slow(value) for value in values]
 
 
 def pairs(**arguments: Iterable[Any]) -> pytest.MarkDecorator:

@@ -108,7 +108,9 @@ def _all_sections(frame: pd.DataFrame) -> list[Section]:
             anchor="memory",
             title="Memory along batch size and depth",
             lead="Single training steps on random input, whose shapes are exact.",
-            figures=_figures(frame, "headline", "memory_batch", "memory_depth"),
+            figures=_figures(
+                frame, "headline", "memory_batch", "memory_depth", "savings"
+            ),
             tables=_tables(frame, "headline", "predictions", "savings"),
             folded=_folded(frame, "activations", "memory"),
             empty="No cell ran on random input.",

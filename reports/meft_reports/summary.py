@@ -78,7 +78,10 @@ def summarise(frame: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
         null for fewer than two values); those of `FLAGS`.
     """
     columns = list(columns)
-    rows = [_summary(part, columns) for _, part in split(prepare(frame), GROUP)]
+    # Every part that is split off is a copy of all its columns.
+    needed = dict.fromkeys([*GROUP, *FLAGS, "status", *columns])
+    known = prepare(frame)[list(needed)]
+    rows = [_summary(part, columns) for _, part in split(known, GROUP)]
     names = [*GROUP, *FLAGS, "num_seeds", "num_failed"]
     names += [n for column in columns for n in (column, f"{column}_spread")]
     table = pd.DataFrame(rows, columns=pd.Index(names))

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+from marks import slow_but_for
 from meft_bench.parent import (
     arguments,
     cli,
@@ -369,7 +370,7 @@ def test_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{name!r}; did you mean 'full/minilm-l6/" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("num_columns", [100, 0])
+@pytest.mark.parametrize("num_columns", slow_but_for([100, 0], 0))
 def test_one_line_on_a_terminal(num_columns: int) -> None:
     """On a terminal progress is one line: counts, the time left, the current cell.
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from harness.tiny import batch, cell, classifier
+from marks import slow_but_for
 from meft_bench.child.training.steps import Stepper
 from meft_bench.shared.registry import METHODS, load
 from meft_bench.virtual.recording.ledger import Ledger
@@ -118,7 +119,10 @@ def test_recompute_is_a_forward_inside_backward() -> None:
     assert phases["backward"] > 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    slow_but_for(METHODS, "full", "lora-checkpointing", "meft1", "meft1-exact"),
+)
 def test_nothing_of_a_step_outlives_it(method: str) -> None:
     """Of no method; but for what it declares, in slots and caches of later steps."""
     if "sparse" in method or "dense" in method:

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pytest
@@ -14,6 +16,7 @@ from transformers import LlamaConfig
 from meft_bench.child.backbones.files import read_config
 from meft_bench.parent import cli, plan_text, planning
 from meft_bench.shared.cell import Cell
+from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.source import Source
 from meft_bench.virtual.device import gpu
 from meft_bench.virtual.device.gpu import library_bytes
@@ -21,7 +24,39 @@ from meft_bench.virtual.prediction.plan import plan as make_plan
 
 TINY = ["--batch", "2", "--seq", "16", "--gpu", "RTX3090"]
 
+Plans = dict[str, dict[str, Any]]
 
+
+@pytest.fixture(scope="module")
+def plans() -> Plans:
+    """Of four methods, by one child process, which takes seconds to start."""
+    cells = [
+        Cell(
+            method=method,
+            backbone="random:bert-tiny",
+            batch_size=2,
+            seq_len=16,
+            device="virtual-RTX3090",
+            num_neurons=100,
+            top_k_neurons=101,
+        )
+        for method in ("full", "meft1-exact", "lora", "sparse")
+    ]
+    found = planning.ask(cells, ChildOptions(), maximize=None, margin=0.1)
+    return {plan["method"]: plan for plan in found}
+
+
+@pytest.fixture
+def planned(plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command asks for is answered from `plans`."""
+
+    def ask(cells: Sequence[Cell], *_: Any, **__: Any) -> list[dict[str, Any]]:
+        return [plans[cell.method] for cell in cells]
+
+    monkeypatch.setattr(planning, "ask", ask)
+
+
+@pytest.mark.usefixtures("planned")
 def test_a_plan_tells_what_a_step_takes(capsys: pytest.CaptureFixture[str]) -> None:
     """Of two methods, in order; `exact` is a short name."""
     words = ["plan", "bert-tiny", "--method", "full", "exact", *TINY, "--json"]
@@ -45,6 +80,7 @@ def test_a_plan_tells_what_a_step_takes(capsys: pytest.CaptureFixture[str]) -> N
     assert "h2d" not in plan_text.details(full | {"moved": None})
 
 
+@pytest.mark.usefixtures("planned")
 def test_the_table_says_that_it_is_a_prediction(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

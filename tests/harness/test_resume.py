@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from marks import slow_but_for
 from meft_bench.parent import runs
 from meft_bench.shared.record import Status
 
@@ -94,7 +95,9 @@ def test_no_orphan(
     wait_until(lambda: not any(is_running(pid) for pid in pids))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", slow_but_for([signal.SIGINT, signal.SIGTERM], signal.SIGINT)
+)
 def test_interrupt(
     start_parent: Start,
     journal: Path,

@@ -225,7 +225,8 @@ def test_a_half_written_line_is_passed_over_and_ended(
     """A run that was killed leaves one; what comes next is a line of its own. The GPU
     is a file of the user's, whose path names no log."""
     sweep, mine = tmp_path / "mine.toml", tmp_path / "mine.json"
-    sweep.write_text(SWEEP.replace('["card", "workspaces"]', '["card"]'))
+    text = SWEEP.replace('["card", "workspaces"]', '["card"]')
+    sweep.write_text(text.replace("[0, 1]", "[0]"))
     mine.write_text((gpu.FOLDER / "H200.json").read_text())
     records = tmp_path / "runs.jsonl"
     path = checks.path_next_to(records)

@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 import meft
 from library.parameters import assert_unmoved, copies, trainable
 from library.sparse import Texts, sparse_model
+from marks import slow_but_for
 from meft.errors import ConfigError, UnsupportedCallError
 
 
@@ -28,7 +29,14 @@ def arguments(directory: Path, **options: Any) -> TrainingArguments:
     )
 
 
-@pytest.mark.parametrize("name", [each.value for each in OptimizerNames])
+@pytest.mark.parametrize(
+    "name",
+    slow_but_for(
+        [each.value for each in OptimizerNames],
+        *("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "rmsprop"),
+        *("lomo", "galore_adamw", "schedule_free_adamw", "stable_adamw"),
+    ),
+)
 def test_trainers_own_optimizers_are_refused_before_they_move_anything(
     name: str, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -276,6 +277,23 @@ def test_page_is_written_whole(
     assert (done.returncode, done.stderr) == (0, "")
     assert out.read_text().endswith("</html>\n")
     assert sorted(tmp_path.iterdir()) == [out, run]
+
+
+@pytest.mark.slow
+def test_every_process_makes_the_same_page(
+    every_kind: list[Record], write: Write, tmp_path: Path
+) -> None:
+    """Nothing depends on the order of a set, which differs from process to process."""
+    run, pages = write(every_kind), []
+    for seed in "0123":
+        out = tmp_path / f"{seed}.html"
+        subprocess.run(
+            [sys.executable, "-m", "meft_reports", "page", str(run), "-o", str(out)],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            check=True,
+        )
+        pages.append(out.read_bytes())
+    assert pages == pages[:1] * 4
 
 
 @pytest.mark.parametrize("name", slow_but_for(TABLES, "results", "exactness"))

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 
+from marks import slow_but_for
 from meft_reports.frame import read_frame
 from meft_reports.tables import find_tables
 from reporting.kinds import Cli, MakeRecord, Write
@@ -89,7 +90,10 @@ def test_every_reader_of_a_run_sees_the_same_record(
     assert shown == ([] if counts == "ok" else [counts])
 
 
-@pytest.mark.parametrize("status", ["oom", "error", "timeout", "killed", "skipped"])
+@pytest.mark.parametrize(
+    "status",
+    slow_but_for(["oom", "error", "timeout", "killed", "skipped"], "oom", "skipped"),
+)
 def test_a_cell_that_was_ok_with_older_code_does_not_pass(
     cli: Cli, make_record: MakeRecord, write: Write, status: str
 ) -> None:

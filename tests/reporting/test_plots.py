@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 import meft_reports.plots
+from marks import slow_but_for
 from meft_reports.errors import NothingToDraw, UnknownName
 from meft_reports.frame import to_frame
 from meft_reports.plots import PLOTS, canvas, find_plot
@@ -26,6 +27,7 @@ UNITS = {
     "step_seconds": ("time of a step (full = 1 = 500 ms)", ""),
     "memory_batch": ("batch size (rows)", "saved for backward (MiB)"),
     "memory_depth": ("depth (blocks)", "saved for backward (MiB)"),
+    "savings": ("activations of a step (GiB)", ""),
     "reconstruction": ("block (0 is the lowest)", "reconstruction error (relative)"),
     "score_lost_bits": ("lost bits k (the scale is 2^-k)", "score (accuracy)"),
     "score_reversible": ("reversible blocks (lowest of the stack)", "score (accuracy)"),
@@ -69,7 +71,7 @@ def frames(
     frames = dict.fromkeys(PLOTS, frame) | dict.fromkeys(OF_DEPTH, depth)
     frames |= dict.fromkeys(OF_QUALITY, quality)
     frames |= dict.fromkeys(OF_KNOWLEDGE, knowledge)
-    frames["headline"] = headline
+    frames["headline"] = frames["savings"] = headline
     return frames | dict.fromkeys(OF_TRAFFIC, traffic)
 
 
@@ -88,8 +90,8 @@ def test_every_file_of_the_folder_is_a_plot_or_a_part_of_one() -> None:
     """A plot that is forgotten in the list would never be shown."""
     folder = Path(meft_reports.plots.__file__).parent
     files = {path.stem for path in folder.glob("*.py")}
-    parts = {"__init__", "canvas", "memory_curves", "neuron_lists", "score_curves"}
-    assert files == {*PLOTS, *parts}
+    parts = "__init__ canvas memory_curves neuron_lists ratio_curves score_curves"
+    assert files == {*PLOTS, *parts.split()}
 
 
 WITH_LEGEND = sorted({*PLOTS} - {"step_seconds"})
@@ -138,7 +140,7 @@ def test_equal_frames_give_equal_bytes(
     assert first == again
 
 
-@every_plot
+@pytest.mark.parametrize("name", slow_but_for(PLOTS, "score_memory", "union_batch"))
 def test_drawing_leaves_global_settings_alone(
     frames: dict[str, pd.DataFrame], name: str
 ) -> None:
@@ -185,6 +187,41 @@ def test_a_failed_cell_never_stands_on_data(draw: Draw) -> None:
             for curve in curves:
                 data = curve.get_transform().transform(curve.get_xydata())
                 assert data[:, 1].max() < edge
+
+
+def test_activations_stand_at_their_bytes_and_failures_at_the_right(
+    make_record: MakeRecord,
+) -> None:
+    """One row per workload, of which one has no number of the exact inverse."""
+    records = [
+        make_record(
+            *([status] if method == "meft1-exact" else []),
+            method=method,
+            task="synthetic",
+            batch_size=size,
+            model_state_bytes=2**30,
+            peak_allocated_bytes=peak,
+        )
+        for size, status in ((1, "ok"), (2, "oom"))
+        for method, peak in (("full", 5 * 2**30), ("meft1-exact", 3 * 2**30))
+    ]
+    (axes,) = find_plot("savings").draw(to_frame(records)).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "minilm-l6 · fp32 · batch 1",
+        "minilm-l6 · fp32 · batch 2",
+    ]
+    found = [
+        (line.get_marker(), *numbers(line.get_xdata()), *numbers(line.get_ydata()))
+        for line in axes.lines
+    ]
+    marks = {method: look(method).marker for method in ("full", "meft1-exact")}
+    *known, cross = found
+    assert known == [
+        (marks["full"], 4, 0),
+        (marks["meft1-exact"], 2, 0),
+        (marks["full"], 4, 1),
+    ]
+    assert cross == ("x", 0.985, 1)
 
 
 def test_lines_that_name_their_method_need_no_legend(draw: Draw) -> None:

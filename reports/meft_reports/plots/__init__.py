@@ -30,6 +30,7 @@ PLOTS = (
     "score_experts",
     "memory_batch",
     "memory_depth",
+    "savings",
     "step_ratio",
     "step_neurons",
     "traffic_neurons",

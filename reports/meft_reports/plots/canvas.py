@@ -99,23 +99,29 @@ def _with_short_names(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def panels(
-    num_panels: int, num_columns: int, row_inches: float = 2.9
+    num_panels: int, num_columns: int, row_inches: float | Sequence[float] = 2.9
 ) -> tuple[Figure, list[Axes]]:
     """Return an empty figure and its panels, row by row, without pyplot.
 
     Args:
         num_panels: number of panels.
         num_columns: maximum number of panels in a row.
-        row_inches: height of a row.
+        row_inches: height of a row, or of each row.
     """
     num_columns = min(num_panels, num_columns)
     num_rows = -(-num_panels // num_columns)
+    heights = [row_inches] * num_rows if isinstance(row_inches, float) else row_inches
     # One row must be high enough for a legend of every method.
-    height = max(3.9, row_inches * num_rows)
+    height = max(3.9, sum(heights))
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
     figure = Figure(figsize=(WIDTH_INCHES, height), layout=layout)
     FigureCanvasAgg(figure)
-    grid = figure.subplots(num_rows, num_columns, squeeze=False).ravel().tolist()
+    ratios = {"height_ratios": heights}
+    grid = (
+        figure.subplots(num_rows, num_columns, squeeze=False, gridspec_kw=ratios)
+        .ravel()
+        .tolist()
+    )
     for unused in grid[num_panels:]:
         unused.remove()
     return figure, grid[:num_panels]

@@ -31,6 +31,9 @@ from meft_reports.summary import (
 Along = Callable[[pd.DataFrame], pd.DataFrame]
 References = Callable[[str], Iterable[str]]
 
+MAJORITY: dict[str, Any] = {"color": "#888888", "linestyle": "--"}
+"""Style of the score of the majority class."""
+
 
 def draw_along(
     frame: pd.DataFrame,
@@ -86,9 +89,15 @@ def draw_along(
     return figure
 
 
+def draw_majority(axes: Axes, part: pd.DataFrame) -> None:
+    """Draw a line at the score of the majority class of each task of `part`."""
+    for majority in part["majority_score"].dropna().unique():
+        axes.axhline(majority, linewidth=1, **MAJORITY)
+
+
 def majority_entry() -> Line2D:
-    """Return the legend's entry of the score of the majority class."""
-    return Line2D([], [], label="majority class", color="#888888", linestyle="--")
+    """Return the legend's entry of `draw_majority`."""
+    return Line2D([], [], label="majority class", **MAJORITY)
 
 
 def _lines(rows: pd.DataFrame, varied: tuple[str, ...]) -> list[pd.DataFrame]:
@@ -117,7 +126,10 @@ def _draw_panel(
         references: the methods that a line of some method is compared with.
     """
     drawn = pd.concat(lines)
-    others = {m for method in drawn["method"].unique() for m in references(method)}
+    # Not a set, whose order differs from process to process.
+    others = dict.fromkeys(
+        m for name in drawn["method"].unique() for m in references(name)
+    )
     shown = {method for method in others if _draw_reference(axes, part, method, drawn)}
     for rank, line in enumerate(lines):
         ordered, method = line.sort_values("x"), line["method"].iloc[0]
@@ -129,8 +141,7 @@ def _draw_panel(
         label = option_label(ordered.iloc[0], drawn, varied)
         last = ordered.iloc[-1]
         canvas.name_line(axes, last["x"], last["score"], label, style["color"])
-    for majority in part["majority_score"].dropna().unique():
-        axes.axhline(majority, color="#888888", linestyle="--", linewidth=1)
+    draw_majority(axes, part)
     canvas.tick_at(axes, sorted(drawn["x"].unique().astype(float).tolist()))
     return shown | set(drawn["method"])
 

@@ -7,12 +7,12 @@ deviation in both directions. There is one panel per task and workload.
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.format import MIB
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.plots import canvas
+from meft_reports.plots.score_curves import draw_majority, majority_entry
 from meft_reports.style import look
 from meft_reports.summary import PROVENANCE, WORKLOAD, learned, split, summarise
 
@@ -53,7 +53,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     for axes, part in zip(grid, parts, strict=True):
         _draw_panel(axes, part, str(metrics[part["task"].iloc[0]]))
         canvas.set_title(axes, describe(part, shown))
-    canvas.add_legend(figure, table["method"], [_majority_entry()])
+    canvas.add_legend(figure, table["method"], [majority_entry()])
     canvas.add_note(figure, canvas.failures_note(rows[rows["status"] != "ok"]))
     return figure
 
@@ -81,8 +81,7 @@ def _draw_panel(axes: Axes, part: pd.DataFrame, metric: str) -> None:
             textcoords="offset points",
             fontsize=7,
         )
-    for majority in drawn["majority_score"].dropna().unique():
-        axes.axhline(majority, color="#888888", linestyle="--", linewidth=1)
+    draw_majority(axes, drawn)
     axes.set_xlim(left=0)
     axes.margins(y=0.1)
     axes.set_xlabel("peak allocated memory (MiB)")
@@ -91,7 +90,3 @@ def _draw_panel(axes: Axes, part: pd.DataFrame, metric: str) -> None:
 
 def _or_zero(spread: float | None) -> float:
     return 0.0 if spread is None or pd.isna(spread) else float(spread)
-
-
-def _majority_entry() -> Line2D:
-    return Line2D([], [], label="majority class", color="#888888", linestyle="--")

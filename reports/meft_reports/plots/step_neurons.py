@@ -5,12 +5,12 @@ Steps of both alternate in the same process, as in `step_ratio`.
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.labels import describe, fields_to_show
 from meft_reports.methods import has_neurons
 from meft_reports.plots import canvas
+from meft_reports.plots.ratio_curves import draw_ratios, reference_entry
 from meft_reports.style import method_order
 from meft_reports.summary import PROVENANCE, WORKLOAD, prepare, split
 
@@ -46,26 +46,17 @@ def draw(frame: pd.DataFrame) -> Figure:
     shown = fields_to_show(timed, always=("task", "backbone", "dtype", "batch_size"))
     figure, grid = canvas.panels(len(parts), num_columns=2)
     for axes, part in zip(grid, parts, strict=True):
-        canvas.tick_at(axes, sorted(part["num_neurons"].unique().tolist()))
-        axes.axhline(1, color="#888888", linestyle=":", linewidth=1)
         methods = sorted(part["method"].unique(), key=method_order)
-        for rank, method in enumerate(methods):
-            line = part[part["method"] == method].groupby("num_neurons")
-            means = line[["step_ratio", "step_ratio_iqr"]].mean()
-            axes.errorbar(
-                [canvas.side_by_side(axes, n, rank, len(methods)) for n in means.index],
-                means["step_ratio"],
-                means["step_ratio_iqr"].fillna(0) / 2,
-                capsize=2,
-                elinewidth=1,
-                **canvas.line_style(method, rank + 2),
-            )
+        lines = [
+            (part[part["method"] == method], canvas.line_style(method, rank + 2))
+            for rank, method in enumerate(methods)
+        ]
+        draw_ratios(axes, part, "num_neurons", lines)
         canvas.set_title(
             axes, f"{describe(part, shown)} · against {part['reference'].iloc[0]}"
         )
         axes.set_ylim(bottom=0)
         axes.set_xlabel("neurons per block")
-        axes.set_ylabel("time of a step (reference = 1)")
-    dotted = Line2D([], [], label="the reference = 1", color="#888888", linestyle=":")
+    dotted = reference_entry("the reference")
     canvas.add_legend(figure, set(timed["method"]), [dotted])
     return figure

@@ -13,6 +13,7 @@ from meft_reports.errors import NothingDeclared, NothingToDraw
 from meft_reports.labels import describe, fields_to_show
 from meft_reports.methods import has_neurons
 from meft_reports.plots import canvas
+from meft_reports.plots.ratio_curves import draw_ratios, reference_entry
 from meft_reports.summary import PROVENANCE, WORKLOAD, prepare, split
 
 TITLE = "Time of a step, relative to a reference method's"
@@ -58,9 +59,8 @@ def draw(frame: pd.DataFrame) -> Figure:
         reference = f" · against {part['reference'].iloc[0]}" if several else ""
         canvas.set_title(axes, describe(part, shown) + reference)
         axes.set_xlabel("depth (blocks)")
-        axes.set_ylabel("time of a step (reference = 1)")
     references = ", ".join(sorted(drawn["reference"].unique()))
-    dotted = Line2D([], [], label=f"{references} = 1", color="#888888", linestyle=":")
+    dotted = reference_entry(references)
     failed = [canvas.failed_entry()] if (drawn["status"] != "ok").any() else []
     canvas.add_legend(figure, [], [*entries.values(), dotted, *failed])
     return figure
@@ -69,23 +69,12 @@ def draw(frame: pd.DataFrame) -> Figure:
 def _draw_panel(
     axes: Axes, part: pd.DataFrame, entries: dict[tuple[str, int], Line2D]
 ) -> None:
-    axes.axhline(1, color="#888888", linestyle=":", linewidth=1)
-    canvas.tick_at(axes, sorted(part["num_blocks"].unique().tolist()))
     timed = part[(part["status"] == "ok") & part["step_ratio"].notna()]
     own_k = timed["lost_bits"].fillna(-1)
     lines = [
-        (entry, timed[(timed["method"] == method) & (own_k == k)])
+        (timed[(timed["method"] == method) & (own_k == k)], canvas.style_of(entry))
         for (method, k), entry in entries.items()
     ]
-    lines = [(entry, line) for entry, line in lines if len(line)]
-    for rank, (entry, line) in enumerate(lines):
-        means = line.groupby("num_blocks")[["step_ratio", "step_ratio_iqr"]].mean()
-        axes.errorbar(
-            [canvas.side_by_side(axes, n, rank, len(lines)) for n in means.index],
-            means["step_ratio"],
-            means["step_ratio_iqr"].fillna(0) / 2,
-            capsize=2,
-            elinewidth=1,
-            **canvas.style_of(entry),
-        )
+    lines = [(line, style) for line, style in lines if len(line)]
+    draw_ratios(axes, part, "num_blocks", lines)
     canvas.mark_failed(axes, part[part["status"] != "ok"], "num_blocks")

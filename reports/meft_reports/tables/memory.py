@@ -5,6 +5,7 @@ import pandas as pd
 from meft_reports.format import NOTHING, format_bytes, format_seconds, is_null
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.summary import (
+    OPTIONS,
     PROVENANCE,
     WORKLOAD,
     on_random_input,
@@ -46,6 +47,9 @@ def make(frame: pd.DataFrame) -> list[Table]:
 
 
 def _memory_table(part: pd.DataFrame, quantity: str, title: str) -> Table:
+    notes = notes_on(part)
+    # Every part that is split off is a copy of all its columns.
+    part = part[["method", *OPTIONS, "num_blocks", "batch_size", "status", quantity]]
     shapes = {
         _shape(cells): cells for _, cells in split(part, ["num_blocks", "batch_size"])
     }
@@ -70,7 +74,7 @@ def _memory_table(part: pd.DataFrame, quantity: str, title: str) -> Table:
         notes=(
             "Of random input of exact shape, the mean where there are "
             "several seeds. A word instead of a number is how that cell failed.",
-            *notes_on(part),
+            *notes,
         ),
     )
 

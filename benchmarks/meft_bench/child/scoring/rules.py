@@ -69,31 +69,32 @@ def _f1(text: str, question: Question, normalise: normalised.Normalise) -> float
     return normalised.f1(first_line(text), question.accepted, normalise)
 
 
+def _in_words(
+    normalise: normalised.Normalise, contains: str, rule: ScoringRule
+) -> Metric:
+    """Return the metric of a data set whose answers are a few words.
+
+    Args:
+        normalise: the normalisation of the data set's official evaluation.
+        contains: name of the rule for an answer that appears in the text.
+        rule: that rule.
+    """
+    return Metric(
+        values={
+            "exact_match": partial(_exact_match, normalise=normalise),
+            "f1": partial(_f1, normalise=normalise),
+            contains: rule,
+        },
+        key=normalise,
+    )
+
+
 METRICS = {
     "options": Metric(values={"options": _options}, key=str),
-    "squad": Metric(
-        values={
-            "exact_match": partial(_exact_match, normalise=normalised.squad),
-            "f1": partial(_f1, normalise=normalised.squad),
-            "contains_any_case": _contains_any_case,
-        },
-        key=normalised.squad,
-    ),
-    "nq_open": Metric(
-        values={
-            "exact_match": partial(_exact_match, normalise=normalised.nq_open),
-            "f1": partial(_f1, normalise=normalised.nq_open),
-            "contains": _contains,
-        },
-        key=normalised.nq_open,
-    ),
-    "trivia_qa": Metric(
-        values={
-            "exact_match": partial(_exact_match, normalise=normalised.trivia_qa),
-            "f1": partial(_f1, normalise=normalised.trivia_qa),
-            "contains_any_case": _contains_any_case,
-        },
-        key=normalised.trivia_qa,
+    "squad": _in_words(normalised.squad, "contains_any_case", _contains_any_case),
+    "nq_open": _in_words(normalised.nq_open, "contains", _contains),
+    "trivia_qa": _in_words(
+        normalised.trivia_qa, "contains_any_case", _contains_any_case
     ),
     "gsm8k": Metric(
         values={"final_number": _final_number},

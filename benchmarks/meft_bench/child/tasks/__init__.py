@@ -5,5 +5,5 @@
 `task` and `question` define tasks, `files` and `topics` read their rows, `metrics`
 scores labels, `batches` converts rows to tensors. The registry names the tasks:
 `synthetic`, `bbc_news` and `glue` have labels; `arc`, `gsm8k`, `nq_open`, `squad` and
-`triviaqa` are answered in words.
+`triviaqa` are answered in words. `closed_book` loads questions without a text.
 """

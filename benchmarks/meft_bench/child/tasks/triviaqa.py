@@ -2,22 +2,25 @@
 
 The rows are read from `triviaqa/` in the data directory: `topics.dpr.trivia.dev.txt`, a
 part of the official training set, is used for training, and
-`topics.dpr.trivia.test.txt`, the official unfiltered development set, for the score. In
-training, the first answer in the order of the file follows the question. Scores are
-exact match and F1, normalised as in the official evaluation, and whether an accepted
-answer appears in the generated text.
+`topics.dpr.trivia.test.txt`, the official unfiltered development set, for the score.
+Scores are exact match and F1, normalised as in the official evaluation, and whether an
+accepted answer appears in the generated text.
 """
 
-from meft_bench.child.tasks import topics
-from meft_bench.child.tasks.files import read
-from meft_bench.child.tasks.question import AnswerTask, Question
-from meft_bench.child.tasks.task import draw, first
+from meft_bench.child.tasks import closed_book, topics
+from meft_bench.child.tasks.question import AnswerTask
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.source import Source
 
-FOLDER = "triviaqa"
-TRAIN, DEV = "topics.dpr.trivia.dev.txt", "topics.dpr.trivia.test.txt"
-INSTEAD = "or take task `bbc-news`, whose text is in a package"
+DATA_SET = closed_book.DataSet(
+    name="triviaqa",
+    title="TriviaQA",
+    train_file="topics.dpr.trivia.dev.txt",
+    eval_file="topics.dpr.trivia.test.txt",
+    eval_rows=topics.rows,
+    metric="trivia_qa",
+    prompt="Question: {question}\nAnswer:",
+)
 
 
 def load(cell: Cell, source: Source) -> AnswerTask:
@@ -26,31 +29,4 @@ def load(cell: Cell, source: Source) -> AnswerTask:
     Raises:
         MissingError: the files are not available.
     """
-    train_text, train_sha256 = read(source, FOLDER, TRAIN, INSTEAD)
-    dev_text, dev_sha256 = read(source, FOLDER, DEV, INSTEAD)
-    learned = [_question(*row) for row in topics.rows(train_text, TRAIN)]
-    scored = [_question(*row) for row in topics.rows(dev_text, DEV)]
-    train, validation = draw(learned, cell)
-    evaluation = first(scored, cell)
-    return AnswerTask(
-        name="triviaqa",
-        train=train,
-        validation=validation,
-        evaluation=evaluation,
-        metric="trivia_qa",
-        max_new_tokens=32,
-        origin=(
-            f"TriviaQA from files {TRAIN} (sha256 {train_sha256[:12]}) and {DEV} "
-            f"(sha256 {dev_sha256[:12]}); train {len(train)} and selection "
-            f"{len(validation)} of {len(learned)} official train rows (a part of all), "
-            f"score {len(evaluation)} of {len(scored)} official dev rows"
-        ),
-    )
-
-
-def _question(text: str, answers: list[str]) -> Question:
-    return Question(
-        prompt=f"Question: {text}\nAnswer:",
-        answer=f" {answers[0]}",
-        accepted=tuple(answers),
-    )
+    return closed_book.load(cell, source, DATA_SET)
