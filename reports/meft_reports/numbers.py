@@ -13,10 +13,13 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from meft_reports.columns import COLUMNS
 from meft_reports.errors import ReportError, UnknownName
 from meft_reports.files import write_atomically
+
+if TYPE_CHECKING:
+    from meft_reports.columns.column import Column
 
 
 def update(text: str) -> str:
@@ -26,9 +29,16 @@ def update(text: str) -> str:
         text: the document, in Markdown.
 
     Raises:
-        ReportError: a group has no place in the document, or a place has no such group.
+        ReportError: a group has no place in the document, a place has no such group, or
+            `measurements.toml` is wrong.
     """
-    groups = dict.fromkeys(column.group for column in COLUMNS if column.group)
+    # Imported here, as a wrong data file is an error of the import.
+    from meft_reports.columns import COLUMNS
+
+    groups: dict[str, list[Column]] = {}
+    for column in COLUMNS:
+        if column.group:
+            groups.setdefault(column.group, []).append(column)
     found = []
 
     def replace(match: re.Match[str]) -> str:
@@ -36,7 +46,7 @@ def update(text: str) -> str:
         if group not in groups:
             raise UnknownName("group", group, groups)
         found.append(group)
-        return f"<!-- numbers: {group} -->\n{_table(group)}<!-- end -->"
+        return f"<!-- numbers: {group} -->\n{_table(groups[group])}<!-- end -->"
 
     text = re.sub(
         r"<!-- numbers: (.*?) -->.*?<!-- end -->", replace, text, flags=re.DOTALL
@@ -50,12 +60,8 @@ def update(text: str) -> str:
     return text
 
 
-def _table(group: str) -> str:
-    rows = [
-        f"| `{column.name}` | {column.meaning} | {column.how} |\n"
-        for column in COLUMNS
-        if column.group == group
-    ]
+def _table(columns: "Sequence[Column]") -> str:
+    rows = [f"| `{c.name}` | {c.meaning} | {c.how} |\n" for c in columns]
     # Markdown ends a table at an empty line, and begins one after an empty line.
     return "\n| column | meaning | how |\n|---|---|---|\n" + "".join(rows) + "\n"
 

@@ -80,6 +80,25 @@ def test_a_wrong_data_file_is_one_line(
     tmp_path: Path, file: str, text: str, place: str
 ) -> None:
     """It names the file and the place, and the command is a mistake of the user."""
+    done = _with_data_file(tmp_path, file, text, "meft_reports", "page", "a", "-o", "b")
+    assert done.returncode == 2
+    assert re.fullmatch(rf"meft-report page: .*{file}: .*{place}.*\n", done.stderr)
+
+
+def test_the_tables_of_a_wrong_data_file_are_not_written(tmp_path: Path) -> None:
+    """The document stays as it is."""
+    document = tmp_path / "numbers.md"
+    document.write_text("before")
+    words = ("meft_reports.numbers", str(document))
+    done = _with_data_file(tmp_path, MEASUREMENTS, "a = 1\n", *words)
+    assert (done.returncode, document.read_text()) == (2, "before")
+    assert re.fullmatch(rf"{document}: .*{MEASUREMENTS}: .*\n", done.stderr)
+
+
+def _with_data_file(
+    tmp_path: Path, file: str, text: str, *words: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run a module of a copy of the reports, in which a data file has another text."""
     copied = tmp_path / "reports" / "meft_reports"
     source = Path(meft_reports.__file__).parent
     shutil.copytree(source, copied, ignore=shutil.ignore_patterns("__pycache__"))
@@ -87,12 +106,10 @@ def test_a_wrong_data_file_is_one_line(
     for name in (METHODS, MEASUREMENTS):
         shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks")
     (tmp_path / "benchmarks" / file).write_text(text)
-    done = subprocess.run(
-        [sys.executable, "-m", "meft_reports", "page", "a.jsonl", "-o", "a.html"],
+    return subprocess.run(
+        [sys.executable, "-m", *words],
         cwd=tmp_path,
         env={"PYTHONPATH": str(copied.parent)},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2
-    assert re.fullmatch(rf"meft-report page: .*{file}: .*{place}.*\n", done.stderr)
