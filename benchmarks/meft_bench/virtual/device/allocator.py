@@ -120,12 +120,16 @@ class CachingAllocator:
             whole = [b for _, _, b in pool if b.before is None and b.after is None]
             for block in whole:
                 _remove(block)
-                self.reserved_bytes -= block.num_bytes
+                self._release(block)
 
     def reset_peaks(self) -> None:
         """Reset the peaks to the current values."""
         self.peak_allocated_bytes = self.allocated_bytes
         self.peak_reserved_bytes = self.reserved_bytes
+
+    def _release(self, block: Block) -> None:
+        """Return a segment, which is one free block, to the driver."""
+        self.reserved_bytes -= block.num_bytes
 
     def _new_segment(self, pool: "list[tuple[int, int, Block]]", wanted: int) -> Block:
         if pool is self._small:

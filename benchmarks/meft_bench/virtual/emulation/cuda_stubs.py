@@ -73,7 +73,8 @@ def answers_of(
         "current_stream": lambda *_: StreamStub(),
         "default_stream": lambda *_: StreamStub(),
         "stream": lambda *_: contextlib.nullcontext(),
-        "device": lambda *_: contextlib.nullcontext(),
+        "device": DeviceStub,
+        "device_of": DeviceStub,
     }
     silent = (
         *("_lazy_init", "synchronize", "set_device", "set_stream"),
@@ -86,6 +87,19 @@ def answers_of(
     yield mock.patch.object(Tensor, "record_stream", nothing)
     if hasattr(fake_tensor, "init_gpu_context"):  # before torch 2.13: initialises CUDA
         yield mock.patch.object(fake_tensor, "init_gpu_context", nothing)
+
+
+class DeviceStub:
+    """A context in which a device is the present one, as the only one always is."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.idx = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
 
 
 class StreamStub:

@@ -32,12 +32,14 @@ from meft_bench.virtual.emulation import (
     cpu_backend,
     cuda_backend,
     cuda_stubs,
+    memory_answers,
     triton_stand_in,
     unsupported,
 )
 from meft_bench.virtual.emulation.backend import Backend
 from meft_bench.virtual.recording.ledger import Ledger
-from meft_bench.virtual.recording.replay import Replay, replay
+from meft_bench.virtual.recording.live_memory import LiveMemory
+from meft_bench.virtual.recording.replay import Replay, held_by
 
 aten = torch.ops.aten
 PINNING = (aten._pin_memory.default, aten.is_pinned.default)
@@ -85,35 +87,39 @@ class VirtualGpu:
         self.mode = _Mode(allow_non_fake_inputs=True, allow_fallback_kernels=False)
         self.ledger: Ledger | None = None
         """Source of the memory statistics of `torch.cuda`, once there is a ledger."""
-        self._peaks_since = 0
-        self._emptied: list[int] = []
-        """Times at which the cache was emptied."""
-        self._replays: dict[tuple[int, int], Replay] = {}
-        """The last replay, by the start of its peaks and its number of events."""
+        self._memory: LiveMemory | None = None
         self._stack = contextlib.ExitStack()
 
-    def new_ledger(self) -> Ledger:
-        """Return a new ledger, which provides the memory statistics from now on."""
+    def new_ledger(self, *, is_enforced: bool = False) -> Ledger:
+        """Return a new ledger, which provides the memory statistics from now on.
+
+        Args:
+            is_enforced: whether an operator raises an error when the GPU has no room
+                for its output; if not, the error is raised when a peak is queried.
+        """
+        usable_bytes = self.gpu.memory_bytes - self.gpu.context_bytes
+        self._memory = LiveMemory(usable_bytes, is_enforced=is_enforced)
         self.ledger = Ledger(
             self.workspaces,
             accelerator=self.backend.device,
             library_bytes=library_bytes(self.gpu, torch.__version__),
+            memory=self._memory,
         )
-        self._peaks_since = 0
-        self._emptied.clear()
-        self._replays.clear()
         return self.ledger
 
-    def reset_peaks(self, *_: Any, **__: Any) -> None:
-        """Reset the peaks."""
-        if self.ledger is not None:
-            self._peaks_since = self.ledger.mark()
+    @property
+    def memory(self) -> LiveMemory:
+        """The memory as the ledger has recorded it so far.
 
-    def empty_cache(self) -> None:
-        """Return memory that is reserved and free to the driver."""
-        if self.ledger is not None:
-            self._emptied.append(self.ledger.mark())
-            self._replays.clear()
+        Raises:
+            RuntimeError: there is no ledger yet.
+        """
+        if self._memory is None:
+            raise RuntimeError(
+                "a virtual GPU counts memory from `new_ledger()` on: make the model "
+                "and train inside `with device.new_ledger():`"
+            )
+        return self._memory
 
     def peaks(self) -> Replay:
         """Return the peaks of allocated and reserved bytes since the last reset.
@@ -121,29 +127,9 @@ class VirtualGpu:
         Raises:
             torch.OutOfMemoryError: the peak is larger than the memory of the GPU.
         """
-        if self.ledger is None:
-            raise RuntimeError(
-                "a virtual GPU counts memory from `new_ledger()` on: make the model "
-                "and train inside `with device.new_ledger():`"
-            )
-        moment = self._peaks_since, self.ledger.num_events
-        if moment not in self._replays:  # a replay takes as long as a step
-            found = replay(
-                self.ledger.trace(),
-                capacity_bytes=self.gpu.memory_bytes - self.gpu.context_bytes,
-                start=self._peaks_since,
-                emptied=self._emptied,
-            )
-            self._replays = {moment: found}
-        return self._replays[moment]
-
-    def _memory_info(self, *_: Any, **__: Any) -> tuple[int, int]:
-        """Free and total bytes, as `torch.cuda.mem_get_info` returns them."""
-        return self._free_bytes(), self.gpu.memory_bytes
-
-    def _free_bytes(self) -> int:
-        taken = self.gpu.context_bytes + self.peaks().end_reserved_bytes
-        return self.gpu.memory_bytes - taken
+        if self.memory.error:
+            raise torch.OutOfMemoryError(self.memory.error)
+        return held_by(self.memory.allocator)
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -163,7 +149,7 @@ class VirtualGpu:
         # no thread is still running when the process ends.
         yield torch.autograd.set_multithreading_enabled(False)
         yield from cuda_stubs.answers_of(self.gpu, self.backend)
-        yield from self._memory()
+        yield from memory_answers.of(self)
         yield from _attention(self.gpu, self.backend, self.attention_counts)
         yield from _many_tensors_at_once()
         yield _our_kernels()
@@ -172,25 +158,6 @@ class VirtualGpu:
         yield from _initialisation()
         yield from _moving_modules()
         yield from _masks()
-
-    def _memory(self) -> Iterator[contextlib.AbstractContextManager[Any]]:
-        """Answer the memory functions of `torch.cuda` from the ledger."""
-        answers: dict[str, Any] = {
-            "reset_peak_memory_stats": self.reset_peaks,
-            "empty_cache": self.empty_cache,
-            "max_memory_allocated": lambda *_, **__: self.peaks().allocated_bytes,
-            "max_memory_reserved": lambda *_, **__: self.peaks().reserved_bytes,
-            "memory_allocated": lambda *_, **__: self.peaks().end_allocated_bytes,
-            "memory_reserved": lambda *_, **__: self.peaks().end_reserved_bytes,
-            "mem_get_info": lambda *_, **__: (
-                self._free_bytes(),
-                self.gpu.memory_bytes,
-            ),
-        }
-        for name, answer in answers.items():
-            # Some code takes them from the module in which they are written.
-            for module in (torch.cuda, torch.cuda.memory):
-                yield mock.patch.object(module, name, answer)
 
 
 def _enter_backend(stack: contextlib.ExitStack) -> Backend:

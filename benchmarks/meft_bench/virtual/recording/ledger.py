@@ -27,11 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from meft.sparse.row_grad import RowGrad
 from meft.sparse.row_parameter import RowTensor
-from meft_bench.virtual.device.allocator import ROUND_BYTES
+from meft_bench.virtual.device.allocator import ROUND_BYTES, Block
 from meft_bench.virtual.device.workspaces import MULTIPLY, WITH_BIAS, Workspace
 from meft_bench.virtual.recording import copies, work
 from meft_bench.virtual.recording.gradient_accumulation import is_accumulation
+from meft_bench.virtual.recording.live_memory import LiveMemory
 from meft_bench.virtual.recording.location import Location
+from meft_bench.virtual.recording.replay import describe
 from meft_bench.virtual.recording.tensors import device_of, is_fake, tensors_in
 from meft_bench.virtual.recording.trace import (
     BACKWARD,
@@ -57,6 +59,7 @@ class Ledger(TorchDispatchMode):
         accelerator: type of the device whose copies to and from the host are recorded.
         library_bytes: bytes that cuBLAS and cuBLASLt keep on the device for each thread
             that multiplies matrices.
+        memory: serves the requests on the accelerator as they are recorded.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Ledger(TorchDispatchMode):
         round_bytes: int = ROUND_BYTES,
         accelerator: str = "cuda",
         library_bytes: tuple[int, int] = (0, 0),
+        memory: LiveMemory | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.step = 0
@@ -78,6 +82,7 @@ class Ledger(TorchDispatchMode):
         self._round_bytes = round_bytes
         self._accelerator = accelerator
         self._library_bytes = library_bytes
+        self._memory = memory
         self._libraries: set[tuple[str, bool]] = set()
         self._location = Location()
         self._time = 0
@@ -180,10 +185,10 @@ class Ledger(TorchDispatchMode):
             self.see(tensor, func)
         workspace = self._workspaces.get(func)
         if workspace is not None and (num_bytes := workspace(args, out)):
-            self._events += [
-                StorageEvent(self._time, None, num_bytes, is_birth=True),
-                StorageEvent(self._time, None, num_bytes, is_birth=False),
-            ]
+            try:
+                self._add(StorageEvent(self._time, None, num_bytes, is_birth=True))
+            finally:
+                self._add(StorageEvent(self._time, None, num_bytes, is_birth=False))
         self._record_copy(func, args, out)
         return out
 
@@ -219,10 +224,36 @@ class Ledger(TorchDispatchMode):
         self._deaths[storage.index] = weakref.ref(
             memory, lambda _: self._bury(storage, key)
         )
-        self._events.append(
-            StorageEvent(self._time, storage.index, storage.num_bytes, is_birth=True)
-        )
+        event = StorageEvent(self._time, storage.index, storage.num_bytes, True)
+        try:
+            self._add(event)
+        except torch.OutOfMemoryError:
+            self._forget(event, key)
+            raise
         return storage
+
+    def _forget(self, event: StorageEvent, key: int) -> None:
+        """Remove the allocation of a storage that there was no room for."""
+        assert event.storage is not None
+        storage = self._storages[event.storage]
+        storage.num_bytes, storage.died = 0, storage.born
+        self._events.remove(event)
+        del self._alive[key], self._deaths[storage.index]
+
+    def _add(self, event: StorageEvent) -> None:
+        """Record an event, and serve it if it is one of the accelerator."""
+        self._events.append(event)
+        if self._memory is None:
+            return
+        if event.storage is not None:
+            if self._storages[event.storage].device != self._accelerator:
+                return
+        self._memory.serve(event, self._describe)
+
+    def _describe(
+        self, event: StorageEvent, blocks: dict[int | None, Block | None]
+    ) -> str:
+        return describe(self.trace(), event, blocks)
 
     def _keep_workspaces(self, func: Any, args: tuple[Any, ...]) -> None:
         """Record the workspaces that libraries keep from a thread's first product."""
@@ -251,16 +282,14 @@ class Ledger(TorchDispatchMode):
                 kind="libraries",
             )
             self._storages.append(storage)
-            self._events.append(
-                StorageEvent(self._time, storage.index, num_bytes, is_birth=True)
-            )
+            self._add(StorageEvent(self._time, storage.index, num_bytes, is_birth=True))
 
     def _bury(self, storage: Storage, key: int) -> None:
         if self._alive.get(key) is storage:
             del self._alive[key]
         self._deaths.pop(storage.index, None)
         storage.died = self._time
-        self._events.append(
+        self._add(
             StorageEvent(self._time, storage.index, storage.num_bytes, is_birth=False)
         )
 

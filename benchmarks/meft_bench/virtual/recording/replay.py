@@ -11,6 +11,7 @@ from meft_bench.virtual.device.allocator import (
     CachingAllocator,
     OutOfMemoryError,
 )
+from meft_bench.virtual.recording.live_memory import out_of_memory
 from meft_bench.virtual.recording.trace import StorageEvent, Trace
 
 NUM_SHOWN = 5
@@ -80,9 +81,9 @@ def replay(
         for _, act in reversed(marks):
             act(allocator)
     except OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(
-            f"CUDA out of memory, predicted: {error}. {_where(trace, event, blocks)}"
-        ) from None
+        assert event is not None
+        text = out_of_memory(error, describe(trace, event, blocks))
+        raise torch.OutOfMemoryError(text) from None
     return held_by(allocator)
 
 
@@ -128,11 +129,16 @@ def _is_on_device(trace: Trace, event: StorageEvent) -> bool:
     return trace.storages[event.storage].device == trace.accelerator
 
 
-def _where(
-    trace: Trace, event: StorageEvent | None, blocks: dict[int | None, Block | None]
+def describe(
+    trace: Trace, event: StorageEvent, blocks: dict[int | None, Block | None]
 ) -> str:
-    """Return which request failed, and the largest kinds of memory that are alive."""
-    assert event is not None
+    """Return which request an event is, and the largest kinds of memory in use.
+
+    Args:
+        trace: the recording.
+        event: an allocation.
+        blocks: the blocks in use, by storage.
+    """
     if event.storage is None:
         wanted = "a kernel's workspace"
     else:

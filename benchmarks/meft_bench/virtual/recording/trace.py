@@ -202,17 +202,22 @@ class Trace:
 
 
 def in_order(events: list[StorageEvent]) -> Iterator[StorageEvent]:
-    """Yield events with consecutive frees sorted by storage.
-
-    The cache of autocast is a hash map over addresses, which differ in every process,
-    and frees its entries in its own order.
-    """
+    """Yield events with consecutive frees sorted by storage."""
     row: list[StorageEvent] = []
     for event in events:
         if event.storage is not None and not event.is_birth:
             row.append(event)
             continue
-        yield from sorted(row, key=lambda e: (e.time, e.storage))
+        yield from frees_in_order(row)
         row.clear()
         yield event
-    yield from sorted(row, key=lambda e: (e.time, e.storage))
+    yield from frees_in_order(row)
+
+
+def frees_in_order(frees: list[StorageEvent]) -> list[StorageEvent]:
+    """Return consecutive frees sorted by storage.
+
+    The cache of autocast is a hash map over addresses, which differ in every process,
+    and frees its entries in its own order.
+    """
+    return sorted(frees, key=lambda e: (e.time, e.storage))

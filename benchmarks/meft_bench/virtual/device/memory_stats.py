@@ -1,0 +1,220 @@
+"""The caching allocator with the statistics that `torch.cuda.memory_stats` returns.
+
+Each statistic has a current value, a peak, and the sums of all increases and of all
+decreases, for both pools together and for each (c10/cuda/CUDACachingAllocator.cpp):
+
+    allocation, allocated_bytes        blocks in use
+    active, active_bytes               the same, as there is one stream
+    requested_bytes                    bytes of the requests, before rounding
+    segment, reserved_bytes            memory obtained from the driver
+    inactive_split, inactive_split_bytes   free blocks that are a part of a segment
+
+Statistics of what is not modelled, such as oversized blocks, are 0.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from meft_bench.virtual.device.allocator import (
+    Block,
+    CachingAllocator,
+    OutOfMemoryError,
+)
+
+POOLS = ("all", "large_pool", "small_pool")
+COUNTED = (
+    *("allocation", "allocated_bytes", "active", "active_bytes", "requested_bytes"),
+    *("segment", "reserved_bytes", "inactive_split", "inactive_split_bytes"),
+)
+NOT_MODELLED = ("oversize_allocations", "oversize_segments")
+PAIRS = {
+    "allocation": "allocated_bytes",
+    "active": "active_bytes",
+    "segment": "reserved_bytes",
+    "inactive_split": "inactive_split_bytes",
+}
+"""Statistics of numbers of blocks, and those of their bytes."""
+
+
+@dataclass(slots=True)
+class Statistic:
+    """One statistic."""
+
+    current: int = 0
+    peak: int = 0
+    allocated: int = 0
+    """Sum of all increases."""
+    freed: int = 0
+    """Sum of all decreases."""
+
+    def add(self, change: int) -> None:
+        """Add a change to the current value."""
+        self.current += change
+        self.peak = max(self.peak, self.current)
+        if change > 0:
+            self.allocated += change
+        else:
+            self.freed -= change
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the values by the names that torch gives them."""
+        return {
+            "current": self.current,
+            "peak": self.peak,
+            "allocated": self.allocated,
+            "freed": self.freed,
+        }
+
+
+class CountingAllocator(CachingAllocator):
+    """A caching allocator that counts; see the module's docstring.
+
+    Args:
+        capacity_bytes: number of bytes that the driver can provide; None means
+            unlimited.
+    """
+
+    def __init__(self, capacity_bytes: int | None = None) -> None:
+        super().__init__(capacity_bytes)
+        self.num_out_of_memory = 0
+        self._counts = {name: {p: Statistic() for p in POOLS} for name in COUNTED}
+        self._requested: dict[int, int] = {}
+        """Requested bytes of each block in use, by its address."""
+        self._in_use: dict[int, Block] = {}
+
+    def malloc(self, num_bytes: int) -> Block | None:
+        """Allocate a block; see the base class."""
+        try:
+            block = super().malloc(num_bytes)
+        except OutOfMemoryError:
+            self.num_out_of_memory += 1
+            raise
+        if block is None:
+            return None
+        # Free neighbours are always merged, so a free one is the rest of a split.
+        rest = block.after if block.after is not None and block.after.is_free else None
+        beyond = block.after if rest is None else rest.after
+        if block.before is not None or beyond is not None:
+            size = block.num_bytes + (0 if rest is None else rest.num_bytes)
+            self._count(block, "inactive_split", -1, -size)
+        if rest is not None:
+            self._count(block, "inactive_split", 1, rest.num_bytes)
+        self._count(block, "allocation", 1, block.num_bytes)
+        self._count(block, "active", 1, block.num_bytes)
+        self._add("requested_bytes", block, num_bytes)
+        self._requested[block.address] = num_bytes
+        self._in_use[block.address] = block
+        return block
+
+    def free(self, block: Block | None) -> None:
+        """Free a block that `malloc` returned."""
+        if block is None:
+            return
+        self._count(block, "allocation", -1, -block.num_bytes)
+        self._count(block, "active", -1, -block.num_bytes)
+        self._add("requested_bytes", block, -self._requested.pop(block.address))
+        del self._in_use[block.address]
+        for neighbour in (block.before, block.after):
+            if neighbour is not None and neighbour.is_free:
+                self._count(block, "inactive_split", -1, -neighbour.num_bytes)
+        super().free(block)
+        if block.before is not None or block.after is not None:
+            self._count(block, "inactive_split", 1, block.num_bytes)
+
+    def reset_peaks(self) -> None:
+        """Reset the peaks to the current values."""
+        super().reset_peaks()
+        for statistic in self._statistics():
+            statistic.peak = statistic.current
+
+    def reset_sums(self) -> None:
+        """Reset the sums of increases and decreases, and the numbers of failures."""
+        self.num_retries = self.num_out_of_memory = 0
+        for statistic in self._statistics():
+            statistic.allocated = statistic.freed = 0
+
+    def statistics(self) -> dict[str, Any]:
+        """Return all statistics, as `torch.cuda.memory_stats_as_nested_dict` does."""
+        counts: dict[str, Any] = {
+            name: {pool: one.to_dict() for pool, one in by_pool.items()}
+            for name, by_pool in self._counts.items()
+        }
+        segments = self._counts["segment"]["all"]
+        counts |= {name: Statistic().to_dict() for name in NOT_MODELLED}
+        return counts | {
+            "num_alloc_retries": self.num_retries,
+            "num_ooms": self.num_out_of_memory,
+            "num_sync_all_streams": 0,
+            "num_device_alloc": segments.allocated,
+            "num_device_free": segments.freed,
+            "max_split_size": -1,
+        }
+
+    def segments(self) -> list[dict[str, Any]]:
+        """Return every segment with its blocks, as `torch.cuda.memory_snapshot` does.
+
+        Addresses are those of the model, which begin at 0.
+        """
+        free = [block for pool in (self._small, self._large) for *_, block in pool]
+        first = {id(one): one for one in map(_first, [*free, *self._in_use.values()])}
+        found = sorted(first.values(), key=lambda block: block.address)
+        return [self._segment(block) for block in found]
+
+    def _segment(self, first: Block) -> dict[str, Any]:
+        blocks, block = [], first
+        while True:
+            requested = self._requested.get(block.address, 0)
+            state = "inactive" if block.is_free else "active_allocated"
+            blocks.append(
+                {
+                    "address": block.address,
+                    "size": block.num_bytes,
+                    "requested_size": 0 if block.is_free else requested,
+                    "state": state,
+                }
+            )
+            if block.after is None:
+                break
+            block = block.after
+        used = sum(b["size"] for b in blocks if b["state"] != "inactive")
+        return {
+            "device": 0,
+            "address": first.address,
+            "total_size": sum(b["size"] for b in blocks),
+            "allocated_size": used,
+            "active_size": used,
+            "requested_size": sum(b["requested_size"] for b in blocks),
+            "stream": 0,
+            "segment_type": "small" if first.pool is self._small else "large",
+            "is_expandable": False,
+            "blocks": blocks,
+        }
+
+    def _new_segment(self, pool: Any, wanted: int) -> Block:
+        block = super()._new_segment(pool, wanted)
+        self._count(block, "segment", 1, block.num_bytes)
+        return block
+
+    def _release(self, block: Block) -> None:
+        super()._release(block)
+        self._count(block, "segment", -1, -block.num_bytes)
+
+    def _count(self, block: Block, name: str, number: int, num_bytes: int) -> None:
+        """Change a number of blocks and the bytes of them, in the pool of `block`."""
+        self._add(name, block, number)
+        self._add(PAIRS[name], block, num_bytes)
+
+    def _add(self, name: str, block: Block, change: int) -> None:
+        pool = "small_pool" if block.pool is self._small else "large_pool"
+        by_pool = self._counts[name]
+        by_pool["all"].add(change)
+        by_pool[pool].add(change)
+
+    def _statistics(self) -> list[Statistic]:
+        return [one for by_pool in self._counts.values() for one in by_pool.values()]
+
+
+def _first(block: Block) -> Block:
+    while block.before is not None:
+        block = block.before
+    return block
