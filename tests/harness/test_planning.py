@@ -14,7 +14,8 @@ import torch
 from transformers import LlamaConfig
 
 from meft_bench.child.backbones.files import read_config
-from meft_bench.parent import cli, plan_text, planning
+from meft_bench.parent import cli, planning
+from meft_bench.shared import plan_text
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.source import Source

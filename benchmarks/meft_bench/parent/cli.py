@@ -21,7 +21,6 @@ from meft_bench.parent import (
     doctor,
     harness,
     output,
-    plan_text,
     planning,
     runs,
     selection,
@@ -31,7 +30,7 @@ from meft_bench.parent.planning import PlanningError
 from meft_bench.parent.runs import RunsError
 from meft_bench.parent.selection import UsageError
 from meft_bench.parent.sweep import SweepError
-from meft_bench.shared import registry
+from meft_bench.shared import plan_text, registry
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.record import Record

@@ -148,11 +148,13 @@ _OF_ALL: dict[Any, Workspace] = {
 }
 """Workspace functions that apply to every GPU, by operator."""
 
-MULTIPLY = (
-    *(aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default),
-    *(aten.mv.default, aten.addmv.default, aten._addmm_activation.default),
+MULTIPLY = frozenset(
+    {
+        *(aten.mm, aten.bmm, aten.addmm, aten.baddbmm),
+        *(aten.mv, aten.addmv, aten._addmm_activation),
+    }
 )
 """Operators for which cuBLAS keeps a workspace, one for each thread that runs them."""
-WITH_BIAS = (aten.addmm.default, aten._addmm_activation.default)
+WITH_BIAS = (aten.addmm, aten._addmm_activation)
 """Those operators of `MULTIPLY` that cuBLASLt runs, which keeps a workspace of its own.
 """

@@ -14,6 +14,7 @@ import dataclasses
 import importlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Self
 from unittest import mock
@@ -33,6 +34,7 @@ from meft_bench.virtual.emulation import (
     cuda_backend,
     cuda_stubs,
     memory_answers,
+    triton_launches,
     triton_stand_in,
     unsupported,
 )
@@ -73,6 +75,21 @@ class _Mode(FakeTensorMode):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Since:
+    """What a ledger had counted at a moment.
+
+    Attributes:
+        time: the moment, in operators.
+        num_flops: floating-point operations.
+        bytes_touched: bytes that operators had read and written.
+    """
+
+    time: int = 0
+    num_flops: int = 0
+    bytes_touched: int = 0
+
+
 class VirtualGpu:
     """Emulate `gpu` with a fake device while the context is active."""
 
@@ -88,24 +105,41 @@ class VirtualGpu:
         self.ledger: Ledger | None = None
         """Source of the memory statistics of `torch.cuda`, once there is a ledger."""
         self._memory: LiveMemory | None = None
+        self.since = Since()
+        """What the ledger had counted when peaks were last reset."""
         self._stack = contextlib.ExitStack()
 
-    def new_ledger(self, *, is_enforced: bool = False) -> Ledger:
+    def new_ledger(self, out_of_memory: str = "raise at query") -> Ledger:
         """Return a new ledger, which provides the memory statistics from now on.
 
         Args:
-            is_enforced: whether an operator raises an error when the GPU has no room
-                for its output; if not, the error is raised when a peak is queried.
+            out_of_memory: what happens when the GPU has no room for the output of an
+                operator, one of `live_memory.OUT_OF_MEMORY`.
         """
         usable_bytes = self.gpu.memory_bytes - self.gpu.context_bytes
-        self._memory = LiveMemory(usable_bytes, is_enforced=is_enforced)
+        self._memory = LiveMemory(usable_bytes, out_of_memory)
         self.ledger = Ledger(
             self.workspaces,
             accelerator=self.backend.device,
             library_bytes=library_bytes(self.gpu, torch.__version__),
             memory=self._memory,
         )
+        self.since = Since()
         return self.ledger
+
+    def reset_peaks(self) -> None:
+        """Count peaks, copies and work from now on.
+
+        Raises:
+            RuntimeError: there is no ledger yet.
+        """
+        self.memory.allocator.reset_peaks()
+        assert self.ledger is not None
+        self.since = Since(
+            time=self.ledger.mark(),
+            num_flops=self.ledger.num_flops,
+            bytes_touched=self.ledger.bytes_touched,
+        )
 
     @property
     def memory(self) -> LiveMemory:
@@ -125,9 +159,9 @@ class VirtualGpu:
         """Return the peaks of allocated and reserved bytes since the last reset.
 
         Raises:
-            torch.OutOfMemoryError: the peak is larger than the memory of the GPU.
+            torch.OutOfMemoryError: there was no room, and queries raise that.
         """
-        if self.memory.error:
+        if self.memory.error and self.memory.out_of_memory == "raise at query":
             raise torch.OutOfMemoryError(self.memory.error)
         return held_by(self.memory.allocator)
 
@@ -153,6 +187,7 @@ class VirtualGpu:
         yield from _attention(self.gpu, self.backend, self.attention_counts)
         yield from _many_tensors_at_once()
         yield _our_kernels()
+        yield from triton_launches.left_out()
         yield _whole_operators()
         yield from _values()
         yield from _initialisation()

@@ -67,4 +67,6 @@ def _next(probes: dict[int, float], low: int, high: int, room_bytes: float) -> i
     if rise <= 0:  # a single point, or a plateau of the allocator's rounding
         return min(2 * low, high - 1)
     line = low + int((room_bytes - probes[low]) / rise)
-    return min(max(line, low + 1), high - 1)
+    # A line beyond a value that cannot run would approach it one by one.
+    most = (low + high) // 2 if probes.get(high) == math.inf else high - 1
+    return min(max(line, low + 1), max(most, low + 1))

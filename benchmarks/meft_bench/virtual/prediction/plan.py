@@ -15,9 +15,10 @@ from meft_bench.child.training import prepare
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.source import MissingError, Source
 from meft_bench.virtual.device.gpu import Gpu
+from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.prediction.predict import HELD, Ready, ready
 from meft_bench.virtual.recording import views
-from meft_bench.virtual.recording.replay import replay_in_full
+from meft_bench.virtual.recording.replay import held_by, replay
 from meft_bench.virtual.recording.trace import Peak, Storage, Trace
 
 NUM_ALIVE = 12
@@ -30,6 +31,7 @@ class MemoryPlan:
     """Prediction for one method; bytes and rates are those of one step."""
 
     method: str
+    """Name of the method; "" for code of the user."""
     verdict: str
     """`fits`, `tight` (fits without the margin), `too large`, or `unknown`."""
     message: str = ""
@@ -39,8 +41,12 @@ class MemoryPlan:
     """
     allocated_bytes: int | None = None
     reserved_bytes: int | None = None
+    """Peak of what the allocator holds, with all that it has kept from earlier steps.
+    """
+    process_bytes: int | None = None
+    """What `nvidia-smi` shows: reserved bytes, and those of the driver."""
     needed_bytes: int | None = None
-    """Reserved bytes plus the memory of the driver."""
+    """The same if the allocator gives back what it has kept before the step."""
     by_kind: dict[str, int] | None = None
     """Bytes at the peak, by kind.
 
@@ -110,55 +116,87 @@ def plan(
 
 
 def _plan(it: Ready, margin: float, timeline: bool) -> MemoryPlan:
-    gpu = it.device.gpu
-    ledger = it.ledger
     it.stepper.model.train()
     it.stepper.step(it.batches, learning_rate=1e-3)
-    started, num_flops = ledger.time, ledger.num_flops
-    bytes_touched = ledger.bytes_touched
+    it.device.reset_peaks()
     it.stepper.step(it.batches, learning_rate=1e-3)
-    num_flops = ledger.num_flops - num_flops
-    bytes_touched = ledger.bytes_touched - bytes_touched
-    trace = ledger.trace()
-    memory, message = replay_in_full(
-        trace,
-        capacity_bytes=gpu.memory_bytes - gpu.context_bytes,
-        start=started,
+    found = observe(
+        it.device,
+        margin=margin,
+        flops_per_second=_flops_per_second(it.cell.dtype, it.device.gpu),
+        timeline=timeline,
     )
-    needed = memory.reserved_bytes + gpu.context_bytes
-    peak = trace.peak(start=started)
+    count = prepare.count(it.stepper.model)["num_trainable_parameters"]
+    return dataclasses.replace(
+        found,
+        method=it.cell.method,
+        num_trainable_parameters=count,
+        prediction=it.how,
+    )
+
+
+def observe(
+    device: VirtualGpu,
+    *,
+    margin: float,
+    flops_per_second: float,
+    timeline: bool = False,
+) -> MemoryPlan:
+    """Return what has been recorded since the peaks of a device were last reset.
+
+    Args:
+        device: the virtual GPU, with a ledger.
+        margin: share of the GPU's memory that must stay free for the verdict `fits`.
+        flops_per_second: rate of the arithmetic.
+        timeline: whether to include every change of memory.
+
+    Returns:
+        The plan, without a method.
+    """
+    gpu, ledger, since = device.gpu, device.ledger, device.since
+    assert ledger is not None
+    trace = ledger.trace()
+    message = device.memory.error
+    held = (
+        # What it would take without a limit.
+        replay(trace, start=since.time) if message else held_by(device.memory.allocator)
+    )
+    # The least with which it runs: the allocator can give back what it has kept.
+    least = replay(trace, start=since.time, emptied=(since.time,))
+    needed = least.reserved_bytes + gpu.context_bytes
+    peak = trace.peak(start=since.time)
     kinds = peak.by_kind
     directions = Counter[str]()
-    for copy in views.copies_after(trace, started):
+    for copy in views.copies_after(trace, since.time):
         directions[copy.direction] += copy.num_bytes
-    count = prepare.count(it.stepper.model)
+    num_flops = ledger.num_flops - since.num_flops
+    bytes_touched = ledger.bytes_touched - since.bytes_touched
     return MemoryPlan(
-        method=it.cell.method,
+        method="",
         verdict="too large" if message else _verdict(needed, gpu, margin),
         message=message,
-        allocated_bytes=memory.allocated_bytes,
-        reserved_bytes=memory.reserved_bytes,
+        allocated_bytes=held.allocated_bytes,
+        reserved_bytes=held.reserved_bytes,
+        process_bytes=held.reserved_bytes + gpu.context_bytes,
         needed_bytes=needed,
         by_kind=kinds,
-        unattributed_bytes=memory.allocated_bytes - sum(kinds.values()),
-        by_phase=views.peak_by_phase(trace, start=started),
+        unattributed_bytes=held.allocated_bytes - sum(kinds.values()),
+        by_phase=views.peak_by_phase(trace, start=since.time),
         by_block=views.at_peak(trace, peak, "block"),
         by_operator=views.at_peak(trace, peak, "operator"),
         alive=[_listed(trace, storage) for storage in peak.alive[:NUM_ALIVE]],
-        saved_by_block=views.saved_by_block(trace, ledger.step - 1),
-        timeline=_moments(trace, started) if timeline else None,
+        saved_by_block=views.saved_by_block(trace, max(ledger.step - 1, 0)),
+        timeline=_moments(trace, since.time) if timeline else None,
         where=_where(trace, peak),
-        num_trainable_parameters=count["num_trainable_parameters"],
         num_flops=num_flops,
         h2d_bytes=directions["h2d"] if trace.has_link else None,
         d2h_bytes=directions["d2h"] if trace.has_link else None,
-        moved=_moved(trace, started) if trace.has_link else None,
+        moved=_moved(trace, since.time) if trace.has_link else None,
         bytes_touched=bytes_touched,
         seconds_at_least=max(
-            num_flops / _flops_per_second(it.cell, gpu),
+            num_flops / flops_per_second,
             bytes_touched / gpu.memory_bytes_per_second,
         ),
-        prediction=it.how,
     )
 
 
@@ -187,14 +225,16 @@ def _moved(trace: Trace, started: int) -> list[dict[str, Any]]:
 
 
 def _where(trace: Trace, peak: Peak) -> str:
-    """Return the location of the last allocation before the peak."""
+    """Return the location of the last allocation before the peak; "" for none."""
+    if not peak.alive:
+        return ""
     last = max(peak.alive, key=lambda s: (s.born, s.index))
     place = f" of {last.module}" if last.module else ""
     return f"{last.phase}: {last.operator}{place}"
 
 
-def _flops_per_second(cell: Cell, gpu: Gpu) -> float:
-    if cell.dtype in HALF and (cell.dtype == "fp16" or gpu.computes_in_bf16):
+def _flops_per_second(dtype: str, gpu: Gpu) -> float:
+    if dtype in HALF and (dtype == "fp16" or gpu.computes_in_bf16):
         return gpu.half_flops_per_second
     is_tf32 = torch.backends.cuda.matmul.allow_tf32
     return gpu.tf32_flops_per_second if is_tf32 else gpu.fp32_flops_per_second

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -95,6 +96,7 @@ class Ledger(TorchDispatchMode):
         self._num_updating = 0
         self._models: list[nn.Module] = []
         self._optimizers: list[Optimizer] = []
+        self._watches_all = False
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -114,6 +116,24 @@ class Ledger(TorchDispatchMode):
         self._optimizers.extend(optimizers)
         self._handles += self._location.name_modules(model)
         self._tell_kinds()
+
+    def watch_all(self) -> None:
+        """Watch every model from its first call, and every optimizer at its steps.
+
+        A model is a module that is called outside of any module that is watched.
+        """
+        self._watches_all = True
+        self._handles.append(register_module_forward_pre_hook(self._meet))
+
+    def _meet(self, module: nn.Module, args: Any) -> None:
+        if not self._location.is_named(module):
+            self.watch(module)
+            self._location.enter(module, args)
+
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        """The models that are watched."""
+        return tuple(self._models)
 
     def trace(self) -> Trace:
         """Return what has been recorded so far."""
@@ -176,7 +196,7 @@ class Ledger(TorchDispatchMode):
             return args[0] if is_fake(args[0]) else args[0].add_(args[1])
         kwargs = kwargs or {}
         self._time += 1
-        if func in MULTIPLY:
+        if func._overloadpacket in MULTIPLY:
             self._keep_workspaces(func, args)
         out = func(*args, **kwargs)
         self.num_flops += work.num_flops(func, args, kwargs, out)
@@ -262,7 +282,9 @@ class Ledger(TorchDispatchMode):
         # Autograd has its own thread, in which checkpoints are also recomputed.
         phase = self._location.present_phase()
         thread = "backward" if phase in BACKWARD else "forward"
-        wanted = [(thread, False)] + [(thread, True)] * (func in WITH_BIAS)
+        wanted = [(thread, False)] + [(thread, True)] * (
+            func._overloadpacket in WITH_BIAS
+        )
         for one in wanted:
             num_bytes = self._library_bytes[one[1]]
             if not num_bytes or one in self._libraries:
@@ -293,7 +315,9 @@ class Ledger(TorchDispatchMode):
             StorageEvent(self._time, storage.index, storage.num_bytes, is_birth=False)
         )
 
-    def _begin_update(self, *_: Any) -> None:
+    def _begin_update(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._watches_all and all(optimizer is not one for one in self._optimizers):
+            self._optimizers.append(optimizer)
         # An optimizer's step may call the step of another, with its own hooks.
         self._num_updating += 1
         self._tell_kinds()

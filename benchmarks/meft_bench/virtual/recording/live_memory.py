@@ -15,19 +15,29 @@ Describe = Callable[[StorageEvent, dict[int | None, Block | None]], str]
 """Function from a request and the blocks in use to a text on both."""
 
 
+OUT_OF_MEMORY = ("raise", "raise at query", "go on")
+"""What a request does that there is no room for.
+
+raise            raises an error, as on the GPU
+raise at query   is served, like all later ones, without a limit; the first query of the
+                 memory raises the error
+go on            is served without a limit, and the message is kept
+"""
+
+
 class LiveMemory:
     """The memory of an accelerator, at the present moment of a recording.
 
     Args:
         capacity_bytes: number of bytes that the driver can provide.
-        is_enforced: whether a request that there is no room for raises an error; if
-            not, it is served, and so is every later one, without a limit.
+        out_of_memory: what happens when there is no room for a request, one of
+            `OUT_OF_MEMORY`.
     """
 
-    def __init__(self, capacity_bytes: int, *, is_enforced: bool) -> None:
+    def __init__(self, capacity_bytes: int, out_of_memory: str) -> None:
         self.error = ""
-        """The message of the first request without room; "" where that is enforced."""
-        self._is_enforced = is_enforced
+        """The message of the first request without room; "" if errors are raised."""
+        self.out_of_memory = out_of_memory
         self._allocator = CountingAllocator(capacity_bytes)
         self._blocks: dict[int | None, Block | None] = {}
         self._frees: list[StorageEvent] = []
@@ -49,7 +59,7 @@ class LiveMemory:
             describe: describes a request that there is no room for.
 
         Raises:
-            torch.OutOfMemoryError: there is no room, and the limit is enforced.
+            torch.OutOfMemoryError: there is no room, and that is an error.
         """
         if not event.is_birth:
             if event.storage is None:
@@ -61,8 +71,8 @@ class LiveMemory:
         try:
             block = allocator.malloc(event.num_bytes)
         except OutOfMemoryError as error:
-            text = out_of_memory(error, describe(event, self._blocks))
-            if self._is_enforced:
+            text = message_of(error, describe(event, self._blocks))
+            if self.out_of_memory == "raise":
                 raise torch.OutOfMemoryError(text) from None
             self.error = text
             allocator.capacity_bytes = None
@@ -70,7 +80,7 @@ class LiveMemory:
         self._blocks[event.storage] = block
 
 
-def out_of_memory(error: OutOfMemoryError, place: str) -> str:
+def message_of(error: OutOfMemoryError, place: str) -> str:
     """Return the message of an error; it begins as that of torch on a GPU does.
 
     Args:

@@ -37,7 +37,7 @@ class Location:
             # Global hooks, because a model that runs some modules in parts refuses
             # hooks on these, which would never be called.
             handles = [
-                register_module_forward_pre_hook(self._enter),
+                register_module_forward_pre_hook(self.enter),
                 register_module_forward_hook(self._leave, always_call=True),
             ]
         self._names |= {module: name for name, module in model.named_modules()}
@@ -62,7 +62,17 @@ class Location:
             return self._module_of_node[place]
         return self._modules[-1] if self._modules else ""
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def is_named(self, module: nn.Module) -> bool:
+        """Return whether operators of the module are attributed to a name."""
+        return module in self._names
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Attribute the operators that follow to a module; called before its forward.
+
+        Args:
+            module: the module that is called; one without a name has no effect.
+            args: its arguments.
+        """
         if module in self._names:
             self._modules.append(self._names[module])
             self._mark_nodes()

@@ -11,7 +11,7 @@ from meft_bench.virtual.device.allocator import (
     CachingAllocator,
     OutOfMemoryError,
 )
-from meft_bench.virtual.recording.live_memory import out_of_memory
+from meft_bench.virtual.recording.live_memory import message_of
 from meft_bench.virtual.recording.trace import StorageEvent, Trace
 
 NUM_SHOWN = 5
@@ -82,38 +82,9 @@ def replay(
             act(allocator)
     except OutOfMemoryError as error:
         assert event is not None
-        text = out_of_memory(error, describe(trace, event, blocks))
+        text = message_of(error, describe(trace, event, blocks))
         raise torch.OutOfMemoryError(text) from None
     return held_by(allocator)
-
-
-def replay_in_full(
-    trace: Trace, *, capacity_bytes: int, start: int = 0
-) -> tuple[Replay, str]:
-    """Replay a trace as `replay` does, but return an out-of-memory error as text.
-
-    The cache is emptied at `start`. A trace that does not fit is replayed again without
-    a limit, so that its total need is known.
-
-    Args:
-        trace: the recorded allocations.
-        capacity_bytes: number of bytes that the driver can provide.
-        start: time from which on peaks are counted, in operators.
-
-    Returns:
-        The counters, and the message of the error; "" if the trace fits.
-    """
-    try:
-        held = replay(
-            trace,
-            capacity_bytes=capacity_bytes,
-            start=start,
-            emptied=(start,),
-        )
-    except torch.OutOfMemoryError as error:
-        held = replay(trace, start=start, emptied=(start,))
-        return held, str(error)
-    return held, ""
 
 
 def _marks(start: int, emptied: Collection[int]) -> list[_Mark]:

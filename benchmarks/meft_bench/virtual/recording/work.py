@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from meft_bench.virtual.recording.tensors import tensors_in
@@ -22,6 +23,10 @@ The key and the value follow the query.
 """
 
 
+PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)
+"""Matrix products, whose operations follow from the shapes of their tensors."""
+
+
 def num_flops(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> int:
@@ -39,6 +44,9 @@ def num_flops(
     formula = flop_registry.get(func._overloadpacket)
     if formula is None:
         return 0
+    if func._overloadpacket in PRODUCTS:
+        # Overloads with a dtype or an output have arguments that the formula lacks.
+        args, kwargs = tuple(a for a in args if isinstance(a, Tensor)), {}
     return int(formula(*_all_heads(func, args), **kwargs, out_val=out))
 
 

@@ -1,6 +1,7 @@
 """The plans of a step as text: a table, the details of one, and a timeline as CSV."""
 
 import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,19 @@ COMPARED = "NVIDIA H200"
 """The GPU that predictions were compared with."""
 NUM_SHOWN = 8
 """Number of lines of each part of the details."""
+SIZES = {
+    "needed_bytes": "needed",
+    "process_bytes": "nvidia-smi",
+    "reserved_bytes": "reserved",
+    "allocated_bytes": "allocated",
+}
+"""The peaks of a plan, with the words for them."""
 NOTE = (
     "Predicted from fake tensors and a model of the caching allocator, by rules that "
     "were held against an H200{compared} (docs/virtual-gpu.md); for batches without "
-    "padding. "
-    "Needed is what is reserved and about "
-    "{context} of the driver's own; fits leaves {margin:.0%} free."
+    "padding. nvidia-smi shows what is reserved, memory that the allocator has kept "
+    "included, and about {context} of the driver's own; needed is the same if nothing "
+    "is kept before the step; fits leaves {margin:.0%} free."
 )
 
 
@@ -44,12 +52,7 @@ def table(
     size = format_bytes(found.memory_bytes)
     shown = ", ".join([*given, first.dtype])
     lines = [f"{first.backbone} on {found.name} ({size}): {shown}"]
-    header = ["method", "verdict", "needed", "reserved", "allocated"]
-    if maximize is not None:
-        header.insert(1, f"largest {maximize}")
-    header += ["trainable", "TFLOP", "minimum time", "host to device"]
-    header += ["largest kind", "peak at"]
-    lines += _aligned([header, *(_row(plan, maximize) for plan in plans)])
+    lines += _aligned([_header(maximize), *(_row(plan, maximize) for plan in plans)])
     lines += reasons(plans)
     room = (1 - margin) * found.memory_bytes / MIB
     lines += [
@@ -63,16 +66,36 @@ def table(
         for p in plans
         if p.get("beyond_bytes") is None and p.get("beyond_message")
     ]
-    context = format_bytes(found.context_bytes)
-    compared = (
-        "" if found.name == COMPARED else f" and not compared with a real {found.name}"
-    )
-    lines.append(NOTE.format(context=context, margin=margin, compared=compared))
+    lines.append(_note(found, margin))
     if first.dtype == "bf16" and not found.computes_in_bf16:
         lines.append(
             f"{found.name} emulates BF16: the dtype that such a GPU trains in is fp16."
         )
     return "\n".join(lines)
+
+
+def summary(found: gpu.Gpu, plan: dict[str, Any], margin: float) -> str:
+    """Return the plan of code of the user as a readable text, with its details.
+
+    Args:
+        found: the GPU.
+        plan: the plan.
+        margin: share of the GPU's memory that must stay free.
+    """
+    lines = [f"{found.name} ({format_bytes(found.memory_bytes)})"]
+    lines += [row[8:] for row in _aligned([_header(None), _row(plan, None)])]
+    lines += [plan["message"]] * bool(plan["message"])
+    lines += [details(plan), _note(found, margin)]
+    lines += re.findall("assumed: [^;]*", plan["prediction"])
+    return "\n".join(lines)
+
+
+def _note(found: gpu.Gpu, margin: float) -> str:
+    compared = (
+        "" if found.name == COMPARED else f" and not compared with a real {found.name}"
+    )
+    context = format_bytes(found.context_bytes)
+    return NOTE.format(context=context, margin=margin, compared=compared)
 
 
 def reasons(plans: Sequence[dict[str, Any]]) -> list[str]:
@@ -154,11 +177,16 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def _header(maximize: str | None) -> list[str]:
+    header = ["method", "verdict", *SIZES.values()]
+    if maximize is not None:
+        header.insert(1, f"largest {maximize}")
+    header += ["trainable", "TFLOP", "minimum time", "host to device"]
+    return [*header, "largest kind", "peak at"]
+
+
 def _row(plan: dict[str, Any], maximize: str | None) -> list[str]:
-    sizes = [
-        "-" if plan[name] is None else format_bytes(plan[name])
-        for name in ("needed_bytes", "reserved_bytes", "allocated_bytes")
-    ]
+    sizes = ["-" if plan[name] is None else format_bytes(plan[name]) for name in SIZES]
     row = [plan["method"], plan["verdict"], *sizes]
     if maximize is not None:
         row.insert(1, str(plan["largest"]))

@@ -1,0 +1,177 @@
+"""Predict the memory of any training code, without a GPU.
+
+    with meft_bench.virtual_gpu("RTX3090-24GB") as gpu:
+        train()  # `cuda` is there; nothing is computed
+    print(gpu.summary())
+
+The code runs with fake CUDA tensors, so two or three steps suffice: there are no values
+to train. Data may come from anywhere; tensors that the code moves to the GPU become
+fake there. Where a value is read, a condition is true and a number is 0; a selection by
+a mask keeps all elements, which the plan says.
+"""
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from meft_bench.shared import plan_text
+from meft_bench.virtual.device import gpu as gpus
+from meft_bench.virtual.emulation import assumed_selection
+from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
+from meft_bench.virtual.prediction.fit import Fit, largest_that_fits
+from meft_bench.virtual.prediction.plan import MemoryPlan, observe
+from meft_bench.virtual.prediction.predict import HELD
+
+MARGIN = 0.05
+"""Default share of the GPU's memory that must stay free for the verdict `fits`."""
+
+
+class TrainingMemory:
+    """The memory of the code that runs inside `virtual_gpu`.
+
+    Args:
+        device: the virtual GPU, with a ledger.
+        margin: share of the GPU's memory that must stay free for the verdict `fits`.
+        selections: number of selections whose size was assumed, by operator.
+    """
+
+    def __init__(
+        self, device: VirtualGpu, margin: float, selections: Counter[str]
+    ) -> None:
+        self._device = device
+        self._margin = margin
+        self._selections = selections
+        self.error = ""
+        """The message of the out-of-memory error that ended the code, if one did."""
+
+    @property
+    def name(self) -> str:
+        """Name of the GPU, as `torch.cuda.get_device_name` returns it."""
+        return self._device.gpu.name
+
+    @property
+    def memory_bytes(self) -> int:
+        """The GPU's memory, as `torch.cuda.get_device_properties` returns it."""
+        return self._device.gpu.memory_bytes
+
+    def plan(self, *, timeline: bool = False) -> MemoryPlan:
+        """Return what the code has taken since peaks were last reset.
+
+        `torch.cuda.reset_peak_memory_stats()` resets them; to leave out the first
+        step, in which the optimizer makes its state, call it after that step.
+
+        Args:
+            timeline: whether to include every change of memory.
+
+        Returns:
+            Peaks in bytes (allocated, reserved, as `nvidia-smi` shows it), the bytes at
+            the peak by kind, phase, block and operator, transfers between host and
+            GPU, and whether it fits.
+        """
+        device, ledger = self._device, self._device.ledger
+        assert ledger is not None
+        found = observe(
+            device,
+            margin=self._margin,
+            flops_per_second=device.gpu.half_flops_per_second,
+            timeline=timeline,
+        )
+        trained = {
+            id(p): p.numel()
+            for model in ledger.models
+            for p in model.parameters()
+            if p.requires_grad
+        }
+        how = [device.backend.how, HELD]
+        if count := self._selections.total():
+            how.append(f"assumed: {count} selections by a mask keep all elements")
+        changes: dict[str, Any] = {}
+        if self.error:
+            changes = {"verdict": "too large", "message": self.error}
+        return dataclasses.replace(
+            found,
+            num_trainable_parameters=sum(trained.values()),
+            prediction="; ".join(how),
+            **changes,
+        )
+
+    def summary(self) -> str:
+        """Return the plan as a readable text."""
+        plan = self.plan().to_json()
+        return plan_text.summary(self._device.gpu, plan, self._margin)
+
+
+@contextlib.contextmanager
+def virtual_gpu(
+    gpu: str = "H200", *, enforce_memory: bool = True, margin: float = MARGIN
+) -> Iterator[TrainingMemory]:
+    """Run training code on a GPU that is not there, and predict the memory it takes.
+
+    While the context is active, `torch.cuda` describes the GPU, tensors on `cuda` are
+    fake and hold no memory, and operators compute no values. All patches of torch are
+    undone at the end; tensors made inside are of no use outside.
+
+    Args:
+        gpu: name of a GPU, as `meft-bench doctor` lists them, an unambiguous beginning
+            of one, or the path of a JSON file.
+        enforce_memory: whether an operator whose output has no room raises
+            `torch.OutOfMemoryError`, as on the GPU; if not, the code runs on and the
+            plan says what it would have needed.
+        margin: share of the GPU's memory that must stay free for the verdict `fits`.
+
+    Yields:
+        The memory of the code, to be asked inside or after the context.
+
+    Raises:
+        GpuError: there is no such GPU.
+        MissingError: an operator needs values; the message names it and its module.
+        RealGpuError: there is a real GPU in this process; set
+            `CUDA_VISIBLE_DEVICES=""` before torch is imported.
+    """
+    device = VirtualGpu(gpus.find(gpu))
+    without_room = "raise" if enforce_memory else "go on"
+    with (
+        device,
+        assumed_selection.all_selected() as selections,
+        device.new_ledger(without_room) as ledger,
+    ):
+        memory = TrainingMemory(device, margin, selections)
+        ledger.watch_all()
+        try:
+            yield memory
+        except torch.OutOfMemoryError as error:
+            memory.error = str(error)
+            raise
+
+
+def largest_batch(
+    train: Callable[[int], object],
+    gpu: str = "H200",
+    *,
+    at_most: int = 4096,
+    margin: float = MARGIN,
+) -> Fit:
+    """Find the largest batch size with which training code fits on a GPU.
+
+    Args:
+        train: makes the model and runs two steps or more with a batch size; called
+            several times, each time on an empty GPU.
+        gpu: see `virtual_gpu`.
+        at_most: upper bound of the batch size.
+        margin: share of the GPU's memory that must stay free.
+
+    Returns:
+        The largest batch size, and the bytes needed by each that was tried.
+    """
+
+    def needed(batch_size: int) -> float:
+        with virtual_gpu(gpu, enforce_memory=False, margin=margin) as memory:
+            train(batch_size)
+            return float(memory.plan().needed_bytes or 0)
+
+    room = (1 - margin) * gpus.find(gpu).memory_bytes
+    return largest_that_fits(needed, room, at_most)
