@@ -86,8 +86,15 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
 def _add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "backbone",
+        nargs="?",
         help="a shape such as roberta-large or opt-66b, a packaged backbone, a "
         "directory, a config.json, or hub:NAME; no weights are read",
+    )
+    parser.add_argument(
+        "--script",
+        metavar="FILE:FUNCTION",
+        help="instead of a backbone, a function of your own that makes a model and "
+        "trains it for two steps; `fit` calls it with a batch size",
     )
     parser.add_argument(
         "--method",

@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from meft_bench.parent import (
     arguments,
@@ -35,6 +36,7 @@ from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.record import Record
 from meft_bench.shared.request import WORKER
+from meft_bench.virtual.device import gpu
 
 
 def main(argv: Sequence[str] | None = None, *, worker_module: str = WORKER) -> int:
@@ -80,18 +82,17 @@ def _command(given: argparse.Namespace, worker_module: str) -> int:
 def _plan_or_fit(given: argparse.Namespace) -> int:
     is_plan, margin = given.command == "plan", given.margin
     maximize = None if is_plan else given.maximize
-    cells = planning.cells(given)
+    script = None if given.script is None else planning.script(given)
+    cells = planning.cells(given) if script is None else []
     options = ChildOptions(allow_download=given.allow_download)
     timeline = given.timeline if is_plan else None
     if timeline is not None and not timeline.parent.is_dir():
         raise UsageError(f"--timeline: there is no folder {str(timeline.parent)!r}")
-    plans = planning.ask(
-        cells,
-        options,
-        maximize=maximize,
-        margin=margin,
-        timeline=timeline is not None,
-    )
+    wants: dict[str, Any] = {"margin": margin, "timeline": timeline is not None}
+    if script is None:
+        plans = planning.ask(cells, options, maximize=maximize, **wants)
+    else:
+        plans = planning.ask_script(script, options, maximize=not is_plan, **wants)
     refused = planning.unanswered(plans)
     if timeline is not None and len(refused) < len(plans):
         plan_text.write_timeline(plans, timeline)
@@ -100,7 +101,10 @@ def _plan_or_fit(given: argparse.Namespace) -> int:
     if len(refused) == len(plans):
         reasons = "; ".join(plan_text.reasons(plans))
         raise PlanningError(f"nothing can be planned: {reasons}")
-    if not given.json:
+    if not given.json and script is not None:
+        found = gpu.find(script["gpu"])
+        print(plan_text.summary(found, plans[0], margin, maximize))
+    elif not given.json:
         print(plan_text.table(cells, plans, maximize, margin))
         for plan in plans if is_plan and given.details else ():
             print(f"\n{plan_text.details(plan)}")

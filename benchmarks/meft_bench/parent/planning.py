@@ -6,6 +6,7 @@ builds the request; `plan_text` shows the answer.
 
 import argparse
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -40,8 +41,49 @@ DEFAULTS = {"batch": 8, "seq": 512, "depth": 0}
 AT_MOST = {"batch_size": 1 << 16, "seq_len": 1 << 20, "depth": 1000}
 
 
+WORKSPACES = "CUBLAS_WORKSPACE_CONFIG"
+
+
 class PlanningError(Exception):
     """Raised for a request that cannot be planned; the message is one line."""
+
+
+def script(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the request for code of the user, `--script FILE:FUNCTION`.
+
+    Raises:
+        PlanningError: there is no such file or GPU, or an option has no effect.
+    """
+    given: dict[str, Any] = vars(arguments)
+    of_backbones = {
+        "the backbone": given["backbone"],
+        **{f"--{name}": given[name] for name in ("method", "set", "weights_dtype")},
+        **{f"--{name}": given[name] for name in FIELDS},
+        "--accumulation": given["accumulation"] != 1,
+        "--dtype": given["dtype"] != "fp32",
+        "--attention": given["attention"] != "sdpa",
+        "--maximize": given.get("maximize", "batch") != "batch",
+    }
+    idle = [name.replace("_", "-") for name, value in of_backbones.items() if value]
+    if idle:
+        raise PlanningError(
+            f"{', '.join(idle)} has no effect with --script: the function decides"
+        )
+    file, _, function = arguments.script.rpartition(":")
+    path = Path(file)
+    if not file or not function.isidentifier():
+        raise PlanningError(
+            f"--script {arguments.script!r} should be FILE:FUNCTION, such as "
+            "train.py:step"
+        )
+    if not path.is_file():
+        raise PlanningError(f"--script: there is no file {file!r}")
+    try:
+        name = gpu.resolve(arguments.gpu)
+        gpu.find(name)
+    except ValueError as error:
+        raise PlanningError(str(error)) from error
+    return {"file": str(path.resolve()), "function": function, "gpu": name}
 
 
 def cells(arguments: argparse.Namespace) -> list[Cell]:
@@ -50,6 +92,8 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
     Raises:
         PlanningError: no such method, backbone or GPU, or no config of the backbone.
     """
+    if arguments.backbone is None:
+        raise PlanningError("give a backbone, or --script FILE:FUNCTION")
     try:
         name = gpu.resolve(arguments.gpu)
         gpu.find(name)
@@ -112,6 +156,41 @@ def ask(
         "margin": margin,
         "timeline": timeline,
     }
+    return _answer(plan, options)
+
+
+def ask_script(
+    request: dict[str, Any],
+    options: ChildOptions,
+    *,
+    maximize: bool,
+    margin: float,
+    timeline: bool = False,
+) -> list[dict[str, Any]]:
+    """Return the plan of code of the user, as a list of one JSON object.
+
+    Args:
+        request: the result of `script`.
+        options: options of the child.
+        maximize: whether to find the largest batch size.
+        margin: share of the GPU's memory that must stay free for the verdict `fits`.
+        timeline: whether the plan includes every change of memory.
+
+    Raises:
+        PlanningError: the child ended without an answer; the message states why.
+        OSError: there is no room for its answer.
+    """
+    plan = {
+        "script": request,
+        "at_most": AT_MOST["batch_size"] if maximize else None,
+        "margin": margin,
+        "timeline": timeline,
+    }
+    return _answer(plan, options)
+
+
+def _answer(plan: dict[str, Any], options: ChildOptions) -> list[dict[str, Any]]:
+    """Return the plans of one child process."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "plans.json")
         body = {"plan": plan, "options": options.to_json()}
@@ -121,7 +200,7 @@ def ask(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=isolate.child_environment(options, cells[0].device),
+            env=_environment(options),
             check=False,
         )
         if not out.is_file():
@@ -130,6 +209,20 @@ def ask(
             raise PlanningError(f"the planner ended without an answer: {lines[-1]}")
         plans: list[dict[str, Any]] = json.loads(out.read_text())["plans"]
     return plans
+
+
+def _environment(options: ChildOptions) -> dict[str, str]:
+    """Return the environment of the planner.
+
+    Workspaces of cuBLAS have the size that they have in people's own runs, and not the
+    one that makes the cells of a sweep deterministic.
+    """
+    found = isolate.child_environment(options, registry.VIRTUAL)
+    own = os.environ.get(WORKSPACES)
+    if own is None:
+        del found[WORKSPACES]
+        return found
+    return found | {WORKSPACES: own}
 
 
 def unanswered(plans: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -66,6 +66,7 @@ def table(
         for p in plans
         if p.get("beyond_bytes") is None and p.get("beyond_message")
     ]
+    lines += _bounds(plans, maximize)
     lines.append(_note(found, margin))
     if first.dtype == "bf16" and not found.computes_in_bf16:
         lines.append(
@@ -74,20 +75,33 @@ def table(
     return "\n".join(lines)
 
 
-def summary(found: gpu.Gpu, plan: dict[str, Any], margin: float) -> str:
+def summary(
+    found: gpu.Gpu, plan: dict[str, Any], margin: float, maximize: str | None = None
+) -> str:
     """Return the plan of code of the user as a readable text, with its details.
 
     Args:
         found: the GPU.
         plan: the plan.
         margin: share of the GPU's memory that must stay free.
+        maximize: what was maximized, or None.
     """
     lines = [f"{found.name} ({format_bytes(found.memory_bytes)})"]
-    lines += [row[8:] for row in _aligned([_header(None), _row(plan, None)])]
+    lines += _aligned([_header(maximize), _row(plan, maximize)])
     lines += [plan["message"]] * bool(plan["message"])
+    lines += _bounds([plan], maximize)
     lines += [details(plan), _note(found, margin)]
     lines += re.findall("assumed: [^;]*", plan["prediction"])
     return "\n".join(lines)
+
+
+def _bounds(plans: Sequence[dict[str, Any]], maximize: str | None) -> list[str]:
+    """Return a line for each plan whose largest value memory does not limit."""
+    return [
+        f"{plan['method']}: {maximize} {plan['largest']} fits, and is the most tried"
+        for plan in plans
+        if maximize is not None and plan["largest"] == plan.get("at_most")
+    ]
 
 
 def _note(found: gpu.Gpu, margin: float) -> str:

@@ -18,10 +18,10 @@ def plan_all(request: dict[str, Any], options: ChildOptions) -> dict[str, Any]:
     """Plan every cell of a request.
 
     Args:
-        request: `cells`; `maximize`, the field to increase until the cell no longer
-            fits, or None; `at_most`, its upper bound; `margin`, the share of the GPU's
-            memory to leave free; `timeline`, whether plans list every change of memory
-            during the step.
+        request: `script`, a function of the user, or `cells`; `maximize`, the field to
+            increase until the cell no longer fits, or None; `at_most`, its upper bound;
+            `margin`, the share of the GPU's memory to leave free; `timeline`, whether
+            plans list every change of memory during the step.
         options: options of the child.
 
     Returns:
@@ -29,6 +29,10 @@ def plan_all(request: dict[str, Any], options: ChildOptions) -> dict[str, Any]:
         each also has the `largest` value.
     """
     torch.set_num_threads(options.num_threads)
+    if "script" in request:
+        from meft_bench.virtual.prediction.script import plan_script
+
+        return {"plans": [plan_script(request)]}
     source = Source(allow_download=options.allow_download)
     cells = [Cell.from_json(fields) for fields in request["cells"]]
     field = request["maximize"]
@@ -56,6 +60,7 @@ def _fit(
     return answer | {
         "maximized": field,
         "largest": found.largest,
+        "at_most": request["at_most"],
         "num_probes": len(found.probes),
         "beyond_bytes": None if beyond is None else beyond.needed_bytes,
         "beyond_message": "" if beyond is None else beyond.message,

@@ -135,6 +135,7 @@ def virtual_gpu(
     device = VirtualGpu(gpus.find(gpu))
     without_room = "raise" if enforce_memory else "go on"
     with (
+        _new_accelerate_state(),
         device,
         assumed_selection.all_selected() as selections,
         device.new_ledger(without_room) as ledger,
@@ -146,6 +147,31 @@ def virtual_gpu(
         except torch.OutOfMemoryError as error:
             memory.error = str(error)
             raise
+
+
+@contextlib.contextmanager
+def _new_accelerate_state() -> Iterator[None]:
+    """Let accelerate, and so the Trainer of transformers, look for devices anew.
+
+    It keeps what it has found in the process, which may be that there is no GPU.
+    """
+    try:
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+    except ImportError:
+        yield
+        return
+    states = [
+        kind._shared_state for kind in (AcceleratorState, GradientState, PartialState)
+    ]
+    before = [dict(state) for state in states]
+    for state in states:
+        state.clear()
+    try:
+        yield
+    finally:
+        for state, kept in zip(states, before, strict=True):
+            state.clear()
+            state.update(kept)
 
 
 def largest_batch(

@@ -1,0 +1,110 @@
+"""Plan a function of a file of the user, as `meft-bench plan --script` does."""
+
+import dataclasses
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from meft_bench.shared.registry import nearest
+from meft_bench.shared.source import MissingError
+from meft_bench.virtual.device import gpu as gpus
+from meft_bench.virtual.prediction.fit import largest_that_fits
+from meft_bench.virtual.prediction.plan import MemoryPlan
+from meft_bench.virtual.prediction.training_code import virtual_gpu
+
+
+def plan_script(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the plan of a function as a JSON object.
+
+    Args:
+        request: `script`, with `file`, `function` and `gpu`; `at_most`, the upper bound
+            of the batch size, or None to call the function without one; `margin` and
+            `timeline`, as for cells.
+
+    Returns:
+        The plan; with `at_most`, that of the `largest` batch size that fits.
+    """
+    script = request["script"]
+    path, name = Path(script["file"]), script["function"]
+    try:
+        function = _function(path, name)
+        if request["at_most"] is None:
+            return _plan(function, (), request).to_json()
+        return _largest(function, request)
+    except Exception as error:  # whatever the user's code raises
+        traceback.print_exc()
+        refused = MemoryPlan(
+            method=name, verdict="unknown", message=_words(error, path)
+        )
+        extra = {} if request["at_most"] is None else {"largest": 0}
+        return refused.to_json() | extra
+
+
+def _plan(
+    function: Callable[..., object], given: tuple[int, ...], request: dict[str, Any]
+) -> MemoryPlan:
+    script, margin = request["script"], request["margin"]
+    with virtual_gpu(script["gpu"], enforce_memory=False, margin=margin) as memory:
+        function(*given)
+    found = memory.plan(timeline=request["timeline"])
+    return dataclasses.replace(found, method=script["function"])
+
+
+def _largest(
+    function: Callable[..., object], request: dict[str, Any]
+) -> dict[str, Any]:
+    plans: dict[int, MemoryPlan] = {}
+
+    def needed(batch_size: int) -> float:
+        plans[batch_size] = _plan(function, (batch_size,), request)
+        return float(plans[batch_size].needed_bytes or 0)
+
+    memory_bytes = gpus.find(request["script"]["gpu"]).memory_bytes
+    room = (1 - request["margin"]) * memory_bytes
+    found = largest_that_fits(needed, room, request["at_most"])
+    answer = plans[max(found.largest, 1)].to_json()
+    return answer | {
+        "maximized": "batch_size",
+        "largest": found.largest,
+        "at_most": request["at_most"],
+        "num_probes": len(found.probes),
+    }
+
+
+def _function(path: Path, name: str) -> Callable[..., object]:
+    """Import the file as a module, and return its function.
+
+    Raises:
+        AttributeError: it has no such function.
+    """
+    sys.path.insert(0, str(path.parent))  # as Python does for a script
+    sys.argv = [str(path)]
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise MissingError(f"{path.name} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    found = getattr(module, name, None)
+    if not callable(found):
+        functions = [n for n, it in vars(module).items() if callable(it)]
+        raise MissingError(
+            f"{path.name} has no function {name!r}; {nearest(name, functions)}"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def _words(error: Exception, path: Path) -> str:
+    """Return an error in one line, with the line of the user's file it came from."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == str(path)
+    ]
+    place = f" ({path.name}, line {lines[-1]})" if lines else ""
+    text = " ".join(str(error).split())
+    kind = "" if isinstance(error, MissingError) else f"{type(error).__name__}: "
+    return f"{kind}{text}{place}"
