@@ -40,7 +40,7 @@ def test_prediction(benchmark: BenchmarkFixture, shape: str, method: str) -> Non
         with ready(cell, Source()) as it:
             it.stepper.model.train()
             for _ in range(2):
-                it.stepper.step(it.batches, learning_rate=1e-3)
+                it.stepper.step(it.batches_of(it.cell.seq_len), learning_rate=1e-3)
             peaks = it.ledger.trace().peak("cuda")
         assert peaks.num_bytes > 0
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas
 import pytest
-import torch
 from transformers import LlamaConfig
 
 from meft_bench.child.backbones.files import read_config
@@ -20,7 +19,6 @@ from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.source import Source
 from meft_bench.virtual.device import gpu
-from meft_bench.virtual.device.gpu import library_bytes
 from meft_bench.virtual.prediction.plan import plan as make_plan
 
 TINY = ["--batch", "2", "--seq", "16", "--gpu", "RTX3090"]
@@ -67,11 +65,11 @@ def test_a_plan_tells_what_a_step_takes(capsys: pytest.CaptureFixture[str]) -> N
     assert (full["method"], exact["method"]) == ("full", "meft1-exact")
     for plan in (full, exact):
         assert plan["verdict"] == "fits"
-        assert plan["needed_bytes"] > plan["reserved_bytes"] >= plan["allocated_bytes"]
-        # Of each of two threads: 8 times 4 MiB, as children of the harness ask of
-        # cuBLAS, and what cuBLASLt takes.
-        _, lt = library_bytes(rtx, torch.__version__)
-        own = 8 * 4 * 2**20
+        assert plan["process_bytes"] >= plan["needed_bytes"] > plan["allocated_bytes"]
+        assert plan["process_bytes"] == plan["reserved_bytes"] + rtx.context_bytes
+        assert plan["seq_len"] == 16
+        # Of each of two threads: what cuBLAS takes in people's own runs, and cuBLASLt.
+        own, lt = rtx.cublas_workspace_bytes, rtx.cublaslt_workspace_bytes
         assert plan["by_kind"]["libraries"] - 2 * own in (0, lt, 2 * lt)
         assert "held against an H200" in plan["prediction"]
     assert full["num_trainable_parameters"] > exact["num_trainable_parameters"]
@@ -79,6 +77,31 @@ def test_a_plan_tells_what_a_step_takes(capsys: pytest.CaptureFixture[str]) -> N
     assert "h2d forward" in plan_text.details(full)
     # Where host and GPU cannot be distinguished, nothing is known to move.
     assert "h2d" not in plan_text.details(full | {"moved": None})
+
+
+@pytest.mark.slow
+def test_padding_and_lengths_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    """The longest batch takes most; which kernel takes more depends on the shape."""
+    words = ["plan", "llama-tiny", "--method", "full", "--gpu", "A100-80GB", "--json"]
+    words += ["--dtype", "bf16", "--batch", "256"]
+
+    def planned(*more: str) -> dict[str, Any]:
+        assert cli.main([*words, *more]) == 0
+        (found,) = json.loads(capsys.readouterr().out)
+        return dict(found)
+
+    none = planned("--seq", "128", "--padding", "none")
+    some = planned("--seq", "128", "--padding", "some")
+    worst = planned("--seq", "128")
+    assert (none["padding"], some["padding"]) == (False, True)
+    assert none["allocated_bytes"] != some["allocated_bytes"]
+    most = max(none, some, key=lambda plan: plan["allocated_bytes"])
+    assert worst["padding"] == most["padding"]
+    assert worst["allocated_bytes"] == most["allocated_bytes"]
+    several = planned("--seq", "64", "128", "32", "--padding", "none")
+    assert several["seq_len"] == 128
+    assert several["allocated_bytes"] == none["allocated_bytes"]
+    assert several["process_bytes"] >= none["process_bytes"]
 
 
 @pytest.mark.usefixtures("planned")
@@ -193,7 +216,7 @@ def footer(gpu_name: str, dtype: str) -> str:
     device = f"virtual-{gpu_name}"
     one = Cell(method="lora", backbone="random:bert-tiny", device=device, dtype=dtype)
     plan = {"method": "lora", "verdict": "fits", "message": "", "by_kind": None}
-    plan |= dict.fromkeys(("needed_bytes", "reserved_bytes", "allocated_bytes"))
+    plan |= dict.fromkeys(plan_text.SIZES)
     return plan_text.table([one], [plan], None, 0.05)
 
 
@@ -334,7 +357,7 @@ def test_what_is_maximized_is_not_given(capsys: pytest.CaptureFixture[str]) -> N
 
 
 UNKNOWN = {"verdict": "unknown", "message": "why not", "by_kind": None}
-NOTHING = dict.fromkeys(("needed_bytes", "reserved_bytes", "allocated_bytes"))
+NOTHING = dict.fromkeys(plan_text.SIZES)
 FITS = NOTHING | {"verdict": "fits", "message": "", "by_kind": None}
 TOO_LARGE = FITS | {"verdict": "too large", "message": "no room"}
 

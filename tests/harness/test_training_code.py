@@ -66,7 +66,8 @@ class Block(nn.Module):
             query, key, value, is_causal=True
         )
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm_2(x))
+        out: Tensor = x + self.mlp(self.norm_2(x))
+        return out
 
 
 def gpt_with_a_loss_scaler() -> None:
@@ -77,9 +78,11 @@ def gpt_with_a_loss_scaler() -> None:
     ).to("cuda")
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed}, {"params": others, "weight_decay": 0.0}], fused=True
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": decayed},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, fused=True)
     scaler = torch.amp.GradScaler("cuda")
     for step in range(3):
         for group in optimizer.param_groups:
@@ -184,7 +187,7 @@ def test_the_trainer_runs_as_it_is(tmp_path: Path) -> None:
                 save_strategy="no",
                 disable_tqdm=True,
             ),
-            train_dataset=rows,  # type: ignore[arg-type]
+            train_dataset=rows,
             data_collator=lambda some: {
                 name: nn.utils.rnn.pad_sequence(
                     [torch.tensor(row[name]) for row in some], batch_first=True

@@ -106,7 +106,18 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(gpu.names())
     parser.add_argument("--gpu", required=True, help=f"{names}, or a JSON file")
     parser.add_argument("--batch", type=_count, help="default 8")
-    parser.add_argument("--seq", type=_count, help="default 512")
+    parser.add_argument(
+        "--seq",
+        type=_count,
+        nargs="+",
+        help="tokens of a row, default 512; several are the lengths of several steps",
+    )
+    parser.add_argument(
+        "--padding",
+        choices=planning.PADDINGS,
+        default="worst",
+        help="whether batches have padding; the default runs both",
+    )
     parser.add_argument("--depth", type=_count, help="default: its own")
     parser.add_argument("--accumulation", type=_count, default=1, help="default 1")
     parser.add_argument("--dtype", choices=registry.DTYPES, default="fp32")

@@ -90,6 +90,7 @@ def _plan_or_fit(given: argparse.Namespace) -> int:
         raise UsageError(f"--timeline: there is no folder {str(timeline.parent)!r}")
     wants: dict[str, Any] = {"margin": margin, "timeline": timeline is not None}
     if script is None:
+        wants |= {"lengths": given.seq or (), "padding": given.padding}
         plans = planning.ask(cells, options, maximize=maximize, **wants)
     else:
         plans = planning.ask_script(script, options, maximize=not is_plan, **wants)

@@ -38,6 +38,8 @@ FLAGS = {
 }
 """Fields that `--set` does not accept, with the flags that set them."""
 DEFAULTS = {"batch": 8, "seq": 512, "depth": 0}
+PADDINGS = {"none": [False], "some": [True], "worst": [False, True]}
+"""Values of `--padding`, with the batches that are planned."""
 AT_MOST = {"batch_size": 1 << 16, "seq_len": 1 << 20, "depth": 1000}
 
 
@@ -83,7 +85,12 @@ def script(arguments: argparse.Namespace) -> dict[str, Any]:
         gpu.find(name)
     except ValueError as error:
         raise PlanningError(str(error)) from error
-    return {"file": str(path.resolve()), "function": function, "gpu": name}
+    return {
+        "file": str(path.resolve()),
+        "function": function,
+        "gpu": name,
+        "padding": arguments.padding != "none",
+    }
 
 
 def cells(arguments: argparse.Namespace) -> list[Cell]:
@@ -116,6 +123,7 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
                 f"--{flag} {given} has no effect with --maximize {flag}; leave it out, "
                 f"or maximize one of {', '.join(f for f in FIELDS if f != flag)}"
             )
+        given = max(given) if isinstance(given, list) else given
         values[field] = DEFAULTS[flag] if given is None else given
     values |= _set_fields(arguments.set)
     found = [Cell(method=method, **values) for method in _methods(arguments.method)]
@@ -134,6 +142,8 @@ def ask(
     maximize: str | None,
     margin: float,
     timeline: bool = False,
+    lengths: Sequence[int] = (),
+    padding: str = "worst",
 ) -> list[dict[str, Any]]:
     """Return the plan of each cell, or of the largest that fits, as JSON objects.
 
@@ -143,6 +153,9 @@ def ask(
         maximize: one of `FIELDS`, or None for the cells as they are.
         margin: share of the GPU's memory that must stay free for the verdict `fits`.
         timeline: whether a plan includes every change of memory during its step.
+        lengths: numbers of tokens of the batches, in the order of the steps; none for
+            those of the cells.
+        padding: one of `PADDINGS`.
 
     Raises:
         PlanningError: the child ended without an answer; the message states why.
@@ -155,6 +168,8 @@ def ask(
         "at_most": AT_MOST.get(field or ""),
         "margin": margin,
         "timeline": timeline,
+        "lengths": list(lengths),
+        "paddings": PADDINGS[padding],
     }
     return _answer(plan, options)
 

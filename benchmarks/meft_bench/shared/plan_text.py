@@ -24,10 +24,10 @@ SIZES = {
 """The peaks of a plan, with the words for them."""
 NOTE = (
     "Predicted from fake tensors and a model of the caching allocator, by rules that "
-    "were held against an H200{compared} (docs/virtual-gpu.md); for batches without "
-    "padding. nvidia-smi shows what is reserved, memory that the allocator has kept "
-    "included, and about {context} of the driver's own; needed is the same if nothing "
-    "is kept before the step; fits leaves {margin:.0%} free."
+    "were held against an H200{compared} (docs/virtual-gpu.md). nvidia-smi shows what "
+    "is reserved, memory that the allocator has kept included, and about {context} of "
+    "the driver's own; needed is the same if nothing is kept before the step; fits "
+    "leaves {margin:.0%} free."
 )
 
 
@@ -67,6 +67,12 @@ def table(
         if p.get("beyond_bytes") is None and p.get("beyond_message")
     ]
     lines += _bounds(plans, maximize)
+    lines += [
+        f"{p['method']}: most with {p['seq_len']} tokens a row"
+        + (", some of them padding" if p["padding"] else ", none of them padding")
+        for p in plans
+        if p.get("seq_len") is not None
+    ]
     lines.append(_note(found, margin))
     if first.dtype == "bf16" and not found.computes_in_bf16:
         lines.append(

@@ -161,7 +161,8 @@ class CountingAllocator(CachingAllocator):
         return [self._segment(block) for block in found]
 
     def _segment(self, first: Block) -> dict[str, Any]:
-        blocks, block = [], first
+        blocks: list[dict[str, Any]] = []
+        block = first
         while True:
             requested = self._requested.get(block.address, 0)
             state = "inactive" if block.is_free else "active_allocated"

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import importlib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Self
@@ -95,6 +95,8 @@ class VirtualGpu:
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
+        self.has_padding = False
+        """Whether an attention mask is taken to hide some tokens; it has no values."""
         self.workspaces = workspaces.of(gpu)
         self.backend = cuda_backend.BACKEND
         """The backend with the device of the tensors; final once the context is
@@ -192,7 +194,7 @@ class VirtualGpu:
         yield from _values()
         yield from _initialisation()
         yield from _moving_modules()
-        yield from _masks()
+        yield from _masks(lambda *_, **__: self.has_padding)
 
 
 def _enter_backend(stack: contextlib.ExitStack) -> Backend:
@@ -326,10 +328,19 @@ def _moving_modules() -> Iterator[contextlib.AbstractContextManager[Any]]:
     yield mock.patch.object(torch.utils, "swap_tensors", swap)
 
 
-def _masks() -> Iterator[contextlib.AbstractContextManager[Any]]:
-    """transformers treats fake tensors as tracing, and would always make a mask."""
+def _no(*args: Any, **kwargs: Any) -> bool:
+    return False
+
+
+def _masks(
+    has_padding: Callable[..., bool] = _no,
+) -> Iterator[contextlib.AbstractContextManager[Any]]:
+    """transformers treats fake tensors as tracing, and would always make a mask.
+
+    It is right to do so where batches have padding.
+    """
     masking = importlib.import_module("transformers.masking_utils")
-    yield mock.patch.object(masking, "is_tracing", _no)
+    yield mock.patch.object(masking, "is_tracing", has_padding)
 
 
 def _is_real(args: Sequence[object], kwargs: Mapping[str, Any]) -> bool:
@@ -352,10 +363,6 @@ def _is_host_scalar(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 # Functions instead of mocks, because mocks keep references to their arguments.
-
-
-def _no(*args: Any) -> bool:
-    return False
 
 
 def _stand_in_for_triton(device: torch.device) -> Any:

@@ -5,6 +5,7 @@ Two steps run under the ledger; the second, for which all state exists, is repor
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,10 @@ class MemoryPlan:
     """Bytes read and written by operators."""
     seconds_at_least: float | None = None
     """Larger of the times of arithmetic and of memory access at the vendor's rates."""
+    seq_len: int | None = None
+    """Tokens of the batch that needs most; None for code of the user."""
+    padding: bool | None = None
+    """Whether that batch has padding."""
     prediction: str = HELD
 
     def to_json(self) -> dict[str, Any]:
@@ -89,22 +94,34 @@ class MemoryPlan:
 
 
 def plan(
-    cell: Cell, source: Source, margin: float, timeline: bool = False
+    cell: Cell,
+    source: Source,
+    margin: float,
+    *,
+    timeline: bool = False,
+    lengths: Sequence[int] = (),
+    paddings: Sequence[bool] = (False,),
 ) -> MemoryPlan:
     """Return the plan of a cell on its virtual GPU; errors become a verdict.
+
+    A step is run for each length and padding, and the one that needs most is returned.
 
     Args:
         cell: the cell to plan.
         source: origin of its config.
         margin: share of the GPU's memory that must stay free for the verdict `fits`.
         timeline: whether the plan includes every change of memory during the step.
+        lengths: numbers of tokens of the batches, in the order of the steps; none for
+            the cell's own.
+        paddings: whether batches have padding; images have none.
 
     Returns:
         The plan of the cell.
     """
     try:
         with ready(cell, source) as it:
-            return _plan(it, margin, timeline)
+            steps = [(n, p) for n in lengths or [cell.seq_len] for p in paddings]
+            return _plan(it, margin, timeline, steps)
     except torch.OutOfMemoryError as error:
         return MemoryPlan(method=cell.method, verdict="too large", message=str(error))
     except (MissingError, MeftError, ValueError, NotImplementedError) as error:
@@ -115,24 +132,40 @@ def plan(
         return MemoryPlan(method=cell.method, verdict="unknown", message=message)
 
 
-def _plan(it: Ready, margin: float, timeline: bool) -> MemoryPlan:
+def _plan(
+    it: Ready, margin: float, timeline: bool, steps: list[tuple[int, bool]]
+) -> MemoryPlan:
     it.stepper.model.train()
-    it.stepper.step(it.batches, learning_rate=1e-3)
-    it.device.reset_peaks()
-    it.stepper.step(it.batches, learning_rate=1e-3)
-    found = observe(
-        it.device,
-        margin=margin,
-        flops_per_second=_flops_per_second(it.cell.dtype, it.device.gpu),
-        timeline=timeline,
-    )
+    it.stepper.step(it.batches_of(steps[0][0]), learning_rate=1e-3)
+    found = []
+    for length, has_padding in steps:
+        it.device.has_padding = has_padding
+        it.device.reset_peaks()
+        it.stepper.step(it.batches_of(length), learning_rate=1e-3)
+        one = observe(
+            it.device,
+            margin=margin,
+            flops_per_second=_flops_per_second(it.cell.dtype, it.device.gpu),
+            timeline=timeline,
+        )
+        found.append(dataclasses.replace(one, seq_len=length, padding=has_padding))
+    worst = max(found, key=_need)
     count = prepare.count(it.stepper.model)["num_trainable_parameters"]
     return dataclasses.replace(
-        found,
+        worst,
         method=it.cell.method,
+        # The allocator keeps what any of the steps needed.
+        reserved_bytes=max(one.reserved_bytes or 0 for one in found),
+        process_bytes=max(one.process_bytes or 0 for one in found),
         num_trainable_parameters=count,
         prediction=it.how,
     )
+
+
+def _need(plan: MemoryPlan) -> tuple[bool, int, int]:
+    """Return a key by which plans are sorted: the one that needs most is the last."""
+    is_too_large = plan.verdict == "too large"
+    return is_too_large, plan.allocated_bytes or 0, plan.needed_bytes or 0
 
 
 def observe(
@@ -163,7 +196,8 @@ def observe(
     )
     # The least with which it runs: the allocator can give back what it has kept.
     least = replay(trace, start=since.time, emptied=(since.time,))
-    needed = least.reserved_bytes + gpu.context_bytes
+    least_bytes = min(least.reserved_bytes, held.reserved_bytes)
+    needed = least_bytes + gpu.context_bytes
     peak = trace.peak(start=since.time)
     kinds = peak.by_kind
     directions = Counter[str]()

@@ -21,7 +21,8 @@ def plan_all(request: dict[str, Any], options: ChildOptions) -> dict[str, Any]:
         request: `script`, a function of the user, or `cells`; `maximize`, the field to
             increase until the cell no longer fits, or None; `at_most`, its upper bound;
             `margin`, the share of the GPU's memory to leave free; `timeline`, whether
-            plans list every change of memory during the step.
+            plans list every change of memory during the step; `lengths`, numbers of
+            tokens, and `paddings`, whether batches have padding, as for `plan`.
         options: options of the child.
 
     Returns:
@@ -38,8 +39,13 @@ def plan_all(request: dict[str, Any], options: ChildOptions) -> dict[str, Any]:
     field = request["maximize"]
     if field is not None:
         return {"plans": [_fit(cell, field, request, source) for cell in cells]}
-    margin, timeline = request["margin"], request["timeline"]
-    return {"plans": [plan(cell, source, margin, timeline).to_json() for cell in cells]}
+    wants = {
+        "timeline": request["timeline"],
+        "lengths": request["lengths"],
+        "paddings": request["paddings"],
+    }
+    plans = [plan(cell, source, request["margin"], **wants) for cell in cells]
+    return {"plans": [one.to_json() for one in plans]}
 
 
 def _fit(
@@ -49,7 +55,10 @@ def _fit(
     margin: float = request["margin"]
 
     def needed(value: int) -> float:
-        plans[value] = plan(_changed(cell, field, value), source, margin)
+        changed = _changed(cell, field, value)
+        lengths = () if field == "seq_len" else request["lengths"]
+        paddings = request["paddings"]
+        plans[value] = plan(changed, source, margin, lengths=lengths, paddings=paddings)
         size = plans[value].needed_bytes
         return math.inf if size is None else size
 

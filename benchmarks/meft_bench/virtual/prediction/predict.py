@@ -9,7 +9,7 @@ examples only the shape is used.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,8 +42,8 @@ class Ready:
     stepper: Stepper
     num_blocks: int
     """Number of blocks of the model before the method changes it."""
-    batches: list[Batch]
-    """The batches of one step."""
+    batches_of: Callable[[int], list[Batch]]
+    """Function from a length in tokens to the batches of one step."""
     how: str
     """How the numbers of the cell were predicted."""
     origins: dict[str, str | None]
@@ -88,7 +88,11 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
             ledger=ledger,
             stepper=stepper,
             num_blocks=num_blocks,
-            batches=_batches(cell, backbones.image_shape(config), num_labels),
+            batches_of=lambda length: _batches(
+                dataclasses.replace(cell, seq_len=length),
+                backbones.image_shape(config),
+                num_labels,
+            ),
             how=how,
             origins={
                 "data_origin": f"shapes only; {task.origin}",
@@ -127,8 +131,9 @@ def predict(cell: Cell, source: Source, partial: PartialResult) -> None:
         )
         # No kernel is tuned and no library warms up: all steps after the first are
         # equal.
-        probes.probe_memory(it.stepper, it.cell, it.batches, partial, num_first_steps=1)
-        probes.probe_rows(it.stepper, it.batches, partial)
+        batches = it.batches_of(cell.seq_len)
+        probes.probe_memory(it.stepper, it.cell, batches, partial, num_first_steps=1)
+        probes.probe_rows(it.stepper, batches, partial)
 
 
 def _how(cell: Cell, device: VirtualGpu) -> str:

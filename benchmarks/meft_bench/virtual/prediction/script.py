@@ -20,9 +20,9 @@ def plan_script(request: dict[str, Any]) -> dict[str, Any]:
     """Return the plan of a function as a JSON object.
 
     Args:
-        request: `script`, with `file`, `function` and `gpu`; `at_most`, the upper bound
-            of the batch size, or None to call the function without one; `margin` and
-            `timeline`, as for cells.
+        request: `script`, with `file`, `function`, `gpu` and `padding`; `at_most`, the
+            upper bound of the batch size, or None to call the function without one;
+            `margin` and `timeline`, as for cells.
 
     Returns:
         The plan; with `at_most`, that of the `largest` batch size that fits.
@@ -47,7 +47,8 @@ def _plan(
     function: Callable[..., object], given: tuple[int, ...], request: dict[str, Any]
 ) -> MemoryPlan:
     script, margin = request["script"], request["margin"]
-    with virtual_gpu(script["gpu"], enforce_memory=False, margin=margin) as memory:
+    wants = {"padding": script["padding"], "margin": margin, "enforce_memory": False}
+    with virtual_gpu(script["gpu"], **wants) as memory:
         function(*given)
     found = memory.plan(timeline=request["timeline"])
     return dataclasses.replace(found, method=script["function"])

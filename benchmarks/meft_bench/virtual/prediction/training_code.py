@@ -107,7 +107,11 @@ class TrainingMemory:
 
 @contextlib.contextmanager
 def virtual_gpu(
-    gpu: str = "H200", *, enforce_memory: bool = True, margin: float = MARGIN
+    gpu: str = "H200",
+    *,
+    padding: bool = True,
+    enforce_memory: bool = True,
+    margin: float = MARGIN,
 ) -> Iterator[TrainingMemory]:
     """Run training code on a GPU that is not there, and predict the memory it takes.
 
@@ -118,6 +122,9 @@ def virtual_gpu(
     Args:
         gpu: name of a GPU, as `meft-bench doctor` lists them, an unambiguous beginning
             of one, or the path of a JSON file.
+        padding: whether the attention masks that models of transformers are given hide
+            some tokens. Their values are unknown, and kernels for masks take more; code
+            that passes no mask is not affected.
         enforce_memory: whether an operator whose output has no room raises
             `torch.OutOfMemoryError`, as on the GPU; if not, the code runs on and the
             plan says what it would have needed.
@@ -133,6 +140,7 @@ def virtual_gpu(
             `CUDA_VISIBLE_DEVICES=""` before torch is imported.
     """
     device = VirtualGpu(gpus.find(gpu))
+    device.has_padding = padding
     without_room = "raise" if enforce_memory else "go on"
     with (
         _new_accelerate_state(),
