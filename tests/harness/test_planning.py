@@ -14,11 +14,11 @@ from transformers import LlamaConfig
 
 from meft_bench.child.backbones.files import read_config
 from meft_bench.parent import cli, planning
-from meft_bench.shared import plan_text
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.source import Source
 from meft_bench.virtual.device import gpu
+from meft_bench.virtual.prediction import plan_text
 from meft_bench.virtual.prediction.plan import plan as make_plan
 
 TINY = ["--batch", "2", "--seq", "16", "--gpu", "RTX3090"]
@@ -100,7 +100,8 @@ def test_padding_and_lengths_are_planned(capsys: pytest.CaptureFixture[str]) -> 
     assert worst["allocated_bytes"] == most["allocated_bytes"]
     several = planned("--seq", "64", "128", "32", "--padding", "none")
     assert several["seq_len"] == 128
-    assert several["allocated_bytes"] == none["allocated_bytes"]
+    size = pytest.approx(none["allocated_bytes"], rel=0.01)  # blocks that were kept
+    assert several["allocated_bytes"] == size
     assert several["process_bytes"] >= none["process_bytes"]
 
 

@@ -31,12 +31,13 @@ from meft_bench.parent.planning import PlanningError
 from meft_bench.parent.runs import RunsError
 from meft_bench.parent.selection import UsageError
 from meft_bench.parent.sweep import SweepError
-from meft_bench.shared import plan_text, registry
+from meft_bench.shared import registry
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.record import Record
 from meft_bench.shared.request import WORKER
 from meft_bench.virtual.device import gpu
+from meft_bench.virtual.prediction import plan_text
 
 
 def main(argv: Sequence[str] | None = None, *, worker_module: str = WORKER) -> int:

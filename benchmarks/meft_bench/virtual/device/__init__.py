@@ -2,6 +2,7 @@
 
 gpu          the description of each GPU, read from files in `gpus/`
 allocator    a model of PyTorch's caching allocator
+memory_stats   the same with the statistics of `torch.cuda.memory_stats`
 workspaces   memory that kernels allocate internally
 attention    which attention kernel runs for given shapes
 """

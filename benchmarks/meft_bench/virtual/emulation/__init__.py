@@ -6,9 +6,12 @@ cuda_backend            fake CUDA tensors, on a build of torch without CUDA
 cpu_backend             fake CPU tensors that take the code paths of CUDA, for builds
                         where `cuda_backend` cannot be used
 cuda_stubs              stubs for the functions of `torch.cuda`
+memory_answers          memory functions of `torch.cuda` and `torch.accelerator`
+triton_launches         launches of Triton kernels, which do nothing
 triton_stand_in         allocates the memory that our Triton kernels allocate
 assumed_activation      which neurons of sparse adapters a batch is assumed to
                         activate
+assumed_selection       selections by a mask, which keep all elements
 gradient_accumulation   which gradients autograd accumulates in place
 unsupported             errors for operators that fake tensors do not support
 """

@@ -1,7 +1,10 @@
-"""Predict the memory of a cell on a virtual GPU.
+"""Predict the memory of a cell, or of any training code, on a virtual GPU.
 
 predict   one cell of a sweep
 plan      one step of one cell, with a breakdown of its memory
 fit       the largest value that fits, from few probes
 planner   the child process of the commands `plan` and `fit`
+plan_text   plans as text
+training_code   the memory of training code of the user: `meft_bench.virtual_gpu`
+script    a function of a file of the user, for the option `--script`
 """

@@ -29,63 +29,70 @@ HALF = ("bf16", "fp16")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """Prediction for one method; bytes and rates are those of one step."""
+    """Prediction for one method; bytes and rates are those of one step.
+
+    Attributes:
+        method: name of the method; "" for code of the user.
+        verdict: `fits`, `tight` (fits without the margin), `too large`, or `unknown`.
+        message: the reason, if the verdict is `too large` or `unknown`: the request
+            that failed, when it was made, and what was alive.
+        allocated_bytes: peak of the bytes that live tensors hold.
+        reserved_bytes: peak of what the allocator holds, with all that it has kept from
+            earlier steps.
+        process_bytes: what `nvidia-smi` shows: reserved bytes, and those of the driver.
+        needed_bytes: the same if nothing had been kept before the step.
+        by_kind: bytes at the peak, by kind; `libraries` is the memory that libraries
+            for matrix products never free.
+        unattributed_bytes: allocated bytes of no kind: blocks are larger than their
+            requests.
+        by_phase: peak of each phase: forward, backward, recompute, update.
+        by_block: bytes at the peak, by block of the model.
+        by_operator: bytes at the peak, by the operator that allocated them, largest
+            first, without workspaces.
+        alive: the largest storages at the peak, and where each was allocated.
+        saved_by_block: bytes that each block saves for backward.
+        timeline: time in operators, phase, and bytes of each kind, a row per change;
+            None unless requested.
+        where: location of the peak: phase, operator, module.
+        num_trainable_parameters: number of parameters that are trained.
+        num_flops: floating-point operations of products and attention.
+        h2d_bytes: bytes copied from the host; None where host and GPU cannot be
+            distinguished.
+        d2h_bytes: bytes copied to the host, likewise.
+        moved: the copied bytes by direction, phase and block.
+        bytes_touched: bytes that operators read and write.
+        seconds_at_least: the larger of the times of arithmetic and of memory access at
+            the vendor's rates.
+        seq_len: tokens of the batch that needs most; None for code of the user.
+        padding: whether that batch has padding; None for code of the user.
+        prediction: how the numbers came about, and what was assumed.
+    """
 
     method: str
-    """Name of the method; "" for code of the user."""
     verdict: str
-    """`fits`, `tight` (fits without the margin), `too large`, or `unknown`."""
     message: str = ""
-    """Reason, if `verdict` is `too large` or `unknown`.
-
-    Names the request that failed, when it was made, and the storages that were alive.
-    """
     allocated_bytes: int | None = None
     reserved_bytes: int | None = None
-    """Peak of what the allocator holds, with all that it has kept from earlier steps.
-    """
     process_bytes: int | None = None
-    """What `nvidia-smi` shows: reserved bytes, and those of the driver."""
     needed_bytes: int | None = None
-    """The same if the allocator gives back what it has kept before the step."""
     by_kind: dict[str, int] | None = None
-    """Bytes at the peak, by kind.
-
-    `libraries` is the memory that libraries for matrix products never free.
-    """
     unattributed_bytes: int | None = None
-    """Allocated bytes that belong to no kind: blocks are larger than their requests."""
     by_phase: dict[str, int] | None = None
-    """Peak of each phase."""
     by_block: dict[str, int] | None = None
     by_operator: dict[str, int] | None = None
-    """Bytes at the peak, by the operator that allocated them; largest first.
-
-    Workspaces are not included.
-    """
     alive: list[dict[str, Any]] | None = None
-    """The largest storages at the peak, and where each was allocated."""
     saved_by_block: dict[str, int] | None = None
-    """Bytes that each block saves for backward."""
     timeline: list[dict[str, Any]] | None = None
-    """Time in operators, phase, and bytes of each kind, one row per change."""
     where: str = ""
-    """Location of the peak: phase, module, operator."""
     num_trainable_parameters: int | None = None
     num_flops: int | None = None
     h2d_bytes: int | None = None
     d2h_bytes: int | None = None
-    """Bytes transferred; None where host and GPU cannot be distinguished."""
     moved: list[dict[str, Any]] | None = None
-    """The transferred bytes by direction, phase and block."""
     bytes_touched: int | None = None
-    """Bytes read and written by operators."""
     seconds_at_least: float | None = None
-    """Larger of the times of arithmetic and of memory access at the vendor's rates."""
     seq_len: int | None = None
-    """Tokens of the batch that needs most; None for code of the user."""
     padding: bool | None = None
-    """Whether that batch has padding."""
     prediction: str = HELD
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Plan a function of a file of the user, as `meft-bench plan --script` does."""
+"""Plan a function of a file of the user, for the option `--script` of `plan`."""
 
 import dataclasses
 import importlib.util

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from meft_bench.shared import plan_text
 from meft_bench.virtual.device import gpu as gpus
 from meft_bench.virtual.emulation import assumed_selection
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
+from meft_bench.virtual.prediction import plan_text
 from meft_bench.virtual.prediction.fit import Fit, largest_that_fits
 from meft_bench.virtual.prediction.plan import MemoryPlan, observe
 from meft_bench.virtual.prediction.predict import HELD
