@@ -7,5 +7,6 @@ attention_kernels  which kernel is chosen, and how much memory it uses
 training_steps     peaks of whole training steps: padding, varying lengths
 allocator_history  a recorded history, replayed by the model of the allocator
 exact_gradients    the exact inverse compared with its stored twin, bit for bit
+published          numbers that others measured on real GPUs, predicted
 checks             the list of programs, and how one is run
 """
