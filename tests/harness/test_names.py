@@ -95,6 +95,7 @@ FOREIGN_FILES = {
     "meft_bench/methods.toml": "inside a wheel",
     "meft_bench/measurements.toml": "inside a wheel",
     "meft_bench/backbones.toml": "inside a wheel",
+    "meft_bench/published-gpu-memory.csv": "inside a wheel",
     # Files that ours write, or that a user has.
     "adapters.json": "written by meft.save_adapters",
     "plans.json": "written by the planner for its parent",
