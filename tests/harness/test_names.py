@@ -116,6 +116,7 @@ FOREIGN_FILES = {
 }
 
 FOREIGN_VARIABLES = {
+    "HF_DEACTIVATE_ASYNC_LOAD": "transformers",
     "CUBLAS_STATUS_ALLOC_FAILED": "an error's name, no variable",
     "PIP_CONSTRAINT": "set in tox.ini, for pip",
     "PIP_DISABLE_PIP_VERSION_CHECK": "set in tox.ini, for pip",

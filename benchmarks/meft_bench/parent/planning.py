@@ -69,7 +69,7 @@ def script(arguments: argparse.Namespace) -> dict[str, Any]:
     idle = [name.replace("_", "-") for name, value in of_backbones.items() if value]
     if idle:
         raise PlanningError(
-            f"{', '.join(idle)} has no effect with --script: the function decides"
+            f"with --script, the function decides, not {', '.join(idle)}"
         )
     file, _, function = arguments.script.rpartition(":")
     path = Path(file)

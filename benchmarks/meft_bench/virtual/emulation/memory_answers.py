@@ -63,7 +63,7 @@ def of(device: HasMemory) -> Iterator[contextlib.AbstractContextManager[Any]]:
 
     def info(*_: Any, **__: Any) -> tuple[int, int]:
         taken = device.gpu.context_bytes + device.peaks().end_reserved_bytes
-        return device.gpu.memory_bytes - taken, device.gpu.memory_bytes
+        return max(device.gpu.memory_bytes - taken, 0), device.gpu.memory_bytes
 
     def segments(*_: Any, **__: Any) -> list[dict[str, Any]]:
         return device.memory.allocator.segments()

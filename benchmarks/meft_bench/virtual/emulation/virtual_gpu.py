@@ -38,6 +38,7 @@ from meft_bench.virtual.emulation import (
     triton_stand_in,
     unsupported,
 )
+from meft_bench.virtual.emulation.assumed_conditions import Conditions
 from meft_bench.virtual.emulation.backend import Backend
 from meft_bench.virtual.recording.ledger import Ledger
 from meft_bench.virtual.recording.live_memory import LiveMemory
@@ -46,6 +47,9 @@ from meft_bench.virtual.recording.replay import Replay, held_by
 aten = torch.ops.aten
 PINNING = (aten._pin_memory.default, aten.is_pinned.default)
 """Operators that call CUDA, which is not available."""
+WHOLE_NUMBERS = (aten.randperm, aten.randint)
+FACTORIES = (aten.arange, aten.zeros, aten.ones, aten.full, aten.empty)
+"""Operators that make tensors from no others, of integers only or of any dtype."""
 WHOLE_OPERATORS = ("silu_backward", "mish_backward")
 """Operators with a kernel on CUDA that other devices decompose into steps."""
 
@@ -54,6 +58,9 @@ class _Mode(FakeTensorMode):
     # A property of the base class, which would initialise a GPU once `is_available()`
     # returns true.
     avoid_device_init = True
+    conditions: Conditions
+    makes_real_integers = False
+    """Whether integers made on the host, as lengths and permutations, have values."""
 
     def __torch_dispatch__(
         self,
@@ -67,12 +74,22 @@ class _Mode(FakeTensorMode):
         The same holds for a random number that models draw on the host to decide
         whether a layer is skipped.
         """
+        device: Any = kwargs.get("device")
+        if device is not None and (torch.device(device).index or 0) > 0:
+            raise RuntimeError(
+                f"CUDA error: invalid device ordinal: {device}; a virtual GPU is one "
+                "device"
+            )
+        if self.makes_real_integers and _is_host_integer(func, args, kwargs):
+            return func(*args, **kwargs)
         if not types and (
             (func not in PINNING and _is_real(args, kwargs))
             or (func is aten.rand.default and _is_host_scalar(args, kwargs))
         ):
             return func(*args, **kwargs)
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.conditions.note(func, args, out)
+        return out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +121,7 @@ class VirtualGpu:
         self.attention_counts: dict[str, int] = {}
         """Number of calls of each attention kernel."""
         self.mode = _Mode(allow_non_fake_inputs=True, allow_fallback_kernels=False)
+        self.mode.conditions = Conditions()
         self.ledger: Ledger | None = None
         """Source of the memory statistics of `torch.cuda`, once there is a ledger."""
         self._memory: LiveMemory | None = None
@@ -191,7 +209,7 @@ class VirtualGpu:
         yield _our_kernels()
         yield from triton_launches.left_out()
         yield _whole_operators()
-        yield from _values()
+        yield from _values(self.mode.conditions)
         yield from _initialisation()
         yield from _moving_modules()
         yield from _masks(lambda *_, **__: self.has_padding)
@@ -256,16 +274,20 @@ def _whole_operators() -> Iterator[None]:
         yield
 
 
-def _values() -> Iterator[contextlib.AbstractContextManager[Any]]:
+def _values(
+    conditions: Conditions | None = None,
+) -> Iterator[contextlib.AbstractContextManager[Any]]:
     """Python code that reads a value gets True for a check and 0 for a number.
 
-    torch reads masks ("is there no padding?"), losses ("is it finite?") and scales; our
-    code checks whether two tensors are equal.
+    What is false is in `conditions`. torch reads masks ("is there no padding?"), losses
+    ("is it finite?") and scales; our code checks whether two tensors are equal.
     """
+
+    known = conditions or Conditions()
 
     def item(mode: Any, func: Any, tensor: Tensor) -> bool | float | int:
         if tensor.dtype is torch.bool:
-            return True
+            return known.read(tensor)
         return 0.0 if tensor.dtype.is_floating_point else 0
 
     def equal(mode: Any, func: Any, one: Tensor, other: Tensor) -> bool:
@@ -354,6 +376,25 @@ def _is_real(args: Sequence[object], kwargs: Mapping[str, Any]) -> bool:
         or (isinstance(arg, list | tuple) and any(isinstance(a, Tensor) for a in arg))
         for arg in args
     )
+
+
+def _is_host_integer(
+    func: Any, args: Sequence[object], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether integers or booleans are made on the host, from no tensor."""
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type != "cpu":
+        return False
+    packet = func._overloadpacket
+    dtype = kwargs.get("dtype")
+    if dtype is not None:
+        is_whole = not dtype.is_floating_point and not dtype.is_complex
+        return packet in (*WHOLE_NUMBERS, *FACTORIES) and is_whole
+    numbers = args if packet is aten.arange else args[1:2]
+    of_integers = packet in (aten.arange, aten.full) and all(
+        isinstance(one, int) for one in numbers
+    )
+    return packet in WHOLE_NUMBERS or of_integers
 
 
 def _is_host_scalar(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

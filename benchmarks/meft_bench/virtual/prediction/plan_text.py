@@ -96,6 +96,9 @@ def summary(
     lines += _aligned([_header(maximize), _row(plan, maximize)])
     lines += [plan["message"]] * bool(plan["message"])
     lines += _bounds([plan], maximize)
+    if plan.get("beyond_message"):
+        beyond = f"{maximize} {plan['largest'] + 1}"
+        lines.append(f"{plan['method']}: {beyond}: {plan['beyond_message']}")
     lines += [details(plan), _note(found, margin)]
     lines += re.findall("assumed: [^;]*", plan["prediction"])
     return "\n".join(lines)
@@ -129,7 +132,7 @@ def reasons(plans: Sequence[dict[str, Any]]) -> list[str]:
 
 def details(plan: dict[str, Any]) -> str:
     """Return a readable breakdown of the memory and the traffic of one plan."""
-    lines = [f"{plan['method']}:"]
+    lines = [f"{plan['method'] or 'memory'}:"]
     if plan["by_kind"] is None:
         return lines[0] + " no plan"
     sums = {

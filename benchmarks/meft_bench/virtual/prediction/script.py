@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from meft_bench.shared.source import MissingError
 from meft_bench.virtual.device import gpu as gpus
 from meft_bench.virtual.prediction.fit import largest_that_fits
 from meft_bench.virtual.prediction.plan import MemoryPlan
-from meft_bench.virtual.prediction.training_code import virtual_gpu
+from meft_bench.virtual.prediction.training_code import need_of, virtual_gpu
 
 
 def plan_script(request: dict[str, Any]) -> dict[str, Any]:
@@ -30,11 +31,10 @@ def plan_script(request: dict[str, Any]) -> dict[str, Any]:
     script = request["script"]
     path, name = Path(script["file"]), script["function"]
     try:
-        function = _function(path, name)
         if request["at_most"] is None:
-            return _plan(function, (), request).to_json()
-        return _largest(function, request)
-    except Exception as error:  # whatever the user's code raises
+            return _plan((), request).to_json()
+        return _largest(request)
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         traceback.print_exc()
         refused = MemoryPlan(
             method=name, verdict="unknown", message=_words(error, path)
@@ -43,35 +43,50 @@ def plan_script(request: dict[str, Any]) -> dict[str, Any]:
         return refused.to_json() | extra
 
 
-def _plan(
-    function: Callable[..., object], given: tuple[int, ...], request: dict[str, Any]
-) -> MemoryPlan:
-    script, margin = request["script"], request["margin"]
-    wants = {"padding": script["padding"], "margin": margin, "enforce_memory": False}
+def _plan(given: tuple[int, ...], request: dict[str, Any]) -> MemoryPlan:
+    script = request["script"]
+    path, name = Path(script["file"]), script["function"]
+    wants = {
+        "padding": script["padding"],
+        "margin": request["margin"],
+        "enforce_memory": False,
+    }
     with virtual_gpu(script["gpu"], **wants) as memory:
-        function(*given)
+        # Imported inside, as files choose a device at their top.
+        function = _function(path, name)
+        try:
+            function(*given)
+        except SystemExit as end:
+            if end.code:
+                raise
     found = memory.plan(timeline=request["timeline"])
-    return dataclasses.replace(found, method=script["function"])
+    return dataclasses.replace(found, method=name)
 
 
-def _largest(
-    function: Callable[..., object], request: dict[str, Any]
-) -> dict[str, Any]:
+def _largest(request: dict[str, Any]) -> dict[str, Any]:
     plans: dict[int, MemoryPlan] = {}
+    refusals: dict[int, str] = {}
+    path = Path(request["script"]["file"])
 
     def needed(batch_size: int) -> float:
-        plans[batch_size] = _plan(function, (batch_size,), request)
-        return float(plans[batch_size].needed_bytes or 0)
+        try:
+            plans[batch_size] = _plan((batch_size,), request)
+        except Exception as error:
+            if batch_size == 1:
+                raise
+            refusals[batch_size] = _words(error, path)
+            return math.inf
+        return need_of(plans[batch_size])
 
     memory_bytes = gpus.find(request["script"]["gpu"]).memory_bytes
     room = (1 - request["margin"]) * memory_bytes
     found = largest_that_fits(needed, room, request["at_most"])
-    answer = plans[max(found.largest, 1)].to_json()
-    return answer | {
+    return plans[max(found.largest, 1)].to_json() | {
         "maximized": "batch_size",
         "largest": found.largest,
         "at_most": request["at_most"],
         "num_probes": len(found.probes),
+        "beyond_message": refusals.get(found.largest + 1, ""),
     }
 
 
@@ -87,7 +102,7 @@ def _function(path: Path, name: str) -> Callable[..., object]:
     if spec is None or spec.loader is None:
         raise MissingError(f"{path.name} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[path.stem] = module  # anew for each call
     spec.loader.exec_module(module)
     found = getattr(module, name, None)
     if not callable(found):
@@ -98,7 +113,7 @@ def _function(path: Path, name: str) -> Callable[..., object]:
     return found  # type: ignore[no-any-return]
 
 
-def _words(error: Exception, path: Path) -> str:
+def _words(error: BaseException, path: Path) -> str:
     """Return an error in one line, with the line of the user's file it came from."""
     lines = [
         frame.lineno

@@ -12,6 +12,8 @@ a mask keeps all elements, which the plan says.
 
 import contextlib
 import dataclasses
+import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,13 +21,17 @@ from typing import Any
 import torch
 
 from meft_bench.virtual.device import gpu as gpus
-from meft_bench.virtual.emulation import assumed_selection
+from meft_bench.virtual.emulation import assumed_selection, ordinary_code
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.prediction import plan_text
 from meft_bench.virtual.prediction.fit import Fit, largest_that_fits
 from meft_bench.virtual.prediction.plan import MemoryPlan, observe
 from meft_bench.virtual.prediction.predict import HELD
 
+NOTHING = (
+    "nothing was put on the GPU: move the model and the batches to `cuda`, inside the "
+    "context"
+)
 MARGIN = 0.05
 """Default share of the GPU's memory that must stay free for the verdict `fits`."""
 
@@ -80,21 +86,19 @@ class TrainingMemory:
             flops_per_second=device.gpu.half_flops_per_second,
             timeline=timeline,
         )
-        trained = {
-            id(p): p.numel()
-            for model in ledger.models
-            for p in model.parameters()
-            if p.requires_grad
-        }
         how = [device.backend.how, HELD]
         if count := self._selections.total():
             how.append(f"assumed: {count} selections by a mask keep all elements")
+        if count := device.mode.conditions.num_read:
+            how.append(f"assumed: {count} conditions that were read hold")
         changes: dict[str, Any] = {}
+        if not found.allocated_bytes:
+            changes = {"verdict": "unknown", "message": NOTHING}
         if self.error:
             changes = {"verdict": "too large", "message": self.error}
         return dataclasses.replace(
             found,
-            num_trainable_parameters=sum(trained.values()),
+            num_trainable_parameters=ledger.num_trainable_parameters,
             prediction="; ".join(how),
             **changes,
         )
@@ -103,6 +107,19 @@ class TrainingMemory:
         """Return the plan as a readable text."""
         plan = self.plan().to_json()
         return plan_text.summary(self._device.gpu, plan, self._margin)
+
+
+def need_of(plan: MemoryPlan) -> float:
+    """Return the bytes that a plan needs; infinity if there was no room for it.
+
+    Raises:
+        ValueError: the code put nothing on the GPU.
+    """
+    if plan.verdict == "too large":
+        return math.inf
+    if not plan.allocated_bytes or plan.needed_bytes is None:
+        raise ValueError(NOTHING)
+    return plan.needed_bytes
 
 
 @contextlib.contextmanager
@@ -139,22 +156,50 @@ def virtual_gpu(
         RealGpuError: there is a real GPU in this process; set
             `CUDA_VISIBLE_DEVICES=""` before torch is imported.
     """
+    if not 0 <= margin < 1:
+        raise ValueError(f"`margin` is {margin}: expected a share from 0 to below 1")
+    if _is_active.is_set():
+        raise RuntimeError(
+            "a virtual GPU is active in this process: leave its context before another "
+            "is entered (`largest_batch` enters one for each batch size)"
+        )
     device = VirtualGpu(gpus.find(gpu))
     device.has_padding = padding
+    device.mode.makes_real_integers = True
     without_room = "raise" if enforce_memory else "go on"
-    with (
-        _new_accelerate_state(),
-        device,
-        assumed_selection.all_selected() as selections,
-        device.new_ledger(without_room) as ledger,
-    ):
-        memory = TrainingMemory(device, margin, selections)
-        ledger.watch_all()
-        try:
-            yield memory
-        except torch.OutOfMemoryError as error:
-            memory.error = str(error)
-            raise
+    _is_active.set()
+    try:
+        with (
+            _defaults_restored(),
+            _new_accelerate_state(),
+            device,
+            ordinary_code.supported(),
+            assumed_selection.all_selected() as selections,
+            device.new_ledger(without_room) as ledger,
+        ):
+            memory = TrainingMemory(device, margin, selections)
+            ledger.watch_all()
+            try:
+                yield memory
+            except torch.OutOfMemoryError as error:
+                memory.error = str(error)
+                raise
+    finally:
+        _is_active.clear()
+
+
+_is_active = threading.Event()
+
+
+@contextlib.contextmanager
+def _defaults_restored() -> Iterator[None]:
+    """Restore the default dtype and device, which code may have set."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(device if device.type != "cpu" else None)
 
 
 @contextlib.contextmanager
@@ -202,10 +247,13 @@ def largest_batch(
         The largest batch size, and the bytes needed by each that was tried.
     """
 
+    if at_most < 1:
+        raise ValueError(f"`at_most` is {at_most}: expected 1 or more")
+
     def needed(batch_size: int) -> float:
         with virtual_gpu(gpu, enforce_memory=False, margin=margin) as memory:
             train(batch_size)
-            return float(memory.plan().needed_bytes or 0)
+            return need_of(memory.plan())
 
     room = (1 - margin) * gpus.find(gpu).memory_bytes
     return largest_that_fits(needed, room, at_most)

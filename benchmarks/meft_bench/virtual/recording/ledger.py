@@ -94,9 +94,12 @@ class Ledger(TorchDispatchMode):
         self._deaths: dict[int, weakref.ref[Any]] = {}
         self._handles: list[Any] = []
         self._num_updating = 0
-        self._models: list[nn.Module] = []
-        self._optimizers: list[Optimizer] = []
+        # Weak, as code that drops a model frees its memory.
+        self._models: list[weakref.ref[nn.Module]] = []
+        self._optimizers: list[weakref.ref[Optimizer]] = []
         self._watches_all = False
+        self.num_trainable_parameters = 0
+        """Most parameters that were trained at a time, of models that are watched."""
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -112,8 +115,8 @@ class Ledger(TorchDispatchMode):
 
     def watch(self, model: nn.Module, *optimizers: Optimizer) -> None:
         """Distinguish weights, gradients and optimizer state from other storages."""
-        self._models.append(model)
-        self._optimizers.extend(optimizers)
+        self._models.append(weakref.ref(model))
+        self._optimizers += [weakref.ref(one) for one in optimizers]
         self._handles += self._location.name_modules(model)
         self._tell_kinds()
 
@@ -129,11 +132,6 @@ class Ledger(TorchDispatchMode):
         if not self._location.is_named(module):
             self.watch(module)
             self._location.enter(module, args)
-
-    @property
-    def models(self) -> tuple[nn.Module, ...]:
-        """The models that are watched."""
-        return tuple(self._models)
 
     def trace(self) -> Trace:
         """Return what has been recorded so far."""
@@ -224,7 +222,9 @@ class Ledger(TorchDispatchMode):
         memory = tensor.untyped_storage()
         known = self._alive.get(memory._cdata)
         if known is not None:
-            return known
+            if known.num_bytes == memory.nbytes():
+                return known
+            self._bury(known, memory._cdata)  # it was resized
         phase = self._location.present_phase()
         storage = Storage(
             index=len(self._storages),
@@ -316,8 +316,9 @@ class Ledger(TorchDispatchMode):
         )
 
     def _begin_update(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._watches_all and all(optimizer is not one for one in self._optimizers):
-            self._optimizers.append(optimizer)
+        if self._watches_all:
+            if all(one() is not optimizer for one in self._optimizers):
+                self._optimizers.append(weakref.ref(optimizer))
         # An optimizer's step may call the step of another, with its own hooks.
         self._num_updating += 1
         self._tell_kinds()
@@ -332,16 +333,21 @@ class Ledger(TorchDispatchMode):
 
     def _tell_kinds(self) -> None:
         owners: dict[Tensor, str] = {}
-        for model in self._models:
+        trained: dict[int, int] = {}
+        for model in _alive(self._models):
             for name, parameter in model.named_parameters():
                 owners[parameter] = owner = name.rpartition(".")[0]
                 kind = "parameters" if parameter.requires_grad else "frozen"
+                if parameter.requires_grad:
+                    trained[id(parameter)] = parameter.numel()
                 self._tell(parameter.detach(), kind, owner)
                 if parameter.grad is not None:
                     self._tell(parameter.grad, "gradients", owner)
             for name, buffer in model.named_buffers():
                 self._tell(buffer, "buffers", name.rpartition(".")[0])
-        for optimizer in self._optimizers:
+        most = max(self.num_trainable_parameters, sum(trained.values()))
+        self.num_trainable_parameters = most
+        for optimizer in _alive(self._optimizers):
             for of, state in optimizer.state.items():
                 for value in state.values():
                     if isinstance(value, Tensor):
@@ -362,3 +368,8 @@ class Ledger(TorchDispatchMode):
             self._copies.append(
                 RecordedCopy(self._time, direction, num_bytes, phase, module)
             )
+
+
+def _alive(references: "list[weakref.ref[Any]]") -> list[Any]:
+    """Return what is still referred to elsewhere, in order."""
+    return [one for reference in references if (one := reference()) is not None]

@@ -5,6 +5,7 @@ their hooks. An operator of the backward belongs to the module whose forward cre
 node of autograd that runs; nodes are numbered in the order of their creation.
 """
 
+import weakref
 from bisect import bisect_right
 from typing import Any
 
@@ -25,7 +26,10 @@ class Location:
     def __init__(self) -> None:
         self.phase = "inputs"
         """Phase outside of autograd: `inputs`, `forward` or `update`."""
-        self._names: dict[nn.Module, str] = {}
+        self._names: weakref.WeakKeyDictionary[nn.Module, str] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._has_hooks = False
         self._modules: list[str] = []
         self._first_nodes: list[int] = []
         self._module_of_node: list[str] = []
@@ -33,14 +37,15 @@ class Location:
     def name_modules(self, model: nn.Module) -> list[Any]:
         """Follow the modules of `model`, and return the handles of new hooks."""
         handles: list[Any] = []
-        if not self._names:
+        if not self._has_hooks:
+            self._has_hooks = True
             # Global hooks, because a model that runs some modules in parts refuses
             # hooks on these, which would never be called.
             handles = [
                 register_module_forward_pre_hook(self.enter),
                 register_module_forward_hook(self._leave, always_call=True),
             ]
-        self._names |= {module: name for name, module in model.named_modules()}
+        self._names.update({module: name for name, module in model.named_modules()})
         return handles
 
     def present_phase(self) -> str:

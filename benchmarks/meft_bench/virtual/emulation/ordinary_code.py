@@ -1,0 +1,145 @@
+"""Patches for what training code does besides training.
+
+Inside `virtual_gpu` there are no values, so nothing is written by functions that save
+tensors; loaders run in the process itself; a text is generated to its greatest length;
+arrays are of zeros; and what a virtual GPU cannot model is refused by name.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.data import DataLoader
+
+SAVING = (
+    ("torch", "save"),
+    ("torch.serialization", "save"),
+    ("safetensors.torch", "save_file"),
+    ("safetensors.torch", "save_model"),
+    ("transformers", "PreTrainedModel.save_pretrained"),
+    ("peft", "PeftModel.save_pretrained"),
+)
+"""Functions that write tensors, by module."""
+REFUSED = {
+    "torch.compile": ("torch", "compile"),
+    "Module.compile": ("torch.nn", "Module.compile"),
+    "torch.nn.DataParallel": ("torch.nn", "DataParallel.__init__"),
+    "torch.nn.parallel.DistributedDataParallel": (
+        "torch.nn.parallel",
+        "DistributedDataParallel.__init__",
+    ),
+}
+"""What is not modelled, with the function that is replaced."""
+
+
+@contextlib.contextmanager
+def supported() -> Iterator[None]:
+    """Let ordinary code run, as the module's docstring describes."""
+    with contextlib.ExitStack() as stack:
+        for module, name in SAVING:
+            if importlib.util.find_spec(module.partition(".")[0]) is not None:
+                owner, attribute = _found(module, name)
+                patch = mock.patch.object(owner, attribute, _saves_nothing(name))
+                stack.enter_context(patch)
+        for name, place in REFUSED.items():
+            owner, attribute = _found(*place)
+            stack.enter_context(mock.patch.object(owner, attribute, _refuses(name)))
+        stack.enter_context(mock.patch.object(DataLoader, "__init__", _loads_here))
+        stack.enter_context(mock.patch.object(Tensor, "numpy", _zeros))
+        stack.enter_context(mock.patch.object(Tensor, "__format__", _formatted))
+        # Weights would be made in threads, in which tensors are not fake.
+        stack.enter_context(
+            mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"})
+        )
+        for replacement in _whole_generation():
+            stack.enter_context(replacement)
+        yield
+
+
+def _found(module: str, name: str) -> tuple[Any, str]:
+    """Return the owner of a function, and its name there."""
+    owner: Any = importlib.import_module(module)
+    *classes, last = name.split(".")
+    for one in classes:
+        owner = getattr(owner, one)
+    return owner, last
+
+
+def _saves_nothing(name: str) -> Any:
+    def save(*args: Any, **kwargs: Any) -> None:
+        warnings.warn(
+            f"`{name}` writes nothing inside `virtual_gpu`, where tensors have no "
+            "values",
+            stacklevel=2,
+        )
+
+    return save
+
+
+def _refuses(name: str) -> Any:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            f"`{name}` is not modelled by `virtual_gpu`: leave it out to plan the step "
+            "without it"
+        )
+
+    return refuse
+
+
+_plain_init: Any = DataLoader.__init__
+_plain_numpy: Any = Tensor.numpy
+_plain_format: Any = Tensor.__format__
+
+
+def _loads_here(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Make a loader without worker processes, in which the GPU would not exist."""
+    if len(args) > 5:
+        args = (*args[:5], 0, *args[6:])
+    else:
+        kwargs["num_workers"] = 0
+    for name in ("persistent_workers", "prefetch_factor", "timeout"):
+        kwargs.pop(name, None)
+    _plain_init(self, *args, **kwargs | {"multiprocessing_context": None})
+
+
+def _zeros(self: Tensor, **kwargs: Any) -> Any:
+    """Return zeros for a fake tensor on the host, as `item` and `tolist` do."""
+    if not isinstance(self, FakeTensor) or self.fake_device.type != "cpu":
+        return _plain_numpy(self, **kwargs)
+    name = str(self.dtype).removeprefix("torch.")
+    return np.zeros(tuple(self.shape), dtype=np.dtype(name))
+
+
+def _formatted(self: Tensor, spec: str) -> str:
+    if isinstance(self, FakeTensor) and self.dim() == 0:
+        return format(self.item(), spec)
+    return str(_plain_format(self, spec))
+
+
+def _whole_generation() -> Iterator[contextlib.AbstractContextManager[Any]]:
+    """Generate until the greatest length, as no sequence is known to have ended."""
+    if importlib.util.find_spec("transformers") is None:
+        return
+    criteria = importlib.import_module("transformers.generation.stopping_criteria")
+    mixin = importlib.import_module("transformers").GenerationMixin
+    plain = criteria.MaxLengthCriteria.__call__
+    is_long = False
+
+    def call(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal is_long
+        is_long = input_ids.shape[-1] >= self.max_length
+        return plain(self, input_ids, *args, **kwargs)
+
+    def has_unfinished(self: Any, this_peer_finished: Any, *_: Any, **__: Any) -> bool:
+        return this_peer_finished is False or not is_long
+
+    yield mock.patch.object(criteria.MaxLengthCriteria, "__call__", call)
+    yield mock.patch.object(mixin, "_has_unfinished_sequences", has_unfinished)
