@@ -84,6 +84,9 @@ def answers_of(
     answers |= dict.fromkeys(silent, nothing)
     for name, answer in answers.items():
         yield mock.patch.object(torch.cuda, name, answer)
+        # Some code takes them from the module in which they are written.
+        if hasattr(torch.cuda.random, name) and name in torch.cuda.random.__all__:
+            yield mock.patch.object(torch.cuda.random, name, answer)
     yield mock.patch.object(Tensor, "record_stream", nothing)
     if hasattr(fake_tensor, "init_gpu_context"):  # before torch 2.13: initialises CUDA
         yield mock.patch.object(fake_tensor, "init_gpu_context", nothing)
