@@ -231,7 +231,13 @@ def test_checkpointing_changes_no_gradient(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["meft1-exact", "meft2-exact", "meft3-exact"])
-@pytest.mark.parametrize("changes", [{}, {"reversible_blocks": 2, "mlp_chunks": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    slow_but_for(
+        [{}, {"reversible_blocks": 2, "mlp_chunks": 2}],
+        {"reversible_blocks": 2, "mlp_chunks": 2},
+    ),
+)
 def test_exact_methods_equal_their_stored_twins(
     method: str, family: str, changes: dict[str, object]
 ) -> None:

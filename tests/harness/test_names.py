@@ -116,6 +116,8 @@ FOREIGN_FILES = {
 }
 
 FOREIGN_VARIABLES = {
+    "PYTORCH_CUDA_ALLOC_CONF": "PyTorch",
+    "PYTORCH_ALLOC_CONF": "PyTorch",
     "HF_DEACTIVATE_ASYNC_LOAD": "transformers",
     "CUBLAS_STATUS_ALLOC_FAILED": "an error's name, no variable",
     "PIP_CONSTRAINT": "set in tox.ini, for pip",

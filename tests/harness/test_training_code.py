@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 import meft_bench
 from harness.tiny import classifier
+from marks import slow_but_for
 from meft_bench.parent import cli
 from meft_bench.shared.source import MissingError
 from meft_bench.virtual.device import gpu
@@ -149,7 +150,10 @@ def lora_with_checkpointing() -> None:
 
 @pytest.mark.parametrize(
     "train",
-    [gpt_with_a_loss_scaler, classifier_by_accelerate, lora_with_checkpointing],
+    slow_but_for(
+        [gpt_with_a_loss_scaler, classifier_by_accelerate, lora_with_checkpointing],
+        gpt_with_a_loss_scaler,
+    ),
 )
 def test_code_runs_as_it_is(train: Callable[[], None]) -> None:
     """And weights, gradients and optimizer state are told apart by themselves."""
@@ -598,6 +602,18 @@ def test_a_batch_that_was_too_large_before_a_reset_does_not_fit() -> None:
         torch.empty(8, device="cuda")
 
     assert meft_bench.largest_batch(train, "T4", at_most=64).largest == 3
+
+
+def test_settings_of_the_allocator_are_said_to_be_ignored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By whatever name of the variable."""
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    with meft_bench.virtual_gpu("T4") as memory:
+        torch.empty(8, device="cuda")
+    said = "not modelled: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; the alloc"
+    assert said in memory.plan().prediction
+    assert said in memory.summary()
 
 
 @pytest.mark.parametrize("margin", [-1, 1, 2.0])

@@ -50,7 +50,7 @@ def moved(stepper: Stepper, num_batches: int = 2) -> RowTraffic:
 
 
 @pytest.mark.parametrize(
-    "method", slow_but_for(OFFLOADED, "dense-offload", "sparse", "sparse-experts")
+    "method", slow_but_for(OFFLOADED, "dense-offload", "sparse-experts")
 )
 def test_every_byte_that_moves_is_in_the_engines_books(method: str) -> None:
     """Compared with a ledger of all copies; other than rows only batches are copied,

@@ -216,6 +216,7 @@ def test_memory_is_the_same_in_every_process(tmp_path: Path, method: str) -> Non
         assert seen[0][name] == seen[1][name], name
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_is_a_result(tmp_path: Path) -> None:
     """A limit that torch and the model fit into, but no training step does.
 

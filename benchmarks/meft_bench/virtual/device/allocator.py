@@ -21,6 +21,7 @@ its default settings, one stream and no expandable segments:
 includes the part of a block that is larger than the request and is not split off.
 """
 
+import os
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 
@@ -32,6 +33,22 @@ SMALL_SEGMENT_BYTES = 2 * MIB
 LARGE_SEGMENT_BYTES = 20 * MIB
 LARGE_REQUEST_BYTES = 10 * MIB
 """Smallest request for which a segment is allocated in the size of the request."""
+
+
+SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Variables of the environment with settings of PyTorch's allocator."""
+
+
+def ignored_settings() -> str:
+    """Return a note on settings in the environment, which this model ignores.
+
+    Returns:
+        The note; "" if none is set.
+    """
+    found = [f"{name}={os.environ[name]}" for name in SETTINGS if os.environ.get(name)]
+    if not found:
+        return ""
+    return f"not modelled: {', '.join(found)}; the allocator's defaults are used"
 
 
 class OutOfMemoryError(RuntimeError):

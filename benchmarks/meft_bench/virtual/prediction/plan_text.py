@@ -74,6 +74,7 @@ def table(
         if p.get("seq_len") is not None
     ]
     lines.append(_note(found, margin))
+    lines += _remarks([plan for plan in plans if plan["by_kind"] is not None])
     if first.dtype == "bf16" and not found.computes_in_bf16:
         lines.append(
             f"{found.name} emulates BF16: the dtype that such a GPU trains in is fp16."
@@ -100,7 +101,7 @@ def summary(
         beyond = f"{maximize} {plan['largest'] + 1}"
         lines.append(f"{plan['method']}: {beyond}: {plan['beyond_message']}")
     lines += [details(plan), _note(found, margin)]
-    lines += re.findall("assumed: [^;]*", plan["prediction"])
+    lines += _remarks([plan])
     return "\n".join(lines)
 
 
@@ -111,6 +112,13 @@ def _bounds(plans: Sequence[dict[str, Any]], maximize: str | None) -> list[str]:
         for plan in plans
         if maximize is not None and plan["largest"] == plan.get("at_most")
     ]
+
+
+def _remarks(plans: Sequence[dict[str, Any]]) -> list[str]:
+    """Return what was assumed or ignored, each once."""
+    words = "(?:assumed|not modelled): .*?(?=; assumed: |; not modelled: |$)"
+    found = [remark for p in plans for remark in re.findall(words, p["prediction"])]
+    return list(dict.fromkeys(found))
 
 
 def _note(found: gpu.Gpu, margin: float) -> str:

@@ -25,6 +25,7 @@ from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import HAVE_ROWS, TASKS, load
 from meft_bench.shared.source import MissingError, Source
 from meft_bench.virtual.device import gpu
+from meft_bench.virtual.device.allocator import ignored_settings
 from meft_bench.virtual.emulation import assumed_activation
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.recording.ledger import Ledger
@@ -138,6 +139,7 @@ def predict(cell: Cell, source: Source, partial: PartialResult) -> None:
 
 def _how(cell: Cell, device: VirtualGpu) -> str:
     words = [device.backend.how, HELD]
+    words += [note] if (note := ignored_settings()) else []
     if cell.method in HAVE_ROWS:
         if device.backend.device == "cpu":
             raise MissingError(

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from meft_bench.virtual.device import gpu as gpus
+from meft_bench.virtual.device.allocator import ignored_settings
 from meft_bench.virtual.emulation import assumed_selection, ordinary_code
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.prediction import plan_text
@@ -87,6 +88,7 @@ class TrainingMemory:
             timeline=timeline,
         )
         how = [device.backend.how, HELD]
+        how += [note] if (note := ignored_settings()) else []
         if count := self._selections.total():
             how.append(f"assumed: {count} selections by a mask keep all elements")
         if count := device.mode.conditions.num_read:
@@ -137,8 +139,8 @@ def virtual_gpu(
     undone at the end; tensors made inside are of no use outside.
 
     Args:
-        gpu: name of a GPU, as `meft-bench doctor` lists them, an unambiguous beginning
-            of one, or the path of a JSON file.
+        gpu: name of a GPU, which the help of the option `--gpu` lists, an unambiguous
+            beginning of one, or the path of a JSON file.
         padding: whether the attention masks that models of transformers are given hide
             some tokens. Their values are unknown, and kernels for masks take more; code
             that passes no mask is not affected.
@@ -148,13 +150,15 @@ def virtual_gpu(
         margin: share of the GPU's memory that must stay free for the verdict `fits`.
 
     Yields:
-        The memory of the code, to be asked inside or after the context.
+        The memory of the code, which can be read inside the context and after it.
 
     Raises:
         GpuError: there is no such GPU.
         MissingError: an operator needs values; the message names it and its module.
         RealGpuError: there is a real GPU in this process; set
             `CUDA_VISIBLE_DEVICES=""` before torch is imported.
+        RuntimeError: another virtual GPU is active in this process.
+        ValueError: `margin` is no share.
     """
     if not 0 <= margin < 1:
         raise ValueError(f"`margin` is {margin}: expected a share from 0 to below 1")
@@ -244,9 +248,12 @@ def largest_batch(
         margin: share of the GPU's memory that must stay free.
 
     Returns:
-        The largest batch size, and the bytes needed by each that was tried.
-    """
+        The largest batch size, and the bytes needed by each that was tried; infinite
+        where there was no room.
 
+    Raises:
+        ValueError: `at_most` is below 1, or the code put nothing on the GPU.
+    """
     if at_most < 1:
         raise ValueError(f"`at_most` is {at_most}: expected 1 or more")
 
