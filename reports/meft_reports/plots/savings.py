@@ -14,6 +14,7 @@ from meft_reports.labels import describe, fields_to_show
 from meft_reports.plots import canvas
 from meft_reports.summary import PROVENANCE, WORKLOAD, split
 from meft_reports.tables.activations import BASES, EXACT, workloads
+from meft_reports.text import short
 
 TITLE = "Activations by workload"
 CAPTION = (
@@ -27,6 +28,8 @@ PLACE = ["device", "machine", "torch_version", "num_threads"]
 METHODS = (*BASES, EXACT)
 GIB = 2**30
 ROW_INCHES = 0.19
+LABEL_LENGTH = 100
+"""Number of characters of a row's name."""
 
 
 @canvas.styled
@@ -112,4 +115,4 @@ def _draw_row(axes: Axes, row: pd.DataFrame, place: int) -> None:
 def _label(row: pd.DataFrame, named: list[str]) -> str:
     # Where weights are random, the panel's title says so.
     label = describe(row.assign(random_weights=False), named)
-    return label.replace("random:", "", 1)
+    return short(label.replace("random:", "", 1), max_length=LABEL_LENGTH)
