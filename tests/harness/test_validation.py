@@ -219,6 +219,7 @@ def test_checks_run_before_cells_and_once(
     assert "check card" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_half_written_line_is_passed_over_and_ended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

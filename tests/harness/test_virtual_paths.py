@@ -125,7 +125,7 @@ WITHOUT: dict[str, tuple[contextlib.AbstractContextManager[Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("choice", WITHOUT)
+@pytest.mark.parametrize("choice", slow_but_for(WITHOUT, "float32"))
 def test_each_choice_of_cudas_is_needed(choice: str) -> None:
     """Without any one of them, the pure path is farther off than the host's share."""
     patch, attention = WITHOUT[choice]

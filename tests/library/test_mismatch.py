@@ -20,6 +20,7 @@ from library.training import (
     trainable,
     variants,
 )
+from marks import slow_but_for
 from meft.reversible.integer_format import FRACTION_BITS_WIDE
 
 
@@ -131,7 +132,7 @@ def test_a_fault_before_a_norm_is_named(variant: str, part: str) -> None:
             loss.backward()
 
 
-@pytest.mark.parametrize("block", [BOTTOM, MIDDLE, TOP])
+@pytest.mark.parametrize("block", slow_but_for([BOTTOM, MIDDLE, TOP], MIDDLE))
 @dtypes
 @variants
 def test_skip_leaves_the_stack_without_gradient(
@@ -157,7 +158,7 @@ def test_skip_leaves_the_stack_without_gradient(
     assert_same(gradients(model, batch()), expected)
 
 
-@pytest.mark.parametrize("block", [BOTTOM, MIDDLE, TOP])
+@pytest.mark.parametrize("block", slow_but_for([BOTTOM, MIDDLE, TOP], MIDDLE))
 @dtypes
 @variants
 def test_redo_gives_the_twins_gradients(
