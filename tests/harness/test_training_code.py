@@ -156,7 +156,7 @@ def lora_with_checkpointing() -> None:
     ),
 )
 def test_code_runs_as_it_is(train: Callable[[], None]) -> None:
-    """And weights, gradients and optimizer state are told apart by themselves."""
+    """Weights, gradients and optimizer state are distinguished without a `watch`."""
     before = torch.backends.cuda.matmul.allow_tf32
     try:
         with meft_bench.virtual_gpu("RTX3090-24GB") as memory:
@@ -242,7 +242,7 @@ def test_trls_trainer_runs_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_plan_is_that_of_the_ledger() -> None:
-    """The same step under a ledger that is told what to watch takes the same."""
+    """A step takes the same under a ledger that is given what to watch."""
 
     def train() -> tuple[Any, Any]:
         model: Any = classifier("bert").to("cuda")
@@ -325,7 +325,7 @@ def test_the_largest_batch_fits_and_the_next_does_not() -> None:
     assert found.probes[found.largest] <= room < found.probes[found.largest + 1]
 
 
-def test_memory_is_told_in_every_way_of_torch() -> None:
+def test_every_memory_function_of_torch_answers() -> None:
     """Sums over the segments of a snapshot are the statistics."""
     with meft_bench.virtual_gpu("H200"):
         kept = [torch.empty(n, 1000, device="cuda") for n in (1, 300, 4000, 20)]
@@ -382,13 +382,13 @@ def test_what_needs_values_is_refused_also_in_backward() -> None:
 SCRIPT = """
 import torch
 from torch import nn
-import beside
+import neighbour
 
 def step(batch=2):
-    model = nn.Linear(beside.WIDTH, beside.WIDTH).cuda()
+    model = nn.Linear(neighbour.WIDTH, neighbour.WIDTH).cuda()
     optimizer = torch.optim.AdamW(model.parameters())
     for _ in range(2):
-        model(torch.randn(batch, beside.WIDTH, device="cuda")).sum().backward()
+        model(torch.randn(batch, neighbour.WIDTH, device="cuda")).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 """
@@ -397,7 +397,7 @@ def step(batch=2):
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
     """A file with a function, which imports a module next to it."""
-    (tmp_path / "beside.py").write_text("WIDTH = 1024")
+    (tmp_path / "neighbour.py").write_text("WIDTH = 1024")
     path = tmp_path / "train.py"
     path.write_text(SCRIPT)
     return path
@@ -630,7 +630,7 @@ def test_a_device_that_a_file_chooses_at_its_top_is_the_gpu(
 ) -> None:
     """And an end by `sys.exit` is an end."""
     text = script.read_text().replace(".cuda()", ".to(device)")
-    text = text.replace("import beside", "import beside, sys\ndevice = CHOICE")
+    text = text.replace("import neighbour", "import neighbour, sys\ndevice = CHOICE")
     choice = "'cuda' if torch.cuda.is_available() else 'cpu'"
     script.write_text(text.replace("CHOICE", choice) + "    sys.exit(0)\n")
     words = ["plan", "--script", f"{script}:step", "--gpu", "T4", "--json"]

@@ -26,18 +26,18 @@ def all_selected() -> Iterator[Counter[str]]:
     """
     counts: Counter[str] = Counter()
 
-    def nonzero(mode: Any, func: Any, tensor: Tensor) -> Tensor:
+    def _nonzero(mode: Any, func: Any, tensor: Tensor) -> Tensor:
         counts[str(func)] += 1
         return tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.long)
 
-    def masked_select(mode: Any, func: Any, tensor: Tensor, mask: Tensor) -> Tensor:
+    def _masked_select(mode: Any, func: Any, tensor: Tensor, mask: Tensor) -> Tensor:
         counts[str(func)] += 1
         shape = torch.broadcast_shapes(tensor.shape, mask.shape)
         return tensor.new_empty(shape.numel())
 
     sizes = {
-        aten.nonzero.default: nonzero,
-        aten.masked_select.default: masked_select,
+        aten.nonzero.default: _nonzero,
+        aten.masked_select.default: _masked_select,
     }
     with mock.patch.dict(fake_impls.op_implementations_dict, sizes):
         yield counts

@@ -285,27 +285,27 @@ def _values(
 
     known = conditions or Conditions()
 
-    def item(mode: Any, func: Any, tensor: Tensor) -> bool | float | int:
+    def _item(mode: Any, func: Any, tensor: Tensor) -> bool | float | int:
         if tensor.dtype is torch.bool:
             return known.read(tensor)
         return 0.0 if tensor.dtype.is_floating_point else 0
 
-    def equal(mode: Any, func: Any, one: Tensor, other: Tensor) -> bool:
+    def _equal(mode: Any, func: Any, one: Tensor, other: Tensor) -> bool:
         return one.shape == other.shape and one.dtype == other.dtype
 
-    def pin(mode: Any, func: Any, tensor: Tensor, device: Any = None) -> Tensor:
+    def _pin(mode: Any, func: Any, tensor: Tensor, device: Any = None) -> Tensor:
         return torch.empty_like(tensor)
 
-    def is_pinned(mode: Any, func: Any, tensor: Tensor, device: Any = None) -> bool:
+    def _is_pinned(mode: Any, func: Any, tensor: Tensor, device: Any = None) -> bool:
         return False
 
     yield mock.patch.dict(
         fake_impls.op_implementations_dict,
         {
-            aten._local_scalar_dense.default: item,
-            aten.equal.default: equal,
-            aten._pin_memory.default: pin,
-            aten.is_pinned.default: is_pinned,
+            aten._local_scalar_dense.default: _item,
+            aten.equal.default: _equal,
+            aten._pin_memory.default: _pin,
+            aten.is_pinned.default: _is_pinned,
         },
     )
 
