@@ -80,15 +80,10 @@ def script(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     if not path.is_file():
         raise PlanningError(f"--script: there is no file {file!r}")
-    try:
-        name = gpu.resolve(arguments.gpu)
-        gpu.find(name)
-    except ValueError as error:
-        raise PlanningError(str(error)) from error
     return {
         "file": str(path.resolve()),
         "function": function,
-        "gpu": name,
+        "gpu": _gpu(arguments.gpu),
         "padding": arguments.padding != "none",
     }
 
@@ -101,9 +96,8 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
     """
     if arguments.backbone is None:
         raise PlanningError("give a backbone, or --script FILE:FUNCTION")
+    name = _gpu(arguments.gpu)
     try:
-        name = gpu.resolve(arguments.gpu)
-        gpu.find(name)
         backbone = _backbone(arguments.backbone)
         configs.check(backbone, allow_download=arguments.allow_download)
     except (ValueError, MissingError) as error:
@@ -297,6 +291,16 @@ def _methods(given: Sequence[str]) -> list[str]:
     if not given or "all" in given:
         return [*registry.METHODS]
     return list(dict.fromkeys(ALIASES.get(name, name) for name in given))
+
+
+def _gpu(given: str) -> str:
+    """Return the full name of a GPU, or the path of its file, which is valid."""
+    try:
+        name = gpu.resolve(given)
+        gpu.find(name)
+    except ValueError as error:
+        raise PlanningError(str(error)) from error
+    return name
 
 
 def _backbone(given: str) -> str:

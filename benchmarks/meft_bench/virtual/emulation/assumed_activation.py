@@ -29,6 +29,7 @@ from meft.sparse.block_neurons import BlockNeurons
 from meft.sparse.choice import distinct
 from meft.sparse.indices import all_ids, ids_of, new_steps
 from meft.sparse.shapes import Ids
+from meft_bench.virtual.emulation.assumed_selection import places_of_all
 
 aten = torch.ops.aten
 
@@ -134,7 +135,7 @@ class _OnHost:
 
 
 def _nonzero(mode: Any, func: Any, tensor: Tensor) -> Tensor:
-    return tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.long)
+    return places_of_all(tensor)
 
 
 def _bincount(

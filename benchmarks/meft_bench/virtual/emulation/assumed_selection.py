@@ -17,6 +17,11 @@ from torch._subclasses import fake_impls
 aten = torch.ops.aten
 
 
+def places_of_all(tensor: Tensor) -> Tensor:
+    """Return what `nonzero` returns where no element is zero, without values."""
+    return tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.long)
+
+
 @contextlib.contextmanager
 def all_selected() -> Iterator[Counter[str]]:
     """Let a selection keep all elements while the context is active.
@@ -28,7 +33,7 @@ def all_selected() -> Iterator[Counter[str]]:
 
     def _nonzero(mode: Any, func: Any, tensor: Tensor) -> Tensor:
         counts[str(func)] += 1
-        return tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.long)
+        return places_of_all(tensor)
 
     def _masked_select(mode: Any, func: Any, tensor: Tensor, mask: Tensor) -> Tensor:
         counts[str(func)] += 1

@@ -30,18 +30,7 @@ def answers_of(
     """
     # Code that looks for a GPU must find the device on which the tensors are.
     is_found = backend.device == "cuda"
-    major, minor = gpu.compute_capability
-    properties = SimpleNamespace(
-        name=gpu.name,
-        major=major,
-        minor=minor,
-        total_memory=gpu.memory_bytes,
-        multi_processor_count=gpu.num_multiprocessors,
-        warp_size=32,
-        max_threads_per_multi_processor=gpu.max_threads_per_multiprocessor,
-        regs_per_multiprocessor=65536,
-        gcnArchName="",
-    )
+    properties = _properties(gpu)
 
     def state(*args: Any, **kwargs: Any) -> Tensor:
         return torch.empty(16, dtype=torch.uint8, device="cpu")
@@ -90,6 +79,22 @@ def answers_of(
     yield mock.patch.object(Tensor, "record_stream", nothing)
     if hasattr(fake_tensor, "init_gpu_context"):  # before torch 2.13: initialises CUDA
         yield mock.patch.object(fake_tensor, "init_gpu_context", nothing)
+
+
+def _properties(gpu: Gpu) -> SimpleNamespace:
+    """Return what `torch.cuda.get_device_properties` returns."""
+    major, minor = gpu.compute_capability
+    return SimpleNamespace(
+        name=gpu.name,
+        major=major,
+        minor=minor,
+        total_memory=gpu.memory_bytes,
+        multi_processor_count=gpu.num_multiprocessors,
+        warp_size=32,
+        max_threads_per_multi_processor=gpu.max_threads_per_multiprocessor,
+        regs_per_multiprocessor=65536,
+        gcnArchName="",
+    )
 
 
 class DeviceStub:
