@@ -44,6 +44,8 @@ exit codes:
 MESSAGE_LENGTH = 10_000
 """Maximum number of characters of an error message."""
 EXIT_MISTAKE = 2
+CHECKS = ("checks.jsonl", "checks.jsonl.gz")
+"""How the name of a file of checks ends."""
 EXIT_BUG = 70
 
 
@@ -114,6 +116,7 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments = parser().parse_args(words)
     where = f"meft-report {arguments.command}"
     try:
+        _refuse_checks(arguments)
         if "output" in arguments:
             _refuse_to_overwrite(arguments.runs, arguments.output)
         return COMMANDS[arguments.command](arguments)
@@ -163,10 +166,15 @@ def table(arguments: argparse.Namespace) -> int:
     """Print tables as Markdown."""
     maker = find_maker(arguments.name)
 
+    from meft_reports import published
     from meft_reports.frame import read_frame
     from meft_reports.tables.table import to_markdown
 
-    some = maker.make(read_frame(arguments.runs))
+    checks = [path for path in arguments.runs if path.name.endswith(CHECKS)]
+    records = [path for path in arguments.runs if path not in checks]
+    some = published.tables(published.read(checks))
+    if records:
+        some += maker.make(read_frame(records))
     nothing = f"No table: `{arguments.name}` needs {maker.NEEDS}."
     _say("\n".join(map(to_markdown, some)) if some else nothing)
     return 0
@@ -296,6 +304,18 @@ def _add_check_arguments(sub: argparse.ArgumentParser) -> None:
         help="what may get worse by how much, e.g. saved:0, peak_allocated:5MiB, "
         "step_seconds:20%%, score:0.01; repeatable",
     )
+
+
+def _refuse_checks(arguments: argparse.Namespace) -> None:
+    """Refuse files of checks where records are expected."""
+    if arguments.command == "table" and arguments.name == "predictions":
+        return
+    for path in arguments.runs:
+        if path.name.endswith(CHECKS):
+            raise ReportError(
+                f"{path} is a file of checks, which only `table predictions` reads; "
+                "give the file of records next to it"
+            )
 
 
 def _refuse_to_overwrite(runs: Sequence[Path], output: Path) -> None:

@@ -14,13 +14,13 @@ import os
 import re
 import statistics
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from meft_bench.parent import child_process, isolate
-from meft_bench.shared import request
+from meft_bench.shared import published, request
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.record import Environment, Status
 from meft_bench.shared.registry import VIRTUAL
@@ -34,12 +34,27 @@ def path_next_to(records: Path) -> Path:
     return records.with_suffix(".checks.jsonl")
 
 
+def named(names: Sequence[str], device: str) -> list[tuple[str, str]]:
+    """Return each check of a sweep with the device it runs on.
+
+    Published numbers become a check for each run, on the virtual GPU that it names.
+
+    Args:
+        names: names of `registry.CHECKS`.
+        device: `cuda` or a virtual GPU.
+    """
+    found = []
+    for name in names:
+        found += published.runs() if name == published.CHECK else [(name, device)]
+    return found
+
+
 def is_done(path: Path, name: str, device: str, environment: Environment) -> bool:
     """Return whether the file has an ok check of the same code and machine.
 
     Args:
         path: the file of checks.
-        name: one of `registry.CHECKS`.
+        name: one of `registry.CHECKS`, or of `named`.
         device: `cuda` or a virtual GPU.
         environment: the current environment.
     """
@@ -73,7 +88,7 @@ def run(
     """Run one check, and append its report to `path`.
 
     Args:
-        name: one of `registry.CHECKS`.
+        name: one of `registry.CHECKS`, or of `named`.
         device: `cuda` or a virtual GPU.
         path: the file of checks.
         logs: existing folder for the child's output.
@@ -180,15 +195,19 @@ def _run_one(
     timeout_seconds: float,
     stop: threading.Event,
 ) -> dict[str, Any]:
-    label = re.sub(r"[^A-Za-z0-9.-]+", "_", device)  # a device may be a path
-    out = (logs / f"check-{name}-{label}.json").resolve()
+    # A device may be a path, and a check has the name of a run.
+    label = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{name}-{device}")
+    out = (logs / f"check-{label}.json").resolve()
     out.unlink(missing_ok=True)
     log = out.with_suffix(".log")
     body = {"check": {"name": name, "device": device}, "options": options.to_json()}
+    variables = isolate.child_environment(options, device)
+    if name.startswith(f"{published.CHECK}/"):  # was measured with the default ones
+        del variables[isolate.WORKSPACES]
     code = child_process.run(
         request.command(body, out, worker_module=WORKER),
         log=log,
-        variables=isolate.child_environment(options, device),
+        variables=variables,
         timeout_seconds=timeout_seconds,
         stop=stop,
     )

@@ -70,10 +70,12 @@ def run(plan: RunPlan, *, worker_module: str = request.WORKER) -> int:
     Raises:
         runs.RunsError: the records file, or a log next to it, cannot be used.
     """
+    budget = Budget(plan.time_budget_seconds)
+    if not plan.cells:
+        return _run_checks_alone(plan, budget)
     environments = environments_for(
         plan.cells, num_threads=plan.options.num_threads, num_slots=plan.num_slots
     )
-    budget = Budget(plan.time_budget_seconds)
     with RecordsFile(plan.path) as file:
         done = {} if plan.force else runs.done(file.records, plan.cells, environments)
         left = [cell for cell in plan.cells if cell not in done]
@@ -148,6 +150,26 @@ class Budget:
             timer.cancel()
 
 
+def _run_checks_alone(plan: RunPlan, budget: Budget) -> int:
+    """Run the checks of a sweep that has no cells, and return the exit code."""
+    path = checks.path_next_to(plan.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    named = checks.named(plan.checks, plan.check_device)
+    try:
+        ended = _run_checks(plan, budget)
+    except Stopped:
+        output.complain(f"interrupted; run the same command again to go on: {path}")
+        return EXIT_INTERRUPTED
+    except OSError as error:
+        raise runs.unusable(path, error) from error
+    lines = [f"{count(ended)} of {len(named)} checks"] if ended else []
+    if budget.is_over:
+        lines.append("the time budget is over; the same command goes on")
+    output.summarize([*lines, f"checks: {path}"])
+    done = [Status.OK] if len(ended) < len(named) and not budget.is_over else []
+    return _exit_code([*ended, *done])
+
+
 def _run_checks(plan: RunPlan, budget: Budget) -> list[Status]:
     """Run the checks of a plan that are not done yet, and return their statuses.
 
@@ -159,14 +181,14 @@ def _run_checks(plan: RunPlan, budget: Budget) -> list[Status]:
     path = checks.path_next_to(plan.path)
     logs = plan.path.with_suffix(".logs")
     logs.mkdir(exist_ok=True)
-    where = environment.collect(
-        num_threads=plan.options.num_threads,
-        num_slots=plan.num_slots,
-        device=plan.check_device,
-    )
     ended: list[Status] = []
-    for name in plan.checks:
-        done = not plan.force and checks.is_done(path, name, plan.check_device, where)
+    for name, device in checks.named(plan.checks, plan.check_device):
+        where = environment.collect(
+            num_threads=plan.options.num_threads,
+            num_slots=plan.num_slots,
+            device=device,
+        )
+        done = not plan.force and checks.is_done(path, name, device, where)
         if done or budget.is_over:
             continue
         ends_run = budget.seconds_left < plan.timeout_seconds
@@ -174,7 +196,7 @@ def _run_checks(plan: RunPlan, budget: Budget) -> list[Status]:
         with _stopping(stop):
             line = checks.run(
                 name,
-                plan.check_device,
+                device,
                 path=path,
                 logs=logs,
                 environment=where,
@@ -184,10 +206,10 @@ def _run_checks(plan: RunPlan, budget: Budget) -> list[Status]:
                 stop=stop,
             )
         if line is None:
-            output.complain(f"check {name} on {plan.check_device}: out of time")
+            output.complain(f"check {name} on {device}: out of time")
             break
         ended.append(Status(line["status"]))
-        words = [f"check {name} on {plan.check_device}: {line['status']}"]
+        words = [f"check {name} on {device}: {line['status']}"]
         words += [str(line["message"])] if line["message"] else []
         words.append(f"{len(line['figures'])} figures")
         output.complain(", ".join(words))

@@ -38,6 +38,8 @@ from meft_bench.shared.registry import VIRTUAL
 from meft_bench.shared.request import WORKER
 from meft_bench.shared.units import format_bytes
 
+WORKSPACES = "CUBLAS_WORKSPACE_CONFIG"
+"""The variable of the sizes of cuBLAS's workspaces."""
 _LOG_TAIL_BYTES = 64 * 2**10
 _MESSAGE_LENGTH = 500
 
@@ -120,7 +122,7 @@ def child_environment(options: ChildOptions, device: str) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONHASHSEED": "0",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        WORKSPACES: ":4096:8",
         # NVML's order of devices; CUDA's default order differs.
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     }

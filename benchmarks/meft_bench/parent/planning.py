@@ -43,9 +43,6 @@ PADDINGS = {"none": [False], "some": [True], "worst": [False, True]}
 AT_MOST = {"batch_size": 1 << 16, "seq_len": 1 << 20, "depth": 1000}
 
 
-WORKSPACES = "CUBLAS_WORKSPACE_CONFIG"
-
-
 class PlanningError(Exception):
     """Raised for a request that cannot be planned; the message is one line."""
 
@@ -227,11 +224,11 @@ def _environment(options: ChildOptions) -> dict[str, str]:
     one that makes the cells of a sweep deterministic.
     """
     found = isolate.child_environment(options, registry.VIRTUAL)
-    own = os.environ.get(WORKSPACES)
+    own = os.environ.get(isolate.WORKSPACES)
     if own is None:
-        del found[WORKSPACES]
+        del found[isolate.WORKSPACES]
         return found
-    return found | {WORKSPACES: own}
+    return found | {isolate.WORKSPACES: own}
 
 
 def unanswered(plans: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from meft_bench.parent import environment, sweep
 from meft_bench.parent.harness import RunPlan
 from meft_bench.parent.sweep import Sweep
-from meft_bench.shared import registry
+from meft_bench.shared import published, registry
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 
@@ -29,7 +29,7 @@ def run_plan(arguments: argparse.Namespace) -> RunPlan:
         reason = environment.why_no_gpu()
         raise UsageError(f"device cuda: no GPU here ({reason}); use --device cpu")
     device = _default_device(arguments)
-    if chosen.checks and device == "cpu":
+    if device == "cpu" and set(chosen.checks) - {published.CHECK}:
         raise UsageError(
             f"sweep {chosen.name!r} checks a GPU and there is none here; "
             "--device virtual-H200 predicts one"

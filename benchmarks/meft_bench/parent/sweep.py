@@ -198,8 +198,8 @@ def _parse(name: str, table: dict[str, Any], device: str) -> Sweep:
     if not isinstance(question, str) or not question.strip():
         raise ValueError("`question` is missing; state the question in one sentence")
     tables = _tables(table.get("matrix", []), "matrix")
-    if not tables:
-        raise ValueError("no [[matrix]]; declare at least one")
+    if not tables and not table.get("checks"):
+        raise ValueError("no [[matrix]] and no `checks`; declare at least one")
     cells: dict[Cell, None] = {}
     num_excluded = 0
     names: list[str] = []

@@ -55,6 +55,7 @@ CHECKS = {
     "steps": f"{_CHECKS}.training_steps:figures",
     "allocator": f"{_CHECKS}.allocator_history:figures",
     "exactness": f"{_CHECKS}.exact_gradients:figures",
+    "published": f"{_CHECKS}.published:figures",
 }
 """Programs that report the same figures on a GPU and on its virtual counterpart."""
 

@@ -89,6 +89,15 @@ def _embedding_backward(args: tuple[Any, ...], out: Any) -> int:
     return 0 if count <= SORTED_FROM else 4 * 8 * count
 
 
+def _group_norm_backward(args: tuple[Any, ...], out: Any) -> int:
+    """Sums in float32, three for each channel and two for each group.
+
+    (group_norm_kernel.cu; compared with what others measured on a B200.)
+    """
+    rows, channels, groups = args[5], args[6], args[8]
+    return 3 * round_up(4 * rows * channels, 512) + 2 * round_up(4 * rows * groups, 512)
+
+
 def _sum(args: tuple[Any, ...], out: Any, gpu: Gpu) -> int:
     """Partial sums of a bias gradient: rows `[M, N]` summed over `M` (Reduce.cuh).
 
@@ -145,6 +154,7 @@ _OF_ALL: dict[Any, Workspace] = {
     aten._safe_softmax.default: _safe_softmax,
     aten._softmax_backward_data.default: _softmax_backward,
     aten.embedding_dense_backward.default: _embedding_backward,
+    aten.native_group_norm_backward.default: _group_norm_backward,
 }
 """Workspace functions that apply to every GPU, by operator."""
 

@@ -10,9 +10,11 @@ import torch
 
 from meft_bench.child.training.out_of_memory import is_out_of_memory
 from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.published import PublishedFigure
 from meft_bench.shared.record import Status
 from meft_bench.shared.registry import CHECKS, load
 from meft_bench.shared.source import MissingError
+from meft_bench.virtual.device import gpu
 from meft_bench.virtual.validation.place import CheckFigure, place
 
 
@@ -20,7 +22,8 @@ def run(request: dict[str, Any], options: ChildOptions) -> dict[str, Any]:
     """Run one check on one device.
 
     Args:
-        request: `name`, one of `CHECKS`, and `device`, `cuda` or a virtual GPU.
+        request: `name`, one of `CHECKS` or the run of a published number, and `device`,
+            `cuda` or a virtual GPU.
         options: options of the child.
 
     Returns:
@@ -29,16 +32,23 @@ def run(request: dict[str, Any], options: ChildOptions) -> dict[str, Any]:
     """
     torch.set_num_threads(options.num_threads)
     started = time.monotonic()
-    found: list[CheckFigure] = []
+    found: list[CheckFigure | PublishedFigure] = []
     device_name, status, message = None, Status.OK, ""
+    name, device = request["name"], request["device"]
+    check = load(CHECKS[name.split("/")[0]])
     try:
-        with place(request["device"]) as it:
-            if it.virtual is not None:
-                device_name = it.virtual.gpu.name
-            for figure in load(CHECKS[request["name"]])(it):
-                found.append(figure)
-            if it.virtual is None:
-                device_name = torch.cuda.get_device_name()
+        if "/" in name:  # a run that others measured; it enters its own virtual GPU
+            device_name = gpu.find(gpu.name_in(device)).name
+            for one in check(name, device):
+                found.append(one)
+        else:
+            with place(device) as it:
+                if it.virtual is not None:
+                    device_name = it.virtual.gpu.name
+                for figure in check(it):
+                    found.append(figure)
+                if it.virtual is None:
+                    device_name = torch.cuda.get_device_name()
     except MissingError as error:
         status, message = Status.SKIPPED, str(error)
     except Exception as error:
