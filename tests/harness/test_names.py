@@ -239,7 +239,7 @@ def _unknown_names(given: argparse.Namespace) -> Iterator[str]:
         if name == "backbone":
             planning._backbone(value)
     if hasattr(given, "method"):
-        planning._methods(given.method)
+        planning._methods([n for n in given.method if not n.isupper()], None)
         planning._set_fields(given.set)
 
 

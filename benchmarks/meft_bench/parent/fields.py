@@ -166,6 +166,11 @@ def _check_backbone(value: str) -> None:
 
 def _check_random(value: str, place: str) -> None:
     is_config = place.endswith(".json") and Path(place).is_file()
+    if place in registry.PLANNED_BACKBONES:
+        raise ValueError(
+            f"backbone {value!r} can be planned (`meft-bench plan`), but not run: "
+            "methods of sweeps do not know its family"
+        )
     if place not in registry.RANDOM_BACKBONES and not is_config:
         hint = registry.nearest(place, registry.RANDOM_BACKBONES)
         raise ValueError(

@@ -5,6 +5,7 @@ builds the request; `plan_text` shows the answer.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -37,6 +38,8 @@ FLAGS = {
     "attention": "--attention",
 }
 """Fields that `--set` does not accept, with the flags that set them."""
+USUAL_TASK = ""
+"""The task of a plan, unless one is set: that of the head its model usually has."""
 DEFAULTS = {"batch": 8, "seq": 512, "depth": 0}
 PADDINGS = {"none": [False], "some": [True], "worst": [False, True]}
 """Values of `--padding`, with the batches that are planned."""
@@ -96,7 +99,8 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
     name = _gpu(arguments.gpu)
     try:
         backbone = _backbone(arguments.backbone)
-        configs.check(backbone, allow_download=arguments.allow_download)
+        allow = arguments.allow_download
+        model_type = configs.check(backbone, allow_download=allow, any_type=True)
     except (ValueError, MissingError) as error:
         raise PlanningError(str(error)) from error
     values: dict[str, Any] = {
@@ -117,10 +121,14 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
         given = max(given) if isinstance(given, list) else given
         values[field] = DEFAULTS[flag] if given is None else given
     values |= _set_fields(arguments.set)
-    found = [Cell(method=method, **values) for method in _methods(arguments.method)]
+    if "task" not in values:
+        values["task"] = USUAL_TASK
+    methods = _methods(arguments.method, model_type)
+    found = [Cell(method=method, **values) for method in methods]
     for cell in found:
         try:
-            fields.check_together(cell)
+            task = cell.task or registry.SYNTHETIC_TASKS[0]
+            fields.check_together(dataclasses.replace(cell, task=task))
         except ValueError as error:
             raise PlanningError(str(error)) from error
     return found
@@ -278,16 +286,48 @@ def _typed(name: str, text: str) -> fields.Value:
         return text  # which `fields.check` rejects by name
 
 
-def _methods(given: Sequence[str]) -> list[str]:
-    """Return methods by their registered names, each once."""
+def _methods(given: Sequence[str], model_type: str | None) -> list[str]:
+    """Return methods by their registered names, each once.
+
+    Args:
+        given: names on the command line.
+        model_type: type of the model, which decides what all of them are; None if it is
+            not known yet.
+    """
     known = [*ALIASES, *registry.METHODS]
-    for name in given:
-        if name != "all" and name not in known:
-            hint = registry.nearest(name, ["all", *known])
+    found: list[str] = []
+    for name in given or ["all"]:
+        if name == "all":
+            is_known = model_type is None or model_type in registry.MODEL_TYPES
+            found += registry.METHODS if is_known else registry.METHODS_OF_ANY_MODEL
+        elif name.startswith(registry.PEFT):
+            found.append(_peft(name))
+        elif name in known:
+            found.append(ALIASES.get(name, name))
+        else:
+            hint = registry.nearest(name, ["all", *known, f"{registry.PEFT}CONFIG"])
             raise PlanningError(f"unknown method {name!r}; {hint}")
-    if not given or "all" in given:
-        return [*registry.METHODS]
-    return list(dict.fromkeys(ALIASES.get(name, name) for name in given))
+    return list(dict.fromkeys(found))
+
+
+def _peft(method: str) -> str:
+    """Return a method of PEFT with the whole path of its config.
+
+    Raises:
+        PlanningError: there is no such file, or no type of adapter.
+    """
+    name = method.removeprefix(registry.PEFT)
+    if name.endswith(".json"):
+        path = Path(name)
+        if not path.is_file():
+            raise PlanningError(f"--method {method}: there is no file {name!r}")
+        return f"{registry.PEFT}{path.resolve()}"
+    if not name.replace("_", "").isalnum():
+        raise PlanningError(
+            f"--method {method!r} should be {registry.PEFT}TYPE, such as "
+            f"{registry.PEFT}ia3, or {registry.PEFT}PATH.json of an adapter's config"
+        )
+    return method
 
 
 def _gpu(given: str) -> str:
@@ -306,7 +346,7 @@ def _backbone(given: str) -> str:
     Raises:
         ValueError: there is no such backbone.
     """
-    if given in registry.RANDOM_BACKBONES:
+    if given in {**registry.RANDOM_BACKBONES, **registry.PLANNED_BACKBONES}:
         return f"random:{given}"
     path = Path(given)
     if path.is_dir():
@@ -315,6 +355,7 @@ def _backbone(given: str) -> str:
         return str(fields.check("backbone", given))
     if path.suffix == ".json":
         return f"random:{path.resolve()}"
-    valid = [*registry.RANDOM_BACKBONES, *registry.PACKAGED_BACKBONES]
+    valid = [*registry.RANDOM_BACKBONES, *registry.PLANNED_BACKBONES]
+    valid += registry.PACKAGED_BACKBONES
     hint = registry.nearest(given, [*valid, "DIRECTORY", "hub:NAME"])
     raise PlanningError(f"unknown backbone {given!r}; {hint}")

@@ -10,16 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.shared import distributions
-from meft_bench.shared.registry import MODEL_TYPES, PACKAGED_BACKBONES, RANDOM_BACKBONES
+from meft_bench.shared.registry import (
+    MODEL_TYPES,
+    PACKAGED_BACKBONES,
+    PLANNED_BACKBONES,
+    RANDOM_BACKBONES,
+)
 from meft_bench.shared.source import MissingError
 
 FILE = "config.json"
 
 
-def check(backbone: str, *, allow_download: bool) -> None:
+def check(backbone: str, *, allow_download: bool, any_type: bool = False) -> str | None:
     """Raise if there is no config of `backbone`, as far as files show.
 
     A repository that may be downloaded is checked by the child, which queries the hub.
+
+    Args:
+        backbone: the name.
+        allow_download: whether the child may query the hub.
+        any_type: whether a config of a family that is not supported will do.
+
+    Returns:
+        The `model_type`; None where no file shows it.
 
     Raises:
         MissingError: no config is available; the message states how to provide one.
@@ -30,17 +43,22 @@ def check(backbone: str, *, allow_download: bool) -> None:
         package = PACKAGED_BACKBONES[backbone]
         if distributions.installed(package) is None:
             raise MissingError(ways(f"package {package} is not installed"))
-    elif kind == "hub":
-        if not allow_download:
-            read(find_in_cache(name))
-    elif kind == "dir":
-        read(Path(name) / FILE)
-    elif name not in RANDOM_BACKBONES:
-        read(Path(name))
+        return None
+    if kind == "hub" and allow_download:
+        return None
+    shapes = RANDOM_BACKBONES | (PLANNED_BACKBONES if any_type else {})
+    if kind == "random" and name in shapes:
+        return shapes[name]
+    if kind == "hub":
+        file = find_in_cache(name)
+    else:
+        file = Path(name) / FILE if kind == "dir" else Path(name)
+    model_type: str = read(file, any_type=any_type)["model_type"]
+    return model_type
 
 
-def read(file: Path) -> dict[str, Any]:
-    """Return the fields of a config of a supported family.
+def read(file: Path, *, any_type: bool = False) -> dict[str, Any]:
+    """Return the fields of a config of a supported family, or of any.
 
     Raises:
         MissingError: there is no such file; the message states how to provide one.
@@ -56,7 +74,8 @@ def read(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{file} is not a JSON object")
-    check_model_type(fields.get("model_type"), file)
+    if not any_type or not isinstance(fields.get("model_type"), str):
+        check_model_type(fields.get("model_type"), file)
     return fields
 
 

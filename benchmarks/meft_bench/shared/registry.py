@@ -46,6 +46,11 @@ TASKS = {
 Questions are answered in words.
 """
 
+PEFT = "peft:"
+"""Begin of a method of `plan` and `fit`: `peft:TYPE` or `peft:PATH.json`."""
+METHODS_OF_ANY_MODEL = ("full", "lora", "checkpointing", "lora-checkpointing")
+"""Methods that a model of any family can be planned with, besides those of PEFT."""
+
 CHECKS = {
     "card": f"{_CHECKS}.card:figures",
     "workspaces": f"{_CHECKS}.matrix_products:figures",
@@ -75,11 +80,20 @@ RANDOM_BACKBONES = {
     shape: model_type
     for model_type, kind in backbones.TABLE.items()
     for shape in kind.shapes
+    if kind.models
 }
 """Shapes by name for `random:NAME`, each with its `model_type`.
 
 `random:PATH` reads a config.json.
 """
+
+PLANNED_BACKBONES = {
+    shape: model_type
+    for model_type, kind in backbones.TABLE.items()
+    for shape in kind.shapes
+    if not kind.models
+}
+"""Shapes that `plan` and `fit` know in addition, of families that no cell can have."""
 
 DTYPES = ("fp32", "bf16", "fp16")
 BLOCKS = ("eager", "compiled")

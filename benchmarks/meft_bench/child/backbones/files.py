@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -122,13 +123,19 @@ def read_tokenizer(files: Files) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_config(file: Path) -> PreTrainedConfig:
-    """Read the config in `file`.
+def read_config(file: Path, *, any_type: bool = False) -> PreTrainedConfig:
+    """Read the config in `file`, of a supported family, or of any of transformers.
 
     Raises:
         MissingError, ValueError: see `configs.read`; or transformers rejects a field.
     """
-    fields = configs.read(file)
+    fields = configs.read(file, any_type=any_type)
+    if fields["model_type"] not in CONFIG_MAPPING:
+        version = transformers.__version__
+        raise ValueError(
+            f"{file} is of model_type {fields['model_type']!r}, which transformers "
+            f"{version} does not have; code that comes with a model is not run"
+        )
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[fields["model_type"]].from_dict(
             fields

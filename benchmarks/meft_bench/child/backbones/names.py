@@ -76,8 +76,15 @@ def load(cell: Cell, num_labels: int | None, source: Source) -> Backbone:
     return _from_files(_find_files(cell, source), cell, num_labels)
 
 
-def load_config(cell: Cell, source: Source) -> tuple[PreTrainedConfig, str]:
+def load_config(
+    cell: Cell, source: Source, *, any_type: bool = False
+) -> tuple[PreTrainedConfig, str]:
     """Return the config of the backbone that `cell` names, and its origin.
+
+    Args:
+        cell: names the backbone.
+        source: where its config may come from.
+        any_type: whether a config of a family that is not supported will do.
 
     Raises:
         MissingError, ValueError: see `load`; of a directory or a hub repository, only
@@ -86,12 +93,12 @@ def load_config(cell: Cell, source: Source) -> tuple[PreTrainedConfig, str]:
     _be_quiet()
     kind, _, name = cell.backbone.partition(":")
     if kind == "random" and name:
-        return shapes.find_config(name), _random(name)
+        return shapes.find_config(name, any_type=any_type), _random(name)
     if kind in ("dir", "hub") and name:
         folder = Path(name)
         if kind == "hub":
             folder = _download(name, source, [configs.FILE], configs.ways)
-        config = files.read_config(folder / configs.FILE)
+        config = files.read_config(folder / configs.FILE, any_type=any_type)
         return config, f"no weights, only the shape of {cell.backbone}"
     if cell.backbone in PACKAGED_BACKBONES:  # raises if a config is missing
         configs.check(cell.backbone, allow_download=source.allow_download)

@@ -19,7 +19,7 @@ from meft_bench.child.backbones.classifier import (
 from meft_bench.child.backbones.files import read_config
 from meft_bench.shared.backbones import TABLE
 from meft_bench.shared.cell import Cell
-from meft_bench.shared.registry import RANDOM_BACKBONES, nearest
+from meft_bench.shared.registry import PLANNED_BACKBONES, RANDOM_BACKBONES, nearest
 
 
 def build(
@@ -42,14 +42,23 @@ def build(
     return model
 
 
-def find_config(name: str) -> PreTrainedConfig:
-    """Return the config that `random:NAME` denotes."""
-    if name in RANDOM_BACKBONES:
-        model_type = RANDOM_BACKBONES[name]
+def find_config(name: str, *, any_type: bool = False) -> PreTrainedConfig:
+    """Return the config that `random:NAME` denotes.
+
+    Args:
+        name: a named shape, or the path of a config.json.
+        any_type: whether a config of a family that is not supported will do.
+
+    Raises:
+        MissingError, ValueError: there is none, or its family is not supported.
+    """
+    shapes = RANDOM_BACKBONES | (PLANNED_BACKBONES if any_type else {})
+    if name in shapes:
+        model_type = shapes[name]
         fields = TABLE[model_type].shapes[name]
         config: PreTrainedConfig = CONFIG_MAPPING[model_type](**fields)
         return config
     if not name.endswith(".json"):
-        valid = [*RANDOM_BACKBONES, "PATH/config.json"]
+        valid = [*shapes, "PATH/config.json"]
         raise ValueError(f"unknown shape in random:{name}; {nearest(name, valid)}")
-    return read_config(Path(name))
+    return read_config(Path(name), any_type=any_type)

@@ -52,8 +52,9 @@ class Call:
     @property
     def differentiates(self) -> bool:
         """Whether the kernel has to save tensors for backward."""
-        tensors = (self.query, self.key, self.value)
-        return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        tensors = (self.query, self.key, self.value, self.mask)
+        requires = any(t.requires_grad for t in tensors if t is not None)
+        return torch.is_grad_enabled() and requires
 
     @property
     def is_dense(self) -> bool:
@@ -152,8 +153,15 @@ def _cudnn_fits(gpu: Gpu, call: Call) -> bool:
         and all(width <= widest and width % 8 == 0 for width in widths)
         and call.key.shape[2] != 1
         and not (call.dropout > 0 and (drops_wrongly or call.query.shape[2] == 1))
+        and not (call.mask is not None and call.mask.requires_grad)
+        and not _must_be_deterministic()
         and call.is_dense
     )
+
+
+def _must_be_deterministic() -> bool:
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled() and not warns
 
 
 def _flash_fits(gpu: Gpu, call: Call) -> bool:

@@ -3,20 +3,24 @@
 Two steps run under the ledger; the second, for which all state exists, is reported.
 """
 
+import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from meft.errors import MeftError
+from meft_bench.child import backbones
 from meft_bench.child.training import prepare
 from meft_bench.shared.cell import Cell
+from meft_bench.shared.registry import MODEL_TYPES, PEFT
 from meft_bench.shared.source import MissingError, Source
 from meft_bench.virtual.device.gpu import Gpu
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
+from meft_bench.virtual.prediction import any_model
 from meft_bench.virtual.prediction.predict import HELD, Ready, ready
 from meft_bench.virtual.recording import views
 from meft_bench.virtual.recording.replay import held_by, replay
@@ -65,6 +69,8 @@ class MemoryPlan:
             the vendor's rates.
         seq_len: tokens of the batch that needs most; None for code of the user.
         padding: whether that batch has padding; None for code of the user.
+        task: `synthetic` for a classifier, `synthetic-lm` for a language model; "" for
+            code of the user.
         prediction: how the numbers came about, and what was assumed.
     """
 
@@ -93,6 +99,7 @@ class MemoryPlan:
     seconds_at_least: float | None = None
     seq_len: int | None = None
     padding: bool | None = None
+    task: str = ""
     prediction: str = HELD
 
     def to_json(self) -> dict[str, Any]:
@@ -126,7 +133,7 @@ def plan(
         The plan of the cell.
     """
     try:
-        with ready(cell, source) as it:
+        with _ready(cell, source) as it:
             steps = [(n, p) for n in lengths or [cell.seq_len] for p in paddings]
             return _plan(it, margin, timeline, steps)
     except torch.OutOfMemoryError as error:
@@ -137,6 +144,15 @@ def plan(
     except Exception as error:  # otherwise the plans of other methods would be lost
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return MemoryPlan(method=cell.method, verdict="unknown", message=message)
+
+
+def _ready(cell: Cell, source: Source) -> contextlib.AbstractContextManager[Ready]:
+    """Prepare a cell by the methods of sweeps, or as any model of transformers."""
+    config, _ = backbones.load_config(cell, source, any_type=True)
+    is_known = config.model_type in MODEL_TYPES and not cell.method.startswith(PEFT)
+    task = cell.task or any_model.task_of(config.model_type)
+    cell = dataclasses.replace(cell, task=task)
+    return ready(cell, source) if is_known else any_model.ready(cell, config)
 
 
 def _plan(
@@ -165,7 +181,8 @@ def _plan(
         reserved_bytes=max(one.reserved_bytes or 0 for one in found),
         process_bytes=max(one.process_bytes or 0 for one in found),
         num_trainable_parameters=count,
-        prediction=it.how,
+        prediction="; ".join([it.how, *assumptions(it.device, it.selections)]),
+        task=it.cell.task,
     )
 
 
@@ -239,6 +256,21 @@ def observe(
             bytes_touched / gpu.memory_bytes_per_second,
         ),
     )
+
+
+def assumptions(device: VirtualGpu, selections: Mapping[str, int]) -> list[str]:
+    """Return what was assumed of values that were read while code ran.
+
+    Args:
+        device: the virtual GPU.
+        selections: number of selections whose size was assumed, by operator.
+    """
+    found = []
+    if count := sum(selections.values()):
+        found.append(f"assumed: {count} selections by a mask keep all elements")
+    if count := device.mode.conditions.num_read:
+        found.append(f"assumed: {count} conditions that were read hold")
+    return found
 
 
 def _verdict(needed_bytes: int, gpu: Gpu, margin: float) -> str:

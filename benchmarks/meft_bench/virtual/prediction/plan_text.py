@@ -22,6 +22,8 @@ SIZES = {
     "allocated_bytes": "allocated",
 }
 """The peaks of a plan, with the words for them."""
+HEADS = {"synthetic": "classifier", "synthetic-lm": "language model"}
+"""Tasks, with the words for the models that learn them."""
 NOTE = (
     "Predicted from fake tensors and a model of the caching allocator, by rules that "
     "were held against an H200{compared} (docs/virtual-gpu.md). nvidia-smi shows what "
@@ -50,8 +52,10 @@ def table(
     shape = {"batch": f"batch {first.batch_size}", "seq": f"{first.seq_len} tokens"}
     given = [words for name, words in shape.items() if name != maximize]
     size = format_bytes(found.memory_bytes)
-    shown = ", ".join([*given, first.dtype])
-    lines = [f"{first.backbone} on {found.name} ({size}): {shown}"]
+    shown = ", ".join([*given, first.dtype, f"weights {first.weights_dtype}"])
+    heads = dict.fromkeys(HEADS[p["task"]] for p in plans if p.get("task"))
+    head = "".join(f" as a {one}" for one in heads)
+    lines = [f"{first.backbone}{head} on {found.name} ({size}): {shown}"]
     lines += _aligned([_header(maximize), *(_row(plan, maximize) for plan in plans)])
     lines += reasons(plans)
     room = (1 - margin) * found.memory_bytes / MIB

@@ -9,6 +9,7 @@ examples only the shape is used.
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -49,6 +50,8 @@ class Ready:
     """How the numbers of the cell were predicted."""
     origins: dict[str, str | None]
     """Fields of `Environment`."""
+    selections: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Number of selections whose size was assumed, by operator."""
 
 
 @contextlib.contextmanager

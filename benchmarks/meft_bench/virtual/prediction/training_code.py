@@ -26,7 +26,7 @@ from meft_bench.virtual.emulation import assumed_selection, ordinary_code
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.prediction import plan_text
 from meft_bench.virtual.prediction.fit import Fit, largest_that_fits
-from meft_bench.virtual.prediction.plan import MemoryPlan, observe
+from meft_bench.virtual.prediction.plan import MemoryPlan, assumptions, observe
 from meft_bench.virtual.prediction.predict import HELD
 
 NOTHING = (
@@ -89,10 +89,7 @@ class TrainingMemory:
         )
         how = [device.backend.how, HELD]
         how += [note] if (note := ignored_settings()) else []
-        if count := self._selections.total():
-            how.append(f"assumed: {count} selections by a mask keep all elements")
-        if count := device.mode.conditions.num_read:
-            how.append(f"assumed: {count} conditions that were read hold")
+        how += assumptions(device, self._selections)
         changes: dict[str, Any] = {}
         if not found.allocated_bytes:
             changes = {"verdict": "unknown", "message": NOTHING}

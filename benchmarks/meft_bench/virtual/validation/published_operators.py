@@ -143,7 +143,8 @@ def _jensen_shannon(x: Tensor, target: Tensor) -> Tensor:
     mean = torch.lerp(torch.exp(x), torch.exp(target), 0.5)
     of_target = 0.5 * divergence(torch.log(mean), target).sum(dim=-1)
     rows = of_target + 0.5 * divergence(torch.log(mean), x).sum(dim=-1)
-    return (rows / len(x)).sum()
+    loss: Tensor = (rows / len(x)).sum()
+    return loss
 
 
 OPERATORS: dict[str, Callable[[int], Callable[[], None]]] = {

@@ -1,0 +1,354 @@
+"""Prepare any model of transformers for a plan, from its config alone.
+
+For models whose family the library does not know, and for the methods of PEFT: the
+class of the model is that of its config, the method is full fine-tuning, LoRA, or a
+config of PEFT, each with or without gradient checkpointing, and inputs are what the
+model reads: tokens, images or audio features.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
+
+from meft_bench.child.backbones.classifier import WEIGHTS_DTYPES, options
+from meft_bench.child.tasks.batches import Batch
+from meft_bench.child.training import execution
+from meft_bench.child.training.steps import Stepper
+from meft_bench.shared import backbones, protocol
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.registry import METHODS_OF_ANY_MODEL, PEFT
+from meft_bench.shared.source import MissingError
+from meft_bench.virtual.device import gpu
+from meft_bench.virtual.device.allocator import ignored_settings
+from meft_bench.virtual.emulation import assumed_selection, ordinary_code
+from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
+from meft_bench.virtual.prediction.predict import HELD, Ready
+
+LANGUAGE_MODELS: dict[str, Mapping[str, object]] = {
+    "AutoModelForSpeechSeq2Seq": (
+        modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+    ),
+    "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+}
+"""Factories of language models, with the types they can make; the first one is taken.
+"""
+CLASSIFIERS: dict[str, Mapping[str, object]] = {
+    "AutoModelForSequenceClassification": (
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    ),
+    "AutoModelForImageClassification": (
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    ),
+}
+"""Factories of classifiers, likewise."""
+MASKED = "AutoModelForMaskedLM"
+GENERATES = LANGUAGE_MODELS["AutoModelForSeq2SeqLM"]
+KNOWN_LANGUAGE_MODELS = backbones.types_of("causal-lm", "seq2seq-lm")
+NUM_LABELS = 2
+HEADS = ("classifier", "score")
+"""Names of the heads of classifiers, which are trained next to adapters."""
+KNOWN_TARGETS = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+QUERY_AND_VALUE = (
+    {"q_proj", "v_proj"},
+    {"query", "value"},
+    {"query_proj", "value_proj"},
+    {"qkv_proj"},
+    {"Wqkv"},
+)
+"""Names of the projections that LoRA changes, where PEFT itself knows none."""
+FRAMES_OF_A_POSITION = 2
+"""Number of frames of audio that become one position of an encoder."""
+
+
+@contextlib.contextmanager
+def ready(cell: Cell, config: PreTrainedConfig) -> Iterator[Ready]:
+    """Make a model on its virtual GPU, which exists while the context is active.
+
+    Args:
+        cell: the cell to plan; its method is one of
+            `METHODS_OF_ANY_MODEL` or of PEFT.
+        config: config of the model.
+
+    Raises:
+        MissingError: PEFT or an operator that needs values is missing.
+        ValueError: the model, the method or the shape are incompatible.
+    """
+    if not cell.method.startswith(PEFT) and cell.method not in METHODS_OF_ANY_MODEL:
+        raise ValueError(
+            f"method {cell.method!r} needs a family that the library knows, and "
+            f"{cell.backbone} is of model_type {config.model_type!r}: take "
+            f"{', '.join(METHODS_OF_ANY_MODEL)} or {PEFT}CONFIG"
+        )
+    factory = _factory(config, cell)
+    _check_length(config, cell)
+    device = VirtualGpu(gpu.find(gpu.name_in(cell.device)))
+    device.mode.makes_real_integers = True
+    with (
+        device,
+        ordinary_code.supported(),
+        assumed_selection.all_selected() as selections,
+        execution.attention(cell),
+        device.new_ledger() as ledger,
+    ):
+        ledger.watch_all()
+        on_it = dataclasses.replace(cell, device=device.backend.device)
+        model = _model(factory, config, on_it)
+        stepper = Stepper(model, on_it)
+        words = [device.backend.how, HELD]
+        words += [note] if (note := ignored_settings()) else []
+        words.append(_description(model))
+        yield Ready(
+            cell=on_it,
+            device=device,
+            ledger=ledger,
+            stepper=stepper,
+            num_blocks=0,
+            batches_of=lambda length: _batches(
+                config, model, dataclasses.replace(on_it, seq_len=length)
+            ),
+            how="; ".join(words),
+            origins={},
+            selections=selections,
+        )
+
+
+def _description(model: Any) -> str:
+    """Return the class, the attention if it has but one, and what LoRA changes."""
+    base = _base(model)
+    words = f"assumed: a {type(base).__name__}"
+    if not base._supports_sdpa:
+        words += ", which has eager attention only"
+    for config in getattr(model, "peft_config", {}).values():
+        if targets := getattr(config, "target_modules", None):
+            named = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+            words += f", {config.peft_type.value} on {named}"
+    return words
+
+
+def _factory(config: PreTrainedConfig, cell: Cell) -> Any:
+    """Return the factory of the model of a config, for the head that a task wants."""
+    tables = CLASSIFIERS if cell.task == "synthetic" else LANGUAGE_MODELS
+    for name, types in tables.items():
+        if config.model_type in types:
+            return getattr(transformers, name)
+    head = "classifier" if cell.task == "synthetic" else "language model"
+    other = "synthetic-lm" if cell.task == "synthetic" else "synthetic"
+    raise ValueError(
+        f"transformers has no {head} of model_type {config.model_type!r}: "
+        f"`--set task={other}` plans another head"
+    )
+
+
+def task_of(model_type: str) -> str:
+    """Return the task of the head that models of a type are usually fine-tuned with.
+
+    It is that of a language model, but for encoders, whose language model is masked.
+    """
+    if model_type in backbones.TABLE and backbones.TABLE[model_type].models:
+        return "synthetic-lm" if model_type in KNOWN_LANGUAGE_MODELS else "synthetic"
+    usual = [types for name, types in LANGUAGE_MODELS.items() if name != MASKED]
+    is_usual = any(model_type in types for types in usual)
+    is_encoder = model_type in LANGUAGE_MODELS[MASKED] and model_type not in GENERATES
+    return "synthetic-lm" if is_usual and not is_encoder else "synthetic"
+
+
+def _check_length(config: PreTrainedConfig, cell: Cell) -> None:
+    longest = getattr(config, "max_position_embeddings", None)
+    if isinstance(longest, int) and 0 < longest < cell.seq_len:
+        raise ValueError(
+            f"`seq_len` is {cell.seq_len}, but {cell.backbone} has positions for "
+            f"{longest} tokens: lower it to at most {longest}"
+        )
+
+
+def _model(factory: Any, config: PreTrainedConfig, cell: Cell) -> Any:
+    if cell.depth:
+        _set_depth(config, cell.depth)
+    if cell.task == "synthetic":
+        config.num_labels = NUM_LABELS
+        config.problem_type = "single_label_classification"
+    text = config.get_text_config()
+    for name in ("pad_token_id", "decoder_start_token_id"):
+        if getattr(text, name, None) is None:
+            setattr(text, name, 0)
+    wants: dict[str, Any] = {"trust_remote_code": False, **options(cell)}
+    model_type = factory._model_mapping[type(config)]
+    if not model_type._supports_sdpa and wants["attn_implementation"] == "sdpa":
+        wants["attn_implementation"] = "eager"
+    with torch.device(cell.device):
+        model = factory.from_config(config, **wants)
+    model.config.use_cache = False
+    model.requires_grad_(True)
+    if cell.method.startswith(PEFT) or cell.method.startswith("lora"):
+        model = _with_peft(model, cell)
+    if "checkpointing" in cell.method:
+        _checkpoint(model)
+    return model.to(cell.device)
+
+
+def _set_depth(config: PreTrainedConfig, depth: int) -> None:
+    """Change the number of layers, and cut or repeat the list of their kinds."""
+    if not hasattr(config, "num_hidden_layers"):
+        raise ValueError(
+            f"the config of model_type {config.model_type!r} has no "
+            "`num_hidden_layers`, so `--depth` cannot change it"
+        )
+    config.num_hidden_layers = depth
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        config.layer_types = (list(kinds) * depth)[:depth]
+    for name in ("decoder_layers", "num_decoder_layers"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, depth)
+
+
+def _with_peft(model: Any, cell: Cell) -> Any:
+    """Return the model with adapters of PEFT, in float32 as PEFT makes them.
+
+    Raises:
+        ValueError: PEFT refuses the config for this model; the message states why.
+    """
+    fields: dict[str, Any] = {
+        "peft_type": "LORA",
+        "r": cell.lora_rank,
+        "lora_alpha": protocol.LORA_ALPHA_PER_RANK * cell.lora_rank,
+    }
+    if cell.method.startswith(PEFT):
+        fields = read_peft(cell.method)
+    elif (model_type := model.config.model_type) not in KNOWN_TARGETS:
+        fields["target_modules"] = _query_and_value(model, model_type)
+    fields.setdefault("task_type", _task_type(model, cell))
+    if cell.task == "synthetic" and fields["task_type"] is None:
+        heads = [name for name in HEADS if hasattr(model, name)]
+        fields.setdefault("modules_to_save", heads)
+    for name in ("peft_version", "auto_mapping", "base_model_name_or_path", "revision"):
+        fields.pop(name, None)
+    try:
+        config = peft.get_peft_config({**fields, "inference_mode": False})
+        return peft.get_peft_model(model, config)
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"PEFT refuses {cell.method!r} for this model: {reason}"
+        ) from error
+
+
+def _query_and_value(model: Any, model_type: str) -> list[str]:
+    """Return the names of the projections of queries and values.
+
+    Raises:
+        ValueError: none of the usual names occurs in the model.
+    """
+    names = {name.rpartition(".")[-1] for name, _ in model.named_modules()}
+    for usual in QUERY_AND_VALUE:
+        if usual <= names:
+            return sorted(usual)
+    raise ValueError(
+        f"which modules of model_type {model_type!r} LoRA should change is not known: "
+        f"name them as `target_modules` of a config, `--method {PEFT}PATH.json`"
+    )
+
+
+def _task_type(model: Any, cell: Cell) -> str | None:
+    """Return PEFT's name of what the model does; it has names for text only."""
+    if model.main_input_name != "input_ids":
+        return None
+    if cell.task == "synthetic":
+        return "SEQ_CLS"
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM" if "CausalLM" in type(model).__name__ else None
+
+
+def read_peft(method: str) -> dict[str, Any]:
+    """Return the fields of a method `peft:TYPE` or `peft:PATH.json`.
+
+    Raises:
+        MissingError: there is no such file.
+        ValueError: it is not a JSON object with a `peft_type`.
+    """
+    name = method.removeprefix(PEFT)
+    if not name.endswith(".json"):
+        return {"peft_type": name.upper()}
+    try:
+        fields = json.loads(Path(name).read_bytes())
+    except OSError as error:
+        raise MissingError(f"{name}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("peft_type"), str):
+        raise ValueError(f"{name} is no config of PEFT: it names no `peft_type`")
+    return fields
+
+
+def _checkpoint(model: Any) -> None:
+    base = _base(model)
+    if not base.supports_gradient_checkpointing:
+        raise ValueError(
+            f"{type(base).__name__} of transformers does not support gradient "
+            "checkpointing"
+        )
+    # The first name is that of transformers 5.23 and later.
+    name = "activation_checkpointing_enable"
+    if not hasattr(base, name):
+        name = "gradient_checkpointing_enable"
+    getattr(base, name)({"use_reentrant": False})
+    if model is not base:
+        base.enable_input_require_grads()
+
+
+def _base(model: Any) -> Any:
+    """Return transformers' model, which PEFT may have wrapped."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _batches(config: PreTrainedConfig, model: Any, cell: Cell) -> list[Batch]:
+    return [_batch(config, model, cell) for _ in range(cell.accumulation)]
+
+
+def _batch(config: PreTrainedConfig, model: Any, cell: Cell) -> Batch:
+    """Return what the model reads, of one micro-batch, with arbitrary contents."""
+    base = _base(model)
+    rows = cell.batch_size
+    tokens = torch.zeros((rows, cell.seq_len), dtype=torch.long)
+    dtype = WEIGHTS_DTYPES[cell.weights_dtype]
+    labels = tokens[:, 0].clone() if cell.task == "synthetic" else tokens.clone()
+    match base.main_input_name:
+        case "pixel_values":
+            vision = getattr(config, "vision_config", config)
+            height, width = _pair(vision.image_size)
+            channels = getattr(vision, "num_channels", 3)
+            images = torch.zeros(rows, channels, height, width, dtype=dtype)
+            return {"pixel_values": images, "labels": labels}
+        case "input_features":
+            frames = FRAMES_OF_A_POSITION * config.max_source_positions
+            features = torch.zeros(rows, config.num_mel_bins, frames, dtype=dtype)
+            return {"input_features": features, "labels": labels}
+        case "input_ids":
+            found = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+            if "token_type_ids" in inspect.signature(base.forward).parameters:
+                found["token_type_ids"] = torch.zeros_like(tokens)
+            return found | {"labels": labels}
+    raise ValueError(
+        f"{type(base).__name__} reads `{base.main_input_name}`: tokens, images and "
+        "audio features can be planned; plan others as code of your own (`--script`)"
+    )
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width
