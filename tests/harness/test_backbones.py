@@ -26,7 +26,11 @@ from meft_bench.child.tasks.task import Row
 from meft_bench.shared import configs, distributions
 from meft_bench.shared.backbones import TABLE
 from meft_bench.shared.cell import Cell
-from meft_bench.shared.registry import PACKAGED_BACKBONES, RANDOM_BACKBONES
+from meft_bench.shared.registry import (
+    PACKAGED_BACKBONES,
+    PLANNED_BACKBONES,
+    RANDOM_BACKBONES,
+)
 from meft_bench.shared.source import MissingError, Source
 
 HERE = Source()
@@ -149,9 +153,11 @@ def test_barts_classifier_is_transformers_own_on_rows_that_end_once() -> None:
 
 def test_the_table_has_the_model_types_of_the_library() -> None:
     """Of those that the harness does not run, it makes no models."""
-    assert set(TABLE) == {family.model_type for family in families.FAMILIES}
+    supported = {family.model_type for family in families.FAMILIES}
+    assert supported <= set(TABLE)
     without = {name for name, kind in TABLE.items() if not kind.models}
-    assert without == {"deit"}
+    assert without == {"deit", *PLANNED_BACKBONES.values()}
+    assert without - {"deit"} == set(TABLE) - supported
     causal = {f.model_type for f in families.FAMILIES if f.causal_lm}
     assert set(CAUSAL_LM_TYPES) == causal
 
@@ -160,6 +166,10 @@ def test_every_named_shape_is_known() -> None:
     """What a sweep may name is what can be built, and so for packages."""
     for name, model_type in RANDOM_BACKBONES.items():
         assert shapes.find_config(name).model_type == model_type
+    for name, model_type in PLANNED_BACKBONES.items():
+        assert shapes.find_config(name, any_type=True).model_type == model_type
+        with pytest.raises(ValueError, match=f"unknown shape in random:{name}"):
+            shapes.find_config(name)
     assert set(packages.PACKAGED) == set(PACKAGED_BACKBONES)
 
 

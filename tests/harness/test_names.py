@@ -96,6 +96,7 @@ FOREIGN_FILES = {
     "meft_bench/measurements.toml": "inside a wheel",
     "meft_bench/backbones.toml": "inside a wheel",
     "meft_bench/published-gpu-memory.csv": "inside a wheel",
+    "meft_bench/published-estimates.csv": "inside a wheel",
     # Files that ours write, or that a user has.
     "adapters.json": "written by meft.save_adapters",
     "plans.json": "written by the planner for its parent",
@@ -113,6 +114,7 @@ FOREIGN_FILES = {
     "mine.json": "a user's",
     "virtual-mine.json": "a device, by a user's file",
     "virtual-PATH.json": "a device, by a user's file",
+    "PATH.json": "of the user",
 }
 
 FOREIGN_VARIABLES = {

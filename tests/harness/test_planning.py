@@ -114,12 +114,14 @@ def test_the_table_says_that_it_is_a_prediction(
     words += ["--set", "num_neurons=100", "top_k_neurons=101", "--margin", "0.1"]
     assert cli.main([*words, "--attention", "sdpa-math"]) == 0
     out = capsys.readouterr().out
-    assert "random:bert-tiny on NVIDIA GeForce RTX 3090 (23.6 GiB)" in out
+    assert (
+        "random:bert-tiny as a classifier on NVIDIA GeForce RTX 3090 (23.6 GiB)" in out
+    )
     assert "lora    fits" in out
     assert "sparse  unknown" in out
     assert "sparse: `top_k_neurons` is 101, but there are only 100 neurons" in out
     assert "by rules that were held against an H200" in out
-    assert "fits leaves 10% free" in out
+    assert "`fits` leaves 10% free" in out
     assert "saved for backward, by block" in out
     assert "bert.encoder.layer.1" in out
     assert "sparse: no plan" in out
@@ -222,11 +224,15 @@ def footer(gpu_name: str, dtype: str) -> str:
 
 
 def test_only_an_h200_was_compared() -> None:
-    """The footer of other GPUs states that they were not."""
+    """The footer of other GPUs states that they were not, or by whom."""
     assert "held against an H200 (docs/virtual-gpu.md)" in footer("H200", "bf16")
-    assert "not compared" not in footer("H200", "bf16")
-    other = footer("V100-16GB", "fp16")
-    assert "not compared with a real Tesla V100-SXM2-16GB (docs/" in other
+    assert "compared" not in footer("H200", "bf16")
+    assert "as on an H200" not in footer("H200", "bf16")
+    other = footer("T4", "fp16")
+    assert "not compared with a real Tesla T4 (docs/" in other
+    assert "as on an H200" in other
+    measured = footer("L40S", "bf16")
+    assert "compared with what others measured on a NVIDIA L40S (docs/" in measured
 
 
 @pytest.mark.parametrize(
@@ -270,8 +276,8 @@ MISTAKES = {
     "bert-tiny --set device=cpu": "`device` is set by --gpu",
     "bert-tiny --set batch_size=3": "`batch_size` is set by --batch",
     "bert-tiny --timeline none/moments.csv": "there is no folder 'none'",
-    "t5": "t5/config.json is of model_type 't5'; supported: bart, bert",
-    "t5/config.json": "t5/config.json is of model_type 't5'; supported: bart, bert",
+    "bert-tiny --method peft:none.json": "there is no file 'none.json'",
+    "bert-tiny --method peft:": "should be peft:TYPE, such as peft:ia3",
     "empty": "no config: {here}/empty/config.json does not exist. Ways to provide one",
     "no.json": "no config: {here}/no.json does not exist. Ways to provide one",
     "dir:none": "no directory 'none'",
@@ -292,7 +298,6 @@ def nothing_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A current directory with configs of every wrong kind; no packages, no cache of
     the hub's, and no child to run."""
     contents = {
-        "t5": '{"model_type": "t5"}',
         "nameless": "{}",
         "torn": "{",
         "list": "[]",

@@ -99,4 +99,4 @@ def test_out_of_memory_names_what_when_and_what_was_alive() -> None:
     message = str(caught.value)
     assert "a request of 40.0 MiB" in message
     assert "make_b of model.b in forward of step 0" in message
-    assert "alive: saved 30.0 MiB" in message
+    assert "alive: forward 30.0 MiB" in message

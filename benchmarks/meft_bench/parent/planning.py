@@ -43,6 +43,8 @@ USUAL_TASK = ""
 DEFAULTS = {"batch": 8, "seq": 512, "depth": 0}
 PADDINGS = {"none": [False], "some": [True], "worst": [False, True]}
 """Values of `--padding`, with the batches that are planned."""
+STDERR = 2
+"""File descriptor of the standard error output."""
 AT_MOST = {"batch_size": 1 << 16, "seq_len": 1 << 20, "depth": 1000}
 
 
@@ -211,15 +213,16 @@ def _answer(plan: dict[str, Any], options: ChildOptions) -> list[dict[str, Any]]
         done = subprocess.run(
             request.command(body, out, worker_module=WORKER),
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            # What a script of the user prints is shown, apart from the answer.
+            stdout=STDERR if "script" in plan else subprocess.PIPE,
+            stderr=None if "script" in plan else subprocess.STDOUT,
             text=True,
             env=_environment(options),
             check=False,
         )
         if not out.is_file():
             code = f"it said nothing and ended with {done.returncode}"
-            lines = done.stdout.strip().splitlines() or [code]
+            lines = (done.stdout or "").strip().splitlines() or [code]
             raise PlanningError(f"the planner ended without an answer: {lines[-1]}")
         plans: list[dict[str, Any]] = json.loads(out.read_text())["plans"]
     return plans

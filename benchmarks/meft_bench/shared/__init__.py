@@ -14,6 +14,7 @@ backbones  the table of model types: what can be made of each, its shapes
 registry   the names of methods, tasks, backbones and devices
 protocol   constants of the training protocol
 configs    finds and reads the config of a backbone
+published  memory that others measured, and what other estimators say of it
 source     where data and weights may come from
 distributions   which distributions are installed
 units      bytes as text, and text as bytes

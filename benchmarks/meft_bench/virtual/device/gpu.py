@@ -60,6 +60,20 @@ class Gpu:
     """
     source: str
     """Source of the values: where they were read or measured, and when."""
+    compared: str = ""
+    """Who measured memory on such a GPU that predictions were compared with.
+
+    `us`, or `others`, who published it; empty for nobody.
+    """
+
+    @property
+    def basis(self) -> str:
+        """What predictions for it rest on, in words."""
+        on_it = {
+            "us": "",
+            "others": f" and compared with what others measured on a {self.name}",
+        }.get(self.compared, f" and not compared with a real {self.name}")
+        return f"by rules that were held against an H200{on_it} (docs/virtual-gpu.md)"
 
     @property
     def max_threads_per_multiprocessor(self) -> int:
@@ -143,9 +157,10 @@ def _read(path: Path) -> Gpu:
     except ValueError as error:
         raise GpuError(f"{path} is not JSON: {error}") from error
     wanted = {field.name for field in dataclasses.fields(Gpu)}
-    if not isinstance(fields, dict) or set(fields) != wanted:
+    optional = {"compared"}
+    if not isinstance(fields, dict) or not wanted - optional <= set(fields) <= wanted:
         given = set(fields) if isinstance(fields, dict) else set()
-        wrong = {"missing": wanted - given, "unknown": given - wanted}
+        wrong = {"missing": wanted - optional - given, "unknown": given - wanted}
         texts = [
             f"{word} fields: {', '.join(sorted(map(str, names)))}"
             for word, names in wrong.items()
@@ -153,7 +168,8 @@ def _read(path: Path) -> Gpu:
         ]
         raise GpuError(f"{path}: {'; '.join(texts)}")
     for field in dataclasses.fields(Gpu):
-        _check(path, field.name, field.type, fields[field.name])
+        if field.name in fields:
+            _check(path, field.name, field.type, fields[field.name])
     order = tuple(fields["attention_order"])
     if sorted(order) != sorted(ATTENTION_KERNELS):
         raise GpuError(
@@ -174,6 +190,9 @@ def _check(path: Path, name: str, kind: object, value: Any) -> None:
     elif name == "attention_order":
         words = "a list of names"
         fits = isinstance(value, list) and {*map(type, value)} <= {str}
+    elif name == "compared":
+        words = "'us', 'others' or ''"
+        fits = value in ("us", "others", "")
     elif kind is str:
         words, fits = "text", isinstance(value, str)
     elif kind is int:

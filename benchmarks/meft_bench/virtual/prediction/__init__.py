@@ -1,6 +1,7 @@
 """Predict the memory of a cell, or of any training code, on a virtual GPU.
 
 predict   one cell of a sweep
+any_model   any model of transformers, made from its config, with the methods of PEFT
 plan      one step of one cell, with a breakdown of its memory
 fit       the largest value that fits, from few probes
 planner   the child process of the commands `plan` and `fit`

@@ -32,7 +32,7 @@ from meft_bench.virtual.device import gpu
 from meft_bench.virtual.device.allocator import ignored_settings
 from meft_bench.virtual.emulation import assumed_selection, ordinary_code
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
-from meft_bench.virtual.prediction.predict import HELD, Ready
+from meft_bench.virtual.prediction.predict import Ready
 
 LANGUAGE_MODELS: dict[str, Mapping[str, object]] = {
     "AutoModelForSpeechSeq2Seq": (
@@ -106,7 +106,7 @@ def ready(cell: Cell, config: PreTrainedConfig) -> Iterator[Ready]:
         on_it = dataclasses.replace(cell, device=device.backend.device)
         model = _model(factory, config, on_it)
         stepper = Stepper(model, on_it)
-        words = [device.backend.how, HELD]
+        words = [device.backend.how, device.gpu.basis]
         words += [note] if (note := ignored_settings()) else []
         words.append(_description(model))
         yield Ready(

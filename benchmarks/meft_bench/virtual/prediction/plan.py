@@ -21,7 +21,7 @@ from meft_bench.shared.source import MissingError, Source
 from meft_bench.virtual.device.gpu import Gpu
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.prediction import any_model
-from meft_bench.virtual.prediction.predict import HELD, Ready, ready
+from meft_bench.virtual.prediction.predict import Ready, ready
 from meft_bench.virtual.recording import views
 from meft_bench.virtual.recording.replay import held_by, replay
 from meft_bench.virtual.recording.trace import Peak, Storage, Trace
@@ -33,7 +33,9 @@ HALF = ("bf16", "fp16")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """Prediction for one method; bytes and rates are those of one step.
+    """Prediction for one method; operations and copies are those of one step.
+
+    Of code of the user, they are those of all its steps.
 
     Attributes:
         method: name of the method; "" for code of the user.
@@ -71,6 +73,7 @@ class MemoryPlan:
         padding: whether that batch has padding; None for code of the user.
         task: `synthetic` for a classifier, `synthetic-lm` for a language model; "" for
             code of the user.
+        num_steps: number of steps of which operations and copies are sums.
         prediction: how the numbers came about, and what was assumed.
     """
 
@@ -100,7 +103,8 @@ class MemoryPlan:
     seq_len: int | None = None
     padding: bool | None = None
     task: str = ""
-    prediction: str = HELD
+    num_steps: int = 1
+    prediction: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as a JSON object."""

@@ -11,8 +11,6 @@ from meft_bench.shared.units import format_bytes
 from meft_bench.virtual.device import gpu
 
 MIB = 2**20
-COMPARED = "NVIDIA H200"
-"""The GPU that predictions were compared with."""
 NUM_SHOWN = 8
 """Number of lines of each part of the details."""
 SIZES = {
@@ -25,11 +23,11 @@ SIZES = {
 HEADS = {"synthetic": "classifier", "synthetic-lm": "language model"}
 """Tasks, with the words for the models that learn them."""
 NOTE = (
-    "Predicted from fake tensors and a model of the caching allocator, by rules that "
-    "were held against an H200{compared} (docs/virtual-gpu.md). nvidia-smi shows what "
-    "is reserved, memory that the allocator has kept included, and about {context} of "
-    "the driver's own; needed is the same if nothing is kept before the step; fits "
-    "leaves {margin:.0%} free."
+    "Predicted from fake tensors and a model of the caching allocator, {basis}. "
+    "`nvidia-smi` shows reserved memory and what the driver takes, about "
+    "{context}{as_on}. `needed` is what it would show if the allocator had kept no "
+    "memory from earlier steps; it decides the verdict. `fits` leaves {margin:.0%} "
+    "free."
 )
 
 
@@ -60,10 +58,9 @@ def table(
     lines += reasons(plans)
     room = (1 - margin) * found.memory_bytes / MIB
     lines += [
-        f"{p['method']}: {maximize} {p['largest'] + 1} would need "
-        f"{p['beyond_bytes'] / MIB:,.0f} MiB of {room:,.0f}"
+        _beyond(p, maximize, room)
         for p in plans
-        if p.get("beyond_bytes") is not None
+        if maximize is not None and p.get("beyond_bytes") is not None
     ]
     lines += [
         f"{p['method']}: no {maximize} above {p['largest']}: {p['beyond_message']}"
@@ -72,8 +69,9 @@ def table(
     ]
     lines += _bounds(plans, maximize)
     lines += [
-        f"{p['method']}: most with {p['seq_len']} tokens a row"
-        + (", some of them padding" if p["padding"] else ", none of them padding")
+        f"{p['method']}: shown for {p['seq_len']} tokens per row "
+        + ("with padding" if p["padding"] else "without padding")
+        + ", which needs most"
         for p in plans
         if p.get("seq_len") is not None
     ]
@@ -98,15 +96,40 @@ def summary(
         maximize: what was maximized, or None.
     """
     lines = [f"{found.name} ({format_bytes(found.memory_bytes)})"]
-    lines += _aligned([_header(maximize), _row(plan, maximize)])
+    columns = zip(_header(maximize), _row(plan, maximize), strict=True)
+    known = [column for column in columns if column[1]]  # code has no method
+    lines += _aligned([*zip(*known, strict=True)])
     lines += [plan["message"]] * bool(plan["message"])
     lines += _bounds([plan], maximize)
+    if maximize is not None and plan.get("beyond_bytes") is not None:
+        room = (1 - margin) * found.memory_bytes / MIB
+        lines.append(_beyond(plan, maximize, room))
+    if plan.get("num_steps", 1) > 1:
+        steps = plan["num_steps"]
+        lines.append(
+            f"TFLOP, minimum time and host to device are sums over {steps} steps and "
+            "what was copied before them."
+        )
     if plan.get("beyond_message"):
         beyond = f"{maximize} {plan['largest'] + 1}"
         lines.append(f"{plan['method']}: {beyond}: {plan['beyond_message']}")
     lines += [details(plan), _note(found, margin)]
     lines += _remarks([plan])
     return "\n".join(lines)
+
+
+def _beyond(plan: dict[str, Any], maximize: str, room: float) -> str:
+    """Return what the next value would need, and of how much.
+
+    Args:
+        plan: the plan of the largest value that fits.
+        maximize: what was maximized.
+        room: the memory that may be used, in MiB.
+    """
+    return (
+        f"{plan['method']}: {maximize} {plan['largest'] + 1} would need "
+        f"{plan['beyond_bytes'] / MIB:,.0f} MiB, of {room:,.0f} MiB that may be used"
+    )
 
 
 def _bounds(plans: Sequence[dict[str, Any]], maximize: str | None) -> list[str]:
@@ -126,11 +149,12 @@ def _remarks(plans: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _note(found: gpu.Gpu, margin: float) -> str:
-    compared = (
-        "" if found.name == COMPARED else f" and not compared with a real {found.name}"
+    return NOTE.format(
+        basis=found.basis,
+        context=format_bytes(found.context_bytes),
+        as_on="" if found.compared == "us" else ", as on an H200",
+        margin=margin,
     )
-    context = format_bytes(found.context_bytes)
-    return NOTE.format(context=context, margin=margin, compared=compared)
 
 
 def reasons(plans: Sequence[dict[str, Any]]) -> list[str]:
@@ -156,6 +180,7 @@ def details(plan: dict[str, Any]) -> str:
         "between host and device": {
             f"{m['direction']} {m['phase']} {m['block']}": m["num_bytes"]
             for m in plan["moved"] or ()
+            if m["num_bytes"]
         },
     }
     for title, parts in sums.items():
@@ -217,7 +242,7 @@ def _header(maximize: str | None) -> list[str]:
     if maximize is not None:
         header.insert(1, f"largest {maximize}")
     header += ["trainable", "TFLOP", "minimum time", "host to device"]
-    return [*header, "largest kind", "peak at"]
+    return [*header, "largest kinds", "peak at"]
 
 
 def _row(plan: dict[str, Any], maximize: str | None) -> list[str]:

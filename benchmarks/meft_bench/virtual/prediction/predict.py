@@ -31,8 +31,6 @@ from meft_bench.virtual.emulation import assumed_activation
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.recording.ledger import Ledger
 
-HELD = "by rules that were held against an H200 (docs/virtual-gpu.md)"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ready:
@@ -120,7 +118,7 @@ def predict(cell: Cell, source: Source, partial: PartialResult) -> None:
     """
     partial.environment |= {
         "num_threads": torch.get_num_threads(),
-        "prediction": HELD,
+        "prediction": gpu.find(gpu.name_in(cell.device)).basis,
     }
     with ready(cell, source) as it:
         model = it.stepper.model
@@ -141,7 +139,7 @@ def predict(cell: Cell, source: Source, partial: PartialResult) -> None:
 
 
 def _how(cell: Cell, device: VirtualGpu) -> str:
-    words = [device.backend.how, HELD]
+    words = [device.backend.how, device.gpu.basis]
     words += [note] if (note := ignored_settings()) else []
     if cell.method in HAVE_ROWS:
         if device.backend.device == "cpu":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import inspect
 import math
 import sys
 import traceback
@@ -9,12 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from meft_bench.shared.registry import nearest
 from meft_bench.shared.source import MissingError
 from meft_bench.virtual.device import gpu as gpus
 from meft_bench.virtual.prediction.fit import largest_that_fits
 from meft_bench.virtual.prediction.plan import MemoryPlan
 from meft_bench.virtual.prediction.training_code import need_of, virtual_gpu
+
+HINT = "; on a virtual GPU a number that is read is 0, and a condition holds"
 
 
 def plan_script(request: dict[str, Any]) -> dict[str, Any]:
@@ -32,10 +37,14 @@ def plan_script(request: dict[str, Any]) -> dict[str, Any]:
     path, name = Path(script["file"]), script["function"]
     try:
         if request["at_most"] is None:
-            return _plan((), request).to_json()
+            try:  # code may catch an out-of-memory error and go on
+                return _plan((), request, enforce_memory=True).to_json()
+            except torch.OutOfMemoryError:
+                return _plan((), request, enforce_memory=False).to_json()
         return _largest(request)
     except (Exception, SystemExit) as error:  # whatever the user's code raises
-        traceback.print_exc()
+        if not isinstance(error, SystemExit | MissingError):
+            traceback.print_exc()
         refused = MemoryPlan(
             method=name, verdict="unknown", message=_words(error, path)
         )
@@ -43,17 +52,20 @@ def plan_script(request: dict[str, Any]) -> dict[str, Any]:
         return refused.to_json() | extra
 
 
-def _plan(given: tuple[int, ...], request: dict[str, Any]) -> MemoryPlan:
+def _plan(
+    given: tuple[int, ...], request: dict[str, Any], *, enforce_memory: bool
+) -> MemoryPlan:
     script = request["script"]
     path, name = Path(script["file"]), script["function"]
     wants = {
         "padding": script["padding"],
         "margin": request["margin"],
-        "enforce_memory": False,
+        "enforce_memory": enforce_memory,
     }
     with virtual_gpu(script["gpu"], **wants) as memory:
         # Imported inside, as files choose a device at their top.
         function = _function(path, name)
+        _check_parameters(function, path, name, given)
         try:
             function(*given)
         except SystemExit as end:
@@ -70,7 +82,7 @@ def _largest(request: dict[str, Any]) -> dict[str, Any]:
 
     def needed(batch_size: int) -> float:
         try:
-            plans[batch_size] = _plan((batch_size,), request)
+            plans[batch_size] = _plan((batch_size,), request, enforce_memory=False)
         except Exception as error:
             if batch_size == 1:
                 raise
@@ -81,7 +93,9 @@ def _largest(request: dict[str, Any]) -> dict[str, Any]:
     memory_bytes = gpus.find(request["script"]["gpu"]).memory_bytes
     room = (1 - request["margin"]) * memory_bytes
     found = largest_that_fits(needed, room, request["at_most"])
+    beyond = plans.get(found.largest + 1)
     return plans[max(found.largest, 1)].to_json() | {
+        "beyond_bytes": None if beyond is None else beyond.needed_bytes,
         "maximized": "batch_size",
         "largest": found.largest,
         "at_most": request["at_most"],
@@ -106,11 +120,27 @@ def _function(path: Path, name: str) -> Callable[..., object]:
     spec.loader.exec_module(module)
     found = getattr(module, name, None)
     if not callable(found):
-        functions = [n for n, it in vars(module).items() if callable(it)]
+        functions = [n for n, it in vars(module).items() if inspect.isfunction(it)]
         raise MissingError(
             f"{path.name} has no function {name!r}; {nearest(name, functions)}"
         )
     return found  # type: ignore[no-any-return]
+
+
+def _check_parameters(
+    function: Callable[..., object], path: Path, name: str, given: tuple[int, ...]
+) -> None:
+    """Raise `MissingError` unless the function can be called with what is given."""
+    try:
+        inspect.signature(function).bind(*given)
+    except ValueError:  # a callable without a signature
+        return
+    except TypeError:
+        call = f"{name}({'batch_size' if given else ''})"
+        needs = "one parameter, the batch size" if given else "no parameter to fill"
+        raise MissingError(
+            f"{path.name}: the function is called as {call}; give it {needs}"
+        ) from None
 
 
 def _words(error: BaseException, path: Path) -> str:
@@ -122,5 +152,8 @@ def _words(error: BaseException, path: Path) -> str:
     ]
     place = f" ({path.name}, line {lines[-1]})" if lines else ""
     text = " ".join(str(error).split())
-    kind = "" if isinstance(error, MissingError) else f"{type(error).__name__}: "
-    return f"{kind}{text}{place}"
+    if isinstance(error, MissingError):
+        return f"{text}{place}"
+    # A check of the user's may fail as there are no values.
+    hint = HINT if isinstance(error, AssertionError | RuntimeError | ValueError) else ""
+    return f"{type(error).__name__}: {text}{place}{hint}"

@@ -27,11 +27,18 @@ from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.prediction import plan_text
 from meft_bench.virtual.prediction.fit import Fit, largest_that_fits
 from meft_bench.virtual.prediction.plan import MemoryPlan, assumptions, observe
-from meft_bench.virtual.prediction.predict import HELD
 
 NOTHING = (
-    "nothing was put on the GPU: move the model and the batches to `cuda`, inside the "
-    "context"
+    "nothing was put on the GPU: move the model and the batches to `cuda` in the code "
+    "that is planned"
+)
+STOPPED = (
+    "what is shown was reached before that; `virtual_gpu(..., enforce_memory=False)` "
+    "goes on, and says what would be needed"
+)
+ONE_STEP = (
+    "assumed: one step is enough, although the state of its optimizer is made at its "
+    "end: run two or three, of which the later ones take more"
 )
 MARGIN = 0.05
 """Default share of the GPU's memory that must stay free for the verdict `fits`."""
@@ -87,17 +94,19 @@ class TrainingMemory:
             flops_per_second=device.gpu.half_flops_per_second,
             timeline=timeline,
         )
-        how = [device.backend.how, HELD]
+        how = [device.backend.how, device.gpu.basis]
         how += [note] if (note := ignored_settings()) else []
         how += assumptions(device, self._selections)
+        how += [ONE_STEP] if ledger.step == 1 else []
         changes: dict[str, Any] = {}
         if not found.allocated_bytes:
             changes = {"verdict": "unknown", "message": NOTHING}
         if self.error:
-            changes = {"verdict": "too large", "message": self.error}
+            changes = {"verdict": "too large", "message": f"{self.error}; {STOPPED}"}
         return dataclasses.replace(
             found,
             num_trainable_parameters=ledger.num_trainable_parameters,
+            num_steps=ledger.step,
             prediction="; ".join(how),
             **changes,
         )

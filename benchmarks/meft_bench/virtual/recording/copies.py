@@ -1,5 +1,6 @@
 """Copies between host and device, among the operators of a step."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,13 +12,18 @@ COPIES = (aten.copy_.default, aten._to_copy.default)
 
 
 def between_devices(
-    func: Any, args: tuple[Any, ...], out: Any, accelerator: str
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    out: Any,
+    accelerator: str,
 ) -> tuple[str, int] | None:
     """Return the direction and the bytes of a copy to or from the device.
 
     Args:
         func: the operator.
         args: its positional arguments.
+        kwargs: its other arguments.
         out: its result.
         accelerator: type of the device.
 
@@ -32,6 +38,8 @@ def between_devices(
     direction = directions.get(pair) if pair[0] != pair[1] else None
     if direction is None:
         return None
-    # A change of dtype happens on the device, for both directions.
-    on_host = source if direction == "h2d" else target
-    return direction, source.numel() * on_host.element_size()
+    # A change of dtype happens on the host, or on the GPU in a copy that is not waited
+    # for (Copy.cu): what crosses the link has the dtype of the other side.
+    is_waited_for = not kwargs.get("non_blocking", len(args) > 2 and bool(args[2]))
+    crosses = target if (direction == "h2d") == is_waited_for else source
+    return direction, source.numel() * crosses.element_size()

@@ -197,18 +197,29 @@ class Ledger(TorchDispatchMode):
         if func._overloadpacket in MULTIPLY:
             self._keep_workspaces(func, args)
         out = func(*args, **kwargs)
-        self.num_flops += work.num_flops(func, args, kwargs, out)
-        self.bytes_touched += work.bytes_touched(func, args, kwargs, out)
+        is_of_host = self._is_of_host(args, kwargs, out)
+        if not is_of_host:
+            self.num_flops += work.num_flops(func, args, kwargs, out)
+            self.bytes_touched += work.bytes_touched(func, args, kwargs, out)
         for tensor in tensors_in(out):
             self.see(tensor, func)
-        workspace = self._workspaces.get(func)
+        workspace = None if is_of_host else self._workspaces.get(func)
         if workspace is not None and (num_bytes := workspace(args, out)):
             try:
                 self._add(StorageEvent(self._time, None, num_bytes, is_birth=True))
             finally:
                 self._add(StorageEvent(self._time, None, num_bytes, is_birth=False))
-        self._record_copy(func, args, out)
+        self._record_copy(func, args, kwargs, out)
         return out
+
+    def _is_of_host(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> bool:
+        """Return whether an operator runs next to an accelerator that exists."""
+        if self._memory is None:
+            return False
+        some = (*tensors_in(out), *tensors_in(args), *tensors_in(list(kwargs.values())))
+        return all(device_of(tensor) != self._accelerator for tensor in some)
 
     def see(self, tensor: Tensor, func: Any = None) -> Storage | None:
         """Record the storage of `tensor` and return it; return None if it has none.
@@ -359,8 +370,10 @@ class Ledger(TorchDispatchMode):
             storage.kind = kind
             storage.module = storage.module or owner
 
-    def _record_copy(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
-        found = copies.between_devices(func, args, out, self._accelerator)
+    def _record_copy(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        found = copies.between_devices(func, args, kwargs, out, self._accelerator)
         if found is not None:
             direction, num_bytes = found
             phase = self._location.present_phase()

@@ -4,7 +4,6 @@ Time is counted in operators. A storage's `kind` is decided in this module and n
 it is alive, because it depends on when the storage is freed.
 """
 
-import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -126,15 +125,20 @@ class Trace:
             before = storage.phase
         return began
 
+    def forward_of(self, storage: Storage) -> int:
+        """Return the number of backwards that began before a storage was made."""
+        return bisect_right(self._backwards, storage.born)
+
     def kind_of(self, storage: Storage) -> str:
         """Return the kind of a storage, one of `KINDS`."""
         if storage.kind:
             return storage.kind
         if storage.phase != "forward":
             return storage.phase
-        place = bisect_right(self._backwards, storage.born)
-        began = self._backwards[place] if place < len(self._backwards) else math.inf
-        lives_on = storage.died is None or storage.died > began
+        place = self.forward_of(storage)
+        if place == len(self._backwards):
+            return "forward"  # no backward has begun since
+        lives_on = storage.died is None or storage.died > self._backwards[place]
         return "saved" if lives_on else "forward"
 
     def rounded(self, num_bytes: int) -> int:

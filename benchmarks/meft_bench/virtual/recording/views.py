@@ -101,7 +101,9 @@ def at_peak(trace: Trace, peak: Peak, of: str) -> dict[str, int]:
 def saved_by_block(
     trace: Trace, step: int, device: str | None = None
 ) -> dict[str, int]:
-    """Return the bytes that the forward of a step saved for its backward, by block.
+    """Return the bytes that a forward of a step saved for its backward, by block.
+
+    Of several micro-batches, it is the one that saved most.
 
     Args:
         trace: the recording.
@@ -112,12 +114,20 @@ def saved_by_block(
         Bytes by block.
     """
     device = device or trace.accelerator
-    found: dict[str, int] = defaultdict(int)
-    for storage in trace.storages:
-        is_of_step = storage.step == step and storage.device == device
-        if is_of_step and trace.kind_of(storage) == "saved":
-            found[block_of(storage.module)] += storage.num_bytes
-    return dict(found)
+    saved = [
+        storage
+        for storage in trace.storages
+        if storage.step == step
+        and storage.device == device
+        and trace.kind_of(storage) == "saved"
+    ]
+    by_forward: dict[int, Counter[str]] = defaultdict(Counter)
+    for storage in saved:
+        by_forward[trace.forward_of(storage)][block_of(storage.module)] += (
+            storage.num_bytes
+        )
+    sums = {index: by_block.total() for index, by_block in by_forward.items()}
+    return dict(by_forward[max(sums, key=lambda i: sums[i])]) if sums else {}
 
 
 def moved(trace: Trace, start: int = 0) -> dict[tuple[str, str, str], int]:
