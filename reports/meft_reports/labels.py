@@ -1,10 +1,10 @@
 """Descriptions of rows: panel titles, table titles, rows with options.
 
-They contain the fields that differ, and those that are always shown. Random weights are
-always mentioned.
+They contain the fields that differ, and those that are always shown. Predictions and
+random weights are always mentioned.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import pandas as pd
@@ -16,10 +16,10 @@ USUAL = {"weights_dtype": "fp32", "attention": "sdpa", "blocks": "eager"}
 """Values that are omitted unless other values occur as well."""
 
 
-def describe(rows: pd.DataFrame, shown: Iterable[str]) -> str:
+def describe(rows: pd.DataFrame, shown: Collection[str]) -> str:
     """Return a description of rows, e.g. `sst2 · minilm-l6 · bf16 · batch 16`.
 
-    Random weights are always mentioned.
+    Predictions and random weights are always mentioned.
 
     Args:
         rows: rows that agree in the fields `shown`.
@@ -39,6 +39,9 @@ def describe(rows: pd.DataFrame, shown: Iterable[str]) -> str:
     }
     first = rows.iloc[0]
     parts = [words.get(n, str)(first[n]) for n in shown if not is_null(first[n])]
+    virtual = sorted({d for d in rows["device"] if d.startswith("virtual-")})
+    if virtual:
+        parts.append("predicted" if "device" in shown else f"predicted, {virtual[0]}")
     if rows["random_weights"].any():
         parts.append("random weights")
     return " · ".join(parts)

@@ -232,9 +232,10 @@ def _share(text: str) -> float:
 
 
 def _device(text: str) -> str:
-    if text.endswith(".json"):  # children run in another folder
-        text = f"{registry.VIRTUAL}{Path(gpu.name_in(text)).resolve()}"
     try:
+        if text.startswith(registry.VIRTUAL) or text.endswith(".json"):
+            # Whole paths, as children run in another folder.
+            text = f"{registry.VIRTUAL}{gpu.resolve(gpu.name_in(text))}"
         return str(fields.check("device", text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error

@@ -5,6 +5,8 @@ some_of(words)         a list of these words
 object_in(folder)      `FILE:NAME`, where FILE is a module in a folder
 """
 
+import ast
+import functools
 import math
 import re
 from collections.abc import Callable, Collection
@@ -48,9 +50,26 @@ def object_in(folder: Path) -> FieldKind:
         if not isinstance(value, str):
             return False
         file, _, name = value.partition(":")
-        return file in files and name.isidentifier()
+        return file in files and name in _names_in(folder / f"{file}.py")
 
-    return FieldKind(f"FILE:NAME, with a FILE of {', '.join(files)}", fits)
+    words = f"FILE:NAME, a NAME that is defined in a FILE of {', '.join(files)}"
+    return FieldKind(words, fits)
+
+
+@functools.cache
+def _names_in(file: Path) -> frozenset[str]:
+    """Return the names that a module defines, without running it."""
+    found: set[str] = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                found.add(name)
+            case ast.Assign():
+                inside = (one for target in node.targets for one in ast.walk(target))
+                found |= {one.id for one in inside if isinstance(one, ast.Name)}
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                found.add(name)
+    return frozenset(found)
 
 
 TEXT = FieldKind("a string", lambda v: isinstance(v, str))

@@ -134,10 +134,16 @@ NUM_NAMES = 50
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return a sentence with the valid name that is nearest to a mistyped `name`."""
+    """Return a sentence with the valid name that is nearest to a mistyped `name`.
+
+    What follows a hyphen counts only where `name` has one, too: `RTX3900` is near
+    `RTX3090-24GB`.
+    """
     names = sorted(filter(None, valid))
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    words = {n if "-" in name else n.split("-")[0]: n for n in reversed(names)}
+    words |= {n: n for n in names}
+    close = difflib.get_close_matches(name, words, n=1, cutoff=0.6)
+    hint = f"did you mean {words[close[0]]!r}? " if close else ""
     rest = len(names) - NUM_NAMES
     more = f" and {rest} more" if rest > 0 else ""
     return f"{hint}valid: {', '.join(names[:NUM_NAMES])}{more}"
