@@ -12,10 +12,10 @@ from harness.tiny import batch, cell, classifier
 from meft_bench.child.training.steps import Stepper
 from meft_bench.virtual.device.allocator import (
     MIB,
-    Block,
     CachingAllocator,
     OutOfMemoryError,
 )
+from meft_bench.virtual.device.blocks import Block
 from meft_bench.virtual.recording.snapshot import serve
 
 

@@ -1,7 +1,8 @@
 """Compute what PyTorch's CUDA allocator reserves for a trace of allocations.
 
 This is a model of the native caching allocator (c10/cuda/CUDACachingAllocator.cpp) with
-its default settings, one stream and no expandable segments:
+its default settings and one stream; `expandable` has what differs with
+`expandable_segments:True`:
 
     rounding     the size of a request is rounded up to a multiple of 512 bytes
     pools        requests of up to 1 MiB are served from the small pool, larger ones
@@ -22,8 +23,10 @@ includes the part of a block that is larger than the request and is not split of
 """
 
 import os
-from bisect import bisect_left, insort
-from dataclasses import dataclass, field
+from bisect import insort
+
+from meft_bench.virtual.device import blocks, expandable
+from meft_bench.virtual.device.blocks import Block, Pool, join, remove, split
 
 MIB = 2**20
 ROUND_BYTES = 512
@@ -39,38 +42,38 @@ SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Variables of the environment with settings of PyTorch's allocator."""
 
 
-def ignored_settings() -> str:
-    """Return a note on settings in the environment, which this model ignores.
+EXPANDABLE = "expandable_segments"
+"""The setting that is modelled."""
+EXPANDS = "assumed: expandable segments, as the environment says"
 
-    Returns:
-        The note; "" if none is set.
-    """
-    found = [f"{name}={os.environ[name]}" for name in SETTINGS if os.environ.get(name)]
-    if not found:
-        return ""
-    return f"not modelled: {', '.join(found)}; the allocator's defaults are used"
+
+def settings() -> dict[str, str]:
+    """Return the settings of the environment, as `NAME:VALUE,NAME:VALUE` gives them."""
+    found: dict[str, str] = {}
+    for variable in SETTINGS:
+        for text in os.environ.get(variable, "").split(","):
+            name, _, value = text.strip().partition(":")
+            if name:
+                found[name] = value
+    return found
+
+
+def has_expandable_segments() -> bool:
+    """Return whether the environment asks for expandable segments."""
+    return settings().get(EXPANDABLE, "").casefold() == "true"
+
+
+def settings_in_words() -> str:
+    """Return a note on the settings of the environment; "" if none has an effect."""
+    words = [EXPANDS] if has_expandable_segments() else []
+    others = [f"{n}:{v}" for n, v in settings().items() if n != EXPANDABLE]
+    if others:
+        words.append(f"not modelled: {', '.join(others)} of the allocator")
+    return "; ".join(words)
 
 
 class OutOfMemoryError(RuntimeError):
     """Raised when the device has no room for a segment after free ones are returned."""
-
-
-@dataclass(slots=True, eq=False)
-class Block:
-    """A contiguous part of a segment, in use or free."""
-
-    num_bytes: int
-    address: int
-    pool: "list[tuple[int, int, Block]]" = field(repr=False)
-    is_free: bool = False
-    before: "Block | None" = field(default=None, repr=False)
-    after: "Block | None" = field(default=None, repr=False)
-    """Neighbours in the segment."""
-
-    @property
-    def key(self) -> "tuple[int, int, Block]":
-        """Sort key among the free blocks; no two blocks have the same address."""
-        return (self.num_bytes, self.address, self)
 
 
 def round_up(num_bytes: int, multiple: int = ROUND_BYTES) -> int:
@@ -84,16 +87,34 @@ class CachingAllocator:
     Args:
         capacity_bytes: number of bytes that the driver can provide; None means
             unlimited.
+        is_expandable: whether segments are expandable; None for what the environment
+            says.
     """
 
-    def __init__(self, capacity_bytes: int | None = None) -> None:
+    def __init__(
+        self, capacity_bytes: int | None = None, is_expandable: bool | None = None
+    ) -> None:
         self.capacity_bytes = capacity_bytes
+        if is_expandable is None:
+            is_expandable = has_expandable_segments()
+        self.is_expandable = is_expandable
         self.allocated_bytes = self.peak_allocated_bytes = 0
         self.reserved_bytes = self.peak_reserved_bytes = 0
         self.num_retries = 0
-        self._small: list[tuple[int, int, Block]] = []
-        self._large: list[tuple[int, int, Block]] = []
+        self._small: Pool = []
+        self._large: Pool = []
         self._next_address = 0
+        self._ranges = (
+            {
+                id(pool): expandable.new_range(pool, unit, address)
+                for pool, unit, address in (
+                    (self._small, expandable.SMALL_UNIT_BYTES, 0),
+                    (self._large, expandable.LARGE_UNIT_BYTES, 20 * 2**50),
+                )
+            }
+            if is_expandable
+            else {}
+        )
 
     def malloc(self, num_bytes: int) -> Block | None:
         """Allocate a block; return None for a request of 0 bytes.
@@ -108,11 +129,13 @@ class CachingAllocator:
             return None
         wanted = round_up(num_bytes)
         pool = self._small if wanted <= SMALL_BYTES else self._large
-        block = _best_fit(pool, wanted) or self._new_segment(pool, wanted)
+        fit = expandable.best_fit if self.is_expandable else blocks.best_fit
+        block = fit(pool, wanted) or self._new_segment(pool, wanted)
         rest = block.num_bytes - wanted
-        least = ROUND_BYTES if pool is self._small else SMALL_BYTES + 1
+        splits_all = self.is_expandable or pool is self._small
+        least = ROUND_BYTES if splits_all else SMALL_BYTES + 1
         if rest >= least:
-            _split(block, wanted)
+            split(block, wanted)
         block.is_free = False
         self.allocated_bytes += block.num_bytes
         self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
@@ -126,17 +149,20 @@ class CachingAllocator:
         self.allocated_bytes -= block.num_bytes
         for neighbour in (block.before, block.after):
             if neighbour is not None and neighbour.is_free:
-                _remove(neighbour)
-                _join(block, neighbour)
+                remove(neighbour)
+                join(block, neighbour)
         block.is_free = True
         insort(block.pool, block.key)
 
     def empty_cache(self) -> None:
         """Return segments that are entirely free to the driver."""
         for pool in (self._small, self._large):
+            if self.is_expandable:
+                self._give_back(pool, self._ranges[id(pool)].unmap(pool))
+                continue
             whole = [b for _, _, b in pool if b.before is None and b.after is None]
             for block in whole:
-                _remove(block)
+                remove(block)
                 self._release(block)
 
     def reset_peaks(self) -> None:
@@ -146,10 +172,21 @@ class CachingAllocator:
 
     def _release(self, block: Block) -> None:
         """Return a segment, which is one free block, to the driver."""
-        self.reserved_bytes -= block.num_bytes
+        self._give_back(block.pool, block.num_bytes)
 
-    def _new_segment(self, pool: "list[tuple[int, int, Block]]", wanted: int) -> Block:
-        if pool is self._small:
+    def _give_back(self, pool: Pool, num_bytes: int) -> None:
+        """Count memory of a pool that is returned to the driver."""
+        self.reserved_bytes -= num_bytes
+
+    def _take(self, pool: Pool, num_bytes: int) -> None:
+        """Count memory of a pool that is obtained from the driver."""
+        self.reserved_bytes += num_bytes
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+
+    def _new_segment(self, pool: Pool, wanted: int) -> Block:
+        if self.is_expandable:
+            num_bytes = self._ranges[id(pool)].missing_bytes(wanted)
+        elif pool is self._small:
             num_bytes = SMALL_SEGMENT_BYTES
         elif wanted < LARGE_REQUEST_BYTES:
             num_bytes = LARGE_SEGMENT_BYTES
@@ -158,6 +195,8 @@ class CachingAllocator:
         if not self._has_room(num_bytes):
             self.num_retries += 1
             self.empty_cache()
+            if self.is_expandable:  # other blocks than before may grow
+                num_bytes = self._ranges[id(pool)].missing_bytes(wanted)
         if not self._has_room(num_bytes):
             raise OutOfMemoryError(
                 f"no room for a segment of {num_bytes / MIB:,.1f} MiB (a request of "
@@ -165,11 +204,13 @@ class CachingAllocator:
                 f"allocated and {self.reserved_bytes / MIB:,.1f} MiB reserved of "
                 f"{(self.capacity_bytes or 0) / MIB:,.1f} MiB"
             )
+        if self.is_expandable:
+            self._take(pool, num_bytes)
+            return self._ranges[id(pool)].grow(pool, wanted)
         block = Block(num_bytes=num_bytes, address=self._next_address, pool=pool)
         # Segments are not neighbours, although their addresses are consecutive.
         self._next_address += num_bytes
-        self.reserved_bytes += num_bytes
-        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+        self._take(pool, num_bytes)
         return block
 
     def _has_room(self, num_bytes: int) -> bool:
@@ -177,45 +218,3 @@ class CachingAllocator:
             self.capacity_bytes is None
             or self.reserved_bytes + num_bytes <= self.capacity_bytes
         )
-
-
-def _best_fit(pool: "list[tuple[int, int, Block]]", wanted: int) -> Block | None:
-    place = bisect_left(pool, wanted, key=lambda entry: entry[0])
-    if place == len(pool):
-        return None
-    return pool.pop(place)[2]
-
-
-def _split(block: Block, wanted: int) -> None:
-    """Keep `wanted` bytes in `block` and make the rest a free block."""
-    rest = Block(
-        num_bytes=block.num_bytes - wanted,
-        address=block.address + wanted,
-        pool=block.pool,
-        is_free=True,
-        before=block,
-        after=block.after,
-    )
-    if rest.after is not None:
-        rest.after.before = rest
-    block.after, block.num_bytes = rest, wanted
-    insort(rest.pool, rest.key)
-
-
-def _join(block: Block, neighbour: Block) -> None:
-    if neighbour is block.before:
-        block.address = neighbour.address
-        block.before = neighbour.before
-        if block.before is not None:
-            block.before.after = block
-    else:
-        block.after = neighbour.after
-        if block.after is not None:
-            block.after.before = block
-    block.num_bytes += neighbour.num_bytes
-
-
-def _remove(block: Block) -> None:
-    place = bisect_left(block.pool, block.key[:2], key=lambda entry: entry[:2])
-    assert block.pool[place][2] is block
-    block.pool.pop(place)

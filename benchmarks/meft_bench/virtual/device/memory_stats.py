@@ -9,17 +9,15 @@ decreases, for both pools together and for each (c10/cuda/CUDACachingAllocator.c
     segment, reserved_bytes            memory obtained from the driver
     inactive_split, inactive_split_bytes   free blocks that are a part of a segment
 
-Statistics of what is not modelled, such as oversized blocks, are 0.
+Statistics of what is not modelled, such as oversized blocks, are 0, and so are, as in
+torch, numbers of segments and of their free parts where segments are expandable.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from meft_bench.virtual.device.allocator import (
-    Block,
-    CachingAllocator,
-    OutOfMemoryError,
-)
+from meft_bench.virtual.device.allocator import CachingAllocator, OutOfMemoryError
+from meft_bench.virtual.device.blocks import Block, Pool
 
 POOLS = ("all", "large_pool", "small_pool")
 COUNTED = (
@@ -30,7 +28,6 @@ NOT_MODELLED = ("oversize_allocations", "oversize_segments")
 PAIRS = {
     "allocation": "allocated_bytes",
     "active": "active_bytes",
-    "segment": "reserved_bytes",
     "inactive_split": "inactive_split_bytes",
 }
 """Statistics of numbers of blocks, and those of their bytes."""
@@ -72,10 +69,14 @@ class CountingAllocator(CachingAllocator):
     Args:
         capacity_bytes: number of bytes that the driver can provide; None means
             unlimited.
+        is_expandable: whether segments are expandable; None for what the environment
+            says.
     """
 
-    def __init__(self, capacity_bytes: int | None = None) -> None:
-        super().__init__(capacity_bytes)
+    def __init__(
+        self, capacity_bytes: int | None = None, is_expandable: bool | None = None
+    ) -> None:
+        super().__init__(capacity_bytes, is_expandable)
         self.num_out_of_memory = 0
         self._counts = {name: {p: Statistic() for p in POOLS} for name in COUNTED}
         self._requested: dict[int, int] = {}
@@ -91,6 +92,17 @@ class CountingAllocator(CachingAllocator):
             raise
         if block is None:
             return None
+        if not self.is_expandable:
+            self._count_splits(block)
+        self._count(block, "allocation", 1, block.num_bytes)
+        self._count(block, "active", 1, block.num_bytes)
+        self._add("requested_bytes", block.pool, num_bytes)
+        self._requested[block.address] = num_bytes
+        self._in_use[block.address] = block
+        return block
+
+    def _count_splits(self, block: Block) -> None:
+        """Count what taking a block changes of free parts of segments."""
         # Free neighbours are always merged, so a free one is the rest of a split.
         rest = block.after if block.after is not None and block.after.is_free else None
         beyond = block.after if rest is None else rest.after
@@ -99,12 +111,6 @@ class CountingAllocator(CachingAllocator):
             self._count(block, "inactive_split", -1, -size)
         if rest is not None:
             self._count(block, "inactive_split", 1, rest.num_bytes)
-        self._count(block, "allocation", 1, block.num_bytes)
-        self._count(block, "active", 1, block.num_bytes)
-        self._add("requested_bytes", block, num_bytes)
-        self._requested[block.address] = num_bytes
-        self._in_use[block.address] = block
-        return block
 
     def free(self, block: Block | None) -> None:
         """Free a block that `malloc` returned."""
@@ -112,8 +118,11 @@ class CountingAllocator(CachingAllocator):
             return
         self._count(block, "allocation", -1, -block.num_bytes)
         self._count(block, "active", -1, -block.num_bytes)
-        self._add("requested_bytes", block, -self._requested.pop(block.address))
+        self._add("requested_bytes", block.pool, -self._requested.pop(block.address))
         del self._in_use[block.address]
+        if self.is_expandable:
+            super().free(block)
+            return
         for neighbour in (block.before, block.after):
             if neighbour is not None and neighbour.is_free:
                 self._count(block, "inactive_split", -1, -neighbour.num_bytes)
@@ -162,8 +171,11 @@ class CountingAllocator(CachingAllocator):
 
     def _segment(self, first: Block) -> dict[str, Any]:
         blocks: list[dict[str, Any]] = []
-        block = first
-        while True:
+        block: Block | None = first
+        while block is not None:
+            if not block.is_mapped:
+                block = block.after
+                continue
             requested = self._requested.get(block.address, 0)
             state = "inactive" if block.is_free else "active_allocated"
             blocks.append(
@@ -174,8 +186,6 @@ class CountingAllocator(CachingAllocator):
                     "state": state,
                 }
             )
-            if block.after is None:
-                break
             block = block.after
         used = sum(b["size"] for b in blocks if b["state"] != "inactive")
         return {
@@ -187,29 +197,37 @@ class CountingAllocator(CachingAllocator):
             "requested_size": sum(b["requested_size"] for b in blocks),
             "stream": 0,
             "segment_type": "small" if first.pool is self._small else "large",
-            "is_expandable": False,
+            "is_expandable": self.is_expandable,
             "blocks": blocks,
         }
 
     def _new_segment(self, pool: Any, wanted: int) -> Block:
         block = super()._new_segment(pool, wanted)
-        self._count(block, "segment", 1, block.num_bytes)
+        if not self.is_expandable:
+            self._add("segment", pool, 1)
         return block
 
     def _release(self, block: Block) -> None:
         super()._release(block)
-        self._count(block, "segment", -1, -block.num_bytes)
+        self._add("segment", block.pool, -1)
+
+    def _take(self, pool: Pool, num_bytes: int) -> None:
+        super()._take(pool, num_bytes)
+        self._add("reserved_bytes", pool, num_bytes)
+
+    def _give_back(self, pool: Pool, num_bytes: int) -> None:
+        super()._give_back(pool, num_bytes)
+        self._add("reserved_bytes", pool, -num_bytes)
 
     def _count(self, block: Block, name: str, number: int, num_bytes: int) -> None:
         """Change a number of blocks and the bytes of them, in the pool of `block`."""
-        self._add(name, block, number)
-        self._add(PAIRS[name], block, num_bytes)
+        self._add(name, block.pool, number)
+        self._add(PAIRS[name], block.pool, num_bytes)
 
-    def _add(self, name: str, block: Block, change: int) -> None:
-        pool = "small_pool" if block.pool is self._small else "large_pool"
+    def _add(self, name: str, pool: Pool, change: int) -> None:
         by_pool = self._counts[name]
         by_pool["all"].add(change)
-        by_pool[pool].add(change)
+        by_pool["small_pool" if pool is self._small else "large_pool"].add(change)
 
     def _statistics(self) -> list[Statistic]:
         return [one for by_pool in self._counts.values() for one in by_pool.values()]

@@ -29,7 +29,7 @@ from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import METHODS_OF_ANY_MODEL, PEFT
 from meft_bench.shared.source import MissingError
 from meft_bench.virtual.device import gpu
-from meft_bench.virtual.device.allocator import ignored_settings
+from meft_bench.virtual.device.allocator import settings_in_words
 from meft_bench.virtual.emulation import assumed_selection, ordinary_code
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.prediction.predict import Ready
@@ -107,7 +107,7 @@ def ready(cell: Cell, config: PreTrainedConfig) -> Iterator[Ready]:
         model = _model(factory, config, on_it)
         stepper = Stepper(model, on_it)
         words = [device.backend.how, device.gpu.basis]
-        words += [note] if (note := ignored_settings()) else []
+        words += [note] if (note := settings_in_words()) else []
         words.append(_description(model))
         yield Ready(
             cell=on_it,

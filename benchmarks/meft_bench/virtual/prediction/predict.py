@@ -26,7 +26,7 @@ from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import HAVE_ROWS, TASKS, load
 from meft_bench.shared.source import MissingError, Source
 from meft_bench.virtual.device import gpu
-from meft_bench.virtual.device.allocator import ignored_settings
+from meft_bench.virtual.device.allocator import settings_in_words
 from meft_bench.virtual.emulation import assumed_activation
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.recording.ledger import Ledger
@@ -140,7 +140,7 @@ def predict(cell: Cell, source: Source, partial: PartialResult) -> None:
 
 def _how(cell: Cell, device: VirtualGpu) -> str:
     words = [device.backend.how, device.gpu.basis]
-    words += [note] if (note := ignored_settings()) else []
+    words += [note] if (note := settings_in_words()) else []
     if cell.method in HAVE_ROWS:
         if device.backend.device == "cpu":
             raise MissingError(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from meft_bench.virtual.device import gpu as gpus
-from meft_bench.virtual.device.allocator import ignored_settings
+from meft_bench.virtual.device.allocator import settings_in_words
 from meft_bench.virtual.emulation import assumed_selection, ordinary_code
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.prediction import plan_text
@@ -95,7 +95,7 @@ class TrainingMemory:
             timeline=timeline,
         )
         how = [device.backend.how, device.gpu.basis]
-        how += [note] if (note := ignored_settings()) else []
+        how += [note] if (note := settings_in_words()) else []
         how += assumptions(device, self._selections)
         how += [ONE_STEP] if ledger.step == 1 else []
         changes: dict[str, Any] = {}

@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from meft.sparse.row_grad import RowGrad
 from meft.sparse.row_parameter import RowTensor
-from meft_bench.virtual.device.allocator import ROUND_BYTES, Block
+from meft_bench.virtual.device.allocator import ROUND_BYTES
+from meft_bench.virtual.device.blocks import Block
 from meft_bench.virtual.device.workspaces import MULTIPLY, WITH_BIAS, Workspace
 from meft_bench.virtual.recording import copies, work
 from meft_bench.virtual.recording.gradient_accumulation import is_accumulation

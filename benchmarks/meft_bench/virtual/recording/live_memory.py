@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from meft_bench.virtual.device.allocator import Block, OutOfMemoryError
+from meft_bench.virtual.device.allocator import OutOfMemoryError
+from meft_bench.virtual.device.blocks import Block
 from meft_bench.virtual.device.memory_stats import CountingAllocator
 from meft_bench.virtual.recording.trace import StorageEvent, frees_in_order
 

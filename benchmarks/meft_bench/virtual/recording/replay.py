@@ -7,10 +7,10 @@ import torch
 
 from meft_bench.virtual.device.allocator import (
     MIB,
-    Block,
     CachingAllocator,
     OutOfMemoryError,
 )
+from meft_bench.virtual.device.blocks import Block
 from meft_bench.virtual.recording.live_memory import message_of
 from meft_bench.virtual.recording.trace import StorageEvent, Trace
 

@@ -11,7 +11,8 @@ Any difference is an error of the model: sizes and order are the real ones.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from meft_bench.virtual.device.allocator import Block, CachingAllocator
+from meft_bench.virtual.device.allocator import CachingAllocator
+from meft_bench.virtual.device.blocks import Block
 from meft_bench.virtual.recording.replay import Replay, held_by
 
 

@@ -77,10 +77,10 @@ def method_comparison(rows: Sequence[Published]) -> Iterator[int]:
                 peft.get_peft_config({**config}),
                 autocast_adapter_dtype=settings.get("autocast_adapter_dtype", True),
             )
-            model.eval()
+        optimizer = _optimizer(model, settings)
+        if config:
             with model.disable_adapter():  # it evaluates before it trains
                 pass
-        optimizer = _optimizer(model, settings)
         model.train()
         held: dict[str, Any] = {}
         mean = rows[0].size
