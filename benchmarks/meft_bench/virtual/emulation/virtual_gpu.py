@@ -40,6 +40,7 @@ from meft_bench.virtual.emulation import (
 )
 from meft_bench.virtual.emulation.assumed_conditions import Conditions
 from meft_bench.virtual.emulation.backend import Backend
+from meft_bench.virtual.emulation.memo import Memo
 from meft_bench.virtual.recording.ledger import Ledger
 from meft_bench.virtual.recording.live_memory import LiveMemory
 from meft_bench.virtual.recording.replay import Replay, held_by
@@ -59,8 +60,14 @@ class _Mode(FakeTensorMode):
     # returns true.
     avoid_device_init = True
     conditions: Conditions
+    memo: Memo | None = None
+    """What operators make; None asks torch each time."""
     makes_real_integers = False
     """Whether integers made on the host, as lengths and permutations, have values."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the wrapper around the dispatch costs time
 
     def __torch_dispatch__(
         self,
@@ -87,7 +94,13 @@ class _Mode(FakeTensorMode):
             or (func is aten.rand.default and _is_host_scalar(args, kwargs))
         ):
             return func(*args, **kwargs)
-        out = super().__torch_dispatch__(func, types, args, kwargs)
+        plain = super().__torch_dispatch__
+        if self.memo is None:
+            out = plain(func, types, args, kwargs)
+        else:
+            out = self.memo.run(
+                self, func, args, kwargs, lambda: plain(func, types, args, kwargs)
+            )
         self.conditions.note(func, args, out)
         return out
 
@@ -189,6 +202,7 @@ class VirtualGpu:
         with contextlib.ExitStack() as stack:
             stack.enter_context(unsupported.error_translation())
             self.backend = _enter_backend(stack)
+            self.mode.memo = Memo(self.backend.device)
             for patch in self._patches():
                 stack.enter_context(patch)
             stack.enter_context(self.mode)

@@ -12,6 +12,7 @@ tensor that uses it and freed when nothing refers to it any more. `location` det
 the phase and the module of an operator.
 """
 
+import itertools
 import weakref
 from collections.abc import Mapping
 from typing import Any, Self
@@ -198,11 +199,14 @@ class Ledger(TorchDispatchMode):
         if func._overloadpacket in MULTIPLY:
             self._keep_workspaces(func, args)
         out = func(*args, **kwargs)
-        is_of_host = self._is_of_host(args, kwargs, out)
+        made = [*tensors_in(out)]
+        given = [*tensors_in(args), *tensors_in([*kwargs.values()])]
+        is_of_host = self._is_of_host(made, given)
         if not is_of_host:
             self.num_flops += work.num_flops(func, args, kwargs, out)
-            self.bytes_touched += work.bytes_touched(func, args, kwargs, out)
-        for tensor in tensors_in(out):
+            if not func.is_view:
+                self.bytes_touched += work.num_bytes((*made, *given))
+        for tensor in made:
             self.see(tensor, func)
         workspace = None if is_of_host else self._workspaces.get(func)
         if workspace is not None and (num_bytes := workspace(args, out)):
@@ -213,13 +217,11 @@ class Ledger(TorchDispatchMode):
         self._record_copy(func, args, kwargs, out)
         return out
 
-    def _is_of_host(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-    ) -> bool:
+    def _is_of_host(self, made: list[Tensor], given: list[Tensor]) -> bool:
         """Return whether an operator runs next to an accelerator that exists."""
         if self._memory is None:
             return False
-        some = (*tensors_in(out), *tensors_in(args), *tensors_in(list(kwargs.values())))
+        some = itertools.chain(made, given)
         return all(device_of(tensor) != self._accelerator for tensor in some)
 
     def see(self, tensor: Tensor, func: Any = None) -> Storage | None:

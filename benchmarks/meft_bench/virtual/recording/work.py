@@ -1,12 +1,11 @@
 """The amount of work of an operator: operations, and bytes read and written."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
-
-from meft_bench.virtual.recording.tensors import tensors_in
 
 aten = torch.ops.aten
 ATTENTION = {
@@ -50,27 +49,8 @@ def num_flops(
     return int(formula(*_all_heads(func, args), **kwargs, out_val=out))
 
 
-def bytes_touched(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-) -> int:
-    """Return the bytes that an operator reads and writes, derived from its tensors.
-
-    Args:
-        func: the operator.
-        args: its positional arguments.
-        kwargs: its other arguments.
-        out: its result.
-
-    Returns:
-        The number of bytes; 0 for a view.
-    """
-    if func.is_view:
-        return 0
-    tensors = [
-        *tensors_in(args),
-        *tensors_in(list(kwargs.values())),
-        *tensors_in(out),
-    ]
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of tensors, which an operator reads or writes."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
