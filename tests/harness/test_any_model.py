@@ -158,6 +158,12 @@ def test_a_config_is_enough(tmp_path: Path, model_type: str) -> None:
     same = planned(backbone, method=f"peft:{path}")
     assert same.num_trainable_parameters == lora.num_trainable_parameters
     assert same.allocated_bytes == lora.allocated_bytes
+    if model_type == "qwen3":
+        less = planned(backbone, method=f"peft-checkpointing:{path}", seq_len=64)
+        more = planned(backbone, method=f"peft:{path}", seq_len=64)
+        assert less.by_kind is not None
+        assert more.by_kind is not None
+        assert less.by_kind["saved"] < more.by_kind["saved"]
 
 
 def test_a_step_is_that_of_code_of_ones_own(tmp_path: Path) -> None:

@@ -308,7 +308,7 @@ def _methods(given: Sequence[str], model_type: str | None) -> list[str]:
         elif name in known:
             found.append(ALIASES.get(name, name))
         else:
-            hint = registry.nearest(name, ["all", *known, f"{registry.PEFT}CONFIG"])
+            hint = registry.nearest(name, ["all", *known, f"{registry.PEFT[0]}CONFIG"])
             raise PlanningError(f"unknown method {name!r}; {hint}")
     return list(dict.fromkeys(found))
 
@@ -319,16 +319,16 @@ def _peft(method: str) -> str:
     Raises:
         PlanningError: there is no such file, or no type of adapter.
     """
-    name = method.removeprefix(registry.PEFT)
+    begin, _, name = method.partition(":")
     if name.endswith(".json"):
         path = Path(name)
         if not path.is_file():
             raise PlanningError(f"--method {method}: there is no file {name!r}")
-        return f"{registry.PEFT}{path.resolve()}"
+        return f"{begin}:{path.resolve()}"
     if not name.replace("_", "").isalnum():
         raise PlanningError(
-            f"--method {method!r} should be {registry.PEFT}TYPE, such as "
-            f"{registry.PEFT}ia3, or {registry.PEFT}PATH.json of an adapter's config"
+            f"--method {method!r} should be {begin}:TYPE, such as {begin}:ia3, or "
+            f"{begin}:PATH.json of an adapter's config"
         )
     return method
 

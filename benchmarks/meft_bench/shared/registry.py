@@ -46,8 +46,11 @@ TASKS = {
 Questions are answered in words.
 """
 
-PEFT = "peft:"
-"""Begin of a method of `plan` and `fit`: `peft:TYPE` or `peft:PATH.json`."""
+PEFT = ("peft:", "peft-checkpointing:")
+"""Beginnings of methods of `plan` and `fit`: `peft:TYPE`, `peft:PATH.json`.
+
+The second has gradient checkpointing.
+"""
 METHODS_OF_ANY_MODEL = ("full", "lora", "checkpointing", "lora-checkpointing")
 """Methods that a model of any family can be planned with, besides those of PEFT."""
 

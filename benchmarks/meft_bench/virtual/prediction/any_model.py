@@ -89,7 +89,7 @@ def ready(cell: Cell, config: PreTrainedConfig) -> Iterator[Ready]:
         raise ValueError(
             f"method {cell.method!r} needs a family that the library knows, and "
             f"{cell.backbone} is of model_type {config.model_type!r}: take "
-            f"{', '.join(METHODS_OF_ANY_MODEL)} or {PEFT}CONFIG"
+            f"{', '.join(METHODS_OF_ANY_MODEL)} or {PEFT[0]}CONFIG"
         )
     factory = _factory(config, cell)
     _check_length(config, cell)
@@ -189,11 +189,12 @@ def _model(factory: Any, config: PreTrainedConfig, cell: Cell) -> Any:
         wants["attn_implementation"] = "eager"
     with torch.device(cell.device):
         model = factory.from_config(config, **wants)
-    model.config.use_cache = False
+    if cell.method.partition(":")[0].endswith("checkpointing"):
+        model.config.use_cache = False  # as transformers does by itself
     model.requires_grad_(True)
     if cell.method.startswith(PEFT) or cell.method.startswith("lora"):
         model = _with_peft(model, cell)
-    if "checkpointing" in cell.method:
+    if cell.method.partition(":")[0].endswith("checkpointing"):
         _checkpoint(model)
     return model.to(cell.device)
 
@@ -257,7 +258,7 @@ def _query_and_value(model: Any, model_type: str) -> list[str]:
             return sorted(usual)
     raise ValueError(
         f"which modules of model_type {model_type!r} LoRA should change is not known: "
-        f"name them as `target_modules` of a config, `--method {PEFT}PATH.json`"
+        f"name them as `target_modules` of a config, `--method {PEFT[0]}PATH.json`"
     )
 
 
@@ -279,7 +280,7 @@ def read_peft(method: str) -> dict[str, Any]:
         MissingError: there is no such file.
         ValueError: it is not a JSON object with a `peft_type`.
     """
-    name = method.removeprefix(PEFT)
+    name = method.partition(":")[2]
     if not name.endswith(".json"):
         return {"peft_type": name.upper()}
     try:

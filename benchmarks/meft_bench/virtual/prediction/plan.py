@@ -6,7 +6,7 @@ Two steps run under the ledger; the second, for which all state exists, is repor
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +163,8 @@ def _plan(
     it: Ready, margin: float, timeline: bool, steps: list[tuple[int, bool]]
 ) -> MemoryPlan:
     it.stepper.model.train()
+    held: list[object] = []
+    it.stepper.model.register_forward_hook(_holding(held))
     it.stepper.step(it.batches_of(steps[0][0]), learning_rate=1e-3)
     found = []
     for length, has_padding in steps:
@@ -188,6 +190,22 @@ def _plan(
         prediction="; ".join([it.how, *assumptions(it.device, it.selections)]),
         task=it.cell.task,
     )
+
+
+def _holding(held: list[object]) -> Callable[..., None]:
+    """Return a hook that holds a model's output until the next one replaces it.
+
+    So does the variable of an ordinary loop, `outputs = model(**batch)`: logits live
+    on in backward and in the optimizer's step.
+
+    Args:
+        held: a list, in which the output is put.
+    """
+
+    def hook(_model: Any, _args: Any, output: object) -> None:
+        held[:] = [output]
+
+    return hook
 
 
 def _need(plan: MemoryPlan) -> tuple[bool, int, int]:
