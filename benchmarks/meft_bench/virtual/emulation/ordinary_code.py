@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import DataLoader
 
@@ -36,6 +36,18 @@ REFUSED = {
         "torch.nn.parallel",
         "DistributedDataParallel.__init__",
     ),
+    "torch.distributed.init_process_group": (
+        "torch.distributed",
+        "init_process_group",
+    ),
+    "torch.distributed.fsdp.fully_shard": ("torch.distributed.fsdp", "fully_shard"),
+    "FullyShardedDataParallel": (
+        "torch.distributed.fsdp",
+        "FullyShardedDataParallel.__init__",
+    ),
+    "paged optimizers of bitsandbytes": ("bitsandbytes.functional", "get_paged"),
+    "bitsandbytes.nn.Params4bit": ("bitsandbytes.nn", "Params4bit.__new__"),
+    "bitsandbytes.nn.Int8Params": ("bitsandbytes.nn", "Int8Params.__new__"),
 }
 """What is not modelled, with the function that is replaced."""
 
@@ -50,11 +62,15 @@ def supported() -> Iterator[None]:
                 patch = mock.patch.object(owner, attribute, _saves_nothing(name))
                 stack.enter_context(patch)
         for name, place in REFUSED.items():
+            if not _is_there(place[0]):
+                continue
             owner, attribute = _found(*place)
             stack.enter_context(mock.patch.object(owner, attribute, _refuses(name)))
         stack.enter_context(mock.patch.object(DataLoader, "__init__", _loads_here))
         stack.enter_context(mock.patch.object(Tensor, "numpy", _zeros))
         stack.enter_context(mock.patch.object(Tensor, "__format__", _formatted))
+        for owner in (Tensor, UntypedStorage):
+            stack.enter_context(_own_addresses(owner))
         # Weights would be made in threads, in which tensors are not fake.
         stack.enter_context(
             mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"})
@@ -62,6 +78,17 @@ def supported() -> Iterator[None]:
         for replacement in _whole_generation():
             stack.enter_context(replacement)
         yield
+
+
+def _is_there(module: str) -> bool:
+    """Return whether a module is installed and can be imported."""
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        return False
+    try:
+        importlib.import_module(module)
+    except Exception:  # what an installation that is broken raises
+        return False
+    return True
 
 
 def _found(module: str, name: str) -> tuple[Any, str]:
@@ -92,6 +119,24 @@ def _refuses(name: str) -> Any:
         )
 
     return refuse
+
+
+def _own_addresses(owner: Any) -> contextlib.AbstractContextManager[Any]:
+    """Let a tensor or a storage without values have an address of its own.
+
+    Code that looks for tensors that share memory would take all of them for one.
+    """
+    plain = owner.data_ptr
+
+    def data_ptr(self: Any) -> int:
+        if isinstance(self, FakeTensor):
+            offset = self.storage_offset() * self.element_size()
+            return int(self.untyped_storage()._cdata + offset)
+        if isinstance(self, UntypedStorage) and self.device.type == "meta":
+            return int(self._cdata)
+        return int(plain(self))
+
+    return mock.patch.object(owner, "data_ptr", data_ptr)
 
 
 _plain_init: Any = DataLoader.__init__

@@ -189,12 +189,18 @@ class Ledger(TorchDispatchMode):
         """Run one operator and record the storages of its outputs."""
         if any(issubclass(kind, RowTensor | RowGrad) for kind in types):
             return NotImplemented  # its operators are intercepted individually
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled() and func.namespace == "aten":
+            # Without autograd, operators that consist of others arrive as a whole.
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         if func is DEVICE_OF:
             return args[0].fake_device if is_fake(args[0]) else args[0].device
         if func is ADD and not kwargs and is_accumulation(args):
             # As autograd does without the ledger; fake tensors have nothing to add.
             return args[0] if is_fake(args[0]) else args[0].add_(args[1])
-        kwargs = kwargs or {}
         self._time += 1
         if func._overloadpacket in MULTIPLY:
             self._keep_workspaces(func, args)
@@ -345,6 +351,7 @@ class Ledger(TorchDispatchMode):
             self._location.phase = "forward"
             self.step += 1
 
+    @torch.inference_mode(False)
     def _tell_kinds(self) -> None:
         owners: dict[Tensor, str] = {}
         trained: dict[int, int] = {}
