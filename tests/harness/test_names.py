@@ -115,6 +115,8 @@ FOREIGN_FILES = {
     "virtual-mine.json": "a device, by a user's file",
     "virtual-PATH.json": "a device, by a user's file",
     "PATH.json": "of the user",
+    "adapter_config.json": "of the user, written by PEFT",
+    "runs/published-gpus.checks.jsonl": "written by meft-bench run",
 }
 
 FOREIGN_VARIABLES = {
@@ -241,7 +243,8 @@ def _unknown_names(given: argparse.Namespace) -> Iterator[str]:
         if name == "backbone":
             planning._backbone(value)
     if hasattr(given, "method"):
-        planning._methods([n for n in given.method if not n.isupper()], None)
+        ours = [n for n in given.method if not n.isupper() and ".json" not in n]
+        planning._methods(ours, None)
         planning._set_fields(given.set)
 
 

@@ -1,8 +1,8 @@
 """Expandable segments of PyTorch's CUDA allocator (`expandable_segments:True`).
 
 Each pool has one range of addresses, to which memory is mapped as it is needed, 2 MiB
-at a time in the small pool and 20 MiB in the large one (c10/cuda/
-CUDACachingAllocator.cpp). The functions change what `CachingAllocator` does:
+at a time in the small pool and 20 MiB in the large one
+(c10/cuda/CUDACachingAllocator.cpp). The functions change what `CachingAllocator` does:
 
     growing     a request that no free block can serve takes the free block before a
                 hole and maps what is missing after it, so that a segment grows in place

@@ -195,8 +195,8 @@ def _plan(
 def _holding(held: list[object]) -> Callable[..., None]:
     """Return a hook that holds a model's output until the next one replaces it.
 
-    So does the variable of an ordinary loop, `outputs = model(**batch)`: logits live
-    on in backward and in the optimizer's step.
+    So does the variable of an ordinary loop in which the result of `model(**batch)` is
+    put: logits live on in backward and in the optimizer's step.
 
     Args:
         held: a list, in which the output is put.
