@@ -49,11 +49,13 @@ def draw(frame: pd.DataFrame) -> Figure:
     shown = fields_to_show(drawn, always=("backbone", "dtype", "device"))
     named = _fields_of_rows(drawn, shown)
     panels = [(part, _rows(part)) for _, part in split(drawn, PLACE)]
-    heights = [1 + ROW_INCHES * len(rows) for _, rows in panels]
+    heights = [1.3 + ROW_INCHES * len(rows) for _, rows in panels]
     figure, grid = canvas.panels(len(panels), 1, heights)
     for axes, (part, rows) in zip(grid, panels, strict=True):
         _draw_panel(axes, rows, named)
-        canvas.set_title(axes, describe(part, [n for n in shown if n in PLACE]))
+        title = describe(part, [n for n in shown if n in PLACE])
+        # A part per line: the panel is narrow, and the legend stands next to it.
+        axes.set_title(title.replace(" · ", "\n"))
     failed = drawn[drawn["method"].isin(METHODS)]["status"].ne("ok").any()
     entries = [canvas.failed_entry()] if failed else []
     methods = [method for method in METHODS if (drawn["method"] == method).any()]
@@ -113,6 +115,6 @@ def _draw_row(axes: Axes, row: pd.DataFrame, place: int) -> None:
 
 
 def _label(row: pd.DataFrame, named: list[str]) -> str:
-    # Where weights are random, the panel's title says so.
-    label = describe(row.assign(random_weights=False), named)
+    # The panel's title says where weights are random, and that numbers are predicted.
+    label = describe(row.assign(random_weights=False, device=""), named)
     return short(label.replace("random:", "", 1), max_length=LABEL_LENGTH)
