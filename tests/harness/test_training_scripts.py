@@ -233,6 +233,7 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_script_may_catch_that_there_is_no_room(
     script: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,6 +249,7 @@ def test_a_script_may_catch_that_there_is_no_room(
     assert "64.7 GiB" in out or "64.6 GiB" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "function", "words"),
     [
@@ -275,6 +277,7 @@ def test_a_mistake_is_named(
     assert "Trainer" not in err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_largest_batch_says_what_the_next_would_need(
     script: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,7 +91,6 @@ def ready(cell: Cell, config: PreTrainedConfig) -> Iterator[Ready]:
             f"{cell.backbone} is of model_type {config.model_type!r}: take "
             f"{', '.join(METHODS_OF_ANY_MODEL)} or {PEFT[0]}CONFIG"
         )
-    factory = _factory(config, cell)
     _check_length(config, cell)
     device = VirtualGpu(gpu.find(gpu.name_in(cell.device)))
     device.mode.makes_real_integers = True
@@ -104,7 +103,7 @@ def ready(cell: Cell, config: PreTrainedConfig) -> Iterator[Ready]:
     ):
         ledger.watch_all()
         on_it = dataclasses.replace(cell, device=device.backend.device)
-        model = _model(factory, config, on_it)
+        model = _with_method(build(config, on_it), on_it)
         stepper = Stepper(model, on_it)
         words = [device.backend.how, device.gpu.basis]
         words += [note] if (note := settings_in_words()) else []
@@ -173,7 +172,17 @@ def _check_length(config: PreTrainedConfig, cell: Cell) -> None:
         )
 
 
-def _model(factory: Any, config: PreTrainedConfig, cell: Cell) -> Any:
+def build(config: PreTrainedConfig, cell: Cell) -> Any:
+    """Make a model with random weights on the cell's device.
+
+    Args:
+        config: config of the model; changed in place.
+        cell: its task decides the head.
+
+    Raises:
+        ValueError: transformers has no such head for the model.
+    """
+    factory = _factory(config, cell)
     if cell.depth:
         _set_depth(config, cell.depth)
     if cell.task == "synthetic":
@@ -188,7 +197,11 @@ def _model(factory: Any, config: PreTrainedConfig, cell: Cell) -> Any:
     if not model_type._supports_sdpa and wants["attn_implementation"] == "sdpa":
         wants["attn_implementation"] = "eager"
     with torch.device(cell.device):
-        model = factory.from_config(config, **wants)
+        return factory.from_config(config, **wants)
+
+
+def _with_method(model: Any, cell: Cell) -> Any:
+    """Apply the method of a cell to a model, and move it to the cell's device."""
     if cell.method.partition(":")[0].endswith("checkpointing"):
         model.config.use_cache = False  # as transformers does by itself
     model.requires_grad_(True)
