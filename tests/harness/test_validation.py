@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from meft_bench.parent import checks, cli
+from meft_bench.parent import checks, cli, sweep
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.registry import CHECKS, load
 from meft_bench.shared.source import MissingError
@@ -286,3 +286,21 @@ def test_an_unknown_check_is_named_with_the_nearest(
     sweep.write_text(SWEEP.replace('"workspaces"', '"workspace"'))
     assert cli.main(["list", str(sweep)]) == 2
     assert "unknown check 'workspace'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_whole_list_is_rehearsed(tmp_path: Path) -> None:
+    """Every check and every cell of `gpu-check`, on a GPU that is not there."""
+    out = tmp_path / "gpu-check.jsonl"
+    assert (
+        cli.main(["run", "gpu-check", "--device", "virtual-H200", "-o", str(out)]) == 0
+    )
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    cells = sweep.load("gpu-check", device="virtual-H200").cells
+    assert len(records) == len(cells)
+    assert {record["status"] for record in records} == {"ok"}
+    lines = (tmp_path / "gpu-check.checks.jsonl").read_text().splitlines()
+    statuses = {line["check"]: line["status"] for line in map(json.loads, lines)}
+    needs_a_gpu = {"allocator", "exactness"}
+    assert {n for n, status in statuses.items() if status == "skipped"} == needs_a_gpu
+    assert {s for n, s in statuses.items() if n not in needs_a_gpu} == {"ok"}
