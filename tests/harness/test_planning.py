@@ -501,3 +501,15 @@ def test_every_gpu_that_comes_along_is_whole() -> None:
         found = gpu.find(name)
         assert found.memory_bytes > found.context_bytes > 0
     assert set(planning.FIELDS.values()) == set(planning.AT_MOST)
+
+
+@pytest.mark.slow
+def test_the_positions_of_a_model_are_the_limit(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not memory, and no more is tried."""
+    words = ["fit", "bert-tiny", "--method", "full", "--gpu", "H200"]
+    assert cli.main([*words, "--maximize", "seq", "--batch", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "seq 512 fits, and the model has positions for 512 tokens" in out
+    assert "full    512          fits" in out

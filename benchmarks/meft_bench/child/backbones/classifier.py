@@ -166,11 +166,20 @@ def _check_images(
         )
 
 
-def _check_text(config: PreTrainedConfig, cell: Cell) -> None:
-    longest = config.max_position_embeddings
-    if _type_of(config).positions_start_after_padding:
+def num_positions(config: PreTrainedConfig) -> int | None:
+    """Return the number of tokens of the longest row of a model; None for no limit."""
+    longest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest < 1:
+        return None
+    kind = backbones.TABLE.get(config.model_type)
+    if kind is not None and kind.positions_start_after_padding:
         longest -= config.pad_token_id + 1
-    if cell.seq_len > longest:
+    return longest
+
+
+def _check_text(config: PreTrainedConfig, cell: Cell) -> None:
+    longest = num_positions(config)
+    if longest is not None and cell.seq_len > longest:
         raise ValueError(
             f"`seq_len` is {cell.seq_len}, but {cell.backbone} has positions for "
             f"{longest} tokens: lower it to at most {longest}"

@@ -20,7 +20,7 @@ import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
-from meft_bench.child.backbones.classifier import WEIGHTS_DTYPES, options
+from meft_bench.child.backbones.classifier import WEIGHTS_DTYPES, num_positions, options
 from meft_bench.child.tasks.batches import Batch
 from meft_bench.child.training import execution
 from meft_bench.child.training.steps import Stepper
@@ -164,8 +164,8 @@ def task_of(model_type: str) -> str:
 
 
 def _check_length(config: PreTrainedConfig, cell: Cell) -> None:
-    longest = getattr(config, "max_position_embeddings", None)
-    if isinstance(longest, int) and 0 < longest < cell.seq_len:
+    longest = num_positions(config)
+    if longest is not None and longest < cell.seq_len:
         raise ValueError(
             f"`seq_len` is {cell.seq_len}, but {cell.backbone} has positions for "
             f"{longest} tokens: lower it to at most {longest}"

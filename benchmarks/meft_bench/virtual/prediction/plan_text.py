@@ -135,7 +135,8 @@ def _beyond(plan: dict[str, Any], maximize: str, room: float) -> str:
 def _bounds(plans: Sequence[dict[str, Any]], maximize: str | None) -> list[str]:
     """Return a line for each plan whose largest value memory does not limit."""
     return [
-        f"{plan['method']}: {maximize} {plan['largest']} fits, and is the most tried"
+        f"{plan['method']}: {maximize} {plan['largest']} fits, and "
+        + (plan.get("limit") or "is the most tried")
         for plan in plans
         if maximize is not None and plan["largest"] == plan.get("at_most")
     ]

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from meft_bench.child import backbones
+from meft_bench.child.backbones import classifier
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
-from meft_bench.shared.source import Source
+from meft_bench.shared.source import MissingError, Source
 from meft_bench.virtual.device import gpu
 from meft_bench.virtual.prediction.fit import largest_that_fits
 from meft_bench.virtual.prediction.plan import MemoryPlan, plan
@@ -62,18 +64,32 @@ def _fit(
         size = plans[value].needed_bytes
         return math.inf if size is None else size
 
+    at_most, limit = request["at_most"], ""
+    if field == "seq_len" and (positions := _positions(cell, source)) is not None:
+        at_most = min(at_most, positions)
+        limit = f"the model has positions for {positions:,} tokens"
     room = (1 - margin) * gpu.find(gpu.name_in(cell.device)).memory_bytes
-    found = largest_that_fits(needed, room, request["at_most"])
+    found = largest_that_fits(needed, room, at_most)
     answer = plans[max(found.largest, 1)].to_json()
     beyond = plans.get(found.largest + 1)
     return answer | {
         "maximized": field,
         "largest": found.largest,
-        "at_most": request["at_most"],
+        "at_most": at_most,
+        "limit": limit if at_most < request["at_most"] else "",
         "num_probes": len(found.probes),
         "beyond_bytes": None if beyond is None else beyond.needed_bytes,
         "beyond_message": "" if beyond is None else beyond.message,
     }
+
+
+def _positions(cell: Cell, source: Source) -> int | None:
+    """Return how many tokens the model can take; None if that is not known here."""
+    try:
+        config, _ = backbones.load_config(cell, source, any_type=True)
+    except (MissingError, ValueError):  # which the plan will say
+        return None
+    return classifier.num_positions(config)
 
 
 def _changed(cell: Cell, field: str, value: int) -> Cell:
