@@ -175,7 +175,8 @@ def table(arguments: argparse.Namespace) -> int:
     some = published.tables(published.read(checks))
     if records:
         some += maker.make(read_frame(records))
-    nothing = f"No table: `{arguments.name}` needs {maker.NEEDS}."
+    needs = maker.NEEDS if records else published.NEEDS
+    nothing = f"No table: `{arguments.name}` needs {needs}."
     _say("\n".join(map(to_markdown, some)) if some else nothing)
     return 0
 

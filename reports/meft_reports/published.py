@@ -18,6 +18,8 @@ from meft_reports.format import NOTHING, format_bytes, format_count
 from meft_reports.tables.table import Table
 from meft_reports.text import printable
 
+NEEDS = "a file of checks with ok runs of published numbers"
+"""What a file of checks must hold for there to be a table."""
 VIEWS = {
     "memory_allocated": "allocated",
     "max_memory_allocated": "allocated",
@@ -136,7 +138,8 @@ def tables(numbers: Sequence[Number]) -> list[Table]:
     """Return a summary, other estimators on the same numbers, and every number."""
     if not numbers:
         return []
-    found = [_summary(numbers)]
+    is_free = any(not number.is_calibration for number in numbers)
+    found = [_summary(numbers)] if is_free else []
     found += _estimators(numbers)
     found.append(_every_number(numbers))
     return found

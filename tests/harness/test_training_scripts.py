@@ -1,5 +1,6 @@
 """`meft_bench.virtual_gpu` and `plan --script` where training code is unlike others."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,51 @@ def test_every_tensor_has_an_address_of_its_own() -> None:
     assert torch.zeros(8).data_ptr()
 
 
+def test_copies_take_memory() -> None:
+    """Of tensors, layers, weights and optimizer state, as for averages of weights."""
+    with meft_bench.virtual_gpu("T4") as memory:
+        x = torch.zeros(1024, 1024, device="cuda")
+        before = torch.cuda.memory_allocated()
+        y = copy.deepcopy(x)
+        assert torch.cuda.memory_allocated() - before == 4 * MIB
+        assert y.data_ptr() != x.data_ptr()
+        layer = nn.Linear(1024, 1024, bias=False, device="cuda")
+        before = torch.cuda.memory_allocated()
+        kept = [copy.deepcopy(layer), copy.deepcopy(layer.state_dict())]
+        assert torch.cuda.memory_allocated() - before == 8 * MIB
+        average = torch.optim.swa_utils.AveragedModel(layer)
+        assert torch.cuda.memory_allocated() - before >= 12 * MIB
+        del average, kept
+    assert memory.plan().allocated_bytes
+
+
+def test_inference_between_steps_leaves_kinds_and_phases() -> None:
+    """Operators that arrive as a whole are recorded by their parts."""
+    plans = []
+    for context in (torch.no_grad, torch.inference_mode):
+
+        def train(context: Any = context) -> None:
+            layer = nn.Linear(512, 512).to("cuda")
+            optimizer = torch.optim.AdamW(layer.parameters())
+            x = torch.zeros(64, 512, device="cuda")
+            for _ in range(3):
+                layer(x).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                with context():
+                    layer(x)
+                    image = torch.zeros(1, 4, 8, 8, device="cuda")
+                    nn.functional.interpolate(image, scale_factor=2, mode="bilinear")
+
+        plans.append(plan_of(train))
+    one, other = plans
+    assert one.by_kind == other.by_kind
+    assert one.by_phase == other.by_phase
+    assert "update" in (other.by_phase or {})
+    assert one.num_trainable_parameters == other.num_trainable_parameters == 262_656
+    assert one.allocated_bytes == other.allocated_bytes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("use_streams", [False, True])
 def test_activations_are_offloaded_by_trl(use_streams: bool) -> None:
@@ -220,6 +266,10 @@ class Trainer:
     pass
 
 
+def yields():
+    yield torch.empty(8, device="cuda")
+
+
 def of_batch(size):
     layer = nn.Linear(1024, 1024).cuda()
     layer(torch.empty(size * 4096, 1024, device="cuda")).sum().backward()
@@ -261,6 +311,7 @@ def test_a_script_may_catch_that_there_is_no_room(
             "loss is zero (train.py, line 26); on a virtual GPU a number",
         ),
         ("plan", "trainer", "has no function 'trainer'"),
+        ("plan", "yields", "yields is a generator or a coroutine"),
     ],
 )
 def test_a_mistake_is_named(

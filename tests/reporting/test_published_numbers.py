@@ -74,6 +74,18 @@ def test_the_newest_number_counts_and_failed_runs_do_not(tmp_path: Path) -> None
     assert number.predicted == 1030
 
 
+def test_numbers_that_were_fitted_alone_have_no_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (every,) = published.tables(
+        published.read([written(tmp_path, figure(is_calibration=True))])
+    )
+    assert len(every.rows) == 1
+    path = written(tmp_path, status="error")
+    assert cli.main(["table", "predictions", str(path)]) == 0
+    assert "needs a file of checks with ok runs" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "text",
     [

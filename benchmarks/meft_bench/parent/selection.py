@@ -98,6 +98,10 @@ def select(chosen: Sweep, only: str | None) -> tuple[Cell, ...]:
     """
     if only is None:
         return chosen.cells
+    if not chosen.cells:
+        raise UsageError(
+            f"--only selects cells, and sweep {chosen.name!r} has none: it has checks"
+        )
     if only in registry.METHODS:
         cells = tuple(cell for cell in chosen.cells if cell.method == only)
     else:

@@ -74,8 +74,11 @@ def read(file: Path, *, any_type: bool = False) -> dict[str, Any]:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{file} is not a JSON object")
-    if not any_type or not isinstance(fields.get("model_type"), str):
-        check_model_type(fields.get("model_type"), file)
+    model_type = fields.get("model_type")
+    if any_type and not isinstance(model_type, str):
+        raise ValueError(f"{file} names no `model_type` of transformers")
+    if not any_type:
+        check_model_type(model_type, file)
     return fields
 
 

@@ -166,14 +166,24 @@ def _check_images(
         )
 
 
+POSITIONS_AFTER_PADDING = frozenset(
+    {
+        *("camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet"),
+        *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+    }
+)
+"""Types of models besides those of the table whose positions start after padding."""
+
+
 def num_positions(config: PreTrainedConfig) -> int | None:
     """Return the number of tokens of the longest row of a model; None for no limit."""
     longest = getattr(config, "max_position_embeddings", None)
     if not isinstance(longest, int) or longest < 1:
         return None
     kind = backbones.TABLE.get(config.model_type)
-    if kind is not None and kind.positions_start_after_padding:
-        longest -= config.pad_token_id + 1
+    is_after = kind is not None and kind.positions_start_after_padding
+    if is_after or config.model_type in POSITIONS_AFTER_PADDING:
+        longest -= (config.pad_token_id or 0) + 1
     return longest
 
 

@@ -71,6 +71,7 @@ def supported() -> Iterator[None]:
         stack.enter_context(mock.patch.object(Tensor, "__format__", _formatted))
         for owner in (Tensor, UntypedStorage):
             stack.enter_context(_own_addresses(owner))
+        stack.enter_context(mock.patch.object(Tensor, "__deepcopy__", _deep_copied))
         # Weights would be made in threads, in which tensors are not fake.
         stack.enter_context(
             mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"})
@@ -137,6 +138,20 @@ def _own_addresses(owner: Any) -> contextlib.AbstractContextManager[Any]:
         return int(plain(self))
 
     return mock.patch.object(owner, "data_ptr", data_ptr)
+
+
+_plain_deepcopy: Any = Tensor.__deepcopy__
+
+
+def _deep_copied(self: Any, memo: Any) -> Any:
+    """Copy a tensor by an operator, as torch copies one that has no address.
+
+    Otherwise it clones the storage, which no operator does and the ledger cannot see.
+    """
+    if not isinstance(self, FakeTensor):
+        return _plain_deepcopy(self, memo)
+    with mock.patch.object(Tensor, "data_ptr", return_value=0):
+        return _plain_deepcopy(self, memo)
 
 
 _plain_init: Any = DataLoader.__init__

@@ -68,6 +68,8 @@ QUERY_AND_VALUE = (
     {"Wqkv"},
 )
 """Names of the projections that LoRA changes, where PEFT itself knows none."""
+IMAGE_SIZE = 224
+"""Side of the images of a model whose config names none."""
 FRAMES_OF_A_POSITION = 2
 """Number of frames of audio that become one position of an encoder."""
 
@@ -129,6 +131,12 @@ def _description(model: Any) -> str:
     words = f"assumed: a {type(base).__name__}"
     if not base._supports_sdpa:
         words += ", which has eager attention only"
+    others = [n for n in ("vision_config", "audio_config") if hasattr(base.config, n)]
+    if others and base.main_input_name == "input_ids":
+        words += ", which reads text only: no images, no audio"
+    if base.main_input_name == "pixel_values" and not others:
+        if not hasattr(base.config, "image_size"):
+            words += f", with images of {IMAGE_SIZE} x {IMAGE_SIZE}"
     for config in getattr(model, "peft_config", {}).values():
         if targets := getattr(config, "target_modules", None):
             named = targets if isinstance(targets, str) else ", ".join(sorted(targets))
@@ -142,6 +150,12 @@ def _factory(config: PreTrainedConfig, cell: Cell) -> Any:
     for name, types in tables.items():
         if config.model_type in types:
             return getattr(transformers, name)
+    known = [*CLASSIFIERS.values(), *LANGUAGE_MODELS.values()]
+    if not any(config.model_type in types for types in known):
+        raise ValueError(
+            f"transformers has neither a classifier nor a language model of model_type "
+            f"{config.model_type!r}: plan it as code of your own, with `--script`"
+        )
     head = "classifier" if cell.task == "synthetic" else "language model"
     other = "synthetic-lm" if cell.task == "synthetic" else "synthetic"
     raise ValueError(
@@ -196,15 +210,21 @@ def build(config: PreTrainedConfig, cell: Cell) -> Any:
     model_type = factory._model_mapping[type(config)]
     if not model_type._supports_sdpa and wants["attn_implementation"] == "sdpa":
         wants["attn_implementation"] = "eager"
-    with torch.device(cell.device):
-        return factory.from_config(config, **wants)
+    try:
+        with torch.device(cell.device):
+            return factory.from_config(config, **wants)
+    except (LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        hint = "; leave out `--depth`" if cell.depth else ""
+        raise ValueError(
+            f"transformers cannot make a model of this config: {reason}{hint}"
+        ) from error
 
 
 def _with_method(model: Any, cell: Cell) -> Any:
     """Apply the method of a cell to a model, and move it to the cell's device."""
     if cell.method.partition(":")[0].endswith("checkpointing"):
         model.config.use_cache = False  # as transformers does by itself
-    model.requires_grad_(True)
     if cell.method.startswith(PEFT) or cell.method.startswith("lora"):
         model = _with_peft(model, cell)
     if cell.method.partition(":")[0].endswith("checkpointing"):
@@ -214,15 +234,21 @@ def _with_method(model: Any, cell: Cell) -> Any:
 
 def _set_depth(config: PreTrainedConfig, depth: int) -> None:
     """Change the number of layers, and cut or repeat the list of their kinds."""
-    if not hasattr(config, "num_hidden_layers"):
+    if not hasattr(config, "num_hidden_layers") or hasattr(config, "depths"):
         raise ValueError(
-            f"the config of model_type {config.model_type!r} has no "
-            "`num_hidden_layers`, so `--depth` cannot change it"
+            f"the depth of model_type {config.model_type!r} is not one number: leave "
+            "out `--depth`, and change its config.json"
         )
-    config.num_hidden_layers = depth
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        config.layer_types = (list(kinds) * depth)[:depth]
+    try:
+        config.num_hidden_layers = depth
+        kinds = getattr(config, "layer_types", None)
+        if kinds:
+            config.layer_types = (list(kinds) * depth)[:depth]
+    except AttributeError as error:
+        raise ValueError(
+            f"`--depth` cannot change the config of model_type {config.model_type!r}: "
+            f"{error}; change its config.json"
+        ) from error
     for name in ("decoder_layers", "num_decoder_layers"):
         if getattr(config, name, None) is not None:
             setattr(config, name, depth)
@@ -254,6 +280,7 @@ def _with_peft(model: Any, cell: Cell) -> Any:
         return peft.get_peft_model(model, config)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())
+        reason = f"{type(error).__name__}: {reason}"
         raise ValueError(
             f"PEFT refuses {cell.method!r} for this model: {reason}"
         ) from error
@@ -283,7 +310,9 @@ def _task_type(model: Any, cell: Cell) -> str | None:
         return "SEQ_CLS"
     if getattr(model.config, "is_encoder_decoder", False):
         return "SEQ_2_SEQ_LM"
-    return "CAUSAL_LM" if "CausalLM" in type(model).__name__ else None
+    is_causal = model.config.model_type in LANGUAGE_MODELS["AutoModelForCausalLM"]
+    is_masked = model.config.model_type in LANGUAGE_MODELS[MASKED]
+    return "CAUSAL_LM" if is_causal and not is_masked else None
 
 
 def read_peft(method: str) -> dict[str, Any]:
@@ -342,7 +371,7 @@ def _batch(config: PreTrainedConfig, model: Any, cell: Cell) -> Batch:
     match base.main_input_name:
         case "pixel_values":
             vision = getattr(config, "vision_config", config)
-            height, width = _pair(vision.image_size)
+            height, width = _pair(getattr(vision, "image_size", IMAGE_SIZE))
             channels = getattr(vision, "num_channels", 3)
             images = torch.zeros(rows, channels, height, width, dtype=dtype)
             return {"pixel_values": images, "labels": labels}

@@ -153,6 +153,11 @@ def plan(
 def _ready(cell: Cell, source: Source) -> contextlib.AbstractContextManager[Ready]:
     """Prepare a cell by the methods of sweeps, or as any model of transformers."""
     config, _ = backbones.load_config(cell, source, any_type=True)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            "its config has a `quantization_config`, and quantised weights are not "
+            "modelled: remove it from config.json to plan the model without it"
+        )
     is_known = config.model_type in MODEL_TYPES and not cell.method.startswith(PEFT)
     task = cell.task or any_model.task_of(config.model_type)
     cell = dataclasses.replace(cell, task=task)

@@ -131,6 +131,11 @@ def _check_parameters(
     function: Callable[..., object], path: Path, name: str, given: tuple[int, ...]
 ) -> None:
     """Raise `MissingError` unless the function can be called with what is given."""
+    if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+        raise MissingError(
+            f"{path.name}: {name} is a generator or a coroutine, of which a call runs "
+            "nothing; name a function that runs it"
+        )
     try:
         inspect.signature(function).bind(*given)
     except ValueError:  # a callable without a signature

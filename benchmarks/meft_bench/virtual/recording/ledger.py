@@ -12,9 +12,11 @@ tensor that uses it and freed when nothing refers to it any more. `location` det
 the phase and the module of an operator.
 """
 
+import contextlib
+import functools
 import itertools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -50,6 +52,15 @@ from meft_bench.virtual.recording.trace import (
 aten = torch.ops.aten
 ADD = aten.add.Tensor
 DEVICE_OF = torch.ops.prim.device.default
+
+
+COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+"""Key of the kernels of operators that consist of others."""
+
+
+@functools.cache
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key.split(".")[-1])
 
 
 class Ledger(TorchDispatchMode):
@@ -192,10 +203,9 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.is_inference_mode_enabled() and func.namespace == "aten":
             # Without autograd, operators that consist of others arrive as a whole.
-            with self:
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
+            if _has_kernel(func.name(), str(COMPOSITE)):
+                with self._entered_again():
+                    return func._op_dk(COMPOSITE, *args, **kwargs)
         if func is DEVICE_OF:
             return args[0].fake_device if is_fake(args[0]) else args[0].device
         if func is ADD and not kwargs and is_accumulation(args):
@@ -222,6 +232,15 @@ class Ledger(TorchDispatchMode):
                 self._add(StorageEvent(self._time, None, num_bytes, is_birth=False))
         self._record_copy(func, args, kwargs, out)
         return out
+
+    @contextlib.contextmanager
+    def _entered_again(self) -> Iterator[None]:
+        """Record the operators inside an operator, without a new beginning."""
+        super().__enter__()  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _is_of_host(self, made: list[Tensor], given: list[Tensor]) -> bool:
         """Return whether an operator runs next to an accelerator that exists."""
