@@ -106,6 +106,15 @@ TINY: dict[str, dict[str, Any]] = {
         "decoder_start_token_id": 1,
         "max_source_positions": 50,
     },
+    "mixtral": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "vocab_size": 128,
+    },
     "gemma2": {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -167,6 +176,26 @@ def test_a_config_is_enough(tmp_path: Path, model_type: str) -> None:
         assert less.by_kind is not None
         assert more.by_kind is not None
         assert less.by_kind["saved"] < more.by_kind["saved"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weights_dtype"), [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")]
+)
+def test_experts_are_planned_in_every_dtype(
+    tmp_path: Path, dtype: str, weights_dtype: str
+) -> None:
+    """Gradients of all experts, whichever tokens they get."""
+    backbone = config_file(tmp_path, "mixtral")
+    found = planned(backbone, dtype=dtype, weights_dtype=weights_dtype)
+    assert found.verdict == "fits", found.message
+    config = transformers.MixtralConfig(**TINY["mixtral"])
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    number = sum(p.numel() for p in model.parameters())
+    assert found.num_trainable_parameters == number
+    assert found.by_kind is not None
+    width = 2 if weights_dtype == "bf16" else 4
+    assert abs(found.by_kind["optimizer"] - 2 * width * number) < 64 * 1024
 
 
 def test_a_step_is_that_of_code_of_ones_own(tmp_path: Path) -> None:

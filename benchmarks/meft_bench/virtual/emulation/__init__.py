@@ -12,6 +12,7 @@ triton_stand_in         allocates the memory that our Triton kernels allocate
 assumed_activation      which neurons of sparse adapters a batch is assumed to
                         activate
 assumed_conditions      conditions that Python reads: true, but for `isnan` and the like
+grouped_products        products of rows with their experts' matrices, in any dtype
 memo                    remembers what operators make of tensors of the same shapes
 ordinary_code           what training code does besides training: saving, loading data
 assumed_selection       selections by a mask, which keep all elements

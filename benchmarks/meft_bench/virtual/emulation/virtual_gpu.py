@@ -33,6 +33,7 @@ from meft_bench.virtual.emulation import (
     cpu_backend,
     cuda_backend,
     cuda_stubs,
+    grouped_products,
     memory_answers,
     triton_launches,
     triton_stand_in,
@@ -223,6 +224,7 @@ class VirtualGpu:
         yield _our_kernels()
         yield from triton_launches.left_out()
         yield _whole_operators()
+        yield grouped_products.in_any_dtype()
         yield from _values(self.mode.conditions)
         yield from _initialisation()
         yield from _moving_modules()

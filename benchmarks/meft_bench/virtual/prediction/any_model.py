@@ -67,7 +67,7 @@ QUERY_AND_VALUE = (
     {"qkv_proj"},
     {"Wqkv"},
 )
-"""Names of the projections that LoRA changes, where PEFT itself knows none."""
+"""Names of the projections that LoRA changes."""
 IMAGE_SIZE = 224
 """Side of the images of a model whose config names none."""
 FRAMES_OF_A_POSITION = 2
@@ -267,8 +267,8 @@ def _with_peft(model: Any, cell: Cell) -> Any:
     }
     if cell.method.startswith(PEFT):
         fields = read_peft(cell.method)
-    elif (model_type := model.config.model_type) not in KNOWN_TARGETS:
-        fields["target_modules"] = _query_and_value(model, model_type)
+    elif targets := _query_and_value(model):
+        fields["target_modules"] = targets
     fields.setdefault("task_type", _task_type(model, cell))
     if cell.task == "synthetic" and fields["task_type"] is None:
         heads = [name for name in HEADS if hasattr(model, name)]
@@ -286,8 +286,10 @@ def _with_peft(model: Any, cell: Cell) -> Any:
         ) from error
 
 
-def _query_and_value(model: Any, model_type: str) -> list[str]:
+def _query_and_value(model: Any) -> list[str] | None:
     """Return the names of the projections of queries and values.
+
+    None is returned where PEFT has names of its own for a model with others.
 
     Raises:
         ValueError: none of the usual names occurs in the model.
@@ -296,6 +298,9 @@ def _query_and_value(model: Any, model_type: str) -> list[str]:
     for usual in QUERY_AND_VALUE:
         if usual <= names:
             return sorted(usual)
+    model_type = model.config.model_type
+    if model_type in KNOWN_TARGETS:
+        return None
     raise ValueError(
         f"which modules of model_type {model_type!r} LoRA should change is not known: "
         f"name them as `target_modules` of a config, `--method {PEFT[0]}PATH.json`"
