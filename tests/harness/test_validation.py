@@ -289,6 +289,7 @@ def test_an_unknown_check_is_named_with_the_nearest(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_whole_list_is_rehearsed(tmp_path: Path) -> None:
     """Every check and every cell of `gpu-check`, on a GPU that is not there."""
     out = tmp_path / "gpu-check.jsonl"
