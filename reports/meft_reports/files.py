@@ -1,14 +1,33 @@
-"""Write files atomically: into a temporary file in the same folder, then renamed.
+"""Read files that may be compressed; write files atomically.
+
+They are written into a temporary file in the same folder, which is then renamed.
 
 A reader never reads an incomplete file, and a command that fails leaves the old one
 unchanged.
 """
 
+import gzip
 import os
 import tempfile
+import zlib
 from pathlib import Path
 
-from meft_reports.errors import ReportError
+from meft_reports.errors import RecordError, ReportError
+
+
+def read_whole(path: Path) -> bytes:
+    """Return the content of a file of lines, which may be compressed (`.gz`).
+
+    Raises:
+        RecordError: it cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RecordError(f"cannot read {path}: not a whole gzip file") from error
+    except OSError as error:
+        raise RecordError(f"cannot read {path}: {error.strerror}") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -4,16 +4,15 @@ The numbers are in files of checks (`runs/published-gpus.checks.jsonl`), as
 `meft-bench run published-gpus` writes them: a line for each run.
 """
 
-import gzip
 import json
 import statistics
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from meft_reports.errors import RecordError
+from meft_reports.files import read_whole
 from meft_reports.format import NOTHING, format_bytes, format_count
 from meft_reports.tables.table import Table
 from meft_reports.text import printable
@@ -86,14 +85,7 @@ def read(paths: Iterable[Path]) -> list[Number]:
 
 
 def _numbers(path: Path) -> Iterator[Number]:
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise RecordError(f"cannot read {path}: not a whole gzip file") from error
-    except OSError as error:
-        raise RecordError(f"cannot read {path}: {error.strerror}") from error
+    content = read_whole(path)
     lines = content.splitlines()
     for index, text in enumerate(lines, start=1):
         if not text.strip():

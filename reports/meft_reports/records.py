@@ -4,16 +4,15 @@
 """
 
 import contextlib
-import gzip
 import json
 import re
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from meft_reports.errors import RecordError
+from meft_reports.files import read_whole
 from meft_reports.latest import FAILED, code_of, counting, in_order, newest_code
 from meft_reports.text import SHORT_LENGTH, plural, printable
 from meft_reports.valid_records import Record, quoted, validate
@@ -90,14 +89,7 @@ def _lines_of(path: Path, *, is_finished: bool) -> Iterator[tuple[int, Record]]:
         is_finished: whether every line must be complete. A run that was killed leaves a
             part of its last line, which is otherwise ignored, with a note.
     """
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise RecordError(f"cannot read {path}: not a whole gzip file") from error
-    except OSError as error:
-        raise RecordError(f"cannot read {path}: {error.strerror}") from error
+    content = read_whole(path)
     lines = re.split(rb"\r\n|\r|\n", content)
     unknown: set[str] = set()
     for number, line in enumerate(lines, start=1):

@@ -35,8 +35,8 @@ def best_fit(pool: Pool, wanted: int) -> Block | None:
     return pool.pop(place)[2]
 
 
-def split(block: Block, wanted: int) -> None:
-    """Keep `wanted` bytes in `block` and make the rest a free block."""
+def cut(block: Block, wanted: int) -> Block:
+    """Keep `wanted` bytes in `block`; return the rest, which is in no list."""
     rest = Block(
         num_bytes=block.num_bytes - wanted,
         address=block.address + wanted,
@@ -48,6 +48,12 @@ def split(block: Block, wanted: int) -> None:
     if rest.after is not None:
         rest.after.before = rest
     block.after, block.num_bytes = rest, wanted
+    return rest
+
+
+def split(block: Block, wanted: int) -> None:
+    """Keep `wanted` bytes in `block` and make the rest a free block."""
+    rest = cut(block, wanted)
     insort(rest.pool, rest.key)
 
 

@@ -14,7 +14,7 @@ at a time in the small pool and 20 MiB in the large one
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 
-from meft_bench.virtual.device.blocks import Block, Pool, join, remove
+from meft_bench.virtual.device.blocks import Block, Pool, cut, join, remove
 
 MIB = 2**20
 SMALL_UNIT_BYTES = 2 * MIB
@@ -72,8 +72,8 @@ class Range:
             if end <= begin:
                 continue
             remove(block)
-            middle = _cut(block, begin, pool) or block
-            after = _cut(middle, end, pool)
+            middle = _cut_at(block, begin) or block
+            after = _cut_at(middle, end)
             for part in (None if middle is block else block, after):
                 if part is not None:
                     insort(pool, part.key)
@@ -103,7 +103,7 @@ class Range:
         hole.is_mapped = True
         num_bytes = min(_up(wanted, self.unit_bytes), hole.num_bytes)
         if num_bytes < hole.num_bytes:
-            rest = _cut(hole, hole.address + num_bytes, pool)
+            rest = _cut_at(hole, hole.address + num_bytes)
             assert rest is not None
             rest.is_free, rest.is_mapped = False, False
             self._add_hole(rest)
@@ -152,23 +152,10 @@ def _size(block: Block) -> int:
     return block.num_bytes + (hole.num_bytes if can_grow and hole is not None else 0)
 
 
-def _cut(block: Block, address: int, pool: Pool) -> Block | None:
+def _cut_at(block: Block, address: int) -> Block | None:
     """Cut a block in two at an address; return the second part, if there are two."""
     size = address - block.address
-    if size in (0, block.num_bytes):
-        return None
-    rest = Block(
-        num_bytes=block.num_bytes - size,
-        address=address,
-        pool=pool,
-        is_free=True,
-        before=block,
-        after=block.after,
-    )
-    if rest.after is not None:
-        rest.after.before = rest
-    block.after, block.num_bytes = rest, size
-    return rest
+    return None if size in (0, block.num_bytes) else cut(block, size)
 
 
 def _up(num_bytes: int, multiple: int) -> int:

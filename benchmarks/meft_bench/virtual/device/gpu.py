@@ -63,7 +63,7 @@ class Gpu:
     compared: str = ""
     """Who measured memory on such a GPU that predictions were compared with.
 
-    `us`, or `others`, who published it; empty for nobody.
+    `us`, or `others`, who published it; empty if predictions were not compared.
     """
 
     @property

@@ -15,17 +15,8 @@ from torch.nn import functional
 
 from meft_bench.shared.published import Published
 from meft_bench.virtual.prediction.training_code import TrainingMemory, virtual_gpu
+from meft_bench.virtual.validation.training_steps import LLAMA_3B
 
-LLAMA_3B = {
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "tie_word_embeddings": True,
-}
 LLAMA_7B = {
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -70,7 +61,7 @@ def method_comparison(rows: Sequence[Published]) -> Iterator[int]:
     """
     settings = rows[0].settings
     with virtual_gpu(rows[0].gpu):
-        model = _causal(transformers.LlamaConfig(**LLAMA_3B))  # type: ignore[arg-type]
+        model = _causal(transformers.LlamaConfig(**LLAMA_3B))
         if config := settings.get("peft"):
             model = peft.get_peft_model(
                 model,
