@@ -13,6 +13,7 @@ Statistics of what is not modelled, such as oversized blocks, are 0, and so are,
 torch, numbers of segments and of their free parts where segments are expandable.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +22,14 @@ from meft_bench.virtual.device.blocks import Block, Pool
 
 POOLS = ("all", "large_pool", "small_pool")
 COUNTED = (
-    *("allocation", "allocated_bytes", "active", "active_bytes", "requested_bytes"),
+    *("allocation", "allocated_bytes", "requested_bytes"),
     *("segment", "reserved_bytes", "inactive_split", "inactive_split_bytes"),
 )
+SAME = {"active": "allocation", "active_bytes": "allocated_bytes"}
+"""Statistics that equal others, as there is one stream."""
 NOT_MODELLED = ("oversize_allocations", "oversize_segments")
 PAIRS = {
     "allocation": "allocated_bytes",
-    "active": "active_bytes",
     "inactive_split": "inactive_split_bytes",
 }
 """Statistics of numbers of blocks, and those of their bytes."""
@@ -95,7 +97,6 @@ class CountingAllocator(CachingAllocator):
         if not self.is_expandable:
             self._count_splits(block)
         self._count(block, "allocation", 1, block.num_bytes)
-        self._count(block, "active", 1, block.num_bytes)
         self._add("requested_bytes", block.pool, num_bytes)
         self._requested[block.address] = num_bytes
         self._in_use[block.address] = block
@@ -117,7 +118,6 @@ class CountingAllocator(CachingAllocator):
         if block is None:
             return
         self._count(block, "allocation", -1, -block.num_bytes)
-        self._count(block, "active", -1, -block.num_bytes)
         self._add("requested_bytes", block.pool, -self._requested.pop(block.address))
         del self._in_use[block.address]
         if self.is_expandable:
@@ -148,6 +148,7 @@ class CountingAllocator(CachingAllocator):
             name: {pool: one.to_dict() for pool, one in by_pool.items()}
             for name, by_pool in self._counts.items()
         }
+        counts |= {name: copy.deepcopy(counts[other]) for name, other in SAME.items()}
         segments = self._counts["segment"]["all"]
         counts |= {name: Statistic().to_dict() for name in NOT_MODELLED}
         return counts | {

@@ -29,6 +29,7 @@ from meft.sparse.block_neurons import BlockNeurons
 from meft.sparse.choice import distinct
 from meft.sparse.indices import all_ids, ids_of, new_steps
 from meft.sparse.shapes import Ids
+from meft_bench.virtual.emulation import memo
 from meft_bench.virtual.emulation.assumed_selection import places_of_all
 
 aten = torch.ops.aten
@@ -55,6 +56,8 @@ def rows(active_fraction: float) -> Iterator[None]:
         ):
             stack.enter_context(replacement)
         stack.enter_context(mock.patch.dict(fake_impls.op_implementations_dict, _SIZES))
+        follow = frozenset([*_SIZES, memo.INDEX])
+        stack.enter_context(mock.patch.object(memo, "ASSUMED", follow))
         yield
 
 

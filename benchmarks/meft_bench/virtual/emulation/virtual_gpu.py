@@ -203,7 +203,7 @@ class VirtualGpu:
         with contextlib.ExitStack() as stack:
             stack.enter_context(unsupported.error_translation())
             self.backend = _enter_backend(stack)
-            self.mode.memo = Memo(self.backend.device)
+            self.mode.memo = Memo()
             for patch in self._patches():
                 stack.enter_context(patch)
             stack.enter_context(self.mode)

@@ -1,5 +1,6 @@
 """The amount of work of an operator: operations, and bytes read and written."""
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -45,8 +46,15 @@ def num_flops(
         return 0
     if func._overloadpacket in PRODUCTS:
         # Overloads with a dtype or an output have arguments that the formula lacks.
-        args, kwargs = tuple(a for a in args if isinstance(a, Tensor)), {}
+        shapes = tuple(a.shape for a in args if isinstance(a, Tensor))
+        return _of_product(func._overloadpacket, shapes)
     return int(formula(*_all_heads(func, args), **kwargs, out_val=out))
+
+
+@functools.cache  # a model repeats its products
+def _of_product(product: Any, shapes: tuple[torch.Size, ...]) -> int:
+    """Return the operations of a product of tensors of some shapes."""
+    return int(flop_registry[product](*shapes))
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
