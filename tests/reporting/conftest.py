@@ -50,6 +50,7 @@ CELL = {
     "top_k_experts": 8,
     "row_budget_bytes": 2**30,
     "active_fraction": 1.0,
+    "padding": "none",
     "accumulation": 1,
 }
 NOTHING_SEEN = dict.fromkeys(

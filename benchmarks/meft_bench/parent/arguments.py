@@ -108,15 +108,17 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_count, help="default 8")
     parser.add_argument(
         "--seq",
-        type=_count,
         nargs="+",
-        help="tokens of a row, default 512; several are the lengths of several steps",
+        metavar="TOKENS",
+        help="tokens of a row, default 512; several are the lengths of several steps, "
+        "and p50=190 p90=310 max=768 a distribution of the lengths of rows",
     )
     parser.add_argument(
         "--padding",
         choices=planning.PADDINGS,
         default="worst",
-        help="whether batches have padding; the default runs both",
+        help="whether batches have padding; the default plans both and shows the one "
+        "that needs most",
     )
     parser.add_argument("--depth", type=_count, help="default: its own")
     parser.add_argument("--accumulation", type=_count, default=1, help="default 1")

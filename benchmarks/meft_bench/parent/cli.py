@@ -91,7 +91,7 @@ def _plan_or_fit(given: argparse.Namespace) -> int:
         raise UsageError(f"--timeline: there is no folder {str(timeline.parent)!r}")
     wants: dict[str, Any] = {"margin": margin, "timeline": timeline is not None}
     if script is None:
-        wants |= {"lengths": given.seq or (), "padding": given.padding}
+        wants |= {"seq": given.seq or (), "padding": given.padding}
         plans = planning.ask(cells, options, maximize=maximize, **wants)
     else:
         plans = planning.ask_script(script, options, maximize=not is_plan, **wants)
@@ -107,7 +107,7 @@ def _plan_or_fit(given: argparse.Namespace) -> int:
         found = gpu.find(script["gpu"])
         print(plan_text.summary(found, plans[0], margin, maximize))
     elif not given.json:
-        print(plan_text.table(cells, plans, maximize, margin))
+        print(plan_text.table(cells, plans, maximize, margin, given.seq or ()))
         for plan in plans if is_plan and given.details else ():
             print(f"\n{plan_text.details(plan)}")
     if refused:

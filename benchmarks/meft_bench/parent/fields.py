@@ -26,6 +26,7 @@ _NAMES: dict[str, Collection[str]] = {
     "weights_dtype": registry.DTYPES,
     "attention": registry.ATTENTIONS,
     "blocks": registry.BLOCKS,
+    "padding": registry.PADDINGS,
     "optimizer": registry.OPTIMIZERS,
     "reference": ("", *registry.METHODS),
 }
@@ -80,6 +81,11 @@ def check_together(cell: Cell) -> None:
         raise ValueError(
             f"`active_fraction` = {cell.active_fraction} on device {cell.device!r}, "
             "where batches tell themselves: leave it out, or take a virtual GPU"
+        )
+    if cell.padding != "none" and cell.seq_len < 2:
+        raise ValueError(
+            f"`padding` = {cell.padding!r} with `seq_len` = {cell.seq_len}, of which "
+            "nothing would be left: set `seq_len` to 2 or more, or take 'none'"
         )
     if cell.patience and not cell.eval_every:
         raise ValueError("`patience` counts validations; set `eval_every` above 0 too")

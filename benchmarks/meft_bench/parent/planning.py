@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meft_bench.parent import fields, isolate
-from meft_bench.shared import configs, registry, request
+from meft_bench.parent import fields, isolate, output
+from meft_bench.shared import configs, lengths, registry, request
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.request import WORKER
@@ -36,12 +36,13 @@ FLAGS = {
     "weights_dtype": "--weights-dtype",
     "accumulation": "--accumulation",
     "attention": "--attention",
+    "padding": "--padding",
 }
 """Fields that `--set` does not accept, with the flags that set them."""
 USUAL_TASK = ""
 """The task of a plan, unless one is set: that of the head its model usually has."""
 DEFAULTS = {"batch": 8, "seq": 512, "depth": 0}
-PADDINGS = {"none": [False], "some": [True], "worst": [False, True]}
+PADDINGS = {"none": ["none"], "some": ["some"], "worst": ["some", "none"]}
 """Values of `--padding`, with the batches that are planned."""
 STDERR = 2
 """File descriptor of the standard error output."""
@@ -120,7 +121,8 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
                 f"--{flag} {given} has no effect with --maximize {flag}; leave it out, "
                 f"or maximize one of {', '.join(f for f in FIELDS if f != flag)}"
             )
-        given = max(given) if isinstance(given, list) else given
+        if flag == "seq" and given is not None:
+            given = _longest(given)
         values[field] = DEFAULTS[flag] if given is None else given
     values |= _set_fields(arguments.set)
     if "task" not in values:
@@ -143,7 +145,7 @@ def ask(
     maximize: str | None,
     margin: float,
     timeline: bool = False,
-    lengths: Sequence[int] = (),
+    seq: Sequence[str] = (),
     padding: str = "worst",
 ) -> list[dict[str, Any]]:
     """Return the plan of each cell, or of the largest that fits, as JSON objects.
@@ -154,7 +156,7 @@ def ask(
         maximize: one of `FIELDS`, or None for the cells as they are.
         margin: share of the GPU's memory that must stay free for the verdict `fits`.
         timeline: whether a plan includes every change of memory during its step.
-        lengths: numbers of tokens of the batches, in the order of the steps; none for
+        seq: lengths of the batches, as `meft_bench.shared.lengths` reads them; none for
             those of the cells.
         padding: one of `PADDINGS`.
 
@@ -169,7 +171,7 @@ def ask(
         "at_most": AT_MOST.get(field or ""),
         "margin": margin,
         "timeline": timeline,
-        "lengths": list(lengths),
+        "seq": list(seq),
         "paddings": PADDINGS[padding],
     }
     return _answer(plan, options)
@@ -210,20 +212,25 @@ def _answer(plan: dict[str, Any], options: ChildOptions) -> list[dict[str, Any]]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "plans.json")
         body = {"plan": plan, "options": options.to_json()}
-        done = subprocess.run(
+        with subprocess.Popen(
             request.command(body, out, worker_module=WORKER),
             stdin=subprocess.DEVNULL,
             # What a script of the user prints is shown, apart from the answer.
             stdout=STDERR if "script" in plan else subprocess.PIPE,
             stderr=None if "script" in plan else subprocess.STDOUT,
             text=True,
+            errors="replace",
             env=_environment(options),
-            check=False,
-        )
+        ) as child:
+            last = ""
+            for line in child.stdout or ():
+                if line.startswith(request.MARK):
+                    output.complain(line.rstrip())
+                else:
+                    last = line.strip() or last
         if not out.is_file():
-            code = f"it said nothing and ended with {done.returncode}"
-            lines = (done.stdout or "").strip().splitlines() or [code]
-            raise PlanningError(f"the planner ended without an answer: {lines[-1]}")
+            last = last or f"it said nothing and ended with {child.returncode}"
+            raise PlanningError(f"the planner ended without an answer: {last}")
         plans: list[dict[str, Any]] = json.loads(out.read_text())["plans"]
     return plans
 
@@ -253,6 +260,15 @@ def anything_fits(plans: Sequence[dict[str, Any]]) -> bool:
         plan["verdict"] in ("fits", "tight") and plan.get("largest", 1)
         for plan in plans
     )
+
+
+def _longest(texts: Sequence[str]) -> int:
+    """Return the largest number of tokens that `--seq` names."""
+    try:
+        lengths.check(texts)
+    except ValueError as error:
+        raise PlanningError(f"--seq: {error}") from error
+    return int(fields.check("seq_len", lengths.longest(texts)))
 
 
 def _set_fields(texts: Sequence[str]) -> dict[str, Any]:

@@ -44,6 +44,13 @@ class Cell:
     It is exact for random input, the truncation length for a real task, and for images
     the number of tokens that the backbone makes of one.
     """
+    padding: str = "none"
+    """`none`, or `some`: the last token of the last row of a batch is padding.
+
+    Of the batches of full length, by which memory is measured, and of random input.
+    Kernels of attention with a mask can take more memory. Batches of real rows are
+    padded as their lengths require.
+    """
     task: str = "synthetic"
     """A task of `meft_bench.shared.registry.TASKS`.
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+MARK = "meft-bench: "
+"""Begins the lines of a planner that its parent shows."""
 WORKER = "meft_bench.child.worker"
 """The module that runs as the child."""
 

@@ -39,6 +39,7 @@ CELL: tuple[Column, ...] = (
         "count",
     ),
     later_cell("mlp_chunks", "Int64", "parts that MEFT runs an MLP in", 1, "count"),
+    later_cell("padding", "string", "padding of batches of full length", "none"),
     later_cell("attention", "string", "kernel of attention", "sdpa"),
     later_cell("blocks", "string", "eager, or compiled by torch.compile", "eager"),
     later_cell("reference", "string", "method timed interleaved with this one", ""),

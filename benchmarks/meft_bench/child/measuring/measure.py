@@ -25,7 +25,14 @@ from meft_bench.child.meters.clock import StepClock
 from meft_bench.child.scoring import answers, labels
 from meft_bench.child.scoring.examples import Examples
 from meft_bench.child.tasks import synthetic
-from meft_bench.child.tasks.batches import Batch, Example, Image, epochs, full_batches
+from meft_bench.child.tasks.batches import (
+    Batch,
+    Example,
+    Image,
+    epochs,
+    full_batches,
+    refuse_padded_images,
+)
 from meft_bench.child.tasks.question import AnswerTask
 from meft_bench.child.training import execution, prepare
 from meft_bench.child.training.prepare import AnyTask
@@ -150,6 +157,7 @@ def _noise(
 ) -> Sequence[Example | Image]:
     shape = backbones.image_shape(config)
     if shape is not None:
+        refuse_padded_images(cell)
         return synthetic.images(cell, shape)
     if num_labels is None:
         return synthetic.causal_lm_examples(cell, config.vocab_size)

@@ -150,10 +150,15 @@ def full_batches(rows: Sequence[Example | Image], cell: Cell) -> list[Batch]:
     """Return the batches of the largest step: all rows have `cell.seq_len` tokens.
 
     Rows are filled with the tokens of as many examples as needed, one after another;
-    for a language model, every token is a target. Images have a fixed size.
+    for a language model, every token is a target, but for padding. Images have a fixed
+    size.
+
+    Raises:
+        ValueError: images should have padding.
     """
     images = [row for row in rows if isinstance(row, Image)]
     if images:
+        refuse_padded_images(cell)
         stream = itertools.cycle(images)
         return [
             collate([*itertools.islice(stream, cell.batch_size)], pad_token_id=0)
@@ -178,4 +183,17 @@ def full_batches(rows: Sequence[Example | Image], cell: Cell) -> list[Batch]:
                 "labels": ids.clone() if is_list else torch.tensor(targets),
             }
         )
+        if cell.padding == "some":
+            batches[-1]["attention_mask"][-1, -1] = 0
+            if is_list:
+                batches[-1]["labels"][-1, -1] = IGNORED
     return batches
+
+
+def refuse_padded_images(cell: Cell) -> None:
+    """Raise `ValueError` for a cell of images whose batches should have padding."""
+    if cell.padding != "none":
+        raise ValueError(
+            f"`padding` is {cell.padding!r}, but {cell.backbone} reads images, which "
+            "have none: leave it out"
+        )

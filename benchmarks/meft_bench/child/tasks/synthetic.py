@@ -41,9 +41,12 @@ def _without_rows(name: str, num_labels: int | None) -> Task:
 
 
 def examples(cell: Cell, vocab_size: int) -> list[Example]:
-    """Return one batch: `cell.batch_size` rows of exactly `cell.seq_len` tokens."""
+    """Return one batch: `cell.batch_size` rows of exactly `cell.seq_len` tokens.
+
+    With padding, the last row has one token less.
+    """
     generator = random.Random(cell.seed)
-    return [
+    found = [
         Example(
             token_ids=generator.choices(range(vocab_size), k=cell.seq_len),
             segment_ids=[0] * cell.seq_len,
@@ -51,6 +54,12 @@ def examples(cell: Cell, vocab_size: int) -> list[Example]:
         )
         for _ in range(cell.batch_size)
     ]
+    if cell.padding == "some":
+        last = found[-1]
+        found[-1] = dataclasses.replace(
+            last, token_ids=last.token_ids[:-1], segment_ids=last.segment_ids[:-1]
+        )
+    return found
 
 
 def causal_lm_examples(cell: Cell, vocab_size: int) -> list[Example]:

@@ -95,6 +95,7 @@ def ready(cell: Cell, config: PreTrainedConfig) -> Iterator[Ready]:
         )
     _check_length(config, cell)
     device = VirtualGpu(gpu.find(gpu.name_in(cell.device)))
+    device.has_padding = cell.padding != "none"
     device.mode.makes_real_integers = True
     with (
         device,

@@ -14,7 +14,9 @@ import torch
 
 from meft.errors import MeftError
 from meft_bench.child import backbones
+from meft_bench.child.tasks.batches import refuse_padded_images
 from meft_bench.child.training import prepare
+from meft_bench.shared import lengths
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import MODEL_TYPES, PEFT
 from meft_bench.shared.source import MissingError, Source
@@ -70,7 +72,8 @@ class MemoryPlan:
         seconds_at_least: the larger of the times of arithmetic and of memory access at
             the vendor's rates.
         seq_len: tokens of the batch that needs most; None for code of the user.
-        padding: whether that batch has padding; None for code of the user.
+        padding: whether that batch has padding, `none` or `some`; `any` if both need
+            the same, "" for code of the user.
         task: `synthetic` for a classifier, `synthetic-lm` for a language model; "" for
             code of the user.
         num_steps: number of steps of which operations and copies are sums.
@@ -101,7 +104,7 @@ class MemoryPlan:
     bytes_touched: int | None = None
     seconds_at_least: float | None = None
     seq_len: int | None = None
-    padding: bool | None = None
+    padding: str = ""
     task: str = ""
     num_steps: int = 1
     prediction: str = ""
@@ -117,29 +120,38 @@ def plan(
     margin: float,
     *,
     timeline: bool = False,
-    lengths: Sequence[int] = (),
-    paddings: Sequence[bool] = (False,),
+    seq: Sequence[str] = (),
+    paddings: Sequence[str] = (),
 ) -> MemoryPlan:
     """Return the plan of a cell on its virtual GPU; errors become a verdict.
 
-    A step is run for each length and padding, and the one that needs most is returned.
+    A step is run for each length, and the one that needs most is returned, but for what
+    the allocator holds after all of them.
 
     Args:
         cell: the cell to plan.
         source: origin of its config.
         margin: share of the GPU's memory that must stay free for the verdict `fits`.
         timeline: whether the plan includes every change of memory during the step.
-        lengths: numbers of tokens of the batches, in the order of the steps; none for
+        seq: lengths of the batches, as `meft_bench.shared.lengths` reads them; none for
             the cell's own.
-        paddings: whether batches have padding; images have none.
+        paddings: which of `none` and `some` to plan, of which that one is returned that
+            needs most; none for the cell's own.
 
     Returns:
         The plan of the cell.
     """
+    steps = lengths.of_batches(seq, cell.batch_size) or [cell.seq_len]
+    first, *others = paddings or [cell.padding]
+    cell = dataclasses.replace(cell, padding=first)
     try:
         with _ready(cell, source) as it:
-            steps = [(n, p) for n in lengths or [cell.seq_len] for p in paddings]
-            return _plan(it, margin, timeline, steps)
+            found, more = _plan(it, margin, timeline, steps, others)
+        if more is not None:  # in an allocator of its own
+            cell = dataclasses.replace(cell, padding=more)
+            with _ready(cell, source) as it:
+                found, _ = _plan(it, margin, timeline, steps, [])
+        return _with_lengths(found, seq, steps)
     except torch.OutOfMemoryError as error:
         return MemoryPlan(method=cell.method, verdict="too large", message=str(error))
     except (MissingError, MeftError, ValueError, NotImplementedError) as error:
@@ -164,16 +176,44 @@ def _ready(cell: Cell, source: Source) -> contextlib.AbstractContextManager[Read
     return ready(cell, source) if is_known else any_model.ready(cell, config)
 
 
-def _plan(
-    it: Ready, margin: float, timeline: bool, steps: list[tuple[int, bool]]
+def _with_lengths(
+    plan: MemoryPlan, seq: Sequence[str], steps: Sequence[int]
 ) -> MemoryPlan:
+    """Return a plan that says which lengths a distribution was taken to have."""
+    if not lengths.is_distribution(seq):
+        return plan
+    shown = ", ".join(map(str, steps))
+    assumed = f"assumed: batches of {shown} tokens, for rows of {' '.join(seq)}"
+    return dataclasses.replace(plan, prediction=f"{plan.prediction}; {assumed}")
+
+
+def _plan(
+    it: Ready,
+    margin: float,
+    timeline: bool,
+    steps: Sequence[int],
+    others: Sequence[str],
+) -> tuple[MemoryPlan, str | None]:
+    """Return the plan of a cell, and another padding of its batches that needs more.
+
+    Args:
+        it: the cell, with the padding that is planned.
+        margin: as for `plan`.
+        timeline: as for `plan`.
+        steps: the numbers of tokens of the batches.
+        others: other paddings.
+    """
+    has_mask = "attention_mask" in it.batches_of(steps[0])[0]
+    if not has_mask:
+        if not others:
+            refuse_padded_images(it.cell)
+        others = []
     it.stepper.model.train()
     held: list[object] = []
     it.stepper.model.register_forward_hook(_holding(held))
-    it.stepper.step(it.batches_of(steps[0][0]), learning_rate=1e-3)
-    found = []
-    for length, has_padding in steps:
-        it.device.has_padding = has_padding
+    it.stepper.step(it.batches_of(steps[0]), learning_rate=1e-3)
+
+    def observed(length: int) -> MemoryPlan:
         it.device.reset_peaks()
         it.stepper.step(it.batches_of(length), learning_rate=1e-3)
         one = observe(
@@ -182,10 +222,13 @@ def _plan(
             flops_per_second=_flops_per_second(it.cell.dtype, it.device.gpu),
             timeline=timeline,
         )
-        found.append(dataclasses.replace(one, seq_len=length, padding=has_padding))
+        padding = it.cell.padding if has_mask else "none"
+        return dataclasses.replace(one, seq_len=length, padding=padding)
+
+    found = [observed(length) for length in steps]
     worst = max(found, key=_need)
     count = prepare.count(it.stepper.model)["num_trainable_parameters"]
-    return dataclasses.replace(
+    plan = dataclasses.replace(
         worst,
         method=it.cell.method,
         # The allocator keeps what any of the steps needed.
@@ -195,6 +238,15 @@ def _plan(
         prediction="; ".join([it.how, *assumptions(it.device, it.selections)]),
         task=it.cell.task,
     )
+    for other in others:
+        held.clear()
+        it.device.has_padding = other != "none"
+        one = observed(max(steps))
+        if _need(one)[:2] > _need(worst)[:2]:
+            return plan, other
+        if one.allocated_bytes == worst.allocated_bytes:
+            plan = dataclasses.replace(plan, padding="any")
+    return plan, None
 
 
 def _holding(held: list[object]) -> Callable[..., None]:

@@ -22,6 +22,12 @@ SIZES = {
 """The peaks of a plan, with the words for them."""
 HEADS = {"synthetic": "classifier", "synthetic-lm": "language model"}
 """Tasks, with the words for the models that learn them."""
+WITH = {
+    "none": "without padding",
+    "some": "with padding",
+    "any": "with or without padding, which needs the same",
+}
+"""Paddings of a plan, with the words for them."""
 NOTE = (
     "Predicted from fake tensors and a model of the caching allocator, {basis}. "
     "`nvidia-smi` shows reserved memory and what the driver takes, about "
@@ -36,6 +42,7 @@ def table(
     plans: Sequence[dict[str, Any]],
     maximize: str | None,
     margin: float,
+    seq: Sequence[str] = (),
 ) -> str:
     """Return the answer as a readable table.
 
@@ -44,10 +51,12 @@ def table(
         plans: their plans, in the same order.
         maximize: one of `planning.FIELDS`, or None.
         margin: share of the GPU's memory that must stay free.
+        seq: what was given as `--seq`.
     """
     first = cells[0]
     found = gpu.find(gpu.name_in(first.device))
-    shape = {"batch": f"batch {first.batch_size}", "seq": f"{first.seq_len} tokens"}
+    tokens = f"{'at most ' * (len(seq) > 1)}{first.seq_len}"
+    shape = {"batch": f"batch {first.batch_size}", "seq": f"{tokens} tokens"}
     given = [words for name, words in shape.items() if name != maximize]
     size = format_bytes(found.memory_bytes)
     shown = ", ".join([*given, first.dtype, f"weights {first.weights_dtype}"])
@@ -69,9 +78,7 @@ def table(
     ]
     lines += _bounds(plans, maximize)
     lines += [
-        f"{p['method']}: shown for {p['seq_len']} tokens per row "
-        + ("with padding" if p["padding"] else "without padding")
-        + ", which needs most"
+        f"{p['method']}: shown for {p['seq_len']} tokens per row, {WITH[p['padding']]}"
         for p in plans
         if p.get("seq_len") is not None
     ]

@@ -12,6 +12,7 @@ from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.source import MissingError, Source
 from meft_bench.virtual.device import gpu
+from meft_bench.virtual.prediction import progress
 from meft_bench.virtual.prediction.fit import largest_that_fits
 from meft_bench.virtual.prediction.plan import MemoryPlan, plan
 
@@ -23,8 +24,8 @@ def plan_all(request: dict[str, Any], options: ChildOptions) -> dict[str, Any]:
         request: `script`, a function of the user, or `cells`; `maximize`, the field to
             increase until the cell no longer fits, or None; `at_most`, its upper bound;
             `margin`, the share of the GPU's memory to leave free; `timeline`, whether
-            plans list every change of memory during the step; `lengths`, numbers of
-            tokens, and `paddings`, whether batches have padding, as for `plan`.
+            plans list every change of memory during the step; `seq`, lengths of
+            batches, and `paddings`, whether they have padding, as for `plan`.
         options: options of the child.
 
     Returns:
@@ -43,10 +44,14 @@ def plan_all(request: dict[str, Any], options: ChildOptions) -> dict[str, Any]:
         return {"plans": [_fit(cell, field, request, source) for cell in cells]}
     wants = {
         "timeline": request["timeline"],
-        "lengths": request["lengths"],
+        "seq": request["seq"],
         "paddings": request["paddings"],
     }
-    plans = [plan(cell, source, request["margin"], **wants) for cell in cells]
+    plans = []
+    for cell in cells:
+        plans.append(plan(cell, source, request["margin"], **wants))
+        if len(cells) > 1:
+            progress.tell_plan(plans[-1])
     return {"plans": [one.to_json() for one in plans]}
 
 
@@ -55,20 +60,21 @@ def _fit(
 ) -> dict[str, Any]:
     plans: dict[int, MemoryPlan] = {}
     margin: float = request["margin"]
+    room = (1 - margin) * gpu.find(gpu.name_in(cell.device)).memory_bytes
 
     def needed(value: int) -> float:
         changed = _changed(cell, field, value)
-        lengths = () if field == "seq_len" else request["lengths"]
+        seq = () if field == "seq_len" else request["seq"]
         paddings = request["paddings"]
-        plans[value] = plan(changed, source, margin, lengths=lengths, paddings=paddings)
+        plans[value] = plan(changed, source, margin, seq=seq, paddings=paddings)
         size = plans[value].needed_bytes
+        progress.tell(cell.method, field.partition("_")[0], value, size, room)
         return math.inf if size is None else size
 
     at_most, limit = request["at_most"], ""
     if field == "seq_len" and (positions := _positions(cell, source)) is not None:
         at_most = min(at_most, positions)
         limit = f"the model has positions for {positions:,} tokens"
-    room = (1 - margin) * gpu.find(gpu.name_in(cell.device)).memory_bytes
     found = largest_that_fits(needed, room, at_most)
     answer = plans[max(found.largest, 1)].to_json()
     beyond = plans.get(found.largest + 1)

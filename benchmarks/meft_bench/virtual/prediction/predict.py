@@ -18,7 +18,7 @@ import torch
 from meft_bench.child import backbones
 from meft_bench.child.measuring import probes
 from meft_bench.child.measuring.partial_result import PartialResult
-from meft_bench.child.tasks.batches import Batch
+from meft_bench.child.tasks.batches import Batch, refuse_padded_images
 from meft_bench.child.training import execution, prepare
 from meft_bench.child.training.steps import Stepper
 from meft_bench.shared import configs
@@ -64,6 +64,7 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
     task = load(TASKS[cell.task])(cell, source)
     config, origin = backbones.load_config(cell, source)
     device = VirtualGpu(gpu.find(gpu.name_in(cell.device)))
+    device.has_padding = cell.padding != "none"
     num_labels = prepare.num_labels_of(task)
     # For other methods, a size that depends on values raises an error.
     has_rows = cell.method in HAVE_ROWS
@@ -134,6 +135,8 @@ def predict(cell: Cell, source: Source, partial: PartialResult) -> None:
         # No kernel is tuned and no library warms up: all steps after the first are
         # equal.
         batches = it.batches_of(cell.seq_len)
+        if "pixel_values" in batches[0]:
+            refuse_padded_images(cell)
         probes.probe_memory(it.stepper, it.cell, batches, partial, num_first_steps=1)
         probes.probe_rows(it.stepper, batches, partial)
 

@@ -15,6 +15,7 @@ import torch
 from meft_bench.shared.registry import nearest
 from meft_bench.shared.source import MissingError
 from meft_bench.virtual.device import gpu as gpus
+from meft_bench.virtual.prediction import progress
 from meft_bench.virtual.prediction.fit import largest_that_fits
 from meft_bench.virtual.prediction.plan import MemoryPlan
 from meft_bench.virtual.prediction.training_code import need_of, virtual_gpu
@@ -79,6 +80,8 @@ def _largest(request: dict[str, Any]) -> dict[str, Any]:
     plans: dict[int, MemoryPlan] = {}
     refusals: dict[int, str] = {}
     path = Path(request["script"]["file"])
+    memory_bytes = gpus.find(request["script"]["gpu"]).memory_bytes
+    room = (1 - request["margin"]) * memory_bytes
 
     def needed(batch_size: int) -> float:
         try:
@@ -88,10 +91,10 @@ def _largest(request: dict[str, Any]) -> dict[str, Any]:
                 raise
             refusals[batch_size] = _words(error, path)
             return math.inf
-        return need_of(plans[batch_size])
+        size = need_of(plans[batch_size])
+        progress.tell(plans[batch_size].method, "batch", batch_size, size, room)
+        return size
 
-    memory_bytes = gpus.find(request["script"]["gpu"]).memory_bytes
-    room = (1 - request["margin"]) * memory_bytes
     found = largest_that_fits(needed, room, request["at_most"])
     beyond = plans.get(found.largest + 1)
     return plans[max(found.largest, 1)].to_json() | {

@@ -1,0 +1,43 @@
+"""Progress of `plan` and `fit`: a line for each plan that was made.
+
+The child prints them on its standard error output, beginning with `MARK`; its parent
+shows these lines and no others.
+"""
+
+import contextlib
+import math
+import sys
+
+from meft_bench.shared.request import MARK
+from meft_bench.shared.units import format_bytes
+from meft_bench.virtual.prediction.plan import MemoryPlan
+
+
+def tell(
+    method: str, field: str, value: int, needed_bytes: float | None, room_bytes: float
+) -> None:
+    """Print what a value of a field needs, and whether that fits.
+
+    Args:
+        method: name of the method.
+        field: the field that is maximized.
+        value: the value that was planned.
+        needed_bytes: bytes it needs; None or infinite if that is not known.
+        room_bytes: bytes that may be used.
+    """
+    if needed_bytes is None or math.isinf(needed_bytes):
+        words = "cannot run"
+    else:
+        fits = "fits" if needed_bytes <= room_bytes else "does not fit"
+        words = f"needs {format_bytes(int(needed_bytes))}, {fits}"
+    _print(f"{method}: {field} {value} {words}")
+
+
+def tell_plan(plan: MemoryPlan) -> None:
+    """Print that a plan was made."""
+    _print(f"{plan.method}: {plan.verdict}")
+
+
+def _print(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(f"{MARK}{text}", file=sys.stderr, flush=True)
