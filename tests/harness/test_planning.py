@@ -103,6 +103,13 @@ def test_padding_and_lengths_are_planned(capsys: pytest.CaptureFixture[str]) -> 
     size = pytest.approx(none["allocated_bytes"], rel=0.01)  # blocks that were kept
     assert several["allocated_bytes"] == size
     assert several["process_bytes"] >= none["process_bytes"]
+    # Each padding has an allocator of its own, in which no other is run.
+    names = ("allocated_bytes", "reserved_bytes", "needed_bytes", "process_bytes")
+    assert [worst[name] for name in names] == [most[name] for name in names]
+    spread = planned("--seq", "p50=64", "max=128", "--padding", "none")
+    assert spread["seq_len"] == 128
+    assert spread["allocated_bytes"] == size
+    assert "tokens, for rows of p50=64 max=128" in spread["prediction"]
 
 
 @pytest.mark.usefixtures("planned")
@@ -199,11 +206,34 @@ def test_what_the_library_refuses_it_says_itself(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "padding"), [("llama-tiny", "any"), ("vit-tiny", "none")]
+)
+def test_padding_that_changes_nothing_is_said_so(
+    capsys: pytest.CaptureFixture[str], shape: str, padding: str
+) -> None:
+    """Eager attention of a decoder has a mask in any case; images have no padding."""
+    words = ["plan", shape, "--method", "lora", "--gpu", "H200", "--batch", "2"]
+    words += ["--attention", "eager", "--seq", "17" if shape == "vit-tiny" else "16"]
+    assert cli.main([*words, "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert plan["padding"] == padding
+    if padding == "none":
+        assert cli.main([*words, "--padding", "some"]) == 2
+        assert "reads images, which have none" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_what_fits_is_the_largest(capsys: pytest.CaptureFixture[str]) -> None:
     """Held against the plans of the answer and of the next."""
     words = ["fit", "bert-tiny", "--method", "lora", "--seq", "512", "--gpu", "RTX3090"]
     assert cli.main([*words, "--maximize", "batch", "--json"]) == 0
-    (found,) = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    (found,) = json.loads(printed.out)
+    steps = printed.err.splitlines()
+    assert len(steps) == found["num_probes"]
+    assert all(line.startswith("meft-bench: lora: batch ") for line in steps)
+    assert f"batch {found['largest'] + 1} needs" in printed.err
     room = 0.95 * gpu.find("RTX3090").memory_bytes
     assert found["needed_bytes"] <= room < found["beyond_bytes"]
     assert found["largest"] > 100

@@ -313,6 +313,11 @@ BAD = {
         AXES + "defaults = { reference = 'dense-offload', optimizer = 'adamw-fused' }",
         "`reference` = 'dense-offload'",
     ),
+    "padding of one token": (
+        AXES + "defaults = { seq_len = 1, padding = 'some' }",
+        "`padding` = 'some' with `seq_len` = 1",
+    ),
+    "unknown padding": (AXES + "defaults = { padding = 'all' }", "padding 'all'"),
     "patience alone": (AXES + "defaults = { patience = 2 }", "`eval_every`"),
     "text for a random backbone": (
         AXES + 'defaults = { backbone = "random:bert-tiny", task = "bbc-news" }',

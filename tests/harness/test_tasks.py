@@ -13,6 +13,7 @@ from transformers import BertTokenizer, PreTrainedTokenizerFast
 from harness.tiny import cell
 from meft_bench.child.tasks import bbc_news, glue, metrics, synthetic
 from meft_bench.child.tasks.batches import (
+    IGNORED,
     Example,
     collate,
     encode,
@@ -307,6 +308,24 @@ def test_the_full_batch_has_no_padding() -> None:
     assert batch["input_ids"].tolist() == [[5, 5, 6, 6], [6, 5, 5, 6]]
     assert torch.equal(batch["attention_mask"], torch.ones(2, 4, dtype=torch.long))
     assert batch["labels"].tolist() == [0, 1]
+
+
+def test_the_full_batch_may_have_padding() -> None:
+    """Its last token, which is no target of a language model."""
+    wants = {"batch_size": 2, "seq_len": 4, "padding": "some"}
+    (batch,) = full_batches(numbered(2, 3), cell(**wants))
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    rows = synthetic.causal_lm_examples(cell(**wants), vocab_size=11)
+    assert [len(row.token_ids) for row in rows] == [4, 3]
+    (batch,) = full_batches(rows, cell(**wants))
+    assert batch["labels"][-1, -1] == IGNORED
+    assert torch.equal(batch["labels"][0], batch["input_ids"][0])
+
+
+def test_images_have_no_padding() -> None:
+    rows = synthetic.images(cell(batch_size=2), (3, 4, 4))
+    with pytest.raises(ValueError, match="reads images, which have none: leave it out"):
+        full_batches(rows, cell(batch_size=2, padding="some"))
 
 
 def test_synthetic_rows_have_exactly_the_requested_shape() -> None:

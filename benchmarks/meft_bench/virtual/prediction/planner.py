@@ -50,7 +50,7 @@ def plan_all(request: dict[str, Any], options: ChildOptions) -> dict[str, Any]:
     plans = []
     for cell in cells:
         plans.append(plan(cell, source, request["margin"], **wants))
-        if len(cells) > 1:
+        if len(cells) > 1 and plans[-1].verdict != "unknown":
             progress.tell_plan(plans[-1])
     return {"plans": [one.to_json() for one in plans]}
 

@@ -26,11 +26,10 @@ def tell(
         room_bytes: bytes that may be used.
     """
     if needed_bytes is None or math.isinf(needed_bytes):
-        words = "cannot run"
-    else:
-        fits = "fits" if needed_bytes <= room_bytes else "does not fit"
-        words = f"needs {format_bytes(int(needed_bytes))}, {fits}"
-    _print(f"{method}: {field} {value} {words}")
+        return  # the answer says why
+    fits = "fits" if needed_bytes <= room_bytes else "does not fit"
+    size = format_bytes(int(needed_bytes))
+    _print(f"{method}: {field} {value} needs {size}, {fits}")
 
 
 def tell_plan(plan: MemoryPlan) -> None:

@@ -102,6 +102,8 @@ def _train(
     padded: bool = False,
     empty_cache: bool = False,
 ) -> None:
+    if place.virtual is not None:  # whose masks have no values
+        place.virtual.has_padding = padded
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
