@@ -13,6 +13,7 @@ methods    the table of methods: functions, options, what each has
 backbones  the table of model types: what can be made of each, its shapes
 registry   the names of methods, tasks, backbones and devices
 protocol   constants of the training protocol
+lengths    lengths of the batches of a plan
 configs    finds and reads the config of a backbone
 published  memory that others measured, and what other estimators say of it
 source     where data and weights may come from

@@ -7,5 +7,6 @@ fit       the largest value that fits, from few probes
 planner   the child process of the commands `plan` and `fit`
 plan_text   plans as text
 training_code   the memory of training code of the user: `meft_bench.virtual_gpu`
+progress  a line for each plan that was made
 script    a function of a file of the user, for the option `--script`
 """

@@ -58,6 +58,10 @@ COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 """Key of the kernels of operators that consist of others."""
 
 
+_name = functools.cache(str)
+"""Returns the name of an operator or a dtype."""
+
+
 @functools.cache
 def _has_kernel(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, key.split(".")[-1])
@@ -200,7 +204,7 @@ class Ledger(TorchDispatchMode):
         """Run one operator and record the storages of its outputs."""
         if func is DEVICE_OF and is_fake(args[0]):  # more than half of all calls
             return args[0].fake_device
-        if any(issubclass(kind, RowTensor | RowGrad) for kind in types):
+        if any([issubclass(kind, RowTensor | RowGrad) for kind in types]):
             return NotImplemented  # its operators are intercepted individually
         kwargs = kwargs or {}
         if torch.is_inference_mode_enabled() and func.namespace == "aten":
@@ -271,12 +275,12 @@ class Ledger(TorchDispatchMode):
             index=len(self._storages),
             num_bytes=memory.nbytes(),
             device=device_of(tensor),
-            operator="" if func is None else str(func),
+            operator="" if func is None else _name(func),
             module=self._location.present_module(phase),
             phase=phase,
             step=self.step,
             shape=tuple(tensor.shape),
-            dtype=str(tensor.dtype).removeprefix("torch."),
+            dtype=_name(tensor.dtype).removeprefix("torch."),
             born=self._time,
         )
         self._storages.append(storage)

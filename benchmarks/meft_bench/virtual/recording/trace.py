@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 KINDS = (
     "parameters",
@@ -63,8 +64,7 @@ class Storage:
     """Set where known; otherwise derived from phase and lifetime (`Trace.kind_of`)."""
 
 
-@dataclass(frozen=True, slots=True)
-class StorageEvent:
+class StorageEvent(NamedTuple):
     """An allocation or a free of a storage, or of a kernel's workspace."""
 
     time: int
