@@ -30,7 +30,8 @@ def test_each_phase_has_a_peak() -> None:
     """By hand."""
     trace = one_step()
     most = views.peak_by_phase(trace, "cpu")
-    assert list(most) == ["forward", "backward"]
+    assert list(most) == ["inputs", "forward", "backward"]
+    assert most["inputs"] == 2 * 2**20  # the weights were there before
     peak = trace.peak("cpu")
     assert max(most.values()) == peak.num_bytes
     # Weights; the input, what the ReLU gives, and the last output; the sum of it.

@@ -85,6 +85,7 @@ def run(cell: Cell, options: ChildOptions) -> dict[str, object]:
         "message": message,
         "measurement": partial.measurement.to_json(),
         "environment": partial.environment,
+        "memory_breakdown": partial.memory_breakdown,
     }
 
 

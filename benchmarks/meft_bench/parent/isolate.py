@@ -100,6 +100,7 @@ def run(
         wall_seconds=time.monotonic() - start,
         measurement=ending.measurement,
         environment=dataclasses.replace(environment, **ending.environment),
+        memory_breakdown=ending.memory_breakdown,
     )
 
 

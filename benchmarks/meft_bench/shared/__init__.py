@@ -3,6 +3,7 @@
 cell       what to run: the fields that identify a measurement
 measurement   the numbers of a cell by name; None where one was not measured
 json_types   checks that values read from JSON have their annotated types
+breakdown  what the peak of a step consists of
 record     the result: status, measurement and environment
 request    what a parent requests of a child, on the command line
 options    settings of a child that do not belong to the cell

@@ -6,7 +6,8 @@ existing file is complete:
     {"status": "ok" | "oom" | "error" | "skipped",
      "message": "",                      the reason, in a line; when ok a note, or empty
      "measurement": {...},               fields of `Measurement`
-     "environment": {...}}               some of `REPORTED`
+     "environment": {...},               some of `REPORTED`
+     "memory_breakdown": {...} | null}   as `meft_bench.shared.breakdown` defines it
 
 The other statuses are set by the parent: only it can detect that a child was killed or
 took too long, or that there was no room for its outcome (`EXIT_UNWRITTEN`).
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meft_bench.shared import measurement
+from meft_bench.shared import breakdown, measurement
 from meft_bench.shared.measurement import Measurement
 from meft_bench.shared.record import Environment, Status
 
@@ -37,7 +38,7 @@ REPORTED = (
 """Fields of `Environment` that the child determines."""
 
 _STATUSES = (Status.OK, Status.OOM, Status.ERROR, Status.SKIPPED)
-_KEYS = {"status", "message", "measurement", "environment"}
+_KEYS = {"status", "message", "measurement", "environment", "memory_breakdown"}
 
 
 EXIT_UNWRITTEN = 74
@@ -52,6 +53,7 @@ class Outcome:
     message: str
     measurement: Measurement
     environment: dict[str, Any]
+    memory_breakdown: dict[str, Any] | None = None
 
 
 def leave(path: Path, result: dict[str, object]) -> None:
@@ -100,11 +102,14 @@ def read(path: Path) -> Outcome:
     _check_fields(table, "measurement", measurement.FIELDS)
     hints = typing.get_type_hints(Environment)
     _check_fields(table, "environment", {name: hints[name] for name in REPORTED})
+    if table["memory_breakdown"] is not None:
+        breakdown.check(table["memory_breakdown"])
     return Outcome(
         status=Status(table["status"]),
         message=" ".join(table["message"].split()),
         measurement=Measurement(**table["measurement"]),
         environment=table["environment"],
+        memory_breakdown=table["memory_breakdown"],
     )
 
 

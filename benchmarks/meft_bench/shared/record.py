@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from meft_bench.shared import json_types
+from meft_bench.shared import breakdown, json_types
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.measurement import FIELDS, Measurement
 
@@ -84,6 +84,11 @@ class Record:
     wall_seconds: float
     measurement: Measurement
     environment: Environment
+    memory_breakdown: dict[str, Any] | None = None
+    """What the peak of a step consists of, as `meft_bench.shared.breakdown` defines it.
+
+    None where there is none.
+    """
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object, with its schema version and the cell's id."""
@@ -115,6 +120,8 @@ class Record:
         json_types.check(fields["cell"], _types(Cell))
         json_types.check(fields["measurement"], FIELDS)
         json_types.check(fields["environment"], _types(Environment))
+        if fields.get("memory_breakdown") is not None:
+            breakdown.check(fields["memory_breakdown"])
         return cls(
             sweep=fields["sweep"],
             cell=Cell.from_json(fields["cell"]),
@@ -124,6 +131,7 @@ class Record:
             wall_seconds=fields["wall_seconds"],
             measurement=Measurement(**fields["measurement"]),
             environment=Environment(**fields["environment"]),
+            memory_breakdown=fields.get("memory_breakdown"),
         )
 
 

@@ -13,6 +13,7 @@ class PartialResult:
     def __init__(self) -> None:
         self.measurement = Measurement()
         self.environment: dict[str, str | int | None] = {}
+        self.memory_breakdown: dict[str, Any] | None = None
 
     def note(self, **fields: Any) -> None:
         """Add numbers of `Measurement`."""

@@ -20,6 +20,9 @@ from meft_bench.child.tasks.batches import Batch
 from meft_bench.child.training.out_of_memory import is_out_of_memory
 from meft_bench.child.training.steps import Stepper
 from meft_bench.shared.cell import Cell
+from meft_bench.virtual.device.allocator import ROUND_BYTES
+from meft_bench.virtual.recording.breakdown import breakdown
+from meft_bench.virtual.recording.ledger import Ledger
 
 
 def probe_memory(
@@ -59,6 +62,26 @@ def probe_memory(
         return
     allocated, reserved = memory.cuda_step_peak_bytes(step)
     partial.note(peak_allocated_bytes=allocated, peak_reserved_bytes=reserved)
+
+
+def look_at_peak(
+    stepper: Stepper, cell: Cell, batches: Sequence[Batch], partial: PartialResult
+) -> None:
+    """Record one more step, and note what its peak consists of.
+
+    Args:
+        stepper: the trained model.
+        cell: the cell, which includes the device.
+        batches: micro-batches of one step.
+        partial: the partial result to update.
+    """
+    # A CPU has no allocator that rounds.
+    round_bytes = 1 if cell.device == "cpu" else ROUND_BYTES
+    with Ledger(accelerator=cell.device, round_bytes=round_bytes) as ledger:
+        ledger.watch(stepper.model, stepper.optimizer)
+        start = ledger.mark()
+        stepper.step(batches, learning_rate=0.0)
+    partial.memory_breakdown = breakdown(ledger.trace(), start)
 
 
 def probe_link(

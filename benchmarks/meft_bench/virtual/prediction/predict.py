@@ -29,6 +29,7 @@ from meft_bench.virtual.device import gpu
 from meft_bench.virtual.device.allocator import settings_in_words
 from meft_bench.virtual.emulation import assumed_activation
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
+from meft_bench.virtual.recording.breakdown import breakdown
 from meft_bench.virtual.recording.ledger import Ledger
 
 
@@ -138,6 +139,9 @@ def predict(cell: Cell, source: Source, partial: PartialResult) -> None:
         if "pixel_values" in batches[0]:
             refuse_padded_images(cell)
         probes.probe_memory(it.stepper, it.cell, batches, partial, num_first_steps=1)
+        start = it.ledger.mark()
+        it.stepper.step(batches, learning_rate=0.0)
+        partial.memory_breakdown = breakdown(it.ledger.trace(), start)
         probes.probe_rows(it.stepper, batches, partial)
 
 

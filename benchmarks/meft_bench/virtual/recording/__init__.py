@@ -9,6 +9,7 @@ gradient_accumulation   which gradients autograd accumulates in place
 
 trace      the recording: peaks, kinds, copies
 views      a trace, summed by phase, block and operator
+breakdown  what the peak of a step consists of, as records keep it
 live_memory   the allocator, served while the ledger records
 replay     allocated and reserved bytes, or out of memory, for a whole trace
 snapshot   the history of a real allocator, replayed by the model of it

@@ -1,0 +1,56 @@
+"""What a peak of memory consists of, in the compact form that a record keeps.
+
+    {"peak_bytes": 569459200, "at_op": 3892, "num_ops": 5315, "phase": "backward",
+     "rows": [["saved", "forward", "bert.encoder.layer.*.output", "aten.addmm.default",
+               "bfloat16", [8, 256, 768], BYTES, COUNT, FIRST_OP], ...],
+     "other_bytes": 841216}
+
+A row has the storages that were alive at the peak and agree in kind, phase, module,
+operator, dtype and shape. Numbers in the names of modules are `*`, so that all blocks
+of a model share their rows. The rows are the largest ones, and with `other_bytes` they
+add up to `peak_bytes`. Operators are counted from the beginning of the step. Of what is
+there between two steps, such as parameters, phase and operator are empty.
+"""
+
+from typing import Any
+
+from meft_bench.shared import json_types
+
+FIELDS: dict[str, Any] = {
+    "peak_bytes": int,
+    "at_op": int,
+    "num_ops": int,
+    "phase": str,
+    "rows": list[list[Any]],
+    "other_bytes": int,
+}
+ROW: dict[str, Any] = {
+    "kind": str,
+    "phase": str,
+    "module": str,
+    "operator": str,
+    "dtype": str,
+    "shape": list[int],
+    "num_bytes": int,
+    "count": int,
+    "first_op": int,
+}
+"""The entries of a row, in order, with their types."""
+
+
+def check(value: Any) -> None:
+    """Raise `ValueError` unless a value of JSON is a breakdown."""
+    if not isinstance(value, dict) or value.keys() != FIELDS.keys():
+        raise ValueError(f"a breakdown of memory has the fields {', '.join(FIELDS)}")
+    json_types.check(value, FIELDS)
+    for row in value["rows"]:
+        if len(row) != len(ROW):
+            raise ValueError(f"a row of a breakdown has the entries {', '.join(ROW)}")
+        json_types.check(dict(zip(ROW, row, strict=True)), ROW)
+    sizes = [row[list(ROW).index("num_bytes")] for row in value["rows"]]
+    total = sum(sizes) + value["other_bytes"]
+    if total != value["peak_bytes"]:
+        raise ValueError(
+            f"the rows of a breakdown add up to {total} bytes, and its `peak_bytes` is "
+            f"{value['peak_bytes']}"
+        )
