@@ -12,10 +12,11 @@ cell. A number that is better by more than is allowed is reported and passes. Fo
 list, the worst entry is compared.
 """
 
+import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
@@ -23,6 +24,7 @@ from typing import Any
 
 import pandas as pd
 
+from meft_reports.breakdown import Breakdown, what_grew
 from meft_reports.columns import CELL_FIELDS, SCORE_NAMES
 from meft_reports.columns.column import Column
 from meft_reports.compared import Number, compared_number, exact, format_number
@@ -75,6 +77,16 @@ SAID = {
 
 The version of every package is reported in addition.
 """
+NUM_CHANGES = 5
+"""Number of changes of memory that a finding lists."""
+KINDS_OF_MEMORY = {
+    "peak_allocated_bytes": "",
+    "peak_reserved_bytes": "",
+    "saved_bytes": "saved",
+}
+"""Columns of memory that a breakdown explains, with the kind that it is; "" for all."""
+Breakdowns = Mapping[str, Breakdown]
+"""What the peaks of cells consist of, by `cell_id`."""
 MAX_PAIRS = 3
 """Number of differences of one fact that are reported in full."""
 
@@ -92,6 +104,8 @@ class Finding:
     difference: str = ""
     allowed: str = ""
     advice: str = ""
+    grew: tuple[str, ...] = ()
+    """What of the memory grew, if both records say what their peaks consist of."""
 
     def __str__(self) -> str:
         """Return the finding as a few lines for a terminal."""
@@ -103,6 +117,8 @@ class Finding:
         }
         head = f"{self.kind}: {self.cell_id}" + (f" {self.column}" * bool(self.column))
         lines = [f"  {name:<10} {fact}" for name, fact in facts.items() if fact]
+        for number, line in enumerate(self.grew):
+            lines.append(f"  {'' if number else 'what grew':<10} {line}")
         return "\n".join([head, *lines, *([f"  {self.advice}"] if self.advice else [])])
 
 
@@ -139,7 +155,11 @@ class CheckResult:
 
 
 def check(
-    frame: pd.DataFrame, baseline: pd.DataFrame, thresholds: Sequence[Threshold]
+    frame: pd.DataFrame,
+    baseline: pd.DataFrame,
+    thresholds: Sequence[Threshold],
+    breakdowns: tuple[Breakdowns, Breakdowns] = ({}, {}),
+    num_changes: int = NUM_CHANGES,
 ) -> CheckResult:
     """Compare every ok cell of `baseline` with the cell of the same id in `frame`.
 
@@ -147,6 +167,8 @@ def check(
         frame: result of `read_frame`: the record of each cell that counts.
         baseline: result of `read_baseline`, as a frame.
         thresholds: the compared columns, with the allowed difference in each.
+        breakdowns: what the peaks of the baseline, and those of the run, consist of.
+        num_changes: number of changes of memory that a finding lists.
 
     Returns:
         All findings.
@@ -167,7 +189,10 @@ def check(
             continue
         for threshold in thresholds:
             finding, compared = _compare(name, threshold, expected, got)
-            findings += [finding] if finding else []
+            if finding is not None:
+                pair = expected, got
+                grew = _what_grew(finding, pair, breakdowns, num_changes)
+                findings.append(dataclasses.replace(finding, grew=grew))
             num_compared += compared
     findings += _new(got_cells.index.difference(expected_cells.index), got_cells)
     if expected_cells.empty:
@@ -178,6 +203,23 @@ def check(
         num_compared=num_compared,
         notes=tuple(_notes(baseline, expected_cells, got_cells)),
     )
+
+
+def _what_grew(
+    finding: Finding,
+    cells: tuple[Any, Any],
+    breakdowns: tuple[Breakdowns, Breakdowns],
+    most: int,
+) -> tuple[str, ...]:
+    """Return what of the memory grew, in lines; none where that is not known."""
+    before, after = (its.get(finding.cell_id) for its in breakdowns)
+    if before is None or after is None or finding.column not in KINDS_OF_MEMORY:
+        return ()
+    if finding.kind not in (Kind.REGRESSION, Kind.IMPROVED):
+        return ()
+    expected, got = (int(cell[finding.column]) for cell in cells)
+    kind = KINDS_OF_MEMORY[finding.column]
+    return tuple(what_grew(before, after, got - expected, kind).lines(most))
 
 
 def _whole_cell(cell_id: str, expected: Any, got: Any) -> Finding | None:

@@ -209,11 +209,18 @@ def check(arguments: argparse.Namespace) -> int:
             raise ReportError(f"{path} is both the run and the baseline")
 
     from meft_reports.check import check as compare
-    from meft_reports.frame import read_frame, to_frame
-    from meft_reports.records import read_baseline
+    from meft_reports.frame import to_frame
+    from meft_reports.records import breakdowns_of, read_baseline, read_records
 
-    baseline_frame = to_frame(read_baseline(arguments.baseline))
-    result = compare(read_frame(arguments.runs), baseline_frame, thresholds)
+    before = read_baseline(arguments.baseline)
+    after, newest = read_records(arguments.runs)
+    result = compare(
+        to_frame(after, newest),
+        to_frame(before),
+        thresholds,
+        (breakdowns_of(before), breakdowns_of(after)),
+        arguments.what_grew,
+    )
     _say(str(result))
     return result.exit_code
 
@@ -305,6 +312,19 @@ def _add_check_arguments(sub: argparse.ArgumentParser) -> None:
         help="what may get worse by how much, e.g. saved:0, peak_allocated:5MiB, "
         "step_seconds:20%%, score:0.01; repeatable",
     )
+    sub.add_argument(
+        "--what-grew",
+        type=_number,
+        default=5,
+        metavar="N",
+        help="how many changes of memory a finding lists, largest first; default 5",
+    )
+
+
+def _number(text: str) -> int:
+    if not text.isascii() or not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} should be a number, such as 5")
+    return int(text)
 
 
 def _refuse_checks(arguments: argparse.Namespace) -> None:

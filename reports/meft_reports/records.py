@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from meft_reports import breakdown
+from meft_reports.breakdown import Breakdown
 from meft_reports.errors import RecordError
 from meft_reports.files import read_whole
 from meft_reports.latest import FAILED, code_of, counting, in_order, newest_code
@@ -68,6 +70,15 @@ def read_baseline(path: Path) -> list[Record]:
     return [lines[cell_id][1] for cell_id in sorted(lines)]
 
 
+def breakdowns_of(records: Sequence[Record]) -> dict[str, Breakdown]:
+    """Return what the peak of each cell consists of, where its record says so."""
+    return {
+        record["cell_id"]: breakdown.read(record["memory_breakdown"], record["cell_id"])
+        for record in records
+        if record.get("memory_breakdown") is not None
+    }
+
+
 def _note_left_out(ordered: list[Record], winners: list[Record], newest: str) -> None:
     num_left_out = len(ordered) - len(winners)
     if num_left_out:
@@ -121,6 +132,8 @@ def _lines_of(path: Path, *, is_finished: bool) -> Iterator[tuple[int, Record]]:
             _note(f"{where}: torn by a killed run, left out")
             break
         unknown |= validate(record, where)
+        if record.get("memory_breakdown") is not None:
+            breakdown.read(record["memory_breakdown"], where)
         yield number, record
     if unknown:
         names = [printable(name, SHORT_LENGTH) for name in sorted(unknown)]

@@ -1,0 +1,256 @@
+"""The breakdown of a peak of memory in a record, and what grew between two of them.
+
+A record's `memory_breakdown` has the bytes that were alive at the peak, summed by kind,
+phase, module, operator, dtype and shape (docs/numbers.md). Its rows and `other_bytes`
+add up to `peak_bytes`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from meft_reports.errors import RecordError
+from meft_reports.format import format_bytes
+from meft_reports.text import plural, printable
+
+MOST_BYTES = 2**60
+LENGTH = 120
+"""Number of characters of a name that are shown."""
+
+
+class Row(NamedTuple):
+    """Storages alive at a peak that agree in all but their number and bytes."""
+
+    kind: str
+    phase: str
+    module: str
+    """Numbers in it are `*`."""
+    operator: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    num_storages: int
+    first_op: int
+    """Operator of the step that made the first of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Breakdown:
+    """What a peak consists of."""
+
+    peak_bytes: int
+    phase: str
+    rows: tuple[Row, ...]
+    other_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """Rows of two breakdowns that describe the same memory, and their difference."""
+
+    num_bytes: int
+    num_storages: int
+    before: Row | None
+    after: Row | None
+
+    def __str__(self) -> str:
+        """Return it in a line."""
+        row = self.after or self.before
+        assert row is not None
+        words = [
+            _signed(self.num_bytes),
+            f"{self.num_storages:+d}x" if self.num_storages else "",
+        ]
+        was = self.before or row
+        words += [_both(was.kind, row.kind), f"in {row.phase}" if row.phase else ""]
+        words += [row.module or "(no module)", _both(was.operator, row.operator)]
+        words.append(_both(_shape(was), _shape(row)))
+        return "  ".join(printable(word, LENGTH) for word in words if word)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Growth:
+    """What grew between two peaks."""
+
+    moved: str
+    """In words, if the peak is in another phase than before; else empty."""
+    changes: tuple[Change, ...]
+    """Largest first."""
+    unexplained_bytes: int
+    """The part of the difference of the peaks that no change explains."""
+
+    def lines(self, most: int) -> list[str]:
+        """Return the largest changes, the first one of the step, and what is left."""
+        found = [self.moved] if self.moved else []
+        found += [str(change) for change in self.changes[:most]]
+        left_out = self.changes[most:]
+        if left_out:
+            size = _signed(sum(change.num_bytes for change in left_out))
+            found.append(f"{size}  {plural(len(left_out), 'smaller change')}")
+        if first := self.first():
+            found.append(f"first in the step: {first}")
+        if self.unexplained_bytes:
+            size = _signed(self.unexplained_bytes)
+            found.append(f"unexplained by the largest of what was alive: {size}")
+        return found
+
+    def first(self) -> str:
+        """Return the operator of the first allocation that differs, in words."""
+        rows = [change.after for change in self.changes if change.after is not None]
+        made = [row for row in rows if row.operator]
+        if not made:
+            return ""
+        row = min(made, key=lambda row: row.first_op)
+        place = row.module or "(no module)"
+        text = f"operator {row.first_op:,}, {row.operator} of {place} in {row.phase}"
+        return printable(text, LENGTH)
+
+
+def read(value: Any, where: str) -> Breakdown:
+    """Return the breakdown in a value of JSON.
+
+    Args:
+        value: the value.
+        where: file and line, for the message.
+
+    Raises:
+        RecordError: it is none.
+    """
+    try:
+        rows = tuple(
+            Row._make(tuple(e) if isinstance(e, list) else e for e in row)
+            for row in value["rows"]
+        )
+        found = Breakdown(
+            peak_bytes=value["peak_bytes"],
+            phase=value["phase"],
+            rows=rows,
+            other_bytes=value["other_bytes"],
+        )
+        sizes = [found.peak_bytes, *(row.num_bytes for row in rows)]
+        is_sound = (
+            all(_is_row(row) for row in rows)
+            and all(_is_count(size) for size in sizes)
+            and type(found.other_bytes) is int
+            and isinstance(found.phase, str)
+            and sum(sizes[1:]) + found.other_bytes == found.peak_bytes
+        )
+    except (TypeError, KeyError):
+        is_sound = False
+    if not is_sound:
+        raise RecordError(
+            f"{where}: `memory_breakdown` should have rows that add up, with "
+            "`other_bytes`, to `peak_bytes`, as docs/numbers.md defines it"
+        )
+    return found
+
+
+def _is_row(row: Row) -> bool:
+    texts, counts = row[:5], (row.num_bytes, row.num_storages, row.first_op, *row.shape)
+    return all(isinstance(text, str) for text in texts) and all(map(_is_count, counts))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MOST_BYTES
+
+
+def what_grew(
+    before: Breakdown, after: Breakdown, difference: int, kind: str = ""
+) -> Growth:
+    """Return what explains the difference of two peaks.
+
+    Rows that agree in all names are compared first, and then, by kind, phase and module,
+    what is left: operators have other names in other versions of torch, and shapes
+    change. Memory that is as large as before and of another kind is no difference.
+
+    Args:
+        before: the breakdown of the baseline.
+        after: that of the run.
+        difference: the difference to explain, in bytes.
+        kind: the only kind of memory to compare; "" for all.
+    """
+    old, new = (
+        [row for row in its.rows if kind in ("", row.kind)] for its in (before, after)
+    )
+    changes: list[Change] = []
+    for key in (_names, _place):
+        sums = [_summed(rows, key) for rows in (old, new)]
+        both = sums[0].keys() & sums[1].keys()
+        changes += [_change(sums[0][name], sums[1][name]) for name in both]
+        old, new = (
+            [row for row in rows if key(row) not in both] for rows in (old, new)
+        )
+    moved = Counter(map(_size, old)) & Counter(map(_size, new))
+    old, new = (_without(rows, moved) for rows in (old, new))
+    changes += [_change([row], []) for row in old]
+    changes += [_change([], [row]) for row in new]
+    changes = [change for change in changes if change.num_bytes]
+    changes.sort(key=lambda change: (-abs(change.num_bytes), str(change)))
+    phases = f"the peak was in {before.phase}, and is in {after.phase} now"
+    return Growth(
+        moved=phases * (before.phase != after.phase and not kind),
+        changes=tuple(changes),
+        unexplained_bytes=difference - sum(change.num_bytes for change in changes),
+    )
+
+
+def _names(row: Row) -> tuple[Any, ...]:
+    return row[:6]
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    return row[:3]
+
+
+def _size(row: Row) -> tuple[Any, ...]:
+    return row.module, row.dtype, row.shape, row.num_bytes
+
+
+def _without(rows: Iterable[Row], sizes: Counter[tuple[Any, ...]]) -> list[Row]:
+    """Return rows without as many of each size as there are to leave out."""
+    left = Counter(sizes)
+    found = []
+    for row in rows:
+        if left[_size(row)]:
+            left[_size(row)] -= 1
+        else:
+            found.append(row)
+    return found
+
+
+def _summed(
+    rows: Iterable[Row], key: Callable[[Row], tuple[Any, ...]]
+) -> dict[tuple[Any, ...], list[Row]]:
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return found
+
+
+def _change(before: Sequence[Row], after: Sequence[Row]) -> Change:
+    """Return the difference of the sums of two lists of rows."""
+
+    def largest(rows: Sequence[Row]) -> Row | None:
+        return max(rows, key=lambda row: (row.num_bytes, row), default=None)
+
+    return Change(
+        num_bytes=sum(r.num_bytes for r in after) - sum(r.num_bytes for r in before),
+        num_storages=sum(r.num_storages for r in after)
+        - sum(r.num_storages for r in before),
+        before=largest(before),
+        after=largest(after),
+    )
+
+
+def _signed(num_bytes: int) -> str:
+    sign = "-" if num_bytes < 0 else "+"
+    return sign + format_bytes(abs(num_bytes))
+
+
+def _both(before: str, after: str) -> str:
+    return after if before == after else f"{before or '-'} → {after or '-'}"
+
+
+def _shape(row: Row) -> str:
+    return f"{row.dtype} {list(row.shape)}" if row.dtype else ""
