@@ -12,15 +12,17 @@ from meft_bench.virtual.validation.litgpt_decoder import CHUNK, Decoder, Lora
 from meft_bench.virtual.validation.litgpt_shapes import SHAPES
 from meft_bench.virtual.validation.published_training import lora_of_7b
 
-NUM_STEPS = 3
+NUM_STEPS = 2
+ACCUMULATION = 2
+"""Micro-batches of a step; in more of them, no more memory is taken."""
 
 
 def fine_tuning(rows: Sequence[Published]) -> Iterator[int]:
     """Yield the peak of a run of litgpt's scripts.
 
-    A step has one micro-batch of the greatest length, after which the optimizer steps.
-    Its precision plugin casts logits to float32; they and the loss are held until the
-    next ones replace them.
+    Micro-batches have the greatest length. Where its script begins with the longest
+    row, there are no gradients, states or earlier logits yet, and no other is run. The
+    precision plugin casts logits to float32; they are held until the next replace them.
     """
     row = rows[0]
     if "peft" in row.settings:
@@ -41,14 +43,15 @@ def fine_tuning(rows: Sequence[Published]) -> Iterator[int]:
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained)
         logits: list[Tensor] = []
-        for _ in range(NUM_STEPS):
+        is_first = row.settings.get("first_is_longest", False)
+        for index in range(1 if is_first else NUM_STEPS * ACCUMULATION):
             shape = (row.settings["batch_size"], row.size)
             ids = torch.ones(shape, dtype=torch.long, device="cuda")
             logits = _in_float32(model(ids))
-            loss = _loss(logits, ids[:, 1:])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            _loss(logits, ids[:, 1:]).backward()
+            if index % ACCUMULATION == ACCUMULATION - 1:
+                optimizer.step()
+                optimizer.zero_grad()
         del logits
         yield from (int(getattr(torch.cuda, each.metric)()) for each in rows)
 
