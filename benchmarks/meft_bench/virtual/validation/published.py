@@ -12,9 +12,11 @@ from meft_bench.shared import published
 from meft_bench.shared.published import Published, PublishedFigure
 from meft_bench.virtual.validation import (
     published_bert,
+    published_gpt,
     published_images,
     published_litgpt,
     published_losses,
+    published_nanovlm,
     published_operators,
     published_training,
 )
@@ -26,6 +28,8 @@ PROGRAMS: dict[str, Callable[[Sequence[Published]], Iterator[int]]] = {
     "litgpt": published_litgpt.fine_tuning,
     "transformers-docs": published_bert.bert_on_v100,
     "torchao": published_images.vision_transformer,
+    "nanovlm": published_nanovlm.by_batch_size,
+    "llms-from-scratch": published_gpt.from_scratch,
     "cut-cross-entropy": published_losses.capped_cross_entropy,
     "linear-cross-entropy-loss": published_losses.head_and_cross_entropy,
 }
