@@ -1,8 +1,8 @@
-"""GPT of 124 million parameters, as a chapter of LLMs-from-scratch trains and speeds it up.
+"""GPT of 124 million parameters, as a chapter of LLMs-from-scratch trains it.
 
-The first program writes normalisation, activation and attention by elementary operations
-in float32; the later ones have BF16, then PyTorch's classes, then a fused kernel of
-attention. Programs that are compiled are not repeated.
+The first program writes normalisation, activation and attention by elementary
+operations in float32; later ones have BF16, then PyTorch's classes, then its function
+of attention. Programs that are compiled are not repeated.
 """
 
 import math
@@ -94,6 +94,7 @@ class Attention(nn.Module):
         self.projection = nn.Linear(SIZE, SIZE)
         self.dropout = nn.Dropout(DROPOUT)
         self.keeps_mask = keeps_mask
+        self.mask: Tensor
         if keeps_mask:
             self.register_buffer("mask", torch.ones(TOKENS, TOKENS).triu(1))
 
@@ -126,9 +127,10 @@ class FusedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what each token takes from earlier ones."""
-        qkv = self.qkv(x).view(*x.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).view(*x.shape[:2], 3, HEADS, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         y = functional.scaled_dot_product_attention(
-            *qkv, dropout_p=DROPOUT if self.training else 0.0, is_causal=True
+            q, k, v, dropout_p=DROPOUT if self.training else 0.0, is_causal=True
         )
         y = y.transpose(1, 2).contiguous().view(x.shape)
         projected: Tensor = self.projection(y)
@@ -159,7 +161,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the input of the next block."""
         x = self.dropout(self.attention(self.norms[0](x))) + x
-        return self.dropout(self.feed_forward(self.norms[1](x))) + x
+        y: Tensor = self.dropout(self.feed_forward(self.norms[1](x))) + x
+        return y
 
 
 class Gpt(nn.Module):

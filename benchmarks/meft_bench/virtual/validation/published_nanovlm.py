@@ -79,8 +79,8 @@ class VisionBlock(nn.Module):
         y = functional.scaled_dot_product_attention(q, k, v)
         x = x + self.projection(y.transpose(1, 2).contiguous().view(x.shape))
         up = self.up(self.norms[1](x))
-        y = x + self.down(functional.gelu(up, approximate="tanh"))
-        return y
+        changed: Tensor = self.down(functional.gelu(up, approximate="tanh"))
+        return x + changed
 
 
 class Norm(nn.Module):
@@ -126,8 +126,8 @@ class TextBlock(nn.Module):
         x = x + self.projection(y.transpose(1, 2).contiguous().view(x.shape))
         normed = self.norms[1](x)
         gate = functional.silu(self.gate(normed))
-        y = x + self.down(gate * self.up(normed))
-        return y
+        changed: Tensor = self.down(gate * self.up(normed))
+        return x + changed
 
 
 def _turned(x: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class VisionLanguageModel(nn.Module):
         x = x.reshape(len(x), side, 2, side, 2, VISION_SIZE)
         x = x.permute(0, 1, 3, 2, 4, 5).contiguous()
         image = self.projection(x.reshape(len(x), side * side, 4 * VISION_SIZE))
-        text = self.words(ids)
+        text: Tensor = self.words(ids)
         updated = text.clone()
         starts = (ids == 1).int().argmax(dim=1)[:, None]
         offsets = torch.arange(IMAGE_TOKENS, device=ids.device)[None]
