@@ -110,14 +110,17 @@ class TextBlock(nn.Module):
         self.gate, self.up = (nn.Linear(TEXT_SIZE, 1536, bias=False) for _ in range(2))
         self.down = nn.Linear(1536, TEXT_SIZE, bias=False)
 
-    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor, mask: Tensor) -> Tensor:
-        """Return the input of the next block."""
+    def forward(
+        self, x: Tensor, cosine: Tensor, sine: Tensor, mask: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return the input of the next block, and keys and values for a cache."""
         normed = self.norms[0](x)
         q, k, v = (
             layer(normed).view(*x.shape[:2], -1, TEXT_SIZE // HEADS).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         )
         q, k = (each * cosine + _turned(each) * sine for each in (q, k))
+        cache = k, v
         k, v = (each.repeat_interleave(HEADS // GROUPS, dim=1) for each in (k, v))
         hidden = (1.0 - mask[:, None, None].float()) * torch.finfo(q.dtype).min
         y = functional.scaled_dot_product_attention(
@@ -127,7 +130,7 @@ class TextBlock(nn.Module):
         normed = self.norms[1](x)
         gate = functional.silu(self.gate(normed))
         changed: Tensor = self.down(gate * self.up(normed))
-        return x + changed
+        return x + changed, cache
 
 
 def _turned(x: Tensor) -> Tensor:
@@ -164,11 +167,15 @@ class VisionLanguageModel(nn.Module):
             angles = places[..., None].float() * rates
             angles = torch.cat((angles, angles), dim=-1)
             cosine, sine = angles.cos()[:, None], angles.sin()[:, None]
+        caches = []  # held until the loss has been computed
         for block in self.blocks:
-            x = block(x, cosine, sine, mask)
+            x, cache = block(x, cosine, sine, mask)
+            caches.append(cache)
         logits: Tensor = self.head(self.norm(x))
         flat = logits.reshape(-1, WORDS)
-        return logits, functional.cross_entropy(flat, labels.reshape(-1))
+        loss = functional.cross_entropy(flat, labels.reshape(-1))
+        del caches
+        return logits, loss
 
     def _embed(self, ids: Tensor, images: Tensor) -> Tensor:
         """Return the embedding of the text with that of the image in its places."""
