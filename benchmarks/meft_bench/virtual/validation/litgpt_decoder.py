@@ -107,7 +107,7 @@ class QueryKeyValue(nn.Module):
         return padded.view(zeros.shape).transpose(0, 1)
 
 
-class Norm(nn.Module):
+class RootMeanSquare(nn.Module):
     """Normalisation by the root of the mean square; `unit` adds 1 to the weight."""
 
     def __init__(self, size: int, *, in_float32: bool, unit: bool) -> None:
@@ -125,7 +125,7 @@ class Norm(nn.Module):
         return x * (1 + self.weight) if self.unit else x * self.weight
 
 
-class Block(nn.Module):
+class DecoderBlock(nn.Module):
     """Attention and feed-forward, one after the other or both on the same input."""
 
     def __init__(self, shape: Shape, lora: Lora, *, norm_in_float32: bool) -> None:
@@ -217,7 +217,7 @@ def _rotated(x: Tensor, rotary: int, cosine: Tensor, sine: Tensor) -> Tensor:
 def _norm(shape: Shape, in_float32: bool) -> nn.Module:
     if shape.is_layer_norm:
         return nn.LayerNorm(shape.hidden)
-    return Norm(shape.hidden, in_float32=in_float32, unit=shape.is_gemma)
+    return RootMeanSquare(shape.hidden, in_float32=in_float32, unit=shape.is_gemma)
 
 
 class Decoder(nn.Module):
@@ -228,7 +228,7 @@ class Decoder(nn.Module):
         self.shape, self.is_lora = shape, bool(lora.rank)
         self.embedding = nn.Embedding(shape.vocabulary, shape.hidden)
         self.blocks = nn.ModuleList(
-            Block(shape, lora, norm_in_float32=norm_in_float32)
+            DecoderBlock(shape, lora, norm_in_float32=norm_in_float32)
             for _ in range(shape.layers)
         )
         self.norm = _norm(shape, norm_in_float32)

@@ -58,7 +58,7 @@ def _loss(model: nn.Module, batch_size: int) -> Tensor:
     return functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
 
 
-class Norm(nn.Module):
+class ElementaryNorm(nn.Module):
     """LayerNorm by elementary operations."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Norm(nn.Module):
         return self.scale * ((x - mean) / torch.sqrt(variance + 1e-5)) + self.shift
 
 
-class Gelu(nn.Module):
+class ElementaryGelu(nn.Module):
     """GELU by elementary operations, with a tanh."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Gelu(nn.Module):
         return 0.5 * x * (1 + torch.tanh(root * inner))
 
 
-class Attention(nn.Module):
+class ElementaryAttention(nn.Module):
     """Causal attention by elementary operations."""
 
     def __init__(self, *, keeps_mask: bool) -> None:
@@ -137,7 +137,7 @@ class FusedAttention(nn.Module):
         return projected
 
 
-class Block(nn.Module):
+class GptBlock(nn.Module):
     """Attention and feed-forward, each with a normalised input and a dropout."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -146,15 +146,15 @@ class Block(nn.Module):
         self.attention = (
             FusedAttention()
             if settings["fused_attention"]
-            else Attention(keeps_mask=settings["keeps_mask"])
+            else ElementaryAttention(keeps_mask=settings["keeps_mask"])
         )
         self.feed_forward = nn.Sequential(
             nn.Linear(SIZE, 4 * SIZE),
-            nn.GELU(approximate="tanh") if has_classes else Gelu(),
+            nn.GELU(approximate="tanh") if has_classes else ElementaryGelu(),
             nn.Linear(4 * SIZE, SIZE),
         )
         self.norms = nn.ModuleList(
-            nn.LayerNorm(SIZE) if has_classes else Norm() for _ in range(2)
+            nn.LayerNorm(SIZE) if has_classes else ElementaryNorm() for _ in range(2)
         )
         self.dropout = nn.Dropout(DROPOUT)
 
@@ -173,8 +173,8 @@ class Gpt(nn.Module):
         self.words = nn.Embedding(WORDS, SIZE)
         self.places = nn.Embedding(TOKENS, SIZE)
         self.dropout = nn.Dropout(DROPOUT)
-        self.blocks = nn.Sequential(*(Block(settings) for _ in range(LAYERS)))
-        self.norm = nn.LayerNorm(SIZE) if settings["classes"] else Norm()
+        self.blocks = nn.Sequential(*(GptBlock(settings) for _ in range(LAYERS)))
+        self.norm = nn.LayerNorm(SIZE) if settings["classes"] else ElementaryNorm()
         self.head = nn.Linear(SIZE, WORDS, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def vision_transformer(rows: Sequence[Published]) -> Iterator[int]:
             )
         checkpoint(model)
         model.train()
-        optimizer = _OnHost(model) if row.settings["offload"] else _fused(model)
+        optimizer = _HostOptimizer(model) if row.settings["offload"] else _fused(model)
         shape = (row.settings["batch_size"], 3, row.size, row.size)
         for _ in range(3):
             images = torch.randn(shape, device="cuda", dtype=dtype)
@@ -54,7 +54,7 @@ def vision_transformer(rows: Sequence[Published]) -> Iterator[int]:
         yield int(getattr(torch.cuda, row.metric)())
 
 
-class _OnHost:
+class _HostOptimizer:
     """An optimizer whose state and step are on the host: nothing is made on the GPU."""
 
     def __init__(self, model: torch.nn.Module) -> None:

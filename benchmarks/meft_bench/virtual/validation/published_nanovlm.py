@@ -84,7 +84,7 @@ class VisionBlock(nn.Module):
         return x + changed
 
 
-class Norm(nn.Module):
+class TextNorm(nn.Module):
     """Normalisation by the root of the mean square, in the dtype of its input."""
 
     def __init__(self) -> None:
@@ -103,7 +103,7 @@ class TextBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         shared = TEXT_SIZE * GROUPS // HEADS
-        self.norms = nn.ModuleList(Norm() for _ in range(2))
+        self.norms = nn.ModuleList(TextNorm() for _ in range(2))
         self.query, self.key, self.value, self.projection = (
             nn.Linear(TEXT_SIZE, size, bias=False)
             for size in (TEXT_SIZE, shared, shared, TEXT_SIZE)
@@ -153,7 +153,7 @@ class VisionLanguageModel(nn.Module):
         self.projection = nn.Linear(4 * VISION_SIZE, TEXT_SIZE, bias=False)
         self.words = nn.Embedding(WORDS, TEXT_SIZE)
         self.blocks = nn.ModuleList(TextBlock() for _ in range(30))
-        self.norm = Norm()
+        self.norm = TextNorm()
         self.head = nn.Linear(TEXT_SIZE, WORDS, bias=False)
         self.head.weight = self.words.weight
 
