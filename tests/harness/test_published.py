@@ -4,9 +4,12 @@ import csv
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from meft_bench.parent import cli
 from meft_bench.shared import published
@@ -85,6 +88,108 @@ def test_steps_of_a_trainer_take_what_they_took_on_an_a100() -> None:
     assert abs(peak) < 2e-3
     assert abs(after) < 1e-3
     assert abs(process) < 3e-2
+
+
+@pytest.mark.parametrize("program", ["baseline loss-fw", "baseline loss-fw-bw"])
+def test_losses_take_what_they_took_on_an_a100(program: str) -> None:
+    """The logits of 256,000 words, and their gradients, to the byte of the source."""
+    rows = of_program(program, "cut-cross-entropy")
+    assert max(map(abs, errors(rows))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "program", ["torch-checkpoint bf16 over N", "torch-baseline fp16-mixed over V"]
+)
+def test_losses_in_pieces_and_by_autocast_take_what_they_took(program: str) -> None:
+    rows = of_program(program, "linear-cross-entropy-loss")
+    assert len(rows) >= 4
+    assert max(map(abs, errors(rows))) < 1e-4
+
+
+def test_a_decoder_with_lora_takes_what_it_took_on_an_a10g() -> None:
+    """Within 0.5 %, as the source rounds to 10 MB."""
+    (row,) = of_program("llama-3.2-1b-lora-1", "litgpt")
+    assert abs(errors([row])[0]) < 5e-3
+
+
+@pytest.mark.slow
+def test_decoders_with_lora_take_what_they_took() -> None:
+    """Thirteen runs within 0.5 %: parallel blocks, shared heads, capped scores."""
+    programs = [r for r in ROWS if r.source == "litgpt" and r.gpu == "A10G"]
+    assert len(programs) == 13
+    for row in programs:
+        assert abs(errors([row])[0]) < 5e-3, row.program
+
+
+@pytest.mark.slow
+def test_a_gpt_from_scratch_takes_and_reserves_what_it_did() -> None:
+    """In float32 and BF16, from elementary operations to fused attention."""
+    programs = list(
+        dict.fromkeys(r.program for r in ROWS if r.source == "llms-from-scratch")
+    )
+    assert len(programs) == 5
+    for program in programs:
+        found = errors(of_program(program, "llms-from-scratch"))
+        assert max(map(abs, found)) < 5e-3, program
+
+
+@pytest.mark.slow
+def test_a_vision_language_model_takes_what_it_took_by_batch_size() -> None:
+    loaded, *peaks = errors(of_program("nanovlm-222m", "nanovlm"))
+    assert abs(loaded) < 1e-5
+    assert max(map(abs, peaks)) < 3e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "program", ["vit-giant-bf16", "vit-giant-bf16-offload", "vit-giant-amp-offload"]
+)
+def test_a_vision_transformer_takes_what_it_took(program: str) -> None:
+    """Weights and gradients alone, where the optimizer is on the host."""
+    assert abs(errors(of_program(program, "torchao"))[0]) < 2e-2
+
+
+@pytest.mark.slow
+def test_checkpointed_steps_of_bert_take_what_they_took_on_a_v100() -> None:
+    """Within 2 %; what steps without checkpointing save is low by up to 14 %."""
+    for name in ("", "-fp16", "-adafactor-fp16"):
+        rows = of_program(f"bert-large{name}-checkpointing", "transformers-docs")
+        assert abs(errors(rows)[0]) < 2e-2, name
+
+
+class OldSoftmax(torch.autograd.Function):
+    """Softmax of torch before 1.11, which also saved its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = torch.softmax(x, -1)
+        ctx.save_for_backward(x, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        _, y = ctx.saved_tensors
+        return torch._softmax_backward_data(gradient, y, -1, y.dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "program", [r.program for r in ROWS if r.source == "transformers-docs"]
+)
+def test_the_softmax_of_torch_1_10_explains_what_bert_took(
+    program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within 3 %, with checkpointing or without: its softmax saved its input, too.
+
+    Scores were in float32, as the mask that was added to them.
+    """
+
+    def softmax(x: Tensor, **_: Any) -> Tensor:
+        y: Tensor = OldSoftmax.apply(x.float())  # type: ignore[no-untyped-call]
+        return y
+
+    monkeypatch.setattr(functional, "softmax", softmax)
+    assert abs(errors(of_program(program, "transformers-docs"))[0]) < 3e-2
 
 
 def test_every_number_has_a_source() -> None:

@@ -10,14 +10,28 @@ import transformers
 
 from meft_bench.shared import published
 from meft_bench.shared.published import Published, PublishedFigure
-from meft_bench.virtual.validation import published_operators, published_training
+from meft_bench.virtual.validation import (
+    published_bert,
+    published_gpt,
+    published_images,
+    published_litgpt,
+    published_losses,
+    published_nanovlm,
+    published_operators,
+    published_training,
+)
 
 PROGRAMS: dict[str, Callable[[Sequence[Published]], Iterator[int]]] = {
     "liger-kernel": published_operators.predict,
     "peft": published_training.method_comparison,
     "fms-acceleration": published_training.full_and_lora,
-    "litgpt": published_training.lora_of_7b,
-    "transformers-docs": published_training.bert_in_float32,
+    "litgpt": published_litgpt.fine_tuning,
+    "transformers-docs": published_bert.bert_on_v100,
+    "torchao": published_images.vision_transformer,
+    "nanovlm": published_nanovlm.by_batch_size,
+    "llms-from-scratch": published_gpt.from_scratch,
+    "cut-cross-entropy": published_losses.capped_cross_entropy,
+    "linear-cross-entropy-loss": published_losses.head_and_cross_entropy,
 }
 """By source: a function that takes the rows of a run and yields predicted bytes."""
 

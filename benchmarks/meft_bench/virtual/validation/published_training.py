@@ -1,7 +1,7 @@
 """Training steps whose memory others measured, as their programs run them.
 
-PEFT's method comparison, fms-acceleration's runs of the Trainer, litgpt's table and the
-documentation of transformers. Models are made from their configs.
+PEFT's method comparison, fms-acceleration's runs of the Trainer and a run of litgpt.
+Models are made from their configs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,14 +41,6 @@ SANTACODER = {
     "multi_query": True,
     "vocab_size": 49280,
 }
-BERT_LARGE = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-}
-V100_CONTEXT_BYTES = 1343 * 2**20
-"""What driver and kernels took before the model, as the same page measured it."""
 
 
 def method_comparison(rows: Sequence[Published]) -> Iterator[int]:
@@ -136,7 +128,7 @@ def full_and_lora(rows: Sequence[Published]) -> Iterator[int]:
         if config := row.settings.get("peft"):
             model = peft.get_peft_model(model, peft.get_peft_config({**config}))
             model.enable_input_require_grads()
-        _checkpoint(model)
+        checkpoint(model)
         model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained)
@@ -182,33 +174,6 @@ def lora_of_7b(rows: Sequence[Published]) -> Iterator[int]:
         yield from _read(rows, gpu)
 
 
-def bert_in_float32(rows: Sequence[Published]) -> Iterator[int]:
-    """Yield the predictions of a page on memory in the documentation of transformers.
-
-    BERT-large in FP32 with eager attention and torch 1.10, which set gradients to zero
-    and updated parameters one by one.
-    """
-    row = rows[0]
-    with virtual_gpu(row.gpu, padding=False) as gpu:
-        config = transformers.BertConfig(**BERT_LARGE)  # type: ignore[arg-type]
-        with torch.device("cuda"):
-            model: Any = transformers.AutoModelForSequenceClassification.from_config(
-                config, attn_implementation="eager"
-            )
-        model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
-        for _ in range(3):
-            for _ in range(row.settings["accumulation"]):
-                shape = (row.settings["batch_size"], row.size)
-                ids = torch.ones(shape, dtype=torch.long, device="cuda")
-                model(input_ids=ids, labels=ids[:, 0].clone()).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
-        plan = gpu.plan()
-        assert plan.reserved_bytes is not None
-        yield plan.reserved_bytes + V100_CONTEXT_BYTES
-
-
 def _causal(config: transformers.PreTrainedConfig) -> Any:
     with torch.device("cuda"):
         return transformers.AutoModelForCausalLM.from_config(
@@ -216,7 +181,8 @@ def _causal(config: transformers.PreTrainedConfig) -> Any:
         )
 
 
-def _checkpoint(model: Any) -> None:
+def checkpoint(model: Any) -> None:
+    """Keep the inputs of blocks alone, and recompute the rest by reentrant autograd."""
     # The first name is that of transformers 5.23 and later.
     name = "activation_checkpointing_enable"
     if not hasattr(model, name):
