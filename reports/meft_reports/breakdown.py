@@ -160,8 +160,8 @@ def what_grew(
 ) -> Growth:
     """Return what explains the difference of two peaks.
 
-    Rows that agree in all names are compared first, and then, by kind, phase and module,
-    what is left: operators have other names in other versions of torch, and shapes
+    Rows that agree in all names are compared first, and then what is left, by kind,
+    phase and module: operators have other names in other versions of torch, and shapes
     change. Memory that is as large as before and of another kind is no difference.
 
     Args:

@@ -211,6 +211,7 @@ OUTCOME: dict[str, Any] = {
     "message": "",
     "measurement": {"saved_bytes": 5, "step_seconds": 2, "loss_curve": [0.5, 1]},
     "environment": {"weights_origin": None, "num_threads": 2},
+    "memory_breakdown": None,
 }
 
 
@@ -252,6 +253,7 @@ def test_outcome_form(tmp_path: Path, text: bytes, reason: str) -> None:
         ("measurement", {"saved_bytes": 1.5}, "`measurement.saved_bytes` = 1.5"),
         ("measurement", {"saved_bytes": True}, "`measurement.saved_bytes` = True"),
         ("measurement", {"loss_curve": ["a"]}, "`measurement.loss_curve`"),
+        ("memory_breakdown", {"rows": []}, "has the fields peak_bytes"),
         ("environment", {"machine": "mine"}, "unknown field 'machine'"),
         ("environment", {"num_threads": None}, "`environment.num_threads`"),
     ],

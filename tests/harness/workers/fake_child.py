@@ -44,6 +44,7 @@ class Child:
             "message": message,
             "measurement": {"saved_bytes": 2**20, "step_seconds": 1, "loss_curve": []},
             "environment": environment,
+            "memory_breakdown": None,
         }
         draft = self.out.with_suffix(".part")
         draft.write_text(json.dumps(outcome))

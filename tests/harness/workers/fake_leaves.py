@@ -6,5 +6,12 @@ from meft_bench.shared import outcome
 child = Child()
 seen = {"saved_bytes": 2**20, "loss_curve": []}
 outcome.leave(
-    child.out, {"status": "ok", "message": "", "measurement": seen, "environment": {}}
+    child.out,
+    {
+        "status": "ok",
+        "message": "",
+        "measurement": seen,
+        "environment": {},
+        "memory_breakdown": None,
+    },
 )

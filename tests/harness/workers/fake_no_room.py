@@ -8,5 +8,12 @@ from meft_bench.shared import outcome
 child = Child()
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 outcome.leave(
-    child.out, {"status": "ok", "message": "", "measurement": {}, "environment": {}}
+    child.out,
+    {
+        "status": "ok",
+        "message": "",
+        "measurement": {},
+        "environment": {},
+        "memory_breakdown": None,
+    },
 )
