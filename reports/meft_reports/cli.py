@@ -26,6 +26,8 @@ from meft_reports.text import printable
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
+    from meft_reports.check import CheckResult
+
 EXAMPLES = """\
 examples:
   meft-report page runs/quickstart.jsonl -o report.html
@@ -209,6 +211,7 @@ def check(arguments: argparse.Namespace) -> int:
             raise ReportError(f"{path} is both the run and the baseline")
 
     from meft_reports.check import check as compare
+    from meft_reports.formats import FORMATS
     from meft_reports.frame import to_frame
     from meft_reports.records import breakdowns_of, read_baseline, read_records
 
@@ -221,8 +224,23 @@ def check(arguments: argparse.Namespace) -> int:
         (breakdowns_of(before), breakdowns_of(after)),
         arguments.what_grew,
     )
+    for name, path in arguments.write:
+        write_atomically(path, FORMATS[name](result).encode())
     _say(str(result))
+    if os.environ.get("GITHUB_ACTIONS") == "true" and not arguments.no_github:
+        _tell_github(result)
     return result.exit_code
+
+
+def _tell_github(result: "CheckResult") -> None:
+    """Print annotations, and add to the summary of the step."""
+    from meft_reports.formats import github, markdown
+
+    if lines := [*github.annotations(result)]:
+        _say("\n".join(lines))
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(summary).open("a", encoding="utf-8") as file:
+            file.write(markdown.to_markdown(result))
 
 
 def baseline(arguments: argparse.Namespace) -> int:
@@ -319,12 +337,38 @@ def _add_check_arguments(sub: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how many changes of memory a finding lists, largest first; default 5",
     )
+    sub.add_argument(
+        "--write",
+        type=_format,
+        action="append",
+        default=[],
+        metavar="FORMAT:FILE",
+        help="write the verdict, too: text, markdown, json, junit, gha-benchmark, bmf; "
+        "repeatable",
+    )
+    sub.add_argument(
+        "--no-github",
+        action="store_true",
+        help="under GitHub Actions, write neither annotations nor a step summary",
+    )
 
 
 def _number(text: str) -> int:
     if not text.isascii() or not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} should be a number, such as 5")
     return int(text)
+
+
+def _format(text: str) -> tuple[str, Path]:
+    """Parse `FORMAT:FILE` of `--write`."""
+    from meft_reports.formats import FORMATS
+
+    name, colon, file = text.partition(":")
+    if not colon or not file:
+        raise argparse.ArgumentTypeError(f"{text!r} should be FORMAT:FILE")
+    if name not in FORMATS:
+        raise argparse.ArgumentTypeError(str(UnknownName("format", name, FORMATS)))
+    return name, Path(file)
 
 
 def _refuse_checks(arguments: argparse.Namespace) -> None:
