@@ -30,7 +30,7 @@ from meft_reports.columns.column import Column
 from meft_reports.compared import Number, compared_number, exact, format_number
 from meft_reports.format import format_fact, format_value, is_null
 from meft_reports.text import plural
-from meft_reports.threshold import Threshold
+from meft_reports.threshold import Threshold, thresholds_of
 
 
 class Kind(StrEnum):
@@ -189,7 +189,8 @@ def check(
     Args:
         frame: result of `read_frame`: the record of each cell that counts.
         baseline: result of `read_baseline`, as a frame.
-        thresholds: the compared columns, with the allowed difference in each.
+        thresholds: the compared columns, with the allowed difference in each. Of
+            several for one column and cell, the last one holds.
         breakdowns: what the peaks of the baseline, and those of the run, consist of.
         num_changes: number of changes of memory that a finding lists.
 
@@ -210,7 +211,7 @@ def check(
         if whole is not None:
             findings.append(whole)
             continue
-        for threshold in thresholds:
+        for threshold in thresholds_of(name, thresholds).values():
             finding, number = _compare(name, threshold, expected, got)
             if finding is not None:
                 pair = expected, got

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from meft_reports import settings
 from meft_reports.errors import ReportError, UnknownName
 from meft_reports.files import write_atomically
 from meft_reports.plots import PLOTS, find_plot
@@ -199,11 +200,13 @@ def check(arguments: argparse.Namespace) -> int:
     """Compare with the baseline; the exit code is the verdict."""
     from meft_reports.threshold import parse_threshold
 
+    arguments = settings.completed(arguments)
     thresholds = [parse_threshold(text) for text in arguments.fail_on]
-    names = [threshold.column.name for threshold in thresholds]
-    for name in names:
-        if names.count(name) > 1:
-            raise ReportError(f"--fail-on is given twice for {name}; keep one")
+    names = [(threshold.column.name, threshold.pattern) for threshold in thresholds]
+    for name, pattern in names:
+        if names.count((name, pattern)) > 1:
+            of = f" of {pattern}" if pattern != "*" else ""
+            raise ReportError(f"--fail-on is given twice for {name}{of}; keep one")
 
     held = arguments.baseline
     for path in arguments.runs:
@@ -248,7 +251,10 @@ def baseline(arguments: argparse.Namespace) -> int:
     from meft_reports.baseline import update_baseline
 
     changes = update_baseline(
-        arguments.runs, arguments.output, may_remove=arguments.remove
+        arguments.runs,
+        arguments.output,
+        may_remove=arguments.remove,
+        reason=arguments.reason,
     )
     _say("\n".join(changes))
     return _written(arguments.output)
@@ -313,6 +319,12 @@ def parser() -> argparse.ArgumentParser:
                 action="store_true",
                 help="drop cells of the baseline that are not ok in the runs",
             )
+            sub.add_argument(
+                "--reason",
+                default="",
+                metavar="TEXT",
+                help="why numbers change; it is kept in the cells that do",
+            )
         if name == "check":
             _add_check_arguments(sub)
     return root
@@ -320,15 +332,20 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_check_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--baseline", required=True, type=Path, metavar="FILE", help="records to hold"
+        "--baseline",
+        type=Path,
+        metavar="FILE",
+        help="records to compare with; default: `baseline` of [tool.meft] in "
+        "pyproject.toml",
     )
     sub.add_argument(
         "--fail-on",
-        required=True,
         action="append",
-        metavar="COLUMN:THRESHOLD",
+        metavar="COLUMN:THRESHOLD[@PATTERN]",
         help="what may get worse by how much, e.g. saved:0, peak_allocated:5MiB, "
-        "step_seconds:20%%, score:0.01; repeatable",
+        "step_seconds:20%%, score:0.01; for some cells only: saved:1%%@sparse*; "
+        "repeatable, the last that matches a cell holds; default: `fail_on` of "
+        "[tool.meft]",
     )
     sub.add_argument(
         "--what-grew",
