@@ -11,10 +11,11 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
+import torch
 from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import DataLoader
@@ -69,6 +70,7 @@ def supported() -> Iterator[None]:
         stack.enter_context(mock.patch.object(DataLoader, "__init__", _loads_here))
         stack.enter_context(mock.patch.object(Tensor, "numpy", _zeros))
         stack.enter_context(mock.patch.object(Tensor, "__format__", _formatted))
+        stack.enter_context(mock.patch.object(torch, "tensor", _of_numbers))
         for owner in (Tensor, UntypedStorage):
             stack.enter_context(_own_addresses(owner))
         stack.enter_context(mock.patch.object(Tensor, "__deepcopy__", _deep_copied))
@@ -154,6 +156,7 @@ def _deep_copied(self: Any, memo: Any) -> Any:
         return _plain_deepcopy(self, memo)
 
 
+_plain_tensor: Any = torch.tensor
 _plain_init: Any = DataLoader.__init__
 _plain_numpy: Any = Tensor.numpy
 _plain_format: Any = Tensor.__format__
@@ -168,6 +171,23 @@ def _loads_here(self: Any, *args: Any, **kwargs: Any) -> None:
     for name in ("persistent_workers", "prefetch_factor", "timeout"):
         kwargs.pop(name, None)
     _plain_init(self, *args, **kwargs | {"multiprocessing_context": None})
+
+
+def _of_numbers(data: Any, **kwargs: Any) -> Tensor:
+    """Make a tensor of data in which there may be fake tensors, whose memory it reads.
+
+    `item` has an answer for them.
+    """
+    try:
+        return cast(Tensor, _plain_tensor(data, **kwargs))
+    except NotImplementedError:
+        return cast(Tensor, _plain_tensor(_numbers_of(data), **kwargs))
+
+
+def _numbers_of(data: Any) -> Any:
+    if isinstance(data, list | tuple):
+        return [_numbers_of(one) for one in data]
+    return data.tolist() if isinstance(data, Tensor) else data
 
 
 def _zeros(self: Tensor, **kwargs: Any) -> Any:
@@ -201,5 +221,13 @@ def _whole_generation() -> Iterator[contextlib.AbstractContextManager[Any]]:
     def has_unfinished(self: Any, this_peer_finished: Any, *_: Any, **__: Any) -> bool:
         return this_peer_finished is False or not is_long
 
+    def has_unfinished_beams(*_: Any) -> bool:
+        return not is_long
+
     yield mock.patch.object(criteria.MaxLengthCriteria, "__call__", call)
     yield mock.patch.object(mixin, "_has_unfinished_sequences", has_unfinished)
+    yield mock.patch.object(
+        mixin,
+        "_beam_search_has_unfinished_sequences",
+        staticmethod(has_unfinished_beams),
+    )

@@ -41,6 +41,7 @@ from meft_bench.virtual.emulation import (
 )
 from meft_bench.virtual.emulation.assumed_conditions import Conditions
 from meft_bench.virtual.emulation.backend import Backend
+from meft_bench.virtual.emulation.known_values import UNKNOWN, KnownValues
 from meft_bench.virtual.emulation.memo import Memo
 from meft_bench.virtual.recording.ledger import Ledger
 from meft_bench.virtual.recording.live_memory import LiveMemory
@@ -65,6 +66,8 @@ class _Mode(FakeTensorMode):
     """What operators make; None asks torch each time."""
     makes_real_integers = False
     """Whether integers made on the host, as lengths and permutations, have values."""
+    values: KnownValues | None = None
+    """What follows from these integers on the GPU; None if they have no values."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -90,11 +93,19 @@ class _Mode(FakeTensorMode):
             )
         if self.makes_real_integers and _is_host_integer(func, args, kwargs):
             return func(*args, **kwargs)
-        if not types and (
-            (func not in PINNING and _is_real(args, kwargs))
-            or (func is aten.rand.default and _is_host_scalar(args, kwargs))
-        ):
-            return func(*args, **kwargs)
+        if not types:
+            if func in PINNING:
+                if self.values is not None and func is PINNING[0]:
+                    if not args[0].dtype.is_floating_point:
+                        return args[0].clone()
+            elif _is_real(args, kwargs) or (
+                func is aten.rand.default and _is_host_scalar(args, kwargs)
+            ):
+                return func(*args, **kwargs)
+        if self.values is not None:
+            found = self.values.answer(self, func, args, kwargs)
+            if found is not UNKNOWN:
+                return found
         plain = super().__torch_dispatch__
         if self.memo is None:
             out = plain(func, types, args, kwargs)
@@ -103,6 +114,8 @@ class _Mode(FakeTensorMode):
                 self, func, args, kwargs, lambda: plain(func, types, args, kwargs)
             )
         self.conditions.note(func, args, out)
+        if self.values is not None:
+            self.values.note(func, args, kwargs, out)
         return out
 
 
@@ -204,6 +217,8 @@ class VirtualGpu:
             stack.enter_context(unsupported.error_translation())
             self.backend = _enter_backend(stack)
             self.mode.memo = Memo(self.backend.device)
+            if self.mode.makes_real_integers:
+                self.mode.values = KnownValues(self.backend.device)
             for patch in self._patches():
                 stack.enter_context(patch)
             stack.enter_context(self.mode)
