@@ -20,6 +20,8 @@ from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import DataLoader
 
+from meft_bench.virtual.emulation import loading
+
 SAVING = (
     ("torch", "save"),
     ("torch.serialization", "save"),
@@ -78,7 +80,7 @@ def supported() -> Iterator[None]:
         stack.enter_context(
             mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"})
         )
-        for replacement in _whole_generation():
+        for replacement in (*_whole_generation(), *loading.on_virtual_gpu()):
             stack.enter_context(replacement)
         yield
 

@@ -35,6 +35,7 @@ from meft_bench.virtual.emulation import (
     cuda_stubs,
     grouped_products,
     memory_answers,
+    storages,
     triton_launches,
     triton_stand_in,
     unsupported,
@@ -117,6 +118,14 @@ class _Mode(FakeTensorMode):
         if self.values is not None:
             self.values.note(func, args, kwargs, out)
         return out
+
+    def _cached_dispatch_impl(
+        self, func: OpOverload, types: Any, args: Any, kwargs: Any
+    ) -> object:
+        """Run an operator by torch's cache, whose keys would keep storages alive."""
+        if func._overloadpacket is aten.set_:
+            return self._dispatch_impl(func, types, args, kwargs)
+        return super()._cached_dispatch_impl(func, types, args, kwargs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,6 +243,7 @@ class VirtualGpu:
         yield torch.autograd.set_multithreading_enabled(False)
         yield from cuda_stubs.answers_of(self.gpu, self.backend)
         yield from memory_answers.of(self)
+        yield from storages.of(self)
         yield from _attention(self.gpu, self.backend, self.attention_counts)
         yield from _many_tensors_at_once()
         yield _our_kernels()
