@@ -6,12 +6,12 @@ there is none. Here each tensor is read on the host and moved.
 
 import contextlib
 import importlib.util
-import sys
 from collections.abc import Iterator
 from typing import Any, Self
-from unittest import mock
 
 import torch
+
+from meft_bench.virtual.emulation.refusals import everywhere
 
 
 def on_virtual_gpu() -> Iterator[contextlib.AbstractContextManager[Any]]:
@@ -29,9 +29,7 @@ def on_virtual_gpu() -> Iterator[contextlib.AbstractContextManager[Any]]:
             return plain(filename, framework, device, **kwargs)
         return _Moves(plain(filename, framework, "cpu", **kwargs), device)
 
-    for module in [*sys.modules.values()]:
-        if getattr(module, "__dict__", {}).get("safe_open") is plain:
-            yield mock.patch.object(module, "safe_open", safe_open)
+    yield from everywhere(plain, "safe_open", safe_open)
 
 
 class _Moves:

@@ -15,6 +15,7 @@ import importlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from threading import get_ident
 from types import MappingProxyType
 from typing import Any, Self
 from unittest import mock
@@ -35,6 +36,7 @@ from meft_bench.virtual.emulation import (
     cuda_stubs,
     grouped_products,
     memory_answers,
+    operator_rules,
     storages,
     triton_launches,
     triton_stand_in,
@@ -67,6 +69,8 @@ class _Mode(FakeTensorMode):
     """What operators make; None asks torch each time."""
     makes_real_integers = False
     """Whether integers made on the host, as lengths and permutations, have values."""
+    thread: int | None = None
+    """The thread that has entered the virtual GPU, whose operators are recorded."""
     values: KnownValues | None = None
     """What follows from these integers on the GPU; None if they have no values."""
 
@@ -86,6 +90,11 @@ class _Mode(FakeTensorMode):
         The same holds for a random number that models draw on the host to decide
         whether a layer is skipped.
         """
+        if self.thread not in (None, get_ident()):
+            raise NotImplementedError(
+                f"`{func}` ran in another thread, in which memory is not counted: run "
+                "it in the thread that has entered the virtual GPU"
+            )
         device: Any = kwargs.get("device")
         if device is not None and (torch.device(device).index or 0) > 0:
             raise RuntimeError(
@@ -225,6 +234,7 @@ class VirtualGpu:
         with contextlib.ExitStack() as stack:
             stack.enter_context(unsupported.error_translation())
             self.backend = _enter_backend(stack)
+            self.mode.thread = get_ident()
             self.mode.memo = Memo(self.backend.device)
             if self.mode.makes_real_integers:
                 self.mode.values = KnownValues(self.backend.device)
@@ -247,9 +257,10 @@ class VirtualGpu:
         yield from _attention(self.gpu, self.backend, self.attention_counts)
         yield from _many_tensors_at_once()
         yield _our_kernels()
-        yield from triton_launches.left_out()
+        yield from triton_launches.left_out(self.gpu)
         yield _whole_operators()
         yield grouped_products.in_any_dtype()
+        yield operator_rules.added()
         yield from _values(self.mode.conditions)
         yield from _initialisation()
         yield from _moving_modules()
@@ -273,6 +284,7 @@ def _attention(
     gpu: Gpu, backend: Backend, counts: dict[str, int]
 ) -> Iterator[contextlib.AbstractContextManager[Any]]:
     """A build without CUDA kernels would use `math`, which keeps all scores."""
+    yield attention.priority_of(gpu)
     plain = functional.scaled_dot_product_attention
     ours = attention.replacement(gpu, backend.device, plain, counts)
     for owner in (functional, torch._C._nn):
