@@ -372,7 +372,7 @@ class ReadsInBackward(torch.autograd.Function):
 def test_what_needs_values_is_refused_also_in_backward() -> None:
     def train() -> None:
         with meft_bench.virtual_gpu("H200"):
-            rows = torch.ones(4, device="cuda", requires_grad=True)
+            rows = torch.randn(4, device="cuda", requires_grad=True)
             ReadsInBackward.apply(rows).sum().backward()  # type: ignore[no-untyped-call]
 
     with pytest.raises(MissingError, match=r"operator `aten._unique2.default` needs"):
@@ -502,7 +502,7 @@ def test_integers_of_the_host_have_values() -> None:
 
 def test_a_guard_against_nan_does_not_fire() -> None:
     with meft_bench.virtual_gpu("H200") as memory:
-        loss = torch.ones(3, device="cuda", requires_grad=True).sum()
+        loss = torch.randn(3, device="cuda", requires_grad=True).sum()
         assert not torch.isnan(loss)
         assert not torch.isinf(loss).any()
         assert torch.isfinite(loss)

@@ -68,13 +68,13 @@ class Call:
         )
 
 
-BACKENDS = {
-    SDPBackend.CUDNN_ATTENTION: "cudnn",
-    SDPBackend.FLASH_ATTENTION: "flash",
-    SDPBackend.EFFICIENT_ATTENTION: "efficient",
-    SDPBackend.MATH: "math",
+NAMES: dict[int, str] = {
+    SDPBackend.CUDNN_ATTENTION.value: "cudnn",
+    SDPBackend.FLASH_ATTENTION.value: "flash",
+    SDPBackend.EFFICIENT_ATTENTION.value: "efficient",
+    SDPBackend.MATH.value: "math",
 }
-"""Names of torch's backends."""
+"""Names of torch's backends, by their numbers."""
 
 
 @contextlib.contextmanager
@@ -84,7 +84,7 @@ def priority_of(gpu: Gpu) -> Iterator[None]:
     torch sets it before its first call on a GPU, and `sdpa_kernel` changes it where
     `set_priority` is given.
     """
-    numbers = {name: int(backend) for backend, name in BACKENDS.items()}
+    numbers = {name: number for number, name in NAMES.items()}
     before = torch._C._get_sdp_priority_order()
     torch._C._set_sdp_priority_order([numbers[name] for name in gpu.attention_order])
     try:
@@ -95,9 +95,8 @@ def priority_of(gpu: Gpu) -> Iterator[None]:
 
 def present_order() -> list[str]:
     """Return the names of torch's backends in the order in which it tries them."""
-    numbers = {int(backend): name for backend, name in BACKENDS.items()}
     order = torch._C._get_sdp_priority_order()
-    return [numbers[number] for number in order if number in numbers]
+    return [NAMES[number] for number in order if number in NAMES]
 
 
 def chosen(gpu: Gpu, call: Call, order: Iterable[str] = ()) -> str:

@@ -18,7 +18,7 @@ from torch._subclasses import fake_tensor
 from meft_bench.virtual.device.gpu import Gpu
 from meft_bench.virtual.emulation.backend import Backend
 
-PlainGenerator = torch.Generator
+PlainGenerator: Any = torch.Generator
 OF_THE_DRIVER = (
     *("utilization", "memory_usage", "temperature", "power_draw", "clock_rate"),
     *("list_gpu_processes", "current_blas_handle"),
@@ -144,18 +144,19 @@ def _on_cuda(stub: type, plain: Any) -> type:
     return OnCuda(stub.__name__, (), {})
 
 
-class GeneratorStub(PlainGenerator):
+class GeneratorStub(torch.Generator):
     """A generator of random numbers on the GPU, of which there are none."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Return a generator, which is one of the host for torch."""
-        return super().__new__(cls, device="cpu")
+        made: Self = PlainGenerator.__new__(cls, device="cpu")
+        return made
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         """The GPU."""
         return torch.device("cuda", 0)
 

@@ -107,7 +107,7 @@ class KnownValues:
             # The usual case, in which values neither come in nor are known.
             if func._overloadpacket in LIKE and _is_whole(out.dtype):
                 args = (torch.empty(first.shape, dtype=first.dtype), *args[1:])
-            elif kwargs.get("out") is None:
+            elif not _writes(func):
                 return
         elif not self._begins(func, args, kwargs):
             return
@@ -115,8 +115,8 @@ class KnownValues:
         size = sum(one.numel() for one in outs if isinstance(one, Tensor))
         values = self._on_host(func, args, kwargs) if size <= MOST_ELEMENTS else UNKNOWN
         if values is UNKNOWN:
-            if _writes(func):
-                self._forget([first, kwargs.get("out")])
+            for place, name in _writes(func):
+                self._forget(args[place] if place < len(args) else kwargs.get(name))
             return
         all_values = values if isinstance(values, tuple | list) else [values]
         for one, value in zip(outs, all_values, strict=True):
@@ -180,19 +180,21 @@ class KnownValues:
             return
         if tensor.shape == values.shape and tensor.dtype == values.dtype:
             key = id(tensor)
-            watch = weakref.ref(tensor, lambda _: self._known.pop(key, None))
+            watch: weakref.ref[Tensor] = weakref.ref(
+                tensor, lambda _: self._known.pop(key, None)
+            )
             self._known[key] = (watch, values)
 
     def _forget(self, written: Any) -> None:
-        """Forget the values of tensors that are overwritten, and of all their views."""
-        for one in written:
-            if isinstance(one, tuple | list):
+        """Forget the values of what is overwritten, and of all its views."""
+        if isinstance(written, tuple | list):
+            for one in written:
                 self._forget(one)
-            elif type(one) is FakeTensor and (values := self.of(one)) is not None:
-                memory = values.untyped_storage()._cdata
-                for key, (_, other) in [*self._known.items()]:
-                    if other.untyped_storage()._cdata == memory:
-                        del self._known[key]
+        elif type(written) is FakeTensor and (values := self.of(written)) is not None:
+            memory = values.untyped_storage()._cdata
+            for key, (_, other) in [*self._known.items()]:
+                if other.untyped_storage()._cdata == memory:
+                    del self._known[key]
 
 
 def _is_whole(dtype: torch.dtype) -> bool:
@@ -205,8 +207,13 @@ def _needs_values(func: OpOverload) -> bool:
 
 
 @functools.cache
-def _writes(func: OpOverload) -> bool:
-    return func._schema.is_mutable
+def _writes(func: OpOverload) -> tuple[tuple[int, str], ...]:
+    """Return the places and names of the arguments that an operator overwrites."""
+    return tuple(
+        (place, one.name)
+        for place, one in enumerate(func._schema.arguments)
+        if one.alias_info is not None and one.alias_info.is_write
+    )
 
 
 def _is_to_host(kwargs: Mapping[str, Any]) -> bool:

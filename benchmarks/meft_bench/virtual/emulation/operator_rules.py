@@ -2,7 +2,8 @@
 
 as_strided            refuses what is beyond the storage, as tensors with memory do
 random numbers        in place, from a generator
-cells of `nn.GRU`     fused on CUDA: the workspace is kept for backward
+recurrent cells       fused on CUDA, with a workspace that is kept for backward; torch
+                      has no rule for a GRU's, nor for an LSTM's without biases
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from torch._subclasses import fake_impls
 
 aten = torch.ops.aten
 GRU_WORKSPACE = 5
+LSTM_WORKSPACE = 4
 """Numbers that a cell keeps for backward, per hidden unit (native/cuda/RNN.cu)."""
 
 
@@ -52,6 +54,14 @@ def _gru_cell(
     return state.new_empty(rows, width), state.new_empty(rows, GRU_WORKSPACE * width)
 
 
+def _lstm_cell(
+    mode: Any, func: Any, gates: Tensor, hidden_gates: Tensor, state: Tensor, *_: Any
+) -> Any:
+    rows, width = state.shape
+    states = [state.new_empty(rows, width) for _ in range(2)]
+    return (*states, gates.new_empty(rows, LSTM_WORKSPACE * width))
+
+
 def _gru_cell_backward(
     mode: Any, func: Any, gradient: Tensor, workspace: Tensor, has_bias: bool
 ) -> Any:
@@ -69,5 +79,6 @@ _RULES: dict[Any, Any] = {
     aten.cauchy_.default: _filled,
     aten.log_normal_.default: _filled,
     aten._thnn_fused_gru_cell.default: _gru_cell,
+    aten._thnn_fused_lstm_cell.default: _lstm_cell,
     aten._thnn_fused_gru_cell_backward.default: _gru_cell_backward,
 }

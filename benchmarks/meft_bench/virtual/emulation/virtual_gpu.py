@@ -106,8 +106,10 @@ class _Mode(FakeTensorMode):
         if not types:
             if func in PINNING:
                 if self.values is not None and func is PINNING[0]:
-                    if not args[0].dtype.is_floating_point:
-                        return args[0].clone()
+                    (tensor,) = args
+                    assert isinstance(tensor, Tensor)
+                    if not tensor.dtype.is_floating_point:
+                        return tensor.clone()
             elif _is_real(args, kwargs) or (
                 func is aten.rand.default and _is_host_scalar(args, kwargs)
             ):
