@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 
-from meft_bench.virtual.emulation.refusals import everywhere
+from meft_bench.virtual.emulation.early_imports import everywhere
 
 
 def on_virtual_gpu() -> Iterator[contextlib.AbstractContextManager[Any]]:

@@ -23,10 +23,10 @@ from torch.profiler.profiler import _KinetoProfile
 from torch.utils.data import DataLoader
 
 from meft_bench.virtual.emulation import loading, refusals
+from meft_bench.virtual.emulation.early_imports import everywhere
 
 SAVING = (
     ("torch", "save"),
-    ("torch.serialization", "save"),
     ("safetensors.torch", "save_file"),
     ("safetensors.torch", "save_model"),
     ("transformers", "PreTrainedModel.save_pretrained"),
@@ -42,8 +42,12 @@ def supported() -> Iterator[None]:
         for module, name in SAVING:
             if importlib.util.find_spec(module.partition(".")[0]) is not None:
                 owner, attribute = _found(module, name)
-                patch = mock.patch.object(owner, attribute, _saves_nothing(name))
-                stack.enter_context(patch)
+                save, plain = _saves_nothing(name), getattr(owner, attribute)
+                if "." in name:
+                    stack.enter_context(mock.patch.object(owner, attribute, save))
+                    continue
+                for patch in everywhere(plain, attribute, save):
+                    stack.enter_context(patch)
         for refusal in refusals.by_name():
             stack.enter_context(refusal)
         stack.enter_context(mock.patch.object(DataLoader, "__init__", _loads_here))

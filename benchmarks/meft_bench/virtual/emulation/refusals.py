@@ -8,7 +8,6 @@ recurrent layer as the steps into which torch decomposes it where there is no cu
 import contextlib
 import importlib
 import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+
+from meft_bench.virtual.emulation.early_imports import everywhere
 
 EAGER = "leave it out to plan the step in eager mode"
 ONE_PROCESS = "leave it out to plan the step of one process without it"
@@ -149,21 +150,6 @@ def by_name() -> Iterator[contextlib.AbstractContextManager[Any]]:
     yield mock.patch.object(torch.backends.cudnn, "is_acceptable", _no)
     for layer in (nn.RNN, nn.LSTM, nn.GRU):
         yield mock.patch.object(layer, "forward", _without_cudnn(layer))
-
-
-def everywhere(
-    plain: Any, name: str, replacement: Any
-) -> Iterator[contextlib.AbstractContextManager[Any]]:
-    """Yield the patches of a function in each module that has imported it.
-
-    Args:
-        plain: the function.
-        name: its name.
-        replacement: what is there instead.
-    """
-    for module in [*sys.modules.values()]:
-        if getattr(module, "__dict__", {}).get(name) is plain:
-            yield mock.patch.object(module, name, replacement)
 
 
 def _is_there(module: str) -> bool:

@@ -44,6 +44,7 @@ from meft_bench.virtual.emulation import (
 )
 from meft_bench.virtual.emulation.assumed_conditions import Conditions
 from meft_bench.virtual.emulation.backend import Backend
+from meft_bench.virtual.emulation.early_imports import everywhere
 from meft_bench.virtual.emulation.known_values import UNKNOWN, KnownValues
 from meft_bench.virtual.emulation.memo import Memo
 from meft_bench.virtual.recording.ledger import Ledger
@@ -289,8 +290,8 @@ def _attention(
     yield attention.priority_of(gpu)
     plain = functional.scaled_dot_product_attention
     ours = attention.replacement(gpu, backend.device, plain, counts)
-    for owner in (functional, torch._C._nn):
-        yield mock.patch.object(owner, "scaled_dot_product_attention", ours)
+    yield mock.patch.object(torch._C._nn, "scaled_dot_product_attention", ours)
+    yield from everywhere(plain, "scaled_dot_product_attention", ours)
 
 
 def _many_tensors_at_once() -> Iterator[contextlib.AbstractContextManager[Any]]:
