@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 IMAGE = 5
 """The token in whose place an image's features go."""
+EAGER: Any = {"attn_implementation": "eager"}
 
 
 def ids_of(*rows: list[int]) -> Tensor:
@@ -106,9 +107,10 @@ def llava(device: str) -> None:
         vision_config=vision,
         text_config=text_config(),
         image_token_index=IMAGE,
-        attn_implementation="eager",
+        **EAGER,
     )
-    model = transformers.LlavaForConditionalGeneration(config).to(device)
+    model: Any = transformers.LlavaForConditionalGeneration(config)
+    model = model.to(device)
     ids = ids_of([1, 2, *[IMAGE] * 4, *[3] * 10], [1, *[IMAGE] * 4, *[3] * 11])
     ids = ids.to(device)
     pixels = torch.zeros(2, 3, 16, 16, device=device)
@@ -137,9 +139,10 @@ def qwen(device: str) -> None:
         image_token_id=IMAGE,
         vision_start_token_id=6,
         video_token_id=7,
-        attn_implementation="eager",
+        **EAGER,
     )
-    model = transformers.Qwen2VLForConditionalGeneration(config).to(device)
+    model: Any = transformers.Qwen2VLForConditionalGeneration(config)
+    model = model.to(device)
     rows = [[1, 6, *[IMAGE] * 4, *[3] * 10], [1, 1, 6, *[IMAGE] * 4, *[3] * 9]]
     ids = ids_of(*rows).to(device)
     model(
@@ -163,7 +166,8 @@ def longformer(device: str) -> None:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model = transformers.LongformerForSequenceClassification(config).to(device)
+    model: Any = transformers.LongformerForSequenceClassification(config)
+    model = model.to(device)
     ids = torch.ones(2, 50, dtype=torch.long, device=device)
     mask = torch.tensor([[1] * 50, [1] * 40 + [0] * 10]).to(device)
     model(input_ids=ids, attention_mask=mask, labels=ids[:, 0]).loss.backward()
@@ -182,7 +186,8 @@ def led(device: str) -> None:
         attention_window=16,
         dropout=0.0,
     )
-    model = transformers.LEDForConditionalGeneration(config).to(device)
+    model: Any = transformers.LEDForConditionalGeneration(config)
+    model = model.to(device)
     ids = torch.ones(2, 32, dtype=torch.long, device=device)
     model(input_ids=ids, labels=ids).loss.backward()
 

@@ -42,7 +42,7 @@ def files(tmp_path: Path) -> Path:
 def test_files_are_loaded_onto_the_gpu(files: Path, device: Any) -> None:
     """Each tensor takes its memory there, and what is on the host takes none."""
     with meft_bench.virtual_gpu("T4"):
-        named = device if isinstance(device, str | int) else "cuda"
+        named: Any = device if isinstance(device, str | int) else "cuda"
         loaded = safetensors.torch.load_file(files / "x.safetensors", device=named)
         assert {one.device.type for one in loaded.values()} == {"cuda"}
         assert allocated() == 3 * FLOATS
@@ -67,7 +67,7 @@ def test_a_file_is_read_by_parts(files: Path) -> None:
             one = file.get_tensor("a")
             assert allocated() == FLOATS
             del one
-        opened = safe_open(path, framework="pt", device="cuda:0")
+        opened: Any = safe_open(path, framework="pt", device="cuda:0")
         assert opened.get_tensor("b").device.type == "cuda"
         with safe_open(path, "pt") as file:
             assert file.get_tensor("b").device.type == "cpu"
@@ -94,7 +94,7 @@ def test_a_model_is_loaded_onto_the_gpu(tmp_path: Path, how: dict[str, Any]) -> 
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     with meft_bench.virtual_gpu("T4"):
-        model = transformers.LlamaForCausalLM.from_pretrained(tmp_path, **how)
+        model: Any = transformers.LlamaForCausalLM.from_pretrained(tmp_path, **how)
         model.to("cuda")
         weights = [*model.parameters()]
         assert {one.device.type for one in weights} == {"cuda"}
@@ -134,7 +134,8 @@ def test_a_tensor_that_grows_is_copied() -> None:
 
 def test_a_tensor_takes_over_a_storage() -> None:
     with meft_bench.virtual_gpu("T4"):
-        x, y = torch.zeros(1024, device="cuda"), torch.zeros(2048, device="cuda")
+        x = torch.zeros(1024, device="cuda")
+        y: Any = torch.zeros(2048, device="cuda")
         y.set_(x)
         assert allocated() == FLOATS
         y.set_(x.untyped_storage(), 10, (5,), (1,))
@@ -234,7 +235,8 @@ def test_gradients_of_each_row_take_a_gradient_for_each_row() -> None:
         weights = {name: one.detach() for name, one in layer.named_parameters()}
 
         def loss(weights: Any, row: torch.Tensor) -> torch.Tensor:
-            return torch.func.functional_call(layer, weights, (row[None],)).sum()
+            out: torch.Tensor = torch.func.functional_call(layer, weights, (row[None],))
+            return out.sum()
 
         rows = torch.zeros(8, 64, device="cuda")
         before = allocated()
