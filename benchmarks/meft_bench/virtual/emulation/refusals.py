@@ -96,7 +96,6 @@ REFUSALS = (
         "FullyShardedDataParallel.__init__",
         ONE_PROCESS,
     ),
-    Refusal("deepspeed.initialize", "deepspeed", "initialize", ONE_PROCESS),
     Refusal(
         "paged optimizers of bitsandbytes",
         "bitsandbytes.functional",
@@ -132,9 +131,8 @@ REFUSALS = (
 
 def by_name() -> Iterator[contextlib.AbstractContextManager[Any]]:
     """Yield the patches that refuse what is not modelled."""
-    for one in REFUSALS:
-        if not _is_there(one.module):
-            continue
+    # All are imported first, as some call at their import what is refused then.
+    for one in [one for one in REFUSALS if _is_there(one.module)]:
         owner: Any = importlib.import_module(one.module)
         *classes, last = one.function.split(".")
         for name in classes:
