@@ -272,7 +272,7 @@ def test_a_scaled_loss_takes_two_numbers(scaler: Any) -> None:
 
 
 # A warning that is an error ends the process inside the profiler, also on the host.
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")
 def test_a_profiler_of_the_gpu_alone_runs() -> None:
     with meft_bench.virtual_gpu("T4"):
         steps = schedule(wait=0, warmup=1, active=1)

@@ -22,9 +22,9 @@ EAGER = "leave it out to plan the step in eager mode"
 ONE_PROCESS = "leave it out to plan the step of one process without it"
 WHOLE_WEIGHTS = "load the weights in the dtype in which they are computed to plan that"
 EAGER_ATTENTION = "call `scaled_dot_product_attention` to plan the step with that"
-OWN = "make a `torch.cuda.Stream` instead"
+OWN_STREAM = "make a `torch.cuda.Stream` instead"
 ONE_POOL = "leave it out to plan the step with the default pool"
-FUSED = "take an optimizer that does not compile its step"
+NOT_COMPILED = "take an optimizer that does not compile its step"
 NOT_PAGED = "take the optimizer of the same name that is not paged"
 
 
@@ -33,98 +33,56 @@ class Refusal:
     """A function that is refused.
 
     Attributes:
-        name: its name for the reader.
         module: the module in which it is found.
         function: its name there, with that of its class.
         remedy: what to do.
     """
 
-    name: str
     module: str
     function: str
     remedy: str
 
+    @property
+    def name(self) -> str:
+        """Its name for the reader, by which it is called."""
+        name = f"{self.module}.{self.function}"
+        return NAMES.get(name) or name.removesuffix(".__init__").removesuffix(
+            ".__new__"
+        )
 
+
+NAMES = {
+    "torch.nn.attention.flex_attention.flex_attention": "flex_attention",
+    "bitsandbytes.functional.get_paged": "paged optimizers of bitsandbytes",
+    "torchao.optim.adam._AdamBase.__init__": "optimizers of torchao",
+    "transformers.quantizers.auto.AutoHfQuantizer.from_config": (
+        "quantised weights of transformers"
+    ),
+}
+"""Names of those that are not called by their own."""
 REFUSALS = (
-    Refusal("torch.compile", "torch", "compile", EAGER),
-    Refusal("Module.compile", "torch.nn", "Module.compile", EAGER),
+    Refusal("torch", "compile", EAGER),
+    Refusal("torch.nn", "Module.compile", EAGER),
+    Refusal("torch.nn.attention.flex_attention", "flex_attention", EAGER_ATTENTION),
+    Refusal("torch.cuda", "CUDAGraph.__new__", EAGER),
+    Refusal("torch.cuda", "graph.__init__", EAGER),
+    Refusal("torch.cuda", "make_graphed_callables", EAGER),
+    Refusal("torch.cuda", "graph_pool_handle", EAGER),
+    Refusal("torch.cuda", "ExternalStream.__new__", OWN_STREAM),
+    Refusal("torch.cuda", "MemPool.__new__", ONE_POOL),
+    Refusal("torch.nn", "DataParallel.__init__", ONE_PROCESS),
+    Refusal("torch.nn.parallel", "data_parallel", ONE_PROCESS),
+    Refusal("torch.nn.parallel", "DistributedDataParallel.__init__", ONE_PROCESS),
+    Refusal("torch.distributed", "init_process_group", ONE_PROCESS),
+    Refusal("torch.distributed.fsdp", "fully_shard", ONE_PROCESS),
+    Refusal("torch.distributed.fsdp", "FullyShardedDataParallel.__init__", ONE_PROCESS),
+    Refusal("bitsandbytes.functional", "get_paged", NOT_PAGED),
+    Refusal("bitsandbytes.nn", "Params4bit.__new__", WHOLE_WEIGHTS),
+    Refusal("bitsandbytes.nn", "Int8Params.__new__", WHOLE_WEIGHTS),
+    Refusal("torchao.quantization", "quantize_", WHOLE_WEIGHTS),
+    Refusal("torchao.optim.adam", "_AdamBase.__init__", NOT_COMPILED),
     Refusal(
-        "torch.nn.attention.flex_attention",
-        "torch.nn.attention.flex_attention",
-        "flex_attention",
-        EAGER_ATTENTION,
-    ),
-    Refusal("torch.cuda.CUDAGraph", "torch.cuda", "CUDAGraph.__new__", EAGER),
-    Refusal("torch.cuda.graph", "torch.cuda", "graph.__init__", EAGER),
-    Refusal(
-        "torch.cuda.make_graphed_callables",
-        "torch.cuda",
-        "make_graphed_callables",
-        EAGER,
-    ),
-    Refusal("torch.cuda.graph_pool_handle", "torch.cuda", "graph_pool_handle", EAGER),
-    Refusal("torch.cuda.ExternalStream", "torch.cuda", "ExternalStream.__new__", OWN),
-    Refusal("torch.cuda.MemPool", "torch.cuda", "MemPool.__new__", ONE_POOL),
-    Refusal("torch.nn.DataParallel", "torch.nn", "DataParallel.__init__", ONE_PROCESS),
-    Refusal(
-        "torch.nn.parallel.data_parallel",
-        "torch.nn.parallel",
-        "data_parallel",
-        ONE_PROCESS,
-    ),
-    Refusal(
-        "torch.nn.parallel.DistributedDataParallel",
-        "torch.nn.parallel",
-        "DistributedDataParallel.__init__",
-        ONE_PROCESS,
-    ),
-    Refusal(
-        "torch.distributed.init_process_group",
-        "torch.distributed",
-        "init_process_group",
-        ONE_PROCESS,
-    ),
-    Refusal(
-        "torch.distributed.fsdp.fully_shard",
-        "torch.distributed.fsdp",
-        "fully_shard",
-        ONE_PROCESS,
-    ),
-    Refusal(
-        "FullyShardedDataParallel",
-        "torch.distributed.fsdp",
-        "FullyShardedDataParallel.__init__",
-        ONE_PROCESS,
-    ),
-    Refusal(
-        "paged optimizers of bitsandbytes",
-        "bitsandbytes.functional",
-        "get_paged",
-        NOT_PAGED,
-    ),
-    Refusal(
-        "bitsandbytes.nn.Params4bit",
-        "bitsandbytes.nn",
-        "Params4bit.__new__",
-        WHOLE_WEIGHTS,
-    ),
-    Refusal(
-        "bitsandbytes.nn.Int8Params",
-        "bitsandbytes.nn",
-        "Int8Params.__new__",
-        WHOLE_WEIGHTS,
-    ),
-    Refusal(
-        "torchao.quantization.quantize_",
-        "torchao.quantization",
-        "quantize_",
-        WHOLE_WEIGHTS,
-    ),
-    Refusal(
-        "quantised weights of transformers",
-        "transformers.quantizers.auto",
-        "AutoHfQuantizer.from_config",
-        WHOLE_WEIGHTS,
+        "transformers.quantizers.auto", "AutoHfQuantizer.from_config", WHOLE_WEIGHTS
     ),
 )
 
