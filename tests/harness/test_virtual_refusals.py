@@ -87,6 +87,10 @@ def by_flex_attention() -> None:
     module.flex_attention(x, x, x)
 
 
+def nested() -> None:
+    torch.nested.nested_tensor([ones()], layout=torch.jagged)
+
+
 @pytest.mark.parametrize(
     ("code", "name", "remedy"),
     [
@@ -112,6 +116,7 @@ def by_flex_attention() -> None:
         ),
         (over_a_mesh, "torch.distributed.init_process_group", "of one process"),
         (sharded, "torch.distributed.fsdp.fully_shard", "of one process"),
+        (nested, "torch.jagged", "pad its rows"),
         (quantised, "quantised weights of transformers", "load the weights in the"),
         (lambda: torch.cuda.utilization(), "torch.cuda.utilization", "leave it out"),
         (
@@ -128,6 +133,16 @@ def test_what_is_not_modelled_is_named_with_a_remedy(
     message = refusal_of(code)
     assert name in message
     assert remedy in message
+
+
+def test_a_process_group_from_before_is_refused() -> None:
+    distributed: Any = torch.distributed
+    store = distributed.HashStore()
+    init_process_group("gloo", rank=0, world_size=1, store=store)
+    try:
+        assert "call `destroy_process_group()` before" in refusal_of(ones)
+    finally:
+        distributed.destroy_process_group()
 
 
 def add_one(x: Tensor) -> Tensor:

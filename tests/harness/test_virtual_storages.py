@@ -41,7 +41,7 @@ def files(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", 0, torch.device("cuda")])
 def test_files_are_loaded_onto_the_gpu(files: Path, device: Any) -> None:
     """Each tensor takes its memory there, and what is on the host takes none."""
-    with meft_bench.virtual_gpu("T4"):
+    with meft_bench.virtual_gpu("T4") as memory:
         named: Any = device if isinstance(device, str | int) else "cuda"
         loaded = safetensors.torch.load_file(files / "x.safetensors", device=named)
         assert {one.device.type for one in loaded.values()} == {"cuda"}
@@ -53,6 +53,7 @@ def test_files_are_loaded_onto_the_gpu(files: Path, device: Any) -> None:
         assert allocated() == 6 * FLOATS
         del loaded, kept, host
         assert allocated() == 0
+    assert memory.plan().h2d_bytes == 6 * FLOATS
 
 
 def test_a_file_is_read_by_parts(files: Path) -> None:
@@ -143,6 +144,7 @@ def test_a_tensor_takes_over_a_storage() -> None:
         assert allocated() == FLOATS
         y.set_()
         assert allocated() == 0
+        assert torch.zeros(8, device="cuda").share_memory_().is_cuda
         weight = nn.Parameter(torch.zeros(1024, device="cuda"))
         weight.data = torch.empty(0, device="cuda")
         assert allocated() == 0

@@ -50,9 +50,18 @@ def of(device: HasLedger) -> Iterator[contextlib.AbstractContextManager[Any]]:
         return out
 
     yield mock.patch.object(UntypedStorage, "resize_", resize_)
+    yield mock.patch.object(UntypedStorage, "share_memory_", _shared)
     yield mock.patch.object(torch._utils, "_restore_device_fake_mode", restored)
     for name in COPIES:
         yield mock.patch.object(UntypedStorage, name, _of_real_ones(name))
+
+
+_plain_share: Any = UntypedStorage.share_memory_
+
+
+def _shared(self: Any) -> Any:
+    """Do nothing for a fake storage: that of a GPU is shared as it is."""
+    return self if self.device.type == "meta" else _plain_share(self)
 
 
 def _of_real_ones(name: str) -> Any:

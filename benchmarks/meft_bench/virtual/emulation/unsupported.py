@@ -56,6 +56,10 @@ SAYINGS = {
         "a function as `map_location`",
         NOT_MODELLED.replace("{remedy}", "give the name of a device"),
     ),
+    "shape_env must not be None": (
+        "a nested tensor with the layout `torch.jagged`",
+        NOT_MODELLED.replace("{remedy}", "pad its rows"),
+    ),
     "NVTX profiler": (
         "`emit_nvtx`",
         NOT_MODELLED.replace("{remedy}", "leave it out"),
@@ -79,7 +83,7 @@ def error_translation() -> Iterator[None]:
     except UnsupportedOperatorException as error:
         what = f"operator `{error.func}`{_place(error)}"
         raise MissingError(IS_UNKNOWN.format(what=what)) from error
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         first = str(error).partition("\n")[0]
         for saying, (what, sentence) in SAYINGS.items():
             if saying in first:

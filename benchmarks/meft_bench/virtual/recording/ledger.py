@@ -285,7 +285,8 @@ class Ledger(TorchDispatchMode):
 
         Args:
             memory: the storage; one that is not known has no effect.
-            device: type of its device; None if it is as before.
+            device: type of its device, to which it is copied from the host; None if it
+                is as before.
         """
         known = self._alive.get(memory._cdata)
         if known is not None:
@@ -297,6 +298,8 @@ class Ledger(TorchDispatchMode):
                 born=self._time,
             )
             self._begin(storage, memory, known)
+            if device == self._accelerator:
+                self._add_copy("h2d", storage.num_bytes)
 
     def _begin(self, storage: Storage, memory: Any, before: Storage | None) -> None:
         """Record the allocation of a storage.
@@ -439,12 +442,14 @@ class Ledger(TorchDispatchMode):
     ) -> None:
         found = copies.between_devices(func, args, kwargs, out, self._accelerator)
         if found is not None:
-            direction, num_bytes = found
-            phase = self._location.present_phase()
-            module = self._location.present_module(phase)
-            self._copies.append(
-                RecordedCopy(self._time, direction, num_bytes, phase, module)
-            )
+            self._add_copy(*found)
+
+    def _add_copy(self, direction: str, num_bytes: int) -> None:
+        phase = self._location.present_phase()
+        module = self._location.present_module(phase)
+        self._copies.append(
+            RecordedCopy(self._time, direction, num_bytes, phase, module)
+        )
 
 
 def _alive(references: "list[weakref.ref[Any]]") -> list[Any]:
