@@ -208,7 +208,7 @@ def test_the_trainer_runs_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_trls_trainer_runs_as_it_is(tmp_path: Path) -> None:
-    """Its loss selects tokens by a mask, and launches kernels of Triton."""
+    """Its loss selects tokens by their labels, and launches kernels of Triton."""
     trl = pytest.importorskip("trl")
     tokenizers = pytest.importorskip("tokenizers")
     datasets = pytest.importorskip("datasets")
@@ -237,7 +237,14 @@ def test_trls_trainer_runs_as_it_is(tmp_path: Path) -> None:
         ).train()
     plan = memory.plan()
     assert plan.verdict == "fits"
-    assert "selections by a mask keep all elements" in plan.prediction
+    assert "selections by a mask" not in plan.prediction
+
+
+def test_a_selection_that_nothing_tells_keeps_all_elements_and_is_said() -> None:
+    with meft_bench.virtual_gpu("T4") as memory:
+        rows = torch.randn(4, 8, device="cuda")
+        assert rows[rows[:, 0] > 0].shape == (4, 8)
+    assert "selections by a mask keep all elements" in memory.plan().prediction
     assert "selections by a mask keep all elements" in memory.summary()
 
 
