@@ -67,6 +67,8 @@ def test_what_depends_on_anything_else_has_no_value() -> None:
     with meft_bench.virtual_gpu("T4"):
         x = torch.randn(4, device="cuda")
         ids = torch.tensor([3, 4, 5, 6]).cuda()
+        assert torch.empty_like(ids).tolist() == ids.new_empty(4).tolist() == [0] * 4
+        assert torch.randint_like(ids, 1, 9).tolist() == [0] * 4
         assert (ids * x.long()).tolist() == [0] * 4
         view = ids[1:]
         ids[2] = x.sum().long()

@@ -36,6 +36,10 @@ LIKE = frozenset(
     }
 )
 """Operators that take no more than a shape and a dtype from their first argument."""
+UNINITIALISED = frozenset(
+    {aten.empty_like, aten.new_empty, aten.new_empty_strided, aten.resize_}
+)
+"""Operators whose results have no values yet, or not all of them."""
 TO_HOST = aten._to_copy.default
 UNKNOWN = object()
 """Represents a result that does not follow from known values."""
@@ -141,7 +145,8 @@ class KnownValues:
 
     def _on_host(self, func: OpOverload, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Run an operator on the values of its arguments; `UNKNOWN` if it has none."""
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        is_random = torch.Tag.nondeterministic_seeded in func.tags
+        if is_random or func._overloadpacket in UNINITIALISED:
             return UNKNOWN
         values = self._values_of(args)
         if values is UNKNOWN:
