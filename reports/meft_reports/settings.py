@@ -54,10 +54,12 @@ def read() -> tuple[Path, dict[str, Any]]:
     if not path.is_file():
         return path, {}
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {})
-        table = table.get("meft", {})
+        tools = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {})
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ReportError(f"cannot read {path}: {error}") from error
+    table = tools.get("meft", {}) if isinstance(tools, dict) else None
+    if not isinstance(table, dict):
+        raise ReportError(f"{path}: [tool.meft] is no table")
     for name, value in table.items():
         if name not in KEYS:
             raise ReportError(f"{path}: [tool.meft]: {UnknownName('key', name, KEYS)}")
