@@ -79,12 +79,9 @@ The version of every package is reported in addition.
 """
 NUM_CHANGES = 5
 """Number of changes of memory that a finding lists."""
-KINDS_OF_MEMORY = {
-    "peak_allocated_bytes": "",
-    "peak_reserved_bytes": "",
-    "saved_bytes": "saved",
-}
-"""Columns of memory that a breakdown explains, with the kind that it is; "" for all."""
+SAVED = "saved_bytes"
+EXPLAINED = (SAVED, "peak_allocated_bytes", "peak_reserved_bytes")
+"""Columns of memory that a breakdown explains."""
 Breakdowns = Mapping[str, Breakdown]
 """What the peaks of cells consist of, by `cell_id`."""
 MAX_PAIRS = 3
@@ -249,13 +246,14 @@ def _what_grew(
 ) -> tuple[str, ...]:
     """Return what of the memory grew, in lines; none where that is not known."""
     before, after = (its.get(finding.cell_id) for its in breakdowns)
-    if before is None or after is None or finding.column not in KINDS_OF_MEMORY:
+    if before is None or after is None or finding.column not in EXPLAINED:
         return ()
     if finding.kind not in (Kind.REGRESSION, Kind.IMPROVED):
         return ()
     expected, got = (int(cell[finding.column]) for cell in cells)
-    kind = KINDS_OF_MEMORY[finding.column]
-    return tuple(what_grew(before, after, got - expected, kind).lines(most))
+    is_saved = finding.column == SAVED
+    growth = what_grew(before, after, got - expected, is_saved=is_saved)
+    return tuple(growth.lines(most))
 
 
 def _whole_cell(cell_id: str, expected: Any, got: Any) -> Finding | None:

@@ -372,7 +372,7 @@ def test_no_figure_of_the_headline_names_the_methods_it_needs(
         (["page", "RUN", "-o", "RUN"], "run.jsonl is one of the files of records"),
         (["baseline", "ONE", "RUN", "-o", "./run.jsonl"], "write to another file"),
         (["plot", "memory_depth", "RUN", "LINK", "-o", "LINK"], "link.png is one of"),
-        (["check", "RUN", "--base", "ONE"], "unrecognized arguments: --base ONE"),
+        (["check", "RUN", "--base", "ONE"], "unrecognized arguments: --base one.jsonl"),
         (["check", "RUN", "--baseline", "ONE"], "--fail-on is missing: give it, or"),
         (["check", "RUN", "--fail-on", "saved:0"], "--baseline is missing: give it"),
         (["check", "RUN", "--failon", "saved:0"], "did you mean '--fail-on'?"),

@@ -45,7 +45,10 @@ def test_the_nearest_file_above_has_the_defaults(
     ("text", "words"),
     [
         ("", "--baseline is missing: give it, or `baseline` in [tool.meft]"),
-        ('[tool.meft]\nbaselin = "x"', "unknown key 'baselin': did you mean 'baseline'?"),
+        (
+            '[tool.meft]\nbaselin = "x"',
+            "unknown key 'baselin': did you mean 'baseline'?",
+        ),
         ("[tool.meft]\nbaseline = 3", "`baseline` should be a text"),
         ('[tool.meft]\nfail_on = "saved:0"', "`fail_on` should be a list of texts"),
         ("[tool.meft]\nfail_on = []", "`fail_on` should be a list of texts"),

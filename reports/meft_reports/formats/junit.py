@@ -18,6 +18,7 @@ TAGS = {
 }
 COUNTED = {"failures": "failure", "errors": "error", "skipped": "skipped"}
 """Attributes of a suite, with the tags that they count."""
+SUITE = "memory"
 WHOLE_CELL = "cell"
 """Name of the case of a finding that concerns no single number."""
 LENGTH = 10_000
@@ -31,7 +32,7 @@ def to_junit(result: CheckResult) -> str:
     for finding in result.findings:
         name = finding.cell_id, finding.column or WHOLE_CELL
         cases.setdefault(name, []).append(finding)
-    suite = ET.Element("testsuite", name="meft-report check")
+    suite = ET.Element("testsuite", name=SUITE)
     for (cell_id, column), findings in cases.items():
         case = ET.SubElement(
             suite, "testcase", classname=_text(cell_id), name=_text(column)

@@ -28,6 +28,7 @@ from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.prediction import plan_text
 from meft_bench.virtual.prediction.fit import Fit, largest_that_fits
 from meft_bench.virtual.prediction.plan import MemoryPlan, assumptions, observe
+from meft_bench.virtual.recording.ledger import Ledger
 
 NOTHING = (
     "nothing was put on the GPU: move the model and the batches to `cuda` in the code "
@@ -67,6 +68,13 @@ class TrainingMemory:
     def name(self) -> str:
         """Name of the GPU, as `torch.cuda.get_device_name` returns it."""
         return self._device.gpu.name
+
+    @property
+    def ledger(self) -> Ledger:
+        """What records the code."""
+        ledger = self._device.ledger
+        assert ledger is not None
+        return ledger
 
     @property
     def memory_bytes(self) -> int:
