@@ -91,7 +91,7 @@ class Growth:
             size = _signed(sum(change.num_bytes for change in left_out))
             found.append(f"{size}  {plural(len(left_out), 'smaller change')}")
         if first := self.first():
-            found.append(f"first in the step: {first}")
+            found.append(f"first: {first}")
         if self.unexplained_bytes:
             size = _signed(self.unexplained_bytes)
             found.append(f"unexplained by the largest of it: {size}")
@@ -99,12 +99,15 @@ class Growth:
 
     def first(self) -> str:
         """Return the operator of the first allocation that differs, in words."""
-        rows = [change.after for change in self.changes if change.after is not None]
+        grown = [change for change in self.changes if change.num_bytes > 0]
+        rows = [change.after for change in grown if change.after is not None]
         made = [row for row in rows if row.operator]
         if not made:
             return ""
         row = min(made, key=lambda row: row.first_op)
         place = row.module or "(no module)"
+        if not row.first_op:
+            return printable(f"{row.operator} of {place}, before this step", LENGTH)
         text = f"operator {row.first_op:,}, {row.operator} of {place} in {row.phase}"
         return printable(text, LENGTH)
 

@@ -79,6 +79,7 @@ FOREIGN_FILES = {
     "config.json": "transformers' file of a model",
     "PATH/config.json": "a user's",
     "train.py": "a user's",
+    "test_model.py": "a user's",
     "*.checks.jsonl": "what a run writes",
     "model.safetensors.index.json": "transformers' file of a model",
     ".index.json": "the end of such names",

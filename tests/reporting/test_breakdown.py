@@ -50,7 +50,7 @@ def test_what_grew_is_blamed_on_its_kind_module_and_shape() -> None:
     assert lines(of(FROZEN, SAVED), of(FROZEN, more)) == [
         "+1.0 MiB  saved  in forward  layer.*  aten.mm.default  int32 [64] → "
         "int32 [128]",
-        "first in the step: operator 31, aten.mm.default of layer.* in forward",
+        "first: operator 31, aten.mm.default of layer.* in forward",
     ]
     assert lines(of(FROZEN, SAVED), of(FROZEN, SAVED)) == []
 

@@ -131,7 +131,7 @@ def take_step(model: Any, batch: Any, optimizer: Any, loss: Any = None) -> None:
     if not isinstance(scalar, torch.Tensor) or scalar.numel() != 1:
         raise TypeError(
             f"the loss is {type(scalar).__name__}, not a scalar tensor: give "
-            "`loss=`, a function from the model's output to one"
+            "`loss`, a function from the model's output to one"
         )
     scalar.backward()
     optimizer.step()
