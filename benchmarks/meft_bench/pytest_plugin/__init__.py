@@ -102,9 +102,11 @@ def meft_step(meft_memory: Any) -> Any:
     def step(model: Any, batch: Any, optimizer: Any, loss: Any = None) -> Any:
         from meft_bench.pytest_plugin.measuring import take_step
 
-        take_step(model, batch, optimizer, loss)
-        with meft_memory(model, optimizer) as seen:
+        def take() -> None:
             take_step(model, batch, optimizer, loss)
+
+        with meft_memory(model, optimizer, before=take) as seen:
+            take()
         return seen
 
     return step

@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +46,19 @@ class Meter:
         """Type of the device of the last model, or the name of the GPU."""
 
     @contextlib.contextmanager
-    def measured(self, model: Any = None, optimizer: Any = None) -> Iterator[Seen]:
+    def measured(
+        self,
+        model: Any = None,
+        optimizer: Any = None,
+        before: Callable[[], object] = lambda: None,
+    ) -> Iterator[Seen]:
         """Measure what runs in the context.
 
         Args:
             model: the model, whose weights are there before; None if there is none.
             optimizer: its optimizer, if there is one.
+            before: called first; what it leaves behind is recorded, and what it takes
+                is not measured.
 
         Yields:
             What was seen, which is complete when the context has ended.
@@ -61,9 +68,10 @@ class Meter:
         gc.disable()  # what it frees, and when, depends on what ran before
         try:
             if self._virtual is None:
-                with self._on_device(seen, model, optimizer):
+                with self._on_device(seen, model, optimizer, before):
                     yield seen
             else:
+                before()
                 with _on_virtual(self._virtual, seen):
                     yield seen
         finally:
@@ -71,7 +79,9 @@ class Meter:
         self.seen.append(seen)
 
     @contextlib.contextmanager
-    def _on_device(self, seen: Seen, model: Any, optimizer: Any) -> Iterator[None]:
+    def _on_device(
+        self, seen: Seen, model: Any, optimizer: Any, before: Callable[[], object]
+    ) -> Iterator[None]:
         device = _device_of(model)
         is_cpu = device == "cpu"
         self.device = "cpu" if is_cpu else torch.cuda.get_device_name()
@@ -81,6 +91,7 @@ class Meter:
                 ledger.watch(model, *([optimizer] if optimizer is not None else []))
             else:
                 ledger.watch_all()
+            before()
             start = ledger.mark()
             yield
         _note(seen, ledger, start)
