@@ -246,6 +246,34 @@ def _tell_github(result: "CheckResult") -> None:
             file.write(markdown.to_markdown(result))
 
 
+def compare(arguments: argparse.Namespace) -> int:
+    """Print two runs side by side."""
+    from meft_reports.compare import compare as side_by_side
+    from meft_reports.records import read_records
+
+    before, after = (read_records([path])[0] for path in arguments.runs)
+    _say(
+        side_by_side(
+            before,
+            after,
+            shows_all=arguments.all,
+            num_changes=arguments.what_grew,
+        )
+    )
+    return 0
+
+
+def history(arguments: argparse.Namespace) -> int:
+    """Print a column over commits."""
+    from meft_reports.columns import find_measured
+    from meft_reports.history import history as over_commits
+    from meft_reports.records import read_all
+
+    column = find_measured(arguments.column)
+    _say(over_commits(read_all(arguments.runs), column, arguments.only))
+    return 0
+
+
 def baseline(arguments: argparse.Namespace) -> int:
     """Write the baseline and print the changes."""
     from meft_reports.baseline import update_baseline
@@ -267,6 +295,8 @@ COMMANDS = {
     "page": page,
     "check": check,
     "baseline": baseline,
+    "compare": compare,
+    "history": history,
 }
 
 
@@ -290,6 +320,8 @@ def parser() -> argparse.ArgumentParser:
         "page": "write one self-contained HTML page with every figure and table",
         "check": "compare with a baseline, cell by cell",
         "baseline": "write or update a baseline from ok cells; show what changes",
+        "compare": "print two runs side by side: before, after, ratio, what grew",
+        "history": "print a column over the commits of its records, with its steps",
     }
     outputs = {
         "frame": "out.parquet or out.csv",
@@ -302,10 +334,12 @@ def parser() -> argparse.ArgumentParser:
         if name in ("plot", "table"):
             kinds = PLOTS if name == "plot" else TABLES
             sub.add_argument("name", metavar="NAME", help=", ".join(kinds))
+        if name == "history":
+            sub.add_argument("column", metavar="COLUMN", help="such as peak_allocated")
         sub.add_argument(
             "runs",
-            metavar="RUNS",
-            nargs="+",
+            metavar="RUNS" if name != "compare" else "RUN",
+            nargs=2 if name == "compare" else "+",
             type=Path,
             help="files of records, .jsonl",
         )
@@ -327,6 +361,21 @@ def parser() -> argparse.ArgumentParser:
             )
         if name == "check":
             _add_check_arguments(sub)
+        if name == "history":
+            sub.add_argument(
+                "--only", default="*", metavar="PATTERN", help="cells, by their ids"
+            )
+        if name == "compare":
+            sub.add_argument(
+                "--all", action="store_true", help="list everything, also what is equal"
+            )
+            sub.add_argument(
+                "--what-grew",
+                type=_number,
+                default=3,
+                metavar="N",
+                help="how many changes of memory a difference lists; default 3",
+            )
     return root
 
 
