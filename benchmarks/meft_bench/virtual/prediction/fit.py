@@ -23,13 +23,16 @@ class Fit:
     """Number of bytes needed, by probed value."""
 
 
-def largest_that_fits(probe: BytesOf, room_bytes: float, at_most: int) -> Fit:
+def largest_that_fits(
+    probe: BytesOf, room_bytes: float, at_most: int, *, tries_most: bool = False
+) -> Fit:
     """Return the largest value from 1 to `at_most` that needs at most `room_bytes`.
 
     Args:
         probe: number of bytes that a value needs; never decreases as the value grows.
         room_bytes: number of available bytes.
         at_most: upper bound, set by the model or the user.
+        tries_most: whether the bound is probed early, as one that may well fit.
 
     Returns:
         The answer and all probes.
@@ -44,6 +47,10 @@ def largest_that_fits(probe: BytesOf, room_bytes: float, at_most: int) -> Fit:
     if not fits(1):
         return Fit(largest=0, probes=probes)
     low, high = 1, at_most + 1  # largest that fits, smallest that does not
+    if tries_most and fits(at_most):
+        return Fit(largest=at_most, probes=probes)
+    if tries_most:
+        high = at_most
     while high - low > 1:
         guess = _next(probes, low, high, room_bytes)
         if fits(guess):
