@@ -213,6 +213,8 @@ def check(arguments: argparse.Namespace) -> int:
         if path.exists() and held.exists() and path.samefile(held.resolve()):
             raise ReportError(f"{path} is both the run and the baseline")
 
+    _refuse_to_write_over(arguments)
+
     from meft_reports.check import check as compare
     from meft_reports.formats import FORMATS
     from meft_reports.frame import to_frame
@@ -233,6 +235,19 @@ def check(arguments: argparse.Namespace) -> int:
     if os.environ.get("GITHUB_ACTIONS") == "true" and not arguments.no_github:
         _tell_github(result)
     return result.exit_code
+
+
+def _refuse_to_write_over(arguments: argparse.Namespace) -> None:
+    """Refuse to write the verdict over a file that is read, or two into one."""
+    outputs = [path.resolve() for _, path in arguments.write]
+    read = [path.resolve() for path in (*arguments.runs, arguments.baseline)]
+    for place, path in enumerate(outputs):
+        if path in read:
+            raise ReportError(
+                f"--write: {path} is one of the files of records; write to another file"
+            )
+        if path in outputs[:place] and not path.is_char_device():
+            raise ReportError(f"--write: {path} is given twice; write to two files")
 
 
 def _tell_github(result: "CheckResult") -> None:

@@ -1,5 +1,6 @@
 """Rules for tensors without values that torch lacks, or that are looser than its own.
 
+reduced losses        keep the memory of all elements
 as_strided            refuses what is beyond the storage, as tensors with memory do
 random numbers        in place, from a generator
 recurrent cells       fused on CUDA, with a workspace that is kept for backward; torch
@@ -70,6 +71,36 @@ def _gru_cell_backward(
     state = gradient.new_empty(rows, width)
     biases = [one.sum(0) if has_bias else None for one in gates]
     return (*gates, state, *biases)
+
+
+REDUCED = frozenset(
+    {
+        aten.mse_loss.default,
+        aten.smooth_l1_loss.default,
+        aten.binary_cross_entropy.default,
+    }
+)
+"""Losses whose kernels make a tensor of all elements smaller, for which torch has a
+rule, which is another one."""
+
+
+def reduced_loss(func: Any, input: Tensor, target: Tensor, *args: Any) -> Any:
+    """Return a scalar in the memory of all elements; None if nothing is reduced.
+
+    The storage of a tensor that is resized stays as large as it was (native/Loss.cpp).
+
+    Args:
+        func: one of `REDUCED`.
+        input: the predictions.
+        target: the labels.
+        args: the other arguments of the operator.
+    """
+    at = [one.name for one in func._schema.arguments].index("reduction") - 2
+    if (args[at] if len(args) > at else 1) == 0:
+        return None
+    shape = torch.broadcast_shapes(input.shape, target.shape)
+    whole = input.new_empty(shape, dtype=torch.promote_types(input.dtype, target.dtype))
+    return whole.as_strided((), ()) if whole.numel() else None
 
 
 _RULES: dict[Any, Any] = {
