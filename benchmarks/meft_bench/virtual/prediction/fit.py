@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 MOST_LINES = 8
+STRIDE = 16
+"""Factor between probes while the bytes do not grow."""
 BytesOf = Callable[[int], float]
 """Function from a value to the number of bytes it needs; infinity if it cannot run."""
 
@@ -23,16 +25,13 @@ class Fit:
     """Number of bytes needed, by probed value."""
 
 
-def largest_that_fits(
-    probe: BytesOf, room_bytes: float, at_most: int, *, tries_most: bool = False
-) -> Fit:
+def largest_that_fits(probe: BytesOf, room_bytes: float, at_most: int) -> Fit:
     """Return the largest value from 1 to `at_most` that needs at most `room_bytes`.
 
     Args:
         probe: number of bytes that a value needs; never decreases as the value grows.
         room_bytes: number of available bytes.
         at_most: upper bound, set by the model or the user.
-        tries_most: whether the bound is probed early, as one that may well fit.
 
     Returns:
         The answer and all probes.
@@ -47,10 +46,6 @@ def largest_that_fits(
     if not fits(1):
         return Fit(largest=0, probes=probes)
     low, high = 1, at_most + 1  # largest that fits, smallest that does not
-    if tries_most and fits(at_most):
-        return Fit(largest=at_most, probes=probes)
-    if tries_most:
-        high = at_most
     while high - low > 1:
         guess = _next(probes, low, high, room_bytes)
         if fits(guess):
@@ -72,7 +67,7 @@ def _next(probes: dict[int, float], low: int, high: int, room_bytes: float) -> i
         other = max((value for value in probes if value < low), default=low)
     rise = (probes[other] - probes[low]) / ((other - low) or 1)
     if rise <= 0:  # a single point, or a plateau of the allocator's rounding
-        return min(2 * low, high - 1)
+        return min(STRIDE * low, high - 1)
     line = low + int((room_bytes - probes[low]) / rise)
     # A line beyond a value that cannot run would approach it one by one.
     most = (low + high) // 2 if probes.get(high) == math.inf else high - 1

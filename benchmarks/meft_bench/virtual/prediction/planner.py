@@ -75,15 +75,14 @@ def _fit(
     if field == "seq_len" and (positions := _positions(cell, source)) is not None:
         at_most = min(at_most, positions)
         limit = f"the model has positions for {positions:,} tokens"
-    is_bounded = at_most < request["at_most"]
-    found = largest_that_fits(needed, room, at_most, tries_most=is_bounded)
+    found = largest_that_fits(needed, room, at_most)
     answer = plans[max(found.largest, 1)].to_json()
     beyond = plans.get(found.largest + 1)
     return answer | {
         "maximized": field,
         "largest": found.largest,
         "at_most": at_most,
-        "limit": limit if is_bounded else "",
+        "limit": limit if at_most < request["at_most"] else "",
         "num_probes": len(found.probes),
         "beyond_bytes": None if beyond is None else beyond.needed_bytes,
         "beyond_message": "" if beyond is None else beyond.message,
