@@ -315,7 +315,7 @@ def test_values_are_of_the_memory_and_not_of_the_name() -> None:
         torch.utils.swap_tensors(y, z)
         assert y.tolist() != [1, 1, 1]
         a = torch.ones(3, dtype=torch.long).cuda()
-        torch.empty(0, dtype=torch.long, device="cuda").set_(a).fill_(7)
+        torch.empty(0, dtype=torch.long, device="cuda").set_(a).fill_(7)  # type: ignore[call-overload]
         assert a.tolist() != [1, 1, 1]
 
 
