@@ -1,0 +1,33 @@
+"""The figures of the page: one kind per file, each a `Figure` called `FIGURE`.
+
+A figure is data: which rows it needs, what it says about itself, and a specification of
+Vega-Lite in which words that begin with `@` are filled in by the page, from the rows
+that the reader chose. Add a kind by adding a file and its name below.
+"""
+
+from meft_reports.page.figures import (
+    blocks,
+    curves,
+    differences,
+    kinds,
+    losses,
+    matrix,
+    memory,
+    scores,
+    step_ratios,
+    traffic,
+)
+
+FIGURES = (
+    scores.FIGURE,
+    differences.FIGURE,
+    memory.FIGURE,
+    kinds.FIGURE,
+    curves.FIGURE,
+    matrix.FIGURE,
+    traffic.FIGURE,
+    step_ratios.FIGURE,
+    blocks.FIGURE,
+    losses.FIGURE,
+)
+"""Every figure, in the order of the page."""
