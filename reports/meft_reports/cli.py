@@ -183,13 +183,18 @@ def table(arguments: argparse.Namespace) -> int:
 
 def page(arguments: argparse.Namespace) -> int:
     """Write the page."""
-    from meft_reports.frame import read_frame
+    from meft_reports.frame import to_frame
     from meft_reports.page import render_page
+    from meft_reports.records import breakdowns_of, read_records
 
     suffix = arguments.output.suffix
     if suffix not in (".html", ".htm"):
         raise UnknownName("ending", suffix, (".html", ".htm"))
-    write_atomically(arguments.output, render_page(read_frame(arguments.runs)))
+    records, newest = read_records(arguments.runs)
+    content = render_page(
+        to_frame(records, newest), arguments.question, breakdowns_of(records)
+    )
+    write_atomically(arguments.output, content)
     return _written(arguments.output)
 
 
@@ -263,7 +268,7 @@ def parser() -> argparse.ArgumentParser:
         "frame": "write one tidy table, a row per cell, as Parquet or CSV",
         "plot": "draw one figure as PNG, SVG or PDF",
         "table": "print tables as Markdown",
-        "page": "write one self-contained HTML page with every figure and table",
+        "page": "write one self-contained HTML page of the answer, figures and cells",
         "check": "compare with a baseline, cell by cell",
         "baseline": "write or update a baseline from ok cells; show what changes",
     }
@@ -294,6 +299,12 @@ def parser() -> argparse.ArgumentParser:
                 "--remove",
                 action="store_true",
                 help="drop cells of the baseline that are not ok in the runs",
+            )
+        if name == "page":
+            sub.add_argument(
+                "--question",
+                metavar="TEXT",
+                help="title of the page; by default the question in the records",
             )
         if name == "check":
             _add_check_arguments(sub)

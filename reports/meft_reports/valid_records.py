@@ -14,12 +14,12 @@ from meft_reports.columns import (
     SCHEMA_VERSION,
     SCORE_NAMES,
 )
+from meft_reports.columns.cell import STATUSES
 from meft_reports.columns.column import Column
 from meft_reports.derived import DERIVED, derive
 from meft_reports.errors import RecordError, UnknownName
 from meft_reports.text import SHORT_LENGTH, printable
 
-STATUSES = ("ok", "oom", "timeout", "killed", "error", "skipped")
 SECTIONS = ("cell", "measurement", "environment")
 GREATEST = {"bytes": 2.0**60, "seconds": 1e12, "count": 2.0**53}
 """Maximum by unit, larger than any measurement, so that sums stay finite."""

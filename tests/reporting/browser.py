@@ -37,20 +37,20 @@ class Browser:
         path = find_chromium()
         assert path is not None
         self._log = folder / "chromium.log"
-        self._process = subprocess.Popen(
-            [
-                path,
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-dev-shm-usage",
-                "--remote-debugging-port=0",
-                f"--user-data-dir={folder / 'profile'}",
-                "about:blank",
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=self._log.open("wb"),
-        )
+        command = [
+            path,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--remote-debugging-port=0",
+            f"--user-data-dir={folder / 'profile'}",
+            "about:blank",
+        ]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=log
+            )
         self._next_id = 0
         self.console: list[str] = []
         self.requests: list[str] = []
@@ -61,6 +61,7 @@ class Browser:
         self._socket = _connect(target["webSocketDebuggerUrl"])
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)
 
     def __enter__(self) -> Self:
         return self
@@ -100,7 +101,9 @@ class Browser:
         given = event.get("params", {})
         match event.get("method"):
             case "Runtime.consoleAPICalled":
-                texts = [str(a.get("value", a.get("description"))) for a in given["args"]]
+                texts = [
+                    str(a.get("value", a.get("description"))) for a in given["args"]
+                ]
                 self.console.append(f"{given['type']}: {' '.join(texts)}")
             case "Runtime.exceptionThrown":
                 details = given["exceptionDetails"]
@@ -127,7 +130,7 @@ class Browser:
     def open(
         self, address: str, *, width: int = 1280, height: int = 900, dark: bool = False
     ) -> None:
-        """Open a page of our own in a window of this size, and wait until it is ready."""
+        """Open a page of ours in a window of this size, and wait until it is ready."""
         self.resize(width, height)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
@@ -174,9 +177,13 @@ class Browser:
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
         """Save a picture of the page."""
-        result = self.call(
-            "Page.captureScreenshot", format="png", captureBeyondViewport=whole
-        ) if not whole else self._whole()
+        result = (
+            self.call(
+                "Page.captureScreenshot", format="png", captureBeyondViewport=whole
+            )
+            if not whole
+            else self._whole()
+        )
         path.write_bytes(base64.b64decode(result["data"]))
 
     def _whole(self) -> Any:

@@ -2,14 +2,14 @@
 
 import collections
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from meft_reports.page.cells import Cell, is_assumed, is_predicted
+from meft_reports.columns.cell import STATUSES
+from meft_reports.page.cells import Cell, is_assumed, is_predicted, is_trained
 from meft_reports.page.settings import Setting
 from meft_reports.text import plural
-from meft_reports.valid_records import STATUSES
 
 FEW_SEEDS = 5
 FEW_ROWS = 1000
@@ -25,9 +25,7 @@ class Caveat:
     """Positions in the frame."""
 
 
-def caveats_of(
-    cells: Sequence[Cell], settings: Sequence[Setting]
-) -> list[Caveat]:
+def caveats_of(cells: Sequence[Cell], settings: Sequence[Setting]) -> list[Caveat]:
     """Return the caveats of a run, those on the most cells first within their kind.
 
     Args:
@@ -49,7 +47,7 @@ def caveats_of(
     ]
 
 
-def _where(cells: Sequence[Cell], test: Any) -> list[int]:
+def _where(cells: Sequence[Cell], test: Callable[..., Any]) -> list[int]:
     return [index for index, cell in enumerate(cells) if test(cell)]
 
 
@@ -86,9 +84,7 @@ def _random_weights(cells: Sequence[Cell]) -> list[Caveat]:
 def has_random_weights(cell: Cell) -> bool:
     """Return whether the backbone of the cell had random weights."""
     origin = cell["weights_origin"] or ""
-    return bool(
-        origin.startswith("random") or cell["backbone"].startswith("random:")
-    )
+    return bool(origin.startswith("random") or cell["backbone"].startswith("random:"))
 
 
 def _assumed(cells: Sequence[Cell]) -> list[Caveat]:
@@ -145,7 +141,9 @@ def _dirty(cells: Sequence[Cell]) -> list[Caveat]:
 
 
 def _few_seeds(settings: Sequence[Setting]) -> list[Caveat]:
-    scored = [s for s in settings if s.numbers["score"] is not None]
+    scored = [
+        s for s in settings if s.numbers["score"] is not None and s.has(is_trained)
+    ]
     few = [setting for setting in scored if len(setting.ok) < FEW_SEEDS]
     if not few:
         return []
@@ -163,7 +161,8 @@ def _few_seeds(settings: Sequence[Setting]) -> list[Caveat]:
 
 def _few_rows(cells: Sequence[Cell]) -> list[Caveat]:
     def is_small(cell: Cell) -> bool:
-        return cell["score"] is not None and 0 < (cell["num_eval_rows"] or 0) < FEW_ROWS
+        is_scored = cell["score"] is not None and is_trained(cell)
+        return is_scored and 0 < (cell["num_eval_rows"] or 0) < FEW_ROWS
 
     found = _where(cells, is_small)
     if not found:
@@ -173,8 +172,8 @@ def _few_rows(cells: Sequence[Cell]) -> list[Caveat]:
     return [
         Caveat(
             title=f"Small evaluation: {plural(least, 'row')}",
-            text=f"One row is {100 / least:.2g} % of the score; the interval of 95 % of "
-            f"one score near 0.6 is ±{half:.3f}.",
+            text=f"One row is {100 / least:.2g} % of the score; the interval of 95 % "
+            f"of one score near 0.6 is ±{half:.3f}.",
             cells=found,
         )
     ]
@@ -183,14 +182,16 @@ def _few_rows(cells: Sequence[Cell]) -> list[Caveat]:
 def _nothing_learned(cells: Sequence[Cell]) -> list[Caveat]:
     def is_low(cell: Cell) -> bool:
         known = cell["score"] is not None and cell["majority_score"] is not None
-        return bool(known and cell["score"] <= cell["majority_score"])
+        return bool(
+            known and is_trained(cell) and cell["score"] <= cell["majority_score"]
+        )
 
     found = _where(cells, is_low)
     if not found:
         return []
     return [
         Caveat(
-            title=f"{plural(len(found), 'cell')} no better than the most frequent answer",
+            title=f"{plural(len(found), 'cell')} no better than the majority class",
             text="They have learned nothing. Their memory and time still count.",
             cells=found,
         )
@@ -200,10 +201,16 @@ def _nothing_learned(cells: Sequence[Cell]) -> list[Caveat]:
 def _old_training(settings: Sequence[Setting]) -> list[Caveat]:
     found = []
     for flag, text in (
-        ("equal_batches", "micro-batches of a step had equal weights, whatever their "
-         "numbers of target tokens"),
-        ("undecayed_rows", "rows of sparse adapters had no weight decay, where the "
-         "neurons of dense adapters had"),
+        (
+            "equal_batches",
+            "micro-batches of a step had equal weights, whatever their "
+            "numbers of target tokens",
+        ),
+        (
+            "undecayed_rows",
+            "rows of sparse adapters had no weight decay, where the "
+            "neurons of dense adapters had",
+        ),
     ):
         its = [c["index"] for s in settings for c in s.cells if c[flag]]
         if its:

@@ -37,7 +37,7 @@ def comparable_cells(frame: pd.DataFrame) -> list[Cell]:
 
 
 def is_trained(cell: Cell) -> bool:
-    """Return whether the cell learns a real task, and does not only start or time it."""
+    """Return whether the cell learns a real task, not only starts or times it."""
     return (
         not cell["task"].startswith("synthetic")
         and cell["max_steps"] > 1

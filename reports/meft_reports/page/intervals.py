@@ -1,13 +1,13 @@
 """Intervals of 95 % of means.
 
-    over seeds    mean ± t · s / √n, Student's t with n - 1 degrees of freedom
-    over rows     mean ± z · s / √n, the normal distribution
+over seeds    mean ± t · s / √n, Student's t with n - 1 degrees of freedom
+over rows     mean ± z · s / √n, the normal distribution
 """
 
 import functools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from scipy.stats import t as student
@@ -54,10 +54,10 @@ def _quantile(freedom: int) -> float:
     return float(student.ppf(TAIL, freedom))
 
 
-def _p(mean: float, error: float, tail: "object") -> float:
+def _p(mean: float, error: float, tail: Callable[[float], float]) -> float:
     if error == 0:
         return 1.0 if mean == 0 else 0.0
-    return tail(abs(mean) / error)  # type: ignore[operator, no-any-return]
+    return tail(abs(mean) / error)
 
 
 def holm(values: Sequence[float]) -> list[float]:

@@ -26,7 +26,12 @@ def headline(settings: Sequence[Setting]) -> list[Markup]:
     found = []
     if against_full:
         best, full, share = max(
-            against_full, key=lambda s: (_number(s[1], "model_state_bytes"), s[2])
+            against_full,
+            key=lambda s: (
+                not s[0].has(is_predicted),
+                _number(s[1], "model_state_bytes"),
+                s[2],
+            ),
         )
         need = "would need" if best.has(is_predicted) else "needs"
         found.append(
@@ -45,7 +50,7 @@ def headline(settings: Sequence[Setting]) -> list[Markup]:
         )
     against_checkpointing = _savings(workloads, REFERENCE)
     parts = [
-        Markup("{} less than <code>{}</code> in {}").format(
+        Markup("{} than <code>{}</code> in {}").format(
             _range([share for _, _, share in savings]),
             other,
             plural(len(savings), "workload"),
@@ -59,7 +64,9 @@ def headline(settings: Sequence[Setting]) -> list[Markup]:
     if parts:
         text = Markup("; ").join(parts)
         found.append(
-            Markup("Over all workloads, the best exact method needs {}.").format(text)
+            Markup(
+                "Over all workloads, activations of the best exact method take {}."
+            ).format(text)
         )
     return found
 
@@ -120,7 +127,9 @@ def slopes(settings: Sequence[Setting]) -> list[Markup]:
             for method in others[:5]
         ]
         found.append(
-            Markup("Each further {} adds <b>{}</b> to <code>{}</code>; {} ({}).").format(
+            Markup(
+                "Each further {} adds <b>{}</b> to <code>{}</code>; {} ({})."
+            ).format(
                 unit,
                 format_bytes(slope[ours]),
                 ours,
@@ -204,9 +213,18 @@ def _percent(share: float) -> str:
 
 
 def _range(shares: Sequence[float]) -> Markup:
-    least, most = min(shares), max(shares)
+    """Return shares that are saved, in words; a negative one is more, not less."""
+    least, most, median = min(shares), max(shares), statistics.median(shares)
     if _percent(least) == _percent(most):
-        return Markup("<b>{}</b>").format(_percent(least))
-    return Markup("<b>{:.0f}–{}</b> (median {})").format(  # noqa: RUF001
-        100 * least, _percent(most), _percent(statistics.median(shares))
+        return Markup("<b>{}</b>").format(_less(least))
+    if least < 0:
+        return Markup("from <b>{}</b> to <b>{}</b> (median {})").format(
+            _less(least), _less(most), _less(median)
+        )
+    return Markup("<b>{:.0f}–{} less</b> (median {})").format(  # noqa: RUF001
+        100 * least, _percent(most), _percent(median)
     )
+
+
+def _less(share: float) -> str:
+    return f"{_percent(abs(share))} {'more' if share < 0 else 'less'}"

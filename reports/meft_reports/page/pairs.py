@@ -128,8 +128,11 @@ def _by_row(mine: Sequence[Cell], its: Sequence[Cell]) -> list[float] | None:
     if len({len(cell["right_rows"]) for cell in cells}) != 1:
         return None
     one, other = (
-        [statistics.fmean(row) for row in zip(*(c["right_rows"] for c in cells))]
-        for cells in (mine, its)
+        [
+            statistics.fmean(row)
+            for row in zip(*(cell["right_rows"] for cell in some), strict=True)
+        ]
+        for some in (mine, its)
     )
     return [a - b for a, b in zip(one, other, strict=True)]
 

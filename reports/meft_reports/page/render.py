@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from meft_reports.breakdown import Breakdown
 from meft_reports.columns import COLUMNS, SCHEMA_VERSION
+from meft_reports.columns.cell import STATUSES
 from meft_reports.format import format_bytes, format_score
 from meft_reports.page import bundle
 from meft_reports.page.answers import answers_of
@@ -27,7 +28,6 @@ from meft_reports.page.payload import encode, to_bytes
 from meft_reports.page.score_answers import front_of
 from meft_reports.page.settings import NUMBERS, Setting, settings_of
 from meft_reports.page.workloads import FIELDS
-from meft_reports.valid_records import STATUSES
 
 SCRIPTS = ("base", "choice", "rows", "draw", "cell", "table", "main")
 """The page's own scripts, in order; together they are one module."""
@@ -170,7 +170,9 @@ def _breakdowns(
 
 
 def _question(cells: Sequence[Cell]) -> str:
-    return " · ".join(sorted({cell["sweep"] for cell in cells}))
+    """Return what the records say; the names of the sweeps if they do not."""
+    questions = sorted({c["sweep_question"] for c in cells if c["sweep_question"]})
+    return " ".join(questions) or " · ".join(sorted({cell["sweep"] for cell in cells}))
 
 
 def _facts(cells: Sequence[Cell]) -> list[str]:

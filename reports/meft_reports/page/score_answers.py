@@ -1,6 +1,6 @@
-"""Sentences on scores: what is best, what is not told apart, what takes least memory."""
+"""Sentences on scores: what is best, not told apart, and best at equal memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 
@@ -11,7 +11,8 @@ from meft_reports.page.pairs import Pair
 from meft_reports.page.settings import Setting
 from meft_reports.text import plural
 
-MOST_NAMES = 5
+MOST_SENTENCES = 4
+MOST_NAMES = 4
 """Number of settings that a list in a sentence names."""
 
 
@@ -22,17 +23,20 @@ def scores(settings: Sequence[Setting], pairs: Sequence[Pair]) -> list[Markup]:
         scored = setting.numbers["score"] is not None and setting.has(is_trained)
         if scored and not is_stored(setting.method):
             by_workload.setdefault(setting.workload.index, []).append(setting)
-    found = []
+    found: list[Markup] = []
     for its in sorted(by_workload.values(), key=len, reverse=True):
         if len({setting.method for setting in its}) < 2:
             continue
         several = [setting for setting in its if len(setting.ok) > 1]
-        if len(several) > 1:
-            found.append(_best(several, pairs))
-        else:
-            found.append(_one_seed(its))
-        if (front := _front(several or its, pairs)) is not None:
+        is_first = not found
+        found.append(_best(several, pairs) if len(several) > 1 else _one_seed(its))
+        front = _front(several or its, pairs)
+        if is_first and front is not None:
             found.append(front)
+    if len(found) > MOST_SENTENCES:
+        rest = plural(len(found) - MOST_SENTENCES, "more workload")
+        text = Markup("{} with scores: see the figures.").format(rest)
+        found = [*found[:MOST_SENTENCES], text]
     return found
 
 
@@ -115,10 +119,10 @@ def _front(its: Sequence[Setting], pairs: Sequence[Pair]) -> Markup | None:
     )
 
 
-def _list(settings: Sequence[Setting], say: "object") -> Markup:
+def _list(settings: Sequence[Setting], say: Callable[[Setting], str]) -> Markup:
     shown = sorted(settings, key=_score, reverse=True)
     texts = [
-        Markup("<code>{}</code> ({})").format(s.name, say(s))  # type: ignore[operator]
+        Markup("<code>{}</code> ({})").format(s.name, say(s))
         for s in shown[:MOST_NAMES]
     ]
     if len(shown) > MOST_NAMES:

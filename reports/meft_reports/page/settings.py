@@ -6,7 +6,7 @@ never averaged.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +45,11 @@ NAMES = {
     "active_fraction": "active",
 }
 """How an option is called in the name of a setting."""
-FOR_ALL = ("warmup_steps", "eval_every", "eval_rows", "train_rows", "patience")
-"""Options of the protocol, which a name mentions only where nothing else differs."""
+OF_PROTOCOL = (
+    *("warmup_steps", "eval_every", "eval_rows", "train_rows", "patience"),
+    *("max_steps", "learning_rate", "reference"),
+)
+"""Options of the training, which a name mentions only where nothing else differs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +61,7 @@ class Setting:
     options: dict[str, Any]
     """Options that differ within the run, by name; None where the method has none."""
     variant: str
-    """Options in which the methods' settings differ, in words; may be empty."""
+    """Options in which the method's settings on the workload differ; may be empty."""
     cells: tuple[Cell, ...]
     ok: tuple[Cell, ...]
     numbers: dict[str, float | None]
@@ -88,7 +91,7 @@ class Setting:
         ]
         return max((size for size in found if size is not None), default=None)
 
-    def has(self, test: "Any") -> bool:
+    def has(self, test: Callable[[Cell], bool]) -> bool:
         """Return whether `test` is true of a cell."""
         return any(test(cell) for cell in self.cells)
 
@@ -125,10 +128,13 @@ def settings_of(cells: Sequence[Cell]) -> list[Setting]:
     """Return the settings of cells, by workload and in the order of methods."""
     workloads = workloads_of(cells)
     varying = [name for name in OPTIONS if len({c[name] for c in cells}) > 1]
-    differing: dict[str, list[str]] = {}
-    for method in {cell["method"] for cell in cells}:
-        its = [cell for cell in cells if cell["method"] == method]
-        differing[method] = [n for n in varying if len({cell[n] for cell in its}) > 1]
+    siblings: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        siblings.setdefault(_siblings_key(cell), []).append(cell)
+    differing = {
+        key: [name for name in varying if len({cell[name] for cell in its}) > 1]
+        for key, its in siblings.items()
+    }
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
         options = tuple(cell[name] for name in varying)
@@ -138,7 +144,7 @@ def settings_of(cells: Sequence[Cell]) -> list[Setting]:
             workload=workloads[key],
             method=method,
             options=dict(zip(varying, options, strict=True)),
-            variant=_variant(its[0], differing[method]),
+            variant=_variant(its[0], differing[_siblings_key(its[0])]),
             cells=tuple(its),
             ok=(ok := tuple(cell for cell in its if cell["status"] == "ok")),
             numbers=_numbers(ok),
@@ -149,9 +155,26 @@ def settings_of(cells: Sequence[Cell]) -> list[Setting]:
     return found
 
 
+def _purpose(cell: Cell) -> str:
+    """Return what a cell is for where it is not the usual measurement."""
+    if is_untrained(cell):
+        return "before training"
+    if cell["reference"]:
+        return "timed"
+    is_real = not cell["task"].startswith("synthetic")
+    return "one step" if is_real and cell["max_steps"] <= 1 else ""
+
+
+def _siblings_key(cell: Cell) -> tuple[Any, ...]:
+    """Return what settings have in common whose names have to differ."""
+    return key_of(cell), cell["method"], _purpose(cell)
+
+
 def _variant(cell: Cell, differing: Sequence[str]) -> str:
-    shown = [name for name in differing if name not in FOR_ALL] or differing
-    parts = [
+    """Return the options in which a setting differs from its siblings, in words."""
+    shown = [name for name in differing if name not in OF_PROTOCOL] or differing
+    parts = [_purpose(cell)] if _purpose(cell) else []
+    parts += [
         f"{NAMES.get(name, name.replace('_', ' '))}={_short(name, cell[name])}"
         for name in shown
         if cell[name] is not None and cell[name] != ""

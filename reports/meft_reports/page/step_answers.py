@@ -68,8 +68,9 @@ def twins(settings: Sequence[Setting]) -> list[Markup]:
         for method, (same, steps, runs) in counts.items()
     ]
     return [
-        Markup("The training loss equals that of the stored twin in every digit: {}.")
-        .format(Markup("; ").join(texts))
+        Markup(
+            "The training loss equals that of the stored twin in every digit: {}."
+        ).format(Markup("; ").join(texts))
     ]
 
 

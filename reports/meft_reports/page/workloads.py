@@ -4,20 +4,21 @@ A workload of the page is a workload of the glossary and the place where it ran:
 of two machines, or of two versions of the code or torch, are never in one comparison.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from meft_reports.page.cells import Cell
 from meft_reports.summary import PROVENANCE, WORKLOAD
+from meft_reports.text import plural
 
 FIELDS = (*WORKLOAD, "place")
 """Fields that the selectors of the page choose from."""
 
-_WORDS = {
+_WORDS: dict[str, Callable[[Any], str]] = {
     "code_sha256": lambda digest: f"code {digest[:8]}",
     "torch_version": lambda version: f"torch {version}",
-    "num_threads": lambda count: f"{count} threads",
+    "num_threads": lambda count: plural(count, "thread"),
     "num_slots": lambda count: f"{count} at a time",
 }
 
@@ -30,7 +31,7 @@ class Workload:
     fields: dict[str, Any]
     """By `FIELDS`."""
     title: str
-    """In words, e.g. `bert-base · 32×512 · bf16 · virtual-H200`."""
+    """In words, e.g. `bert-base · bf16 · virtual-H200`."""
 
 
 def workloads_of(cells: Sequence[Cell]) -> dict[tuple[Any, ...], Workload]:
@@ -95,7 +96,7 @@ def _places(cells: Sequence[Cell]) -> dict[tuple[Any, ...], str]:
     shown = differing or [PROVENANCE.index("machine")]
     return {
         key: " · ".join(
-            _WORDS.get(PROVENANCE[position], str)(key[position])  # type: ignore[operator]
+            _WORDS.get(PROVENANCE[position], str)(key[position])
             for position in shown
             if key[position] is not None
         )

@@ -8,7 +8,12 @@ from meft_reports.page.figures.figure import (
     tooltip,
 )
 
-_Y = quantity("y", "@y", scale={"type": "@y_scale", "zero": "@zero"})
+_Y = quantity(
+    "y",
+    "@y",
+    scale={"type": "@y_scale", "zero": "@zero"},
+    axis={"format": "@y_format", "tickCount": 6},
+)
 
 FIGURE = Figure(
     name="blocks",

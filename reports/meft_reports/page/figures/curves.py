@@ -12,7 +12,10 @@ _X = quantity(
     "x", "@x", scale={"type": "@scale", "zero": "@zero"}, axis={"tickCount": 5}
 ) | {"type": "@x_type"}
 _Y = quantity(
-    "y", "@y", scale={"type": "@y_scale", "zero": "@zero"}, axis={"tickCount": 6}
+    "y",
+    "@y",
+    scale={"type": "@y_scale", "zero": "@zero"},
+    axis={"tickCount": 6, "format": "@y_format"},
 )
 
 FIGURE = Figure(
@@ -24,7 +27,6 @@ FIGURE = Figure(
     rows="curves",
     controls=("x", "y", "panel", "scale"),
     value="y",
-    is_wide=True,
     spec={
         "facet": {
             "field": "panel",

@@ -9,11 +9,13 @@ FIGURE = Figure(
     name="matrix",
     title="Every workload: @y, compared with @against",
     about="Numbers are per cent less (−) or more (+); of a method's settings the one "  # noqa: RUF001
-    "with the least counts. A cross did not fit, and *fits* is shown where only the "
+    'with the least counts. A cross did not fit, and "fits" is shown where only the '
     "method compared with did not.",
     rows="matrix",
-    free=("backbone", "depth", "dtype", "weights_dtype", "batch_size", "seq_len")
-    + ("attention", "blocks", "task", "place"),
+    free=(
+        *("backbone", "depth", "dtype", "weights_dtype", "batch_size", "seq_len"),
+        *("attention", "blocks", "task", "place"),
+    ),
     controls=("against", "y_bytes"),
     value="relative",
     is_wide=True,

@@ -33,6 +33,7 @@ FIGURE = Figure(
         "height": {"step": 20},
         "layer": [
             {
+                "needs": "peak",
                 "transform": [
                     {"filter": "isValid(datum.peak)"},
                     {"fold": ["resting", "activations"], "as": ["part", "size"]},

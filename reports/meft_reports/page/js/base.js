@@ -50,6 +50,7 @@ const asText = (name, value) => {
   const unit = DATA.columns[name]?.[1];
   if (unit == 'bytes') return asBytes(value);
   if (unit == 'seconds') return `${+value.toPrecision(3)} s`;
+  if (Math.abs(value) >= 1e9 && unit != 'count') return value.toExponential(1);
   if (Number.isInteger(value)) return value.toLocaleString('en');
   return String(+value.toPrecision(4));
 };

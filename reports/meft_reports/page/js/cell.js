@@ -4,10 +4,12 @@ const commandOf = (cell) => `meft-bench run ${/^[\w.-]+$/.test(get('sweep', cell
 const copyButton = (label, text, source) => {
   const button = make('button', { type: 'button', textContent: label });
   button.onclick = async () => {
-    try { await navigator.clipboard.writeText(text()); button.textContent = 'Copied'; say('Copied'); } catch {
-      if (source) getSelection().selectAllChildren(source);
-      button.textContent = 'Selected: press Ctrl+C';
+    try { await navigator.clipboard.writeText(text()); } catch {
+      if (!source) { button.textContent = 'Not allowed by the browser'; return; }
+      getSelection().selectAllChildren(source);
+      if (!document.execCommand('copy')) { button.textContent = 'Selected: press Ctrl+C'; return; }
     }
+    button.textContent = 'Copied';
   };
   return button;
 };

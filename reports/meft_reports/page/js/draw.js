@@ -2,7 +2,8 @@
 const THEME = {
   background: null, font: 'system-ui, sans-serif', view: { stroke: null },
   axis: { labelColor: 'var(--fg)', titleColor: 'var(--fg)', gridColor: 'var(--line)', domainColor: 'var(--soft)', tickColor: 'var(--soft)', labelFontSize: 11, titleFontSize: 12, titleFontWeight: 'normal' },
-  legend: { labelColor: 'var(--fg)', titleColor: 'var(--fg)', labelFontSize: 11.5, labelLimit: 220, symbolLimit: 60 },
+  point: { opacity: 1 },
+  legend: { symbolOpacity: 1, labelColor: 'var(--fg)', titleColor: 'var(--fg)', labelFontSize: 11.5, labelLimit: 220, symbolLimit: 60 },
   header: { labelColor: 'var(--fg)', titleColor: 'var(--fg)', labelLimit: 400 },
   text: { color: 'var(--fg)', fontSize: 11 }, rule: { color: 'var(--soft)' },
 };
@@ -52,7 +53,7 @@ const collect = (item, test, found = []) => {
   return found;
 };
 const placeLabels = (view, rows) => {
-  const root = view.scenegraph().root, [, width, height] = [0, view.width(), view.height()];
+  const root = view.scenegraph().root, width = view.width(), height = view.height();
   const points = collect(root, (mark) => mark.marktype == 'symbol' && mark.items[0]?.cursor == 'pointer').map((item) => ({ x1: item.x - 6, x2: item.x + 6, y1: item.y - 6, y2: item.y + 6 }));
   const taken = [...points], kept = [];
   for (const item of collect(root, (mark) => mark.name?.startsWith('labels'))) {
@@ -63,7 +64,8 @@ const placeLabels = (view, rows) => {
       if (box.x1 < 0 || box.x2 > width || box.y1 < 0 || box.y2 > height) continue;
       if (taken.some((t) => t.x1 < box.x2 && box.x1 < t.x2 && t.y1 < box.y2 && box.y1 < t.y2)) continue;
       taken.push(box);
-      kept.push({ ...rows.find((row) => row.name == item.datum.name), dx, dy, align });
+      // Without the symbol by which Vega knows a row, or it would be the row that is removed.
+      kept.push({ ...Object.fromEntries(Object.entries(rows.find((row) => row.name == item.datum.name))), dx, dy, align });
       break;
     }
   }
@@ -89,13 +91,15 @@ const drawOne = async (figure) => {
   if (!made.rows.length) { section?.remove(); return null; }
   if (!section) {
     section = make('section', { id: `figure-${figure.name}`, className: figure.is_wide ? 'whole' : '' },
-      make('h2'), make('p', { className: 'about' }), make('div', { className: 'tools' }), make('div', { className: 'drawing' }), make('p', { className: 'said' }));
+      make('h2'), make('p', { className: 'place' }), make('p', { className: 'about' }), make('div', { className: 'tools' }), make('div', { className: 'drawing' }), make('p', { className: 'said' }));
     const before = DATA.figures.slice(DATA.figures.indexOf(figure) + 1).map((next) => $(`#figure-${next.name}`)).find(Boolean);
     $('#figures').insertBefore(section, before ?? null);
   }
+  section.classList.toggle('whole', figure.is_wide || (made.words?.columns ?? 1) > 1);
   const [terms, rows] = termsFor(figure, made, section.clientWidth);
   const title = fill(figure.title, terms), place = chosenText(made.free ?? figure.free);
-  $('h2', section).textContent = title[0].toUpperCase() + title.slice(1) + (place ? ` · ${place}` : '');
+  $('h2', section).textContent = title[0].toUpperCase() + title.slice(1);
+  $('.place', section).textContent = place;
   $('.about', section).textContent = figure.about;
   const words = [inWords(figure, rows), ...(made.notes ?? []).filter(Boolean)].join(' ');
   $('.said', section).textContent = words;

@@ -13,7 +13,8 @@ showChoice(chooseAgain);
 document.documentElement.classList.add('ready');
 embed = (await load('#vega')).default;
 await redraw();
-showTable(await load('#datatables'));
+const library = await load('#datatables');
+showTable(library);
 openFromAddress();
 addEventListener('hashchange', openFromAddress);
 let width = document.body.clientWidth, waiting = 0;
@@ -21,4 +22,6 @@ addEventListener('resize', () => {
   clearTimeout(waiting);
   waiting = setTimeout(() => { if (document.body.clientWidth != width) { width = document.body.clientWidth; redraw(); } }, 200);
 });
+// For a console, and for tests.
+Object.assign(window, { pageDrawn: () => drawing, pageCell: get, pageRecords: allRecords, jQueryOfPage: library.jQuery });
 document.documentElement.classList.add('complete');

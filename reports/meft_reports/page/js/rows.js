@@ -17,7 +17,7 @@ const didNotFit = (rows) => {
   return texts.length ? `Did not fit: ${texts.slice(0, 12).join(', ')}${texts.length > 12 ? ', ...' : ''}.` : '';
 };
 // What `column` says in a list of lists, such as errors; null for what is not finite.
-const spread = (setting, column) => get(column, setting.cells.find((cell) => get('status', cell) == 'ok') ?? setting.cell);
+const spread = (setting, column) => (column == 'union_fraction' && setting.is_assumed ? null : get(column, setting.cells.find((cell) => get('status', cell) == 'ok') ?? setting.cell));
 
 const MAKE = {
   scores() {
@@ -42,7 +42,7 @@ const MAKE = {
     return { rows, words: { against }, notes: [against && `Compared with ${against}.`] };
   },
   memory() {
-    const rows = inWorkload(chosen().filter((s) => known(s.peak_allocated_bytes) || s.status == 'oom'))
+    const rows = inWorkload(chosen().filter((s) => !s.is_start && (known(s.peak_allocated_bytes) || s.status == 'oom')))
       .sort((a, b) => a.order - b.order).slice(0, 40);
     return { rows, notes: [rows.some((s) => s.is_predicted) && 'Predicted, not measured.', rows.some((s) => s.is_assumed) && 'Where the name says so, the share of active neurons is assumed.'] };
   },
@@ -65,7 +65,7 @@ const MAKE = {
     const panels = panelFields().filter((name) => name != x), panel = panels.includes(STATE.panel) ? STATE.panel : null;
     if (!x) return { rows: [] };
     const value = (s, name) => (name == 'depth' ? s.num_blocks ?? WORKLOADS[s.w].depth : name in WORKLOADS[s.w] ? WORKLOADS[s.w][name] : s[name]);
-    let these = chosen([x, panel]).filter((s) => known(s[y]) && known(value(s, x)) && (y != 'score' || s.is_trained));
+    let these = chosen([x, panel]).filter((s) => known(s[y]) && known(value(s, x)) && !s.is_start && (y != 'score' || s.is_trained) && (y != 'union_fraction' || !s.is_assumed));
     const options = DATA.options.filter((name) => name != x && name != panel && unique(these.map((s) => s[name])).length > 1);
     const varied = (s, name) => unique(these.filter((t) => t.method == s.method).map((t) => t[name])).length > 1;
     const isError = ERRORS.includes(y), bytes = DATA.columns[y]?.[1] == 'bytes';
@@ -86,7 +86,7 @@ const MAKE = {
     const log = isError || STATE.scale == 'log', ordinal = typeof rows[0].x == 'string';
     return { rows: rows.filter((row) => names.includes(row.panel)), words: {
       x: words(x), y: words(y) + (bytes ? ` (${unit})` : ''), panels: names, columns: Math.min(names.length, columnsThatFit(names.length)),
-      scale: ordinal ? 'point' : STATE.scale == 'log' && ![...along].some((v) => v <= 0) ? 'log' : 'linear', x_type: ordinal ? 'ordinal' : 'quantitative', y_scale: log && (isError || rows.every((row) => row.y > 0)) ? 'log' : 'linear',
+      y_format: isError ? '.0e' : undefined, scale: ordinal ? 'point' : STATE.scale == 'log' && ![...along].some((v) => v <= 0) ? 'log' : 'linear', x_type: ordinal ? 'ordinal' : 'quantitative', y_scale: log && (isError || rows.every((row) => row.y > 0)) ? 'log' : 'linear',
       zero: log || y == 'score' || ordinal ? undefined : true, resolve: 'shared' },
       notes: [rows.some((row) => row.is_zero) && 'Values on the lower edge are exactly 0.', these.some((s) => s.is_predicted) && 'Predicted, not measured.', these.some((s) => s.is_assumed) && 'Some settings assume the share of active neurons.'], free: [x, panel] };
   },
@@ -143,7 +143,7 @@ const MAKE = {
     const [unit, size] = DATA.columns[column][1] == 'bytes' ? unitFor(Math.max(...positive, 1)) : ['', 1];
     const rows = lists.flatMap(([s, list]) => list.map((value, index) => ({ cell: s.cell, name: s.name, method: s.method, x: index + 1, y: isError && value === 0 ? floor : known(value) ? value / size : null, text: asText(column, value), value_text: asText(column, value) }))).filter((row) => known(row.y));
     const broken = lists.filter(([, list]) => list.some((v) => !known(v))).map(([s]) => s.name);
-    return { rows, words: { y: words(column) + (unit && ` (${unit})`), y_scale: isError && positive.length ? 'log' : 'linear', zero: isError ? undefined : true }, notes: [broken.length && `Not finite in some blocks: ${broken.slice(0, 8).join(', ')}.`] };
+    return { rows, words: { y: words(column) + (unit && ` (${unit})`), y_format: isError ? '.0e' : undefined, y_scale: isError && positive.length ? 'log' : 'linear', zero: isError ? undefined : true }, notes: [broken.length && `Not finite in some blocks: ${broken.slice(0, 8).join(', ')}.`] };
   },
   losses() {
     const rows = [];
@@ -157,10 +157,12 @@ const MAKE = {
   },
 };
 const AXES = ['depth', 'batch_size', 'seq_len', 'dtype', 'attention'];
+// An axis is something that varies within a method; methods may differ in learning rate.
+const isWithinMethod = (these, name) => DATA.looks.some((look) => unique(these.filter((s) => s.method == look.name).map((s) => (name in WORKLOADS[s.w] ? WORKLOADS[s.w][name] : s[name]))).length > 1);
 const curveAxes = () => [...AXES, ...DATA.options].filter((name) => {
   const these = chosen([name]).filter((s) => known(s[STATE.y]));
   const values = these.map((s) => (name in WORKLOADS[s.w] ? WORKLOADS[s.w][name] : s[name])).filter((v) => known(v) && v !== '');
-  return unique(values).length > 1 && !['reference', 'warmup_steps', 'eval_every', 'eval_rows', 'patience', 'max_steps', 'optimizer'].includes(name);
+  return values.length > 1 && unique(values).length > 1 && isWithinMethod(these, name) && !['reference', 'warmup_steps', 'eval_every', 'eval_rows', 'patience', 'max_steps', 'optimizer'].includes(name);
 });
 const panelFields = () => [...FIELDS.filter((field) => field != 'place'), ...DATA.options].filter((name) => {
   const count = unique(chosen([name]).map((s) => String(name in WORKLOADS[s.w] ? WORKLOADS[s.w][name] : s[name]))).length;

@@ -37,7 +37,8 @@ const showTable = ({ jQuery }) => {
         return index ? text : `<button type="button" class="link" data-cell="${cell}">${text}</button>`;
       }
       if (use == 'export') return known(value) ? (typeof value == 'string' ? forSpreadsheet(value) : String(value)) : '';
-      if (use == 'filter') return asText(name, value);
+      // DataTables decodes it as markup.
+      if (use == 'filter') return escaped(asText(name, value));
       return value ?? (isNumber(name) ? -Infinity : '');
     },
   });
@@ -45,8 +46,8 @@ const showTable = ({ jQuery }) => {
   const table = new jQuery.fn.dataTable($('#cells'), {
     data: Array.from({ length: DATA.cells.rows }, (_, cell) => cell), columns: names.map(column),
     deferRender: true, pageLength: 15, lengthMenu: [15, 50, 200], autoWidth: false, order: [],
-    layout: { topStart: { buttons: [{ extend: 'colvis', text: 'Columns' }, { extend: 'csvHtml5', text: 'CSV', filename: 'cells', title: null, exportOptions: { columns: ':visible', orthogonal: 'export' } },
-      { text: 'Records', action: () => save('cells.jsonl', 'application/jsonl', allRecords()) }] }, topEnd: 'search', bottomStart: ['info', 'pageLength'], bottomEnd: 'paging' },
+    layout: { topStart: { buttons: [{ extend: 'colvis', text: 'Columns' }, { extend: 'csvHtml5', text: 'CSV', filename: 'cells', title: null, exportOptions: { columns: ':visible', orthogonal: 'export', stripHtml: false, decodeEntities: false, stripNewlines: false, trim: false } },
+      { text: 'Records', action: () => save('cells.jsonl', 'application/jsonl', allRecords()) }] }, topEnd: 'search', bottomStart: ['info', 'pageLength'], bottomEnd: { paging: { buttons: 5, type: 'simple_numbers' } } },
     language: { search: 'Search', info: '_START_ to _END_ of _TOTAL_ cells', infoEmpty: 'No cells', infoFiltered: '(of _MAX_)', lengthMenu: '_MENU_ a page', zeroRecords: 'No cell passes the filters.' },
   });
   jQuery('#cells tbody').on('click', 'tr', function () {
