@@ -20,11 +20,15 @@ from meft_reports.text import printable
 MAX_NAMES = 5
 """Number of cells that an error names."""
 
+REASON = "baseline_reason"
+"""Field of a record of a baseline: why its numbers are as they are."""
 Records = Mapping[str, dict[str, Any]]
 """Records by `cell_id`."""
 
 
-def update_baseline(runs: Sequence[Path], path: Path, *, may_remove: bool) -> list[str]:
+def update_baseline(
+    runs: Sequence[Path], path: Path, *, may_remove: bool, reason: str = ""
+) -> list[str]:
     """Write the ok cells of `runs`, and only these, to `path`.
 
     Args:
@@ -32,6 +36,8 @@ def update_baseline(runs: Sequence[Path], path: Path, *, may_remove: bool) -> li
         path: the baseline; it is created if it does not exist.
         may_remove: whether cells of `path` that are not ok in `runs`, or not in them,
             may be removed.
+        reason: why numbers change, which cells that are new or changed keep as
+            `baseline_reason`; other cells keep the reason that they have.
 
     Returns:
         Lines that describe the changes: cells added, cells removed, numbers changed,
@@ -53,10 +59,23 @@ def update_baseline(runs: Sequence[Path], path: Path, *, may_remove: bool) -> li
     removed = sorted(before.keys() - kept.keys())
     if removed and not may_remove:
         raise ReportError(_refusal(path, removed, records))
+    kept = {
+        name: record | _reason(before.get(name), record, reason)
+        for name, record in kept.items()
+    }
     changes = _changes(before, kept, records)
     lines = [json.dumps(kept[name], sort_keys=True) + "\n" for name in sorted(kept)]
     write_atomically(path, "".join(lines).encode())
     return changes
+
+
+def _reason(
+    before: dict[str, Any] | None, record: dict[str, Any], reason: str
+) -> dict[str, str]:
+    """Return the reason that a cell of the baseline keeps; empty for none."""
+    if before is None or _differing(before, record):
+        return {REASON: reason} if reason else {}
+    return {REASON: before[REASON]} if REASON in before else {}
 
 
 def _refusal(path: Path, removed: Sequence[str], records: Records) -> str:

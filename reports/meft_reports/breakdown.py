@@ -19,7 +19,7 @@ LENGTH = 120
 """Number of characters of a name that are shown."""
 
 
-class Row(NamedTuple):
+class PeakRow(NamedTuple):
     """Storages alive at a peak that agree in all but their number and bytes."""
 
     kind: str
@@ -41,8 +41,10 @@ class Breakdown:
 
     peak_bytes: int
     phase: str
-    rows: tuple[Row, ...]
+    rows: tuple[PeakRow, ...]
     other_bytes: int
+    saved_rows: tuple[PeakRow, ...] = ()
+    """What one forward kept for its backward, which need not be at the peak."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,8 +53,8 @@ class Change:
 
     num_bytes: int
     num_storages: int
-    before: Row | None
-    after: Row | None
+    before: PeakRow | None
+    after: PeakRow | None
 
     def __str__(self) -> str:
         """Return it in a line."""
@@ -89,20 +91,23 @@ class Growth:
             size = _signed(sum(change.num_bytes for change in left_out))
             found.append(f"{size}  {plural(len(left_out), 'smaller change')}")
         if first := self.first():
-            found.append(f"first in the step: {first}")
+            found.append(f"first: {first}")
         if self.unexplained_bytes:
             size = _signed(self.unexplained_bytes)
-            found.append(f"unexplained by the largest of what was alive: {size}")
+            found.append(f"unexplained by the largest of it: {size}")
         return found
 
     def first(self) -> str:
         """Return the operator of the first allocation that differs, in words."""
-        rows = [change.after for change in self.changes if change.after is not None]
+        grown = [change for change in self.changes if change.num_bytes > 0]
+        rows = [change.after for change in grown if change.after is not None]
         made = [row for row in rows if row.operator]
         if not made:
             return ""
         row = min(made, key=lambda row: row.first_op)
         place = row.module or "(no module)"
+        if not row.first_op:
+            return printable(f"{row.operator} of {place}, before this step", LENGTH)
         text = f"operator {row.first_op:,}, {row.operator} of {place} in {row.phase}"
         return printable(text, LENGTH)
 
@@ -118,23 +123,23 @@ def read(value: Any, where: str) -> Breakdown:
         RecordError: it is none.
     """
     try:
-        rows = tuple(
-            Row._make(tuple(e) if isinstance(e, list) else e for e in row)
-            for row in value["rows"]
-        )
         found = Breakdown(
             peak_bytes=value["peak_bytes"],
             phase=value["phase"],
-            rows=rows,
+            rows=_rows(value["rows"]),
             other_bytes=value["other_bytes"],
+            saved_rows=_rows(value["saved_rows"]),
         )
-        sizes = [found.peak_bytes, *(row.num_bytes for row in rows)]
-        is_sound = (
-            all(_is_row(row) for row in rows)
-            and all(_is_count(size) for size in sizes)
-            and type(found.other_bytes) is int
-            and isinstance(found.phase, str)
-            and sum(sizes[1:]) + found.other_bytes == found.peak_bytes
+        sums = [
+            (found.peak_bytes, found.rows, found.other_bytes),
+            (value["saved_bytes"], found.saved_rows, value["saved_other_bytes"]),
+        ]
+        is_sound = isinstance(found.phase, str) and all(
+            _is_count(total)
+            and _is_count(other)
+            and all(map(_is_row, rows))
+            and sum(row.num_bytes for row in rows) + other == total
+            for total, rows, other in sums
         )
     except (TypeError, KeyError):
         is_sound = False
@@ -146,7 +151,16 @@ def read(value: Any, where: str) -> Breakdown:
     return found
 
 
-def _is_row(row: Row) -> bool:
+def _rows(value: Any) -> tuple[PeakRow, ...]:
+    return tuple(
+        PeakRow._make(
+            tuple(entry) if isinstance(entry, list) else entry for entry in row
+        )
+        for row in value
+    )
+
+
+def _is_row(row: PeakRow) -> bool:
     texts, counts = row[:5], (row.num_bytes, row.num_storages, row.first_op, *row.shape)
     return all(isinstance(text, str) for text in texts) and all(map(_is_count, counts))
 
@@ -156,7 +170,7 @@ def _is_count(value: Any) -> bool:
 
 
 def what_grew(
-    before: Breakdown, after: Breakdown, difference: int, kind: str = ""
+    before: Breakdown, after: Breakdown, difference: int, *, is_saved: bool = False
 ) -> Growth:
     """Return what explains the difference of two peaks.
 
@@ -168,10 +182,10 @@ def what_grew(
         before: the breakdown of the baseline.
         after: that of the run.
         difference: the difference to explain, in bytes.
-        kind: the only kind of memory to compare; "" for all.
+        is_saved: whether what was saved for backward is compared, and not the peaks.
     """
     old, new = (
-        [row for row in its.rows if kind in ("", row.kind)] for its in (before, after)
+        [*(its.saved_rows if is_saved else its.rows)] for its in (before, after)
     )
     changes: list[Change] = []
     for key in (_names, _place):
@@ -189,25 +203,25 @@ def what_grew(
     changes.sort(key=lambda change: (-abs(change.num_bytes), str(change)))
     phases = f"the peak was in {before.phase}, and is in {after.phase} now"
     return Growth(
-        moved=phases * (before.phase != after.phase and not kind),
+        moved=phases * (before.phase != after.phase and not is_saved),
         changes=tuple(changes),
         unexplained_bytes=difference - sum(change.num_bytes for change in changes),
     )
 
 
-def _names(row: Row) -> tuple[Any, ...]:
+def _names(row: PeakRow) -> tuple[Any, ...]:
     return row[:6]
 
 
-def _place(row: Row) -> tuple[Any, ...]:
+def _place(row: PeakRow) -> tuple[Any, ...]:
     return row[:3]
 
 
-def _size(row: Row) -> tuple[Any, ...]:
+def _size(row: PeakRow) -> tuple[Any, ...]:
     return row.module, row.dtype, row.shape, row.num_bytes
 
 
-def _without(rows: Iterable[Row], sizes: Counter[tuple[Any, ...]]) -> list[Row]:
+def _without(rows: Iterable[PeakRow], sizes: Counter[tuple[Any, ...]]) -> list[PeakRow]:
     """Return rows without as many of each size as there are to leave out."""
     left = Counter(sizes)
     found = []
@@ -220,18 +234,18 @@ def _without(rows: Iterable[Row], sizes: Counter[tuple[Any, ...]]) -> list[Row]:
 
 
 def _summed(
-    rows: Iterable[Row], key: Callable[[Row], tuple[Any, ...]]
-) -> dict[tuple[Any, ...], list[Row]]:
-    found: dict[tuple[Any, ...], list[Row]] = {}
+    rows: Iterable[PeakRow], key: Callable[[PeakRow], tuple[Any, ...]]
+) -> dict[tuple[Any, ...], list[PeakRow]]:
+    found: dict[tuple[Any, ...], list[PeakRow]] = {}
     for row in rows:
         found.setdefault(key(row), []).append(row)
     return found
 
 
-def _change(before: Sequence[Row], after: Sequence[Row]) -> Change:
+def _change(before: Sequence[PeakRow], after: Sequence[PeakRow]) -> Change:
     """Return the difference of the sums of two lists of rows."""
 
-    def largest(rows: Sequence[Row]) -> Row | None:
+    def largest(rows: Sequence[PeakRow]) -> PeakRow | None:
         return max(rows, key=lambda row: (row.num_bytes, row), default=None)
 
     return Change(
@@ -252,5 +266,5 @@ def _both(before: str, after: str) -> str:
     return after if before == after else f"{before or '-'} → {after or '-'}"
 
 
-def _shape(row: Row) -> str:
+def _shape(row: PeakRow) -> str:
     return f"{row.dtype} {list(row.shape)}" if row.dtype else ""

@@ -30,7 +30,7 @@ from meft_reports.columns.column import Column
 from meft_reports.compared import Number, compared_number, exact, format_number
 from meft_reports.format import format_fact, format_value, is_null
 from meft_reports.text import plural
-from meft_reports.threshold import Threshold
+from meft_reports.threshold import Threshold, thresholds_of
 
 
 class Kind(StrEnum):
@@ -79,12 +79,9 @@ The version of every package is reported in addition.
 """
 NUM_CHANGES = 5
 """Number of changes of memory that a finding lists."""
-KINDS_OF_MEMORY = {
-    "peak_allocated_bytes": "",
-    "peak_reserved_bytes": "",
-    "saved_bytes": "saved",
-}
-"""Columns of memory that a breakdown explains, with the kind that it is; "" for all."""
+SAVED = "saved_bytes"
+EXPLAINED = (SAVED, "peak_allocated_bytes", "peak_reserved_bytes")
+"""Columns of memory that a breakdown explains."""
 Breakdowns = Mapping[str, Breakdown]
 """What the peaks of cells consist of, by `cell_id`."""
 MAX_PAIRS = 3
@@ -104,6 +101,11 @@ class Finding:
     difference: str = ""
     allowed: str = ""
     advice: str = ""
+    unit: str = ""
+    before: Number | None = None
+    """The compared number of the baseline; None if the finding has none."""
+    after: Number | None = None
+    """That of the run."""
     grew: tuple[str, ...] = ()
     """What of the memory grew, if both records say what their peaks consist of."""
 
@@ -123,14 +125,23 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Compared:
+    """A number of a cell that was compared with that of the baseline."""
+
+    cell_id: str
+    column: Column
+    after: Number
+    """The number of the run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CheckResult:
-    """All findings, and the number of comparisons."""
+    """All findings, the worst first, and what was compared."""
 
     findings: tuple[Finding, ...]
     num_cells: int
     """Number of cells of the baseline."""
-    num_compared: int
-    """Number of compared numbers."""
+    compared: tuple[Compared, ...]
     notes: tuple[str, ...] = ()
     """Other differences between the run and the baseline, which decide nothing."""
 
@@ -140,18 +151,27 @@ class CheckResult:
         kinds = {finding.kind for finding in self.findings}
         return next((code for kind, code in EXIT_CODES.items() if kind in kinds), 0)
 
-    def __str__(self) -> str:
-        """Return every finding, other differences, and a summary in one line."""
+    @property
+    def num_compared(self) -> int:
+        """Number of compared numbers."""
+        return len(self.compared)
+
+    @property
+    def summary(self) -> str:
+        """The counts of findings by kind, in one line."""
         counts = [
             f"{sum(f.kind == kind for f in self.findings)} {kind}"
             for kind in Kind
             if any(f.kind == kind for f in self.findings)
         ]
-        summary = (
+        return (
             f"{self.num_cells} cells in the baseline, {self.num_compared} numbers "
             f"compared: {', '.join(counts) or 'no difference beyond what is allowed'}"
         )
-        return "\n".join([*map(str, self.findings), *self.notes, summary])
+
+    def __str__(self) -> str:
+        """Return every finding, other differences, and the summary."""
+        return "\n".join([*map(str, self.findings), *self.notes, self.summary])
 
 
 def check(
@@ -166,7 +186,8 @@ def check(
     Args:
         frame: result of `read_frame`: the record of each cell that counts.
         baseline: result of `read_baseline`, as a frame.
-        thresholds: the compared columns, with the allowed difference in each.
+        thresholds: the compared columns, with the allowed difference in each. Of
+            several for one column and cell, the last one holds.
         breakdowns: what the peaks of the baseline, and those of the run, consist of.
         num_changes: number of changes of memory that a finding lists.
 
@@ -176,7 +197,7 @@ def check(
     expected_cells = baseline[baseline["status"] == "ok"].set_index("cell_id")
     got_cells = frame.set_index("cell_id")
     findings: list[Finding] = []
-    num_compared = 0
+    compared: list[Compared] = []
     for cell_id, expected in expected_cells.iterrows():
         name = str(cell_id)
         if name not in got_cells.index:
@@ -187,22 +208,34 @@ def check(
         if whole is not None:
             findings.append(whole)
             continue
-        for threshold in thresholds:
-            finding, compared = _compare(name, threshold, expected, got)
+        for threshold in thresholds_of(name, thresholds).values():
+            finding, number = _compare(name, threshold, expected, got)
             if finding is not None:
                 pair = expected, got
                 grew = _what_grew(finding, pair, breakdowns, num_changes)
                 findings.append(dataclasses.replace(finding, grew=grew))
-            num_compared += compared
+            if number is not None:
+                column = threshold.column
+                compared.append(Compared(cell_id=name, column=column, after=number))
     findings += _new(got_cells.index.difference(expected_cells.index), got_cells)
     if expected_cells.empty:
         findings.append(_nothing_to_compare())
     return CheckResult(
-        findings=tuple(findings),
+        findings=tuple(sorted(findings, key=_badness)),
         num_cells=len(expected_cells),
-        num_compared=num_compared,
+        compared=tuple(compared),
         notes=tuple(_notes(baseline, expected_cells, got_cells)),
     )
+
+
+def _badness(finding: Finding) -> tuple[int, float]:
+    """Return a key by which the worst finding is the first."""
+    before, after = finding.before, finding.after
+    change = 0.0
+    if before is not None and after is not None:
+        known = math.isfinite(before) and math.isfinite(after)
+        change = abs(after - before) / (abs(before) or 1) if known else math.inf
+    return list(Kind).index(finding.kind), -change
 
 
 def _what_grew(
@@ -213,13 +246,14 @@ def _what_grew(
 ) -> tuple[str, ...]:
     """Return what of the memory grew, in lines; none where that is not known."""
     before, after = (its.get(finding.cell_id) for its in breakdowns)
-    if before is None or after is None or finding.column not in KINDS_OF_MEMORY:
+    if before is None or after is None or finding.column not in EXPLAINED:
         return ()
     if finding.kind not in (Kind.REGRESSION, Kind.IMPROVED):
         return ()
     expected, got = (int(cell[finding.column]) for cell in cells)
-    kind = KINDS_OF_MEMORY[finding.column]
-    return tuple(what_grew(before, after, got - expected, kind).lines(most))
+    is_saved = finding.column == SAVED
+    growth = what_grew(before, after, got - expected, is_saved=is_saved)
+    return tuple(growth.lines(most))
 
 
 def _whole_cell(cell_id: str, expected: Any, got: Any) -> Finding | None:
@@ -242,8 +276,11 @@ def _whole_cell(cell_id: str, expected: Any, got: Any) -> Finding | None:
 
 def _compare(
     cell_id: str, threshold: Threshold, expected: Any, got: Any
-) -> tuple[Finding | None, bool]:
-    """Return the finding of one number of a cell, and whether it could be compared."""
+) -> tuple[Finding | None, Number | None]:
+    """Return the finding of one number of a cell, and the number if it is finite.
+
+    It is None if the two could not be compared.
+    """
     column = threshold.column
     reason = _why_not(column, expected, got)
     if reason is not None:
@@ -254,7 +291,7 @@ def _compare(
             expected=reason[0],
             got=reason[1],
             advice=reason[2],
-        ), False
+        ), None
     before = compared_number(column, expected[column.name])
     after = compared_number(column, got[column.name])
     # `_why_not` has checked this.
@@ -264,7 +301,7 @@ def _compare(
     allowed = threshold.allowed(exact(before)) if known else None
     difference = _difference(before, after)
     if difference is not None and allowed is not None and abs(difference) <= allowed:
-        return None, True
+        return None, after
     better = _is_better(column, before, after)
     texts = [format_number(column, number) for number in (before, after)]
     if texts[0] == texts[1]:
@@ -275,10 +312,13 @@ def _compare(
         column=column.name,
         expected=texts[0],
         got=texts[1],
-        difference=_signed(column, difference),
+        difference=_signed(column, difference, before),
+        unit=column.unit,
+        before=before,
+        after=after,
         allowed="" if allowed is None else format_value(allowed, column.unit),
         advice="consider updating the baseline" if better else "",
-    ), True
+    ), after if math.isfinite(after) else None
 
 
 def _difference(before: Number, after: Number) -> Fraction | None:
@@ -299,11 +339,15 @@ def _is_better(column: Column, before: Number, after: Number) -> bool:
     return (after < before) == column.lower_is_better
 
 
-def _signed(column: Column, difference: Fraction | None) -> str:
+def _signed(column: Column, difference: Fraction | None, before: Number) -> str:
+    """Return a difference with its sign, and as a share of what was before."""
     if difference is None:
         return ""
     sign = "+" if difference > 0 else "-"
-    return sign + format_value(abs(difference), column.unit)
+    text = sign + format_value(abs(difference), column.unit)
+    if before and column.unit != "fraction":
+        text += f", {float(100 * difference / exact(abs(before))):+.2f} %"
+    return text
 
 
 def _why_not(column: Column, expected: Any, got: Any) -> tuple[str, str, str] | None:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from meft_reports import settings
 from meft_reports.errors import ReportError, UnknownName
 from meft_reports.files import write_atomically
 from meft_reports.plots import PLOTS, find_plot
@@ -25,6 +26,8 @@ from meft_reports.text import printable
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
+
+    from meft_reports.check import CheckResult
 
 EXAMPLES = """\
 examples:
@@ -202,11 +205,13 @@ def check(arguments: argparse.Namespace) -> int:
     """Compare with the baseline; the exit code is the verdict."""
     from meft_reports.threshold import parse_threshold
 
+    arguments = settings.completed(arguments)
     thresholds = [parse_threshold(text) for text in arguments.fail_on]
-    names = [threshold.column.name for threshold in thresholds]
-    for name in names:
-        if names.count(name) > 1:
-            raise ReportError(f"--fail-on is given twice for {name}; keep one")
+    names = [(threshold.column.name, threshold.pattern) for threshold in thresholds]
+    for name, pattern in names:
+        if names.count((name, pattern)) > 1:
+            of = f" of {pattern}" if pattern != "*" else ""
+            raise ReportError(f"--fail-on is given twice for {name}{of}; keep one")
 
     held = arguments.baseline
     for path in arguments.runs:
@@ -214,6 +219,7 @@ def check(arguments: argparse.Namespace) -> int:
             raise ReportError(f"{path} is both the run and the baseline")
 
     from meft_reports.check import check as compare
+    from meft_reports.formats import FORMATS
     from meft_reports.frame import to_frame
     from meft_reports.records import breakdowns_of, read_baseline, read_records
 
@@ -226,8 +232,23 @@ def check(arguments: argparse.Namespace) -> int:
         (breakdowns_of(before), breakdowns_of(after)),
         arguments.what_grew,
     )
+    for name, path in arguments.write:
+        write_atomically(path, FORMATS[name](result).encode())
     _say(str(result))
+    if os.environ.get("GITHUB_ACTIONS") == "true" and not arguments.no_github:
+        _tell_github(result)
     return result.exit_code
+
+
+def _tell_github(result: "CheckResult") -> None:
+    """Print annotations, and add to the summary of the step."""
+    from meft_reports.formats import github, markdown
+
+    if lines := [*github.annotations(result)]:
+        _say("\n".join(lines))
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(summary).open("a", encoding="utf-8") as file:
+            file.write(markdown.to_markdown(result))
 
 
 def baseline(arguments: argparse.Namespace) -> int:
@@ -235,7 +256,10 @@ def baseline(arguments: argparse.Namespace) -> int:
     from meft_reports.baseline import update_baseline
 
     changes = update_baseline(
-        arguments.runs, arguments.output, may_remove=arguments.remove
+        arguments.runs,
+        arguments.output,
+        may_remove=arguments.remove,
+        reason=arguments.reason,
     )
     _say("\n".join(changes))
     return _written(arguments.output)
@@ -300,6 +324,12 @@ def parser() -> argparse.ArgumentParser:
                 action="store_true",
                 help="drop cells of the baseline that are not ok in the runs",
             )
+            sub.add_argument(
+                "--reason",
+                default="",
+                metavar="TEXT",
+                help="why numbers change; it is kept in the cells that do",
+            )
         if name == "page":
             sub.add_argument(
                 "--question",
@@ -313,15 +343,20 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_check_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--baseline", required=True, type=Path, metavar="FILE", help="records to hold"
+        "--baseline",
+        type=Path,
+        metavar="FILE",
+        help="records to compare with; default: `baseline` of [tool.meft] in "
+        "pyproject.toml",
     )
     sub.add_argument(
         "--fail-on",
-        required=True,
         action="append",
-        metavar="COLUMN:THRESHOLD",
+        metavar="COLUMN:THRESHOLD[@PATTERN]",
         help="what may get worse by how much, e.g. saved:0, peak_allocated:5MiB, "
-        "step_seconds:20%%, score:0.01; repeatable",
+        "step_seconds:20%%, score:0.01; for some cells only: saved:1%%@sparse*; "
+        "repeatable, the last that matches a cell holds; default: `fail_on` of "
+        "[tool.meft]",
     )
     sub.add_argument(
         "--what-grew",
@@ -330,12 +365,38 @@ def _add_check_arguments(sub: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how many changes of memory a finding lists, largest first; default 5",
     )
+    sub.add_argument(
+        "--write",
+        type=_format,
+        action="append",
+        default=[],
+        metavar="FORMAT:FILE",
+        help="write the verdict, too: text, markdown, json, junit, gha-benchmark, bmf; "
+        "repeatable",
+    )
+    sub.add_argument(
+        "--no-github",
+        action="store_true",
+        help="under GitHub Actions, write neither annotations nor a step summary",
+    )
 
 
 def _number(text: str) -> int:
     if not text.isascii() or not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} should be a number, such as 5")
     return int(text)
+
+
+def _format(text: str) -> tuple[str, Path]:
+    """Parse `FORMAT:FILE` of `--write`."""
+    from meft_reports.formats import FORMATS
+
+    name, colon, file = text.partition(":")
+    if not colon or not file:
+        raise argparse.ArgumentTypeError(f"{text!r} should be FORMAT:FILE")
+    if name not in FORMATS:
+        raise argparse.ArgumentTypeError(str(UnknownName("format", name, FORMATS)))
+    return name, Path(file)
 
 
 def _refuse_checks(arguments: argparse.Namespace) -> None:

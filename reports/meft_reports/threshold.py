@@ -1,16 +1,19 @@
 """The allowed difference of a column: `0`, `20%`, `5MiB`, `0.01`.
 
-    threshold = number [unit]
+    threshold = number [unit] ["@" pattern]
     number    = digits ["." digits] ["e" sign digits]
     unit      = "%"  of the expected value's size
               | "B" | "KiB" | "MiB" | "GiB", for columns in bytes
     (no unit) = in the column's own unit: bytes, seconds, a count, a score
+    pattern   = cells whose id matches, with `*` and `?`; without one, all cells
 
 Numbers are exact fractions, so that one byte more than allowed is detected at any size;
 a score in a record is the decimal number that is written there.
 """
 
+import fnmatch
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -33,20 +36,36 @@ class Threshold:
     amount: Fraction
     """In the column's unit, or a share of the expected value if `relative`."""
     relative: bool
+    pattern: str = "*"
+    """Which cells it applies to, by their ids."""
 
     def allowed(self, expected: Fraction) -> Fraction:
         """Return the largest allowed difference from `expected`, in its unit."""
         return self.amount * abs(expected) if self.relative else self.amount
 
 
+def thresholds_of(
+    cell_id: str, thresholds: Sequence[Threshold]
+) -> dict[str, Threshold]:
+    """Return the threshold of each column for a cell: the last one that matches it."""
+    return {
+        threshold.column.name: threshold
+        for threshold in thresholds
+        if fnmatch.fnmatchcase(cell_id, threshold.pattern)
+    }
+
+
 def parse_threshold(text: str) -> Threshold:
-    """Parse `COLUMN:THRESHOLD`, e.g. `peak_allocated:5MiB`.
+    """Parse `COLUMN:THRESHOLD[@PATTERN]`, e.g. `peak_allocated:5MiB@sparse*`.
 
     Raises:
         ReportError: not of that form, or a size for a column that is not in bytes.
         UnknownName: no column has this name.
     """
     name, colon, limit = text.partition(":")
+    limit, at, pattern = limit.partition("@")
+    if at and not pattern:
+        raise ReportError(f"{text!r}: no pattern of cells follows the @")
     if not colon:
         raise ReportError(f"{text!r}: expected COLUMN:THRESHOLD, as in saved:5MiB")
     column = find_measured(name)
@@ -63,5 +82,8 @@ def parse_threshold(text: str) -> Threshold:
         )
     scale = Fraction(1, 100) if unit == "%" else Fraction(SIZES.get(unit, 1))
     return Threshold(
-        column=column, amount=Fraction(number) * scale, relative=unit == "%"
+        column=column,
+        amount=Fraction(number) * scale,
+        relative=unit == "%",
+        pattern=pattern or "*",
     )

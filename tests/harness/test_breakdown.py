@@ -59,6 +59,8 @@ def test_rows_add_up_to_the_peak_that_is_measured(method: str) -> None:
         assert found["peak_bytes"] > measured
     else:
         assert found["peak_bytes"] == pytest.approx(measured, rel=0.003)
+    saved = partial.measurement.saved_bytes
+    assert found["saved_bytes"] >= 0.9 * saved
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -78,6 +80,7 @@ def broken(**changes: Any) -> dict[str, Any]:
     row = ["saved", "forward", "a", "aten.mm.default", "float32", [2], 8, 1, 3]
     whole: dict[str, Any] = {"peak_bytes": 10, "at_op": 3, "num_ops": 5}
     whole |= {"phase": "forward", "rows": [row], "other_bytes": 2}
+    whole |= {"saved_bytes": 9, "saved_rows": [row], "saved_other_bytes": 1}
     return whole | changes
 
 
@@ -87,6 +90,7 @@ def test_a_breakdown_is_checked() -> None:
         ({"peak_bytes": 11}, "add up to 10 bytes, and its `peak_bytes` is 11"),
         ({"rows": [["saved"]]}, "a row of a breakdown has the entries kind, phase"),
         ({"rows": "many"}, "`rows` = 'many'"),
+        ({"saved_bytes": 8}, "`saved_rows` of a breakdown add up to 9 bytes"),
         ({"more": 1}, "has the fields peak_bytes"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -1,5 +1,7 @@
 """Differences of other generations of GPUs from the H200's, by PyTorch's sources."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -33,12 +35,38 @@ def call(dtype: torch.dtype, width: int = 64) -> Call:
         ("A10G", torch.bfloat16, 64, "flash"),
         ("RTX5090-32GB", torch.float16, 64, "flash"),
         ("B200", torch.bfloat16, 64, "cudnn"),
+        # The memory-efficient kernel has no greatest width.
+        ("A10G", torch.float32, 256, "efficient"),
+        ("H200", torch.float32, 512, "efficient"),
+        ("T4", torch.float16, 256, "efficient"),
+        ("A10G", torch.bfloat16, 512, "efficient"),
     ],
 )
 def test_a_generation_chooses_its_kernel_of_attention(
     name: str, dtype: torch.dtype, width: int, kernel: str
 ) -> None:
     assert attention.chosen(gpu.find(name), call(dtype, width)) == kernel
+
+
+@pytest.mark.parametrize(
+    ("width", "dropout", "kernel"),
+    [
+        (192, 0.1, "flash"),
+        (224, 0.0, "efficient"),
+        (256, 0.0, "flash"),
+        (256, 0.1, "efficient"),
+    ],
+)
+def test_wide_heads_train_by_flash_attention_where_its_backward_can(
+    width: int, dropout: float, kernel: str
+) -> None:
+    """On consumer GPUs not between 192 and 224, nor above with dropout."""
+    trained = call(torch.bfloat16, width)
+    trained.query.requires_grad_()
+    trained = dataclasses.replace(trained, dropout=dropout)
+    for name in ("RTX3090-24GB", "RTX4090-24GB", "RTX5090-32GB"):
+        assert attention.chosen(gpu.find(name), trained) == kernel
+    assert attention.chosen(gpu.find("A100-80GB"), trained) == "flash"
 
 
 def test_partial_sums_of_a_bias_gradient_follow_the_threads_of_a_gpu() -> None:

@@ -18,9 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from _pytest.config.argparsing import Parser
+
 from harness.texts import ROOT, mentions, strings, texts, tracked, unknown
 from meft_bench.parent import arguments, planning, sweep
 from meft_bench.parent.isolate import child_environment
+from meft_bench.pytest_plugin import options
 from meft_bench.shared.options import ChildOptions
 from meft_bench.virtual.device import gpu
 from meft_reports import cli as reports_cli
@@ -32,6 +35,7 @@ FOREIGN_FLAGS = {
     "--require-hashes": "pip",
     "--hash": "pip, in a file of requirements",
     "--group": "pip",
+    "--index-url": "pip",
     "--quiet": "pip",
     "--upgrade": "pip",
     "--numprocesses": "pytest-xdist",
@@ -75,6 +79,7 @@ FOREIGN_FILES = {
     "config.json": "transformers' file of a model",
     "PATH/config.json": "a user's",
     "train.py": "a user's",
+    "test_model.py": "a user's",
     "*.checks.jsonl": "what a run writes",
     "model.safetensors.index.json": "transformers' file of a model",
     ".index.json": "the end of such names",
@@ -169,6 +174,10 @@ def test_every_flag_exists() -> None:
         for action in parser._actions
         for flag in action.option_strings
     }
+    plugin = Parser(_ispytest=True)
+    options.add(plugin)
+    for group in plugin._groups:
+        flags |= {name for option in group.options for name in option.names()}
     # A name with two dashes at its end is a phase of the meters.
     found = mentions(r"(?<![\w/-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*(?![\w-])")
     assert unknown(found, (flags | set(FOREIGN_FLAGS)).__contains__) == []

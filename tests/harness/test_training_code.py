@@ -208,7 +208,7 @@ def test_the_trainer_runs_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_trls_trainer_runs_as_it_is(tmp_path: Path) -> None:
-    """Its loss selects tokens by a mask, and launches kernels of Triton."""
+    """Its loss selects tokens by their labels, and launches kernels of Triton."""
     trl = pytest.importorskip("trl")
     tokenizers = pytest.importorskip("tokenizers")
     datasets = pytest.importorskip("datasets")
@@ -237,7 +237,14 @@ def test_trls_trainer_runs_as_it_is(tmp_path: Path) -> None:
         ).train()
     plan = memory.plan()
     assert plan.verdict == "fits"
-    assert "selections by a mask keep all elements" in plan.prediction
+    assert "selections by a mask" not in plan.prediction
+
+
+def test_a_selection_that_nothing_tells_keeps_all_elements_and_is_said() -> None:
+    with meft_bench.virtual_gpu("T4") as memory:
+        rows = torch.randn(4, 8, device="cuda")
+        assert rows[rows[:, 0] > 0].shape == (4, 8)
+    assert "selections by a mask keep all elements" in memory.plan().prediction
     assert "selections by a mask keep all elements" in memory.summary()
 
 
@@ -372,7 +379,7 @@ class ReadsInBackward(torch.autograd.Function):
 def test_what_needs_values_is_refused_also_in_backward() -> None:
     def train() -> None:
         with meft_bench.virtual_gpu("H200"):
-            rows = torch.ones(4, device="cuda", requires_grad=True)
+            rows = torch.randn(4, device="cuda", requires_grad=True)
             ReadsInBackward.apply(rows).sum().backward()  # type: ignore[no-untyped-call]
 
     with pytest.raises(MissingError, match=r"operator `aten._unique2.default` needs"):
@@ -502,7 +509,7 @@ def test_integers_of_the_host_have_values() -> None:
 
 def test_a_guard_against_nan_does_not_fire() -> None:
     with meft_bench.virtual_gpu("H200") as memory:
-        loss = torch.ones(3, device="cuda", requires_grad=True).sum()
+        loss = torch.randn(3, device="cuda", requires_grad=True).sum()
         assert not torch.isnan(loss)
         assert not torch.isinf(loss).any()
         assert torch.isfinite(loss)

@@ -25,6 +25,9 @@ def peak(*rows: list[Any], phase: str = "backward", other: int = 7) -> dict[str,
         "phase": phase,
         "rows": [*rows],
         "other_bytes": other,
+        "saved_bytes": sum(row[6] for row in rows if row[0] == "saved"),
+        "saved_rows": [row for row in rows if row[0] == "saved"],
+        "saved_other_bytes": 0,
     }
 
 
@@ -37,9 +40,9 @@ def changed(row: list[Any], **changes: Any) -> list[Any]:
     return [changes.get(name, value) for name, value in zip(names, row, strict=True)]
 
 
-def lines(before: Breakdown, after: Breakdown, kind: str = "") -> list[str]:
+def lines(before: Breakdown, after: Breakdown) -> list[str]:
     difference = after.peak_bytes - before.peak_bytes
-    return what_grew(before, after, difference, kind).lines(5)
+    return what_grew(before, after, difference).lines(5)
 
 
 def test_what_grew_is_blamed_on_its_kind_module_and_shape() -> None:
@@ -47,7 +50,7 @@ def test_what_grew_is_blamed_on_its_kind_module_and_shape() -> None:
     assert lines(of(FROZEN, SAVED), of(FROZEN, more)) == [
         "+1.0 MiB  saved  in forward  layer.*  aten.mm.default  int32 [64] → "
         "int32 [128]",
-        "first in the step: operator 31, aten.mm.default of layer.* in forward",
+        "first: operator 31, aten.mm.default of layer.* in forward",
     ]
     assert lines(of(FROZEN, SAVED), of(FROZEN, SAVED)) == []
 
@@ -71,14 +74,14 @@ def test_another_phase_is_said_first_and_what_is_left_last() -> None:
     after = of(FROZEN, phase="update", other=7 + 300)
     first, *_, last = lines(of(FROZEN, SAVED), after)
     assert first == "the peak was in backward, and is in update now"
-    assert last == "unexplained by the largest of what was alive: +300 B"
+    assert last == "unexplained by the largest of it: +300 B"
 
 
 def test_only_saved_memory_explains_what_is_saved() -> None:
     bigger = changed(FROZEN, num_bytes=8 * MIB)
     more = changed(SAVED, num_bytes=3 * MIB)
     before, after = of(FROZEN, SAVED), of(bigger, more)
-    growth = what_grew(before, after, 2 * MIB, "saved")
+    growth = what_grew(before, after, 2 * MIB, is_saved=True)
     assert [change.num_bytes for change in growth.changes] == [2 * MIB]
     assert growth.unexplained_bytes == 0
 
@@ -97,6 +100,7 @@ def test_small_changes_are_summed() -> None:
         "text",
         {},
         peak(FROZEN) | {"peak_bytes": 1},
+        peak(FROZEN) | {"saved_bytes": 1},
         peak(FROZEN) | {"rows": [["saved"]]},
         peak(FROZEN) | {"rows": [1]},
         peak(FROZEN) | {"phase": 3},

@@ -92,7 +92,7 @@ def test_a_finding_says_everything(make_record: MakeRecord) -> None:
         f"regression: {before['cell_id']} saved_bytes",
         "  expected   1,000 bytes (1000 B)",
         "  got        3,048 bytes (3.0 KiB)",
-        "  difference +2,048 bytes (2.0 KiB)",
+        "  difference +2,048 bytes (2.0 KiB), +204.80 %",
         "  allowed    1,024 bytes (1.0 KiB)",
         "1 cells in the baseline, 1 numbers compared: 1 regression",
     ]
@@ -280,7 +280,7 @@ def test_a_verdict_sums_up_in_one_line(make_record: MakeRecord) -> None:
 
 
 def test_every_cell_of_a_baseline_is_looked_at(make_record: MakeRecord) -> None:
-    """Also those after a missing, a failed or an incomparable one."""
+    """Also those after a missing, a failed or an incomparable one; the worst first."""
     before = [make_record(seed=seed) for seed in range(5)]
     after = [
         make_record("oom", seed=1),
@@ -290,11 +290,11 @@ def test_every_cell_of_a_baseline_is_looked_at(make_record: MakeRecord) -> None:
     ]
     result = verdict(before, after, "saved:0")
     assert [finding.kind for finding in result.findings] == [
-        Kind.MISSING,
         Kind.FAILED,
-        Kind.NOT_COMPARABLE,
+        Kind.FAILED,
         Kind.REGRESSION,
-        Kind.FAILED,
+        Kind.MISSING,
+        Kind.NOT_COMPARABLE,
     ]
 
 
@@ -302,9 +302,9 @@ def test_a_small_difference_has_its_sign(make_record: MakeRecord) -> None:
     """Less than one second more is more."""
     before, after = make_record(step_seconds=0.5), make_record(step_seconds=0.75)
     (finding,) = verdict([before], [after], "step_seconds:0").findings
-    assert finding.difference == "+0.25 s"
+    assert finding.difference == "+0.25 s, +50.00 %"
     (finding,) = verdict([after], [before], "step_seconds:0").findings
-    assert finding.difference == "-0.25 s"
+    assert finding.difference == "-0.25 s, -33.33 %"
 
 
 def test_a_byte_counts_beyond_the_precision_of_floats(make_record: MakeRecord) -> None:
@@ -342,10 +342,19 @@ def test_every_finding_says_what_was_expected(make_record: MakeRecord) -> None:
         ),
         Kind.NEW: ("not in the baseline", "ok", ""),
     }
-    (nothing,) = verdict(
-        [make_record("oom")], [make_record("oom")], "score:0"
-    ).findings[1:]
+    nothing, _ = verdict([make_record("oom")], [make_record("oom")], "score:0").findings
     assert nothing.cell_id == "all cells"
     assert nothing.expected == "at least one ok cell in the baseline"
     assert nothing.got == "none"
     assert nothing.advice == "write one with meft-report baseline"
+
+
+def test_the_worst_finding_is_the_first(make_record: MakeRecord) -> None:
+    """By its share of what was before, not by its size."""
+    before = [make_record(seed=0, saved_bytes=1000), make_record(seed=1)]
+    after = [make_record(seed=0, saved_bytes=2000)]
+    after.append(
+        make_record(seed=1, saved_bytes=before[1]["measurement"]["saved_bytes"] + 10**6)
+    )
+    first, second = verdict(before, after, "saved:0").findings
+    assert (first.cell_id, second.cell_id) == tuple(r["cell_id"] for r in before)

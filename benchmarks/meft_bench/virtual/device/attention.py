@@ -7,14 +7,16 @@ corresponding operator: the shapes of its outputs and of the tensors it saves ar
 without a kernel.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.backends import cuda as switches
 from torch.nn import functional
+from torch.nn.attention import SDPBackend
 
 from meft_bench.virtual.device.gpu import CONSUMER, Gpu
 
@@ -66,15 +68,51 @@ class Call:
         )
 
 
-def chosen(gpu: Gpu, call: Call) -> str:
+NAMES: dict[int, str] = {
+    SDPBackend.CUDNN_ATTENTION.value: "cudnn",
+    SDPBackend.FLASH_ATTENTION.value: "flash",
+    SDPBackend.EFFICIENT_ATTENTION.value: "efficient",
+    SDPBackend.MATH.value: "math",
+}
+"""Names of torch's backends, by their numbers."""
+
+
+@contextlib.contextmanager
+def priority_of(gpu: Gpu) -> Iterator[None]:
+    """Let torch's order of backends be that of `gpu` while the context is active.
+
+    torch sets it before its first call on a GPU, and `sdpa_kernel` changes it where
+    `set_priority` is given.
+    """
+    numbers = {name: number for number, name in NAMES.items()}
+    before = torch._C._get_sdp_priority_order()
+    torch._C._set_sdp_priority_order([numbers[name] for name in gpu.attention_order])
+    try:
+        yield
+    finally:
+        torch._C._set_sdp_priority_order(before)
+
+
+def present_order() -> list[str]:
+    """Return the names of torch's backends in the order in which it tries them."""
+    order = torch._C._get_sdp_priority_order()
+    return [NAMES[number] for number in order if number in NAMES]
+
+
+def chosen(gpu: Gpu, call: Call, order: Iterable[str] = ()) -> str:
     """Return the kernel that `gpu` runs: `cudnn`, `flash`, `efficient` or `math`.
+
+    Args:
+        gpu: the GPU.
+        call: the arguments of attention.
+        order: the order in which kernels are tried; that of the GPU by default.
 
     Raises:
         RuntimeError: none of the enabled kernels supports the call.
     """
     if call.query.dim() != 4:
         return "math"
-    for name in gpu.attention_order:
+    for name in order or gpu.attention_order:
         if _FITS[name](gpu, call):
             return name
     raise RuntimeError("No available kernel. Aborting execution.")  # torch's message
@@ -133,7 +171,7 @@ def replacement(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-        name = chosen(gpu, call)
+        name = chosen(gpu, call, present_order())
         counts[name] = counts.get(name, 0) + 1
         with torch.autocast(device, enabled=False):
             return _RUN[name](call)

@@ -13,7 +13,13 @@ assumed_activation      which neurons of sparse adapters a batch is assumed to
                         activate
 assumed_conditions      conditions that Python reads: true, but for `isnan` and the like
 grouped_products        products of rows with their experts' matrices, in any dtype
+known_values            values that follow from integers of the host
 memo                    remembers what operators make of tensors of the same shapes
+operator_rules          rules for fake tensors that torch lacks
+storages                storages that code makes or resizes without an operator
+loading                 files of safetensors, loaded onto the GPU
+refusals                what is not modelled, refused by name
+early_imports           replaces functions that modules have imported by name
 ordinary_code           what training code does besides training: saving, loading data
 assumed_selection       selections by a mask, which keep all elements
 gradient_accumulation   which gradients autograd accumulates in place

@@ -18,6 +18,13 @@ from torch._subclasses import fake_tensor
 from meft_bench.virtual.device.gpu import Gpu
 from meft_bench.virtual.emulation.backend import Backend
 
+PlainGenerator: Any = torch.Generator
+OF_THE_DRIVER = (
+    *("utilization", "memory_usage", "temperature", "power_draw", "clock_rate"),
+    *("list_gpu_processes", "current_blas_handle"),
+)
+"""Functions of `torch.cuda` that ask the driver for what has no answer."""
+
 
 def answers_of(
     gpu: Gpu, backend: Backend
@@ -59,6 +66,10 @@ def answers_of(
         "get_device_name": lambda *_: gpu.name,
         "Stream": StreamStub,
         "Event": EventStub,
+        "default_generators": (GeneratorStub(),),
+        "get_sync_debug_mode": zero,
+        "can_device_access_peer": lambda *_: False,
+        "cudart": CudartStub,
         "current_stream": lambda *_: StreamStub(),
         "default_stream": lambda *_: StreamStub(),
         "stream": lambda *_: contextlib.nullcontext(),
@@ -68,15 +79,23 @@ def answers_of(
     silent = (
         *("_lazy_init", "synchronize", "set_device", "set_stream"),
         *("manual_seed", "manual_seed_all", "seed", "seed_all", "ipc_collect"),
-        *("set_rng_state", "set_rng_state_all"),
+        *("set_rng_state", "set_rng_state_all", "set_sync_debug_mode"),
     )
     answers |= dict.fromkeys(silent, nothing)
+    answers |= {name: _refusal(name) for name in OF_THE_DRIVER}
     for name, answer in answers.items():
         yield mock.patch.object(torch.cuda, name, answer)
         # Some code takes them from the module in which they are written.
         if hasattr(torch.cuda.random, name) and name in torch.cuda.random.__all__:
             yield mock.patch.object(torch.cuda.random, name, answer)
     yield mock.patch.object(Tensor, "record_stream", nothing)
+    yield mock.patch.object(torch.cuda.nvtx, "_nvtx", NvtxStub)
+    for name in ("start", "stop"):
+        yield mock.patch.object(torch.cuda.profiler, name, nothing)
+    for name, stub in (("Stream", StreamStub), ("Event", EventStub)):
+        plain = getattr(torch, name)
+        yield mock.patch.object(torch, name, _on_cuda(stub, plain))
+    yield mock.patch.object(torch, "Generator", _on_cuda(GeneratorStub, PlainGenerator))
     if hasattr(fake_tensor, "init_gpu_context"):  # before torch 2.13: initialises CUDA
         yield mock.patch.object(fake_tensor, "init_gpu_context", nothing)
 
@@ -95,6 +114,112 @@ def _properties(gpu: Gpu) -> SimpleNamespace:
         regs_per_multiprocessor=65536,
         gcnArchName="",
     )
+
+
+def _refusal(name: str) -> Any:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            f"`torch.cuda.{name}` has no answer on a virtual GPU, which has no driver: "
+            "leave it out"
+        )
+
+    return refuse
+
+
+def _on_cuda(stub: type, plain: Any) -> type:
+    """Return a class that makes `stub` for the GPU, and what torch makes elsewhere."""
+
+    class OnCuda(type):
+        def __call__(cls, device: Any = None, *args: Any, **kwargs: Any) -> Any:
+            if device is None and plain is not PlainGenerator:
+                return stub(*args, **kwargs)  # the accelerator is the default
+            if device is None or torch.device(device).type != "cuda":
+                given = () if device is None else (device,)
+                return plain(*given, *args, **kwargs)
+            return stub(*args, **kwargs)
+
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, plain | stub)
+
+    return OnCuda(stub.__name__, (), {})
+
+
+class GeneratorStub(torch.Generator):
+    """A generator of random numbers on the GPU, of which there are none."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Return a generator, which is one of the host for torch."""
+        made: Self = PlainGenerator.__new__(cls, device="cpu")
+        return made
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """The GPU."""
+        return torch.device("cuda", 0)
+
+    def get_state(self) -> Tensor:
+        """Return a state as large as that of a generator on a GPU."""
+        return torch.empty(16, dtype=torch.uint8, device="cpu")
+
+    def set_state(self, state: Tensor) -> Self:
+        """Do nothing; no numbers are drawn."""
+        return self
+
+    def clone_state(self) -> Self:
+        """Return another generator."""
+        return type(self)()
+
+    def graphsafe_get_state(self) -> Self:
+        """Return the generator."""
+        return self
+
+    def graphsafe_set_state(self, state: Any) -> Self:
+        """Do nothing; no numbers are drawn."""
+        return self
+
+
+class CudartStub:
+    """The runtime's functions for profilers; others do not exist."""
+
+    @staticmethod
+    def cudaProfilerStart() -> int:
+        """Return 0, for success."""
+        return 0
+
+    @staticmethod
+    def cudaProfilerStop() -> int:
+        """Return 0, for success."""
+        return 0
+
+
+class NvtxStub:
+    """Marks for a profiler that is not there."""
+
+    @staticmethod
+    def rangePushA(message: str) -> int:
+        """Return 0, the depth of the range."""
+        return 0
+
+    @staticmethod
+    def rangePop() -> int:
+        """Return 0, the depth of the range."""
+        return 0
+
+    @staticmethod
+    def rangeStartA(message: str) -> int:
+        """Return 0, the handle of the range."""
+        return 0
+
+    @staticmethod
+    def rangeEnd(handle: int) -> None:
+        """Do nothing."""
+
+    @staticmethod
+    def markA(message: str) -> None:
+        """Do nothing."""
 
 
 class DeviceStub:

@@ -20,6 +20,7 @@ from meft_bench.virtual.recording.replay import Replay
 NOT_MODELLED = (
     *("change_current_allocator", "use_mem_pool", "set_per_process_memory_fraction"),
     *("get_per_process_memory_fraction", "_record_memory_history", "_dump_snapshot"),
+    "_snapshot",
     *("caching_allocator_alloc", "caching_allocator_delete"),
 )
 """Functions of `torch.cuda.memory` that have no answer."""
@@ -65,6 +66,10 @@ def of(device: HasMemory) -> Iterator[contextlib.AbstractContextManager[Any]]:
         taken = device.gpu.context_bytes + device.peaks().end_reserved_bytes
         return max(device.gpu.memory_bytes - taken, 0), device.gpu.memory_bytes
 
+    def used(*_: Any, **__: Any) -> int:
+        free, total = info()
+        return total - free
+
     def segments(*_: Any, **__: Any) -> list[dict[str, Any]]:
         return device.memory.allocator.segments()
 
@@ -82,6 +87,7 @@ def of(device: HasMemory) -> Iterator[contextlib.AbstractContextManager[Any]]:
         "memory_stats_as_nested_dict": nested,
         "mem_get_info": info,
         "memory_snapshot": segments,
+        "device_memory_used": used,
         "get_allocator_backend": lambda: "native",
         **{name: _refusal(name) for name in NOT_MODELLED},
     }

@@ -2,7 +2,7 @@
 
 Inside `virtual_gpu` there are no values, so nothing is written by functions that save
 tensors; loaders run in the process itself; a text is generated to its greatest length;
-arrays are of zeros; and what a virtual GPU cannot model is refused by name.
+arrays are of zeros.
 """
 
 import contextlib
@@ -11,45 +11,28 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
+import torch
 from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.profiler import ProfilerActivity
+from torch.profiler.profiler import _KinetoProfile
 from torch.utils.data import DataLoader
+
+from meft_bench.virtual.emulation import loading, refusals
+from meft_bench.virtual.emulation.early_imports import everywhere
 
 SAVING = (
     ("torch", "save"),
-    ("torch.serialization", "save"),
     ("safetensors.torch", "save_file"),
     ("safetensors.torch", "save_model"),
     ("transformers", "PreTrainedModel.save_pretrained"),
     ("peft", "PeftModel.save_pretrained"),
 )
 """Functions that write tensors, by module."""
-REFUSED = {
-    "torch.compile": ("torch", "compile"),
-    "Module.compile": ("torch.nn", "Module.compile"),
-    "torch.nn.DataParallel": ("torch.nn", "DataParallel.__init__"),
-    "torch.nn.parallel.DistributedDataParallel": (
-        "torch.nn.parallel",
-        "DistributedDataParallel.__init__",
-    ),
-    "torch.distributed.init_process_group": (
-        "torch.distributed",
-        "init_process_group",
-    ),
-    "torch.distributed.fsdp.fully_shard": ("torch.distributed.fsdp", "fully_shard"),
-    "FullyShardedDataParallel": (
-        "torch.distributed.fsdp",
-        "FullyShardedDataParallel.__init__",
-    ),
-    "paged optimizers of bitsandbytes": ("bitsandbytes.functional", "get_paged"),
-    "bitsandbytes.nn.Params4bit": ("bitsandbytes.nn", "Params4bit.__new__"),
-    "bitsandbytes.nn.Int8Params": ("bitsandbytes.nn", "Int8Params.__new__"),
-}
-"""What is not modelled, with the function that is replaced."""
 
 
 @contextlib.contextmanager
@@ -59,16 +42,21 @@ def supported() -> Iterator[None]:
         for module, name in SAVING:
             if importlib.util.find_spec(module.partition(".")[0]) is not None:
                 owner, attribute = _found(module, name)
-                patch = mock.patch.object(owner, attribute, _saves_nothing(name))
-                stack.enter_context(patch)
-        for name, place in REFUSED.items():
-            if not _is_there(place[0]):
-                continue
-            owner, attribute = _found(*place)
-            stack.enter_context(mock.patch.object(owner, attribute, _refuses(name)))
+                save, plain = _saves_nothing(name), getattr(owner, attribute)
+                if "." in name:
+                    stack.enter_context(mock.patch.object(owner, attribute, save))
+                    continue
+                for patch in everywhere(plain, attribute, save):
+                    stack.enter_context(patch)
+        for refusal in refusals.by_name():
+            stack.enter_context(refusal)
         stack.enter_context(mock.patch.object(DataLoader, "__init__", _loads_here))
         stack.enter_context(mock.patch.object(Tensor, "numpy", _zeros))
         stack.enter_context(mock.patch.object(Tensor, "__format__", _formatted))
+        stack.enter_context(mock.patch.object(torch, "tensor", _of_numbers))
+        stack.enter_context(
+            mock.patch.object(_KinetoProfile, "__init__", _profiles_host)
+        )
         for owner in (Tensor, UntypedStorage):
             stack.enter_context(_own_addresses(owner))
         stack.enter_context(mock.patch.object(Tensor, "__deepcopy__", _deep_copied))
@@ -76,20 +64,9 @@ def supported() -> Iterator[None]:
         stack.enter_context(
             mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"})
         )
-        for replacement in _whole_generation():
+        for replacement in (*_whole_generation(), *loading.on_virtual_gpu()):
             stack.enter_context(replacement)
         yield
-
-
-def _is_there(module: str) -> bool:
-    """Return whether a module is installed and can be imported."""
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
-        return False
-    try:
-        importlib.import_module(module)
-    except Exception:  # what an installation that is broken raises
-        return False
-    return True
 
 
 def _found(module: str, name: str) -> tuple[Any, str]:
@@ -110,16 +87,6 @@ def _saves_nothing(name: str) -> Any:
         )
 
     return save
-
-
-def _refuses(name: str) -> Any:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(
-            f"`{name}` is not modelled by `virtual_gpu`: leave it out to plan the step "
-            "without it"
-        )
-
-    return refuse
 
 
 def _own_addresses(owner: Any) -> contextlib.AbstractContextManager[Any]:
@@ -154,6 +121,8 @@ def _deep_copied(self: Any, memo: Any) -> Any:
         return _plain_deepcopy(self, memo)
 
 
+_plain_tensor: Any = torch.tensor
+_plain_profile: Any = _KinetoProfile.__init__
 _plain_init: Any = DataLoader.__init__
 _plain_numpy: Any = Tensor.numpy
 _plain_format: Any = Tensor.__format__
@@ -168,6 +137,30 @@ def _loads_here(self: Any, *args: Any, **kwargs: Any) -> None:
     for name in ("persistent_workers", "prefetch_factor", "timeout"):
         kwargs.pop(name, None)
     _plain_init(self, *args, **kwargs | {"multiprocessing_context": None})
+
+
+def _profiles_host(self: Any, *, activities: Any = None, **kwargs: Any) -> None:
+    """Profile the host as well, as a profiler of no activity that exists fails."""
+    if activities is not None:
+        activities = {*activities, ProfilerActivity.CPU}
+    _plain_profile(self, activities=activities, **kwargs)
+
+
+def _of_numbers(data: Any, **kwargs: Any) -> Tensor:
+    """Make a tensor of data in which there may be fake tensors, whose memory it reads.
+
+    `item` has an answer for them.
+    """
+    try:
+        return cast(Tensor, _plain_tensor(data, **kwargs))
+    except NotImplementedError:
+        return cast(Tensor, _plain_tensor(_numbers_of(data), **kwargs))
+
+
+def _numbers_of(data: Any) -> Any:
+    if isinstance(data, list | tuple):
+        return [_numbers_of(one) for one in data]
+    return data.tolist() if isinstance(data, Tensor) else data
 
 
 def _zeros(self: Tensor, **kwargs: Any) -> Any:
@@ -201,5 +194,13 @@ def _whole_generation() -> Iterator[contextlib.AbstractContextManager[Any]]:
     def has_unfinished(self: Any, this_peer_finished: Any, *_: Any, **__: Any) -> bool:
         return this_peer_finished is False or not is_long
 
+    def has_unfinished_beams(*_: Any) -> bool:
+        return not is_long
+
     yield mock.patch.object(criteria.MaxLengthCriteria, "__call__", call)
     yield mock.patch.object(mixin, "_has_unfinished_sequences", has_unfinished)
+    yield mock.patch.object(
+        mixin,
+        "_beam_search_has_unfinished_sequences",
+        staticmethod(has_unfinished_beams),
+    )

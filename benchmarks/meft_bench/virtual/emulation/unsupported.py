@@ -27,10 +27,43 @@ IS_UNKNOWN = (
     "{what} does not tell what it makes of tensors without values: register that with "
     "`register_fake` of torch's module `library`, or run it on `cpu` or `cuda`"
 )
+NOT_MODELLED = "{what} is not modelled by a virtual GPU: {remedy}"
 SAYINGS = {
     ".numpy() is not supported": ("`Tensor.numpy`", NEEDS_VALUES),
     "There was no fake impl registered for": ("an operator of your own", IS_UNKNOWN),
     "its data is not allocated yet": ("an operator that reads memory", IS_UNKNOWN),
+    "with arguments from the 'CUDA' backend": (
+        "an operator on `cuda` where no virtual GPU is, as in another thread,",
+        NOT_MODELLED.replace("{remedy}", "run it in the thread of the context"),
+    ),
+    "torch.compile stance is 'fail_on_recompile'": (
+        "a function that was compiled before,",
+        NOT_MODELLED.replace("{remedy}", "leave `torch.compile` out"),
+    ),
+    "Couldn't swap RecursiveScriptModule": (
+        "a move of a module of `torch.jit.script`",
+        NOT_MODELLED.replace("{remedy}", "plan the module that was scripted"),
+    ),
+    "Cannot get CUDA generator": (
+        "`Generator` as it was imported before",
+        NOT_MODELLED.replace("{remedy}", "write `torch.Generator`"),
+    ),
+    "Storage device not recognized": (
+        "a storage that is made on `cuda`",
+        NOT_MODELLED.replace("{remedy}", "make a tensor, and take its storage"),
+    ),
+    "Callable map_location not supported": (
+        "a function as `map_location`",
+        NOT_MODELLED.replace("{remedy}", "give the name of a device"),
+    ),
+    "shape_env must not be None": (
+        "a nested tensor with the layout `torch.jagged`",
+        NOT_MODELLED.replace("{remedy}", "pad its rows"),
+    ),
+    "NVTX profiler": (
+        "`emit_nvtx`",
+        NOT_MODELLED.replace("{remedy}", "leave it out"),
+    ),
 }
 """Beginnings or parts of torch's other error messages."""
 
@@ -50,7 +83,7 @@ def error_translation() -> Iterator[None]:
     except UnsupportedOperatorException as error:
         what = f"operator `{error.func}`{_place(error)}"
         raise MissingError(IS_UNKNOWN.format(what=what)) from error
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         first = str(error).partition("\n")[0]
         for saying, (what, sentence) in SAYINGS.items():
             if saying in first:

@@ -15,6 +15,7 @@ import importlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from threading import get_ident
 from types import MappingProxyType
 from typing import Any, Self
 from unittest import mock
@@ -35,12 +36,16 @@ from meft_bench.virtual.emulation import (
     cuda_stubs,
     grouped_products,
     memory_answers,
+    operator_rules,
+    storages,
     triton_launches,
     triton_stand_in,
     unsupported,
 )
 from meft_bench.virtual.emulation.assumed_conditions import Conditions
 from meft_bench.virtual.emulation.backend import Backend
+from meft_bench.virtual.emulation.early_imports import everywhere
+from meft_bench.virtual.emulation.known_values import UNKNOWN, KnownValues
 from meft_bench.virtual.emulation.memo import Memo
 from meft_bench.virtual.recording.ledger import Ledger
 from meft_bench.virtual.recording.live_memory import LiveMemory
@@ -65,6 +70,10 @@ class _Mode(FakeTensorMode):
     """What operators make; None asks torch each time."""
     makes_real_integers = False
     """Whether integers made on the host, as lengths and permutations, have values."""
+    thread: int | None = None
+    """The thread that has entered the virtual GPU, whose operators are recorded."""
+    values: KnownValues | None = None
+    """What follows from these integers on the GPU; None if they have no values."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -82,6 +91,11 @@ class _Mode(FakeTensorMode):
         The same holds for a random number that models draw on the host to decide
         whether a layer is skipped.
         """
+        if self.thread not in (None, get_ident()):
+            raise NotImplementedError(
+                f"`{func}` ran in another thread, in which memory is not counted: run "
+                "it in the thread that has entered the virtual GPU"
+            )
         device: Any = kwargs.get("device")
         if device is not None and (torch.device(device).index or 0) > 0:
             raise RuntimeError(
@@ -90,11 +104,21 @@ class _Mode(FakeTensorMode):
             )
         if self.makes_real_integers and _is_host_integer(func, args, kwargs):
             return func(*args, **kwargs)
-        if not types and (
-            (func not in PINNING and _is_real(args, kwargs))
-            or (func is aten.rand.default and _is_host_scalar(args, kwargs))
-        ):
-            return func(*args, **kwargs)
+        if not types:
+            if func in PINNING:
+                if self.values is not None and func is PINNING[0]:
+                    (tensor,) = args
+                    assert isinstance(tensor, Tensor)
+                    if not tensor.dtype.is_floating_point:
+                        return tensor.clone()
+            elif _is_real(args, kwargs) or (
+                func is aten.rand.default and _is_host_scalar(args, kwargs)
+            ):
+                return func(*args, **kwargs)
+        if self.values is not None:
+            found = self.values.answer(self, func, args, kwargs)
+            if found is not UNKNOWN:
+                return found
         plain = super().__torch_dispatch__
         if self.memo is None:
             out = plain(func, types, args, kwargs)
@@ -103,7 +127,17 @@ class _Mode(FakeTensorMode):
                 self, func, args, kwargs, lambda: plain(func, types, args, kwargs)
             )
         self.conditions.note(func, args, out)
+        if self.values is not None:
+            self.values.note(func, args, kwargs, out)
         return out
+
+    def _cached_dispatch_impl(
+        self, func: OpOverload, types: Any, args: Any, kwargs: Any
+    ) -> object:
+        """Run an operator by torch's cache, whose keys would keep storages alive."""
+        if func._overloadpacket is aten.set_:
+            return self._dispatch_impl(func, types, args, kwargs)
+        return super()._cached_dispatch_impl(func, types, args, kwargs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,7 +237,10 @@ class VirtualGpu:
         with contextlib.ExitStack() as stack:
             stack.enter_context(unsupported.error_translation())
             self.backend = _enter_backend(stack)
+            self.mode.thread = get_ident()
             self.mode.memo = Memo()
+            if self.mode.makes_real_integers:
+                self.mode.values = KnownValues(self.backend.device)
             for patch in self._patches():
                 stack.enter_context(patch)
             stack.enter_context(self.mode)
@@ -219,12 +256,14 @@ class VirtualGpu:
         yield torch.autograd.set_multithreading_enabled(False)
         yield from cuda_stubs.answers_of(self.gpu, self.backend)
         yield from memory_answers.of(self)
+        yield from storages.of(self)
         yield from _attention(self.gpu, self.backend, self.attention_counts)
         yield from _many_tensors_at_once()
         yield _our_kernels()
-        yield from triton_launches.left_out()
+        yield from triton_launches.left_out(self.gpu)
         yield _whole_operators()
         yield grouped_products.in_any_dtype()
+        yield operator_rules.added()
         yield from _values(self.mode.conditions)
         yield from _initialisation()
         yield from _moving_modules()
@@ -248,10 +287,11 @@ def _attention(
     gpu: Gpu, backend: Backend, counts: dict[str, int]
 ) -> Iterator[contextlib.AbstractContextManager[Any]]:
     """A build without CUDA kernels would use `math`, which keeps all scores."""
+    yield attention.priority_of(gpu)
     plain = functional.scaled_dot_product_attention
     ours = attention.replacement(gpu, backend.device, plain, counts)
-    for owner in (functional, torch._C._nn):
-        yield mock.patch.object(owner, "scaled_dot_product_attention", ours)
+    yield mock.patch.object(torch._C._nn, "scaled_dot_product_attention", ours)
+    yield from everywhere(plain, "scaled_dot_product_attention", ours)
 
 
 def _many_tensors_at_once() -> Iterator[contextlib.AbstractContextManager[Any]]:

@@ -6,8 +6,9 @@
 
 The code runs with fake CUDA tensors, so two or three steps suffice: there are no values
 to train. Data may come from anywhere; tensors that the code moves to the GPU become
-fake there. Where a value is read, a condition is true and a number is 0; a selection by
-a mask keeps all elements, which the plan says.
+fake there, and small integers keep their values. Where another value is read, a
+condition is true and a number is 0; a selection by such a mask keeps all elements,
+which the plan says.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.prediction import plan_text
 from meft_bench.virtual.prediction.fit import Fit, largest_that_fits
 from meft_bench.virtual.prediction.plan import MemoryPlan, assumptions, observe
+from meft_bench.virtual.recording.ledger import Ledger
 
 NOTHING = (
     "nothing was put on the GPU: move the model and the batches to `cuda` in the code "
@@ -66,6 +68,13 @@ class TrainingMemory:
     def name(self) -> str:
         """Name of the GPU, as `torch.cuda.get_device_name` returns it."""
         return self._device.gpu.name
+
+    @property
+    def ledger(self) -> Ledger:
+        """What records the code."""
+        ledger = self._device.ledger
+        assert ledger is not None
+        return ledger
 
     @property
     def memory_bytes(self) -> int:
@@ -161,6 +170,8 @@ def virtual_gpu(
     Raises:
         GpuError: there is no such GPU.
         MissingError: an operator needs values; the message names it and its module.
+        NotImplementedError: the code uses what is not modelled, as the documentation
+            lists it; the message says what to do.
         RealGpuError: there is a real GPU in this process; set
             `CUDA_VISIBLE_DEVICES=""` before torch is imported.
         RuntimeError: another virtual GPU is active in this process.
@@ -172,6 +183,11 @@ def virtual_gpu(
         raise RuntimeError(
             "a virtual GPU is active in this process: leave its context before another "
             "is entered (`largest_batch` enters one for each batch size)"
+        )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise NotImplementedError(
+            "a process group of `torch.distributed` is not modelled by `virtual_gpu`: "
+            "call `destroy_process_group()` before, to plan the step of one process"
         )
     device = VirtualGpu(gpus.find(gpu))
     device.has_padding = padding

@@ -16,47 +16,89 @@ Key = tuple[str, str, str, str, str, tuple[int, ...]]
 
 
 def breakdown(trace: Trace, start: int) -> dict[str, Any]:
-    """Return what the highest moment of a step consists of.
+    """Return what the highest moment of a step consists of, and what was saved.
 
     Args:
         trace: the recording.
         start: time in operators at which the step began.
     """
     peak = trace.peak(start=start)
-    num_bytes: Counter[Key] = Counter()
-    counts: Counter[Key] = Counter()
-    first: dict[Key, int] = {}
-
-    def add(key: Key, size: int, born: int) -> None:
-        num_bytes[key] += size
-        counts[key] += 1
-        first[key] = min(first.get(key, born), born)
-
+    sums = _Sums(trace, start)
     for storage in peak.alive:
-        key = _key(trace.kind_of(storage), storage)
-        add(key, trace.rounded(storage.num_bytes), storage.born)
+        sums.add(storage)
     if workspace := peak.by_kind.get(WORKSPACE, 0):
-        add((WORKSPACE, _phase(trace, peak.time), "", "", "", ()), workspace, peak.time)
-    # Among equals by name, so that the order is the same in every process.
-    order = sorted(num_bytes, key=lambda key: (-num_bytes[key], key))[:NUM_ROWS]
+        phase = _phase(trace, peak.time)
+        sums.put((WORKSPACE, phase, "", "", "", ()), workspace, peak.time)
+    rows, other_bytes = sums.rows()
+    saved = _Sums(trace, start)
+    for storage in _saved(trace, start):
+        saved.add(storage)
+    saved_rows, saved_other_bytes = saved.rows()
     last = trace.events[-1].time if trace.events else start
     return {
         "peak_bytes": peak.num_bytes,
         "at_op": max(peak.time - start, 0),
         "num_ops": max(last - start, 0),
         "phase": _phase(trace, peak.time),
-        "rows": [
-            [
-                *key[:-1],
-                list(key[-1]),
-                num_bytes[key],
-                counts[key],
-                0 if key[0] in STAY else max(first[key] - start, 0),
-            ]
-            for key in order
-        ],
-        "other_bytes": peak.num_bytes - sum(num_bytes[key] for key in order),
+        "rows": rows,
+        "other_bytes": other_bytes,
+        "saved_bytes": saved.num_bytes.total(),
+        "saved_rows": saved_rows,
+        "saved_other_bytes": saved_other_bytes,
     }
+
+
+class _Sums:
+    """Sums of storages by what they agree in.
+
+    Args:
+        trace: the recording.
+        start: time at which operators begin to be counted.
+    """
+
+    def __init__(self, trace: Trace, start: int) -> None:
+        self._trace = trace
+        self._start = start
+        self.num_bytes: Counter[Key] = Counter()
+        self._counts: Counter[Key] = Counter()
+        self._first: dict[Key, int] = {}
+
+    def add(self, storage: Storage) -> None:
+        """Add a storage."""
+        key = _key(self._trace.kind_of(storage), storage)
+        self.put(key, self._trace.rounded(storage.num_bytes), storage.born)
+
+    def put(self, key: Key, num_bytes: int, born: int) -> None:
+        """Add bytes that were allocated at a time."""
+        self.num_bytes[key] += num_bytes
+        self._counts[key] += 1
+        self._first[key] = min(self._first.get(key, born), born)
+
+    def rows(self) -> tuple[list[list[Any]], int]:
+        """Return the largest rows, and the bytes of the others."""
+        sizes = self.num_bytes
+        # Among equals by name, so that the order is the same in every process.
+        order = sorted(sizes, key=lambda key: (-sizes[key], key))
+        rows = [
+            [*key[:-1], list(key[-1]), sizes[key], self._counts[key], self._at(key)]
+            for key in order[:NUM_ROWS]
+        ]
+        return rows, sum(sizes[key] for key in order[NUM_ROWS:])
+
+    def _at(self, key: Key) -> int:
+        """Return the operator of the step that made the first storage of a row."""
+        return 0 if key[0] in STAY else max(self._first[key] - self._start, 0)
+
+
+def _saved(trace: Trace, start: int) -> list[Storage]:
+    """Return what one forward after `start` kept for its backward: the most."""
+    found: dict[int, list[Storage]] = {}
+    for storage in trace.storages:
+        is_here = storage.born > start and storage.device == trace.accelerator
+        if is_here and trace.kind_of(storage) == "saved":
+            found.setdefault(trace.forward_of(storage), []).append(storage)
+    sizes = {at: sum(s.num_bytes for s in its) for at, its in found.items()}
+    return found[max(sizes, key=lambda at: sizes[at])] if sizes else []
 
 
 def _key(kind: str, storage: Storage) -> Key:

@@ -13,6 +13,7 @@ the phase and the module of an operator.
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import weakref
@@ -21,6 +22,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import (
     Optimizer,
@@ -266,12 +268,10 @@ class Ledger(TorchDispatchMode):
             return None
         memory = tensor.untyped_storage()
         known = self._alive.get(memory._cdata)
-        if known is not None:
-            if known.num_bytes == memory.nbytes():
-                return known
-            self._bury(known, memory._cdata)  # it was resized
+        if known is not None and known.num_bytes == memory.nbytes():
+            return known
         # A view allocates nothing: what it shows was there before the recording.
-        is_older = func is not None and func.is_view
+        is_older = known is None and func is not None and func.is_view
         phase = "inputs" if is_older else self._location.present_phase()
         storage = Storage(
             index=len(self._storages),
@@ -285,9 +285,42 @@ class Ledger(TorchDispatchMode):
             dtype=_name(tensor.dtype).removeprefix("torch."),
             born=self._time,
         )
-        self._storages.append(storage)
-        self._alive[memory._cdata] = storage
+        self._begin(storage, memory, known)
+        return storage
+
+    def changed(self, memory: torch.UntypedStorage, device: str | None = None) -> None:
+        """Record that a storage has another size or device, without an operator.
+
+        Args:
+            memory: the storage; one that is not known has no effect.
+            device: type of its device, to which it is copied from the host; None if it
+                is as before.
+        """
+        known = self._alive.get(memory._cdata)
+        if known is not None:
+            storage = dataclasses.replace(
+                known,
+                index=len(self._storages),
+                num_bytes=memory.nbytes(),
+                device=device or known.device,
+                born=self._time,
+            )
+            self._begin(storage, memory, known)
+            if device == self._accelerator:
+                self._add_copy("h2d", storage.num_bytes)
+
+    def _begin(self, storage: Storage, memory: Any, before: Storage | None) -> None:
+        """Record the allocation of a storage.
+
+        Args:
+            storage: its description.
+            memory: the storage itself.
+            before: its description before it changed, None for a new one. Its
+                memory is freed after it was copied to the new one.
+        """
         key = memory._cdata
+        self._storages.append(storage)
+        self._alive[key] = storage
         self._deaths[storage.index] = weakref.ref(
             memory, lambda _: self._bury(storage, key)
         )
@@ -296,8 +329,11 @@ class Ledger(TorchDispatchMode):
             self._add(event)
         except torch.OutOfMemoryError:
             self._forget(event, key)
+            if before is not None:
+                self._alive[key] = before
             raise
-        return storage
+        if before is not None:
+            self._bury(before, key)
 
     def _forget(self, event: StorageEvent, key: int) -> None:
         """Remove the allocation of a storage that there was no room for."""
@@ -402,6 +438,8 @@ class Ledger(TorchDispatchMode):
                         self._tell(value, "optimizer", owners.get(of, ""))
 
     def _tell(self, tensor: Tensor, kind: str, owner: str) -> None:
+        if is_functorch_wrapped_tensor(tensor):
+            return  # a model runs inside `torch.func`, where tensors have no storage
         storage = self.see(tensor)
         if storage is not None:
             storage.kind = kind
@@ -412,12 +450,14 @@ class Ledger(TorchDispatchMode):
     ) -> None:
         found = copies.between_devices(func, args, kwargs, out, self._accelerator)
         if found is not None:
-            direction, num_bytes = found
-            phase = self._location.present_phase()
-            module = self._location.present_module(phase)
-            self._copies.append(
-                RecordedCopy(self._time, direction, num_bytes, phase, module)
-            )
+            self._add_copy(*found)
+
+    def _add_copy(self, direction: str, num_bytes: int) -> None:
+        phase = self._location.present_phase()
+        module = self._location.present_module(phase)
+        self._copies.append(
+            RecordedCopy(self._time, direction, num_bytes, phase, module)
+        )
 
 
 def _alive(references: "list[weakref.ref[Any]]") -> list[Any]:

@@ -31,6 +31,8 @@ class Location:
         )
         self._has_hooks = False
         self._modules: list[str] = []
+        self._num_recomputing = 0
+        """Number of modules that were entered inside a backward and not left."""
         self._first_nodes: list[int] = []
         self._module_of_node: list[str] = []
 
@@ -54,7 +56,10 @@ class Location:
             return self.phase
         if torch._C._current_graph_task_id() == -1:
             return "forward"
-        return "recompute" if torch.is_grad_enabled() else "backward"
+        # A function of the user runs its forward without gradients, also when it is
+        # recomputed inside a module.
+        is_forward = torch.is_grad_enabled() or self._num_recomputing
+        return "recompute" if is_forward else "backward"
 
     def present_module(self, phase: str) -> str:
         """Return the name of the module; empty outside of the modules of models."""
@@ -80,6 +85,7 @@ class Location:
         """
         if module in self._names:
             self._modules.append(self._names[module])
+            self._num_recomputing += torch._C._current_graph_task_id() != -1
             self._mark_nodes()
 
     def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
@@ -87,6 +93,8 @@ class Location:
             return
         if self._modules:
             self._modules.pop()
+            inside = torch._C._current_graph_task_id() != -1
+            self._num_recomputing -= inside and self._num_recomputing > 0
         self._mark_nodes()
 
     def _mark_nodes(self) -> None:

@@ -1,0 +1,148 @@
+"""Collect what tests took, also in other processes, and update baselines at the end."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meft_bench.pytest_plugin import baselines, checking, marker
+from meft_bench.pytest_plugin.checking import Checked
+from meft_bench.pytest_plugin.options import Options
+
+
+class Session:
+    """The results of one run of pytest.
+
+    Args:
+        config: pytest's.
+        options: what the user asks for.
+    """
+
+    def __init__(self, config: pytest.Config, options: Options) -> None:
+        self._options = options
+        # A process of xdist checks tests; the one that started it writes.
+        self._is_worker = hasattr(config, "workerinput")
+        self._found: list[dict[str, Any]] = []
+        self._collected: dict[Path, set[str]] = defaultdict(set)
+        self._is_part = False
+        self._remarks: list[str] = []
+
+    def check(self, checked: Checked, wanted: marker.Wanted) -> str:
+        """Return why a test fails; empty if it does not."""
+        entry = checked.entry
+        if failure := checking.above_limit(entry, wanted):
+            return failure
+        if not self._options.checks or not entry:
+            return ""
+        known = self._known(checked.path, checked.name)
+        before = known.get(checked.key)
+        place = f"{checked.path.name}::{checked.name}"
+        if before is None:
+            if "create" in self._options.update:
+                return ""
+            return (
+                f"{place} has no baseline for {checked.key}: write one with\n"
+                f"  pytest '{checked.path}::{checked.name}' --meft-update=create"
+            )
+        differs = checking.differences(before, entry, wanted)
+        if not differs or "fix" in self._options.update:
+            return ""
+        return (
+            f"{place} takes more memory than its baseline ({checked.key})\n{differs}\n"
+            f"accept it: pytest '{checked.path}::{checked.name}' --meft-update=fix"
+        )
+
+    def _known(self, path: Path, name: str) -> dict[str, baselines.Entry]:
+        file = baselines.path_of(path, self._options.folder)
+        return baselines.read(file).get(name, {})
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Skip a test whose baselines are of another torch or device only."""
+        wanted = marker.of(item)
+        if wanted is None or not self._options.checks or self._options.update:
+            return
+        if not {"meft_step", "meft_memory"} & {*getattr(item, "fixturenames", ())}:
+            return
+        known = self._known(item.path, item.nodeid.partition("::")[2])
+        if not known or not wanted.gpu:
+            return  # which device the model is on is known later
+        key = checking.key_of(wanted.device)
+        if key not in known:
+            has = "; ".join(sorted(known))
+            text = f"not comparable: the baseline is of {has}, and this is {key}"
+            if self._options.is_strict:
+                pytest.fail(text, pytrace=False)
+            pytest.skip(text)
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        """Note that not all tests run."""
+        self._is_part = self._is_part or bool(items)
+
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        """Note which tests there are."""
+        self._is_part = self._is_part or any("::" in arg for arg in config.args)
+        for item in items:
+            self._collected[item.path].add(item.nodeid.partition("::")[2])
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Collect what a test took."""
+        found = getattr(report, "meft", None)
+        if found is not None and not self._is_worker:
+            self._found.append(found)
+
+    def pytest_sessionfinish(self) -> None:
+        """Write records, and update baselines."""
+        if self._is_worker:
+            return
+        if self._options.records is not None:
+            lines = [json.dumps(one) + "\n" for one in self._found]
+            self._options.records.write_text("".join(lines), encoding="utf-8")
+        by_path: dict[Path, list[dict[str, Any]]] = defaultdict(list)
+        for one in (one for one in self._found if one["is_checked"]):
+            by_path[Path(one["path"])].append(one)
+        for path in sorted({*by_path, *self._collected}):
+            self._update(path, by_path[path])
+
+    def _update(self, path: Path, found: list[dict[str, Any]]) -> None:
+        file = baselines.path_of(path, self._options.folder)
+        before = baselines.read(file)
+        after = {test: dict(entries) for test, entries in before.items()}
+        for one in found:
+            entries = after.setdefault(one["name"], {})
+            old, new = entries.get(one["key"]), one["entry"]
+            if (old is None and "create" in self._options.update) or (
+                old is not None and old != new and "fix" in self._options.update
+            ):
+                entries[one["key"]] = new
+            elif old is not None and checking.is_better(old, new):
+                self._remarks.append(
+                    f"{path.name}::{one['name']} takes less than its baseline; "
+                    "--meft-update=fix keeps that"
+                )
+        # Where other processes collect, it is not known here which tests there are.
+        here = self._collected.get(path)
+        is_known = here is not None and not self._is_part
+        unused = sorted(before.keys() - (here or set())) if is_known else []
+        if unused and "trim" in self._options.update:
+            for test in unused:
+                del after[test]
+        elif unused:
+            self._remarks.append(
+                f"{file}: no test is called {', '.join(unused)}; --meft-update=trim "
+                "removes what they took"
+            )
+        if after != before and self._options.update:
+            baselines.write(file, after)
+            self._remarks.append(f"wrote {file}")
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Say what was written, what is better, and what is unused."""
+        if self._remarks:
+            terminalreporter.section("memory")
+            for remark in self._remarks:
+                terminalreporter.write_line(remark)

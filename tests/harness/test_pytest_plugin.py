@@ -1,0 +1,249 @@
+"""The plugin of pytest, in runs of pytest of its own."""
+
+import importlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("xdist")
+# Imported before the runs, each of which forgets what it has imported.
+for _name in ("meft_bench.pytest_plugin.measuring", "meft_reports.breakdown"):
+    importlib.import_module(_name)
+
+pytest_plugins = ["pytester"]
+
+STEP = """
+import pytest, torch
+from torch import nn
+
+def made(width=8):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, width), nn.GELU(), nn.Linear(width, 16))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+@pytest.mark.meft_memory(MARKER)
+def test_step(meft_step):
+    model, optimizer = made(WIDTH)
+    seen = meft_step(model, torch.ones(4, 16), optimizer, lambda y: y.sum())
+    assert seen.saved_bytes > 0
+"""
+# Where the package is installed, pytest finds the plugin by itself.
+FOUND = importlib.metadata.entry_points(group="pytest11", name="meft")
+NAMED = () if FOUND else ("-p", "meft_bench.pytest_plugin")
+PLUGIN = (*NAMED, "-p", "no:cacheprovider")
+
+
+@pytest.fixture(autouse=True)
+def outside_of_ci(monkeypatch: pytest.MonkeyPatch, pytester: pytest.Pytester) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    pytester.makeini("[pytest]")
+
+
+def step(pytester: pytest.Pytester, *, width: int = 8, marker: str = "") -> None:
+    text = STEP.replace("WIDTH", str(width)).replace("MARKER", marker)
+    pytester.makepyfile(test_it=text)
+
+
+def run(pytester: pytest.Pytester, *words: str) -> pytest.RunResult:
+    return pytester.runpytest_inprocess(*PLUGIN, *words)
+
+
+def baseline(pytester: pytest.Pytester) -> dict[str, Any]:
+    path = pytester.path / "__meft__" / "test_it.json"
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def test_a_baseline_is_created_and_holds(pytester: pytest.Pytester) -> None:
+    step(pytester)
+    missing = run(pytester)
+    missing.assert_outcomes(passed=1, errors=1)
+    missing.stdout.fnmatch_lines(["*test_step has no baseline for torch *, cpu*"])
+    missing.stdout.fnmatch_lines(["*--meft-update=create"])
+    assert baseline(pytester) == {}
+    run(pytester, "--meft-update=create").assert_outcomes(passed=1)
+    ((entry,),) = [list(each.values()) for each in baseline(pytester).values()]
+    (seen,) = entry
+    assert seen["memory_breakdown"]["peak_bytes"] == seen["peak_allocated_bytes"]
+    before = (pytester.path / "__meft__" / "test_it.json").read_bytes()
+    run(pytester).assert_outcomes(passed=1)
+    run(pytester, "--meft-update=create,fix,trim").assert_outcomes(passed=1)
+    assert (pytester.path / "__meft__" / "test_it.json").read_bytes() == before
+
+
+def test_more_memory_fails_and_says_what_grew(pytester: pytest.Pytester) -> None:
+    step(pytester)
+    run(pytester, "--meft-update=create")
+    step(pytester, width=32)
+    found = run(pytester)
+    found.assert_outcomes(passed=1, errors=1)
+    found.stdout.fnmatch_lines(
+        [
+            "*takes more memory than its baseline*",
+            "saved: * → * bytes, +*allowed 0",
+            "*saved*in forward*float32 [[]4, *] → float32 [[]4, 32]",
+            "peak_allocated: *",
+            "*parameters*",
+            "accept it: pytest *--meft-update=fix",
+        ]
+    )
+    run(pytester, "--meft-update=fix").assert_outcomes(passed=1)
+    run(pytester).assert_outcomes(passed=1)
+    step(pytester)
+    less = run(pytester)
+    less.assert_outcomes(passed=1)
+    less.stdout.fnmatch_lines(["*takes less than its baseline*"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("marker", "errors"),
+    [
+        ("saved='200%', peak_allocated='200%'", 0),
+        ("saved=None, peak_allocated=None", 0),
+        ("saved='1MiB', peak_allocated=2**20", 0),
+        ("saved='10%', peak_allocated=None", 1),
+        ("saved=None, peak_allocated='1KiB'", 1),
+    ],
+)
+def test_what_is_allowed_is_the_markers(
+    pytester: pytest.Pytester, marker: str, errors: int
+) -> None:
+    step(pytester, marker=marker)
+    run(pytester, "--meft-update=create")
+    step(pytester, width=16, marker=marker)
+    run(pytester).assert_outcomes(passed=1, errors=errors)
+
+
+def test_a_limit_needs_no_baseline_to_fail(pytester: pytest.Pytester) -> None:
+    step(pytester, marker="limit='1KiB'")
+    found = run(pytester, "--meft-update=create")
+    found.assert_outcomes(passed=1, errors=1)
+    found.stdout.fnmatch_lines(["peak_allocated is *, above the limit of 1 KiB*"])
+
+
+@pytest.mark.parametrize(
+    ("marker", "words"),
+    [
+        ("3", "meft_memory: got 3; it takes saved, peak_allocated"),
+        ("save=0", "got 'save'; it takes saved"),
+        ("saved='1 %%'", "saved='1 %%' should be"),
+        ("limit='2 GB'", "limit='2 GB' should be bytes"),
+        ("limit=0", "limit=0 should be bytes"),
+        ("device='H200'", "device='H200' should be a virtual GPU"),
+    ],
+)
+def test_a_wrong_marker_is_named(
+    pytester: pytest.Pytester, marker: str, words: str
+) -> None:
+    step(pytester, marker=marker)
+    found = run(pytester)
+    assert words in found.stdout.str() + found.stderr.str()
+    assert found.parseoutcomes().get("passed", 0) == 0
+
+
+def test_updates_are_refused_under_ci(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CI", "true")
+    step(pytester)
+    found = run(pytester, "--meft-update=create")
+    assert found.ret == pytest.ExitCode.USAGE_ERROR
+    assert "refused under CI" in found.stderr.str()
+    unknown = run(pytester, "--meft-update=creat")
+    assert "creat is none of create, fix, trim" in unknown.stderr.str()
+
+
+@pytest.mark.slow
+def test_what_no_test_is_called_is_trimmed(pytester: pytest.Pytester) -> None:
+    """Only where all tests were collected; a test that is skipped is not gone."""
+    step(pytester)
+    run(pytester, "--meft-update=create")
+    skipped = STEP.replace("@pytest.mark.meft", "@pytest.mark.skip\n@pytest.mark.meft")
+    text = skipped.replace("WIDTH", "8").replace("MARKER", "")
+    pytester.makepyfile(test_it=text)
+    run(pytester, "--meft-update=trim").assert_outcomes(skipped=1)
+    assert "test_step" in baseline(pytester)
+    pytester.makepyfile(test_it=text.replace("test_step", "test_other"))
+    found = run(pytester)
+    found.stdout.fnmatch_lines(["*no test is called test_step*--meft-update=trim*"])
+    run(pytester, "--meft-update=trim", "-k", "nothing")
+    assert "test_step" in baseline(pytester)
+    run(pytester, "--meft-update=trim")
+    assert not (pytester.path / "__meft__" / "test_it.json").exists()
+
+
+def test_on_a_virtual_gpu_cuda_is_there(pytester: pytest.Pytester) -> None:
+    """And weights and batches that the test moves to it are counted."""
+    text = STEP.replace("MARKER", "device='virtual-H200'").replace("WIDTH", "8")
+    text = text.replace("made(8)", "made(8)\n    model.cuda()")
+    text = text.replace("torch.ones(4, 16)", "torch.ones(4, 16, device='cuda')")
+    pytester.makepyfile(test_it=text)
+    run(pytester, "--meft-update=create").assert_outcomes(passed=1)
+    assert "virtual-H200" in next(iter(baseline(pytester)["test_step"]))
+    run(pytester).assert_outcomes(passed=1)
+    path = pytester.path / "__meft__" / "test_it.json"
+    path.write_text(path.read_text().replace("torch ", "torch 1."))
+    run(pytester).assert_outcomes(skipped=1)
+    strict = run(pytester, "-o", "meft_strict=true")
+    strict.assert_outcomes(errors=1)
+    strict.stdout.fnmatch_lines(["*not comparable: the baseline is of torch 1.*"])
+
+
+def test_by_hand_without_a_marker(pytester: pytest.Pytester) -> None:
+    """Nothing is compared, and the numbers are there; also as records."""
+    pytester.makepyfile(
+        test_it="""
+        import torch
+        from torch import nn
+
+        def test_hand(meft_memory):
+            model = nn.Linear(256, 256)
+            with meft_memory(model) as seen:
+                model(torch.ones(2, 256)).sum().backward()
+            # The input, the sum, and the gradient of the sum.
+            assert seen.saved_bytes == 2 * 256 * 4 + 2 * 4
+            assert seen.peak_allocated_bytes >= 2 * (256 * 257 * 4)
+            assert seen.memory_breakdown["phase"] == "backward"
+        """
+    )
+    run(pytester, "--meft-records=out.jsonl").assert_outcomes(passed=1)
+    (record,) = map(json.loads, Path("out.jsonl").read_text().splitlines())
+    assert record["name"] == "test_hand"
+    assert not (pytester.path / "__meft__").exists()
+
+
+@pytest.mark.slow
+def test_a_file_that_is_no_baseline_is_named(pytester: pytest.Pytester) -> None:
+    step(pytester)
+    (pytester.path / "__meft__").mkdir()
+    for text in (
+        "[]",
+        "{",
+        '{"test_step": 3}',
+        '{"test_step": {"a": [{"saved_bytes": "x"}]}}',
+    ):
+        (pytester.path / "__meft__" / "test_it.json").write_text(text)
+        found = run(pytester)
+        assert "test_it.json" in found.stdout.str() + found.stderr.str()
+        assert found.ret != 0
+
+
+@pytest.mark.slow
+def test_several_processes_write_one_file(pytester: pytest.Pytester) -> None:
+    step(pytester)
+    path = pytester.path / "test_it.py"
+    path.write_text(path.read_text() + path.read_text().replace("test_step", "test_b"))
+    environment = {**os.environ}
+    assert "CI" not in environment
+    found = pytester.runpytest_subprocess(
+        *PLUGIN, "-p", "xdist", "-n", "2", "--meft-update=create"
+    )
+    found.assert_outcomes(passed=2)
+    assert baseline(pytester).keys() == {"test_step", "test_b"}
+    again = pytester.runpytest_subprocess(*PLUGIN, "-p", "xdist", "-n", "2")
+    again.assert_outcomes(passed=2)
+    assert "no test is called" not in again.stdout.str()
