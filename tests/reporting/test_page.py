@@ -1,5 +1,6 @@
 import json
 import re
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -144,7 +145,7 @@ def test_the_command_writes_the_page(
 
 
 def test_tables_are_encoded_without_loss() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"a": "x", "b": 1, "c": None, "d": [1.5, float("nan")]},
         {"a": "x", "b": None, "c": None, "d": None},
         {"a": "y", "b": 2**53, "c": None, "d": []},

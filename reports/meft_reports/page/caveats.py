@@ -13,6 +13,17 @@ from meft_reports.text import plural
 
 FEW_SEEDS = 5
 FEW_ROWS = 1000
+PLACES = {
+    "code_sha256": "versions of the code",
+    "torch_version": "versions of torch",
+    "machine": "machines",
+}
+OLD_RULES = {
+    "equal_batches": "micro-batches of a step had equal weights, whatever their "
+    "numbers of target tokens",
+    "undecayed_rows": "rows of sparse adapters had no weight decay, where the neurons "
+    "of dense adapters had",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,59 +37,27 @@ class Caveat:
 
 
 def caveats_of(cells: Sequence[Cell], settings: Sequence[Setting]) -> list[Caveat]:
-    """Return the caveats of a run, those on the most cells first within their kind.
+    """Return the caveats of a run that are about at least one cell.
 
     Args:
         cells: every cell of the frame.
         settings: the settings that they make.
     """
-    return [
-        *_predicted(cells),
-        *_random_weights(cells),
-        *_assumed(cells),
-        *_several(cells),
-        *_dirty(cells),
-        *_few_seeds(settings),
-        *_few_rows(cells),
-        *_nothing_learned(cells),
+    found = [
+        _predicted(cells),
+        _random_weights(cells),
+        _assumed(cells),
+        *_several_places(cells),
+        _uncommitted(cells),
+        _few_seeds(settings),
+        _few_rows(cells),
+        _nothing_learned(cells),
         *_old_training(settings),
-        *_side_by_side(cells),
+        _side_by_side(cells),
         *_failed(cells),
+        _not_finite(cells),
     ]
-
-
-def _where(cells: Sequence[Cell], test: Callable[..., Any]) -> list[int]:
-    return [index for index, cell in enumerate(cells) if test(cell)]
-
-
-def _predicted(cells: Sequence[Cell]) -> list[Caveat]:
-    found = _where(cells, is_predicted)
-    if not found:
-        return []
-    ways = sorted({cells[i]["prediction"] for i in found if cells[i]["prediction"]})
-    return [
-        Caveat(
-            title=f"{len(found):,} of {plural(len(cells), 'cell')} are predicted, not "
-            "measured",
-            text="Nothing ran on a GPU. How the numbers came about: "
-            f"{'; '.join(ways) or 'unknown'}. How close such predictions were to an "
-            "H200 is in docs/virtual-gpu.md.",
-            cells=found,
-        )
-    ]
-
-
-def _random_weights(cells: Sequence[Cell]) -> list[Caveat]:
-    found = _where(cells, has_random_weights)
-    if not found:
-        return []
-    return [
-        Caveat(
-            title=f"Random weights in {plural(len(found), 'cell')}",
-            text="Sizes and times do not depend on them; a score would mean nothing.",
-            cells=found,
-        )
-    ]
+    return [caveat for caveat in found if caveat.cells]
 
 
 def has_random_weights(cell: Cell) -> bool:
@@ -87,180 +66,167 @@ def has_random_weights(cell: Cell) -> bool:
     return bool(origin.startswith("random") or cell["backbone"].startswith("random:"))
 
 
-def _assumed(cells: Sequence[Cell]) -> list[Caveat]:
+def _where(cells: Sequence[Cell], test: Callable[[Cell], Any]) -> list[int]:
+    return [index for index, cell in enumerate(cells) if test(cell)]
+
+
+def _predicted(cells: Sequence[Cell]) -> Caveat:
+    found = _where(cells, is_predicted)
+    ways = sorted({cells[i]["prediction"] for i in found if cells[i]["prediction"]})
+    return Caveat(
+        title=f"{len(found):,} of {plural(len(cells), 'cell')} predicted, not measured",
+        text="Nothing ran on a GPU. How the numbers came about: "
+        f"{'; '.join(ways) or 'unknown'}. How close such predictions were to an H200 "
+        "is in docs/virtual-gpu.md.",
+        cells=found,
+    )
+
+
+def _random_weights(cells: Sequence[Cell]) -> Caveat:
+    found = _where(cells, has_random_weights)
+    return Caveat(
+        title=f"Random weights in {plural(len(found), 'cell')}",
+        text="Sizes and times do not depend on them; a score would mean nothing.",
+        cells=found,
+    )
+
+
+def _assumed(cells: Sequence[Cell]) -> Caveat:
     found = _where(cells, is_assumed)
-    if not found:
-        return []
-    return [
-        Caveat(
-            title=f"Assumed sparsity in {plural(len(found), 'cell')}",
-            text="The share of active neurons was declared, not observed. It is never "
-            "drawn as a result, and what follows from it is marked as assumed.",
-            cells=found,
-        )
-    ]
+    return Caveat(
+        title=f"Assumed sparsity in {plural(len(found), 'cell')}",
+        text="The share of active neurons was declared, not observed. It is never "
+        "drawn as a result, and what follows from it is marked as assumed.",
+        cells=found,
+    )
 
 
-def _several(cells: Sequence[Cell]) -> list[Caveat]:
+def _several_places(cells: Sequence[Cell]) -> list[Caveat]:
     found = []
-    for name, noun in (
-        ("code_sha256", "version of the code"),
-        ("torch_version", "version of torch"),
-        ("machine", "machine"),
-    ):
-        counts = collections.Counter(c[name] for c in cells if c[name])
+    for name, nouns in PLACES.items():
+        counts = collections.Counter(cell[name] for cell in cells if cell[name])
         if len(counts) < 2:
             continue
-        most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
         length = 8 if name == "code_sha256" else 60
-        named = ", ".join(f"{value[:length]}: {count:,}" for value, count in most[:4])
-        noun = noun.replace("version", "versions") if "version" in noun else noun + "s"
+        named = ", ".join(
+            f"{value[:length]}: {count:,}" for value, count in ordered[:4]
+        )
+        most = ordered[0][0]
         found.append(
             Caveat(
-                title=f"{len(counts)} {noun}",
-                text=f"Cells by {noun}: {named}{', ...' * (len(most) > 4)}. Their "
+                title=f"{len(counts)} {nouns}",
+                text=f"Cells by {nouns}: {named}{', ...' * (len(ordered) > 4)}. Their "
                 "numbers are never averaged or drawn in one comparison.",
-                cells=_where(cells, lambda c, n=name, top=most[0][0]: c[n] != top),
+                cells=[i for i, cell in enumerate(cells) if cell[name] != most],
             )
         )
     return found
 
 
-def _dirty(cells: Sequence[Cell]) -> list[Caveat]:
+def _uncommitted(cells: Sequence[Cell]) -> Caveat:
     found = _where(cells, lambda cell: cell["dirty"])
-    if not found:
-        return []
-    return [
-        Caveat(
-            title=f"Uncommitted code in {plural(len(found), 'cell')}",
-            text="Tracked files differed from the commit, so no commit holds the code "
-            "that ran.",
-            cells=found,
-        )
-    ]
+    return Caveat(
+        title=f"Uncommitted code in {plural(len(found), 'cell')}",
+        text="Tracked files differed from the commit, so no commit has the code that "
+        "ran.",
+        cells=found,
+    )
 
 
-def _few_seeds(settings: Sequence[Setting]) -> list[Caveat]:
-    scored = [
-        s for s in settings if s.numbers["score"] is not None and s.has(is_trained)
-    ]
+def _few_seeds(settings: Sequence[Setting]) -> Caveat:
+    scored = [s for s in settings if s.numbers["score"] is not None]
+    scored = [setting for setting in scored if setting.has(is_trained)]
     few = [setting for setting in scored if len(setting.ok) < FEW_SEEDS]
-    if not few:
-        return []
-    counts = sorted({len(setting.ok) for setting in scored})
+    counts = sorted({len(setting.ok) for setting in scored}) or [0]
     span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return [
-        Caveat(
-            title=f"Few seeds: {span} per setting",
-            text="Intervals over so few seeds are wide, and settings of one seed have "
-            "none.",
-            cells=sorted(cell["index"] for setting in few for cell in setting.cells),
-        )
-    ]
+    return Caveat(
+        title=f"Few seeds: {span} per setting",
+        text="Intervals over so few seeds are wide, and settings of one seed have "
+        "none.",
+        cells=sorted(cell["index"] for setting in few for cell in setting.cells),
+    )
 
 
-def _few_rows(cells: Sequence[Cell]) -> list[Caveat]:
+def _few_rows(cells: Sequence[Cell]) -> Caveat:
     def is_small(cell: Cell) -> bool:
         is_scored = cell["score"] is not None and is_trained(cell)
         return is_scored and 0 < (cell["num_eval_rows"] or 0) < FEW_ROWS
 
     found = _where(cells, is_small)
-    if not found:
-        return []
-    least = min(cells[i]["num_eval_rows"] for i in found)
+    least = min((cells[i]["num_eval_rows"] for i in found), default=1)
     half = 1.96 * math.sqrt(0.24 / least)
-    return [
-        Caveat(
-            title=f"Small evaluation: {plural(least, 'row')}",
-            text=f"One row is {100 / least:.2g} % of the score; the interval of 95 % "
-            f"of one score near 0.6 is ±{half:.3f}.",
-            cells=found,
-        )
-    ]
+    return Caveat(
+        title=f"Small evaluation: {plural(least, 'row')}",
+        text=f"One row is {100 / least:.2g} % of the score; the interval of 95 % of "
+        f"one score near 0.6 is ±{half:.3f}.",
+        cells=found,
+    )
 
 
-def _nothing_learned(cells: Sequence[Cell]) -> list[Caveat]:
+def _nothing_learned(cells: Sequence[Cell]) -> Caveat:
     def is_low(cell: Cell) -> bool:
         known = cell["score"] is not None and cell["majority_score"] is not None
-        return bool(
-            known and is_trained(cell) and cell["score"] <= cell["majority_score"]
-        )
+        learns = known and is_trained(cell)
+        return bool(learns and cell["score"] <= cell["majority_score"])
 
     found = _where(cells, is_low)
-    if not found:
-        return []
-    return [
-        Caveat(
-            title=f"{plural(len(found), 'cell')} no better than the majority class",
-            text="They have learned nothing. Their memory and time still count.",
-            cells=found,
-        )
-    ]
+    return Caveat(
+        title=f"{plural(len(found), 'cell')} no better than the most frequent answer",
+        text="They have learned nothing. Their memory and time still count.",
+        cells=found,
+    )
 
 
 def _old_training(settings: Sequence[Setting]) -> list[Caveat]:
     found = []
-    for flag, text in (
-        (
-            "equal_batches",
-            "micro-batches of a step had equal weights, whatever their "
-            "numbers of target tokens",
-        ),
-        (
-            "undecayed_rows",
-            "rows of sparse adapters had no weight decay, where the "
-            "neurons of dense adapters had",
-        ),
-    ):
-        its = [c["index"] for s in settings for c in s.cells if c[flag]]
-        if its:
-            found.append(
-                Caveat(
-                    title=f"Older training rules in {plural(len(its), 'cell')}",
-                    text=f"In the code that trained them, {text}.",
-                    cells=sorted(its),
-                )
+    for flag, text in OLD_RULES.items():
+        cells = [c["index"] for setting in settings for c in setting.cells if c[flag]]
+        found.append(
+            Caveat(
+                title=f"Older training rules in {plural(len(cells), 'cell')}",
+                text=f"In the code that trained them, {text}.",
+                cells=sorted(cells),
             )
+        )
     return found
 
 
-def _side_by_side(cells: Sequence[Cell]) -> list[Caveat]:
+def _side_by_side(cells: Sequence[Cell]) -> Caveat:
     def is_timed(cell: Cell) -> bool:
         return cell["step_seconds"] is not None and (cell["num_slots"] or 1) > 1
 
     found = _where(cells, is_timed)
-    if not found:
-        return []
-    return [
-        Caveat(
-            title=f"Timed side by side: {plural(len(found), 'cell')}",
-            text="Several cells ran at the same time on one machine and disturbed each "
-            "other's times. Ratios of steps timed in turns suffer least.",
-            cells=found,
-        )
-    ]
+    return Caveat(
+        title=f"Timed side by side: {plural(len(found), 'cell')}",
+        text="Several cells ran at the same time on one machine, which disturbs their "
+        "times. Ratios of steps timed in turns suffer least.",
+        cells=found,
+    )
 
 
 def _failed(cells: Sequence[Cell]) -> list[Caveat]:
     found = []
-    for status in STATUSES:
-        its = _where(cells, lambda cell, s=status: cell["status"] == s)
-        if status == "ok" or not its:
-            continue
-        if status == "oom":
-            title = f"{plural(len(its), 'cell')} out of memory"
-            text = "That is a result: the step needs more than the device has."
-        else:
-            title = f"{plural(len(its), 'cell')} ended with {status}"
-            text = "Their numbers are missing; each row of the table says why."
-        found.append(Caveat(title=title, text=text, cells=its))
-    lost = _where(cells, lambda c: c["status"] == "ok" and c["message"])
-    if lost:
+    for status in STATUSES[1:]:
+        its = [i for i, cell in enumerate(cells) if cell["status"] == status]
+        is_oom = status == "oom"
+        end = "out of memory" if is_oom else f"ended with {status}"
         found.append(
             Caveat(
-                title=f"{plural(len(lost), 'cell')} whose loss was not finite",
-                text="They ended well, but their training diverged in some step.",
-                cells=lost,
+                title=f"{plural(len(its), 'cell')} {end}",
+                text="That is a result: the step needs more than the device has."
+                if is_oom
+                else "Their numbers are missing; each row of the table says why.",
+                cells=its,
             )
         )
     return found
+
+
+def _not_finite(cells: Sequence[Cell]) -> Caveat:
+    found = _where(cells, lambda cell: cell["status"] == "ok" and cell["message"])
+    return Caveat(
+        title=f"{plural(len(found), 'cell')} whose loss was not finite",
+        text="They ended well, but their training diverged in some step.",
+        cells=found,
+    )

@@ -1,14 +1,17 @@
 """Colors, symbols and dashes of methods on the page, for light and dark.
 
-Figures name colors by variables of CSS (`--m0`, `--m1`, ...), so that the same figure
+Figures name colors by variables of CSS, so that the same figure
 is readable in light, in dark, and on paper.
 """
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from meft_reports.page.figures.figure import css
 from meft_reports.style import look, method_order
 
+PREFIX = "m"
+"""The variables of methods are this and their number."""
 _SHAPES = {
     "^": "triangle-up",
     "v": "triangle-down",
@@ -31,7 +34,7 @@ def looks_of(methods: Iterable[str]) -> list[dict[str, Any]]:
     return [
         {
             "name": method,
-            "color": f"var(--m{index})",
+            "color": css(f"{PREFIX}{index}"),
             "shape": _SHAPES.get(look(method).marker, "circle"),
             "dash": _DASHES[look(method).line],
         }
@@ -48,7 +51,7 @@ def variables(methods: Sequence[str], dark: bool) -> str:
     """Return the declarations of the methods' colors."""
     colors = [look(method).color for method in methods]
     shown = [_lightened(color) if dark else color for color in colors]
-    return "".join(f"--m{index}:{color};" for index, color in enumerate(shown))
+    return "".join(f"--{PREFIX}{index}:{color};" for index, color in enumerate(shown))
 
 
 def _lightened(color: str) -> str:

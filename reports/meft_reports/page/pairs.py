@@ -30,7 +30,7 @@ MUST_AGREE = tuple(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pair:
+class PairedDifference:
     """The score of `setting` less that of `against`, on equal seeds."""
 
     setting: Setting
@@ -72,7 +72,7 @@ class Pair:
         }
 
 
-def pairs_of(settings: Sequence[Setting]) -> list[Pair]:
+def pairs_of(settings: Sequence[Setting]) -> list[PairedDifference]:
     """Return all pairs of settings of one workload that have two seeds in common."""
     by_workload: dict[int, list[tuple[Setting, dict[int, Cell]]]] = {}
     for setting in settings:
@@ -99,7 +99,7 @@ def pairs_of(settings: Sequence[Setting]) -> list[Pair]:
 
 def _pair(
     setting: Setting, mine: dict[int, Cell], against: Setting, its: dict[int, Cell]
-) -> Pair | None:
+) -> PairedDifference | None:
     one, other = setting.cells[0], against.cells[0]
     if any(one[name] != other[name] for name in MUST_AGREE):
         return None
@@ -109,7 +109,7 @@ def _pair(
     over = over_seeds([mine[s]["score"] - its[s]["score"] for s in seeds])
     by_row = _by_row([mine[s] for s in seeds], [its[s] for s in seeds])
     rows = over_rows(by_row) if by_row else None
-    return Pair(
+    return PairedDifference(
         setting=setting,
         against=against,
         num_seeds=len(seeds),
@@ -145,10 +145,10 @@ def _is_share(cell: Cell) -> bool:
     return math.isclose(sum(right) / len(right), cell["score"], abs_tol=1e-6)
 
 
-def _corrected(family: Sequence[Pair]) -> list[Pair]:
+def _corrected(family: Sequence[PairedDifference]) -> list[PairedDifference]:
     corrected = holm([pair.p for pair in family])
     return [
-        Pair(
+        PairedDifference(
             setting=pair.setting,
             against=pair.against,
             num_seeds=pair.num_seeds,

@@ -1,33 +1,28 @@
 """The page as bytes: a template, the data and the libraries."""
 
 import base64
-import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
 
 import jinja2
 import pandas as pd
 from markupsafe import Markup
 
 from meft_reports.breakdown import Breakdown
-from meft_reports.columns import COLUMNS, SCHEMA_VERSION
+from meft_reports.columns import COLUMNS
 from meft_reports.columns.cell import STATUSES
-from meft_reports.format import format_bytes, format_score
+from meft_reports.format import format_score
 from meft_reports.page import bundle
 from meft_reports.page.answers import answers_of
-from meft_reports.page.caveats import Caveat, caveats_of
+from meft_reports.page.caveats import caveats_of
 from meft_reports.page.cells import Cell, all_cells, comparable_cells
-from meft_reports.page.figures import FIGURES
-from meft_reports.page.looks import looks_of, ordered, variables
-from meft_reports.page.opening import compared_with, opening_workload
+from meft_reports.page.data import data_of, memory_text
+from meft_reports.page.looks import ordered, variables
 from meft_reports.page.origins import origins_of
-from meft_reports.page.pairs import Pair, pairs_of
-from meft_reports.page.payload import encode, to_bytes
-from meft_reports.page.score_answers import front_of
-from meft_reports.page.settings import NUMBERS, Setting, settings_of
-from meft_reports.page.workloads import FIELDS
+from meft_reports.page.pairs import pairs_of
+from meft_reports.page.payload import to_bytes
+from meft_reports.page.settings import Setting, settings_of
 
 SCRIPTS = ("base", "choice", "rows", "draw", "cell", "table", "main")
 """The page's own scripts, in order; together they are one module."""
@@ -55,8 +50,7 @@ def render_page(
     pairs = pairs_of(settings)
     caveats = caveats_of(cells, settings)
     methods = ordered(cell["method"] for cell in cells)
-    data = _data(cells, settings, pairs, caveats, methods)
-    data["breakdowns"] = _breakdowns(cells, breakdowns or {})
+    data = data_of(cells, settings, pairs, caveats, breakdowns or {})
     script = "".join(_text(f"js/{name}.js") for name in SCRIPTS)
     environment = jinja2.Environment(
         autoescape=True,
@@ -82,91 +76,6 @@ def render_page(
         datatables=Markup(bundle.datatables()),
     )
     return page.encode()
-
-
-def _data(
-    cells: Sequence[Cell],
-    settings: Sequence[Setting],
-    pairs: Sequence[Pair],
-    caveats: Sequence[Caveat],
-    methods: Sequence[str],
-) -> dict[str, Any]:
-    fronts = _fronts(settings)
-    workloads = {s.workload.index: s.workload for s in settings}
-    columns = [c for c in COLUMNS if not c.versioned]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "cells": encode(cells, [column.name for column in columns]),
-        "columns": {
-            column.name: [column.section, column.unit, column.dtype, column.meaning]
-            for column in columns
-        },
-        "workloads": [
-            {"title": workloads[index].title, **workloads[index].fields}
-            for index in sorted(workloads)
-        ],
-        "fields": FIELDS,
-        "settings": encode(
-            [
-                {
-                    **setting.to_json(),
-                    "cells": [cell["index"] for cell in setting.cells],
-                    "is_front": fronts.get(id(setting)),
-                    "order": _order(setting),
-                    "text": _memory_text(setting),
-                }
-                for setting in settings
-            ]
-        ),
-        "options": sorted(settings[0].options) if settings else [],
-        "numbers": NUMBERS,
-        "pairs": encode([pair.to_json() for pair in pairs]),
-        "looks": looks_of(methods),
-        "figures": [dataclasses.asdict(figure) for figure in FIGURES],
-        "caveats": [caveat.cells for caveat in caveats],
-        "opening": opening_workload(settings),
-        "against": compared_with(settings),
-    }
-
-
-def _fronts(settings: Sequence[Setting]) -> dict[int, bool]:
-    by_workload: dict[int, list[Setting]] = {}
-    for setting in settings:
-        row = setting.to_json()
-        if row["is_trained"]:
-            by_workload.setdefault(setting.workload.index, []).append(setting)
-    return {id(s): True for its in by_workload.values() for s in front_of(its)}
-
-
-def _order(setting: Setting) -> float:
-    """Return the place of a setting among bars: by peak, what did not fit last."""
-    peak = setting.numbers["peak_allocated_bytes"]
-    return peak if peak is not None else 2.0**60 + (setting.least_bytes or 2**59)
-
-
-def _memory_text(setting: Setting) -> str:
-    peak = setting.numbers["peak_allocated_bytes"]
-    if peak is not None:
-        return format_bytes(peak)
-    if setting.status != "oom":
-        return setting.status
-    size = setting.least_bytes
-    return f"more than {format_bytes(size)}" if size else "out of memory"
-
-
-def _breakdowns(
-    cells: Sequence[Cell], breakdowns: Mapping[str, Breakdown]
-) -> dict[str, Any]:
-    return {
-        str(index): {
-            "phase": its.phase,
-            "peak": its.peak_bytes,
-            "other": its.other_bytes,
-            "rows": [[*row[:5], list(row.shape), *row[6:]] for row in its.rows],
-        }
-        for index, cell in enumerate(cells)
-        if (its := breakdowns.get(cell["cell_id"])) is not None
-    }
 
 
 def _question(cells: Sequence[Cell]) -> str:
@@ -198,7 +107,7 @@ def _plain(settings: Sequence[Setting]) -> list[tuple[str, str, str, str, str]]:
                 setting.workload.title,
                 str(len(setting.ok)),
                 format_score(score),
-                _memory_text(setting),
+                memory_text(setting),
             )
         )
     return rows

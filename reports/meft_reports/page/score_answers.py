@@ -7,7 +7,7 @@ from markupsafe import Markup
 from meft_reports.format import format_bytes, format_score
 from meft_reports.methods import is_stored
 from meft_reports.page.cells import is_trained
-from meft_reports.page.pairs import Pair
+from meft_reports.page.pairs import PairedDifference
 from meft_reports.page.settings import Setting
 from meft_reports.text import plural
 
@@ -16,7 +16,9 @@ MOST_NAMES = 4
 """Number of settings that a list in a sentence names."""
 
 
-def scores(settings: Sequence[Setting], pairs: Sequence[Pair]) -> list[Markup]:
+def scores(
+    settings: Sequence[Setting], pairs: Sequence[PairedDifference]
+) -> list[Markup]:
     """Say for each task what scored best, and what is best at equal memory."""
     by_workload: dict[int, list[Setting]] = {}
     for setting in settings:
@@ -55,7 +57,7 @@ def front_of(settings: Sequence[Setting]) -> list[Setting]:
     return front
 
 
-def _best(several: Sequence[Setting], pairs: Sequence[Pair]) -> Markup:
+def _best(several: Sequence[Setting], pairs: Sequence[PairedDifference]) -> Markup:
     top = max(several, key=_score)
     verdicts = {
         id(pair.setting): pair
@@ -91,7 +93,7 @@ def _one_seed(its: Sequence[Setting]) -> Markup:
     ).format(top.workload.title, top.name, format_score(_score(top)))
 
 
-def _front(its: Sequence[Setting], pairs: Sequence[Pair]) -> Markup | None:
+def _front(its: Sequence[Setting], pairs: Sequence[PairedDifference]) -> Markup | None:
     """Say what is best at equal memory; None if one setting is best at any memory."""
     front = front_of(its)
     if len(front) < 2:

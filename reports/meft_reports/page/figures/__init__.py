@@ -1,8 +1,9 @@
 """The figures of the page: one kind per file, each a `Figure` called `FIGURE`.
 
-A figure is data: which rows it needs, what it says about itself, and a specification of
-Vega-Lite in which words that begin with `@` are filled in by the page, from the rows
-that the reader chose. Add a kind by adding a file and its name below.
+A figure is data, which `figure` defines: the rows that it needs, what it says about
+itself, and a specification of Vega-Lite in which words that begin with `@` are filled
+in by the page, from the rows that the reader chose. Add a kind by adding a file and its
+name below.
 """
 
 from meft_reports.page.figures import (
@@ -13,6 +14,7 @@ from meft_reports.page.figures import (
     losses,
     matrix,
     memory,
+    predictions,
     scores,
     step_ratios,
     traffic,
@@ -28,6 +30,7 @@ FIGURES = (
     traffic.FIGURE,
     step_ratios.FIGURE,
     blocks.FIGURE,
+    predictions.FIGURE,
     losses.FIGURE,
 )
 """Every figure, in the order of the page."""

@@ -1,19 +1,13 @@
 """Paired differences of scores as a forest plot."""
 
-from meft_reports.page.figures.figure import (
-    ZERO,
-    Figure,
-    names,
-    quantity,
-    tooltip,
-)
+from meft_reports.page.figures.figure import ZERO, Figure, css, names, quantity, tooltip
 
 _COLOR = {
     "field": "verdict",
     "type": "nominal",
     "scale": {
         "domain": ["ahead", "behind", "not told apart"],
-        "range": ["var(--good)", "var(--bad)", "var(--muted)"],
+        "range": [css("good"), css("bad"), css("muted")],
     },
     "legend": {"title": None, "orient": "bottom"},
 }

@@ -40,6 +40,11 @@ class Figure:
     """Whether it takes the whole width of a page of two columns."""
 
 
+def css(name: str) -> str:
+    """Return the color `name` of the style sheet, which has one for each scheme."""
+    return f"var(--{name})"
+
+
 LEGEND = {"title": None, "orient": "bottom", "columns": "@legend_columns"}
 """A legend below the figure; channels of one field share it."""
 
@@ -100,7 +105,7 @@ def tooltip(**fields: str) -> list[dict[str, Any]]:
 
 
 ZERO = {
-    "mark": {"type": "rule", "color": "var(--soft)"},
+    "mark": {"type": "rule", "color": css("soft")},
     "encoding": {"x": {"datum": 0, "type": "quantitative"}},
 }
 """A vertical line at 0."""

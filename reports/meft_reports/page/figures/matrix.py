@@ -1,6 +1,6 @@
 """Every workload and method as a heat map, against one method."""
 
-from meft_reports.page.figures.figure import Figure, tooltip
+from meft_reports.page.figures.figure import Figure, css, tooltip
 
 STEPS = (-75, -50, -25, -2, 2, 25, 50)
 """Limits of the shades, in per cent more than the method compared with."""
@@ -40,17 +40,17 @@ FIGURE = Figure(
         },
         "layer": [
             {
-                "mark": {"type": "rect", "cursor": "pointer", "stroke": "var(--bg)"},
+                "mark": {"type": "rect", "cursor": "pointer", "stroke": css("bg")},
                 "encoding": {
                     "color": {
                         "condition": [
                             {
                                 "test": "datum.state == 'oom'",
-                                "value": "var(--heat-oom)",
+                                "value": css("heat-oom"),
                             },
                             {
                                 "test": "!isValid(datum.relative)",
-                                "value": "var(--heat-fits)",
+                                "value": css("heat-fits"),
                             },
                         ],
                         "field": "relative",
@@ -58,7 +58,7 @@ FIGURE = Figure(
                         "scale": {
                             "type": "threshold",
                             "domain": list(STEPS),
-                            "range": [f"var(--heat{n})" for n in range(8)],
+                            "range": [css(f"heat{n}") for n in range(8)],
                         },
                         "legend": None,
                     },

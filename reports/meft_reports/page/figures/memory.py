@@ -1,6 +1,6 @@
 """Peak memory of a step: what rests between steps, and what a step adds."""
 
-from meft_reports.page.figures.figure import Figure, names, quantity, tooltip
+from meft_reports.page.figures.figure import Figure, css, names, quantity, tooltip
 
 _X = "@unit"
 _PARTS = ["between steps: weights, optimizer state", "added by a step: activations"]
@@ -53,7 +53,7 @@ FIGURE = Figure(
                         "type": "nominal",
                         "scale": {
                             "domain": _PARTS,
-                            "range": ["var(--bar1)", "var(--bar2)"],
+                            "range": [css("bar1"), css("bar2")],
                         },
                         "legend": {
                             "title": None,
@@ -71,7 +71,7 @@ FIGURE = Figure(
                 "mark": {
                     "type": "bar",
                     "fill": "transparent",
-                    "stroke": "var(--soft)",
+                    "stroke": css("soft"),
                     "strokeDash": [4, 3],
                     "cursor": "pointer",
                 },
@@ -87,7 +87,7 @@ FIGURE = Figure(
                     {"filter": "isValid(datum.saved) && isValid(datum.peak)"},
                     {"calculate": "datum.resting + datum.saved", "as": "kept"},
                 ],
-                "mark": {"type": "tick", "thickness": 2, "color": "var(--fg)"},
+                "mark": {"type": "tick", "thickness": 2, "color": css("fg")},
                 "encoding": {"y": names(), "x": quantity("kept", _X)},
             },
             {

@@ -1,6 +1,6 @@
 """Score against peak memory, with intervals and the front of the means."""
 
-from meft_reports.page.figures.figure import Figure, methods, quantity, tooltip
+from meft_reports.page.figures.figure import Figure, css, methods, quantity, tooltip
 
 _X = quantity(
     "peak",
@@ -29,7 +29,7 @@ FIGURE = Figure(
                 "mark": {
                     "type": "line",
                     "interpolate": "step-after",
-                    "color": "var(--soft)",
+                    "color": css("soft"),
                 },
                 "encoding": {"x": _X, "y": _Y},
             },

@@ -2,6 +2,7 @@
 
 from meft_reports.page.figures.figure import (
     Figure,
+    css,
     methods,
     names,
     quantity,
@@ -24,7 +25,7 @@ FIGURE = Figure(
         "height": {"step": 20},
         "layer": [
             {
-                "mark": {"type": "rule", "color": "var(--soft)"},
+                "mark": {"type": "rule", "color": css("soft")},
                 "encoding": {"x": {"datum": 1, "type": "quantitative"}},
             },
             {

@@ -1,6 +1,6 @@
 """Bytes between host and device in one step, by direction and phase."""
 
-from meft_reports.page.figures.figure import Figure, names, quantity, tooltip
+from meft_reports.page.figures.figure import Figure, css, names, quantity, tooltip
 
 FIGURE = Figure(
     name="traffic",
@@ -44,13 +44,13 @@ FIGURE = Figure(
             {
                 "needs": "paper",
                 "transform": [{"filter": "isValid(datum.paper)"}],
-                "mark": {"type": "tick", "thickness": 2, "color": "var(--fg)"},
+                "mark": {"type": "tick", "thickness": 2, "color": css("fg")},
                 "encoding": {"y": names(), "x": quantity("paper", "@unit")},
             },
             {
                 "needs": "dense",
                 "transform": [{"filter": "isValid(datum.dense)"}],
-                "mark": {"type": "point", "shape": "cross", "color": "var(--fg)"},
+                "mark": {"type": "point", "shape": "cross", "color": css("fg")},
                 "encoding": {"y": names(), "x": quantity("dense", "@unit")},
             },
         ],

@@ -31,7 +31,7 @@ const termsFor = (figure, made, width) => {
   const methods = DATA.looks.map((look) => look.name).filter((name) => made.rows.some((row) => row.method == name));
   const looks = methods.map((name) => LOOKS.get(name)), phone = width < 520;
   const longest = Math.max(0, ...made.rows.map((row) => (row.workload ?? row.name ?? '').length)) * 6.4 + 8;
-  const label = Math.min(longest, width * (phone ? 0.36 : 0.4));
+  const label = made.words?.label ?? Math.min(longest, width * (phone ? 0.36 : 0.4));
   const columns = made.words?.columns ?? 1, panel = Math.max(120, Math.floor((width - 80) / columns) - 45);
   const terms = {
     width: Math.max(150, width - 70), height: phone ? 260 : 320, panel_width: panel, panel_height: phone ? 220 : 280,

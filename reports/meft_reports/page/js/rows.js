@@ -145,6 +145,20 @@ const MAKE = {
     const broken = lists.filter(([, list]) => list.some((v) => !known(v))).map(([s]) => s.name);
     return { rows, words: { y: words(column) + (unit && ` (${unit})`), y_format: isError ? '.0e' : undefined, y_scale: isError && positive.length ? 'log' : 'linear', zero: isError ? undefined : true }, notes: [broken.length && `Not finite in some blocks: ${broken.slice(0, 8).join(', ')}.`] };
   },
+  predictions() {
+    const quantities = unique(PREDICTIONS.map((row) => words(row.quantity))), counts = new Map();
+    const rows = PREDICTIONS.map((row) => {
+      const count = (counts.get(row.quantity) ?? 0) + 1;
+      counts.set(row.quantity, count);
+      return { ...row, quantity: words(row.quantity), workload: WORKLOADS[row.w].title, offset: (count * 0.618) % 1, measured_text: asText(row.quantity, row.measured), predicted_text: asText(row.quantity, row.predicted), value_text: `${row.error.toFixed(2)} %, ${words(row.quantity)}` };
+    });
+    const notes = quantities.map((quantity) => {
+      const errors = rows.filter((row) => row.quantity == quantity).map((row) => Math.abs(row.error)).sort(byNumber);
+      return `${quantity}: half of ${errors.length} errors are below ${errors[Math.floor((errors.length - 1) / 2)].toFixed(2)} %.`;
+    });
+    if (rows.some((row) => row.is_assumed)) notes.push('Of sparse adapters, the share of active neurons is assumed.');
+    return { rows, words: { label: 110 }, notes, free: FIELDS };
+  },
   losses() {
     const rows = [];
     for (const s of inWorkload(chosen())) for (const cell of s.cells) {
