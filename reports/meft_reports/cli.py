@@ -194,9 +194,9 @@ def page(arguments: argparse.Namespace) -> int:
     if suffix not in (".html", ".htm"):
         raise UnknownName("ending", suffix, (".html", ".htm"))
     records, newest = read_records(arguments.runs)
-    content = render_page(
-        to_frame(records, newest), arguments.question, breakdowns_of(records)
-    )
+    frame, breakdowns = to_frame(records, newest), breakdowns_of(records)
+    del records  # of a large run, most of the memory
+    content = render_page(frame, arguments.question, breakdowns)
     write_atomically(arguments.output, content)
     return _written(arguments.output)
 

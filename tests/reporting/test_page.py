@@ -166,6 +166,9 @@ def test_a_breakdown_is_in_the_dialog_and_the_figure(
         "phase": "backward",
         "rows": [row],
         "other_bytes": MIB,
+        "saved_rows": [row],
+        "saved_other_bytes": 0,
+        "saved_bytes": 3 * MIB,
         "at_op": 9,
         "num_ops": 12,
     }
@@ -174,7 +177,13 @@ def test_a_breakdown_is_in_the_dialog_and_the_figure(
     assert cli("page", runs, "-o", output).returncode == 0
     held = data_of(output.read_text())["breakdowns"]
     assert held == {
-        "0": {"phase": "backward", "peak": 4 * MIB, "other": MIB, "rows": [row]}
+        "0": {
+            "phase": "backward",
+            "peak": 4 * MIB,
+            "other": MIB,
+            "rows": [row],
+            "saved": [row],
+        }
     }
 
 

@@ -4,6 +4,7 @@ Pandas is slow row by row, and JSON has neither `NA` nor NaN, so what the page s
 computed from dictionaries in which every unknown number is None.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -12,15 +13,35 @@ from meft_reports.columns import COLUMNS
 from meft_reports.summary import FLAGS, prepare
 
 Cell = dict[str, Any]
-"""The columns of the frame by name; in those of `comparable_cells` also `FLAGS`."""
+"""Columns of the frame by name; in those of `comparable_cells` also `FLAGS`."""
+
+FACTS = (
+    *("cell_id", "sweep", "sweep_question", "status", "message", "started_at"),
+    *("source", "method", "backbone", "task", "device", "max_steps", "reference"),
+    *("learning_rate", "active_fraction", "python_version", "torch_version"),
+    *("transformers_version", "peft_version", "commit", "dirty", "code_sha256"),
+    *("machine", "platform", "cpu", "num_threads", "num_slots", "device_name"),
+    *("prediction", "weights_origin", "weights_sha256", "data_origin"),
+    *("step_seconds", "score", "majority_score", "num_eval_rows"),
+)
+"""Columns that sentences on single cells need."""
 
 UNTRAINED_RATE = 1e-9
 """A cell with a smaller learning rate measures its method's starting point."""
 
 
 def all_cells(frame: pd.DataFrame) -> list[Cell]:
-    """Return every cell of the frame, in its order."""
-    return _rows(frame, [column.name for column in COLUMNS])
+    """Return every cell of the frame with `FACTS`, in its order."""
+    return _rows(frame, FACTS)
+
+
+def columns_of(frame: pd.DataFrame, names: Iterable[str]) -> dict[str, list[Any]]:
+    """Return columns of the frame as lists of plain values."""
+    found = {}
+    for name in names:
+        series = frame[name]
+        found[name] = series.astype(object).where(series.notna(), None).tolist()
+    return found
 
 
 def comparable_cells(frame: pd.DataFrame) -> list[Cell]:
@@ -30,7 +51,8 @@ def comparable_cells(frame: pd.DataFrame) -> list[Cell]:
     does not use is None.
     """
     rows = prepare(frame.reset_index(drop=True))
-    cells = _rows(rows, [*(column.name for column in COLUMNS), *FLAGS])
+    names = [c.name for c in COLUMNS if c.section != "versions" or c.key == "torch"]
+    cells = _rows(rows, [*names, *FLAGS])
     for cell, index in zip(cells, rows.index, strict=True):
         cell["index"] = int(index)
     return cells
@@ -64,10 +86,6 @@ def is_predicted(cell: Cell) -> bool:
     return bool(cell["source"] == "predicted")
 
 
-def _rows(frame: pd.DataFrame, names: list[str]) -> list[Cell]:
-    values = {}
-    for name in names:
-        series = frame[name]
-        values[name] = series.astype(object).where(series.notna(), None).tolist()
-    columns = zip(*values.values(), strict=True)
-    return [dict(zip(names, row, strict=True)) for row in columns]
+def _rows(frame: pd.DataFrame, names: Sequence[str]) -> list[Cell]:
+    values = zip(*columns_of(frame, names).values(), strict=True)
+    return [dict(zip(names, row, strict=True)) for row in values]

@@ -4,16 +4,18 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from meft_reports.breakdown import Breakdown
+import pandas as pd
+
+from meft_reports.breakdown import Breakdown, PeakRow
 from meft_reports.columns import COLUMNS, SCHEMA_VERSION
 from meft_reports.format import format_bytes
 from meft_reports.page.caveats import Caveat
-from meft_reports.page.cells import Cell
+from meft_reports.page.cells import Cell, columns_of
 from meft_reports.page.figures import FIGURES
 from meft_reports.page.looks import looks_of
 from meft_reports.page.opening import compared_with, opening_workload
 from meft_reports.page.pairs import PairedDifference
-from meft_reports.page.payload import encode
+from meft_reports.page.payload import encode, encode_columns
 from meft_reports.page.predictions import prediction_errors
 from meft_reports.page.score_answers import front_of
 from meft_reports.page.settings import NUMBERS, Setting
@@ -21,6 +23,7 @@ from meft_reports.page.workloads import FIELDS
 
 
 def data_of(
+    frame: pd.DataFrame,
     cells: Sequence[Cell],
     settings: Sequence[Setting],
     pairs: Sequence[PairedDifference],
@@ -30,7 +33,8 @@ def data_of(
     """Return the data of the page, ready for JSON.
 
     Args:
-        cells: every cell of the frame.
+        frame: the frame.
+        cells: its cells.
         settings: the settings that they make.
         pairs: the paired differences between these.
         caveats: what to keep in mind, with positions in `cells`.
@@ -41,7 +45,7 @@ def data_of(
     columns = [c for c in COLUMNS if not c.versioned]
     return {
         "schema_version": SCHEMA_VERSION,
-        "cells": encode(cells, [column.name for column in columns]),
+        "cells": encode_columns(columns_of(frame, [c.name for c in columns])),
         "columns": {
             column.name: [column.section, column.unit, column.dtype, column.meaning]
             for column in columns
@@ -110,8 +114,13 @@ def _breakdowns(
             "phase": its.phase,
             "peak": its.peak_bytes,
             "other": its.other_bytes,
-            "rows": [[*row[:5], list(row.shape), *row[6:]] for row in its.rows],
+            "rows": _as_lists(its.rows),
+            "saved": _as_lists(its.saved_rows),
         }
         for index, cell in enumerate(cells)
         if (its := breakdowns.get(cell["cell_id"])) is not None
     }
+
+
+def _as_lists(rows: Sequence[PeakRow]) -> list[list[Any]]:
+    return [[*row[:5], list(row.shape), *row[6:]] for row in rows]

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from scipy.stats import t as student
+from scipy.special import stdtr, stdtrit
 
 TAIL = 0.975
 """Quantile of the upper end of an interval of 95 %."""
@@ -34,7 +34,7 @@ def over_seeds(values: Sequence[float]) -> Interval:
         return Interval(mean, None, None, 1.0)
     error = statistics.stdev(values) / math.sqrt(len(values))
     half = _quantile(len(values) - 1) * error
-    p = _p(mean, error, lambda ratio: float(2 * student.sf(ratio, len(values) - 1)))
+    p = _p(mean, error, lambda ratio: float(2 * stdtr(len(values) - 1, -ratio)))
     return Interval(mean, mean - half, mean + half, p)
 
 
@@ -51,7 +51,7 @@ def over_rows(values: Sequence[float]) -> Interval:
 
 @functools.cache
 def _quantile(freedom: int) -> float:
-    return float(student.ppf(TAIL, freedom))
+    return float(stdtrit(freedom, TAIL))
 
 
 def _p(mean: float, error: float, tail: Callable[[float], float]) -> float:

@@ -15,18 +15,18 @@ from typing import Any
 Encoded = dict[str, Any]
 
 
-def encode(rows: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> Encoded:
-    """Return rows as columns.
+def encode(rows: Sequence[Mapping[str, Any]]) -> Encoded:
+    """Return rows, which are dictionaries with the same keys, as columns."""
+    names = list(rows[0]) if rows else []
+    return encode_columns({name: [row[name] for row in rows] for name in names})
 
-    Args:
-        rows: dictionaries with the same keys.
-        names: the keys to keep, in order; by default those of the first row.
-    """
-    kept = names or (list(rows[0]) if rows else [])
-    columns = {name: _column([row[name] for row in rows]) for name in kept}
+
+def encode_columns(columns: Mapping[str, list[Any]]) -> Encoded:
+    """Return columns of equal length."""
+    encoded = {name: _column(values) for name, values in columns.items()}
     return {
-        "rows": len(rows),
-        "columns": {name: column for name, column in columns.items() if column},
+        "rows": len(next(iter(columns.values()), [])),
+        "columns": {name: column for name, column in encoded.items() if column},
     }
 
 

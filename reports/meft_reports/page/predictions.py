@@ -89,7 +89,7 @@ def predictions(errors: Sequence[PredictionError]) -> list[Markup]:
     worst = max(peaks, key=lambda each: abs(each.error))
     return [
         Markup(
-            "Predicted peaks are off the measured ones by <b>{:.2f} %</b>, the median "
+            "Predicted peaks are off the measured ones by <b>{:.3f} %</b>, the median "
             "of {} settings that ran on the GPU too; the worst is {:+.2f} %, "
             "<code>{}</code> on {}."
         ).format(

@@ -50,7 +50,7 @@ def render_page(
     pairs = pairs_of(settings)
     caveats = caveats_of(cells, settings)
     methods = ordered(cell["method"] for cell in cells)
-    data = data_of(cells, settings, pairs, caveats, breakdowns or {})
+    data = data_of(frame, cells, settings, pairs, caveats, breakdowns or {})
     script = "".join(_text(f"js/{name}.js") for name in SCRIPTS)
     environment = jinja2.Environment(
         autoescape=True,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from meft_reports.labels import USUAL
 from meft_reports.page.cells import Cell
 from meft_reports.summary import PROVENANCE, WORKLOAD
 from meft_reports.text import plural
@@ -37,20 +38,20 @@ class Workload:
 def workloads_of(cells: Sequence[Cell]) -> dict[tuple[Any, ...], Workload]:
     """Return the workloads of the cells by `key_of`, in a fixed order."""
     places = _places(cells)
+    codes = {cell["code_sha256"] for cell in cells}
     found = {key_of(cell): cell for cell in cells}
     ordered = sorted(found, key=lambda key: [(v is None, str(v)) for v in key])
     varying = [
         name for name in WORKLOAD if len({found[key][name] for key in found}) > 1
     ]
-    several_places = len(set(places.values())) > 1
     result = {}
     for index, key in enumerate(ordered):
         cell = found[key]
         fields = {name: cell[name] for name in WORKLOAD}
         fields["place"] = places[_place_key(cell)]
         title = in_words(fields, varying)
-        if several_places:
-            title += f" · {fields['place']}"
+        if len(codes) > 1:
+            title += f" · code {cell['code_sha256'][:8]}"
         result[key] = Workload(index=index, fields=fields, title=title)
     return result
 
@@ -72,9 +73,9 @@ def in_words(fields: dict[str, Any], varying: Sequence[str] = WORKLOAD) -> str:
     parts.append(fields["dtype"])
     if fields["weights_dtype"] != fields["dtype"] and "weights_dtype" in varying:
         parts.append(f"{fields['weights_dtype']} weights")
-    if "attention" in varying:
+    if fields["attention"] != USUAL["attention"]:
         parts.append(f"{fields['attention']} attention")
-    if "blocks" in varying:
+    if fields["blocks"] != USUAL["blocks"]:
         parts.append(f"{fields['blocks']} blocks")
     if fields["device"] != "cpu" or "device" in varying:
         parts.append(fields["device"])
