@@ -1,5 +1,8 @@
 import json
 import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -10,6 +13,7 @@ from meft_reports.errors import ReportError
 from meft_reports.frame import read_frame, to_frame
 from meft_reports.page import bundle
 from meft_reports.page.figures import FIGURES
+from meft_reports.page.figures.figure import Figure
 from meft_reports.page.payload import encode, to_bytes
 from reporting.conftest import MIB, build_all
 from reporting.kinds import Cli, MakeRecord, Record, Write
@@ -110,11 +114,11 @@ def test_words_that_the_page_fills_in_are_declared(page: str) -> None:
 
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.name)
-def test_a_figure_says_what_it_shows(figure: object, page: str) -> None:
+def test_a_figure_says_what_it_shows(figure: Figure, page: str) -> None:
     """And the script knows how to make its rows."""
     script = page.rpartition('<script type="module">')[2]
-    assert figure.about.endswith(".")  # type: ignore[attr-defined]
-    assert f"  {figure.rows}() {{" in script  # type: ignore[attr-defined]
+    assert figure.about.endswith(".")
+    assert f"  {figure.rows}() {{" in script
 
 
 def test_libraries_are_whole(page: str) -> None:
@@ -122,14 +126,36 @@ def test_libraries_are_whole(page: str) -> None:
     assert b"DataTables" in unpacked(page, "datatables")
 
 
+@pytest.fixture
+def no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty folder of caches; libraries are read anew, and again after the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cached = (bundle.vega, bundle.datatables, bundle.datatables_css)
+    for function in cached:
+        function.cache_clear()
+    yield tmp_path
+    for function in cached:
+        function.cache_clear()
+
+
+def test_a_broken_cache_is_made_again(no_cache: Path) -> None:
+    """The bundled library is the same with a cache, without, and with half a one."""
+    text = bundle.vega()
+    (path,) = (no_cache / "meft").iterdir()
+    for content in (text, text[: len(text) // 2], "x"):
+        path.write_text(content)
+        bundle.vega.cache_clear()
+        assert bundle.vega() == text
+        assert path.read_text() == text
+
+
 @pytest.mark.parametrize("package", ["itables", "vl_convert"])
+@pytest.mark.usefixtures("no_cache")
 def test_a_missing_library_is_named(
     package: str, monkeypatch: pytest.MonkeyPatch, frame: pd.DataFrame
 ) -> None:
     """With the command that installs it, in one line."""
-    monkeypatch.setitem(__import__("sys").modules, package, None)
-    for cached in (bundle.vega, bundle.datatables, bundle.datatables_css):
-        cached.cache_clear()
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ReportError, match=r"pip install 'meft\[page\]'"):
         page_of(frame)
 

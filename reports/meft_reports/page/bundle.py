@@ -10,11 +10,17 @@ page decompresses them by `DecompressionStream`, which every current browser has
 """
 
 import base64
+import contextlib
 import functools
 import gzip
+import importlib.metadata
+import importlib.util
+import os
+import zlib
 from pathlib import Path
 
 from meft_reports.errors import ReportError
+from meft_reports.files import write_atomically
 
 _VEGA_ENTRY = "export default vegaEmbed;"
 
@@ -38,14 +44,40 @@ def packed(content: bytes) -> str:
 def vega() -> str:
     """Return the packed module of Vega, whose default export is `vegaEmbed`.
 
+    To bundle it takes a second or two, so the result is kept in the user's folder of
+    caches, by the version of the package.
+
     Raises:
         PageExtraMissing: vl-convert-python is not installed.
     """
     try:
+        version = importlib.metadata.version("vl-convert-python")
         import vl_convert
-    except ModuleNotFoundError as error:
+    except ModuleNotFoundError as error:  # PackageNotFoundError is one
         raise PageExtraMissing("vl-convert-python") from error
-    return packed(vl_convert.javascript_bundle(_VEGA_ENTRY).encode())
+    cached = _cache_folder() / f"vega-{version}.txt"
+    if (text := _cached(cached)) is not None:
+        return text
+    text = packed(vl_convert.javascript_bundle(_VEGA_ENTRY).encode())
+    with contextlib.suppress(OSError, ReportError):  # it is made again next time
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(cached, text.encode())
+    return text
+
+
+def _cache_folder() -> Path:
+    given = os.environ.get("XDG_CACHE_HOME")
+    return (Path(given) if given else Path.home() / ".cache") / "meft"
+
+
+def _cached(path: Path) -> str | None:
+    """Return the packed text of a file of the cache; None if it is not whole."""
+    try:
+        text = path.read_text("ascii")
+        gzip.decompress(base64.b64decode(text, validate=True))
+    except (OSError, ValueError, EOFError, zlib.error):
+        return None
+    return text
 
 
 @functools.cache
@@ -69,8 +101,6 @@ def datatables_css() -> str:
 
 
 def _itables(name: str) -> str:
-    import importlib.util
-
     spec = importlib.util.find_spec("itables")
     if spec is None or spec.origin is None:
         raise PageExtraMissing("itables")
