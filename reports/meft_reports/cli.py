@@ -188,6 +188,7 @@ def page(arguments: argparse.Namespace) -> int:
     """Write the page."""
     from meft_reports.frame import to_frame
     from meft_reports.page import render_page
+    from meft_reports.page.timeline import read_timelines
     from meft_reports.records import breakdowns_of, read_records
 
     suffix = arguments.output.suffix
@@ -196,7 +197,8 @@ def page(arguments: argparse.Namespace) -> int:
     records, newest = read_records(arguments.runs)
     frame, breakdowns = to_frame(records, newest), breakdowns_of(records)
     del records  # of a large run, most of the memory
-    content = render_page(frame, arguments.question, breakdowns)
+    timelines = read_timelines(arguments.timeline)
+    content = render_page(frame, arguments.question, breakdowns, timelines)
     write_atomically(arguments.output, content)
     return _written(arguments.output)
 
@@ -335,6 +337,15 @@ def parser() -> argparse.ArgumentParser:
                 "--question",
                 metavar="TEXT",
                 help="title of the page; by default the question in the records",
+            )
+            sub.add_argument(
+                "--timeline",
+                metavar="FILE",
+                type=Path,
+                action="append",
+                default=[],
+                help="moments of a step, as `meft-bench plan --timeline` writes them; "
+                "repeatable",
             )
         if name == "check":
             _add_check_arguments(sub)

@@ -1,6 +1,10 @@
 """The page in a headless Chromium: what a reader can do with it."""
 
+import gzip
 import json
+import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +19,9 @@ pytestmark = pytest.mark.skipif(
     find_chromium() is None, reason="needs a Chromium of the system on the path"
 )
 
+ROOT = Path(__file__).parents[2] / "reports" / "published"
+PUBLISHED = sorted(ROOT.glob("*/records.jsonl.gz"))
+MEMORY_PAPER = ROOT / "memory-paper" / "records.jsonl.gz"
 NASTY = "</script><script>window.hacked = 1</script><img src=x onerror=hacked=1>'\"&"
 
 
@@ -293,3 +300,44 @@ def test_a_figure_has_a_text_equivalent(page: Browser) -> None:
     )
     assert texts
     assert all(text and len(text) > 30 for text in texts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
+def test_published_runs_fit(browser: Browser, tmp_path: Path, path: Path) -> None:
+    """Of each: no sideways scrolling at 390, at most 5,000 px at 1280, no message."""
+    page = tmp_path / "page.html"
+    page.write_text(page_of(read_frame([path])))
+    for width in (390, 1280):
+        browser.open(page.as_uri(), width=width)
+        sizes = browser.run(
+            "const d = document.documentElement;"
+            "return [d.scrollWidth, d.clientWidth, d.scrollHeight]"
+        )
+        assert sizes[0] == sizes[1]
+        assert width == 390 or sizes[2] <= 5000
+        assert browser.console == []
+
+
+@pytest.mark.slow
+def test_ten_thousand_cells_are_a_page(browser: Browser, tmp_path: Path) -> None:
+    """Made in 10 s of a processor and 500 MB, of at most 3 MB, and ready in seconds."""
+    lines = gzip.decompress(MEMORY_PAPER.read_bytes()).splitlines()
+    runs, page = tmp_path / "runs.jsonl", tmp_path / "page.html"
+    with runs.open("w") as file:
+        for number in range(10_000):
+            record = json.loads(lines[number % len(lines)])
+            record["cell_id"] += f"/{number}"
+            record["cell"]["seq_len"] = 128 * (1 + number // len(lines))
+            file.write(json.dumps(record) + "\n")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "meft_reports", "page", str(runs), "-o", str(page)]
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert seconds < 15  # 10, on a machine that does nothing else
+    assert page.stat().st_size < 3e6
+    browser.open(page.as_uri())
+    assert browser.console == []
+    rows = browser.run("return jQueryOfPage('#cells').DataTable().rows().count()")
+    assert rows == 10_000

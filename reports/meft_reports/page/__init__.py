@@ -8,6 +8,7 @@ Reading order:
                                    `step_answers`, `predictions`
     caveats, origins               what to distrust; where the numbers come from
     figures/                       one kind of figure per file, as data
+    timeline                       memory over one step, from a file of moments
     opening, looks                 what the page opens with; colors of methods
     payload, bundle                how data and libraries are stored in the page
     data, render                   all data; the page itself, with `page.html.j2`

@@ -19,6 +19,7 @@ from meft_reports.page.payload import encode, encode_columns
 from meft_reports.page.predictions import prediction_errors
 from meft_reports.page.score_answers import front_of
 from meft_reports.page.settings import NUMBERS, Setting
+from meft_reports.page.timeline import Timeline
 from meft_reports.page.workloads import FIELDS
 
 
@@ -29,6 +30,7 @@ def data_of(
     pairs: Sequence[PairedDifference],
     caveats: Sequence[Caveat],
     breakdowns: Mapping[str, Breakdown],
+    timelines: Sequence[Timeline],
 ) -> dict[str, Any]:
     """Return the data of the page, ready for JSON.
 
@@ -39,6 +41,7 @@ def data_of(
         pairs: the paired differences between these.
         caveats: what to keep in mind, with positions in `cells`.
         breakdowns: what the peak of a cell consists of, by `cell_id`.
+        timelines: memory over one step of some methods.
     """
     fronts = _fronts(settings)
     workloads = {s.workload.index: s.workload for s in settings}
@@ -72,6 +75,7 @@ def data_of(
         "pairs": encode([pair.to_json() for pair in pairs]),
         "breakdowns": _breakdowns(cells, breakdowns),
         "predictions": encode([e.to_json() for e in prediction_errors(settings)]),
+        "timelines": [timeline.to_json() for timeline in timelines],
         "looks": looks_of(cell["method"] for cell in cells),
         "figures": [dataclasses.asdict(figure) for figure in FIGURES],
         "caveats": [caveat.cells for caveat in caveats],

@@ -23,6 +23,7 @@ from meft_reports.page.origins import origins_of
 from meft_reports.page.pairs import pairs_of
 from meft_reports.page.payload import to_bytes
 from meft_reports.page.settings import Setting, settings_of
+from meft_reports.page.timeline import Timeline
 
 SCRIPTS = ("base", "choice", "rows", "draw", "cell", "table", "main")
 """The page's own scripts, in order; together they are one module."""
@@ -34,6 +35,7 @@ def render_page(
     frame: pd.DataFrame,
     question: str | None = None,
     breakdowns: Mapping[str, Breakdown] | None = None,
+    timelines: Sequence[Timeline] = (),
 ) -> bytes:
     """Return the page of the records in `frame`, as UTF-8.
 
@@ -41,6 +43,7 @@ def render_page(
         frame: rows of `read_frame`.
         question: what the run answers; by default what its records say.
         breakdowns: what the peak of a cell consists of, by `cell_id`.
+        timelines: memory over one step of some methods.
 
     Raises:
         PageExtraMissing: a library of the page is not installed.
@@ -50,7 +53,7 @@ def render_page(
     pairs = pairs_of(settings)
     caveats = caveats_of(cells, settings)
     methods = ordered(cell["method"] for cell in cells)
-    data = data_of(frame, cells, settings, pairs, caveats, breakdowns or {})
+    data = data_of(frame, cells, settings, pairs, caveats, breakdowns or {}, timelines)
     script = "".join(_text(f"js/{name}.js") for name in SCRIPTS)
     environment = jinja2.Environment(
         autoescape=True,

@@ -17,6 +17,7 @@ from meft_reports.page.figures import (
     predictions,
     scores,
     step_ratios,
+    timeline,
     traffic,
 )
 
@@ -25,6 +26,7 @@ FIGURES = (
     differences.FIGURE,
     memory.FIGURE,
     kinds.FIGURE,
+    timeline.FIGURE,
     curves.FIGURE,
     matrix.FIGURE,
     traffic.FIGURE,

@@ -60,6 +60,25 @@ const MAKE = {
     for (const row of rows) row.kind_order = kinds.indexOf(row.kind);
     return { rows, words: { kinds, kind_colors: palette(kinds.length) } };
   },
+  timeline() {
+    const rows = [], notes = [], kinds = unique(DATA.timelines.flatMap((t) => t.kinds.filter((_, k) => t.bytes.some((sizes) => sizes[k])))), phases = unique(DATA.timelines.flatMap((t) => t.phases));
+    for (const t of DATA.timelines) {
+      const totals = t.bytes.map((sizes) => sizes.reduce((sum, size) => sum + size, 0)), peak = totals.indexOf(Math.max(...totals));
+      const largest = t.kinds.map((kind, k) => [kind, t.bytes[peak][k]]).sort((a, b) => b[1] - a[1]).slice(0, 3);
+      const peak_text = `${asBytes(totals[peak])} in ${t.phases[peak]}`;
+      notes.push(`${t.method}: ${peak_text}, of it ${largest.map(([kind, size]) => `${kind} ${asBytes(size)}`).join(', ')}.`);
+      const start = t.times[0], times = t.times.map((time) => time - start);
+      times.forEach((time, index) => kinds.forEach((kind, order) => rows.push({ method: t.method, name: t.method, time, kind, kind_order: order, bytes: t.bytes[index][t.kinds.indexOf(kind)] ?? 0, is_peak: index == peak, peak_bytes: totals[peak], peak_text, value_text: peak_text })));
+      for (let from = 0; from < times.length;) {
+        let to = from;
+        while (to < times.length && t.phases[to] == t.phases[from]) to++;
+        rows.push({ method: t.method, phase: t.phases[from], phase_start: times[from], phase_end: times[Math.min(to, times.length - 1)], kind: kinds[0], kind_order: 0, time: times[from], bytes: 0 });
+        from = to;
+      }
+    }
+    const height = document.body.clientWidth < 520 ? 220 : 280;
+    return { rows, words: { kinds, kind_colors: palette(kinds.length), phases, phase_colors: phases.map((_, index) => ['var(--soft)', 'var(--accent)', 'var(--warn-line)', 'var(--bad)'][index % 4]), phase_top: height - 7, panel_height: height, panels: DATA.timelines.map((t) => t.method), columns: columnsThatFit(DATA.timelines.length) }, notes, free: FIELDS };
+  },
   curves() {
     const axes = curveAxes(), y = STATE.y, x = axes.includes(STATE.x) ? STATE.x : axes[0];
     const panels = panelFields().filter((name) => name != x), panel = panels.includes(STATE.panel) ? STATE.panel : null;
