@@ -31,7 +31,7 @@ FIGURE = Figure(
             {
                 "mark": {"type": "line", "strokeWidth": 1.5},
                 "encoding": {
-                    "x": quantity("x", "block", axis={"tickMinStep": 1}),
+                    "x": quantity("x", "block", axis={"tickMinStep": 1, "format": "d"}),
                     "y": _Y,
                     "detail": {"field": "name"},
                     "color": methods()["color"],

@@ -19,7 +19,7 @@ FIGURE = Figure(
         "height": "@panel_height",
         "mark": {"type": "line", "strokeWidth": 1.2, "opacity": 0.8},
         "encoding": {
-            "x": quantity("x", "step"),
+            "x": quantity("x", "step", axis={"tickMinStep": 1, "format": "d"}),
             "y": quantity("y", "loss", scale={"zero": False}),
             "detail": {"field": "line"},
             "color": methods()["color"],

@@ -30,12 +30,12 @@ const breakdownOf = (cell) => {
     ...storages('What is saved for backward', its.saved)];
 };
 const storages = (title, rows) => (!rows.length ? [] : [make('h3', { textContent: title }),
-  make('div', { className: 'wide' }, make('table', {}, make('tr', {}, ...['bytes', 'kind', 'made in', 'module', 'operator', 'dtype and shape'].map((text) => make('th', { textContent: text }))),
+  make('div', { className: 'wide' }, make('table', { className: 'storages' }, make('tr', {}, ...['bytes', 'kind', 'made in', 'module', 'operator', 'dtype and shape'].map((text) => make('th', { textContent: text }))),
     ...rows.slice(0, 20).map((row) => make('tr', {}, ...[`${asBytes(row[6])}${row[7] > 1 ? ` in ${row[7]}` : ''}`, row[0], row[1], row[2], row[3], row[4] ? `${row[4]} [${row[5].join(', ')}]` : ''].map((text) => make('td', { textContent: text }))))))]);
 const siblingsOf = (cell) => {
   const its = SETTINGS.find((setting) => setting.cells.includes(cell));
   if (!its || its.cells.length < 2) return [];
-  return [make('p', {}, 'Same setting: ', ...its.cells.map((other) => make('button', { type: 'button', className: 'link', textContent: `seed ${get('seed', other)} `, disabled: other == cell, onclick: () => openCell(other) })))];
+  return [make('p', {}, 'Same setting: ', ...its.cells.flatMap((other) => [make('button', { type: 'button', className: 'link', textContent: `seed ${get('seed', other)}`, disabled: other == cell, onclick: () => openCell(other) }), ' ']))];
 };
 let cameFrom = null, addressBefore = '';
 const openCell = (cell) => {

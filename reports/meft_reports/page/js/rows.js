@@ -5,7 +5,10 @@ const BY_BLOCK = ['gradient_error', 'reconstruction_error', 'union_fraction', 'r
   'h2d_forward_bytes', 'h2d_backward_bytes', 'h2d_update_bytes', 'd2h_forward_bytes', 'd2h_backward_bytes', 'd2h_update_bytes'];
 const PARTS = ['h2d_forward_bytes', 'h2d_backward_bytes', 'h2d_update_bytes', 'd2h_forward_bytes', 'd2h_backward_bytes', 'd2h_update_bytes'];
 const PART_WORDS = { h2d: 'to the device', d2h: 'to the host', forward: 'forward', backward: 'backward', update: 'update' };
-const palette = (count) => Array.from({ length: count }, (_, index) => `var(--k${index % 10})`);
+// Kinds of memory, in the order of their colors: what rests between steps comes first.
+const KINDS = ['frozen', 'parameters', 'optimizer', 'gradients', 'saved', 'buffers', 'recompute', 'backward', 'workspace', 'update', 'forward', 'inputs', 'libraries', 'smaller storages'];
+const kindColor = (kind) => `var(--k${KINDS.includes(kind) ? KINDS.indexOf(kind) : 11})`;
+const byKind = (a, b) => (KINDS.includes(a) ? KINDS.indexOf(a) : 99) - (KINDS.includes(b) ? KINDS.indexOf(b) : 99) || byNumber(a, b);
 const inWorkload = (rows) => {
   // Names in a figure of one workload: options only where a method has several settings.
   const several = new Map();
@@ -56,12 +59,12 @@ const MAKE = {
       if (its.other) sums.set('smaller storages', its.other);
       for (const [kind, bytes] of sums) rows.push({ name: setting.name, method: setting.method, cell, kind, bytes, total: its.peak, value_text: asBytes(its.peak), share: bytes / its.peak, phase: its.phase || 'no phase', order: its.peak, peak_text: `${asBytes(its.peak)}${its.phase ? `, in ${its.phase}` : ''}` });
     }
-    const kinds = unique(rows.map((row) => row.kind)).sort((a, b) => (a == 'smaller storages') - (b == 'smaller storages') || a.localeCompare(b, 'en'));
+    const kinds = unique(rows.map((row) => row.kind)).sort(byKind);
     for (const row of rows) row.kind_order = kinds.indexOf(row.kind);
-    return { rows, words: { kinds, kind_colors: palette(kinds.length) } };
+    return { rows, words: { kinds, kind_colors: kinds.map(kindColor) } };
   },
   timeline() {
-    const rows = [], notes = [], kinds = unique(DATA.timelines.flatMap((t) => t.kinds.filter((_, k) => t.bytes.some((sizes) => sizes[k])))), phases = unique(DATA.timelines.flatMap((t) => t.phases));
+    const rows = [], notes = [], kinds = unique(DATA.timelines.flatMap((t) => t.kinds.filter((_, k) => t.bytes.some((sizes) => sizes[k])))).sort(byKind), phases = unique(DATA.timelines.flatMap((t) => t.phases));
     for (const t of DATA.timelines) {
       const totals = t.bytes.map((sizes) => sizes.reduce((sum, size) => sum + size, 0)), peak = totals.indexOf(Math.max(...totals));
       const largest = t.kinds.map((kind, k) => [kind, t.bytes[peak][k]]).sort((a, b) => b[1] - a[1]).slice(0, 3);
@@ -77,7 +80,7 @@ const MAKE = {
       }
     }
     const height = document.body.clientWidth < 520 ? 220 : 280;
-    return { rows, words: { kinds, kind_colors: palette(kinds.length), phases, phase_colors: phases.map((_, index) => ['var(--soft)', 'var(--accent)', 'var(--warn-line)', 'var(--bad)'][index % 4]), phase_top: height - 7, panel_height: height, panels: DATA.timelines.map((t) => t.method), columns: columnsThatFit(DATA.timelines.length) }, notes, free: FIELDS };
+    return { rows, words: { kinds, kind_colors: kinds.map(kindColor), phases, phase_colors: phases.map((_, index) => ['var(--soft)', 'var(--accent)', 'var(--warn-line)', 'var(--bad)'][index % 4]), phase_top: height - 7, panel_height: height, panels: DATA.timelines.map((t) => t.method), columns: columnsThatFit(DATA.timelines.length) }, notes, free: FIELDS };
   },
   curves() {
     const axes = curveAxes(), y = STATE.y, x = axes.includes(STATE.x) ? STATE.x : axes[0];
