@@ -186,13 +186,20 @@ def table(arguments: argparse.Namespace) -> int:
 
 def page(arguments: argparse.Namespace) -> int:
     """Write the page."""
-    from meft_reports.frame import read_frame
+    from meft_reports.frame import to_frame
     from meft_reports.page import render_page
+    from meft_reports.page.timeline import read_timelines
+    from meft_reports.records import breakdowns_of, read_records
 
     suffix = arguments.output.suffix
     if suffix not in (".html", ".htm"):
         raise UnknownName("ending", suffix, (".html", ".htm"))
-    write_atomically(arguments.output, render_page(read_frame(arguments.runs)))
+    records, newest = read_records(arguments.runs)
+    frame, breakdowns = to_frame(records, newest), breakdowns_of(records)
+    del records  # of a large run, most of the memory
+    timelines = read_timelines(arguments.timeline)
+    content = render_page(frame, arguments.question, breakdowns, timelines)
+    write_atomically(arguments.output, content)
     return _written(arguments.output)
 
 
@@ -332,7 +339,7 @@ def parser() -> argparse.ArgumentParser:
         "frame": "write one tidy table, a row per cell, as Parquet or CSV",
         "plot": "draw one figure as PNG, SVG or PDF",
         "table": "print tables as Markdown",
-        "page": "write one self-contained HTML page with every figure and table",
+        "page": "write one self-contained HTML page of the answer, figures and cells",
         "check": "compare with a baseline, cell by cell",
         "baseline": "write or update a baseline from ok cells; show what changes",
         "compare": "print two runs side by side: before, after, ratio, what grew",
@@ -373,6 +380,21 @@ def parser() -> argparse.ArgumentParser:
                 default="",
                 metavar="TEXT",
                 help="why numbers change; it is kept in the cells that do",
+            )
+        if name == "page":
+            sub.add_argument(
+                "--question",
+                metavar="TEXT",
+                help="title of the page; by default the question in the records",
+            )
+            sub.add_argument(
+                "--timeline",
+                metavar="FILE",
+                type=Path,
+                action="append",
+                default=[],
+                help="moments of a step, as `meft-bench plan --timeline` writes them; "
+                "repeatable",
             )
         if name == "check":
             _add_check_arguments(sub)

@@ -5,6 +5,7 @@ nullable dtypes and bytes as integers. Cells of every status are kept. Texts are
 printable and of bounded length, as returned by `text`.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -18,12 +19,12 @@ import pandas as pd
 from meft_reports.columns import COLUMNS
 from meft_reports.columns.column import Column
 from meft_reports.columns.measurement import OLD_SCORE_NAMES
-from meft_reports.derived import derive
+from meft_reports.derived import DERIVED, derive
 from meft_reports.errors import RecordError
 from meft_reports.latest import code_of, in_order, newest_code
 from meft_reports.records import read_records
 from meft_reports.text import SHORT_LENGTH, printable
-from meft_reports.valid_records import lookup
+from meft_reports.valid_records import READERS
 
 MAX_VERSIONS = 100
 """Number of packages of an environment that the frame keeps, in order of names."""
@@ -58,34 +59,44 @@ def to_frame(
     records = list(records)
     if newest is None:
         newest = newest_code(in_order(records)) if records else ""
-    rows = sorted(
-        (_flatten(record, newest) for record in records),
-        key=lambda row: str(row["cell_id"]),
-    )
-    for row, following in itertools.pairwise(rows):
-        if row["cell_id"] == following["cell_id"]:
+    records.sort(key=lambda record: printable(record["cell_id"]))
+    columns = _columns(records, newest)
+    for name, following in itertools.pairwise(columns["cell_id"]):
+        if name == following:
             raise RecordError(
-                f"two cells are both shown as {row['cell_id']!r}; rename one of them"
+                f"two cells are both shown as {name!r}; rename one of them"
             )
-    return typed({c.name: [row[c.name] for row in rows] for c in COLUMNS})
+    return typed(columns)
 
 
-def _flatten(record: dict[str, Any], newest: str) -> dict[str, Any]:
-    row = {c.name: lookup(record, c) for c in COLUMNS if c.section != "derived"}
-    row = {n: printable(v) if isinstance(v, str) else v for n, v in row.items()}
-    if row["loss_mean"] is None:  # older code used other names of scores
-        row["score_name"] = OLD_SCORE_NAMES.get(row["score_name"], row["score_name"])
-    row["source"] = "measured" if row["prediction"] is None else "predicted"
-    row["versions"] = _versions(record["environment"]["versions"])
-    row["newest_code"] = code_of(record) == newest
-    return row | derive(record["measurement"])
+def _columns(records: Sequence[dict[str, Any]], newest: str) -> dict[str, list[Any]]:
+    """Return the values of every column, in the order of the records."""
+    found = {}
+    for name, read in READERS.items():
+        values = map(read, records)
+        found[name] = [printable(v) if isinstance(v, str) else v for v in values]
+    names = zip(found["score_name"], found["loss_mean"], strict=True)
+    found["score_name"] = [  # older code used other names of scores
+        OLD_SCORE_NAMES.get(name, name) if mean is None else name
+        for name, mean in names
+    ]
+    found["source"] = [
+        "measured" if how is None else "predicted" for how in found["prediction"]
+    ]
+    found["versions"] = [
+        _versions(tuple(sorted(record["environment"]["versions"].items())))
+        for record in records
+    ]
+    found["newest_code"] = [code_of(record) == newest for record in records]
+    derived = [derive(record["measurement"]) for record in records]
+    return found | {name: [each[name] for each in derived] for name in DERIVED}
 
 
-def _versions(versions: dict[str, str]) -> str:
-    kept = sorted(versions.items())[:MAX_VERSIONS]
+@functools.cache
+def _versions(versions: tuple[tuple[str, str], ...]) -> str:
     texts = {
         printable(name, SHORT_LENGTH): printable(version, SHORT_LENGTH)
-        for name, version in kept
+        for name, version in versions[:MAX_VERSIONS]
     }
     return json.dumps(texts, sort_keys=True)
 

@@ -4,6 +4,7 @@ Both are defined by `meft_reports.columns`; this module does not depend on the h
 """
 
 import math
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
@@ -14,12 +15,12 @@ from meft_reports.columns import (
     SCHEMA_VERSION,
     SCORE_NAMES,
 )
+from meft_reports.columns.cell import STATUSES
 from meft_reports.columns.column import Column
 from meft_reports.derived import DERIVED, derive
 from meft_reports.errors import RecordError, UnknownName
 from meft_reports.text import SHORT_LENGTH, printable
 
-STATUSES = ("ok", "oom", "timeout", "killed", "error", "skipped")
 SECTIONS = ("cell", "measurement", "environment")
 GREATEST = {"bytes": 2.0**60, "seconds": 1e12, "count": 2.0**53}
 """Maximum by unit, larger than any measurement, so that sums stay finite."""
@@ -52,10 +53,17 @@ def validate(record: Any, where: str) -> set[str]:
         if not isinstance(record.get(section), dict):
             raise RecordError(f"{where}: `{section}` is missing or not an object")
     _check_versions(record["environment"].get("versions"), where)
-    for column in COLUMNS:
-        if column.section != "derived":
-            value = lookup(record, column)
-            _check_type(column, value, where)
+    for column, read, fits in _CHECKS:
+        value = read(record)
+        if value is None:
+            if column.required:
+                raise RecordError(f"{where}: `{_place(column)}` is missing")
+        elif not fits(value):
+            raise RecordError(
+                f"{where}: `{_place(column)}` should be {_EXPECTED[column.dtype]}, got "
+                f"{quoted(value)}"
+            )
+        elif column.dtype not in ("string", "boolean"):
             _check_range(column, value, record, where)
     if record["status"] not in STATUSES:
         status = printable(record["status"], SHORT_LENGTH)
@@ -94,38 +102,15 @@ def _check_time(text: str, where: str) -> None:
         )
 
 
-def _check_type(column: Column, value: Any, where: str) -> None:
-    if value is None:
-        if column.required:
-            raise RecordError(f"{where}: `{_place(column)}` is missing")
-        return
-    fits = {
-        "string": isinstance(value, str),
-        "boolean": isinstance(value, bool),
-        "Int64": _is_integer(value),
-        "Float64": _is_number(value),
-        # An element is null if a number was not finite, as in JSON.
-        "list": isinstance(value, list)
-        and all(number is None or _is_number(number) for number in value),
-    }
-    if not fits[column.dtype]:
-        raise RecordError(
-            f"{where}: `{_place(column)}` should be {_EXPECTED[column.dtype]}, got "
-            f"{quoted(value)}"
-        )
-
-
 def _check_range(column: Column, value: Any, record: Record, where: str) -> None:
     """Raise for a number that no measurement can give, such as negative bytes.
 
     Args:
         column: the column of the value.
-        value: a number, a list, or None.
+        value: a number or a list.
         record: the record, which names the metric of a score.
         where: file and line, for the message.
     """
-    if value is None or column.dtype in ("string", "boolean"):
-        return
     least = 0.0 if column.unit else -math.inf
     greatest = column.greatest or GREATEST.get(column.unit, math.inf)
     if column.name in SCORE_NAMES:
@@ -192,13 +177,39 @@ def _is_number(value: Any) -> bool:
     return type(value) is float or _is_integer(value)
 
 
-def lookup(record: Record, column: Column) -> Any:
-    """Return the value of a column, in a record of `read_records`."""
-    match column.section:
-        case "":
-            return record.get(column.key)
-        case "versions":
-            return record["environment"]["versions"].get(column.key)
-        case section:
-            value = record[section].get(column.key)
-            return column.default if value is None else value
+def _is_list(value: Any) -> bool:
+    # An element is null if a number was not finite, as in JSON.
+    return isinstance(value, list) and all(
+        number is None or _is_number(number) for number in value
+    )
+
+
+def _reader(column: Column) -> Callable[[Record], Any]:
+    """Return the function that reads a column's value from a record."""
+    key, section, default = column.key, column.section, column.default
+    if section == "":
+        return lambda record: record.get(key)
+    if section == "versions":
+        return lambda record: record["environment"]["versions"].get(key)
+
+    def read(record: Record) -> Any:
+        value = record[section].get(key)
+        return default if value is None else value
+
+    return read
+
+
+READERS = {
+    column.name: _reader(column) for column in COLUMNS if column.section != "derived"
+}
+"""By the name of a column: the function that reads its value from a valid record."""
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "string": lambda value: isinstance(value, str),
+    "boolean": lambda value: isinstance(value, bool),
+    "Int64": _is_integer,
+    "Float64": _is_number,
+    "list": _is_list,
+}
+_CHECKS = [
+    (BY_NAME[name], read, _FITS[BY_NAME[name].dtype]) for name, read in READERS.items()
+]

@@ -12,13 +12,13 @@ from meft_bench.shared.cell import Cell
 from meft_bench.shared.measurement import FIELDS, Measurement
 from meft_bench.shared.record import SCHEMA_VERSION, Environment, Record, Status
 from meft_reports import columns
+from meft_reports.columns.cell import STATUSES
 from meft_reports.errors import RecordError, UnknownName
 from meft_reports.frame import (
     read_frame,
     to_frame,
 )
 from meft_reports.frame_files import load_frame, save_frame
-from meft_reports.valid_records import STATUSES
 from reporting.kinds import MakeRecord, Write
 
 

@@ -11,12 +11,12 @@ from meft_reports.format import (
     format_seconds,
 )
 from meft_reports.frame import to_frame
-from meft_reports.page import render_page
 from meft_reports.tables import TABLES, find_tables
 from meft_reports.tables.activations import less
 from meft_reports.tables.table import Table, to_html, to_markdown
 from reporting.conftest import build_prediction
 from reporting.kinds import MakeRecord
+from reporting.pages import column, data_of, page_of
 
 
 def cells(table: Table, row: str) -> dict[str, str]:
@@ -157,7 +157,7 @@ def test_cells_that_are_ok_with_a_remark_have_a_table_of_their_own(
     (table,) = find_tables("failures")(to_frame(records))
     assert table.title == "Cells that are ok, with a remark"
     assert [row[:3] for row in table.rows] == [(records[1]["cell_id"], "ok", said)]
-    assert said in render_page(to_frame(records)).decode()
+    assert said in column(data_of(page_of(to_frame(records)))["cells"], "message")
     both = find_tables("failures")(to_frame([*records, make_record("oom", seed=2)]))
     assert [len(table.rows) for table in both] == [1, 1]
 
@@ -182,7 +182,7 @@ def test_what_is_compared_with_zero_has_no_ratio(make_record: MakeRecord) -> Non
     )
     (table,) = find_tables("traffic")(to_frame([sparse]))
     assert table.rows[0].count("0.000") == 0
-    render_page(to_frame([sparse, make_record(step_seconds=0.0), one, other]))
+    page_of(to_frame([sparse, make_record(step_seconds=0.0), one, other]))
 
 
 def test_failures_list_every_cell_that_is_not_ok(frame: pd.DataFrame) -> None:

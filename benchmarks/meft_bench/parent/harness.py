@@ -42,6 +42,7 @@ class RunPlan:
     """The complete definition of one run."""
 
     sweep: str
+    question: str
     cells: tuple[Cell, ...]
     path: Path
     """The records file."""
@@ -288,6 +289,7 @@ def _run_left(
                 return isolate.run(
                     cell,
                     sweep=plan.sweep,
+                    question=plan.question,
                     environment=environments[cell.device],
                     options=plan.options,
                     timeout_seconds=plan.timeout_seconds,

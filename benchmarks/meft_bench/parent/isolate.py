@@ -53,6 +53,7 @@ def run(
     timeout_seconds: float,
     folder: Path,
     stop: threading.Event,
+    question: str | None = None,
     worker_module: str = WORKER,
 ) -> Record:
     """Run a cell in a new interpreter and return a record of how it ended.
@@ -66,6 +67,7 @@ def run(
         timeout_seconds: time after which the child and its processes are killed.
         folder: existing directory for the child's log and outcome.
         stop: when set, the child is killed and `Stopped` is raised.
+        question: the question that the sweep answers, for the record.
         worker_module: module that runs as the child.
 
     Raises:
@@ -100,6 +102,7 @@ def run(
         wall_seconds=time.monotonic() - start,
         measurement=ending.measurement,
         environment=dataclasses.replace(environment, **ending.environment),
+        sweep_question=question,
         memory_breakdown=ending.memory_breakdown,
     )
 

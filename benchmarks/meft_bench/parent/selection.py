@@ -40,6 +40,7 @@ def run_plan(arguments: argparse.Namespace) -> RunPlan:
     spare = max(1, environment.num_cores() // arguments.slots)
     return RunPlan(
         sweep=chosen.name,
+        question=chosen.question,
         cells=cells,
         path=records_path(arguments, chosen),
         options=ChildOptions(

@@ -84,6 +84,8 @@ class Record:
     wall_seconds: float
     measurement: Measurement
     environment: Environment
+    sweep_question: str | None = None
+    """The question that the sweep answers; None in records of older code."""
     memory_breakdown: dict[str, Any] | None = None
     """What the peak of a step consists of, as `meft_bench.shared.breakdown` defines it.
 
@@ -131,6 +133,7 @@ class Record:
             wall_seconds=fields["wall_seconds"],
             measurement=Measurement(**fields["measurement"]),
             environment=Environment(**fields["environment"]),
+            sweep_question=fields.get("sweep_question"),
             memory_breakdown=fields.get("memory_breakdown"),
         )
 
@@ -141,6 +144,7 @@ def _types(cls: type[Cell] | type[Environment]) -> dict[str, Any]:
 
 _OWN_TYPES = {
     "sweep": str,
+    "sweep_question": str | None,
     "status": str,
     "message": str,
     "started_at": str,

@@ -1,10 +1,21 @@
 """Columns of the record itself and of its cell."""
 
-from meft_reports.columns.column import Column, cell, derived, later_cell, top
+from meft_reports.columns.column import (
+    Column,
+    cell,
+    derived,
+    later_cell,
+    later_top,
+    top,
+)
+
+STATUSES = ("ok", "oom", "timeout", "killed", "error", "skipped")
+"""How a cell can end."""
 
 CELL: tuple[Column, ...] = (
     top("cell_id", "string", "readable name of the cell; the join key"),
     top("sweep", "string", "the declared set of cells it belongs to"),
+    later_top("sweep_question", "the question that this set of cells answers"),
     top("status", "string", "ok, oom, timeout, killed, error or skipped"),
     top("message", "string", "why, in one line; when ok, whether a loss is not finite"),
     top("started_at", "string", "UTC, ISO 8601"),

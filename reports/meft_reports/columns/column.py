@@ -77,6 +77,16 @@ def top(name: str, dtype: Dtype, meaning: str, unit: Unit = "") -> Column:
     )
 
 
+def later_top(name: str, meaning: str) -> Column:
+    """Define a text of the record itself that older records lack.
+
+    Args:
+        name: name of the column.
+        meaning: its description.
+    """
+    return Column(name=name, section="", dtype="string", meaning=meaning)
+
+
 def cell(name: str, dtype: Dtype, meaning: str, unit: Unit = "") -> Column:
     """Define a field of the cell that every record has.
 

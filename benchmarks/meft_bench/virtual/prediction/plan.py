@@ -165,7 +165,7 @@ def plan(
 
 
 def _with_image_tokens(cell: Cell, source: Source) -> Cell:
-    """Return the cell with as many tokens as its model makes of an image, if it does."""
+    """Return the cell; if its model reads images, with the tokens of one."""
     config, _ = backbones.load_config(cell, source, any_type=True)
     is_known = config.model_type in MODEL_TYPES and not cell.method.startswith(PEFT)
     shape = backbones.image_shape(config) if is_known else None

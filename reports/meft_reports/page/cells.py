@@ -1,0 +1,91 @@
+"""Cells as plain Python values: one dictionary per row of the frame.
+
+Pandas is slow row by row, and JSON has neither `NA` nor NaN, so what the page shows is
+computed from dictionaries in which every unknown number is None.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from meft_reports.columns import COLUMNS
+from meft_reports.summary import FLAGS, prepare
+
+Cell = dict[str, Any]
+"""Columns of the frame by name; in those of `comparable_cells` also `FLAGS`."""
+
+FACTS = (
+    *("cell_id", "sweep", "sweep_question", "status", "message", "started_at"),
+    *("source", "method", "backbone", "task", "device", "max_steps", "reference"),
+    *("learning_rate", "active_fraction", "python_version", "torch_version"),
+    *("transformers_version", "peft_version", "commit", "dirty", "code_sha256"),
+    *("machine", "platform", "cpu", "num_threads", "num_slots", "device_name"),
+    *("prediction", "weights_origin", "weights_sha256", "data_origin"),
+    *("step_seconds", "score", "majority_score", "num_eval_rows"),
+)
+"""Columns that sentences on single cells need."""
+
+UNTRAINED_RATE = 1e-9
+"""A cell with a smaller learning rate measures its method's starting point."""
+
+
+def all_cells(frame: pd.DataFrame) -> list[Cell]:
+    """Return every cell of the frame with `FACTS`, in its order."""
+    return _rows(frame, FACTS)
+
+
+def columns_of(frame: pd.DataFrame, names: Iterable[str]) -> dict[str, list[Any]]:
+    """Return columns of the frame as lists of plain values."""
+    found = {}
+    for name in names:
+        series = frame[name]
+        found[name] = series.astype(object).where(series.notna(), None).tolist()
+    return found
+
+
+def comparable_cells(frame: pd.DataFrame) -> list[Cell]:
+    """Return the cells in the form that comparisons require, as `prepare` defines it.
+
+    `index` is the position of the cell in `all_cells`. An option that the cell's method
+    does not use is None.
+    """
+    rows = prepare(frame.reset_index(drop=True))
+    names = [c.name for c in COLUMNS if c.section != "versions" or c.key == "torch"]
+    cells = _rows(rows, [*names, *FLAGS])
+    for cell, index in zip(cells, rows.index, strict=True):
+        cell["index"] = int(index)
+    return cells
+
+
+def is_trained(cell: Cell) -> bool:
+    """Return whether the cell learns a real task, not only starts or times it."""
+    return (
+        not cell["task"].startswith("synthetic")
+        and cell["max_steps"] > 1
+        and cell["learning_rate"] > UNTRAINED_RATE
+        and not cell["reference"]
+    )
+
+
+def is_untrained(cell: Cell) -> bool:
+    """Return whether the cell's score is that of its method's starting point."""
+    return (
+        not cell["task"].startswith("synthetic")
+        and cell["learning_rate"] <= UNTRAINED_RATE
+    )
+
+
+def is_assumed(cell: Cell) -> bool:
+    """Return whether the share of active neurons was declared, not observed."""
+    return (cell["active_fraction"] or 1.0) < 1.0
+
+
+def is_predicted(cell: Cell) -> bool:
+    """Return whether the numbers of the cell were predicted, not measured."""
+    return bool(cell["source"] == "predicted")
+
+
+def _rows(frame: pd.DataFrame, names: Sequence[str]) -> list[Cell]:
+    values = zip(*columns_of(frame, names).values(), strict=True)
+    return [dict(zip(names, row, strict=True)) for row in values]

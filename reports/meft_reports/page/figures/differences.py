@@ -1,0 +1,87 @@
+"""Paired differences of scores as a forest plot."""
+
+from meft_reports.page.figures.figure import ZERO, Figure, css, names, quantity, tooltip
+
+_COLOR = {
+    "field": "verdict",
+    "type": "nominal",
+    "scale": {
+        "domain": ["ahead", "behind", "not told apart"],
+        "range": [css("good"), css("bad"), css("muted")],
+    },
+    "legend": {"title": None, "orient": "bottom"},
+}
+_SHAPE = {
+    **_COLOR,
+    "scale": {
+        "domain": ["ahead", "behind", "not told apart"],
+        "range": ["triangle-right", "triangle-left", "circle"],
+    },
+}
+_X = "difference of scores"
+
+FIGURE = Figure(
+    name="differences",
+    title="Difference of scores, on the same seeds",
+    about="Thin bars are intervals of 95 % over seeds, by Student's t; thick ones over "
+    "the evaluated rows. Colored only where both tests exclude 0 after Holm's "
+    "correction; otherwise the run does not tell the two apart.",
+    rows="pairs",
+    controls=("against",),
+    value="difference",
+    spec={
+        "width": "@width_beside_names",
+        "height": {"step": 26},
+        "layer": [
+            ZERO,
+            {
+                "mark": {"type": "rule", "strokeWidth": 1.3},
+                "encoding": {
+                    "y": names(),
+                    "x": quantity("low", _X),
+                    "x2": {"field": "high"},
+                    "color": _COLOR,
+                },
+            },
+            {
+                "needs": "row_low",
+                "transform": [{"filter": "isValid(datum.row_low)"}],
+                "mark": {"type": "rule", "strokeWidth": 6, "opacity": 0.5},
+                "encoding": {
+                    "y": names(),
+                    "x": quantity("row_low", _X),
+                    "x2": {"field": "row_high"},
+                    "color": _COLOR,
+                },
+            },
+            {
+                "mark": {
+                    "type": "point",
+                    "filled": True,
+                    "size": 70,
+                    "opacity": 1,
+                    "cursor": "pointer",
+                },
+                "encoding": {
+                    "y": names(),
+                    "x": quantity("difference", _X),
+                    "color": _COLOR,
+                    "shape": _SHAPE,
+                    "tooltip": tooltip(
+                        name="setting",
+                        against="less that of",
+                        difference="difference|+.3f",
+                        low="over seeds from|+.3f",
+                        high="to|+.3f",
+                        row_low="over rows from|+.3f",
+                        row_high="to |+.3f",
+                        num_seeds="seeds",
+                        num_rows="rows",
+                        p="corrected p|.3f",
+                        verdict="verdict",
+                    ),
+                },
+            },
+        ],
+    },
+)

@@ -1,0 +1,63 @@
+// Decoding of the page's data, words for numbers, small helpers.
+const $ = (selector, root = document) => root.querySelector(selector);
+const make = (tag, attributes = {}, ...children) => {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name in element) element[name] = value;
+    else element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+};
+const inflate = async (id) => {
+  const text = atob($(id).textContent), bytes = new Uint8Array(text.length);
+  for (let place = 0; place < text.length; place++) bytes[place] = text.charCodeAt(place);
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream('gzip')));
+};
+const load = async (id) => {
+  const source = await (await inflate(id)).text();
+  const url = URL.createObjectURL(new Blob([source], { type: 'text/javascript' }));
+  try { return await import(url); } finally { URL.revokeObjectURL(url); }
+};
+const DATA = await (await inflate('#data')).json();
+
+const at = (column, row) => {
+  if (!column) return null;
+  if (column.values) return column.values[row];
+  const place = column.at[row];
+  return place == null ? null : column.words[place];
+};
+const decode = ({ rows, columns }) => Array.from({ length: rows }, (_, row) =>
+  Object.fromEntries(Object.entries(columns).map(([name, column]) => [name, at(column, row)])));
+const CELLS = DATA.cells.columns;
+const get = (name, cell) => at(CELLS[name], cell);
+const SETTINGS = decode(DATA.settings), PAIRS = decode(DATA.pairs), PREDICTIONS = decode(DATA.predictions), WORKLOADS = DATA.workloads;
+const LOOKS = new Map(DATA.looks.map((look) => [look.name, look]));
+
+const words = (name) => name.replace(/_bytes$/, '').replaceAll('_', ' ');
+const known = (value) => value !== null && value !== undefined;
+const UNITS = [['GiB', 2 ** 30], ['MiB', 2 ** 20], ['KiB', 2 ** 10], ['B', 1]];
+const unitFor = (most) => UNITS.find(([, size]) => most >= size) ?? UNITS[3];
+const asBytes = (number) => {
+  const [unit, size] = unitFor(Math.abs(number));
+  return `${unit == 'B' ? number : (number / size).toPrecision(4).replace(/\.?0+$/, '')} ${unit}`;
+};
+const asText = (name, value) => {
+  if (!known(value)) return '–';
+  if (Array.isArray(value)) return `${value.length} numbers`;
+  if (typeof value == 'boolean') return value ? 'yes' : 'no';
+  if (typeof value == 'string') return value;
+  const unit = DATA.columns[name]?.[1];
+  if (unit == 'bytes') return asBytes(value);
+  if (unit == 'seconds') return `${+value.toPrecision(3)} s`;
+  if (Math.abs(value) >= 1e9 && unit != 'count') return value.toExponential(1);
+  if (Number.isInteger(value)) return value.toLocaleString('en');
+  return String(+value.toPrecision(4));
+};
+const unique = (values) => [...new Set(values)];
+const say = (text) => { $('#live').textContent = text; };
+const save = (name, kind, content) => {
+  const link = make('a', { href: URL.createObjectURL(new Blob([content], { type: kind })), download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+};

@@ -1,0 +1,105 @@
+"""Workloads: what the cells of one comparison have in common.
+
+A workload of the page is a workload of the glossary and the place where it ran: numbers
+of two machines, or of two versions of the code or torch, are never in one comparison.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from meft_reports.labels import USUAL
+from meft_reports.page.cells import Cell
+from meft_reports.summary import PROVENANCE, WORKLOAD
+from meft_reports.text import plural
+
+FIELDS = (*WORKLOAD, "place")
+"""Fields that the selectors of the page choose from."""
+
+_WORDS: dict[str, Callable[[Any], str]] = {
+    "code_sha256": lambda digest: f"code {digest[:8]}",
+    "torch_version": lambda version: f"torch {version}",
+    "num_threads": lambda count: plural(count, "thread"),
+    "num_slots": lambda count: f"{count} at a time",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """One workload at one place."""
+
+    index: int
+    fields: dict[str, Any]
+    """By `FIELDS`."""
+    title: str
+    """In words, e.g. `bert-base · bf16 · virtual-H200`."""
+
+
+def workloads_of(cells: Sequence[Cell]) -> dict[tuple[Any, ...], Workload]:
+    """Return the workloads of the cells by `key_of`, in a fixed order."""
+    places = _places(cells)
+    codes = {cell["code_sha256"] for cell in cells}
+    found = {key_of(cell): cell for cell in cells}
+    ordered = sorted(found, key=lambda key: [(v is None, str(v)) for v in key])
+    varying = [
+        name for name in WORKLOAD if len({found[key][name] for key in found}) > 1
+    ]
+    result = {}
+    for index, key in enumerate(ordered):
+        cell = found[key]
+        fields = {name: cell[name] for name in WORKLOAD}
+        fields["place"] = places[_place_key(cell)]
+        title = in_words(fields, varying)
+        if len(codes) > 1:
+            title += f" · code {cell['code_sha256'][:8]}"
+        result[key] = Workload(index=index, fields=fields, title=title)
+    return result
+
+
+def key_of(cell: Cell) -> tuple[Any, ...]:
+    """Return what identifies the workload of a cell."""
+    return tuple(cell[name] for name in (*WORKLOAD, *PROVENANCE))
+
+
+def in_words(fields: dict[str, Any], varying: Sequence[str] = WORKLOAD) -> str:
+    """Return a workload in words; of what never varies, only the essential."""
+    parts = []
+    if not fields["task"].startswith("synthetic"):
+        parts.append(fields["task"])
+    parts.append(fields["backbone"].removeprefix("random:"))
+    if fields["depth"]:
+        parts.append(f"{fields['depth']} blocks")
+    parts.append(f"{fields['batch_size']}×{fields['seq_len']}")  # noqa: RUF001
+    parts.append(fields["dtype"])
+    if fields["weights_dtype"] != fields["dtype"] and "weights_dtype" in varying:
+        parts.append(f"{fields['weights_dtype']} weights")
+    if fields["attention"] != USUAL["attention"]:
+        parts.append(f"{fields['attention']} attention")
+    if fields["blocks"] != USUAL["blocks"]:
+        parts.append(f"{fields['blocks']} blocks")
+    if fields["device"] != "cpu" or "device" in varying:
+        parts.append(fields["device"])
+    return " · ".join(map(str, parts))
+
+
+def _place_key(cell: Cell) -> tuple[Any, ...]:
+    return tuple(cell[name] for name in PROVENANCE)
+
+
+def _places(cells: Sequence[Cell]) -> dict[tuple[Any, ...], str]:
+    """Return a text for each place; it has what differs between the places."""
+    keys = sorted({_place_key(c) for c in cells}, key=lambda key: [*map(str, key)])
+    differing = [
+        position
+        for position, name in enumerate(PROVENANCE)
+        if len({key[position] for key in keys}) > 1
+    ]
+    shown = differing or [PROVENANCE.index("machine")]
+    return {
+        key: " · ".join(
+            _WORDS.get(PROVENANCE[position], str)(key[position])
+            for position in shown
+            if key[position] is not None
+        )
+        for key in keys
+    }
