@@ -393,7 +393,7 @@ def parser() -> argparse.ArgumentParser:
                 type=Path,
                 action="append",
                 default=[],
-                help="moments of a step, as `meft-bench plan --timeline` writes them; "
+                help="moments of a step, as `--timeline` of `meft-bench plan` writes them; "
                 "repeatable",
             )
         if name == "check":
