@@ -393,8 +393,8 @@ def parser() -> argparse.ArgumentParser:
                 type=Path,
                 action="append",
                 default=[],
-                help="moments of a step, as `--timeline` of `meft-bench plan` writes them; "
-                "repeatable",
+                help="moments of a step, as `meft-bench plan` writes them with an "
+                "option of the same name; repeatable",
             )
         if name == "check":
             _add_check_arguments(sub)
