@@ -173,8 +173,7 @@ def table(arguments: argparse.Namespace) -> int:
     from meft_reports.frame import read_frame
     from meft_reports.tables.table import to_markdown
 
-    checks = [path for path in arguments.runs if path.name.endswith(CHECKS)]
-    records = [path for path in arguments.runs if path not in checks]
+    records, checks = _split_checks(arguments.runs)
     some = published.tables(published.read(checks))
     if records:
         some += maker.make(read_frame(records))
@@ -186,6 +185,7 @@ def table(arguments: argparse.Namespace) -> int:
 
 def page(arguments: argparse.Namespace) -> int:
     """Write the page."""
+    from meft_reports import published
     from meft_reports.frame import to_frame
     from meft_reports.page import render_page
     from meft_reports.page.timeline import read_timelines
@@ -194,11 +194,15 @@ def page(arguments: argparse.Namespace) -> int:
     suffix = arguments.output.suffix
     if suffix not in (".html", ".htm"):
         raise UnknownName("ending", suffix, (".html", ".htm"))
-    records, newest = read_records(arguments.runs)
+    runs, checks = _split_checks(arguments.runs)
+    if not runs:
+        raise ReportError("a page needs a file of records; files of checks add to it")
+    records, newest = read_records(runs)
     frame, breakdowns = to_frame(records, newest), breakdowns_of(records)
     del records  # of a large run, most of the memory
     timelines = read_timelines(arguments.timeline)
-    content = render_page(frame, arguments.question, breakdowns, timelines)
+    numbers = published.read(checks)
+    content = render_page(frame, arguments.question, breakdowns, timelines, numbers)
     write_atomically(arguments.output, content)
     return _written(arguments.output)
 
@@ -393,8 +397,7 @@ def parser() -> argparse.ArgumentParser:
                 type=Path,
                 action="append",
                 default=[],
-                help="moments of a step, as `meft-bench plan` writes them with an "
-                "option of the same name; repeatable",
+                help="moments of a step, which meft-bench plan writes; repeatable",
             )
         if name == "check":
             _add_check_arguments(sub)
@@ -474,15 +477,22 @@ def _format(text: str) -> tuple[str, Path]:
     return name, Path(file)
 
 
+def _split_checks(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Return the files of records, and those of checks."""
+    checks = [path for path in paths if path.name.endswith(CHECKS)]
+    return [path for path in paths if path not in checks], checks
+
+
 def _refuse_checks(arguments: argparse.Namespace) -> None:
     """Refuse files of checks where records are expected."""
-    if arguments.command == "table" and arguments.name == "predictions":
+    is_table = arguments.command == "table" and arguments.name == "predictions"
+    if is_table or arguments.command == "page":
         return
     for path in arguments.runs:
         if path.name.endswith(CHECKS):
             raise ReportError(
-                f"{path} is a file of checks, which only `table predictions` reads; "
-                "give the file of records next to it"
+                f"{path} is a file of checks, which `table predictions` and `page` "
+                "read; give the file of records next to it"
             )
 
 

@@ -23,6 +23,7 @@ from meft_bench.parent import (
     planning,
     runs,
     selection,
+    sweep,
 )
 from meft_bench.shared import configs
 from meft_bench.shared.cell import Cell
@@ -145,6 +146,23 @@ def test_why_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         f"skipped, 4 of 4 ({', '.join(lora[:3])} and 1 more): no such data"
     )
     assert len(said) == 6 + 4 + 1
+
+
+def test_the_id_of_a_cell_selects_that_cell_alone() -> None:
+    """Also where it begins the id of another cell; a part of ids selects both."""
+    one, other = Cell(method="meft1"), Cell(method="meft1", lost_bits=8)
+    assert other.id.startswith(one.id)
+    chosen = sweep.Sweep(
+        name="mine",
+        question="Which?",
+        cells=(one, other),
+        num_excluded=0,
+        memory_limit_bytes=None,
+        timeout_seconds=1.0,
+        num_threads=None,
+    )
+    assert selection.select(chosen, one.id) == (one,)
+    assert selection.select(chosen, one.id[1:]) == (one, other)
 
 
 def test_code_that_comes_back_runs_again(

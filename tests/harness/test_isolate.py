@@ -43,8 +43,9 @@ def run(tmp_path: Path, here: Environment) -> Callable[..., Record]:
 
 def test_ok(run: Callable[..., Record], here: Environment) -> None:
     """A record holds the cell, what the child saw, and where, from both sides."""
-    record = run("fake_ok")
+    record = run("fake_ok", question="Why?")
     assert (record.status, record.message) == (Status.OK, "")
+    assert record.sweep_question == "Why?"
     assert (record.sweep, record.cell, record.measurement) == ("a sweep", CELL, SEEN)
     assert record.environment.device_name == "fake device"
     assert record.environment.num_threads == 3

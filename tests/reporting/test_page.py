@@ -218,3 +218,31 @@ def test_origins_are_on_the_page(page: str, frame: pd.DataFrame) -> None:
     for name in ("machine", "weights_origin", "data_origin"):
         for value in frame[name].dropna().unique():
             assert str(escape(value)) in page
+
+
+def test_numbers_of_others_are_on_the_page(cli: Cli, write: Write) -> None:
+    """From a file of checks; fitted ones are told apart."""
+    figure = {
+        "case": "a run",
+        "quantity": "max_memory_allocated",
+        "value": 110,
+        "measured": 100,
+        "source": "somebody",
+        "note": "",
+        "is_calibration": True,
+        "estimates": {},
+    }
+    line = {"status": "ok", "device_name": "NVIDIA A100", "figures": [figure]}
+    runs, checks = write(build_all()[:2]), write([line], "mine.checks.jsonl")
+    output = runs.parent / "report.html"
+    done = cli("page", runs, checks, "-o", output)
+    assert done.returncode == 0, done.stderr
+    held = data_of(output.read_text())["published"]
+    assert column(held, "source") == ["somebody"]
+    assert column(held, "is_calibration") == [True]
+    assert column(held, "error") == pytest.approx([10])
+    alone = cli("page", checks, "-o", output)
+    assert (alone.returncode, "a page needs a file of records" in alone.stderr) == (
+        2,
+        True,
+    )

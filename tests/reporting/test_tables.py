@@ -1,4 +1,3 @@
-import re
 from typing import Any
 
 import pandas as pd
@@ -13,7 +12,7 @@ from meft_reports.format import (
 from meft_reports.frame import to_frame
 from meft_reports.tables import TABLES, find_tables
 from meft_reports.tables.activations import less
-from meft_reports.tables.table import Table, to_html, to_markdown
+from meft_reports.tables.table import Table, to_markdown
 from reporting.conftest import build_prediction
 from reporting.kinds import MakeRecord
 from reporting.pages import column, data_of, page_of
@@ -241,7 +240,6 @@ def test_random_weights_are_labelled_in_every_table(
     assert len(shown) >= 2
     for table in shown:
         assert "andom weights" in to_markdown(table), table.title
-        assert "andom weights" in to_html(table), table.title
 
 
 def test_activations_are_what_a_step_adds_to_model_state(
@@ -366,14 +364,10 @@ def test_origins_hold_digest_and_splits(frame: pd.DataFrame) -> None:
 
 
 def test_text_cannot_break_a_table() -> None:
-    """Neither Markdown nor HTML is changed by what a message says."""
+    """Markdown is not changed by what a message says."""
     table = Table(title="<t>", header=("a", "b"), rows=(("x|y\nz", "<b>&"),))
     lines = to_markdown(table).splitlines()
     assert lines[4] == r"| x\|y z | \<b\>\& |"
-    page = to_html(table)
-    assert "<b>" not in page
-    assert "&lt;b&gt;&amp;" in page
-    assert len(re.findall("<tr>", page)) == 2
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(registry.DEVICES)}, or virtual-PATH.json; "
         "default: cuda where NVML sees a GPU",
     )
-    parser.add_argument("--only", help="a method, or a part of the cells' ids")
+    parser.add_argument("--only", help="a method, a cell's id, or a part of ids")
 
 
 def _add_shape(parser: argparse.ArgumentParser) -> None:

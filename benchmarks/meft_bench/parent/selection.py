@@ -92,7 +92,10 @@ def _default_device(arguments: argparse.Namespace) -> str:
 
 
 def select(chosen: Sweep, only: str | None) -> tuple[Cell, ...]:
-    """Return the cells of the method `only`, or those with `only` in their ids.
+    """Return the cells that `only` selects.
+
+    They are the cell of this id, else the cells of this method, else those with `only`
+    in their ids.
 
     Raises:
         UsageError: there is no such cell.
@@ -106,7 +109,9 @@ def select(chosen: Sweep, only: str | None) -> tuple[Cell, ...]:
     if only in registry.METHODS:
         cells = tuple(cell for cell in chosen.cells if cell.method == only)
     else:
-        cells = tuple(cell for cell in chosen.cells if only in cell.id)
+        # The id of a cell may begin another one's.
+        its = tuple(cell for cell in chosen.cells if cell.id == only)
+        cells = its or tuple(cell for cell in chosen.cells if only in cell.id)
     if not cells:
         methods = {cell.method for cell in chosen.cells}
         hint = registry.nearest(only, methods)

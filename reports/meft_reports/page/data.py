@@ -21,6 +21,7 @@ from meft_reports.page.score_answers import front_of
 from meft_reports.page.settings import NUMBERS, Setting
 from meft_reports.page.timeline import Timeline
 from meft_reports.page.workloads import FIELDS
+from meft_reports.published import Number
 
 
 def data_of(
@@ -31,6 +32,7 @@ def data_of(
     caveats: Sequence[Caveat],
     breakdowns: Mapping[str, Breakdown],
     timelines: Sequence[Timeline],
+    published: Sequence[Number],
 ) -> dict[str, Any]:
     """Return the data of the page, ready for JSON.
 
@@ -42,6 +44,7 @@ def data_of(
         caveats: what to keep in mind, with positions in `cells`.
         breakdowns: what the peak of a cell consists of, by `cell_id`.
         timelines: memory over one step of some methods.
+        published: numbers that others measured, with predictions.
     """
     fronts = _fronts(settings)
     workloads = {s.workload.index: s.workload for s in settings}
@@ -76,11 +79,26 @@ def data_of(
         "breakdowns": _breakdowns(cells, breakdowns),
         "predictions": encode([e.to_json() for e in prediction_errors(settings)]),
         "timelines": [timeline.to_json() for timeline in timelines],
+        "published": encode([_published(number) for number in published]),
         "looks": looks_of(cell["method"] for cell in cells),
         "figures": [dataclasses.asdict(figure) for figure in FIGURES],
         "caveats": [caveat.cells for caveat in caveats],
         "opening": opening_workload(settings),
         "against": compared_with(settings),
+    }
+
+
+def _published(number: Number) -> dict[str, Any]:
+    return {
+        "source": number.source,
+        "device": number.device,
+        "case": number.case,
+        "quantity": number.quantity,
+        "measured": number.measured,
+        "predicted": number.predicted,
+        "note": number.note,
+        "is_calibration": number.is_calibration,
+        "error": 100 * number.error,
     }
 
 

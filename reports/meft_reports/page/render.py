@@ -24,6 +24,7 @@ from meft_reports.page.pairs import pairs_of
 from meft_reports.page.payload import to_bytes
 from meft_reports.page.settings import Setting, settings_of
 from meft_reports.page.timeline import Timeline
+from meft_reports.published import Number
 
 SCRIPTS = ("base", "choice", "rows", "draw", "cell", "table", "main")
 """The page's own scripts, in order; together they are one module."""
@@ -36,6 +37,7 @@ def render_page(
     question: str | None = None,
     breakdowns: Mapping[str, Breakdown] | None = None,
     timelines: Sequence[Timeline] = (),
+    published: Sequence[Number] = (),
 ) -> bytes:
     """Return the page of the records in `frame`, as UTF-8.
 
@@ -44,6 +46,7 @@ def render_page(
         question: what the run answers; by default what its records say.
         breakdowns: what the peak of a cell consists of, by `cell_id`.
         timelines: memory over one step of some methods.
+        published: numbers that others measured, with predictions.
 
     Raises:
         PageExtraMissing: a library of the page is not installed.
@@ -53,7 +56,16 @@ def render_page(
     pairs = pairs_of(settings)
     caveats = caveats_of(cells, settings)
     methods = ordered(cell["method"] for cell in cells)
-    data = data_of(frame, cells, settings, pairs, caveats, breakdowns or {}, timelines)
+    data = data_of(
+        frame,
+        cells,
+        settings,
+        pairs,
+        caveats,
+        breakdowns or {},
+        timelines,
+        published,
+    )
     script = "".join(_text(f"js/{name}.js") for name in SCRIPTS)
     environment = jinja2.Environment(
         autoescape=True,

@@ -65,8 +65,8 @@ def _timelines(lines: Sequence[Sequence[str]], path: Path) -> list[Timeline]:
     header = lines[0] if lines else []
     if tuple(header[:3]) != FIRST or len(header) < 4:
         raise RecordError(
-            f"{path}: not a file of moments, as `meft-bench plan` writes it with "
-            "`--timeline`"
+            f"{path}: not a file of moments, which `--timeline` of `meft-bench plan` "
+            "writes"
         )
     kinds = tuple(printable(name, SHORT_LENGTH) for name in header[3:])
     moments: dict[str, list[tuple[int, str, tuple[int, ...]]]] = {}

@@ -1,9 +1,5 @@
-"""A table as data, and as Markdown or HTML; text that several tables share.
+"""A table as data, and as Markdown; text that several tables share."""
 
-The cells of a table are formatted text, so both outputs are equal.
-"""
-
-import html
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -50,28 +46,6 @@ def _as_markdown(text: str, markup: frozenset[str] = MARKUP) -> str:
     """Escape text for Markdown, so that it is no markup, link, image or formula."""
     escaped = "".join(f"\\{c}" if c in markup else c for c in text)
     return " ".join(escaped.split())
-
-
-def to_html(table: Table) -> str:
-    """Return the table as an HTML `<table>`, every value escaped."""
-
-    def line(cells: Iterable[str], tag: str) -> str:
-        parts = []
-        for index, cell in enumerate(cells):
-            kind = "text" if index < table.num_text_columns else "number"
-            row_head = index == 0 and tag == "td"
-            name = 'th scope="row"' if row_head else tag
-            end = "th" if row_head else tag
-            parts.append(f'<{name} class="{kind}">{html.escape(cell)}</{end}>')
-        return f"<tr>{''.join(parts)}</tr>"
-
-    body = "\n".join(line(row, "td") for row in table.rows)
-    notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in table.notes)
-    return (
-        f'<div class="scroll"><table><caption>{html.escape(table.title)}</caption>\n'
-        f"<thead>{line(table.header, 'th')}</thead>\n<tbody>{body}</tbody>"
-        f"</table></div>{notes}"
-    )
 
 
 def join_options(name: str, options: str) -> str:

@@ -15,6 +15,7 @@ from meft_reports.page.figures import (
     matrix,
     memory,
     predictions,
+    published,
     scores,
     step_ratios,
     timeline,
@@ -33,6 +34,7 @@ FIGURES = (
     step_ratios.FIGURE,
     blocks.FIGURE,
     predictions.FIGURE,
+    published.FIGURE,
     losses.FIGURE,
 )
 """Every figure, in the order of the page."""

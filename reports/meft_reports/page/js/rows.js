@@ -181,6 +181,11 @@ const MAKE = {
     if (rows.some((row) => row.is_assumed)) notes.push('Of sparse adapters, the share of active neurons is assumed.');
     return { rows, words: { label: 110 }, notes, free: FIELDS };
   },
+  published() {
+    const rows = decode(DATA.published).map((row) => ({ ...row, name: row.source, kind: row.is_calibration ? 'an assumption was fitted to it' : 'predicted', measured_text: asBytes(row.measured), predicted_text: asBytes(row.predicted), value_text: `${row.case}, ${row.error.toFixed(1)} %` }));
+    const errors = rows.filter((row) => !row.is_calibration).map((row) => Math.abs(row.error)).sort(byNumber);
+    return { rows, notes: [errors.length && `Without fitted ones, half of ${errors.length} errors are below ${errors[Math.floor((errors.length - 1) / 2)].toFixed(2)} %.`], free: FIELDS };
+  },
   losses() {
     const rows = [];
     for (const s of inWorkload(chosen())) for (const cell of s.cells) {
