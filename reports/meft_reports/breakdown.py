@@ -94,7 +94,7 @@ class Growth:
             found.append(f"first: {first}")
         if self.unexplained_bytes:
             size = _signed(self.unexplained_bytes)
-            found.append(f"unexplained by the largest of it: {size}")
+            found.append(f"in smaller parts that records do not keep: {size}")
         return found
 
     def first(self) -> str:
@@ -174,9 +174,10 @@ def what_grew(
 ) -> Growth:
     """Return what explains the difference of two peaks.
 
-    Rows that agree in all names are compared first, and then what is left, by kind,
-    phase and module: operators have other names in other versions of torch, and shapes
-    change. Memory that is as large as before and of another kind is no difference.
+    Rows that agree in all names are compared first, then those of an operator with
+    another shape, and then what is left, by kind, phase and module: operators have
+    other names in other versions of torch. Memory that is as large as before and of
+    another kind is no difference.
 
     Args:
         before: the breakdown of the baseline.
@@ -188,7 +189,7 @@ def what_grew(
         [*(its.saved_rows if is_saved else its.rows)] for its in (before, after)
     )
     changes: list[Change] = []
-    for key in (_names, _place):
+    for key in (_names, _operator, _place):
         sums = [_summed(rows, key) for rows in (old, new)]
         both = sums[0].keys() & sums[1].keys()
         changes += [_change(sums[0][name], sums[1][name]) for name in both]
@@ -211,6 +212,10 @@ def what_grew(
 
 def _names(row: PeakRow) -> tuple[Any, ...]:
     return row[:6]
+
+
+def _operator(row: PeakRow) -> tuple[Any, ...]:
+    return *row[:5], len(row.shape)
 
 
 def _place(row: PeakRow) -> tuple[Any, ...]:

@@ -59,7 +59,7 @@ def test_a_wider_model_fails_where_it_is_wider(project: Path) -> None:
     assert "4 * width" in text
     path.write_text(text.replace("4 * width", "8 * width"))
     found = run(project)
-    assert "3 errors" in found.stdout, found.stdout
+    assert "3 failed" in found.stdout, found.stdout
     assert "encoder.layers.*.linear" in found.stdout
     assert "--meft-update=fix" in found.stdout
 

@@ -541,6 +541,30 @@ def test_nothing_is_saved_and_that_is_said(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_real_checkpoints_stay(tmp_path: Path) -> None:
+    """A Trainer that keeps the last one removes none, and leaves no empty one."""
+    before = tmp_path / "checkpoint-2" / "model.safetensors"
+    before.parent.mkdir()
+    before.write_bytes(b"real")
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        save_steps=1,
+        save_total_limit=1,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    ids = torch.ones(8, dtype=torch.long)
+    rows = [{"input_ids": ids, "labels": ids}] * 16
+    with meft_bench.virtual_gpu("H200"):
+        trainer = transformers.Trainer(
+            model=llama(), args=arguments, train_dataset=rows
+        )
+        with pytest.warns(UserWarning, match="_save_checkpoint` writes nothing"):
+            trainer.train()
+    assert [*tmp_path.rglob("*")] == [before.parent, before]
+
+
 @pytest.mark.parametrize(
     ("refused", "named"),
     [

@@ -74,7 +74,7 @@ def test_another_phase_is_said_first_and_what_is_left_last() -> None:
     after = of(FROZEN, phase="update", other=7 + 300)
     first, *_, last = lines(of(FROZEN, SAVED), after)
     assert first == "the peak was in backward, and is in update now"
-    assert last == "unexplained by the largest of it: +300 B"
+    assert last == "in smaller parts that records do not keep: +300 B"
 
 
 def test_only_saved_memory_explains_what_is_saved() -> None:

@@ -111,7 +111,8 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="TOKENS",
         help="tokens of a row, default 512; several are the lengths of several steps, "
-        "and p50=190 p90=310 max=768 a distribution of the lengths of rows",
+        "and p50=190 p90=310 max=768 a distribution of the lengths of rows, which are "
+        "spread evenly between these",
     )
     parser.add_argument(
         "--padding",

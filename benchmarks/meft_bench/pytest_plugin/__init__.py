@@ -27,6 +27,7 @@ from meft_bench.pytest_plugin import checking, marker, options
 from meft_bench.pytest_plugin.session import Session
 
 KEY = pytest.StashKey[checking.Checked]()
+METER = pytest.StashKey[Any]()
 SESSION = pytest.StashKey[Session]()
 
 
@@ -62,7 +63,7 @@ def virtual_gpu(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 @pytest.fixture
-def meft_memory(request: pytest.FixtureRequest) -> Iterator[Any]:
+def meft_memory(request: pytest.FixtureRequest) -> Any:
     """Function that returns a context in which memory is measured.
 
     `with meft_memory(model, optimizer) as seen: ...`; afterwards `seen.saved_bytes`,
@@ -76,18 +77,8 @@ def meft_memory(request: pytest.FixtureRequest) -> Iterator[Any]:
     from meft_bench.pytest_plugin.measuring import Meter
 
     meter = Meter(on_gpu)
-    session = request.config.stash[SESSION]
-    yield meter.measured
-    checked = checking.Checked(
-        path=request.path,
-        name=request.node.nodeid.partition("::")[2],
-        device=wanted.device if wanted is not None and wanted.gpu else meter.device,
-        seen=meter.seen,
-        is_checked=wanted is not None,
-    )
-    request.node.stash[KEY] = checked
-    if wanted is not None and (failure := session.check(checked, wanted)):
-        pytest.fail(failure, pytrace=False)
+    request.node.stash[METER] = meter
+    return meter.measured
 
 
 @pytest.fixture
@@ -113,12 +104,34 @@ def meft_step(meft_memory: Any) -> Any:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Compare what a test took with its baseline, when it has passed."""
+    result = yield
+    meter = item.stash.get(METER, None)
+    if meter is None:
+        return result
+    wanted = marker.of(item)
+    checked = checking.Checked(
+        path=item.path,
+        name=item.nodeid.partition("::")[2],
+        device=wanted.device if wanted is not None and wanted.gpu else meter.device,
+        seen=meter.seen,
+        is_checked=wanted is not None,
+    )
+    item.stash[KEY] = checked
+    if wanted is not None:
+        if failure := item.config.stash[SESSION].check(checked, wanted):
+            pytest.fail(failure, pytrace=False)
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, Any, Any]:
     """Attach what a test took to its report, which travels between processes."""
     report: Any = yield
     checked = item.stash.get(KEY, None)
-    if checked is not None and call.when == "teardown":
+    if checked is not None and call.when == "call":
         report.meft = checked.to_json()
     return report

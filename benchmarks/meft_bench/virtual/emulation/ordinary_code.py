@@ -32,6 +32,8 @@ SAVING = (
     ("safetensors.torch", "save_model"),
     ("transformers", "PreTrainedModel.save_pretrained"),
     ("peft", "PeftModel.save_pretrained"),
+    # It would also remove older checkpoints, which are real ones.
+    ("transformers", "Trainer._save_checkpoint"),
 )
 """Functions that write tensors, by module."""
 

@@ -27,7 +27,7 @@ def tell(
     """
     if needed_bytes is None or math.isinf(needed_bytes):
         return  # the answer says why
-    fits = "fits" if needed_bytes <= room_bytes else "does not fit"
+    fits = "fits" if needed_bytes <= room_bytes else "more than the margin leaves"
     size = format_bytes(int(needed_bytes))
     _print(f"{method}: {field} {value} needs {size}, {fits}")
 
