@@ -28,6 +28,7 @@ from meft_reports.breakdown import Breakdown, what_grew
 from meft_reports.columns import CELL_FIELDS, SCORE_NAMES
 from meft_reports.columns.column import Column
 from meft_reports.compared import Number, compared_number, exact, format_number
+from meft_reports.errors import ReportError
 from meft_reports.format import format_fact, format_value, is_null
 from meft_reports.text import plural
 from meft_reports.threshold import Threshold, thresholds_of
@@ -119,8 +120,9 @@ class Finding:
         }
         head = f"{self.kind}: {self.cell_id}" + (f" {self.column}" * bool(self.column))
         lines = [f"  {name:<10} {fact}" for name, fact in facts.items() if fact]
+        title = "what grew" if self.kind == Kind.REGRESSION else "what fell"
         for number, line in enumerate(self.grew):
-            lines.append(f"  {'' if number else 'what grew':<10} {line}")
+            lines.append(f"  {'' if number else title:<10} {line}")
         return "\n".join([head, *lines, *([f"  {self.advice}"] if self.advice else [])])
 
 
@@ -195,6 +197,8 @@ def check(
         All findings.
     """
     expected_cells = baseline[baseline["status"] == "ok"].set_index("cell_id")
+    known = [*baseline["cell_id"], *frame["cell_id"]]
+    _refuse_idle(thresholds, [*map(str, known)])
     got_cells = frame.set_index("cell_id")
     findings: list[Finding] = []
     compared: list[Compared] = []
@@ -218,7 +222,7 @@ def check(
                 column = threshold.column
                 compared.append(Compared(cell_id=name, column=column, after=number))
     findings += _new(got_cells.index.difference(expected_cells.index), got_cells)
-    if expected_cells.empty:
+    if expected_cells.empty or (not compared and not findings):
         findings.append(_nothing_to_compare())
     return CheckResult(
         findings=tuple(sorted(findings, key=_badness)),
@@ -226,6 +230,16 @@ def check(
         compared=tuple(compared),
         notes=tuple(_notes(baseline, expected_cells, got_cells)),
     )
+
+
+def _refuse_idle(thresholds: Sequence[Threshold], cell_ids: Sequence[str]) -> None:
+    """Raise for a threshold that applies to no cell, which would check nothing."""
+    for threshold in thresholds:
+        if not any(thresholds_of(name, [threshold]) for name in cell_ids):
+            raise ReportError(
+                f"--fail-on {threshold.column.short_name}:...@{threshold.pattern}: the "
+                "pattern matches no cell of the baseline or the runs"
+            )
 
 
 def _badness(finding: Finding) -> tuple[int, float]:
@@ -248,7 +262,7 @@ def _what_grew(
     before, after = (its.get(finding.cell_id) for its in breakdowns)
     if before is None or after is None or finding.column not in EXPLAINED:
         return ()
-    if finding.kind not in (Kind.REGRESSION, Kind.IMPROVED):
+    if not most or finding.kind not in (Kind.REGRESSION, Kind.IMPROVED):
         return ()
     expected, got = (int(cell[finding.column]) for cell in cells)
     is_saved = finding.column == SAVED

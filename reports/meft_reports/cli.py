@@ -224,6 +224,8 @@ def check(arguments: argparse.Namespace) -> int:
         if path.exists() and held.exists() and path.samefile(held.resolve()):
             raise ReportError(f"{path} is both the run and the baseline")
 
+    _refuse_to_write_over(arguments)
+
     from meft_reports.check import check as compare
     from meft_reports.formats import FORMATS
     from meft_reports.frame import to_frame
@@ -246,6 +248,19 @@ def check(arguments: argparse.Namespace) -> int:
     return result.exit_code
 
 
+def _refuse_to_write_over(arguments: argparse.Namespace) -> None:
+    """Refuse to write the verdict over a file that is read, or two into one."""
+    outputs = [path.resolve() for _, path in arguments.write]
+    read = [path.resolve() for path in (*arguments.runs, arguments.baseline)]
+    for place, path in enumerate(outputs):
+        if path in read:
+            raise ReportError(
+                f"--write: {path} is one of the files of records; write to another file"
+            )
+        if path in outputs[:place] and not path.is_char_device():
+            raise ReportError(f"--write: {path} is given twice; write to two files")
+
+
 def _tell_github(result: "CheckResult") -> None:
     """Print annotations, and add to the summary of the step."""
     from meft_reports.formats import github, markdown
@@ -255,6 +270,34 @@ def _tell_github(result: "CheckResult") -> None:
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         with Path(summary).open("a", encoding="utf-8") as file:
             file.write(markdown.to_markdown(result))
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Print two runs side by side."""
+    from meft_reports.compare import compare as side_by_side
+    from meft_reports.records import read_records
+
+    before, after = (read_records([path])[0] for path in arguments.runs)
+    _say(
+        side_by_side(
+            before,
+            after,
+            shows_all=arguments.all,
+            num_changes=arguments.what_grew,
+        )
+    )
+    return 0
+
+
+def history(arguments: argparse.Namespace) -> int:
+    """Print a column over commits."""
+    from meft_reports.columns import find_measured
+    from meft_reports.history import history as over_commits
+    from meft_reports.records import read_all
+
+    column = find_measured(arguments.column)
+    _say(over_commits(read_all(arguments.runs), column, arguments.only))
+    return 0
 
 
 def baseline(arguments: argparse.Namespace) -> int:
@@ -278,6 +321,8 @@ COMMANDS = {
     "page": page,
     "check": check,
     "baseline": baseline,
+    "compare": compare,
+    "history": history,
 }
 
 
@@ -301,6 +346,8 @@ def parser() -> argparse.ArgumentParser:
         "page": "write one self-contained HTML page of the answer, figures and cells",
         "check": "compare with a baseline, cell by cell",
         "baseline": "write or update a baseline from ok cells; show what changes",
+        "compare": "print two runs side by side: before, after, ratio, what grew",
+        "history": "print a column over the commits of its records, with its steps",
     }
     outputs = {
         "frame": "out.parquet or out.csv",
@@ -313,10 +360,12 @@ def parser() -> argparse.ArgumentParser:
         if name in ("plot", "table"):
             kinds = PLOTS if name == "plot" else TABLES
             sub.add_argument("name", metavar="NAME", help=", ".join(kinds))
+        if name == "history":
+            sub.add_argument("column", metavar="COLUMN", help="such as peak_allocated")
         sub.add_argument(
             "runs",
-            metavar="RUNS",
-            nargs="+",
+            metavar="RUNS" if name != "compare" else "RUN",
+            nargs=2 if name == "compare" else "+",
             type=Path,
             help="files of records, .jsonl",
         )
@@ -352,6 +401,21 @@ def parser() -> argparse.ArgumentParser:
             )
         if name == "check":
             _add_check_arguments(sub)
+        if name == "history":
+            sub.add_argument(
+                "--only", default="*", metavar="PATTERN", help="cells, by their ids"
+            )
+        if name == "compare":
+            sub.add_argument(
+                "--all", action="store_true", help="list everything, also what is equal"
+            )
+            sub.add_argument(
+                "--what-grew",
+                type=_number,
+                default=3,
+                metavar="N",
+                help="how many changes of memory a difference lists; default 3",
+            )
     return root
 
 

@@ -44,6 +44,17 @@ def read_records(paths: Sequence[Path]) -> tuple[list[Record], str]:
     return [winners[cell_id] for cell_id in sorted(winners)], newest
 
 
+def read_all(paths: Sequence[Path]) -> list[Record]:
+    """Return every record of some files, several of a cell.
+
+    Raises:
+        RecordError: see `read_records`.
+    """
+    return [
+        record for path in paths for _, record in _lines_of(path, is_finished=False)
+    ]
+
+
 def read_baseline(path: Path) -> list[Record]:
     """Return the records of a baseline, sorted by `cell_id`.
 

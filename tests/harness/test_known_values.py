@@ -303,3 +303,42 @@ def test_a_selection_by_a_mask_of_the_batch_keeps_what_it_does() -> None:
         taken = torch.cuda.memory_allocated() - before
         libraries = 8_519_680  # of cuBLAS, from the first product on
         assert taken == 4 * 64 * 4096 + 4 * 64 * 32 + libraries
+
+
+def test_values_are_of_the_memory_and_not_of_the_name() -> None:
+    """What is put behind a tensor, or written through another, has no old values."""
+    with meft_bench.virtual_gpu("H200"):
+        x = torch.ones(3, dtype=torch.long).cuda()
+        x.data = torch.tensor([1, 2, 3, 4, 5]).cuda()
+        assert x.tolist() == [0] * 5
+        y, z = torch.ones(3, dtype=torch.long).cuda(), torch.tensor([7, 8, 9]).cuda()
+        torch.utils.swap_tensors(y, z)
+        assert y.tolist() != [1, 1, 1]
+        a = torch.ones(3, dtype=torch.long).cuda()
+        torch.empty(0, dtype=torch.long, device="cuda").set_(a).fill_(7)  # type: ignore[call-overload]
+        assert a.tolist() != [1, 1, 1]
+
+
+def test_masks_of_the_host_and_bytes_select() -> None:
+    with meft_bench.virtual_gpu("H200"):
+        x = torch.randn(4, 5, device="cuda")
+        mask = torch.tensor([True, False, True, False])
+        for one in (mask, mask.cuda(), mask.byte(), mask.byte().cuda()):
+            assert x[one].shape == (2, 5)
+        assert x[:, torch.tensor([1, 2])].shape == (4, 2)
+
+
+def test_constants_like_large_tensors_take_no_memory_of_the_host() -> None:
+    with meft_bench.virtual_gpu("H200", enforce_memory=False):
+        x = torch.empty(2**20, 2**20, device="cuda")
+        assert torch.zeros_like(x, dtype=torch.bool).shape == x.shape
+        assert x.new_zeros(16, dtype=torch.long).tolist() == [0] * 16
+        out = torch.zeros(5, dtype=torch.long, device="cuda")
+        assert torch.arange(5, out=out) is out
+
+
+def test_the_default_device_holds_for_numbers() -> None:
+    with meft_bench.virtual_gpu("H200"), torch.device("cuda"):
+        assert torch.tensor([1, 2]).device.type == "cuda"
+    with torch.device("meta"):
+        assert torch.tensor([1, 2]).device.type == "meta"

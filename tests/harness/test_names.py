@@ -67,6 +67,7 @@ FOREIGN_FLAGS = {
 FOREIGN_FILES = {
     # Files of others.
     "aten/native/*": "PyTorch's sources",
+    "native/*": "PyTorch's sources",
     "ATen/*": "PyTorch's sources",
     "c10/cuda/*": "PyTorch's sources",
     "evaluate-v1.1.py": "SQuAD's official script",

@@ -109,11 +109,16 @@ def test_the_short_gate_is_a_part_of_the_gate() -> None:
 
 
 def test_gate() -> None:
-    """The gate runs every method on the CPU with one thread, whatever is requested."""
+    """The gate runs every method on the CPU with one thread, whatever is requested.
+
+    At the sizes of the papers, it predicts.
+    """
     gate = sweep.load("gate", device="cuda")
     assert gate.num_threads == 1
-    assert {cell.device for cell in gate.cells} == {"cpu"}
-    assert {cell.method for cell in gate.cells} == set(registry.METHODS)
+    on_cpu = [cell for cell in gate.cells if cell.device == "cpu"]
+    assert {cell.method for cell in on_cpu} == set(registry.METHODS)
+    others = {cell.device for cell in gate.cells} - {"cpu"}
+    assert others == {"virtual-H200"}
 
 
 def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:

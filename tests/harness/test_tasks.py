@@ -324,7 +324,7 @@ def test_the_full_batch_may_have_padding() -> None:
 
 def test_images_have_no_padding() -> None:
     rows = synthetic.images(cell(batch_size=2), (3, 4, 4))
-    with pytest.raises(ValueError, match="reads images, which have none: leave it out"):
+    with pytest.raises(ValueError, match="images and audio have none: leave it out"):
         full_batches(rows, cell(batch_size=2, padding="some"))
 
 

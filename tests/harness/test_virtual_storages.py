@@ -309,3 +309,53 @@ def test_what_was_imported_before_says_what_to_write() -> None:
 
     with pytest.raises(MissingError, match="make a tensor, and take its storage"):
         train()
+
+
+def test_a_reduced_loss_keeps_the_memory_of_all_elements() -> None:
+    """As real ones do: their kernels make a tensor of all elements smaller."""
+    x = torch.randn(100, 50)
+    functional = torch.nn.functional
+    for loss in (
+        functional.mse_loss,
+        functional.smooth_l1_loss,
+        functional.binary_cross_entropy,
+    ):
+        real = loss(x.sigmoid(), x.sigmoid()).untyped_storage().nbytes()
+        with meft_bench.virtual_gpu("H200"):
+            y = x.cuda().sigmoid().requires_grad_()
+            found = loss(y, y.detach())
+            found.backward()
+            assert found.untyped_storage().nbytes() == real == 4 * 5000
+            assert loss(y, y, reduction="none").shape == y.shape
+
+
+def test_memory_that_is_taken_over_again_is_taken_over() -> None:
+    """The second time, too."""
+    with meft_bench.virtual_gpu("H200"):
+        several = [torch.zeros(1000, device="cuda") for _ in range(4)]
+        before = torch.cuda.memory_allocated()
+        for one in several[1:]:
+            one.set_(several[0])  # type: ignore[call-overload]
+            assert one.untyped_storage()._cdata == several[0].untyped_storage()._cdata
+        assert before - torch.cuda.memory_allocated() == 3 * 4096
+
+
+def test_what_is_beyond_a_storage_is_refused_though_it_fits_another() -> None:
+    with meft_bench.virtual_gpu("H200"):
+        torch.zeros(1000, device="cuda")[:10].as_strided((500,), (1,))
+        with pytest.raises(RuntimeError, match="are out of bounds for storage"):
+            torch.zeros(10, device="cuda").as_strided((500,), (1,))
+
+
+def test_a_convolution_keeps_the_memory_format() -> None:
+    """As cuDNN does: what reads its output as channels last copies nothing."""
+    with meft_bench.virtual_gpu("H200"):
+        layer = torch.nn.Conv2d(8, 8, 3, padding=1).cuda()
+        images = torch.randn(2, 8, 16, 16, device="cuda")
+        assert layer(images).is_contiguous()
+        layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        found = layer(images.to(memory_format=torch.channels_last))
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        before = torch.cuda.memory_allocated()
+        found.permute(0, 2, 3, 1).contiguous()
+        assert torch.cuda.memory_allocated() == before

@@ -147,3 +147,34 @@ def test_a_format_that_there_is_not(
         main(["check", "a", "--baseline", "b", "--fail-on", "saved:0", "--write", text])
     assert end.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_nothing_that_is_read_is_written_over(
+    make_record: MakeRecord, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, base = tmp_path / "run.jsonl", tmp_path / "base.jsonl"
+    for one in (path, base):
+        one.write_text(json.dumps(make_record()) + "\n")
+    words = ["check", str(path), "--baseline", str(base), "--fail-on", "saved:0"]
+    for written in (path, base):
+        before = written.read_bytes()
+        assert main([*words, "--write", f"json:{written}"]) == 2
+        assert "is one of the files of records" in capsys.readouterr().err
+        assert written.read_bytes() == before
+    twice = ["--write", f"json:{tmp_path / 'o'}", "--write", f"junit:{tmp_path / 'o'}"]
+    assert main([*words, *twice]) == 2
+    assert "is given twice" in capsys.readouterr().err
+
+
+def test_a_pattern_that_matches_nothing_checks_nothing(
+    make_record: MakeRecord, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A typo in it must not switch the gate off."""
+    path, base = tmp_path / "run.jsonl", tmp_path / "base.jsonl"
+    for one in (path, base):
+        one.write_text(json.dumps(make_record()) + "\n")
+    words = ["check", str(path), "--baseline", str(base), "--fail-on"]
+    assert main([*words, "saved:0@lorra*"]) == 2
+    assert "matches no cell" in capsys.readouterr().err
+    words.append("saved:0@full/*")
+    assert main(words) == 0

@@ -43,6 +43,8 @@ def commands(run: Path, make_record: MakeRecord, write: Write) -> dict[str, list
             *["check", f"{run}", "--baseline", f"{baseline}"],
             *["--fail-on", "saved:0"],
         ],
+        "compare": ["compare", f"{baseline}", f"{run}"],
+        "history": ["history", "saved", f"{run}"],
     }
 
 

@@ -149,6 +149,17 @@ def _check_language_model(config: PreTrainedConfig, cell: Cell) -> None:
         )
 
 
+def num_image_tokens(config: PreTrainedConfig, shape: tuple[int, int, int]) -> int:
+    """Return the number of tokens that a model makes of an image.
+
+    Args:
+        config: its config.
+        shape: `channels height width`.
+    """
+    patches = zip(shape[1:], _pair(config.patch_size), strict=True)
+    return 1 + math.prod(side // patch for side, patch in patches)
+
+
 def _check_images(
     config: PreTrainedConfig, cell: Cell, shape: tuple[int, int, int]
 ) -> None:
@@ -157,8 +168,7 @@ def _check_images(
             f"task {cell.task!r} has text and {cell.backbone} sees images: take task "
             "`synthetic`, or a backbone of text"
         )
-    patches = zip(shape[1:], _pair(config.patch_size), strict=True)
-    num_tokens = 1 + math.prod(side // patch for side, patch in patches)
+    num_tokens = num_image_tokens(config, shape)
     if cell.seq_len != num_tokens:
         raise ValueError(
             f"`seq_len` is {cell.seq_len}, but {cell.backbone} makes {num_tokens} "

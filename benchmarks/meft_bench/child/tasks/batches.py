@@ -194,6 +194,6 @@ def refuse_padded_images(cell: Cell) -> None:
     """Raise `ValueError` for a cell of images whose batches should have padding."""
     if cell.padding != "none":
         raise ValueError(
-            f"`padding` is {cell.padding!r}, but {cell.backbone} reads images, which "
-            "have none: leave it out"
+            f"`padding` is {cell.padding!r}, but {cell.backbone} reads no text, and "
+            "images and audio have none: leave it out"
         )

@@ -71,6 +71,12 @@ def _cudnn_backward(args: tuple[Any, ...], out: Any) -> int:
     return int(4 * batch * heads * tokens * (width + 1)) + _shared_heads(args)
 
 
+def _loss(args: tuple[Any, ...], out: Any) -> int:
+    """The losses of all elements, before they are reduced (native/Loss.cpp)."""
+    assert isinstance(out, Tensor)
+    return out.untyped_storage().nbytes() if not out.dim() else 0
+
+
 def _safe_softmax(args: tuple[Any, ...], out: Any) -> int:
     """A boolean mask of the masked scores, one byte each."""
     assert isinstance(out, Tensor)
@@ -152,6 +158,8 @@ _OF_ALL: dict[Any, Workspace] = {
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
     aten._scaled_dot_product_cudnn_attention_backward.default: _cudnn_backward,
     aten._safe_softmax.default: _safe_softmax,
+    aten.mse_loss.default: _loss,
+    aten.smooth_l1_loss.default: _loss,
     aten._softmax_backward_data.default: _softmax_backward,
     aten.embedding_dense_backward.default: _embedding_backward,
     aten.native_group_norm_backward.default: _group_norm_backward,

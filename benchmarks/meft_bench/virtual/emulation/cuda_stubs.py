@@ -24,6 +24,8 @@ OF_THE_DRIVER = (
     *("list_gpu_processes", "current_blas_handle"),
 )
 """Functions of `torch.cuda` that ask the driver for what has no answer."""
+CUDA_VERSION = "13.0"
+"""Version of CUDA that is shown where torch is built without it."""
 
 
 def answers_of(
@@ -89,6 +91,8 @@ def answers_of(
         if hasattr(torch.cuda.random, name) and name in torch.cuda.random.__all__:
             yield mock.patch.object(torch.cuda.random, name, answer)
     yield mock.patch.object(Tensor, "record_stream", nothing)
+    # Programs that ask for TF32 look for it.
+    yield mock.patch.object(torch.version, "cuda", torch.version.cuda or CUDA_VERSION)
     yield mock.patch.object(torch.cuda.nvtx, "_nvtx", NvtxStub)
     for name in ("start", "stop"):
         yield mock.patch.object(torch.cuda.profiler, name, nothing)

@@ -55,14 +55,19 @@ class KnownValues:
     def __init__(self, device: str) -> None:
         self._device = torch.device(device, 0) if device == "cuda" else device
         # By identity, as tensors compare element by element.
-        self._known: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        self._known: dict[int, tuple[weakref.ref[Tensor], Tensor, int]] = {}
+        """A reference to each tensor, its values, and its storage."""
 
     def of(self, tensor: Tensor) -> Tensor | None:
         """Return the values of a tensor as a tensor of the host, None if unknown."""
         if type(tensor) is not FakeTensor:
             return tensor if tensor.device.type == "cpu" else None
         known = self._known.get(id(tensor))
-        return known[1] if known is not None and known[0]() is tensor else None
+        if known is None or known[0]() is not tensor:
+            return None
+        # `data =` and `swap_tensors` put other memory behind a tensor.
+        is_same = known[2] == tensor.untyped_storage()._cdata
+        return known[1] if is_same and known[1].shape == tensor.shape else None
 
     def answer(
         self,
@@ -110,7 +115,10 @@ class KnownValues:
         if type(first) is FakeTensor and id(first) not in self._known:
             # The usual case, in which values neither come in nor are known.
             if func._overloadpacket in LIKE and _is_whole(out.dtype):
-                args = (torch.empty(first.shape, dtype=first.dtype), *args[1:])
+                if out.numel() > MOST_ELEMENTS:
+                    return
+                like = torch.empty((), dtype=first.dtype).expand(first.shape)
+                args = (like, *args[1:])
             elif not _writes(func):
                 return
         elif not self._begins(func, args, kwargs):
@@ -188,17 +196,17 @@ class KnownValues:
             watch: weakref.ref[Tensor] = weakref.ref(
                 tensor, lambda _: self._known.pop(key, None)
             )
-            self._known[key] = (watch, values)
+            self._known[key] = (watch, values, tensor.untyped_storage()._cdata)
 
     def _forget(self, written: Any) -> None:
         """Forget the values of what is overwritten, and of all its views."""
         if isinstance(written, tuple | list):
             for one in written:
                 self._forget(one)
-        elif type(written) is FakeTensor and (values := self.of(written)) is not None:
-            memory = values.untyped_storage()._cdata
-            for key, (_, other) in [*self._known.items()]:
-                if other.untyped_storage()._cdata == memory:
+        elif type(written) is FakeTensor:
+            memory = written.untyped_storage()._cdata
+            for key, (_, _, other) in [*self._known.items()]:
+                if other == memory:
                     del self._known[key]
 
 

@@ -27,6 +27,9 @@ DEPEND_ON_VALUES = frozenset(
 KINDS_OF_RESULTS = frozenset({"Tensor", "int"})
 INDEX = torch.ops.aten.index.Tensor
 """Its result depends on values if an index is a mask, and on shapes otherwise."""
+aten = torch.ops.aten
+OTHERS = frozenset({aten.set_, aten.resize_, aten.resize_as_, aten.as_strided})
+"""Operators for which storages matter, which descriptions do not have."""
 ASSUMED: frozenset[OpOverload] = frozenset()
 """Operators whose sizes depend on values in general, but are assumed from shapes."""
 MASKS = frozenset({torch.bool, torch.uint8})
@@ -251,7 +254,7 @@ def _kind(func: OpOverload) -> object:
     and return tensors and numbers.
     """
     schema = func._schema
-    if func.namespace != "aten" or not schema.returns:
+    if func.namespace != "aten" or not schema.returns or func._overloadpacket in OTHERS:
         return False
     depends_on_values = not DEPEND_ON_VALUES.isdisjoint(func.tags)
     if depends_on_values and func is not INDEX and func not in ASSUMED:

@@ -1,5 +1,7 @@
 """Rules for tensors without values that torch lacks, or that are looser than its own.
 
+convolutions          in the memory format of their arguments, as cuDNN's
+reduced losses        keep the memory of all elements
 as_strided            refuses what is beyond the storage, as tensors with memory do
 random numbers        in place, from a generator
 recurrent cells       fused on CUDA, with a workspace that is kept for backward; torch
@@ -7,22 +9,44 @@ recurrent cells       fused on CUDA, with a workspace that is kept for backward;
 """
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch._subclasses import fake_impls
 
 aten = torch.ops.aten
+FORMAT_OF_CONVOLUTION = "_conv_determine_backend_memory_format"
+_plain_format: Any = getattr(torch._C, FORMAT_OF_CONVOLUTION)
 GRU_WORKSPACE = 5
 LSTM_WORKSPACE = 4
 """Numbers that a cell keeps for backward, per hidden unit (native/cuda/RNN.cu)."""
 
 
-def added() -> contextlib.AbstractContextManager[Any]:
-    """Return the patch that adds the rules."""
-    return mock.patch.dict(fake_impls.op_implementations_dict, _RULES)
+@contextlib.contextmanager
+def added() -> Iterator[None]:
+    """Add the rules while the context is active."""
+    with (
+        mock.patch.dict(fake_impls.op_implementations_dict, _RULES),
+        mock.patch.object(torch._C, FORMAT_OF_CONVOLUTION, _format_of_convolution),
+    ):
+        yield
+
+
+def _format_of_convolution(input: Any, weight: Any, backend: Any) -> Any:
+    """Return the memory format of a convolution, which cuDNN takes from its arguments.
+
+    A build without cuDNN has other kernels, most of which are contiguous.
+    """
+    device = getattr(input, "fake_device", input.device)
+    if device.type == "cpu" or not torch.backends.cudnn.enabled:
+        return _plain_format(input, weight, backend)
+    formats = {suggest_memory_format(one) for one in (input, weight)}
+    others = formats & {torch.channels_last, torch.channels_last_3d}
+    return next(iter(others), torch.contiguous_format)
 
 
 def _as_strided(
@@ -70,6 +94,36 @@ def _gru_cell_backward(
     state = gradient.new_empty(rows, width)
     biases = [one.sum(0) if has_bias else None for one in gates]
     return (*gates, state, *biases)
+
+
+REDUCED = frozenset(
+    {
+        aten.mse_loss.default,
+        aten.smooth_l1_loss.default,
+        aten.binary_cross_entropy.default,
+    }
+)
+"""Losses whose kernels make a tensor of all elements smaller, for which torch has a
+rule, which is another one."""
+
+
+def reduced_loss(func: Any, input: Tensor, target: Tensor, *args: Any) -> Any:
+    """Return a scalar in the memory of all elements; None if nothing is reduced.
+
+    The storage of a tensor that is resized stays as large as it was (native/Loss.cpp).
+
+    Args:
+        func: one of `REDUCED`.
+        input: the predictions.
+        target: the labels.
+        args: the other arguments of the operator.
+    """
+    at = [one.name for one in func._schema.arguments].index("reduction") - 2
+    if (args[at] if len(args) > at else 1) == 0:
+        return None
+    shape = torch.broadcast_shapes(input.shape, target.shape)
+    whole = input.new_empty(shape, dtype=torch.promote_types(input.dtype, target.dtype))
+    return whole.as_strided((), ()) if whole.numel() else None
 
 
 _RULES: dict[Any, Any] = {

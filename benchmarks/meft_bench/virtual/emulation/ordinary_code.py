@@ -20,6 +20,7 @@ from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity
 from torch.profiler.profiler import _KinetoProfile
+from torch.utils._device import _device_constructors
 from torch.utils.data import DataLoader
 
 from meft_bench.virtual.emulation import loading, refusals
@@ -122,6 +123,8 @@ def _deep_copied(self: Any, memo: Any) -> Any:
 
 
 _plain_tensor: Any = torch.tensor
+# torch keeps which functions take the default device, as they are called at first.
+_device_constructors()
 _plain_profile: Any = _KinetoProfile.__init__
 _plain_init: Any = DataLoader.__init__
 _plain_numpy: Any = Tensor.numpy

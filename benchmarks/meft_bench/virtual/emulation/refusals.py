@@ -24,6 +24,8 @@ WHOLE_WEIGHTS = "load the weights in the dtype in which they are computed to pla
 EAGER_ATTENTION = "call `scaled_dot_product_attention` to plan the step with that"
 OWN_STREAM = "make a `torch.cuda.Stream` instead"
 ONE_POOL = "leave it out to plan the step with the default pool"
+NO_LINE_SEARCH = "how many steps it takes is a matter of values; take another optimizer"
+OTHER_LOSS = "its lengths are values; plan the step with another loss of the logits"
 NOT_COMPILED = "take an optimizer that does not compile its step"
 NOT_PAGED = "take the optimizer of the same name that is not paged"
 
@@ -76,6 +78,8 @@ REFUSALS = (
     Refusal("torch.distributed", "init_process_group", ONE_PROCESS),
     Refusal("torch.distributed.fsdp", "fully_shard", ONE_PROCESS),
     Refusal("torch.distributed.fsdp", "FullyShardedDataParallel.__init__", ONE_PROCESS),
+    Refusal("torch.optim", "LBFGS.step", NO_LINE_SEARCH),
+    Refusal("torch", "ctc_loss", OTHER_LOSS),
     Refusal("bitsandbytes.functional", "get_paged", NOT_PAGED),
     Refusal("bitsandbytes.nn", "Params4bit.__new__", WHOLE_WEIGHTS),
     Refusal("bitsandbytes.nn", "Int8Params.__new__", WHOLE_WEIGHTS),

@@ -46,7 +46,8 @@ from meft_bench.virtual.emulation.assumed_conditions import Conditions
 from meft_bench.virtual.emulation.backend import Backend
 from meft_bench.virtual.emulation.early_imports import everywhere
 from meft_bench.virtual.emulation.known_values import UNKNOWN, KnownValues
-from meft_bench.virtual.emulation.memo import Memo
+from meft_bench.virtual.emulation.memo import INDEX, MASKS, Memo
+from meft_bench.virtual.emulation.operator_rules import REDUCED, reduced_loss
 from meft_bench.virtual.recording.ledger import Ledger
 from meft_bench.virtual.recording.live_memory import LiveMemory
 from meft_bench.virtual.recording.replay import Replay, held_by
@@ -119,6 +120,12 @@ class _Mode(FakeTensorMode):
             found = self.values.answer(self, func, args, kwargs)
             if found is not UNKNOWN:
                 return found
+        if func in REDUCED and isinstance(args[0], FakeTensor):
+            reduced = reduced_loss(func, *args)  # type: ignore[arg-type]
+            if reduced is not None:
+                return reduced
+        if func is INDEX:
+            args = (args[0], self._without_masks(args[1]))
         plain = super().__torch_dispatch__
         if self.memo is None:
             out = plain(func, types, args, kwargs)
@@ -130,6 +137,25 @@ class _Mode(FakeTensorMode):
         if self.values is not None:
             self.values.note(func, args, kwargs, out)
         return out
+
+    def _without_masks(self, indices: Any) -> list[Any]:
+        """Return indices with the places of masks whose values are known.
+
+        A GPU takes masks of the host, and bytes as masks, too.
+        """
+        found: list[Any] = []
+        for index in indices:
+            if not isinstance(index, Tensor) or index.dtype not in MASKS:
+                found.append(index)
+                continue
+            values = index if type(index) is not FakeTensor else None
+            if values is None and self.values is not None:
+                values = self.values.of(index)
+            if values is not None:
+                found += values.nonzero(as_tuple=True)
+            else:
+                found.append(index if index.dtype is torch.bool else index != 0)
+        return found
 
     def _cached_dispatch_impl(
         self, func: OpOverload, types: Any, args: Any, kwargs: Any
@@ -440,6 +466,8 @@ def _is_host_integer(
     """Whether integers or booleans are made on the host, from no tensor."""
     device = kwargs.get("device")
     if device is not None and torch.device(device).type != "cpu":
+        return False
+    if kwargs.get("out") is not None:
         return False
     packet = func._overloadpacket
     dtype = kwargs.get("dtype")

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 MOST_LINES = 8
+STRIDE = 16
+"""Factor between probes while the bytes do not grow."""
 BytesOf = Callable[[int], float]
 """Function from a value to the number of bytes it needs; infinity if it cannot run."""
 
@@ -65,7 +67,7 @@ def _next(probes: dict[int, float], low: int, high: int, room_bytes: float) -> i
         other = max((value for value in probes if value < low), default=low)
     rise = (probes[other] - probes[low]) / ((other - low) or 1)
     if rise <= 0:  # a single point, or a plateau of the allocator's rounding
-        return min(2 * low, high - 1)
+        return min(STRIDE * low, high - 1)
     line = low + int((room_bytes - probes[low]) / rise)
     # A line beyond a value that cannot run would approach it one by one.
     most = (low + high) // 2 if probes.get(high) == math.inf else high - 1

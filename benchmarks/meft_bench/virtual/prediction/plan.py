@@ -14,6 +14,7 @@ import torch
 
 from meft.errors import MeftError
 from meft_bench.child import backbones
+from meft_bench.child.backbones import classifier
 from meft_bench.child.tasks.batches import refuse_padded_images
 from meft_bench.child.training import prepare
 from meft_bench.shared import lengths
@@ -141,10 +142,11 @@ def plan(
     Returns:
         The plan of the cell.
     """
-    steps = lengths.of_batches(seq, cell.batch_size) or [cell.seq_len]
     first, *others = paddings or [cell.padding]
     cell = dataclasses.replace(cell, padding=first)
     try:
+        cell = cell if seq else _with_image_tokens(cell, source)
+        steps = lengths.of_batches(seq, cell.batch_size) or [cell.seq_len]
         with _ready(cell, source) as it:
             found, more = _plan(it, margin, timeline, steps, others)
         if more is not None:  # in an allocator of its own
@@ -160,6 +162,16 @@ def plan(
     except Exception as error:  # otherwise the plans of other methods would be lost
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return MemoryPlan(method=cell.method, verdict="unknown", message=message)
+
+
+def _with_image_tokens(cell: Cell, source: Source) -> Cell:
+    """Return the cell; if its model reads images, with the tokens of one."""
+    config, _ = backbones.load_config(cell, source, any_type=True)
+    is_known = config.model_type in MODEL_TYPES and not cell.method.startswith(PEFT)
+    shape = backbones.image_shape(config) if is_known else None
+    if shape is None:
+        return cell
+    return dataclasses.replace(cell, seq_len=classifier.num_image_tokens(config, shape))
 
 
 def _ready(cell: Cell, source: Source) -> contextlib.AbstractContextManager[Ready]:

@@ -55,7 +55,9 @@ def table(
     """
     first = cells[0]
     found = gpu.find(gpu.name_in(first.device))
-    tokens = f"{'at most ' * (len(seq) > 1)}{first.seq_len}"
+    planned = [p["seq_len"] for p in plans if p.get("seq_len")]
+    tokens = str(max(planned, default=first.seq_len))  # those of an image are its own
+    tokens = f"{'at most ' * (len(seq) > 1)}{tokens}"
     shape = {"batch": f"batch {first.batch_size}", "seq": f"{tokens} tokens"}
     given = [words for name, words in shape.items() if name != maximize]
     size = format_bytes(found.memory_bytes)
