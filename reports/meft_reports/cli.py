@@ -491,8 +491,8 @@ def _refuse_checks(arguments: argparse.Namespace) -> None:
     for path in arguments.runs:
         if path.name.endswith(CHECKS):
             raise ReportError(
-                f"{path} is a file of checks, which `table predictions` and `page` "
-                "read; give the file of records next to it"
+                f"{path} is a file of checks, which `table predictions` and `page` read"
+                "; give the file of records next to it"
             )
 
 

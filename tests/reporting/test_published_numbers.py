@@ -115,6 +115,6 @@ def test_only_one_table_reads_them(
     assert cli.main(["table", "predictions", str(path)]) == 0
     assert "memory that others measured" in capsys.readouterr().out
     assert cli.main(["table", "results", str(path)]) == 2
-    assert "only `table predictions` reads" in capsys.readouterr().err
+    assert "`table predictions` and `page` read" in capsys.readouterr().err
     assert cli.main(["page", str(path), "-o", str(tmp_path / "a.html")]) == 2
     assert not (tmp_path / "a.html").exists()

@@ -15,7 +15,7 @@ from meft_reports.page.score_answers import scores
 from meft_reports.page.settings import Setting
 from meft_reports.page.step_answers import steps, twins
 
-MOST = 8
+MOST = 7
 """Number of sentences on the page; the rest would not be read."""
 
 
@@ -25,11 +25,11 @@ def answers_of(
     """Return the sentences, most important first."""
     found = [
         *scores(settings, pairs),
+        *twins(settings),
         *headline(settings),
         *fits(settings),
         *slopes(settings),
         *predictions(prediction_errors(settings)),
         *steps(settings),
-        *twins(settings),
     ]
     return found[:MOST]

@@ -11,7 +11,7 @@ from meft_reports.page.pairs import PairedDifference
 from meft_reports.page.settings import Setting
 from meft_reports.text import plural
 
-MOST_SENTENCES = 4
+MOST_SENTENCES = 3
 MOST_NAMES = 4
 """Number of settings that a list in a sentence names."""
 

@@ -3,7 +3,7 @@
 from meft_reports.page.figures.figure import Figure, css, names, quantity, tooltip
 
 _X = "@unit"
-_PARTS = ["between steps: weights, optimizer state", "added by a step: activations"]
+_PARTS = ["between steps", "added by a step"]
 _TOOLTIP = tooltip(
     name="setting",
     peak="peak, @unit|.3f",
@@ -17,8 +17,9 @@ _TOOLTIP = tooltip(
 FIGURE = Figure(
     name="memory",
     title="Peak memory of one step",
-    about="The tick marks what autograd saves for the backward pass. A dashed bar is a "
-    "step that ran out of memory: it needs more than the bar is long.",
+    about="Between steps there are weights and optimizer state; a step adds "
+    "activations and gradients. The tick marks what autograd saves for the backward "
+    "pass. A dashed bar ran out of memory: the step needs more than the bar is long.",
     rows="memory",
     scaled={
         "peak": "peak_allocated_bytes",
