@@ -546,17 +546,17 @@ def test_real_checkpoints_stay(tmp_path: Path) -> None:
     before = tmp_path / "checkpoint-2" / "model.safetensors"
     before.parent.mkdir()
     before.write_bytes(b"real")
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=3,
-        save_steps=1,
-        save_total_limit=1,
-        report_to=[],
-        disable_tqdm=True,
-    )
     ids = torch.ones(8, dtype=torch.long)
     rows = [{"input_ids": ids, "labels": ids}] * 16
     with meft_bench.virtual_gpu("H200"):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            save_steps=1,
+            save_total_limit=1,
+            report_to=[],
+            disable_tqdm=True,
+        )
         trainer = transformers.Trainer(
             model=llama(), args=arguments, train_dataset=rows
         )
