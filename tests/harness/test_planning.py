@@ -256,14 +256,14 @@ def footer(gpu_name: str, dtype: str) -> str:
 
 def test_only_an_h200_was_compared() -> None:
     """The footer of other GPUs states that they were not, or by whom."""
-    assert "held against an H200 (docs/virtual-gpu.md)" in footer("H200", "bf16")
+    assert "held against an H200: in 78 cells, alloc" in footer("H200", "bf16")
     assert "compared" not in footer("H200", "bf16")
     assert "as on an H200" not in footer("H200", "bf16")
     other = footer("T4", "fp16")
     assert "not compared with a real Tesla T4 (docs/" in other
     assert "as on an H200" in other
     measured = footer("L40S", "bf16")
-    assert "compared with what others measured on a NVIDIA L40S (docs/" in measured
+    assert "compared with what others measured on a NVIDIA L40S: 160 nu" in measured
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ def test_losses_in_pieces_and_by_autocast_take_what_they_took(program: str) -> N
     assert max(map(abs, errors(rows))) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_decoder_with_lora_takes_what_it_took_on_an_a10g() -> None:
     """Within 0.5 %, as the source rounds to 10 MB."""
     (row,) = of_program("llama-3.2-1b-lora-1", "litgpt")
@@ -212,6 +213,7 @@ def test_estimates_are_of_published_numbers() -> None:
         assert estimate.num_bytes is not None or estimate.note
 
 
+@pytest.mark.slow
 def test_a_sweep_predicts_each_run_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

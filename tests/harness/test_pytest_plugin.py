@@ -125,6 +125,7 @@ def test_a_limit_needs_no_baseline_to_fail(pytester: pytest.Pytester) -> None:
     found.stdout.fnmatch_lines(["peak_allocated is *, above the limit of 1 KiB*"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("marker", "words"),
     [
@@ -176,6 +177,7 @@ def test_what_no_test_is_called_is_trimmed(pytester: pytest.Pytester) -> None:
     assert not (pytester.path / "__meft__" / "test_it.json").exists()
 
 
+@pytest.mark.slow
 def test_on_a_virtual_gpu_cuda_is_there(pytester: pytest.Pytester) -> None:
     """And weights and batches that the test moves to it are counted."""
     text = STEP.replace("MARKER", "device='virtual-H200'").replace("WIDTH", "8")

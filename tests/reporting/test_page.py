@@ -138,6 +138,7 @@ def no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
         function.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_broken_cache_is_made_again(no_cache: Path) -> None:
     """The bundled library is the same with a cache, without, and with half a one."""
     text = bundle.vega()

@@ -15,9 +15,12 @@ from reporting.browser import Browser, find_chromium
 from reporting.conftest import build_all, build_knowledge
 from reporting.pages import page_of
 
-pytestmark = pytest.mark.skipif(
-    find_chromium() is None, reason="needs a Chromium of the system on the path"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_chromium() is None, reason="needs a Chromium of the system on the path"
+    ),
+]
 
 ROOT = Path(__file__).parents[2] / "reports" / "published"
 PUBLISHED = sorted(ROOT.glob("*/records.jsonl.gz"))
@@ -302,7 +305,6 @@ def test_a_figure_has_a_text_equivalent(page: Browser) -> None:
     assert all(text and len(text) > 30 for text in texts)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
 def test_published_runs_fit(browser: Browser, tmp_path: Path, path: Path) -> None:
     """Of each: no sideways scrolling at 390, at most 5,000 px at 1280, no message."""
@@ -319,7 +321,6 @@ def test_published_runs_fit(browser: Browser, tmp_path: Path, path: Path) -> Non
         assert browser.console == []
 
 
-@pytest.mark.slow
 def test_ten_thousand_cells_are_a_page(browser: Browser, tmp_path: Path) -> None:
     """Made in 10 s of a processor and 500 MB, of at most 3 MB, and ready in seconds."""
     lines = gzip.decompress(MEMORY_PAPER.read_bytes()).splitlines()

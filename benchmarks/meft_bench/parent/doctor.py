@@ -40,6 +40,8 @@ REQUIREMENTS = {
         "pyarrow>=20",
         "scipy>=1.13",
     ),
+    "page": ("itables>=2.4", "vl-convert-python>=1.8"),
+    "pytest": ("pytest>=8.4",),
 }
 """Requirements of `import meft`, and those that each extra of the distribution adds."""
 

@@ -66,6 +66,9 @@ class Gpu:
     `us`, or `others`, who published it; empty if predictions were not compared.
     """
 
+    evidence: str = ""
+    """How close predictions were, and in how many numbers of what kind."""
+
     @property
     def basis(self) -> str:
         """What predictions for it rest on, in words."""
@@ -73,7 +76,11 @@ class Gpu:
             "us": "",
             "others": f" and compared with what others measured on a {self.name}",
         }.get(self.compared, f" and not compared with a real {self.name}")
-        return f"by rules that were held against an H200{on_it} (docs/virtual-gpu.md)"
+        found = f": {self.evidence}" if self.evidence else ""
+        return (
+            f"by rules that were held against an H200{on_it}{found} "
+            "(docs/virtual-gpu.md)"
+        )
 
     @property
     def max_threads_per_multiprocessor(self) -> int:
@@ -157,7 +164,7 @@ def _read(path: Path) -> Gpu:
     except ValueError as error:
         raise GpuError(f"{path} is not JSON: {error}") from error
     wanted = {field.name for field in dataclasses.fields(Gpu)}
-    optional = {"compared"}
+    optional = {"compared", "evidence"}
     if not isinstance(fields, dict) or not wanted - optional <= set(fields) <= wanted:
         given = set(fields) if isinstance(fields, dict) else set()
         wrong = {"missing": wanted - optional - given, "unknown": given - wanted}
