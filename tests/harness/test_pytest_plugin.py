@@ -238,7 +238,8 @@ def test_a_file_that_is_no_baseline_is_named(pytester: pytest.Pytester) -> None:
 def test_several_processes_write_one_file(pytester: pytest.Pytester) -> None:
     step(pytester)
     path = pytester.path / "test_it.py"
-    path.write_text(path.read_text() + path.read_text().replace("test_step", "test_b"))
+    text = path.read_text()
+    path.write_text(f"{text}\n{text.replace('test_step', 'test_b')}\n")
     environment = {**os.environ}
     assert "CI" not in environment
     found = pytester.runpytest_subprocess(
