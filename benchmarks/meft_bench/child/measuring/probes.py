@@ -77,10 +77,18 @@ def look_at_peak(
     """
     # A CPU has no allocator that rounds.
     round_bytes = 1 if cell.device == "cpu" else ROUND_BYTES
-    with Ledger(accelerator=cell.device, round_bytes=round_bytes) as ledger:
-        ledger.watch(stepper.model, stepper.optimizer)
-        start = ledger.mark()
-        stepper.step(batches, learning_rate=0.0)
+    try:
+        with Ledger(accelerator=cell.device, round_bytes=round_bytes) as ledger:
+            ledger.watch(stepper.model, stepper.optimizer)
+            start = ledger.mark()
+            stepper.step(batches, learning_rate=0.0)
+    except Exception as error:
+        # The step has run before, and its numbers are kept: what is lost is the reason
+        # for them, as on a GPU without room for one tensor more.
+        if cell.device == "cpu":
+            raise
+        print(f"no breakdown of memory: {error}", file=sys.stderr)
+        return
     partial.memory_breakdown = breakdown(ledger.trace(), start)
 
 
