@@ -42,6 +42,35 @@ def test_a_step_by_hand() -> None:
     assert found["other_bytes"] == 0
 
 
+def test_memory_of_libraries_is_a_row() -> None:
+    """As far as no storage that is known has it."""
+    model = nn.Linear(512, 512, bias=False)
+    with Ledger(accelerator="cpu", round_bytes=512) as ledger:
+        ledger.watch(model)
+        ledger.add_unattributed(2**20 + 4096)
+        ledger.add_unattributed(2**20)  # all of it is known
+        start = ledger.mark()
+        model(torch.ones(128, 512)).sum().backward()
+    found = breakdown(ledger.trace(), start)
+    kept.check(found)
+    rows = [row[:8] for row in found["rows"] if row[0] == "unattributed"]
+    assert rows == [["unattributed", "", "", "", "uint8", [4096], 4096, 1]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["full", "meft1-exact"])
+def test_rows_add_up_to_the_peak_of_a_gpu(method: str) -> None:
+    """But for what kernels allocate and free within one operator."""
+    partial = PartialResult()
+    one = cell(method=method, backbone="random:bert-base", device="cuda")
+    measure(one, SOURCE, partial)
+    found = partial.memory_breakdown
+    assert found is not None
+    measured = partial.measurement.peak_allocated_bytes
+    assert found["peak_bytes"] == pytest.approx(measured, rel=0.01)
+    assert "unattributed" in {row[0] for row in found["rows"]}
+
+
 METHODS = ("full", "lora", "meft1-exact", "checkpointing", "sparse-experts")
 
 

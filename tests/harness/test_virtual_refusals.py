@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.distributed import init_process_group
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -340,10 +340,10 @@ def test_a_kernel_of_triton_in_an_operator_of_torch_is_not_launched() -> None:
 
     def doubled(x: Tensor) -> Tensor:
         out = torch.empty_like(x)
-        torch.library.wrap_triton(double)[(1,)](x, out, x.numel())
+        library.wrap_triton(double)[(1,)](x, out, x.numel())
         return out
 
-    operator: Any = torch.library.triton_op("meft_tests::doubled", mutates_args={})
+    operator: Any = library.triton_op("meft_tests::doubled", mutates_args={})
     call = operator(doubled)
     with meft_bench.virtual_gpu("A100-80GB"):
         before = torch.cuda.memory_allocated()

@@ -83,18 +83,24 @@ class Meter:
         self, seen: Seen, model: Any, optimizer: Any, before: Callable[[], object]
     ) -> Iterator[None]:
         device = _device_of(model)
-        is_cpu = device == "cpu"
-        self.device = "cpu" if is_cpu else torch.cuda.get_device_name()
-        ledger = Ledger(accelerator=device, round_bytes=1 if is_cpu else ROUND_BYTES)
+        is_cuda = device == "cuda"
+        self.device = torch.cuda.get_device_name() if is_cuda else device
+        ledger = Ledger(accelerator=device, round_bytes=ROUND_BYTES if is_cuda else 1)
         with ledger:
             if isinstance(model, nn.Module):
                 ledger.watch(model, *([optimizer] if optimizer is not None else []))
             else:
                 ledger.watch_all()
             before()
+            if is_cuda:
+                ledger.add_unattributed(torch.cuda.memory_allocated())
+                torch.cuda.reset_peak_memory_stats()
             start = ledger.mark()
             yield
         _note(seen, ledger, start)
+        if is_cuda:
+            # With what kernels allocate themselves.
+            seen.peak_allocated_bytes = torch.cuda.max_memory_allocated()
 
 
 @contextlib.contextmanager

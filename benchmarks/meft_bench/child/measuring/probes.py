@@ -80,6 +80,8 @@ def look_at_peak(
     try:
         with Ledger(accelerator=cell.device, round_bytes=round_bytes) as ledger:
             ledger.watch(stepper.model, stepper.optimizer)
+            if cell.device == "cuda":
+                ledger.add_unattributed(torch.cuda.memory_allocated())
             start = ledger.mark()
             stepper.step(batches, learning_rate=0.0)
     except Exception as error:

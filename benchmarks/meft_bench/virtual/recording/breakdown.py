@@ -7,7 +7,9 @@ from typing import Any
 from meft_bench.virtual.recording.trace import Storage, Trace
 
 NUM_ROWS = 40
-STAY = frozenset({"parameters", "frozen", "buffers", "optimizer", "libraries"})
+STAY = frozenset(
+    {"parameters", "frozen", "buffers", "optimizer", "libraries", "unattributed"}
+)
 """Kinds of memory that are there between two steps."""
 WORKSPACE = "workspace"
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")

@@ -194,6 +194,22 @@ class Ledger(TorchDispatchMode):
             handle.remove()
         self._handles.clear()
 
+    def add_unattributed(self, allocated_bytes: int) -> None:
+        """Record the memory of a real GPU that belongs to no storage seen so far.
+
+        Libraries keep workspaces, and a script its own tensors.
+
+        Args:
+            allocated_bytes: what the allocator of the accelerator holds now.
+        """
+        sizes = [
+            -(-storage.num_bytes // self._round_bytes) * self._round_bytes
+            for storage in self._alive.values()
+            if storage.device == self._accelerator
+        ]
+        if (rest := allocated_bytes - sum(sizes)) > 0:
+            self._add_kept(rest, "unattributed", operator="", phase="")
+
     # Interception of operators.
 
     def __torch_dispatch__(
@@ -373,21 +389,25 @@ class Ledger(TorchDispatchMode):
             if not num_bytes or one in self._libraries:
                 continue
             self._libraries.add(one)
-            storage = Storage(
-                index=len(self._storages),
-                num_bytes=num_bytes,
-                device=self._accelerator,
-                operator=str(func),
-                module="",
-                phase=phase,
-                step=self.step,
-                shape=(num_bytes,),
-                dtype="uint8",
-                born=self._time,
-                kind="libraries",
-            )
-            self._storages.append(storage)
-            self._add(StorageEvent(self._time, storage.index, num_bytes, is_birth=True))
+            self._add_kept(num_bytes, "libraries", operator=str(func), phase=phase)
+
+    def _add_kept(self, num_bytes: int, kind: str, operator: str, phase: str) -> None:
+        """Record memory of the accelerator that no tensor has and nothing frees."""
+        storage = Storage(
+            index=len(self._storages),
+            num_bytes=num_bytes,
+            device=self._accelerator,
+            operator=operator,
+            module="",
+            phase=phase,
+            step=self.step,
+            shape=(num_bytes,),
+            dtype="uint8",
+            born=self._time,
+            kind=kind,
+        )
+        self._storages.append(storage)
+        self._add(StorageEvent(self._time, storage.index, num_bytes, is_birth=True))
 
     def _bury(self, storage: Storage, key: int) -> None:
         if self._alive.get(key) is storage:

@@ -25,6 +25,7 @@ KINDS = (
     "update",
     "workspace",
     "libraries",
+    "unattributed",
 )
 """Kinds of memory, in the order in which they are shown.
 
@@ -36,6 +37,8 @@ forward ... update   allocated in that phase and freed soon; `recompute` is a fo
                      that runs inside backward
 workspace            memory that kernels allocate internally
 libraries            memory that libraries for matrix products never free
+unattributed         on a real GPU, what was allocated before the step and belongs to no
+                     tensor that was recorded: workspaces of libraries, for one
 """
 
 BACKWARD = ("backward", "recompute")

@@ -6,7 +6,7 @@ const BY_BLOCK = ['gradient_error', 'reconstruction_error', 'union_fraction', 'r
 const PARTS = ['h2d_forward_bytes', 'h2d_backward_bytes', 'h2d_update_bytes', 'd2h_forward_bytes', 'd2h_backward_bytes', 'd2h_update_bytes'];
 const PART_WORDS = { h2d: 'to the device', d2h: 'to the host', forward: 'forward', backward: 'backward', update: 'update' };
 // Kinds of memory, in the order of their colors: what rests between steps comes first.
-const KINDS = ['frozen', 'parameters', 'optimizer', 'gradients', 'saved', 'buffers', 'recompute', 'backward', 'workspace', 'update', 'forward', 'inputs', 'libraries', 'smaller storages'];
+const KINDS = ['frozen', 'parameters', 'optimizer', 'gradients', 'saved', 'buffers', 'recompute', 'backward', 'workspace', 'update', 'forward', 'inputs', 'libraries', 'unattributed', 'smaller storages'];
 const kindColor = (kind) => `var(--k${KINDS.includes(kind) ? KINDS.indexOf(kind) : 11})`;
 const byKind = (a, b) => (KINDS.includes(a) ? KINDS.indexOf(a) : 99) - (KINDS.includes(b) ? KINDS.indexOf(b) : 99) || byNumber(a, b);
 const inWorkload = (rows) => {
