@@ -24,6 +24,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from meft.backbone import caches
 from meft.backbone.families import FAMILIES
 from meft.backbone.find import transformers_model
 from meft.backbone.uncalled import ignored
@@ -227,7 +228,7 @@ def _with_loss(
             ignore_index=ignore_index,
             num_items=call.get("num_items_in_batch"),
         ),
-        past_key_values=outputs.past_key_values,
+        **{caches.FIELD: outputs.get(caches.FIELD)},
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )

@@ -27,6 +27,7 @@ from typing import Any, cast, no_type_check
 import torch
 from torch import Tensor, nn
 
+from meft.backbone.caches import cache_of
 from meft.backbone.family import Family
 from meft.backbone.find import is_checkpointing
 from meft.backbone.uncalled import (
@@ -259,7 +260,7 @@ class ReversibleBlocks(nn.Module):
 
         context, nested, others = take_apart(call)
         seed = draw_seed() if self.training else None
-        cached = others.get("past_key_values") is not None
+        cached = cache_of(others) is not None
         is_rerun = False
         while True:
             dtype = torch.int64 if cached else self.stream_dtype

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from meft.backbone.caches import cache_of, name_of_cache
 from meft.errors import UnsupportedCallError
 from meft.shapes import Hidden
 
@@ -62,10 +63,10 @@ def refuse_empty_cache(call: Mapping[str, Any]) -> None:
     Raises:
         UnsupportedCallError: `call` has such a cache.
     """
-    if getattr(call.get("past_key_values"), _LEFT_EMPTY, False):
+    if getattr(cache_of(call), _LEFT_EMPTY, False):
         raise UnsupportedCallError(
-            "these `past_key_values` were given to a reversible model in training "
-            "before, which left them empty: the tokens of that call would be "
+            f"this `{name_of_cache(call)}` was given to a reversible model in training "
+            "before, which left it empty: the tokens of that call would be "
             "missing. To train on a text in segments, call `model.eval()`: then "
             "caches are filled, gradients flow, and there is no dropout. Otherwise "
             "train without a cache, on whole texts, or pass a new cache"
@@ -78,17 +79,18 @@ def leave_cache_empty(call: dict[str, Any]) -> None:
     Raises:
         UnsupportedCallError: the cache holds tokens.
     """
-    cache = call.get("past_key_values")
+    name = name_of_cache(call)
+    cache = call.get(name)
     if cache is None:
         return
     if cache.get_seq_length() > 0:
         raise UnsupportedCallError(
-            "a reversible model in training was given `past_key_values` that "
-            "hold tokens, as peft's prefix tuning does: its recompute would "
+            f"a reversible model in training was given a `{name}` that "
+            "holds tokens, as peft's prefix tuning does: its recompute would "
             "add them again. Train without a cache, or call `model.eval()`"
         )
     # transformers creates an empty cache unless `use_cache=False` is given.
-    call["past_key_values"] = None
+    call[name] = None
     setattr(cache, _LEFT_EMPTY, True)
 
 

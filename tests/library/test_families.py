@@ -24,6 +24,7 @@ from library.families import (
     twin_of,
 )
 from marks import pairs, slow_but_for
+from meft.backbone.caches import FIELD
 from meft.backbone.families import FAMILIES
 from meft.backbone.find import find_blocks
 from meft.reversible.blocks import ReversibleBlocks, find_stacks
@@ -311,7 +312,7 @@ def test_what_a_stack_keeps(case: Case, variant: str, depth: int) -> None:
     # The last block of MEFT1 has no second step.
     num_steps = 2 * depth - (variant == "meft1")
     for stack, args, kwargs in list(calls):
-        kwargs = {**kwargs, "past_key_values": None}  # not the one that was left empty
+        kwargs = {**kwargs, FIELD: None}  # not the one that was left empty
         given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         with saved_bytes([*model.parameters(), *given]) as counter:
             out = stack(*args, **kwargs)

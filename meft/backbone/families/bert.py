@@ -23,6 +23,7 @@ def attention_half(
     encoder_hidden_states: None = None,
     encoder_attention_mask: None = None,
     past_key_values: None = None,
+    cache: None = None,
     **call: Any,
 ) -> Hidden:
     """Run self-attention of one block; the arguments of decoders are None.
@@ -35,6 +36,7 @@ def attention_half(
         encoder_hidden_states: None.
         encoder_attention_mask: None.
         past_key_values: None.
+        cache: None.
         **call: other arguments of self-attention.
 
     Returns:

@@ -1,0 +1,39 @@
+"""The cache of keys and values among the arguments of a block.
+
+transformers 5.24 renamed the argument, and the field of outputs, from
+`past_key_values` to `cache`. Both are understood here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+NAMES = ("cache", "past_key_values")
+"""Its names, the newer first."""
+
+FIELD = next(
+    name
+    for name in NAMES
+    if name in {field.name for field in fields(CausalLMOutputWithPast)}
+)
+"""Its name in the transformers that is installed."""
+
+
+def name_of_cache(call: Mapping[str, Any]) -> str:
+    """Return the name under which arguments have a cache, or would have one.
+
+    Args:
+        call: the arguments of a block, by name.
+    """
+    return next((name for name in NAMES if call.get(name) is not None), FIELD)
+
+
+def cache_of(call: Mapping[str, Any]) -> Any:
+    """Return the cache among the arguments of a block; None if there is none.
+
+    Args:
+        call: the arguments of a block, by name.
+    """
+    return call.get(name_of_cache(call))
