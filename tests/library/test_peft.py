@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from packaging.version import parse
+from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations.peft import MIN_PEFT_VERSION
 

@@ -2,9 +2,7 @@
 
 The formulas were read from the kernels' host code and compared with an H200 (torch
 2.11, cuDNN 9.19) by `meft-bench run gpu-check`. Each function returns bytes for the
-arguments and outputs of one call of an operator. For the memory-efficient kernel with
-heads wider than 128, the formula is incomplete: on the H200 the kernel used up to 24
-MiB more, of 184 MiB.
+arguments and outputs of one call of an operator.
 """
 
 import functools
@@ -24,6 +22,10 @@ SORTED_FROM = 3072
 """Number of indices above which the gradient of an embedding sorts them first."""
 MOST_THREADS = 512
 """Maximum number of threads of a block in a reduction."""
+IN_REGISTERS = 128
+"""Widest head whose outputs the memory-efficient kernel keeps in registers."""
+LOCK_BYTES = 16
+KEYS_OF_A_SPLIT = 64
 LEAST_VALUES, MOST_VALUES = 16, 256
 """Number of values that a thread sums, where blocks share an output."""
 
@@ -46,23 +48,47 @@ def _shared_heads(args: tuple[Any, ...]) -> int:
     return int(rows * widths * key.element_size())
 
 
-def _efficient_backward(args: tuple[Any, ...], out: Any) -> int:
-    """Row sums, a contiguous copy of the output's gradient, and an accumulator.
+def _efficient_forward(args: tuple[Any, ...], out: Any) -> int:
+    """The output in float32, where it is 16-bit and too wide for registers."""
+    attended = out[0]
+    is_16_bit = attended.element_size() == 2
+    wide = attended.shape[-1] > IN_REGISTERS
+    return 4 * attended.numel() if is_16_bit and wide else 0
 
-    The accumulator is float32 and exists for 16-bit inputs. For 32-bit floats, the row
-    sums are not computed by the kernel: the product of the gradient and the output is a
-    separate tensor.
+
+def _efficient_backward(args: tuple[Any, ...], out: Any) -> int:
+    """Row sums, a contiguous copy of the output's gradient, and accumulators.
+
+    The accumulators are float32 and exist for 16-bit inputs: of the query's gradient,
+    in blocks that have a lock each, and where heads are too wide for registers of those
+    of keys and values. For 32-bit floats, the row sums are not computed by the kernel:
+    the product of the gradient and the output is a separate tensor.
     """
-    gradient, query = args[0], args[1]
+    gradient, query, key, value = args[:4]
     batch, heads, tokens, width = query.shape
     num_bytes = 4 * batch * heads * tokens
     if not gradient.transpose(1, 2).is_contiguous():
         num_bytes += gradient.numel() * gradient.element_size()
     if query.dtype == torch.float32:
         num_bytes += 4 * batch * heads * tokens * (width + 1)
-    else:
-        num_bytes += 4 * batch * heads * round_up(tokens, 64) * round_up(width, 32)
+        return int(num_bytes)
+    rows = 64 if width <= 64 else 128
+    columns = 128 if 64 < width <= IN_REGISTERS else 64
+    num_blocks = -(-tokens // rows) * -(-width // columns)
+    num_bytes += batch * heads * LOCK_BYTES * num_blocks
+    num_bytes += 4 * batch * heads * round_up(tokens, 64) * round_up(width, 32)
+    if width > IN_REGISTERS:
+        num_splits = _num_splits(batch * heads, key.shape[2])
+        widths = round_up(width, rows) + round_up(value.shape[-1], rows)
+        num_bytes += 4 * batch * heads * num_splits * KEYS_OF_A_SPLIT * widths
     return int(num_bytes)
+
+
+def _num_splits(num_heads: int, num_keys: int) -> int:
+    """Return into how many parts the backward of wide heads splits its keys."""
+    if num_heads >= 256 and num_keys <= 2 * KEYS_OF_A_SPLIT:
+        return 1
+    return max(min(-(-num_keys // KEYS_OF_A_SPLIT), 200 // num_heads), 1)
 
 
 def _cudnn_backward(args: tuple[Any, ...], out: Any) -> int:
@@ -155,6 +181,7 @@ def of(gpu: Gpu) -> Mapping[Any, Workspace]:
 
 _OF_ALL: dict[Any, Workspace] = {
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    aten._scaled_dot_product_efficient_attention.default: _efficient_forward,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
     aten._scaled_dot_product_cudnn_attention_backward.default: _cudnn_backward,
     aten._safe_softmax.default: _safe_softmax,
