@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from meft_reports.columns import COLUMNS
+from meft_reports.columns import BY_NAME, COLUMNS
 from meft_reports.columns.column import Column
 from meft_reports.columns.measurement import OLD_SCORE_NAMES
 from meft_reports.derived import DERIVED, derive
 from meft_reports.errors import RecordError
 from meft_reports.latest import code_of, in_order, newest_code
 from meft_reports.records import read_records
-from meft_reports.text import SHORT_LENGTH, printable
+from meft_reports.text import SHORT_LENGTH, printable, printable_lines
 from meft_reports.valid_records import READERS
 
 MAX_VERSIONS = 100
@@ -74,7 +74,8 @@ def _columns(records: Sequence[dict[str, Any]], newest: str) -> dict[str, list[A
     found = {}
     for name, read in READERS.items():
         values = map(read, records)
-        found[name] = [printable(v) if isinstance(v, str) else v for v in values]
+        shown = printable_lines if BY_NAME[name].has_lines else printable
+        found[name] = [shown(v) if isinstance(v, str) else v for v in values]
     names = zip(found["score_name"], found["loss_mean"], strict=True)
     found["score_name"] = [  # older code used other names of scores
         OLD_SCORE_NAMES.get(name, name) if mean is None else name

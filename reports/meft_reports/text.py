@@ -9,6 +9,8 @@ import hashlib
 
 MAX_LENGTH = 1000
 """Maximum number of characters of one text that the frame keeps."""
+MAX_LINES = 20
+"""Maximum number of lines of a text that keeps its line breaks."""
 SHORT_LENGTH = 48
 """Maximum number of characters of one name that fit into a figure."""
 
@@ -28,6 +30,14 @@ def printable(text: str, max_length: int = MAX_LENGTH) -> str:
         return shown
     num_left_out = len(text) - max_length
     return f"{shown}… [{num_left_out:,} more characters, {_digest(text)}]"
+
+
+def printable_lines(text: str) -> str:
+    """Return a text of several lines, each as `printable` returns it.
+
+    The last `MAX_LINES` are kept.
+    """
+    return "\n".join(map(printable, text.split("\n")[-MAX_LINES:]))
 
 
 def short(text: str, max_length: int = SHORT_LENGTH) -> str:

@@ -43,9 +43,11 @@ def run(tmp_path: Path, here: Environment) -> Callable[..., Record]:
 
 def test_ok(run: Callable[..., Record], here: Environment) -> None:
     """A record holds the cell, what the child saw, and where, from both sides."""
-    record = run("fake_ok", question="Why?")
+    record = run("fake_ok", question="Why?", caveats=("Few rows.", "One seed."))
     assert (record.status, record.message) == (Status.OK, "")
     assert record.sweep_question == "Why?"
+    assert record.sweep_caveats == "Few rows.\nOne seed."
+    assert record.log_tail == ""
     assert (record.sweep, record.cell, record.measurement) == ("a sweep", CELL, SEEN)
     assert record.environment.device_name == "fake device"
     assert record.environment.num_threads == 3
@@ -58,7 +60,11 @@ def test_raises(run: Callable[..., Record]) -> None:
     """A child that raises is an error, whose message is the last line it printed."""
     record = run("fake_raises")
     assert record.status == Status.ERROR
-    assert record.message == "RuntimeError: the tokenizer[31m is missing"
+    assert record.message == "RuntimeError: the tokenizer is missing"
+    assert record.log_tail is not None
+    lines = record.log_tail.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == record.message
     assert record.measurement == Measurement()
 
 

@@ -222,6 +222,8 @@ BAD = {
     "not TOML": ("question = ", "not TOML", "end of document"),
     "unknown top key": (HEAD + "questions = 1", "'questions'", "'question'"),
     "no question": ("[[matrix]]\nname = 'one'", "`question` is missing"),
+    "caveats are no list": (HEAD + "caveats = 'few rows'", "`caveats`", "a list"),
+    "no sentence": (HEAD + "caveats = ['Few rows.', ' ']", "`caveats`", "' '"),
     "no matrix": (HEAD, "no [[matrix]]"),
     "matrix is no list": (HEAD + "[matrix]\nname = 'one'", "matrix", "[[...]]"),
     "unknown matrix key": (MATRIX + "axis = {}", "'one'", "'axis'", "'axes'"),

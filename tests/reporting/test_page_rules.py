@@ -64,6 +64,19 @@ def test_of_several_exact_methods_the_best_is_called_so(
     assert "(meft2-exact, the best of 2)" in text
 
 
+def test_caveats_of_the_sweep_come_first(make_record: MakeRecord) -> None:
+    """As their author wrote them, each with its cells; a long title is cut."""
+    long = "words " * 40
+    few = make_record() | {"sweep_caveats": f"Few rows.\n{long}"}
+    found = caveats([few, make_record(seed=1), few | {"cell_id": "another"}])
+    titles = list(found)
+    assert titles[0] == "Few rows."
+    assert len(found["Few rows."]) == 2
+    assert titles[1].startswith("words words")
+    assert titles[1].endswith("...")
+    assert len(titles[1]) < len(long)
+
+
 def test_a_prediction_would_need_memory(make_record: MakeRecord) -> None:
     sizes = {"full": 100, "meft1-exact": 25}
     text = answers(memory_run(make_record, sizes, **PREDICTED))

@@ -35,7 +35,7 @@ from reporting.conftest import (
     build_record,
     build_traffic,
 )
-from reporting.kinds import Record
+from reporting.kinds import MakeRecord, Record
 from reporting.pages import column, data_of
 
 NASTY = (
@@ -303,3 +303,15 @@ def test_a_figure_is_drawn_in_any_script() -> None:
     figure = find_plot("score_memory").draw(_frame("漢字"))
     assert render(figure, "svg").startswith(b"<?xml")
     assert io.BytesIO(render(figure, "png")).read(4) == b"\x89PNG"
+
+
+def test_a_log_keeps_its_lines_and_nothing_else(make_record: MakeRecord) -> None:
+    """Each line is bounded and printable; only the last ones are kept."""
+    record = make_record() | {"log_tail": "a\x1b[31m\nb\u202e" + "\n" * 30 + "x" * 5000}
+    (text,) = to_frame([record])["log_tail"]
+    lines = text.split("\n")
+    assert len(lines) == 20
+    assert lines[-1].startswith("xxx")
+    assert len(lines[-1]) < 1100
+    record |= {"log_tail": "a\x1b[31m\nb\u202e"}
+    assert list(to_frame([record])["log_tail"]) == ["a\\x1b[31m\nb\\u202e"]

@@ -14,6 +14,7 @@ of memory ends only its own process.
     checks        runs the checks of a sweep and compares a GPU with a virtual one
     child_process   starts a child, waits for it, kills it with its processes
     isolate       runs one cell in a child process and records how it ended
+    logs          the last lines of the log of a child
     environment   versions, sources and machine
     progress      output during a run
     planning      the commands `plan` and `fit`: requests to the planner

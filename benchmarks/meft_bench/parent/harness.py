@@ -43,6 +43,7 @@ class RunPlan:
 
     sweep: str
     question: str
+    caveats: tuple[str, ...]
     cells: tuple[Cell, ...]
     path: Path
     """The records file."""
@@ -290,6 +291,7 @@ def _run_left(
                     cell,
                     sweep=plan.sweep,
                     question=plan.question,
+                    caveats=plan.caveats,
                     environment=environments[cell.device],
                     options=plan.options,
                     timeout_seconds=plan.timeout_seconds,

@@ -23,10 +23,11 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from meft_bench.parent import child_process
+from meft_bench.parent import child_process, logs
 from meft_bench.parent.engines.local import Stopped
 from meft_bench.shared import outcome, request
 from meft_bench.shared.cell import Cell
@@ -40,7 +41,6 @@ from meft_bench.shared.units import format_bytes
 
 WORKSPACES = "CUBLAS_WORKSPACE_CONFIG"
 """The variable of the sizes of cuBLAS's workspaces."""
-_LOG_TAIL_BYTES = 64 * 2**10
 _MESSAGE_LENGTH = 500
 
 
@@ -54,6 +54,7 @@ def run(
     folder: Path,
     stop: threading.Event,
     question: str | None = None,
+    caveats: Sequence[str] = (),
     worker_module: str = WORKER,
 ) -> Record:
     """Run a cell in a new interpreter and return a record of how it ended.
@@ -68,6 +69,7 @@ def run(
         folder: existing directory for the child's log and outcome.
         stop: when set, the child is killed and `Stopped` is raised.
         question: the question that the sweep answers, for the record.
+        caveats: what the sweep says that a reader must know, for the record.
         worker_module: module that runs as the child.
 
     Raises:
@@ -103,6 +105,8 @@ def run(
         measurement=ending.measurement,
         environment=dataclasses.replace(environment, **ending.environment),
         sweep_question=question,
+        sweep_caveats="\n".join(caveats),
+        log_tail=logs.tail(log),
         memory_breakdown=ending.memory_breakdown,
     )
 
@@ -160,7 +164,7 @@ def _ending(out: Path, log: Path, code: int | None, timeout_seconds: float) -> O
         return _failure(Status.TIMEOUT, f"still running after {timeout_seconds:g} s")
     if code < 0:
         return _failure(Status.KILLED, child_process.describe_signal(-code))
-    last = _last_line(log) or f"exit status {code}, and an empty log"
+    last = logs.last_line(log) or f"exit status {code}, and an empty log"
     if code == outcome.EXIT_UNWRITTEN:
         free = format_bytes(shutil.disk_usage(out.parent).free)
         return _failure(
@@ -180,16 +184,3 @@ def _failure(status: Status, message: str) -> Outcome:
         measurement=Measurement(),
         environment={},
     )
-
-
-def _last_line(log: Path) -> str:
-    """Return the last printable line of a log; empty if there is none."""
-    with log.open("rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - _LOG_TAIL_BYTES))
-        text = file.read().decode(errors="replace")
-    for line in reversed(text.splitlines()):
-        shown = "".join(char for char in line if char.isprintable()).strip()
-        if shown:
-            return shown
-    return ""

@@ -41,6 +41,7 @@ def run_plan(arguments: argparse.Namespace) -> RunPlan:
     return RunPlan(
         sweep=chosen.name,
         question=chosen.question,
+        caveats=chosen.caveats,
         cells=cells,
         path=records_path(arguments, chosen),
         options=ChildOptions(

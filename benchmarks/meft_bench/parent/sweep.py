@@ -35,8 +35,8 @@ It is larger than the number of cores of any machine.
 """
 
 _SWEEP_KEYS = (
-    *("question", "memory_limit", "timeout_seconds", "num_threads", "checks"),
-    "matrix",
+    *("question", "caveats", "memory_limit", "timeout_seconds", "num_threads"),
+    *("checks", "matrix"),
 )
 _MATRIX_KEYS = ("name", "defaults", "axes", "zip", "set", "exclude")
 
@@ -88,6 +88,8 @@ class Sweep:
     """Number of threads of each child, for sweeps whose columns must be exact."""
     checks: tuple[str, ...] = ()
     """Programs of `registry.CHECKS` that run before the cells."""
+    caveats: tuple[str, ...] = ()
+    """What a reader of the results must know, a sentence or two each."""
 
 
 def load(source: str, *, device: str) -> Sweep:
@@ -197,6 +199,7 @@ def _parse(name: str, table: dict[str, Any], device: str) -> Sweep:
     question = table.get("question")
     if not isinstance(question, str) or not question.strip():
         raise ValueError("`question` is missing; state the question in one sentence")
+    caveats = _caveats(table)
     tables = _tables(table.get("matrix", []), "matrix")
     if not tables and not table.get("checks"):
         raise ValueError("no [[matrix]] and no `checks`; declare at least one")
@@ -222,7 +225,18 @@ def _parse(name: str, table: dict[str, Any], device: str) -> Sweep:
         timeout_seconds=_timeout(table),
         num_threads=_num_threads(table),
         checks=_checks(table),
+        caveats=caveats,
     )
+
+
+def _caveats(table: dict[str, Any]) -> tuple[str, ...]:
+    caveats = table.get("caveats", [])
+    if not isinstance(caveats, list):
+        raise ValueError(f"`caveats` = {caveats!r} should be a list of sentences")
+    for caveat in caveats:
+        if not isinstance(caveat, str) or not caveat.strip():
+            raise ValueError(f"`caveats`: {caveat!r} is not a sentence")
+    return tuple(" ".join(caveat.split()) for caveat in caveats)
 
 
 def _cells(label: str, entry: dict[str, Any], device: str) -> tuple[list[Cell], int]:

@@ -86,6 +86,14 @@ class Record:
     environment: Environment
     sweep_question: str | None = None
     """The question that the sweep answers; None in records of older code."""
+    sweep_caveats: str | None = None
+    """What the sweep says that a reader must know, one sentence or two per line.
+
+    None in records of older code.
+    """
+    log_tail: str | None = None
+    """End of what the child printed, with short paths; None in records of older code.
+    """
     memory_breakdown: dict[str, Any] | None = None
     """What the peak of a step consists of, as `meft_bench.shared.breakdown` defines it.
 
@@ -134,6 +142,8 @@ class Record:
             measurement=Measurement(**fields["measurement"]),
             environment=Environment(**fields["environment"]),
             sweep_question=fields.get("sweep_question"),
+            sweep_caveats=fields.get("sweep_caveats"),
+            log_tail=fields.get("log_tail"),
             memory_breakdown=fields.get("memory_breakdown"),
         )
 
@@ -145,6 +155,8 @@ def _types(cls: type[Cell] | type[Environment]) -> dict[str, Any]:
 _OWN_TYPES = {
     "sweep": str,
     "sweep_question": str | None,
+    "sweep_caveats": str | None,
+    "log_tail": str | None,
     "status": str,
     "message": str,
     "started_at": str,

@@ -18,6 +18,8 @@ class Column:
     dtype: Dtype
     """pandas nullable dtype; `list` holds lists of floats in an object column."""
     unit: Unit = ""
+    has_lines: bool = False
+    """Whether a text keeps its line breaks."""
     lower_is_better: bool | None = None
     """None where neither direction is an improvement."""
     greatest: float | None = None
@@ -77,14 +79,17 @@ def top(name: str, dtype: Dtype, meaning: str, unit: Unit = "") -> Column:
     )
 
 
-def later_top(name: str, meaning: str) -> Column:
+def later_top(name: str, meaning: str, has_lines: bool = False) -> Column:
     """Define a text of the record itself that older records lack.
 
     Args:
         name: name of the column.
         meaning: its description.
+        has_lines: whether the text keeps its line breaks.
     """
-    return Column(name=name, section="", dtype="string", meaning=meaning)
+    return Column(
+        name=name, section="", dtype="string", meaning=meaning, has_lines=has_lines
+    )
 
 
 def cell(name: str, dtype: Dtype, meaning: str, unit: Unit = "") -> Column:

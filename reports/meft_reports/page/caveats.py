@@ -13,6 +13,7 @@ from meft_reports.text import plural
 
 FEW_SEEDS = 5
 FEW_ROWS = 1000
+TITLE_LENGTH = 110
 PLACES = {
     "code_sha256": "versions of the code",
     "torch_version": "versions of torch",
@@ -44,6 +45,7 @@ def caveats_of(cells: Sequence[Cell], settings: Sequence[Setting]) -> list[Cavea
         settings: the settings that they make.
     """
     found = [
+        *_of_sweeps(cells),
         _predicted(cells),
         _random_weights(cells),
         _assumed(cells),
@@ -68,6 +70,23 @@ def has_random_weights(cell: Cell) -> bool:
 
 def _where(cells: Sequence[Cell], test: Callable[[Cell], Any]) -> list[int]:
     return [index for index, cell in enumerate(cells) if test(cell)]
+
+
+def _of_sweeps(cells: Sequence[Cell]) -> list[Caveat]:
+    """What the sweeps themselves say, in the order of their lines."""
+    found: dict[str, list[int]] = {}
+    for index, cell in enumerate(cells):
+        for line in (cell["sweep_caveats"] or "").splitlines():
+            if line.strip():
+                found.setdefault(line.strip(), []).append(index)
+    caveats = []
+    for line, its in found.items():
+        sweeps = ", ".join(sorted({cells[index]["sweep"] for index in its}))
+        title = line if len(line) <= TITLE_LENGTH else f"{line[: TITLE_LENGTH - 3]}..."
+        rest = "" if title == line else f"{line} "
+        text = f"{rest}So says the sweep {sweeps}, of {plural(len(its), 'cell')}."
+        caveats.append(Caveat(title=title, text=text, cells=its))
+    return caveats
 
 
 def _predicted(cells: Sequence[Cell]) -> Caveat:

@@ -16,7 +16,8 @@ Cell = dict[str, Any]
 """Columns of the frame by name; in those of `comparable_cells` also `FLAGS`."""
 
 FACTS = (
-    *("cell_id", "sweep", "sweep_question", "status", "message", "started_at"),
+    *("cell_id", "sweep", "sweep_question", "sweep_caveats", "status", "message"),
+    "started_at",
     *("source", "method", "backbone", "task", "device", "max_steps", "reference"),
     *("learning_rate", "active_fraction", "python_version", "torch_version"),
     *("transformers_version", "peft_version", "commit", "dirty", "code_sha256"),

@@ -51,6 +51,7 @@ const openCell = (cell) => {
     make('h3', { textContent: 'Run it again' }), command, copyButton('Copy the command', () => commandOf(cell), command), ' ',
     copyButton('Copy a link to this cell', () => location.href, null),
     ...(get('message', cell) ? [make('h3', { textContent: 'Message' }), make('pre', { textContent: get('message', cell) })] : []),
+    ...(get('log_tail', cell) ? [make('h3', { textContent: 'Last lines of its log' }), make('pre', { textContent: get('log_tail', cell) })] : []),
     ...rowsOf('Measurements', [...inSection('measurement'), ...inSection('derived').filter((name) => !['source', 'versions', 'newest_code'].includes(name))], cell),
     ...breakdownOf(cell), loss,
     ...rowsOf('Settings', inSection('cell'), cell), ...rowsOf('Environment', inSection('environment'), cell),

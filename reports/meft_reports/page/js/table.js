@@ -25,7 +25,7 @@ const recordOf = (cell) => {
 };
 const allRecords = () => Array.from({ length: DATA.cells.rows }, (_, cell) => `${JSON.stringify(recordOf(cell))}\n`).join('');
 const showTable = ({ jQuery }) => {
-  const names = [...FIRST.filter((name) => name == 'method' || varies(name)), ...Object.keys(DATA.columns).filter((name) => !FIRST.includes(name) && varies(name) && !['versions', 'started_at', 'newest_code'].includes(name))];
+  const names = [...FIRST.filter((name) => name == 'method' || varies(name)), ...Object.keys(DATA.columns).filter((name) => !FIRST.includes(name) && varies(name) && !['versions', 'started_at', 'newest_code', 'log_tail', 'sweep_caveats'].includes(name))];
   const numFirst = names.filter((name) => FIRST.includes(name)).length;
   const column = (name, index) => ({
     title: escaped(words(name)), data: null, defaultContent: '', visible: index < numFirst,
