@@ -16,7 +16,9 @@ def tail_of(folder: Path, content: bytes) -> str:
 
 def test_the_last_lines_without_what_a_terminal_needs(tmp_path: Path) -> None:
     """Colours go; of a progress bar its last state stays; so does what is no UTF-8."""
-    content = b"one\n\n  \x1b[31mtwo\x1b[0m\n 10%\r 50%\r100%\r\n\xff\x00three\n"
+    content = (
+        b"USDT:1 x\none\n\n  \x1b[31mtwo\x1b[0m\n 10%\r 50%\r100%\r\n\xff\x00three\n"
+    )
     assert tail_of(tmp_path, content) == "one\n  two\n100%\n\ufffdthree"
     assert logs.last_line(tmp_path / "log") == "\ufffdthree"
 

@@ -10,6 +10,8 @@ LINES, CHARACTERS = 20, 2000
 _READ_BYTES = 64 * 2**10
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 """Sequences that move the cursor of a terminal or change its colours."""
+_TRACE = "USDT:"
+"""How lines begin that torch's profiler prints each time it starts and stops."""
 
 
 def last_line(log: Path) -> str:
@@ -49,4 +51,4 @@ def _lines(log: Path) -> list[str]:
     # A progress bar writes each of its states over the one before.
     shown = (line.rstrip().rpartition("\r")[2] for line in text.split("\n"))
     printable = ("".join(c for c in line if c.isprintable()).rstrip() for line in shown)
-    return [line for line in printable if line.strip()]
+    return [line for line in printable if line.strip() and not line.startswith(_TRACE)]
