@@ -35,6 +35,7 @@ examples:
   meft-report frame runs/quickstart.jsonl -o cells.parquet
   meft-report plot memory_depth runs/*.jsonl -o depth.svg
   meft-report table results runs/quickstart.jsonl
+  meft-report table results runs/quickstart.jsonl -o results.tex
   meft-report baseline runs/gate.jsonl -o benchmarks/baselines/gate.jsonl
   meft-report check runs/gate.jsonl --baseline benchmarks/baselines/gate.jsonl \\
       --fail-on saved:0 --fail-on peak_allocated:2% --fail-on step_seconds:20%
@@ -120,7 +121,7 @@ def _run(argv: Sequence[str] | None) -> int:
     where = f"meft-report {arguments.command}"
     try:
         _refuse_checks(arguments)
-        if "output" in arguments:
+        if getattr(arguments, "output", None) is not None:
             _refuse_to_overwrite(arguments.runs, arguments.output)
         return COMMANDS[arguments.command](arguments)
     except ReportError as error:
@@ -166,21 +167,30 @@ def plot(arguments: argparse.Namespace) -> int:
 
 
 def table(arguments: argparse.Namespace) -> int:
-    """Print tables as Markdown."""
+    """Print tables as Markdown, or write them in the format of the ending."""
     maker = find_maker(arguments.name)
 
     from meft_reports import published
     from meft_reports.frame import read_frame
-    from meft_reports.tables.table import to_markdown
+    from meft_reports.table_formats import FORMATS
+    from meft_reports.table_formats.markdown import to_markdown
 
+    output = arguments.output
+    if output is not None and output.suffix not in FORMATS:
+        raise UnknownName("ending", output.suffix, FORMATS)
     records, checks = _split_checks(arguments.runs)
     some = published.tables(published.read(checks))
     if records:
         some += maker.make(read_frame(records))
     needs = maker.NEEDS if records else published.NEEDS
     nothing = f"No table: `{arguments.name}` needs {needs}."
-    _say("\n".join(map(to_markdown, some)) if some else nothing)
-    return 0
+    if output is None:
+        _say(to_markdown(some) if some else nothing)
+        return 0
+    if not some:
+        raise ReportError(nothing)
+    write_atomically(output, FORMATS[output.suffix](some))
+    return _written(output)
 
 
 def page(arguments: argparse.Namespace) -> int:
@@ -342,7 +352,8 @@ def parser() -> argparse.ArgumentParser:
     subs = {
         "frame": "write one tidy table, a row per cell, as Parquet or CSV",
         "plot": "draw one figure as PNG, SVG or PDF",
-        "table": "print tables as Markdown",
+        "table": "print tables as Markdown, or write them as LaTeX, CSV, Parquet or "
+        "JSON",
         "page": "write one self-contained HTML page of the answer, figures and cells",
         "check": "compare with a baseline, cell by cell",
         "baseline": "write or update a baseline from ok cells; show what changes",
@@ -354,6 +365,10 @@ def parser() -> argparse.ArgumentParser:
         "plot": "out.png, out.svg or out.pdf",
         "page": "report.html",
         "baseline": "baseline.jsonl",
+    }
+    printed = {
+        "table": "out.md, out.tex, out.csv, out.parquet or out.json; default: Markdown "
+        "on stdout",
     }
     for name, text in subs.items():
         sub = commands.add_parser(name, help=text, description=text)
@@ -373,6 +388,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "-o", "--output", required=True, type=Path, help=outputs[name]
             )
+        if name in printed:
+            sub.add_argument("-o", "--output", type=Path, help=printed[name])
         if name == "baseline":
             sub.add_argument(
                 "--remove",

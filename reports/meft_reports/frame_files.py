@@ -69,7 +69,8 @@ def _or_null(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _not_a_formula(text: str) -> str:
+def not_a_formula(text: str) -> str:
+    """Return a text as a field of CSV that a spreadsheet does not calculate."""
     return f"'{text}" if text.lstrip().startswith(FORMULA_STARTS) else text
 
 
@@ -100,6 +101,6 @@ def _csv(frame: pd.DataFrame) -> bytes:
             ]
         if column.dtype == "string":
             text[column.name] = frame[column.name].map(
-                _not_a_formula, na_action="ignore"
+                not_a_formula, na_action="ignore"
             )
     return text.to_csv(index=False, lineterminator="\n").encode()
