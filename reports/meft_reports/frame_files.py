@@ -1,7 +1,9 @@
 """A frame as a file: Parquet or CSV.
 
-Parquet stores lists as lists; CSV stores them as JSON, null as an empty field, and a
-text that a spreadsheet would treat as a formula with a preceding `'`.
+Parquet stores lists as lists, and the unit and the meaning of each column as metadata
+of its field, `{"unit": "bytes", "meaning": ...}`; a column without a unit has no `unit`
+there. CSV stores lists as JSON, null as an empty field, and a text that a spreadsheet
+would treat as a formula with a preceding `'`.
 """
 
 import json
@@ -84,11 +86,18 @@ _ARROW_TYPES = {
 
 
 def _parquet(frame: pd.DataFrame) -> bytes:
-    schema = pa.schema([(c.name, _ARROW_TYPES[c.dtype]) for c in COLUMNS])
+    schema = pa.schema(map(_field, COLUMNS))
     buffer = BytesIO()
     table = pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
     pq.write_table(table, buffer)
     return buffer.getvalue()
+
+
+def _field(column: Column) -> pa.Field:
+    metadata = {"meaning": column.meaning}
+    if column.unit:
+        metadata["unit"] = column.unit
+    return pa.field(column.name, _ARROW_TYPES[column.dtype], metadata=metadata)
 
 
 def _csv(frame: pd.DataFrame) -> bytes:
