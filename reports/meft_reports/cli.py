@@ -285,17 +285,16 @@ def _tell_github(result: "CheckResult") -> None:
 def compare(arguments: argparse.Namespace) -> int:
     """Print two runs side by side."""
     from meft_reports.compare import compare as side_by_side
+    from meft_reports.compare_text import to_text
+    from meft_reports.pairing import find_fields
     from meft_reports.records import read_records
 
+    ignored = find_fields(arguments.ignore)
     before, after = (read_records([path])[0] for path in arguments.runs)
-    _say(
-        side_by_side(
-            before,
-            after,
-            shows_all=arguments.all,
-            num_changes=arguments.what_grew,
-        )
+    found = side_by_side(
+        before, after, ignored=ignored, num_changes=arguments.what_grew
     )
+    _say(to_text(found, shows_all=arguments.all))
     return 0
 
 
@@ -303,10 +302,12 @@ def history(arguments: argparse.Namespace) -> int:
     """Print a column over commits."""
     from meft_reports.columns import find_measured
     from meft_reports.history import history as over_commits
+    from meft_reports.pairing import find_fields
     from meft_reports.records import read_all
 
-    column = find_measured(arguments.column)
-    _say(over_commits(read_all(arguments.runs), column, arguments.only))
+    column, ignored = find_measured(arguments.column), find_fields(arguments.ignore)
+    records = read_all(arguments.runs)
+    _say(over_commits(records, column, only=arguments.only, ignored=ignored))
     return 0
 
 
@@ -421,6 +422,15 @@ def parser() -> argparse.ArgumentParser:
         if name == "history":
             sub.add_argument(
                 "--only", default="*", metavar="PATTERN", help="cells, by their ids"
+            )
+        if name in ("compare", "history"):
+            sub.add_argument(
+                "--ignore",
+                action="append",
+                default=[],
+                metavar="FIELD",
+                help="field of cells, such as attention, in which cells that are "
+                "compared may differ; repeatable",
             )
         if name == "compare":
             sub.add_argument(
