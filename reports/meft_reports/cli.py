@@ -50,6 +50,8 @@ MESSAGE_LENGTH = 10_000
 EXIT_MISTAKE = 2
 CHECKS = ("checks.jsonl", "checks.jsonl.gz")
 """How the name of a file of checks ends."""
+PAGES = (".html", ".htm")
+"""How the name of a page ends."""
 EXIT_BUG = 70
 
 
@@ -201,9 +203,7 @@ def page(arguments: argparse.Namespace) -> int:
     from meft_reports.page.timeline import read_timelines
     from meft_reports.records import breakdowns_of, read_records
 
-    suffix = arguments.output.suffix
-    if suffix not in (".html", ".htm"):
-        raise UnknownName("ending", suffix, (".html", ".htm"))
+    _check_page(arguments.output)
     runs, checks = _split_checks(arguments.runs)
     if not runs:
         raise ReportError("a page needs a file of records; files of checks add to it")
@@ -283,7 +283,16 @@ def _tell_github(result: "CheckResult") -> None:
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    """Print two runs side by side."""
+    """Print two runs side by side, or write them as a page."""
+    output = arguments.output
+    if output is not None:
+        _check_page(output)
+        if arguments.all:
+            raise ReportError(
+                "--all lists everything as text, and a page does so anyway; leave out "
+                "--all or -o"
+            )
+
     from meft_reports.compare import compare as side_by_side
     from meft_reports.compare_text import to_text
     from meft_reports.pairing import find_fields
@@ -294,8 +303,28 @@ def compare(arguments: argparse.Namespace) -> int:
     found = side_by_side(
         before, after, ignored=ignored, num_changes=arguments.what_grew
     )
-    _say(to_text(found, shows_all=arguments.all))
-    return 0
+    if output is None:
+        _say(to_text(found, shows_all=arguments.all))
+        return 0
+
+    from meft_reports.compare_page import render_page
+
+    write_atomically(output, render_page(found, _names(arguments.runs)))
+    return _written(output)
+
+
+def _names(paths: Sequence[Path]) -> tuple[str, str]:
+    """Return short names of two files, which are not the same."""
+    before, after = paths
+    if before.name == after.name:
+        return str(before), str(after)
+    return before.name, after.name
+
+
+def _check_page(path: Path) -> None:
+    """Raise if a file does not end as a page does."""
+    if path.suffix not in PAGES:
+        raise UnknownName("ending", path.suffix, PAGES)
 
 
 def history(arguments: argparse.Namespace) -> int:
@@ -358,7 +387,8 @@ def parser() -> argparse.ArgumentParser:
         "page": "write one self-contained HTML page of the answer, figures and cells",
         "check": "compare with a baseline, cell by cell",
         "baseline": "write or update a baseline from ok cells; show what changes",
-        "compare": "print two runs side by side: before, after, ratio, what grew",
+        "compare": "print two runs side by side: before, after, ratio, what grew; or "
+        "write them as one self-contained HTML page",
         "history": "print a column over the commits of its records, with its steps",
     }
     outputs = {
@@ -370,6 +400,7 @@ def parser() -> argparse.ArgumentParser:
     printed = {
         "table": "out.md, out.tex, out.csv, out.parquet or out.json; default: Markdown "
         "on stdout",
+        "compare": "page.html; default: text on stdout",
     }
     for name, text in subs.items():
         sub = commands.add_parser(name, help=text, description=text)

@@ -380,6 +380,10 @@ def test_no_figure_of_the_headline_names_the_methods_it_needs(
         (["check", "RUN", "--fail-on", "saved:0"], "--baseline is missing: give it"),
         (["check", "RUN", "--failon", "saved:0"], "did you mean '--fail-on'?"),
         (["page", "RUN", "-o", "a.txt"], "did you mean '.htm'?"),
+        (["compare", "RUN", "ONE", "-o", "a.htlm"], "did you mean '.htm'?"),
+        (["compare", "RUN", "ONE", "-o", "RUN"], "run.jsonl is one of the files"),
+        (["compare", "RUN", "ONE", "--all", "-o", "a.html"], "leave out --all or -o"),
+        (["compare", "RUN", "ONE", "-o", "no/a.html"], "cannot write no/a.html"),
         (["baseline", "RUN", "-o", "no/../run.jsonl"], "one of the files of records"),
     ],
 )
