@@ -73,12 +73,19 @@ def _printed(source: str) -> Iterator[str]:
 
 def test_latex_has_the_rules_of_booktabs_and_aligned_numbers() -> None:
     source = FORMATS[".tex"](TABLES).decode()
-    assert source.count(r"\begin{table}") == source.count(r"\end{table}") == 3
+    assert source.count(r"\begin{table}[htbp]") == source.count(r"\end{table}") == 3
     assert re.findall(r"\\begin\{tabular\}\{(\w+)\}", source) == ["lrr", "llr", "lr"]
     for rule in ("toprule", "midrule", "bottomrule"):
         assert source.count(f"\\{rule}") == 3
     assert "\nfull & +0.5 \\% & \\textendash{} \\\\\n" in source
     assert r"{\footnotesize Of \texttt{a\_b}, 100 \%.\par}" in source
+
+
+def test_latex_places_many_tables() -> None:
+    """LaTeX has an error for more tables than it can hold before it places them."""
+    for count, num_breaks in ((18, 0), (19, 1), (40, 2)):
+        source = FORMATS[".tex"](TABLES[:1] * count).decode()
+        assert source.count("\\clearpage") == num_breaks
 
 
 def test_every_row_of_latex_has_as_many_cells_as_the_header() -> None:

@@ -15,6 +15,8 @@ from meft_reports.tables.table import Table
 PREAMBLE = r"""% The preamble needs \usepackage{booktabs}.
 % Names in other scripts than Latin need LuaLaTeX or XeLaTeX.
 """
+MOST_FLOATS = 18
+"""Number of tables in sequence that every LaTeX can hold before it places them."""
 SPECIAL = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -53,13 +55,18 @@ _CODE = re.compile(r"`([^`]*)`")
 
 def to_bytes(tables: Sequence[Table]) -> bytes:
     """Return tables as a file of LaTeX."""
-    return (PREAMBLE + "\n".join(map(_table, tables))).encode()
+    parts = []
+    for place, table in enumerate(tables):
+        if place and place % MOST_FLOATS == 0:
+            parts.append("\\clearpage\n")
+        parts.append(_table(table))
+    return (PREAMBLE + "\n".join(parts)).encode()
 
 
 def _table(table: Table) -> str:
     num_numbers = len(table.header) - table.num_text_columns
     lines = [
-        r"\begin{table}",
+        r"\begin{table}[htbp]",
         r"\centering",
         rf"\caption{{{escaped(table.title)}}}",
         rf"\begin{{tabular}}{{{'l' * table.num_text_columns}{'r' * num_numbers}}}",
