@@ -10,6 +10,10 @@ from meft_reports.compare import Changed, Comparison
 from meft_reports.format import format_value
 from meft_reports.text import plural, printable
 
+NOT_PAIRED = (
+    "No cell is in both runs, so nothing is compared; --ignore FIELD pairs cells that "
+    "differ in a field only."
+)
 MAX_LINES = 20
 LENGTH = 2_000
 
@@ -45,6 +49,8 @@ def to_text(comparison: Comparison, *, shows_all: bool = False) -> str:
 
 def _causes(comparison: Comparison, shows_all: bool) -> list[str]:
     causes = comparison.causes
+    if not comparison.num_pairs:
+        return [NOT_PAIRED]
     if not causes:
         return ["same environment in all of them"]
     shown = causes if shows_all else causes[:MAX_LINES]

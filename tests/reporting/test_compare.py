@@ -126,6 +126,22 @@ def test_cells_that_differ_in_a_field_are_paired_without_it(
     assert f"{before[1]['cell_id']}  saved  9 bytes (9 B) → 3 bytes (3 B)" in out
 
 
+def test_runs_without_a_common_cell_say_so(
+    told: Any, make_record: MakeRecord, write: Write, tmp_path: Path
+) -> None:
+    """And nothing about their environments, on the page too."""
+    runs = [make_record(attention="eager")], [make_record()]
+    out = told(["compare"], *runs)
+    assert "No cell is in both runs" in out
+    assert "--ignore FIELD pairs cells" in out
+    assert "same environment" not in out
+    files = [str(write(run, f"{place}.jsonl")) for place, run in enumerate(runs)]
+    page = tmp_path / "page.html"
+    assert main(["compare", *files, "-o", str(page)]) == 0
+    assert "No cell is in both runs" in page.read_text()
+    assert "Nothing: code, machine" not in page.read_text()
+
+
 def test_a_field_that_older_records_lack_has_its_default(
     told: Any, make_record: MakeRecord
 ) -> None:

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from meft_reports.compare import Comparison
 from meft_reports.compare_page.rows import cause_in_words, row_of, summary_of
+from meft_reports.compare_text import NOT_PAIRED
 from meft_reports.page import bundle
 from meft_reports.text import printable
 
@@ -52,6 +53,8 @@ def render_page(comparison: Comparison, names: tuple[str, str]) -> bytes:
         title=f"{printable(names[0])} → {printable(names[1])}",
         runs=(("A", names[0], its.before), ("B", names[1], its.after)),
         summary=summary_of(its),
+        is_paired=its.num_pairs > 0,
+        not_paired=NOT_PAIRED,
         causes=[(one, cause_in_words(one, its.num_pairs)) for one in its.causes],
         endings=its.endings,
         parts=parts,
