@@ -5,14 +5,13 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from meft_reports.frame import read_frame, to_frame
 from reporting.browser import Browser, find_chromium
-from reporting.conftest import build_all, build_knowledge
+from reporting.conftest import build_all
 from reporting.pages import page_of
 
 pytestmark = [
@@ -26,28 +25,6 @@ ROOT = Path(__file__).parents[2] / "reports" / "published"
 PUBLISHED = sorted(ROOT.glob("*/records.jsonl.gz"))
 MEMORY_PAPER = ROOT / "memory-paper" / "records.jsonl.gz"
 NASTY = "</script><script>window.hacked = 1</script><img src=x onerror=hacked=1>'\"&"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the pages are: of all made-up runs, and of scores alone."""
-    folder = tmp_path_factory.mktemp("pages")
-    (folder / "all.html").write_text(page_of(to_frame(build_all())))
-    (folder / "scores.html").write_text(page_of(to_frame(build_knowledge())))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("browser")) as browser:
-        yield browser
-
-
-@pytest.fixture
-def page(browser: Browser, folder: Path) -> Browser:
-    """The page of all made-up runs, opened."""
-    browser.open((folder / "all.html").as_uri())
-    return browser
 
 
 def shown_rows(page: Browser) -> list[str]:
