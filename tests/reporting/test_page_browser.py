@@ -282,7 +282,8 @@ def test_a_figure_has_a_text_equivalent(page: Browser) -> None:
     assert all(text and len(text) > 30 for text in texts)
 
 
-@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
+# An id `gpu` alone would be the mark of tests that need one.
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: f"{path.parent.name}-run")
 def test_published_runs_fit(browser: Browser, tmp_path: Path, path: Path) -> None:
     """Of each: no sideways scrolling at 390, at most 5,000 px at 1280, no message."""
     page = tmp_path / "page.html"

@@ -25,6 +25,7 @@ from meft_reports.page.payload import to_bytes
 from meft_reports.page.settings import Setting, settings_of
 from meft_reports.page.timeline import Timeline
 from meft_reports.published import Number
+from meft_reports.text import plural
 
 SCRIPTS = ("base", "choice", "rows", "keys", "draw", "cell", "table", "main")
 """The page's own scripts, in order; together they are one module."""
@@ -77,6 +78,7 @@ def render_page(
     page = environment.from_string(_text("page.html.j2")).render(
         title=question or _question(cells),
         facts=_facts(cells),
+        num_cells=plural(len(cells), "cell"),
         answers=answers_of(settings, pairs),
         caveats=caveats,
         origins=origins_of(cells),
