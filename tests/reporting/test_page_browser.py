@@ -11,7 +11,7 @@ import pytest
 
 from meft_reports.frame import read_frame, to_frame
 from reporting.browser import Browser, find_chromium
-from reporting.conftest import build_all
+from reporting.conftest import build_all, build_record
 from reporting.pages import page_of
 
 pytestmark = [
@@ -210,6 +210,43 @@ def test_tab_reaches_selectors_headers_and_rows(page: Browser) -> None:
             )
         )
     assert {"choice", "header", "row", "SUMMARY"} <= seen
+
+
+def test_fits_is_said_only_where_the_other_did_not(
+    browser: Browser, tmp_path: Path
+) -> None:
+    """Where the other was not run, there is a dot."""
+    records = [
+        build_record(
+            "oom" if method == "full" and seq_len == 64 else "ok",
+            method=method,
+            seq_len=seq_len,
+            task="synthetic",
+        )
+        for seq_len in (32, 64, 96, 128)
+        for method in ("full", "lora")
+        if (method, seq_len) != ("full", 32)
+    ]
+    path = tmp_path / "fits.html"
+    path.write_text(page_of(to_frame(records)))
+    browser.open(path.as_uri())
+    shown = browser.run(
+        "return [...document.querySelectorAll('#figure-matrix .mark-text text')]"
+        ".filter(e => e.__data__.datum?.short)"
+        ".map(e => `${e.__data__.datum.workload.match(/\\d+.(\\d+)/)[1]}"
+        " ${e.__data__.datum.method} ${e.textContent}`)"
+    )
+    assert "32 lora ·" in shown
+    assert "64 lora fits" in shown
+    assert "64 full ×" in shown  # noqa: RUF001
+
+
+def test_the_page_opens_an_example(page: Browser) -> None:
+    page.run("document.querySelector('[data-open]').click()")
+    page.wait_for("document.getElementById('cell').open")
+    method = page.run("return document.querySelector('[data-open]').textContent")
+    shown = page.run("return document.getElementById('cell-title').textContent")
+    assert shown.startswith(method)
 
 
 def test_text_of_a_record_stays_text(browser: Browser, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from meft_reports.page.looks import ordered, variables
 from meft_reports.page.origins import origins_of
 from meft_reports.page.pairs import pairs_of
 from meft_reports.page.payload import to_bytes
+from meft_reports.page.reading import differences_that_count, example_cell
 from meft_reports.page.settings import Setting, settings_of
 from meft_reports.page.timeline import Timeline
 from meft_reports.published import Number
@@ -81,6 +82,8 @@ def render_page(
         num_cells=plural(len(cells), "cell"),
         answers=answers_of(settings, pairs),
         caveats=caveats,
+        differences=differences_that_count(settings, pairs),
+        example=example_cell(settings),
         origins=origins_of(cells),
         plain=_plain(settings),
         num_settings=len(settings),
