@@ -8,6 +8,7 @@ Reading order:
                                    `card_answers`, `step_answers`, `predictions`
     reading                        which differences count; a cell to open first
     caveats, origins               what to distrust; where the numbers come from
+    papers                         what a paper reports of the same methods
     figures/                       one kind of figure per file, as data
     timeline                       memory over one step, from a file of moments
     opening, looks                 what the page opens with; colors of methods

@@ -21,6 +21,7 @@ from meft_reports.page.data import data_of, memory_text
 from meft_reports.page.looks import ordered, variables
 from meft_reports.page.origins import origins_of
 from meft_reports.page.pairs import pairs_of
+from meft_reports.page.papers import reported
 from meft_reports.page.payload import to_bytes
 from meft_reports.page.reading import differences_that_count, example_cell
 from meft_reports.page.settings import Setting, settings_of
@@ -85,6 +86,7 @@ def render_page(
         differences=differences_that_count(settings, pairs),
         example=example_cell(settings),
         origins=origins_of(cells),
+        papers=reported(settings),
         plain=_plain(settings),
         num_settings=len(settings),
         columns=COLUMNS,
