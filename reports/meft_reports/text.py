@@ -59,5 +59,5 @@ def _digest(text: str) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """Return a count with its noun: `1 cell`, `2 cells`."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    """Return a count with its noun: `1 cell`, `2 cells`, `1,120 cells`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -162,7 +162,11 @@ class Browser:
         raise TimeoutError(f"{condition}; console: {self.console}")
 
     def press(self, key: str, code: int, modifiers: int = 0) -> None:
-        """Press a key, such as `Tab` (9), `Enter` (13) or `Escape` (27)."""
+        """Press a key, such as `Tab` (9), `Enter` (13) or `Escape` (27).
+
+        A browser prefers keys to timers, so a page would wait for its timers for as
+        long as keys come in; nobody types so fast.
+        """
         text = {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
             self.call(
@@ -174,6 +178,7 @@ class Browser:
                 modifiers=modifiers,
                 **(text if kind == "keyDown" else {}),
             )
+        self.run("await new Promise(done => setTimeout(done))")
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
         """Save a picture of the page."""

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import pytest
 
 from meft_reports.frame import to_frame
 from meft_reports.headline import METHODS
+from reporting.browser import Browser
 from reporting.kinds import Cli, MakeRecord, Record, Write
+from reporting.pages import page_of
 
 MIB = 2**20
 GIB = 2**30
@@ -358,6 +360,28 @@ def build_all() -> list[Record]:
     parts = (build_matrix, build_depth, build_quality, build_traffic, build_knowledge)
     others = (build_prediction, build_headline)
     return [record for build in (*parts, *others) for record in build()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the pages are: of all made-up runs, and of scores alone."""
+    folder = tmp_path_factory.mktemp("pages")
+    (folder / "all.html").write_text(page_of(to_frame(build_all())))
+    (folder / "scores.html").write_text(page_of(to_frame(build_knowledge())))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Browser, folder: Path) -> Browser:
+    """The page of all made-up runs, opened."""
+    browser.open((folder / "all.html").as_uri())
+    return browser
 
 
 @pytest.fixture(scope="session")

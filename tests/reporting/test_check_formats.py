@@ -84,7 +84,7 @@ def test_a_summary_of_many_findings_ends_in_time(make_record: MakeRecord) -> Non
     assert text.endswith("more findings.\n")
     lines = [*github.annotations(result)]
     assert len(lines) == github.MOST_SHOWN + 1
-    assert lines[-1].endswith("::and 3991 more findings, in the log")
+    assert lines[-1].endswith("::and 3,991 more findings, in the log")
 
 
 def test_annotations_are_one_line_each(result: CheckResult) -> None:

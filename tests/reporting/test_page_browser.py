@@ -5,14 +5,13 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from meft_reports.frame import read_frame, to_frame
 from reporting.browser import Browser, find_chromium
-from reporting.conftest import build_all, build_knowledge
+from reporting.conftest import build_all, build_record
 from reporting.pages import page_of
 
 pytestmark = [
@@ -26,28 +25,6 @@ ROOT = Path(__file__).parents[2] / "reports" / "published"
 PUBLISHED = sorted(ROOT.glob("*/records.jsonl.gz"))
 MEMORY_PAPER = ROOT / "memory-paper" / "records.jsonl.gz"
 NASTY = "</script><script>window.hacked = 1</script><img src=x onerror=hacked=1>'\"&"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the pages are: of all made-up runs, and of scores alone."""
-    folder = tmp_path_factory.mktemp("pages")
-    (folder / "all.html").write_text(page_of(to_frame(build_all())))
-    (folder / "scores.html").write_text(page_of(to_frame(build_knowledge())))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("browser")) as browser:
-        yield browser
-
-
-@pytest.fixture
-def page(browser: Browser, folder: Path) -> Browser:
-    """The page of all made-up runs, opened."""
-    browser.open((folder / "all.html").as_uri())
-    return browser
 
 
 def shown_rows(page: Browser) -> list[str]:
@@ -235,6 +212,43 @@ def test_tab_reaches_selectors_headers_and_rows(page: Browser) -> None:
     assert {"choice", "header", "row", "SUMMARY"} <= seen
 
 
+def test_fits_is_said_only_where_the_other_did_not(
+    browser: Browser, tmp_path: Path
+) -> None:
+    """Where the other was not run, there is a dot."""
+    records = [
+        build_record(
+            "oom" if method == "full" and seq_len == 64 else "ok",
+            method=method,
+            seq_len=seq_len,
+            task="synthetic",
+        )
+        for seq_len in (32, 64, 96, 128)
+        for method in ("full", "lora")
+        if (method, seq_len) != ("full", 32)
+    ]
+    path = tmp_path / "fits.html"
+    path.write_text(page_of(to_frame(records)))
+    browser.open(path.as_uri())
+    shown = browser.run(
+        "return [...document.querySelectorAll('#figure-matrix .mark-text text')]"
+        ".filter(e => e.__data__.datum?.short)"
+        ".map(e => `${e.__data__.datum.workload.match(/\\d+.(\\d+)/)[1]}"
+        " ${e.__data__.datum.method} ${e.textContent}`)"
+    )
+    assert "32 lora ·" in shown
+    assert "64 lora fits" in shown
+    assert "64 full ×" in shown  # noqa: RUF001
+
+
+def test_the_page_opens_an_example(page: Browser) -> None:
+    page.run("document.querySelector('[data-open]').click()")
+    page.wait_for("document.getElementById('cell').open")
+    method = page.run("return document.querySelector('[data-open]').textContent")
+    shown = page.run("return document.getElementById('cell-title').textContent")
+    assert shown.startswith(method)
+
+
 def test_text_of_a_record_stays_text(browser: Browser, tmp_path: Path) -> None:
     """In the head, the figures, the table, the dialog and the tooltips."""
     records = build_all()[:40]
@@ -305,7 +319,8 @@ def test_a_figure_has_a_text_equivalent(page: Browser) -> None:
     assert all(text and len(text) > 30 for text in texts)
 
 
-@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
+# An id `gpu` alone would be the mark of tests that need one.
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: f"{path.parent.name}-run")
 def test_published_runs_fit(browser: Browser, tmp_path: Path, path: Path) -> None:
     """Of each: no sideways scrolling at 390, at most 5,000 px at 1280, no message."""
     page = tmp_path / "page.html"

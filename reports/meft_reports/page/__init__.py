@@ -5,8 +5,10 @@ Reading order:
     cells, workloads, settings     what is compared with what; `oom` reads messages
     intervals, pairs               means and paired differences, with intervals
     answers                        sentences: `score_answers`, `memory_answers`,
-                                   `step_answers`, `predictions`
+                                   `card_answers`, `step_answers`, `predictions`
+    reading                        which differences count; a cell to open first
     caveats, origins               what to distrust; where the numbers come from
+    papers                         what a paper reports of the same methods
     figures/                       one kind of figure per file, as data
     timeline                       memory over one step, from a file of moments
     opening, looks                 what the page opens with; colors of methods

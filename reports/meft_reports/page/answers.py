@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from meft_reports.page.card_answers import fits_card
 from meft_reports.page.memory_answers import fits, headline, slopes
 from meft_reports.page.pairs import PairedDifference
 from meft_reports.page.predictions import prediction_errors, predictions
@@ -15,7 +16,7 @@ from meft_reports.page.score_answers import scores
 from meft_reports.page.settings import Setting
 from meft_reports.page.step_answers import steps, twins
 
-MOST = 7
+MOST = 8
 """Number of sentences on the page; the rest would not be read."""
 
 
@@ -28,6 +29,7 @@ def answers_of(
         *twins(settings),
         *headline(settings),
         *fits(settings),
+        *fits_card(settings),
         *slopes(settings),
         *predictions(prediction_errors(settings)),
         *steps(settings),

@@ -21,12 +21,17 @@ from meft_reports.page.data import data_of, memory_text
 from meft_reports.page.looks import ordered, variables
 from meft_reports.page.origins import origins_of
 from meft_reports.page.pairs import pairs_of
+from meft_reports.page.papers import reported
 from meft_reports.page.payload import to_bytes
+from meft_reports.page.reading import differences_that_count, example_cell
 from meft_reports.page.settings import Setting, settings_of
 from meft_reports.page.timeline import Timeline
 from meft_reports.published import Number
+from meft_reports.text import plural
 
-SCRIPTS = ("load", "base", "choice", "rows", "draw", "cell", "table", "main")
+SCRIPTS = (
+    *("load", "base", "choice", "rows", "keys", "draw", "cell", "table", "main"),
+)
 """The page's own scripts, in order; together they are one module."""
 MOST_PLAIN_ROWS = 200
 """Number of settings in the table for readers without JavaScript."""
@@ -77,9 +82,13 @@ def render_page(
     page = environment.from_string(_text("page.html.j2")).render(
         title=question or _question(cells),
         facts=_facts(cells),
+        num_cells=plural(len(cells), "cell"),
         answers=answers_of(settings, pairs),
         caveats=caveats,
+        differences=differences_that_count(settings, pairs),
+        example=example_cell(settings),
         origins=origins_of(cells),
+        papers=reported(settings),
         plain=_plain(settings),
         num_settings=len(settings),
         columns=COLUMNS,

@@ -17,7 +17,12 @@ FIGURE = Figure(
     spec={
         "width": "@width",
         "height": "@panel_height",
-        "mark": {"type": "line", "strokeWidth": 1.2, "opacity": 0.8},
+        "mark": {
+            "type": "line",
+            "strokeWidth": 1.2,
+            "opacity": 0.8,
+            "cursor": "pointer",
+        },
         "encoding": {
             "x": quantity("x", "step", axis={"tickMinStep": 1, "format": "d"}),
             "y": quantity("y", "loss", scale={"zero": False}),

@@ -9,8 +9,8 @@ FIGURE = Figure(
     name="matrix",
     title="Every workload: @y, compared with @against",
     about="Numbers are per cent less (−) or more (+); of a method's settings the one "  # noqa: RUF001
-    'with the least counts. A cross did not fit, and "fits" is shown where only the '
-    "method compared with did not.",
+    'with the least counts. A cross did not fit, "fits" is shown where only the method '
+    "compared with did not, and a dot where that one has no number.",
     rows="matrix",
     free=(
         *("backbone", "depth", "dtype", "weights_dtype", "batch_size", "seq_len"),
@@ -49,8 +49,12 @@ FIGURE = Figure(
                                 "value": css("heat-oom"),
                             },
                             {
-                                "test": "!isValid(datum.relative)",
+                                "test": "datum.state == 'fits'",
                                 "value": css("heat-fits"),
+                            },
+                            {
+                                "test": "!isValid(datum.relative)",
+                                "value": css("heat4"),
                             },
                         ],
                         "field": "relative",

@@ -65,8 +65,10 @@ const openCell = (cell) => {
   if (curve?.length > 2) embed(loss, { width: Math.min(520, dialog.clientWidth - 90), height: 120, config: THEME, title: { text: 'Training loss', color: 'var(--fg)' }, data: { values: curve.map((y, x) => ({ x: x + 1, y })) }, mark: 'line', encoding: { x: { field: 'x', type: 'quantitative', title: 'step' }, y: { field: 'y', type: 'quantitative', title: null, scale: { zero: false } } } }, { actions: false, renderer: 'svg' });
 };
 $('#cell').addEventListener('close', () => {
+  if ($('#cell').open) return; // It was opened again meanwhile.
   history.replaceState(null, '', addressBefore || location.pathname + location.search);
-  cameFrom?.focus?.();
+  // The browser gives the focus back; but a figure that was drawn again has other marks.
+  if (cameFrom && !cameFrom.isConnected) document.getElementById(cameFrom.id)?.focus();
 });
 const openFromAddress = () => {
   if (!location.hash.startsWith('#cell=')) return;

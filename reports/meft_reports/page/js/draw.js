@@ -23,6 +23,10 @@ const withData = (spec, rows) => {
   const inner = spec.spec ?? spec;
   inner.layer = inner.layer?.filter(({ needs }) => !needs || rows.some((row) => known(row[needs])));
   inner.layer?.forEach((layer) => delete layer.needs);
+  // What no row knows has no line in the tooltip.
+  for (const { encoding } of [inner, ...(inner.layer ?? [])]) {
+    if (encoding?.tooltip) encoding.tooltip = encoding.tooltip.filter(({ field }) => rows.some((row) => known(row[field])));
+  }
   if (!inner.layer) delete inner.layer;
   return spec;
 };
@@ -52,7 +56,7 @@ const collect = (item, test, found = []) => {
   for (const child of item.items ?? []) collect(child, test, found);
   return found;
 };
-const placeLabels = (view, rows) => {
+const placeLabels = async (view, rows) => {
   const root = view.scenegraph().root, width = view.width(), height = view.height();
   const points = collect(root, (mark) => mark.marktype == 'symbol' && mark.items[0]?.cursor == 'pointer').map((item) => ({ x1: item.x - 6, x2: item.x + 6, y1: item.y - 6, y2: item.y + 6 }));
   const taken = [...points], kept = [];
@@ -69,7 +73,7 @@ const placeLabels = (view, rows) => {
       break;
     }
   }
-  view.data('labels', kept).run();
+  await view.data('labels', kept).runAsync();
 };
 const inWords = (figure, rows) => {
   const values = rows.filter((row) => known(row[figure.value]));
@@ -83,6 +87,7 @@ const inWords = (figure, rows) => {
 const saveVector = (section, name) => {
   const svg = section.querySelector('svg').cloneNode(true), style = getComputedStyle(document.documentElement);
   svg.setAttribute('xmlns', 'http://www.w3.org/2000/svg');
+  for (const mark of svg.querySelectorAll('[tabindex]')) mark.removeAttribute('tabindex');
   save(`${name}.svg`, 'image/svg+xml', svg.outerHTML.replace(/var\((--[\w-]+)\)/g, (_, variable) => style.getPropertyValue(variable).trim()));
 };
 const drawOne = async (figure) => {
@@ -111,10 +116,11 @@ const drawOne = async (figure) => {
     const layer = spec.layer.find((each) => each.name == 'labels');
     for (const name of ['dx', 'dy', 'align']) layer.mark[name] = { expr: `datum.${name}` };
   }
-  const box = make('div');
+  const box = make('div', { className: 'marks' });
   $('.drawing', section).replaceChildren(box);
   const { view } = await embed(box, { ...spec, description: `${title}. ${words}`, config: THEME, autosize: { type: 'pad' } }, { actions: false, renderer: 'svg', tooltip: { theme: 'custom' } });
-  if (made.labels) placeLabels(view, spec.datasets.labels);
+  if (made.labels) await placeLabels(view, spec.datasets.labels);
+  openByKeys(figure, box);
   view.addEventListener('click', (_, item) => { if (known(item?.datum?.cell)) openCell(item.datum.cell); });
   return view;
 };

@@ -13,6 +13,7 @@ showChoice(chooseAgain);
 document.documentElement.classList.add('ready');
 embed = (await load('#vega')).default;
 await redraw();
+for (const button of document.querySelectorAll('[data-open]')) button.onclick = () => openCell(Number(button.dataset.open));
 const library = await load('#datatables');
 showTable(library);
 openFromAddress();

@@ -130,12 +130,12 @@ const MAKE = {
     }
     const against = these.some((s) => s.method == STATE.against) ? STATE.against : DATA.against;
     const rows = [...best.values()].map((s) => {
-      const other = best.get(`${s.w}|${against}`)?.[y], relative = known(s[y]) && other ? 100 * (s[y] / other - 1) : null;
+      const reference = best.get(`${s.w}|${against}`), other = reference?.[y], relative = known(s[y]) && other ? 100 * (s[y] / other - 1) : null;
       const rounded = known(relative) ? Math.round(relative) : null;
-      return { cell: s.cell, method: s.method, name: s.name, workload: WORKLOADS[s.w].title, w: s.w, relative, state: known(s[y]) ? 'ok' : s.status,
+      return { cell: s.cell, method: s.method, name: s.name, workload: WORKLOADS[s.w].title, w: s.w, relative, state: !known(s[y]) ? s.status : known(relative) ? 'ok' : reference?.status == 'oom' ? 'fits' : 'alone',
         value_text: known(s[y]) ? asText(y, s[y]) : s.text,
         relative_text: known(relative) ? `${relative < 0 ? '−' : '+'}${Math.abs(relative).toFixed(1)} % of ${against}` : '–',
-        short: known(relative) ? (rounded < 0 ? `−${-rounded}` : rounded > 0 ? `+${rounded}` : '=') : known(s[y]) ? 'fits' : s.status == 'oom' ? '×' : '?' };
+        short: known(relative) ? (rounded < 0 ? `−${-rounded}` : rounded > 0 ? `+${rounded}` : '=') : known(s[y]) ? (reference?.status == 'oom' ? 'fits' : '·') : s.status == 'oom' ? '×' : '?' };
     });
     if (loads().length < 4 || unique(rows.map((row) => row.method)).length < 2) return { rows: [] };
     return { rows: rows.slice(0, 2000), words: { y: words(y), against, cell_width: 40 }, notes: [narrowed.length && `More workloads than fit: only those with the chosen ${narrowed.map(words).join(', ')}.`, these.some((s) => s.is_predicted) && 'Predicted, not measured.'], free };

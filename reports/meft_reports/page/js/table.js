@@ -46,7 +46,7 @@ const showTable = ({ jQuery }) => {
   const table = new jQuery.fn.dataTable($('#cells'), {
     data: Array.from({ length: DATA.cells.rows }, (_, cell) => cell), columns: names.map(column),
     deferRender: true, pageLength: 15, lengthMenu: [15, 50, 200], autoWidth: false, order: [],
-    layout: { topStart: { buttons: [{ extend: 'colvis', text: 'Columns' }, { extend: 'csvHtml5', text: 'CSV', filename: 'cells', title: null, exportOptions: { columns: ':visible', orthogonal: 'export', stripHtml: false, decodeEntities: false, stripNewlines: false, trim: false } },
+    layout: { topStart: { buttons: [{ extend: 'colvis', text: 'Columns', fade: 0 }, { extend: 'csvHtml5', text: 'CSV', filename: 'cells', title: null, exportOptions: { columns: ':visible', orthogonal: 'export', stripHtml: false, decodeEntities: false, stripNewlines: false, trim: false } },
       { text: 'Records', action: () => save('cells.jsonl', 'application/jsonl', allRecords()) }] }, topEnd: 'search', bottomStart: ['info', 'pageLength'], bottomEnd: { paging: { buttons: 5, type: 'simple_numbers' } } },
     language: { search: 'Search', info: '_START_ to _END_ of _TOTAL_ cells', infoEmpty: 'No cells', infoFiltered: '(of _MAX_)', lengthMenu: '_MENU_ a page', zeroRecords: 'No cell passes the filters.' },
   });
@@ -54,6 +54,8 @@ const showTable = ({ jQuery }) => {
     const cell = jQuery('#cells').DataTable().row(this).data();
     if (known(cell)) { this.querySelector('button')?.focus({ preventScroll: true }); openCell(cell); }
   });
+  // A list that closes takes the focus with it; it goes back to the button that opened it.
+  jQuery('body').on('buttons-popover-hide.dt', () => { if (document.activeElement == document.body) $('.buttons-colvis').focus(); });
   const redrawTable = () => jQuery('#cells').DataTable().draw();
   const clear = make('button', { type: 'button', className: 'link', textContent: 'Show all cells', hidden: true });
   const changed = () => { clear.hidden = !Object.values(FILTERS).some((wanted) => wanted !== ''); redrawTable(); };
