@@ -227,7 +227,9 @@ def _with_adapter(original: Any, family: Family) -> type[nn.Module]:
 
 def _bare_block(original: Any) -> nn.Module:
     """Create a block with a sparse adapter that `copy` or `pickle` fills."""
-    kind = _with_adapter(original, family_of(original))
+    family = family_of(original)
+    assert family is not None  # the class was made for one
+    kind = _with_adapter(original, family)
     return kind.__new__(kind)
 
 
