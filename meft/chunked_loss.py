@@ -76,8 +76,8 @@ def chunk_loss(model: Model, chunk_tokens: int = 1024, backend: str = "torch") -
     is pickling the whole model (the copy computes the same loss, with all logits).
 
     Args:
-        model: an `OPTForCausalLM`, `LlamaForCausalLM` or `MistralForCausalLM`,
-            reversible or not; it may be converted afterwards.
+        model: a `...ForCausalLM` of OPT, LLaMA, Mistral, Qwen2, Qwen3, Gemma, SmolLM3,
+            Phi-3 or OLMo 2, reversible or not; it may be converted afterwards.
         chunk_tokens: number of tokens whose logits exist at a time.
         backend: `torch`; or `liger`, the fused kernels of the package `liger-kernel`,
             which choose their chunks themselves and run on CUDA only. The tests of this

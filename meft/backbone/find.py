@@ -34,6 +34,8 @@ class BlockList:
     """Name of the list in its owner, `layer`."""
     blocks: list[nn.Module]
     family: Family
+    config: Any
+    """Config of the model that loops over the list."""
 
 
 def find_blocks(model: nn.Module) -> list[BlockList]:
@@ -52,7 +54,8 @@ def find_blocks(model: nn.Module) -> list[BlockList]:
             if family is None:
                 continue
             name = f"{path}.{attribute}".lstrip(".")
-            _refuse(model, owner, family, blocks)
+            config = _config_of(model, path)
+            _refuse(model, owner, family, blocks, config)
             found.append(
                 BlockList(
                     name=name,
@@ -60,6 +63,7 @@ def find_blocks(model: nn.Module) -> list[BlockList]:
                     attribute=attribute,
                     blocks=blocks,
                     family=family,
+                    config=config,
                 )
             )
     if not found:
@@ -112,13 +116,26 @@ def _refuse_compiled(model: nn.Module) -> None:
             )
 
 
+def _config_of(model: nn.Module, path: str) -> Any:
+    """Return the config of the innermost module around `path` that has one."""
+    parts = path.split(".") if path else []
+    for end in range(len(parts), -1, -1):
+        config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
+        if config is not None:
+            return config
+    return None
+
+
 def _refuse(
-    model: nn.Module, owner: nn.Module, family: Family, blocks: list[nn.Module]
+    model: nn.Module,
+    owner: nn.Module,
+    family: Family,
+    blocks: list[nn.Module],
+    config: Any,
 ) -> None:
     reasons = [family.refuse(block) for block in blocks]
     if cast(float, getattr(owner, "layerdrop", 0.0)) > 0:
         reasons.append(f"{_DROPS_BLOCKS}: set it to 0 in the config")
-    config = getattr(owner, "config", None)
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
     if len(kinds) > 1:
         reasons.append(
