@@ -35,6 +35,7 @@ examples:
   meft-report frame runs/quickstart.jsonl -o cells.parquet
   meft-report plot memory_depth runs/*.jsonl -o depth.svg
   meft-report table results runs/quickstart.jsonl
+  meft-report table results runs/quickstart.jsonl -o results.tex
   meft-report baseline runs/gate.jsonl -o benchmarks/baselines/gate.jsonl
   meft-report check runs/gate.jsonl --baseline benchmarks/baselines/gate.jsonl \\
       --fail-on saved:0 --fail-on peak_allocated:2% --fail-on step_seconds:20%
@@ -49,6 +50,8 @@ MESSAGE_LENGTH = 10_000
 EXIT_MISTAKE = 2
 CHECKS = ("checks.jsonl", "checks.jsonl.gz")
 """How the name of a file of checks ends."""
+PAGES = (".html", ".htm")
+"""How the name of a page ends."""
 EXIT_BUG = 70
 
 
@@ -120,7 +123,7 @@ def _run(argv: Sequence[str] | None) -> int:
     where = f"meft-report {arguments.command}"
     try:
         _refuse_checks(arguments)
-        if "output" in arguments:
+        if getattr(arguments, "output", None) is not None:
             _refuse_to_overwrite(arguments.runs, arguments.output)
         return COMMANDS[arguments.command](arguments)
     except ReportError as error:
@@ -166,21 +169,30 @@ def plot(arguments: argparse.Namespace) -> int:
 
 
 def table(arguments: argparse.Namespace) -> int:
-    """Print tables as Markdown."""
+    """Print tables as Markdown, or write them in the format of the ending."""
     maker = find_maker(arguments.name)
 
     from meft_reports import published
     from meft_reports.frame import read_frame
-    from meft_reports.tables.table import to_markdown
+    from meft_reports.table_formats import FORMATS
+    from meft_reports.table_formats.markdown import to_markdown
 
+    output = arguments.output
+    if output is not None and output.suffix not in FORMATS:
+        raise UnknownName("ending", output.suffix, FORMATS)
     records, checks = _split_checks(arguments.runs)
     some = published.tables(published.read(checks))
     if records:
         some += maker.make(read_frame(records))
     needs = maker.NEEDS if records else published.NEEDS
     nothing = f"No table: `{arguments.name}` needs {needs}."
-    _say("\n".join(map(to_markdown, some)) if some else nothing)
-    return 0
+    if output is None:
+        _say(to_markdown(some) if some else nothing)
+        return 0
+    if not some:
+        raise ReportError(nothing)
+    write_atomically(output, FORMATS[output.suffix](some))
+    return _written(output)
 
 
 def page(arguments: argparse.Namespace) -> int:
@@ -191,9 +203,7 @@ def page(arguments: argparse.Namespace) -> int:
     from meft_reports.page.timeline import read_timelines
     from meft_reports.records import breakdowns_of, read_records
 
-    suffix = arguments.output.suffix
-    if suffix not in (".html", ".htm"):
-        raise UnknownName("ending", suffix, (".html", ".htm"))
+    _check_page(arguments.output)
     runs, checks = _split_checks(arguments.runs)
     if not runs:
         raise ReportError("a page needs a file of records; files of checks add to it")
@@ -273,30 +283,60 @@ def _tell_github(result: "CheckResult") -> None:
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    """Print two runs side by side."""
+    """Print two runs side by side, or write them as a page."""
+    output = arguments.output
+    if output is not None:
+        _check_page(output)
+        if arguments.all:
+            raise ReportError(
+                "--all lists everything as text, and a page does so anyway; leave out "
+                "--all or -o"
+            )
+
     from meft_reports.compare import compare as side_by_side
+    from meft_reports.compare_text import to_text
+    from meft_reports.pairing import find_fields
     from meft_reports.records import read_records
 
+    ignored = find_fields(arguments.ignore)
     before, after = (read_records([path])[0] for path in arguments.runs)
-    _say(
-        side_by_side(
-            before,
-            after,
-            shows_all=arguments.all,
-            num_changes=arguments.what_grew,
-        )
+    found = side_by_side(
+        before, after, ignored=ignored, num_changes=arguments.what_grew
     )
-    return 0
+    if output is None:
+        _say(to_text(found, shows_all=arguments.all))
+        return 0
+
+    from meft_reports.compare_page import render_page
+
+    write_atomically(output, render_page(found, _names(arguments.runs)))
+    return _written(output)
+
+
+def _names(paths: Sequence[Path]) -> tuple[str, str]:
+    """Return short names of two files, which are not the same."""
+    before, after = paths
+    if before.name == after.name:
+        return str(before), str(after)
+    return before.name, after.name
+
+
+def _check_page(path: Path) -> None:
+    """Raise if a file does not end as a page does."""
+    if path.suffix not in PAGES:
+        raise UnknownName("ending", path.suffix, PAGES)
 
 
 def history(arguments: argparse.Namespace) -> int:
     """Print a column over commits."""
     from meft_reports.columns import find_measured
     from meft_reports.history import history as over_commits
+    from meft_reports.pairing import find_fields
     from meft_reports.records import read_all
 
-    column = find_measured(arguments.column)
-    _say(over_commits(read_all(arguments.runs), column, arguments.only))
+    column, ignored = find_measured(arguments.column), find_fields(arguments.ignore)
+    records = read_all(arguments.runs)
+    _say(over_commits(records, column, only=arguments.only, ignored=ignored))
     return 0
 
 
@@ -342,11 +382,13 @@ def parser() -> argparse.ArgumentParser:
     subs = {
         "frame": "write one tidy table, a row per cell, as Parquet or CSV",
         "plot": "draw one figure as PNG, SVG or PDF",
-        "table": "print tables as Markdown",
+        "table": "print tables as Markdown, or write them as LaTeX, CSV, Parquet or "
+        "JSON",
         "page": "write one self-contained HTML page of the answer, figures and cells",
         "check": "compare with a baseline, cell by cell",
         "baseline": "write or update a baseline from ok cells; show what changes",
-        "compare": "print two runs side by side: before, after, ratio, what grew",
+        "compare": "print two runs side by side: before, after, ratio, what grew; or "
+        "write them as one self-contained HTML page",
         "history": "print a column over the commits of its records, with its steps",
     }
     outputs = {
@@ -354,6 +396,11 @@ def parser() -> argparse.ArgumentParser:
         "plot": "out.png, out.svg or out.pdf",
         "page": "report.html",
         "baseline": "baseline.jsonl",
+    }
+    printed = {
+        "table": "out.md, out.tex, out.csv, out.parquet or out.json; default: Markdown "
+        "on stdout",
+        "compare": "page.html; default: text on stdout",
     }
     for name, text in subs.items():
         sub = commands.add_parser(name, help=text, description=text)
@@ -373,6 +420,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "-o", "--output", required=True, type=Path, help=outputs[name]
             )
+        if name in printed:
+            sub.add_argument("-o", "--output", type=Path, help=printed[name])
         if name == "baseline":
             sub.add_argument(
                 "--remove",
@@ -404,6 +453,15 @@ def parser() -> argparse.ArgumentParser:
         if name == "history":
             sub.add_argument(
                 "--only", default="*", metavar="PATTERN", help="cells, by their ids"
+            )
+        if name in ("compare", "history"):
+            sub.add_argument(
+                "--ignore",
+                action="append",
+                default=[],
+                metavar="FIELD",
+                help="field of cells, such as attention, in which cells that are "
+                "compared may differ; repeatable",
             )
         if name == "compare":
             sub.add_argument(

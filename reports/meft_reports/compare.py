@@ -1,28 +1,32 @@
-"""Two runs side by side: before, after, ratio, the worst first.
+"""Two runs side by side, as data: before, after, ratio, the worst first.
 
 Bytes are exact, so any difference is one. Times are compared between runs of one
 machine, number of threads and number of parallel cells only, by the median of the steps
-after warm-up; a difference that a Mann-Whitney test does not tell from noise is marked
-`~`, and so is one of too few steps. One value of a score has no interval here, so
+after warm-up; a difference that a Mann-Whitney test does not tell from noise has a
+doubt, and so has one of too few steps. One value of a score has no interval here, so
 scores are listed with their difference. What differs in the environment of many cells
-is said once.
+is one cause.
+
+`compare_text` and `compare_page` show it; `pairing` says which cells are compared.
 """
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from scipy.stats import mannwhitneyu
 
+from meft_reports import breakdown, commits
 from meft_reports.breakdown import what_grew
-from meft_reports.check import EXPLAINED, SAVED, Breakdowns
+from meft_reports.check import EXPLAINED, SAVED
 from meft_reports.columns import BY_NAME
 from meft_reports.columns.column import Column
-from meft_reports.format import format_value, is_null
-from meft_reports.records import breakdowns_of
-from meft_reports.text import plural, printable
+from meft_reports.format import format_fact, is_null
+from meft_reports.pairing import PairedCell, pair
+from meft_reports.text import plural
+from meft_reports.valid_records import READERS, Record
 
 COLUMNS = (
     *(SAVED, "peak_allocated_bytes", "peak_reserved_bytes", "peak_host_bytes"),
@@ -34,8 +38,7 @@ SAME_FOR_SECONDS = ("machine", "num_threads", "num_slots", "device_name")
 LEAST_STEPS = 6
 """Number of steps on each side below which times are not told apart."""
 MOST_CHANCE = 0.05
-MAX_LINES = 20
-Record = dict[str, Any]
+MOST_COMMITS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,9 +49,10 @@ class Changed:
     column: Column
     before: float
     after: float
-    mark: str
-    """`~` if the difference may be noise, with the reason; else empty."""
+    doubt: str
+    """Why the difference may be noise; else empty."""
     grew: tuple[str, ...]
+    """What of the memory grew, in lines."""
 
     @property
     def ratio(self) -> float:
@@ -62,92 +66,113 @@ class Changed:
         """Whether the number is worse than before."""
         return (self.after > self.before) == (self.column.lower_is_better is not False)
 
-    def lines(self) -> list[str]:
-        """Return it as lines of text."""
-        before, after = (
-            format_value(value, self.column.unit) for value in (self.before, self.after)
-        )
-        ratio = "" if math.isinf(self.ratio) else f"  {self.ratio:.4f}x"
-        head = f"{self.cell_id}  {self.column.short_name}  {before} → {after}{ratio}"
-        return [f"  {head}{self.mark}", *(f"      {line}" for line in self.grew)]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ending:
+    """A cell that ended in another way than before."""
+
+    cell_id: str
+    before: str
+    after: str
+    message: str
+    """That of the second run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cause:
+    """A fact that differs between the two runs, in some cells or in all of them."""
+
+    fact: str
+    before: str
+    after: str
+    num_cells: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mean:
+    """The geometric mean of the ratios of a column."""
+
+    column: Column
+    ratio: float
+    num_cells: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Two runs side by side."""
+
+    before: str
+    """Number of cells and commits of the first run, in words."""
+    after: str
+    num_pairs: int
+    """Number of cells in both."""
+    only_before: tuple[str, ...]
+    only_after: tuple[str, ...]
+    endings: tuple[Ending, ...]
+    causes: tuple[Cause, ...]
+    """Those of most cells first."""
+    worse: tuple[Changed, ...]
+    """The largest ratio first."""
+    better: tuple[Changed, ...]
+    same: tuple[str, ...]
+    """Cells of which no number differs."""
+    means: tuple[Mean, ...]
 
 
 def compare(
     before: Sequence[Record],
     after: Sequence[Record],
     *,
-    shows_all: bool = False,
+    ignored: Sequence[str] = (),
     num_changes: int = 3,
-) -> str:
-    """Return the comparison of two runs as text.
+) -> Comparison:
+    """Return the comparison of two runs.
 
     Args:
         before: the records that count of the first run.
         after: those of the second one.
-        shows_all: whether every difference is listed, and cells without one.
+        ignored: fields in which two cells that are compared may differ.
         num_changes: number of changes of memory that a difference lists.
+
+    Raises:
+        ReportError: without the fields, several cells of a run are one.
     """
-    old, new = ({r["cell_id"]: r for r in records} for records in (before, after))
-    both = [name for name in old if name in new]
-    differences, same = _differences(old, new, both, num_changes)
-    lines = [
-        f"A: {_described(before)}",
-        f"B: {_described(after)}",
-        f"{plural(len(both), 'cell')} in both, {len(old) - len(both)} only in A, "
-        f"{len(new) - len(both)} only in B",
-        *_endings(old, new, both),
-        *_environment(old, new, both),
-    ]
-    worse = [one for one in differences if one.is_worse]
-    better = [one for one in differences if not one.is_worse]
-    for title, some in (("worse", worse), ("better", better)):
-        lines += _listed(title, some, shows_all)
-    hidden = "" if shows_all else " hidden; --all shows them"
-    lines.append(f"same ({len(same)}){hidden}")
-    lines += [f"  {name}" for name in same if shows_all]
-    lines += _means(old, new, both)
-    return "\n".join(printable(line, 2_000) for line in lines)
-
-
-def _differences(
-    old: Mapping[str, Record],
-    new: Mapping[str, Record],
-    both: Sequence[str],
-    num_changes: int,
-) -> tuple[list[Changed], list[str]]:
-    """Return differences, the largest first, and the names of cells without any."""
-    kept: tuple[Breakdowns, Breakdowns] = (
-        breakdowns_of([*old.values()]),
-        breakdowns_of([*new.values()]),
+    paired = pair(before, after, ignored)
+    by_cell = [[*_changes(one, num_changes)] for one in paired.pairs]
+    changes = sorted((one for its in by_cell for one in its), key=lambda c: -_size(c))
+    return Comparison(
+        before=_described(before),
+        after=_described(after),
+        num_pairs=len(paired.pairs),
+        only_before=paired.only_before,
+        only_after=paired.only_after,
+        endings=tuple(_endings(paired.pairs)),
+        causes=_causes(paired.pairs, ignored),
+        worse=tuple(one for one in changes if one.is_worse),
+        better=tuple(one for one in changes if not one.is_worse),
+        same=tuple(
+            one.cell_id
+            for one, its in zip(paired.pairs, by_cell, strict=True)
+            if not its
+        ),
+        means=tuple(_means(paired.pairs)),
     )
-    found: list[Changed] = []
-    same = []
-    for name in both:
-        its = []
-        for column in (BY_NAME[one] for one in COLUMNS if one not in NOISY):
-            pair = [its_value(run[name], column) for run in (old, new)]
-            one, other = pair
-            if one is None or other is None or one == other:
-                continue
-            mark = ""
-            if column.unit == "seconds":
-                mark = _noise(old[name], new[name])
-            grew = _grew(name, column, kept, int(other - one), num_changes)
-            its.append(
-                Changed(
-                    cell_id=name,
-                    column=column,
-                    before=one,
-                    after=other,
-                    mark=mark,
-                    grew=grew,
-                )
-            )
-        found += its
-        if not its:
-            same.append(name)
-    found.sort(key=lambda one: -_size(one))
-    return found, same
+
+
+def _changes(cell: PairedCell, num_changes: int) -> Iterator[Changed]:
+    for column in (BY_NAME[name] for name in COLUMNS if name not in NOISY):
+        before, after = (its_value(run, column) for run in (cell.before, cell.after))
+        if before is None or after is None or before == after:
+            continue
+        is_time = column.unit == "seconds"
+        yield Changed(
+            cell_id=cell.cell_id,
+            column=column,
+            before=before,
+            after=after,
+            doubt=_doubt(cell) if is_time else "",
+            grew=_grew(cell, column, int(after - before), num_changes),
+        )
 
 
 def _size(difference: Changed) -> float:
@@ -165,113 +190,98 @@ def its_value(record: Record, column: Column) -> float | None:
 
 
 def _grew(
-    name: str,
-    column: Column,
-    kept: tuple[Breakdowns, Breakdowns],
-    difference: int,
-    most: int,
+    cell: PairedCell, column: Column, difference: int, most: int
 ) -> tuple[str, ...]:
-    before, after = (its.get(name) for its in kept)
-    if before is None or after is None or column.name not in EXPLAINED:
+    kept = [run.get("memory_breakdown") for run in (cell.before, cell.after)]
+    if None in kept or column.name not in EXPLAINED:
         return ()
+    before, after = (breakdown.read(one, cell.cell_id) for one in kept)
     growth = what_grew(before, after, difference, is_saved=column.name == SAVED)
     return tuple(growth.lines(most))
 
 
-def _noise(before: Record, after: Record) -> str:
-    """Return a mark if two times cannot be told apart, with the reason."""
+def _doubt(cell: PairedCell) -> str:
+    """Return why two times cannot be told apart; empty if they can be."""
+    runs = (cell.before, cell.after)
     for name in SAME_FOR_SECONDS:
-        if before["environment"].get(name) != after["environment"].get(name):
-            return f"  ~ another {name}"
+        before, after = (run["environment"].get(name) for run in runs)
+        if before != after:
+            return f"another {name}"
     steps = [
-        [s for s in r["measurement"].get("all_step_seconds") or [] if s is not None]
-        for r in (before, after)
+        [s for s in run["measurement"].get("all_step_seconds") or [] if s is not None]
+        for run in runs
     ]
     steps = [
-        its[int(r["cell"].get("warmup_steps", 0)) :]
-        for its, r in zip(steps, (before, after), strict=True)
+        its[int(run["cell"].get("warmup_steps", 0)) :]
+        for its, run in zip(steps, runs, strict=True)
     ]
     if min(map(len, steps)) < LEAST_STEPS:
-        return "  ~ too few steps"
+        return "too few steps"
     chance = float(mannwhitneyu(*steps).pvalue)
-    return "" if chance <= MOST_CHANCE else f"  ~ p = {chance:.2f}"
-
-
-def _listed(title: str, some: Sequence[Changed], shows_all: bool) -> list[str]:
-    cells = len({one.cell_id for one in some})
-    lines = [f"{title} ({plural(len(some), 'number')} of {plural(cells, 'cell')})"]
-    shown = some if shows_all else some[:MAX_LINES]
-    for one in shown:
-        lines += one.lines()
-    if len(some) > len(shown):
-        lines.append(f"  and {len(some) - len(shown)} more; --all shows them")
-    return lines
+    return "" if chance <= MOST_CHANCE else f"p = {chance:.2f}"
 
 
 def _described(records: Sequence[Record]) -> str:
     """Return the commits and the number of records of a run."""
-    commits = Counter(
-        f"{(r['environment'].get('commit') or 'no commit'):.8}"
-        + ("+" if r["environment"].get("dirty") else "")
-        for r in records
-    )
-    shown = ", ".join(name for name, _ in commits.most_common(3))
-    more = f" and {len(commits) - 3} more" if len(commits) > 3 else ""
-    return f"{plural(len(records), 'cell')}, commit {shown}{more}"
+    found = Counter(map(commits.in_words, records))
+    shown = ", ".join(name for name, _ in found.most_common(MOST_COMMITS))
+    left_out = len(found) - MOST_COMMITS
+    more = f" and {left_out} more" if left_out > 0 else ""
+    return f"{plural(len(records), 'cell')}, {shown}{more}"
 
 
-def _endings(
-    old: Mapping[str, Record], new: Mapping[str, Record], both: Sequence[str]
-) -> list[str]:
-    """Return the cells that ended in another way, in lines."""
-    return [
-        f"ended: {name}  {old[name]['status']} → {new[name]['status']}"
-        for name in both
-        if old[name]["status"] != new[name]["status"]
-    ]
+def _endings(pairs: Sequence[PairedCell]) -> Iterator[Ending]:
+    for one in pairs:
+        before, after = one.before["status"], one.after["status"]
+        if before != after:
+            yield Ending(
+                cell_id=one.cell_id,
+                before=before,
+                after=after,
+                message=one.after["message"],
+            )
 
 
-def _environment(
-    old: Mapping[str, Record], new: Mapping[str, Record], both: Sequence[str]
-) -> list[str]:
-    """Return what differs in the environments, a line for each difference."""
+def _causes(pairs: Sequence[PairedCell], ignored: Sequence[str]) -> tuple[Cause, ...]:
+    """Return what differs in the cells and their environments."""
     found: Counter[tuple[str, str, str]] = Counter()
-    for name in both:
-        for fact, before, after in _facts(old[name], new[name]):
-            found[fact, before, after] += 1
-    if not found:
-        return ["same environment in all of them"]
-    return [
-        f"differs: {fact}  {before} → {after}  ({plural(count, 'cell')})"
-        for (fact, before, after), count in found.most_common(MAX_LINES)
-    ]
+    for one in pairs:
+        facts = _facts(one.before, one.after)
+        for name in ignored:
+            before, after = map(READERS[name], (one.before, one.after))
+            facts.append((name, format_fact(before), format_fact(after)))
+        found.update(fact for fact in facts if fact[1] != fact[2])
+    return tuple(
+        Cause(fact=fact, before=before, after=after, num_cells=count)
+        for (fact, before, after), count in found.most_common()
+    )
 
 
 def _facts(before: Record, after: Record) -> list[tuple[str, str, str]]:
     one, other = before["environment"], after["environment"]
     names = ("machine", "num_threads", "num_slots", "device_name", "weights_sha256")
-    pairs = [(name, one.get(name), other.get(name)) for name in names]
+    pairs: list[tuple[str, Any, Any]] = [
+        (fact, words(before), words(after))
+        for fact, words in (("code", commits.of_suite), ("project", commits.of_project))
+    ]
+    pairs += [(name, one.get(name), other.get(name)) for name in names]
     versions = sorted({*one["versions"], *other["versions"]})
     pairs += [(v, one["versions"].get(v), other["versions"].get(v)) for v in versions]
-    return [(name, str(a), str(b)) for name, a, b in pairs if a != b]
+    return [(name, format_fact(a), format_fact(b)) for name, a, b in pairs]
 
 
-def _means(
-    old: Mapping[str, Record], new: Mapping[str, Record], both: Sequence[str]
-) -> list[str]:
-    """Return the geometric mean of the ratios of each column, over cells in both."""
-    lines = []
+def _means(pairs: Sequence[PairedCell]) -> Iterator[Mean]:
+    """Yield the geometric mean of the ratios of each column, over cells in both."""
     for column in (BY_NAME[name] for name in COLUMNS if name != "score"):
-        pairs = [
-            (its_value(old[name], column), its_value(new[name], column))
-            for name in both
-            if column.unit != "seconds" or not _noise(old[name], new[name])
+        values = [
+            (its_value(one.before, column), its_value(one.after, column))
+            for one in pairs
+            if column.unit != "seconds" or not _doubt(one)
         ]
-        ratios = [math.log(b / a) for a, b in pairs if a and b]
+        ratios = [math.log(b / a) for a, b in values if a and b]
         if ratios:
-            mean = math.exp(sum(ratios) / len(ratios))
-            lines.append(
-                f"geometric mean of ratios: {column.short_name} {mean:.4f} "
-                f"({plural(len(ratios), 'cell')})"
+            yield Mean(
+                column=column,
+                ratio=math.exp(sum(ratios) / len(ratios)),
+                num_cells=len(ratios),
             )
-    return lines

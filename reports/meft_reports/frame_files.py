@@ -1,7 +1,9 @@
 """A frame as a file: Parquet or CSV.
 
-Parquet stores lists as lists; CSV stores them as JSON, null as an empty field, and a
-text that a spreadsheet would treat as a formula with a preceding `'`.
+Parquet stores lists as lists, and the unit and the meaning of each column as metadata
+of its field, `{"unit": "bytes", "meaning": ...}`; a column without a unit has no `unit`
+there. CSV stores lists as JSON, null as an empty field, and a text that a spreadsheet
+would treat as a formula with a preceding `'`.
 """
 
 import json
@@ -69,7 +71,8 @@ def _or_null(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _not_a_formula(text: str) -> str:
+def not_a_formula(text: str) -> str:
+    """Return a text as a field of CSV that a spreadsheet does not calculate."""
     return f"'{text}" if text.lstrip().startswith(FORMULA_STARTS) else text
 
 
@@ -83,11 +86,18 @@ _ARROW_TYPES = {
 
 
 def _parquet(frame: pd.DataFrame) -> bytes:
-    schema = pa.schema([(c.name, _ARROW_TYPES[c.dtype]) for c in COLUMNS])
+    schema = pa.schema(map(_field, COLUMNS))
     buffer = BytesIO()
     table = pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
     pq.write_table(table, buffer)
     return buffer.getvalue()
+
+
+def _field(column: Column) -> pa.Field:
+    metadata = {"meaning": column.meaning}
+    if column.unit:
+        metadata["unit"] = column.unit
+    return pa.field(column.name, _ARROW_TYPES[column.dtype], metadata=metadata)
 
 
 def _csv(frame: pd.DataFrame) -> bytes:
@@ -100,6 +110,6 @@ def _csv(frame: pd.DataFrame) -> bytes:
             ]
         if column.dtype == "string":
             text[column.name] = frame[column.name].map(
-                _not_a_formula, na_action="ignore"
+                not_a_formula, na_action="ignore"
             )
     return text.to_csv(index=False, lineterminator="\n").encode()

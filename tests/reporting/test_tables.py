@@ -10,9 +10,10 @@ from meft_reports.format import (
     format_seconds,
 )
 from meft_reports.frame import to_frame
+from meft_reports.table_formats.markdown import to_markdown
 from meft_reports.tables import TABLES, find_tables
 from meft_reports.tables.activations import less
-from meft_reports.tables.table import Table, to_markdown
+from meft_reports.tables.table import Table
 from reporting.conftest import build_prediction
 from reporting.kinds import MakeRecord
 from reporting.pages import column, data_of, page_of
@@ -239,7 +240,7 @@ def test_random_weights_are_labelled_in_every_table(
     ]
     assert len(shown) >= 2
     for table in shown:
-        assert "andom weights" in to_markdown(table), table.title
+        assert "andom weights" in to_markdown([table]), table.title
 
 
 def test_activations_are_what_a_step_adds_to_model_state(
@@ -366,7 +367,7 @@ def test_origins_hold_digest_and_splits(frame: pd.DataFrame) -> None:
 def test_text_cannot_break_a_table() -> None:
     """Markdown is not changed by what a message says."""
     table = Table(title="<t>", header=("a", "b"), rows=(("x|y\nz", "<b>&"),))
-    lines = to_markdown(table).splitlines()
+    lines = to_markdown([table]).splitlines()
     assert lines[4] == r"| x\|y z | \<b\>\& |"
 
 

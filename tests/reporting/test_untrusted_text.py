@@ -24,8 +24,8 @@ from meft_reports.frame_files import save_frame
 from meft_reports.page import render_page
 from meft_reports.plots import PLOTS, find_plot
 from meft_reports.plots.canvas import render
+from meft_reports.table_formats.markdown import to_markdown
 from meft_reports.tables import find_tables
-from meft_reports.tables.table import to_markdown
 from meft_reports.text import MAX_LENGTH, SHORT_LENGTH, printable, short
 from meft_reports.threshold import parse_threshold
 from reporting.conftest import (
@@ -227,14 +227,14 @@ def test_tables_show_any_text_as_text(tmp_path_factory: Any, text: str) -> None:
         tables = find_tables(name)(frame)
         assert tables
         for table in tables:
-            lines = to_markdown(table).split("\n")
+            lines = to_markdown([table]).split("\n")
             assert lines[0].startswith("### ")
             body = [line for line in lines if line.startswith("|")]
             assert len(body) == len(table.rows) + 2
             for line in body:
                 columns = re.findall(r"(?<!\\)(?:\\\\)*\|", line)
                 assert len(columns) == len(table.header) + 1
-            escaped = re.sub(r"\\.", "", to_markdown(table))
+            escaped = re.sub(r"\\.", "", to_markdown([table]))
             assert not set("<>[]!$&") & set(escaped)
     folder = tmp_path_factory.mktemp("frames")
     for name in ("cells.csv", "cells.parquet"):

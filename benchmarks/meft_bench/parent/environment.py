@@ -46,6 +46,7 @@ def collect(*, num_threads: int, num_slots: int, device: str) -> Environment:
     sources = source_folders()
     code_sha256 = digest(sources)
     commit, dirty = _commit(code_sha256, sources)
+    project_commit, project_dirty = project(Path.cwd())
     cpu = _cpu_model()
     gpus = gpu_names() if device == "cuda" else []
     if device.startswith(VIRTUAL):  # the same on any machine
@@ -60,7 +61,23 @@ def collect(*, num_threads: int, num_slots: int, device: str) -> Environment:
         cpu=cpu,
         num_threads=num_threads,
         num_slots=num_slots,
+        project_commit=project_commit,
+        project_dirty=project_dirty,
     )
+
+
+def project(folder: Path) -> tuple[str | None, bool | None]:
+    """Return the commit of the checkout of a folder, and whether it is dirty.
+
+    Args:
+        folder: a folder of the project that is measured.
+
+    Returns:
+        The commit and whether tracked files differ from it; None for both where the
+        folder is in no checkout, or the checkout has no commit.
+    """
+    commit = _git(folder, "rev-parse", "HEAD")
+    return (None, None) if commit is None else (commit, _is_dirty(folder))
 
 
 def versions() -> dict[str, str]:
@@ -186,9 +203,13 @@ def _commit(
             "meft_bench": Path(top, "benchmarks", "meft_bench"),
         }
         if digest({name: copies[name] for name in folders}) == code_sha256:
-            changes = _git(place, "status", "--porcelain", "--untracked-files=no")
-            return _git(place, "rev-parse", "HEAD"), changes != ""
+            return _git(place, "rev-parse", "HEAD"), _is_dirty(place)
     return None, None
+
+
+def _is_dirty(folder: Path) -> bool:
+    """Return whether tracked files of a checkout differ from its commit."""
+    return _git(folder, "status", "--porcelain", "--untracked-files=no") != ""
 
 
 def _git(folder: Path, *command: str) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from meft_bench.parent.environment import project
 from meft_bench.pytest_plugin import baselines, checking, marker
 from meft_bench.pytest_plugin.checking import Checked
 from meft_bench.pytest_plugin.options import Options
@@ -22,6 +23,7 @@ class Session:
 
     def __init__(self, config: pytest.Config, options: Options) -> None:
         self._options = options
+        self._root = config.rootpath
         # A process of xdist checks tests; the one that started it writes.
         self._is_worker = hasattr(config, "workerinput")
         self._found: list[dict[str, Any]] = []
@@ -100,7 +102,11 @@ class Session:
         if self._is_worker:
             return
         if self._options.records is not None:
-            lines = [json.dumps(one) + "\n" for one in self._found]
+            commit, is_dirty = project(self._root)
+            its = {"project_commit": commit, "project_dirty": is_dirty}
+            lines = [
+                json.dumps({**one, "environment": its}) + "\n" for one in self._found
+            ]
             self._options.records.write_text("".join(lines), encoding="utf-8")
         by_path: dict[Path, list[dict[str, Any]]] = defaultdict(list)
         for one in (one for one in self._found if one["is_checked"]):

@@ -68,6 +68,13 @@ class Environment:
     """
     data_origin: str | None = None
     """Origin of the rows and which splits they are."""
+    project_commit: str | None = None
+    """Commit of the checkout of the folder in which the command ran.
+
+    It is that of a project that uses an installed suite; `commit` is the suite's own.
+    """
+    project_dirty: bool | None = None
+    """True when tracked files differ from `project_commit`; None outside a checkout."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

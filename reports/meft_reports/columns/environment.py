@@ -27,4 +27,10 @@ ENVIRONMENT: tuple[Column, ...] = (
         "digest of the weights, or of their config if random",
     ),
     where("data_origin", "string", "where the rows came from, and the splits"),
+    where("project_commit", "string", "commit of the folder in which the command ran"),
+    where(
+        "project_dirty",
+        "boolean",
+        "whether tracked files of that folder's checkout differed from the commit",
+    ),
 )

@@ -26,7 +26,7 @@ from meft_reports.page.settings import Setting, settings_of
 from meft_reports.page.timeline import Timeline
 from meft_reports.published import Number
 
-SCRIPTS = ("base", "choice", "rows", "draw", "cell", "table", "main")
+SCRIPTS = ("load", "base", "choice", "rows", "draw", "cell", "table", "main")
 """The page's own scripts, in order; together they are one module."""
 MOST_PLAIN_ROWS = 200
 """Number of settings in the table for readers without JavaScript."""

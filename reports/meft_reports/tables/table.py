@@ -1,15 +1,8 @@
-"""A table as data, and as Markdown; text that several tables share."""
+"""A table as data; text that several tables share."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pandas as pd
-
-MARKUP = frozenset("\\|<>`*[]!$&~")
-"""Characters with a meaning in Markdown within a line.
-
-`_` is not included, because it has none within a word.
-"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,30 +15,6 @@ class Table:
     num_text_columns: int = 1
     """Number of columns from the left that hold text; the others hold numbers."""
     notes: tuple[str, ...] = ()
-
-
-def to_markdown(table: Table) -> str:
-    """Return the table as GitHub Markdown."""
-
-    def line(cells: Iterable[str]) -> str:
-        return f"| {' | '.join(map(_as_markdown, cells))} |"
-
-    rules = [
-        "---" if index < table.num_text_columns else "---:"
-        for index in range(len(table.header))
-    ]
-    lines = [f"### {_as_markdown(table.title)}", ""]
-    lines += [line(table.header), f"| {' | '.join(rules)} |"]
-    lines += [line(row) for row in table.rows]
-    # Notes are our own text, with code in backticks.
-    lines += [f"\n{_as_markdown(note, MARKUP - {'`'})}" for note in table.notes]
-    return "\n".join(lines) + "\n"
-
-
-def _as_markdown(text: str, markup: frozenset[str] = MARKUP) -> str:
-    """Escape text for Markdown, so that it is no markup, link, image or formula."""
-    escaped = "".join(f"\\{c}" if c in markup else c for c in text)
-    return " ".join(escaped.split())
 
 
 def join_options(name: str, options: str) -> str:
