@@ -41,8 +41,14 @@ Model = TypeVar("Model", bound=nn.Module)
 Loss = Callable[..., Tensor]
 """Signature (hidden, weight, labels, bias, ignore_index, num_items); returns a loss."""
 
-SUPPORTED = tuple(family.causal_lm for family in FAMILIES if family.causal_lm)
-"""The language models whose loss can be computed without their logits."""
+SUPPORTED = {
+    (family.module, family.causal_lm.model_class): family.causal_lm.body
+    for family in FAMILIES
+    if family.causal_lm is not None
+}
+"""By module and class: the body of the language models whose loss can be computed
+without their logits.
+"""
 
 _forwards: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 """Functions that `chunk_loss` has installed in models. An attribute of the function
@@ -70,8 +76,8 @@ def chunk_loss(model: Model, chunk_tokens: int = 1024, backend: str = "torch") -
     is pickling the whole model (the copy computes the same loss, with all logits).
 
     Args:
-        model: an `OPTForCausalLM`, `LlamaForCausalLM` or `MistralForCausalLM`,
-            reversible or not; it may be converted afterwards.
+        model: a `...ForCausalLM` of OPT, LLaMA, Mistral, Qwen2, Qwen3, Gemma, SmolLM3,
+            Phi-3 or OLMo 2, reversible or not; it may be converted afterwards.
         chunk_tokens: number of tokens whose logits exist at a time.
         backend: `torch`; or `liger`, the fused kernels of the package `liger-kernel`,
             which choose their chunks themselves and run on CUDA only. The tests of this
@@ -127,11 +133,12 @@ def unchunk_loss(model: Model) -> Model:
 
 
 def _body_path(model: nn.Module) -> str:
-    for supported in SUPPORTED:
-        # A subclass with its own forward may compute something else.
-        if getattr(type(model), "forward", None) is supported.model_class.forward:
-            return supported.body
-    names = ", ".join(supported.model_class.__name__ for supported in SUPPORTED)
+    # A subclass with its own forward may compute something else.
+    kind = next(kind for kind in type(model).__mro__ if "forward" in vars(kind))
+    body = SUPPORTED.get((kind.__module__, kind.__name__))
+    if body is not None:
+        return body
+    names = ", ".join(name for _, name in SUPPORTED)
     inner = transformers_model(model)
     advice = "" if inner is model else f". Call it on the {type(inner).__name__} inside"
     raise UnsupportedModelError(

@@ -1,6 +1,8 @@
 """`Family`: all that the library knows about one class of blocks and its models.
 
 `meft.backbone.families` has one module per structure of blocks, and lists all families.
+Classes of transformers are named and not imported, so that importing this package does
+not import the code of every model.
 """
 
 from collections.abc import Callable
@@ -8,15 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
+from meft.backbone.layout import Adapter, Layout
 from meft.shapes import Hidden
 
-Adapter = Callable[[Tensor], Tensor]
-"""A function that is added in parallel with or after a half."""
-AttentionHalf = Callable[..., Hidden]
-"""(block, hidden, adapter, **call): the part of a block that mixes tokens."""
-MlpHalf = Callable[..., Hidden]
-"""(block, hidden, adapter): the position-wise layers of a block."""
+_ACTIVATIONS = (
+    *("act_fn", "activation_fn", "intermediate_act_fn", "act", "activation"),
+)
+"""Names under which modules of transformers hold their activation."""
+_DROPOUTS = (*("hidden_dropout_prob", "hidden_dropout", "resid_pdrop", "dropout"),)
+"""Names of the dropout of the residual stream in configs."""
+_STDS = ("initializer_range", "init_std")
+"""Names of the standard deviation of initial weights in configs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,8 +42,9 @@ class CausalLM:
     Its logits are the last hidden states times `lm_head`, without further changes.
     """
 
-    model_class: type[Any]
-    body: str
+    model_class: str
+    """Name of its class, in the module of the blocks."""
+    body: str = "model"
     """Name, in the model, of the module whose forward computes the last hidden states.
     """
 
@@ -52,18 +59,10 @@ class Family:
     """`model_type` of transformers' configs."""
     order: int
     """Position in lists, such as those of error messages."""
-    block: type[nn.Module]
-    attention_half: AttentionHalf
-    mlp_half: MlpHalf
-    adapter_shape: Callable[[Any, Any], AdapterShape]
-    """Shape of an adapter, given a block and its model's config."""
-    is_post_norm: Callable[[Any], bool]
-    """Whether the block ends in a norm, which limits the size of the streams."""
-    in_parts: tuple[str, ...] = ()
-    """Names, in a block, of modules that the halves run in parts, like the block
-    itself: the halves call their submodules and not the module
-    (`meft.backbone.uncalled`).
-    """
+    block: str
+    """Name of the class of the blocks, `BertLayer`."""
+    layout: Callable[[Any], Layout]
+    """The halves of a block of this class, which may depend on its attributes."""
     refuse: Callable[[Any], str | None] = lambda block: None
     """Reason why this block cannot be run in halves; None if it can."""
     new_heads: tuple[str, ...]
@@ -71,7 +70,7 @@ class Family:
     weights, which must be trained. Poolers and language-model heads are pre-trained and
     stay frozen.
     """
-    query_and_value: tuple[str, str]
+    query_and_value: tuple[str, ...]
     """Last parts of the names of the query and value projections, as LoRA takes them.
     """
     takes_parallel_adapter: bool = False
@@ -80,3 +79,59 @@ class Family:
     """
     causal_lm: CausalLM | None = None
     """The causal language model whose loss can be chunked (`meft.chunk_loss`)."""
+
+    @property
+    def module(self) -> str:
+        """Name of the module of transformers that has the class of the blocks."""
+        return module_of(self.model_type)
+
+    def has(self, block: object) -> bool:
+        """Return whether a module is one of the blocks, or of a class derived."""
+        names = [(kind.__module__, kind.__qualname__) for kind in type(block).__mro__]
+        return (self.module, self.block) in names
+
+    def attention_half(
+        self, block: Any, hidden: Hidden, adapter: Adapter | None = None, **call: Any
+    ) -> Hidden:
+        """Run the part of a block that mixes tokens (`Layout.attention_half`)."""
+        return self.layout(block).attention_half(block, hidden, adapter, call)
+
+    def mlp_half(
+        self, block: Any, hidden: Hidden, adapter: Adapter | None = None
+    ) -> Hidden:
+        """Run the position-wise layers of a block (`Layout.mlp_half`)."""
+        return self.layout(block).mlp_half(block, hidden, adapter)
+
+    def adapter_shape(self, block: nn.Module, config: Any) -> AdapterShape:
+        """Return width, activation, dropout and initial size of an adapter in a block.
+
+        Args:
+            block: the block.
+            config: the config of the model that loops over it.
+        """
+        norm = block.get_submodule(self.layout(block).norm)
+        width: Any = norm.weight
+        found = (
+            getattr(module, name, None)
+            for module in block.modules()
+            for name in _ACTIVATIONS
+        )
+        activation = next((act for act in found if callable(act)), functional.gelu)
+        return AdapterShape(
+            hidden_size=width.shape[0],
+            activation=activation,
+            dropout=_first_of(config, _DROPOUTS, 0.0),
+            std=_first_of(config, _STDS, 0.02),
+        )
+
+
+def module_of(model_type: str) -> str:
+    """Return the name of the module of transformers with the models of a type."""
+    name = model_type.replace("-", "_")
+    return f"transformers.models.{name}.modeling_{name}"
+
+
+def _first_of(config: Any, names: tuple[str, ...], default: float) -> float:
+    """Return the first of several numbers that a config has."""
+    found = (getattr(config, name, None) for name in names)
+    return next((number for number in found if number is not None), default)

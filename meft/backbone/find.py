@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from meft.backbone.families import FAMILIES
+from meft.backbone.families import FAMILIES, family_of
 from meft.backbone.family import Family
 from meft.errors import UnsupportedCallError, UnsupportedModelError
 
@@ -34,6 +34,8 @@ class BlockList:
     """Name of the list in its owner, `layer`."""
     blocks: list[nn.Module]
     family: Family
+    config: Any
+    """Config of the model that loops over the list."""
 
 
 def find_blocks(model: nn.Module) -> list[BlockList]:
@@ -42,18 +44,18 @@ def find_blocks(model: nn.Module) -> list[BlockList]:
     Raises:
         UnsupportedModelError: there is none, or its blocks cannot be run in halves.
     """
-    families = {family.block: family for family in FAMILIES}
     found = []
     for path, owner in model.named_modules():
         for attribute, child in owner.named_children():
             blocks = list(child) if isinstance(child, nn.ModuleList) else []
             # A block with a parallel adapter has its own class.
             kind = getattr(blocks[0], "plain", type(blocks[0])) if blocks else None
-            if kind not in families:
+            family = family_of(kind) if kind else None
+            if family is None:
                 continue
             name = f"{path}.{attribute}".lstrip(".")
-            family = families[kind]
-            _refuse(model, owner, family, blocks)
+            config = _config_of(model, path)
+            _refuse(model, owner, family, blocks, config)
             found.append(
                 BlockList(
                     name=name,
@@ -61,10 +63,11 @@ def find_blocks(model: nn.Module) -> list[BlockList]:
                     attribute=attribute,
                     blocks=blocks,
                     family=family,
+                    config=config,
                 )
             )
     if not found:
-        _refuse_compiled(model, families)
+        _refuse_compiled(model)
         names = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
         raise UnsupportedModelError(
             f"{type(model).__name__} is not supported: it has no blocks of a known "
@@ -101,10 +104,10 @@ def refuse_layerdrop(owner: Any, args: tuple[Any, ...]) -> None:
         )
 
 
-def _refuse_compiled(model: nn.Module, families: dict[type[nn.Module], Family]) -> None:
+def _refuse_compiled(model: nn.Module) -> None:
     for module in model.modules():
         plain = getattr(module, "_orig_mod", None)  # set by `torch.compile`
-        if type(plain) in families:
+        if plain is not None and family_of(type(plain)) is not None:
             raise UnsupportedModelError(
                 f"the blocks of this {type(model).__name__} were compiled by "
                 f"`torch.compile`, and a {type(plain).__name__} has to be run in parts:"
@@ -113,12 +116,32 @@ def _refuse_compiled(model: nn.Module, families: dict[type[nn.Module], Family]) 
             )
 
 
+def _config_of(model: nn.Module, path: str) -> Any:
+    """Return the config of the innermost module around `path` that has one."""
+    parts = path.split(".") if path else []
+    for end in range(len(parts), -1, -1):
+        config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
+        if config is not None:
+            return config
+    return None
+
+
 def _refuse(
-    model: nn.Module, owner: nn.Module, family: Family, blocks: list[nn.Module]
+    model: nn.Module,
+    owner: nn.Module,
+    family: Family,
+    blocks: list[nn.Module],
+    config: Any,
 ) -> None:
     reasons = [family.refuse(block) for block in blocks]
     if cast(float, getattr(owner, "layerdrop", 0.0)) > 0:
         reasons.append(f"{_DROPS_BLOCKS}: set it to 0 in the config")
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+    if len(kinds) > 1:
+        reasons.append(
+            f"its blocks attend in different ways (`layer_types` {', '.join(kinds)}), "
+            "and a stack that runs as one is given the mask of one of them"
+        )
     reason = next((reason for reason in reasons if reason), None)
     if reason is not None:
         raise UnsupportedModelError(

@@ -10,7 +10,7 @@ parallel adapter runs too.
 
 from typing import Any
 
-from meft.backbone.family import Adapter
+from meft.backbone.layout import Adapter
 
 NAME = "parallel_adapter"
 REBUILDS = "rebuilds_blocks"

@@ -2,13 +2,13 @@
 
 The two halves of a family call the modules inside a block, not the block: its own
 `forward`, and the hooks that `nn.Module.__call__` runs around it, would silently be
-skipped. A few containers inside a block are run in parts as well; a family lists them
-as `in_parts`. Code that runs the halves calls `refuse_what_would_not_run` first, and
+skipped. A few containers inside a block are run in parts as well (`Layout.in_parts`).
+ Code that runs the halves calls `refuse_what_would_not_run` first, and
 `refuse_sharded` as well if it recomputes them. `refuse_calls` is for blocks whose
 adapters are stored outside the block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NoReturn
 
 from torch import nn
@@ -41,7 +41,7 @@ def run_in_parts(
     """
     if not is_called:
         yield "", block
-    for name in family.in_parts:
+    for name in family.layout(block).in_parts:
         yield name, block.get_submodule(name)
 
 
@@ -121,17 +121,18 @@ def refuse_what_would_not_run(
     Raises:
         UnsupportedCallError: there is such code, or the block has been wrapped.
     """
-    if not isinstance(block, family.block):
+    if not family.has(block):
         raise UnsupportedCallError(
             f"{label} was replaced by a {type(block).__name__}: wrap or compile "
-            f"modules inside the {family.block.__name__}, not the block itself, which "
+            f"modules inside the {family.block}, not the block itself, which "
             "is run in parts and never called"
         )
     for name, module in run_in_parts(family, block, is_called):
         found = ignored(module)
         if found is not None:
+            in_parts = family.layout(block).in_parts
             inside = ", ".join(
-                f"`{child}`" for child in _called_children(family, module, name)
+                f"`{child}`" for child in _called_children(in_parts, module, name)
             )
             outside = "the block" if is_called else "the module that holds all blocks"
             owner = f"`{name}` of {label}" if name else label
@@ -142,10 +143,12 @@ def refuse_what_would_not_run(
             )
 
 
-def _called_children(family: Family, module: nn.Module, name: str) -> Iterator[str]:
+def _called_children(
+    in_parts: Collection[str], module: nn.Module, name: str
+) -> Iterator[str]:
     for child_name, child in module.named_children():
         path = f"{name}.{child_name}".lstrip(".")
-        if path in family.in_parts:
-            yield from _called_children(family, child, path)
+        if path in in_parts:
+            yield from _called_children(in_parts, child, path)
         else:
             yield path

@@ -228,7 +228,7 @@ class ReversibleBlocks(nn.Module):
         fresh = fresh_stream(self.reversible.variant, couplings)
         if self.reversible.arithmetic == "fixed":
             return read_out(stack, streams, fresh, finite)
-        is_post_norm = self.family.is_post_norm(self.blocks[-1])
+        is_post_norm = self.family.layout(self.blocks[-1]).is_post_norm
         return read_out_of_both(stack, streams, fresh, is_post_norm)
 
     def streams(
@@ -320,7 +320,7 @@ class ReversibleBlocks(nn.Module):
                 "so adapters would get no gradient. Start one process per device "
                 "(`torchrun`, `accelerate launch`)"
             )
-        call = by_name(self.family.block, hidden, args, kwargs)
+        call = by_name(_plain(self.blocks[0]), hidden, args, kwargs)
         refuse_outputs(call, self._model_config)
         if self.training and is_checkpointing(self):
             raise UnsupportedCallError(f"{CHECKPOINTING_IS_ON} before training")
@@ -383,6 +383,12 @@ class ReversibleBlocks(nn.Module):
         return RecomputeCheck(
             exact, self._repeatable, kind_of(call), probe, outside=self._outside
         )
+
+
+def _plain(block: nn.Module) -> type[nn.Module]:
+    """Return the class of a block; of one with a parallel adapter, its original."""
+    kind: type[nn.Module] = getattr(block, "plain", type(block))
+    return kind
 
 
 def _is_forward(frame: FrameType) -> bool:

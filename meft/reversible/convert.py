@@ -69,7 +69,7 @@ def _stack(found: BlockList, config: ReversibleConfig) -> ReversibleBlocks:
     first, end = config.span or (0, len(found.blocks))
     adapters = Adapters(config.function() | {"span": (first, end)})
     for index, block in enumerate(found.blocks[first:], first):
-        shape = found.family.adapter_shape(block, found.owner.config)
+        shape = found.family.adapter_shape(block, found.config)
         # Skip quantised weights, whose dtype is that of their storage.
         weight = next(p for p in block.parameters() if p.is_floating_point())
         make = partial(
@@ -87,5 +87,5 @@ def _stack(found: BlockList, config: ReversibleConfig) -> ReversibleBlocks:
         made = make_adapters(config.variant, make, only_f=unread)
         adapters[str(index)] = made.to(weight.device, wide_dtype(weight.dtype))
     return ReversibleBlocks(
-        found.blocks, adapters, found.family, config, (first, end), found.owner.config
+        found.blocks, adapters, found.family, config, (first, end), found.config
     )

@@ -110,7 +110,7 @@ def _refuse_too_many_rows(
     if available is None:
         return
     first = found.blocks[0]
-    width = 2 * found.family.adapter_shape(first, found.owner.config).hidden_size
+    width = 2 * found.family.adapter_shape(first, found.config).hidden_size
     num_rows = len(found.blocks) * config.num_neurons
     is_on_host = next(first.parameters()).device.type == "cpu"
     parts = host_bytes(config, num_rows, width, transfer_dtype, is_on_host=is_on_host)
@@ -174,7 +174,7 @@ def _new_store(
 
     Initially the adapter therefore adds 0.
     """
-    hidden_size = found.family.adapter_shape(block, found.owner.config).hidden_size
+    hidden_size = found.family.adapter_shape(block, found.config).hidden_size
     rows = torch.zeros(config.num_neurons, 2 * hidden_size)
     rows[:, :hidden_size].normal_(std=router.KEY_STD)
     return RowStore(rows, transfer_dtype, config.update)
@@ -227,7 +227,9 @@ def _with_adapter(original: Any, family: Family) -> type[nn.Module]:
 
 def _bare_block(original: Any) -> nn.Module:
     """Create a block with a sparse adapter that `copy` or `pickle` fills."""
-    kind = _with_adapter(original, family_of(original))
+    family = family_of(original)
+    assert family is not None  # the class was made for one
+    kind = _with_adapter(original, family)
     return kind.__new__(kind)
 
 

@@ -55,13 +55,12 @@ SIZES = {
 }
 """Parameters of the published checkpoints; of encoders, with a head for two classes."""
 TINY: dict[str, dict[str, Any]] = {
-    "qwen3": {
+    "stablelm": {
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 16,
         "vocab_size": 100,
     },
     "t5": {
@@ -149,7 +148,7 @@ def test_shapes_have_their_published_size(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == SIZES[name]
 
 
-@pytest.mark.parametrize("model_type", slow_but_for(TINY, "qwen3", "dinov2"))
+@pytest.mark.parametrize("model_type", slow_but_for(TINY, "stablelm", "dinov2"))
 def test_a_config_is_enough(tmp_path: Path, model_type: str) -> None:
     """For all weights, LoRA and any config of PEFT; fewer are trained, less is held."""
     backbone = config_file(tmp_path, model_type)
@@ -170,7 +169,7 @@ def test_a_config_is_enough(tmp_path: Path, model_type: str) -> None:
     same = planned(backbone, method=f"peft:{path}")
     assert same.num_trainable_parameters == lora.num_trainable_parameters
     assert same.allocated_bytes == lora.allocated_bytes
-    if model_type == "qwen3":
+    if model_type == "stablelm":
         less = planned(backbone, method=f"peft-checkpointing:{path}", seq_len=64)
         more = planned(backbone, method=f"peft:{path}", seq_len=64)
         assert less.by_kind is not None
@@ -200,8 +199,8 @@ def test_experts_are_planned_in_every_dtype(
 
 def test_a_step_is_that_of_code_of_ones_own(tmp_path: Path) -> None:
     """The same model and optimizer in `virtual_gpu`, but for tensors of the batch."""
-    found = planned(config_file(tmp_path, "qwen3"), batch_size=8, seq_len=256)
-    config = transformers.Qwen3Config(**TINY["qwen3"])
+    found = planned(config_file(tmp_path, "stablelm"), batch_size=8, seq_len=256)
+    config = transformers.StableLmConfig(**TINY["stablelm"])
     with meft_bench.virtual_gpu("H200", padding=False) as memory:
         with torch.device("cuda"):
             model = transformers.AutoModelForCausalLM.from_config(config)
@@ -250,7 +249,7 @@ def with_fields(tmp_path: Path, model_type: str, **fields: Any) -> str:
 
 def test_what_the_config_asks_for_is_not_passed_over(tmp_path: Path) -> None:
     quantised = {"quantization_config": {"quant_method": "bitsandbytes"}}
-    found = planned(with_fields(tmp_path, "qwen3", **quantised))
+    found = planned(with_fields(tmp_path, "stablelm", **quantised))
     assert "quantised weights are not modelled" in found.message
     path = tmp_path / "swin.json"
     path.write_text('{"model_type": "swin", "image_size": 32, "window_size": 2}')
@@ -259,7 +258,7 @@ def test_what_the_config_asks_for_is_not_passed_over(tmp_path: Path) -> None:
     assert (
         "neither a classifier nor a language model" in planned(f"random:{path}").message
     )
-    odd = planned(with_fields(tmp_path, "qwen3", hidden_act="none such"))
+    odd = planned(with_fields(tmp_path, "stablelm", hidden_act="none such"))
     assert "transformers cannot make a model of this config: KeyError" in odd.message
 
 
@@ -279,13 +278,13 @@ def test_adapters_train_copies_of_whole_layers(tmp_path: Path) -> None:
     sizes = {}
     for saved in ([], ["lm_head"]):
         path.write_text(json.dumps(fields | {"modules_to_save": saved}))
-        backbone = config_file(tmp_path, "qwen3")
+        backbone = config_file(tmp_path, "stablelm")
         found = planned(backbone, method=f"peft:{path}")
         assert found.by_kind is not None
         assert found.num_trainable_parameters is not None
         sizes[len(saved)] = found
     more, less = sizes[1], sizes[0]
-    head = TINY["qwen3"]["vocab_size"] * TINY["qwen3"]["hidden_size"]
+    head = TINY["stablelm"]["vocab_size"] * TINY["stablelm"]["hidden_size"]
     assert more.num_trainable_parameters == less.num_trainable_parameters + head
     kinds = (more.by_kind or {}, less.by_kind or {})
     assert kinds[0]["parameters"] - kinds[1]["parameters"] == 4 * head

@@ -158,8 +158,8 @@ def test_the_table_has_the_model_types_of_the_library() -> None:
     without = {name for name, kind in TABLE.items() if not kind.models}
     assert without == {"deit", *PLANNED_BACKBONES.values()}
     assert without - {"deit"} == set(TABLE) - supported
-    causal = {f.model_type for f in families.FAMILIES if f.causal_lm}
-    assert set(CAUSAL_LM_TYPES) == causal
+    chunked = {f.model_type for f in families.FAMILIES if f.causal_lm}
+    assert set(CAUSAL_LM_TYPES) == chunked | {"granite"}  # scales its logits
 
 
 def test_every_named_shape_is_known() -> None:
@@ -280,7 +280,7 @@ def test_too_many_tokens_are_refused(tmp_path: Path, name: str, family: str) -> 
     classifier(family)(input_ids=longest)
 
 
-@pytest.mark.parametrize("model_type", ["deit", "electra", None])
+@pytest.mark.parametrize("model_type", ["deit", "mpnet", None])
 @pytest.mark.parametrize("name", ["dir:{}", "random:{}/config.json"])
 def test_a_model_of_another_family_is_refused(
     directory: Path, name: str, model_type: str | None
@@ -291,7 +291,7 @@ def test_a_model_of_another_family_is_refused(
     named = (
         f"is of model_type {model_type!r}" if model_type else "names no `model_type`"
     )
-    expected = f"{named}; supported: bart, bert, llama, mistral, opt"
+    expected = f"{named}; supported: bart, bert, .*llama, mistral, .*opt"
     with pytest.raises(ValueError, match=expected):
         load(cell(backbone=name.format(directory)))
 
@@ -451,11 +451,7 @@ def test_smollm2_is_loaded_from_its_package() -> None:
     assert first.tokenizer.decode(pair.token_ids) == "A cat.\nA dog."
 
 
-def test_a_shape_without_a_padding_token_names_its_table(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A named shape has no config.json that could be changed."""
-    monkeypatch.setitem(TABLE["llama"].shapes["llama-tiny"], "eos_token_id", None)
-    place = r"\[llama\.shapes\.llama-tiny\] of backbones\.toml$"
-    with pytest.raises(ValueError, match=rf"set `pad_token_id` in {place}"):
-        load(cell(backbone="random:llama-tiny"))
+def test_a_shape_without_a_padding_token_pads_with_any() -> None:
+    """No token means anything to random weights."""
+    loaded = load(cell(backbone="random:qwen2-tiny"))
+    assert loaded.config.pad_token_id == 0

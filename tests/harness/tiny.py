@@ -32,8 +32,12 @@ FAMILIES: dict[str, dict[str, object]] = {
     "opt": {"ffn_dim": 64},
     "llama": {"intermediate_size": 64, "num_key_value_heads": 1},
     "mistral": {"intermediate_size": 64, "num_key_value_heads": 1},
+    "qwen3": {"intermediate_size": 64, "num_key_value_heads": 1, "head_dim": 16},
 }
-"""What each `model_type` adds to the shape; all have positions for 40 tokens."""
+"""What each `model_type` adds to the shape; all have positions for 40 tokens.
+
+The others have blocks of the same kinds, which tests/library asks the same questions.
+"""
 
 
 def num_lists(model_type: str) -> int:
@@ -46,7 +50,7 @@ def classifier(model_type: str = "bert", **changes: object) -> Any:
     fields: dict[str, Any] = SHAPE | FAMILIES[model_type] | changes
     config = CONFIG_MAPPING[model_type](**fields)
     if config.pad_token_id is None:
-        config.pad_token_id = config.eos_token_id
+        config.pad_token_id = config.eos_token_id or 1
     torch.manual_seed(0)
     return model_class(config, LABELS).from_config(config)
 

@@ -16,14 +16,25 @@ from torch import Tensor, nn
 from transformers import (
     BartConfig,
     BertConfig,
+    CamembertConfig,
     DeiTConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    GemmaConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     OPTConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
     RobertaConfig,
+    SmolLM3Config,
     ViTConfig,
+    XLMRobertaConfig,
 )
 
 import meft
@@ -48,6 +59,8 @@ class Case:
     """Of transformers' model class, `BertForMaskedLM`."""
     config: Callable[..., PreTrainedConfig]
     batch: Callable[[], Batch]
+    is_slow: bool = False
+    """Whether its block is described by the same names as that of another case."""
 
     @property
     def name(self) -> str:
@@ -69,7 +82,7 @@ class Case:
 def encoder_config(
     kind: Callable[..., PreTrainedConfig], depth: int, **options: Any
 ) -> PreTrainedConfig:
-    """BERT and RoBERTa."""
+    """BERT and its relatives."""
     return kind(
         **text_options(depth),
         intermediate_size=2 * HIDDEN,
@@ -77,6 +90,22 @@ def encoder_config(
         attention_probs_dropout_prob=DROPOUT,
         initializer_range=STD,
         **options,
+    )
+
+
+def distilbert_config(depth: int, **options: Any) -> PreTrainedConfig:
+    return DistilBertConfig(
+        vocab_size=VOCAB,
+        dim=HIDDEN,
+        n_layers=depth,
+        n_heads=2,
+        hidden_dim=2 * HIDDEN,
+        max_position_embeddings=32,
+        dropout=DROPOUT,
+        attention_dropout=DROPOUT,
+        initializer_range=STD,
+        pad_token_id=PAD,
+        **{"num_labels": LABELS, **options},
     )
 
 
@@ -115,7 +144,7 @@ def bart_config(depth: int, **options: Any) -> PreTrainedConfig:
 def llama_config(
     kind: Callable[..., PreTrainedConfig], depth: int, **options: Any
 ) -> PreTrainedConfig:
-    """LLaMA and Mistral, both with half as many heads for keys as for queries."""
+    """LLaMA and its relatives, with half as many heads for keys as for queries."""
     return kind(
         **text_options(depth),
         intermediate_size=2 * HIDDEN,
@@ -238,6 +267,17 @@ BART_HEADS = {
     "ForQuestionAnswering": questions,
     "ForCausalLM": continued_text,
 }
+FEW_ENCODER_HEADS = {
+    "Model": text,
+    "ForMaskedLM": continued_text,
+    "ForSequenceClassification": labelled_text,
+}
+FEW_DECODER_HEADS = {
+    "Model": text,
+    "ForCausalLM": continued_text,
+    "ForSequenceClassification": labelled_text,
+}
+GRANITE_HEADS = {"Model": text, "ForCausalLM": continued_text}
 LLAMA_HEADS = OPT_HEADS | {"ForTokenClassification": labelled_tokens}
 VIT_HEADS = {
     "Model": images,
@@ -266,7 +306,63 @@ CASES = [
     )
     for head, batch in heads.items()
 ]
-"""Every head of every family."""
+"""Every head of the families of the papers and their relatives."""
+
+AS_BERT = (
+    ("XLM-RoBERTa", "XLMRoberta", XLMRobertaConfig),
+    ("CamemBERT", "Camembert", CamembertConfig),
+    ("ELECTRA", "Electra", ElectraConfig),
+)
+AS_LLAMA: tuple[tuple[str, str, Any, dict[str, Any]], ...] = (
+    ("Qwen2", "Qwen2", Qwen2Config, {}),
+    ("Gemma", "Gemma", GemmaConfig, {"head_dim": HIDDEN // 2}),
+    ("SmolLM3", "SmolLM3", SmolLM3Config, {}),
+)
+OTHERS: tuple[tuple[str, str, Any, dict[str, Callable[[], Batch]], bool], ...] = (
+    *(
+        (name, prefix, partial(encoder_config, kind), FEW_ENCODER_HEADS, True)
+        for name, prefix, kind in AS_BERT
+    ),
+    ("DistilBERT", "DistilBert", distilbert_config, FEW_ENCODER_HEADS, False),
+    *(
+        (name, prefix, partial(llama_config, kind, **own), FEW_DECODER_HEADS, True)
+        for name, prefix, kind, own in AS_LLAMA
+    ),
+    (
+        "Qwen3",
+        "Qwen3",
+        partial(llama_config, Qwen3Config, head_dim=HIDDEN // 2),
+        FEW_DECODER_HEADS,
+        False,
+    ),
+    (
+        "Phi-3",
+        "Phi3",
+        partial(llama_config, Phi3Config, resid_pdrop=DROPOUT),
+        FEW_DECODER_HEADS,
+        False,
+    ),
+    (
+        "OLMo 2",
+        "Olmo2",
+        partial(llama_config, Olmo2Config),
+        FEW_DECODER_HEADS,
+        False,
+    ),
+    (
+        "Granite",
+        "Granite",
+        partial(llama_config, GraniteConfig, residual_multiplier=0.5),
+        GRANITE_HEADS,
+        False,
+    ),
+)
+CASES += [
+    Case(family=family, kind=prefix + head, config=config, batch=batch, is_slow=is_slow)
+    for family, prefix, config, heads, is_slow in OTHERS
+    for head, batch in heads.items()
+]
+"""Some heads of the others: in transformers, heads are the same code for all."""
 
 
 def some_cases(*heads: str) -> list[Case]:
@@ -277,7 +373,12 @@ def some_cases(*heads: str) -> list[Case]:
 def cases(*heads: str) -> pytest.MarkDecorator:
     """Run a test for each of `some_cases`."""
     return pytest.mark.parametrize(
-        "case", some_cases(*heads), ids=lambda case: case.name
+        "case",
+        [
+            pytest.param(case, marks=pytest.mark.slow if case.is_slow else ())
+            for case in some_cases(*heads)
+        ],
+        ids=lambda case: case.name,
     )
 
 

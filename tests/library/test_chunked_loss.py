@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import meft
+from library.families import Case, assert_same_bits, cases, gradients
 from library.losses import (
     HIDDEN,
     VOCAB,
@@ -61,6 +62,18 @@ def reversible(model: Any) -> Any:
         model, meft.ReversibleConfig(variant="meft1", bottleneck_size=3)
     )
     return model
+
+
+@cases("ForCausalLM")
+def test_every_decoder_computes_the_loss_it_computed_before(case: Case) -> None:
+    """With one chunk bit by bit; one that changes its logits is refused."""
+    model = case.build().eval()
+    if case.family in ("BART", "Granite"):
+        with pytest.raises(meft.UnsupportedModelError, match="is not supported"):
+            meft.chunk_loss(model)
+        return
+    expected = gradients(model, case.batch())
+    assert_same_bits(gradients(meft.chunk_loss(model), case.batch()), expected)
 
 
 @families

@@ -19,11 +19,26 @@ from meft.sparse.dense import DenseAdapter
 from meft.testing import tolerance
 
 NAMES = {family.name for family in FAMILIES if family.takes_parallel_adapter}
-SUPPORTED = [case for case in CASES if case.family.split()[0] in NAMES]
-every_case = pytest.mark.parametrize("case", SUPPORTED, ids=lambda case: case.name)
+SUPPORTED = [c for c in CASES if {c.family, c.family.split()[0]} & NAMES]
+every_case = pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.slow if c.is_slow else ()) for c in SUPPORTED],
+    ids=lambda case: case.name,
+)
 ENDS = {
     "BERT": ("intermediate", "output.dense"),
     "RoBERTa": ("intermediate", "output.dense"),
+    "XLM-RoBERTa": ("intermediate", "output.dense"),
+    "CamemBERT": ("intermediate", "output.dense"),
+    "ELECTRA": ("intermediate", "output.dense"),
+    "DistilBERT": ("ffn", "ffn"),
+    "Qwen2": ("mlp", "mlp"),
+    "Qwen3": ("mlp", "mlp"),
+    "Gemma": ("mlp", "mlp"),
+    "SmolLM3": ("mlp", "mlp"),
+    "Phi-3": ("mlp", "mlp"),
+    "OLMo 2": ("mlp", "post_feedforward_layernorm"),
+    "Granite": ("mlp", "mlp"),
     "OPT": ("fc1", "fc2"),
     "LLaMA": ("mlp", "mlp"),
     "Mistral": ("mlp", "mlp"),
@@ -58,10 +73,14 @@ def with_dense_adapters(case: Case, rows: Tensor) -> list[DenseAdapter]:
             adapter.keys.copy_(of_block[:, :HIDDEN])
             adapter.values.copy_(of_block[:, HIDDEN:])
         seen: list[Tensor] = []
-        first, last = (block.get_submodule(n) for n in ENDS[case.family.split()[0]])
+        scale = getattr(block, "residual_multiplier", 1.0)  # after the feed-forward
+        family = case.family.removesuffix(" post-norm")
+        first, last = (block.get_submodule(n) for n in ENDS[family])
         first.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))
         last.register_forward_hook(
-            lambda m, args, out, seen=seen, adapter=adapter: out + adapter(seen.pop())
+            lambda m, args, out, seen=seen, adapter=adapter, scale=scale: (
+                out + adapter(seen.pop()) / scale
+            )
         )
         made.append(adapter)
     objective(model(**batch_of(case))).backward()
@@ -129,5 +148,5 @@ def test_it_can_be_undone(case: Case) -> None:
 @pytest.mark.parametrize("family", ["BART", "ViT", "DeiT"])
 def test_other_families_are_refused_with_a_list(family: str) -> None:
     case = next(case for case in CASES if case.family == family)
-    with pytest.raises(UnsupportedModelError, match="BERT, RoBERTa, OPT, LLaMA"):
+    with pytest.raises(UnsupportedModelError, match=r"BERT, RoBERTa, .*OPT, .*LLaMA"):
         meft.add_sparse_adapters(case.build(), config())

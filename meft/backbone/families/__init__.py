@@ -1,24 +1,14 @@
 """The supported families: one module per structure of blocks, found automatically.
 
-To add a family, add a module here that has a tuple `FAMILIES`. All modules have the
-same functions:
-
-    attention_half(block, hidden, adapter, **call)   the part that mixes tokens
-    mlp_half(block, hidden, adapter)                 the position-wise layers
-    adapter_shape(block, config)                     the shape of an adapter
-
-Each half is complete: its norm, its residual and its dropout are inside. `call` holds
-the arguments other than the hidden states that the model's loop passes to a block, by
-name. If an adapter is given, it is placed as in the paper (Liao et al., NeurIPS 2023,
-and their code): after attention it is sequential with its own skip connection; at the
-feed-forward it runs in parallel, on the same input.
+To add a family, add a module here that has a tuple `FAMILIES`, or an entry to the one
+of a module whose blocks have the same modules under the same names. A `Layout` says
+what the halves of a block are (`meft.backbone.layout`).
 """
 
 import copyreg
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
@@ -35,16 +25,21 @@ def _find() -> tuple[Family, ...]:
 
 FAMILIES = _find()
 """All families. A family may have several classes of blocks, an entry each."""
+_BY_CLASS = {(family.module, family.block): family for family in FAMILIES}
 
 
-def family_of(block: type[nn.Module]) -> Family:
-    """Return the family whose blocks are of class `block`."""
-    return next(family for family in FAMILIES if family.block is block)
+def family_of(block: type[nn.Module]) -> Family | None:
+    """Return the family whose blocks are of class `block`; None if there is none."""
+    return _BY_CLASS.get((block.__module__, block.__qualname__))
 
 
-def _reduce(family: Family) -> tuple[Callable[..., Family], tuple[Any]]:
-    """Reduce to the class of the blocks; `copy` returns the family itself."""
-    return family_of, (family.block,)
+def _named(module: str, block: str) -> Family:
+    return _BY_CLASS[module, block]
+
+
+def _reduce(family: Family) -> tuple[Callable[..., Family], tuple[str, str]]:
+    """Reduce to the name of the class of the blocks; `copy` returns the family."""
+    return _named, (family.module, family.block)
 
 
 # Registered here, because `Family.__reduce__` would have to import this package.

@@ -84,13 +84,24 @@ def set_depth(model: PreTrainedModel, depth: int) -> None:
                     module.layer_idx = index
         setattr(found.owner, found.attribute, nn.ModuleList(chosen))
         # The two configs are not always the same object, and both are read.
-        for owner in (model, found.owner):
-            set_depth_of_config(owner.config, depth)  # type: ignore[arg-type]
+        for config in (model.config, found.config):
+            set_depth_of_config(config, depth)
+
+
+_OF_EACH_BLOCK = ("layer_types", "no_rope_layers")
+"""Fields of configs with an entry for each block."""
 
 
 def set_depth_of_config(config: PreTrainedConfig, depth: int) -> None:
-    """Set the number of blocks per list in a config to `depth`."""
+    """Set the number of blocks per list in a config to `depth`.
+
+    What it says of every block is repeated as often as blocks are.
+    """
     config.num_hidden_layers = depth
+    for name in _OF_EACH_BLOCK:
+        values = getattr(config, name, None)
+        if values:
+            setattr(config, name, [values[i % len(values)] for i in range(depth)])
     if config.is_encoder_decoder:  # `num_hidden_layers` is the encoder's
         config.decoder_layers = depth
 
@@ -243,7 +254,7 @@ def finish(
     if reads and model.config.pad_token_id is None:
         model.config.pad_token_id = _padding(model.config, tokenizer, cell)
     found, *_ = find_blocks(model)
-    std = found.family.adapter_shape(found.blocks[0], found.owner.config).std
+    std = found.family.adapter_shape(found.blocks[0], found.config).std
     for head in heads_of(model):
         head.float()
         for module in head.modules():
@@ -272,17 +283,12 @@ def _padding(
     if own is not None:
         return own
     end: int | list[int] | None = config.eos_token_id
+    if end is None and cell.backbone.startswith("random:"):
+        return 0  # no token means anything to random weights
     if end is None:
-        shape = cell.backbone.removeprefix("random:")
-        is_named = cell.backbone != shape and shape in registry.RANDOM_BACKBONES
-        place = (
-            f"[{registry.RANDOM_BACKBONES[shape]}.shapes.{shape}] of backbones.toml"
-            if is_named
-            else "its config.json"
-        )
         raise ValueError(
             "the model has neither a padding token nor an end token to pad with: set "
-            f"`pad_token_id` in {place}"
+            "`pad_token_id` in its config.json"
         )
     return end[0] if isinstance(end, list) else end
 

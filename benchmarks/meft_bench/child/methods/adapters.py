@@ -29,7 +29,7 @@ def adapters(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
     for found in find_blocks(model):
         adapted = nn.ModuleList()
         for block in found.blocks:
-            shape = found.family.adapter_shape(block, found.owner.config)
+            shape = found.family.adapter_shape(block, found.config)
             pair = _bottleneck(shape, cell), _bottleneck(shape, cell)
             adapted.append(AdaptedBlock(block, found.family, *pair))
         setattr(found.owner, found.attribute, adapted)

@@ -21,7 +21,7 @@ from meft_bench.shared.cell import Cell
 def lora(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
     """Train LoRA matrices on query and value, and the new head."""
     found, *_ = find_blocks(model)
-    shape = found.family.adapter_shape(found.blocks[0], found.owner.config)
+    shape = found.family.adapter_shape(found.blocks[0], found.config)
     config = LoraConfig(
         r=cell.lora_rank,
         lora_alpha=protocol.LORA_ALPHA_PER_RANK * cell.lora_rank,

@@ -28,7 +28,7 @@ def dense(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
     for found in find_blocks(model):
         adapted = nn.ModuleList()
         for block in found.blocks:
-            shape = found.family.adapter_shape(block, found.owner.config)
+            shape = found.family.adapter_shape(block, found.config)
             adapter = DenseAdapter(shape.hidden_size, cell.num_neurons)
             adapted.append(AdaptedBlock(block, found.family, None, adapter))
         setattr(found.owner, found.attribute, adapted)

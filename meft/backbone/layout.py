@@ -1,0 +1,219 @@
+"""What a block is made of: two halves, each described by names of its modules.
+
+    half(x) = outside(x + chain(before(x)))
+
+`before` is the norm of a pre-norm block and `outside` that of a post-norm one; without
+a name, a step is left out. A chain is modules that are called one after the other, the
+first of them with the arguments that the model's loop passes. In it, `~name` is dropout
+with the probability `block.name`, and `*name` a product with the number `block.name`:
+
+    Half("input_layernorm", "self_attn")                        attention of LLaMA
+    Half("", "fc1 activation_fn ~activation_dropout fc2 ~dropout", "final_layer_norm")
+                                                                feed-forward of BART
+
+Adapters are placed as in the paper (Liao et al., NeurIPS 2023, and their code): that of
+attention is sequential with its own skip connection, at the end of the chain; that of
+the feed-forward runs in parallel with the chain, on the same input.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from meft.errors import UnsupportedCallError
+from meft.shapes import Hidden
+
+Adapter = Callable[[Tensor], Tensor]
+"""A function that is added in parallel with or after a half."""
+
+_OF_THE_ENCODER = ("encoder_hidden_states", "encoder_attention_mask")
+"""Arguments of cross-attention."""
+_WITHOUT_EFFECT = ("use_cache",)
+"""Arguments of a block that no module inside it reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """One half of a block: `outside(x + chain(before(x)))`.
+
+    Attributes:
+        before: name of the module that the chain's input passes through first.
+        chain: names of the modules of the chain, separated by spaces.
+        outside: name of the module that the sum passes through.
+    """
+
+    before: str = ""
+    chain: str = ""
+    outside: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """The halves of a block.
+
+    Attributes:
+        attention: the half that mixes tokens.
+        mlp: the position-wise layers.
+        cross: attention to an encoder, which belongs to the half that mixes tokens; in
+            blocks that are given no encoder's output it is left out.
+    """
+
+    attention: Half
+    mlp: Half
+    cross: Half | None = None
+
+    @property
+    def is_post_norm(self) -> bool:
+        """Whether the block ends in a norm, which limits the size of the streams."""
+        return bool(self.mlp.outside)
+
+    @property
+    def in_parts(self) -> tuple[str, ...]:
+        """Names of modules inside the block that hold modules of the halves.
+
+        They are never called themselves.
+        """
+        halves = [half for half in (self.attention, self.cross, self.mlp) if half]
+        steps = [
+            step.lstrip("~*")
+            for half in halves
+            for step in (half.before, *half.chain.split(), half.outside)
+        ]
+        owners = [step.split(".")[:-1] for step in steps]
+        found = (
+            ".".join(owner[:end])
+            for owner in owners
+            for end in range(1, len(owner) + 1)
+        )
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def norm(self) -> str:
+        """Name of a norm in the block, whose weight is as wide as the stream."""
+        return self.mlp.before or self.mlp.outside or self.mlp.chain.split()[-1]
+
+    def attention_half(
+        self, block: nn.Module, hidden: Hidden, adapter: Adapter | None, call: Any
+    ) -> Hidden:
+        """Run the half that mixes tokens.
+
+        Args:
+            block: the block.
+            hidden: `batch seq hidden`.
+            adapter: runs after self-attention, if given.
+            call: the arguments other than the hidden states that the model's loop
+                passes to the block, by name.
+
+        Returns:
+            The result, of the shape of `hidden`.
+
+        Raises:
+            UnsupportedCallError: the block has no module that takes an argument.
+        """
+        call = {n: v for n, v in call.items() if n not in _WITHOUT_EFFECT}
+        source, mask = (call.pop(name, None) for name in _OF_THE_ENCODER)
+        if source is not None and self.cross is None:
+            raise UnsupportedCallError(
+                f"a {type(block).__name__} was given `encoder_hidden_states`, and is "
+                "not known to attend to an encoder"
+            )
+        out = _run(self.attention, block, hidden, call, after=adapter)
+        if source is None or self.cross is None:
+            return out
+        call |= {"attention_mask": mask, "key_value_states": source}
+        return _run(self.cross, block, out, call)
+
+    def mlp_half(
+        self, block: nn.Module, hidden: Hidden, adapter: Adapter | None
+    ) -> Hidden:
+        """Run the position-wise layers.
+
+        Args:
+            block: the block.
+            hidden: `batch seq hidden`.
+            adapter: runs on the input of the chain, if given.
+
+        Returns:
+            The result, of the shape of `hidden`.
+        """
+        return _run(self.mlp, block, hidden, {}, beside=adapter)
+
+
+def _run(
+    half: Half,
+    block: nn.Module,
+    hidden: Hidden,
+    call: Mapping[str, Any],
+    after: Adapter | None = None,
+    beside: Adapter | None = None,
+) -> Hidden:
+    """Compute one half.
+
+    Args:
+        half: its description.
+        block: the block.
+        hidden: `batch seq hidden`.
+        call: arguments of the first module of the chain.
+        after: adapter at the end of the chain, with a skip connection of its own.
+        beside: adapter in parallel with the chain.
+
+    Returns:
+        The result, of the shape of `hidden`.
+    """
+    inner = block.get_submodule(half.before)(hidden) if half.before else hidden
+    first, *rest = half.chain.split()
+    module = block.get_submodule(first)
+    update = _first(module(inner, **_accepted(block, module, call)))
+    for step in rest:
+        update = _step(block, step, update)
+    if after is not None:
+        update = update + after(update)
+    if beside is not None:
+        update = update + beside(inner)
+    summed: Tensor = hidden + update
+    return block.get_submodule(half.outside)(summed) if half.outside else summed
+
+
+def _step(block: nn.Module, step: str, hidden: Tensor) -> Tensor:
+    if step[0] == "~":
+        probability = getattr(block, step[1:])
+        return functional.dropout(hidden, probability, block.training)
+    if step[0] == "*":
+        product: Tensor = hidden * getattr(block, step[1:])
+        return product
+    return _first(block.get_submodule(step)(hidden))
+
+
+def _first(output: Any) -> Tensor:
+    """Return the first of several outputs; attention also returns its weights."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def _accepted(
+    block: nn.Module, module: nn.Module, call: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments that a module takes; others must be None."""
+    names = _names(type(module).forward)
+    taken = {n: v for n, v in call.items() if names is None or n in names}
+    left = [n for n, v in call.items() if n not in taken and v is not None]
+    if left:
+        raise UnsupportedCallError(
+            f"a {type(block).__name__} was given `{left[0]}`, which its "
+            f"{type(module).__name__} does not take"
+        )
+    return taken
+
+
+@functools.cache
+def _names(forward: Callable[..., Any]) -> frozenset[str] | None:
+    """Return the names of a function's arguments; None if it takes any."""
+    parameters = inspect.signature(forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return frozenset(parameters)
