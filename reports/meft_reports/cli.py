@@ -329,13 +329,17 @@ def _check_page(path: Path) -> None:
 
 def history(arguments: argparse.Namespace) -> int:
     """Print a column over commits."""
+    from meft_reports import plugin_lines
     from meft_reports.columns import find_measured
     from meft_reports.history import history as over_commits
     from meft_reports.pairing import find_fields
     from meft_reports.records import read_all
 
     column, ignored = find_measured(arguments.column), find_fields(arguments.ignore)
-    records = read_all(arguments.runs)
+    records = []
+    for path in arguments.runs:
+        is_of_tests = plugin_lines.is_of_tests(path)
+        records += plugin_lines.read(path) if is_of_tests else read_all([path])
     _say(over_commits(records, column, only=arguments.only, ignored=ignored))
     return 0
 

@@ -69,7 +69,7 @@ def validate(record: Any, where: str) -> set[str]:
         status = printable(record["status"], SHORT_LENGTH)
         raise RecordError(f"{where}: {UnknownName('status', status, STATUSES)}")
     _check_derived(record, where)
-    _check_time(record["started_at"], where)
+    check_time(record["started_at"], where)
     return {
         f"{section}.{key}"
         for section in SECTIONS
@@ -89,8 +89,16 @@ def _check_versions(versions: Any, where: str) -> None:
             )
 
 
-def _check_time(text: str, where: str) -> None:
-    """Raise for a time without an offset, which cannot be ordered among records."""
+def check_time(text: str, where: str) -> None:
+    """Raise for a time without an offset, which cannot be ordered among records.
+
+    Args:
+        text: the time.
+        where: file and line, for the message.
+
+    Raises:
+        RecordError: it is no time in ISO 8601 with an offset.
+    """
     try:
         has_offset = datetime.fromisoformat(text).tzinfo is not None
     except ValueError:

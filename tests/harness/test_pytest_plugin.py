@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,8 @@ def test_by_hand_without_a_marker(pytester: pytest.Pytester) -> None:
     )
     run(pytester, "--meft-records=out.jsonl").assert_outcomes(passed=1)
     (record,) = map(json.loads, Path("out.jsonl").read_text().splitlines())
-    assert record["name"] == "test_hand"
+    assert (record["path"], record["name"]) == ("test_it.py", "test_hand")
+    assert datetime.fromisoformat(record["started_at"]).tzinfo is not None
     assert record["environment"] == {"project_commit": None, "project_dirty": None}
     assert not (pytester.path / "__meft__").exists()
 

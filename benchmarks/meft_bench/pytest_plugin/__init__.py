@@ -19,6 +19,7 @@ No module imports torch before a fixture is used.
 """
 
 from collections.abc import Generator, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -117,6 +118,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
         device=wanted.device if wanted is not None and wanted.gpu else meter.device,
         seen=meter.seen,
         is_checked=wanted is not None,
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     item.stash[KEY] = checked
     if wanted is not None:

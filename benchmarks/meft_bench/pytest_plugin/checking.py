@@ -25,6 +25,7 @@ class Checked:
         device: name of its device.
         seen: what was measured, in order.
         is_checked: whether the test has the marker.
+        started_at: when it was measured, UTC, ISO 8601.
     """
 
     path: Path
@@ -32,6 +33,7 @@ class Checked:
     device: str
     seen: list[Any]
     is_checked: bool
+    started_at: str
 
     @property
     def key(self) -> str:
@@ -50,6 +52,7 @@ class Checked:
             "name": self.name,
             "key": self.key,
             "entry": self.entry,
+            "started_at": self.started_at,
             "is_checked": self.is_checked,
         }
 

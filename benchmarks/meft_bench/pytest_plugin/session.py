@@ -105,7 +105,8 @@ class Session:
             commit, is_dirty = project(self._root)
             its = {"project_commit": commit, "project_dirty": is_dirty}
             lines = [
-                json.dumps({**one, "environment": its}) + "\n" for one in self._found
+                json.dumps({**one, "path": self._short(one), "environment": its}) + "\n"
+                for one in self._found
             ]
             self._options.records.write_text("".join(lines), encoding="utf-8")
         by_path: dict[Path, list[dict[str, Any]]] = defaultdict(list)
@@ -113,6 +114,12 @@ class Session:
             by_path[Path(one["path"])].append(one)
         for path in sorted({*by_path, *self._collected}):
             self._update(path, by_path[path])
+
+    def _short(self, one: dict[str, Any]) -> str:
+        """Return the path of a test from the root of the project, as it is one."""
+        path = Path(one["path"])
+        is_inside = path.is_relative_to(self._root)
+        return (path.relative_to(self._root) if is_inside else path).as_posix()
 
     def _update(self, path: Path, found: list[dict[str, Any]]) -> None:
         file = baselines.path_of(path, self._options.folder)
