@@ -370,6 +370,33 @@ COMMANDS = {
 }
 
 
+_COMMANDS = {
+    "frame": "write one tidy table, a row per cell, as Parquet or CSV",
+    "plot": "draw one figure as PNG, SVG or PDF",
+    "table": "print tables as Markdown, or write them as LaTeX, CSV, Parquet or JSON",
+    "page": "write one self-contained HTML page of the answer, figures and cells",
+    "check": "compare with a baseline, cell by cell",
+    "baseline": "write or update a baseline from ok cells; show what changes",
+    "compare": "print two runs side by side: before, after, ratio, what grew; or "
+    "write them as one self-contained HTML page",
+    "history": "print a column over the commits of its records, with its steps",
+}
+"""What each command does."""
+_OUTPUTS = {
+    "frame": "out.parquet or out.csv",
+    "plot": "out.png, out.svg or out.pdf",
+    "page": "report.html",
+    "baseline": "baseline.jsonl",
+}
+"""What commands write with `-o`, which they need."""
+_PRINTED = {
+    "table": "out.md, out.tex, out.csv, out.parquet or out.json; default: Markdown "
+    "on stdout",
+    "compare": "page.html; default: text on stdout",
+}
+"""What commands write with `-o`, and where they print without it."""
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     root = ReportParser(
@@ -383,81 +410,11 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(
         dest="command", required=True, parser_class=ReportParser
     )
-    subs = {
-        "frame": "write one tidy table, a row per cell, as Parquet or CSV",
-        "plot": "draw one figure as PNG, SVG or PDF",
-        "table": "print tables as Markdown, or write them as LaTeX, CSV, Parquet or "
-        "JSON",
-        "page": "write one self-contained HTML page of the answer, figures and cells",
-        "check": "compare with a baseline, cell by cell",
-        "baseline": "write or update a baseline from ok cells; show what changes",
-        "compare": "print two runs side by side: before, after, ratio, what grew; or "
-        "write them as one self-contained HTML page",
-        "history": "print a column over the commits of its records, with its steps",
-    }
-    outputs = {
-        "frame": "out.parquet or out.csv",
-        "plot": "out.png, out.svg or out.pdf",
-        "page": "report.html",
-        "baseline": "baseline.jsonl",
-    }
-    printed = {
-        "table": "out.md, out.tex, out.csv, out.parquet or out.json; default: Markdown "
-        "on stdout",
-        "compare": "page.html; default: text on stdout",
-    }
-    for name, text in subs.items():
+    for name, text in _COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text)
-        if name in ("plot", "table"):
-            kinds = PLOTS if name == "plot" else TABLES
-            sub.add_argument("name", metavar="NAME", help=", ".join(kinds))
-        if name == "history":
-            sub.add_argument("column", metavar="COLUMN", help="such as peak_allocated")
-        sub.add_argument(
-            "runs",
-            metavar="RUNS" if name != "compare" else "RUN",
-            nargs=2 if name == "compare" else "+",
-            type=Path,
-            help="files of records, .jsonl",
-        )
-        if name in outputs:
-            sub.add_argument(
-                "-o", "--output", required=True, type=Path, help=outputs[name]
-            )
-        if name in printed:
-            sub.add_argument("-o", "--output", type=Path, help=printed[name])
-        if name == "baseline":
-            sub.add_argument(
-                "--remove",
-                action="store_true",
-                help="drop cells of the baseline that are not ok in the runs",
-            )
-            sub.add_argument(
-                "--reason",
-                default="",
-                metavar="TEXT",
-                help="why numbers change; it is kept in the cells that do",
-            )
-        if name == "page":
-            sub.add_argument(
-                "--question",
-                metavar="TEXT",
-                help="title of the page; by default the question in the records",
-            )
-            sub.add_argument(
-                "--timeline",
-                metavar="FILE",
-                type=Path,
-                action="append",
-                default=[],
-                help="moments of a step, which meft-bench plan writes; repeatable",
-            )
-        if name == "check":
-            _add_check_arguments(sub)
-        if name == "history":
-            sub.add_argument(
-                "--only", default="*", metavar="PATTERN", help="cells, by their ids"
-            )
+        _add_runs(name, sub)
+        if name in _ADD:
+            _ADD[name](sub)
         if name in ("compare", "history"):
             sub.add_argument(
                 "--ignore",
@@ -467,18 +424,78 @@ def parser() -> argparse.ArgumentParser:
                 help="field of cells, such as attention, in which cells that are "
                 "compared may differ; repeatable",
             )
-        if name == "compare":
-            sub.add_argument(
-                "--all", action="store_true", help="list everything, also what is equal"
-            )
-            sub.add_argument(
-                "--what-grew",
-                type=_number,
-                default=3,
-                metavar="N",
-                help="how many changes of memory a difference lists; default 3",
-            )
     return root
+
+
+def _add_runs(name: str, sub: argparse.ArgumentParser) -> None:
+    """Add what a command reads and writes."""
+    if name in ("plot", "table"):
+        kinds = PLOTS if name == "plot" else TABLES
+        sub.add_argument("name", metavar="NAME", help=", ".join(kinds))
+    if name == "history":
+        sub.add_argument("column", metavar="COLUMN", help="such as peak_allocated")
+    sub.add_argument(
+        "runs",
+        metavar="RUNS" if name != "compare" else "RUN",
+        nargs=2 if name == "compare" else "+",
+        type=Path,
+        help="files of records, .jsonl",
+    )
+    if name in _OUTPUTS:
+        sub.add_argument(
+            "-o", "--output", required=True, type=Path, help=_OUTPUTS[name]
+        )
+    if name in _PRINTED:
+        sub.add_argument("-o", "--output", type=Path, help=_PRINTED[name])
+
+
+def _add_baseline_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--remove",
+        action="store_true",
+        help="drop cells of the baseline that are not ok in the runs",
+    )
+    sub.add_argument(
+        "--reason",
+        default="",
+        metavar="TEXT",
+        help="why numbers change; it is kept in the cells that do",
+    )
+
+
+def _add_page_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--question",
+        metavar="TEXT",
+        help="title of the page; by default the question in the records",
+    )
+    sub.add_argument(
+        "--timeline",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="moments of a step, which meft-bench plan writes; repeatable",
+    )
+
+
+def _add_history_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--only", default="*", metavar="PATTERN", help="cells, by their ids"
+    )
+
+
+def _add_compare_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--all", action="store_true", help="list everything, also what is equal"
+    )
+    sub.add_argument(
+        "--what-grew",
+        type=_number,
+        default=3,
+        metavar="N",
+        help="how many changes of memory a difference lists; default 3",
+    )
 
 
 def _add_check_arguments(sub: argparse.ArgumentParser) -> None:
@@ -519,6 +536,16 @@ def _add_check_arguments(sub: argparse.ArgumentParser) -> None:
         action="store_true",
         help="under GitHub Actions, write neither annotations nor a step summary",
     )
+
+
+_ADD = {
+    "baseline": _add_baseline_arguments,
+    "check": _add_check_arguments,
+    "compare": _add_compare_arguments,
+    "history": _add_history_arguments,
+    "page": _add_page_arguments,
+}
+"""Functions that add the options of a command."""
 
 
 def _number(text: str) -> int:
