@@ -63,8 +63,8 @@ def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
     `save_pretrained()` and `meft.save_adapters()` save them.
 
     Args:
-        model: any class of BERT, RoBERTa, OPT, LLaMA or Mistral, or a PeftModel that
-            holds one. To use `make_reversible` too, call it afterwards.
+        model: any class of a supported family but BART, ViT and DeiT, or a PeftModel
+            that holds one. To use `make_reversible` too, call it afterwards.
         config: neurons, routing and placement of rows.
 
     Returns:

@@ -6,8 +6,10 @@ family.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,6 +17,7 @@ from meft.backbone.families import FAMILIES, family_of
 from meft.backbone.family import Family
 from meft.errors import UnsupportedCallError, UnsupportedModelError
 
+_TRANSFORMERS = Path(transformers.__file__).parent
 _DROPS_BLOCKS = (
     "its loop drops whole blocks at random (`layerdrop` above 0), which a stack that "
     "runs as one cannot do"
@@ -116,6 +119,28 @@ def _refuse_compiled(model: nn.Module) -> None:
             )
 
 
+def _other_forward(family: Family, index: int, block: nn.Module) -> str | None:
+    """Return a reason if a block's class computes something else than the family's."""
+    kind = getattr(block, "plain", type(block))
+    if family_of(kind) is not family:
+        return f"block {index} of a list is a {kind.__name__}, not a {family.block}"
+    function: Any = vars(kind).get("forward")
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is not None and not _is_of_transformers(code.co_filename):
+            return (
+                f"the `forward` of the class {kind.__name__} was replaced (by "
+                f"{code.co_filename}:{code.co_firstlineno}), and blocks that run in "
+                "parts would not call it: convert the model without that patch"
+            )
+        function = getattr(function, "__wrapped__", None)
+    return None
+
+
+def _is_of_transformers(filename: str) -> bool:
+    return Path(filename).is_relative_to(_TRANSFORMERS)
+
+
 def _config_of(model: nn.Module, path: str) -> Any:
     """Return the config of the innermost module around `path` that has one."""
     parts = path.split(".") if path else []
@@ -133,14 +158,16 @@ def _refuse(
     blocks: list[nn.Module],
     config: Any,
 ) -> None:
-    reasons = [family.refuse(block) for block in blocks]
+    reasons = [_other_forward(family, i, block) for i, block in enumerate(blocks)]
+    reasons += [family.refuse(block) for block in blocks]
     if cast(float, getattr(owner, "layerdrop", 0.0)) > 0:
         reasons.append(f"{_DROPS_BLOCKS}: set it to 0 in the config")
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
     if len(kinds) > 1:
         reasons.append(
             f"its blocks attend in different ways (`layer_types` {', '.join(kinds)}), "
-            "and a stack that runs as one is given the mask of one of them"
+            "and a stack that runs as one is given the mask of one of them. LoRA with "
+            "gradient checkpointing saves memory without `meft`"
         )
     reason = next((reason for reason in reasons if reason), None)
     if reason is not None:

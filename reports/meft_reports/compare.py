@@ -23,7 +23,7 @@ from meft_reports.breakdown import what_grew
 from meft_reports.check import EXPLAINED, SAVED
 from meft_reports.columns import BY_NAME
 from meft_reports.columns.column import Column
-from meft_reports.format import format_fact, is_null
+from meft_reports.format import format_fact, format_value, is_null
 from meft_reports.pairing import PairedCell, pair
 from meft_reports.text import plural
 from meft_reports.valid_records import READERS, Record
@@ -69,7 +69,7 @@ class Changed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ending:
-    """A cell that ended in another way than before."""
+    """A cell that ended in another way, or a number that one run alone has."""
 
     cell_id: str
     before: str
@@ -112,7 +112,7 @@ class Comparison:
     causes: tuple[Cause, ...]
     """Those of most cells first."""
     worse: tuple[Changed, ...]
-    """The largest ratio first."""
+    """Those farthest from 1 first, after them those that may be noise."""
     better: tuple[Changed, ...]
     same: tuple[str, ...]
     """Cells of which no number differs."""
@@ -139,21 +139,26 @@ def compare(
     """
     paired = pair(before, after, ignored)
     by_cell = [[*_changes(one, num_changes)] for one in paired.pairs]
-    changes = sorted((one for its in by_cell for one in its), key=lambda c: -_size(c))
+    changes = sorted(
+        (one for its in by_cell for one in its),
+        key=lambda change: (bool(change.doubt), -_size(change)),
+    )
+    endings = tuple(_endings(paired.pairs))
+    ended = {ending.cell_id for ending in endings}
     return Comparison(
         before=_described(before),
         after=_described(after),
         num_pairs=len(paired.pairs),
         only_before=paired.only_before,
         only_after=paired.only_after,
-        endings=tuple(_endings(paired.pairs)),
+        endings=endings,
         causes=_causes(paired.pairs, ignored),
         worse=tuple(one for one in changes if one.is_worse),
         better=tuple(one for one in changes if not one.is_worse),
         same=tuple(
             one.cell_id
             for one, its in zip(paired.pairs, by_cell, strict=True)
-            if not its
+            if not its and one.cell_id not in ended
         ),
         means=tuple(_means(paired.pairs)),
     )
@@ -240,6 +245,19 @@ def _endings(pairs: Sequence[PairedCell]) -> Iterator[Ending]:
                 after=after,
                 message=one.after["message"],
             )
+            continue
+        for name in COLUMNS:
+            column = BY_NAME[name]
+            values = [its_value(run, column) for run in (one.before, one.after)]
+            if (values[0] is None) == (values[1] is None):
+                continue
+            old, new = (
+                f"{column.short_name} {format_value(value, column.unit)}"
+                if value is not None
+                else "not measured"
+                for value in values
+            )
+            yield Ending(cell_id=one.cell_id, before=old, after=new, message="")
 
 
 def _causes(pairs: Sequence[PairedCell], ignored: Sequence[str]) -> tuple[Cause, ...]:

@@ -32,7 +32,7 @@ def to_text(comparison: Comparison, *, shows_all: bool = False) -> str:
         f"B: {its.after}",
         f"{plural(its.num_pairs, 'cell')} in both, {len(its.only_before)} only in A, "
         f"{len(its.only_after)} only in B",
-        *(f"ended: {e.cell_id}  {e.before} → {e.after}" for e in its.endings),
+        *(f"otherwise: {e.cell_id}  {e.before} → {e.after}" for e in its.endings),
         *_causes(its, shows_all),
         *_listed("worse", its.worse, shows_all),
         *_listed("better", its.better, shows_all),

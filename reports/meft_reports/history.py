@@ -5,9 +5,9 @@
       2026-11-27  931d041a   19,511,224 bytes (18.6 MiB)  +186,368 bytes, +0.96 %
 
 The commit is that of the project that is measured, as `commits` defines it; `+` marks
-uncommitted changes. Of each cell, records of ok runs are ordered by the time at which
-they started; those of one code and project are one line, with their last value. A line
-for each step is shown.
+uncommitted changes. Of each cell, records are ordered by the time at which they
+started; those of one code and project are one line, with their last value. A line for
+each step is shown, and where a cell did not end well, how it ended.
 """
 
 import fnmatch
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from meft_reports.columns.column import Column
 from meft_reports.commits import LENGTH, measured, of_project
 from meft_reports.compared import Number, compared_number, exact
+from meft_reports.errors import ReportError
 from meft_reports.format import format_fact, format_value
 from meft_reports.latest import code_of, in_order
 from meft_reports.pairing import identity, refuse_several
@@ -45,13 +46,22 @@ def history(
             their values, and the paragraph the name of its last cell.
 
     Raises:
-        ReportError: without the fields, several cells that ran with one code are one.
+        ReportError: no cell has such an id, or none has the column; or without the
+            fields, several cells that ran with one code are one.
     """
+    chosen = [r for r in records if fnmatch.fnmatchcase(r["cell_id"], only)]
+    if not chosen:
+        raise ReportError(
+            f"--only {printable(only)}: no cell of the records has such an id"
+        )
+    if all(
+        compared_number(column, r["measurement"].get(column.name)) is None
+        for r in chosen
+    ):
+        raise ReportError(f"no record has {column.name}")
     by_cell: dict[str, list[Record]] = {}
-    for record in in_order(records):
-        is_wanted = fnmatch.fnmatchcase(record["cell_id"], only)
-        if is_wanted and record["status"] == "ok":
-            by_cell.setdefault(identity(record, ignored), []).append(record)
+    for record in in_order(chosen):
+        by_cell.setdefault(identity(record, ignored), []).append(record)
     paragraphs = []
     num_same = 0
     for its in sorted(by_cell.values(), key=_name):
@@ -75,6 +85,7 @@ def _steps(
     """Return a line for the first value, and for each that is another than before."""
     lines: list[str] = []
     before: Number | None = None
+    ended = ""
     by_code: dict[tuple[str | None, ...], list[Record]] = {}
     for record in records:
         place = (code_of(record), of_project(record), record["environment"]["machine"])
@@ -84,6 +95,11 @@ def _steps(
         refuse_several(of_code, ignored, f"that ran with code {code_of(of_code[0]):.8}")
         record = of_code[-1]
         value = compared_number(column, record["measurement"].get(column.name))
+        if record["status"] != "ok":
+            if ended != record["status"]:
+                lines.append(f"{_head(record)}{record['status']}")
+            ended = record["status"]
+            continue
         if value is None or not math.isfinite(value):
             continue
         change = ""
@@ -91,19 +107,23 @@ def _steps(
             difference = exact(value) - exact(before)
             share = float(difference / exact(abs(before))) if before else math.inf
             least = NOISE_SHARE if column.unit in NOISY else 0
-            if not difference or abs(share) < least:
+            if (not difference or abs(share) < least) and not ended:
                 continue
             sign = "+" if difference > 0 else "-"
             size = format_value(abs(difference), column.unit)
             change = f"  {sign}{size}, {100 * share:+.2f} %"
-        before = value
-        commit, is_dirty = measured(record)
-        shown = printable(commit or code_of(record))[:LENGTH] + "+" * is_dirty
+        before, ended = value, ""
         lines.append(
-            f"  {record['started_at'][:10]}  {shown:<{LENGTH + 1}}  "
-            f"{format_value(value, column.unit)}{change}{_fields(record, ignored)}"
+            f"{_head(record)}{format_value(value, column.unit)}{change}"
+            f"{_fields(record, ignored)}"
         )
     return lines
+
+
+def _head(record: Record) -> str:
+    commit, is_dirty = measured(record)
+    shown = printable(commit or code_of(record))[:LENGTH] + "+" * is_dirty
+    return f"  {record['started_at'][:10]}  {shown:<{LENGTH + 1}}  "
 
 
 def _fields(record: Record, names: Sequence[str]) -> str:

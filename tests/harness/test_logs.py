@@ -1,5 +1,6 @@
 """What a record keeps of the log of its child."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -28,6 +29,18 @@ def test_a_long_log_is_cut_at_its_beginning(tmp_path: Path) -> None:
     last = [str(number) for number in range(99_980, 100_000)]
     assert tail_of(tmp_path, many).splitlines() == last
     assert len(tail_of(tmp_path, b"x" * 10**6)) == logs.CHARACTERS
+
+
+def test_a_log_that_is_gone_has_no_lines(tmp_path: Path) -> None:
+    """A child can remove or replace it; its record is kept all the same."""
+    assert logs.tail(tmp_path / "none") == ""
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path, tmp_path / "fifo"):
+        assert logs.tail(path) == logs.last_line(path) == ""
+
+
+def test_tabs_and_titles(tmp_path: Path) -> None:
+    assert tail_of(tmp_path, b"a\tb\x1b]0;title\x07c\n") == "a    bc"
 
 
 def test_an_empty_log_has_no_lines(tmp_path: Path) -> None:

@@ -196,6 +196,43 @@ def test_on_a_virtual_gpu_cuda_is_there(pytester: pytest.Pytester) -> None:
     strict.stdout.fnmatch_lines(["*not comparable: the baseline is of torch 1.*"])
 
 
+def test_a_test_that_measures_nothing_fails(pytester: pytest.Pytester) -> None:
+    """Also if it has a baseline, which stays; and without the fixtures."""
+    step(pytester)
+    run(pytester, "--meft-update=create").assert_outcomes(passed=1)
+    before = baseline(pytester)
+    path = pytester.path / "test_it.py"
+    text = path.read_text()
+    path.write_text(text.replace("    model, opt", "    return\n    model, opt"))
+    found = run(pytester, "--meft-update=create,fix")
+    found.assert_outcomes(failed=1)
+    found.stdout.fnmatch_lines(["*test_step measured nothing: *meft_step*"])
+    assert baseline(pytester) == before
+    text = path.read_text()
+    path.write_text(text.replace("test_step(meft_step)", "test_step(tmp_path)"))
+    run(pytester).stdout.fnmatch_lines(["*test_step measures nothing: *"])
+
+
+def test_a_baseline_of_another_torch_is_not_compared(
+    pytester: pytest.Pytester,
+) -> None:
+    """Skipped on a CPU too; a failure where that is wanted."""
+    step(pytester)
+    run(pytester, "--meft-update=create").assert_outcomes(passed=1)
+    path = pytester.path / "__meft__" / "test_it.json"
+    path.write_text(path.read_text().replace("torch ", "torch 1."))
+    run(pytester).assert_outcomes(skipped=1)
+    strict = run(pytester, "-o", "meft_strict=true")
+    strict.assert_outcomes(failed=1)
+    strict.stdout.fnmatch_lines(["*not comparable: the baseline is of torch 1.*"])
+
+
+def test_no_baseline_is_written_above_the_limit(pytester: pytest.Pytester) -> None:
+    step(pytester, marker="limit=10")
+    run(pytester, "--meft-update=create").assert_outcomes(failed=1)
+    assert baseline(pytester) == {}
+
+
 def test_by_hand_without_a_marker(pytester: pytest.Pytester) -> None:
     """Nothing is compared, and the numbers are there; also as records."""
     pytester.makepyfile(

@@ -110,7 +110,53 @@ def test_a_history_has_a_line_for_each_step(told: Any, make_record: MakeRecord) 
     assert lines[2].endswith("+10 bytes (10 B), +10.00 %")
     assert lines[3].endswith("-11 bytes (11 B), -10.00 %")
     assert lines[-1] == "1 cell without a step"
-    assert "+10 bytes" not in told(["history", "saved", "--only", "lora/*"], records)
+    kept = told(["history", "saved", "--only", records[-1]["cell_id"]], records)
+    assert kept == "1 cell without a step\n"
+
+
+def test_a_history_says_where_a_cell_failed(told: Any, make_record: MakeRecord) -> None:
+    """And goes on after it, also with the value from before."""
+    records = [
+        make_record(
+            status,
+            saved_bytes=None if status == "oom" else 100,
+            started_at=f"2026-01-{day:02}T00:00:00Z",
+            code_sha256=f"{day:064}",
+            commit=f"{day:040}",
+        )
+        for day, status in enumerate(["ok", "oom", "oom", "ok"], start=1)
+    ]
+    lines = told(["history", "saved"], records).splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == [
+        "2026-01-01",
+        "2026-01-02",
+        "2026-01-04",
+    ]
+    assert lines[2].endswith("oom")
+    assert "100 bytes" in lines[3]
+
+
+def test_a_history_of_nothing_is_refused(
+    make_record: MakeRecord, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write([make_record()]))
+    assert main(["history", "saved", "--only", "nothing", path]) == 2
+    assert "no cell of the records has such" in capsys.readouterr().err
+    assert main(["history", "gradient_error", path]) == 2
+    assert "no record has gradient_error" in capsys.readouterr().err
+
+
+def test_a_number_that_is_no_longer_measured_is_said(
+    told: Any, make_record: MakeRecord
+) -> None:
+    """And its cell is not the same, nor one that failed."""
+    out = told(
+        ["compare"], [make_record(saved_bytes=9)], [make_record(saved_bytes=None)]
+    )
+    assert "saved 9 bytes (9 B) → not measured" in out
+    assert "same (0)" in out
+    out = told(["compare"], [make_record()], [make_record("oom")])
+    assert "same (0)" in out
 
 
 def test_cells_that_differ_in_a_field_are_paired_without_it(

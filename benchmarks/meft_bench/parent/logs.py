@@ -8,8 +8,8 @@ from pathlib import Path
 LINES, CHARACTERS = 20, 2000
 """The most that a record keeps of a log."""
 _READ_BYTES = 64 * 2**10
-_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
-"""Sequences that move the cursor of a terminal or change its colours."""
+_ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\))")
+"""Sequences that move the cursor of a terminal, or change its colours or title."""
 _TRACE = "USDT:"
 """How lines begin that torch's profiler prints each time it starts and stops."""
 
@@ -43,11 +43,17 @@ def tail(log: Path) -> str:
 
 
 def _lines(log: Path) -> list[str]:
-    """Return the printable lines at the end of a log."""
-    with log.open("rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - _READ_BYTES))
-        text = _ESCAPES.sub("", file.read().decode(errors="replace"))
+    """Return the printable lines at the end of a log; none of one that is gone."""
+    if not log.is_file():  # the child can have removed or replaced it
+        return []
+    try:
+        with log.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - _READ_BYTES))
+            content = file.read()
+    except OSError:
+        return []
+    text = _ESCAPES.sub("", content.decode(errors="replace")).replace("\t", "    ")
     # A progress bar writes each of its states over the one before.
     shown = (line.rstrip().rpartition("\r")[2] for line in text.split("\n"))
     printable = ("".join(c for c in line if c.isprintable()).rstrip() for line in shown)

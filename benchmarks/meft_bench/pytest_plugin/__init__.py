@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 from meft_bench.pytest_plugin import checking, marker, options
-from meft_bench.pytest_plugin.session import Session
+from meft_bench.pytest_plugin.session import CALL_ONE, Session
 
 KEY = pytest.StashKey[checking.Checked]()
 METER = pytest.StashKey[Any]()
@@ -109,16 +109,18 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """Compare what a test took with its baseline, when it has passed."""
     result = yield
     meter = item.stash.get(METER, None)
-    if meter is None:
-        return result
     wanted = marker.of(item)
+    if meter is None:
+        if wanted is not None:
+            pytest.fail(f"{item.nodeid} measures nothing: {CALL_ONE}", pytrace=False)
+        return result
     checked = checking.Checked(
         path=item.path,
         name=item.nodeid.partition("::")[2],
         device=wanted.device if wanted is not None and wanted.gpu else meter.device,
         seen=meter.seen,
-        is_checked=wanted is not None,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        wanted=wanted,
     )
     item.stash[KEY] = checked
     if wanted is not None:

@@ -24,16 +24,24 @@ class Checked:
         name: the test in it.
         device: name of its device.
         seen: what was measured, in order.
-        is_checked: whether the test has the marker.
         started_at: when it was measured, UTC, ISO 8601.
+        wanted: what the marker says; None without one.
     """
 
     path: Path
     name: str
     device: str
     seen: list[Any]
-    is_checked: bool
     started_at: str
+    wanted: Wanted | None
+
+    @property
+    def place(self) -> str:
+        """The test as pytest names it, from the folder in which pytest runs."""
+        path = self.path
+        if path.is_relative_to(Path.cwd()):
+            path = path.relative_to(Path.cwd())
+        return f"{path}::{self.name}"
 
     @property
     def key(self) -> str:
@@ -53,7 +61,10 @@ class Checked:
             "key": self.key,
             "entry": self.entry,
             "started_at": self.started_at,
-            "is_checked": self.is_checked,
+            "is_checked": self.wanted is not None,
+            "is_above_limit": bool(
+                self.wanted and above_limit(self.entry, self.wanted)
+            ),
         }
 
 
@@ -87,7 +98,7 @@ def differences(before: Entry, after: Entry, wanted: Wanted) -> str:
     """Return how a test takes more than its baseline allows; empty if it does not."""
     if len(before) != len(after):
         return (
-            f"the test measured {len(after)} times, and its baseline has {len(before)}"
+            f"measured {_times(len(after))}, and its baseline has {_times(len(before))}"
         )
     lines: list[str] = []
     for was, now in zip(before, after, strict=True):
@@ -105,7 +116,13 @@ def differences(before: Entry, after: Entry, wanted: Wanted) -> str:
                     f"({format_bytes(new - old)}{share}), allowed {allowed.text}",
                     *_what_grew(was, now, new - old, name == "saved_bytes"),
                 ]
-    return "\n".join(lines)
+    if not lines:
+        return ""
+    return "\n".join(["takes more memory than its baseline", *lines])
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
 
 
 def _what_grew(

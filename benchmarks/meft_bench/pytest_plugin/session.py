@@ -1,9 +1,11 @@
 """Collect what tests took, also in other processes, and update baselines at the end."""
 
 import json
+import shlex
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -11,6 +13,11 @@ from meft_bench.parent.environment import project
 from meft_bench.pytest_plugin import baselines, checking, marker
 from meft_bench.pytest_plugin.checking import Checked
 from meft_bench.pytest_plugin.options import Options
+
+CALL_ONE = (
+    "a test with the marker `meft_memory` has to call the fixture `meft_step`, or to "
+    "measure with `with meft_memory(model):`"
+)
 
 
 class Session:
@@ -32,29 +39,44 @@ class Session:
         self._remarks: list[str] = []
 
     def check(self, checked: Checked, wanted: marker.Wanted) -> str:
-        """Return why a test fails; empty if it does not."""
+        """Return why a test fails; empty if it does not.
+
+        It is skipped where its baselines are of another torch or device only.
+        """
         entry = checked.entry
+        if not entry:
+            return f"{checked.place} measured nothing: {CALL_ONE}"
         if failure := checking.above_limit(entry, wanted):
             return failure
-        if not self._options.checks or not entry:
+        if not self._options.checks:
             return ""
         known = self._known(checked.path, checked.name)
         before = known.get(checked.key)
-        place = f"{checked.path.name}::{checked.name}"
+        update = f"pytest {shlex.quote(checked.place)} --meft-update"
         if before is None:
             if "create" in self._options.update:
                 return ""
+            if known:
+                self._not_comparable(known, checked.key)
             return (
-                f"{place} has no baseline for {checked.key}: write one with\n"
-                f"  pytest '{checked.path}::{checked.name}' --meft-update=create"
+                f"{checked.place} has no baseline for {checked.key}: write one with\n"
+                f"  {update}=create"
             )
         differs = checking.differences(before, entry, wanted)
         if not differs or "fix" in self._options.update:
             return ""
-        return (
-            f"{place} takes more memory than its baseline ({checked.key})\n{differs}\n"
-            f"accept it: pytest '{checked.path}::{checked.name}' --meft-update=fix"
+        return f"{checked.place} {differs}\naccept it: {update}=fix"
+
+    def _not_comparable(self, known: Iterable[str], key: str) -> NoReturn:
+        """Skip a test, or fail where that is wanted (`meft_strict`)."""
+        has = "; ".join(sorted(known))
+        text = (
+            f"not comparable: the baseline is of {has}, and this is {key}; "
+            "--meft-update=create adds one"
         )
+        if self._options.is_strict:
+            pytest.fail(text, pytrace=False)
+        pytest.skip(text)
 
     def _known(self, path: Path, name: str) -> dict[str, baselines.Entry]:
         file = baselines.path_of(path, self._options.folder)
@@ -73,11 +95,7 @@ class Session:
             return  # which device the model is on is known later
         key = checking.key_of(wanted.device)
         if key not in known:
-            has = "; ".join(sorted(known))
-            text = f"not comparable: the baseline is of {has}, and this is {key}"
-            if self._options.is_strict:
-                pytest.fail(text, pytrace=False)
-            pytest.skip(text)
+            self._not_comparable(known, key)
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
         """Note that not all tests run."""
@@ -126,6 +144,8 @@ class Session:
         before = baselines.read(file)
         after = {test: dict(entries) for test, entries in before.items()}
         for one in found:
+            if not one["entry"] or one["is_above_limit"]:
+                continue  # the test has failed
             entries = after.setdefault(one["name"], {})
             old, new = entries.get(one["key"]), one["entry"]
             if (old is None and "create" in self._options.update) or (

@@ -86,11 +86,13 @@ def summary_of(comparison: Comparison) -> list[str]:
         noise = f", of which {doubted:,} may be noise" * bool(doubted)
         counted = plural(len(some), "number")
         sentences.append(f"{counted} of {cells} {_is(some)} {word}{noise}.")
-    same = plural(len(its.same), "cell")
-    sentences.append(f"{same} of {its.num_pairs:,} in both runs: no number differs.")
+    sentences.append(
+        f"No number differs in {len(its.same):,} of the "
+        f"{plural(its.num_pairs, 'cell')} of both runs."
+    )
     if its.endings:
-        ended = plural(len(its.endings), "cell")
-        sentences.append(f"{ended} ended in another way than before.")
+        ended = plural(len({ending.cell_id for ending in its.endings}), "cell")
+        sentences.append(f"{ended} ended or measured in another way than before.")
     return sentences
 
 

@@ -67,7 +67,9 @@ def _fit(
         seq = () if field == "seq_len" else request["seq"]
         paddings = request["paddings"]
         plans[value] = plan(changed, source, margin, seq=seq, paddings=paddings)
-        size = plans[value].needed_bytes
+        size: float | None = plans[value].needed_bytes
+        if size is not None and size <= room and plans[value].verdict == "too large":
+            size = math.inf  # what steps before it left behind is in its way
         progress.tell(cell.method, field.partition("_")[0], value, size, room)
         return math.inf if size is None else size
 
@@ -78,13 +80,14 @@ def _fit(
     found = largest_that_fits(needed, room, at_most)
     answer = plans[max(found.largest, 1)].to_json()
     beyond = plans.get(found.largest + 1)
+    runs = beyond is not None and found.probes[found.largest + 1] < math.inf
     return answer | {
         "maximized": field,
         "largest": found.largest,
         "at_most": at_most,
         "limit": limit if at_most < request["at_most"] else "",
         "num_probes": len(found.probes),
-        "beyond_bytes": None if beyond is None else beyond.needed_bytes,
+        "beyond_bytes": beyond.needed_bytes if beyond is not None and runs else None,
         "beyond_message": "" if beyond is None else beyond.message,
     }
 

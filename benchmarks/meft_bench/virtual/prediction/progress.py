@@ -22,11 +22,15 @@ def tell(
         method: name of the method.
         field: the field that is maximized.
         value: the value that was planned.
-        needed_bytes: bytes it needs; None or infinite if that is not known.
+        needed_bytes: bytes it needs; infinite if it runs out of memory, None if that
+            is not known.
         room_bytes: bytes that may be used.
     """
-    if needed_bytes is None or math.isinf(needed_bytes):
+    if needed_bytes is None:
         return  # the answer says why
+    if math.isinf(needed_bytes):
+        _print(f"{method}: {field} {value} runs out of memory")
+        return
     fits = "fits" if needed_bytes <= room_bytes else "more than the margin leaves"
     size = format_bytes(int(needed_bytes))
     _print(f"{method}: {field} {value} needs {size}, {fits}")

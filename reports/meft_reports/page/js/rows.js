@@ -7,6 +7,7 @@ const PARTS = ['h2d_forward_bytes', 'h2d_backward_bytes', 'h2d_update_bytes', 'd
 const PART_WORDS = { h2d: 'to the device', d2h: 'to the host', forward: 'forward', backward: 'backward', update: 'update' };
 // Kinds of memory, in the order of their colors: what rests between steps comes first.
 const KINDS = ['frozen', 'parameters', 'optimizer', 'gradients', 'saved', 'buffers', 'recompute', 'backward', 'workspace', 'update', 'forward', 'inputs', 'libraries', 'unattributed', 'smaller storages'];
+const zeroNote = (rows, positive) => rows.some((row) => row.is_zero) && (positive.length ? 'Values on the lower edge are exactly 0.' : 'All values are exactly 0.');
 const kindColor = (kind) => `var(--k${KINDS.includes(kind) ? KINDS.indexOf(kind) : 11})`;
 const byKind = (a, b) => (KINDS.includes(a) ? KINDS.indexOf(a) : 99) - (KINDS.includes(b) ? KINDS.indexOf(b) : 99) || byNumber(a, b);
 const inWorkload = (rows) => {
@@ -96,7 +97,7 @@ const MAKE = {
     const rows = these.map((s) => {
       const changed = options.filter((name) => known(s[name]) && s[name] !== '' && varied(s, name)).map((name) => `${words(name)}=${s[name]}`);
       return { cell: s.cell, method: s.method, seeds: s.seeds, x: value(s, x),
-        y: isError && s[y] == 0 ? floor : s[y] / size, is_zero: isError && s[y] == 0,
+        y: isError && s[y] == 0 ? (positive.length ? floor : 0) : s[y] / size, is_zero: isError && s[y] == 0,
         low: y == 'score' ? s.score_low : null, high: y == 'score' ? s.score_high : null,
         text: asText(y, s[y]), value_text: asText(y, s[y]), panel: panel ? `${words(panel)}: ${shown(panel, value(s, panel))}` : '',
         line: [s.method, ...changed, s.seeds ? `seeds ${s.seeds}` : ''].filter(Boolean).join(' · '),
@@ -105,12 +106,12 @@ const MAKE = {
     const along = new Set(rows.map((row) => row.x));
     if (along.size < 2) return { rows: [] };
     const names = unique(rows.map((row) => row.panel)).sort((a, b) => byNumber(a.split(': ').pop(), b.split(': ').pop())).slice(0, 9);
-    const log = isError || STATE.scale == 'log', ordinal = typeof rows[0].x == 'string';
+    const log = isError ? positive.length > 0 : STATE.scale == 'log', ordinal = typeof rows[0].x == 'string';
     return { rows: rows.filter((row) => names.includes(row.panel)), words: {
       x: words(x), y: words(y) + (bytes ? ` (${unit})` : ''), panels: names, columns: Math.min(names.length, columnsThatFit(names.length)),
       y_format: isError ? '.0e' : undefined, scale: ordinal ? 'point' : STATE.scale == 'log' && ![...along].some((v) => v <= 0) ? 'log' : 'linear', x_type: ordinal ? 'ordinal' : 'quantitative', y_scale: log && (isError || rows.every((row) => row.y > 0)) ? 'log' : 'linear',
       zero: log || y == 'score' || ordinal ? undefined : true, resolve: 'shared' },
-      notes: [rows.some((row) => row.is_zero) && 'Values on the lower edge are exactly 0.', these.some((s) => s.is_predicted) && 'Predicted, not measured.', these.some((s) => s.is_assumed) && 'Some settings assume the share of active neurons.'], free: [x, panel] };
+      notes: [zeroNote(rows, positive), these.some((s) => s.is_predicted) && 'Predicted, not measured.', these.some((s) => s.is_assumed) && 'Some settings assume the share of active neurons.'], free: [x, panel] };
   },
   matrix() {
     const y = STATE.y_bytes, free = FIELDS.filter((field) => field != 'device');
@@ -163,9 +164,9 @@ const MAKE = {
     const isError = ERRORS.includes(column), lists = inWorkload(chosen()).map((s) => [s, spread(s, column)]).filter(([, list]) => list?.length > 1);
     const positive = lists.flatMap(([, list]) => list).filter((v) => v > 0), floor = Math.min(...positive, 1) / 10;
     const [unit, size] = DATA.columns[column][1] == 'bytes' ? unitFor(Math.max(...positive, 1)) : ['', 1];
-    const rows = lists.flatMap(([s, list]) => list.map((value, index) => ({ cell: s.cell, name: s.name, method: s.method, x: index + 1, y: isError && value === 0 ? floor : known(value) ? value / size : null, text: asText(column, value), value_text: asText(column, value) }))).filter((row) => known(row.y));
+    const rows = lists.flatMap(([s, list]) => list.map((value, index) => ({ cell: s.cell, name: s.name, method: s.method, x: index + 1, is_zero: isError && value === 0, y: isError && value === 0 ? (positive.length ? floor : 0) : known(value) ? value / size : null, text: asText(column, value), value_text: asText(column, value) }))).filter((row) => known(row.y));
     const broken = lists.filter(([, list]) => list.some((v) => !known(v))).map(([s]) => s.name);
-    return { rows, words: { y: words(column) + (unit && ` (${unit})`), y_format: isError ? '.0e' : undefined, y_scale: isError && positive.length ? 'log' : 'linear', zero: isError ? undefined : true }, notes: [broken.length && `Not finite in some blocks: ${broken.slice(0, 8).join(', ')}.`] };
+    return { rows, words: { y: words(column) + (unit && ` (${unit})`), y_format: isError && positive.length ? '.0e' : undefined, y_scale: isError && positive.length ? 'log' : 'linear', zero: isError && positive.length ? undefined : true }, notes: [zeroNote(rows, positive), broken.length && `Not finite in some blocks: ${broken.slice(0, 8).join(', ')}.`] };
   },
   predictions() {
     const quantities = unique(PREDICTIONS.map((row) => words(row.quantity))), counts = new Map();
