@@ -168,7 +168,11 @@ def _run(
     inner = block.get_submodule(half.before)(hidden) if half.before else hidden
     first, *rest = half.chain.split()
     module = block.get_submodule(first)
-    update = _first(module(inner, **_accepted(block, module, call)))
+    accepted = _accepted(block, module, call)
+    if _takes_position(type(module).forward):
+        update = _first(module(inner, **accepted))
+    else:  # as modules of peft that wrap attention
+        update = _first(module(hidden_states=inner, **accepted))
     for step in rest:
         update = _step(block, step, update)
     if after is not None:
@@ -208,6 +212,14 @@ def _accepted(
             f"{type(module).__name__} does not take"
         )
     return taken
+
+
+@functools.cache
+def _takes_position(forward: Callable[..., Any]) -> bool:
+    """Return whether a method takes an argument besides `self` by its position."""
+    _, *parameters = inspect.signature(forward).parameters.values()
+    by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    return any(parameter.kind not in by_name for parameter in parameters)
 
 
 @functools.cache
