@@ -93,13 +93,32 @@ class Family:
     def attention_half(
         self, block: Any, hidden: Hidden, adapter: Adapter | None = None, **call: Any
     ) -> Hidden:
-        """Run the part of a block that mixes tokens (`Layout.attention_half`)."""
+        """Run the part of a block that mixes tokens (`Layout.attention_half`).
+
+        Args:
+            block: the block.
+            hidden: `batch seq hidden`.
+            adapter: runs after self-attention, if given.
+            **call: the other arguments that the model's loop passes to the block.
+
+        Returns:
+            The result, of the shape of `hidden`.
+        """
         return self.layout(block).attention_half(block, hidden, adapter, call)
 
     def mlp_half(
         self, block: Any, hidden: Hidden, adapter: Adapter | None = None
     ) -> Hidden:
-        """Run the position-wise layers of a block (`Layout.mlp_half`)."""
+        """Run the position-wise layers of a block (`Layout.mlp_half`).
+
+        Args:
+            block: the block.
+            hidden: `batch seq hidden`.
+            adapter: runs in parallel with them, on the same input, if given.
+
+        Returns:
+            The result, of the shape of `hidden`.
+        """
         return self.layout(block).mlp_half(block, hidden, adapter)
 
     def adapter_shape(self, block: nn.Module, config: Any) -> AdapterShape:

@@ -141,7 +141,7 @@ class Layout:
         Returns:
             The result, of the shape of `hidden`.
         """
-        return _run(self.mlp, block, hidden, {}, beside=adapter)
+        return _run(self.mlp, block, hidden, {}, parallel=adapter)
 
 
 def _run(
@@ -150,7 +150,7 @@ def _run(
     hidden: Hidden,
     call: Mapping[str, Any],
     after: Adapter | None = None,
-    beside: Adapter | None = None,
+    parallel: Adapter | None = None,
 ) -> Hidden:
     """Compute one half.
 
@@ -160,7 +160,7 @@ def _run(
         hidden: `batch seq hidden`.
         call: arguments of the first module of the chain.
         after: adapter at the end of the chain, with a skip connection of its own.
-        beside: adapter in parallel with the chain.
+        parallel: adapter in parallel with the chain.
 
     Returns:
         The result, of the shape of `hidden`.
@@ -177,8 +177,8 @@ def _run(
         update = _step(block, step, update)
     if after is not None:
         update = update + after(update)
-    if beside is not None:
-        update = update + beside(inner)
+    if parallel is not None:
+        update = update + parallel(inner)
     summed: Tensor = hidden + update
     return block.get_submodule(half.outside)(summed) if half.outside else summed
 
@@ -216,7 +216,7 @@ def _accepted(
 
 @functools.cache
 def _takes_position(forward: Callable[..., Any]) -> bool:
-    """Return whether a method takes an argument besides `self` by its position."""
+    """Return whether a method takes an argument parallels `self` by its position."""
     _, *parameters = inspect.signature(forward).parameters.values()
     by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
     return any(parameter.kind not in by_name for parameter in parameters)
