@@ -165,7 +165,7 @@ class Browser:
         """Press a key, such as `Tab` (9), `Enter` (13) or `Escape` (27).
 
         A browser prefers keys to timers, so a page would wait for its timers for as
-        long as keys come in; nobody types so fast.
+        long as keys come in, which they do not when a person types.
         """
         text = {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):

@@ -95,7 +95,13 @@ def above_limit(entry: Entry, wanted: Wanted) -> str:
 
 
 def differences(before: Entry, after: Entry, wanted: Wanted) -> str:
-    """Return how a test takes more than its baseline allows; empty if it does not."""
+    """Return how a test takes more than its baseline allows; empty if it does not.
+
+    Args:
+        before: what the baseline has.
+        after: what the test took.
+        wanted: what the marker allows.
+    """
     if len(before) != len(after):
         return (
             f"measured {_times(len(after))}, and its baseline has {_times(len(before))}"

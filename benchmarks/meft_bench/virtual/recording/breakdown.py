@@ -71,7 +71,13 @@ class _Sums:
         self.put(key, self._trace.rounded(storage.num_bytes), storage.born)
 
     def put(self, key: Key, num_bytes: int, born: int) -> None:
-        """Add bytes that were allocated at a time."""
+        """Add bytes that were allocated at a time.
+
+        Args:
+            key: what storages of one row agree in.
+            num_bytes: size of the storage.
+            born: operator that allocated it, counted from the beginning.
+        """
         self.num_bytes[key] += num_bytes
         self._counts[key] += 1
         self._first[key] = min(self._first.get(key, born), born)
