@@ -162,13 +162,6 @@ def _refuse(
     reasons += [family.refuse(block) for block in blocks]
     if cast(float, getattr(owner, "layerdrop", 0.0)) > 0:
         reasons.append(f"{_DROPS_BLOCKS}: set it to 0 in the config")
-    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
-    if len(kinds) > 1:
-        reasons.append(
-            f"its blocks attend in different ways (`layer_types` {', '.join(kinds)}), "
-            "and a stack that runs as one is given the mask of one of them. LoRA with "
-            "gradient checkpointing saves memory without `meft`"
-        )
     reason = next((reason for reason in reasons if reason), None)
     if reason is not None:
         raise UnsupportedModelError(

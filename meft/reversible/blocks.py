@@ -3,12 +3,12 @@
     h -> plain frozen blocks -> (h, h) -> rebuilt span -> stored blocks -> read-out
 
 transformers loops over a list of blocks and passes the hidden states through each. A
-loop in a `forward` receives a list of one block, which is the whole stack. All other
-code, such as a loop that freezes some blocks, receives the list of the original blocks.
-These keep their names, with the adapters next to them (`adapters.N...`). They cannot be
-called alone: a call raises an error, because a loop outside a `forward` that calls the
-blocks would bypass the stack. The module holds no tensor between forward and backward,
-so several forwards can run before a backward.
+loop in a `forward` receives one stand-in per block (`stand_ins`), of which the last one
+runs the whole stack. All other code, such as a loop that freezes some blocks, receives
+the list of the original blocks. These keep their names, with the adapters next to them
+(`adapters.N...`). They cannot be called alone: a call raises an error, because a loop
+outside a `forward` that calls the blocks would bypass the stack. The module holds no
+tensor between forward and backward, so several forwards can run before a backward.
 
 Integer streams begin with 32 bits. If a number in a forward does not fit, the forward
 is run again with 64 bits before it returns, and all later forwards use 64 bits. The
@@ -19,7 +19,7 @@ into 64 bits raises an error.
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import FrameType
 from typing import Any, cast, no_type_check
@@ -43,11 +43,13 @@ from meft.errors import (
 )
 from meft.reversible.arithmetic import arithmetic_of, too_large
 from meft.reversible.call_arguments import (
+    Arguments,
     by_name,
     kind_of,
     leave_cache_empty,
     refuse_empty_cache,
     refuse_outputs,
+    take_apart,
 )
 from meft.reversible.config import ReversibleConfig
 from meft.reversible.coupling import Arithmetic, Coupling
@@ -58,14 +60,8 @@ from meft.reversible.read_out import read_out, read_out_of_both
 from meft.reversible.recompute_check import Outside, RecomputeCheck, Repeatable
 from meft.reversible.rng import draw_seed
 from meft.reversible.stack import run_rebuilt
-from meft.reversible.twin import (
-    Nested,
-    Stack,
-    Streams,
-    enter,
-    run,
-    take_apart,
-)
+from meft.reversible.stand_ins import BlockArguments, stand_ins
+from meft.reversible.twin import Stack, Streams, enter, run
 from meft.reversible.variants import CouplingOptions, couplings, fresh_stream
 from meft.shapes import Hidden
 from meft.trainable import has_peft_layers, warn_if_frozen
@@ -168,14 +164,14 @@ class ReversibleBlocks(nn.Module):
 
     # A type checker that wraps calls, such as that of our tests, would be the caller.
     @no_type_check
-    def __iter__(self) -> Iterator[nn.Module]:
-        """Iterate over this stack in a `forward`, otherwise over the original blocks.
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate over stand-ins in a `forward`, otherwise over the original blocks.
 
         Only the function that contains the loop is examined, not its callers: code that
         freezes blocks may be called by the `forward` of another module.
         """
         in_forward = torch.compiler.is_compiling() or _is_forward(sys._getframe(1))
-        return iter((self,) if in_forward else self.blocks)
+        return iter(self._for_a_loop() if in_forward else self.blocks)
 
     @no_type_check
     def __getitem__(self, index: Any) -> Any:
@@ -195,6 +191,24 @@ class ReversibleBlocks(nn.Module):
                 "reversible stack, which runs as one (did `num_hidden_layers` of the "
                 f"config change?). {_CHANGE_BEFORE}"
             )
+        return self._for_a_loop()
+
+    def _for_a_loop(self) -> list[Any]:
+        """Return what a loop in a `forward` iterates over."""
+        if not torch.compiler.is_compiling():
+            _refuse_transforms()
+            return list(stand_ins(self.blocks, self._run))
+        # Every stand-in would be a graph break.
+        kinds = list(
+            dict.fromkeys(getattr(self._model_config, "layer_types", ()) or ())
+        )
+        if len(kinds) > 1:
+            raise UnsupportedCallError(
+                "`torch.compile` of a reversible model whose blocks attend in "
+                f"different ways (`layer_types` {', '.join(kinds)}) is not supported: "
+                "compile modules inside its blocks, such as attention and MLP, by "
+                "`module.compile()`"
+            )
         return [self]
 
     def __setitem__(self, index: Any, block: nn.Module) -> None:
@@ -213,18 +227,27 @@ class ReversibleBlocks(nn.Module):
         return cast(nn.ModuleDict, self.adapters[str(block)])
 
     @torch.compiler.disable(reason=_NOT_COMPILED)  # type: ignore[untyped-decorator]
-    def forward(self, hidden_states: Hidden, *args: Any, **kwargs: Any) -> Hidden:
+    def forward(
+        self,
+        hidden_states: Hidden,
+        *args: Any,
+        arguments_of_blocks: Sequence[BlockArguments] | None = None,
+        **kwargs: Any,
+    ) -> Hidden:
         """Run all blocks one after the other and return the read-out.
 
         Args:
             hidden_states: input of the lowest block, `batch seq hidden`.
-            *args: positional arguments that the model passes to every block.
-            **kwargs: keyword arguments that the model passes to every block.
+            *args: positional arguments of every block.
+            arguments_of_blocks: the arguments of each block, lowest first, in place of
+                `args` and `kwargs`.
+            **kwargs: keyword arguments of every block.
 
         Returns:
             The output of the stack, of the shape of `hidden_states`.
         """
-        stack, streams, couplings, finite = self.streams(hidden_states, *args, **kwargs)
+        every = arguments_of_blocks or self._for_all(args, kwargs)
+        stack, streams, couplings, finite = self._streams(hidden_states, every)
         fresh = fresh_stream(self.reversible.variant, couplings)
         if self.reversible.arithmetic == "fixed":
             return read_out(stack, streams, fresh, finite)
@@ -238,8 +261,8 @@ class ReversibleBlocks(nn.Module):
 
         Args:
             hidden_states: input of the lowest block, `batch seq hidden`.
-            *args: positional arguments that the model passes to every block.
-            **kwargs: keyword arguments that the model passes to every block.
+            *args: positional arguments of every block.
+            **kwargs: keyword arguments of every block.
 
         Returns:
             Both streams after the top block; the rebuilt stack; all couplings; and, for
@@ -250,30 +273,43 @@ class ReversibleBlocks(nn.Module):
                 bits cannot hold, or the call requests an unsupported output or
                 argument.
         """
+        return self._streams(hidden_states, self._for_all(args, kwargs))
+
+    def _run(self, hidden: Hidden, every: Sequence[BlockArguments]) -> Hidden:
+        output: Hidden = self(hidden, arguments_of_blocks=every)
+        return output
+
+    def _for_all(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[BlockArguments]:
+        return [BlockArguments(args, kwargs)] * self._num_blocks
+
+    def _streams(
+        self, hidden: Hidden, every: Sequence[BlockArguments]
+    ) -> tuple[Stack, Streams, list[Coupling], Tensor | None]:
         self._refuse_call()
-        call = self._by_name(hidden_states, args, kwargs)
+        calls = self._by_name(hidden, every)
         first, end = self.span
         blocks = self.blocks
-        hidden = hidden_states
-        for block in blocks[:first]:
+        for block, (args, kwargs) in zip(blocks[:first], every, strict=False):
             hidden = block(hidden, *args, **kwargs)
 
-        context, nested, others = take_apart(call)
+        context, arguments = take_apart(calls)
         seed = draw_seed() if self.training else None
-        cached = cache_of(others) is not None
+        cached = any(cache_of(call) is not None for call in calls)
         is_rerun = False
         while True:
             dtype = torch.int64 if cached else self.stream_dtype
             arithmetic = arithmetic_of(self.reversible, hidden, dtype)
             extremes = Extremes(arithmetic)
-            make = partial(self._stack, others, nested, arithmetic, seed)
+            make = partial(self._stack, arguments, arithmetic, seed)
             lower, upper = make(first, end), make(end, len(blocks))
             if (
                 torch.is_grad_enabled()
                 and self.backward_pass == "rebuild"
                 and not cached
             ):
-                check = self._check(arithmetic, call)
+                check = self._check(arithmetic, calls)
                 streams = run_rebuilt(
                     lower,
                     hidden,
@@ -304,33 +340,38 @@ class ReversibleBlocks(nn.Module):
 
     def _refuse_call(self) -> None:
         """Refuse unsupported changes to the blocks and unsupported contexts."""
-        refuse_func("a reversible model")
-        refuse_recording("how wide its streams are depends on the values of the batch")
+        _refuse_transforms()
         refuse_sharded(self)
         for index, block in enumerate(self.blocks[self.span[0] :], self.span[0]):
             refuse_what_would_not_run(self.family, block, f"block {index}")
 
     def _by_name(
-        self, hidden: Hidden, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Return a block's arguments by name, and refuse unsupported ones."""
+        self, hidden: Hidden, every: Sequence[BlockArguments]
+    ) -> list[dict[str, Any]]:
+        """Return the arguments of each block by name, and refuse unsupported ones."""
         if getattr(self, "_is_replica", False):
             raise UnsupportedCallError(
                 "`nn.DataParallel` is not supported: its replicas have no parameters, "
                 "so adapters would get no gradient. Start one process per device "
                 "(`torchrun`, `accelerate launch`)"
             )
-        call = by_name(_plain(self.blocks[0]), hidden, args, kwargs)
-        refuse_outputs(call, self._model_config)
+        calls = [
+            by_name(_plain(block), hidden, args, kwargs)
+            for block, (args, kwargs) in zip(self.blocks, every, strict=True)
+        ]
+        for call in calls:
+            refuse_outputs(call, self._model_config)
         if self.training and is_checkpointing(self):
             raise UnsupportedCallError(f"{CHECKPOINTING_IS_ON} before training")
         trains = self.training and torch.is_grad_enabled()
         if trains:
             self._warn_if_frozen()
-        refuse_empty_cache(call)
+        for call in calls:
+            refuse_empty_cache(call)
         if trains:
-            leave_cache_empty(call)
-        return call
+            for call in calls:
+                leave_cache_empty(call)
+        return calls
 
     def _warn_if_frozen(self) -> None:
         if not self._has_warned_of_frozen:
@@ -344,8 +385,7 @@ class ReversibleBlocks(nn.Module):
 
     def _stack(
         self,
-        call: Mapping[str, Any],
-        nested: Nested,
+        arguments: Sequence[Arguments],
         arithmetic: Arithmetic,
         seed: int | None,
         first: int,
@@ -361,14 +401,15 @@ class ReversibleBlocks(nn.Module):
             for index, block in enumerate(self.blocks[first:end], first)
         }
         return Stack(
-            couplings=list(couplings(options, self.family, blocks, call)),
+            couplings=list(couplings(options, self.family, blocks, arguments)),
             arithmetic=arithmetic,
             seed=seed,
             num_chunks=self.reversible.mlp_chunks,
-            nested=nested,
         )
 
-    def _check(self, arithmetic: Arithmetic, call: Mapping[str, Any]) -> RecomputeCheck:
+    def _check(
+        self, arithmetic: Arithmetic, calls: Sequence[Mapping[str, Any]]
+    ) -> RecomputeCheck:
         exact = isinstance(arithmetic, Fixed)
         probe = self.probe
         if probe is None and not exact and not self._first_step_is_over:
@@ -380,9 +421,15 @@ class ReversibleBlocks(nn.Module):
                     _warn_if_lost(self.reversible, probe, dtype)
 
             probe = InverseErrorProbe(when_done=report)
+        kinds = tuple(dict.fromkeys(map(kind_of, calls)))
         return RecomputeCheck(
-            exact, self._repeatable, kind_of(call), probe, outside=self._outside
+            exact, self._repeatable, kinds, probe, outside=self._outside
         )
+
+
+def _refuse_transforms() -> None:
+    refuse_func("a reversible model")
+    refuse_recording("how wide its streams are depends on the values of the batch")
 
 
 def _plain(block: nn.Module) -> type[nn.Module]:

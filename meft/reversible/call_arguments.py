@@ -1,17 +1,23 @@
-"""The arguments that a model's loop passes to every block of a stack.
+"""The arguments that a model's loop passes to the blocks of a stack.
 
 They are bound by name. Those that a stack cannot support are refused, and a cache is
-left empty in training, as a recompute would fill it again.
+left empty in training, as a recompute would fill it again. Tensors that require a
+gradient are taken out of the arguments (`take_apart`), because they have to be inputs
+of the stack's autograd function, and are put back when a block is run.
 """
 
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from meft.backbone.caches import cache_of, name_of_cache
 from meft.errors import UnsupportedCallError
+from meft.reversible.coupling import Context
 from meft.shapes import Hidden
 
 _LEFT_EMPTY = "_left_empty_by_a_reversible_model"
@@ -32,12 +38,16 @@ def by_name(
         args: the other positional arguments.
         kwargs: the keyword arguments.
     """
-    signature = inspect.signature(block.forward)
-    bound = signature.bind(None, hidden, *args, **kwargs).arguments
-    call = {**bound, **bound.pop("kwargs", {})}
-    call.pop("kwargs", None)
-    del call["self"], call["hidden_states"]
-    return call
+    bound = _signature(block.forward).bind(None, hidden, *args, **kwargs).arguments
+    _, _, *names = bound  # without the block and the hidden states
+    call: dict[str, Any] = {name: bound[name] for name in names}
+    others: dict[str, Any] = call.pop("kwargs", {})
+    return call | others
+
+
+@functools.cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 def refuse_outputs(call: dict[str, Any], model_config: Any) -> None:
@@ -92,6 +102,80 @@ def leave_cache_empty(call: dict[str, Any]) -> None:
     # transformers creates an empty cache unless `use_cache=False` is given.
     call[name] = None
     setattr(cache, _LEFT_EMPTY, True)
+
+
+class Arguments:
+    """The arguments of one block other than the hidden states.
+
+    Args:
+        call: the arguments by name.
+        names: names of the tensors that require a gradient, by their id; new ones are
+            added. A tensor that several blocks are given has one name.
+    """
+
+    def __init__(self, call: Mapping[str, Any], names: dict[int, str]) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._plain: dict[str, Any] = {}
+        self._in_parts: dict[str, _Parts] = {}
+        for name, value in call.items():
+            leaves, spec = [value], None
+            if isinstance(value, tuple | list | dict):
+                leaves, spec = tree_flatten(value)
+            wanted = [isinstance(t, Tensor) and t.requires_grad for t in leaves]
+            if not any(wanted):
+                self._plain[name] = value
+                continue
+            found = {i: leaves[i] for i, is_wanted in enumerate(wanted) if is_wanted}
+            known = {
+                i: names.setdefault(id(t), str(len(names))) for i, t in found.items()
+            }
+            self.tensors |= {known[i]: t for i, t in found.items()}
+            rest = [None if i in found else leaf for i, leaf in enumerate(leaves)]
+            self._in_parts[name] = _Parts(rest, known, spec)
+
+    def given(self, context: Context) -> dict[str, Any]:
+        """Return all arguments by name.
+
+        Args:
+            context: the tensors that require a gradient, by name.
+        """
+        return self._plain | {n: p.joined(context) for n, p in self._in_parts.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """An argument without its tensors that require a gradient."""
+
+    rest: list[Any]
+    """The leaves, with None in place of those tensors."""
+    names: Mapping[int, str]
+    """Names of those tensors, by the position of the leaf."""
+    spec: TreeSpec | None
+    """How leaves are nested; None if the argument is such a tensor itself."""
+
+    def joined(self, context: Context) -> Any:
+        """Return the whole argument."""
+        leaves = list(self.rest)
+        for index, name in self.names.items():
+            leaves[index] = context[name]
+        return leaves[0] if self.spec is None else tree_unflatten(leaves, self.spec)
+
+
+def take_apart(
+    calls: Sequence[Mapping[str, Any]],
+) -> tuple[dict[str, Tensor], list[Arguments]]:
+    """Separate the tensors that require a gradient from the arguments of blocks.
+
+    Args:
+        calls: the arguments of each block by name, lowest block first.
+
+    Returns:
+        Those tensors by name, each once, and the arguments of each block.
+    """
+    names: dict[int, str] = {}
+    arguments = [Arguments(call, names) for call in calls]
+    context = {n: tensor for a in arguments for n, tensor in a.tensors.items()}
+    return context, arguments
 
 
 def kind_of(call: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor, nn
 
 Function = Callable[..., Tensor]
-"""Maps a stream, and other inputs by name, to a tensor of the stream's shape."""
+"""Maps a stream to a tensor of its shape. That of a mixing part is given the `Context`
+too, as its second argument.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,24 +11,18 @@ computes with and which are not part of the autograd graph, and a carrier, which
 gradient's shape and dtype, and no storage.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from meft.reversible.coupling import Arithmetic, Context, Coupling
 from meft.reversible.execution_context import ExecutionContext
 from meft.reversible.extremes import Extremes
 from meft.reversible.rng import replayed
 from meft.shapes import Hidden
-
-Nested = Mapping[str, tuple[list[Any], TreeSpec]]
-"""Arguments that are tuples, lists or dicts containing tensors that require a gradient:
-the leaves, with None in place of those tensors, and the structure.
-"""
 
 
 class TrackedStream(NamedTuple):
@@ -60,8 +54,6 @@ class Stack:
     """Seed of the dropout masks; None in evaluation."""
     num_chunks: int
     """Number of parts in which the tokenwise part of a branch processes the tokens."""
-    nested: Nested = field(default_factory=dict)
-    """Arguments of the mixing part whose tensors are in the context."""
 
     @property
     def lowest(self) -> int:
@@ -83,7 +75,7 @@ class Stack:
         if part is None:
             return x
         with replayed(self.seed, coupling.number, 0, x.device):
-            return part.function(x, **_arguments(context, self.nested))
+            return part.function(x, context)
 
     def chunks(self, coupling: Coupling, mixed: Tensor) -> Sequence[Tensor]:
         """Split a tensor into the chunks to which the second half is applied in turn.
@@ -128,47 +120,6 @@ class Stack:
         chunks = self.chunks(coupling, self.mixed(coupling, x, context))
         outputs = [self.tokenwise(coupling, c, i) for i, c in enumerate(chunks)]
         return joined(outputs, x.shape)
-
-
-def take_apart(
-    call: Mapping[str, Any],
-) -> tuple[dict[str, Tensor], Nested, dict[str, Any]]:
-    """Separate the tensors that require a gradient from the arguments of a block.
-
-    Returns:
-        Those tensors by name, `name[i]` for leaf i of a tuple, list or dict; the rest
-        of these tuples, lists and dicts; and all other arguments.
-    """
-    context: dict[str, Tensor] = {}
-    nested: dict[str, tuple[list[Any], TreeSpec]] = {}
-    others: dict[str, Any] = {}
-    for name, value in call.items():
-        leaves, spec = [value], None
-        if isinstance(value, tuple | list | dict):
-            leaves, spec = tree_flatten(value)
-        wanted = [isinstance(t, Tensor) and t.requires_grad for t in leaves]
-        if not any(wanted):
-            others[name] = value
-        elif spec is None:
-            context[name] = value
-        else:
-            rest = list(leaves)
-            for index in (i for i, is_wanted in enumerate(wanted) if is_wanted):
-                context[f"{name}[{index}]"], rest[index] = leaves[index], None
-            nested[name] = rest, spec
-    return context, nested, others
-
-
-def _arguments(context: Context, nested: Nested) -> dict[str, Any]:
-    """Return the arguments that `take_apart` has removed from a call."""
-    whole = {
-        name: tree_unflatten(
-            [context.get(f"{name}[{i}]", leaf) for i, leaf in enumerate(rest)], spec
-        )
-        for name, (rest, spec) in nested.items()
-    }
-    direct = {n: tensor for n, tensor in context.items() if not n.endswith("]")}
-    return direct | whole
 
 
 def joined(chunks: Sequence[Tensor], shape: torch.Size) -> Tensor:

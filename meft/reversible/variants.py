@@ -16,14 +16,14 @@ is the fresh stream, which has just passed through a block.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from meft.backbone.family import Family
 from meft.backbone.parallel import with_parallel
 from meft.bottleneck import Bottleneck
-from meft.reversible.coupling import Branch, Coupling, Part
+from meft.reversible.call_arguments import Arguments
+from meft.reversible.coupling import Branch, Context, Coupling, Part
 
 SWAPS = {"meft1": True, "meft2": True, "meft3": False}
 
@@ -69,7 +69,7 @@ def couplings(
     options: CouplingOptions,
     family: Family,
     blocks: Mapping[int, tuple[nn.Module, nn.ModuleDict]],
-    call: Mapping[str, Any],
+    arguments: Sequence[Arguments],
 ) -> Iterator[Coupling]:
     """Yield two couplings per block, lowest first, or one if G has no adapter.
 
@@ -77,7 +77,7 @@ def couplings(
         options: variant, scales and form of the couplings.
         family: the structure of the blocks.
         blocks: block and adapters by the block's index in the model, lowest first.
-        call: the arguments that the model's loop passes to every block.
+        arguments: what the model's loop passes to each block of the model.
     """
     for position, (index, (block, adapters)) in enumerate(blocks.items()):
         swapped = SWAPS[options.variant] and index % 2 == 1
@@ -88,7 +88,12 @@ def couplings(
             yield Coupling(
                 target=side ^ swapped,
                 branch=_branch(
-                    options.variant, side, family, block, adapters[name], call
+                    options.variant,
+                    side,
+                    family,
+                    block,
+                    adapters[name],
+                    arguments[index],
                 ),
                 scale=options.scales[side],
                 difference=options.difference and holds_block,
@@ -114,10 +119,13 @@ def _branch(
     family: Family,
     block: nn.Module,
     adapter: nn.Module,
-    call: Mapping[str, Any],
+    arguments: Arguments,
 ) -> Branch:
     def attention(inside: nn.Module | None) -> Part:
-        function = partial(family.attention_half, block, adapter=inside, **call)
+        def function(hidden: Tensor, context: Context) -> Tensor:
+            call = arguments.given(context)
+            return family.attention_half(block, hidden, inside, **call)
+
         modules = (block,) if inside is None else (block, inside)
         return Part(function, modules)
 

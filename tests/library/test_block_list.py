@@ -4,6 +4,7 @@ The loop in the model's own `forward` runs the whole stack. Every other loop has
 original blocks, to freeze them or to look at them, and cannot run them one by one.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -105,31 +106,157 @@ def test_code_that_freezes_may_be_called_by_a_forward() -> None:
     assert frozen_blocks(step.model) == [0, 1]
 
 
+class Around(nn.Module):
+    """A model of one's own with a loop over the blocks of a stack."""
+
+    def __init__(self, stack: nn.Module, loop: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stack, self.loop = stack, loop
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        # The loop itself has to be in a `forward`, so this calls one of that name.
+        return self.loop(self.stack, hidden)
+
+
 @cases("Model")
-def test_own_loops_run_the_stack_or_are_refused(case: Case) -> None:
-    """A loop in the `forward` of another module runs the whole stack, once. A loop over
-    indices would run blocks without adapters, and so would a helper's: refused."""
+def test_loops_outside_of_a_forward_cannot_call_blocks(case: Case) -> None:
+    """They would run without adapters, as a loop over indices would."""
     model = family_model(case).eval()
     expected = objective(model(**case.batch()))
-    seen = []
-
-    class Around(nn.Module):
-        def __init__(self, stack: nn.Module) -> None:
-            super().__init__()
-            self.stack = stack
-
-        def forward(self) -> None:
-            stack: Any = self.stack
-            seen.extend(list(stack) + list(stack[:]) + list(stack[: len(stack)]))
-
     for stack in find_stacks(model).values():
-        Around(stack)()
-        assert seen == [stack] * 3
-        seen.clear()
         for block in stack:
             with pytest.raises(meft.UnsupportedCallError, match="called by itself"):
                 block(torch.zeros(1, 1, 16))
     assert torch.equal(objective(model(**case.batch())), expected)
+
+
+def _encoder() -> tuple[Any, Tensor]:
+    """A stack of BERT's blocks and hidden states for it."""
+    stack: Any = layers(reversible(DEPTH, variant="meft1").eval())
+    return stack, torch.randn(2, 3, 16)
+
+
+def test_a_loop_of_ones_own_runs_the_stack() -> None:
+    """A loop that passes on what each block returns gives the output of the stack,
+    over the list, a slice of all of it, or pairs with something else."""
+
+    def forward(stack: Any, hidden: Tensor) -> Tensor:
+        for block in stack:
+            hidden = block(hidden)
+        for _, block in enumerate(stack[: len(stack)]):
+            hidden = block(hidden_states=hidden)
+        for block, _ in zip(stack[:], range(DEPTH), strict=True):
+            hidden = block(hidden)
+        return hidden
+
+    stack, hidden = _encoder()
+    assert torch.equal(Around(stack, forward)(hidden), stack(stack(stack(hidden))))
+
+
+def test_a_stand_in_has_the_attributes_of_its_block() -> None:
+    """To read, as a loop that asks a block for its kind of attention does, and to
+    write, as one that freezes does."""
+
+    def forward(stack: Any, hidden: Tensor) -> Tensor:
+        for index, block in enumerate(stack):
+            assert block.attention is stack.blocks[index].attention
+            block.was_seen = index
+            if index == 1:
+                block.requires_grad_(True)
+        return hidden
+
+    stack, hidden = _encoder()
+    Around(stack, forward)(hidden)
+    assert [block.was_seen for block in stack.blocks] == [0, 1, 2]
+    trained = [any(p.requires_grad for p in b.parameters()) for b in stack.blocks]
+    assert trained == [False, True, False]
+
+
+def _with(change: Callable[[Tensor], Any]) -> Callable[[Any, Tensor], Tensor]:
+    def forward(stack: Any, hidden: Tensor) -> Tensor:
+        for index, block in enumerate(stack):
+            hidden = block(hidden)
+            if index == 0:
+                changed = change(hidden)
+                hidden = changed if isinstance(changed, Tensor) else hidden
+        return hidden
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda hidden: hidden + 1,
+        lambda hidden: hidden.add_(1),
+        lambda hidden: hidden[:, :1],
+        lambda hidden: nn.functional.dropout(hidden, 0.1, training=True),
+        lambda hidden: hidden.detach(),
+        lambda hidden: bool(hidden.isnan().any()),
+        lambda hidden: hidden.to(torch.float64),
+        lambda hidden: torch.cat([torch.zeros(2, 1, 16), hidden], dim=1),
+        lambda hidden: torch.randn(2, 3, 16),
+    ],
+)
+def test_work_between_two_blocks_is_refused(change: Callable[[Tensor], Any]) -> None:
+    """Reading, changing and replacing hidden states: there are none."""
+    stack, hidden = _encoder()
+    with pytest.raises(meft.UnsupportedCallError, match="runs all its blocks as one"):
+        Around(stack, _with(change))(hidden)
+    assert torch.isfinite(stack(hidden)).all()
+
+
+def test_what_leaves_hidden_states_alone_is_allowed() -> None:
+    """Their shape, dtype and device are known."""
+    seen: list[Any] = []
+
+    def look(hidden: Tensor) -> None:
+        seen.append((hidden.shape, hidden.dtype, hidden.device.type))
+        seen.append(hidden.to("cpu") is hidden.contiguous())
+
+    stack, hidden = _encoder()
+    assert torch.equal(Around(stack, _with(look))(hidden), stack(hidden))
+    assert seen == [((2, 3, 16), torch.float32, "cpu"), True]
+
+
+@pytest.mark.parametrize("how", ["left out", "out of order", "twice", "early exit"])
+def test_a_loop_over_some_blocks_is_refused(how: str) -> None:
+    """An early exit leaves hidden states without values, which nothing can use."""
+    orders = {
+        "left out": [0, 2],
+        "out of order": [0, 2, 1],
+        "twice": [0, 1, 1, 2],
+        "early exit": [0, 1],
+    }
+
+    def forward(stack: Any, hidden: Tensor) -> Tensor:
+        blocks = list(stack)
+        for index in orders[how]:
+            hidden = blocks[index](hidden)
+        return hidden + 0  # as the norm that follows
+
+    stack, hidden = _encoder()
+    with pytest.raises(meft.UnsupportedCallError, match="runs all its blocks as one"):
+        Around(stack, forward)(hidden)
+
+
+def test_the_input_of_a_stack_is_not_kept_by_its_loop() -> None:
+    """The loop of a model would otherwise hold it until the loop has run."""
+    freed = []
+
+    def forward(stack: Any, hidden: Tensor) -> Tensor:
+        hidden = hidden + 1
+        given = weakref.ref(hidden)
+        blocks = list(stack)
+        for block in blocks:
+            hidden = block(hidden)
+        freed.append(given() is None)
+        return hidden
+
+    stack, hidden = _encoder()
+    with torch.no_grad():
+        Around(stack, forward)(hidden)
+    assert freed == [True]
 
 
 @pytest.mark.parametrize("how", ["shortened", "rebuilt", "config"])

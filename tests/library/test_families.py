@@ -319,9 +319,12 @@ def test_what_a_stack_keeps(case: Case, variant: str, depth: int) -> None:
     # The last block of MEFT1 has no second step.
     num_steps = 2 * depth - (variant == "meft1")
     for stack, args, kwargs in list(calls):
-        kwargs = {**kwargs, FIELD: None}  # not the one that was left empty
-        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        (hidden,), every = args, kwargs["arguments_of_blocks"]
+        # Not the cache that was left empty.
+        every = [a._replace(kwargs={**a.kwargs, FIELD: None}) for a in every]
+        given = [hidden, *every[0].args, *every[0].kwargs.values()]
+        given = [t for t in given if isinstance(t, Tensor)]
         with saved_bytes([*model.parameters(), *given]) as counter:
-            out = stack(*args, **kwargs)
+            out = stack(hidden, arguments_of_blocks=every)
         kept = num_kept * packed_bytes(out.numel(), 3)
         assert counter.total == 2 * 4 * out.numel() + kept + 8 * num_steps
