@@ -62,6 +62,16 @@ def refuse_recording(reason: str) -> None:
         )
 
 
+def is_recording() -> bool:
+    """Return whether operations are recorded or transformed instead of computed."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.compiler.is_exporting()
+        or bool(torch._C._is_tracing())
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 def in_backward() -> bool:
     """Return whether autograd is running a backward in this thread."""
     return bool(torch._C._current_graph_task_id() != -1)

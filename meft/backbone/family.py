@@ -6,7 +6,7 @@ not import the code of every model.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,6 +49,16 @@ class CausalLM:
     """
 
 
+def no_reason(block: Any) -> str | None:
+    """Refuse no block."""
+    return None
+
+
+def the_first(block: Any) -> int:
+    """Choose the first of several layouts."""
+    return 0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
     """The structure of the blocks of one class, and of the models that have them."""
@@ -61,9 +71,11 @@ class Family:
     """Position in lists, such as those of error messages."""
     block: str
     """Name of the class of the blocks, `BertLayer`."""
-    layout: Callable[[Any], Layout]
-    """The halves of a block of this class, which may depend on its attributes."""
-    refuse: Callable[[Any], str | None] = lambda block: None
+    layouts: tuple[Layout, ...]
+    """The halves of a block of this class, for each form that it has."""
+    choose: Callable[[Any], int] = the_first
+    """Which of `layouts` a block has, which may depend on its attributes."""
+    refuse: Callable[[Any], str | None] = no_reason
     """Reason why this block cannot be run in halves; None if it can."""
     new_heads: tuple[str, ...]
     """Attributes of transformers' models that hold a task head without pre-trained
@@ -79,16 +91,48 @@ class Family:
     """
     causal_lm: CausalLM | None = None
     """The causal language model whose loss can be chunked (`meft.chunk_loss`)."""
+    defined_in: str = ""
+    """Name of the module with the class of the blocks, if it is not the one of
+    transformers that `model_type` implies.
+    """
+    is_guess: bool = False
+    """Whether the class of the blocks is not listed, and `layouts` are those with
+    modules of the same names, of which none may be right (`meft.backbone.proof`).
+    """
 
     @property
     def module(self) -> str:
-        """Name of the module of transformers that has the class of the blocks."""
-        return module_of(self.model_type)
+        """Name of the module that has the class of the blocks."""
+        return self.defined_in or module_of(self.model_type)
 
     def has(self, block: object) -> bool:
         """Return whether a module is one of the blocks, or of a class derived."""
         names = [(kind.__module__, kind.__qualname__) for kind in type(block).__mro__]
         return (self.module, self.block) in names
+
+    def layout(self, block: Any) -> Layout:
+        """Return the halves of a block."""
+        return self.layouts[self.choose(block)]
+
+    def with_layout(self, layout: Layout) -> "Family":
+        """Return this family with a layout that has been compared with a block."""
+        return replace(self, layouts=(layout,), choose=the_first, is_guess=False)
+
+    def whole(
+        self, block: Any, hidden: Hidden, adapter: Adapter | None = None, **call: Any
+    ) -> Hidden:
+        """Run both halves of a block (`Layout.whole`).
+
+        Args:
+            block: the block.
+            hidden: `batch seq hidden`.
+            adapter: runs in parallel with the position-wise layers, if given.
+            **call: the other arguments that the model's loop passes to the block.
+
+        Returns:
+            The result, of the shape of `hidden`.
+        """
+        return self.layout(block).whole(block, hidden, call, adapter)
 
     def attention_half(
         self, block: Any, hidden: Hidden, adapter: Adapter | None = None, **call: Any

@@ -6,18 +6,16 @@ family.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
 from meft.backbone.families import FAMILIES, family_of
 from meft.backbone.family import Family
+from meft.backbone.unlisted import family_for, nearest, refuse_missing
 from meft.errors import UnsupportedCallError, UnsupportedModelError
 
-_TRANSFORMERS = Path(transformers.__file__).parent
 _DROPS_BLOCKS = (
     "its loop drops whole blocks at random (`layerdrop` above 0), which a stack that "
     "runs as one cannot do"
@@ -51,9 +49,7 @@ def find_blocks(model: nn.Module) -> list[BlockList]:
     for path, owner in model.named_modules():
         for attribute, child in owner.named_children():
             blocks = list(child) if isinstance(child, nn.ModuleList) else []
-            # A block with a parallel adapter has its own class.
-            kind = getattr(blocks[0], "plain", type(blocks[0])) if blocks else None
-            family = family_of(kind) if kind else None
+            family = family_for(blocks[0]) if blocks else None
             if family is None:
                 continue
             name = f"{path}.{attribute}".lstrip(".")
@@ -74,11 +70,19 @@ def find_blocks(model: nn.Module) -> list[BlockList]:
         names = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
         raise UnsupportedModelError(
             f"{type(model).__name__} is not supported: it has no blocks of a known "
-            f"family. Supported are transformers' {names}, with any head; a "
-            "family is added by a file in `meft/backbone/families` (CONTRIBUTING.md, "
-            "'Adding something')"
+            f"family{_nearest(model)}. Supported are transformers' {names}, with any "
+            "head, and models whose blocks have the same structure under the same "
+            "names. `meft.register_family` describes the blocks of another model"
         )
     return found
+
+
+def _nearest(model: nn.Module) -> str:
+    """Describe what the blocks of a model lack, as a part of a sentence."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    sizes = {id(m): sum(p.numel() for p in m.parameters()) for m in lists}
+    largest = max(lists, key=lambda m: sizes[id(m)], default=None)
+    return f" ({nearest(largest[0])})" if largest is not None else ""
 
 
 def transformers_model(model: nn.Module) -> nn.Module:
@@ -119,28 +123,6 @@ def _refuse_compiled(model: nn.Module) -> None:
             )
 
 
-def _other_forward(family: Family, index: int, block: nn.Module) -> str | None:
-    """Return a reason if a block's class computes something else than the family's."""
-    kind = getattr(block, "plain", type(block))
-    if family_of(kind) is not family:
-        return f"block {index} of a list is a {kind.__name__}, not a {family.block}"
-    function: Any = vars(kind).get("forward")
-    while function is not None:
-        code = getattr(function, "__code__", None)
-        if code is not None and not _is_of_transformers(code.co_filename):
-            return (
-                f"the `forward` of the class {kind.__name__} was replaced (by "
-                f"{code.co_filename}:{code.co_firstlineno}), and blocks that run in "
-                "parts would not call it: convert the model without that patch"
-            )
-        function = getattr(function, "__wrapped__", None)
-    return None
-
-
-def _is_of_transformers(filename: str) -> bool:
-    return Path(filename).is_relative_to(_TRANSFORMERS)
-
-
 def _config_of(model: nn.Module, path: str) -> Any:
     """Return the config of the innermost module around `path` that has one."""
     parts = path.split(".") if path else []
@@ -158,10 +140,16 @@ def _refuse(
     blocks: list[nn.Module],
     config: Any,
 ) -> None:
-    reasons = [_other_forward(family, i, block) for i, block in enumerate(blocks)]
+    reasons: list[str | None] = [
+        f"block {i} of a list is a {type(block).__name__}, not a {family.block}"
+        for i, block in enumerate(blocks)
+        if family_for(block) != family
+    ]
     reasons += [family.refuse(block) for block in blocks]
     if cast(float, getattr(owner, "layerdrop", 0.0)) > 0:
         reasons.append(f"{_DROPS_BLOCKS}: set it to 0 in the config")
+    for block in blocks:
+        refuse_missing(family, block)
     reason = next((reason for reason in reasons if reason), None)
     if reason is not None:
         raise UnsupportedModelError(

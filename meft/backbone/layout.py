@@ -11,6 +11,10 @@ with the probability `block.name`, and `*name` a product with the number `block.
     Half("", "fc1 activation_fn ~activation_dropout fc2 ~dropout", "final_layer_norm")
                                                                 feed-forward of BART
 
+In a parallel block both halves read the input of the block:
+
+    block(x) = x + attention chain(before(x)) + mlp chain(before(x))
+
 Adapters are placed as in the paper (Liao et al., NeurIPS 2023, and their code): that of
 attention is sequential with its own skip connection, at the end of the chain; that of
 the feed-forward runs in parallel with the chain, on the same input.
@@ -19,7 +23,7 @@ the feed-forward runs in parallel with the chain, on the same input.
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,11 +65,17 @@ class Layout:
         mlp: the position-wise layers.
         cross: attention to an encoder, which belongs to the half that mixes tokens; in
             blocks that are given no encoder's output it is left out.
+        is_parallel: whether both halves read the input of the block.
+        returns: the number of values in the tuple that a block returns, of which the
+            first is the hidden states and the others are None; 0 if it returns no
+            tuple.
     """
 
     attention: Half
     mlp: Half
     cross: Half | None = None
+    is_parallel: bool = False
+    returns: int = 0
 
     @property
     def is_post_norm(self) -> bool:
@@ -78,13 +88,7 @@ class Layout:
 
         They are never called themselves.
         """
-        halves = [half for half in (self.attention, self.cross, self.mlp) if half]
-        steps = [
-            step.lstrip("~*")
-            for half in halves
-            for step in (half.before, *half.chain.split(), half.outside)
-        ]
-        owners = [step.split(".")[:-1] for step in steps]
+        owners = [name.split(".")[:-1] for name in self.modules]
         found = (
             ".".join(owner[:end])
             for owner in owners
@@ -93,9 +97,41 @@ class Layout:
         return tuple(dict.fromkeys(found))
 
     @property
+    def modules(self) -> list[str]:
+        """Names of the modules that the halves call."""
+        return [step for step in self._steps if step[0] not in "~*"]
+
+    @property
+    def _steps(self) -> list[str]:
+        halves = [half for half in (self.attention, self.cross, self.mlp) if half]
+        steps = [s for h in halves for s in (h.before, *h.chain.split(), h.outside)]
+        return [step for step in steps if step]
+
+    def missing(self, block: nn.Module) -> list[str]:
+        """Return the names of modules and numbers that a block does not have.
+
+        Those of cross-attention are not needed.
+        """
+        return [n for n in replace(self, cross=None)._steps if not _has(block, n)]
+
+    def unused(self, block: nn.Module) -> list[str]:
+        """Return the names of modules with parameters that the halves do not call."""
+        starts = {name.split(".")[0] for name in self.modules}
+        return [
+            name
+            for name, child in block.named_children()
+            if name not in starts and any(True for _ in child.parameters())
+        ]
+
+    @property
     def norm(self) -> str:
         """Name of a norm in the block, whose weight is as wide as the stream."""
         return self.mlp.before or self.mlp.outside or self.mlp.chain.split()[-1]
+
+    def returned(self, hidden: Hidden) -> Any:
+        """Return what a block returns that has computed these hidden states."""
+        rest = [None] * (self.returns - 1)
+        return (hidden, *rest) if self.returns else hidden
 
     def attention_half(
         self, block: nn.Module, hidden: Hidden, adapter: Adapter | None, call: Any
@@ -139,9 +175,35 @@ class Layout:
             adapter: runs on the input of the chain, if given.
 
         Returns:
-            The result, of the shape of `hidden`.
+            The result, of the shape of `hidden`. That of a parallel block does not
+            contain `hidden`, and has to be added to that of the other half.
         """
+        if self.is_parallel:
+            return _update(self.mlp, block, hidden, {}, parallel=adapter)
         return _run(self.mlp, block, hidden, {}, parallel=adapter)
+
+    def whole(
+        self,
+        block: nn.Module,
+        hidden: Hidden,
+        call: Mapping[str, Any],
+        parallel: Adapter | None = None,
+    ) -> Hidden:
+        """Run both halves.
+
+        Args:
+            block: the block.
+            hidden: `batch seq hidden`.
+            call: the arguments other than the hidden states, by name.
+            parallel: an adapter in parallel with the chain of the feed-forward.
+
+        Returns:
+            The hidden states that the block returns, of the shape of `hidden`.
+        """
+        mixed = self.attention_half(block, hidden, None, call)
+        if self.is_parallel:
+            return mixed + self.mlp_half(block, hidden, parallel)
+        return self.mlp_half(block, mixed, parallel)
 
 
 def _run(
@@ -152,7 +214,20 @@ def _run(
     after: Adapter | None = None,
     parallel: Adapter | None = None,
 ) -> Hidden:
-    """Compute one half.
+    """Compute one half; arguments are those of `_update`."""
+    summed: Tensor = hidden + _update(half, block, hidden, call, after, parallel)
+    return block.get_submodule(half.outside)(summed) if half.outside else summed
+
+
+def _update(
+    half: Half,
+    block: nn.Module,
+    hidden: Hidden,
+    call: Mapping[str, Any],
+    after: Adapter | None = None,
+    parallel: Adapter | None = None,
+) -> Hidden:
+    """Compute what one half adds to the hidden states.
 
     Args:
         half: its description.
@@ -179,8 +254,16 @@ def _run(
         update = update + after(update)
     if parallel is not None:
         update = update + parallel(inner)
-    summed: Tensor = hidden + update
-    return block.get_submodule(half.outside)(summed) if half.outside else summed
+    return update
+
+
+def _has(block: nn.Module, step: str) -> bool:
+    """Return whether a block has the module or number that a step of a half names."""
+    *path, last = step.lstrip("~*").split(".")
+    owner: Any = block
+    for name in path:
+        owner = getattr(owner, name, None)
+    return getattr(owner, last, None) is not None
 
 
 def _step(block: nn.Module, step: str, hidden: Tensor) -> Tensor:

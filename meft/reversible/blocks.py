@@ -27,9 +27,11 @@ from typing import Any, cast, no_type_check
 import torch
 from torch import Tensor, nn
 
+from meft.backbone.block_call import by_name
 from meft.backbone.caches import cache_of
 from meft.backbone.family import Family
 from meft.backbone.find import is_checkpointing
+from meft.backbone.proof import Proven, prove
 from meft.backbone.uncalled import (
     refuse_calls,
     refuse_sharded,
@@ -44,7 +46,6 @@ from meft.errors import (
 from meft.reversible.arithmetic import arithmetic_of, too_large
 from meft.reversible.call_arguments import (
     Arguments,
-    by_name,
     kind_of,
     leave_cache_empty,
     refuse_empty_cache,
@@ -139,6 +140,8 @@ class ReversibleBlocks(nn.Module):
         running the first such forward twice.
         """
         self._num_blocks = len(blocks)
+        self._described = family
+        self._proven: Proven = {}
         self._repeatable: Repeatable = {}
         self._outside: Outside = {}
         self._first_step_is_over = False
@@ -154,6 +157,7 @@ class ReversibleBlocks(nn.Module):
         """
         return {
             **self.__dict__,
+            "_proven": {},
             "_repeatable": {},
             "_outside": {},
             "probe": None,
@@ -197,7 +201,7 @@ class ReversibleBlocks(nn.Module):
         """Return what a loop in a `forward` iterates over."""
         if not torch.compiler.is_compiling():
             _refuse_transforms()
-            return list(stand_ins(self.blocks, self._run))
+            return list(stand_ins(self.blocks, self._run, self._returned))
         # Every stand-in would be a graph break.
         kinds = list(
             dict.fromkeys(getattr(self._model_config, "layer_types", ()) or ())
@@ -224,7 +228,8 @@ class ReversibleBlocks(nn.Module):
 
     def adapters_of(self, block: int) -> nn.ModuleDict:
         """Return the adapters of block number `block`, which is `span[0]` or higher."""
-        return cast(nn.ModuleDict, self.adapters[str(block)])
+        found = self.adapters[str(block)] if str(block) in self.adapters else None
+        return nn.ModuleDict() if found is None else cast(nn.ModuleDict, found)
 
     @torch.compiler.disable(reason=_NOT_COMPILED)  # type: ignore[untyped-decorator]
     def forward(
@@ -248,7 +253,7 @@ class ReversibleBlocks(nn.Module):
         """
         every = arguments_of_blocks or self._for_all(args, kwargs)
         stack, streams, couplings, finite = self._streams(hidden_states, every)
-        fresh = fresh_stream(self.reversible.variant, couplings)
+        fresh = fresh_stream(couplings)
         if self.reversible.arithmetic == "fixed":
             return read_out(stack, streams, fresh, finite)
         is_post_norm = self.family.layout(self.blocks[-1]).is_post_norm
@@ -279,6 +284,9 @@ class ReversibleBlocks(nn.Module):
         output: Hidden = self(hidden, arguments_of_blocks=every)
         return output
 
+    def _returned(self, block: nn.Module, hidden: Hidden) -> Any:
+        return self.family.layout(block).returned(hidden)
+
     def _for_all(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[BlockArguments]:
@@ -293,6 +301,7 @@ class ReversibleBlocks(nn.Module):
         blocks = self.blocks
         for block, (args, kwargs) in zip(blocks[:first], every, strict=False):
             hidden = block(hidden, *args, **kwargs)
+        self._prove(hidden, calls)
 
         context, arguments = take_apart(calls)
         seed = draw_seed() if self.training else None
@@ -338,6 +347,25 @@ class ReversibleBlocks(nn.Module):
             del streams
             self.stream_dtype = torch.int64
 
+    def _prove(self, hidden: Hidden, calls: Sequence[Mapping[str, Any]]) -> None:
+        """Compare blocks with their own forwards, once for those that are alike.
+
+        Args:
+            hidden: input of the lowest block in the span, `batch seq hidden`.
+            calls: the arguments of all blocks.
+        """
+        for index, block in list(enumerate(self.blocks))[self.span[0] :]:
+            plain = _plain(block)
+            self.family = prove(
+                self._proven,
+                self._described,
+                block,
+                plain,
+                hidden,
+                calls[index],
+                f"block {index}",
+            )
+
     def _refuse_call(self) -> None:
         """Refuse unsupported changes to the blocks and unsupported contexts."""
         _refuse_transforms()
@@ -356,7 +384,7 @@ class ReversibleBlocks(nn.Module):
                 "(`torchrun`, `accelerate launch`)"
             )
         calls = [
-            by_name(_plain(block), hidden, args, kwargs)
+            by_name(_plain(block), (hidden, *args), kwargs)[1]
             for block, (args, kwargs) in zip(self.blocks, every, strict=True)
         ]
         for call in calls:

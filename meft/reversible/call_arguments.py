@@ -1,53 +1,24 @@
 """The arguments that a model's loop passes to the blocks of a stack.
 
-They are bound by name. Those that a stack cannot support are refused, and a cache is
-left empty in training, as a recompute would fill it again. Tensors that require a
-gradient are taken out of the arguments (`take_apart`), because they have to be inputs
-of the stack's autograd function, and are put back when a block is run.
+Those that a stack cannot support are refused, and a cache is left empty in training, as
+a recompute would fill it again. Tensors that require a gradient are taken out of the
+arguments (`take_apart`), because they have to be inputs of the stack's autograd
+function, and are put back when a block is run.
 """
 
-import functools
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from meft.backbone.caches import cache_of, name_of_cache
 from meft.errors import UnsupportedCallError
 from meft.reversible.coupling import Context
-from meft.shapes import Hidden
 
 _LEFT_EMPTY = "_left_empty_by_a_reversible_model"
 """Attribute set on a cache that was passed to a training forward and not filled."""
-
-
-def by_name(
-    block: type[nn.Module],
-    hidden: Hidden,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return the arguments of a block other than the hidden states, by name.
-
-    Args:
-        block: the class of the blocks.
-        hidden: the hidden states, `batch seq hidden`.
-        args: the other positional arguments.
-        kwargs: the keyword arguments.
-    """
-    bound = _signature(block.forward).bind(None, hidden, *args, **kwargs).arguments
-    _, _, *names = bound  # without the block and the hidden states
-    call: dict[str, Any] = {name: bound[name] for name in names}
-    others: dict[str, Any] = call.pop("kwargs", {})
-    return call | others
-
-
-@functools.cache
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(function)
 
 
 def refuse_outputs(call: dict[str, Any], model_config: Any) -> None:

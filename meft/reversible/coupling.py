@@ -43,6 +43,8 @@ class Part:
 class Branch:
     """F or G, which computes tokenwise(mixing(s)). Either part may be missing.
 
+    For parallel blocks (`is_sum`) it computes mixing(s) + tokenwise(s) instead.
+
     The mixing part (attention) reads whole sequences and may read tensors in addition
     to the stream. The tokenwise part is applied to each token independently, so it can
     run in chunks.
@@ -50,6 +52,8 @@ class Branch:
 
     mixing: Part | None = None
     tokenwise: Part | None = None
+    is_sum: bool = False
+    """Whether both parts read the stream, and are added; then both are given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +71,8 @@ class Coupling:
     """Number of the coupling in the model; its random numbers depend on it."""
     starts: bool = False
     """Whether this is the first coupling of the stack, where both streams are equal."""
+    holds_block: bool = True
+    """Whether the branch contains a piece of the backbone."""
 
 
 @runtime_checkable

@@ -20,6 +20,9 @@ class Mixed(NamedTuple):
     pull: Pull | None
     """Pull through the mixing part; None if the branch has no such part."""
     gradient: Tensor
+    """Gradient of the output of the mixing part."""
+    direct: Tensor | None = None
+    """Gradient of the input through the tokenwise part, if that reads the input."""
 
 
 def recompute_branch(
@@ -63,10 +66,13 @@ def recompute_branch(
     outputs: list[Tensor] = []
     pulled: list[Tensor | None] = []
     # The order is from the last chunk to the first, as autograd does for the twin.
-    chunks = stack.chunks(coupling, mixed.detach())
+    is_sum = coupling.branch.is_sum
+    read = (x if is_sum else mixed).detach()
+    wants_read = wants_x if is_sum else mixed.requires_grad
+    chunks = stack.chunks(coupling, read)
     slices = stack.chunks(coupling, dy)
     for index in reversed(range(len(chunks))):
-        chunk = chunks[index].detach().requires_grad_(mixed.requires_grad)
+        chunk = chunks[index].detach().requires_grad_(wants_read)
         with call.recomputing():
             output = stack.tokenwise(coupling, chunk, index)
         call.refuse_outside(coupling, output, [chunk, *own])
@@ -75,11 +81,12 @@ def recompute_branch(
         outputs.insert(0, output.detach())
         del output, chunk_pull
     value = twin.joined(outputs, x.shape)
-    if not mixed.requires_grad:
-        return value, None
     d_chunks = [d for d in pulled if d is not None]
-    gradient = twin.joined(d_chunks, mixed.shape)
-    return value, Mixed(pull, gradient)
+    d_read = twin.joined(d_chunks, x.shape) if wants_read else None
+    if is_sum:
+        value = mixed.detach() + value
+        return value, Mixed(pull, dy, direct=d_read)
+    return value, None if d_read is None else Mixed(pull, d_read)
 
 
 def pull_mixed(mixed: Mixed | None, x: Tensor, gradients: Gradients) -> Tensor | None:
@@ -97,7 +104,8 @@ def pull_mixed(mixed: Mixed | None, x: Tensor, gradients: Gradients) -> Tensor |
         return None
     if mixed.pull is None:
         return mixed.gradient
-    return gradients.pull(mixed.pull, x, [mixed.gradient])
+    pulled = gradients.pull(mixed.pull, x, [mixed.gradient])
+    return twin.added(mixed.direct, pulled)
 
 
 def _prepare_mixed(

@@ -256,14 +256,16 @@ def _graded(
         mixed = stack.mixed(coupling, start, context)
         own = [start, *context.values(), *own]
         leaves = leaves_of(mixed, own, coupling.block, oldest)
-        wants_mixed = mixed.requires_grad
+        is_sum = coupling.branch.is_sum
+        read, wants = (x, wants_input) if is_sum else (mixed, mixed.requires_grad)
         outputs = []
-        for index, chunk in enumerate(stack.chunks(coupling, mixed.detach())):
-            chunk = exits.entrance(chunk, wants_mixed)
+        for index, chunk in enumerate(stack.chunks(coupling, read.detach())):
+            chunk = exits.entrance(chunk, wants)
             output = stack.tokenwise(coupling, chunk, index)
             leaves += leaves_of(output, [chunk, *own], coupling.block, oldest)
             outputs.append(output.detach())
-    return joined(outputs, x.shape), leaves
+        value = joined(outputs, x.shape)
+    return mixed.detach() + value if is_sum else value, leaves
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -30,6 +30,8 @@ class BlockArguments(NamedTuple):
 
 Run = Callable[[Hidden, Sequence[BlockArguments]], Hidden]
 """Runs a stack: hidden states and the arguments of every block to hidden states."""
+Returned = Callable[[nn.Module, Hidden], Any]
+"""Puts hidden states into the form in which a block returns them."""
 
 
 class HiddenBetween(Tensor):
@@ -78,6 +80,7 @@ class StandIn:
         blocks: all blocks of the stack, lowest first.
         index: the block that it stands for.
         run: runs the stack.
+        returned: what a block returns that has computed given hidden states.
         recorded: what the stand-ins of one loop share.
     """
 
@@ -86,9 +89,16 @@ class StandIn:
         blocks: Sequence[nn.Module],
         index: int,
         run: Run,
+        returned: Returned,
         recorded: "_Recorded",
     ) -> None:
-        vars(self).update(_blocks=blocks, _index=index, _run=run, _recorded=recorded)
+        vars(self).update(
+            _blocks=blocks,
+            _index=index,
+            _run=run,
+            _returned=returned,
+            _recorded=recorded,
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_blocks"][self._index], name)
@@ -99,7 +109,7 @@ class StandIn:
     def __repr__(self) -> str:
         return f"StandIn({self._blocks[self._index]!r})"
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Hidden:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Record the arguments; the last stand-in runs the stack.
 
         Args:
@@ -107,7 +117,8 @@ class StandIn:
             **kwargs: its keyword arguments.
 
         Returns:
-            Hidden states without values, or the output of the stack.
+            Hidden states without values, or the output of the stack; in a tuple, if the
+            block returns one.
 
         Raises:
             UnsupportedCallError: the loop leaves blocks out, runs them in another
@@ -120,14 +131,12 @@ class StandIn:
         else:
             recorded.refuse_other(hidden, index)
         recorded.arguments.append(arguments)
+        block = self._blocks[index]
         if index < last:
-            between: Hidden = recorded.between(
-                f"between blocks {index} and {index + 1}"
-            )
-            return between
+            place = f"between blocks {index} and {index + 1}"
+            return self._returned(block, recorded.between(place))
         del args, hidden  # the stack alone decides how long its input is kept
-        output: Hidden = self._run(*recorded.taken())
-        return output
+        return self._returned(block, self._run(*recorded.taken()))
 
 
 class _Recorded:
@@ -176,15 +185,19 @@ class _Recorded:
         return hidden, arguments
 
 
-def stand_ins(blocks: Sequence[nn.Module], run: Run) -> list[StandIn]:
+def stand_ins(
+    blocks: Sequence[nn.Module], run: Run, returned: Returned
+) -> list[StandIn]:
     """Return one stand-in per block, for one loop.
 
     Args:
         blocks: all blocks of a stack, lowest first.
         run: runs the stack.
+        returned: what a block returns that has computed given hidden states.
     """
     recorded = _Recorded()
-    return [StandIn(blocks, index, run, recorded) for index in range(len(blocks))]
+    indices = range(len(blocks))
+    return [StandIn(blocks, index, run, returned, recorded) for index in indices]
 
 
 def _separated(

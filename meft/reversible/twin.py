@@ -117,9 +117,17 @@ class Stack:
         Returns:
             The output of the branch, of the shape of `x`.
         """
-        chunks = self.chunks(coupling, self.mixed(coupling, x, context))
+        if coupling.branch.is_sum:
+            # These views give each part a node, which sums its gradients of x before
+            # they are added, as the parts of a rebuilt branch are.
+            mixed = self.mixed(coupling, x.view_as(x), context)
+            return mixed + self._in_chunks(coupling, x.view_as(x))
+        return self._in_chunks(coupling, self.mixed(coupling, x, context))
+
+    def _in_chunks(self, coupling: Coupling, mixed: Tensor) -> Tensor:
+        chunks = self.chunks(coupling, mixed)
         outputs = [self.tokenwise(coupling, c, i) for i, c in enumerate(chunks)]
-        return joined(outputs, x.shape)
+        return joined(outputs, mixed.shape)
 
 
 def joined(chunks: Sequence[Tensor], shape: torch.Size) -> Tensor:

@@ -5,6 +5,11 @@
     meft2     reversible adapter             block + feed-forward adapter  yes
     meft3     attention half + adapter       MLP half + adapter            no
 
+Without adapters, F is the block and there is no G, so the streams swap as in `meft1`.
+In a parallel block (`meft.backbone.layout`) the feed-forward must read the input of the
+block, not the output of a coupling, so in `meft3` F is the whole block with both
+adapters, there is no G, and the streams swap.
+
 All parts of the original block stay inside F or G: residuals, norms, dropouts. The
 reversible adapter has no residual of its own, because the coupling supplies one.
 Couplings that contain a piece of the backbone have the small scale, the others a scale
@@ -16,6 +21,7 @@ is the fresh stream, which has just passed through a block.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,17 +31,12 @@ from meft.bottleneck import Bottleneck
 from meft.reversible.call_arguments import Arguments
 from meft.reversible.coupling import Branch, Context, Coupling, Part
 
-SWAPS = {"meft1": True, "meft2": True, "meft3": False}
-
 ADAPTERS = {
     "meft1": ("feed_forward", "reversible"),
     "meft2": ("reversible", "feed_forward"),
     "meft3": ("attention", "feed_forward"),
 }
 """Names of the adapters in F and in G."""
-
-HOLDS_BLOCK = {"meft1": (True, False), "meft2": (False, True), "meft3": (True, True)}
-"""Whether F and G contain a piece of the backbone."""
 
 
 def make_adapters(
@@ -59,10 +60,21 @@ def make_adapters(
 class CouplingOptions:
     """The properties that the couplings of all blocks share."""
 
-    variant: str
+    variant: str | None
+    """None without adapters."""
     scales: tuple[float, float]
     difference: bool
     """Whether couplings with a piece of the backbone subtract the source first."""
+
+
+class _Step(NamedTuple):
+    """A coupling of one block, before it is known which stream it changes."""
+
+    side: int
+    """0 for F, 1 for G."""
+    branch: Branch
+    holds_block: bool
+    """Whether the branch contains a piece of the backbone."""
 
 
 def couplings(
@@ -71,7 +83,9 @@ def couplings(
     blocks: Mapping[int, tuple[nn.Module, nn.ModuleDict]],
     arguments: Sequence[Arguments],
 ) -> Iterator[Coupling]:
-    """Yield two couplings per block, lowest first, or one if G has no adapter.
+    """Yield the couplings of every block, lowest first.
+
+    These are two per block, or one if G has no adapter.
 
     Args:
         options: variant, scales and form of the couplings.
@@ -80,59 +94,68 @@ def couplings(
         arguments: what the model's loop passes to each block of the model.
     """
     for position, (index, (block, adapters)) in enumerate(blocks.items()):
-        swapped = SWAPS[options.variant] and index % 2 == 1
-        for side, name in enumerate(ADAPTERS[options.variant]):
-            if name not in adapters:
-                continue
-            holds_block = HOLDS_BLOCK[options.variant][side]
+        is_parallel = family.layout(block).is_parallel
+        swaps = options.variant != "meft3" or is_parallel
+        swapped = swaps and index % 2 == 1
+        steps = _steps(options.variant, family, block, adapters, arguments[index])
+        for side, branch, holds_block in steps:
             yield Coupling(
                 target=side ^ swapped,
-                branch=_branch(
-                    options.variant,
-                    side,
-                    family,
-                    block,
-                    adapters[name],
-                    arguments[index],
-                ),
+                branch=branch,
                 scale=options.scales[side],
                 difference=options.difference and holds_block,
                 block=index,
                 number=2 * index + side,
                 starts=position == 0 and side == 0,
+                holds_block=holds_block,
             )
 
 
-def fresh_stream(variant: str, couplings: Sequence[Coupling]) -> int:
+def fresh_stream(couplings: Sequence[Coupling]) -> int:
     """Return the index of the stream that has just passed through the top block."""
-    side = max(side for side in range(2) if HOLDS_BLOCK[variant][side])
-    return next(
-        coupling.target
-        for coupling in reversed(couplings)
-        if coupling.number % 2 == side
-    )
+    return next(c.target for c in reversed(couplings) if c.holds_block)
 
 
-def _branch(
-    variant: str,
-    side: int,
+def _steps(
+    variant: str | None,
     family: Family,
     block: nn.Module,
-    adapter: nn.Module,
+    adapters: nn.ModuleDict,
     arguments: Arguments,
-) -> Branch:
+) -> Iterator[_Step]:
+    is_parallel = family.layout(block).is_parallel
+
     def attention(inside: nn.Module | None) -> Part:
         def function(hidden: Tensor, context: Context) -> Tensor:
             call = arguments.given(context)
             return family.attention_half(block, hidden, inside, **call)
 
-        modules = (block,) if inside is None else (block, inside)
-        return Part(function, modules)
+        return Part(function, (block,) if inside is None else (block, inside))
 
-    joined = with_parallel(block, adapter)
-    mlp = Part(partial(family.mlp_half, block, adapter=joined), (block, adapter))
+    def mlp() -> Part:
+        adapter = adapters["feed_forward"] if "feed_forward" in adapters else None
+        joined = with_parallel(block, adapter)
+        function = partial(family.mlp_half, block, adapter=joined)
+        return Part(function, (block,) if adapter is None else (block, adapter))
+
+    def whole(inside: nn.Module | None = None) -> Branch:
+        return Branch(mixing=attention(inside), tokenwise=mlp(), is_sum=is_parallel)
+
     if variant == "meft3":
-        return Branch(mixing=attention(adapter)) if side == 0 else Branch(tokenwise=mlp)
-    if HOLDS_BLOCK[variant][side]:
-        return Branch(mixing=attention(None), tokenwise=mlp)
+        if is_parallel:
+            yield _Step(0, whole(adapters["attention"]), True)
+        else:
+            yield _Step(0, Branch(mixing=attention(adapters["attention"])), True)
+            yield _Step(1, Branch(tokenwise=mlp()), True)
+        return
+    if variant == "meft2":
+        yield _Step(0, _alone(adapters["reversible"]), False)
+        yield _Step(1, whole(), True)
+        return
+    yield _Step(0, whole(), True)
+    if "reversible" in adapters:
+        yield _Step(1, _alone(adapters["reversible"]), False)
+
+
+def _alone(adapter: nn.Module) -> Branch:
     return Branch(tokenwise=Part(adapter, (adapter,)))

@@ -8,7 +8,7 @@ which neurons are summed. Padding tokens choose no neurons and get 0.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meft import extra_state
+from meft.backbone.proof import Proven
 from meft.errors import UnsupportedCallError
 from meft.sparse import router
 from meft.sparse.block_neurons import ActivityCounts, BlockNeurons
@@ -31,7 +32,7 @@ Features = Float[Tensor, "*shape hidden"]
 FUNCTIONS: dict[str, Callable[..., Tokens]] = {"token_topk": token_topk, "union": union}
 
 
-@dataclass(slots=True)
+@dataclass
 class SharedState:
     """Data about the current batch that all adapters of a model share."""
 
@@ -40,6 +41,12 @@ class SharedState:
     had_peft_layers: bool = False
     """Whether peft had been applied to the model before the conversion."""
     has_warned_of_frozen: bool = False
+    proven: Proven = field(default_factory=dict)
+    """Which blocks have been compared with their own forwards."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state to copy or pickle; a copy compares its own blocks."""
+        return {**self.__dict__, "proven": {}}
 
 
 class SparseAdapter(nn.Module):

@@ -10,9 +10,11 @@ from transformers import PreTrainedModel
 
 from meft import host_memory
 from meft.backbone import parallel
-from meft.backbone.families import FAMILIES, family_of
+from meft.backbone.block_call import by_name
+from meft.backbone.families import FAMILIES
 from meft.backbone.family import Family
 from meft.backbone.find import BlockList, find_blocks, transformers_model
+from meft.backbone.proof import prove
 from meft.backbone.uncalled import refuse_what_would_not_run
 from meft.errors import HostMemoryError, UnsupportedModelError
 from meft.sparse import router
@@ -189,7 +191,6 @@ def _rows(stores: list[RowStore], config: SparseConfig) -> list[Rows]:
 @functools.cache
 def _with_adapter(original: Any, family: Family) -> type[nn.Module]:
     """Return a subclass of `original` for blocks with a sparse adapter."""
-    signature = inspect.signature(original.forward)
 
     class WithSparseAdapter(original):  # type: ignore[misc]
         plain = original
@@ -197,7 +198,7 @@ def _with_adapter(original: Any, family: Family) -> type[nn.Module]:
         def __reduce_ex__(self, protocol: Any) -> Any:
             # This class cannot be imported by name.
             _, _, *state = super().__reduce_ex__(protocol)
-            return (_bare_block, (original,), *state)
+            return (_bare_block, (original, family), *state)
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             # The mask is an argument so that gradient checkpointing passes it again.
@@ -210,25 +211,22 @@ def _with_adapter(original: Any, family: Family) -> type[nn.Module]:
             token_mask: Tensor | None = None,
             **kwargs: Any,
         ) -> Any:
-            bound = signature.bind(self, *args, **kwargs).arguments
-            call = {**bound, **bound.pop("kwargs", {})}
-            call.pop("kwargs", None)
-            del call["self"]
+            hidden, call = by_name(original, args, kwargs)
             label = f"a {original.__name__}"
             refuse_what_would_not_run(family, self, label, is_called=True)
-            hidden = family.attention_half(self, call.pop("hidden_states"), **call)
+            known = self.parallel_adapter.shared.proven
+            proven = prove(known, family, self, original, hidden, call, label)
             adapter = functools.partial(self.parallel_adapter, token_mask=token_mask)
-            return family.mlp_half(self, hidden, adapter)
+            output = proven.whole(self, hidden, adapter, **call)
+            return proven.layout(self).returned(output)
 
     WithSparseAdapter.__name__ = f"{original.__name__}WithSparseAdapter"
     WithSparseAdapter.__qualname__ = WithSparseAdapter.__name__
     return WithSparseAdapter
 
 
-def _bare_block(original: Any) -> nn.Module:
+def _bare_block(original: Any, family: Family) -> nn.Module:
     """Create a block with a sparse adapter that `copy` or `pickle` fills."""
-    family = family_of(original)
-    assert family is not None  # the class was made for one
     kind = _with_adapter(original, family)
     return kind.__new__(kind)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import MambaConfig, MambaForCausalLM
 
 import meft
 from library.families import Case, assert_same_bits, cases, gradients, reversible
@@ -118,12 +118,13 @@ def test_a_decoder_bert_is_refused(case: Case) -> None:
 
 
 def test_an_unknown_model_is_named() -> None:
-    """The message says what was given, lists what is supported, and how a family is
-    added."""
-    gpt = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))
+    """The message says what was given, which listed family is nearest and what the
+    blocks lack of it, what is supported, and how blocks are described."""
+    config = MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=9)
+    model = MambaForCausalLM(config)
     supported = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
-    added = "any head; a family is added by a file in `meft/backbone/families`"
-    message = f"GPT2LMHeadModel is not supported.* {supported}, with {added}"
+    nearest = r"a MambaBlock is most like a block of \w+, but lacks `.*` and also has"
+    message = f"MambaForCausalLM is not supported.*{nearest}.*{supported}, with any"
     with pytest.raises(meft.UnsupportedModelError, match=message):
-        meft.make_reversible(gpt, meft.ReversibleConfig(variant="meft1"))
-    assert all(parameter.requires_grad for parameter in gpt.parameters())
+        meft.make_reversible(model, meft.ReversibleConfig(variant="meft1"))
+    assert all(parameter.requires_grad for parameter in model.parameters())

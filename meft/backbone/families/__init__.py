@@ -8,7 +8,7 @@ what the halves of a block are (`meft.backbone.layout`).
 import copyreg
 import importlib
 import pkgutil
-from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -37,8 +37,10 @@ def _named(module: str, block: str) -> Family:
     return _BY_CLASS[module, block]
 
 
-def _reduce(family: Family) -> tuple[Callable[..., Family], tuple[str, str]]:
+def _reduce(family: Family) -> Any:
     """Reduce to the name of the class of the blocks; `copy` returns the family."""
+    if _BY_CLASS.get((family.module, family.block)) is not family:
+        return family.__reduce_ex__(2)  # one that is not in the table
     return _named, (family.module, family.block)
 
 

@@ -26,7 +26,7 @@ FAMILIES = tuple(
         model_type="bart",
         order=2,
         block=block,
-        layout=lambda block: LAYOUT,
+        layouts=(LAYOUT,),
         new_heads=("classification_head", "qa_outputs"),
         query_and_value=("q_proj", "v_proj"),
     )

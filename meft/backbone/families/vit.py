@@ -18,7 +18,7 @@ FAMILIES = tuple(
         model_type=model_type,
         order=4,
         block=f"{name}Layer",
-        layout=lambda block: LAYOUT,
+        layouts=(LAYOUT,),
         new_heads=new_heads,
         query_and_value=("q_proj", "v_proj"),
     )

@@ -1,0 +1,154 @@
+"""Blocks of classes that `meft.backbone.families` does not list.
+
+Many models have blocks with the structure of a listed family under the same names. A
+block whose modules have the names of a layout, and that has no other modules with
+parameters, is taken for one of that layout until its first forward compares the two
+(`meft.backbone.proof`). A class can also be registered by its user.
+"""
+
+import inspect
+from dataclasses import replace
+
+from torch import nn
+
+from meft.backbone.families import FAMILIES, family_of
+from meft.backbone.family import Family, the_first
+from meft.backbone.layout import Half, Layout
+from meft.backbone.parallel import NAME as PARALLEL_ADAPTER
+from meft.errors import ConfigError, UnsupportedModelError
+
+_REGISTERED: dict[tuple[str, str], Family] = {}
+_PATTERNS = tuple(
+    dict.fromkeys(layout for family in FAMILIES for layout in family.layouts)
+)
+"""The layouts of listed families, the first family's first."""
+
+
+def register_family(
+    block: type[nn.Module],
+    *,
+    attention: Half,
+    mlp: Half,
+    cross: Half | None = None,
+    is_parallel: bool = False,
+    returns: int = 0,
+    new_heads: tuple[str, ...] = (),
+    query_and_value: tuple[str, ...] = (),
+) -> None:
+    """Describe a class of blocks, so that models of it can be converted.
+
+    Needed only for a class that is refused without: those of listed families, and all
+    whose modules have the same names, are known. A wrong description is refused by the
+    first forward, which compares it with the block's own `forward`. Registering a class
+    again replaces its description.
+
+    Args:
+        block: the class of the blocks, such as `MyDecoderLayer`.
+        attention: the half that mixes tokens, `Half("norm_1", "attention dropout")`.
+        mlp: the position-wise half, `Half("norm_2", "mlp")`.
+        cross: attention to an encoder, if there is one.
+        is_parallel: whether both halves read the input of the block.
+        returns: the length of the tuple that a block returns, 0 if it returns a tensor.
+        new_heads: names of the attributes of models that hold a task head to be
+            trained, such as `classifier`.
+        query_and_value: last parts of the names of the query and value projections.
+
+    Raises:
+        ConfigError: `block` is not a class of modules, or a half has no chain.
+    """
+    if not (inspect.isclass(block) and issubclass(block, nn.Module)):
+        raise ConfigError(
+            f"`block` must be a class derived from `nn.Module`, got {block!r}: pass "
+            "the class of the blocks, `type(model.model.layers[0])`"
+        )
+    for name, half in (("attention", attention), ("mlp", mlp), ("cross", cross)):
+        if half is not None and not (isinstance(half, Half) and half.chain.split()):
+            raise ConfigError(
+                f"`{name}` must be a `meft.Half` whose `chain` has the names of the "
+                f"modules that are called one after the other, got {half!r}"
+            )
+    layout = Layout(
+        attention=attention,
+        mlp=mlp,
+        cross=cross,
+        is_parallel=is_parallel,
+        returns=returns,
+    )
+    _REGISTERED[block.__module__, block.__qualname__] = Family(
+        name=block.__name__,
+        model_type="",
+        defined_in=block.__module__,
+        order=len(FAMILIES),
+        block=block.__qualname__,
+        layouts=(layout,),
+        new_heads=new_heads,
+        query_and_value=query_and_value,
+        takes_parallel_adapter=True,
+    )
+
+
+def family_for(block: nn.Module) -> Family | None:
+    """Return the family of a block: registered, listed, or guessed from its names.
+
+    Args:
+        block: a block. That of a class derived from a known one has its family.
+    """
+    for kind in type(block).__mro__:
+        registered = _REGISTERED.get((kind.__module__, kind.__qualname__))
+        found = registered or family_of(kind)
+        if found is not None:
+            return found
+    kind = getattr(block, "plain", type(block))
+    fitting = tuple(p for p in _PATTERNS if _fits(p, block))
+    if not fitting:
+        return None
+    like = next(family for family in FAMILIES if fitting[0] in family.layouts)
+    return replace(
+        like,
+        name=kind.__name__,
+        model_type="",
+        defined_in=kind.__module__,
+        order=len(FAMILIES),
+        block=kind.__qualname__,
+        layouts=fitting,
+        choose=the_first,
+        causal_lm=None,
+        is_guess=True,
+    )
+
+
+def nearest(block: nn.Module) -> str:
+    """Describe what a block lacks of the layout that it is most like.
+
+    Args:
+        block: a block of an unknown class.
+    """
+    layout = min(_PATTERNS, key=lambda p: len(p.missing(block)) + len(p.unused(block)))
+    like = next(family.name for family in FAMILIES if layout in family.layouts)
+    parts = []
+    if layout.missing(block):
+        parts.append("lacks " + ", ".join(f"`{n}`" for n in layout.missing(block)))
+    if layout.unused(block):
+        parts.append("also has " + ", ".join(f"`{n}`" for n in layout.unused(block)))
+    differences = " and ".join(parts)
+    return f"a {type(block).__name__} is most like a block of {like}, but {differences}"
+
+
+def _fits(layout: Layout, block: nn.Module) -> bool:
+    unused = [name for name in layout.unused(block) if name != PARALLEL_ADAPTER]
+    return not layout.missing(block) and not unused
+
+
+def refuse_missing(family: Family, block: nn.Module) -> None:
+    """Refuse a block without the modules that its family's layout names.
+
+    Raises:
+        UnsupportedModelError: a name is missing.
+    """
+    missing = family.layout(block).missing(block)
+    if missing:
+        names = ", ".join(f"`{name}`" for name in missing)
+        raise UnsupportedModelError(
+            f"a {type(block).__name__} has no {names}, which the description of "
+            f"{family.name} names; see `meft.register_family`"
+        )
