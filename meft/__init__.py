@@ -7,6 +7,8 @@ checks for users.
 from importlib.metadata import PackageNotFoundError, version
 
 from meft import testing
+from meft.backbone.layout import Half
+from meft.backbone.unlisted import register_family
 from meft.checkpoint.load import load_adapters
 from meft.checkpoint.save import save_adapters
 from meft.chunked_loss import chunk_loss, unchunk_loss
@@ -37,6 +39,7 @@ __all__ = [
     "AdapterFileError",
     "ConfigError",
     "FrozenWarning",
+    "Half",
     "HostMemoryError",
     "LostGradientWarning",
     "MeftError",
@@ -54,6 +57,7 @@ __all__ = [
     "load_adapters",
     "make_reversible",
     "optimizer_cls_and_kwargs",
+    "register_family",
     "save_adapters",
     "testing",
     "unchunk_loss",

@@ -24,7 +24,9 @@ def make_reversible(model: Model, config: ReversibleConfig) -> Model:
     trainable and everything else is frozen (Liao et al., NeurIPS 2023, section 4.1).
     If some parameters were frozen before and others were not, manually or because the
     model is a PeftModel, that choice is kept and the adapters are trained in addition.
-    Change `requires_grad` afterwards to train more or fewer parameters.
+    Change `requires_grad` afterwards to train more or fewer parameters. With
+    `adapter=None` in the config, `requires_grad` is left as it is: a PeftModel trains
+    what peft has added, and a plain model all of its parameters.
 
     From then on, `model.save_pretrained` also writes the files of `meft.save_adapters`.
 

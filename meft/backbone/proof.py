@@ -145,11 +145,12 @@ def _compared(
             if difference is None:
                 return family.with_layout(layout) if family.is_guess else family
             differences.append(difference)
+    described = "similar models" if family.is_guess else family.name
     raise UnsupportedModelError(
-        f"{label}, a {plain.__name__}, does not compute what the description of "
-        f"{family.name} says: its own `forward` and its two halves differ by "
-        f"{min(differences):.1g} of the greatest value, on the same input. The "
-        "`forward` may have been replaced, or be that of another version of "
+        f"{label}, a {plain.__name__}, does not compute what the names of its modules "
+        f"imply: its own `forward` and its two halves, as those of {described}, "
+        f"differ by {min(differences):.1g} of the greatest value on the same input. "
+        "The `forward` may have been replaced, or be that of another version of "
         "transformers. `meft.register_family` describes a class of blocks"
     )
 

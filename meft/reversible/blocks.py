@@ -402,7 +402,7 @@ class ReversibleBlocks(nn.Module):
         return calls
 
     def _warn_if_frozen(self) -> None:
-        if not self._has_warned_of_frozen:
+        if len(self.adapters) and not self._has_warned_of_frozen:
             adapters = (m for m in self.adapters.modules() if isinstance(m, Bottleneck))
             self._has_warned_of_frozen = warn_if_frozen(
                 [w for m in adapters for w in (m.down.weight, m.up.weight)],

@@ -20,6 +20,8 @@ from meft.validate import (
 PAPER_SCALES = {"meft1": (0.1, 1.0), "meft2": (1.0, 0.1), "meft3": (0.1, 0.1)}
 """The factors (lambda, beta) of the authors' GLUE runs, per variant."""
 MAX_LOST_BITS = 16
+_LOST_BITS = {"bottleneck": 4, None: 8}
+"""Lost bits that None selects, by `adapter`."""
 
 
 @suggests_fields
@@ -38,13 +40,22 @@ class ReversibleConfig:
     - `meft3`: F is the attention half of the block and G its feed-forward half, each
       with an adapter. Both couplings scale a stream, so it keeps twice the lost bits.
 
+    With `adapter=None` there are no adapters and no variants: F is the pre-trained
+    block and there is no G. What trains is then what `requires_grad` says before the
+    conversion: LoRA and other methods of peft inside the blocks, or all parameters.
+
     Use `meft1` unless you compare variants: `meft1` and `meft2` keep the least for the
     backward, `meft3` had a peak 3 to 10 % lower on an H200, and most of our
     measurements are of `meft1`. In the paper's arithmetic the three score within a few
     percentage points of each other in `reports/published/reference`.
 
     Attributes:
-        variant (str): `meft1`, `meft2` or `meft3`, as above. Required.
+        variant (str | None): `meft1`, `meft2` or `meft3`, as above. Required, unless
+            `adapter` is None.
+        adapter (str | None): The adapters of each block. `bottleneck`: those of the
+            paper, two linear layers with an activation in between. None: none, to make
+            a model reversible that trains otherwise; `fixed` only. Default:
+            `'bottleneck'`.
         bottleneck_size (int): Inner width of every adapter, in features, at least 1.
             Raise it if the model underfits. Default: `8`.
         arithmetic (str): Number format of the streams. `fixed`: integers with an exact
@@ -53,12 +64,14 @@ class ReversibleConfig:
             division. Its gradients have errors of about 1% in the lowest of 6 blocks
             (0.1% with 5) and of 100% in the lowest of 12. Use `float` only to compare
             with the paper. Default: `'fixed'`.
-        lost_bits (int): `fixed` only: k of the small scale 2^-k, 0 to 16. k bits per
-            element and block (2k for `meft3`) are kept for the backward. Each
-            additional bit halves the deviation of the converted model from the
-            pre-trained one; 16 corresponds to gradient checkpointing of the unchanged
-            backbone. Lower it to save memory; raise it if the first loss is far from
-            that of the pre-trained model. Default: `4`.
+        lost_bits (int | None): `fixed` only: k of the small scale 2^-k, 0 to 16. None
+            selects 4, and 8 without adapters, where a model is expected to start at
+            the pre-trained one. k bits per element and block (2k for `meft3`, except
+            in parallel blocks) are kept for the backward. Each additional bit halves
+            the deviation of the converted model from the pre-trained one; 16
+            corresponds to gradient checkpointing of the unchanged backbone. Lower it
+            to save memory; raise it if the first loss is far from that of the
+            pre-trained model. Default: `None`.
         fraction_bits (int | None): `fixed` only: the quantum of a stream is
             2^-fraction_bits, 4 to 24. None selects 14 for 16-bit compute and 18 for
             wider dtypes. Streams are 32-bit integers while no activation exceeds 2^29
@@ -104,10 +117,11 @@ class ReversibleConfig:
         ConfigError: a value has the wrong type, is out of range or has no effect.
     """
 
-    variant: str
+    variant: str | None = None
+    adapter: str | None = "bottleneck"
     bottleneck_size: int = 8
     arithmetic: str = "fixed"
-    lost_bits: int = 4
+    lost_bits: int | None = None
     fraction_bits: int | None = None
     scale_1: float | None = None
     scale_2: float | None = None
@@ -121,6 +135,16 @@ class ReversibleConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, _EXPECTED)
+        if self.lost_bits is None:
+            object.__setattr__(self, "lost_bits", _LOST_BITS[self.adapter])
+        if self.adapter is None:
+            self._refuse_adapter_fields()
+        elif self.variant is None:
+            raise ConfigError(
+                "`variant` is missing: use 'meft1', unless you compare it with 'meft2' "
+                "or 'meft3'. For a model that trains without adapters of its own, as "
+                "one with LoRA, set `adapter=None` instead"
+            )
         for name in ("scale_1", "scale_2"):
             if getattr(self, name) is not None and self.arithmetic == "fixed":
                 raise ConfigError(
@@ -128,11 +152,25 @@ class ReversibleConfig:
                     "scale is 2^-lost_bits: set `lost_bits`"
                 )
 
+    def _refuse_adapter_fields(self) -> None:
+        """Refuse fields that have no effect without adapters."""
+        for name, only in (("variant", None), ("bottleneck_size", 8)):
+            if getattr(self, name) != only:
+                raise ConfigError(
+                    f"`{name}` has no effect with `adapter=None`: leave it out"
+                )
+        if self.arithmetic != "fixed":
+            raise ConfigError(
+                "`adapter=None` is for `arithmetic='fixed'`: the scales of the paper's "
+                "arithmetic change the pre-trained model, and adapters make up for it"
+            )
+
     @property
     def scales(self) -> tuple[float, float]:
         """Return (lambda, beta)."""
-        paper_1, paper_2 = PAPER_SCALES[self.variant]
+        paper_1, paper_2 = PAPER_SCALES[self.variant or "meft1"]
         if self.arithmetic == "fixed":
+            assert self.lost_bits is not None  # it is set when the config is made
             small = 2.0**-self.lost_bits
             return (small if paper_1 < 1 else 1.0, small if paper_2 < 1 else 1.0)
         return (
@@ -153,9 +191,10 @@ class ReversibleConfig:
         """
         is_fixed = self.arithmetic == "fixed"
         scale_1, scale_2 = (None, None) if is_fixed else self.scales
-        return {
+        without = {} if self.adapter else {"adapter": None}
+        return without | {
             "variant": self.variant,
-            "bottleneck_size": self.bottleneck_size,
+            "bottleneck_size": self.bottleneck_size if self.adapter else None,
             "arithmetic": self.arithmetic,
             "lost_bits": self.lost_bits if is_fixed else None,
             "fraction_bits": self.fraction_bits if is_fixed else None,
@@ -196,10 +235,11 @@ def _span(name: str, value: Any) -> tuple[int, int]:
 
 
 _EXPECTED: dict[str, Expectation] = {
-    "variant": one_of(PAPER_SCALES),
+    "variant": or_none(one_of(PAPER_SCALES)),
+    "adapter": or_none(one_of(("bottleneck",))),
     "bottleneck_size": integer(1),
     "arithmetic": one_of(("fixed", "float")),
-    "lost_bits": integer(0, MAX_LOST_BITS),
+    "lost_bits": or_none(integer(0, MAX_LOST_BITS)),
     "fraction_bits": or_none(integer(4, 24)),
     "scale_1": or_none(nonzero_number),
     "scale_2": or_none(nonzero_number),

@@ -42,7 +42,8 @@ def insert_stacks(model: Model, config: ReversibleConfig) -> Model:
                 f"has {len(found.blocks)} blocks"
             )
         _refuse_with_parallel(found, config)
-    choose_trainable(model)
+    if config.adapter is not None:
+        choose_trainable(model)
     for found in lists:
         stack = _stack(found, config)
         setattr(found.owner, found.attribute, stack.train(model.training))
@@ -68,6 +69,21 @@ def _refuse_with_parallel(found: BlockList, config: ReversibleConfig) -> None:
 def _stack(found: BlockList, config: ReversibleConfig) -> ReversibleBlocks:
     first, end = config.span or (0, len(found.blocks))
     adapters = Adapters(config.function() | {"span": (first, end)})
+    if config.variant is not None:
+        _add_adapters(adapters, found, config, config.variant, first)
+    return ReversibleBlocks(
+        found.blocks, adapters, found.family, config, (first, end), found.config
+    )
+
+
+def _add_adapters(
+    adapters: Adapters,
+    found: BlockList,
+    config: ReversibleConfig,
+    variant: str,
+    first: int,
+) -> None:
+    """Create the adapters of the blocks from number `first` up."""
     for index, block in enumerate(found.blocks[first:], first):
         shape = found.family.adapter_shape(block, found.config)
         # Skip quantised weights, whose dtype is that of their storage.
@@ -83,9 +99,6 @@ def _stack(found: BlockList, config: ReversibleConfig) -> ReversibleBlocks:
         # An adapter that only changes the stale stream of the last block has no effect,
         # unless the read-out mixes both streams.
         is_last = index == len(found.blocks) - 1
-        unread = is_last and config.variant == "meft1" and config.arithmetic == "fixed"
-        made = make_adapters(config.variant, make, only_f=unread)
+        unread = is_last and variant == "meft1" and config.arithmetic == "fixed"
+        made = make_adapters(variant, make, only_f=unread)
         adapters[str(index)] = made.to(weight.device, wide_dtype(weight.dtype))
-    return ReversibleBlocks(
-        found.blocks, adapters, found.family, config, (first, end), found.config
-    )

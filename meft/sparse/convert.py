@@ -215,7 +215,7 @@ def _with_adapter(original: Any, family: Family) -> type[nn.Module]:
             label = f"a {original.__name__}"
             refuse_what_would_not_run(family, self, label, is_called=True)
             known = self.parallel_adapter.shared.proven
-            proven = prove(known, family, self, original, hidden, call, label)
+            proven = prove(known, family, self, original, hidden, call, "a block")
             adapter = functools.partial(self.parallel_adapter, token_mask=token_mask)
             output = proven.whole(self, hidden, adapter, **call)
             return proven.layout(self).returned(output)
