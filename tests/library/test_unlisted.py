@@ -111,7 +111,7 @@ class Model(PreTrainedModel):
     config_class = PreTrainedConfig
 
     def __init__(self, block: type[nn.Module]) -> None:
-        super().__init__(PreTrainedConfig(hidden_size=HIDDEN))
+        super().__init__(PreTrainedConfig())
         torch.manual_seed(0)
         self.blocks = nn.ModuleList(block() for _ in range(DEPTH))
 
@@ -183,7 +183,7 @@ def test_known_names_in_another_structure_are_refused(convert: str) -> None:
 
 def test_each_mode_is_compared() -> None:
     """A dropout that the layout lacks is seen in training alone."""
-    model = meft.make_reversible(Model(DropsAtTheEnd).eval(), CONFIG)
+    model = meft.make_reversible(Model(DropsAtTheEnd), CONFIG).train(False)
     model(**batch())
     with pytest.raises(meft.UnsupportedModelError, match="does not compute what"):
         model.train()(**batch())
