@@ -133,7 +133,8 @@ def test_a_wrong_structure_is_refused(
     one_process: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The halves are compared with the block's own forward here too."""
-    kind: Any = type(_layers(_model("bottleneck"))[0])
+    model = _shard(_model("bottleneck"), one_process)
+    kind: Any = type(_layers(model)[0])
     original = kind.forward
 
     @functools.wraps(original)
@@ -142,7 +143,6 @@ def test_a_wrong_structure_is_refused(
         return doubled
 
     monkeypatch.setattr(kind, "forward", twice)
-    model = _shard(_model("bottleneck"), one_process)
     with pytest.raises(meft.UnsupportedModelError, match="does not compute"):
         _gradients(model)
 
