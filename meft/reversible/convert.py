@@ -1,7 +1,9 @@
 """Replaces the lists of blocks of a transformers model by reversible stacks."""
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -12,6 +14,7 @@ from meft.backbone.find import (
     refuse_layerdrop,
 )
 from meft.backbone.parallel import NAME
+from meft.backbone.uncalled import allow_calls, refuse_calls
 from meft.bottleneck import Bottleneck, wide_dtype
 from meft.errors import ConfigError, UnsupportedModelError
 from meft.reversible.adapters import Adapters
@@ -50,6 +53,53 @@ def insert_stacks(model: Model, config: ReversibleConfig) -> Model:
         if hasattr(found.owner, "layerdrop"):
             found.owner.register_forward_pre_hook(refuse_layerdrop)
     return model
+
+
+def remove_stacks(model: nn.Module) -> None:
+    """Undo `insert_stacks`, except for which parameters are trainable."""
+    for owner in list(model.modules()):
+        for attribute, stack in list(owner.named_children()):
+            if isinstance(stack, ReversibleBlocks):
+                blocks = plain_list(stack)
+                setattr(owner, attribute, blocks)
+                for block in blocks:
+                    allow_calls(block)
+                _forget_hook(owner, refuse_layerdrop)
+
+
+@contextlib.contextmanager
+def without_stacks(model: nn.Module) -> Iterator[None]:
+    """Run the body with plain lists of blocks in the place of stacks."""
+    replaced = [
+        (owner, attribute, stack)
+        for owner in list(model.modules())
+        for attribute, stack in owner.named_children()
+        if isinstance(stack, ReversibleBlocks)
+    ]
+    for owner, attribute, stack in replaced:
+        setattr(owner, attribute, plain_list(stack))
+        for block in stack.blocks:
+            allow_calls(block)
+    try:
+        yield
+    finally:
+        for owner, attribute, stack in replaced:
+            setattr(owner, attribute, stack)
+            for block in stack.blocks[stack.span[0] :]:
+                refuse_calls(block)
+
+
+def plain_list(stack: ReversibleBlocks) -> nn.ModuleList:
+    """Return the blocks of a stack as the list that it has replaced."""
+    blocks = nn.ModuleList(stack.blocks)
+    blocks.training = stack.training
+    return blocks
+
+
+def _forget_hook(module: nn.Module, hook: Any) -> None:
+    hooks = module._forward_pre_hooks
+    for key in [key for key, found in hooks.items() if found is hook]:
+        del hooks[key]
 
 
 def _refuse_with_parallel(found: BlockList, config: ReversibleConfig) -> None:
