@@ -139,6 +139,9 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     Args:
         model: a converted model, or a PeftModel that holds one.
 
+    Yields:
+        Nothing.
+
     Raises:
         UnsupportedModelError: the model has not been converted.
     """

@@ -92,7 +92,7 @@ def write_adapters(
 
 
 def write_trained(
-    model: Any, directory: str | Path, trained: Mapping[str, Tensor]
+    model: Any, directory: str | Path, trained: dict[str, Tensor]
 ) -> None:
     """Write the trained tensors to the file of a model, and the config next to it.
 
@@ -114,10 +114,11 @@ def write_trained(
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_no_model(model), indent=2) + "\n"
     replace_file(directory / MODEL_CONFIG, lambda path: path.write_text(text))
+    # With the entries by which `load_state_dict` recognises another config.
+    state: dict[str, Tensor] = model.state_dict()
+    written = {n: t for n, t in state.items() if n.endswith("_extra_state")} | trained
     metadata = {"format": "pt"}
-    replace_file(
-        directory / MODEL, lambda path: save_file(dict(trained), path, metadata)
-    )
+    replace_file(directory / MODEL, lambda path: save_file(written, path, metadata))
     write_adapters(model, directory, trained, next_to_model=True)
 
 

@@ -74,7 +74,11 @@ def test_save_pretrained_writes_what_was_trained(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path)
     assert names(tmp_path) == {"adapters.json", "config.json", "model.safetensors"}
     saved = load_file(tmp_path / "model.safetensors")
-    assert saved.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    trained_names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert saved.keys() == trained_names | {"bert.encoder.layer.adapters._extra_state"}
+    other = reversible(2, variant="meft2", lost_bits=7)
+    with pytest.raises(meft.AdapterFileError, match="lost_bits"):  # as `Trainer` loads
+        other.load_state_dict(saved, strict=False)
     assert torch.equal(
         logits(meft.load_adapters(classifier(2), tmp_path)), logits(model)
     )
