@@ -26,6 +26,7 @@ from meft.extra_state import refuse_other_function
 from meft.reversible.blocks import ReversibleBlocks, find_stacks
 from meft.reversible.config import ReversibleConfig
 from meft.reversible.convert import insert_stacks
+from meft.reversible.requests import unwatch
 from meft.sparse.adapter import SparseAdapter, sparse_adapters
 from meft.sparse.config import SparseConfig
 from meft.sparse.convert import insert_sparse_adapters, remove_sparse_adapters
@@ -126,6 +127,7 @@ def _converted(model: nn.Module, config: SavedConfig) -> Iterator[None]:
                 blocks = getattr(found.owner, found.attribute)
                 undo.append(partial(setattr, found.owner, found.attribute, blocks))
                 undo += [partial(allow_calls, block) for block in blocks]
+            undo.append(lambda: unwatch(model))
             if not adapters:
                 undo.append(lambda: remove_saving(model))
             with _quietly():

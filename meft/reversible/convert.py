@@ -17,6 +17,7 @@ from meft.errors import ConfigError, UnsupportedModelError
 from meft.reversible.adapters import Adapters
 from meft.reversible.blocks import CHECKPOINTING_IS_ON, ReversibleBlocks, find_stacks
 from meft.reversible.config import ReversibleConfig
+from meft.reversible.requests import watch
 from meft.reversible.variants import make_adapters
 from meft.trainable import choose_trainable
 
@@ -42,11 +43,13 @@ def insert_stacks(model: Model, config: ReversibleConfig) -> Model:
                 f"has {len(found.blocks)} blocks"
             )
         _refuse_with_parallel(found, config)
+        _refuse_chunks(found, config)
     if config.adapter is not None:
         choose_trainable(model)
     for found in lists:
         stack = _stack(found, config)
         setattr(found.owner, found.attribute, stack.train(model.training))
+        watch(model, found.owner)
         if hasattr(found.owner, "layerdrop"):
             found.owner.register_forward_pre_hook(refuse_layerdrop)
     return model
@@ -63,6 +66,21 @@ def _refuse_with_parallel(found: BlockList, config: ReversibleConfig) -> None:
         if getattr(config, field) != only:
             raise ConfigError(
                 f"`{field}` must be {only!r} for a model with sparse adapters: {reason}"
+            )
+
+
+def _refuse_chunks(found: BlockList, config: ReversibleConfig) -> None:
+    """Refuse chunks of tokens for blocks that leave out a half for whole rows."""
+    if config.mlp_chunks == 1:
+        return
+    for block, part in ((b, part) for b in found.blocks for part in b.modules()):
+        rate = getattr(part, "drop_prob", None)
+        if type(part).__name__.endswith("DropPath") and rate:
+            raise ConfigError(
+                f"`mlp_chunks` must be 1 for a {type(block).__name__} with a "
+                f"{type(part).__name__} of {rate}: it leaves out the half for some "
+                "rows, and a chunk has tokens of several rows. Or set "
+                "`drop_path_rate=0.0` in the config of the model"
             )
 
 
