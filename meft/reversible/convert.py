@@ -5,12 +5,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from meft.backbone.find import (
-    BlockList,
-    find_blocks,
-    is_checkpointing,
-    refuse_layerdrop,
-)
+from meft.backbone.find import BlockList, find_blocks, is_checkpointing
 from meft.backbone.parallel import NAME
 from meft.bottleneck import Bottleneck, wide_dtype
 from meft.errors import ConfigError, UnsupportedModelError
@@ -50,8 +45,6 @@ def insert_stacks(model: Model, config: ReversibleConfig) -> Model:
         stack = _stack(found, config)
         setattr(found.owner, found.attribute, stack.train(model.training))
         watch(model, found.owner)
-        if hasattr(found.owner, "layerdrop"):
-            found.owner.register_forward_pre_hook(refuse_layerdrop)
     return model
 
 

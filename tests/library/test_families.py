@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from marks import pairs, slow_but_for
 from meft.backbone.caches import FIELD
 from meft.backbone.families import FAMILIES
 from meft.backbone.find import find_blocks
+from meft.backbone.heads import new_heads
 from meft.reversible.blocks import ReversibleBlocks, find_stacks
 from meft.reversible.integer_format import FRACTION_BITS_WIDE
 from meft.reversible.packing import packed_bytes
@@ -60,8 +63,8 @@ every_text_kind = cases(
     "MBartModel",
     "CLIPTextModel",
 )
-"""But mixtures of experts: how many tokens an expert is given, padding included, decides
-which kernel multiplies them.
+"""But mixtures of experts: how many tokens an expert is given, padding included, may
+decide which kernel multiplies them.
 """
 
 one_head_each = cases("ForSequenceClassification", "ForImageClassification")
@@ -143,6 +146,22 @@ def test_it_is_still_the_model(case: Case) -> None:
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
+@every_head
+def test_the_names_of_the_family_are_in_the_model(case: Case) -> None:
+    """Of the query and value projections in every block, and of the task heads, which
+    are trained; language models, poolers and projections have pre-trained weights."""
+    with torch.device("meta"):
+        model = case.build(1)
+    for found in find_blocks(model):
+        for block in found.blocks:
+            ends = {name.split(".")[-1] for name, _ in block.named_modules()}
+            assert set(found.family.query_and_value) <= ends
+    is_task = not case.head.endswith(
+        ("Model", "LM", "ConditionalGeneration", "ImageModeling", "PreTraining")
+    )
+    assert bool(new_heads(model)) == is_task
+
+
 def _shapes(output: Any) -> dict[str, object]:
     """Of every tensor in a model's output; the type of everything else."""
     return {
@@ -195,6 +214,16 @@ def _is_embedding(name: str) -> bool:
 
 def _in_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
     return {n: t.to(dtype) if t.is_floating_point() else t for n, t in batch.items()}
+
+
+@every_kind
+def test_gradients_are_the_twins_in_chunks(case: Case) -> None:
+    """Of tokens, and with every parameter trained."""
+    if case.family == "DINOv2":  # refused with it
+        case = replace(case, config=partial(case.config, drop_path_rate=0.0))
+    model = reversible(case, mlp_chunks=3).requires_grad_(True)
+    rebuilt = gradients(model, case.batch())
+    assert_same_bits(rebuilt, gradients(twin_of(model), case.batch()))
 
 
 @every_kind

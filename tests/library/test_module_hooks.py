@@ -203,9 +203,7 @@ def test_a_block_that_is_not_rebuilt_runs_its_hooks() -> None:
 def test_the_blocks_of_every_family_refuse() -> None:
     """A hook on the last block of each."""
     models = [case for case in CASES if case.kind.endswith("Model")]
-    assert {case.family for case in models} == {
-        family.name for family in FAMILIES
-    }
+    assert {case.family for case in models} == {family.name for family in FAMILIES}
     for case in models:
         model = reversible_case(case)
         for stack in find_stacks(model).values():

@@ -13,9 +13,7 @@ from meft.backbone.layout import Half, Layout
 LAYOUT = Layout(
     attention=Half("self_attn_layer_norm", "self_attn ~dropout"),
     cross=Half("encoder_attn_layer_norm", "encoder_attn ~dropout"),
-    mlp=Half(
-        "final_layer_norm", "fc1 activation_fn ~activation_dropout fc2 ~dropout"
-    ),
+    mlp=Half("final_layer_norm", "fc1 activation_fn ~activation_dropout fc2 ~dropout"),
 )
 
 FAMILIES = tuple(
