@@ -611,112 +611,179 @@ GPT2_HEADS = {
 CLIP = CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 SIGLIP = SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 
-CASES += [
-    Case(family=family, kind=prefix + head, config=config, batch=batch, form=form)
-    for family, prefix, config, heads, form in (
-        (
-            "Gemma 2",
-            "Gemma2",
-            partial(sliding_config, Gemma2Config, head_dim=HIDDEN // 2),
-            FEW_DECODER_HEADS,
-            "",
-        ),
-        ("ModernBERT", "ModernBert", modernbert_config, FEW_ENCODER_HEADS, ""),
-        (
-            "GPT-NeoX",
-            "GPTNeoX",
-            partial(gpt_neox_config, True),
-            FEW_DECODER_HEADS,
-            "parallel",
-        ),
-        (
-            "GPT-NeoX",
-            "GPTNeoX",
-            partial(gpt_neox_config, False),
-            DECODER_HEADS,
-            "pre-norm",
-        ),
-        (
-            "Phi",
-            "Phi",
-            partial(llama_config, PhiConfig, resid_pdrop=DROPOUT, embd_pdrop=DROPOUT),
-            FEW_DECODER_HEADS,
-            "",
-        ),
-        ("Cohere", "Cohere", partial(llama_config, CohereConfig), DECODER_HEADS, ""),
-        *(
-            (
-                "StableLM",
-                "StableLm",
-                partial(
-                    llama_config,
-                    StableLmConfig,
-                    hidden_dropout=DROPOUT,
-                    use_parallel_residual=is_parallel,
-                ),
-                DECODER_HEADS,
-                form,
-            )
-            for is_parallel, form in ((False, "pre-norm"), (True, "parallel"))
-        ),
-        *(
-            ("Falcon", "Falcon", partial(falcon_config, **own), heads, form)
-            for form, heads, own in (
-                ("one norm", FEW_DECODER_HEADS, {}),
-                (
-                    "two norms",
-                    DECODER_HEADS,
-                    {"new_decoder_architecture": True, "num_kv_heads": 1},
-                ),
-                (
-                    "pre-norm",
-                    DECODER_HEADS,
-                    {"parallel_attn": False, "alibi": True, "hidden_dropout": DROPOUT},
-                ),
-            )
-        ),
-        ("GPT-2", "GPT2", gpt2_config, GPT2_HEADS, ""),
-        ("BLOOM", "Bloom", bloom_config, FEW_DECODER_HEADS, ""),
-        ("MBart", "MBart", partial(bart_config, MBartConfig), MBART_HEADS, ""),
-        (
-            "MPNet",
-            "MPNet",
-            partial(encoder_config, MPNetConfig),
-            FEW_ENCODER_HEADS,
-            "",
-        ),
-        ("DINOv2", "Dinov2", dinov2_config, SOME_IMAGE_HEADS, ""),
-        (
-            "Qwen3-MoE",
-            "Qwen3Moe",
-            partial(
-                moe_config,
-                Qwen3MoeConfig,
-                moe_intermediate_size=HIDDEN,
-                num_experts=4,
-                mlp_only_layers=[1],
-            ),
-            FEW_DECODER_HEADS,
-            "",
-        ),
-        (
-            "CLIP",
-            "CLIP",
-            partial(towers_config, *CLIP),
-            {"Model": texts_and_images},
-            "",
-        ),
-        (
-            "CLIP",
-            "CLIPText",
-            partial(text_tower_config, CLIPTextConfig),
-            {"Model": text},
-            "",
-        ),
-    )
-    for head, batch in heads.items()
+Form = tuple[
+    str, str, Callable[..., PreTrainedConfig], dict[str, Callable[[], Batch]], str
 ]
-"""Those with other forms of blocks."""
+"""Family, start and config of the class, its heads, and the form of the blocks."""
+
+FORMS: tuple[Form, ...] = (
+    (
+        "Gemma 2",
+        "Gemma2",
+        partial(sliding_config, Gemma2Config, head_dim=HIDDEN // 2),
+        FEW_DECODER_HEADS,
+        "",
+    ),
+    ("ModernBERT", "ModernBert", modernbert_config, FEW_ENCODER_HEADS, ""),
+    (
+        "GPT-NeoX",
+        "GPTNeoX",
+        partial(gpt_neox_config, True),
+        FEW_DECODER_HEADS,
+        "parallel",
+    ),
+    (
+        "GPT-NeoX",
+        "GPTNeoX",
+        partial(gpt_neox_config, False),
+        DECODER_HEADS,
+        "pre-norm",
+    ),
+    (
+        "Phi",
+        "Phi",
+        partial(llama_config, PhiConfig, resid_pdrop=DROPOUT, embd_pdrop=DROPOUT),
+        FEW_DECODER_HEADS,
+        "",
+    ),
+    ("Cohere", "Cohere", partial(llama_config, CohereConfig), DECODER_HEADS, ""),
+    *(
+        (
+            "StableLM",
+            "StableLm",
+            partial(
+                llama_config,
+                StableLmConfig,
+                hidden_dropout=DROPOUT,
+                use_parallel_residual=is_parallel,
+            ),
+            DECODER_HEADS,
+            form,
+        )
+        for is_parallel, form in ((False, "pre-norm"), (True, "parallel"))
+    ),
+    *(
+        ("Falcon", "Falcon", partial(falcon_config, **own), heads, form)
+        for form, heads, own in (
+            ("one norm", FEW_DECODER_HEADS, {}),
+            (
+                "two norms",
+                DECODER_HEADS,
+                {"new_decoder_architecture": True, "num_kv_heads": 1},
+            ),
+            (
+                "pre-norm",
+                DECODER_HEADS,
+                {"parallel_attn": False, "alibi": True, "hidden_dropout": DROPOUT},
+            ),
+        )
+    ),
+    ("GPT-2", "GPT2", gpt2_config, GPT2_HEADS, ""),
+    ("BLOOM", "Bloom", bloom_config, FEW_DECODER_HEADS, ""),
+    ("MBart", "MBart", partial(bart_config, MBartConfig), MBART_HEADS, ""),
+    (
+        "MPNet",
+        "MPNet",
+        partial(encoder_config, MPNetConfig),
+        FEW_ENCODER_HEADS,
+        "",
+    ),
+    ("DINOv2", "Dinov2", dinov2_config, SOME_IMAGE_HEADS, ""),
+    (
+        "Qwen3-MoE",
+        "Qwen3Moe",
+        partial(
+            moe_config,
+            Qwen3MoeConfig,
+            moe_intermediate_size=HIDDEN,
+            num_experts=4,
+            mlp_only_layers=[1],
+        ),
+        FEW_DECODER_HEADS,
+        "",
+    ),
+    (
+        "CLIP",
+        "CLIP",
+        partial(towers_config, *CLIP),
+        {"Model": texts_and_images},
+        "",
+    ),
+    (
+        "CLIP",
+        "CLIPText",
+        partial(text_tower_config, CLIPTextConfig),
+        {"Model": text},
+        "",
+    ),
+)
+"""Those whose blocks are described by other names than those above."""
+
+ALIKE: tuple[Form, ...] = (
+    (
+        "Gemma 3",
+        "Gemma3",
+        partial(sliding_config, Gemma3TextConfig, head_dim=HIDDEN // 2),
+        {
+            "TextModel": text,
+            "ForCausalLM": continued_text,
+            "TextForSequenceClassification": labelled_text,
+        },
+        "",
+    ),
+    *(
+        (
+            family,
+            family,
+            partial(
+                sliding_config,
+                kind,
+                use_sliding_window=True,
+                max_window_layers=1,
+                **own,
+            ),
+            DECODER_HEADS,
+            "sliding",
+        )
+        for family, kind, own in (
+            ("Qwen2", Qwen2Config, {}),
+            ("Qwen3", Qwen3Config, {"head_dim": HIDDEN // 2}),
+        )
+    ),
+    ("Whisper", "Whisper", whisper_config, WHISPER_HEADS, ""),
+    (
+        "Mixtral",
+        "Mixtral",
+        partial(moe_config, MixtralConfig, num_local_experts=4),
+        FEW_DECODER_HEADS,
+        "",
+    ),
+    (
+        "CLIP",
+        "CLIPVision",
+        partial(image_tower_config, CLIPVisionConfig),
+        {"Model": images},
+        "",
+    ),
+    (
+        "CLIP",
+        "CLIP",
+        partial(towers_config, *CLIP),
+        {"ForImageClassification": labelled_images},
+        "",
+    ),
+    (
+        "SigLIP",
+        "Siglip",
+        partial(towers_config, *SIGLIP),
+        {
+            "Model": texts_and_images,
+            "ForImageClassification": labelled_images,
+        },
+        "",
+    ),
+)
+"""Those whose blocks are described by the names of another case."""
 
 CASES += [
     Case(
@@ -725,75 +792,12 @@ CASES += [
         config=config,
         batch=batch,
         form=form,
-        is_slow=True,
+        is_slow=is_slow,
     )
-    for family, prefix, config, heads, form in (
-        (
-            "Gemma 3",
-            "Gemma3",
-            partial(sliding_config, Gemma3TextConfig, head_dim=HIDDEN // 2),
-            {
-                "TextModel": text,
-                "ForCausalLM": continued_text,
-                "TextForSequenceClassification": labelled_text,
-            },
-            "",
-        ),
-        *(
-            (
-                family,
-                family,
-                partial(
-                    sliding_config,
-                    kind,
-                    use_sliding_window=True,
-                    max_window_layers=1,
-                    **own,
-                ),
-                DECODER_HEADS,
-                "sliding",
-            )
-            for family, kind, own in (
-                ("Qwen2", Qwen2Config, {}),
-                ("Qwen3", Qwen3Config, {"head_dim": HIDDEN // 2}),
-            )
-        ),
-        ("Whisper", "Whisper", whisper_config, WHISPER_HEADS, ""),
-        (
-            "Mixtral",
-            "Mixtral",
-            partial(moe_config, MixtralConfig, num_local_experts=4),
-            FEW_DECODER_HEADS,
-            "",
-        ),
-        (
-            "CLIP",
-            "CLIPVision",
-            partial(image_tower_config, CLIPVisionConfig),
-            {"Model": images},
-            "",
-        ),
-        (
-            "CLIP",
-            "CLIP",
-            partial(towers_config, *CLIP),
-            {"ForImageClassification": labelled_images},
-            "",
-        ),
-        (
-            "SigLIP",
-            "Siglip",
-            partial(towers_config, *SIGLIP),
-            {
-                "Model": texts_and_images,
-                "ForImageClassification": labelled_images,
-            },
-            "",
-        ),
-    )
+    for forms, is_slow in ((FORMS, False), (ALIKE, True))
+    for family, prefix, config, heads, form in forms
     for head, batch in heads.items()
 ]
-"""Those with the layout of another case."""
 
 
 def some_cases(*heads: str) -> list[Case]:

@@ -39,6 +39,7 @@ from meft.reversible.packing import packed_bytes
 from meft.testing import check_reversible, saved_bytes
 
 every_head = cases()
+KINDS = some_cases("Model", "BartForCausalLM")
 every_kind = cases("Model", "BartForCausalLM")
 every_text_kind = cases(
     "BertModel",
@@ -183,7 +184,7 @@ def test_gradients_are_the_twins(case: Case, trained: str) -> None:
 
 
 @pairs(
-    case=some_cases("Model", "BartForCausalLM"),
+    case=slow_but_for(KINDS, *(case for case in KINDS if not case.is_slow)),
     variant=slow_but_for(["meft1", "meft2", "meft3"], "meft1", "meft3"),
     precision=["float32", "bfloat16", "float16", "autocast"],
 )
