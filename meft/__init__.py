@@ -12,7 +12,13 @@ from meft.backbone.unlisted import register_family
 from meft.checkpoint.load import load_adapters
 from meft.checkpoint.save import save_adapters
 from meft.chunked_loss import chunk_loss, unchunk_loss
-from meft.convert import add_sparse_adapters, make_reversible
+from meft.convert import (
+    add_sparse_adapters,
+    disable_adapter,
+    make_reversible,
+    print_trainable_parameters,
+    remove_adapters,
+)
 from meft.errors import (
     AdapterFileError,
     ConfigError,
@@ -54,10 +60,13 @@ __all__ = [
     "__version__",
     "add_sparse_adapters",
     "chunk_loss",
+    "disable_adapter",
     "load_adapters",
     "make_reversible",
     "optimizer_cls_and_kwargs",
+    "print_trainable_parameters",
     "register_family",
+    "remove_adapters",
     "save_adapters",
     "testing",
     "unchunk_loss",

@@ -1,17 +1,24 @@
-"""`make_reversible` and `add_sparse_adapters`: convert a model in place."""
+"""Functions that convert a model in place, and undo that."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import TypeVar
 
 from torch import nn
 
 from meft.checkpoint.load import load_adapters
-from meft.checkpoint.save_pretrained import add_saving
-from meft.reversible.blocks import ReversibleBlocks
+from meft.checkpoint.save_pretrained import add_saving, remove_saving
+from meft.errors import UnsupportedModelError
+from meft.reversible.blocks import ReversibleBlocks, find_stacks
 from meft.reversible.config import ReversibleConfig
-from meft.reversible.convert import insert_stacks
-from meft.sparse.adapter import SparseAdapter
+from meft.reversible.convert import insert_stacks, remove_stacks, without_stacks
+from meft.sparse.adapter import SparseAdapter, sparse_adapters
 from meft.sparse.config import SparseConfig
-from meft.sparse.convert import insert_sparse_adapters
+from meft.sparse.convert import (
+    insert_sparse_adapters,
+    remove_sparse_adapters,
+    without_sparse_adapters,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -84,3 +91,76 @@ def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
     insert_sparse_adapters(model, config)
     add_saving(model, SparseAdapter, load_adapters)
     return model
+
+
+def remove_adapters(model: Model) -> Model:
+    """Undo `make_reversible` and `add_sparse_adapters`, in place.
+
+    The model is then the plain one again: the same blocks, with the same parameters, in
+    a list of their own, and no hooks of meft. It computes what it did before the
+    conversion, bit by bit, except for other parameters that were trained, such as a
+    task head or LoRA inside. Which parameters are trainable stays as it is. Adapters
+    cannot be merged into the weights of the backbone, as they are not linear.
+
+    Args:
+        model: a converted model, or a PeftModel that holds one.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        UnsupportedModelError: the model has not been converted.
+    """
+    _refuse_plain(model)
+    remove_stacks(model)
+    if sparse_adapters(model):
+        remove_sparse_adapters(model)
+    remove_saving(model)
+    return model
+
+
+@contextlib.contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Run the body with the model as it was before the conversion.
+
+    Task heads and other parameters keep their trained values, and peft's adapters run:
+    use the method of the same name of a PeftModel for these. A forward in the body must
+    be differentiated, if at all, in the body too.
+
+    Args:
+        model: a converted model, or a PeftModel that holds one.
+
+    Raises:
+        UnsupportedModelError: the model has not been converted.
+    """
+    _refuse_plain(model)
+    with without_stacks(model), without_sparse_adapters(model):
+        yield
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print the number of trainable and of all parameters of a model.
+
+    The line has the format of the method of the same name in peft. Rows of sparse
+    adapters count wherever they are stored.
+
+    Args:
+        model: any model.
+    """
+    every = {id(p): p for p in model.parameters()}.values()
+    total = sum(p.numel() for p in every)
+    trainable = sum(p.numel() for p in every if p.requires_grad)
+    share = 100 * trainable / total if total else 0.0
+    print(
+        f"trainable params: {trainable:,d} || all params: {total:,d} || "
+        f"trainable%: {share:.4f}"
+    )
+
+
+def _refuse_plain(model: nn.Module) -> None:
+    if not find_stacks(model) and not sparse_adapters(model):
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} has no adapters of meft: neither "
+            "`meft.make_reversible()` nor `meft.add_sparse_adapters()` has been called "
+            "on it"
+        )

@@ -26,37 +26,38 @@ def by_name(
     """
     kind: Any = plain  # whose type is not said to be hashable
     signature = _signature(kind)
+    if signature is None:
+        raise UnsupportedCallError(
+            f"the `forward` of {plain.__name__} does not name the arguments that it "
+            "takes: give it the signature of the `forward` that it replaces, by "
+            "`functools.wraps` or in its definition"
+        )
     bound = signature.bind(None, *args, **kwargs).arguments
-    parameters = signature.parameters
-    _, *names = bound  # without `self`
+    _, first, *names = bound  # without `self`
     others: dict[str, Any] = {}
     for name in names:
-        kind = parameters[name].kind
-        if kind is Parameter.VAR_POSITIONAL:
-            raise UnsupportedCallError(
-                f"the `forward` of {plain.__name__} takes positional arguments as "
-                f"`*{name}`, so their names are unknown: give it the signature of the "
-                "`forward` that it replaces"
-            )
-        others |= bound[name] if kind is Parameter.VAR_KEYWORD else {name: bound[name]}
-    hidden = others.pop("hidden_states" if "hidden_states" in others else names[0])
-    return hidden, others
+        is_rest = signature.parameters[name].kind is Parameter.VAR_KEYWORD
+        others |= bound[name] if is_rest else {name: bound[name]}
+    return bound[first], others
 
 
 @functools.cache
-def _signature(plain: Any) -> inspect.Signature:
+def _signature(plain: Any) -> inspect.Signature | None:
     """Return the signature of the first `forward` that names its arguments.
 
-    A derived class may pass everything on.
+    A derived class may pass everything on. None if no class in the order of resolution
+    names them.
     """
-    found = [
-        inspect.signature(k.forward) for k in plain.__mro__ if hasattr(k, "forward")
-    ]
-    named = (s for s in found if _names_hidden_states(s))
-    return next(named, found[0])
+    forwards = (k.forward for k in plain.__mro__ if hasattr(k, "forward"))
+    named = (s for s in map(inspect.signature, forwards) if _is_named(s))
+    return next(named, None)
 
 
-def _names_hidden_states(signature: inspect.Signature) -> bool:
+def _is_named(signature: inspect.Signature) -> bool:
     _, *parameters = signature.parameters.values()
-    variable = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-    return bool(parameters) and parameters[0].kind not in variable
+    kinds = [parameter.kind for parameter in parameters]
+    starts_with_hidden_states = kinds[:1] in (
+        [Parameter.POSITIONAL_OR_KEYWORD],
+        [Parameter.POSITIONAL_ONLY],
+    )
+    return starts_with_hidden_states and Parameter.VAR_POSITIONAL not in kinds

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from meft.backbone.caches import NAMES, cache_of
+from meft.backbone.called import call_block, is_sharded
 from meft.backbone.family import Family
 from meft.backbone.layout import Layout
 from meft.errors import UnsupportedCallError, UnsupportedModelError
@@ -135,12 +136,15 @@ def _compared(
     call = {n: v for n, v in call.items() if n not in NAMES}
     hidden, call = _few_tokens(hidden.detach(), call)
     differences = []
-    with _without_hooks(block):
-        own = _run(lambda: plain.forward(block, hidden, **call), hidden)
+    is_called = is_sharded(block)  # which gathers its parameters
+    with contextlib.nullcontext() if is_called else _without_hooks(block):
+        own = _run(lambda: _own(is_called, block, plain, hidden, call), hidden)
         if not _is_comparable(own):
             return None
         for layout in family.layouts if family.is_guess else (family.layout(block),):
-            halves = _run(partial(layout.whole, block, hidden, call), hidden)
+            halves = _run(
+                partial(_halves, is_called, layout, block, hidden, call), hidden
+            )
             difference = _difference(own, halves, layout)
             if difference is None:
                 return family.with_layout(layout) if family.is_guess else family
@@ -165,6 +169,33 @@ def _has_longer_keys(block: nn.Module, hidden: Tensor, call: Mapping[str, Any]) 
     layers = (getattr(module, "layer_idx", None) for module in block.modules())
     layer = next((index for index in layers if index is not None), 0)
     return is_longer or cache.get_seq_length(layer) > 0
+
+
+def _own(
+    is_called: bool,
+    block: nn.Module,
+    plain: type[nn.Module],
+    hidden: Hidden,
+    call: Mapping[str, Any],
+) -> Any:
+    if is_called:
+        return call_block(block, hidden, call)
+    return plain.forward(block, hidden, **call)
+
+
+def _halves(
+    is_called: bool,
+    layout: Layout,
+    block: nn.Module,
+    hidden: Hidden,
+    call: Mapping[str, Any],
+) -> Tensor:
+    def whole(hidden_states: Hidden, **others: Any) -> Hidden:
+        return layout.whole(block, hidden_states, others)
+
+    if is_called:
+        return call_block(block, hidden, call, whole)
+    return whole(hidden, **call)
 
 
 @contextlib.contextmanager

@@ -3,16 +3,17 @@
 The two halves of a family call the modules inside a block, not the block: its own
 `forward`, and the hooks that `nn.Module.__call__` runs around it, would silently be
 skipped. A few containers inside a block are run in parts as well (`Layout.in_parts`).
- Code that runs the halves calls `refuse_what_would_not_run` first, and
-`refuse_sharded` as well if it recomputes them. `refuse_calls` is for blocks whose
-adapters are stored outside the block.
+Where a block has such code (`must_be_called`), a stack calls the block if it can. Code
+that runs the halves calls `refuse_what_would_not_run` first. `refuse_calls` is for
+blocks whose adapters are stored outside the block.
 """
 
 from collections.abc import Collection, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
+from meft.backbone.called import is_called_by_a_stack, is_sharded
 from meft.backbone.family import Family
 from meft.errors import UnsupportedCallError
 
@@ -23,10 +24,8 @@ _HOOKS = {
     "_backward_hooks": "backward hook",
 }
 """Attributes of a module that hold hooks, with PyTorch's names for the hooks."""
-_SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
-"""Names of PyTorch's classes of modules that gather their own weights; importing the
-classes takes a second.
-"""
+_WRAPPER = "FullyShardedDataParallel"
+"""Name of PyTorch's class of FSDP1; importing it takes a second."""
 
 
 def run_in_parts(
@@ -55,14 +54,19 @@ def ignored(module: Any) -> str | None:
             is_theirs = hook.__module__ == "transformers.utils.output_capturing"
             if not is_theirs and hook is not _refuse_call:
                 return f"a {kind} (`{getattr(hook, '__qualname__', hook)}`)"
-    forward = vars(module).get("forward")
-    # Code that restores a replaced `forward` may leave the module's own method there.
-    if getattr(forward, "__func__", forward) not in (None, type(module).forward):
+    if is_replaced(module):
         return (
             "a `forward` that was replaced on the instance (accelerate does so to move "
             "inputs between devices)"
         )
     return None
+
+
+def is_replaced(module: Any) -> bool:
+    """Return whether the `forward` of an instance is not that of its class."""
+    forward = vars(module).get("forward")
+    # Code that restores a replaced `forward` may leave the module's own method there.
+    return getattr(forward, "__func__", forward) not in (None, type(module).forward)
 
 
 def refuse_calls(block: nn.Module) -> None:
@@ -77,7 +81,9 @@ def allow_calls(block: nn.Module) -> None:
         del hooks[key]
 
 
-def _refuse_call(block: nn.Module, args: tuple[Any, ...]) -> NoReturn:
+def _refuse_call(block: nn.Module, args: tuple[Any, ...]) -> None:
+    if is_called_by_a_stack(block):
+        return
     raise UnsupportedCallError(
         f"a {type(block).__name__} of a reversible stack was called by itself, and "
         "would run without its adapters. Call the model; or, in a loop of your own, "
@@ -88,27 +94,39 @@ def _refuse_call(block: nn.Module, args: tuple[Any, ...]) -> NoReturn:
 
 
 def refuse_sharded(module: nn.Module) -> None:
-    """Refuse FSDP around a part of `module`, which holds all blocks.
-
-    FSDP gathers weights when a module is called and distributes gradients when its
-    backward has run. A recompute calls the module again, possibly only on some
-    processes if batches differ, and the gradients would not reach the shards.
+    """Refuse FSDP1 around a part of `module`, which holds all blocks.
 
     Raises:
         UnsupportedCallError: a module inside is sharded separately.
     """
     for name, part in module.named_modules():
-        if any(kind.__name__ in _SHARDED for kind in type(part).__mro__):
+        kinds = {kind.__name__ for kind in type(part).__mro__}
+        if _WRAPPER in kinds or (not name and "FSDPModule" in kinds):
             raise UnsupportedCallError(
-                f"`{name}` inside the reversible blocks is sharded by FSDP "
+                f"`{name}` of a reversible stack is sharded by FSDP "
                 f"({type(part).__name__}), which is not supported: its weights would "
-                "get no gradient. Shard the whole model by one `fully_shard(model)`, "
-                "or train with DistributedDataParallel"
+                "get no gradient. Shard blocks by FSDP2, `fully_shard(block)`, or the "
+                "whole model by one `fully_shard(model)`, or train with "
+                "DistributedDataParallel"
             )
 
 
+def must_be_called(block: nn.Module) -> bool:
+    """Return whether a block has attached code that runs only if it is called."""
+    return ignored(block) is not None or is_sharded(block) or is_compiled(block)
+
+
+def is_compiled(block: nn.Module) -> bool:
+    """Return whether `module.compile()` has been called on a block."""
+    return getattr(block, "_compiled_call_impl", None) is not None
+
+
 def refuse_what_would_not_run(
-    family: Family, block: nn.Module, label: str, is_called: bool = False
+    family: Family,
+    block: nn.Module,
+    label: str,
+    is_called: bool = False,
+    remedy: str = "",
 ) -> None:
     """Refuse a block with attached code that would never run.
 
@@ -117,6 +135,7 @@ def refuse_what_would_not_run(
         block: one block.
         label: the name of the block in the message, `block 3`.
         is_called: whether the block itself is called, and only its inside run in parts.
+        remedy: how the block could be called, as the end of the message.
 
     Raises:
         UnsupportedCallError: there is such code, or the block has been wrapped.
@@ -139,7 +158,7 @@ def refuse_what_would_not_run(
             raise UnsupportedCallError(
                 f"{owner} has {found}, which would never run: this module is run in "
                 "parts and not called. Remove it, or attach it to a module that is "
-                f"called: {inside}, or {outside}"
+                f"called: {inside}, or {outside}{remedy}"
             )
 
 

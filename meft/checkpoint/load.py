@@ -6,15 +6,12 @@ Everything that identifies the model is compared before the model changes.
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from meft.backbone.find import find_blocks
-from meft.backbone.uncalled import allow_calls
 from meft.checkpoint.backbone import refuse_other_backbone
 from meft.checkpoint.config_file import SavedConfig, read_config
 from meft.checkpoint.digests import digest
@@ -25,8 +22,7 @@ from meft.errors import AdapterFileError, FrozenWarning
 from meft.extra_state import refuse_other_function
 from meft.reversible.blocks import ReversibleBlocks, find_stacks
 from meft.reversible.config import ReversibleConfig
-from meft.reversible.convert import insert_stacks
-from meft.reversible.requests import unwatch
+from meft.reversible.convert import insert_stacks, remove_stacks
 from meft.sparse.adapter import SparseAdapter, sparse_adapters
 from meft.sparse.config import SparseConfig
 from meft.sparse.convert import insert_sparse_adapters, remove_sparse_adapters
@@ -123,11 +119,7 @@ def _converted(model: nn.Module, config: SavedConfig) -> Iterator[None]:
             undo.append(lambda: remove_saving(model))
             add_saving(model, SparseAdapter, load_adapters)
         if reversible and not stacks:
-            for found in find_blocks(model):
-                blocks = getattr(found.owner, found.attribute)
-                undo.append(partial(setattr, found.owner, found.attribute, blocks))
-                undo += [partial(allow_calls, block) for block in blocks]
-            undo.append(lambda: unwatch(model))
+            undo.append(lambda: remove_stacks(model))
             if not adapters:
                 undo.append(lambda: remove_saving(model))
             with _quietly():

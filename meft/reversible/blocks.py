@@ -29,10 +29,15 @@ from torch import Tensor, nn
 
 from meft.backbone.block_call import by_name
 from meft.backbone.caches import cache_of
+from meft.backbone.called import is_sharded
 from meft.backbone.family import Family
 from meft.backbone.find import is_checkpointing
+from meft.backbone.parallel import NAME as PARALLEL_ADAPTER
 from meft.backbone.proof import Proven, prove
 from meft.backbone.uncalled import (
+    is_compiled,
+    is_replaced,
+    must_be_called,
     refuse_calls,
     refuse_sharded,
     refuse_what_would_not_run,
@@ -307,9 +312,12 @@ class ReversibleBlocks(nn.Module):
         context, arguments = take_apart(calls)
         seed = draw_seed() if self.training else None
         cached = any(cache_of(call) is not None for call in calls)
+        # All processes of FSDP2 have to run a forward equally often, whatever the
+        # values of their batches.
+        is_wide = cached or any(is_sharded(block) for block in blocks)
         is_rerun = False
         while True:
-            dtype = torch.int64 if cached else self.stream_dtype
+            dtype = torch.int64 if is_wide else self.stream_dtype
             arithmetic = arithmetic_of(self.reversible, hidden, dtype)
             extremes = Extremes(arithmetic)
             make = partial(self._stack, arguments, arithmetic, seed)
@@ -356,6 +364,8 @@ class ReversibleBlocks(nn.Module):
             calls: the arguments of all blocks.
         """
         for index, block in list(enumerate(self.blocks))[self.span[0] :]:
+            if self.reversible.adapter is None and must_be_called(block):
+                continue  # it is called, whatever it computes
             plain = _plain(block)
             self.family = prove(
                 self._proven,
@@ -372,7 +382,29 @@ class ReversibleBlocks(nn.Module):
         _refuse_transforms()
         refuse_sharded(self)
         for index, block in enumerate(self.blocks[self.span[0] :], self.span[0]):
-            refuse_what_would_not_run(self.family, block, f"block {index}")
+            self._refuse_uncalled(block, f"block {index}")
+
+    def _refuse_uncalled(self, block: nn.Module, label: str) -> None:
+        """Refuse code attached to a block that is not called, or replaced by ours."""
+        config = self.reversible
+        is_alike = config.variant != "meft3" and not hasattr(block, PARALLEL_ADAPTER)
+        can_be_called = is_alike and config.mlp_chunks == 1
+        if config.adapter is None and can_be_called and self.family.has(block):
+            return
+        if is_replaced(block) or is_compiled(block):
+            can_be_called = False  # the call would run ours in place of it
+        remedy = (
+            "; a stack calls blocks as a whole with `adapter=None`, or `meft1` or "
+            "`meft2`, and `mlp_chunks=1`, in models without sparse adapters"
+        )
+        if (is_sharded(block) or is_compiled(block)) and not can_be_called:
+            raise UnsupportedCallError(
+                f"{label} is sharded by FSDP2 or compiled, so it has to be called, and "
+                f"this stack runs it in parts{remedy}; compiled ones only with "
+                "`adapter=None`. Modules inside, such as attention and MLP, can be "
+                "compiled in any stack"
+            )
+        refuse_what_would_not_run(self.family, block, label, can_be_called, remedy)
 
     def _by_name(
         self, hidden: Hidden, every: Sequence[BlockArguments]

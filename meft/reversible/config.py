@@ -215,7 +215,8 @@ class ReversibleConfig:
         Raises:
             ConfigError: a field is unknown or missing, or has an illegal value.
         """
-        return cls(**checked(fields, _EXPECTED))
+        # Earlier versions wrote no `adapter`: there was one kind.
+        return cls(**checked({"adapter": "bottleneck", **fields}, _EXPECTED))
 
 
 _COUPLINGS = {"fixed": "difference", "float": "paper"}

@@ -1,5 +1,7 @@
 """Replaces the lists of blocks of a transformers model by reversible stacks."""
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 from typing import TypeVar
 
@@ -7,12 +9,13 @@ from torch import nn
 
 from meft.backbone.find import BlockList, find_blocks, is_checkpointing
 from meft.backbone.parallel import NAME
+from meft.backbone.uncalled import allow_calls, refuse_calls
 from meft.bottleneck import Bottleneck, wide_dtype
 from meft.errors import ConfigError, UnsupportedModelError
 from meft.reversible.adapters import Adapters
 from meft.reversible.blocks import CHECKPOINTING_IS_ON, ReversibleBlocks, find_stacks
 from meft.reversible.config import ReversibleConfig
-from meft.reversible.requests import watch
+from meft.reversible.requests import unwatch, watch
 from meft.reversible.variants import make_adapters
 from meft.trainable import choose_trainable
 
@@ -46,6 +49,49 @@ def insert_stacks(model: Model, config: ReversibleConfig) -> Model:
         setattr(found.owner, found.attribute, stack.train(model.training))
         watch(model, found.owner)
     return model
+
+
+def remove_stacks(model: nn.Module) -> None:
+    """Undo `insert_stacks`, except for which parameters are trainable."""
+    for owner in list(model.modules()):
+        for attribute, stack in list(owner.named_children()):
+            if isinstance(stack, ReversibleBlocks):
+                blocks = plain_list(stack)
+                setattr(owner, attribute, blocks)
+                for block in blocks:
+                    allow_calls(block)
+    unwatch(model)
+
+
+@contextlib.contextmanager
+def without_stacks(model: nn.Module) -> Iterator[None]:
+    """Run the body with plain lists of blocks in the place of stacks."""
+    replaced = [
+        (owner, attribute, stack)
+        for owner in list(model.modules())
+        for attribute, stack in owner.named_children()
+        if isinstance(stack, ReversibleBlocks)
+    ]
+    for owner, attribute, stack in replaced:
+        setattr(owner, attribute, plain_list(stack))
+        for block in stack.blocks:
+            allow_calls(block)
+    unwatch(model)
+    try:
+        yield
+    finally:
+        for owner, attribute, stack in replaced:
+            setattr(owner, attribute, stack)
+            watch(model, owner)
+            for block in stack.blocks[stack.span[0] :]:
+                refuse_calls(block)
+
+
+def plain_list(stack: ReversibleBlocks) -> nn.ModuleList:
+    """Return the blocks of a stack as the list that it has replaced."""
+    blocks = nn.ModuleList(stack.blocks)
+    blocks.training = stack.training
+    return blocks
 
 
 def _refuse_with_parallel(found: BlockList, config: ReversibleConfig) -> None:

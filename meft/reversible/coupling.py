@@ -54,6 +54,10 @@ class Branch:
     tokenwise: Part | None = None
     is_sum: bool = False
     """Whether both parts read the stream, and are added; then both are given."""
+    is_sharded: bool = False
+    """Whether FSDP2 gathers the parameters of the branch when it is run, and collects
+    their gradients itself.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

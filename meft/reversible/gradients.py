@@ -47,6 +47,8 @@ class Pull:
     """Dtypes of the outputs."""
     shared: list[Tensor]
     """Tensors whose gradients are added up."""
+    is_sharded: bool = False
+    """Whether other leaves collect their gradients themselves, as those of FSDP2 do."""
 
 
 class Gradients:
@@ -81,6 +83,16 @@ class Gradients:
         edges = [get_gradient_edge(start) for start in starts]
         return Pull(edges, [start.dtype for start in starts], distinct)
 
+    def prepare_sharded(self, output: Tensor, shared: list[Tensor]) -> Pull:
+        """Prepare a pull through a graph whose other leaves are gathered by FSDP2.
+
+        Args:
+            output: the output of the graph.
+            shared: the tensors whose gradients are added up, other than parameters.
+        """
+        edges = [get_gradient_edge(output)] if output.requires_grad else []
+        return Pull(edges, [output.dtype], shared, is_sharded=True)
+
     def pull(self, pull: Pull, x: Tensor, dy: Sequence[Tensor]) -> Tensor | None:
         """Run a backward pass through a graph and add the gradients to the sums.
 
@@ -94,9 +106,11 @@ class Gradients:
                 require one.
         """
         inputs = [*([x] if x.requires_grad else []), *pull.shared]
-        if not inputs or not pull.edges:
+        if not pull.edges or (not inputs and not pull.is_sharded):
             return torch.zeros_like(x) if x.requires_grad else None
         dy = [d.to(dtype) for d, dtype in zip(dy, pull.dtypes, strict=True)]
+        if pull.is_sharded:
+            return self._pull_sharded(pull, x, dy)
         task = _Task()
         if keep_hooks_for_whole_gradients(pull.shared):
             for edge in pull.edges:
@@ -114,6 +128,22 @@ class Gradients:
         if x.requires_grad and dx is None:
             return torch.zeros_like(x)
         return dx
+
+    def _pull_sharded(
+        self, pull: Pull, x: Tensor, dy: Sequence[Tensor]
+    ) -> Tensor | None:
+        """Run a backward in which FSDP2 reduces the gradients of its parameters.
+
+        It does so when they have been accumulated, as reentrant checkpointing does.
+        """
+        torch.autograd.backward(pull.edges, dy)
+        for tensor in pull.shared:
+            total, tensor.grad = tensor.grad, None
+            if total is not None:
+                before = self._sums.get(id(tensor))
+                self._sums[id(tensor)] = total if before is None else before + total
+        dx, x.grad = x.grad, None
+        return torch.zeros_like(x) if x.requires_grad and dx is None else dx
 
 
 class _Root(torch.autograd.Function):

@@ -119,6 +119,8 @@ def _prepare_mixed(
     if coupling.branch.mixing is None:
         return None
     others = [t for t in context.values() if t.requires_grad]
+    if coupling.branch.is_sharded:
+        return gradients.prepare_sharded(mixed, others)
     others += call.state.trainable_in(coupling.branch.mixing, coupling)
     meanwhile = call.state.trainable_in(coupling.branch.tokenwise, coupling)
     return gradients.prepare([mixed], others, meanwhile)

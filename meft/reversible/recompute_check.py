@@ -168,6 +168,11 @@ class RecomputeCheck:
         Returns:
             The output of the branch, of the shape of `x`.
         """
+        if coupling.branch.is_sharded:
+            # One run in every process, whatever is known of its batch.
+            return _graded(
+                stack, coupling, x, context, wants_input, Exits(sources), None
+            )[0]
         training = stack.seed is not None
         key: tuple[Any, ...] = (coupling.number, x.shape, x.dtype, execution, training)
         key += (self._call,)
@@ -234,7 +239,7 @@ def _graded(
     context: Context,
     wants_input: bool,
     exits: Exits,
-    own: Sequence[Tensor],
+    own: Sequence[Tensor] | None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Run a branch as the backward will, with one graph per chunk, and drop the graphs.
 
@@ -245,11 +250,16 @@ def _graded(
         context: tensors that the block receives in addition to the stream, by name.
         wants_input: whether the gradient of `x` is needed.
         exits: provides graphs that hold no activations.
-        own: the parameters that the branch is known to use.
+        own: the parameters that the branch is known to use; None if its leaves are not
+            its parameters, as in a branch that is sharded.
 
     Returns:
         The output, and the leaves of the graph that are not in `own`.
     """
+    if own is None:
+        with exits.watched():
+            start = exits.entrance(x, wants_input)
+            return stack.mixed(coupling, start, context).detach(), []
     oldest = newest_node()
     with exits.watched():
         start = exits.entrance(x, wants_input)

@@ -21,12 +21,14 @@ is the fresh stream, which has just passed through a block.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from meft.backbone.called import call_block, is_sharded
 from meft.backbone.family import Family
 from meft.backbone.parallel import with_parallel
+from meft.backbone.uncalled import must_be_called
 from meft.bottleneck import Bottleneck
 from meft.reversible.call_arguments import Arguments
 from meft.reversible.coupling import Branch, Context, Coupling, Part
@@ -138,7 +140,23 @@ def _steps(
         function = partial(family.mlp_half, block, adapter=joined)
         return Part(function, (block,) if adapter is None else (block, adapter))
 
+    def called() -> Branch:
+        inside = adapters["feed_forward"] if "feed_forward" in adapters else None
+
+        def in_its_place(hidden_states: Tensor, **call: Any) -> Tensor:
+            return family.whole(block, hidden_states, inside, **call)
+
+        def function(hidden: Tensor, context: Context) -> Tensor:
+            call = arguments.given(context)
+            replaced = None if inside is None else in_its_place
+            return call_block(block, hidden, call, replaced)
+
+        modules = (block,) if inside is None else (block, inside)
+        return Branch(mixing=Part(function, modules), is_sharded=is_sharded(block))
+
     def whole(inside: nn.Module | None = None) -> Branch:
+        if must_be_called(block):  # in `meft3` it has been refused
+            return called()
         return Branch(mixing=attention(inside), tokenwise=mlp(), is_sum=is_parallel)
 
     if variant == "meft3":

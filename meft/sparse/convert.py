@@ -1,7 +1,9 @@
 """Adds sparse adapters to the blocks of a transformers model."""
 
+import contextlib
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -81,6 +83,20 @@ def remove_sparse_adapters(model: nn.Module) -> None:
             if isinstance(hook, functools.partial) and hook.func in _HOOKS:
                 del hooks[key]
     model.__dict__.pop(_IGNORED_BY_DDP, None)
+
+
+@contextlib.contextmanager
+def without_sparse_adapters(model: nn.Module) -> Iterator[None]:
+    """Run the body with blocks of their own classes, which do not run adapters."""
+    blocks: list[Any] = [m for m in model.modules() if hasattr(m, parallel.NAME)]
+    adapted = [(block, type(block)) for block in blocks]
+    for block, kind in adapted:
+        block.__class__ = kind.plain
+    try:
+        yield
+    finally:
+        for block, kind in adapted:
+            block.__class__ = kind
 
 
 def _base_model(model: nn.Module) -> nn.Module:

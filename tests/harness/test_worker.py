@@ -96,6 +96,25 @@ def test_an_encoder_and_a_decoder_have_one_depth(device: str) -> None:
         assert seen.reconstruction_error == seen.gradient_error == [0.0] * 6
 
 
+def test_a_plain_cell_imports_only_what_it_needs(tmp_path: Path) -> None:
+    """And garbage is not looked for in what it imports, which takes longer than it."""
+    program = (
+        "import gc, sys\n"
+        "from meft_bench.child import worker\n"
+        "worker.main()\n"
+        "from meft_bench.virtual.prediction import predict\n"
+        "heavy = {'datasets', 'evaluate', 'numba', 'pandas', 'peft', 'sklearn'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+        "print(gc.isenabled(), gc.get_freeze_count() > 100_000)\n"
+    )
+    body = {"cell": Cell(method="full", **TINY).to_json(), "options": {}}
+    command = request.command(body, tmp_path / "seen.json", worker_module="")
+    place = command.index("-m")
+    command[place : place + 2] = ["-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "True True"]
+
+
 def test_a_loss_that_is_not_finite_is_said() -> None:
     """The cell is measured all the same; its message says from which step on."""
     fields = TINY | {"max_steps": 5, "learning_rate": 1e30}

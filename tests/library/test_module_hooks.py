@@ -14,6 +14,7 @@ from torch.nn.modules import module as torch_module
 
 import meft
 from library.families import CASES, Case, cases
+from library.families import gradients as family_gradients
 from library.families import reversible as reversible_case
 from library.models import batch, classifier, gradients, only_stack, reversible
 from library.sparse import batches, config
@@ -177,8 +178,11 @@ def test_a_hook_that_would_never_run_is_refused(
     model = classifier(2)
     block = model.bert.encoder.layer[1]
     handle = KINDS[kind](block.get_submodule(name), log_norm)
+    # A block is called as a whole only without chunks.
+    chunks = 1 if name else 2
     meft.make_reversible(
-        model, meft.ReversibleConfig(variant="meft1", backward=backward)
+        model,
+        meft.ReversibleConfig(variant="meft1", backward=backward, mlp_chunks=chunks),
     )
     owner = f"`{name}` of block 1" if name else "block 1"
     says = rf"^{owner} has a {kind} \(`.*log_norm`\).*`output.dense`"
@@ -191,27 +195,91 @@ def test_a_hook_that_would_never_run_is_refused(
     model(**batch())
 
 
-def test_a_block_that_is_not_rebuilt_runs_its_hooks() -> None:
-    """Below the span a block is called as always, and above it is run in halves."""
-    model = reversible(3, variant="meft1", span=(1, 2))
-    assert counts(model, {"0": only_stack(model)[0]})["0"][:2] == [1, 1]
-    only_stack(model)[2].register_forward_hook(lambda *_: None)
-    with pytest.raises(meft.UnsupportedCallError, match="block 2"):
-        model(**batch())
+def test_a_block_with_hooks_is_called() -> None:
+    """As often as under checkpointing: twice if it is rebuilt, and once if not."""
+    model = reversible(3, variant="meft1", span=(1, 2)).requires_grad_(True)
+    blocks = {str(index): only_stack(model)[index] for index in range(3)}
+    counts(model, blocks)  # the first batch of this shape
+    found = counts(model, blocks)
+    assert found == {"0": [1, 1, 1, 1], "1": [2, 2, 1, 1], "2": [1, 1, 1, 1]}
+
+
+@pytest.mark.parametrize("config", [{"variant": "meft1"}, {"variant": "meft2"}, {}])
+@cases("Model")
+def test_hooks_on_blocks_change_nothing(case: Case, config: dict[str, Any]) -> None:
+    """They see hidden states of the whole block, and gradients are as without them;
+    a hook that changes what a block returns does so in the twin too."""
+    options: Any = {"adapter": None} if not config else {"bottleneck_size": 3} | config
+    models = []
+    for _ in range(3):
+        torch.manual_seed(1)
+        made = meft.make_reversible(case.build(), meft.ReversibleConfig(**options))
+        models.append(made.train().requires_grad_(True))
+    plain, hooked, twin = models
+    for stack in find_stacks(twin).values():
+        stack.backward_pass = "store"
+    shapes = set()
+
+    def look(block: nn.Module, args: Any, out: Any) -> None:
+        shapes.add((out[0] if isinstance(out, tuple) else out).shape)
+
+    for model in (hooked, twin):
+        for stack in find_stacks(model).values():
+            for block in stack:
+                block.register_forward_hook(look)
+    # In evaluation: the dropout of a block that runs in one part has other masks than
+    # that of one in two.
+    for model in (plain, hooked):
+        model.eval()
+    expected, found = (family_gradients(m, case.batch()) for m in (plain, hooked))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert {len(shape) for shape in shapes} == {3}
+
+    def double(block: nn.Module, args: Any, out: Any) -> Any:
+        return (2 * out[0], *out[1:]) if isinstance(out, tuple) else 2 * out
+
+    for model in (hooked, twin):
+        for stack in find_stacks(model).values():
+            stack[1].register_forward_hook(double)
+        model.train()
+    found, stored = (family_gradients(m, case.batch()) for m in (hooked, twin))
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(found[name], stored[name]) for name in found)
 
 
 def test_the_blocks_of_every_family_refuse() -> None:
-    """A hook on the last block of each."""
+    """A hook on the last block of each, where halves are apart."""
     models = [case for case in CASES if case.kind.endswith("Model")]
     assert {case.family for case in models} == {family.name for family in FAMILIES}
     for case in models:
-        model = reversible_case(case)
+        model = reversible_case(case, variant="meft3")
         for stack in find_stacks(model).values():
             stack[-1].register_forward_hook(lambda *_: None)
         with pytest.raises(
-            meft.UnsupportedCallError, match=r"block . has a forward hook"
+            meft.UnsupportedCallError,
+            match=r"block . has a forward hook.*a stack calls blocks as a whole with",
         ):
             model(**case.batch())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_compiled_block_is_called() -> None:
+    """Without adapters; its own graph has no break."""
+    model = meft.make_reversible(
+        classifier(2), meft.ReversibleConfig(adapter=None)
+    ).train()
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        for block in only_stack(each):
+            block.compile(backend="aot_eager", fullgraph=True)
+    only_stack(twin).backward_pass = "store"
+    found, stored = (gradients(each, batch()) for each in (model, twin))
+    assert all(torch.equal(found[name], stored[name]) for name in stored)
+    in_parts = reversible(2, variant="meft1")
+    only_stack(in_parts)[0].compile(backend="aot_eager")
+    with pytest.raises(meft.UnsupportedCallError, match="compiled"):
+        in_parts(**batch())
 
 
 def test_hooks_of_transformers_itself_are_none_of_ours() -> None:
@@ -255,14 +323,10 @@ def test_a_wrapped_block_is_refused() -> None:
         model(**batch())
 
 
-@pytest.mark.parametrize("backward", ["rebuild", "store"])
-@pytest.mark.parametrize("name", ["0", "0.attention.self", "0.output.LayerNorm", ""])
-def test_fsdp_around_a_part_of_the_blocks_is_refused(
-    name: str, backward: str, one_process: Any
-) -> None:
-    """Weights of such a part would get no gradient from a recompute."""
-    model: Any = reversible(2, variant="meft1", backward=backward)
-    fully_shard(only_stack(model).get_submodule(name), mesh=one_process)
+def test_fsdp_around_a_stack_is_refused(one_process: Any) -> None:
+    """Its blocks have to be gathered one by one."""
+    model: Any = reversible(2, variant="meft1")
+    fully_shard(only_stack(model), mesh=one_process)
     fully_shard(model, mesh=one_process)
     with pytest.raises(meft.UnsupportedCallError, match="is sharded by FSDP"):
         model(**batch())

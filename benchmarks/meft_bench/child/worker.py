@@ -12,6 +12,7 @@ import os
 import resource
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from meft_bench.child.measuring.partial_result import PartialResult, remark
@@ -37,25 +38,43 @@ def main() -> None:
         # Set before the libraries are imported, because they read it on import.
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    # Imports leave little garbage. To look for it takes a quarter of their time, and to
+    # look through all that they made once more, when Python ends, a second.
+    gc.disable()
     if "cell" in given.body:
-        answer = run(Cell.from_json(given.body["cell"]), options)
+        cell = Cell.from_json(given.body["cell"])
+        answer = run(cell, options, when_imported=_collect_from_now_on)
     elif "check" in given.body:
         from meft_bench.virtual.validation import checks
 
+        _collect_from_now_on()
         answer = checks.run(given.body["check"], options)
     else:
-        # Imports leave little garbage, and to look for it takes a sixth of their time.
-        gc.disable()
         from meft_bench.virtual.prediction.planner import plan_all
 
-        gc.freeze()
-        gc.enable()
+        _collect_from_now_on()
         answer = plan_all(given.body["plan"], options)
     outcome.leave(given.out, answer)
 
 
-def run(cell: Cell, options: ChildOptions) -> dict[str, object]:
-    """Run `cell` and return its result as a JSON object, even if it fails."""
+def _collect_from_now_on() -> None:
+    """Collect garbage again, but never look at what exists now."""
+    gc.freeze()
+    gc.enable()
+
+
+def run(
+    cell: Cell,
+    options: ChildOptions,
+    when_imported: Callable[[], object] = lambda: None,
+) -> dict[str, object]:
+    """Run `cell` and return its result as a JSON object, even if it fails.
+
+    Args:
+        cell: the cell to run.
+        options: options of the child.
+        when_imported: called once the libraries of the cell are imported.
+    """
     partial = PartialResult()
     try:
         # Imported here: under a memory limit, torch itself may not fit.
@@ -66,6 +85,7 @@ def run(cell: Cell, options: ChildOptions) -> dict[str, object]:
         else:
             from meft_bench.child.measuring.measure import measure as look
 
+        when_imported()
         torch.set_num_threads(options.num_threads)
         source = Source(
             data_dir=Path(options.data_dir) if options.data_dir else None,

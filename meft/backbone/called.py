@@ -1,0 +1,76 @@
+"""Blocks that are run by a call of the block, because code is attached to it.
+
+The halves of a family call the modules inside a block. A block with hooks, with
+parameters that FSDP2 gathers when it is called, or that is compiled, has to be called
+itself: once in a forward, and once in a recompute, as under gradient checkpointing.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+_local = threading.local()
+"""Blocks that a stack is calling in this thread."""
+
+
+def is_sharded(block: nn.Module) -> bool:
+    """Return whether FSDP2 shards parameters of a block, or of a module inside.
+
+    Names are compared, as importing FSDP takes a second.
+    """
+    kinds = (kind.__name__ for m in block.modules() for kind in type(m).__mro__)
+    return "FSDPModule" in kinds
+
+
+def call_block(
+    block: nn.Module,
+    hidden: Tensor,
+    call: Mapping[str, Any],
+    function: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """Call a block and return its hidden states.
+
+    Args:
+        block: the block.
+        hidden: `batch seq hidden`.
+        call: its other arguments, by name.
+        function: what to run in place of the block's own forward, with the same
+            arguments.
+    """
+    with _allowed(block), _in_place_of_forward(block, function):
+        output = block(hidden, **call)
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def is_called_by_a_stack(block: nn.Module) -> bool:
+    """Return whether `call_block` is calling a block in this thread."""
+    return block in getattr(_local, "blocks", ())
+
+
+@contextlib.contextmanager
+def _allowed(block: nn.Module) -> Iterator[None]:
+    before = getattr(_local, "blocks", ())
+    _local.blocks = (*before, block)
+    try:
+        yield
+    finally:
+        _local.blocks = before
+
+
+@contextlib.contextmanager
+def _in_place_of_forward(
+    block: nn.Module, function: Callable[..., Tensor] | None
+) -> Iterator[None]:
+    if function is None:
+        yield
+        return
+    attributes = vars(block)
+    attributes["forward"] = function
+    try:
+        yield
+    finally:
+        del attributes["forward"]

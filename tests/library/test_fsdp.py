@@ -1,0 +1,195 @@
+"""FSDP2 as it is used: `fully_shard` of each block, and then of the model.
+
+Gradients are those of one process without FSDP, in every bit: all processes are given
+the same batch, and the mean of equal numbers is exact.
+"""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+import meft
+from library.families import CASES, objective
+
+KINDS = ("lora", "full", "bottleneck")
+CASE = next(case for case in CASES if case.kind == "LlamaForCausalLM")
+
+
+def _model(kind: str, backward: str | None = "rebuild", **config: Any) -> Any:
+    """A model of three blocks; not converted if `backward` is None."""
+    model: Any = CASE.build()
+    if kind == "lora":
+        torch.manual_seed(1)
+        lora = LoraConfig(
+            target_modules=["q_proj", "v_proj"],
+            r=4,
+            init_lora_weights=False,
+            lora_dropout=0.1,
+        )
+        model = get_peft_model(model, lora)
+    if backward is None:
+        return model
+    torch.manual_seed(2)
+    own = {"variant": "meft1", "bottleneck_size": 3}
+    options = (own if kind == "bottleneck" else {"adapter": None}) | config
+    return meft.make_reversible(
+        model, meft.ReversibleConfig(backward=backward, **options)
+    )
+
+
+def _layers(model: Any) -> list[nn.Module]:
+    inner = getattr(model, "base_model", model)
+    causal = getattr(inner, "model", inner)
+    return list(getattr(causal, "model", causal).layers)
+
+
+def _shard(model: Any, mesh: Any) -> Any:
+    for block in _layers(model):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    found: Any = tensor
+    return found.full_tensor() if hasattr(found, "full_tensor") else tensor
+
+
+def _gradients(model: Any, rows: int = 3, steps: int = 1) -> dict[str, Tensor]:
+    """Loss and gradients of all parameters after some micro-batches."""
+    loss = torch.zeros(())
+    for step in range(steps):
+        torch.manual_seed(5 + step)
+        batch = {name: x[:rows] for name, x in CASE.batch().items()}
+        loss = objective(model(**batch, use_cache=False))
+        loss.backward()
+    named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {n: _whole(g) for n, g in named.items()} | {"loss": loss.detach()}
+
+
+def _assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    different = [n for n in expected if not torch.equal(found[n], expected[n])]
+    assert different == []
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[Any]:
+    """A mesh of this process alone."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backward", ["rebuild", "store"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_gradients_of_sharded_blocks(
+    kind: str, backward: str, steps: int, one_process: Any
+) -> None:
+    """None is missing, also when gradients are accumulated."""
+    sharded = _shard(_model(kind, backward), one_process)
+    expected = _gradients(_model(kind, "store"), steps=steps)
+    _assert_equal(_gradients(sharded, steps=steps), expected)
+
+
+def test_as_many_gradients_as_plain_fsdp(one_process: Any) -> None:
+    """Of LoRA inside: in a plain model, those of the same parameters."""
+    plain = _gradients(_shard(_model("lora", None), one_process))
+    found = _gradients(_shard(_model("lora"), one_process))
+    assert found.keys() == plain.keys()
+
+
+def test_sharded_modules_inside_a_block(one_process: Any) -> None:
+    """The block that holds them is called."""
+    model = _model("bottleneck")
+    for block in _layers(model):
+        attention: Any = block.self_attn
+        fully_shard(attention, mesh=one_process)
+    fully_shard(model, mesh=one_process)
+    _assert_equal(_gradients(model), _gradients(_model("bottleneck", "store")))
+
+
+@pytest.mark.parametrize("config", [{"variant": "meft3"}, {"mlp_chunks": 2}])
+def test_blocks_in_parts_cannot_be_sharded(
+    config: dict[str, Any], one_process: Any
+) -> None:
+    """Halves, and chunks, are not calls of the block."""
+    model = _shard(_model("bottleneck", **config), one_process)
+    with pytest.raises(meft.UnsupportedCallError, match="sharded by FSDP2"):
+        _gradients(model)
+
+
+def test_a_wrong_structure_is_refused(
+    one_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The halves are compared with the block's own forward here too."""
+    model = _shard(_model("bottleneck"), one_process)
+    kind: Any = type(_layers(model)[0])
+    original = kind.forward
+
+    @functools.wraps(original)
+    def twice(*args: Any, **call: Any) -> Tensor:
+        doubled: Tensor = 2 * original(*args, **call)
+        return doubled
+
+    monkeypatch.setattr(kind, "forward", twice)
+    with pytest.raises(meft.UnsupportedModelError, match="does not compute"):
+        _gradients(model)
+
+
+def _in_each_process(rank: int, world: int, folder: str, kind: str, rows: str) -> None:
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+        model = _shard(_model(kind), mesh)
+        own = 3 if rows == "same" else 1 + rank
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        found = _gradients(model, own)
+        torch.save(found, Path(folder) / f"gradients-{rank}.pt")
+        optimizer.step()
+        optimizer.zero_grad()
+        found = {n: _whole(p).detach() for n, p in model.named_parameters()}
+        torch.save(found, Path(folder) / f"weights-{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def _expected(kind: str, rows: list[int]) -> dict[str, Tensor]:
+    """The mean of the gradients of one process for each number of rows."""
+    every = [_gradients(_model(kind, "store"), n) for n in rows]
+    names = every[0].keys() - {"loss"}
+    return {n: sum(g[n] for g in every) / len(every) for n in names}  # type: ignore[misc]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", ["same", "other"])
+def test_two_processes(kind: str, rows: str, tmp_path: Path) -> None:
+    """The same gradients in both, and one step of AdamW on shards is one on the whole;
+    also if the processes have batches of different shapes."""
+    spawn: Any = torch.multiprocessing.spawn  # type: ignore[attr-defined]
+    spawn(_in_each_process, (2, str(tmp_path), kind, rows), nprocs=2)
+    first, second = (torch.load(tmp_path / f"gradients-{r}.pt") for r in (0, 1))
+    del first["loss"], second["loss"]
+    _assert_equal(first, second)
+    expected = _expected(kind, [3, 3] if rows == "same" else [1, 2])
+    _assert_equal(first, expected)
+    alone = _model(kind, "store")
+    optimizer = torch.optim.AdamW(alone.parameters(), 1e-2)
+    for name, parameter in alone.named_parameters():
+        parameter.grad = expected.get(name)
+    optimizer.step()
+    stepped = torch.load(tmp_path / "weights-0.pt")
+    for name, parameter in alone.named_parameters():
+        torch.testing.assert_close(stepped[name], parameter.detach())
