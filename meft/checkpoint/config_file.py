@@ -39,8 +39,7 @@ class SavedConfig:
         frozen_sha256: for each of `DIGEST_DTYPES`, digests of the frozen tensors by
             name.
         trained_sha256: digest of all saved tensors.
-        in_model_file: names of saved tensors that are in transformers' file of the
-            whole model.
+        in_model_file: names of saved tensors that are in the file of the model.
     """
 
     reversible: ReversibleConfig | None

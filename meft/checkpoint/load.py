@@ -31,7 +31,9 @@ Model = TypeVar("Model", bound=nn.Module)
 Config = TypeVar("Config", ReversibleConfig, SparseConfig)
 
 
-def load_adapters(model: Model, directory: str | Path) -> Model:
+def load_adapters(
+    model: Model, directory: str | Path, *, save_backbone: bool = False
+) -> Model:
     """Load saved adapters into `model`, which is converted first if necessary.
 
     Args:
@@ -39,6 +41,8 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
             If a PeftModel was saved, a PeftModel with the same tuners.
         directory: the directory that `save_adapters()` or `model.save_pretrained()`
             wrote, such as a checkpoint of `Trainer`.
+        save_backbone: whether `model.save_pretrained` also writes what is frozen, if
+            the model is converted here; see `meft.make_reversible`.
 
     Returns:
         `model` itself, which is unchanged if an error is raised.
@@ -55,7 +59,7 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
     # adapters as frozen.
     _refuse_other_adapters(model, config, directory)
     refuse_other_backbone(model, config, trained, directory)
-    with _converted(model, config):
+    with _converted(model, config, save_backbone):
         parameters = dict(model.named_parameters())
         targets = parameters | dict(model.named_buffers())
         for name, value in trained.items():
@@ -105,7 +109,9 @@ def _refuse_other(saved: Config | None, given: Config, directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _converted(model: nn.Module, config: SavedConfig) -> Iterator[None]:
+def _converted(
+    model: nn.Module, config: SavedConfig, save_backbone: bool
+) -> Iterator[None]:
     """Convert the model by the configs in `config`; undo this if the body raises."""
     sparse, reversible = config.sparse, config.reversible
     stacks, adapters = find_stacks(model), sparse_adapters(model)
@@ -117,14 +123,14 @@ def _converted(model: nn.Module, config: SavedConfig) -> Iterator[None]:
                 insert_sparse_adapters(model, sparse)
             undo.append(lambda: remove_sparse_adapters(model))
             undo.append(lambda: remove_saving(model))
-            add_saving(model, SparseAdapter, load_adapters)
+            add_saving(model, SparseAdapter, load_adapters, save_backbone)
         if reversible and not stacks:
             undo.append(lambda: remove_stacks(model))
             if not adapters:
                 undo.append(lambda: remove_saving(model))
             with _quietly():
                 insert_stacks(model, reversible)
-            add_saving(model, ReversibleBlocks, load_adapters)
+            add_saving(model, ReversibleBlocks, load_adapters, save_backbone)
         yield
     except BaseException:
         for step in reversed(undo):

@@ -20,7 +20,7 @@ from library.models import batch, classifier, gradients, only_stack, reversible
 from library.sparse import batches, config
 from meft.backbone.families import FAMILIES
 from meft.backbone.find import find_blocks
-from meft.reversible.blocks import find_stacks
+from meft.reversible.blocks import ReversibleBlocks, find_stacks
 
 KINDS: dict[str, Callable[[Any, Callable[..., Any]], Any]] = {
     "forward pre-hook": lambda m, f: m.register_forward_pre_hook(f),
