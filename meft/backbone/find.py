@@ -133,6 +133,19 @@ def _config_of(model: nn.Module, path: str) -> Any:
     return None
 
 
+def _jitter(block: nn.Module) -> str | None:
+    """Return the reason why a block with noise before its router cannot be run."""
+    for part in block.modules():
+        for name in ("jitter_noise", "router_jitter_noise"):
+            if getattr(part, name, 0):
+                return (
+                    f"its {type(part).__name__} multiplies its input by noise in place "
+                    f"(`{name}` above 0), which an adapter reads too: set "
+                    "`router_jitter_noise=0.0` in the config"
+                )
+    return None
+
+
 def _refuse(
     model: nn.Module,
     owner: nn.Module,
@@ -145,7 +158,7 @@ def _refuse(
         for i, block in enumerate(blocks)
         if family_for(block) != family
     ]
-    reasons += [family.refuse(block) for block in blocks]
+    reasons += [family.refuse(block) or _jitter(block) for block in blocks]
     if cast(float, getattr(owner, "layerdrop", 0.0)) > 0:
         reasons.append(f"{_DROPS_BLOCKS}: set it to 0 in the config")
     for block in blocks:

@@ -5,11 +5,13 @@
 `before` is the norm of a pre-norm block and `outside` that of a post-norm one; without
 a name, a step is left out. A chain is modules that are called one after the other, the
 first of them with the arguments that the model's loop passes. In it, `~name` is dropout
-with the probability `block.name`, and `*name` a product with the number `block.name`:
+with the probability `block.name`, `*name` a product with the number `block.name`, and
+`+name` at the start a module that adds its argument `residual`, for which it gets 0:
 
     Half("input_layernorm", "self_attn")                        attention of LLaMA
     Half("", "fc1 activation_fn ~activation_dropout fc2 ~dropout", "final_layer_norm")
                                                                 feed-forward of BART
+    Half("post_attention_layernorm", "+mlp")                    feed-forward of BLOOM
 
 In a parallel block both halves read the input of the block:
 
@@ -24,6 +26,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,6 +69,9 @@ class Layout:
         cross: attention to an encoder, which belongs to the half that mixes tokens; in
             blocks that are given no encoder's output it is left out.
         is_parallel: whether both halves read the input of the block.
+        adds_input_last: whether a parallel block adds its input to the sum of both
+            chains, and not the chains to its input one by one, which is rounded
+            differently.
         returns: the number of values in the tuple that a block returns, of which the
             first is the hidden states and the others are None; 0 if it returns no
             tuple.
@@ -75,6 +81,7 @@ class Layout:
     mlp: Half
     cross: Half | None = None
     is_parallel: bool = False
+    adds_input_last: bool = False
     returns: int = 0
 
     @property
@@ -99,7 +106,7 @@ class Layout:
     @property
     def modules(self) -> list[str]:
         """Names of the modules that the halves call."""
-        return [step for step in self._steps if step[0] not in "~*"]
+        return [step.lstrip("+") for step in self._steps if step[0] not in "~*"]
 
     @property
     def _steps(self) -> list[str]:
@@ -151,7 +158,7 @@ class Layout:
         Raises:
             UnsupportedCallError: the block has no module that takes an argument.
         """
-        call = {n: v for n, v in call.items() if n not in _WITHOUT_EFFECT}
+        call = _of_modules(call)
         source, mask = (call.pop(name, None) for name in _OF_THE_ENCODER)
         if source is not None and self.cross is None:
             raise UnsupportedCallError(
@@ -200,10 +207,18 @@ class Layout:
         Returns:
             The hidden states that the block returns, of the shape of `hidden`.
         """
+        if self.adds_input_last:
+            mixed = _update(self.attention, block, hidden, _of_modules(call))
+            return mixed + self.mlp_half(block, hidden, parallel) + hidden
         mixed = self.attention_half(block, hidden, None, call)
         if self.is_parallel:
             return mixed + self.mlp_half(block, hidden, parallel)
         return self.mlp_half(block, mixed, parallel)
+
+
+def _of_modules(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a block that modules inside it may read."""
+    return {n: v for n, v in call.items() if n not in _WITHOUT_EFFECT}
 
 
 def _run(
@@ -242,8 +257,10 @@ def _update(
     """
     inner = block.get_submodule(half.before)(hidden) if half.before else hidden
     first, *rest = half.chain.split()
-    module = block.get_submodule(first)
+    module = block.get_submodule(first.lstrip("+"))
     accepted = _accepted(block, module, call)
+    if first[0] == "+":
+        accepted["residual"] = hidden.new_zeros(())
     if _takes_position(type(module).forward):
         update = _first(module(inner, **accepted))
     else:  # as modules of peft that wrap attention
@@ -259,19 +276,18 @@ def _update(
 
 def _has(block: nn.Module, step: str) -> bool:
     """Return whether a block has the module or number that a step of a half names."""
-    *path, last = step.lstrip("~*").split(".")
-    owner: Any = block
-    for name in path:
-        owner = getattr(owner, name, None)
-    return getattr(owner, last, None) is not None
+    try:
+        return attrgetter(step.lstrip("~*+"))(block) is not None
+    except AttributeError:
+        return False
 
 
 def _step(block: nn.Module, step: str, hidden: Tensor) -> Tensor:
     if step[0] == "~":
-        probability = getattr(block, step[1:])
+        probability = attrgetter(step[1:])(block)
         return functional.dropout(hidden, probability, block.training)
     if step[0] == "*":
-        product: Tensor = hidden * getattr(block, step[1:])
+        product: Tensor = hidden * attrgetter(step[1:])(block)
         return product
     return _first(block.get_submodule(step)(hidden))
 

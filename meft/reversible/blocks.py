@@ -305,7 +305,8 @@ class ReversibleBlocks(nn.Module):
         first, end = self.span
         blocks = self.blocks
         for block, (args, kwargs) in zip(blocks[:first], every, strict=False):
-            hidden = block(hidden, *args, **kwargs)
+            output = block(hidden, *args, **kwargs)
+            hidden = output[0] if isinstance(output, tuple) else output
         self._prove(hidden, calls)
 
         context, arguments = take_apart(calls)

@@ -3,16 +3,11 @@
 import contextlib
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
-from meft.backbone.find import (
-    BlockList,
-    find_blocks,
-    is_checkpointing,
-    refuse_layerdrop,
-)
+from meft.backbone.find import BlockList, find_blocks, is_checkpointing
 from meft.backbone.parallel import NAME
 from meft.backbone.uncalled import allow_calls, refuse_calls
 from meft.bottleneck import Bottleneck, wide_dtype
@@ -20,6 +15,7 @@ from meft.errors import ConfigError, UnsupportedModelError
 from meft.reversible.adapters import Adapters
 from meft.reversible.blocks import CHECKPOINTING_IS_ON, ReversibleBlocks, find_stacks
 from meft.reversible.config import ReversibleConfig
+from meft.reversible.requests import unwatch, watch
 from meft.reversible.variants import make_adapters
 from meft.trainable import choose_trainable
 
@@ -45,13 +41,13 @@ def insert_stacks(model: Model, config: ReversibleConfig) -> Model:
                 f"has {len(found.blocks)} blocks"
             )
         _refuse_with_parallel(found, config)
+        _refuse_chunks(found, config)
     if config.adapter is not None:
         choose_trainable(model)
     for found in lists:
         stack = _stack(found, config)
         setattr(found.owner, found.attribute, stack.train(model.training))
-        if hasattr(found.owner, "layerdrop"):
-            found.owner.register_forward_pre_hook(refuse_layerdrop)
+        watch(model, found.owner)
     return model
 
 
@@ -64,7 +60,7 @@ def remove_stacks(model: nn.Module) -> None:
                 setattr(owner, attribute, blocks)
                 for block in blocks:
                     allow_calls(block)
-                _forget_hook(owner, refuse_layerdrop)
+    unwatch(model)
 
 
 @contextlib.contextmanager
@@ -80,11 +76,13 @@ def without_stacks(model: nn.Module) -> Iterator[None]:
         setattr(owner, attribute, plain_list(stack))
         for block in stack.blocks:
             allow_calls(block)
+    unwatch(model)
     try:
         yield
     finally:
         for owner, attribute, stack in replaced:
             setattr(owner, attribute, stack)
+            watch(model, owner)
             for block in stack.blocks[stack.span[0] :]:
                 refuse_calls(block)
 
@@ -94,12 +92,6 @@ def plain_list(stack: ReversibleBlocks) -> nn.ModuleList:
     blocks = nn.ModuleList(stack.blocks)
     blocks.training = stack.training
     return blocks
-
-
-def _forget_hook(module: nn.Module, hook: Any) -> None:
-    hooks = module._forward_pre_hooks
-    for key in [key for key, found in hooks.items() if found is hook]:
-        del hooks[key]
 
 
 def _refuse_with_parallel(found: BlockList, config: ReversibleConfig) -> None:
@@ -113,6 +105,21 @@ def _refuse_with_parallel(found: BlockList, config: ReversibleConfig) -> None:
         if getattr(config, field) != only:
             raise ConfigError(
                 f"`{field}` must be {only!r} for a model with sparse adapters: {reason}"
+            )
+
+
+def _refuse_chunks(found: BlockList, config: ReversibleConfig) -> None:
+    """Refuse chunks of tokens for blocks that leave out a half for whole rows."""
+    if config.mlp_chunks == 1:
+        return
+    for block, part in ((b, part) for b in found.blocks for part in b.modules()):
+        rate = getattr(part, "drop_prob", None)
+        if type(part).__name__.endswith("DropPath") and rate:
+            raise ConfigError(
+                f"`mlp_chunks` must be 1 for a {type(block).__name__} with a "
+                f"{type(part).__name__} of {rate}: it leaves out the half for some "
+                "rows, and a chunk has tokens of several rows. Or set "
+                "`drop_path_rate=0.0` in the config of the model"
             )
 
 
