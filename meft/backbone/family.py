@@ -54,6 +54,17 @@ def no_reason(block: Any) -> str | None:
     return None
 
 
+def no_prefix(config: Any) -> int:
+    """Leave no block to the loop."""
+    return 0
+
+
+Beside = Callable[[Any, Hidden, dict[str, Any]], tuple[dict[str, Any], tuple[Any, ...]]]
+"""Of a block, hidden states and the other arguments by name: these arguments, with what
+the block would compute for others too, and what it returns beside the hidden states.
+"""
+
+
 def the_first(block: Any) -> int:
     """Choose the first of several layouts."""
     return 0
@@ -84,6 +95,14 @@ class Family:
     """
     query_and_value: tuple[str, ...]
     """Last parts of the names of the query and value projections, as LoRA takes them.
+    """
+    beside: Beside | None = None
+    """What a block returns beside the hidden states, for models that pass it on to the
+    next block.
+    """
+    prefix: Callable[[Any], int] = no_prefix
+    """Number of the lowest blocks, by the config of the model, after which its loop
+    changes hidden states: they stay as they are, and are called by the loop.
     """
     takes_parallel_adapter: bool = False
     """Whether a model has one list of blocks, whose class can be changed to add a

@@ -38,7 +38,11 @@ from meft.shapes import Hidden
 Adapter = Callable[[Tensor], Tensor]
 """A function that is added in parallel with or after a half."""
 
-_OF_THE_ENCODER = ("encoder_hidden_states", "encoder_attention_mask")
+_OF_THE_ENCODER = (
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "encoder_decoder_position_bias",
+)
 """Arguments of cross-attention."""
 _WITHOUT_EFFECT = ("use_cache",)
 """Arguments of a block that no module inside it reads."""
@@ -72,6 +76,8 @@ class Layout:
         adds_input_last: whether a parallel block adds its input to the sum of both
             chains, and not the chains to its input one by one, which is rounded
             differently.
+        renamed: names of arguments of the block, each with the name under which
+            attention takes it.
         returns: the number of values in the tuple that a block returns, of which the
             first is the hidden states and the others are None; 0 if it returns no
             tuple.
@@ -82,6 +88,7 @@ class Layout:
     cross: Half | None = None
     is_parallel: bool = False
     adds_input_last: bool = False
+    renamed: tuple[tuple[str, str], ...] = ()
     returns: int = 0
 
     @property
@@ -159,17 +166,24 @@ class Layout:
             UnsupportedCallError: the block has no module that takes an argument.
         """
         call = _of_modules(call)
-        source, mask = (call.pop(name, None) for name in _OF_THE_ENCODER)
+        source, mask, bias = (call.pop(name, None) for name in _OF_THE_ENCODER)
         if source is not None and self.cross is None:
             raise UnsupportedCallError(
                 f"a {type(block).__name__} was given `encoder_hidden_states`, and is "
                 "not known to attend to an encoder"
             )
-        out = _run(self.attention, block, hidden, call, after=adapter)
+        renamed = self._renamed(call)
+        out = _run(self.attention, block, hidden, renamed, after=adapter)
         if source is None or self.cross is None:
             return out
         call |= {"attention_mask": mask, "key_value_states": source}
-        return _run(self.cross, block, out, call)
+        if "position_bias" in call:
+            call["position_bias"] = bias
+        return _run(self.cross, block, out, self._renamed(call))
+
+    def _renamed(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        names = dict(self.renamed)
+        return {names.get(name, name): value for name, value in call.items()}
 
     def mlp_half(
         self, block: nn.Module, hidden: Hidden, adapter: Adapter | None

@@ -125,6 +125,12 @@ def _refuse_chunks(found: BlockList, config: ReversibleConfig) -> None:
 
 def _stack(found: BlockList, config: ReversibleConfig) -> ReversibleBlocks:
     first, end = config.span or (0, len(found.blocks))
+    first = max(first, found.family.prefix(found.config))
+    if first >= end:
+        raise ConfigError(
+            f"`span` is {config.span}, but the {first} lowest blocks of a "
+            f"{found.family.name} with this config stay as they are: end it above"
+        )
     adapters = Adapters(config.function() | {"span": (first, end)})
     if config.variant is not None:
         _add_adapters(adapters, found, config, config.variant, first)

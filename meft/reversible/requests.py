@@ -2,8 +2,8 @@
 
 A stack refuses those among its own arguments. Not all reach it: GPT-2 removes them
 before its loop, MPNet and Falcon collect hidden states in the loop, and Mixtral uses
-hooks to collect what its routers compute. So the call of every model around a stack,
-and of the module that has the loop, is examined as well.
+hooks to collect what its routers compute. So the call of every model around a stack is
+examined as well; without one, that of the module that has the loop.
 """
 
 from typing import Any
@@ -24,12 +24,13 @@ def watch(model: nn.Module, owner: nn.Module) -> None:
         model: the model that is converted.
         owner: the module in it that loops over the stack.
     """
-    for module in model.modules():
-        is_model = module is owner or isinstance(module, PreTrainedModel)
-        if is_model and any(part is owner for part in module.modules()):
-            hooks = module._forward_pre_hooks.values()
-            if _refuse_requests not in hooks:
-                module.register_forward_pre_hook(_refuse_requests, with_kwargs=True)
+    around = [m for m in model.modules() if any(p is owner for p in m.modules())]
+    models = [m for m in around if isinstance(m, PreTrainedModel)]
+    # DeBERTa asks its encoder for hidden states in every call.
+    outer: list[nn.Module] = [*models] or [owner]
+    for module in outer:
+        if _refuse_requests not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_refuse_requests, with_kwargs=True)
     if hasattr(owner, "layerdrop"):
         owner.register_forward_pre_hook(refuse_layerdrop)
 

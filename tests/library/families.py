@@ -22,6 +22,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPVisionConfig,
     CohereConfig,
+    DebertaConfig,
+    DebertaV2Config,
     DeiTConfig,
     Dinov2Config,
     DistilBertConfig,
@@ -54,6 +56,7 @@ from transformers import (
     SiglipVisionConfig,
     SmolLM3Config,
     StableLmConfig,
+    T5Config,
     ViTConfig,
     WhisperConfig,
     XLMRobertaConfig,
@@ -191,6 +194,41 @@ def llama_config(
         attention_dropout=DROPOUT,
         initializer_range=STD,
         **options,
+    )
+
+
+def t5_config(depth: int, **options: Any) -> PreTrainedConfig:
+    return T5Config(
+        vocab_size=VOCAB,
+        d_model=HIDDEN,
+        d_kv=HIDDEN // 2,
+        d_ff=2 * HIDDEN,
+        num_layers=depth,
+        num_decoder_layers=depth,
+        num_heads=2,
+        relative_attention_num_buckets=6,
+        relative_attention_max_distance=5,
+        dropout_rate=DROPOUT,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        **{"num_labels": LABELS, "decoder_start_token_id": PAD, **options},
+    )
+
+
+def deberta_config(
+    kind: Callable[..., PreTrainedConfig], depth: int, **options: Any
+) -> PreTrainedConfig:
+    """With embeddings of relative positions, to keys and to queries."""
+    is_v2 = kind is DebertaV2Config
+    own = {"position_buckets": 4, "norm_rel_ebd": "layer_norm"} if is_v2 else {}
+    return encoder_config(
+        kind,
+        depth,
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+        max_relative_positions=8,
+        position_biased_input=False,
+        **(own | options),
     )
 
 
@@ -600,6 +638,12 @@ MBART_HEADS = {
     "ForConditionalGeneration": continued_text,
     "ForCausalLM": continued_text,
 }
+T5_HEADS = {
+    "Model": text_pair,
+    "EncoderModel": text,
+    "ForConditionalGeneration": continued_text,
+    "ForSequenceClassification": labelled_text,
+}
 WHISPER_HEADS = {"Model": sounds, "ForConditionalGeneration": transcribed_sounds}
 SOME_IMAGE_HEADS = {"Model": images, "ForImageClassification": labelled_images}
 DECODER_HEADS = {"Model": text, "ForCausalLM": continued_text}
@@ -681,6 +725,20 @@ FORMS: tuple[Form, ...] = (
     ("GPT-2", "GPT2", gpt2_config, GPT2_HEADS, ""),
     ("BLOOM", "Bloom", bloom_config, FEW_DECODER_HEADS, ""),
     ("MBart", "MBart", partial(bart_config, MBartConfig), MBART_HEADS, ""),
+    ("T5", "T5", t5_config, T5_HEADS, ""),
+    *(
+        (
+            "DeBERTa-v2",
+            "DebertaV2",
+            partial(deberta_config, DebertaV2Config, **own),
+            heads,
+            form,
+        )
+        for form, heads, own in (
+            ("", FEW_ENCODER_HEADS, {}),
+            ("convolution", {"Model": text}, {"conv_kernel_size": 3}),
+        )
+    ),
     (
         "MPNet",
         "MPNet",
@@ -751,6 +809,13 @@ ALIKE: tuple[Form, ...] = (
         )
     ),
     ("Whisper", "Whisper", whisper_config, WHISPER_HEADS, ""),
+    (
+        "DeBERTa",
+        "Deberta",
+        partial(deberta_config, DebertaConfig),
+        FEW_ENCODER_HEADS,
+        "",
+    ),
     (
         "Mixtral",
         "Mixtral",
