@@ -13,11 +13,10 @@ converted one does not have them: when its `save_pretrained` collects the weight
 warning reports that the adapters' files are missing.
 """
 
-import contextlib
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -70,7 +69,10 @@ def add_saving(
 def remove_saving(model: nn.Module) -> None:
     """Undo `add_saving`."""
     for module in model.modules():
-        for name in (*METHODS, _IGNORED):
+        saver = vars(module).get("save_pretrained")
+        if isinstance(saver, SavePretrained):
+            saver.restore_ignored()
+        for name in METHODS:
             module.__dict__.pop(name, None)
         hooks = module._state_dict_pre_hooks
         for key in [k for k, h in hooks.items() if h is _warn_if_saved_from_outside]:
@@ -89,6 +91,16 @@ class SavePretrained:
         self.model = model
         self.save_backbone = save_backbone
         self.has_warned = False
+        before = vars(model).get("save_pretrained")  # of the other method
+        own = [vars(model)[_IGNORED]] if _IGNORED in vars(model) else []
+        self.ignored: list[Any] = getattr(before, "ignored", own)
+        """transformers' own value of its attribute of the instance, if it has one."""
+
+    def restore_ignored(self) -> None:
+        """Set transformers' attribute to what it was before the conversion."""
+        vars(self.model).pop(_IGNORED, None)
+        if self.ignored:
+            vars(self.model)[_IGNORED] = self.ignored[0]
 
     def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Save the model; arguments and result are those of `save_pretrained`.
@@ -115,15 +127,14 @@ class SavePretrained:
         is_main_process = given.get("is_main_process", True)
         tensors = trained_tensors(self.model, given.get("state_dict"))
         has_frozen = not all(p.requires_grad for p in self.model.parameters())
-        if _IGNORED in vars(self.model):
-            vars(self.model)[_IGNORED] = _unsaved_names(self.model)
         is_whole = self.save_backbone or not has_frozen or self._is_peft()
         if tensors and not is_whole:
+            vars(self.model)[_IGNORED] = _unsaved_names(self.model)
             if is_main_process:
                 write_trained(self.model, save_directory, tensors)
             return None
-        with self._nothing_ignored():
-            out = plain(self.model, save_directory, *args, **kwargs)
+        self.restore_ignored()  # transformers writes frozen tensors, too
+        out = plain(self.model, save_directory, *args, **kwargs)
         if tensors and is_main_process:
             write_adapters(self.model, save_directory, tensors, next_to_model=True)
             if has_frozen or adapter_names(self.model):
@@ -134,16 +145,6 @@ class SavePretrained:
         """Return whether the method of the class writes peft's adapters alone."""
         has_own = getattr(self.model, "_hf_peft_config_loaded", False)
         return bool(has_own) or _is_peft_model(self.model)
-
-    @contextlib.contextmanager
-    def _nothing_ignored(self) -> Iterator[None]:
-        """Let transformers write frozen tensors, too."""
-        kept = vars(self.model).pop(_IGNORED, None)
-        try:
-            yield
-        finally:
-            if kept is not None:
-                vars(self.model)[_IGNORED] = kept
 
     def _warn(self) -> None:
         if self.has_warned:

@@ -128,8 +128,8 @@ def _stack(found: BlockList, config: ReversibleConfig) -> ReversibleBlocks:
     first = max(first, found.family.prefix(found.config))
     if first >= end:
         raise ConfigError(
-            f"`span` is {config.span}, but the {first} lowest blocks of a "
-            f"{found.family.name} with this config stay as they are: end it above"
+            f"no block of {found.name} would be rebuilt: `span` is {config.span}, and "
+            f"in a {found.family.name} with this config block 0 stays as it is"
         )
     adapters = Adapters(config.function() | {"span": (first, end)})
     if config.variant is not None:

@@ -103,7 +103,10 @@ class Case:
     def build(self, depth: int = DEPTH, **options: Any) -> PreTrainedModel:
         """The plain model, in training mode; always with the same weights."""
         torch.manual_seed(0)
-        config = self.config(depth, **options)
+        # The first block before a convolution stays as it is.
+        config = self.config(
+            max(depth, 2 if self.form == "convolution" else 1), **options
+        )
         model: PreTrainedModel = getattr(transformers, self.kind)(config)
         with torch.no_grad():
             for parameter in model.parameters():

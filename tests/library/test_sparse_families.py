@@ -46,6 +46,8 @@ ENDS = {
     "Gemma 3": ("mlp", "post_feedforward_layernorm"),
     "ModernBERT": ("mlp", "mlp"),
     "MPNet": ("intermediate", "output.dense"),
+    "DeBERTa": ("intermediate", "output.dense"),
+    "DeBERTa-v2": ("intermediate", "output.dense"),
     "GPT-NeoX": ("mlp", "mlp"),
     "Phi": ("mlp", "mlp"),
     "Cohere": ("mlp", "mlp"),
