@@ -138,7 +138,12 @@ class Family:
         return replace(self, layouts=(layout,), choose=the_first, is_guess=False)
 
     def whole(
-        self, block: Any, hidden: Hidden, adapter: Adapter | None = None, **call: Any
+        self,
+        block: Any,
+        hidden: Hidden,
+        adapter: Adapter | None = None,
+        after: Adapter | None = None,
+        **call: Any,
     ) -> Hidden:
         """Run both halves of a block (`Layout.whole`).
 
@@ -146,12 +151,13 @@ class Family:
             block: the block.
             hidden: `batch seq hidden`.
             adapter: runs in parallel with the position-wise layers, if given.
+            after: runs after self-attention, if given.
             **call: the other arguments that the model's loop passes to the block.
 
         Returns:
             The result, of the shape of `hidden`.
         """
-        return self.layout(block).whole(block, hidden, call, adapter)
+        return self.layout(block).whole(block, hidden, call, adapter, after)
 
     def attention_half(
         self, block: Any, hidden: Hidden, adapter: Adapter | None = None, **call: Any

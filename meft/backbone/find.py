@@ -42,6 +42,9 @@ class BlockList:
 def find_blocks(model: nn.Module) -> list[BlockList]:
     """Return every list of blocks of a supported family in `model`.
 
+    Image towers of which a model reads hidden states between blocks, as LLaVA does, are
+    left out.
+
     Raises:
         UnsupportedModelError: there is none, or its blocks cannot be run in halves.
     """
@@ -50,7 +53,7 @@ def find_blocks(model: nn.Module) -> list[BlockList]:
         for attribute, child in owner.named_children():
             blocks = list(child) if isinstance(child, nn.ModuleList) else []
             family = family_for(blocks[0]) if blocks else None
-            if family is None:
+            if family is None or _is_read_between(model, path):
                 continue
             name = f"{path}.{attribute}".lstrip(".")
             config = _config_of(model, path)
@@ -121,6 +124,24 @@ def _refuse_compiled(model: nn.Module) -> None:
                 " convert the plain model, then call `module.compile()` on modules "
                 "inside its blocks, such as attention and MLP"
             )
+
+
+def _is_read_between(model: nn.Module, path: str) -> bool:
+    """Return whether a model reads hidden states from inside the loop of an owner.
+
+    Args:
+        model: the model.
+        path: name of the owner of a list of blocks.
+    """
+    parts = path.split(".") if path else []
+    for end in range(len(parts)):
+        config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
+        layers = getattr(config, "vision_feature_layer", None)
+        if layers is None:
+            layers = getattr(config, "vision_feature_layers", None)
+        if layers is not None and any("vision" in name for name in parts[end:]):
+            return True
+    return False
 
 
 def _config_of(model: nn.Module, path: str) -> Any:

@@ -209,6 +209,7 @@ class Layout:
         hidden: Hidden,
         call: Mapping[str, Any],
         parallel: Adapter | None = None,
+        after: Adapter | None = None,
     ) -> Hidden:
         """Run both halves.
 
@@ -217,14 +218,15 @@ class Layout:
             hidden: `batch seq hidden`.
             call: the arguments other than the hidden states, by name.
             parallel: an adapter in parallel with the chain of the feed-forward.
+            after: an adapter that runs after self-attention.
 
         Returns:
             The hidden states that the block returns, of the shape of `hidden`.
         """
         if self.adds_input_last:
-            mixed = _update(self.attention, block, hidden, _of_modules(call))
+            mixed = _update(self.attention, block, hidden, _of_modules(call), after)
             return mixed + self.mlp_half(block, hidden, parallel) + hidden
-        mixed = self.attention_half(block, hidden, None, call)
+        mixed = self.attention_half(block, hidden, after, call)
         if self.is_parallel:
             return mixed + self.mlp_half(block, hidden, parallel)
         return self.mlp_half(block, mixed, parallel)

@@ -55,10 +55,9 @@ class CheckpointedBlock(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
+        if hasattr(block, "attention_type"):  # read by the loop of ModernBERT
+            self.attention_type = block.attention_type
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the block's output, `batch seq hidden`."""
-        output: Tensor = checkpoint(
-            self.block, hidden, *args, use_reentrant=False, **kwargs
-        )
-        return output
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the block's output: `batch seq hidden`, or a tuple with it."""
+        return checkpoint(self.block, hidden, *args, use_reentrant=False, **kwargs)
