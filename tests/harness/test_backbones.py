@@ -38,6 +38,9 @@ NOT_RUN = {
     *("bloom", "gemma2", "mpnet"),
     *("clip", "deit", "dinov2", "siglip", "whisper"),
     *("mixtral", "qwen3_moe"),
+    "deberta",
+    "deberta-v2",
+    "t5",
 }
 """Types that the library supports, and of which no cell is made."""
 
