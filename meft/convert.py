@@ -53,11 +53,12 @@ def make_reversible(
     Raises:
         UnsupportedModelError: the model is not of a supported family, is already
             reversible, or has gradient checkpointing on.
-        ConfigError: `config.span` reaches beyond the model's blocks.
+        ConfigError: `config` is something else, or `config.span` reaches beyond the
+            model's blocks.
 
     Warns:
         FrozenWarning: a task head was frozen before and stays frozen, or a head stays
-            frozen because it may be pre-trained.
+            frozen because it may be pre-trained; or nothing would be trained.
     """
     insert_stacks(model, config)
     add_saving(model, ReversibleBlocks, load_adapters, save_backbone)

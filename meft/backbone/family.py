@@ -5,7 +5,7 @@ Classes of transformers are named and not imported, so that importing this packa
 not import the code of every model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meft.backbone.layout import Adapter, Layout
+from meft.errors import UnsupportedModelError
 from meft.shapes import Hidden
 
 _ACTIVATIONS = (
@@ -190,6 +191,20 @@ class Family:
         """
         return self.layout(block).mlp_half(block, hidden, adapter)
 
+    def _width(self, block: nn.Module, config: Any) -> int:
+        """Return the width of the stream: that of a norm's weight, if it has one."""
+        weight = getattr(block.get_submodule(self.layout(block).norm), "weight", None)
+        if isinstance(weight, Tensor):
+            return weight.shape[0]
+        size = next(_sizes(config), None)
+        if size is None:
+            raise UnsupportedModelError(
+                f"how wide the hidden states of a {type(block).__name__} are is "
+                "unknown: its norms have no weight, and the config of the model no "
+                "`hidden_size`. Set `model.config.hidden_size`"
+            )
+        return size
+
     def adapter_shape(self, block: nn.Module, config: Any) -> AdapterShape:
         """Return width, activation, dropout and initial size of an adapter in a block.
 
@@ -197,8 +212,6 @@ class Family:
             block: the block.
             config: the config of the model that loops over it.
         """
-        norm = block.get_submodule(self.layout(block).norm)
-        width: Any = norm.weight
         found = (
             getattr(module, name, None)
             for module in block.modules()
@@ -206,11 +219,19 @@ class Family:
         )
         activation = next((act for act in found if callable(act)), functional.gelu)
         return AdapterShape(
-            hidden_size=width.shape[0],
+            hidden_size=self._width(block, config),
             activation=activation,
             dropout=_first_of(config, _DROPOUTS, 0.0),
             std=_first_of(config, _STDS, 0.02),
         )
+
+
+def _sizes(config: Any) -> Iterator[int]:
+    """Yield the widths that a config may give."""
+    for name in ("hidden_size", "d_model", "n_embd", "dim"):
+        size = getattr(config, name, None)
+        if isinstance(size, int):
+            yield size
 
 
 def module_of(model_type: str) -> str:

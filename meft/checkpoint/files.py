@@ -21,6 +21,7 @@ from meft.errors import AdapterFileError
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapters.json"
 MODEL, MODEL_CONFIG = SAFE_WEIGHTS_NAME, CONFIG_NAME
+PEFT_WEIGHTS = "adapter_model.safetensors"
 FORMAT_VERSION = 4
 """Versions 1 to 3, used in development, had digests of only some of the values, or
 other names in the config.
@@ -52,6 +53,18 @@ def read_weights(directory: Path, in_model: list[str]) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise AdapterFileError(f"{path} cannot be read: {error}{why}") from None
     return found
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file.
+
+    Raises:
+        AdapterFileError: it is damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise AdapterFileError(f"{path} cannot be read: {error}") from None
 
 
 def model_files(directory: Path) -> dict[str, Path]:

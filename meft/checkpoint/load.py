@@ -5,7 +5,7 @@ Everything that identifies the model is compared before the model changes.
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from meft.checkpoint.backbone import refuse_other_backbone
 from meft.checkpoint.config_file import SavedConfig, read_config
 from meft.checkpoint.digests import digest
-from meft.checkpoint.files import CONFIG, WEIGHTS, read_weights
+from meft.checkpoint.files import (
+    CONFIG,
+    PEFT_WEIGHTS,
+    WEIGHTS,
+    read_file,
+    read_weights,
+)
 from meft.checkpoint.save_pretrained import add_saving, remove_saving
 from meft.checkpoint.trained import adapter_names
 from meft.errors import AdapterFileError, FrozenWarning
@@ -59,6 +65,7 @@ def load_adapters(
     # adapters as frozen.
     _refuse_other_adapters(model, config, directory)
     refuse_other_backbone(model, config, trained, directory)
+    _refuse_other_peft_file(model, trained, directory)
     with _converted(model, config, save_backbone):
         parameters = dict(model.named_parameters())
         targets = parameters | dict(model.named_buffers())
@@ -91,6 +98,27 @@ def _refuse_other_adapters(
         _refuse_other(config.reversible, stack.reversible, directory)
     for adapter in sparse_adapters(model).values():
         _refuse_other(config.sparse, adapter.config, directory)
+
+
+def _refuse_other_peft_file(
+    model: nn.Module, trained: Mapping[str, Tensor], directory: Path
+) -> None:
+    """Raise an error if peft's file has other values than ours for the same tensors."""
+    path = directory / PEFT_WEIGHTS
+    names: Iterable[str] = getattr(model, "peft_config", {})
+    if not path.is_file() or not names:
+        return
+    theirs = read_file(path)
+    for name, value in trained.items():
+        for adapter in names:
+            same = theirs.get(name.replace(f".{adapter}.", ".", 1))
+            if same is not None and not torch.equal(same, value):
+                raise AdapterFileError(
+                    f"{path} and {WEIGHTS} differ in {name!r}: files of two saves were "
+                    "mixed, or one was changed. Save the model again; or load peft's "
+                    "file alone, by `PeftModel.from_pretrained`, and call "
+                    "`meft.make_reversible` on the result"
+                )
 
 
 def _refuse_other(saved: Config | None, given: Config, directory: Path) -> None:

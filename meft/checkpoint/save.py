@@ -24,8 +24,10 @@ from meft.errors import UnsupportedCallError, UnsupportedModelError
 from meft.reversible.blocks import find_stacks
 from meft.sparse.adapter import sparse_adapters
 
-_NO_MODEL = "meft"
-"""`model_type` in the config of a directory that holds no whole model."""
+_NO_MODEL = "meft adapters, no model: call meft.load_adapters(base_model, directory)"
+"""`model_type` in the config of a directory that holds no whole model, which the error
+of transformers' classes names.
+"""
 
 
 def save_adapters(model: nn.Module, directory: str | Path) -> None:

@@ -137,7 +137,7 @@ class SavePretrained:
         out = plain(self.model, save_directory, *args, **kwargs)
         if tensors and is_main_process:
             write_adapters(self.model, save_directory, tensors, next_to_model=True)
-            if has_frozen or adapter_names(self.model):
+            if adapter_names(self.model):
                 self._warn()
         return out
 

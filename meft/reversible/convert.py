@@ -1,6 +1,7 @@
 """Replaces the lists of blocks of a transformers model by reversible stacks."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import TypeVar
@@ -11,7 +12,7 @@ from meft.backbone.find import BlockList, find_blocks, is_checkpointing
 from meft.backbone.parallel import NAME
 from meft.backbone.uncalled import allow_calls, refuse_calls
 from meft.bottleneck import Bottleneck, wide_dtype
-from meft.errors import ConfigError, UnsupportedModelError
+from meft.errors import ConfigError, FrozenWarning, UnsupportedModelError
 from meft.reversible.adapters import Adapters
 from meft.reversible.blocks import CHECKPOINTING_IS_ON, ReversibleBlocks, find_stacks
 from meft.reversible.config import ReversibleConfig
@@ -27,6 +28,12 @@ def insert_stacks(model: Model, config: ReversibleConfig) -> Model:
 
     Arguments, result, errors and warnings are those of `meft.make_reversible`.
     """
+    if not isinstance(config, ReversibleConfig):
+        raise ConfigError(
+            f"`config` must be a `meft.ReversibleConfig`, got {config!r}; for LoRA, "
+            "call peft's `get_peft_model` first, and pass "
+            "`ReversibleConfig(adapter=None)` here"
+        )
     if find_stacks(model):
         raise UnsupportedModelError("this model is reversible already")
     if is_checkpointing(model):
@@ -42,8 +49,18 @@ def insert_stacks(model: Model, config: ReversibleConfig) -> Model:
             )
         _refuse_with_parallel(found, config)
         _refuse_chunks(found, config)
+        for block in found.blocks if config.adapter else []:
+            found.family.adapter_shape(block, found.config)  # raises what it raises now
     if config.adapter is not None:
         choose_trainable(model)
+    elif not any(parameter.requires_grad for parameter in model.parameters()):
+        warnings.warn(
+            "nothing would be trained: no parameter requires a gradient, and "
+            "`adapter=None` adds none. Call `model.requires_grad_(True)`, or peft's "
+            "`get_peft_model` before `meft.make_reversible`",
+            FrozenWarning,
+            stacklevel=3,
+        )
     for found in lists:
         stack = _stack(found, config)
         setattr(found.owner, found.attribute, stack.train(model.training))
