@@ -7,7 +7,11 @@ from typing import TypeVar
 from torch import nn
 
 from meft.checkpoint.load import load_adapters
-from meft.checkpoint.save_pretrained import add_saving, remove_saving
+from meft.checkpoint.save_pretrained import (
+    add_saving,
+    remove_saving,
+    without_saving,
+)
 from meft.errors import UnsupportedModelError
 from meft.reversible.blocks import ReversibleBlocks, find_stacks
 from meft.reversible.config import ReversibleConfig
@@ -135,7 +139,8 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
     Task heads and other parameters keep their trained values, and peft's adapters run:
     use the method of the same name of a PeftModel for these. A forward in the body must
-    be differentiated, if at all, in the body too.
+    be differentiated, if at all, in the body too. Nothing can be saved, and `train()`,
+    `eval()` and `to()` do not reach the adapters.
 
     Args:
         model: a converted model, or a PeftModel that holds one.
@@ -147,7 +152,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         UnsupportedModelError: the model has not been converted.
     """
     _refuse_plain(model)
-    with without_stacks(model), without_sparse_adapters(model):
+    with without_saving(model), without_stacks(model), without_sparse_adapters(model):
         yield
 
 
@@ -175,5 +180,5 @@ def _refuse_plain(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"this {type(model).__name__} has no adapters of meft: neither "
             "`meft.make_reversible()` nor `meft.add_sparse_adapters()` has been called "
-            "on it"
+            "on it, or this is inside of `meft.disable_adapter`"
         )

@@ -129,13 +129,18 @@ class Layout:
         return [n for n in replace(self, cross=None)._steps if not _has(block, n)]
 
     def unused(self, block: nn.Module) -> list[str]:
-        """Return the names of modules with parameters that the halves do not call."""
+        """Return the names of what a block has and the halves do not use.
+
+        These are modules with parameters, and parameters and buffers of its own.
+        """
         starts = {name.split(".")[0] for name in self.modules}
-        return [
+        modules = [
             name
             for name, child in block.named_children()
             if name not in starts and any(True for _ in child.parameters())
         ]
+        own = [name for name, _ in block.named_parameters(recurse=False)]
+        return modules + own + [name for name, _ in block.named_buffers(recurse=False)]
 
     @property
     def norm(self) -> str:

@@ -7,27 +7,34 @@ same input and with the same random numbers. Both must give the same bits. The h
 a parallel block may be summed in another order than in its own forward, so it may
 differ by the rounding of one sum.
 
-Only a few tokens of one row are run where their part of every argument is known, so the
-comparison costs little however large the batch is.
+Blocks of a listed class with transformers' own `forward` are compared on a few tokens
+of one row, once for those that are alike. Of all others (derived, patched, guessed and
+registered classes) nothing is known: every block is compared in every mode, for every
+shape and kind of arguments, and the gradients of the input and of all parameters are
+compared too, as a wrong description may give the right values before training.
 """
 
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from meft.backbone.caches import NAMES, cache_of
 from meft.backbone.called import call_block, is_sharded
+from meft.backbone.families import family_of
 from meft.backbone.family import Family
 from meft.backbone.layout import Layout
-from meft.errors import UnsupportedCallError, UnsupportedModelError
+from meft.errors import MeftError, UnsupportedCallError, UnsupportedModelError
 from meft.shapes import Hidden
 from meft.transforms import is_recording
 
+_TRANSFORMERS = Path(transformers.__file__).parent
 _TOKENS = 64
 """Number of tokens that are compared of a longer row."""
 _DIMS_OF_TOKENS = {
@@ -73,12 +80,18 @@ def prove(
         UnsupportedCallError: the family is a guess, and nothing can be said with these
             inputs.
     """
+    is_known = _is_known(family, plain)
     alike = _likeness(block, plain)
+    this_block = (id(block), *alike)
+    if not is_known:
+        alike = (*this_block, tuple(hidden.shape), *_kinds(call))
     if alike not in known:
         found = None
         if not is_recording():
-            found = _compared(family, block, plain, hidden, call, label)
-        if found is None and family.is_guess:
+            found = _compared(family, block, plain, hidden, call, label, is_known)
+        if found is None and this_block in known:
+            return known[this_block]  # compared before, as in a prefill
+        if found is None and not is_known:
             raise UnsupportedCallError(
                 f"a {plain.__name__} is not of a listed family: before it is used, it "
                 "has to be compared with its own `forward`, on a batch without a "
@@ -88,8 +101,36 @@ def prove(
             )
         if found is None:
             return family
-        known[alike] = found
+        known[alike] = known[this_block] = found
     return known[alike]
+
+
+def plain_class(block: nn.Module) -> type[nn.Module]:
+    """Return the class of a block, without those of sparse adapters and FSDP2."""
+    kind: type[nn.Module] = getattr(block, "plain", type(block))
+    bases = [base for base in kind.__bases__ if base.__name__ != "FSDPModule"]
+    return bases[0] if len(bases) < len(kind.__bases__) else kind
+
+
+def _is_known(family: Family, plain: type[nn.Module]) -> bool:
+    """Return whether a class is listed, and its `forward` transformers' own."""
+    if family.is_guess or family_of(plain) is not family:
+        return False
+    function: Any = plain.forward
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is None or not Path(code.co_filename).is_relative_to(_TRANSFORMERS):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+def _kinds(call: Mapping[str, Any]) -> list[Any]:
+    """Return what a block may decide by: the arguments given, and their shapes."""
+    return [
+        (name, tuple(value.shape) if isinstance(value, Tensor) else type(value))
+        for name, value in sorted(call.items())
+    ]
 
 
 def _likeness(block: nn.Module, plain: type[nn.Module]) -> tuple[Any, ...]:
@@ -117,11 +158,13 @@ def _compared(
     hidden: Hidden,
     call: Mapping[str, Any],
     label: str,
+    is_known: bool,
 ) -> Family | None:
     """Return the family with the layout that computes what a block does.
 
     Args:
         family, block, plain, hidden, call, label: as for `prove`.
+        is_known: whether the class of the block is listed.
 
     Returns:
         `family`, or for a guess one with a single layout; None if nothing can be said,
@@ -134,26 +177,38 @@ def _compared(
     if _has_longer_keys(block, hidden, call):
         return None
     call = {n: v for n, v in call.items() if n not in NAMES}
-    hidden, call = _few_tokens(hidden.detach(), call)
-    differences = []
+    hidden = hidden.detach()
+    if is_known:
+        hidden, call = _few_tokens(hidden, call)
     is_called = is_sharded(block)  # which gathers its parameters
+    runs = _Runs(block, plain, hidden, call, is_called)
     with contextlib.nullcontext() if is_called else _without_hooks(block):
-        own = _run(lambda: _own(is_called, block, plain, hidden, call), hidden)
-        if not _is_comparable(own):
+        try:
+            own = runs.own()
+        except MeftError:
+            raise
+        except Exception as error:
+            if is_known:
+                raise
+            raise UnsupportedModelError(
+                f"{label}, a {plain.__name__}, is not of a listed family, and its own "
+                f"`forward` could not be run by itself: {error!r}"
+            ) from error
+        if not _is_comparable(own.hidden):
             return None
+        reasons = []
         for layout in family.layouts if family.is_guess else (family.layout(block),):
-            halves = _run(
-                partial(_halves, is_called, layout, block, hidden, call), hidden
-            )
-            difference = _difference(own, halves, layout)
-            if difference is None:
+            if family.is_guess:  # as many values as the block returns
+                layout = replace(layout, returns=own.returns)
+            reason = _difference(runs, own, layout, is_known)
+            if reason is None:
                 return family.with_layout(layout) if family.is_guess else family
-            differences.append(difference)
+            reasons.append(reason)
     described = "similar models" if family.is_guess else family.name
     raise UnsupportedModelError(
         f"{label}, a {plain.__name__}, does not compute what the names of its modules "
-        f"imply: its own `forward` and its two halves, as those of {described}, "
-        f"differ by {min(differences):.1g} of the greatest value on the same input. "
+        f"imply: its own `forward` and its two halves, as those of {described}, differ "
+        f"on the same input: {reasons[0]}. "
         "The `forward` may have been replaced, or be that of another version of "
         "transformers. `meft.register_family` describes a class of blocks"
     )
@@ -171,31 +226,105 @@ def _has_longer_keys(block: nn.Module, hidden: Tensor, call: Mapping[str, Any]) 
     return is_longer or cache.get_seq_length(layer) > 0
 
 
-def _own(
-    is_called: bool,
-    block: nn.Module,
-    plain: type[nn.Module],
-    hidden: Hidden,
-    call: Mapping[str, Any],
-) -> Any:
-    if is_called:
-        return call_block(block, hidden, call)
-    return plain.forward(block, hidden, **call)
+class _Output(NamedTuple):
+    """What a run of a block has returned."""
+
+    hidden: Tensor
+    returns: int
+    """Length of the tuple; 0 if it was none."""
+    gradients: list[Tensor | None]
+    """Of the input and of all parameters, if they were asked for."""
 
 
-def _halves(
-    is_called: bool,
-    layout: Layout,
-    block: nn.Module,
-    hidden: Hidden,
-    call: Mapping[str, Any],
-) -> Tensor:
-    def whole(hidden_states: Hidden, **others: Any) -> Hidden:
-        return layout.whole(block, hidden_states, others)
+class _Runs:
+    """Runs of one block on one input, with the same random numbers.
 
-    if is_called:
-        return call_block(block, hidden, call, whole)
-    return whole(hidden, **call)
+    Args:
+        block: the block.
+        plain: its class.
+        hidden: `batch seq hidden`.
+        call: its other arguments, by name.
+        is_called: whether the block has to be called itself.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        plain: type[nn.Module],
+        hidden: Hidden,
+        call: Mapping[str, Any],
+        is_called: bool,
+    ) -> None:
+        self.block, self._plain, self._hidden = block, plain, hidden
+        self._call, self._is_called = call, is_called
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the input."""
+        return self._hidden.device
+
+    def own(self, with_gradients: bool = False) -> _Output:
+        """Run the block's own forward."""
+
+        def function(hidden: Tensor) -> Any:
+            if self._is_called:
+                return call_block(self.block, hidden, self._call)
+            return self._plain.forward(self.block, hidden, **self._call)
+
+        return self._run(function, with_gradients)
+
+    def halves(self, layout: Layout, with_gradients: bool = False) -> _Output:
+        """Run the halves of a layout."""
+
+        def whole(hidden_states: Tensor, **others: Any) -> Tensor:
+            return layout.whole(self.block, hidden_states, others)
+
+        def function(hidden: Tensor) -> Any:
+            if self._is_called:
+                return call_block(self.block, hidden, self._call, whole)
+            return whole(hidden, **self._call)
+
+        return self._run(function, with_gradients)
+
+    def _run(self, function: Callable[[Tensor], Any], with_gradients: bool) -> _Output:
+        if not with_gradients:
+            with torch.no_grad():
+                output = _repeated(function, self._hidden)
+            return _Output(_first(output), _length(output), [])
+        x = self._hidden.clone().requires_grad_()
+        with _all_trained(self.block) as parameters, torch.enable_grad():
+            out = _first(_repeated(function, x))
+            weights = torch.linspace(-1, 1, out.numel(), device=out.device)
+            found = torch.autograd.grad(
+                out,
+                [x, *parameters],
+                weights.view_as(out).to(out.dtype),
+                allow_unused=True,
+            )
+        return _Output(out.detach(), 0, list(found))
+
+
+@contextlib.contextmanager
+def _all_trained(block: nn.Module) -> Iterator[list[Tensor]]:
+    """Run the body with every parameter in need of a gradient."""
+    floating = [p for p in block.parameters() if p.is_floating_point() and p.is_leaf]
+    frozen = [p for p in floating if not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad = True
+    try:
+        yield list(floating)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad = False
+
+
+def _first(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def _length(output: Any) -> int:
+    return len(output) if isinstance(output, tuple) else 0
 
 
 @contextlib.contextmanager
@@ -213,29 +342,21 @@ def _without_hooks(block: nn.Module) -> Iterator[None]:
             module._forward_hooks, module._forward_pre_hooks = hooks, pre_hooks
 
 
-def _run(function: Callable[[], Any], hidden: Tensor) -> Tensor:
-    """Return the hidden states that a function computes, with fixed random numbers."""
+def _repeated(function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """Return what a function returns, with fixed random numbers."""
     devices = [hidden.device] if hidden.device.type == "cuda" else []
     caches = torch.is_autocast_cache_enabled()
     # A weight that autocast converts without grad would be used with grad later.
     torch.set_autocast_cache_enabled(False)
     try:
-        output = _repeated(function, hidden, devices)
+        with torch.random.fork_rng(devices=devices):
+            torch.default_generator.manual_seed(_SEED)
+            if devices:
+                with torch.cuda.device(hidden.device):
+                    torch.cuda.manual_seed(_SEED)
+            return function(hidden)
     finally:
         torch.set_autocast_cache_enabled(caches)
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
-
-
-def _repeated(
-    function: Callable[[], Any], hidden: Tensor, devices: list[torch.device]
-) -> Any:
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(_SEED)
-        if devices:
-            with torch.cuda.device(hidden.device):
-                torch.cuda.manual_seed(_SEED)
-        return function()
 
 
 def _is_comparable(own: Tensor) -> bool:
@@ -245,15 +366,57 @@ def _is_comparable(own: Tensor) -> bool:
     return bool(greatest <= limit)
 
 
-def _difference(own: Tensor, halves: Tensor, layout: Layout) -> float | None:
-    """Return the relative difference; None if there is none that counts."""
-    if torch.equal(own, halves):
+def _difference(
+    runs: _Runs, own: _Output, layout: Layout, is_known: bool
+) -> str | None:
+    """Return in what the halves of a layout differ; None if in nothing."""
+    if own.returns != layout.returns:
+        return (
+            f"the block returns {_values(own.returns)}, and the description "
+            f"{_values(layout.returns)}; see `returns`"
+        )
+    try:
+        halves = runs.halves(layout).hidden
+    except MeftError:
+        raise
+    except Exception as error:
+        if is_known:
+            raise
+        return f"the halves cannot be run, {error!r}"
+    if not torch.equal(own.hidden, halves):
+        greatest = own.hidden.abs().amax().double()
+        difference = (own.hidden.double() - halves.double()).abs().amax() / greatest
+        # Of the sum of three terms in two orders.
+        allowed = 4 * torch.finfo(halves.dtype).eps if layout.is_parallel else 0.0
+        if not bool(difference <= allowed):
+            return f"by {float(difference):.1g} of the greatest value"
+    if is_known or is_sharded(runs.block) or torch.is_inference_mode_enabled():
         return None
-    greatest = own.abs().amax().double()
-    difference = (own.double() - halves.double()).abs().amax() / greatest
-    # Of the sum of three terms in two orders.
-    allowed = 4 * torch.finfo(own.dtype).eps if layout.is_parallel else 0.0
-    return None if bool(difference <= allowed) else float(difference)
+    return _difference_of_gradients(runs, layout)
+
+
+def _values(number: int) -> str:
+    return f"a tuple of {number}" if number else "no tuple"
+
+
+def _difference_of_gradients(runs: _Runs, layout: Layout) -> str | None:
+    names = ["the input"]
+    names += [n for n, p in runs.block.named_parameters() if p.is_floating_point()]
+    try:
+        own = runs.own(with_gradients=True).gradients
+        halves = runs.halves(layout, with_gradients=True).gradients
+    except RuntimeError:  # weights that are quantised have no gradients
+        return None
+    norms = [0.0 if g is None else float(g.double().norm()) for g in own]
+    for name, one, other, norm in zip(names, own, halves, norms, strict=True):
+        zero = torch.zeros((), device=runs.device)
+        one, other = (zero if g is None else g.double() for g in (one, other))
+        if torch.equal(one, other):
+            continue
+        distance = float((one - other).norm())
+        if distance > 0.05 * norm + 1e-4 * max(norms):
+            return f"in the gradient of {name}"
+    return None
 
 
 def _few_tokens(

@@ -66,6 +66,7 @@ def load_adapters(
     _refuse_other_adapters(model, config, directory)
     refuse_other_backbone(model, config, trained, directory)
     _refuse_other_peft_file(model, trained, directory)
+    was_plain = not find_stacks(model)
     with _converted(model, config, save_backbone):
         parameters = dict(model.named_parameters())
         targets = parameters | dict(model.named_buffers())
@@ -87,6 +88,11 @@ def load_adapters(
             target = targets[name].copy_(value)
             if name in parameters:
                 target.requires_grad |= id(target) not in fixed
+    if was_plain and config.reversible and config.reversible.adapter is None:
+        # Nothing has been frozen by the conversion: train what was trained.
+        for name, parameter in parameters.items():
+            if parameter.is_floating_point() and name not in trained:
+                parameter.requires_grad = False
     return model
 
 

@@ -13,10 +13,11 @@ converted one does not have them: when its `save_pretrained` collects the weight
 warning reports that the adapters' files are missing.
 """
 
+import contextlib
 import inspect
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +27,12 @@ from torch import nn
 
 from meft.checkpoint.files import CONFIG
 from meft.checkpoint.save import write_adapters, write_trained
-from meft.checkpoint.trained import adapter_names, trained_tensors
+from meft.checkpoint.trained import (
+    adapter_names,
+    forget_values,
+    note_values,
+    trained_tensors,
+)
 from meft.errors import SavingWarning, UnsupportedCallError
 
 Load = Callable[[nn.Module, str | Path], nn.Module]
@@ -60,6 +66,7 @@ def add_saving(
             # The model inside a PeftModel has weights of its own when it is merged.
             whole = save_backbone or (is_peft and not _is_peft_model(module))
             module.__dict__["save_pretrained"] = SavePretrained(module, whole)
+            note_values(module)
             if not whole and not _is_peft_model(module):
                 module.__dict__[_IGNORED] = _unsaved_names(module)
             if _is_peft_model(module):
@@ -74,9 +81,24 @@ def remove_saving(model: nn.Module) -> None:
             saver.restore_ignored()
         for name in METHODS:
             module.__dict__.pop(name, None)
+        forget_values(module)
         hooks = module._state_dict_pre_hooks
         for key in [k for k, h in hooks.items() if h is _warn_if_saved_from_outside]:
             del hooks[key]
+
+
+@contextlib.contextmanager
+def without_saving(model: nn.Module) -> Iterator[None]:
+    """Refuse `save_pretrained` in the body, in which adapters are not in the model."""
+    savers = [vars(module).get("save_pretrained") for module in model.modules()]
+    ours = [saver for saver in savers if isinstance(saver, SavePretrained)]
+    for saver in ours:
+        saver.is_refused = True
+    try:
+        yield
+    finally:
+        for saver in ours:
+            saver.is_refused = False
 
 
 class SavePretrained:
@@ -91,6 +113,7 @@ class SavePretrained:
         self.model = model
         self.save_backbone = save_backbone
         self.has_warned = False
+        self.is_refused = False
         before = vars(model).get("save_pretrained")  # of the other method
         own = [vars(model)[_IGNORED]] if _IGNORED in vars(model) else []
         self.ignored: list[Any] = getattr(before, "ignored", own)
@@ -114,6 +137,12 @@ class SavePretrained:
         Warns:
             SavingWarning: once per model, what `from_pretrained` omits.
         """
+        if self.is_refused:
+            raise UnsupportedCallError(
+                "`save_pretrained` was called inside of `meft.disable_adapter`, where "
+                "the adapters are not in the model: call it outside, or "
+                "`meft.remove_adapters` to save the plain model"
+            )
         plain: Any = type(self.model).save_pretrained  # type: ignore[attr-defined]
         call = inspect.signature(plain).bind(
             self.model, save_directory, *args, **kwargs

@@ -10,13 +10,17 @@ from meft.errors import AdapterFileError
 from meft.reversible.blocks import find_stacks
 from meft.sparse.adapter import sparse_adapters
 
+_VERSIONS = "_meft_versions_at_conversion"
+"""Attribute of a converted model."""
+
 
 def trained_tensors(
     model: nn.Module, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Return the tensors that `save_adapters` writes.
 
-    These are the adapters, all other trainable parameters, and buffers.
+    These are the adapters, all other trainable parameters, and buffers; and parameters
+    that were trained and then frozen, whose values have changed since the conversion.
 
     Args:
         model: a converted model.
@@ -30,7 +34,7 @@ def trained_tensors(
     parameters = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad or name in adapters
+        if parameter.requires_grad or name in adapters or _has_changed(model, name)
     }
     values: Mapping[str, Tensor] = parameters | _buffers_of_trained(model)
     names = list(values)
@@ -46,6 +50,31 @@ def trained_tensors(
             )
         values = state_dict
     return {name: values[name].detach().cpu().contiguous() for name in names}
+
+
+def note_values(model: nn.Module) -> None:
+    """Note which values parameters have, by the number of their changes so far.
+
+    Args:
+        model: a model that has just been converted.
+    """
+    versions = {name: _version(p) for name, p in model.named_parameters()}
+    vars(model).setdefault(_VERSIONS, versions)
+
+
+def forget_values(model: nn.Module) -> None:
+    """Undo `note_values`."""
+    vars(model).pop(_VERSIONS, None)
+
+
+def _has_changed(model: nn.Module, name: str) -> bool:
+    """Return whether a parameter was changed in place since the conversion."""
+    noted: dict[str, int] = vars(model).get(_VERSIONS, {})
+    return name in noted and _version(model.get_parameter(name)) > noted[name]
+
+
+def _version(parameter: Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version
 
 
 def adapter_names(model: nn.Module) -> set[str]:

@@ -33,7 +33,7 @@ from meft.backbone.called import is_sharded
 from meft.backbone.family import Family
 from meft.backbone.find import is_checkpointing
 from meft.backbone.parallel import NAME as PARALLEL_ADAPTER
-from meft.backbone.proof import Proven, prove
+from meft.backbone.proof import Proven, plain_class, prove
 from meft.backbone.uncalled import (
     is_compiled,
     is_replaced,
@@ -66,7 +66,7 @@ from meft.reversible.read_out import read_out, read_out_of_both
 from meft.reversible.recompute_check import Outside, RecomputeCheck, Repeatable
 from meft.reversible.rng import draw_seed
 from meft.reversible.stack import run_rebuilt
-from meft.reversible.stand_ins import BlockArguments, stand_ins
+from meft.reversible.stand_ins import BlockArguments, HiddenBetween, stand_ins
 from meft.reversible.twin import Stack, Streams, enter, run
 from meft.reversible.variants import CouplingOptions, couplings, fresh_stream
 from meft.shapes import Hidden
@@ -297,13 +297,27 @@ class ReversibleBlocks(nn.Module):
         self, block: nn.Module, hidden: Hidden, arguments: BlockArguments
     ) -> tuple[BlockArguments, tuple[Any, ...] | None]:
         """Return the arguments of a block, and what it returns beside hidden states."""
+        if self.family.is_guess and not isinstance(hidden, HiddenBetween):
+            # What it returns is known when it has been compared.
+            self._prove_one(block, hidden, arguments, "the first block")
         returns = self.family.layout(block).returns
         if self.family.beside is None:
             return arguments, (None,) * (returns - 1) if returns else None
         args, kwargs = arguments
-        _, call = by_name(_plain(block), (hidden, *args), kwargs)
+        _, call = by_name(plain_class(block), (hidden, *args), kwargs)
         call, rest = self.family.beside(block, hidden, call)
         return BlockArguments((), call), rest
+
+    def _prove_one(
+        self, block: nn.Module, hidden: Hidden, arguments: BlockArguments, label: str
+    ) -> None:
+        args, kwargs = arguments
+        plain = plain_class(block)
+        _, call = by_name(plain, (hidden, *args), kwargs)
+        refuse_outputs(call, self._model_config)
+        self.family = prove(
+            self._proven, self._described, block, plain, hidden, call, label
+        )
 
     def _for_all(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -385,7 +399,7 @@ class ReversibleBlocks(nn.Module):
         for index, block in list(enumerate(self.blocks))[self.span[0] :]:
             if self.reversible.adapter is None and must_be_called(block):
                 continue  # it is called, whatever it computes
-            plain = _plain(block)
+            plain = plain_class(block)
             self.family = prove(
                 self._proven,
                 self._described,
@@ -438,7 +452,7 @@ class ReversibleBlocks(nn.Module):
         blocks = self.blocks[self._prefix :]
         apart: list[dict[str, Any]] = [{} for _ in range(self._prefix)]
         calls = apart + [
-            by_name(_plain(block), (hidden, *args), kwargs)[1]
+            by_name(plain_class(block), (hidden, *args), kwargs)[1]
             for block, (args, kwargs) in zip(blocks, every, strict=True)
         ]
         for call in calls:
@@ -512,12 +526,6 @@ class ReversibleBlocks(nn.Module):
 def _refuse_transforms() -> None:
     refuse_func("a reversible model")
     refuse_recording("how wide its streams are depends on the values of the batch")
-
-
-def _plain(block: nn.Module) -> type[nn.Module]:
-    """Return the class of a block; of one with a parallel adapter, its original."""
-    kind: type[nn.Module] = getattr(block, "plain", type(block))
-    return kind
 
 
 def _is_forward(frame: FrameType) -> bool:

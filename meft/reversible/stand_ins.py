@@ -15,6 +15,7 @@ cannot give a wrong result.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from meft.errors import UnsupportedCallError
@@ -129,10 +130,12 @@ class StandIn:
                 order, or changes the hidden states between them.
         """
         hidden, arguments = _separated(args, kwargs)
+        context = _context(hidden)
         recorded, index, last = self._recorded, self._index, len(self._blocks) - 1
         if index == 0:
-            recorded.start(hidden)
+            recorded.start(hidden, context)
         else:
+            recorded.refuse_other_context(context, index)
             recorded.refuse_other(hidden, index)
         arguments, rest = self._beside(self._blocks[index], hidden, arguments)
         recorded.arguments.append(arguments)
@@ -151,10 +154,26 @@ class _Recorded:
         self.arguments: list[BlockArguments] = []
         self._hidden: Tensor | None = None
         self._returned: HiddenBetween | None = None
+        self._context: tuple[Any, ...] = ()
 
-    def start(self, hidden: Tensor) -> None:
+    def start(self, hidden: Tensor, context: tuple[Any, ...]) -> None:
         """Begin with the hidden states that the first block was given."""
         self.arguments, self._hidden, self._returned = [], hidden, None
+        self._context = context
+
+    def refuse_other_context(self, context: tuple[Any, ...], index: int) -> None:
+        """Refuse a block that is called in another context than the first one.
+
+        Raises:
+            UnsupportedCallError: it is another.
+        """
+        if context != self._context:
+            raise UnsupportedCallError(
+                f"block {index} of a reversible stack was called with gradients or "
+                "autocast switched differently than for the first block. A stack runs "
+                "all its blocks as one, in one context: to freeze some of them, set "
+                "`requires_grad` of their parameters, or `span` in the config"
+            )
 
     def between(self, place: str) -> HiddenBetween:
         """Return what the next block has to be given."""
@@ -211,3 +230,11 @@ def _separated(
         return args[0], BlockArguments(args[1:], kwargs)
     rest = dict(kwargs)
     return rest.pop("hidden_states"), BlockArguments((), rest)
+
+
+def _context(hidden: Tensor) -> tuple[Any, ...]:
+    """Return what decides how operations on a tensor are computed and recorded."""
+    kind = hidden.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else None
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, dtype
