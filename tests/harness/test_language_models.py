@@ -62,6 +62,10 @@ def test_every_token_is_a_target(family: str) -> None:
     assert torch.equal(out.loss, wanted)
 
 
+TRAIN_ALL = ("full", "checkpointing", "full-exact", "full-exact-store")
+"""Methods that train every parameter."""
+
+
 @pytest.mark.parametrize(
     "method",
     slow_but_for([m for m in METHODS if m != "head"], "full", "lora", "meft1-exact"),
@@ -79,7 +83,7 @@ def test_every_method_trains_a_language_model(method: str) -> None:
         elif parameter.ndim > 1:  # decay moves every matrix
             assert not torch.equal(parameter, before[name]), name
     head = stepper.model.get_parameter("lm_head.weight")
-    assert head.requires_grad == (method in ("full", "checkpointing"))
+    assert head.requires_grad == (method in TRAIN_ALL)
 
 
 @pytest.mark.parametrize("family", slow_but_for(LANGUAGE_MODELS, "llama"))
@@ -87,7 +91,9 @@ def test_every_method_trains_a_language_model(method: str) -> None:
     ("method", "device"),
     [
         ("meft1-exact", "cpu"),
+        ("lora-exact", "cpu"),
         pytest.param("full", "virtual-H200", marks=without_gpu),
+        pytest.param("lora-exact", "virtual-H200", marks=without_gpu),
         pytest.param("lora-checkpointing", "virtual-H200", marks=without_gpu),
     ],
 )
@@ -100,7 +106,9 @@ def test_a_cell_of_a_language_model_is_measured(
     measured = seen["measurement"]
     assert 0 < measured["saved_bytes"] < measured["peak_allocated_bytes"]
     assert measured["score"] is None
-    if method == "meft1-exact":
+    if method.endswith("-exact") and device == "cpu":
+        assert measured["gradient_error"] == [0.0] * measured["num_blocks"]
+        assert measured["start_deviation"] < 0.2
         assert measured["reconstruction_error"] == [0.0] * measured["num_blocks"]
 
 

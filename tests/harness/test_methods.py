@@ -26,6 +26,7 @@ from meft_bench.child.meters.routing import look
 from meft_bench.child.meters.rows import TrafficMeter
 from meft_bench.child.methods.adapters import AdaptedBlock
 from meft_bench.child.training.steps import Stepper
+from meft_bench.shared.methods import TABLE
 from meft_bench.shared.registry import HAVE_ROWS, METHODS, load
 
 HEAD = HIDDEN * LABELS + LABELS
@@ -63,6 +64,10 @@ FORMULAS = {
     "meft1-exact-store": ADAPTERS - BOTTLENECK,
     "meft2-exact-store": ADAPTERS,
     "meft3-exact-store": ADAPTERS,
+    "lora-exact": LORA,
+    "lora-exact-store": LORA,
+    "full-exact": ALL,
+    "full-exact-store": ALL,
     "dense": ROWS,
     "dense-offload": ROWS,
     "sparse": ROWS,
@@ -77,6 +82,10 @@ FORMULAS = {
     "sparse-experts-lazy": ROUTED,
     "sparse-experts-dense-update": ROUTED,
 }
+
+
+EXACT = [name for name, m in TABLE.items() if m.streams == "integer" and not m.twin_of]
+"""Methods with an exact inverse."""
 
 
 def made(method: str, family: str = "bert", **changes: object) -> Any:
@@ -207,7 +216,7 @@ def test_every_method_trains_every_family(method: str, family: str) -> None:
     matrices = {name for name in trained if before[name].ndim > 1}
     assert matrices <= moved <= trained
     assert any(name.startswith(NEW_HEADS) for name in moved)
-    assert (trained == set(before)) == (method in ("full", "checkpointing"))
+    assert (trained == set(before)) == (FORMULAS[method] == ALL)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -232,7 +241,7 @@ def test_checkpointing_changes_no_gradient(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["meft1-exact", "meft2-exact", "meft3-exact"])
+@pytest.mark.parametrize("method", EXACT)
 @pytest.mark.parametrize(
     "changes",
     slow_but_for(
@@ -252,7 +261,24 @@ def test_exact_methods_equal_their_stored_twins(
         assert torch.equal(got[name], gradient), name
 
 
-@pytest.mark.parametrize("method", ["meft1", "meft1-exact"])
+@pytest.mark.parametrize(
+    ("method", "plain"), [("lora-exact", "lora"), ("full-exact", "full")]
+)
+def test_each_lost_bit_halves_how_far_a_start_is_from_the_plain_method(
+    method: str, plain: str
+) -> None:
+    """Without adapters, the scale is all that changes the function."""
+    with torch.no_grad():
+        expected = made(plain).eval()(**batch()).logits
+        found = []
+        for lost_bits in (2, 3, 8):
+            got = made(method, lost_bits=lost_bits).eval()(**batch()).logits
+            found.append(float((got - expected).norm() / expected.norm()))
+    assert 0.4 < found[1] / found[0] < 0.6
+    assert found[2] < 0.01
+
+
+@pytest.mark.parametrize("method", ["meft1", "meft1-exact", "lora-exact"])
 def test_a_cell_says_how_much_of_a_stack_is_rebuilt(method: str) -> None:
     """So many of the lowest blocks; 0 rebuilds all; more than there are is refused."""
     for requested, rebuilt in ((0, BLOCKS), (2, 2)):
@@ -305,6 +331,14 @@ def test_a_block_more_keeps_its_input_or_nothing(
     stream_bytes = 4 * 8 * HIDDEN * torch.float32.itemsize
     grown = saved_at(method, 5) - saved_at(method, 3)
     assert grown == 2 * streams_per_block * stream_bytes
+
+
+@pytest.mark.parametrize("method", ["lora-exact", "full-exact"])
+def test_a_block_more_keeps_its_lost_bits(method: str) -> None:
+    """And, of each block, one number that the backward compares."""
+    grown = saved_at(method, 5) - saved_at(method, 3)
+    lost = 4 * 8 * HIDDEN * cell().lost_bits // 8
+    assert lost <= grown // 2 <= lost + 16
 
 
 @pytest.mark.parametrize("method", HAVE_ROWS)

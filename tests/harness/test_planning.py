@@ -544,3 +544,22 @@ def test_the_positions_of_a_model_are_the_limit(
     out = capsys.readouterr().out
     assert "seq 512 fits, and the model has positions for 512 tokens" in out
     assert "full    512          fits" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "lost_bits"), [([], [4, 8]), (["--set", "lost_bits=2"], [2, 2])]
+)
+def test_a_plan_has_the_defaults_of_each_method(
+    monkeypatch: pytest.MonkeyPatch, given: list[str], lost_bits: list[int]
+) -> None:
+    """Where the command line gives no value."""
+    planned_cells: list[Cell] = []
+
+    def ask(cells: list[Cell], *_: object, **__: object) -> list[dict[str, object]]:
+        planned_cells.extend(cells)
+        return [FITS | {"method": cell.method} for cell in cells]
+
+    monkeypatch.setattr(planning, "ask", ask)
+    words = ["plan", "bert-tiny", "--gpu", "H200", "--method", "exact", "lora-exact"]
+    assert cli.main([*words, *given, "--json"]) == 0
+    assert [cell.lost_bits for cell in planned_cells] == lost_bits

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.parent import fields, isolate, output
-from meft_bench.shared import configs, lengths, registry, request
+from meft_bench.shared import configs, lengths, methods, registry, request
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.request import WORKER
@@ -127,8 +127,10 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
     values |= _set_fields(arguments.set)
     if "task" not in values:
         values["task"] = USUAL_TASK
-    methods = _methods(arguments.method, model_type)
-    found = [Cell(method=method, **values) for method in methods]
+    names = _methods(arguments.method, model_type)
+    found = [
+        Cell(**methods.with_defaults({"method": name, **values})) for name in names
+    ]
     for cell in found:
         try:
             task = cell.task or registry.SYNTHETIC_TASKS[0]
