@@ -261,6 +261,16 @@ def test_exact_methods_equal_their_stored_twins(
         assert torch.equal(got[name], gradient), name
 
 
+@pytest.mark.parametrize("method", EXACT)
+def test_lost_bits_on_the_host_change_no_gradient(method: str) -> None:
+    """They are copied there and back, bit by bit."""
+    loss, expected = loss_and_gradients(made(method))
+    again, got = loss_and_gradients(made(method, side_buffer="host"))
+    assert torch.equal(again, loss)
+    for name, gradient in expected.items():
+        assert torch.equal(got[name], gradient), name
+
+
 @pytest.mark.parametrize(
     ("method", "plain"), [("lora-exact", "lora"), ("full-exact", "full")]
 )

@@ -43,6 +43,8 @@ CELL = {
     "lost_bits": 4,
     "reversible_blocks": 0,
     "mlp_chunks": 1,
+    "side_buffer": "device",
+    "loss_chunk_tokens": 0,
     "attention": "sdpa",
     "blocks": "eager",
     "reference": "",

@@ -101,6 +101,7 @@ PLANNED_BACKBONES = {
 DTYPES = ("fp32", "bf16", "fp16")
 BLOCKS = ("eager", "compiled")
 PADDINGS = ("none", "some")
+SIDE_BUFFERS = ("device", "host")
 OPTIMIZERS = ("adamw", "adamw-fused", "sgd")
 """AdamW as torch runs it by default, AdamW in one kernel, SGD without momentum."""
 ATTENTIONS = {

@@ -25,6 +25,8 @@ def _in_floats(model: PreTrainedModel, cell: Cell, **kind: Any) -> PreTrainedMod
 
 
 def _exact(model: PreTrainedModel, cell: Cell, **kind: Any) -> PreTrainedModel:
+    if kind["backward"] == "rebuild":
+        kind["side_buffer"] = cell.side_buffer
     return _reversible(
         model, cell, arithmetic="fixed", lost_bits=cell.lost_bits, **kind
     )

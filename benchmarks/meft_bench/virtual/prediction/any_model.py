@@ -20,6 +20,7 @@ import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
+import meft
 from meft_bench.child.backbones.classifier import WEIGHTS_DTYPES, num_positions, options
 from meft_bench.child.tasks.batches import Batch
 from meft_bench.child.training import execution
@@ -230,6 +231,8 @@ def _with_method(model: Any, cell: Cell) -> Any:
         model = _with_peft(model, cell)
     if cell.method.partition(":")[0].endswith("checkpointing"):
         _checkpoint(model)
+    if cell.loss_chunk_tokens:
+        meft.chunk_loss(_base(model), cell.loss_chunk_tokens)
     return model.to(cell.device)
 
 

@@ -143,6 +143,7 @@ def predict(cell: Cell, source: Source, partial: PartialResult) -> None:
         it.stepper.step(batches, learning_rate=0.0)
         partial.memory_breakdown = breakdown(it.ledger.trace(), start)
         probes.probe_rows(it.stepper, batches, partial)
+        probes.probe_transfers(it.stepper, batches, partial)
 
 
 def _how(cell: Cell, device: VirtualGpu) -> str:
