@@ -64,7 +64,10 @@ def test_every_token_is_a_target(family: str) -> None:
     assert torch.equal(out.loss, wanted)
 
 
-TRAIN_ALL = ("full", "checkpointing", "full-exact", "full-exact-store")
+TRAIN_ALL = (
+    *("full", "checkpointing", "checkpointing-offload"),
+    *("full-exact", "full-exact-store"),
+)
 """Methods that train every parameter."""
 
 
@@ -97,6 +100,8 @@ def test_every_method_trains_a_language_model(method: str) -> None:
         pytest.param("full", "virtual-H200", marks=without_gpu),
         pytest.param("lora-exact", "virtual-H200", marks=without_gpu),
         pytest.param("lora-checkpointing", "virtual-H200", marks=without_gpu),
+        ("lora-checkpointing-offload", "cpu"),
+        pytest.param("lora-checkpointing-offload", "virtual-H200", marks=without_gpu),
     ],
 )
 def test_a_cell_of_a_language_model_is_measured(

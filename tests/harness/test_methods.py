@@ -24,6 +24,7 @@ from meft.sparse.dense import DenseAdapter
 from meft.testing import saved_bytes
 from meft_bench.child.meters.routing import look
 from meft_bench.child.meters.rows import TrafficMeter
+from meft_bench.child.meters.transfers import ledgers_of
 from meft_bench.child.methods.adapters import AdaptedBlock
 from meft_bench.child.training.steps import Stepper
 from meft_bench.shared.methods import TABLE
@@ -49,6 +50,8 @@ FORMULAS = {
     "head": HEAD,
     "lora": LORA,
     "lora-checkpointing": LORA,
+    "checkpointing-offload": ALL,
+    "lora-checkpointing-offload": LORA,
     "adapters": ADAPTERS,
     "adapters-checkpointing": ADAPTERS,
     "meft1": ADAPTERS,
@@ -226,6 +229,8 @@ def test_every_method_trains_every_family(method: str, family: str) -> None:
         ("full", "checkpointing"),
         ("lora", "lora-checkpointing"),
         ("adapters", "adapters-checkpointing"),
+        ("full", "checkpointing-offload"),
+        ("lora", "lora-checkpointing-offload"),
     ],
 )
 def test_checkpointing_changes_no_gradient(
@@ -238,6 +243,43 @@ def test_checkpointing_changes_no_gradient(
     assert len(got) == len(expected)
     for name, gradient in zip(expected, got.values(), strict=True):
         assert torch.equal(gradient, expected[name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "method",
+    ["checkpointing", "lora-checkpointing-offload", "adapters-checkpointing"],
+)
+def test_an_mlp_in_parts_changes_no_gradient(method: str, family: str) -> None:
+    """Without dropout, whose masks a part draws for itself; but for rounding."""
+    found = []
+    for num_chunks in (1, 3):
+        model = made(method, family, mlp_chunks=num_chunks).eval()
+        stepper = Stepper(model, cell())
+        stepper.loss(stepper.to_device(batch())).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        assert len(gradients) == sum(p.requires_grad for p in model.parameters())
+        found.append(gradients)
+    for whole, in_parts in zip(*found, strict=True):
+        torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method", ["checkpointing-offload", "lora-checkpointing-offload"]
+)
+def test_an_offloaded_checkpoint_is_copied_there_and_back(method: str) -> None:
+    """The input of each block once each way, and nothing that is saved for backward
+    stays on the device."""
+    model = made(method).train()
+    ledgers = ledgers_of(model)
+    assert len(ledgers) == BLOCKS
+    loss_and_gradients(model)
+    stream_bytes = 4 * 8 * HIDDEN * torch.float32.itemsize
+    mask_bytes = ledgers[0].d2h_bytes - stream_bytes  # BERT's loop gives it by position
+    assert mask_bytes in (0, 4 * 8 * 8, 4 * 8 * 8 * 4)
+    for one in ledgers:
+        assert one.d2h_bytes == one.h2d_bytes == stream_bytes + mask_bytes
+    assert saved_at(method, 5) == saved_at(method, 3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

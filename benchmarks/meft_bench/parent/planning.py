@@ -133,7 +133,8 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
     ]
     for cell in found:
         try:
-            task = cell.task or registry.SYNTHETIC_TASKS[0]
+            # Which one it is depends on the config; the child refuses what it cannot.
+            task = cell.task or registry.SYNTHETIC_TASKS[-1]
             fields.check_together(dataclasses.replace(cell, task=task))
         except ValueError as error:
             raise PlanningError(str(error)) from error

@@ -115,7 +115,11 @@ class Cell:
     The blocks above are stored. Applies to BART's encoder and decoder each.
     """
     mlp_chunks: int = 1
-    """Number of parts of the tokens in which MEFT runs and differentiates an MLP."""
+    """Number of parts of the tokens in which an MLP is run and differentiated.
+
+    MEFT and the methods with checkpointing have it. MEFT differentiates a part as soon
+    as it is recomputed; checkpointing takes one more forward of the MLP for it.
+    """
     side_buffer: str = "device"
     """Where the `-exact` methods keep their lost bits until the backward.
 

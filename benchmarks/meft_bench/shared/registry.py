@@ -51,7 +51,10 @@ PEFT = ("peft:", "peft-checkpointing:")
 
 The second has gradient checkpointing.
 """
-METHODS_OF_ANY_MODEL = ("full", "lora", "checkpointing", "lora-checkpointing")
+METHODS_OF_ANY_MODEL = (
+    *("full", "lora", "checkpointing", "lora-checkpointing"),
+    *("checkpointing-offload", "lora-checkpointing-offload"),
+)
 """Methods that a model of any family can be planned with, besides those of PEFT."""
 
 CHECKS = {

@@ -51,7 +51,7 @@ CELL: tuple[Column, ...] = (
         0,
         "count",
     ),
-    later_cell("mlp_chunks", "Int64", "parts that MEFT runs an MLP in", 1, "count"),
+    later_cell("mlp_chunks", "Int64", "parts that an MLP is run in", 1, "count"),
     later_cell("side_buffer", "string", "place of the lost bits", "device"),
     later_cell(
         "loss_chunk_tokens",

@@ -1,16 +1,25 @@
 """Bytes that a model copies between host and device, by the books of its modules.
 
-A reversible stack with its lost bits in host memory books every copy where it is made.
-Sparse adapters have books of their own (`rows`).
+A reversible stack with its lost bits in host memory, and a checkpointed block with its
+input there, book every copy where it is made. Sparse adapters have books of their own
+(`rows`).
 """
 
 from torch import nn
 
-from meft.reversible.blocks import find_stacks
+from meft.reversible.blocks import ReversibleBlocks
 from meft.transfer import TransferLedger
+from meft_bench.child.methods.checkpointing import CheckpointedBlock
 
 
 def ledgers_of(model: nn.Module) -> list[TransferLedger]:
     """Return the books of modules that copy activations; empty if there are none."""
-    stacks = find_stacks(model).values()
-    return [s.ledger for s in stacks if s.reversible.side_buffer == "host"]
+    found = []
+    for module in model.modules():
+        if isinstance(module, ReversibleBlocks):
+            copies = module.reversible.side_buffer == "host"
+        else:
+            copies = isinstance(module, CheckpointedBlock) and module.offload
+        if copies:
+            found.append(module.ledger)
+    return found

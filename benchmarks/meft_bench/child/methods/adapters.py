@@ -37,14 +37,14 @@ def adapters(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
 
 
 class AdaptedBlock(nn.Module):
-    """A block of any family with an adapter in each half, or in its MLP half only."""
+    """A block of any family as two halves, each with an adapter or without."""
 
     def __init__(
         self,
         block: nn.Module,
         family: Family,
         attention_adapter: nn.Module | None,
-        mlp_adapter: nn.Module,
+        mlp_adapter: nn.Module | None,
     ) -> None:
         super().__init__()
         weight = next(block.parameters())
@@ -60,10 +60,17 @@ class AdaptedBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the block's output, `batch seq hidden`."""
+        return self.mlp(self.attention(hidden_states, *args, **kwargs))
+
+    def attention(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output of the half that mixes tokens, `batch seq hidden`."""
         call = dict(zip(self._names, args, strict=False)) | kwargs
-        attended = self.family.attention_half(
+        return self.family.attention_half(
             self.block, hidden_states, self.attention_adapter, **call
         )
+
+    def mlp(self, attended: Tensor) -> Tensor:
+        """Return the output of the position-wise half, of the shape of its input."""
         return self.family.mlp_half(self.block, attended, self.mlp_adapter)
 
 
