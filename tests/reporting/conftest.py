@@ -61,7 +61,8 @@ NOTHING_SEEN = dict.fromkeys(
     """num_parameters num_trainable_parameters num_blocks saved_bytes model_state_bytes
     peak_allocated_bytes peak_reserved_bytes peak_host_bytes nvml_process_bytes
     pcie_rx_bytes pcie_tx_bytes step_seconds step_seconds_iqr all_step_seconds
-    reference_step_seconds step_ratio step_ratio_iqr num_steps loss_curve loss_mean
+    reference_step_seconds step_ratio step_ratio_iqr seconds_at_least
+    link_seconds_at_least num_steps loss_curve loss_mean
     score_name score majority_score second_score_name second_score
     second_majority_score third_score_name third_score third_majority_score
     right_rows h2d_bytes d2h_bytes

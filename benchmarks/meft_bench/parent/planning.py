@@ -68,6 +68,8 @@ def script(arguments: argparse.Namespace) -> dict[str, Any]:
         "--dtype": given["dtype"] != "fp32",
         "--attention": given["attention"] != "sdpa",
         "--maximize": given.get("maximize", "batch") != "batch",
+        "--multiple": given.get("multiple", 1) != 1,
+        "--output": given.get("output"),
     }
     idle = [name.replace("_", "-") for name, value in of_backbones.items() if value]
     if idle:
@@ -150,6 +152,7 @@ def ask(
     timeline: bool = False,
     seq: Sequence[str] = (),
     padding: str = "worst",
+    multiple: int = 1,
 ) -> list[dict[str, Any]]:
     """Return the plan of each cell, or of the largest that fits, as JSON objects.
 
@@ -162,6 +165,7 @@ def ask(
         seq: lengths of the batches, as `meft_bench.shared.lengths` reads them; none for
             those of the cells.
         padding: one of `PADDINGS`.
+        multiple: what the largest value is a multiple of.
 
     Raises:
         PlanningError: the child ended without an answer; the message states why.
@@ -172,6 +176,7 @@ def ask(
         "cells": [cell.to_json() for cell in cells],
         "maximize": field,
         "at_most": AT_MOST.get(field or ""),
+        "multiple": multiple,
         "margin": margin,
         "timeline": timeline,
         "seq": list(seq),

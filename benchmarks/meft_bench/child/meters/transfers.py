@@ -14,12 +14,14 @@ from meft_bench.child.methods.checkpointing import CheckpointedBlock
 
 def ledgers_of(model: nn.Module) -> list[TransferLedger]:
     """Return the books of modules that copy activations; empty if there are none."""
-    found = []
-    for module in model.modules():
-        if isinstance(module, ReversibleBlocks):
-            copies = module.reversible.side_buffer == "host"
-        else:
-            copies = isinstance(module, CheckpointedBlock) and module.offload
-        if copies:
-            found.append(module.ledger)
-    return found
+    return [
+        module.ledger
+        for module in model.modules()
+        if isinstance(module, ReversibleBlocks | CheckpointedBlock) and _copies(module)
+    ]
+
+
+def _copies(module: ReversibleBlocks | CheckpointedBlock) -> bool:
+    if isinstance(module, CheckpointedBlock):
+        return module.offload
+    return module.reversible.side_buffer == "host"
