@@ -1,4 +1,4 @@
-"""The longest sequence: what `meft-bench fit --maximize seq` found for each method.
+"""The longest sequence of each method, as `fit` has found it (`--maximize seq`).
 
 Cells of a search agree in all but the method, its options and the length, which is the
 answer. A method stays on the device if a step copies less than `FEW_BYTES` to the host.
@@ -22,7 +22,7 @@ from meft_reports.tables.table import join_options
 
 SWEEP = "fit-seq_len"
 """What the records of a search for the longest sequence call it."""
-NEEDS = "records of `meft-bench fit --maximize seq -o FILE`, one of which fits"
+NEEDS = "records that `fit` wrote with `--maximize seq`, of which one fits"
 """What the records must hold."""
 FEW_BYTES = 2**20
 _PLACE = [n for n in (*WORKLOAD, *PROVENANCE) if n != "seq_len"]

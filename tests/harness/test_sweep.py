@@ -30,7 +30,7 @@ def load(tmp_path: Path) -> Callable[[str], Sweep]:
     return load_text
 
 
-OTHERS = {"store", "exact", "dense", "sparse"}
+OTHERS = {"store", "exact", "offload", "dense", "sparse"}
 
 
 @pytest.mark.parametrize("name", sorted(sweep.shipped()))

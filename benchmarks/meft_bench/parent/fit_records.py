@@ -1,4 +1,4 @@
-"""Records of `meft-bench fit`: the largest cell that fits, as a file of a run has it.
+"""Records of the command `fit`: the largest cell that fits, as a file of a run has it.
 
 The cell is the requested one with the value that was found. It is not run: what it has
 of a measurement is its plan. Where not even the smallest value fits, the record has the

@@ -5,9 +5,9 @@ saves one tensor per block where MEFT saves two in total. transformers' own swit
 the same and more: it makes the embedding's output require a gradient, which is not
 needed for a frozen backbone with the non-reentrant form and would add cost.
 
-`..._offload` keeps the saved inputs in pinned host memory, as transformers 5.24 does
-for `activation_checkpointing_kwargs={"offload": True}`: torch's `save_on_cpu` around
-each checkpoint, whose copies run on the stream of the computation. Older versions of
+`..._offload` keeps the saved inputs in pinned host memory, as transformers 5.24 can do
+by an option of its activation checkpointing: torch's `save_on_cpu` around each
+checkpoint, whose copies run on the stream of the computation. Older versions of
 transformers do not have this option, so it is written here; every copy is booked.
 
 With `mlp_chunks` above 1, the position-wise layers of a block run and are recomputed in
