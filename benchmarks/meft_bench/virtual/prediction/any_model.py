@@ -35,7 +35,7 @@ from meft_bench.virtual.device import gpu
 from meft_bench.virtual.device.allocator import settings_in_words
 from meft_bench.virtual.emulation import assumed_selection, ordinary_code
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
-from meft_bench.virtual.prediction.predict import Ready
+from meft_bench.virtual.prediction.predict import Ready, refuse_without_host
 
 LANGUAGE_MODELS: dict[str, Mapping[str, object]] = {
     "AutoModelForSpeechSeq2Seq": (
@@ -108,6 +108,7 @@ def ready(cell: Cell, config: PreTrainedConfig) -> Iterator[Ready]:
         device.new_ledger() as ledger,
     ):
         ledger.watch_all()
+        refuse_without_host(cell, device)
         on_it = dataclasses.replace(cell, device=device.backend.device)
         model = _with_method(build(config, on_it), on_it)
         stepper = Stepper(model, on_it)
