@@ -85,16 +85,15 @@ class CheckpointedBlock(nn.Module):
         super().__init__()
         self.block = block
         self.name = name
-        self.offload = offload
-        self.ledger = TransferLedger()
-        """Bytes of inputs copied to and from host memory so far."""
+        self.host_ledger = TransferLedger() if offload else None
+        """Bytes of inputs copied to and from host memory so far; None if they stay."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the block's output, `batch seq hidden`."""
         place = (
-            saved_on_host(self.ledger, self.name)
-            if self.offload
-            else contextlib.nullcontext()
+            contextlib.nullcontext()
+            if self.host_ledger is None
+            else saved_on_host(self.host_ledger, self.name)
         )
         with place:
             output: Tensor = checkpoint(

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 import meft
 from meft.backbone.find import find_blocks
 from meft_bench.child.methods.full import full
-from meft_bench.child.methods.lora import lora
 from meft_bench.shared.cell import Cell
 
 
@@ -33,6 +32,8 @@ def _exact(model: PreTrainedModel, cell: Cell, **kind: Any) -> PreTrainedModel:
 
 
 def _lora_exact(model: PreTrainedModel, cell: Cell, **kind: Any) -> PreTrainedModel:
+    from meft_bench.child.methods.lora import lora  # peft takes seconds to import
+
     return _exact(lora(model, cell), cell, adapter=None, **kind)
 
 
