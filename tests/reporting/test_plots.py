@@ -98,8 +98,8 @@ def test_every_file_of_the_folder_is_a_plot_or_a_part_of_one() -> None:
     assert files == {*PLOTS, *parts.split()}
 
 
-WITH_LEGEND = sorted({*PLOTS} - {"step_seconds"})
-"""The lines of the others have the names of methods next to them."""
+WITH_LEGEND = sorted({*PLOTS} - {"longest", "step_seconds"})
+"""Bars and lines of the others have the names of methods next to them."""
 
 
 @every_plot

@@ -5,12 +5,13 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from meft_reports.errors import NothingDeclared
 from meft_reports.format import format_bytes, format_count
 from meft_reports.longest import NEEDS, find
 from meft_reports.plots import canvas
-from meft_reports.style import look, method_order
+from meft_reports.style import look
 
 TITLE = "The longest sequence"
 CAPTION = (
@@ -32,13 +33,11 @@ def draw(frame: pd.DataFrame) -> Figure:
     found = list(find(frame))
     if not found:
         raise NothingDeclared(f"no longest sequences, which need {NEEDS}")
-    heights = [1.1 + ROW_INCHES * len(part) for _, part in found]
+    heights = [1.2 + ROW_INCHES * len(part) for _, part in found]
     figure, grid = canvas.panels(len(found), 1, heights)
     for axes, (title, part) in zip(grid, found, strict=True):
         _draw_panel(axes, part)
-        axes.set_title(title)
-    methods = {method for _, part in found for method in part["method"]}
-    canvas.add_legend(figure, sorted(methods, key=method_order))
+        canvas.set_title(axes, title)
     return figure
 
 
@@ -59,10 +58,12 @@ def _draw_panel(axes: Axes, part: pd.DataFrame) -> None:
             (length, place),
             verticalalignment="center",
         )
-    axes.margins(x=0.35)
+    axes.margins(x=0.25)
     axes.set_yticks(range(len(part)), part["name"].tolist())
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlim(left=0)
     axes.set_xlabel("longest sequence (tokens)")
 
 
