@@ -17,7 +17,7 @@ TITLE = "The longest sequence"
 CAPTION = (
     "The longest sequence with which a training step fits on a GPU, one row per batch. "
     "The number in brackets is what the step copies over the link between host and "
-    "device, in both directions; hatched bars are of methods that copy activations. "
+    "device, in both directions; hollow bars are of methods that copy activations. "
     "Further to the right is better."
 )
 ROW_INCHES = 0.24
@@ -45,13 +45,14 @@ def _draw_panel(axes: Axes, part: pd.DataFrame) -> None:
     for place, (_, cell) in enumerate(part.iterrows()):
         fits = cell["status"] == "ok"
         length = int(cell["seq_len"]) if fits else 0
+        color = look(cell["method"]).color
         axes.barh(
             place,
             length,
-            color=look(cell["method"]).color,
-            edgecolor="white",
-            hatch=None if cell["stays"] else "///",
-            height=0.7,
+            color=color if cell["stays"] else "white",
+            edgecolor=color,
+            linewidth=1.5,
+            height=0.65,
         )
         axes.annotate(
             f" {_words(cell)}" if fits else " does not fit",
