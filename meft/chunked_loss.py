@@ -76,8 +76,9 @@ def chunk_loss(model: Model, chunk_tokens: int = 1024, backend: str = "torch") -
     is pickling the whole model (the copy computes the same loss, with all logits).
 
     Args:
-        model: a `...ForCausalLM` of OPT, LLaMA, Mistral, Qwen2, Qwen3, Gemma, SmolLM3,
-            Phi-3 or OLMo 2, reversible or not; it may be converted afterwards.
+        model: a language model of OPT, LLaMA, Mistral, Qwen2, Qwen3, Gemma, Gemma 3,
+            SmolLM3, Phi, Phi-3, OLMo 2, StableLM, GPT-2, GPT-NeoX, Falcon or BLOOM,
+            reversible or not; it may be converted afterwards.
         chunk_tokens: number of tokens whose logits exist at a time.
         backend: `torch`; or `liger`, the fused kernels of the package `liger-kernel`,
             which choose their chunks themselves and run on CUDA only. The tests of this
@@ -155,6 +156,9 @@ def _unusual(model: Any) -> str | None:
     attached = ignored(head)
     if attached is not None:
         return f"on its `lm_head` {attached}, which would not run"
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap is not None:
+        return f"logits that are capped (`final_logit_softcapping={cap}` in its config)"
     if model.loss_function is not ForCausalLMLoss:
         return "a `loss_function` that is not `ForCausalLMLoss`"
     return None

@@ -23,7 +23,9 @@ from meft.sparse.convert import (
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def make_reversible(model: Model, config: ReversibleConfig) -> Model:
+def make_reversible(
+    model: Model, config: ReversibleConfig, *, save_backbone: bool = False
+) -> Model:
     """Replace every list of blocks in a model by a reversible stack, in place.
 
     The model keeps its class, its `forward` signature and its outputs. Afterwards the
@@ -35,12 +37,15 @@ def make_reversible(model: Model, config: ReversibleConfig) -> Model:
     `adapter=None` in the config, `requires_grad` is left as it is: a PeftModel trains
     what peft has added, and a plain model all of its parameters.
 
-    From then on, `model.save_pretrained` also writes the files of `meft.save_adapters`.
+    From then on `model.save_pretrained`, which `Trainer` calls, writes what is trained
+    and not the frozen backbone, as peft does; `meft.load_adapters` reads it.
 
     Args:
         model: any class of a supported family, which `meft.backbone.families` lists, or
             a PeftModel that holds one.
         config: variant, arithmetic, span and backward pass.
+        save_backbone: whether `model.save_pretrained` also writes what is frozen, so
+            that the directory holds the whole model.
 
     Returns:
         `model` itself.
@@ -48,18 +53,21 @@ def make_reversible(model: Model, config: ReversibleConfig) -> Model:
     Raises:
         UnsupportedModelError: the model is not of a supported family, is already
             reversible, or has gradient checkpointing on.
-        ConfigError: `config.span` reaches beyond the model's blocks.
+        ConfigError: `config` is something else, or `config.span` reaches beyond the
+            model's blocks.
 
     Warns:
         FrozenWarning: a task head was frozen before and stays frozen, or a head stays
-            frozen because it may be pre-trained.
+            frozen because it may be pre-trained; or nothing would be trained.
     """
     insert_stacks(model, config)
-    add_saving(model, ReversibleBlocks, load_adapters)
+    add_saving(model, ReversibleBlocks, load_adapters, save_backbone)
     return model
 
 
-def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
+def add_sparse_adapters(
+    model: Model, config: SparseConfig, *, save_backbone: bool = False
+) -> Model:
     """Add a sparse adapter next to the feed-forward of every block, in place.
 
     The model keeps its class, its `forward` signature and its outputs; initially it
@@ -69,12 +77,14 @@ def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
     `meft.SparseAdamW`, as every other optimizer is refused. The rows are the parameter
     `neurons` of each adapter. They are always float32, and in host memory whatever the
     model is moved to (with `placement="resident"` they follow the model).
-    `save_pretrained()` and `meft.save_adapters()` save them.
+    `save_pretrained()` and `meft.save_adapters()` save them, and not what is frozen.
 
     Args:
         model: any class of a supported family but BART, ViT and DeiT, or a PeftModel
             that holds one. To use `make_reversible` too, call it afterwards.
         config: neurons, routing and placement of rows.
+        save_backbone: whether `model.save_pretrained` also writes what is frozen, so
+            that the directory holds the whole model.
 
     Returns:
         `model` itself.
@@ -89,7 +99,7 @@ def add_sparse_adapters(model: Model, config: SparseConfig) -> Model:
             frozen because it may be pre-trained.
     """
     insert_sparse_adapters(model, config)
-    add_saving(model, SparseAdapter, load_adapters)
+    add_saving(model, SparseAdapter, load_adapters, save_backbone)
     return model
 
 
@@ -129,6 +139,9 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: a converted model, or a PeftModel that holds one.
+
+    Yields:
+        Nothing.
 
     Raises:
         UnsupportedModelError: the model has not been converted.

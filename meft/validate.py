@@ -159,7 +159,7 @@ def _or_none(expected: Expectation, name: str, value: Any) -> Any:
     try:
         return expected(name, value)
     except ConfigError as error:
-        raise ConfigError(f"{error} (None, the default, is allowed as well)") from None
+        raise ConfigError(f"{error} (None is allowed as well)") from None
 
 
 def _given(value: Any) -> str:

@@ -1,7 +1,8 @@
 """The cache of keys and values among the arguments of a block.
 
 transformers 5.24 renamed the argument, and the field of outputs, from
-`past_key_values` to `cache`. Both are understood here.
+`past_key_values` to `cache`. Both are understood here, and so is `layer_past`, as
+blocks of GPT-NeoX, BLOOM and Falcon call theirs.
 """
 
 from collections.abc import Mapping
@@ -10,15 +11,15 @@ from typing import Any
 
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-NAMES = ("cache", "past_key_values")
-"""Its names, the newer first."""
+NAMES = ("cache", "past_key_values", "layer_past")
+"""Its names, that of the newest version first."""
 
 FIELD = next(
     name
     for name in NAMES
     if name in {field.name for field in fields(CausalLMOutputWithPast)}
 )
-"""Its name in the transformers that is installed."""
+"""Its name, in models and outputs, in the transformers that is installed."""
 
 
 def name_of_cache(call: Mapping[str, Any]) -> str:

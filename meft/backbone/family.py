@@ -5,7 +5,7 @@ Classes of transformers are named and not imported, so that importing this packa
 not import the code of every model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meft.backbone.layout import Adapter, Layout
+from meft.errors import UnsupportedModelError
 from meft.shapes import Hidden
 
 _ACTIVATIONS = (
@@ -54,6 +55,17 @@ def no_reason(block: Any) -> str | None:
     return None
 
 
+def no_prefix(config: Any) -> int:
+    """Leave no block to the loop."""
+    return 0
+
+
+Beside = Callable[[Any, Hidden, dict[str, Any]], tuple[dict[str, Any], tuple[Any, ...]]]
+"""Of a block, hidden states and the other arguments by name: these arguments, with what
+the block would compute for others too, and what it returns beside the hidden states.
+"""
+
+
 def the_first(block: Any) -> int:
     """Choose the first of several layouts."""
     return 0
@@ -84,6 +96,14 @@ class Family:
     """
     query_and_value: tuple[str, ...]
     """Last parts of the names of the query and value projections, as LoRA takes them.
+    """
+    beside: Beside | None = None
+    """What a block returns beside the hidden states, for models that pass it on to the
+    next block.
+    """
+    prefix: Callable[[Any], int] = no_prefix
+    """Number of the lowest blocks, by the config of the model, after which its loop
+    changes hidden states: they stay as they are, and are called by the loop.
     """
     takes_parallel_adapter: bool = False
     """Whether a model has one list of blocks, whose class can be changed to add a
@@ -119,7 +139,12 @@ class Family:
         return replace(self, layouts=(layout,), choose=the_first, is_guess=False)
 
     def whole(
-        self, block: Any, hidden: Hidden, adapter: Adapter | None = None, **call: Any
+        self,
+        block: Any,
+        hidden: Hidden,
+        adapter: Adapter | None = None,
+        after: Adapter | None = None,
+        **call: Any,
     ) -> Hidden:
         """Run both halves of a block (`Layout.whole`).
 
@@ -127,12 +152,13 @@ class Family:
             block: the block.
             hidden: `batch seq hidden`.
             adapter: runs in parallel with the position-wise layers, if given.
+            after: runs after self-attention, if given.
             **call: the other arguments that the model's loop passes to the block.
 
         Returns:
             The result, of the shape of `hidden`.
         """
-        return self.layout(block).whole(block, hidden, call, adapter)
+        return self.layout(block).whole(block, hidden, call, adapter, after)
 
     def attention_half(
         self, block: Any, hidden: Hidden, adapter: Adapter | None = None, **call: Any
@@ -165,6 +191,20 @@ class Family:
         """
         return self.layout(block).mlp_half(block, hidden, adapter)
 
+    def _width(self, block: nn.Module, config: Any) -> int:
+        """Return the width of the stream: that of a norm's weight, if it has one."""
+        weight = getattr(block.get_submodule(self.layout(block).norm), "weight", None)
+        if isinstance(weight, Tensor):
+            return weight.shape[0]
+        size = next(_sizes(config), None)
+        if size is None:
+            raise UnsupportedModelError(
+                f"how wide the hidden states of a {type(block).__name__} are is "
+                "unknown: its norms have no weight, and the config of the model no "
+                "`hidden_size`. Set `model.config.hidden_size`"
+            )
+        return size
+
     def adapter_shape(self, block: nn.Module, config: Any) -> AdapterShape:
         """Return width, activation, dropout and initial size of an adapter in a block.
 
@@ -172,8 +212,6 @@ class Family:
             block: the block.
             config: the config of the model that loops over it.
         """
-        norm = block.get_submodule(self.layout(block).norm)
-        width: Any = norm.weight
         found = (
             getattr(module, name, None)
             for module in block.modules()
@@ -181,11 +219,19 @@ class Family:
         )
         activation = next((act for act in found if callable(act)), functional.gelu)
         return AdapterShape(
-            hidden_size=width.shape[0],
+            hidden_size=self._width(block, config),
             activation=activation,
             dropout=_first_of(config, _DROPOUTS, 0.0),
             std=_first_of(config, _STDS, 0.02),
         )
+
+
+def _sizes(config: Any) -> Iterator[int]:
+    """Yield the widths that a config may give."""
+    for name in ("hidden_size", "d_model", "n_embd", "dim"):
+        size = getattr(config, name, None)
+        if isinstance(size, int):
+            yield size
 
 
 def module_of(model_type: str) -> str:

@@ -42,6 +42,9 @@ class BlockList:
 def find_blocks(model: nn.Module) -> list[BlockList]:
     """Return every list of blocks of a supported family in `model`.
 
+    Image towers of which a model reads hidden states between blocks, as LLaVA does, are
+    left out.
+
     Raises:
         UnsupportedModelError: there is none, or its blocks cannot be run in halves.
     """
@@ -50,7 +53,7 @@ def find_blocks(model: nn.Module) -> list[BlockList]:
         for attribute, child in owner.named_children():
             blocks = list(child) if isinstance(child, nn.ModuleList) else []
             family = family_for(blocks[0]) if blocks else None
-            if family is None:
+            if family is None or _is_read_between(model, path):
                 continue
             name = f"{path}.{attribute}".lstrip(".")
             config = _config_of(model, path)
@@ -123,6 +126,24 @@ def _refuse_compiled(model: nn.Module) -> None:
             )
 
 
+def _is_read_between(model: nn.Module, path: str) -> bool:
+    """Return whether a model reads hidden states from inside the loop of an owner.
+
+    Args:
+        model: the model.
+        path: name of the owner of a list of blocks.
+    """
+    parts = path.split(".") if path else []
+    for end in range(len(parts)):
+        config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
+        layers = getattr(config, "vision_feature_layer", None)
+        if layers is None:
+            layers = getattr(config, "vision_feature_layers", None)
+        if layers is not None and any("vision" in name for name in parts[end:]):
+            return True
+    return False
+
+
 def _config_of(model: nn.Module, path: str) -> Any:
     """Return the config of the innermost module around `path` that has one."""
     parts = path.split(".") if path else []
@@ -130,6 +151,19 @@ def _config_of(model: nn.Module, path: str) -> Any:
         config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
         if config is not None:
             return config
+    return None
+
+
+def _jitter(block: nn.Module) -> str | None:
+    """Return the reason why a block with noise before its router cannot be run."""
+    for part in block.modules():
+        for name in ("jitter_noise", "router_jitter_noise"):
+            if getattr(part, name, 0):
+                return (
+                    f"its {type(part).__name__} multiplies its input by noise in place "
+                    f"(`{name}` above 0), which an adapter reads too: set "
+                    "`router_jitter_noise=0.0` in the config"
+                )
     return None
 
 
@@ -145,7 +179,7 @@ def _refuse(
         for i, block in enumerate(blocks)
         if family_for(block) != family
     ]
-    reasons += [family.refuse(block) for block in blocks]
+    reasons += [family.refuse(block) or _jitter(block) for block in blocks]
     if cast(float, getattr(owner, "layerdrop", 0.0)) > 0:
         reasons.append(f"{_DROPS_BLOCKS}: set it to 0 in the config")
     for block in blocks:

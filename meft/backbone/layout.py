@@ -5,11 +5,13 @@
 `before` is the norm of a pre-norm block and `outside` that of a post-norm one; without
 a name, a step is left out. A chain is modules that are called one after the other, the
 first of them with the arguments that the model's loop passes. In it, `~name` is dropout
-with the probability `block.name`, and `*name` a product with the number `block.name`:
+with the probability `block.name`, `*name` a product with the number `block.name`, and
+`+name` at the start a module that adds its argument `residual`, for which it gets 0:
 
     Half("input_layernorm", "self_attn")                        attention of LLaMA
     Half("", "fc1 activation_fn ~activation_dropout fc2 ~dropout", "final_layer_norm")
                                                                 feed-forward of BART
+    Half("post_attention_layernorm", "+mlp")                    feed-forward of BLOOM
 
 In a parallel block both halves read the input of the block:
 
@@ -24,6 +26,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,7 +38,11 @@ from meft.shapes import Hidden
 Adapter = Callable[[Tensor], Tensor]
 """A function that is added in parallel with or after a half."""
 
-_OF_THE_ENCODER = ("encoder_hidden_states", "encoder_attention_mask")
+_OF_THE_ENCODER = (
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "encoder_decoder_position_bias",
+)
 """Arguments of cross-attention."""
 _WITHOUT_EFFECT = ("use_cache",)
 """Arguments of a block that no module inside it reads."""
@@ -66,6 +73,11 @@ class Layout:
         cross: attention to an encoder, which belongs to the half that mixes tokens; in
             blocks that are given no encoder's output it is left out.
         is_parallel: whether both halves read the input of the block.
+        adds_input_last: whether a parallel block adds its input to the sum of both
+            chains, and not the chains to its input one by one, which is rounded
+            differently.
+        renamed: names of arguments of the block, each with the name under which
+            attention takes it.
         returns: the number of values in the tuple that a block returns, of which the
             first is the hidden states and the others are None; 0 if it returns no
             tuple.
@@ -75,6 +87,8 @@ class Layout:
     mlp: Half
     cross: Half | None = None
     is_parallel: bool = False
+    adds_input_last: bool = False
+    renamed: tuple[tuple[str, str], ...] = ()
     returns: int = 0
 
     @property
@@ -99,7 +113,7 @@ class Layout:
     @property
     def modules(self) -> list[str]:
         """Names of the modules that the halves call."""
-        return [step for step in self._steps if step[0] not in "~*"]
+        return [step.lstrip("+") for step in self._steps if step[0] not in "~*"]
 
     @property
     def _steps(self) -> list[str]:
@@ -151,18 +165,25 @@ class Layout:
         Raises:
             UnsupportedCallError: the block has no module that takes an argument.
         """
-        call = {n: v for n, v in call.items() if n not in _WITHOUT_EFFECT}
-        source, mask = (call.pop(name, None) for name in _OF_THE_ENCODER)
+        call = _of_modules(call)
+        source, mask, bias = (call.pop(name, None) for name in _OF_THE_ENCODER)
         if source is not None and self.cross is None:
             raise UnsupportedCallError(
                 f"a {type(block).__name__} was given `encoder_hidden_states`, and is "
                 "not known to attend to an encoder"
             )
-        out = _run(self.attention, block, hidden, call, after=adapter)
+        renamed = self._renamed(call)
+        out = _run(self.attention, block, hidden, renamed, after=adapter)
         if source is None or self.cross is None:
             return out
         call |= {"attention_mask": mask, "key_value_states": source}
-        return _run(self.cross, block, out, call)
+        if "position_bias" in call:
+            call["position_bias"] = bias
+        return _run(self.cross, block, out, self._renamed(call))
+
+    def _renamed(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        names = dict(self.renamed)
+        return {names.get(name, name): value for name, value in call.items()}
 
     def mlp_half(
         self, block: nn.Module, hidden: Hidden, adapter: Adapter | None
@@ -188,6 +209,7 @@ class Layout:
         hidden: Hidden,
         call: Mapping[str, Any],
         parallel: Adapter | None = None,
+        after: Adapter | None = None,
     ) -> Hidden:
         """Run both halves.
 
@@ -196,14 +218,23 @@ class Layout:
             hidden: `batch seq hidden`.
             call: the arguments other than the hidden states, by name.
             parallel: an adapter in parallel with the chain of the feed-forward.
+            after: an adapter that runs after self-attention.
 
         Returns:
             The hidden states that the block returns, of the shape of `hidden`.
         """
-        mixed = self.attention_half(block, hidden, None, call)
+        if self.adds_input_last:
+            mixed = _update(self.attention, block, hidden, _of_modules(call), after)
+            return mixed + self.mlp_half(block, hidden, parallel) + hidden
+        mixed = self.attention_half(block, hidden, after, call)
         if self.is_parallel:
             return mixed + self.mlp_half(block, hidden, parallel)
         return self.mlp_half(block, mixed, parallel)
+
+
+def _of_modules(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a block that modules inside it may read."""
+    return {n: v for n, v in call.items() if n not in _WITHOUT_EFFECT}
 
 
 def _run(
@@ -242,8 +273,10 @@ def _update(
     """
     inner = block.get_submodule(half.before)(hidden) if half.before else hidden
     first, *rest = half.chain.split()
-    module = block.get_submodule(first)
+    module = block.get_submodule(first.lstrip("+"))
     accepted = _accepted(block, module, call)
+    if first[0] == "+":
+        accepted["residual"] = hidden.new_zeros(())
     if _takes_position(type(module).forward):
         update = _first(module(inner, **accepted))
     else:  # as modules of peft that wrap attention
@@ -259,19 +292,18 @@ def _update(
 
 def _has(block: nn.Module, step: str) -> bool:
     """Return whether a block has the module or number that a step of a half names."""
-    *path, last = step.lstrip("~*").split(".")
-    owner: Any = block
-    for name in path:
-        owner = getattr(owner, name, None)
-    return getattr(owner, last, None) is not None
+    try:
+        return attrgetter(step.lstrip("~*+"))(block) is not None
+    except AttributeError:
+        return False
 
 
 def _step(block: nn.Module, step: str, hidden: Tensor) -> Tensor:
     if step[0] == "~":
-        probability = getattr(block, step[1:])
+        probability = attrgetter(step[1:])(block)
         return functional.dropout(hidden, probability, block.training)
     if step[0] == "*":
-        product: Tensor = hidden * getattr(block, step[1:])
+        product: Tensor = hidden * attrgetter(step[1:])(block)
         return product
     return _first(block.get_submodule(step)(hidden))
 

@@ -133,7 +133,7 @@ def _compared(
     """
     if _has_longer_keys(block, hidden, call):
         return None
-    call = {n: v for n, v in call.items() if n not in (*NAMES, "layer_past")}
+    call = {n: v for n, v in call.items() if n not in NAMES}
     hidden, call = _few_tokens(hidden.detach(), call)
     differences = []
     is_called = is_sharded(block)  # which gathers its parameters

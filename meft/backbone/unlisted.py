@@ -123,15 +123,25 @@ def nearest(block: nn.Module) -> str:
     Args:
         block: a block of an unknown class.
     """
-    layout = min(_PATTERNS, key=lambda p: len(p.missing(block)) + len(p.unused(block)))
+
+    def shared(layout: Layout) -> int:
+        return len(set(layout.modules)) - len(set(layout.missing(block)))
+
+    serial = [layout for layout in _PATTERNS if not layout.is_parallel]
+    layout = max(serial, key=lambda p: (shared(p), -len(p.unused(block))))
+    kind = type(block).__name__
+    article = "an" if kind[0] in "AEIOU" else "a"
+    if shared(layout) <= 0:
+        return f"{article} {kind} is like none of theirs"
     like = next(family.name for family in FAMILIES if layout in family.layouts)
+    missing = dict.fromkeys(name.lstrip("+~*") for name in layout.missing(block))
     parts = []
-    if layout.missing(block):
-        parts.append("lacks " + ", ".join(f"`{n}`" for n in layout.missing(block)))
+    if missing:
+        parts.append("lacks " + ", ".join(f"`{name}`" for name in missing))
     if layout.unused(block):
         parts.append("also has " + ", ".join(f"`{n}`" for n in layout.unused(block)))
     differences = " and ".join(parts)
-    return f"a {type(block).__name__} is most like a block of {like}, but {differences}"
+    return f"{article} {kind} is most like a block of {like}, but {differences}"
 
 
 def _fits(layout: Layout, block: nn.Module) -> bool:

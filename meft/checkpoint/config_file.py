@@ -39,8 +39,7 @@ class SavedConfig:
         frozen_sha256: for each of `DIGEST_DTYPES`, digests of the frozen tensors by
             name.
         trained_sha256: digest of all saved tensors.
-        in_model_file: names of saved tensors that are in transformers' file of the
-            whole model.
+        in_model_file: names of saved tensors that are in the file of the model.
     """
 
     reversible: ReversibleConfig | None
@@ -84,6 +83,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"no saved adapters in {path.parent}: {CONFIG} cannot be read "
             f"({error.strerror}); expected a directory written by `save_adapters()` or "
             f"by a converted model's `save_pretrained()`{_nearby(path.parent)}"
+            f"{_of_peft(path.parent)}"
         ) from None
     except ValueError as error:
         raise AdapterFileError(f"{path} is not valid JSON: {error}") from None
@@ -103,6 +103,15 @@ def _read(path: Path) -> dict[str, Any]:
             "bring the model's `state_dict()` into a model that this release converted"
         )
     return keys
+
+
+def _of_peft(directory: Path) -> str:
+    if not (directory / "adapter_config.json").is_file():
+        return ""
+    return (
+        ". This is a directory of peft: load it by `PeftModel.from_pretrained(model, "
+        "directory, is_trainable=True)`, and call `meft.make_reversible` on the result"
+    )
 
 
 def _nearby(directory: Path) -> str:

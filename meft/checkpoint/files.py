@@ -3,9 +3,8 @@
 `adapters.safetensors` contains every trainable parameter and the buffers that belong to
 them, under their names in the model. `adapters.json` identifies the model they belong
 to: the configs of our methods, the fields of the backbone's config that define its
-function, and digests of all values of the backbone and of the saved tensors. Next to a
-whole model written by `save_pretrained()`, the rows of sparse adapters are in the
-model's file only.
+function, and digests of all values of the backbone and of the saved tensors. After
+`save_pretrained()` the tensors are in the model's file, `model.safetensors`, alone.
 """
 
 import json
@@ -16,11 +15,13 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_NAME as MODEL
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from meft.errors import AdapterFileError
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapters.json"
+MODEL, MODEL_CONFIG = SAFE_WEIGHTS_NAME, CONFIG_NAME
+PEFT_WEIGHTS = "adapter_model.safetensors"
 FORMAT_VERSION = 4
 """Versions 1 to 3, used in development, had digests of only some of the values, or
 other names in the config.
@@ -32,20 +33,19 @@ def read_weights(directory: Path, in_model: list[str]) -> dict[str, Tensor]:
 
     Args:
         directory: the directory to read from.
-        in_model: names of tensors in transformers' file of the whole model.
+        in_model: names of tensors in the file of the model.
 
     Raises:
         AdapterFileError: a file is missing or damaged.
     """
     path, why = directory / WEIGHTS, ""
     try:
-        found = load_file(path)
+        found = load_file(path) if path.exists() or not in_model else {}
         elsewhere = model_files(directory) if in_model else {}
         for name in in_model:
             why = (
-                ". `save_pretrained` writes the rows of sparse adapters into the "
-                "model's file only: keep the directory whole, or save with "
-                "`meft.save_adapters`"
+                ". `save_pretrained` writes tensors into the model's file only: keep "
+                "the directory whole, or save with `meft.save_adapters`"
             )
             path = elsewhere.get(name, directory / MODEL)
             with safe_open(path, "pt") as file:
@@ -53,6 +53,18 @@ def read_weights(directory: Path, in_model: list[str]) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise AdapterFileError(f"{path} cannot be read: {error}{why}") from None
     return found
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file.
+
+    Raises:
+        AdapterFileError: it is damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise AdapterFileError(f"{path} cannot be read: {error}") from None
 
 
 def model_files(directory: Path) -> dict[str, Path]:

@@ -5,7 +5,7 @@ Everything that identifies the model is compared before the model changes.
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from meft.checkpoint.backbone import refuse_other_backbone
 from meft.checkpoint.config_file import SavedConfig, read_config
 from meft.checkpoint.digests import digest
-from meft.checkpoint.files import CONFIG, WEIGHTS, read_weights
+from meft.checkpoint.files import (
+    CONFIG,
+    PEFT_WEIGHTS,
+    WEIGHTS,
+    read_file,
+    read_weights,
+)
 from meft.checkpoint.save_pretrained import add_saving, remove_saving
 from meft.checkpoint.trained import adapter_names
 from meft.errors import AdapterFileError, FrozenWarning
@@ -31,7 +37,9 @@ Model = TypeVar("Model", bound=nn.Module)
 Config = TypeVar("Config", ReversibleConfig, SparseConfig)
 
 
-def load_adapters(model: Model, directory: str | Path) -> Model:
+def load_adapters(
+    model: Model, directory: str | Path, *, save_backbone: bool = False
+) -> Model:
     """Load saved adapters into `model`, which is converted first if necessary.
 
     Args:
@@ -39,6 +47,8 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
             If a PeftModel was saved, a PeftModel with the same tuners.
         directory: the directory that `save_adapters()` or `model.save_pretrained()`
             wrote, such as a checkpoint of `Trainer`.
+        save_backbone: whether `model.save_pretrained` also writes what is frozen, if
+            the model is converted here; see `meft.make_reversible`.
 
     Returns:
         `model` itself, which is unchanged if an error is raised.
@@ -55,7 +65,8 @@ def load_adapters(model: Model, directory: str | Path) -> Model:
     # adapters as frozen.
     _refuse_other_adapters(model, config, directory)
     refuse_other_backbone(model, config, trained, directory)
-    with _converted(model, config):
+    _refuse_other_peft_file(model, trained, directory)
+    with _converted(model, config, save_backbone):
         parameters = dict(model.named_parameters())
         targets = parameters | dict(model.named_buffers())
         for name, value in trained.items():
@@ -89,6 +100,27 @@ def _refuse_other_adapters(
         _refuse_other(config.sparse, adapter.config, directory)
 
 
+def _refuse_other_peft_file(
+    model: nn.Module, trained: Mapping[str, Tensor], directory: Path
+) -> None:
+    """Raise an error if peft's file has other values than ours for the same tensors."""
+    path = directory / PEFT_WEIGHTS
+    names: Iterable[str] = getattr(model, "peft_config", {})
+    if not path.is_file() or not names:
+        return
+    theirs = read_file(path)
+    for name, value in trained.items():
+        for adapter in names:
+            same = theirs.get(name.replace(f".{adapter}.", ".", 1))
+            if same is not None and not torch.equal(same, value):
+                raise AdapterFileError(
+                    f"{path} and {WEIGHTS} differ in {name!r}: files of two saves were "
+                    "mixed, or one was changed. Save the model again; or load peft's "
+                    "file alone, by `PeftModel.from_pretrained`, and call "
+                    "`meft.make_reversible` on the result"
+                )
+
+
 def _refuse_other(saved: Config | None, given: Config, directory: Path) -> None:
     remedy = "Load them into a model that has not been converted"
     if saved is None:
@@ -105,7 +137,9 @@ def _refuse_other(saved: Config | None, given: Config, directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _converted(model: nn.Module, config: SavedConfig) -> Iterator[None]:
+def _converted(
+    model: nn.Module, config: SavedConfig, save_backbone: bool
+) -> Iterator[None]:
     """Convert the model by the configs in `config`; undo this if the body raises."""
     sparse, reversible = config.sparse, config.reversible
     stacks, adapters = find_stacks(model), sparse_adapters(model)
@@ -117,14 +151,14 @@ def _converted(model: nn.Module, config: SavedConfig) -> Iterator[None]:
                 insert_sparse_adapters(model, sparse)
             undo.append(lambda: remove_sparse_adapters(model))
             undo.append(lambda: remove_saving(model))
-            add_saving(model, SparseAdapter, load_adapters)
+            add_saving(model, SparseAdapter, load_adapters, save_backbone)
         if reversible and not stacks:
             undo.append(lambda: remove_stacks(model))
             if not adapters:
                 undo.append(lambda: remove_saving(model))
             with _quietly():
                 insert_stacks(model, reversible)
-            add_saving(model, ReversibleBlocks, load_adapters)
+            add_saving(model, ReversibleBlocks, load_adapters, save_backbone)
         yield
     except BaseException:
         for step in reversed(undo):

@@ -1,16 +1,16 @@
 """Saving and loading a converted model by the methods of transformers and peft.
 
-`save_pretrained` writes a model's weights, adapters included, but `from_pretrained`
-creates a model of the plain class and omits the adapters. `save_pretrained` of a
-converted model, which `Trainer` and `push_to_hub` call, therefore also writes the two
-files of `meft.save_adapters`, and warns once how to load them. `load_adapter` of a
-PeftModel, which `Trainer` calls to resume and to load the best checkpoint, also reads
-them.
+`save_pretrained` of a converted model, which `Trainer` and `push_to_hub` call, writes
+what was trained and the config of `meft.save_adapters`, and not the frozen backbone, as
+peft does. The tensors are in `model.safetensors`, where `Trainer` looks for them when
+it resumes or loads the best checkpoint. With `save_backbone=True` it writes the whole
+model as transformers does, and the config next to it; so it does if nothing is frozen.
+`load_adapter` of a PeftModel, which `Trainer` calls, also reads the adapters of meft.
 
-Both are set on the instance, under the names that transformers and peft call: classes
-do not change, and a copy of the model has them as well. A model around the converted
-one does not have them: when its `save_pretrained` collects the weights, a warning
-reports that the adapters' files are missing.
+Both methods are set on the instance, under the names that transformers and peft call:
+classes do not change, and a copy of the model has them as well. A model around the
+converted one does not have them: when its `save_pretrained` collects the weights, a
+warning reports that the adapters' files are missing.
 """
 
 import inspect
@@ -25,31 +25,43 @@ from weakref import WeakSet
 from torch import nn
 
 from meft.checkpoint.files import CONFIG
-from meft.checkpoint.save import write_adapters
-from meft.checkpoint.trained import trained_tensors
+from meft.checkpoint.save import write_adapters, write_trained
+from meft.checkpoint.trained import adapter_names, trained_tensors
 from meft.errors import SavingWarning, UnsupportedCallError
 
 Load = Callable[[nn.Module, str | Path], nn.Module]
 METHODS = ("save_pretrained", "load_adapter")
+_IGNORED = "_keys_to_ignore_on_save"
+"""transformers' attribute with names of tensors that are not saved, and that `Trainer`
+does not miss when it loads a checkpoint.
+"""
 _WARNED: WeakSet[nn.Module] = WeakSet()
 """Models around a converted one that have warned that they save no adapters."""
 
 
-def add_saving(model: nn.Module, converted: type[nn.Module], load: Load) -> None:
+def add_saving(
+    model: nn.Module, converted: type[nn.Module], load: Load, save_backbone: bool
+) -> None:
     """Make `model`, and models inside it that hold all adapters, save the adapters.
 
     Args:
         model: a converted model.
         converted: the class of the modules that a conversion has added.
         load: `meft.load_adapters`.
+        save_backbone: whether `save_pretrained` also writes what is frozen.
     """
     number = _count(model, converted)
+    is_peft = any(_is_peft_model(module) for module in model.modules())
     for module in model.modules():
         if isinstance(module, converted):
             module.register_state_dict_pre_hook(_warn_if_saved_from_outside)
         saves = hasattr(type(module), "save_pretrained")
         if saves and _count(module, converted) == number:
-            module.__dict__["save_pretrained"] = SavePretrained(module)
+            # The model inside a PeftModel has weights of its own when it is merged.
+            whole = save_backbone or (is_peft and not _is_peft_model(module))
+            module.__dict__["save_pretrained"] = SavePretrained(module, whole)
+            if not whole and not _is_peft_model(module):
+                module.__dict__[_IGNORED] = _unsaved_names(module)
             if _is_peft_model(module):
                 module.__dict__["load_adapter"] = LoadAdapter(module, load)
 
@@ -57,6 +69,9 @@ def add_saving(model: nn.Module, converted: type[nn.Module], load: Load) -> None
 def remove_saving(model: nn.Module) -> None:
     """Undo `add_saving`."""
     for module in model.modules():
+        saver = vars(module).get("save_pretrained")
+        if isinstance(saver, SavePretrained):
+            saver.restore_ignored()
         for name in METHODS:
             module.__dict__.pop(name, None)
         hooks = module._state_dict_pre_hooks
@@ -65,22 +80,34 @@ def remove_saving(model: nn.Module) -> None:
 
 
 class SavePretrained:
-    """Call `save_pretrained` of `model`, then `meft.save_adapters`.
+    """Write what was trained, or call `save_pretrained` of `model`; add the config.
 
     Args:
         model: a converted transformers model, or a PeftModel that holds one.
+        save_backbone: whether to write what is frozen, too.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, save_backbone: bool) -> None:
         self.model = model
+        self.save_backbone = save_backbone
         self.has_warned = False
+        before = vars(model).get("save_pretrained")  # of the other method
+        own = [vars(model)[_IGNORED]] if _IGNORED in vars(model) else []
+        self.ignored: list[Any] = getattr(before, "ignored", own)
+        """transformers' own value of its attribute of the instance, if it has one."""
+
+    def restore_ignored(self) -> None:
+        """Set transformers' attribute to what it was before the conversion."""
+        vars(self.model).pop(_IGNORED, None)
+        if self.ignored:
+            vars(self.model)[_IGNORED] = self.ignored[0]
 
     def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Save the model; arguments and result are those of `save_pretrained`.
 
         Raises:
             UnsupportedCallError: the call would upload the directory before the
-                adapters are in it.
+                adapters are in it, or would replace the weights of another model there.
             AdapterFileError: `state_dict` is given and contains only some of the
                 adapters.
 
@@ -99,11 +126,25 @@ class SavePretrained:
             )
         is_main_process = given.get("is_main_process", True)
         tensors = trained_tensors(self.model, given.get("state_dict"))
+        has_frozen = not all(p.requires_grad for p in self.model.parameters())
+        is_whole = self.save_backbone or not has_frozen or self._is_peft()
+        if tensors and not is_whole:
+            vars(self.model)[_IGNORED] = _unsaved_names(self.model)
+            if is_main_process:
+                write_trained(self.model, save_directory, tensors)
+            return None
+        self.restore_ignored()  # transformers writes frozen tensors, too
         out = plain(self.model, save_directory, *args, **kwargs)
         if tensors and is_main_process:
             write_adapters(self.model, save_directory, tensors, next_to_model=True)
-            self._warn()
+            if adapter_names(self.model):
+                self._warn()
         return out
+
+    def _is_peft(self) -> bool:
+        """Return whether the method of the class writes peft's adapters alone."""
+        has_own = getattr(self.model, "_hf_peft_config_loaded", False)
+        return bool(has_own) or _is_peft_model(self.model)
 
     def _warn(self) -> None:
         if self.has_warned:
@@ -162,6 +203,13 @@ class LoadAdapter:
         if has_ours:
             self._load(model, model_id)
         return out
+
+
+def _unsaved_names(model: nn.Module) -> list[str]:
+    """Return the names in the state dict of `model` of what is not trained."""
+    saved = trained_tensors(model).keys()
+    state = (name for name in model.state_dict() if not name.endswith("_extra_state"))
+    return [name for name in state if name not in saved]
 
 
 def _warn_if_saved_from_outside(*unused: Any) -> None:

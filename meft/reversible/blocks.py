@@ -145,6 +145,7 @@ class ReversibleBlocks(nn.Module):
         running the first such forward twice.
         """
         self._num_blocks = len(blocks)
+        self._prefix = family.prefix(model_config)
         self._described = family
         self._proven: Proven = {}
         self._repeatable: Repeatable = {}
@@ -206,19 +207,22 @@ class ReversibleBlocks(nn.Module):
         """Return what a loop in a `forward` iterates over."""
         if not torch.compiler.is_compiling():
             _refuse_transforms()
-            return list(stand_ins(self.blocks, self._run, self._returned))
+            apart, blocks = self.blocks[: self._prefix], self.blocks[self._prefix :]
+            return [*apart, *stand_ins(blocks, self._run, self._beside)]
         # Every stand-in would be a graph break.
-        kinds = list(
-            dict.fromkeys(getattr(self._model_config, "layer_types", ()) or ())
-        )
-        if len(kinds) > 1:
+        if self._differ():
             raise UnsupportedCallError(
-                "`torch.compile` of a reversible model whose blocks attend in "
-                f"different ways (`layer_types` {', '.join(kinds)}) is not supported: "
-                "compile modules inside its blocks, such as attention and MLP, by "
-                "`module.compile()`"
+                "`torch.compile` of a reversible model whose blocks get different "
+                "arguments, or return tuples, is not supported: compile modules inside "
+                "its blocks, such as attention and MLP, by `module.compile()`"
             )
         return [self]
+
+    def _differ(self) -> bool:
+        """Return whether a loop over the stack alone would be another loop."""
+        kinds = set(getattr(self._model_config, "layer_types", ()) or ())
+        returns = (self.family.layout(block).returns for block in self.blocks)
+        return len(kinds) > 1 or any(returns) or self._prefix > 0
 
     def __setitem__(self, index: Any, block: nn.Module) -> None:
         raise UnsupportedCallError(_UNCHANGEABLE)
@@ -289,12 +293,26 @@ class ReversibleBlocks(nn.Module):
         output: Hidden = self(hidden, arguments_of_blocks=every)
         return output
 
-    def _returned(self, block: nn.Module, hidden: Hidden) -> Any:
-        return self.family.layout(block).returned(hidden)
+    def _beside(
+        self, block: nn.Module, hidden: Hidden, arguments: BlockArguments
+    ) -> tuple[BlockArguments, tuple[Any, ...] | None]:
+        """Return the arguments of a block, and what it returns beside hidden states."""
+        returns = self.family.layout(block).returns
+        if self.family.beside is None:
+            return arguments, (None,) * (returns - 1) if returns else None
+        args, kwargs = arguments
+        _, call = by_name(_plain(block), (hidden, *args), kwargs)
+        call, rest = self.family.beside(block, hidden, call)
+        return BlockArguments((), call), rest
 
     def _for_all(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[BlockArguments]:
+        if self._prefix:
+            raise UnsupportedCallError(
+                "the loop of this model works on hidden states after block "
+                f"{self._prefix - 1}: call the model, or loop over blocks as it does"
+            )
         return [BlockArguments(args, kwargs)] * self._num_blocks
 
     def _streams(
@@ -304,8 +322,10 @@ class ReversibleBlocks(nn.Module):
         calls = self._by_name(hidden, every)
         first, end = self.span
         blocks = self.blocks
-        for block, (args, kwargs) in zip(blocks[:first], every, strict=False):
-            hidden = block(hidden, *args, **kwargs)
+        below = zip(blocks[self._prefix : first], every, strict=False)
+        for block, (args, kwargs) in below:
+            output = block(hidden, *args, **kwargs)
+            hidden = output[0] if isinstance(output, tuple) else output
         self._prove(hidden, calls)
 
         context, arguments = take_apart(calls)
@@ -415,9 +435,11 @@ class ReversibleBlocks(nn.Module):
                 "so adapters would get no gradient. Start one process per device "
                 "(`torchrun`, `accelerate launch`)"
             )
-        calls = [
+        blocks = self.blocks[self._prefix :]
+        apart: list[dict[str, Any]] = [{} for _ in range(self._prefix)]
+        calls = apart + [
             by_name(_plain(block), (hidden, *args), kwargs)[1]
-            for block, (args, kwargs) in zip(self.blocks, every, strict=True)
+            for block, (args, kwargs) in zip(blocks, every, strict=True)
         ]
         for call in calls:
             refuse_outputs(call, self._model_config)

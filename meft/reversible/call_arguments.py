@@ -13,28 +13,38 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from meft.backbone.caches import cache_of, name_of_cache
+from meft.backbone.caches import FIELD, cache_of, name_of_cache
 from meft.errors import UnsupportedCallError
 from meft.reversible.coupling import Context
 
 _LEFT_EMPTY = "_left_empty_by_a_reversible_model"
 """Attribute set on a cache that was passed to a training forward and not filled."""
+_BETWEEN = "between blocks there are two streams, which are rebuilt and not kept"
+_NOT_KEPT = {
+    "output_hidden_states": _BETWEEN,
+    "output_attentions": _BETWEEN,
+    "output_router_logits": (
+        "blocks are run again in the backward, so the loss that balances the experts "
+        "would count their routers more than once, without gradients. Pass "
+        "`output_router_logits=False`, or set it in the config, to train without it"
+    ),
+}
+"""Names of requests that are refused, and the reasons."""
 
 
 def refuse_outputs(call: dict[str, Any], model_config: Any) -> None:
-    """Refuse requests of tensors between blocks; remove them from `call`.
+    """Refuse requests of tensors from inside the stack; remove them from `call`.
 
     Raises:
         UnsupportedCallError: `call` or the config of the model requests such tensors.
     """
-    for name in ("output_hidden_states", "output_attentions"):
+    for name, reason in _NOT_KEPT.items():
         requested = call.pop(name, None)
         if requested is None:
             requested = getattr(model_config, name, False)
         if requested:
             raise UnsupportedCallError(
-                f"`{name}=True` is not supported by a reversible model: between "
-                "blocks there are two streams, which are rebuilt and not kept"
+                f"`{name}=True` is not supported by a reversible model: {reason}"
             )
 
 
@@ -46,7 +56,7 @@ def refuse_empty_cache(call: Mapping[str, Any]) -> None:
     """
     if getattr(cache_of(call), _LEFT_EMPTY, False):
         raise UnsupportedCallError(
-            f"this `{name_of_cache(call)}` was given to a reversible model in training "
+            f"this `{FIELD}` was given to a reversible model in training "
             "before, which left it empty: the tokens of that call would be "
             "missing. To train on a text in segments, call `model.eval()`: then "
             "caches are filled, gradients flow, and there is no dropout. Otherwise "
@@ -66,7 +76,7 @@ def leave_cache_empty(call: dict[str, Any]) -> None:
         return
     if cache.get_seq_length() > 0:
         raise UnsupportedCallError(
-            f"a reversible model in training was given a `{name}` that "
+            f"a reversible model in training was given a `{FIELD}` that "
             "holds tokens, as peft's prefix tuning does: its recompute would "
             "add them again. Train without a cache, or call `model.eval()`"
         )

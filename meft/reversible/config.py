@@ -51,7 +51,7 @@ class ReversibleConfig:
 
     Attributes:
         variant (str | None): `meft1`, `meft2` or `meft3`, as above. Required, unless
-            `adapter` is None.
+            `adapter` is None. Default: `None`.
         adapter (str | None): The adapters of each block. `bottleneck`: those of the
             paper, two linear layers with an activation in between. None: none, to make
             a model reversible that trains otherwise; `fixed` only. Default:

@@ -1,25 +1,22 @@
 """Replaces the lists of blocks of a transformers model by reversible stacks."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
-from meft.backbone.find import (
-    BlockList,
-    find_blocks,
-    is_checkpointing,
-    refuse_layerdrop,
-)
+from meft.backbone.find import BlockList, find_blocks, is_checkpointing
 from meft.backbone.parallel import NAME
 from meft.backbone.uncalled import allow_calls, refuse_calls
 from meft.bottleneck import Bottleneck, wide_dtype
-from meft.errors import ConfigError, UnsupportedModelError
+from meft.errors import ConfigError, FrozenWarning, UnsupportedModelError
 from meft.reversible.adapters import Adapters
 from meft.reversible.blocks import CHECKPOINTING_IS_ON, ReversibleBlocks, find_stacks
 from meft.reversible.config import ReversibleConfig
+from meft.reversible.requests import unwatch, watch
 from meft.reversible.variants import make_adapters
 from meft.trainable import choose_trainable
 
@@ -31,6 +28,12 @@ def insert_stacks(model: Model, config: ReversibleConfig) -> Model:
 
     Arguments, result, errors and warnings are those of `meft.make_reversible`.
     """
+    if not isinstance(config, ReversibleConfig):
+        raise ConfigError(
+            f"`config` must be a `meft.ReversibleConfig`, got {config!r}; for LoRA, "
+            "call peft's `get_peft_model` first, and pass "
+            "`ReversibleConfig(adapter=None)` here"
+        )
     if find_stacks(model):
         raise UnsupportedModelError("this model is reversible already")
     if is_checkpointing(model):
@@ -45,13 +48,23 @@ def insert_stacks(model: Model, config: ReversibleConfig) -> Model:
                 f"has {len(found.blocks)} blocks"
             )
         _refuse_with_parallel(found, config)
+        _refuse_chunks(found, config)
+        for block in found.blocks if config.adapter else []:
+            found.family.adapter_shape(block, found.config)  # raises what it raises now
     if config.adapter is not None:
         choose_trainable(model)
+    elif not any(parameter.requires_grad for parameter in model.parameters()):
+        warnings.warn(
+            "nothing would be trained: no parameter requires a gradient, and "
+            "`adapter=None` adds none. Call `model.requires_grad_(True)`, or peft's "
+            "`get_peft_model` before `meft.make_reversible`",
+            FrozenWarning,
+            stacklevel=3,
+        )
     for found in lists:
         stack = _stack(found, config)
         setattr(found.owner, found.attribute, stack.train(model.training))
-        if hasattr(found.owner, "layerdrop"):
-            found.owner.register_forward_pre_hook(refuse_layerdrop)
+        watch(model, found.owner)
     return model
 
 
@@ -64,7 +77,7 @@ def remove_stacks(model: nn.Module) -> None:
                 setattr(owner, attribute, blocks)
                 for block in blocks:
                     allow_calls(block)
-                _forget_hook(owner, refuse_layerdrop)
+    unwatch(model)
 
 
 @contextlib.contextmanager
@@ -80,11 +93,13 @@ def without_stacks(model: nn.Module) -> Iterator[None]:
         setattr(owner, attribute, plain_list(stack))
         for block in stack.blocks:
             allow_calls(block)
+    unwatch(model)
     try:
         yield
     finally:
         for owner, attribute, stack in replaced:
             setattr(owner, attribute, stack)
+            watch(model, owner)
             for block in stack.blocks[stack.span[0] :]:
                 refuse_calls(block)
 
@@ -94,12 +109,6 @@ def plain_list(stack: ReversibleBlocks) -> nn.ModuleList:
     blocks = nn.ModuleList(stack.blocks)
     blocks.training = stack.training
     return blocks
-
-
-def _forget_hook(module: nn.Module, hook: Any) -> None:
-    hooks = module._forward_pre_hooks
-    for key in [key for key, found in hooks.items() if found is hook]:
-        del hooks[key]
 
 
 def _refuse_with_parallel(found: BlockList, config: ReversibleConfig) -> None:
@@ -116,8 +125,29 @@ def _refuse_with_parallel(found: BlockList, config: ReversibleConfig) -> None:
             )
 
 
+def _refuse_chunks(found: BlockList, config: ReversibleConfig) -> None:
+    """Refuse chunks of tokens for blocks that leave out a half for whole rows."""
+    if config.mlp_chunks == 1:
+        return
+    for block, part in ((b, part) for b in found.blocks for part in b.modules()):
+        rate = getattr(part, "drop_prob", None)
+        if type(part).__name__.endswith("DropPath") and rate:
+            raise ConfigError(
+                f"`mlp_chunks` must be 1 for a {type(block).__name__} with a "
+                f"{type(part).__name__} of {rate}: it leaves out the half for some "
+                "rows, and a chunk has tokens of several rows. Or set "
+                "`drop_path_rate=0.0` in the config of the model"
+            )
+
+
 def _stack(found: BlockList, config: ReversibleConfig) -> ReversibleBlocks:
     first, end = config.span or (0, len(found.blocks))
+    first = max(first, found.family.prefix(found.config))
+    if first >= end:
+        raise ConfigError(
+            f"no block of {found.name} would be rebuilt: `span` is {config.span}, and "
+            f"in a {found.family.name} with this config block 0 stays as it is"
+        )
     adapters = Adapters(config.function() | {"span": (first, end)})
     if config.variant is not None:
         _add_adapters(adapters, found, config, config.variant, first)

@@ -30,8 +30,12 @@ class BlockArguments(NamedTuple):
 
 Run = Callable[[Hidden, Sequence[BlockArguments]], Hidden]
 """Runs a stack: hidden states and the arguments of every block to hidden states."""
-Returned = Callable[[nn.Module, Hidden], Any]
-"""Puts hidden states into the form in which a block returns them."""
+Beside = Callable[
+    [nn.Module, Hidden, BlockArguments], tuple[BlockArguments, tuple[Any, ...] | None]
+]
+"""Of a block, hidden states and its arguments: these arguments, and what it returns
+beside the hidden states, None if it returns no tuple.
+"""
 
 
 class HiddenBetween(Tensor):
@@ -80,7 +84,7 @@ class StandIn:
         blocks: all blocks of the stack, lowest first.
         index: the block that it stands for.
         run: runs the stack.
-        returned: what a block returns that has computed given hidden states.
+        beside: what a block returns beside the hidden states.
         recorded: what the stand-ins of one loop share.
     """
 
@@ -89,14 +93,14 @@ class StandIn:
         blocks: Sequence[nn.Module],
         index: int,
         run: Run,
-        returned: Returned,
+        beside: Beside,
         recorded: "_Recorded",
     ) -> None:
         vars(self).update(
             _blocks=blocks,
             _index=index,
             _run=run,
-            _returned=returned,
+            _beside=beside,
             _recorded=recorded,
         )
 
@@ -130,13 +134,14 @@ class StandIn:
             recorded.start(hidden)
         else:
             recorded.refuse_other(hidden, index)
+        arguments, rest = self._beside(self._blocks[index], hidden, arguments)
         recorded.arguments.append(arguments)
-        block = self._blocks[index]
-        if index < last:
-            place = f"between blocks {index} and {index + 1}"
-            return self._returned(block, recorded.between(place))
         del args, hidden  # the stack alone decides how long its input is kept
-        return self._returned(block, self._run(*recorded.taken()))
+        if index < last:
+            out = recorded.between(f"between blocks {index} and {index + 1}")
+        else:
+            out = self._run(*recorded.taken())
+        return out if rest is None else (out, *rest)
 
 
 class _Recorded:
@@ -185,19 +190,17 @@ class _Recorded:
         return hidden, arguments
 
 
-def stand_ins(
-    blocks: Sequence[nn.Module], run: Run, returned: Returned
-) -> list[StandIn]:
+def stand_ins(blocks: Sequence[nn.Module], run: Run, beside: Beside) -> list[StandIn]:
     """Return one stand-in per block, for one loop.
 
     Args:
         blocks: all blocks of a stack, lowest first.
         run: runs the stack.
-        returned: what a block returns that has computed given hidden states.
+        beside: what a block returns beside the hidden states.
     """
     recorded = _Recorded()
     indices = range(len(blocks))
-    return [StandIn(blocks, index, run, returned, recorded) for index in indices]
+    return [StandIn(blocks, index, run, beside, recorded) for index in indices]
 
 
 def _separated(

@@ -71,8 +71,15 @@ def test_every_call_can_be_made() -> None:
 
 FOREIGN_ARGUMENTS = {
     "assign": "torch's load_state_dict",
+    "add_cross_attention": "a field of transformers' configs",
+    "drop_path_rate": "a field of transformers' configs",
+    "final_logit_softcapping": "a field of transformers' configs",
+    "hidden_dropout": "a field of transformers' configs",
     "is_decoder": "a field of transformers' configs",
+    "router_jitter_noise": "a field of transformers' configs",
+    "use_parallel_residual": "a field of transformers' configs",
     "output_hidden_states": "an argument of transformers' models",
+    "output_router_logits": "an argument of transformers' models",
     "create_graph": "torch.autograd.grad",
     "fullgraph": "torch.compile",
     "modules_to_save": "peft's LoraConfig",

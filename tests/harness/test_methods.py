@@ -170,10 +170,13 @@ def test_adapters_sit_where_meft3_has_them(family: str) -> None:
         # BERT's loop gives the mask by position, BART's what the encoder saw too.
         names = ("attention_mask", "encoder_hidden_states")
         call = kwargs | dict(zip(names, args[1:], strict=False))
-        attended = found.family.attention_half(
-            found.blocks[1], args[0], module.attention_adapter, **call
-        )
-        expected = found.family.mlp_half(found.blocks[1], attended, module.mlp_adapter)
+        pair = module.attention_adapter, module.mlp_adapter
+        family, block = found.family, found.blocks[1]
+        if family.layout(block).is_parallel:
+            expected = family.whole(block, args[0], *reversed(pair), **call)
+        else:
+            attended = family.attention_half(block, args[0], pair[0], **call)
+            expected = family.mlp_half(block, attended, pair[1])
         seen.append(torch.equal(output, expected))
 
     adapted.eval()
@@ -344,12 +347,13 @@ def test_a_cell_says_how_much_of_a_stack_is_rebuilt(method: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_goes_to_queries_and_values(family: str) -> None:
-    """Two pairs an attention, in the family's own words; BART's decoder has two."""
+    """Two pairs an attention, in the family's own words, or one where queries, keys and
+    values are one projection; BART's decoder has two attentions."""
     model = made("lora", family)
     found = [n for n, _ in model.named_modules() if n.endswith("lora_A")]
-    assert len(found) == 2 * BLOCKS * (3 if family == "bart" else 1)
     words = {name.split(".")[-2] for name in found}
-    assert words in ({"query", "value"}, {"q_proj", "v_proj"})
+    assert words in ({"query", "value"}, {"q_proj", "v_proj"}, {"query_key_value"})
+    assert len(found) == len(words) * BLOCKS * (3 if family == "bart" else 1)
 
 
 def saved_at(method: str, depth: int) -> int:

@@ -81,12 +81,17 @@ def test_steps_take_what_they_took_on_an_l40s(
 
 
 @pytest.mark.slow
-def test_steps_of_a_trainer_take_what_they_took_on_an_a100() -> None:
-    """Of Mistral-7B with all weights trained, peaks within 0.2 %."""
-    rows = of_program("mistral-7b-full", "fms-acceleration")
+@pytest.mark.parametrize(
+    ("program", "within"), [("mistral-7b-full", 2e-3), ("mistral-7b-lora", 3e-3)]
+)
+def test_steps_of_a_trainer_take_what_they_took_on_an_a100(
+    program: str, within: float
+) -> None:
+    """Of Mistral-7B, peaks within 0.3 %, and what stays after them within 0.01 %."""
+    rows = of_program(program, "fms-acceleration")
     peak, after, process = errors(rows)
-    assert abs(peak) < 2e-3
-    assert abs(after) < 1e-3
+    assert abs(peak) < within
+    assert abs(after) < 1e-4
     assert abs(process) < 3e-2
 
 

@@ -33,6 +33,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "llama": {"intermediate_size": 64, "num_key_value_heads": 1},
     "mistral": {"intermediate_size": 64, "num_key_value_heads": 1},
     "qwen3": {"intermediate_size": 64, "num_key_value_heads": 1, "head_dim": 16},
+    "gpt_neox": {"intermediate_size": 64},
 }
 """What each `model_type` adds to the shape; all have positions for 40 tokens.
 

@@ -16,24 +16,49 @@ from torch import Tensor, nn
 from transformers import (
     BartConfig,
     BertConfig,
+    BloomConfig,
     CamembertConfig,
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    CohereConfig,
+    DebertaConfig,
+    DebertaV2Config,
     DeiTConfig,
+    Dinov2Config,
     DistilBertConfig,
     ElectraConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    MBartConfig,
     MistralConfig,
+    MixtralConfig,
+    ModernBertConfig,
+    MPNetConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     RobertaConfig,
+    SiglipConfig,
+    SiglipTextConfig,
+    SiglipVisionConfig,
     SmolLM3Config,
+    StableLmConfig,
+    T5Config,
     ViTConfig,
+    WhisperConfig,
     XLMRobertaConfig,
 )
 
@@ -42,6 +67,7 @@ from meft.reversible.blocks import find_stacks
 
 DEPTH, HIDDEN, VOCAB, LABELS = 3, 16, 50, 2  # question answering asks for 2
 ROWS, SEQ, IMAGE, PATCH = 3, 7, 8, 4
+MELS, FRAMES = 4, 12
 BOS, PAD, EOS = 0, 1, 2
 DROPOUT, STD = 0.1, 0.2
 
@@ -54,23 +80,33 @@ class Case:
     """A class of model on a family of blocks."""
 
     family: str
-    """As the library writes it, `BERT`, but for `OPT post-norm`."""
+    """As the library writes it, `BERT`."""
     kind: str
     """Of transformers' model class, `BertForMaskedLM`."""
     config: Callable[..., PreTrainedConfig]
     batch: Callable[[], Batch]
     is_slow: bool = False
     """Whether its block is described by the same names as that of another case."""
+    form: str = ""
+    """Of the blocks, where a family has several: `post-norm`."""
 
     @property
     def name(self) -> str:
-        """Of the class, and of the family where that does not say it."""
-        return f"{self.kind} {self.family}" if "post" in self.family else self.kind
+        """Of the class, and of the form of its blocks."""
+        return f"{self.kind} {self.form}" if self.form else self.kind
+
+    @property
+    def head(self) -> str:
+        """The class, under the name that it would have in most families."""
+        return self.kind.replace("LMHeadModel", "ForCausalLM")
 
     def build(self, depth: int = DEPTH, **options: Any) -> PreTrainedModel:
         """The plain model, in training mode; always with the same weights."""
         torch.manual_seed(0)
-        config = self.config(depth, **options)
+        # The first block before a convolution stays as it is.
+        config = self.config(
+            max(depth, 2 if self.form == "convolution" else 1), **options
+        )
         model: PreTrainedModel = getattr(transformers, self.kind)(config)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -122,23 +158,32 @@ def opt_config(is_pre_norm: bool, depth: int, **options: Any) -> PreTrainedConfi
     )
 
 
-def bart_config(depth: int, **options: Any) -> PreTrainedConfig:
-    return BartConfig(
-        vocab_size=VOCAB,
-        d_model=HIDDEN,
-        encoder_layers=depth,
-        decoder_layers=depth,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=2 * HIDDEN,
-        decoder_ffn_dim=2 * HIDDEN,
+def bart_config(
+    kind: Callable[..., PreTrainedConfig], depth: int, **options: Any
+) -> PreTrainedConfig:
+    """BART and MBart."""
+    return kind(
+        **encoder_decoder_options(depth),
         max_position_embeddings=32,
-        dropout=DROPOUT,
-        attention_dropout=DROPOUT,
-        activation_dropout=DROPOUT,
-        init_std=STD,
         **{"num_labels": LABELS, **options},
     )
+
+
+def encoder_decoder_options(depth: int) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCAB,
+        "d_model": HIDDEN,
+        "encoder_layers": depth,
+        "decoder_layers": depth,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 2 * HIDDEN,
+        "decoder_ffn_dim": 2 * HIDDEN,
+        "dropout": DROPOUT,
+        "attention_dropout": DROPOUT,
+        "activation_dropout": DROPOUT,
+        "init_std": STD,
+    }
 
 
 def llama_config(
@@ -152,6 +197,41 @@ def llama_config(
         attention_dropout=DROPOUT,
         initializer_range=STD,
         **options,
+    )
+
+
+def t5_config(depth: int, **options: Any) -> PreTrainedConfig:
+    return T5Config(
+        vocab_size=VOCAB,
+        d_model=HIDDEN,
+        d_kv=HIDDEN // 2,
+        d_ff=2 * HIDDEN,
+        num_layers=depth,
+        num_decoder_layers=depth,
+        num_heads=2,
+        relative_attention_num_buckets=6,
+        relative_attention_max_distance=5,
+        dropout_rate=DROPOUT,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        **{"num_labels": LABELS, "decoder_start_token_id": PAD, **options},
+    )
+
+
+def deberta_config(
+    kind: Callable[..., PreTrainedConfig], depth: int, **options: Any
+) -> PreTrainedConfig:
+    """With embeddings of relative positions, to keys and to queries."""
+    is_v2 = kind is DebertaV2Config
+    own = {"position_buckets": 4, "norm_rel_ebd": "layer_norm"} if is_v2 else {}
+    return encoder_config(
+        kind,
+        depth,
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+        max_relative_positions=8,
+        position_biased_input=False,
+        **(own | options),
     )
 
 
@@ -173,6 +253,175 @@ def image_config(
         num_labels=LABELS,
         **options,
     )
+
+
+def gpt2_config(depth: int, **options: Any) -> PreTrainedConfig:
+    return GPT2Config(
+        **text_options(depth),
+        resid_pdrop=DROPOUT,
+        attn_pdrop=DROPOUT,
+        embd_pdrop=DROPOUT,
+        initializer_range=STD,
+        **options,
+    )
+
+
+def gpt_neox_config(is_parallel: bool, depth: int, **options: Any) -> PreTrainedConfig:
+    return GPTNeoXConfig(
+        **text_options(depth),
+        intermediate_size=2 * HIDDEN,
+        use_parallel_residual=is_parallel,
+        rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5},
+        hidden_dropout=DROPOUT,
+        attention_dropout=DROPOUT,
+        initializer_range=STD,
+        **options,
+    )
+
+
+def bloom_config(depth: int, **options: Any) -> PreTrainedConfig:
+    return BloomConfig(
+        **text_options(depth),
+        hidden_dropout=DROPOUT,
+        attention_dropout=DROPOUT,
+        initializer_range=STD,
+        **options,
+    )
+
+
+def falcon_config(depth: int, **options: Any) -> PreTrainedConfig:
+    """Without dropout on a sum of two halves."""
+    return FalconConfig(
+        **text_options(depth),
+        ffn_hidden_size=2 * HIDDEN,
+        attention_dropout=DROPOUT,
+        initializer_range=STD,
+        **options,
+    )
+
+
+def modernbert_config(depth: int, **options: Any) -> PreTrainedConfig:
+    """Every other block attends to one token on each side."""
+    return ModernBertConfig(
+        **text_options(depth),
+        intermediate_size=2 * HIDDEN,
+        local_attention=2,
+        layer_types=in_turn("full_attention", "sliding_attention", depth=depth),
+        mlp_dropout=DROPOUT,
+        attention_dropout=DROPOUT,
+        embedding_dropout=DROPOUT,
+        initializer_range=STD,
+        initializer_cutoff_factor=3.0,
+        cls_token_id=BOS,
+        sep_token_id=EOS,
+        **options,
+    )
+
+
+def sliding_config(
+    kind: Callable[..., PreTrainedConfig], depth: int, **options: Any
+) -> PreTrainedConfig:
+    """Decoders of which every other block attends to three tokens."""
+    return llama_config(
+        kind,
+        depth,
+        sliding_window=3,
+        layer_types=in_turn("sliding_attention", "full_attention", depth=depth),
+        **options,
+    )
+
+
+def moe_config(
+    kind: Callable[..., PreTrainedConfig], depth: int, **options: Any
+) -> PreTrainedConfig:
+    """Mixtures of 4 experts, of which each token is given 2."""
+    return llama_config(
+        kind, depth, num_experts_per_tok=2, head_dim=HIDDEN // 2, **options
+    )
+
+
+def whisper_config(depth: int, **options: Any) -> PreTrainedConfig:
+    return WhisperConfig(
+        **encoder_decoder_options(depth),
+        num_mel_bins=MELS,
+        max_source_positions=FRAMES // 2,
+        max_target_positions=32,
+        bos_token_id=BOS,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        decoder_start_token_id=EOS,
+        suppress_tokens=[],
+        begin_suppress_tokens=[],
+        **{"num_labels": LABELS, **options},
+    )
+
+
+def tower_options(depth: int) -> dict[str, Any]:
+    """What a text tower and an image tower have in common."""
+    return {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 2 * HIDDEN,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 2,
+        "attention_dropout": DROPOUT,
+        "initializer_range": STD,
+    }
+
+
+def text_tower_config(
+    kind: Callable[..., PreTrainedConfig], depth: int, **options: Any
+) -> PreTrainedConfig:
+    return kind(
+        **tower_options(depth),
+        vocab_size=VOCAB,
+        max_position_embeddings=SEQ,
+        bos_token_id=BOS,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        projection_size=HIDDEN,
+        **options,
+    )
+
+
+def image_tower_config(
+    kind: Callable[..., PreTrainedConfig], depth: int, **options: Any
+) -> PreTrainedConfig:
+    return kind(**tower_options(depth), image_size=IMAGE, patch_size=PATCH, **options)
+
+
+def towers_config(
+    kind: Callable[..., PreTrainedConfig],
+    text_kind: Callable[..., PreTrainedConfig],
+    image_kind: Callable[..., PreTrainedConfig],
+    depth: int,
+    **options: Any,
+) -> PreTrainedConfig:
+    return kind(
+        text_config=text_tower_config(text_kind, depth).to_dict(),
+        vision_config=image_tower_config(image_kind, depth).to_dict(),
+        projection_dim=HIDDEN,
+        **{"num_labels": LABELS, **options},
+    )
+
+
+def dinov2_config(depth: int, **options: Any) -> PreTrainedConfig:
+    return Dinov2Config(
+        hidden_size=HIDDEN,
+        num_hidden_layers=depth,
+        num_attention_heads=2,
+        mlp_ratio=2,
+        image_size=IMAGE,
+        patch_size=PATCH,
+        hidden_dropout_prob=DROPOUT,
+        attention_probs_dropout_prob=DROPOUT,
+        initializer_range=STD,
+        **{"num_labels": LABELS, "drop_path_rate": 0.3, **options},
+    )
+
+
+def in_turn(*kinds: str, depth: int) -> list[str]:
+    """As many of these as there are blocks, over and over."""
+    return [kinds[index % len(kinds)] for index in range(depth)]
 
 
 def text_options(depth: int) -> dict[str, Any]:
@@ -242,6 +491,23 @@ def labelled_images() -> Batch:
     return images() | {"labels": torch.tensor([0, 1, 1])}
 
 
+def texts_and_images() -> Batch:
+    """As many texts as images."""
+    return text() | images()
+
+
+def sounds() -> Batch:
+    """Spectra of sounds for the encoder, a padded text for the decoder."""
+    generator = torch.Generator().manual_seed(2)
+    spectra = torch.randn(ROWS, MELS, FRAMES, generator=generator)
+    rows = {f"decoder_{name}": tokens for name, tokens in text().items()}
+    return {"input_features": spectra} | rows
+
+
+def transcribed_sounds() -> Batch:
+    return sounds() | {"labels": continued_text()["labels"]}
+
+
 def masked_images() -> Batch:
     return images() | {"bool_masked_pos": torch.tensor([[True, False, False, True]])}
 
@@ -287,13 +553,19 @@ VIT_HEADS = {
 DEIT_HEADS = VIT_HEADS | {"ForImageClassificationWithTeacher": images}
 
 CASES = [
-    Case(family=family, kind=prefix + head, config=config, batch=batch)
-    for family, prefix, config, heads in (
+    Case(
+        family=family,
+        kind=prefix + head,
+        config=config,
+        batch=batch,
+        form="".join(form),
+    )
+    for family, prefix, config, heads, *form in (
         ("BERT", "Bert", partial(encoder_config, BertConfig), ENCODER_HEADS),
         ("RoBERTa", "Roberta", partial(encoder_config, RobertaConfig), ENCODER_HEADS),
         ("OPT", "OPT", partial(opt_config, True), OPT_HEADS),
-        ("OPT post-norm", "OPT", partial(opt_config, False), OPT_HEADS),
-        ("BART", "Bart", bart_config, BART_HEADS),
+        ("OPT", "OPT", partial(opt_config, False), OPT_HEADS, "post-norm"),
+        ("BART", "Bart", partial(bart_config, BartConfig), BART_HEADS),
         ("LLaMA", "Llama", partial(llama_config, LlamaConfig), LLAMA_HEADS),
         (
             "Mistral",
@@ -364,10 +636,241 @@ CASES += [
 ]
 """Some heads of the others: in transformers, heads are the same code for all."""
 
+MBART_HEADS = {
+    "Model": text_pair,
+    "ForConditionalGeneration": continued_text,
+    "ForCausalLM": continued_text,
+}
+T5_HEADS = {
+    "Model": text_pair,
+    "EncoderModel": text,
+    "ForConditionalGeneration": continued_text,
+    "ForSequenceClassification": labelled_text,
+}
+WHISPER_HEADS = {"Model": sounds, "ForConditionalGeneration": transcribed_sounds}
+SOME_IMAGE_HEADS = {"Model": images, "ForImageClassification": labelled_images}
+DECODER_HEADS = {"Model": text, "ForCausalLM": continued_text}
+GPT2_HEADS = {
+    "Model": text,
+    "LMHeadModel": continued_text,
+    "ForSequenceClassification": labelled_text,
+}
+CLIP = CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+SIGLIP = SiglipConfig, SiglipTextConfig, SiglipVisionConfig
+
+Form = tuple[
+    str, str, Callable[..., PreTrainedConfig], dict[str, Callable[[], Batch]], str
+]
+"""Family, start and config of the class, its heads, and the form of the blocks."""
+
+FORMS: tuple[Form, ...] = (
+    (
+        "Gemma 2",
+        "Gemma2",
+        partial(sliding_config, Gemma2Config, head_dim=HIDDEN // 2),
+        FEW_DECODER_HEADS,
+        "",
+    ),
+    ("ModernBERT", "ModernBert", modernbert_config, FEW_ENCODER_HEADS, ""),
+    (
+        "GPT-NeoX",
+        "GPTNeoX",
+        partial(gpt_neox_config, True),
+        FEW_DECODER_HEADS,
+        "parallel",
+    ),
+    (
+        "GPT-NeoX",
+        "GPTNeoX",
+        partial(gpt_neox_config, False),
+        DECODER_HEADS,
+        "pre-norm",
+    ),
+    (
+        "Phi",
+        "Phi",
+        partial(llama_config, PhiConfig, resid_pdrop=DROPOUT, embd_pdrop=DROPOUT),
+        FEW_DECODER_HEADS,
+        "",
+    ),
+    ("Cohere", "Cohere", partial(llama_config, CohereConfig), DECODER_HEADS, ""),
+    *(
+        (
+            "StableLM",
+            "StableLm",
+            partial(
+                llama_config,
+                StableLmConfig,
+                hidden_dropout=DROPOUT,
+                use_parallel_residual=is_parallel,
+            ),
+            DECODER_HEADS,
+            form,
+        )
+        for is_parallel, form in ((False, "pre-norm"), (True, "parallel"))
+    ),
+    *(
+        ("Falcon", "Falcon", partial(falcon_config, **own), heads, form)
+        for form, heads, own in (
+            ("one norm", FEW_DECODER_HEADS, {}),
+            (
+                "two norms",
+                DECODER_HEADS,
+                {"new_decoder_architecture": True, "num_kv_heads": 1},
+            ),
+            (
+                "pre-norm",
+                DECODER_HEADS,
+                {"parallel_attn": False, "alibi": True, "hidden_dropout": DROPOUT},
+            ),
+        )
+    ),
+    ("GPT-2", "GPT2", gpt2_config, GPT2_HEADS, ""),
+    ("BLOOM", "Bloom", bloom_config, FEW_DECODER_HEADS, ""),
+    ("MBart", "MBart", partial(bart_config, MBartConfig), MBART_HEADS, ""),
+    ("T5", "T5", t5_config, T5_HEADS, ""),
+    *(
+        (
+            "DeBERTa-v2",
+            "DebertaV2",
+            partial(deberta_config, DebertaV2Config, **own),
+            heads,
+            form,
+        )
+        for form, heads, own in (
+            ("", FEW_ENCODER_HEADS, {}),
+            ("convolution", {"Model": text}, {"conv_kernel_size": 3}),
+        )
+    ),
+    (
+        "MPNet",
+        "MPNet",
+        partial(encoder_config, MPNetConfig),
+        FEW_ENCODER_HEADS,
+        "",
+    ),
+    ("DINOv2", "Dinov2", dinov2_config, SOME_IMAGE_HEADS, ""),
+    (
+        "Qwen3-MoE",
+        "Qwen3Moe",
+        partial(
+            moe_config,
+            Qwen3MoeConfig,
+            moe_intermediate_size=HIDDEN,
+            num_experts=4,
+            mlp_only_layers=[1],
+        ),
+        FEW_DECODER_HEADS,
+        "",
+    ),
+    (
+        "CLIP",
+        "CLIP",
+        partial(towers_config, *CLIP),
+        {"Model": texts_and_images},
+        "",
+    ),
+    (
+        "CLIP",
+        "CLIPText",
+        partial(text_tower_config, CLIPTextConfig),
+        {"Model": text},
+        "",
+    ),
+)
+"""Those whose blocks are described by other names than those above."""
+
+ALIKE: tuple[Form, ...] = (
+    (
+        "Gemma 3",
+        "Gemma3",
+        partial(sliding_config, Gemma3TextConfig, head_dim=HIDDEN // 2),
+        {
+            "TextModel": text,
+            "ForCausalLM": continued_text,
+            "TextForSequenceClassification": labelled_text,
+        },
+        "",
+    ),
+    *(
+        (
+            family,
+            family,
+            partial(
+                sliding_config,
+                kind,
+                use_sliding_window=True,
+                max_window_layers=1,
+                **own,
+            ),
+            DECODER_HEADS,
+            "sliding",
+        )
+        for family, kind, own in (
+            ("Qwen2", Qwen2Config, {}),
+            ("Qwen3", Qwen3Config, {"head_dim": HIDDEN // 2}),
+        )
+    ),
+    ("Whisper", "Whisper", whisper_config, WHISPER_HEADS, ""),
+    (
+        "DeBERTa",
+        "Deberta",
+        partial(deberta_config, DebertaConfig),
+        FEW_ENCODER_HEADS,
+        "",
+    ),
+    (
+        "Mixtral",
+        "Mixtral",
+        partial(moe_config, MixtralConfig, num_local_experts=4),
+        FEW_DECODER_HEADS,
+        "",
+    ),
+    (
+        "CLIP",
+        "CLIPVision",
+        partial(image_tower_config, CLIPVisionConfig),
+        {"Model": images},
+        "",
+    ),
+    (
+        "CLIP",
+        "CLIP",
+        partial(towers_config, *CLIP),
+        {"ForImageClassification": labelled_images},
+        "",
+    ),
+    (
+        "SigLIP",
+        "Siglip",
+        partial(towers_config, *SIGLIP),
+        {
+            "Model": texts_and_images,
+            "ForImageClassification": labelled_images,
+        },
+        "",
+    ),
+)
+"""Those whose blocks are described by the names of another case."""
+
+CASES += [
+    Case(
+        family=family,
+        kind=prefix + head,
+        config=config,
+        batch=batch,
+        form=form,
+        is_slow=is_slow,
+    )
+    for forms, is_slow in ((FORMS, False), (ALIKE, True))
+    for family, prefix, config, heads, form in forms
+    for head, batch in heads.items()
+]
+
 
 def some_cases(*heads: str) -> list[Case]:
     """All cases, or those whose class ends in one of `heads`."""
-    return [case for case in CASES if case.kind.endswith(heads or "")]
+    return [case for case in CASES if case.head.endswith(heads or "")]
 
 
 def cases(*heads: str) -> pytest.MarkDecorator:

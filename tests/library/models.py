@@ -47,6 +47,7 @@ def reversible(
     dropout: float = 0.0,
     hidden: int = 16,
     dtype: torch.dtype = torch.float32,
+    save_backbone: bool = False,
     **config: Any,
 ) -> BertForSequenceClassification:
     """A small reversible classifier in training mode."""
@@ -54,7 +55,9 @@ def reversible(
     nn.Module.to(model, dtype)
     torch.manual_seed(1)
     options = {"bottleneck_size": 3, **config}
-    meft.make_reversible(model, meft.ReversibleConfig(**options))
+    meft.make_reversible(
+        model, meft.ReversibleConfig(**options), save_backbone=save_backbone
+    )
     model.train()
     return model
 

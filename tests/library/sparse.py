@@ -50,11 +50,13 @@ def plain_model(depth: int = DEPTH, **fields: Any) -> LlamaForCausalLM:
     return model
 
 
-def sparse_model(depth: int = DEPTH, **fields: Any) -> LlamaForCausalLM:
+def sparse_model(
+    depth: int = DEPTH, save_backbone: bool = False, **fields: Any
+) -> LlamaForCausalLM:
     """With rows that are not at their start, each block's its own."""
     model = plain_model(depth)
     torch.manual_seed(1)
-    meft.add_sparse_adapters(model, config(**fields))
+    meft.add_sparse_adapters(model, config(**fields), save_backbone=save_backbone)
     randomise(model)
     return model
 

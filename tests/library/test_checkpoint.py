@@ -264,7 +264,7 @@ def test_buffers_of_a_head_in_the_model_come_back(tmp_path: Path) -> None:
     model = meft.make_reversible(build(), meft.ReversibleConfig(variant="meft1"))
     model(**batch())
     model.save_pretrained(tmp_path)
-    written = load_file(tmp_path / "adapters.safetensors")
+    written = load_file(tmp_path / "model.safetensors")
     assert "classifier.1.running_mean" in written
     assert "bert.mean" not in written
     loaded = meft.load_adapters(build(), tmp_path).eval()

@@ -2,6 +2,7 @@
 another loss."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 import meft
+from library.families import CASES
 from library.losses import HIDDEN, VOCAB, llama, loss_and_gradients, rows
 from library.models import bert_config
 
@@ -51,7 +53,7 @@ def bart() -> BartForConditionalGeneration:
 )
 def test_other_classes_are_refused(model: PreTrainedModel) -> None:
     """By a message that says which are not."""
-    names = "OPTForCausalLM, LlamaForCausalLM, MistralForCausalLM"
+    names = "OPTForCausalLM, .*LlamaForCausalLM, MistralForCausalLM"
     with pytest.raises(meft.UnsupportedModelError, match=names):
         meft.chunk_loss(model)
     assert meft.chunk_loss(Renamed(llama().config))(**rows()).logits is None
@@ -129,6 +131,21 @@ def test_calls_that_want_logits_or_another_loss_are_refused() -> None:
     inputs["labels"] = inputs["labels"][:, :5]
     with pytest.raises(ValueError, match=r"each of the \(3, 7\) tokens, .*\(3, 5\)"):
         model(**inputs)
+
+
+@pytest.mark.parametrize("is_later", [False, True])
+def test_capped_logits_are_refused(is_later: bool) -> None:
+    """When the loss is chunked, and when they are capped since."""
+    (case,) = (case for case in CASES if case.kind == "Gemma3ForCausalLM")
+    model: Any = case.build()
+    call = (
+        partial(model, **case.batch()) if is_later else partial(meft.chunk_loss, model)
+    )
+    if is_later:
+        meft.chunk_loss(model)
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(meft.MeftError, match="`final_logit_softcapping=30"):
+        call()
 
 
 def test_illegal_arguments_are_refused() -> None:

@@ -11,8 +11,8 @@ from transformers import (
     BertForPreTraining,
     BertForSequenceClassification,
     BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -295,11 +295,13 @@ def test_the_trainer_trains_it(tmp_path: object) -> None:
 def test_what_cannot_be_converted_is_named() -> None:
     """Another family, a decoder, a second conversion, checkpointing: refused."""
     config = meft.ReversibleConfig(variant="meft1")
-    gpt = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))
+    mamba = MambaForCausalLM(
+        MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=9)
+    )
     with pytest.raises(
-        meft.UnsupportedModelError, match=r"GPT2LMHeadModel.*BERT.*DeiT"
+        meft.UnsupportedModelError, match=r"MambaForCausalLM.*BERT.*DeiT"
     ):
-        meft.make_reversible(gpt, config)
+        meft.make_reversible(mamba, config)
     decoder = bert_config()
     decoder.is_decoder = True
     with pytest.raises(meft.UnsupportedModelError, match="is_decoder=False"):

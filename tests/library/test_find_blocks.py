@@ -7,9 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 import meft
-from library.families import CASES, Case
+from library.families import CASES, Case, assert_same_bits, gradients, twin_of
 from meft.backbone.find import find_blocks
 
 QWEN = next(case for case in CASES if case.kind == "Qwen3Model")
@@ -91,6 +97,39 @@ def test_a_patched_class_is_compared(
         meft.UnsupportedModelError, match=r"Qwen3.* does not compute what"
     ):
         model(**QWEN.batch())
+
+
+def test_a_tower_whose_hidden_states_are_read_is_left_as_it_is() -> None:
+    """LLaVA reads the second last of its image tower; its language model is converted,
+    and gradients are those of the twin."""
+    text = LlamaConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    images = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        projection_dim=16,
+    )
+    config = LlavaConfig(vision_config=images, text_config=text, image_token_index=19)
+    model = LlavaForConditionalGeneration(config).train()
+    names = [found.name for found in find_blocks(model)]
+    assert names == ["model.language_model.layers"]
+    meft.make_reversible(model, meft.ReversibleConfig(variant="meft1"))
+    batch = {
+        "input_ids": torch.tensor([[1, 19, 19, 19, 19, 2, 3]]),
+        "pixel_values": torch.randn(1, 3, 8, 8),
+        "labels": torch.tensor([[1, 1, 1, 1, 1, 2, 3]]),
+    }
+    rebuilt = gradients(model, batch)
+    assert_same_bits(rebuilt, gradients(twin_of(model), batch))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import parse
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations.peft import MIN_PEFT_VERSION
@@ -401,6 +402,18 @@ def test_a_saved_peft_model_comes_back_whole(convert: str, tmp_path: Path) -> No
         assert trainable(target) == trainable(model)
     with pytest.raises(meft.AdapterFileError, match=r"PeftModel.from_pretrained"):
         meft.load_adapters(classifier(2), tmp_path)
+
+
+def test_another_file_of_peft_is_refused(tmp_path: Path) -> None:
+    """LoRA is in both files; one that was replaced would be overwritten."""
+    model: Any = tuned(seed=5)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = {name: 2 * tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+    loaded = peft.PeftModel.from_pretrained(classifier(2), tmp_path)
+    with pytest.raises(meft.AdapterFileError, match="files of two saves were mixed"):
+        meft.load_adapters(loaded, tmp_path)
 
 
 def test_a_merged_model_is_saved_with_its_adapters(tmp_path: Path) -> None:

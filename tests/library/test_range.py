@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    BartConfig,
     BartForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
@@ -335,7 +336,7 @@ def test_a_stream_that_grows_though_values_do_not_is_seen() -> None:
 def test_each_stack_has_a_width_of_its_own() -> None:
     """BART: large values in the decoder leave the encoder's streams as they are."""
     torch.manual_seed(0)
-    config: Any = bart_config(2)
+    config: Any = bart_config(BartConfig, 2)
     model = BartForConditionalGeneration(config)
     meft.make_reversible(model, meft.ReversibleConfig(variant="meft2"))
     norm: Any = model.get_submodule("model.decoder.layers.1.final_layer_norm")

@@ -29,8 +29,10 @@ def of_reversible(**fields: Any) -> Any:
     return reversible(2, **{"variant": "meft1", **fields})
 
 
-def of_sparse(**fields: Any) -> Any:
-    model = meft.add_sparse_adapters(plain_model(2), config(**fields))
+def of_sparse(save_backbone: bool = False, **fields: Any) -> Any:
+    model = meft.add_sparse_adapters(
+        plain_model(2), config(**fields), save_backbone=save_backbone
+    )
     randomise(model)
     return model
 
@@ -121,7 +123,7 @@ def test_shards_and_pickled_dictionaries_of_another_config_are_refused(
     from transformers.trainer_utils import load_sharded_checkpoint
 
     other = {"lost_bits": 1} if make is of_reversible else {"top_k_neurons": 5}
-    make().save_pretrained(tmp_path / "shards", max_shard_size="5KB")
+    make(save_backbone=True).save_pretrained(tmp_path / "shards", max_shard_size="5KB")
     load_sharded_checkpoint(make(), str(tmp_path / "shards"), strict=False)
     with pytest.raises(meft.AdapterFileError, match="another function"):
         load_sharded_checkpoint(make(**other), str(tmp_path / "shards"), strict=False)
@@ -214,7 +216,7 @@ def test_an_averaged_model_carries_the_config(make: Any) -> None:
 @pytest.mark.parametrize("make", [of_reversible, of_sparse])
 def test_a_plain_backbone_takes_what_it_knows(make: Any, tmp_path: Path) -> None:
     """`from_pretrained` reports the entry among the adapters, which it leaves out."""
-    model = make()
+    model = make(save_backbone=True)
     model.save_pretrained(tmp_path)
     kind: Any = (
         BertForSequenceClassification if make is of_reversible else LlamaForCausalLM

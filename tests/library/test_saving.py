@@ -4,6 +4,7 @@ The measure is the logits: the bits of the model that was saved.
 """
 
 import copy
+import json
 import os
 import resource
 import shutil
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForSequenceClassification,
     BertForSequenceClassification,
     BertModel,
     LlamaForCausalLM,
@@ -44,8 +46,8 @@ def moved(model: nn.Module, seed: int = 5) -> Any:
     return model
 
 
-def trained(seed: int = 5) -> Any:
-    return moved(reversible(2, variant="meft2"), seed)
+def trained(seed: int = 5, save_backbone: bool = False) -> Any:
+    return moved(reversible(2, variant="meft2", save_backbone=save_backbone), seed)
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -64,21 +66,72 @@ def names(directory: Path) -> set[str]:
 # save_pretrained -------------------------------------------------------------------
 
 
-def test_save_pretrained_says_once_how_to_load(tmp_path: Path) -> None:
+def test_save_pretrained_writes_what_was_trained(tmp_path: Path) -> None:
+    """And not the backbone, onto which it loads; without a warning, as often as wanted.
+    The directory is no model of transformers, which would have a backbone at random."""
+    model = trained()
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    assert names(tmp_path) == {"adapters.json", "config.json", "model.safetensors"}
+    saved = load_file(tmp_path / "model.safetensors")
+    trained_names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert saved.keys() == trained_names | {"bert.encoder.layer.adapters._extra_state"}
+    other = reversible(2, variant="meft2", lost_bits=7)
+    with pytest.raises(meft.AdapterFileError, match="lost_bits"):  # as `Trainer` loads
+        other.load_state_dict(saved, strict=False)
+    assert torch.equal(
+        logits(meft.load_adapters(classifier(2), tmp_path)), logits(model)
+    )
+    for kind in (BertForSequenceClassification, BertModel):
+        with pytest.raises(Exception, match=r"call meft.load_adapters\("):
+            kind.from_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError,
+        match=r"model type `meft adapters, no model: call meft\.load_adapters",
+    ):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["50GB", "5KB"])
+def test_the_weights_of_another_model_are_not_replaced(
+    shard: str, tmp_path: Path
+) -> None:
+    """A directory with a whole model is refused, and left as it is."""
+    classifier(2).save_pretrained(tmp_path, max_shard_size=shard)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(meft.UnsupportedCallError, match="holds a whole model"):
+        trained().save_pretrained(tmp_path)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    trained(save_backbone=True).save_pretrained(tmp_path)
+
+
+def test_a_whole_save_says_once_how_to_load(tmp_path: Path) -> None:
     """The advice, run as it is written, gives the model back; `from_pretrained` alone
     gives the backbone. A second save says nothing."""
-    model = trained()
+    model = trained(save_backbone=True)
     with pytest.warns(meft.SavingWarning) as seen:
         model.save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.save_pretrained(tmp_path)
-    assert FILES < names(tmp_path)
+    assert {"adapters.json", "model.safetensors", "config.json"} <= names(tmp_path)
+    assert "adapters.safetensors" not in names(tmp_path)  # all is in the model's file
     kind, directory = BertForSequenceClassification, tmp_path
     assert not torch.equal(logits(kind.from_pretrained(directory)), logits(model))
     advice = str(seen[0].message).split("`")[-2]
     scope = {"meft": meft, kind.__name__: kind, "directory": directory}
     assert torch.equal(logits(eval(advice, scope)), logits(model))
+
+
+def test_a_model_that_trains_whole_is_saved_whole(tmp_path: Path) -> None:
+    """Without adapters, `from_pretrained` gives the plain model back."""
+    model = classifier(2)
+    meft.make_reversible(model, meft.ReversibleConfig(adapter=None, lost_bits=16))
+    moved(model).save_pretrained(tmp_path)
+    plain = BertForSequenceClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(plain), logits(model), rtol=0, atol=1e-3)
+    meft.load_adapters(plain, tmp_path)
+    assert torch.equal(logits(plain), logits(model))
 
 
 @pytest.mark.parametrize("shard", ["50GB", "5KB"])
@@ -87,7 +140,7 @@ def test_the_backbone_keeps_its_names_in_a_full_save(
 ) -> None:
     """`from_pretrained` finds every tensor of the backbone, in one file or in shards;
     adapters load onto it and onto the original backbone."""
-    model = trained()
+    model = trained(save_backbone=True)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     kind: Any = BertForSequenceClassification
     loaded, report = kind.from_pretrained(tmp_path, output_loading_info=True)
@@ -102,7 +155,7 @@ def test_the_backbone_keeps_its_names_in_a_full_save(
 
 def test_the_model_inside_saves_its_adapters_too(tmp_path: Path) -> None:
     """`model.bert.save_pretrained`, for whoever wants the encoder alone."""
-    model = trained()
+    model = trained(save_backbone=True)
     model.bert.save_pretrained(tmp_path)
     encoder = BertModel.from_pretrained(tmp_path)
     meft.load_adapters(encoder, tmp_path)
@@ -118,6 +171,7 @@ def test_tied_and_trained_weights_come_back(tmp_path: Path) -> None:
     model = meft.make_reversible(
         LlamaForCausalLM(config),
         meft.ReversibleConfig(variant="meft1", bottleneck_size=3),
+        save_backbone=True,
     )
     model.lm_head.weight.requires_grad_(True)
     model.model.norm.weight.requires_grad_(True)
@@ -171,7 +225,7 @@ def test_what_is_pushed_to_the_hub_is_whole(
         lambda self, directory, *a, **k: uploaded.update(names(Path(directory))),
     )
     model.push_to_hub("someone/something")
-    assert FILES | {"model.safetensors", "config.json"} <= uploaded
+    assert {"adapters.json", "model.safetensors"} <= uploaded
     with pytest.raises(meft.UnsupportedCallError, match=r"model.push_to_hub\(repo_id"):
         model.save_pretrained("anywhere", push_to_hub=True)
     assert not Path("anywhere").exists()
@@ -204,9 +258,8 @@ def test_a_model_around_the_converted_one_says_what_it_does_not_save(
     base = BertForSequenceClassification.from_pretrained(tmp_path)
     loaded = meft.load_adapters(base, tmp_path)
     assert torch.equal(logits(loaded), logits(model))
-    with pytest.warns(meft.SavingWarning) as seen:
-        model.bert.save_pretrained(tmp_path / "inner")
-    assert "from_pretrained" in str(seen[0].message)
+    model.bert.save_pretrained(tmp_path / "inner")
+    assert names(tmp_path / "inner") >= {"adapters.json", "model.safetensors"}
 
 
 # Trainer ---------------------------------------------------------------------------
@@ -240,23 +293,37 @@ def run(directory: Path, resume: str | None = None, **options: Any) -> Trainer:
     return trainer
 
 
-def test_a_trainers_checkpoints_are_whole(tmp_path: Path) -> None:
-    """Each directory loads onto the base model and onto what it holds itself; a run
-    resumed from the first ends in the bits of the uninterrupted one."""
+def test_a_trainers_checkpoints_hold_what_is_trained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each directory loads onto the base model; a run resumed from the first ends in
+    the bits of the uninterrupted one, and misses no tensor."""
     trainer = run(tmp_path)
     expected: Any = trainer.model
     trainer.save_model(str(tmp_path / "final"))
     for name in ("final", "checkpoint-4"):
-        for base in (
-            classifier(2, dropout=0.1),
-            BertForSequenceClassification.from_pretrained(tmp_path / name),
-        ):
-            loaded = meft.load_adapters(base, tmp_path / name)
-            assert torch.equal(logits(loaded), logits(expected))
+        loaded = meft.load_adapters(classifier(2, dropout=0.1), tmp_path / name)
+        assert torch.equal(logits(loaded), logits(expected))
+        size = (tmp_path / name / "model.safetensors").stat().st_size
+        trained_bytes = sum(p.nbytes for p in expected.parameters() if p.requires_grad)
+        assert size < trained_bytes + 8192
     earlier = meft.load_adapters(classifier(2, dropout=0.1), tmp_path / "checkpoint-2")
     assert not torch.equal(logits(earlier), logits(expected))
     resumed: Any = run(tmp_path, str(tmp_path / "checkpoint-2")).model
     assert torch.equal(logits(resumed), logits(expected))
+    assert "missing keys" not in caplog.text
+
+
+@pytest.mark.parametrize("save_backbone", [True, False])
+def test_a_trainers_checkpoints_may_be_whole(
+    save_backbone: bool, tmp_path: Path
+) -> None:
+    """With the option, each is a model of transformers, too."""
+    model = reversible(2, variant="meft2", save_backbone=save_backbone)
+    arguments = TrainingArguments(str(tmp_path / "runs"), report_to="none")
+    Trainer(model, arguments).save_model(str(tmp_path / "final"))
+    config = json.loads((tmp_path / "final" / "config.json").read_text())
+    assert (config["model_type"] == "bert") == save_backbone
 
 
 def test_the_best_checkpoint_is_the_model_at_the_end(tmp_path: Path) -> None:

@@ -254,6 +254,26 @@ def test_what_is_no_description(given: dict[str, Any], message: str) -> None:
         meft.register_family(call.pop("block"), **call)
 
 
+class WithoutWeight(AsLlama):
+    """Norms without a weight, as those of OLMo."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            setattr(self, name, nn.LayerNorm(HIDDEN, elementwise_affine=False))
+
+
+def test_norms_without_a_weight() -> None:
+    """The width is that of the config; without one, the model stays as it is."""
+    model = Model(WithoutWeight)
+    with pytest.raises(meft.UnsupportedModelError, match="no `hidden_size`"):
+        meft.make_reversible(model, CONFIG)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.config.hidden_size = HIDDEN
+    meft.make_reversible(model, CONFIG)
+    model(**batch())
+
+
 def test_names_that_a_block_lacks_are_refused_at_the_conversion() -> None:
     """With the names."""
     meft.register_family(OtherNames, **(HALVES | {"mlp": Half("norm_c", "feed")}))

@@ -1,6 +1,7 @@
 """`adapter=None`: models that train with LoRA and its kin, or as a whole."""
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,7 @@ def test_peft_saves_disables_and_merges(case: Case, tmp_path: Path) -> None:
         plain = case.build().eval()(**batch).logits
         torch.testing.assert_close(without, plain, rtol=0, atol=1e-3)
         assert not torch.allclose(adapted, plain, rtol=0, atol=1e-2)
-        with pytest.warns(meft.SavingWarning):
-            model.save_pretrained(tmp_path)
+        model.save_pretrained(tmp_path)  # without a warning: peft's files are whole
         loaded = PeftModel.from_pretrained(case.build(), tmp_path).eval()
         torch.testing.assert_close(loaded(**batch).logits, adapted, rtol=0, atol=1e-3)
         again = meft.load_adapters(
@@ -201,6 +201,23 @@ def test_what_a_config_refuses(fields: dict[str, Any], message: str) -> None:
     """Fields without effect, and a variant that is missing."""
     with pytest.raises(meft.ConfigError, match=message):
         meft.ReversibleConfig(**fields)
+
+
+def test_a_model_in_which_nothing_trains_is_named() -> None:
+    """Before the first step, in which there would be no gradient."""
+    model = LLAMA.build().requires_grad_(False)
+    with pytest.warns(meft.FrozenWarning, match="nothing would be trained"):
+        _reversible(model)
+
+
+@pytest.mark.parametrize("config", ["meft1", LoraConfig(), None])
+def test_what_is_no_config(config: Any) -> None:
+    """What a user of peft may pass; the model stays as it is."""
+    model = LLAMA.build()
+    make: Any = inspect.unwrap(meft.make_reversible)
+    with pytest.raises(meft.ConfigError, match=r"must be a `meft.ReversibleConfig`"):
+        make(model, config)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_config_survives_json() -> None:

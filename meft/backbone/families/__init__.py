@@ -10,8 +10,6 @@ import importlib
 import pkgutil
 from typing import Any
 
-from torch import nn
-
 from meft.backbone.family import Family
 
 
@@ -28,7 +26,7 @@ FAMILIES = _find()
 _BY_CLASS = {(family.module, family.block): family for family in FAMILIES}
 
 
-def family_of(block: type[nn.Module]) -> Family | None:
+def family_of(block: type[Any]) -> Family | None:
     """Return the family whose blocks are of class `block`; None if there is none."""
     return _BY_CLASS.get((block.__module__, block.__qualname__))
 

@@ -21,7 +21,7 @@ LAYOUT = Layout(
 
 
 def _refuse(block: Any) -> str | None:
-    if not block.is_decoder:
+    if not getattr(block, "is_decoder", False):
         return None
     return "it has `config.is_decoder=True`: load it with `is_decoder=False`"
 

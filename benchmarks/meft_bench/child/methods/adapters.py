@@ -6,7 +6,8 @@ The adapters and their positions are those of MEFT3, in an ordinary stack:
 
 with the halves of the library, which `meft.backbone` describes: one adapter follows
 attention, sequentially with its own skip connection, and one is parallel to the
-feed-forward, on the same input. A difference between the two methods is therefore due
+feed-forward, on the same input. In a block whose halves are parallel, both read the
+input of the block. A difference between the two methods is therefore due
 to the reversible stack only.
 """
 
@@ -57,10 +58,15 @@ class AdaptedBlock(nn.Module):
         self.family = family
         # The halves take by name what a model's loop may pass by position.
         self._names = list(inspect.signature(block.forward).parameters)[1:]
+        if hasattr(block, "attention_type"):  # read by the loop of ModernBERT
+            self.attention_type = block.attention_type
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the block's output, `batch seq hidden`."""
-        return self.mlp(self.attention(hidden_states, *args, **kwargs))
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the block's output: `batch seq hidden`, or a tuple with it."""
+        call = dict(zip(self._names, args, strict=False)) | kwargs
+        adapters = self.mlp_adapter, self.attention_adapter
+        output = self.family.whole(self.block, hidden_states, *adapters, **call)
+        return self.family.layout(self.block).returned(output)
 
     def attention(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output of the half that mixes tokens, `batch seq hidden`."""

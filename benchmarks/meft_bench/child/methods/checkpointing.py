@@ -87,19 +87,18 @@ class CheckpointedBlock(nn.Module):
         self.name = name
         self.host_ledger = TransferLedger() if offload else None
         """Bytes of inputs copied to and from host memory so far; None if they stay."""
+        if hasattr(block, "attention_type"):  # read by the loop of ModernBERT
+            self.attention_type = block.attention_type
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the block's output, `batch seq hidden`."""
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the block's output: `batch seq hidden`, or a tuple with it."""
         place = (
             contextlib.nullcontext()
             if self.host_ledger is None
             else saved_on_host(self.host_ledger, self.name)
         )
         with place:
-            output: Tensor = checkpoint(
-                self.block, hidden, *args, use_reentrant=False, **kwargs
-            )
-        return output
+            return checkpoint(self.block, hidden, *args, use_reentrant=False, **kwargs)
 
 
 class ChunkedBlock(nn.Module):
@@ -109,30 +108,27 @@ class ChunkedBlock(nn.Module):
         super().__init__()
         self.block = block
         self.num_chunks = num_chunks
+        if hasattr(block, "attention_type"):
+            self.attention_type = block.attention_type
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the block's output, `batch seq hidden`."""
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the block's output: `batch seq hidden`, or a tuple with it."""
+        layout = self.block.family.layout(self.block.block)
         attended = self.block.attention(hidden, *args, **kwargs)
+        # Both halves of a parallel block read its input, and their outputs are added.
+        read = hidden if layout.is_parallel else attended
         parts = [
             checkpoint(self.block.mlp, part, use_reentrant=False)
-            for part in attended.chunk(self.num_chunks, dim=1)
+            for part in read.chunk(self.num_chunks, dim=1)
         ]
-        return torch.cat(parts, dim=1)
+        output = torch.cat(parts, dim=1)
+        return layout.returned(attended + output if layout.is_parallel else output)
 
 
 def _in_halves(block: nn.Module, found: BlockList) -> AdaptedBlock:
-    """Return a block that runs as two halves.
-
-    Raises:
-        ValueError: both halves read the input of the block.
-    """
+    """Return a block that runs as two halves."""
     if isinstance(block, AdaptedBlock):
         return block
-    if found.family.layout(block).is_parallel:
-        raise ValueError(
-            f"`mlp_chunks`: the halves of a {type(block).__name__} run in parallel, "
-            "and checkpointing does not split those: set it to 1"
-        )
     return AdaptedBlock(block, found.family, None, None)
 
 

@@ -92,7 +92,7 @@ def ready(cell: Cell, config: PreTrainedConfig) -> Iterator[Ready]:
     """
     if not cell.method.startswith(PEFT) and cell.method not in METHODS_OF_ANY_MODEL:
         raise ValueError(
-            f"method {cell.method!r} needs a family that the library knows, and "
+            f"method {cell.method!r} needs a family that sweeps know, and "
             f"{cell.backbone} is of model_type {config.model_type!r}: take "
             f"{', '.join(METHODS_OF_ANY_MODEL)} or {PEFT[0]}CONFIG"
         )

@@ -30,7 +30,7 @@ MISTRAL_7B = {
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
-    "vocab_size": 32000,
+    "vocab_size": 32001,  # fms-hf-tuning adds a token for padding
 }
 SANTACODER = {
     "n_embd": 2048,

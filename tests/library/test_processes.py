@@ -1,10 +1,14 @@
-"""FSDP2 as it is used: `fully_shard` of each block, and then of the model.
+"""Several processes: FSDP2 as it is used (`fully_shard` of each block, and then of the
+model), DistributedDataParallel, and `torchrun` with transformers' `Trainer`.
 
 Gradients are those of one process without FSDP, in every bit: all processes are given
 the same batch, and the mean of equal numbers is exact.
 """
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,22 +151,31 @@ def test_a_wrong_structure_is_refused(
         _gradients(model)
 
 
-def _in_each_process(rank: int, world: int, folder: str, kind: str, rows: str) -> None:
+def _in_each_process(
+    rank: int, world: int, folder: str, kind: str, rows: str, how: str
+) -> None:
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     try:
-        mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
-        model = _shard(_model(kind), mesh)
+        model: Any = _model(kind)
+        if how == "fsdp":
+            model = _shard(model, dist.device_mesh.init_device_mesh("cpu", (world,)))
+        else:
+            model = nn.parallel.DistributedDataParallel(model)
         own = 3 if rows == "same" else 1 + rank
         optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-        found = _gradients(model, own)
+        found = _unwrapped(_gradients(model, own))
         torch.save(found, Path(folder) / f"gradients-{rank}.pt")
         optimizer.step()
         optimizer.zero_grad()
-        found = {n: _whole(p).detach() for n, p in model.named_parameters()}
-        torch.save(found, Path(folder) / f"weights-{rank}.pt")
+        weights = {n: _whole(p).detach() for n, p in model.named_parameters()}
+        torch.save(_unwrapped(weights), Path(folder) / f"weights-{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): t for name, t in tensors.items()}
 
 
 def _expected(kind: str, rows: list[int]) -> dict[str, Tensor]:
@@ -174,12 +187,14 @@ def _expected(kind: str, rows: list[int]) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows", ["same", "other"])
-def test_two_processes(kind: str, rows: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "rows"), [("fsdp", "same"), ("fsdp", "other"), ("ddp", "other")]
+)
+def test_two_processes(kind: str, rows: str, how: str, tmp_path: Path) -> None:
     """The same gradients in both, and one step of AdamW on shards is one on the whole;
     also if the processes have batches of different shapes."""
     spawn: Any = torch.multiprocessing.spawn  # type: ignore[attr-defined]
-    spawn(_in_each_process, (2, str(tmp_path), kind, rows), nprocs=2)
+    spawn(_in_each_process, (2, str(tmp_path), kind, rows, how), nprocs=2)
     first, second = (torch.load(tmp_path / f"gradients-{r}.pt") for r in (0, 1))
     del first["loss"], second["loss"]
     _assert_equal(first, second)
@@ -193,3 +208,43 @@ def test_two_processes(kind: str, rows: str, tmp_path: Path) -> None:
     stepped = torch.load(tmp_path / "weights-0.pt")
     for name, parameter in alone.named_parameters():
         torch.testing.assert_close(stepped[name], parameter.detach())
+
+
+_SCRIPT = """
+import sys, torch
+from transformers import Trainer, TrainingArguments
+from library.test_processes import CASE, _model
+
+kind, backward, folder = sys.argv[1:]
+batch = CASE.batch()
+rows = [{name: x[i] for name, x in batch.items()} for i in (0, 1, 2, 1)] * 2
+arguments = TrainingArguments(
+    folder, max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2,
+    use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+    dataloader_pin_memory=False, ddp_find_unused_parameters=False,
+)
+model = _model(kind, backward)
+Trainer(model, arguments, train_dataset=rows).train()
+assert torch.distributed.get_world_size() == 2
+if torch.distributed.get_rank() == 0:
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    torch.save(state, f"{folder}/{backward}.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+def test_torchrun_with_the_trainer(kind: str, tmp_path: Path) -> None:
+    """Two processes end at the weights of two processes that store activations."""
+    script = tmp_path / "train.py"
+    script.write_text(_SCRIPT)
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}"}
+    for backward in ("rebuild", "store"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node=2", str(script), kind, backward, str(tmp_path)]
+        subprocess.run(command, check=True, env=environment, timeout=240)
+    rebuilt, stored = (torch.load(tmp_path / f"{b}.pt") for b in ("rebuild", "store"))
+    plain = dict(_model(kind).named_parameters())
+    assert all(torch.equal(rebuilt[name], stored[name]) for name in stored)
+    assert not all(torch.equal(rebuilt[name], plain[name]) for name in stored)

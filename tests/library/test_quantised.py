@@ -1,0 +1,74 @@
+"""Backbones whose frozen weights are quantised, by torchao and by bitsandbytes.
+
+They run where the libraries are installed, which the tests do not need otherwise:
+`pip install torchao bitsandbytes`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import meft
+from library.families import CASES, Case, assert_same_bits, gradients, twin_of
+
+LLAMA = next(case for case in CASES if case.kind == "LlamaForCausalLM")
+BERT = next(case for case in CASES if case.kind == "BertForSequenceClassification")
+
+
+def int8(model: Any) -> Any:
+    """Weights of 8 bits, by torchao."""
+    torchao: Any = pytest.importorskip("torchao.quantization", reason="no torchao")
+    model = nn.Module.to(model, torch.bfloat16)
+    torchao.quantize_(model.base_model, torchao.Int8WeightOnlyConfig())
+    return model
+
+
+def nf4(model: Any) -> Any:
+    """Weights of 4 bits, by bitsandbytes."""
+    bnb: Any = pytest.importorskip("bitsandbytes", reason="no bitsandbytes")
+
+    def quantise(module: nn.Module) -> None:
+        for name, child in module.named_children():
+            if not isinstance(child, nn.Linear):
+                quantise(child)
+                continue
+            linear = bnb.nn.Linear4bit(
+                child.in_features,
+                child.out_features,
+                bias=child.bias is not None,
+                compute_dtype=torch.float32,
+                quant_type="nf4",
+            )
+            linear.load_state_dict(child.state_dict())
+            setattr(module, name, linear.to("cpu"))
+
+    quantise(model.base_model)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")  # what the libraries say when they are imported
+@pytest.mark.parametrize("case", [LLAMA, BERT], ids=lambda case: case.kind)
+@pytest.mark.parametrize("quantised", [int8, nf4])
+@pytest.mark.parametrize("config", ["meft1", "meft3", "lora"])
+def test_gradients_are_the_twins(
+    case: Case, quantised: Callable[[Any], Any], config: str
+) -> None:
+    """Of adapters, and of LoRA inside, in every bit; none is missing."""
+    model = quantised(case.build())
+    options: dict[str, Any] = {"variant": config, "bottleneck_size": 3}
+    if config == "lora":
+        model.requires_grad_(False)
+        names = ["q_proj", "v_proj"] if case is LLAMA else ["query", "value"]
+        lora = LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+        model = get_peft_model(model, lora)
+        options = {"adapter": None}
+    torch.manual_seed(1)
+    model = meft.make_reversible(model, meft.ReversibleConfig(**options)).train()
+    found = gradients(model, case.batch())
+    assert_same_bits(found, gradients(twin_of(model), case.batch()))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained - {"loss"} <= found.keys()
