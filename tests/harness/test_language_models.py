@@ -12,8 +12,10 @@ from meft_bench.child import backbones
 from meft_bench.child.backbones.classifier import LANGUAGE_MODELS
 from meft_bench.child.tasks import synthetic
 from meft_bench.child.tasks.batches import Batch, full_batches
+from meft_bench.child.training import prepare
 from meft_bench.child.training.steps import Stepper
 from meft_bench.child.worker import run
+from meft_bench.parent.fields import check_together
 from meft_bench.shared.backbones import TABLE
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
@@ -62,6 +64,13 @@ def test_every_token_is_a_target(family: str) -> None:
     assert torch.equal(out.loss, wanted)
 
 
+TRAIN_ALL = (
+    *("full", "checkpointing", "checkpointing-offload"),
+    *("full-exact", "full-exact-store"),
+)
+"""Methods that train every parameter."""
+
+
 @pytest.mark.parametrize(
     "method",
     slow_but_for([m for m in METHODS if m != "head"], "full", "lora", "meft1-exact"),
@@ -79,7 +88,7 @@ def test_every_method_trains_a_language_model(method: str) -> None:
         elif parameter.ndim > 1:  # decay moves every matrix
             assert not torch.equal(parameter, before[name]), name
     head = stepper.model.get_parameter("lm_head.weight")
-    assert head.requires_grad == (method in ("full", "checkpointing"))
+    assert head.requires_grad == (method in TRAIN_ALL)
 
 
 @pytest.mark.parametrize("family", slow_but_for(LANGUAGE_MODELS, "llama"))
@@ -87,8 +96,12 @@ def test_every_method_trains_a_language_model(method: str) -> None:
     ("method", "device"),
     [
         ("meft1-exact", "cpu"),
+        ("lora-exact", "cpu"),
         pytest.param("full", "virtual-H200", marks=without_gpu),
+        pytest.param("lora-exact", "virtual-H200", marks=without_gpu),
         pytest.param("lora-checkpointing", "virtual-H200", marks=without_gpu),
+        ("lora-checkpointing-offload", "cpu"),
+        pytest.param("lora-checkpointing-offload", "virtual-H200", marks=without_gpu),
     ],
 )
 def test_a_cell_of_a_language_model_is_measured(
@@ -100,7 +113,9 @@ def test_a_cell_of_a_language_model_is_measured(
     measured = seen["measurement"]
     assert 0 < measured["saved_bytes"] < measured["peak_allocated_bytes"]
     assert measured["score"] is None
-    if method == "meft1-exact":
+    if method.endswith("-exact") and device == "cpu":
+        assert measured["gradient_error"] == [0.0] * measured["num_blocks"]
+        assert measured["start_deviation"] < 0.2
         assert measured["reconstruction_error"] == [0.0] * measured["num_blocks"]
 
 
@@ -158,3 +173,49 @@ def test_a_row_of_one_token_is_refused() -> None:
     seen: Any = run(lm_cell(seq_len=1), ChildOptions())
     assert seen["status"] == "error"
     assert "`seq_len` is 1, but a language model predicts each token" in seen["message"]
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-exact", "lora-checkpointing"])
+def test_a_loss_in_chunks_is_the_same_loss(method: str) -> None:
+    """Of 5 tokens at a time, next to one of all of them."""
+    found = []
+    for chunk_tokens in (0, 5):
+        chosen = lm_cell(method=method, loss_chunk_tokens=chunk_tokens)
+        torch.manual_seed(0)
+        backbone = backbones.load(chosen, None, HERE)
+        stepper = prepare.apply_method(backbone, chosen)
+        stepper.model.train()
+        found.append(stepper.step([batch_of(stepper, chosen)], learning_rate=1e-2))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_classifier_has_no_loss_in_chunks() -> None:
+    """It is refused before anything runs; the message names the field."""
+    with pytest.raises(ValueError, match=r"`loss_chunk_tokens` = 5 with `task` = 'syn"):
+        check_together(lm_cell(task="synthetic", loss_chunk_tokens=5))
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("virtual-H200", marks=without_gpu)]
+)
+@pytest.mark.parametrize("method", ["meft1-exact", "lora-exact"])
+def test_lost_bits_on_the_host_are_counted(method: str, device: str) -> None:
+    """Those of all blocks but the first, whose streams are equal: there and back."""
+    seen: Any = run(
+        lm_cell(method=method, device=device, side_buffer="host"), ChildOptions()
+    )
+    assert seen["status"] == "ok", seen["message"]
+    measured = seen["measurement"]
+    chosen = lm_cell()
+    tokens = chosen.batch_size * chosen.seq_len
+    config, _ = backbones.load_config(chosen, HERE)
+    lost = (
+        (measured["num_blocks"] - 1)
+        * tokens
+        * config.hidden_size
+        * chosen.lost_bits
+        // 8
+    )
+    assert measured["d2h_bytes"] == measured["h2d_bytes"] == lost
+    elsewhere: Any = run(lm_cell(method=method, device=device), ChildOptions())
+    assert elsewhere["measurement"]["h2d_bytes"] is None

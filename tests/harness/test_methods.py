@@ -24,8 +24,10 @@ from meft.sparse.dense import DenseAdapter
 from meft.testing import saved_bytes
 from meft_bench.child.meters.routing import look
 from meft_bench.child.meters.rows import TrafficMeter
+from meft_bench.child.meters.transfers import ledgers_of
 from meft_bench.child.methods.adapters import AdaptedBlock
 from meft_bench.child.training.steps import Stepper
+from meft_bench.shared.methods import TABLE
 from meft_bench.shared.registry import HAVE_ROWS, METHODS, load
 
 HEAD = HIDDEN * LABELS + LABELS
@@ -48,6 +50,8 @@ FORMULAS = {
     "head": HEAD,
     "lora": LORA,
     "lora-checkpointing": LORA,
+    "checkpointing-offload": ALL,
+    "lora-checkpointing-offload": LORA,
     "adapters": ADAPTERS,
     "adapters-checkpointing": ADAPTERS,
     "meft1": ADAPTERS,
@@ -63,6 +67,10 @@ FORMULAS = {
     "meft1-exact-store": ADAPTERS - BOTTLENECK,
     "meft2-exact-store": ADAPTERS,
     "meft3-exact-store": ADAPTERS,
+    "lora-exact": LORA,
+    "lora-exact-store": LORA,
+    "full-exact": ALL,
+    "full-exact-store": ALL,
     "dense": ROWS,
     "dense-offload": ROWS,
     "sparse": ROWS,
@@ -77,6 +85,10 @@ FORMULAS = {
     "sparse-experts-lazy": ROUTED,
     "sparse-experts-dense-update": ROUTED,
 }
+
+
+EXACT = [name for name, m in TABLE.items() if m.streams == "integer" and not m.twin_of]
+"""Methods with an exact inverse."""
 
 
 def made(method: str, family: str = "bert", **changes: object) -> Any:
@@ -210,7 +222,7 @@ def test_every_method_trains_every_family(method: str, family: str) -> None:
     matrices = {name for name in trained if before[name].ndim > 1}
     assert matrices <= moved <= trained
     assert any(name.startswith(NEW_HEADS) for name in moved)
-    assert (trained == set(before)) == (method in ("full", "checkpointing"))
+    assert (trained == set(before)) == (FORMULAS[method] == ALL)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -220,6 +232,8 @@ def test_every_method_trains_every_family(method: str, family: str) -> None:
         ("full", "checkpointing"),
         ("lora", "lora-checkpointing"),
         ("adapters", "adapters-checkpointing"),
+        ("full", "checkpointing-offload"),
+        ("lora", "lora-checkpointing-offload"),
     ],
 )
 def test_checkpointing_changes_no_gradient(
@@ -235,7 +249,44 @@ def test_checkpointing_changes_no_gradient(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["meft1-exact", "meft2-exact", "meft3-exact"])
+@pytest.mark.parametrize(
+    "method",
+    ["checkpointing", "lora-checkpointing-offload", "adapters-checkpointing"],
+)
+def test_an_mlp_in_parts_changes_no_gradient(method: str, family: str) -> None:
+    """Without dropout, whose masks a part draws for itself; but for rounding."""
+    found = []
+    for num_chunks in (1, 3):
+        model = made(method, family, mlp_chunks=num_chunks).eval()
+        stepper = Stepper(model, cell())
+        stepper.loss(stepper.to_device(batch())).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        assert len(gradients) == sum(p.requires_grad for p in model.parameters())
+        found.append(gradients)
+    for whole, in_parts in zip(*found, strict=True):
+        torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method", ["checkpointing-offload", "lora-checkpointing-offload"]
+)
+def test_an_offloaded_checkpoint_is_copied_there_and_back(method: str) -> None:
+    """The input of each block once each way, and nothing that is saved for backward
+    stays on the device."""
+    model = made(method).train()
+    ledgers = ledgers_of(model)
+    assert len(ledgers) == BLOCKS
+    loss_and_gradients(model)
+    stream_bytes = 4 * 8 * HIDDEN * torch.float32.itemsize
+    mask_bytes = ledgers[0].d2h_bytes - stream_bytes  # BERT's loop gives it by position
+    assert mask_bytes in (0, 4 * 8 * 8, 4 * 8 * 8 * 4)
+    for one in ledgers:
+        assert one.d2h_bytes == one.h2d_bytes == stream_bytes + mask_bytes
+    assert saved_at(method, 5) == saved_at(method, 3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", EXACT)
 @pytest.mark.parametrize(
     "changes",
     slow_but_for(
@@ -255,7 +306,34 @@ def test_exact_methods_equal_their_stored_twins(
         assert torch.equal(got[name], gradient), name
 
 
-@pytest.mark.parametrize("method", ["meft1", "meft1-exact"])
+@pytest.mark.parametrize("method", EXACT)
+def test_lost_bits_on_the_host_change_no_gradient(method: str) -> None:
+    """They are copied there and back, bit by bit."""
+    loss, expected = loss_and_gradients(made(method))
+    again, got = loss_and_gradients(made(method, side_buffer="host"))
+    assert torch.equal(again, loss)
+    for name, gradient in expected.items():
+        assert torch.equal(got[name], gradient), name
+
+
+@pytest.mark.parametrize(
+    ("method", "plain"), [("lora-exact", "lora"), ("full-exact", "full")]
+)
+def test_each_lost_bit_halves_how_far_a_start_is_from_the_plain_method(
+    method: str, plain: str
+) -> None:
+    """Without adapters, the scale is all that changes the function."""
+    with torch.no_grad():
+        expected = made(plain).eval()(**batch()).logits
+        found = []
+        for lost_bits in (2, 3, 8):
+            got = made(method, lost_bits=lost_bits).eval()(**batch()).logits
+            found.append(float((got - expected).norm() / expected.norm()))
+    assert 0.4 < found[1] / found[0] < 0.6
+    assert found[2] < 0.01
+
+
+@pytest.mark.parametrize("method", ["meft1", "meft1-exact", "lora-exact"])
 def test_a_cell_says_how_much_of_a_stack_is_rebuilt(method: str) -> None:
     """So many of the lowest blocks; 0 rebuilds all; more than there are is refused."""
     for requested, rebuilt in ((0, BLOCKS), (2, 2)):
@@ -309,6 +387,14 @@ def test_a_block_more_keeps_its_input_or_nothing(
     stream_bytes = 4 * 8 * HIDDEN * torch.float32.itemsize
     grown = saved_at(method, 5) - saved_at(method, 3)
     assert grown == 2 * streams_per_block * stream_bytes
+
+
+@pytest.mark.parametrize("method", ["lora-exact", "full-exact"])
+def test_a_block_more_keeps_its_lost_bits(method: str) -> None:
+    """And, of each block, one number that the backward compares."""
+    grown = saved_at(method, 5) - saved_at(method, 3)
+    lost = 4 * 8 * HIDDEN * cell().lost_bits // 8
+    assert lost <= grown // 2 <= lost + 16
 
 
 @pytest.mark.parametrize("method", HAVE_ROWS)

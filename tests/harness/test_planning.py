@@ -12,8 +12,9 @@ import pandas
 import pytest
 from transformers import LlamaConfig
 
+from meft_bench.child import worker
 from meft_bench.child.backbones.files import read_config
-from meft_bench.parent import cli, planning
+from meft_bench.parent import cli, planning, runs
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.source import Source
@@ -544,3 +545,91 @@ def test_the_positions_of_a_model_are_the_limit(
     out = capsys.readouterr().out
     assert "seq 512 fits, and the model has positions for 512 tokens" in out
     assert "full    512          fits" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "lost_bits"), [([], [4, 8]), (["--set", "lost_bits=2"], [2, 2])]
+)
+def test_a_plan_has_the_defaults_of_each_method(
+    monkeypatch: pytest.MonkeyPatch, given: list[str], lost_bits: list[int]
+) -> None:
+    """Where the command line gives no value."""
+    planned_cells: list[Cell] = []
+
+    def ask(cells: list[Cell], *_: object, **__: object) -> list[dict[str, object]]:
+        planned_cells.extend(cells)
+        return [FITS | {"method": cell.method} for cell in cells]
+
+    monkeypatch.setattr(planning, "ask", ask)
+    words = ["plan", "bert-tiny", "--gpu", "H200", "--method", "exact", "lora-exact"]
+    assert cli.main([*words, *given, "--json"]) == 0
+    assert [cell.lost_bits for cell in planned_cells] == lost_bits
+
+
+FOUND = FITS | {
+    "task": "synthetic-lm",
+    "largest": 3072,
+    "multiple": 1024,
+    "allocated_bytes": 5,
+    "reserved_bytes": 6,
+    "num_trainable_parameters": 7,
+    "h2d_bytes": 32 * 10**9,
+    "d2h_bytes": 16 * 10**9,
+    "seconds_at_least": 0.5,
+    "prediction": "fake CUDA tensors",
+}
+
+
+def test_what_was_found_is_recorded_and_not_looked_for_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A record has the cell at its largest value; one that does not fit is `oom`."""
+    looked: list[str] = []
+
+    def ask(cells: list[Cell], *_: object, **wants: object) -> list[dict[str, object]]:
+        (cell,) = cells
+        assert (wants["maximize"], wants["multiple"]) == ("seq", 1024)
+        looked.append(cell.method)
+        fits = {"largest": 0, "message": ""} if cell.method == "full" else {}
+        return [FOUND | {"method": cell.method} | fits]
+
+    monkeypatch.setattr(planning, "ask", ask)
+    path = tmp_path / "found.jsonl"
+    words = ["fit", "llama-tiny", "--gpu", "RTX4090", "--batch", "1", "-o", str(path)]
+    words += ["--maximize", "seq", "--multiple", "1024", "--method", "full", "lora"]
+    assert cli.main(words) == 0
+    assert cli.main([*words, "meft1-exact"]) == 0
+    assert looked == ["full", "lora", "meft1-exact"]
+    full, lora, exact = runs.read(path)
+    assert (full.status, full.cell.seq_len) == ("oom", 1024)
+    assert full.message == "needs more than the margin leaves"
+    assert (lora.status, lora.cell.seq_len) == ("ok", 3072)
+    assert (lora.cell.task, lora.sweep) == ("synthetic-lm", "fit-seq_len")
+    assert exact.measurement.peak_reserved_bytes == 6
+    assert exact.measurement.link_seconds_at_least == 48 / 32
+
+
+@pytest.mark.slow
+def test_the_largest_multiple_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    """It fits, and the next multiple does not."""
+    words = ["fit", "bert-tiny", "--method", "lora", "--seq", "512", "--gpu", "RTX3090"]
+    assert cli.main([*words, "--multiple", "100", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["largest"] % 100 == 0
+    room = 0.95 * gpu.find("RTX3090").memory_bytes
+    assert found["needed_bytes"] <= room < found["beyond_bytes"]
+
+
+@pytest.mark.parametrize("method", ["lora-checkpointing-offload", "meft1-exact"])
+def test_copies_of_a_plan_are_those_of_the_books(method: str) -> None:
+    """Of checkpoints and of lost bits, and of the batch in addition."""
+    fields: dict[str, Any] = {"backbone": "random:llama-tiny", "batch_size": 2}
+    fields |= {"seq_len": 16, "side_buffer": "host", "task": "synthetic-lm"}
+    cell = Cell(method=method, device="virtual-H200", **fields)
+    found = make_plan(cell, Source(), 0.05)
+    result: Any = worker.run(cell, ChildOptions())
+    seen = result["measurement"]
+    num_tensors = 3  # tokens, mask and labels, of 8 bytes each
+    assert found.h2d_bytes is not None
+    assert found.h2d_bytes - seen["h2d_bytes"] == num_tensors * 8 * 2 * 16
+    assert found.d2h_bytes == seen["d2h_bytes"] > 0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from meft_bench.parent import fields, sweep
 from meft_bench.parent.sweep import Condition, Matrix, Point, Sweep, SweepError
-from meft_bench.shared import registry
+from meft_bench.shared import methods, registry
 from meft_bench.shared.cell import Cell
 
 HEAD = 'question = "Which?"\n'
@@ -30,7 +30,7 @@ def load(tmp_path: Path) -> Callable[[str], Sweep]:
     return load_text
 
 
-OTHERS = {"store", "exact", "dense", "sparse"}
+OTHERS = {"store", "exact", "offload", "dense", "sparse"}
 
 
 @pytest.mark.parametrize("name", sorted(sweep.shipped()))
@@ -168,6 +168,29 @@ def test_set(load: Callable[[str], Sweep]) -> None:
         (Cell(method="lora").learning_rate, Cell(method="lora").max_steps),
     ]
     assert isinstance(cells[0].learning_rate, float)
+
+
+def test_a_method_has_defaults_of_its_own(load: Callable[[str], Sweep]) -> None:
+    """Where no value is given: in defaults, in an axis or by a rule, it is kept."""
+    axes = 'axes = { method = ["meft1-exact", "lora-exact"] }\n'
+    found = [
+        [cell.lost_bits for cell in load(MATRIX + text).cells]
+        for text in (
+            axes,
+            axes + "defaults = { lost_bits = 4 }",
+            axes + '[[matrix.set]]\nwhen = { method = "lora-exact" }\nlost_bits = 2',
+            axes + "[[matrix.set]]\nwhen = { lost_bits = 8 }\nseed = 1",
+        )
+    ]
+    assert found == [[4, 8], [4, 4], [4, 2], [4, 8]]
+
+
+def test_every_default_of_a_method_is_valid() -> None:
+    """A field of a cell that the method uses, with a value that a sweep may give."""
+    for name, method in methods.TABLE.items():
+        for option, value in method.defaults.items():
+            assert fields.check(option, value) == value, name
+            assert option in method.options
 
 
 def test_exclude(load: Callable[[str], Sweep]) -> None:

@@ -281,6 +281,27 @@ def test_a_plan_without_a_link_knows_no_traffic() -> None:
     assert found.needed_bytes is not None
 
 
+@pytest.mark.parametrize(
+    ("method", "fields", "what"),
+    [
+        ("sparse", {}, "rows"),
+        ("lora-checkpointing-offload", {}, "checkpoints"),
+        ("meft1-exact", {"side_buffer": "host"}, "lost bits"),
+    ],
+)
+def test_what_is_kept_on_the_host_needs_a_backend_that_knows_it(
+    method: str, fields: dict[str, str], what: str
+) -> None:
+    """Its bytes would otherwise count as the GPU's."""
+    here = cell(
+        method=method, device="virtual-H200", backbone="random:bert-tiny", **fields
+    )
+    with without_shim():
+        found = plan(here, Source(), margin=0.05)
+    assert found.verdict == "unknown"
+    assert f"'{method}' keeps {what} on the host" in found.message
+
+
 REAL_SIZES: dict[str, dict[str, Any]] = {
     "BERT-base, full, fp32, 16 x 128": {
         "backbone": "random:bert-base",

@@ -43,6 +43,8 @@ CELL = {
     "lost_bits": 4,
     "reversible_blocks": 0,
     "mlp_chunks": 1,
+    "side_buffer": "device",
+    "loss_chunk_tokens": 0,
     "attention": "sdpa",
     "blocks": "eager",
     "reference": "",
@@ -59,7 +61,8 @@ NOTHING_SEEN = dict.fromkeys(
     """num_parameters num_trainable_parameters num_blocks saved_bytes model_state_bytes
     peak_allocated_bytes peak_reserved_bytes peak_host_bytes nvml_process_bytes
     pcie_rx_bytes pcie_tx_bytes step_seconds step_seconds_iqr all_step_seconds
-    reference_step_seconds step_ratio step_ratio_iqr num_steps loss_curve loss_mean
+    reference_step_seconds step_ratio step_ratio_iqr seconds_at_least
+    link_seconds_at_least num_steps loss_curve loss_mean
     score_name score majority_score second_score_name second_score
     second_majority_score third_score_name third_score third_majority_score
     right_rows h2d_bytes d2h_bytes
@@ -355,10 +358,37 @@ def build_prediction() -> list[Record]:
     ]
 
 
+def build_longest() -> list[Record]:
+    """The longest sequence of four methods on one GPU; one does not fit at all."""
+    shape: Any = {"task": "synthetic-lm", "device": "virtual-H100", "batch_size": 1}
+    shape |= {"machine": "virtual GPU", "prediction": "fake CUDA tensors"}
+    lengths: Any = {
+        "lora": ({}, 0, 0),
+        "lora-checkpointing": ({}, 10_240, 0),
+        "lora-checkpointing-offload": ({}, 20_480, 16),
+        "meft1-exact": ({"side_buffer": "host"}, 40_960, 4),
+    }
+    records = []
+    for method, (options, seq_len, kib_per_token) in lengths.items():
+        record = build_record(
+            "ok" if seq_len else "oom",
+            method=method,
+            seq_len=seq_len or 1024,
+            h2d_bytes=seq_len * kib_per_token * 1024 // 2,
+            d2h_bytes=seq_len * kib_per_token * 1024 // 2,
+            seconds_at_least=seq_len / 1024,
+            link_seconds_at_least=seq_len * kib_per_token / 2**20,
+            **options,
+            **shape,
+        )
+        records.append(record | {"sweep": "fit-seq_len"})
+    return records
+
+
 def build_all() -> list[Record]:
     """All of the runs above, of which every figure and table can be made."""
     parts = (build_matrix, build_depth, build_quality, build_traffic, build_knowledge)
-    others = (build_prediction, build_headline)
+    others = (build_prediction, build_headline, build_longest)
     return [record for build in (*parts, *others) for record in build()]
 
 
@@ -394,6 +424,12 @@ def knowledge() -> pd.DataFrame:
 def headline() -> pd.DataFrame:
     """The frame of `build_headline`; tests must not modify it."""
     return to_frame(build_headline())
+
+
+@pytest.fixture(scope="session")
+def longest() -> pd.DataFrame:
+    """The frame of `build_longest`; tests must not modify it."""
+    return to_frame(build_longest())
 
 
 @pytest.fixture(scope="session")

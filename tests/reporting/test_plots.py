@@ -8,6 +8,7 @@ import pytest
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
 import meft_reports.plots
 from marks import slow_but_for
@@ -22,6 +23,7 @@ from reporting.kinds import Draw, MakeRecord, Record
 
 UNITS = {
     "headline": ("peak GPU memory of a training step (GiB)", ""),
+    "longest": ("longest sequence (tokens)", ""),
     "score_memory": ("peak allocated memory (MiB)", "score (accuracy)"),
     "loss_curve": ("step (optimizer updates)", "training loss (mean of 1 steps)"),
     "step_seconds": ("time of a step (full = 1 = 500 ms)", ""),
@@ -66,11 +68,13 @@ def frames(
     traffic: pd.DataFrame,
     knowledge: pd.DataFrame,
     headline: pd.DataFrame,
+    longest: pd.DataFrame,
 ) -> dict[str, pd.DataFrame]:
     """The made-up run of which each plot can be drawn."""
     frames = dict.fromkeys(PLOTS, frame) | dict.fromkeys(OF_DEPTH, depth)
     frames |= dict.fromkeys(OF_QUALITY, quality)
     frames |= dict.fromkeys(OF_KNOWLEDGE, knowledge)
+    frames["longest"] = longest
     frames["headline"] = frames["savings"] = headline
     return frames | dict.fromkeys(OF_TRAFFIC, traffic)
 
@@ -94,8 +98,8 @@ def test_every_file_of_the_folder_is_a_plot_or_a_part_of_one() -> None:
     assert files == {*PLOTS, *parts.split()}
 
 
-WITH_LEGEND = sorted({*PLOTS} - {"step_seconds"})
-"""The lines of the others have the names of methods next to them."""
+WITH_LEGEND = sorted({*PLOTS} - {"longest", "step_seconds"})
+"""Bars and lines of the others have the names of methods next to them."""
 
 
 @every_plot
@@ -222,6 +226,24 @@ def test_activations_stand_at_their_bytes_and_failures_at_the_right(
         (marks["full"], 4, 1),
     ]
     assert cross == ("x", 0.985, 1)
+
+
+def test_the_longest_sequences_are_bars_in_the_order_of_methods(draw: Draw) -> None:
+    """As long as the sequence; those that copy activations are hollow."""
+    figure = draw("longest")
+    (axes,) = figure.axes
+    bars = [
+        (bar.get_width(), bar.get_facecolor() == (1, 1, 1, 1))
+        for bar in axes.patches
+        if isinstance(bar, Rectangle)
+    ]
+    assert bars == [
+        (0, False),
+        (10_240, False),
+        (20_480, True),
+        (40_960, True),
+    ]
+    assert {" does not fit", " 10,240", " 20,480 (320.0 MiB)"} <= {*texts(figure)}
 
 
 def test_lines_that_name_their_method_need_no_legend(draw: Draw) -> None:

@@ -402,3 +402,18 @@ def test_seconds_are_shown_as_people_say_them() -> None:
         "2.5 s",
         "1 min 15 s",
     ]
+
+
+def test_the_longest_sequences_are_compared_with_the_best_rivals(
+    longest: pd.DataFrame,
+) -> None:
+    """One that stays on the device and one that does not; and bytes per token."""
+    (table,) = find_tables("longest")(longest)
+    assert [row[:4] for row in table.rows] == [
+        ("lora", "none", NOTHING, NOTHING),
+        ("lora-checkpointing", "10,240", "1.00", "0.50"),
+        ("lora-checkpointing-offload", "20,480", "2.00", "1.00"),
+        ("meft1-exact", "40,960", "4.00", "2.00"),
+    ]
+    assert [row[4:7] for row in table.rows[-1:]] == [("160.0 MiB", "4.0 KiB", "0.25")]
+    assert any("Predicted" in note for note in table.notes)

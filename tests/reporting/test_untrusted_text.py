@@ -207,6 +207,8 @@ def test_no_text_of_a_figure_is_a_formula(name: str) -> None:
         if name in ("headline", "savings"):
             kept = ("method", "task", "device", "reference")
             record["cell"] |= {field: plain["cell"][field] for field in kept}
+        if name == "longest":
+            record["sweep"] = plain["sweep"]
     figure = find_plot(name).draw(to_frame(records))
     render(figure, "svg")
     texts = figure.findobj(matplotlib.text.Text)

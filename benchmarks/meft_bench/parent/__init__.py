@@ -18,6 +18,7 @@ of memory ends only its own process.
     environment   versions, sources and machine
     progress      output during a run
     planning      the commands `plan` and `fit`: requests to the planner
+    fit_records   records of what `fit` found
     show          the command `show`
     doctor        the command `doctor`
     output        printing to a terminal, a pipe or a full disk

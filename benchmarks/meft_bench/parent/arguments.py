@@ -61,6 +61,19 @@ def parser() -> argparse.ArgumentParser:
     fitted.add_argument(
         "--maximize", choices=planning.FIELDS, default="batch", help="default: batch"
     )
+    fitted.add_argument(
+        "--multiple",
+        type=_count,
+        default=1,
+        help="look among the multiples of this number, with fewer probes; default 1",
+    )
+    fitted.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help="append a record for each answer; answers that are in the file are not "
+        "looked for again",
+    )
     shown = commands.add_parser("show", help="print the last record of a cell")
     shown.add_argument("cell", help="its id, or a part that only one cell's has")
     shown.add_argument("runs", type=Path, help="records file")

@@ -13,13 +13,16 @@ Exit codes, which benchmarks/README.md explains for each command:
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from meft_bench.parent import (
     arguments,
     doctor,
+    fit_records,
     harness,
     output,
     planning,
@@ -34,7 +37,7 @@ from meft_bench.parent.sweep import SweepError
 from meft_bench.shared import registry
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
-from meft_bench.shared.record import Record
+from meft_bench.shared.record import Record, Status
 from meft_bench.shared.request import WORKER
 from meft_bench.virtual.device import gpu
 from meft_bench.virtual.prediction import plan_text
@@ -86,12 +89,15 @@ def _plan_or_fit(given: argparse.Namespace) -> int:
     script = None if given.script is None else planning.script(given)
     cells = planning.cells(given) if script is None else []
     options = ChildOptions(allow_download=given.allow_download)
+    if not is_plan and given.output is not None and script is None:
+        return _fit_into_file(given, cells, options)
     timeline = given.timeline if is_plan else None
     if timeline is not None and not timeline.parent.is_dir():
         raise UsageError(f"--timeline: there is no folder {str(timeline.parent)!r}")
     wants: dict[str, Any] = {"margin": margin, "timeline": timeline is not None}
     if script is None:
         wants |= {"seq": given.seq or (), "padding": given.padding}
+        wants |= {} if is_plan else {"multiple": given.multiple}
         plans = planning.ask(cells, options, maximize=maximize, **wants)
     else:
         plans = planning.ask_script(script, options, maximize=not is_plan, **wants)
@@ -119,6 +125,52 @@ def _plan_or_fit(given: argparse.Namespace) -> int:
         output.complain(f"meft-bench: nothing fits on {given.gpu}")
         return harness.EXIT_FAILED
     return harness.EXIT_OK
+
+
+def _fit_into_file(
+    given: argparse.Namespace, cells: list[Cell], options: ChildOptions
+) -> int:
+    """Append a record for each cell that is not in the file, one search at a time."""
+    field = planning.FIELDS[given.maximize]
+    caveat = fit_records.CAVEAT.format(margin=given.margin, multiple=given.multiple)
+    where = harness.environments_for(tuple(cells), num_threads=1, num_slots=1)
+    num_fitting = 0
+    with runs.RecordsFile(given.output) as file:
+        left = fit_records.left(cells, file.records, where, field, caveat)
+        for cell in left:
+            started_at = datetime.now(UTC).isoformat(timespec="seconds")
+            start = time.monotonic()
+            (plan,) = planning.ask(
+                [cell],
+                options,
+                maximize=given.maximize,
+                margin=given.margin,
+                seq=given.seq or (),
+                padding=given.padding,
+                multiple=given.multiple,
+            )
+            if plan["verdict"] == "unknown":
+                output.complain(f"meft-bench: no plan: {plan['message']}")
+                continue
+            answer = fit_records.record(
+                cell,
+                plan,
+                field=field,
+                caveat=caveat,
+                environment=where[cell.device],
+                started_at=started_at,
+                wall_seconds=time.monotonic() - start,
+            )
+            file.append(answer)
+            num_fitting += answer.status == Status.OK
+            print(answer.cell.id)
+    output.summarize(
+        [
+            f"{len(left)} of {len(cells)} looked for, the others are recorded",
+            f"records: {given.output}",
+        ]
+    )
+    return harness.EXIT_OK if num_fitting or not left else harness.EXIT_FAILED
 
 
 def _list(given: argparse.Namespace) -> int:

@@ -27,6 +27,7 @@ _NAMES: dict[str, Collection[str]] = {
     "attention": registry.ATTENTIONS,
     "blocks": registry.BLOCKS,
     "padding": registry.PADDINGS,
+    "side_buffer": registry.SIDE_BUFFERS,
     "optimizer": registry.OPTIMIZERS,
     "reference": ("", *registry.METHODS),
 }
@@ -86,6 +87,12 @@ def check_together(cell: Cell) -> None:
         raise ValueError(
             f"`padding` = {cell.padding!r} with `seq_len` = {cell.seq_len}, of which "
             "nothing would be left: set `seq_len` to 2 or more, or take 'none'"
+        )
+    if cell.loss_chunk_tokens and cell.task == "synthetic":
+        raise ValueError(
+            f"`loss_chunk_tokens` = {cell.loss_chunk_tokens} with `task` = "
+            f"{cell.task!r}, whose models are classifiers: take a task of language "
+            "models, such as 'synthetic-lm', or leave it out"
         )
     if cell.patience and not cell.eval_every:
         raise ValueError("`patience` counts validations; set `eval_every` above 0 too")

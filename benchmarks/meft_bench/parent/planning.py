@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.parent import fields, isolate, output
-from meft_bench.shared import configs, lengths, registry, request
+from meft_bench.shared import configs, lengths, methods, registry, request
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.request import WORKER
@@ -68,6 +68,8 @@ def script(arguments: argparse.Namespace) -> dict[str, Any]:
         "--dtype": given["dtype"] != "fp32",
         "--attention": given["attention"] != "sdpa",
         "--maximize": given.get("maximize", "batch") != "batch",
+        "--multiple": given.get("multiple", 1) != 1,
+        "--output": given.get("output"),
     }
     idle = [name.replace("_", "-") for name, value in of_backbones.items() if value]
     if idle:
@@ -127,11 +129,14 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
     values |= _set_fields(arguments.set)
     if "task" not in values:
         values["task"] = USUAL_TASK
-    methods = _methods(arguments.method, model_type)
-    found = [Cell(method=method, **values) for method in methods]
+    names = _methods(arguments.method, model_type)
+    found = [
+        Cell(**methods.with_defaults({"method": name, **values})) for name in names
+    ]
     for cell in found:
         try:
-            task = cell.task or registry.SYNTHETIC_TASKS[0]
+            # Which one it is depends on the config; the child refuses what it cannot.
+            task = cell.task or registry.SYNTHETIC_TASKS[-1]
             fields.check_together(dataclasses.replace(cell, task=task))
         except ValueError as error:
             raise PlanningError(str(error)) from error
@@ -147,6 +152,7 @@ def ask(
     timeline: bool = False,
     seq: Sequence[str] = (),
     padding: str = "worst",
+    multiple: int = 1,
 ) -> list[dict[str, Any]]:
     """Return the plan of each cell, or of the largest that fits, as JSON objects.
 
@@ -159,6 +165,7 @@ def ask(
         seq: lengths of the batches, as `meft_bench.shared.lengths` reads them; none for
             those of the cells.
         padding: one of `PADDINGS`.
+        multiple: what the largest value is a multiple of.
 
     Raises:
         PlanningError: the child ended without an answer; the message states why.
@@ -169,6 +176,7 @@ def ask(
         "cells": [cell.to_json() for cell in cells],
         "maximize": field,
         "at_most": AT_MOST.get(field or ""),
+        "multiple": multiple,
         "margin": margin,
         "timeline": timeline,
         "seq": list(seq),

@@ -23,7 +23,7 @@ from typing import Any
 
 from meft_bench.parent import fields
 from meft_bench.parent.fields import Value
-from meft_bench.shared import registry, units
+from meft_bench.shared import methods, registry, units
 from meft_bench.shared.cell import Cell
 
 TIMEOUT_SECONDS = 3600.0
@@ -172,7 +172,7 @@ def expand(matrix: Matrix, *, device: str) -> Iterator[Cell]:
 
 
 def _cell(point: Point) -> Cell:
-    return Cell.from_json(point)
+    return Cell.from_json(methods.with_defaults(point))
 
 
 def _matches(cell: Cell, condition: Condition) -> bool:

@@ -115,7 +115,21 @@ class Cell:
     The blocks above are stored. Applies to BART's encoder and decoder each.
     """
     mlp_chunks: int = 1
-    """Number of parts of the tokens in which MEFT runs and differentiates an MLP."""
+    """Number of parts of the tokens in which an MLP is run and differentiated.
+
+    MEFT and the methods with checkpointing have it. MEFT differentiates a part as soon
+    as it is recomputed; checkpointing takes one more forward of the MLP for it.
+    """
+    side_buffer: str = "device"
+    """Where the `-exact` methods keep their lost bits until the backward.
+
+    `device`, or `host`: in host memory, to and from which they are copied.
+    """
+    loss_chunk_tokens: int = 0
+    """Number of tokens whose logits exist at a time in the loss of a language model.
+
+    0 computes the loss from all logits, as transformers does. Any method can have it.
+    """
     attention: str = "sdpa"
     """Attention kernel, one of `meft_bench.shared.registry.ATTENTIONS`."""
     blocks: str = "eager"

@@ -2,6 +2,7 @@
 
 one_of(words)          one of these words
 some_of(words)         a list of these words
+values_of(types)       a table of names with values of their types
 object_in(folder)      `FILE:NAME`, where FILE is a module in a folder
 """
 
@@ -9,7 +10,7 @@ import ast
 import functools
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,16 @@ def some_of(words: Collection[str]) -> FieldKind:
         f"a list of {', '.join(words)}",
         lambda v: (
             isinstance(v, list) and all(isinstance(w, str) and w in words for w in v)
+        ),
+    )
+
+
+def values_of(types: Mapping[str, Any]) -> FieldKind:
+    """Return the kind of a table that has values for some of the names in `types`."""
+    return FieldKind(
+        f"a table with values of {', '.join(types)}",
+        lambda v: (
+            isinstance(v, dict) and all(type(v[name]) is types.get(name) for name in v)
         ),
     )
 

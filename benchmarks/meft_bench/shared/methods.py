@@ -4,8 +4,9 @@ The data is `methods.toml`, which the reports read as well.
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from meft_bench.shared import tables
 from meft_bench.shared.cell import Cell
@@ -17,6 +18,7 @@ from meft_bench.shared.field_kinds import (
     object_in,
     one_of,
     some_of,
+    values_of,
 )
 
 FUNCTIONS = "meft_bench.child.methods"
@@ -31,6 +33,8 @@ class Method:
     """`FILE:NAME` in `FUNCTIONS`."""
     options: tuple[str, ...] = ()
     """Fields of a cell that only some methods use, of those that this one uses."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """Values of options where none is given, if they are not those of `Cell`."""
     streams: str = ""
     """Arithmetic of a reversible method's streams: `float` or `integer`."""
     twin_of: str = ""
@@ -60,7 +64,8 @@ _FOR_REPORTS: dict[str, FieldKind] = {
 }
 _SCHEMA = _FOR_REPORTS | {
     "function": object_in(Path(__file__).parents[1] / "child" / "methods"),
-    "options": some_of([field.name for field in dataclasses.fields(Cell)]),
+    "options": some_of([one.name for one in dataclasses.fields(Cell)]),
+    "defaults": values_of({one.name: one.type for one in dataclasses.fields(Cell)}),
     "streams": one_of(["float", "integer"]),
     "twin_of": TABLE_NAME,
     "neurons": one_of(["dense", "sparse", "experts"]),
@@ -74,8 +79,26 @@ def _read() -> dict[str, Method]:
         fields = {key: v for key, v in table.items() if key not in _FOR_REPORTS}
         fields["options"] = tuple(fields.get("options", ()))
         methods[name] = Method(**fields)
+        if not methods[name].defaults.keys() <= {*methods[name].options}:
+            raise tables.wrong_value(
+                tables.METHODS,
+                name,
+                "defaults",
+                methods[name].defaults,
+                "values of options of the method",
+            )
     return methods
 
 
 TABLE = _read()
 """Every method by name, in the order of the file."""
+
+
+def with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a cell, with defaults of its method where none is given.
+
+    Args:
+        fields: values by the names of fields of `Cell`; one is the `method`.
+    """
+    method = TABLE.get(fields["method"])
+    return fields if method is None else {**method.defaults, **fields}

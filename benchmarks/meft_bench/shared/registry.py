@@ -51,7 +51,10 @@ PEFT = ("peft:", "peft-checkpointing:")
 
 The second has gradient checkpointing.
 """
-METHODS_OF_ANY_MODEL = ("full", "lora", "checkpointing", "lora-checkpointing")
+METHODS_OF_ANY_MODEL = (
+    *("full", "lora", "checkpointing", "lora-checkpointing"),
+    *("checkpointing-offload", "lora-checkpointing-offload"),
+)
 """Methods that a model of any family can be planned with, besides those of PEFT."""
 
 CHECKS = {
@@ -101,6 +104,7 @@ PLANNED_BACKBONES = {
 DTYPES = ("fp32", "bf16", "fp16")
 BLOCKS = ("eager", "compiled")
 PADDINGS = ("none", "some")
+SIDE_BUFFERS = ("device", "host")
 OPTIMIZERS = ("adamw", "adamw-fused", "sgd")
 """AdamW as torch runs it by default, AdamW in one kernel, SGD without momentum."""
 ATTENTIONS = {

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PLOTS = (
     "headline",
+    "longest",
     "score_memory",
     "loss_curve",
     "step_seconds",

@@ -42,4 +42,6 @@ def _num_rebuilt(rows: pd.DataFrame) -> pd.DataFrame:
         ours["num_blocks"].astype("Float64")
     )
     x = rebuilt_blocks.mask(ours["method"].map(is_stored).astype(bool), 0.0)
-    return ours.assign(x=x, method=ours["method"].map(rebuilt))
+    # A twin has no lost bits, which could be elsewhere.
+    place = ours["side_buffer"].fillna("device")
+    return ours.assign(x=x, side_buffer=place, method=ours["method"].map(rebuilt))

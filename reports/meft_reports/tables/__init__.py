@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TABLES = (
     "headline",
+    "longest",
     "results",
     "differences",
     "memory",

@@ -25,7 +25,7 @@ from meft_reports.summary import (
 )
 from meft_reports.tables.table import Table, join_options, notes_on
 
-MAY_DIFFER = ("reversible_blocks", "reference")
+MAY_DIFFER = ("reversible_blocks", "side_buffer", "reference")
 PLACE = (*WORKLOAD, *PROVENANCE)
 HEADER = (
     "method",

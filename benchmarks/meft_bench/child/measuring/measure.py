@@ -97,6 +97,7 @@ def _measure(cell: Cell, source: Source, partial: PartialResult) -> None:
     if cell.device == "cuda":
         probes.probe_link(stepper, batches, partial)
     probes.probe_rows(stepper, batches, partial)
+    probes.probe_transfers(stepper, batches, partial)
     probes.look_at_routing(stepper, batches[0], partial)
     if methods.TABLE[cell.method].rebuilds:
         probes.check_inverse(stepper, batches[0], partial)

@@ -14,7 +14,7 @@ import torch
 from meft.sparse.adapter import sparse_adapters
 from meft.testing import check_reversible
 from meft_bench.child.measuring.partial_result import PartialResult, finite
-from meft_bench.child.meters import memory, nvml, routing, rows
+from meft_bench.child.meters import memory, nvml, routing, rows, transfers
 from meft_bench.child.meters.interleaved import time_interleaved
 from meft_bench.child.tasks.batches import Batch
 from meft_bench.child.training.out_of_memory import is_out_of_memory
@@ -135,6 +135,28 @@ def probe_rows(
     meter = rows.TrafficMeter(adapters)
     stepper.step(batches, learning_rate=0.0)
     partial.note(**dataclasses.asdict(meter.result()))
+
+
+def probe_transfers(
+    stepper: Stepper, batches: Sequence[Batch], partial: PartialResult
+) -> None:
+    """Count the bytes of activations that one step copies to the host and back.
+
+    Args:
+        stepper: the trained model.
+        batches: micro-batches of one step.
+        partial: the partial result to update.
+    """
+    ledgers = transfers.ledgers_of(stepper.model)
+    if not ledgers:
+        return
+    for ledger in ledgers:
+        ledger.clear()
+    stepper.step(batches, learning_rate=0.0)
+    partial.note(
+        h2d_bytes=sum(ledger.h2d_bytes for ledger in ledgers),
+        d2h_bytes=sum(ledger.d2h_bytes for ledger in ledgers),
+    )
 
 
 def look_at_routing(stepper: Stepper, batch: Batch, partial: PartialResult) -> None:

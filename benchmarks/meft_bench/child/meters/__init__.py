@@ -6,5 +6,6 @@ memory       bytes saved for backward, of the model state, allocated, reserved, 
              the process
 nvml         bytes over the link to the device, and NVML's count for this process
 rows         rows that sparse adapters transfer and hold
+transfers    bytes of activations that are copied between host and device
 routing      how many neurons a batch activates, and the recall of the router
 """

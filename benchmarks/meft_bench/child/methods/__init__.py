@@ -10,6 +10,6 @@ full           every parameter; or the head only
 lora           LoRA
 adapters       bottleneck adapters
 checkpointing  gradient checkpointing of the above
-reversible     MEFT1, MEFT2 and MEFT3
+reversible     MEFT1, MEFT2 and MEFT3; LoRA or full fine-tuning in a reversible model
 sparse         dense and sparse adapters of many neurons
 """

@@ -38,14 +38,14 @@ def adapters(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
 
 
 class AdaptedBlock(nn.Module):
-    """A block of any family with an adapter in each half, or in its MLP half only."""
+    """A block of any family as two halves, each with an adapter or without."""
 
     def __init__(
         self,
         block: nn.Module,
         family: Family,
         attention_adapter: nn.Module | None,
-        mlp_adapter: nn.Module,
+        mlp_adapter: nn.Module | None,
     ) -> None:
         super().__init__()
         weight = next(block.parameters())
@@ -67,6 +67,17 @@ class AdaptedBlock(nn.Module):
         adapters = self.mlp_adapter, self.attention_adapter
         output = self.family.whole(self.block, hidden_states, *adapters, **call)
         return self.family.layout(self.block).returned(output)
+
+    def attention(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output of the half that mixes tokens, `batch seq hidden`."""
+        call = dict(zip(self._names, args, strict=False)) | kwargs
+        return self.family.attention_half(
+            self.block, hidden_states, self.attention_adapter, **call
+        )
+
+    def mlp(self, attended: Tensor) -> Tensor:
+        """Return the output of the position-wise half, of the shape of its input."""
+        return self.family.mlp_half(self.block, attended, self.mlp_adapter)
 
 
 def _bottleneck(shape: AdapterShape, cell: Cell) -> Bottleneck:

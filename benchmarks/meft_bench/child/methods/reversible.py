@@ -1,9 +1,11 @@
 """MEFT (Liao et al., NeurIPS 2023): three variants, two arithmetics, rebuilt or stored.
 
 `meftN` is the paper's method, in floating point; `meftN_exact` has integer streams and
-an exact inverse. Both rebuild their activations in backward; `..._store` is the same
-function under ordinary autograd, the reference for memory, speed and exactness. All
-train the adapters and the new head.
+an exact inverse. They train the adapters of their blocks and the new head. `lora_exact`
+and `full_exact` have no such adapters: LoRA inside the blocks trains, or every
+parameter, in a model with integer streams. All rebuild their activations in backward;
+`..._store` is the same function under ordinary autograd, the reference for memory,
+speed and exactness.
 """
 
 from functools import partial
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel
 
 import meft
 from meft.backbone.find import find_blocks
+from meft_bench.child.methods.full import full
 from meft_bench.shared.cell import Cell
 
 
@@ -21,14 +24,27 @@ def _in_floats(model: PreTrainedModel, cell: Cell, **kind: Any) -> PreTrainedMod
 
 
 def _exact(model: PreTrainedModel, cell: Cell, **kind: Any) -> PreTrainedModel:
+    if kind["backward"] == "rebuild":
+        kind["side_buffer"] = cell.side_buffer
     return _reversible(
         model, cell, arithmetic="fixed", lost_bits=cell.lost_bits, **kind
     )
 
 
+def _lora_exact(model: PreTrainedModel, cell: Cell, **kind: Any) -> PreTrainedModel:
+    from meft_bench.child.methods.lora import lora  # peft takes seconds to import
+
+    return _exact(lora(model, cell), cell, adapter=None, **kind)
+
+
+def _full_exact(model: PreTrainedModel, cell: Cell, **kind: Any) -> PreTrainedModel:
+    return _exact(full(model, cell), cell, adapter=None, **kind)
+
+
 def _reversible(model: PreTrainedModel, cell: Cell, **kind: Any) -> PreTrainedModel:
+    if "variant" in kind:
+        kind["bottleneck_size"] = cell.bottleneck_size
     config = meft.ReversibleConfig(
-        bottleneck_size=cell.bottleneck_size,
         mlp_chunks=cell.mlp_chunks,
         span=_span(model, cell),
         **kind,
@@ -59,3 +75,7 @@ meft3_exact = partial(_exact, variant="meft3", backward="rebuild")
 meft1_exact_store = partial(_exact, variant="meft1", backward="store")
 meft2_exact_store = partial(_exact, variant="meft2", backward="store")
 meft3_exact_store = partial(_exact, variant="meft3", backward="store")
+lora_exact = partial(_lora_exact, backward="rebuild")
+full_exact = partial(_full_exact, backward="rebuild")
+lora_exact_store = partial(_lora_exact, backward="store")
+full_exact_store = partial(_full_exact, backward="store")

@@ -6,6 +6,7 @@ load_backbone -> apply_method -> a `Stepper` on the cell's device
 import torch
 from transformers import PreTrainedModel
 
+import meft
 from meft_bench.child import backbones
 from meft_bench.child.backbones import Backbone
 from meft_bench.child.tasks.question import AnswerTask
@@ -45,6 +46,8 @@ def apply_method(backbone: Backbone, cell: Cell) -> Stepper:
     # Seeded again, so that adapters do not depend on how the backbone was loaded.
     seed_everything(cell.seed)
     model = load(METHODS[cell.method])(backbone.model, cell)
+    if cell.loss_chunk_tokens:
+        meft.chunk_loss(model, cell.loss_chunk_tokens)
     return Stepper(model.to(cell.device), cell)
 
 

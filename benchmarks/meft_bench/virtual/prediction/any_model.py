@@ -17,9 +17,12 @@ from typing import Any
 import peft
 import torch
 import transformers
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
+import meft
 from meft_bench.child.backbones.classifier import WEIGHTS_DTYPES, num_positions, options
 from meft_bench.child.tasks.batches import Batch
 from meft_bench.child.training import execution
@@ -32,7 +35,7 @@ from meft_bench.virtual.device import gpu
 from meft_bench.virtual.device.allocator import settings_in_words
 from meft_bench.virtual.emulation import assumed_selection, ordinary_code
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
-from meft_bench.virtual.prediction.predict import Ready
+from meft_bench.virtual.prediction.predict import Ready, refuse_without_host
 
 LANGUAGE_MODELS: dict[str, Mapping[str, object]] = {
     "AutoModelForSpeechSeq2Seq": (
@@ -105,6 +108,7 @@ def ready(cell: Cell, config: PreTrainedConfig) -> Iterator[Ready]:
         device.new_ledger() as ledger,
     ):
         ledger.watch_all()
+        refuse_without_host(cell, device)
         on_it = dataclasses.replace(cell, device=device.backend.device)
         model = _with_method(build(config, on_it), on_it)
         stepper = Stepper(model, on_it)
@@ -224,12 +228,14 @@ def build(config: PreTrainedConfig, cell: Cell) -> Any:
 
 def _with_method(model: Any, cell: Cell) -> Any:
     """Apply the method of a cell to a model, and move it to the cell's device."""
-    if cell.method.partition(":")[0].endswith("checkpointing"):
+    if _is_checkpointed(cell):
         model.config.use_cache = False  # as transformers does by itself
     if cell.method.startswith(PEFT) or cell.method.startswith("lora"):
         model = _with_peft(model, cell)
-    if cell.method.partition(":")[0].endswith("checkpointing"):
-        _checkpoint(model)
+    if _is_checkpointed(cell):
+        _checkpoint(model, offload=cell.method.endswith("-offload"))
+    if cell.loss_chunk_tokens:
+        meft.chunk_loss(_base(model), cell.loss_chunk_tokens)
     return model.to(cell.device)
 
 
@@ -342,7 +348,12 @@ def read_peft(method: str) -> dict[str, Any]:
     return fields
 
 
-def _checkpoint(model: Any) -> None:
+def _is_checkpointed(cell: Cell) -> bool:
+    kind = cell.method.partition(":")[0]
+    return kind.removesuffix("-offload").endswith("checkpointing")
+
+
+def _checkpoint(model: Any, *, offload: bool) -> None:
     base = _base(model)
     if not base.supports_gradient_checkpointing:
         raise ValueError(
@@ -354,8 +365,18 @@ def _checkpoint(model: Any) -> None:
     if not hasattr(base, name):
         name = "gradient_checkpointing_enable"
     getattr(base, name)({"use_reentrant": False})
+    if offload:
+        # As `offload=True` does from transformers 5.24 on.
+        base._set_gradient_checkpointing(
+            enable=True, gradient_checkpointing_func=_checkpoint_on_host
+        )
     if model is not base:
         base.enable_input_require_grads()
+
+
+def _checkpoint_on_host(function: Any, *args: Any, **kwargs: Any) -> Any:
+    with save_on_cpu(pin_memory=True):
+        return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 
 def _base(model: Any) -> Any:

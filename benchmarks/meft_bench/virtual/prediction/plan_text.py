@@ -1,6 +1,7 @@
 """The plans of a step as text: a table, the details of one, and a timeline as CSV."""
 
 import csv
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,11 +121,16 @@ def summary(
             "what was copied before them."
         )
     if plan.get("beyond_message"):
-        beyond = f"{maximize} {plan['largest'] + 1}"
+        beyond = f"{maximize} {_next(plan)}"
         lines.append(f"{plan['method']}: {beyond}: {plan['beyond_message']}")
     lines += [details(plan), _note(found, margin)]
     lines += _remarks([plan])
     return "\n".join(lines)
+
+
+def _next(plan: dict[str, Any]) -> int:
+    """Return the value that was found not to fit, or would be tried next."""
+    return int(plan["largest"] + plan.get("multiple", 1))
 
 
 def _beyond(plan: dict[str, Any], maximize: str, room: float) -> str:
@@ -136,7 +142,7 @@ def _beyond(plan: dict[str, Any], maximize: str, room: float) -> str:
         room: the memory that may be used, in MiB.
     """
     return (
-        f"{plan['method']}: {maximize} {plan['largest'] + 1} would need "
+        f"{plan['method']}: {maximize} {_next(plan)} would need "
         f"{plan['beyond_bytes'] / MIB:,.0f} MiB, of {room:,.0f} MiB that may be used"
     )
 
@@ -147,7 +153,7 @@ def _bounds(plans: Sequence[dict[str, Any]], maximize: str | None) -> list[str]:
         f"{plan['method']}: {maximize} {plan['largest']} fits, and "
         + (plan.get("limit") or "is the most tried")
         for plan in plans
-        if maximize is not None and plan["largest"] == plan.get("at_most")
+        if maximize is not None and _next(plan) > plan.get("at_most", math.inf)
     ]
 
 

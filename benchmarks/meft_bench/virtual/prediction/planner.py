@@ -23,9 +23,10 @@ def plan_all(request: dict[str, Any], options: ChildOptions) -> dict[str, Any]:
     Args:
         request: `script`, a function of the user, or `cells`; `maximize`, the field to
             increase until the cell no longer fits, or None; `at_most`, its upper bound;
-            `margin`, the share of the GPU's memory to leave free; `timeline`, whether
-            plans list every change of memory during the step; `seq`, lengths of
-            batches, and `paddings`, whether they have padding, as for `plan`.
+            `multiple`, what it is a multiple of; `margin`, the share of the GPU's
+            memory to leave free; `timeline`, whether plans list every change of memory
+            during the step; `seq`, lengths of batches, and `paddings`, whether they
+            have padding, as for `plan`.
         options: options of the child.
 
     Returns:
@@ -59,10 +60,12 @@ def _fit(
     cell: Cell, field: str, request: dict[str, Any], source: Source
 ) -> dict[str, Any]:
     plans: dict[int, MemoryPlan] = {}
+    multiple: int = request["multiple"]
     margin: float = request["margin"]
     room = (1 - margin) * gpu.find(gpu.name_in(cell.device)).memory_bytes
 
-    def needed(value: int) -> float:
+    def needed(count: int) -> float:
+        value = count * multiple
         changed = _changed(cell, field, value)
         seq = () if field == "seq_len" else request["seq"]
         paddings = request["paddings"]
@@ -77,13 +80,19 @@ def _fit(
     if field == "seq_len" and (positions := _positions(cell, source)) is not None:
         at_most = min(at_most, positions)
         limit = f"the model has positions for {positions:,} tokens"
-    found = largest_that_fits(needed, room, at_most)
-    answer = plans[max(found.largest, 1)].to_json()
-    beyond = plans.get(found.largest + 1)
+    if at_most < multiple:
+        raise ValueError(
+            f"{field} is at most {at_most}, below the {multiple} whose multiples are "
+            "looked among: lower `--multiple`"
+        )
+    found = largest_that_fits(needed, room, at_most // multiple)
+    answer = plans[max(found.largest, 1) * multiple].to_json()
+    beyond = plans.get((found.largest + 1) * multiple)
     runs = beyond is not None and found.probes[found.largest + 1] < math.inf
     return answer | {
         "maximized": field,
-        "largest": found.largest,
+        "multiple": multiple,
+        "largest": found.largest * multiple,
         "at_most": at_most,
         "limit": limit if at_most < request["at_most"] else "",
         "num_probes": len(found.probes),

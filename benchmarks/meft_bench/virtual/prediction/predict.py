@@ -23,6 +23,7 @@ from meft_bench.child.training import execution, prepare
 from meft_bench.child.training.steps import Stepper
 from meft_bench.shared import configs
 from meft_bench.shared.cell import Cell
+from meft_bench.shared.methods import TABLE
 from meft_bench.shared.registry import HAVE_ROWS, TASKS, load
 from meft_bench.shared.source import MissingError, Source
 from meft_bench.virtual.device import gpu
@@ -143,21 +144,40 @@ def predict(cell: Cell, source: Source, partial: PartialResult) -> None:
         it.stepper.step(batches, learning_rate=0.0)
         partial.memory_breakdown = breakdown(it.ledger.trace(), start)
         probes.probe_rows(it.stepper, batches, partial)
+        probes.probe_transfers(it.stepper, batches, partial)
 
 
 def _how(cell: Cell, device: VirtualGpu) -> str:
     words = [device.backend.how, device.gpu.basis]
     words += [note] if (note := settings_in_words()) else []
+    refuse_without_host(cell, device)
     if cell.method in HAVE_ROWS:
-        if device.backend.device == "cpu":
-            raise MissingError(
-                f"method {cell.method!r} keeps rows on the host, which this build of "
-                f"torch ({torch.__version__}) cannot tell from a virtual GPU: run it "
-                "on `cpu`, where every byte is counted, or take another build"
-            )
         share = f"{cell.active_fraction:.0%} of a block's neurons"
         words.append(f"assumed: a batch activates {share}")
     return "; ".join(words)
+
+
+def refuse_without_host(cell: Cell, device: VirtualGpu) -> None:
+    """Refuse a cell that keeps tensors in host memory where that is not known.
+
+    Raises:
+        MissingError: this build of torch cannot tell the host from a virtual GPU.
+    """
+    method = TABLE.get(cell.method)
+    on_host = {
+        "rows": cell.method in HAVE_ROWS,
+        "checkpoints": cell.method.endswith("checkpointing-offload"),
+        "lost bits": cell.side_buffer == "host"
+        and method is not None
+        and "side_buffer" in method.options,
+    }
+    kept = [what for what, is_kept in on_host.items() if is_kept]
+    if kept and device.backend.device == "cpu":
+        raise MissingError(
+            f"method {cell.method!r} keeps {kept[0]} on the host, which this build of "
+            f"torch ({torch.__version__}) cannot tell from a virtual GPU: run it "
+            "on `cpu`, where every byte is counted, or take another build"
+        )
 
 
 def _batches(

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The longest sequence of each method on GPUs that are not there, as records. What is in the
+# file already is not looked for again, so an interrupted run goes on with the same command.
+#
+#   benchmarks/long-context.sh runs/long-context.jsonl H100 RTX4090 RTX3090
+set -euo pipefail
+out=$1
+shift
+
+# fit GPU BACKBONE METHODS... -- FIELDS...
+fit() {
+    local gpu=$1 backbone=$2 methods=()
+    shift 2
+    while [ "$1" != -- ]; do
+        methods+=("$1")
+        shift
+    done
+    shift
+    # Exit code 4: nothing fits, which is an answer.
+    python -m meft_bench fit "$backbone" --method "${methods[@]}" --gpu "$gpu" \
+        --maximize seq --multiple 1024 --batch 1 --padding none --dtype bf16 --weights-dtype bf16 \
+        --set loss_chunk_tokens=1024 "$@" -o "$out" || [ $? -eq 4 ]
+}
+
+for gpu in "$@"; do
+    for backbone in llama-3.1-8b-1m qwen3-8b-1m; do
+        fit "$gpu" "$backbone" lora lora-checkpointing lora-checkpointing-offload --
+        fit "$gpu" "$backbone" lora-checkpointing lora-checkpointing-offload -- mlp_chunks=8
+        fit "$gpu" "$backbone" meft1-exact lora-exact -- mlp_chunks=8
+        fit "$gpu" "$backbone" meft1-exact lora-exact -- mlp_chunks=8 side_buffer=host
+    done
+done

@@ -1,0 +1,118 @@
+"""Records of the command `fit`: the largest cell that fits, as a file of a run has it.
+
+The cell is the requested one with the value that was found. It is not run: what it has
+of a measurement is its plan. Where not even the smallest value fits, the record has the
+status `oom` and the cell that value.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.measurement import Measurement
+from meft_bench.shared.record import Environment, Record, Status
+from meft_bench.virtual.device import gpu
+
+QUESTION = "What is the largest {field} with which a step fits?"
+CAVEAT = (
+    "Predicted, with {margin:.0%} of the memory left free, among multiples of "
+    "{multiple}; copies between host and device include the batch."
+)
+
+
+def sweep_of(field: str) -> str:
+    """Return what records call the search for the largest value of a field."""
+    return f"fit-{field}"
+
+
+def left(
+    cells: Sequence[Cell],
+    records: Iterable[Record],
+    environments: Mapping[str, Environment],
+    field: str,
+    caveat: str,
+) -> list[Cell]:
+    """Return the cells whose largest value is not in a file yet.
+
+    Args:
+        cells: the requested cells.
+        records: what the file holds.
+        environments: the environments of the command, by `Cell.device`.
+        field: the field that is maximized.
+        caveat: what a record of the same search has as its caveats.
+    """
+    codes = {device: here.code_sha256 for device, here in environments.items()}
+    found = {
+        _without(one.cell, field)
+        for one in records
+        if one.sweep == sweep_of(field)
+        and one.sweep_caveats == caveat
+        and one.environment.code_sha256 == codes.get(one.cell.device)
+    }
+    return [cell for cell in cells if _without(cell, field) not in found]
+
+
+def _without(cell: Cell, field: str) -> Cell:
+    """Return the cell without what the search decides: the value, and the head."""
+    defaults = {one.name: one.default for one in dataclasses.fields(Cell)}
+    changes: dict[str, Any] = {field: defaults[field], "task": ""}
+    return dataclasses.replace(cell, **changes)
+
+
+def record(
+    cell: Cell,
+    plan: Mapping[str, Any],
+    *,
+    field: str,
+    caveat: str,
+    environment: Environment,
+    started_at: str,
+    wall_seconds: float,
+) -> Record:
+    """Return the record of an answer.
+
+    Args:
+        cell: the requested cell.
+        plan: the answer, as `fit` prints it with `--json`.
+        field: the field that was maximized.
+        caveat: what a reader must know.
+        environment: where the command ran.
+        started_at: UTC, ISO 8601.
+        wall_seconds: time of the search.
+    """
+    changes: dict[str, Any] = {field: plan["largest"] or plan["multiple"]}
+    changes["task"] = plan["task"] or cell.task
+    fits = plan["largest"] > 0
+    found = gpu.find(gpu.name_in(cell.device))
+    sent, received = plan["d2h_bytes"], plan["h2d_bytes"]
+    return Record(
+        sweep=sweep_of(field),
+        sweep_question=QUESTION.format(field=field),
+        sweep_caveats=caveat,
+        cell=dataclasses.replace(cell, **changes),
+        status=Status.OK if fits else Status.OOM,
+        message="" if fits else plan["message"] or "needs more than the margin leaves",
+        started_at=started_at,
+        wall_seconds=wall_seconds,
+        measurement=Measurement(
+            num_trainable_parameters=plan["num_trainable_parameters"],
+            peak_allocated_bytes=plan["allocated_bytes"],
+            peak_reserved_bytes=plan["reserved_bytes"],
+            h2d_bytes=received,
+            d2h_bytes=sent,
+            seconds_at_least=plan["seconds_at_least"],
+            link_seconds_at_least=(
+                None
+                if sent is None or received is None
+                else (sent + received) / found.link_bytes_per_second
+            ),
+        ),
+        environment=dataclasses.replace(
+            environment,
+            device_name=found.name,
+            prediction=plan["prediction"],
+            weights_origin=f"shapes only; {cell.backbone}",
+            data_origin="shapes only",
+        ),
+    )

@@ -1,0 +1,80 @@
+"""The longest sequence of each method, and what its step copies over the link."""
+
+from typing import Any
+
+import pandas as pd
+
+from meft_reports.format import (
+    NOTHING,
+    format_bytes,
+    format_count,
+    format_seconds,
+    is_null,
+)
+from meft_reports.longest import NEEDS, best_rival, find
+from meft_reports.tables.table import Table, notes_on
+
+HEADER = (
+    "method",
+    "longest sequence (tokens)",
+    "against the best rival on the device",
+    "against the best offloaded rival",
+    "over the link in a step",
+    "of it per token",
+    "against that rival",
+    "link at least",
+    "arithmetic and memory at least",
+)
+NOTES = (
+    "The longest sequence with which a step fits, one row per batch. Rivals are the "
+    "methods without reversible blocks. Bytes over the link are those of both "
+    "directions, per token to compare steps of different lengths. Both times are lower "
+    "bounds, by the vendor's rates.",
+)
+
+__all__ = ["NEEDS", "make"]
+
+
+def make(frame: pd.DataFrame) -> list[Table]:
+    """Return a table for each GPU and backbone."""
+    return [
+        Table(
+            title=f"Longest sequence · {title}",
+            header=HEADER,
+            rows=tuple(_row(cell, part) for _, cell in part.iterrows()),
+            notes=(*NOTES, *notes_on(part)),
+        )
+        for title, part in find(frame)
+    ]
+
+
+def _row(cell: "pd.Series[Any]", part: pd.DataFrame) -> tuple[str, ...]:
+    if cell["status"] != "ok":
+        return (cell["name"], "none", *[NOTHING] * (len(HEADER) - 2))
+    on_device, offloaded = (best_rival(part, stays=stays) for stays in (True, False))
+    moved, per_token = _per_token(cell)
+    rival = None if offloaded is None else _per_token(offloaded)[1]
+    is_small = cell["stays"] or per_token is None
+    return (
+        cell["name"],
+        format_count(cell["seq_len"]),
+        _times(cell, on_device),
+        _times(cell, offloaded),
+        format_bytes(moved),
+        NOTHING if is_small else format_bytes(per_token),
+        NOTHING if is_small or not rival else f"{per_token / rival:.2f}",
+        format_seconds(cell["link_seconds_at_least"]),
+        format_seconds(cell["seconds_at_least"]),
+    )
+
+
+def _times(cell: "pd.Series[Any]", rival: "pd.Series[Any] | None") -> str:
+    return NOTHING if rival is None else f"{cell['seq_len'] / rival['seq_len']:.2f}"
+
+
+def _per_token(cell: "pd.Series[Any]") -> tuple[Any, Any]:
+    """Return the bytes over the link in a step, and of it per token."""
+    moved = cell["transfer_bytes"]
+    if is_null(moved):
+        return moved, None
+    return moved, moved / (cell["seq_len"] * cell["batch_size"])
