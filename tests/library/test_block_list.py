@@ -4,6 +4,7 @@ The loop in the model's own `forward` runs the whole stack. Every other loop has
 original blocks, to freeze them or to look at them, and cannot run them one by one.
 """
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -237,6 +238,24 @@ def test_a_loop_over_some_blocks_is_refused(how: str) -> None:
 
     stack, hidden = _encoder()
     with pytest.raises(meft.UnsupportedCallError, match="runs all its blocks as one"):
+        Around(stack, forward)(hidden)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)],
+)
+def test_a_context_around_some_blocks_is_refused(context: Any) -> None:
+    """A stack would run all blocks in that of the last."""
+
+    def forward(stack: Any, hidden: Tensor) -> Tensor:
+        for index, block in enumerate(stack):
+            with context() if index == 0 else contextlib.nullcontext():
+                hidden = block(hidden)
+        return hidden
+
+    stack, hidden = _encoder()
+    with pytest.raises(meft.UnsupportedCallError, match="switched differently"):
         Around(stack, forward)(hidden)
 
 

@@ -105,6 +105,58 @@ def test_the_weights_of_another_model_are_not_replaced(
     trained(save_backbone=True).save_pretrained(tmp_path)
 
 
+def test_what_was_trained_and_then_frozen_is_saved(tmp_path: Path) -> None:
+    """A head that is frozen after its training, and a block that was trained for a
+    while; what was never trained is not."""
+    model = trained()
+    block = model.bert.encoder.layer[0].output.dense
+    block.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(**batch()).loss.backward()
+    optimizer.step()
+    model.requires_grad_(False)
+    model.save_pretrained(tmp_path / "frozen")
+    meft.save_adapters(model, tmp_path / "alone")
+    saved = load_file(tmp_path / "frozen" / "model.safetensors")
+    assert {
+        "classifier.weight",
+        "bert.encoder.layer.0.output.dense.weight",
+    } < saved.keys()
+    assert "bert.encoder.layer.0.intermediate.dense.weight" not in saved
+    for name in ("frozen", "alone"):
+        loaded = meft.load_adapters(classifier(2), tmp_path / name)
+        assert torch.equal(logits(loaded), logits(model))
+
+
+def test_nothing_is_saved_while_adapters_are_disabled(tmp_path: Path) -> None:
+    """An earlier save stays whole."""
+    model = trained()
+    model.save_pretrained(tmp_path)
+    with (
+        meft.disable_adapter(model),
+        pytest.raises(meft.UnsupportedCallError, match=r"inside of `meft.disable_adap"),
+    ):
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    loaded = meft.load_adapters(classifier(2), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_loaded_model_trains_what_was_trained(tmp_path: Path) -> None:
+    """Without adapters, the conversion freezes nothing, and the saved model says."""
+    model = classifier(2)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "layer.1" in name or "classifier" in name
+    meft.make_reversible(model, meft.ReversibleConfig(adapter=None))
+    moved(model).save_pretrained(tmp_path)
+    loaded = meft.load_adapters(classifier(2), tmp_path)
+    flags = [
+        {n for n, p in m.named_parameters() if p.requires_grad} for m in (model, loaded)
+    ]
+    assert flags[0] == flags[1]
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_a_whole_save_says_once_how_to_load(tmp_path: Path) -> None:
     """The advice, run as it is written, gives the model back; `from_pretrained` alone
     gives the backbone. A second save says nothing."""

@@ -279,3 +279,118 @@ def test_names_that_a_block_lacks_are_refused_at_the_conversion() -> None:
     meft.register_family(OtherNames, **(HALVES | {"mlp": Half("norm_c", "feed")}))
     with pytest.raises(meft.UnsupportedModelError, match="no `norm_c`"):
         meft.make_reversible(Model(OtherNames), CONFIG)
+
+
+class Gated(AsLlama):
+    """A parameter of its own that has no effect before it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(HIDDEN))
+
+    def forward(self, hidden_states: Tensor, **call: Any) -> Any:
+        return super().forward(hidden_states, **call) * self.gate
+
+
+class Extra(AsLlama):
+    """A linear layer inside the feed-forward's norm that adds 0 before training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_layernorm.extra = nn.Linear(HIDDEN, HIDDEN)
+        nn.init.zeros_(self.input_layernorm.extra.weight)
+        nn.init.zeros_(self.input_layernorm.extra.bias)
+
+    def forward(self, hidden_states: Tensor, **call: Any) -> Any:
+        extra: Any = self.input_layernorm.extra
+        return super().forward(hidden_states, **call) + extra(hidden_states)
+
+
+class SameNorms(NormsExchanged):
+    """Norms that are exchanged, and equal before training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.post_attention_layernorm.load_state_dict(self.input_layernorm.state_dict())
+
+
+class ByIndex(AsLlama):
+    """Blocks that differ by an attribute that is a number of their own."""
+
+    count = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_idx = ByIndex.count % DEPTH
+        ByIndex.count += 1
+
+    def forward(self, hidden_states: Tensor, **call: Any) -> Any:
+        return super().forward(hidden_states, **call) * (1 + self.layer_idx)
+
+
+class ByLength(AsLlama):
+    """A function that changes with the number of tokens."""
+
+    def forward(self, hidden_states: Tensor, **call: Any) -> Any:
+        out = super().forward(hidden_states, **call)
+        return 2 * out if hidden_states.shape[1] > 6 else out
+
+
+@pytest.mark.parametrize(
+    ("block", "says"),
+    [
+        (Gated, "`gate`"),
+        (Extra, r"gradient of input_layernorm\.extra"),
+        (SameNorms, r"gradient of input_layernorm\.weight"),
+        (ByIndex, "block 1, a ByIndex"),
+    ],
+)
+def test_what_the_first_values_do_not_show_is_refused(
+    block: type[nn.Module], says: str
+) -> None:
+    """A parameter that is left out, exchanged norms, and a block that is not like the
+    first; whether the class is guessed or registered."""
+    halves = (
+        Half("input_layernorm", "self_attn"),
+        Half("post_attention_layernorm", "mlp"),
+    )
+    for is_registered in (False, True):
+        if is_registered and block is not Gated:
+            meft.register_family(block, attention=halves[0], mlp=halves[1])
+            ByIndex.count = 0
+        with pytest.raises(meft.UnsupportedModelError, match=says):
+            meft.make_reversible(Model(block), CONFIG)(**batch())
+
+
+def test_another_length_is_compared_again() -> None:
+    """Of a class that is not listed."""
+    model = meft.make_reversible(Model(ByLength), CONFIG)
+    model(**batch())
+    with pytest.raises(meft.UnsupportedModelError, match="does not compute"):
+        model(x=torch.randn(2, 9, HIDDEN))
+
+
+class Pairs(AsLlama):
+    """A block with known names that returns a pair."""
+
+    def forward(self, hidden_states: Tensor, **call: Any) -> Any:
+        return super().forward(hidden_states, **call), None
+
+
+def test_a_guess_returns_what_the_block_does() -> None:
+    """A tuple, also of a model of one block, whose loop takes its first item."""
+    assert_right(Pairs)
+    model = Model(Pairs)
+    model.blocks = model.blocks[:1]
+    expected = _evaluated(model)
+    meft.make_reversible(model, meft.ReversibleConfig(adapter=None, lost_bits=16))
+    assert model(**batch())[0].shape == batch()["x"].shape
+    torch.testing.assert_close(_evaluated(model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_wrong_number_of_values_is_refused() -> None:
+    """With the number that the block returns."""
+    meft.register_family(OtherNames, **(HALVES | {"returns": 3}))
+    model = meft.make_reversible(Model(OtherNames), CONFIG)
+    with pytest.raises(meft.UnsupportedModelError, match="returns a tuple of 2"):
+        model(**batch())
