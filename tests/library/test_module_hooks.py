@@ -284,6 +284,10 @@ def test_a_compiled_block_is_called() -> None:
     only_stack(twin).backward_pass = "store"
     found, stored = (gradients(each, batch()) for each in (model, twin))
     assert all(torch.equal(found[name], stored[name]) for name in stored)
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    gradients(model, batch())
+    assert graphs["unique_graphs"] == before > 0  # a second step compiles nothing
     in_parts = reversible(2, variant="meft1")
     only_stack(in_parts)[0].compile(backend="aot_eager")
     with pytest.raises(meft.UnsupportedCallError, match="compiled"):
