@@ -86,12 +86,11 @@ def test_a_wrong_table_is_one_line(
 
 
 def test_every_number_of_a_record_is_measured_somewhere() -> None:
-    """Its name is in the code of a child, or in that of a virtual GPU."""
-    sources = "\n".join(
-        path.read_text()
-        for folder in ("child", "virtual")
-        for path in (PACKAGE / folder).rglob("*.py")
-    )
+    """Its name is in the code of a child, in that of a virtual GPU, or where `fit`
+    turns its answers into records."""
+    paths = [p for f in ("child", "virtual") for p in (PACKAGE / f).rglob("*.py")]
+    paths.append(PACKAGE / "parent" / "fit_records.py")
+    sources = "\n".join(path.read_text() for path in paths)
     # The second and third scores of a task are named after the first.
     names = {re.sub("^(second|third)_", "", name) for name in FIELDS}
     missing = [name for name in names if not re.search(rf"\b{name}\b", sources)]
