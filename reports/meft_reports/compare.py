@@ -160,11 +160,21 @@ def compare(
             for one, its in zip(paired.pairs, by_cell, strict=True)
             if not its and one.cell_id not in ended
         ),
-        means=tuple(_means(paired.pairs)),
+        means=tuple(_means([one for one in paired.pairs if _are_whole(one)])),
     )
 
 
+def _are_whole(cell: PairedCell) -> bool:
+    """Return whether both records are of a cell that has ended well.
+
+    Numbers of others are those of a part of the work.
+    """
+    return {cell.before["status"], cell.after["status"]} == {"ok"}
+
+
 def _changes(cell: PairedCell, num_changes: int) -> Iterator[Changed]:
+    if not _are_whole(cell):
+        return
     for column in (BY_NAME[name] for name in COLUMNS if name not in NOISY):
         before, after = (its_value(run, column) for run in (cell.before, cell.after))
         if before is None or after is None or before == after:

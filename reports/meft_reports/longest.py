@@ -26,6 +26,8 @@ NEEDS = "records that `fit` wrote with `--maximize seq`, of which one fits"
 """What the records must hold."""
 FEW_BYTES = 2**20
 _PLACE = [n for n in (*WORKLOAD, *PROVENANCE) if n != "seq_len"]
+_QUESTION = "sweep_caveats"
+"""Column with the margin and what else a search has asked."""
 
 
 def find(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -44,7 +46,7 @@ def find(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     always = ("backbone", "dtype", "weights_dtype", "batch_size", "device")
     shown = [n for n in fields_to_show(rows, always) if n in _PLACE]
     rows = rows.sort_values(["mlp_chunks", "side_buffer"], kind="stable")
-    for _, part in split(by_method(rows), _PLACE):
+    for _, part in split(by_method(rows), [*_PLACE, _QUESTION]):
         names = [
             join_options(row["method"], option_label(row, part))
             for _, row in part.iterrows()

@@ -132,7 +132,9 @@ def _fit_into_file(
 ) -> int:
     """Append a record for each cell that is not in the file, one search at a time."""
     field = planning.FIELDS[given.maximize]
-    caveat = fit_records.CAVEAT.format(margin=given.margin, multiple=given.multiple)
+    caveat = fit_records.caveat_of(
+        given.margin, given.multiple, given.seq or (), given.padding
+    )
     where = harness.environments_for(tuple(cells), num_threads=1, num_slots=1)
     num_fitting = 0
     with runs.RecordsFile(given.output) as file:

@@ -15,10 +15,23 @@ from meft_bench.shared.record import Environment, Record, Status
 from meft_bench.virtual.device import gpu
 
 QUESTION = "What is the largest {field} with which a step fits?"
-CAVEAT = (
-    "Predicted, with {margin:.0%} of the memory left free, among multiples of "
-    "{multiple}; copies between host and device include the batch."
-)
+
+
+def caveat_of(margin: float, multiple: int, seq: Sequence[object], padding: str) -> str:
+    """Return what a reader must know, which is also what the search has asked.
+
+    Args:
+        margin: the share of the memory that is left free.
+        multiple: the value is a multiple of this number.
+        seq: lengths of batches, as they were given.
+        padding: whether batches have padding, as it was given.
+    """
+    lengths = f", lengths {' '.join(map(str, seq))}" if seq else ""
+    return (
+        f"Predicted, with {100 * margin:g}% of the memory left free, among multiples "
+        f"of {multiple}, padding {padding}{lengths}; copies between host and device "
+        "include the batch."
+    )
 
 
 def sweep_of(field: str) -> str:

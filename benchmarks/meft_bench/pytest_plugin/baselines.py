@@ -33,7 +33,8 @@ def read(path: Path) -> Baseline:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text, object_pairs_hook=_without_duplicates)
         sound = isinstance(found, dict) and all(
             isinstance(entries, dict) and all(map(_is_entry, entries.values()))
             for entries in found.values()
@@ -46,6 +47,16 @@ def read(path: Path) -> Baseline:
             "--meft-update=create"
         )
     return dict(found)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object; both sides of a merge may have left a test twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return found
 
 
 def _is_entry(entry: Any) -> bool:

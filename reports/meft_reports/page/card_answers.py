@@ -21,6 +21,8 @@ from meft_reports.page.settings import Setting
 from meft_reports.summary import WORKLOAD
 
 CARD = "24 GB"
+_FIT = "fit-seq_len"
+"""Name of searches of `fit` for the longest sequence."""
 USABLE_BYTES = 23 * 2**30
 _FIRST = ("full", "lora", "checkpointing", REFERENCE)
 MOST_NAMES = 5
@@ -36,6 +38,9 @@ class _Peak(NamedTuple):
 
 def fits_card(settings: Sequence[Setting]) -> list[Markup]:
     """Say how many workloads fit by which method, and which is the largest."""
+    searched = [s for s in settings if s.cells[0]["sweep"] == _FIT]
+    if searched:
+        return _longest(searched)
     peaks = _peaks(settings)
     known = [peak for its in peaks.values() for peak in its.values()]
     if not known:
@@ -79,6 +84,25 @@ def fits_card(settings: Sequence[Setting]) -> list[Markup]:
             _title(largest),
             _code(largest),
             _size(largest),
+        )
+    ]
+
+
+def _longest(settings: Sequence[Setting]) -> list[Markup]:
+    """Say what the longest sequence is that a search has found to fit."""
+    peaks = [(_peak(setting), setting) for setting in settings]
+    fitting = [s for peak, s in peaks if peak is not None and peak.fits]
+    if not fitting:
+        return [
+            Markup("No sequence of this search would fit in a GPU of {}.").format(CARD)
+        ]
+    best = max(fitting, key=lambda setting: setting.cells[0]["seq_len"])
+    return [
+        Markup(
+            "The longest sequence of this search that would fit in a GPU of <b>{}</b> "
+            "has {} tokens: <code>{}</code> on {}."
+        ).format(
+            CARD, f"{best.cells[0]['seq_len']:,}", best.name, best.cells[0]["backbone"]
         )
     ]
 

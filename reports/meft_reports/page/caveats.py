@@ -233,7 +233,8 @@ def _failed(cells: Sequence[Cell]) -> list[Caveat]:
         found.append(
             Caveat(
                 title=f"{plural(len(its), 'cell')} {end}",
-                text="That is a result: the step needs more than the device has."
+                text="That is a result: the step needs more than the device has, or, "
+                "in a search by fit, than its margin leaves."
                 if is_oom
                 else "Their numbers are missing; each row of the table says why.",
                 cells=its,

@@ -42,10 +42,16 @@ def make(frame: pd.DataFrame) -> list[Table]:
             title=f"Longest sequence · {title}",
             header=HEADER,
             rows=tuple(_row(cell, part) for _, cell in part.iterrows()),
-            notes=(*NOTES, *notes_on(part)),
+            notes=(*NOTES, *_question(part), *notes_on(part)),
         )
         for title, part in find(frame)
     ]
+
+
+def _question(part: pd.DataFrame) -> tuple[str, ...]:
+    """Return what the search has asked, which is the same for all its cells."""
+    question = part["sweep_caveats"].iloc[0]
+    return () if is_null(question) or not question else (str(question),)
 
 
 def _row(cell: "pd.Series[Any]", part: pd.DataFrame) -> tuple[str, ...]:
@@ -69,12 +75,13 @@ def _row(cell: "pd.Series[Any]", part: pd.DataFrame) -> tuple[str, ...]:
 
 
 def _times(cell: "pd.Series[Any]", rival: "pd.Series[Any] | None") -> str:
-    return NOTHING if rival is None else f"{cell['seq_len'] / rival['seq_len']:.2f}"
+    if rival is None or not rival["seq_len"]:
+        return NOTHING
+    return f"{cell['seq_len'] / rival['seq_len']:.2f}"
 
 
 def _per_token(cell: "pd.Series[Any]") -> tuple[Any, Any]:
     """Return the bytes over the link in a step, and of it per token."""
     moved = cell["transfer_bytes"]
-    if is_null(moved):
-        return moved, None
-    return moved, moved / (cell["seq_len"] * cell["batch_size"])
+    tokens = cell["seq_len"] * cell["batch_size"] * cell["accumulation"]
+    return moved, None if is_null(moved) or not tokens else moved / tokens
