@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meft_bench.parent.fit_records import caveat_of
 from meft_bench.virtual.prediction.fit import largest_that_fits
 
 
@@ -49,3 +50,14 @@ def test_what_cannot_be_run_does_not_fit() -> None:
         lambda value: float("inf") if value > 6 else value, 100, at_most=10
     )
     assert found.largest == 6
+
+
+def test_another_question_is_another_search() -> None:
+    """What a file holds is the answer to the same lengths, padding and margin."""
+    asked = {
+        caveat_of(margin, 1, seq, padding)
+        for margin in (0.05, 0.053, 0.0, 0.004)
+        for seq in ((), ("512",), ("p50=32", "max=512"))
+        for padding in ("worst", "none")
+    }
+    assert len(asked) == 24

@@ -213,6 +213,58 @@ def test_a_test_that_measures_nothing_fails(pytester: pytest.Pytester) -> None:
     run(pytester).stdout.fnmatch_lines(["*test_step measures nothing: *"])
 
 
+def test_a_test_that_measures_no_memory_fails(pytester: pytest.Pytester) -> None:
+    """As one whose step is outside of what is measured, or whose model is on another
+    device; no baseline is made of it."""
+    pytester.makepyfile(
+        test_it="""
+import pytest, torch
+
+@pytest.mark.meft_memory
+def test_step(meft_memory):
+    with meft_memory(torch.nn.Linear(2, 2)):
+        pass
+"""
+    )
+    found = run(pytester, "--meft-update=create")
+    found.assert_outcomes(failed=1)
+    found.stdout.fnmatch_lines(["*test_step measured nothing: no memory of cpu*"])
+    assert baseline(pytester) == {}
+
+
+@pytest.mark.slow
+def test_nothing_is_trimmed_where_only_some_tests_run(
+    pytester: pytest.Pytester,
+) -> None:
+    """With `--lf`, pytest leaves tests out without saying so."""
+    step(pytester)
+    text = (pytester.path / "test_it.py").read_text()
+    other = text[text.index("@pytest.mark") :].replace("test_step", "test_other")
+    pytester.makepyfile(test_it=f"{text}\n\n{other}")
+    plugin = [word for word in PLUGIN if word != "no:cacheprovider"][: len(NAMED)]
+    run(pytester, "--meft-update=create").assert_outcomes(passed=2)
+    path = pytester.path / "test_it.py"
+    path.write_text(
+        path.read_text().replace(
+            "def test_other(meft_step):", "def test_other(meft_step):\n    assert False"
+        )
+    )
+    pytester.runpytest_inprocess(*plugin)
+    pytester.runpytest_inprocess(*plugin, "--lf", "--meft-update=fix,trim")
+    assert baseline(pytester).keys() == {"test_step", "test_other"}
+
+
+@pytest.mark.slow
+def test_a_test_that_is_twice_in_a_file_is_named(pytester: pytest.Pytester) -> None:
+    """As after a merge that has kept both sides."""
+    step(pytester)
+    (pytester.path / "__meft__").mkdir()
+    path = pytester.path / "__meft__" / "test_it.json"
+    path.write_text('{"test_step": {}, "test_step": {}}')
+    found = run(pytester)
+    assert "'test_step' is there twice" in found.stdout.str() + found.stderr.str()
+
+
 def test_a_baseline_of_another_torch_is_not_compared(
     pytester: pytest.Pytester,
 ) -> None:

@@ -87,6 +87,16 @@ def test_another_ending_is_said(told: Any, make_record: MakeRecord) -> None:
     assert "  ok → oom" in out
 
 
+def test_numbers_of_failed_cells_are_not_compared(
+    told: Any, make_record: MakeRecord
+) -> None:
+    """They are those of a part of the work."""
+    lower = make_record("oom", peak_allocated_bytes=10)
+    out = told(["compare"], [make_record(peak_allocated_bytes=100)], [lower])
+    assert "better (0 numbers" in out
+    assert "  ok → oom" in out
+
+
 def test_a_history_has_a_line_for_each_step(told: Any, make_record: MakeRecord) -> None:
     """And none for the records in between, or for a cell that never changed."""
     records = [
