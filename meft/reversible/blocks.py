@@ -91,6 +91,11 @@ _NOT_COMPILED = (
 )
 
 
+_BLOCKS_DIFFER = (
+    "`torch.compile` of a reversible model whose blocks get different arguments, or "
+    "return tuples, is not supported: compile modules inside its blocks, such as "
+    "attention and MLP, by `module.compile()`"
+)
 _CHANGE_BEFORE = (
     "To train fewer, more or other blocks, change the list before "
     "`meft.make_reversible`"
@@ -146,6 +151,12 @@ class ReversibleBlocks(nn.Module):
         """
         self._num_blocks = len(blocks)
         self._prefix = family.prefix(model_config)
+        kinds = set(getattr(model_config, "layer_types", ()) or ())
+        returns = any(family.layout(block).returns for block in blocks)
+        self._blocks_differ = (
+            len(kinds) > 1 or returns or self._prefix > 0 or family.is_guess
+        )
+        """Whether a loop over the stack alone would be another loop."""
         self._described = family
         self._proven: Proven = {}
         self._repeatable: Repeatable = {}
@@ -203,6 +214,8 @@ class ReversibleBlocks(nn.Module):
             )
         return self._for_a_loop()
 
+    # torch.compile traces this, and could not trace a type checker that wraps calls.
+    @no_type_check
     def _for_a_loop(self) -> list[Any]:
         """Return what a loop in a `forward` iterates over."""
         if not torch.compiler.is_compiling():
@@ -210,19 +223,9 @@ class ReversibleBlocks(nn.Module):
             apart, blocks = self.blocks[: self._prefix], self.blocks[self._prefix :]
             return [*apart, *stand_ins(blocks, self._run, self._beside)]
         # Every stand-in would be a graph break.
-        if self._differ():
-            raise UnsupportedCallError(
-                "`torch.compile` of a reversible model whose blocks get different "
-                "arguments, or return tuples, is not supported: compile modules inside "
-                "its blocks, such as attention and MLP, by `module.compile()`"
-            )
+        if self._blocks_differ:
+            raise UnsupportedCallError(_BLOCKS_DIFFER)
         return [self]
-
-    def _differ(self) -> bool:
-        """Return whether a loop over the stack alone would be another loop."""
-        kinds = set(getattr(self._model_config, "layer_types", ()) or ())
-        returns = (self.family.layout(block).returns for block in self.blocks)
-        return len(kinds) > 1 or any(returns) or self._prefix > 0
 
     def __setitem__(self, index: Any, block: nn.Module) -> None:
         raise UnsupportedCallError(_UNCHANGEABLE)
