@@ -44,6 +44,8 @@ _DIMS_OF_TOKENS = {
     "cache_position": (-1,),
 }
 """Dimensions of arguments that count tokens. The first dimension may count rows."""
+_COMPILED = "_compiled_call_impl"
+"""torch's attribute of a module with compiled code."""
 _SEED = 0x6D656674
 _GREATEST = 60_000
 """Some blocks clamp float16 values close to its maximum of 65,504."""
@@ -329,17 +331,25 @@ def _length(output: Any) -> int:
 
 @contextlib.contextmanager
 def _without_hooks(block: nn.Module) -> Iterator[None]:
-    """Run the body without forward hooks inside a block, which may count calls."""
-    hooked = [m for m in block.modules() if m._forward_hooks or m._forward_pre_hooks]
-    kept = [(m, m._forward_hooks, m._forward_pre_hooks) for m in hooked]
-    for module in hooked:
-        module._forward_hooks = OrderedDict()
-        module._forward_pre_hooks = OrderedDict()
+    """Run the body without forward hooks inside a block, and without its compiled code.
+
+    Hooks may count calls, and compiled code rounds differently in another context.
+    """
+    changed = {"_forward_hooks": OrderedDict, "_forward_pre_hooks": OrderedDict}
+    kept: list[tuple[nn.Module, str, Any]] = []
+    for module in block.modules():
+        for name, empty in changed.items():
+            if getattr(module, name):
+                kept.append((module, name, getattr(module, name)))
+                setattr(module, name, empty())
+        if vars(module).get(_COMPILED) is not None:
+            kept.append((module, _COMPILED, vars(module)[_COMPILED]))
+            vars(module)[_COMPILED] = None
     try:
         yield
     finally:
-        for module, hooks, pre_hooks in kept:
-            module._forward_hooks, module._forward_pre_hooks = hooks, pre_hooks
+        for module, name, value in kept:
+            module.__dict__[name] = value
 
 
 def _repeated(function: Callable[[Tensor], Any], hidden: Tensor) -> Any:

@@ -115,7 +115,9 @@ def test_a_cell_of_a_language_model_is_measured(
     assert measured["score"] is None
     if method.endswith("-exact") and device == "cpu":
         assert measured["gradient_error"] == [0.0] * measured["num_blocks"]
-        assert measured["start_deviation"] < 0.2
+        # Adapters at random, and 4 lost bits instead of 8.
+        most = 0.3 if method == "meft1-exact" else 0.05
+        assert measured["start_deviation"] < most
         assert measured["reconstruction_error"] == [0.0] * measured["num_blocks"]
 
 

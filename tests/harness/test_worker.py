@@ -10,7 +10,7 @@ from marks import slow_but_for
 from meft_bench.child.measuring.partial_result import remark
 from meft_bench.child.training.out_of_memory import is_out_of_memory
 from meft_bench.child.worker import one_line, run
-from meft_bench.shared import outcome, request
+from meft_bench.shared import methods, outcome, request
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.measurement import Measurement
 from meft_bench.shared.options import ChildOptions
@@ -67,10 +67,9 @@ def test_every_method_is_measured(method: str) -> None:
     assert seen.peak_allocated_bytes > seen.model_state_bytes
     for name in ("peak_reserved_bytes", "nvml_process_bytes", "pcie_rx_bytes", "score"):
         assert getattr(seen, name) is None, name
-    assert (seen.reconstruction_error is not None) == (
-        method.startswith("meft") and not method.endswith("-store")
-    )
-    assert (seen.start_deviation is not None) == method.startswith("meft")
+    its = methods.TABLE[method]
+    assert (seen.reconstruction_error is not None) == its.rebuilds
+    assert (seen.start_deviation is not None) == its.is_reversible
     assert seen.step_ratio is None
     assert result["environment"] == {
         "device_name": "cpu",

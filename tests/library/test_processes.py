@@ -15,67 +15,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 import meft
-from library.families import CASES, objective
-
-KINDS = ("lora", "full", "bottleneck")
-CASE = next(case for case in CASES if case.kind == "LlamaForCausalLM")
-
-
-def _model(kind: str, backward: str | None = "rebuild", **config: Any) -> Any:
-    """A model of three blocks; not converted if `backward` is None."""
-    model: Any = CASE.build()
-    if kind == "lora":
-        torch.manual_seed(1)
-        lora = LoraConfig(
-            target_modules=["q_proj", "v_proj"],
-            r=4,
-            init_lora_weights=False,
-            lora_dropout=0.1,
-        )
-        model = get_peft_model(model, lora)
-    if backward is None:
-        return model
-    torch.manual_seed(2)
-    own = {"variant": "meft1", "bottleneck_size": 3}
-    options = (own if kind == "bottleneck" else {"adapter": None}) | config
-    return meft.make_reversible(
-        model, meft.ReversibleConfig(backward=backward, **options)
-    )
-
-
-def _layers(model: Any) -> list[nn.Module]:
-    inner = getattr(model, "base_model", model)
-    causal = getattr(inner, "model", inner)
-    return list(getattr(causal, "model", causal).layers)
-
-
-def _shard(model: Any, mesh: Any) -> Any:
-    for block in _layers(model):
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    found: Any = tensor
-    return found.full_tensor() if hasattr(found, "full_tensor") else tensor
-
-
-def _gradients(model: Any, rows: int = 3, steps: int = 1) -> dict[str, Tensor]:
-    """Loss and gradients of all parameters after some micro-batches."""
-    loss = torch.zeros(())
-    for step in range(steps):
-        torch.manual_seed(5 + step)
-        batch = {name: x[:rows] for name, x in CASE.batch().items()}
-        loss = objective(model(**batch, use_cache=False))
-        loss.backward()
-    named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return {n: _whole(g) for n, g in named.items()} | {"loss": loss.detach()}
+from library.processes import (
+    KINDS,
+    gradients,
+    in_each_process,
+    layers,
+    model_of,
+    shard,
+)
 
 
 def _assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -101,26 +53,26 @@ def test_gradients_of_sharded_blocks(
     kind: str, backward: str, steps: int, one_process: Any
 ) -> None:
     """None is missing, also when gradients are accumulated."""
-    sharded = _shard(_model(kind, backward), one_process)
-    expected = _gradients(_model(kind, "store"), steps=steps)
-    _assert_equal(_gradients(sharded, steps=steps), expected)
+    sharded = shard(model_of(kind, backward), one_process)
+    expected = gradients(model_of(kind, "store"), steps=steps)
+    _assert_equal(gradients(sharded, steps=steps), expected)
 
 
 def test_as_many_gradients_as_plain_fsdp(one_process: Any) -> None:
     """Of LoRA inside: in a plain model, those of the same parameters."""
-    plain = _gradients(_shard(_model("lora", None), one_process))
-    found = _gradients(_shard(_model("lora"), one_process))
+    plain = gradients(shard(model_of("lora", None), one_process))
+    found = gradients(shard(model_of("lora"), one_process))
     assert found.keys() == plain.keys()
 
 
 def test_sharded_modules_inside_a_block(one_process: Any) -> None:
     """The block that holds them is called."""
-    model = _model("bottleneck")
-    for block in _layers(model):
+    model = model_of("bottleneck")
+    for block in layers(model):
         attention: Any = block.self_attn
         fully_shard(attention, mesh=one_process)
     fully_shard(model, mesh=one_process)
-    _assert_equal(_gradients(model), _gradients(_model("bottleneck", "store")))
+    _assert_equal(gradients(model), gradients(model_of("bottleneck", "store")))
 
 
 @pytest.mark.parametrize("config", [{"variant": "meft3"}, {"mlp_chunks": 2}])
@@ -128,17 +80,17 @@ def test_blocks_in_parts_cannot_be_sharded(
     config: dict[str, Any], one_process: Any
 ) -> None:
     """Halves, and chunks, are not calls of the block."""
-    model = _shard(_model("bottleneck", **config), one_process)
+    model = shard(model_of("bottleneck", **config), one_process)
     with pytest.raises(meft.UnsupportedCallError, match="sharded by FSDP2"):
-        _gradients(model)
+        gradients(model)
 
 
 def test_a_wrong_structure_is_refused(
     one_process: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The halves are compared with the block's own forward here too."""
-    model = _shard(_model("bottleneck"), one_process)
-    kind: Any = type(_layers(model)[0])
+    model = shard(model_of("bottleneck"), one_process)
+    kind: Any = type(layers(model)[0])
     original = kind.forward
 
     @functools.wraps(original)
@@ -148,39 +100,12 @@ def test_a_wrong_structure_is_refused(
 
     monkeypatch.setattr(kind, "forward", twice)
     with pytest.raises(meft.UnsupportedModelError, match="does not compute"):
-        _gradients(model)
-
-
-def _in_each_process(
-    rank: int, world: int, folder: str, kind: str, rows: str, how: str
-) -> None:
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    try:
-        model: Any = _model(kind)
-        if how == "fsdp":
-            model = _shard(model, dist.device_mesh.init_device_mesh("cpu", (world,)))
-        else:
-            model = nn.parallel.DistributedDataParallel(model)
-        own = 3 if rows == "same" else 1 + rank
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-        found = _unwrapped(_gradients(model, own))
-        torch.save(found, Path(folder) / f"gradients-{rank}.pt")
-        optimizer.step()
-        optimizer.zero_grad()
-        weights = {n: _whole(p).detach() for n, p in model.named_parameters()}
-        torch.save(_unwrapped(weights), Path(folder) / f"weights-{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("module."): t for name, t in tensors.items()}
+        gradients(model)
 
 
 def _expected(kind: str, rows: list[int]) -> dict[str, Tensor]:
     """The mean of the gradients of one process for each number of rows."""
-    every = [_gradients(_model(kind, "store"), n) for n in rows]
+    every = [gradients(model_of(kind, "store"), n) for n in rows]
     names = every[0].keys() - {"loss"}
     return {n: sum(g[n] for g in every) / len(every) for n in names}  # type: ignore[misc]
 
@@ -194,13 +119,13 @@ def test_two_processes(kind: str, rows: str, how: str, tmp_path: Path) -> None:
     """The same gradients in both, and one step of AdamW on shards is one on the whole;
     also if the processes have batches of different shapes."""
     spawn: Any = torch.multiprocessing.spawn  # type: ignore[attr-defined]
-    spawn(_in_each_process, (2, str(tmp_path), kind, rows, how), nprocs=2)
+    spawn(in_each_process, (2, str(tmp_path), kind, rows, how), nprocs=2)
     first, second = (torch.load(tmp_path / f"gradients-{r}.pt") for r in (0, 1))
     del first["loss"], second["loss"]
     _assert_equal(first, second)
     expected = _expected(kind, [3, 3] if rows == "same" else [1, 2])
     _assert_equal(first, expected)
-    alone = _model(kind, "store")
+    alone = model_of(kind, "store")
     optimizer = torch.optim.AdamW(alone.parameters(), 1e-2)
     for name, parameter in alone.named_parameters():
         parameter.grad = expected.get(name)
@@ -213,7 +138,7 @@ def test_two_processes(kind: str, rows: str, how: str, tmp_path: Path) -> None:
 _SCRIPT = """
 import sys, torch
 from transformers import Trainer, TrainingArguments
-from library.test_processes import CASE, _model
+from library.processes import CASE, model_of
 
 kind, backward, folder = sys.argv[1:]
 batch = CASE.batch()
@@ -223,7 +148,7 @@ arguments = TrainingArguments(
     use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
     dataloader_pin_memory=False, ddp_find_unused_parameters=False,
 )
-model = _model(kind, backward)
+model = model_of(kind, backward)
 Trainer(model, arguments, train_dataset=rows).train()
 assert torch.distributed.get_world_size() == 2
 if torch.distributed.get_rank() == 0:
@@ -245,6 +170,6 @@ def test_torchrun_with_the_trainer(kind: str, tmp_path: Path) -> None:
         command += ["--nproc-per-node=2", str(script), kind, backward, str(tmp_path)]
         subprocess.run(command, check=True, env=environment, timeout=240)
     rebuilt, stored = (torch.load(tmp_path / f"{b}.pt") for b in ("rebuild", "store"))
-    plain = dict(_model(kind).named_parameters())
+    plain = dict(model_of(kind).named_parameters())
     assert all(torch.equal(rebuilt[name], stored[name]) for name in stored)
     assert not all(torch.equal(rebuilt[name], plain[name]) for name in stored)

@@ -10,6 +10,7 @@ method regularises its additional modules equally.
 
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from meft.backbone.find import find_blocks
 from meft.bottleneck import wide_dtype
@@ -27,6 +28,7 @@ def lora(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
         lora_alpha=protocol.LORA_ALPHA_PER_RANK * cell.lora_rank,
         lora_dropout=shape.dropout,
         target_modules=list(found.family.query_and_value),
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in found.blocks[0].modules()),
     )
     # Injected in place: `get_peft_model` would keep a frozen copy of the head.
     inject_adapter_in_model(config, model)

@@ -42,13 +42,18 @@ def attention(cell: Cell) -> Iterator[None]:
             ) from error
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, in_parts: bool) -> None:
     """Compile every module of every block, in place.
 
     All modules are compiled because a method may call any part of a block directly;
     inside a compiled module, the other modules are part of its graph.
+
+    Args:
+        model: the model.
+        in_parts: whether blocks themselves will not be called, and are left out.
     """
     for found in find_blocks(model):
         for block in found.blocks:
             for module in block.modules():
-                module.compile()
+                if module is not block or not in_parts:
+                    module.compile()

@@ -13,6 +13,7 @@ from meft_bench.child.tasks.question import AnswerTask
 from meft_bench.child.tasks.task import Task
 from meft_bench.child.training import execution
 from meft_bench.child.training.steps import Stepper, seed_everything
+from meft_bench.shared import methods
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import METHODS, load
 from meft_bench.shared.source import MissingError, Source
@@ -37,7 +38,9 @@ def load_backbone(cell: Cell, task: AnyTask, source: Source) -> Backbone:
     seed_everything(cell.seed)
     backbone = backbones.load(cell, num_labels_of(task), source)
     if cell.blocks == "compiled":
-        execution.compile_blocks(backbone.model)
+        execution.compile_blocks(
+            backbone.model, in_parts=methods.TABLE[cell.method].is_reversible
+        )
     return backbone
 
 
