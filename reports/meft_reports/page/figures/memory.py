@@ -19,7 +19,8 @@ FIGURE = Figure(
     title="Peak memory of one step",
     about="Between steps there are weights and optimizer state; a step adds "
     "activations and gradients. The tick marks what autograd saves for the backward "
-    "pass. A dashed bar ran out of memory: the step needs more than the bar is long.",
+    "pass. A dashed bar ran out of memory: the step needs more than the bar is long. "
+    "An empty bar is a peak of which no parts are known.",
     rows="memory",
     scaled={
         "peak": "peak_allocated_bytes",
@@ -34,9 +35,25 @@ FIGURE = Figure(
         "height": {"step": 20},
         "layer": [
             {
+                # Where it is not known of what a peak consists, as of `fit`.
                 "needs": "peak",
+                "transform": [{"filter": "isValid(datum.peak)"}],
+                "mark": {
+                    "type": "bar",
+                    "fill": "transparent",
+                    "stroke": css("bar2"),
+                    "cursor": "pointer",
+                },
+                "encoding": {
+                    "y": names(),
+                    "x": quantity("peak", _X),
+                    "tooltip": _TOOLTIP,
+                },
+            },
+            {
+                "needs": "resting",
                 "transform": [
-                    {"filter": "isValid(datum.peak)"},
+                    {"filter": "isValid(datum.peak) && isValid(datum.resting)"},
                     {"fold": ["resting", "activations"], "as": ["part", "size"]},
                     {
                         "calculate": f"datum.part == 'resting' ? '{_PARTS[0]}' : "
