@@ -232,6 +232,16 @@ def test_step(meft_memory):
     assert baseline(pytester) == {}
 
 
+def test_records_that_cannot_be_written_are_refused_first(
+    pytester: pytest.Pytester,
+) -> None:
+    """And not when all tests have run."""
+    step(pytester)
+    found = run(pytester, "--meft-records=nowhere/seen.jsonl")
+    assert "its folder must" in found.stdout.str() + found.stderr.str()
+    assert found.ret == pytest.ExitCode.USAGE_ERROR
+
+
 @pytest.mark.slow
 def test_nothing_is_trimmed_where_only_some_tests_run(
     pytester: pytest.Pytester,

@@ -66,7 +66,8 @@ def read(config: pytest.Config) -> Options:
     """Return the options.
 
     Raises:
-        UsageError: there is no such update, or it is refused.
+        UsageError: there is no such update, or it is refused; or records could not be
+            written.
     """
     text: str = config.getoption("--meft-update")
     update = frozenset(filter(None, text.replace(" ", "").split(",")))
@@ -80,9 +81,15 @@ def read(config: pytest.Config) -> Options:
             "--meft-update is refused under CI, where a baseline that updates itself "
             "checks nothing: run it on your machine, and commit the files"
         )
+    records: Path | None = config.getoption("--meft-records")
+    if records is not None and (records.is_dir() or not records.parent.is_dir()):
+        raise pytest.UsageError(
+            f"--meft-records={records}: no file can be written there; its folder must "
+            "exist, and it must be no folder itself"
+        )
     return Options(
         update=update,
-        records=config.getoption("--meft-records"),
+        records=records,
         checks=not config.getoption("--meft-no-check"),
         folder=config.getini("meft_baseline_dir"),
         is_strict=config.getini("meft_strict"),
