@@ -60,9 +60,12 @@ def no_prefix(config: Any) -> int:
     return 0
 
 
-Beside = Callable[[Any, Hidden, dict[str, Any]], tuple[dict[str, Any], tuple[Any, ...]]]
+ExtraOutputs = Callable[
+    [Any, Hidden, dict[str, Any]], tuple[dict[str, Any], tuple[Any, ...]]
+]
 """Of a block, hidden states and the other arguments by name: these arguments, with what
-the block would compute for others too, and what it returns beside the hidden states.
+the block would compute for others too, and what it returns in addition to the hidden
+states.
 """
 
 
@@ -97,9 +100,9 @@ class Family:
     query_and_value: tuple[str, ...]
     """Last parts of the names of the query and value projections, as LoRA takes them.
     """
-    beside: Beside | None = None
-    """What a block returns beside the hidden states, for models that pass it on to the
-    next block.
+    extra_outputs: ExtraOutputs | None = None
+    """What a block returns in addition to the hidden states, for models that pass it on
+    to the next block.
     """
     prefix: Callable[[Any], int] = no_prefix
     """Number of the lowest blocks, by the config of the model, after which its loop

@@ -221,7 +221,7 @@ class ReversibleBlocks(nn.Module):
         if not torch.compiler.is_compiling():
             _refuse_transforms()
             apart, blocks = self.blocks[: self._prefix], self.blocks[self._prefix :]
-            return [*apart, *stand_ins(blocks, self._run, self._beside)]
+            return [*apart, *stand_ins(blocks, self._run, self._extra_outputs)]
         # Every stand-in would be a graph break.
         if self._blocks_differ:
             raise UnsupportedCallError(_BLOCKS_DIFFER)
@@ -296,19 +296,19 @@ class ReversibleBlocks(nn.Module):
         output: Hidden = self(hidden, arguments_of_blocks=every)
         return output
 
-    def _beside(
+    def _extra_outputs(
         self, block: nn.Module, hidden: Hidden, arguments: BlockArguments
     ) -> tuple[BlockArguments, tuple[Any, ...] | None]:
-        """Return the arguments of a block, and what it returns beside hidden states."""
+        """Return the arguments of a block, and its other outputs."""
         if self.family.is_guess and not isinstance(hidden, HiddenBetween):
             # What it returns is known when it has been compared.
             self._prove_one(block, hidden, arguments, "the first block")
         returns = self.family.layout(block).returns
-        if self.family.beside is None:
+        if self.family.extra_outputs is None:
             return arguments, (None,) * (returns - 1) if returns else None
         args, kwargs = arguments
         _, call = by_name(plain_class(block), (hidden, *args), kwargs)
-        call, rest = self.family.beside(block, hidden, call)
+        call, rest = self.family.extra_outputs(block, hidden, call)
         return BlockArguments((), call), rest
 
     def _prove_one(

@@ -31,11 +31,11 @@ class BlockArguments(NamedTuple):
 
 Run = Callable[[Hidden, Sequence[BlockArguments]], Hidden]
 """Runs a stack: hidden states and the arguments of every block to hidden states."""
-Beside = Callable[
+ExtraOutputs = Callable[
     [nn.Module, Hidden, BlockArguments], tuple[BlockArguments, tuple[Any, ...] | None]
 ]
 """Of a block, hidden states and its arguments: these arguments, and what it returns
-beside the hidden states, None if it returns no tuple.
+in addition to the hidden states, None if it returns no tuple.
 """
 
 
@@ -85,7 +85,7 @@ class StandIn:
         blocks: all blocks of the stack, lowest first.
         index: the block that it stands for.
         run: runs the stack.
-        beside: what a block returns beside the hidden states.
+        extra_outputs: what a block returns in addition to the hidden states.
         recorded: what the stand-ins of one loop share.
     """
 
@@ -94,14 +94,14 @@ class StandIn:
         blocks: Sequence[nn.Module],
         index: int,
         run: Run,
-        beside: Beside,
+        extra_outputs: ExtraOutputs,
         recorded: "_Recorded",
     ) -> None:
         vars(self).update(
             _blocks=blocks,
             _index=index,
             _run=run,
-            _beside=beside,
+            _extra_outputs=extra_outputs,
             _recorded=recorded,
         )
 
@@ -137,7 +137,7 @@ class StandIn:
         else:
             recorded.refuse_other_context(context, index)
             recorded.refuse_other(hidden, index)
-        arguments, rest = self._beside(self._blocks[index], hidden, arguments)
+        arguments, rest = self._extra_outputs(self._blocks[index], hidden, arguments)
         recorded.arguments.append(arguments)
         del args, hidden  # the stack alone decides how long its input is kept
         if index < last:
@@ -209,17 +209,19 @@ class _Recorded:
         return hidden, arguments
 
 
-def stand_ins(blocks: Sequence[nn.Module], run: Run, beside: Beside) -> list[StandIn]:
+def stand_ins(
+    blocks: Sequence[nn.Module], run: Run, extra_outputs: ExtraOutputs
+) -> list[StandIn]:
     """Return one stand-in per block, for one loop.
 
     Args:
         blocks: all blocks of a stack, lowest first.
         run: runs the stack.
-        beside: what a block returns beside the hidden states.
+        extra_outputs: what a block returns in addition to the hidden states.
     """
     recorded = _Recorded()
     indices = range(len(blocks))
-    return [StandIn(blocks, index, run, beside, recorded) for index in indices]
+    return [StandIn(blocks, index, run, extra_outputs, recorded) for index in indices]
 
 
 def _separated(

@@ -86,6 +86,7 @@ def in_each_process(
         optimizer.zero_grad()
         weights = {n: whole(p).detach() for n, p in model.named_parameters()}
         torch.save(unwrapped(weights), Path(folder) / f"weights-{rank}.pt")
+        dist.barrier()  # one that leaves closes connections that the other still reads
     finally:
         dist.destroy_process_group()
 

@@ -33,7 +33,7 @@ DECODER = Layout(
 )
 
 
-def _beside(
+def _extra_outputs(
     block: Any, hidden: Hidden, call: dict[str, Any]
 ) -> tuple[dict[str, Any], tuple[Any, ...]]:
     """Compute the bias of self-attention; that of cross-attention is 0 in every block.
@@ -69,6 +69,6 @@ FAMILIES = (
         choose=lambda block: 1 if block.is_decoder else 0,
         new_heads=("classification_head", "classifier", "qa_outputs"),
         query_and_value=("q", "v"),
-        beside=_beside,
+        extra_outputs=_extra_outputs,
     ),
 )
