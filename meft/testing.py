@@ -90,14 +90,15 @@ def check_reversible(model: nn.Module, batch: Mapping[str, Any]) -> ReversibleRe
     groups = {
         f"{name}.{block}": [
             parameter
-            for module in (stack[block], stack.adapters_of(block))
+            for module in (stack.blocks[block], stack.adapters_of(block))
             for parameter in module.parameters()
             if parameter.requires_grad
         ]
         for name, stack in stacks.items()
         for block in range(*stack.span)
     }
-    parameters = [p for group in groups.values() for p in group]
+    # Blocks may share parameters.
+    parameters = list(dict.fromkeys(p for group in groups.values() for p in group))
     if not parameters:
         raise UnsupportedCallError(
             "nothing in the rebuilt blocks is trained, so there are no gradients to "

@@ -40,7 +40,7 @@ def call_block(
         function: what to run in place of the block's own forward, with the same
             arguments.
     """
-    with _allowed(block), _in_place_of_forward(block, function):
+    with allowed(block), _in_place_of_forward(block, function):
         output = block(hidden, **call)
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found
@@ -52,7 +52,8 @@ def is_called_by_a_stack(block: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _allowed(block: nn.Module) -> Iterator[None]:
+def allowed(block: nn.Module) -> Iterator[None]:
+    """Run the body with calls of a block by its stack."""
     before = getattr(_local, "blocks", ())
     _local.blocks = (*before, block)
     try:

@@ -60,6 +60,11 @@ def no_prefix(config: Any) -> int:
     return 0
 
 
+def each_once(config: Any, number: int) -> tuple[int, ...]:
+    """Call each block once."""
+    return tuple(range(number))
+
+
 ExtraOutputs = Callable[
     [Any, Hidden, dict[str, Any]], tuple[dict[str, Any], tuple[Any, ...]]
 ]
@@ -107,6 +112,10 @@ class Family:
     prefix: Callable[[Any], int] = no_prefix
     """Number of the lowest blocks, by the config of the model, after which its loop
     changes hidden states: they stay as they are, and are called by the loop.
+    """
+    calls: Callable[[Any, int], tuple[int, ...]] = each_once
+    """The positions in the list of blocks that the loop calls, one after the other, by
+    the config of the model and the length of the list.
     """
     takes_parallel_adapter: bool = False
     """Whether a model has one list of blocks, whose class can be changed to add a

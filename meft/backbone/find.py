@@ -33,7 +33,9 @@ class BlockList:
     """Module whose forward loops over the list."""
     attribute: str
     """Name of the list in its owner, `layer`."""
+    listed: list[nn.Module]
     blocks: list[nn.Module]
+    """The blocks in the order in which the loop calls them, some perhaps repeatedly."""
     family: Family
     config: Any
     """Config of the model that loops over the list."""
@@ -63,7 +65,8 @@ def find_blocks(model: nn.Module) -> list[BlockList]:
                     name=name,
                     owner=owner,
                     attribute=attribute,
-                    blocks=blocks,
+                    listed=blocks,
+                    blocks=[blocks[i] for i in family.calls(config, len(blocks))],
                     family=family,
                     config=config,
                 )

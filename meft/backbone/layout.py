@@ -13,6 +13,11 @@ with the probability `block.name`, `*name` a product with the number `block.name
                                                                 feed-forward of BART
     Half("post_attention_layernorm", "+mlp")                    feed-forward of BLOOM
 
+Where one module is the whole half, its input and a norm included, `inside` names the
+module in it at whose output the chain would end:
+
+    Half(chain="attention", inside="attention.output_dropout")  attention of ALBERT
+
 In a parallel block both halves read the input of the block:
 
     block(x) = x + attention chain(before(x)) + mlp chain(before(x))
@@ -22,9 +27,10 @@ attention is sequential with its own skip connection, at the end of the chain; t
 the feed-forward runs in parallel with the chain, on the same input.
 """
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -56,11 +62,14 @@ class Half:
         before: name of the module that the chain's input passes through first.
         chain: names of the modules of the chain, separated by spaces.
         outside: name of the module that the sum passes through.
+        inside: name of the module after which the adapter of attention runs, inside the
+            only module of the chain, which adds its input itself.
     """
 
     before: str = ""
     chain: str = ""
     outside: str = ""
+    inside: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +127,11 @@ class Layout:
     @property
     def _steps(self) -> list[str]:
         halves = [half for half in (self.attention, self.cross, self.mlp) if half]
-        steps = [s for h in halves for s in (h.before, *h.chain.split(), h.outside)]
+        steps = [
+            step
+            for half in halves
+            for step in (half.before, *half.chain.split(), half.outside)
+        ]
         return [step for step in steps if step]
 
     def missing(self, block: nn.Module) -> list[str]:
@@ -251,6 +264,9 @@ def _run(
     parallel: Adapter | None = None,
 ) -> Hidden:
     """Compute one half; arguments are those of `_update`."""
+    if half.inside:
+        with _adapter_after(block, half.inside, after):
+            return _called(block, half.chain, hidden, call)
     summed: Tensor = hidden + _update(half, block, hidden, call, after, parallel)
     return block.get_submodule(half.outside)(summed) if half.outside else summed
 
@@ -278,14 +294,8 @@ def _update(
     """
     inner = block.get_submodule(half.before)(hidden) if half.before else hidden
     first, *rest = half.chain.split()
-    module = block.get_submodule(first.lstrip("+"))
-    accepted = _accepted(block, module, call)
-    if first[0] == "+":
-        accepted["residual"] = hidden.new_zeros(())
-    if _takes_position(type(module).forward):
-        update = _first(module(inner, **accepted))
-    else:  # as modules of peft that wrap attention
-        update = _first(module(hidden_states=inner, **accepted))
+    added = {"residual": hidden.new_zeros(())} if first[0] == "+" else {}
+    update = _called(block, first.lstrip("+"), inner, {**call, **added})
     for step in rest:
         update = _step(block, step, update)
     if after is not None:
@@ -293,6 +303,35 @@ def _update(
     if parallel is not None:
         update = update + parallel(inner)
     return update
+
+
+def _called(
+    block: nn.Module, name: str, hidden: Tensor, call: Mapping[str, Any]
+) -> Tensor:
+    """Call a module with what it takes of the arguments of a block."""
+    module = block.get_submodule(name)
+    accepted = _accepted(block, module, call)
+    if _takes_position(type(module).forward):
+        return _first(module(hidden, **accepted))
+    # As modules of peft that wrap attention.
+    return _first(module(hidden_states=hidden, **accepted))
+
+
+@contextlib.contextmanager
+def _adapter_after(
+    block: nn.Module, name: str, adapter: Adapter | None
+) -> Iterator[None]:
+    """Run the body with an adapter after a module, with a skip connection of its own.
+    """
+    if adapter is None:
+        yield
+        return
+
+    def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output + adapter(output)
+
+    with block.get_submodule(name).register_forward_hook(add):
+        yield
 
 
 def _has(block: nn.Module, step: str) -> bool:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from meft.backbone.block_call import by_name
 from meft.backbone.caches import cache_of
-from meft.backbone.called import is_sharded
+from meft.backbone.called import allowed, is_sharded
 from meft.backbone.family import Family
 from meft.backbone.find import is_checkpointing
 from meft.backbone.parallel import NAME as PARALLEL_ADAPTER
@@ -66,7 +66,7 @@ from meft.reversible.read_out import read_out, read_out_of_both
 from meft.reversible.recompute_check import Outside, RecomputeCheck, Repeatable
 from meft.reversible.rng import draw_seed
 from meft.reversible.stack import run_rebuilt
-from meft.reversible.stand_ins import BlockArguments, HiddenBetween, stand_ins
+from meft.reversible.stand_ins import BlockArguments, HiddenBetween, StandIn
 from meft.reversible.twin import Stack, Streams, enter, run
 from meft.reversible.variants import CouplingOptions, couplings, fresh_stream
 from meft.shapes import Hidden
@@ -110,7 +110,7 @@ class ReversibleBlocks(nn.Module):
     """Run blocks with two streams, in place of a `ModuleList`.
 
     Args:
-        blocks: the original blocks, which become submodules and are not copied.
+        listed: the original list of blocks, which become submodules and are not copied.
         adapters: one `ModuleDict` of adapters per block from `span[0]` up.
         family: the structure of the blocks.
         config: the config of the reversible model.
@@ -122,7 +122,7 @@ class ReversibleBlocks(nn.Module):
 
     def __init__(
         self,
-        blocks: list[nn.Module],
+        listed: list[nn.Module],
         adapters: nn.ModuleDict,
         family: Family,
         config: ReversibleConfig,
@@ -130,10 +130,13 @@ class ReversibleBlocks(nn.Module):
         model_config: Any,
     ) -> None:
         super().__init__()
-        for index, block in enumerate(blocks):
+        for index, block in enumerate(listed):
             self.add_module(str(index), block)
-            if index >= span[0]:  # blocks below the span are called by the stack
-                refuse_calls(block)
+        self._num_listed = len(listed)
+        self._order = family.calls(model_config, len(listed))
+        # Blocks below the span are called by the stack.
+        for block in dict.fromkeys(self.blocks[span[0] :]):
+            refuse_calls(block)
         self.adapters = adapters
         self.family = family
         self.reversible = config
@@ -149,12 +152,15 @@ class ReversibleBlocks(nn.Module):
         int32 cannot hold. Both dtypes give the same function. Set it to int64 to avoid
         running the first such forward twice.
         """
-        self._num_blocks = len(blocks)
         self._prefix = family.prefix(model_config)
         kinds = set(getattr(model_config, "layer_types", ()) or ())
-        returns = any(family.layout(block).returns for block in blocks)
+        returns = any(family.layout(block).returns for block in listed)
         self._blocks_differ = (
-            len(kinds) > 1 or returns or self._prefix > 0 or family.is_guess
+            len(kinds) > 1
+            or returns
+            or self._prefix > 0
+            or family.is_guess
+            or len(self._order) > len(listed)
         )
         """Whether a loop over the stack alone would be another loop."""
         self._described = family
@@ -181,7 +187,7 @@ class ReversibleBlocks(nn.Module):
         }
 
     def __len__(self) -> int:
-        return self._num_blocks
+        return self._num_listed
 
     # A type checker that wraps calls, such as that of our tests, would be the caller.
     @no_type_check
@@ -192,23 +198,28 @@ class ReversibleBlocks(nn.Module):
         freezes blocks may be called by the `forward` of another module.
         """
         in_forward = torch.compiler.is_compiling() or _is_forward(sys._getframe(1))
-        return iter(self._for_a_loop() if in_forward else self.blocks)
+        return iter(self._for_a_loop() if in_forward else self._listed)
 
     @no_type_check
     def __getitem__(self, index: Any) -> Any:
-        """Return an original block, or for a slice the items that `__iter__` gives.
+        """Return stand-ins in a `forward`, otherwise original blocks.
 
         Raises:
             UnsupportedCallError: a slice in a `forward` leaves blocks out.
         """
+        in_forward = torch.compiler.is_compiling() or _is_forward(sys._getframe(1))
         if not isinstance(index, slice):
-            return self.blocks[index]
-        if not (torch.compiler.is_compiling() or _is_forward(sys._getframe(1))):
-            return nn.ModuleList(self.blocks[index])
-        chosen = range(self._num_blocks)[index]
-        if chosen != range(self._num_blocks):
+            block = self._listed[index]
+            is_apart = block in self._listed[: self._prefix]
+            if not in_forward or torch.compiler.is_compiling() or is_apart:
+                return block
+            return self._stand_in(block)
+        if not in_forward:
+            return nn.ModuleList(self._listed[index])
+        chosen = range(self._num_listed)[index]
+        if chosen != range(self._num_listed):
             raise UnsupportedCallError(
-                f"a loop takes {len(chosen)} of the {self._num_blocks} blocks of a "
+                f"a loop takes {len(chosen)} of the {self._num_listed} blocks of a "
                 "reversible stack, which runs as one (did `num_hidden_layers` of the "
                 f"config change?). {_CHANGE_BEFORE}"
             )
@@ -220,12 +231,16 @@ class ReversibleBlocks(nn.Module):
         """Return what a loop in a `forward` iterates over."""
         if not torch.compiler.is_compiling():
             _refuse_transforms()
-            apart, blocks = self.blocks[: self._prefix], self.blocks[self._prefix :]
-            return [*apart, *stand_ins(blocks, self._run, self._extra_outputs)]
+            apart, blocks = self._listed[: self._prefix], self._listed[self._prefix :]
+            return [*apart, *map(self._stand_in, blocks)]
         # Every stand-in would be a graph break.
         if self._blocks_differ:
             raise UnsupportedCallError(_BLOCKS_DIFFER)
         return [self]
+
+    def _stand_in(self, block: nn.Module) -> StandIn:
+        called = self.blocks[self._prefix :]
+        return StandIn(called, block, self._run, self._extra_outputs)
 
     def __setitem__(self, index: Any, block: nn.Module) -> None:
         raise UnsupportedCallError(_UNCHANGEABLE)
@@ -235,8 +250,17 @@ class ReversibleBlocks(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """Return the original blocks, lowest first."""
-        return [self.get_submodule(str(index)) for index in range(self._num_blocks)]
+        """Return the original blocks as they are run, lowest first.
+
+        A block that the model's loop calls several times is there as often.
+        """
+        listed = self._listed
+        return [listed[index] for index in self._order]
+
+    @property
+    def _listed(self) -> list[nn.Module]:
+        """Return the original list of blocks."""
+        return [self.get_submodule(str(index)) for index in range(self._num_listed)]
 
     def adapters_of(self, block: int) -> nn.ModuleDict:
         """Return the adapters of block number `block`, which is `span[0]` or higher."""
@@ -330,18 +354,20 @@ class ReversibleBlocks(nn.Module):
                 "the loop of this model works on hidden states after block "
                 f"{self._prefix - 1}: call the model, or loop over blocks as it does"
             )
-        return [BlockArguments(args, kwargs)] * self._num_blocks
+        return [BlockArguments(args, kwargs)] * len(self._order)
 
     def _streams(
         self, hidden: Hidden, every: Sequence[BlockArguments]
     ) -> tuple[Stack, Streams, list[Coupling], Tensor | None]:
         self._refuse_call()
+        self._refuse_other_order()
         calls = self._by_name(hidden, every)
         first, end = self.span
         blocks = self.blocks
         below = zip(blocks[self._prefix : first], every, strict=False)
         for block, (args, kwargs) in below:
-            output = block(hidden, *args, **kwargs)
+            with allowed(block):  # it may also be a block of the span
+                output = block(hidden, *args, **kwargs)
             hidden = output[0] if isinstance(output, tuple) else output
         self._prove(hidden, calls)
 
@@ -419,6 +445,16 @@ class ReversibleBlocks(nn.Module):
         refuse_sharded(self)
         for index, block in enumerate(self.blocks[self.span[0] :], self.span[0]):
             self._refuse_uncalled(block, f"block {index}")
+
+    def _refuse_other_order(self) -> None:
+        """Refuse a loop that calls its blocks in another order than at first."""
+        order = self.family.calls(self._model_config, self._num_listed)
+        if order != self._order:
+            raise UnsupportedCallError(
+                f"the config of the model says that {len(order)} blocks run, and the "
+                f"stack was made for {len(self._order)}: each has adapters of its own. "
+                f"{_CHANGE_BEFORE}"
+            )
 
     def _refuse_uncalled(self, block: nn.Module, label: str) -> None:
         """Refuse code attached to a block that is not called, or replaced by ours."""

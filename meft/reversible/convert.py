@@ -91,7 +91,7 @@ def without_stacks(model: nn.Module) -> Iterator[None]:
     ]
     for owner, attribute, stack in replaced:
         setattr(owner, attribute, plain_list(stack))
-        for block in stack.blocks:
+        for block in dict.fromkeys(stack.blocks):
             allow_calls(block)
     unwatch(model)
     try:
@@ -100,13 +100,13 @@ def without_stacks(model: nn.Module) -> Iterator[None]:
         for owner, attribute, stack in replaced:
             setattr(owner, attribute, stack)
             watch(model, owner)
-            for block in stack.blocks[stack.span[0] :]:
+            for block in dict.fromkeys(stack.blocks[stack.span[0] :]):
                 refuse_calls(block)
 
 
 def plain_list(stack: ReversibleBlocks) -> nn.ModuleList:
     """Return the blocks of a stack as the list that it has replaced."""
-    blocks = nn.ModuleList(stack.blocks)
+    blocks = nn.ModuleList(list(stack))
     blocks.training = stack.training
     return blocks
 
@@ -152,7 +152,7 @@ def _stack(found: BlockList, config: ReversibleConfig) -> ReversibleBlocks:
     if config.variant is not None:
         _add_adapters(adapters, found, config, config.variant, first)
     return ReversibleBlocks(
-        found.blocks, adapters, found.family, config, (first, end), found.config
+        found.listed, adapters, found.family, config, (first, end), found.config
     )
 
 

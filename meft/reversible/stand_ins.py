@@ -43,18 +43,23 @@ class HiddenBetween(Tensor):
     """Hidden states between two blocks of a reversible stack, which have no values.
 
     Args:
-        hidden: the input of the stack, whose shape, dtype and device it has.
+        loop: what the loop has passed so far.
         place: between which blocks of which model it is, for error messages.
     """
 
+    loop: "_Loop"
+    position: int
+    """Number of blocks that the loop had called when it was returned."""
     _place: str
 
     @staticmethod
-    def __new__(cls, hidden: Tensor, place: str) -> "HiddenBetween":
+    def __new__(cls, loop: "_Loop", place: str) -> "HiddenBetween":
         """Create a tensor without memory."""
+        hidden = loop.hidden
         between: HiddenBetween = Tensor._make_wrapper_subclass(
             cls, hidden.shape, dtype=hidden.dtype, device=hidden.device
         )
+        between.loop, between.position = loop, len(loop.arguments)
         between._place = place
         return between
 
@@ -76,43 +81,63 @@ class HiddenBetween(Tensor):
         )
 
 
+class _Loop:
+    """What one loop has passed to the blocks that it has called so far.
+
+    Args:
+        hidden: what it passed to the first block, `batch seq hidden`.
+        run: runs the stack.
+    """
+
+    def __init__(self, hidden: Hidden, run: Run) -> None:
+        self.arguments: list[BlockArguments] = []
+        self.run = run
+        self.context = _context(hidden)
+        self._hidden: Tensor | None = hidden
+
+    @property
+    def hidden(self) -> Hidden:
+        """Return what the first block was given."""
+        assert self._hidden is not None  # it has not been taken
+        return self._hidden
+
+    def take(self) -> Hidden:
+        """Return what the first block was given, and forget it."""
+        hidden, self._hidden = self.hidden, None
+        return hidden
+
+
 class StandIn:
     """Take the place of one block in a loop.
 
     Attributes are those of the block.
 
     Args:
-        blocks: all blocks of the stack, lowest first.
-        index: the block that it stands for.
+        blocks: all blocks of the stack, in the order in which the loop calls them.
+        block: the one that it stands for.
         run: runs the stack.
         extra_outputs: what a block returns in addition to the hidden states.
-        recorded: what the stand-ins of one loop share.
     """
 
     def __init__(
         self,
         blocks: Sequence[nn.Module],
-        index: int,
+        block: nn.Module,
         run: Run,
         extra_outputs: ExtraOutputs,
-        recorded: "_Recorded",
     ) -> None:
         vars(self).update(
-            _blocks=blocks,
-            _index=index,
-            _run=run,
-            _extra_outputs=extra_outputs,
-            _recorded=recorded,
+            _blocks=blocks, _block=block, _run=run, _extra_outputs=extra_outputs
         )
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_blocks"][self._index], name)
+        return getattr(vars(self)["_block"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._blocks[self._index], name, value)
+        setattr(self._block, name, value)
 
     def __repr__(self) -> str:
-        return f"StandIn({self._blocks[self._index]!r})"
+        return f"StandIn({self._block!r})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Record the arguments; the last stand-in runs the stack.
@@ -130,98 +155,48 @@ class StandIn:
                 order, or changes the hidden states between them.
         """
         hidden, arguments = _separated(args, kwargs)
-        context = _context(hidden)
-        recorded, index, last = self._recorded, self._index, len(self._blocks) - 1
-        if index == 0:
-            recorded.start(hidden, context)
-        else:
-            recorded.refuse_other_context(context, index)
-            recorded.refuse_other(hidden, index)
-        arguments, rest = self._extra_outputs(self._blocks[index], hidden, arguments)
-        recorded.arguments.append(arguments)
+        loop = self._loop(hidden)
+        arguments, rest = self._extra_outputs(self._block, hidden, arguments)
+        loop.arguments.append(arguments)
         del args, hidden  # the stack alone decides how long its input is kept
-        if index < last:
-            out = recorded.between(f"between blocks {index} and {index + 1}")
+        called = len(loop.arguments)
+        if called < len(self._blocks):
+            place = f"between blocks {called - 1} and {called}"
+            out: Tensor = HiddenBetween(loop, place)
         else:
-            out = self._run(*recorded.taken())
+            out = self._run(loop.take(), loop.arguments)
         return out if rest is None else (out, *rest)
 
-
-class _Recorded:
-    """What the stand-ins of one loop have been given."""
-
-    def __init__(self) -> None:
-        self.arguments: list[BlockArguments] = []
-        self._hidden: Tensor | None = None
-        self._returned: HiddenBetween | None = None
-        self._context: tuple[Any, ...] = ()
-
-    def start(self, hidden: Tensor, context: tuple[Any, ...]) -> None:
-        """Begin with the hidden states that the first block was given."""
-        self.arguments, self._hidden, self._returned = [], hidden, None
-        self._context = context
-
-    def refuse_other_context(self, context: tuple[Any, ...], index: int) -> None:
-        """Refuse a block that is called in another context than the first one.
+    def _loop(self, hidden: Tensor) -> _Loop:
+        """Return the loop to which a call with these hidden states belongs.
 
         Raises:
-            UnsupportedCallError: it is another.
+            UnsupportedCallError: to none, or this block is not the next one.
         """
-        if context != self._context:
+        loop, position = _Loop(hidden, self._run), 0
+        if isinstance(hidden, HiddenBetween) and hidden.loop.run == self._run:
+            loop, position = hidden.loop, hidden.position
+        called = len(loop.arguments)
+        if position != called or self._blocks[called] is not self._block:
+            given = (
+                "hidden states that the block before it did not return"
+                if called == 0 or position != called
+                else f"hidden states after {called} blocks were called"
+            )
             raise UnsupportedCallError(
-                f"block {index} of a reversible stack was called with gradients or "
+                f"block {self._blocks.index(self._block)} of a reversible stack was "
+                f"given {given}. A stack runs all its blocks as one: a loop over them "
+                "has to call each once, in order, and to pass on what it returns "
+                "unchanged"
+            )
+        if loop.context != _context(hidden):
+            raise UnsupportedCallError(
+                f"block {called} of a reversible stack was called with gradients or "
                 "autocast switched differently than for the first block. A stack runs "
                 "all its blocks as one, in one context: to freeze some of them, set "
                 "`requires_grad` of their parameters, or `span` in the config"
             )
-
-    def between(self, place: str) -> HiddenBetween:
-        """Return what the next block has to be given."""
-        assert self._hidden is not None  # a loop has started
-        between = HiddenBetween(self._hidden, place)
-        self._returned = between
-        return between
-
-    def refuse_other(self, hidden: Tensor, index: int) -> None:
-        """Refuse hidden states other than those that the block before returned.
-
-        Raises:
-            UnsupportedCallError: they are others.
-        """
-        if len(self.arguments) == index and hidden is self._returned:
-            return
-        given = f"block {index} of a reversible stack was given "
-        given += (
-            "hidden states that the block before it did not return"
-            if len(self.arguments) == index
-            else f"hidden states after {len(self.arguments)} blocks were called"
-        )
-        raise UnsupportedCallError(
-            f"{given}. A stack runs all its blocks as one: a loop over them has to "
-            "call each once, in order, and to pass on what it returns unchanged"
-        )
-
-    def taken(self) -> tuple[Hidden, list[BlockArguments]]:
-        """Return the hidden states and all arguments, and forget them."""
-        hidden, arguments = self._hidden, self.arguments
-        assert hidden is not None  # a loop has started
-        self.arguments, self._hidden, self._returned = [], None, None
-        return hidden, arguments
-
-
-def stand_ins(
-    blocks: Sequence[nn.Module], run: Run, extra_outputs: ExtraOutputs
-) -> list[StandIn]:
-    """Return one stand-in per block, for one loop.
-
-    Args:
-        blocks: all blocks of a stack, lowest first.
-        run: runs the stack.
-        extra_outputs: what a block returns in addition to the hidden states.
-    """
-    recorded = _Recorded()
-    indices = range(len(blocks))
-    return [StandIn(blocks, index, run, extra_outputs, recorded) for index in indices]
+        return loop
 
 
 def _separated(

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
+    AlbertConfig,
     BartConfig,
     BertConfig,
     BloomConfig,
@@ -216,6 +217,12 @@ def t5_config(depth: int, **options: Any) -> PreTrainedConfig:
         eos_token_id=EOS,
         **{"num_labels": LABELS, "decoder_start_token_id": PAD, **options},
     )
+
+
+def albert_config(depth: int, **options: Any) -> PreTrainedConfig:
+    """Two groups of layers, of which the first is called in most of the layers."""
+    groups = {"num_hidden_groups": min(2, depth), "embedding_size": HIDDEN // 2}
+    return encoder_config(AlbertConfig, depth, **(groups | options))
 
 
 def deberta_config(
@@ -749,6 +756,7 @@ FORMS: tuple[Form, ...] = (
         FEW_ENCODER_HEADS,
         "",
     ),
+    ("ALBERT", "Albert", albert_config, FEW_ENCODER_HEADS, ""),
     ("DINOv2", "Dinov2", dinov2_config, SOME_IMAGE_HEADS, ""),
     (
         "Qwen3-MoE",

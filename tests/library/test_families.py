@@ -356,8 +356,11 @@ def test_adapters_are_saved_and_loaded(case: Case, tmp_path: Path) -> None:
 def test_the_check_finds_no_error(case: Case, variant: str) -> None:
     """Every block is reported under its name in the model, encoder before decoder, and
     every error is 0."""
-    named = case.build().named_modules()
-    blocks = tuple(n for n, module in named if any(f.has(module) for f in FAMILIES))
+    blocks = tuple(
+        f"{found.name}.{index}"
+        for found in find_blocks(case.build())
+        for index in range(len(found.blocks))
+    )
     case_model = reversible(case, variant=variant)
     report = check_reversible(case_model, case.batch())
     assert report.blocks == blocks
