@@ -30,8 +30,8 @@ def call_block(
     hidden: Tensor,
     call: Mapping[str, Any],
     function: Callable[..., Tensor] | None = None,
-) -> Tensor:
-    """Call a block and return its hidden states.
+) -> Any:
+    """Call a block and return what it returns.
 
     Args:
         block: the block.
@@ -41,9 +41,7 @@ def call_block(
             arguments.
     """
     with allowed(block), _in_place_of_forward(block, function):
-        output = block(hidden, **call)
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+        return block(hidden, **call)
 
 
 def is_called_by_a_stack(block: nn.Module) -> bool:

@@ -137,8 +137,15 @@ class Family:
         """Name of the module that has the class of the blocks."""
         return self.defined_in or module_of(self.model_type)
 
+    @property
+    def is_opaque(self) -> bool:
+        """Whether blocks are called themselves, of whatever class they are."""
+        return all(layout.is_opaque for layout in self.layouts)
+
     def has(self, block: object) -> bool:
         """Return whether a module is one of the blocks, or of a class derived."""
+        if self.is_opaque:
+            return True
         names = [(kind.__module__, kind.__qualname__) for kind in type(block).__mro__]
         return (self.module, self.block) in names
 
@@ -148,7 +155,14 @@ class Family:
 
     def with_layout(self, layout: Layout) -> "Family":
         """Return this family with a layout that has been compared with a block."""
-        return replace(self, layouts=(layout,), choose=the_first, is_guess=False)
+        extra = None if layout.is_opaque else self.extra_outputs
+        return replace(
+            self,
+            layouts=(layout,),
+            choose=the_first,
+            extra_outputs=extra,
+            is_guess=False,
+        )
 
     def whole(
         self,

@@ -5,7 +5,7 @@ provides for a family is supported, and so is every part of a model that has blo
 family.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import nn
@@ -13,7 +13,14 @@ from transformers import PreTrainedModel
 
 from meft.backbone.families import FAMILIES, family_of
 from meft.backbone.family import Family
-from meft.backbone.unlisted import family_for, nearest, refuse_missing
+from meft.backbone.layout import OPAQUE
+from meft.backbone.unlisted import (
+    family_for,
+    is_checkpointed,
+    nearest,
+    opaque_family,
+    refuse_missing,
+)
 from meft.errors import UnsupportedCallError, UnsupportedModelError
 
 _DROPS_BLOCKS = (
@@ -41,11 +48,16 @@ class BlockList:
     """Config of the model that loops over the list."""
 
 
-def find_blocks(model: nn.Module) -> list[BlockList]:
+def find_blocks(model: nn.Module, as_a_whole: bool = False) -> list[BlockList]:
     """Return every list of blocks of a supported family in `model`.
 
     Image towers of which a model reads hidden states between blocks, as LLaVA does, are
     left out.
+
+    Args:
+        model: the model.
+        as_a_whole: whether blocks may be called themselves, and need not be known: all
+            lists are returned whose blocks transformers can checkpoint.
 
     Raises:
         UnsupportedModelError: there is none, or its blocks cannot be run in halves.
@@ -54,7 +66,7 @@ def find_blocks(model: nn.Module) -> list[BlockList]:
     for path, owner in model.named_modules():
         for attribute, child in owner.named_children():
             blocks = list(child) if isinstance(child, nn.ModuleList) else []
-            family = family_for(blocks[0]) if blocks else None
+            family = _family_of_all(blocks, as_a_whole) if blocks else None
             if family is None or _is_read_between(model, path):
                 continue
             name = f"{path}.{attribute}".lstrip(".")
@@ -78,9 +90,34 @@ def find_blocks(model: nn.Module) -> list[BlockList]:
             f"{type(model).__name__} is not supported: it has no blocks of a known "
             f"family{_nearest(model)}. Supported are transformers' {names}, with any "
             "head, and models whose blocks have the same structure under the same "
-            "names. `meft.register_family` describes the blocks of another model"
+            "names. `meft.register_family` describes the blocks of another model. "
+            "Without adapters of ours, `ReversibleConfig(adapter=None)` with "
+            "`mlp_chunks=1`, the blocks of any model work that transformers can "
+            "checkpoint"
         )
     return found
+
+
+def _family_of_all(blocks: list[nn.Module], as_a_whole: bool) -> Family | None:
+    """Return the family of the blocks of a list; None if there is none.
+
+    Args:
+        blocks: all modules of the list.
+        as_a_whole: as for `find_blocks`.
+    """
+    family = family_for(blocks[0])
+    if not as_a_whole or not (family is None or family.is_guess):
+        return family
+    if family is not None and all(map(family.has, blocks)):
+        return replace(family, layouts=(*family.layouts, OPAQUE))
+    is_opaque = all(map(is_checkpointed, blocks)) and not any(map(_has_inside, blocks))
+    return opaque_family(blocks) if is_opaque else None
+
+
+def _has_inside(block: nn.Module) -> bool:
+    """Return whether there is a list of blocks of a known class in a block."""
+    lists = (part for part in block.modules() if isinstance(part, nn.ModuleList))
+    return any(len(found) and family_for(found[0]) for found in lists)
 
 
 def _nearest(model: nn.Module) -> str:
@@ -180,7 +217,7 @@ def _refuse(
     reasons: list[str | None] = [
         f"block {i} of a list is a {type(block).__name__}, not a {family.block}"
         for i, block in enumerate(blocks)
-        if family_for(block) != family
+        if not family.has(block)
     ]
     reasons += [family.refuse(block) or _jitter(block) for block in blocks]
     if cast(float, getattr(owner, "layerdrop", 0.0)) > 0:

@@ -90,6 +90,8 @@ class Layout:
         returns: the number of values in the tuple that a block returns, of which the
             first is the hidden states and the others are None; 0 if it returns no
             tuple.
+        tensors: positions in this tuple at which there is another tensor than the
+            hidden states, which must not be read (`is_opaque`).
     """
 
     attention: Half
@@ -99,6 +101,12 @@ class Layout:
     adds_input_last: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
     returns: int = 0
+    tensors: tuple[int, ...] = ()
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether the halves are unknown, and a block can only be called itself."""
+        return not self.attention.chain
 
     @property
     def is_post_norm(self) -> bool:
@@ -159,6 +167,35 @@ class Layout:
     def norm(self) -> str:
         """Name of a norm in the block, whose weight is as wide as the stream."""
         return self.mlp.before or self.mlp.outside or self.mlp.chain.split()[-1]
+
+    def hidden_of(self, block: nn.Module, hidden: Hidden, output: Any) -> Hidden:
+        """Return the hidden states of what a call of a block has returned.
+
+        Args:
+            block: the block.
+            hidden: what it was given, `batch seq hidden`.
+            output: what it has returned.
+
+        Raises:
+            UnsupportedCallError: an opaque block has returned something of another form
+                than before.
+        """
+        found = _first(output)
+        if not self.is_opaque:
+            return found
+        others = output[1:] if isinstance(output, tuple) else ()
+        tensors = tuple(i for i, t in enumerate(others, 1) if isinstance(t, Tensor))
+        returns = len(output) if isinstance(output, tuple) else 0
+        is_alike = (returns, tensors) == (self.returns, self.tensors)
+        if not is_alike or found.shape != hidden.shape or found.dtype != hidden.dtype:
+            raise UnsupportedCallError(
+                f"a {type(block).__name__} has returned {_described(output)} for "
+                f"hidden states of {hidden.dtype} and shape {tuple(hidden.shape)}: all "
+                "blocks of a reversible stack have to return hidden states of the same "
+                "dtype and shape, and as many values as the first block, which "
+                f"returned {self.returns or 'no tuple'}"
+            )
+        return found
 
     def returned(self, hidden: Hidden) -> Any:
         """Return what a block returns that has computed these hidden states."""
@@ -250,6 +287,10 @@ class Layout:
         return self.mlp_half(block, mixed, parallel)
 
 
+OPAQUE = Layout(attention=Half(), mlp=Half())
+"""Of blocks whose halves are unknown."""
+
+
 def _of_modules(call: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a block that modules inside it may read."""
     return {n: v for n, v in call.items() if n not in _WITHOUT_EFFECT}
@@ -332,6 +373,15 @@ def _adapter_after(
 
     with block.get_submodule(name).register_forward_hook(add):
         yield
+
+
+def _described(output: Any) -> str:
+    """Describe what a block has returned, for an error message."""
+    if isinstance(output, Tensor):
+        return f"{output.dtype} of shape {tuple(output.shape)}"
+    if isinstance(output, tuple):
+        return f"({', '.join(map(_described, output))})"
+    return type(output).__name__
 
 
 def _has(block: nn.Module, step: str) -> bool:

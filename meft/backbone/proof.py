@@ -196,12 +196,17 @@ def _compared(
                 f"{label}, a {plain.__name__}, is not of a listed family, and its own "
                 f"`forward` could not be run by itself: {error!r}"
             ) from error
+        if not is_known and family.extra_outputs is None:
+            _refuse_others(own, label, plain)
         if not _is_comparable(own.hidden):
             return None
         reasons = []
         for layout in family.layouts if family.is_guess else (family.layout(block),):
             if family.is_guess:  # as many values as the block returns
-                layout = replace(layout, returns=own.returns)
+                layout = replace(layout, returns=own.returns, tensors=own.tensors)
+            if layout.is_opaque:
+                _refuse_another_shape(own, hidden, label, plain)
+                return family.with_layout(layout)
             reason = _difference(runs, own, layout, is_known)
             if reason is None:
                 return family.with_layout(layout) if family.is_guess else family
@@ -234,8 +239,16 @@ class _Output(NamedTuple):
     hidden: Tensor
     returns: int
     """Length of the tuple; 0 if it was none."""
+    others: tuple[type, ...]
+    """Types of what is in the tuple besides."""
     gradients: list[Tensor | None]
     """Of the input and of all parameters, if they were asked for."""
+
+    @property
+    def tensors(self) -> tuple[int, ...]:
+        """Positions of other tensors in the tuple."""
+        types = enumerate(self.others, 1)
+        return tuple(index for index, kind in types if issubclass(kind, Tensor))
 
 
 class _Runs:
@@ -292,7 +305,7 @@ class _Runs:
         if not with_gradients:
             with torch.no_grad():
                 output = _repeated(function, self._hidden)
-            return _Output(_first(output), _length(output), [])
+            return _Output(_first(output), _length(output), _others(output), [])
         x = self._hidden.clone().requires_grad_()
         with _all_trained(self.block) as parameters, torch.enable_grad():
             out = _first(_repeated(function, x))
@@ -303,7 +316,7 @@ class _Runs:
                 weights.view_as(out).to(out.dtype),
                 allow_unused=True,
             )
-        return _Output(out.detach(), 0, list(found))
+        return _Output(out.detach(), 0, (), list(found))
 
 
 @contextlib.contextmanager
@@ -323,6 +336,33 @@ def _all_trained(block: nn.Module) -> Iterator[list[Tensor]]:
 def _first(output: Any) -> Tensor:
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found
+
+
+def _others(output: Any) -> tuple[type, ...]:
+    return tuple(map(type, output[1:])) if isinstance(output, tuple) else ()
+
+
+def _refuse_others(own: _Output, label: str, plain: type[nn.Module]) -> None:
+    """Refuse a block that returns other things than tensors and None."""
+    known = (Tensor, type(None))
+    others = [kind.__name__ for kind in own.others if not issubclass(kind, known)]
+    if others:
+        raise UnsupportedModelError(
+            f"{label}, a {plain.__name__}, returns a {others[0]} besides hidden "
+            "states, which a stack that runs all blocks as one cannot"
+        )
+
+
+def _refuse_another_shape(
+    own: _Output, hidden: Tensor, label: str, plain: type[nn.Module]
+) -> None:
+    if own.hidden.shape != hidden.shape or own.hidden.dtype != hidden.dtype:
+        raise UnsupportedModelError(
+            f"{label}, a {plain.__name__}, returns {own.hidden.dtype} of shape "
+            f"{tuple(own.hidden.shape)} for hidden states of {hidden.dtype} and shape "
+            f"{tuple(hidden.shape)}: a reversible stack needs blocks that change "
+            "neither. Convert a part of the model, `meft.make_reversible(part, config)`"
+        )
 
 
 def _length(output: Any) -> int:

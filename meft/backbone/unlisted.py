@@ -7,13 +7,15 @@ parameters, is taken for one of that layout until its first forward compares the
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from meft.backbone.families import FAMILIES, family_of
 from meft.backbone.family import Family, the_first
-from meft.backbone.layout import Half, Layout
+from meft.backbone.layout import OPAQUE, Half, Layout
 from meft.backbone.parallel import NAME as PARALLEL_ADAPTER
 from meft.errors import ConfigError, UnsupportedModelError
 
@@ -27,8 +29,8 @@ _PATTERNS = tuple(
 def register_family(
     block: type[nn.Module],
     *,
-    attention: Half,
-    mlp: Half,
+    attention: Half | None = None,
+    mlp: Half | None = None,
     cross: Half | None = None,
     is_parallel: bool = False,
     returns: int = 0,
@@ -39,8 +41,10 @@ def register_family(
 
     Needed only for a class that is refused without: those of listed families, and all
     whose modules have the same names, are known. A wrong description is refused by the
-    first forward, which compares it with the block's own `forward`. Registering a class
-    again replaces its description.
+    first forward, which compares it with the block's own `forward`. Without `attention`
+    and `mlp`, blocks are called as they are, which needs
+    `ReversibleConfig(adapter=None)`. Registering a class again replaces its
+    description.
 
     Args:
         block: the class of the blocks, such as `MyDecoderLayer`.
@@ -61,6 +65,11 @@ def register_family(
             f"`block` must be a class derived from `nn.Module`, got {block!r}: pass "
             "the class of the blocks, `type(model.model.layers[0])`"
         )
+    if (attention is None) is not (mlp is None):
+        raise ConfigError(
+            "`attention` and `mlp` must both be given, or none of them for blocks that "
+            f"are called as they are, got {attention!r} and {mlp!r}"
+        )
     for name, half in (("attention", attention), ("mlp", mlp), ("cross", cross)):
         if half is not None and not (isinstance(half, Half) and half.chain.split()):
             raise ConfigError(
@@ -68,8 +77,8 @@ def register_family(
                 f"modules that are called one after the other, got {half!r}"
             )
     layout = Layout(
-        attention=attention,
-        mlp=mlp,
+        attention=attention or Half(),
+        mlp=mlp or Half(),
         cross=cross,
         is_parallel=is_parallel,
         returns=returns,
@@ -83,7 +92,8 @@ def register_family(
         layouts=(layout,),
         new_heads=new_heads,
         query_and_value=query_and_value,
-        takes_parallel_adapter=True,
+        takes_parallel_adapter=attention is not None,
+        is_guess=attention is None,
     )
 
 
@@ -115,6 +125,38 @@ def family_for(block: nn.Module) -> Family | None:
         causal_lm=None,
         is_guess=True,
     )
+
+
+def opaque_family(blocks: Sequence[nn.Module]) -> Family:
+    """Return a family of blocks of any classes, which are called themselves.
+
+    Args:
+        blocks: the blocks of one list.
+    """
+    return Family(
+        name=" and ".join(dict.fromkeys(type(block).__name__ for block in blocks)),
+        model_type="",
+        defined_in=type(blocks[0]).__module__,
+        order=len(FAMILIES),
+        block=type(blocks[0]).__qualname__,
+        layouts=(OPAQUE,),
+        new_heads=(),
+        query_and_value=(),
+        is_guess=True,
+    )
+
+
+def is_checkpointed(block: nn.Module) -> bool:
+    """Return whether transformers can checkpoint a block, and nothing inside it.
+
+    Such a block takes hidden states, and returns them.
+    """
+    inside = (part for part in block.modules() if part is not block)
+    return _is_layer(block) and not any(map(_is_layer, inside))
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, GradientCheckpointingLayer)
 
 
 def nearest(block: nn.Module) -> str:

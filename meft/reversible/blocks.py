@@ -32,6 +32,7 @@ from meft.backbone.caches import cache_of
 from meft.backbone.called import allowed, is_sharded
 from meft.backbone.family import Family
 from meft.backbone.find import is_checkpointing
+from meft.backbone.layout import Layout
 from meft.backbone.parallel import NAME as PARALLEL_ADAPTER
 from meft.backbone.proof import Proven, plain_class, prove
 from meft.backbone.uncalled import (
@@ -66,7 +67,12 @@ from meft.reversible.read_out import read_out, read_out_of_both
 from meft.reversible.recompute_check import Outside, RecomputeCheck, Repeatable
 from meft.reversible.rng import draw_seed
 from meft.reversible.stack import run_rebuilt
-from meft.reversible.stand_ins import BlockArguments, HiddenBetween, StandIn
+from meft.reversible.stand_ins import (
+    BlockArguments,
+    HiddenBetween,
+    NotComputed,
+    StandIn,
+)
 from meft.reversible.twin import Stack, Streams, enter, run
 from meft.reversible.variants import CouplingOptions, couplings, fresh_stream
 from meft.shapes import Hidden
@@ -99,6 +105,11 @@ _BLOCKS_DIFFER = (
 _CHANGE_BEFORE = (
     "To train fewer, more or other blocks, change the list before "
     "`meft.make_reversible`"
+)
+_STRUCTURES_DIFFER = (
+    "the blocks of this model are of several structures, which one stack cannot run in "
+    "halves. Without adapters (`adapter=None`) and with `mlp_chunks=1` blocks are "
+    "called as they are"
 )
 _UNCHANGEABLE = (
     "blocks of a reversible stack cannot be replaced or removed: each has adapters of "
@@ -327,9 +338,9 @@ class ReversibleBlocks(nn.Module):
         if self.family.is_guess and not isinstance(hidden, HiddenBetween):
             # What it returns is known when it has been compared.
             self._prove_one(block, hidden, arguments, "the first block")
-        returns = self.family.layout(block).returns
+        layout = self.family.layout(block)
         if self.family.extra_outputs is None:
-            return arguments, (None,) * (returns - 1) if returns else None
+            return arguments, _others(layout) if layout.returns else None
         args, kwargs = arguments
         _, call = by_name(plain_class(block), (hidden, *args), kwargs)
         call, rest = self.family.extra_outputs(block, hidden, call)
@@ -425,11 +436,14 @@ class ReversibleBlocks(nn.Module):
             hidden: input of the lowest block in the span, `batch seq hidden`.
             calls: the arguments of all blocks.
         """
+        if self.family.is_opaque and not self.family.is_guess:
+            return  # its blocks are called, whatever they compute
+        families: dict[Layout, Family] = {}
         for index, block in list(enumerate(self.blocks))[self.span[0] :]:
             if self.reversible.adapter is None and must_be_called(block):
                 continue  # it is called, whatever it computes
             plain = plain_class(block)
-            self.family = prove(
+            found = prove(
                 self._proven,
                 self._described,
                 block,
@@ -438,6 +452,14 @@ class ReversibleBlocks(nn.Module):
                 calls[index],
                 f"block {index}",
             )
+            families[found.layout(block)] = found
+        if len(families) > 1 and self._described.is_guess:
+            # What calls blocks themselves is right for all of them.
+            opaque = [found for found in families.values() if found.is_opaque]
+            if not opaque:
+                raise UnsupportedModelError(_STRUCTURES_DIFFER)
+            families = {opaque[0].layouts[0]: opaque[0]}
+        self.family = next(iter(families.values()), self.family)
 
     def _refuse_call(self) -> None:
         """Refuse unsupported changes to the blocks and unsupported contexts."""
@@ -560,6 +582,14 @@ class ReversibleBlocks(nn.Module):
         return RecomputeCheck(
             exact, self._repeatable, kinds, probe, outside=self._outside
         )
+
+
+def _others(layout: Layout) -> tuple[Any, ...]:
+    """Return what a block returns besides hidden states, without computing it."""
+    return tuple(
+        NotComputed(f"output {index} of a block") if index in layout.tensors else None
+        for index in range(1, layout.returns)
+    )
 
 
 def _refuse_transforms() -> None:

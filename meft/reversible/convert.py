@@ -40,8 +40,15 @@ def insert_stacks(model: Model, config: ReversibleConfig) -> Model:
         raise UnsupportedModelError(
             f"{CHECKPOINTING_IS_ON} before `meft.make_reversible`"
         )
-    lists = find_blocks(model)
+    as_a_whole = config.adapter is None and config.mlp_chunks == 1
+    lists = find_blocks(model, as_a_whole)
     for found in lists:
+        if found.family.is_opaque and not as_a_whole:
+            raise UnsupportedModelError(
+                f"{found.name} of {type(model).__name__} has blocks that can only be "
+                f"called as they are ({found.family.name}): that needs "
+                "`ReversibleConfig(adapter=None)` and `mlp_chunks=1`"
+            )
         if config.span is not None and config.span[1] > len(found.blocks):
             raise ConfigError(
                 f"`span` is {config.span}, but {found.name} of {type(model).__name__} "

@@ -39,6 +39,41 @@ in addition to the hidden states, None if it returns no tuple.
 """
 
 
+class NotComputed(Tensor):
+    """What a block returns besides hidden states, which has no values and no shape.
+
+    Args:
+        place: what it is, for error messages.
+    """
+
+    _place: str
+
+    @staticmethod
+    def __new__(cls, place: str) -> "NotComputed":
+        """Create a tensor without memory."""
+        created: NotComputed = Tensor._make_wrapper_subclass(cls, ())
+        created._place = place
+        return created
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # without contents
+        return f"NotComputed({self._place})"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        """Raise an error: no operation or attribute can use it."""
+        found = (a for a in (*args, *(kwargs or {}).values()) if isinstance(a, cls))
+        place = vars(next(found)).get("_place") if args else "another output"
+        name = getattr(func, "__name__", func)
+        raise UnsupportedCallError(
+            f"`{name}` was called on {place}, which a reversible stack does not "
+            "compute: it runs all its blocks as one, and returns hidden states alone"
+        )
+
+    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]  # as torch asks
+
+
 class HiddenBetween(Tensor):
     """Hidden states between two blocks of a reversible stack, which have no values.
 

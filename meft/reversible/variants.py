@@ -149,13 +149,15 @@ def _steps(
         def function(hidden: Tensor, context: Context) -> Tensor:
             call = arguments.given(context)
             replaced = None if inside is None else in_its_place
-            return call_block(block, hidden, call, replaced)
+            output = call_block(block, hidden, call, replaced)
+            return family.layout(block).hidden_of(block, hidden, output)
 
         modules = (block,) if inside is None else (block, inside)
         return Branch(mixing=Part(function, modules), is_sharded=is_sharded(block))
 
     def whole(inside: nn.Module | None = None) -> Branch:
-        if must_be_called(block):  # in `meft3` it has been refused
+        is_opaque = family.layout(block).is_opaque  # only without adapters
+        if is_opaque or must_be_called(block):  # in `meft3` it has been refused
             return called()
         return Branch(mixing=attention(inside), tokenwise=mlp(), is_sum=is_parallel)
 

@@ -30,7 +30,6 @@ from library.families import (
 )
 from marks import pairs, slow_but_for
 from meft.backbone.caches import FIELD
-from meft.backbone.families import FAMILIES
 from meft.backbone.find import find_blocks
 from meft.backbone.heads import new_heads
 from meft.reversible.blocks import ReversibleBlocks, find_stacks
