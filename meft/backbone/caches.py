@@ -1,8 +1,8 @@
 """The cache of keys and values among the arguments of a block.
 
 transformers 5.24 renamed the argument, and the field of outputs, from
-`past_key_values` to `cache`. Both are understood here, and so is `layer_past`, as
-blocks of GPT-NeoX, BLOOM and Falcon call theirs.
+`past_key_values` to `cache`. Both are understood here, and so are `layer_past`, as
+blocks of GPT-NeoX, BLOOM and Falcon call theirs, and Mamba's `cache_params`.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-NAMES = ("cache", "past_key_values", "layer_past")
+NAMES = ("cache", "past_key_values", "layer_past", "cache_params")
 """Its names, that of the newest version first."""
 
 FIELD = next(
@@ -20,6 +20,19 @@ FIELD = next(
     if name in {field.name for field in fields(CausalLMOutputWithPast)}
 )
 """Its name, in models and outputs, in the transformers that is installed."""
+
+
+def holds_tokens(cache: Any, layer: int = 0) -> bool:
+    """Return whether a cache has been given tokens.
+
+    Args:
+        cache: a cache of transformers.
+        layer: the layer to ask; for one without attention, all such layers are.
+    """
+    try:
+        return bool(cache.get_seq_length(layer) > 0)
+    except ValueError:  # linear attention does not count its tokens
+        return bool(cache.has_previous_state())
 
 
 def name_of_cache(call: Mapping[str, Any]) -> str:

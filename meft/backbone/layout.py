@@ -362,8 +362,7 @@ def _called(
 def _adapter_after(
     block: nn.Module, name: str, adapter: Adapter | None
 ) -> Iterator[None]:
-    """Run the body with an adapter after a module, with a skip connection of its own.
-    """
+    """Run the body with an adapter, and its skip connection, after a module."""
     if adapter is None:
         yield
         return

@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from meft.backbone.caches import NAMES, cache_of
+from meft.backbone.caches import NAMES, cache_of, holds_tokens
 from meft.backbone.called import call_block, is_sharded
 from meft.backbone.families import family_of
 from meft.backbone.family import Family
@@ -176,9 +177,10 @@ def _compared(
     Raises:
         UnsupportedModelError: the block computes something else.
     """
-    if _has_longer_keys(block, hidden, call):
+    if not family.is_opaque and _has_longer_keys(block, hidden, call):
         return None
-    call = {n: v for n, v in call.items() if n not in NAMES}
+    # A backward of the comparison must not free the graph of an argument.
+    call = {n: _detached(v) for n, v in call.items() if n not in NAMES}
     hidden = hidden.detach()
     if is_known:
         hidden, call = _few_tokens(hidden, call)
@@ -198,7 +200,7 @@ def _compared(
             ) from error
         if not is_known and family.extra_outputs is None:
             _refuse_others(own, label, plain)
-        if not _is_comparable(own.hidden):
+        if not family.is_opaque and not _is_comparable(own.hidden):
             return None
         reasons = []
         for layout in family.layouts if family.is_guess else (family.layout(block),):
@@ -207,7 +209,12 @@ def _compared(
             if layout.is_opaque:
                 _refuse_another_shape(own, hidden, label, plain)
                 return family.with_layout(layout)
-            reason = _difference(runs, own, layout, is_known)
+            try:
+                reason = _difference(runs, own, layout, is_known)
+            except MeftError as error:
+                if not family.layouts[-1].is_opaque:
+                    raise
+                reason = str(error)
             if reason is None:
                 return family.with_layout(layout) if family.is_guess else family
             reasons.append(reason)
@@ -221,6 +228,10 @@ def _compared(
     )
 
 
+def _detached(argument: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.detach, argument)
+
+
 def _has_longer_keys(block: nn.Module, hidden: Tensor, call: Mapping[str, Any]) -> bool:
     """Return whether a block attends to more than the tokens that it is given."""
     cache, mask = cache_of(call), call.get("attention_mask")
@@ -230,7 +241,7 @@ def _has_longer_keys(block: nn.Module, hidden: Tensor, call: Mapping[str, Any]) 
     # Blocks below may have filled their part of the cache in this forward.
     layers = (getattr(module, "layer_idx", None) for module in block.modules())
     layer = next((index for index in layers if index is not None), 0)
-    return is_longer or cache.get_seq_length(layer) > 0
+    return is_longer or holds_tokens(cache, layer)
 
 
 class _Output(NamedTuple):
@@ -344,6 +355,11 @@ def _others(output: Any) -> tuple[type, ...]:
 
 def _refuse_others(own: _Output, label: str, plain: type[nn.Module]) -> None:
     """Refuse a block that returns other things than tensors and None."""
+    if not isinstance(own.hidden, Tensor):
+        raise UnsupportedModelError(
+            f"{label}, a {plain.__name__}, returns a {type(own.hidden).__name__}, not "
+            "hidden states or a tuple that starts with them"
+        )
     known = (Tensor, type(None))
     others = [kind.__name__ for kind in own.others if not issubclass(kind, known)]
     if others:

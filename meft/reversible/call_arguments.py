@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from meft.backbone.caches import FIELD, cache_of, name_of_cache
+from meft.backbone.caches import FIELD, cache_of, holds_tokens, name_of_cache
 from meft.errors import UnsupportedCallError
 from meft.reversible.coupling import Context
 
@@ -74,7 +74,7 @@ def leave_cache_empty(call: dict[str, Any]) -> None:
     cache = call.get(name)
     if cache is None:
         return
-    if cache.get_seq_length() > 0:
+    if holds_tokens(cache):
         raise UnsupportedCallError(
             f"a reversible model in training was given a `{FIELD}` that "
             "holds tokens, as peft's prefix tuning does: its recompute would "

@@ -201,8 +201,10 @@ def llama_config(
     )
 
 
-def t5_config(depth: int, **options: Any) -> PreTrainedConfig:
-    return T5Config(
+def t5_config(
+    depth: int, kind: Callable[..., PreTrainedConfig] = T5Config, **options: Any
+) -> PreTrainedConfig:
+    return kind(
         vocab_size=VOCAB,
         d_model=HIDDEN,
         d_kv=HIDDEN // 2,

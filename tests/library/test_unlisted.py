@@ -1,6 +1,7 @@
 """Blocks of classes that no family lists: guessed by their names, or registered."""
 
 import copy
+import functools
 import inspect
 import pickle
 from collections.abc import Iterator
@@ -8,11 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import meft
-from library.families import HIDDEN, gradients, objective, twin_of
+from library.families import (
+    HIDDEN,
+    assert_same_bits,
+    continued_text,
+    gradients,
+    objective,
+    t5_config,
+    twin_of,
+)
 from meft import Half
 from meft.backbone import unlisted
 
@@ -396,3 +406,16 @@ def test_a_wrong_number_of_values_is_refused() -> None:
     model = meft.make_reversible(Model(OtherNames), CONFIG)
     with pytest.raises(meft.UnsupportedModelError, match="returns a tuple of 2"):
         model(**batch())
+
+
+def test_arguments_keep_their_graphs() -> None:
+    """The bias that the first block of an mT5 computes, and all blocks are given, has
+    its gradient also where the comparison has run a backward."""
+    kind = functools.partial(transformers.MT5Config, tie_word_embeddings=False)
+    config = t5_config(DEPTH, kind=kind)
+    torch.manual_seed(0)
+    model = transformers.MT5ForConditionalGeneration(config).train()
+    meft.make_reversible(model, meft.ReversibleConfig(adapter=None))
+    rebuilt = gradients(model, continued_text())
+    assert any("relative_attention_bias" in name for name in rebuilt)
+    assert_same_bits(rebuilt, gradients(twin_of(model), continued_text()))
