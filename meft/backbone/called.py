@@ -40,7 +40,7 @@ def call_block(
         function: what to run in place of the block's own forward, with the same
             arguments.
     """
-    with allowed(block), _in_place_of_forward(block, function):
+    with allowed(block), in_place_of_forward(block, function):
         return block(hidden, **call)
 
 
@@ -61,9 +61,10 @@ def allowed(block: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _in_place_of_forward(
-    block: nn.Module, function: Callable[..., Tensor] | None
+def in_place_of_forward(
+    block: nn.Module, function: Callable[..., Any] | None
 ) -> Iterator[None]:
+    """Run the body with a function in the place of the forward of a module, if any."""
     if function is None:
         yield
         return

@@ -552,6 +552,7 @@ class ReversibleBlocks(nn.Module):
             variant=self.reversible.variant,
             scales=self.reversible.scales,
             difference=self.reversible.is_difference,
+            num_chunks=self.reversible.mlp_chunks,
         )
         blocks = {
             index: (block, self.adapters_of(index))

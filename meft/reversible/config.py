@@ -96,8 +96,9 @@ class ReversibleConfig:
             debugging. Default: `'rebuild'`.
         mlp_chunks (int): Number of parts into which the tokens of the batch are split
             when the position-wise layers (MLP, norms, adapter) are recomputed and
-            differentiated, at least 1. Raise it to lower peak memory at the same number
-            of operations. Default: `1`.
+            differentiated, at least 1. Norms that transformers computes in float32,
+            before and inside attention, run in as many parts too, and once more in the
+            backward. Raise it to lower peak memory. Default: `1`.
         gradient_dtype (str): `fixed` only: `float32` or `bfloat16`, the dtype of the
             gradients of streams. `bfloat16` halves their memory and rounds them.
             Default: `'float32'`.

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from meft.backbone.called import call_block, is_sharded
 from meft.backbone.family import Family
+from meft.backbone.norm_parts import norms_in_parts
 from meft.backbone.parallel import with_parallel
 from meft.backbone.uncalled import must_be_called
 from meft.bottleneck import Bottleneck
@@ -67,6 +68,9 @@ class CouplingOptions:
     scales: tuple[float, float]
     difference: bool
     """Whether couplings with a piece of the backbone subtract the source first."""
+    num_chunks: int
+    """Number of parts of the tokens in which norms of the half that mixes tokens run.
+    """
 
 
 class _Step(NamedTuple):
@@ -99,7 +103,7 @@ def couplings(
         is_parallel = family.layout(block).is_parallel
         swaps = options.variant != "meft3" or is_parallel
         swapped = swaps and index % 2 == 1
-        steps = _steps(options.variant, family, block, adapters, arguments[index])
+        steps = _steps(options, family, block, adapters, arguments[index])
         for side, branch, holds_block in steps:
             yield Coupling(
                 target=side ^ swapped,
@@ -119,18 +123,20 @@ def fresh_stream(couplings: Sequence[Coupling]) -> int:
 
 
 def _steps(
-    variant: str | None,
+    options: CouplingOptions,
     family: Family,
     block: nn.Module,
     adapters: nn.ModuleDict,
     arguments: Arguments,
 ) -> Iterator[_Step]:
+    variant = options.variant
     is_parallel = family.layout(block).is_parallel
 
     def attention(inside: nn.Module | None) -> Part:
         def function(hidden: Tensor, context: Context) -> Tensor:
             call = arguments.given(context)
-            return family.attention_half(block, hidden, inside, **call)
+            with norms_in_parts(block, options.num_chunks):
+                return family.attention_half(block, hidden, inside, **call)
 
         return Part(function, (block,) if inside is None else (block, inside))
 
