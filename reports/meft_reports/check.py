@@ -404,7 +404,7 @@ def _equal(before: Any, after: Any) -> bool:
 
 
 def _must_match(column: Column) -> Iterable[str]:
-    if column.unit == "seconds" or column.name in RATIOS_OF_SECONDS:
+    if column.is_measured_time or column.name in RATIOS_OF_SECONDS:
         return SAME_FOR_SECONDS
     # The other columns of this unit depend on weights and rows, except for one.
     if column.unit == "fraction" and column.name != "trainable_fraction":

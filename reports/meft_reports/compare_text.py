@@ -6,7 +6,7 @@ A time that may be noise is marked `~`, with the reason.
 import math
 from collections.abc import Sequence
 
-from meft_reports.compare import Changed, Comparison
+from meft_reports.compare import Cause, Changed, Comparison
 from meft_reports.format import format_value
 from meft_reports.text import plural, printable
 
@@ -34,6 +34,7 @@ def to_text(comparison: Comparison, *, shows_all: bool = False) -> str:
         f"{len(its.only_after)} only in B",
         *(f"otherwise: {e.cell_id}  {e.before} → {e.after}" for e in its.endings),
         *_causes(its, shows_all),
+        *(f"not compared: {refusal_in_words(one)}" for one in its.not_compared),
         *_listed("worse", its.worse, shows_all),
         *_listed("better", its.better, shows_all),
         f"same ({len(its.same)}){hidden}",
@@ -45,6 +46,18 @@ def to_text(comparison: Comparison, *, shows_all: bool = False) -> str:
         ),
     ]
     return "\n".join(printable(line, LENGTH) for line in lines)
+
+
+def refusal_in_words(one: Cause) -> str:
+    """Return which scores are not compared, and why.
+
+    Args:
+        one: a fact that differs between them.
+    """
+    return (
+        f"the score of {plural(one.num_cells, 'cell')}, of another {one.fact}: "
+        f"{one.before} → {one.after}"
+    )
 
 
 def _causes(comparison: Comparison, shows_all: bool) -> list[str]:
