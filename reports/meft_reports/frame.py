@@ -112,7 +112,8 @@ def _series(values: list[Any], column: Column) -> "pd.Series[Any]":
             # Element by element: pandas would make a table of lists of equal length.
             lists = np.empty(len(values), dtype=object)
             for index, value in enumerate(values):
-                lists[index] = None if value is None else list(map(_float, value))
+                # An empty list says as little as none.
+                lists[index] = list(map(_float, value)) if value else None
             return pd.Series(lists, dtype=object)
         case "Float64":
             # A number that is not finite cannot be compared or averaged: null.

@@ -417,3 +417,15 @@ def test_the_longest_sequences_are_compared_with_the_best_rivals(
     ]
     assert [row[4:7] for row in table.rows[-1:]] == [("160.0 MiB", "4.0 KiB", "0.25")]
     assert any("Predicted" in note for note in table.notes)
+
+
+def test_a_sequence_of_no_length_was_not_found(longest: pd.DataFrame) -> None:
+    """With such records only, which `fit` does not write, there is no table."""
+    none = longest.assign(seq_len=0)
+    assert find_tables("longest")(none) == []
+    some = longest.copy()
+    some.loc[some["method"] == "lora-checkpointing", "seq_len"] = 0
+    (table,) = find_tables("longest")(some)
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["lora-checkpointing"] == ("none", *["–"] * 7)  # noqa: RUF001
+    assert rows["meft1-exact"][1] == "–"  # noqa: RUF001
