@@ -11,6 +11,7 @@ import pandas as pd
 
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.methods import is_meft
+from meft_reports.searches import LONGEST
 from meft_reports.summary import (
     PROVENANCE,
     WORKLOAD,
@@ -20,8 +21,6 @@ from meft_reports.summary import (
 )
 from meft_reports.tables.table import join_options
 
-SWEEP = "fit-seq_len"
-"""What the records of a search for the longest sequence call it."""
 NEEDS = "records that `fit` wrote with `--maximize seq`, of which one fits a sequence"
 """What the records must hold."""
 FEW_BYTES = 2**20
@@ -41,7 +40,7 @@ def find(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         frame: the frame of `meft_reports.frame`.
     """
     rows = prepare(frame)
-    rows = rows[(rows["sweep"] == SWEEP) & rows["status"].isin(("ok", "oom"))]
+    rows = rows[(rows["sweep"] == LONGEST) & rows["status"].isin(("ok", "oom"))]
     # A length of 0 is none: such a record is not of a search.
     rows = rows.assign(fits=(rows["status"] == "ok") & (rows["seq_len"] > 0))
     if not rows["fits"].any():
