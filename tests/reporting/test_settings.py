@@ -55,6 +55,8 @@ def test_the_nearest_file_above_has_the_defaults(
         ('[tool.meft]\nfail_on = "saved:0"', "`fail_on` should be a list of texts"),
         ("[tool.meft]\nfail_on = []", "`fail_on` should be a list of texts"),
         ("[tool.meft", "pyproject.toml: "),
+        ("a = " + "[" * 100_000, "pyproject.toml: "),
+        ('[tool.meft]\nbaseline = "a\\u0000b"', "`baseline` should be a text"),
         ("tool = 3", "[tool.meft] is no table"),
         ("[tool]\nmeft = 3", "[tool.meft] is no table"),
     ],
