@@ -2,8 +2,9 @@
 
 Bytes are exact, so any difference is one. Times are compared between runs of one
 machine, number of threads and number of parallel cells only, by the median of the steps
-after warm-up; a difference that a Mann-Whitney test does not tell from noise has a
-doubt, and so has one of too few steps. Predicted times are columns of their own, and as
+after warm-up, with an interval of 95 % of the ratio of the medians (bootstrap over the
+steps); a difference that a Mann-Whitney test does not tell from noise has a doubt, and
+so has one of too few steps. Predicted times are columns of their own, and as
 exact as bytes. One value of a score has no interval here, so scores are listed with
 their difference; scores of different metrics, rows or weights are not compared. What
 differs in the environment of many cells is one cause.
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from scipy.stats import mannwhitneyu
 
 from meft_reports import breakdown, commits
@@ -41,6 +43,9 @@ NOISY = ("peak_host_bytes",)
 LEAST_STEPS = 6
 """Number of steps on each side below which times are not told apart."""
 MOST_CHANCE = 0.05
+NUM_RESAMPLES = 2_000
+TAILS = (0.025, 0.975)
+"""Quantiles of the ends of an interval of 95 %."""
 MOST_COMMITS = 3
 
 
@@ -54,6 +59,8 @@ class Changed:
     after: float
     doubt: str
     """Why the difference may be noise; else empty."""
+    interval: tuple[float, float] | None = None
+    """Of 95 % of the ratio, for times with enough steps; else None."""
     grew: tuple[str, ...]
     """What of the memory grew, in lines."""
 
@@ -194,6 +201,7 @@ def _changes(cell: PairedCell, num_changes: int) -> Iterator[Changed]:
             before=before,
             after=after,
             doubt=_doubt(cell) if column.is_measured_time else "",
+            interval=_interval(cell) if column.is_measured_time else None,
             grew=_grew(cell, column, int(after - before), num_changes),
         )
 
@@ -236,22 +244,44 @@ def _refused(cell: PairedCell) -> tuple[str, str, str] | None:
 
 def _doubt(cell: PairedCell) -> str:
     """Return why two times cannot be told apart; empty if they can be."""
-    runs = (cell.before, cell.after)
-    before, after = (facts_of(run, BY_NAME["step_seconds"]) for run in runs)
-    if differing := first_difference(before, after):
-        return f"another {differing[0]}"
-    steps = [
-        [s for s in run["measurement"].get("all_step_seconds") or [] if s is not None]
-        for run in runs
-    ]
-    steps = [
-        its[int(run["cell"].get("warmup_steps", 0)) :]
-        for its, run in zip(steps, runs, strict=True)
-    ]
+    if differing := _other_place(cell):
+        return f"another {differing}"
+    steps = _steps(cell.before), _steps(cell.after)
     if min(map(len, steps)) < LEAST_STEPS:
         return "too few steps"
     chance = float(mannwhitneyu(*steps).pvalue)
     return "" if chance <= MOST_CHANCE else f"p = {chance:.2f}"
+
+
+def _other_place(cell: PairedCell) -> str:
+    """Return the fact because of which two times may not be compared; else empty."""
+    runs = (cell.before, cell.after)
+    before, after = (facts_of(run, BY_NAME["step_seconds"]) for run in runs)
+    differing = first_difference(before, after)
+    return differing[0] if differing else ""
+
+
+def _steps(run: Record) -> list[float]:
+    """Return the times of the steps after warm-up."""
+    steps = [
+        s for s in run["measurement"].get("all_step_seconds") or [] if s is not None
+    ]
+    return steps[int(run["cell"].get("warmup_steps", 0)) :]
+
+
+def _interval(cell: PairedCell) -> tuple[float, float] | None:
+    """Return the interval of the ratio of the median steps; None if it is unknown."""
+    before, after = _steps(cell.before), _steps(cell.after)
+    few = min(len(before), len(after)) < LEAST_STEPS
+    if few or min(before) <= 0 or _other_place(cell):
+        return None
+    random = np.random.default_rng(0)  # the same records give the same interval
+    old, new = (
+        np.median(random.choice(its, (NUM_RESAMPLES, len(its))), axis=1)
+        for its in (before, after)
+    )
+    low, high = np.quantile(new / old, TAILS)
+    return float(low), float(high)
 
 
 def _described(records: Sequence[Record]) -> str:

@@ -1,6 +1,7 @@
 """Two runs side by side, as text.
 
-A time that may be noise is marked `~`, with the reason.
+A time that may be noise is marked `~`, with the reason. The numbers in brackets are the
+interval of 95 % of its ratio.
 """
 
 import math
@@ -94,6 +95,8 @@ def _lines(one: Changed) -> list[str]:
         format_value(value, one.column.unit) for value in (one.before, one.after)
     )
     ratio = "" if math.isinf(one.ratio) else f"  {one.ratio:.4f}x"
+    if one.interval is not None:
+        ratio += " [{:.4f}, {:.4f}]".format(*one.interval)
     mark = f"  ~ {one.doubt}" if one.doubt else ""
     head = f"{one.cell_id}  {one.column.short_name}  {before} → {after}{ratio}{mark}"
     return [f"  {head}", *(f"      {line}" for line in one.grew)]

@@ -1,12 +1,14 @@
 """Two runs side by side, and one column over commits."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from meft_reports.cli import main
+from reporting.conftest import ENVIRONMENT
 from reporting.kinds import MakeRecord, Record, Write
 
 
@@ -74,6 +76,35 @@ def test_times_are_told_apart_or_not(
     (line,) = [line for line in out.splitlines() if "step_seconds  0.5 s" in line]
     assert ("~" in line) == bool(mark)
     assert line.rstrip().endswith(mark) or mark in line
+
+
+def test_a_ratio_of_times_has_an_interval(
+    told: Any, make_record: MakeRecord, write: Write, tmp_path: Path
+) -> None:
+    """It holds the ratio of the medians, and is the same each time; bytes have none."""
+    steps = [0.9, 0.9, *(0.5 + i / 1000 * (-1) ** i for i in range(20))]
+    before = [make_record(step_seconds=0.5, all_step_seconds=steps, saved_bytes=1)]
+    slower = [step * 1.2 for step in steps]
+    after = [make_record(step_seconds=0.6, all_step_seconds=slower, saved_bytes=2)]
+    out = told(["compare"], before, after)
+    (line,) = [line for line in out.splitlines() if "step_seconds  0.5 s" in line]
+    found = re.search(r"1\.2000x \[(1\.\d{4}), (1\.\d{4})\]$", line)
+    assert found is not None
+    low, high = map(float, found.groups())
+    assert 1.15 < low < 1.2 < high < 1.25
+    assert out.count("[") == 1
+    assert told(["compare"], before, after) == out
+    few = [make_record(step_seconds=0.6, all_step_seconds=slower[:4])]
+    assert "[" not in told(["compare"], before, few)
+    assert "[" not in told(["compare"], before, [after[0] | _on("other")])
+    files = [str(write(run, f"{n}.jsonl")) for n, run in enumerate((before, after))]
+    page = tmp_path / "page.html"
+    assert main(["compare", *files, "-o", str(page)]) == 0
+    assert f"95 %: {low:.4f} to {high:.4f}" in page.read_text()
+
+
+def _on(machine: str) -> dict[str, Any]:
+    return {"environment": ENVIRONMENT | {"machine": machine}}
 
 
 def test_a_higher_score_is_better_there_too(told: Any, make_record: MakeRecord) -> None:
