@@ -9,7 +9,8 @@
 (The command line has other codes for errors.) Where several apply, the code is that of
 the first of 4, 1, 3. Cells are joined by `cell_id`, which contains every field of a
 cell. A number that is better by more than is allowed is reported and passes. For a
-list, the worst entry is compared.
+list, the worst entry is compared. Cells to which no threshold applies are named, and
+where no number was compared at all, nothing passes.
 """
 
 import dataclasses
@@ -85,6 +86,8 @@ EXPLAINED = (SAVED, "peak_allocated_bytes", "peak_reserved_bytes")
 """Columns of memory that a breakdown explains."""
 Breakdowns = Mapping[str, Breakdown]
 """What the peaks of cells consist of, by `cell_id`."""
+MAX_NAMES = 5
+"""Number of cells that a note names."""
 MAX_PAIRS = 3
 """Number of differences of one fact that are reported in full."""
 
@@ -144,8 +147,10 @@ class CheckResult:
     num_cells: int
     """Number of cells of the baseline."""
     compared: tuple[Compared, ...]
+    unchecked: tuple[str, ...] = ()
+    """Cells that are ok on both sides, and to which no threshold applies."""
     notes: tuple[str, ...] = ()
-    """Other differences between the run and the baseline, which decide nothing."""
+    """What decides nothing: cells that are not checked, and other differences."""
 
     @property
     def exit_code(self) -> int:
@@ -166,9 +171,11 @@ class CheckResult:
             for kind in Kind
             if any(f.kind == kind for f in self.findings)
         ]
+        unchecked = f", {len(self.unchecked)} not checked" * bool(self.unchecked)
         return (
-            f"{self.num_cells} cells in the baseline, {self.num_compared} numbers "
-            f"compared: {', '.join(counts) or 'no difference beyond what is allowed'}"
+            f"{self.num_cells} cells in the baseline{unchecked}, {self.num_compared} "
+            "numbers compared: "
+            f"{', '.join(counts) or 'no difference beyond what is allowed'}"
         )
 
     def __str__(self) -> str:
@@ -202,6 +209,7 @@ def check(
     got_cells = frame.set_index("cell_id")
     findings: list[Finding] = []
     compared: list[Compared] = []
+    unchecked: list[str] = []
     for cell_id, expected in expected_cells.iterrows():
         name = str(cell_id)
         if name not in got_cells.index:
@@ -212,7 +220,10 @@ def check(
         if whole is not None:
             findings.append(whole)
             continue
-        for threshold in thresholds_of(name, thresholds).values():
+        its_thresholds = thresholds_of(name, thresholds)
+        if not its_thresholds:
+            unchecked.append(name)
+        for threshold in its_thresholds.values():
             finding, number = _compare(name, threshold, expected, got)
             if finding is not None:
                 pair = expected, got
@@ -222,13 +233,18 @@ def check(
                 column = threshold.column
                 compared.append(Compared(cell_id=name, column=column, after=number))
     findings += _new(got_cells.index.difference(expected_cells.index), got_cells)
-    if expected_cells.empty or (not compared and not findings):
-        findings.append(_nothing_to_compare())
+    decided = any(finding.kind in EXIT_CODES for finding in findings)
+    if not compared and not decided:
+        findings.append(_nothing_compared(unchecked))
     return CheckResult(
         findings=tuple(sorted(findings, key=_badness)),
         num_cells=len(expected_cells),
         compared=tuple(compared),
-        notes=tuple(_notes(baseline, expected_cells, got_cells)),
+        unchecked=tuple(unchecked),
+        notes=(
+            *_note_unchecked(unchecked),
+            *_notes(baseline, expected_cells, got_cells),
+        ),
     )
 
 
@@ -404,7 +420,7 @@ def _equal(before: Any, after: Any) -> bool:
 
 
 def _must_match(column: Column) -> Iterable[str]:
-    if column.unit == "seconds" or column.name in RATIOS_OF_SECONDS:
+    if column.is_measured_time or column.name in RATIOS_OF_SECONDS:
         return SAME_FOR_SECONDS
     # The other columns of this unit depend on weights and rows, except for one.
     if column.unit == "fraction" and column.name != "trainable_fraction":
@@ -467,7 +483,21 @@ def _ending(cell: Any) -> str:
     return str(cell["status"]) + (f": {message}" if message else "")
 
 
-def _nothing_to_compare() -> Finding:
+def _nothing_compared(unchecked: Sequence[str]) -> Finding:
+    """Return the finding of a check without a number, of which nothing would fail.
+
+    Args:
+        unchecked: cells to which no threshold applies; if there are none, the baseline
+            has no ok cell.
+    """
+    if unchecked:
+        return Finding(
+            kind=Kind.NOT_COMPARABLE,
+            cell_id="all cells",
+            expected="a threshold that applies to an ok cell of the baseline",
+            got="none",
+            advice="give --fail-on a pattern of such a cell, or none for all cells",
+        )
     return Finding(
         kind=Kind.NOT_COMPARABLE,
         cell_id="all cells",
@@ -475,6 +505,18 @@ def _nothing_to_compare() -> Finding:
         got="none",
         advice="write one with meft-report baseline",
     )
+
+
+def _note_unchecked(unchecked: Sequence[str]) -> list[str]:
+    """Return a line on the cells to which no threshold applies, if there are any."""
+    if not unchecked:
+        return []
+    left_out = len(unchecked) - MAX_NAMES
+    names = [*unchecked[:MAX_NAMES], *([f"{left_out} more"] if left_out > 0 else [])]
+    return [
+        f"note: {plural(len(unchecked), 'cell')} not checked, as no threshold of "
+        f"--fail-on applies: {', '.join(names)}"
+    ]
 
 
 def _notes(

@@ -2,10 +2,12 @@
 
 Bytes are exact, so any difference is one. Times are compared between runs of one
 machine, number of threads and number of parallel cells only, by the median of the steps
-after warm-up; a difference that a Mann-Whitney test does not tell from noise has a
-doubt, and so has one of too few steps. One value of a score has no interval here, so
-scores are listed with their difference. What differs in the environment of many cells
-is one cause.
+after warm-up, with an interval of 95 % of the ratio of the medians (bootstrap over the
+steps); a difference that a Mann-Whitney test does not tell from noise has a doubt, and
+so has one of too few steps. Predicted times are columns of their own, and as
+exact as bytes. One value of a score has no interval here, so scores are listed with
+their difference; scores of different metrics, rows or weights are not compared. What
+differs in the environment of many cells is one cause.
 
 `compare_text` and `compare_page` show it; `pairing` says which cells are compared.
 """
@@ -16,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from scipy.stats import mannwhitneyu
 
 from meft_reports import breakdown, commits
@@ -23,6 +26,7 @@ from meft_reports.breakdown import what_grew
 from meft_reports.check import EXPLAINED, SAVED
 from meft_reports.columns import BY_NAME
 from meft_reports.columns.column import Column
+from meft_reports.conditions import FOR_SCORES, FOR_SECONDS, facts_of, first_difference
 from meft_reports.format import format_fact, format_value, is_null
 from meft_reports.pairing import PairedCell, pair
 from meft_reports.text import plural
@@ -30,14 +34,18 @@ from meft_reports.valid_records import READERS, Record
 
 COLUMNS = (
     *(SAVED, "peak_allocated_bytes", "peak_reserved_bytes", "peak_host_bytes"),
-    *("h2d_bytes", "d2h_bytes", "step_seconds", "score"),
+    *("h2d_bytes", "d2h_bytes", "step_seconds"),
+    *("seconds_at_least", "link_seconds_at_least", "score"),
 )
 """Columns that are compared, without what only noise changes."""
+SCORE = "score"
 NOISY = ("peak_host_bytes",)
-SAME_FOR_SECONDS = ("machine", "num_threads", "num_slots", "device_name")
 LEAST_STEPS = 6
 """Number of steps on each side below which times are not told apart."""
 MOST_CHANCE = 0.05
+NUM_RESAMPLES = 2_000
+TAILS = (0.025, 0.975)
+"""Quantiles of the ends of an interval of 95 %."""
 MOST_COMMITS = 3
 
 
@@ -51,6 +59,8 @@ class Changed:
     after: float
     doubt: str
     """Why the difference may be noise; else empty."""
+    interval: tuple[float, float] | None = None
+    """Of 95 % of the ratio, for times with enough steps; else None."""
     grew: tuple[str, ...]
     """What of the memory grew, in lines."""
 
@@ -111,6 +121,8 @@ class Comparison:
     endings: tuple[Ending, ...]
     causes: tuple[Cause, ...]
     """Those of most cells first."""
+    not_compared: tuple[Cause, ...]
+    """Facts that differ between scores, which are therefore not compared."""
     worse: tuple[Changed, ...]
     """Those farthest from 1 first, after them those that may be noise."""
     better: tuple[Changed, ...]
@@ -144,7 +156,8 @@ def compare(
         key=lambda change: (bool(change.doubt), -_size(change)),
     )
     endings = tuple(_endings(paired.pairs))
-    ended = {ending.cell_id for ending in endings}
+    refused = {one.cell_id: found for one in paired.pairs if (found := _refused(one))}
+    differing = {ending.cell_id for ending in endings} | refused.keys()
     return Comparison(
         before=_described(before),
         after=_described(after),
@@ -153,12 +166,13 @@ def compare(
         only_after=paired.only_after,
         endings=endings,
         causes=_causes(paired.pairs, ignored),
+        not_compared=_counted(Counter(refused.values())),
         worse=tuple(one for one in changes if one.is_worse),
         better=tuple(one for one in changes if not one.is_worse),
         same=tuple(
             one.cell_id
             for one, its in zip(paired.pairs, by_cell, strict=True)
-            if not its and one.cell_id not in ended
+            if not its and one.cell_id not in differing
         ),
         means=tuple(_means([one for one in paired.pairs if _are_whole(one)])),
     )
@@ -179,13 +193,15 @@ def _changes(cell: PairedCell, num_changes: int) -> Iterator[Changed]:
         before, after = (its_value(run, column) for run in (cell.before, cell.after))
         if before is None or after is None or before == after:
             continue
-        is_time = column.unit == "seconds"
+        if column.name == SCORE and _refused(cell):
+            continue
         yield Changed(
             cell_id=cell.cell_id,
             column=column,
             before=before,
             after=after,
-            doubt=_doubt(cell) if is_time else "",
+            doubt=_doubt(cell) if column.is_measured_time else "",
+            interval=_interval(cell) if column.is_measured_time else None,
             grew=_grew(cell, column, int(after - before), num_changes),
         )
 
@@ -215,25 +231,57 @@ def _grew(
     return tuple(growth.lines(most))
 
 
+def _refused(cell: PairedCell) -> tuple[str, str, str] | None:
+    """Return the fact because of which two scores are not compared, with both values.
+
+    It is None where they are compared, and where one of them is not there.
+    """
+    column, runs = BY_NAME[SCORE], (cell.before, cell.after)
+    if not _are_whole(cell) or None in [its_value(run, column) for run in runs]:
+        return None
+    return first_difference(*(facts_of(run, column) for run in runs))
+
+
 def _doubt(cell: PairedCell) -> str:
     """Return why two times cannot be told apart; empty if they can be."""
-    runs = (cell.before, cell.after)
-    for name in SAME_FOR_SECONDS:
-        before, after = (run["environment"].get(name) for run in runs)
-        if before != after:
-            return f"another {name}"
-    steps = [
-        [s for s in run["measurement"].get("all_step_seconds") or [] if s is not None]
-        for run in runs
-    ]
-    steps = [
-        its[int(run["cell"].get("warmup_steps", 0)) :]
-        for its, run in zip(steps, runs, strict=True)
-    ]
+    if differing := _other_place(cell):
+        return f"another {differing}"
+    steps = _steps(cell.before), _steps(cell.after)
     if min(map(len, steps)) < LEAST_STEPS:
         return "too few steps"
     chance = float(mannwhitneyu(*steps).pvalue)
     return "" if chance <= MOST_CHANCE else f"p = {chance:.2f}"
+
+
+def _other_place(cell: PairedCell) -> str:
+    """Return the fact because of which two times may not be compared; else empty."""
+    runs = (cell.before, cell.after)
+    before, after = (facts_of(run, BY_NAME["step_seconds"]) for run in runs)
+    differing = first_difference(before, after)
+    return differing[0] if differing else ""
+
+
+def _steps(run: Record) -> list[float]:
+    """Return the times of the steps after warm-up."""
+    steps = [
+        s for s in run["measurement"].get("all_step_seconds") or [] if s is not None
+    ]
+    return steps[int(run["cell"].get("warmup_steps", 0)) :]
+
+
+def _interval(cell: PairedCell) -> tuple[float, float] | None:
+    """Return the interval of the ratio of the median steps; None if it is unknown."""
+    before, after = _steps(cell.before), _steps(cell.after)
+    few = min(len(before), len(after)) < LEAST_STEPS
+    if few or min(before) <= 0 or _other_place(cell):
+        return None
+    random = np.random.default_rng(0)  # the same records give the same interval
+    old, new = (
+        np.median(random.choice(its, (NUM_RESAMPLES, len(its))), axis=1)
+        for its in (before, after)
+    )
+    low, high = np.quantile(new / old, TAILS)
+    return float(low), float(high)
 
 
 def _described(records: Sequence[Record]) -> str:
@@ -279,6 +327,10 @@ def _causes(pairs: Sequence[PairedCell], ignored: Sequence[str]) -> tuple[Cause,
             before, after = map(READERS[name], (one.before, one.after))
             facts.append((name, format_fact(before), format_fact(after)))
         found.update(fact for fact in facts if fact[1] != fact[2])
+    return _counted(found)
+
+
+def _counted(found: "Counter[tuple[str, str, str]]") -> tuple[Cause, ...]:
     return tuple(
         Cause(fact=fact, before=before, after=after, num_cells=count)
         for (fact, before, after), count in found.most_common()
@@ -287,7 +339,7 @@ def _causes(pairs: Sequence[PairedCell], ignored: Sequence[str]) -> tuple[Cause,
 
 def _facts(before: Record, after: Record) -> list[tuple[str, str, str]]:
     one, other = before["environment"], after["environment"]
-    names = ("machine", "num_threads", "num_slots", "device_name", "weights_sha256")
+    names = (*FOR_SECONDS, *FOR_SCORES, "prediction")
     pairs: list[tuple[str, Any, Any]] = [
         (fact, words(before), words(after))
         for fact, words in (("code", commits.of_suite), ("project", commits.of_project))
@@ -300,11 +352,11 @@ def _facts(before: Record, after: Record) -> list[tuple[str, str, str]]:
 
 def _means(pairs: Sequence[PairedCell]) -> Iterator[Mean]:
     """Yield the geometric mean of the ratios of each column, over cells in both."""
-    for column in (BY_NAME[name] for name in COLUMNS if name != "score"):
+    for column in (BY_NAME[name] for name in COLUMNS if name != SCORE):
         values = [
             (its_value(one.before, column), its_value(one.after, column))
             for one in pairs
-            if column.unit != "seconds" or not _doubt(one)
+            if not column.is_measured_time or not _doubt(one)
         ]
         ratios = [math.log(b / a) for a, b in values if a and b]
         if ratios:

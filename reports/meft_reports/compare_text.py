@@ -1,12 +1,13 @@
 """Two runs side by side, as text.
 
-A time that may be noise is marked `~`, with the reason.
+A time that may be noise is marked `~`, with the reason. The numbers in brackets are the
+interval of 95 % of its ratio.
 """
 
 import math
 from collections.abc import Sequence
 
-from meft_reports.compare import Changed, Comparison
+from meft_reports.compare import Cause, Changed, Comparison
 from meft_reports.format import format_value
 from meft_reports.text import plural, printable
 
@@ -34,6 +35,7 @@ def to_text(comparison: Comparison, *, shows_all: bool = False) -> str:
         f"{len(its.only_after)} only in B",
         *(f"otherwise: {e.cell_id}  {e.before} → {e.after}" for e in its.endings),
         *_causes(its, shows_all),
+        *(f"not compared: {refusal_in_words(one)}" for one in its.not_compared),
         *_listed("worse", its.worse, shows_all),
         *_listed("better", its.better, shows_all),
         f"same ({len(its.same)}){hidden}",
@@ -45,6 +47,18 @@ def to_text(comparison: Comparison, *, shows_all: bool = False) -> str:
         ),
     ]
     return "\n".join(printable(line, LENGTH) for line in lines)
+
+
+def refusal_in_words(one: Cause) -> str:
+    """Return which scores are not compared, and why.
+
+    Args:
+        one: a fact that differs between them.
+    """
+    return (
+        f"the score of {plural(one.num_cells, 'cell')}, of another {one.fact}: "
+        f"{one.before} → {one.after}"
+    )
 
 
 def _causes(comparison: Comparison, shows_all: bool) -> list[str]:
@@ -81,6 +95,8 @@ def _lines(one: Changed) -> list[str]:
         format_value(value, one.column.unit) for value in (one.before, one.after)
     )
     ratio = "" if math.isinf(one.ratio) else f"  {one.ratio:.4f}x"
+    if one.interval is not None:
+        ratio += " [{:.4f}, {:.4f}]".format(*one.interval)
     mark = f"  ~ {one.doubt}" if one.doubt else ""
     head = f"{one.cell_id}  {one.column.short_name}  {before} → {after}{ratio}{mark}"
     return [f"  {head}", *(f"      {line}" for line in one.grew)]

@@ -18,7 +18,7 @@ import pandas as pd
 
 from meft_reports.columns import BY_NAME, COLUMNS
 from meft_reports.columns.column import Column
-from meft_reports.columns.measurement import OLD_SCORE_NAMES
+from meft_reports.columns.measurement import current_score_name
 from meft_reports.derived import DERIVED, derive
 from meft_reports.errors import RecordError
 from meft_reports.latest import code_of, in_order, newest_code
@@ -78,8 +78,7 @@ def _columns(records: Sequence[dict[str, Any]], newest: str) -> dict[str, list[A
         found[name] = [shown(v) if isinstance(v, str) else v for v in values]
     names = zip(found["score_name"], found["loss_mean"], strict=True)
     found["score_name"] = [  # older code used other names of scores
-        OLD_SCORE_NAMES.get(name, name) if mean is None else name
-        for name, mean in names
+        current_score_name(name, mean) for name, mean in names
     ]
     found["source"] = [
         "measured" if how is None else "predicted" for how in found["prediction"]
@@ -113,7 +112,8 @@ def _series(values: list[Any], column: Column) -> "pd.Series[Any]":
             # Element by element: pandas would make a table of lists of equal length.
             lists = np.empty(len(values), dtype=object)
             for index, value in enumerate(values):
-                lists[index] = None if value is None else list(map(_float, value))
+                # An empty list says as little as none.
+                lists[index] = list(map(_float, value)) if value else None
             return pd.Series(lists, dtype=object)
         case "Float64":
             # A number that is not finite cannot be compared or averaged: null.

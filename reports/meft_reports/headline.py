@@ -30,7 +30,8 @@ METHODS = {
 
 NEEDS = (
     "one workload of the task synthetic or synthetic-lm with ok cells on the device "
-    f"cuda, without a `reference`, of all of these methods: {', '.join(METHODS)}"
+    "cuda that measured their peak, without a `reference`, of all of these methods: "
+    f"{', '.join(METHODS)}"
 )
 """What the records must hold for there to be a headline."""
 
@@ -47,6 +48,7 @@ def find(frame: pd.DataFrame) -> tuple[str, Cells] | None:
     rows = prepare(frame)
     rows = rows[on_random_input(rows) & (rows["reference"] == "")]
     rows = rows[(rows["device"] == "cuda") & (rows["status"] == "ok")]
+    rows = rows[rows["peak_activation_bytes"].notna()]
     shown = fields_to_show(rows, always=("backbone", "dtype", "batch_size", "seq_len"))
     found = [
         (describe(part, shown), _by_method(part))

@@ -7,16 +7,20 @@
 The commit is that of the project that is measured, as `commits` defines it; `+` marks
 uncommitted changes. Of each cell, records are ordered by the time at which they
 started; those of one code and project are one line, with their last value. A line for
-each step is shown, and where a cell did not end well, how it ended.
+each step is shown, and where a cell did not end well, how it ended. A change is
+relative to the last value under the same `conditions`: of the same metric and rows, or
+on the same machine. Where they are others than in the line above, the line names them.
 """
 
 import fnmatch
 import math
 from collections.abc import Sequence
 
+from meft_reports.columns import MEASURED
 from meft_reports.columns.column import Column
 from meft_reports.commits import LENGTH, measured, of_project
 from meft_reports.compared import Number, compared_number, exact
+from meft_reports.conditions import Facts, facts_of
 from meft_reports.errors import ReportError
 from meft_reports.format import format_fact, format_value
 from meft_reports.latest import code_of, in_order
@@ -25,8 +29,7 @@ from meft_reports.text import plural, printable
 from meft_reports.valid_records import READERS, Record
 
 NOISE_SHARE = 0.05
-"""Smallest change of a number with noise that is a step, as a share."""
-NOISY = ("seconds",)
+"""Smallest change of a measured time that is a step, as a share."""
 
 
 def history(
@@ -46,9 +49,11 @@ def history(
             their values, and the paragraph the name of its last cell.
 
     Raises:
-        ReportError: no cell has such an id, or none has the column; or without the
-            fields, several cells that ran with one code are one.
+        ReportError: there is no record, no cell has such an id, or none has the column;
+            or without the fields, several cells that ran with one code are one.
     """
+    if not records:
+        raise ReportError("the files hold no record; run a sweep into them first")
     chosen = [r for r in records if fnmatch.fnmatchcase(r["cell_id"], only)]
     if not chosen:
         raise ReportError(
@@ -58,7 +63,7 @@ def history(
         compared_number(column, r["measurement"].get(column.name)) is None
         for r in chosen
     ):
-        raise ReportError(f"no record has {column.name}")
+        raise ReportError(f"no record has {column.name}{_others(chosen, column)}")
     by_cell: dict[str, list[Record]] = {}
     for record in in_order(chosen):
         by_cell.setdefault(identity(record, ignored), []).append(record)
@@ -75,6 +80,19 @@ def history(
     return "\n\n".join([*paragraphs, words])
 
 
+def _others(records: Sequence[Record], column: Column) -> str:
+    """Return which predicted times there are instead of a measured one, in words."""
+    if not column.is_measured_time:
+        return ""
+    names = [
+        one.name
+        for one in MEASURED
+        if one.is_predicted
+        and any(r["measurement"].get(one.name) is not None for r in records)
+    ]
+    return f", but some have the predicted {' and '.join(names)}" if names else ""
+
+
 def _name(records: Sequence[Record]) -> str:
     return str(records[-1]["cell_id"])
 
@@ -84,7 +102,8 @@ def _steps(
 ) -> list[str]:
     """Return a line for the first value, and for each that is another than before."""
     lines: list[str] = []
-    before: Number | None = None
+    last: dict[str, Number] = {}  # by the conditions of a value
+    above: Facts | None = None
     ended = ""
     by_code: dict[tuple[str | None, ...], list[Record]] = {}
     for record in records:
@@ -102,22 +121,35 @@ def _steps(
             continue
         if value is None or not math.isfinite(value):
             continue
-        change = ""
+        facts = facts_of(record, column)
+        before, change = last.get(str(facts)), ""
         if before is not None:
             difference = exact(value) - exact(before)
             share = float(difference / exact(abs(before))) if before else math.inf
-            least = NOISE_SHARE if column.unit in NOISY else 0
+            least = NOISE_SHARE if column.is_measured_time else 0
             if (not difference or abs(share) < least) and not ended:
                 continue
             sign = "+" if difference > 0 else "-"
             size = format_value(abs(difference), column.unit)
             change = f"  {sign}{size}, {100 * share:+.2f} %"
-        before, ended = value, ""
+        others = _other_facts(above, facts)
+        last[str(facts)], above, ended = value, facts, ""
         lines.append(
             f"{_head(record)}{format_value(value, column.unit)}{change}"
-            f"{_fields(record, ignored)}"
+            f"{others}{_fields(record, ignored)}"
         )
     return lines
+
+
+def _other_facts(above: Facts | None, facts: Facts) -> str:
+    """Return the conditions of a value that differ from those of the line above."""
+    if above is None:
+        return ""
+    return "".join(
+        f"  {name}={printable(text)}"
+        for name, text in facts.items()
+        if text != above[name]
+    )
 
 
 def _head(record: Record) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.methods import is_meft
+from meft_reports.searches import LONGEST
 from meft_reports.summary import (
     PROVENANCE,
     WORKLOAD,
@@ -20,9 +21,7 @@ from meft_reports.summary import (
 )
 from meft_reports.tables.table import join_options
 
-SWEEP = "fit-seq_len"
-"""What the records of a search for the longest sequence call it."""
-NEEDS = "records that `fit` wrote with `--maximize seq`, of which one fits"
+NEEDS = "records that `fit` wrote with `--maximize seq`, of which one fits a sequence"
 """What the records must hold."""
 FEW_BYTES = 2**20
 _PLACE = [n for n in (*WORKLOAD, *PROVENANCE) if n != "seq_len"]
@@ -34,14 +33,17 @@ def find(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield the cells of each search, in the order of methods, with its title.
 
     The cells have a column `name`, of the method with the options in which it differs
-    from others of the search, and `stays`, whether it stays on the device.
+    from others of the search, `fits`, whether a sequence was found, and `stays`,
+    whether it stays on the device.
 
     Args:
         frame: the frame of `meft_reports.frame`.
     """
     rows = prepare(frame)
-    rows = rows[(rows["sweep"] == SWEEP) & rows["status"].isin(("ok", "oom"))]
-    if not (rows["status"] == "ok").any():
+    rows = rows[(rows["sweep"] == LONGEST) & rows["status"].isin(("ok", "oom"))]
+    # A length of 0 is none: such a record is not of a search.
+    rows = rows.assign(fits=(rows["status"] == "ok") & (rows["seq_len"] > 0))
+    if not rows["fits"].any():
         return
     always = ("backbone", "dtype", "weights_dtype", "batch_size", "device")
     shown = [n for n in fields_to_show(rows, always) if n in _PLACE]
@@ -63,7 +65,7 @@ def best_rival(part: pd.DataFrame, *, stays: bool) -> "pd.Series[Any] | None":
         stays: whether it stays on the device.
     """
     is_rival = ~part["method"].map(is_meft).astype(bool)
-    rivals = part[is_rival & (part["status"] == "ok") & (part["stays"] == stays)]
+    rivals = part[is_rival & part["fits"] & (part["stays"] == stays)]
     if rivals.empty:
         return None
     return rivals.sort_values("seq_len", kind="stable").iloc[-1]

@@ -32,7 +32,7 @@ def is_of_tests(path: Path) -> bool:
     """
     try:
         line = json.loads(read_whole(path).partition(b"\n")[0])
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(line, dict) and {"name", "entry"} <= line.keys()
 
@@ -56,7 +56,7 @@ def read(path: Path) -> list[Record]:
 def _parts(text: bytes, where: str) -> list[Record]:
     try:
         line = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"{where}: not JSON: {error}") from error
     if not isinstance(line, dict):
         raise RecordError(f"{where}: expected a JSON object, got {quoted(line)}")
@@ -69,6 +69,12 @@ def _parts(text: bytes, where: str) -> list[Record]:
     check_time(line["started_at"], where)
     of_project = line.get("environment")
     its = of_project if isinstance(of_project, dict) else {}
+    commit = its.get("project_commit")
+    if commit is not None and not isinstance(commit, str):
+        raise RecordError(
+            f"{where}: `environment.project_commit` should be a text, got "
+            f"{quoted(commit)}"
+        )
     name = f"{line['path']}::{line['name']} ({line['key']})"
     several = len(line["entry"]) > 1
     return [
@@ -81,7 +87,7 @@ def _parts(text: bytes, where: str) -> list[Record]:
             "environment": {
                 "code_sha256": "",
                 "machine": line["key"],
-                "project_commit": its.get("project_commit"),
+                "project_commit": commit,
                 "project_dirty": its.get("project_dirty"),
             },
         }

@@ -108,6 +108,8 @@ def _number(figure: dict[str, Any], device: str) -> Number:
         is_bool = isinstance(figure[name], bool)
         if not isinstance(figure[name], kind) or is_bool != (kind is bool):
             raise TypeError(name)
+    if not isinstance(device, str):
+        raise TypeError("device_name")
     if figure["measured"] <= 0:
         raise ValueError("measured")
     texts = {

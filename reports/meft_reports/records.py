@@ -32,13 +32,7 @@ def read_records(paths: Sequence[Path]) -> tuple[list[Record], str]:
         RecordError: a file is missing, holds no record, or has a line that is not a
             record of this schema version; names the file and the line.
     """
-    found = []
-    for path in paths:
-        records = [record for _, record in _lines_of(path, is_finished=False)]
-        if not records:
-            raise RecordError(f"{path} holds no record; run a sweep into it first")
-        found += records
-    ordered = in_order(found)
+    ordered = in_order(read_all(paths))
     winners, newest = counting(ordered), newest_code(ordered)
     _note_left_out(ordered, list(winners.values()), newest)
     return [winners[cell_id] for cell_id in sorted(winners)], newest
@@ -50,9 +44,15 @@ def read_all(paths: Sequence[Path]) -> list[Record]:
     Raises:
         RecordError: see `read_records`.
     """
-    return [
-        record for path in paths for _, record in _lines_of(path, is_finished=False)
-    ]
+    return [record for path in paths for record in _some(path)]
+
+
+def _some(path: Path) -> list[Record]:
+    """Return the records of a file of a run, which holds at least one."""
+    records = [record for _, record in _lines_of(path, is_finished=False)]
+    if not records:
+        raise RecordError(f"{path} holds no record; run a sweep into it first")
+    return records
 
 
 def read_baseline(path: Path) -> list[Record]:

@@ -55,7 +55,7 @@ def read() -> tuple[Path, dict[str, Any]]:
         return path, {}
     try:
         tools = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {})
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ReportError(f"cannot read {path}: {error}") from error
     table = tools.get("meft", {}) if isinstance(tools, dict) else None
     if not isinstance(table, dict):
@@ -63,7 +63,7 @@ def read() -> tuple[Path, dict[str, Any]]:
     for name, value in table.items():
         if name not in KEYS:
             raise ReportError(f"{path}: [tool.meft]: {UnknownName('key', name, KEYS)}")
-        is_text = isinstance(value, str)
+        is_text = isinstance(value, str) and "\0" not in value
         if KEYS[name] is list:
             is_list = isinstance(value, list) and bool(value)
             is_text = is_list and all(isinstance(one, str) for one in value)

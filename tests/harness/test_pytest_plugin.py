@@ -6,9 +6,12 @@ import json
 import os
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from meft_bench.pytest_plugin import baselines, marker
 
 pytest.importorskip("xdist")
 # Imported before the runs, each of which forgets what it has imported.
@@ -133,6 +136,7 @@ def test_a_limit_needs_no_baseline_to_fail(pytester: pytest.Pytester) -> None:
         ("3", "meft_memory: got 3; it takes saved, peak_allocated"),
         ("save=0", "got 'save'; it takes saved"),
         ("saved='1 %%'", "saved='1 %%' should be"),
+        ("saved='1/0%'", "saved='1/0%' should be"),
         ("limit='2 GB'", "limit='2 GB' should be bytes"),
         ("limit=0", "limit=0 should be bytes"),
         ("device='H200'", "device='H200' should be a virtual GPU"),
@@ -143,8 +147,157 @@ def test_a_wrong_marker_is_named(
 ) -> None:
     step(pytester, marker=marker)
     found = run(pytester)
-    assert words in found.stdout.str() + found.stderr.str()
-    assert found.parseoutcomes().get("passed", 0) == 0
+    assert words in found.stdout.str()
+    assert "Traceback" not in found.stdout.str()
+    assert "marker.py" not in found.stdout.str()
+    found.assert_outcomes(errors=1)
+
+
+def marked(**arguments: Any) -> Any:
+    """What a test with a marker of these arguments asks for."""
+    mark = pytest.mark.meft_memory(**arguments).mark
+    item: Any = SimpleNamespace(nodeid="test_it", get_closest_marker=lambda _: mark)
+    return marker.of(item)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("", " ", "%", " %", "nan", "nan%", "inf", "inf%", "-1%", "-1", "+1%", "0x1%"),
+        *("1/0%", "1/3%", "1e999", "1e999%", "1_0%", "1%%", "1 % ", "1.%", ".5%"),
+        *("٣%", "9" * 5000 + "%", "9" * 5000, "1GB", "0", "1e9999999999%"),
+        *(-1, 1.5, 0.0, float("nan"), float("inf"), True, False, [], {}, b"1%"),
+    ],
+)
+@pytest.mark.parametrize("name", ["saved", "peak_allocated"])
+def test_a_difference_that_is_none_is_named(name: str, value: Any) -> None:
+    """With what it may be; and no test runs for that."""
+    with pytest.raises(pytest.UsageError) as caught:
+        marked(**{name: value})
+    assert f"test_it: meft_memory: {name}={value!r} should be bytes, as 0, 4096" in (
+        str(caught.value)
+    )
+
+
+@pytest.mark.parametrize("value", ["", "1%", "nan", "1e999", 0, -1, 1.5, True, "0"])
+def test_a_limit_that_is_none_is_named(value: Any) -> None:
+    with pytest.raises(pytest.UsageError, match=r'bytes, as 4096 or "2GiB", or None'):
+        marked(limit=value)
+
+
+@pytest.mark.parametrize("value", ["virtual-", "H200", 3, True])
+def test_a_device_that_is_none_is_named(value: Any) -> None:
+    with pytest.raises(pytest.UsageError, match="should be a virtual GPU, such as"):
+        marked(device=value)
+
+
+@pytest.mark.parametrize(
+    ("value", "of_200"),
+    [(0, 0), (3, 3), ("2KiB", 2048), ("1%", 2), ("1 %", 2), ("0.25%", 0.5), ("0%", 0)],
+)
+def test_a_difference_is_bytes_or_a_share(value: Any, of_200: float) -> None:
+    assert marked(saved=value).saved.of(200) == of_200
+
+
+LATER = """
+@pytest.mark.meft_memory
+def test_body(meft_step):
+    taken(meft_step)
+    assert BODY
+
+@pytest.fixture
+def closing():
+    yield
+    assert TEARDOWN
+
+@pytest.mark.meft_memory
+def test_teardown(meft_step, closing):
+    taken(meft_step)
+
+@pytest.mark.meft_memory
+def test_part(meft_step, subtests):
+    with subtests.test("part"):
+        taken(meft_step)
+        assert PART
+
+@pytest.mark.meft_memory
+@pytest.mark.xfail(STRICT, reason="a bug", strict=True)
+def test_strict(meft_step):
+    taken(meft_step)
+"""
+
+
+@pytest.mark.parametrize("update", ["create", "fix"])
+def test_a_test_that_fails_later_changes_no_baseline(
+    pytester: pytest.Pytester, update: str
+) -> None:
+    """In its body, its teardown, a part of it, or as it should have failed."""
+    head = (
+        STEP[: STEP.index("@pytest")].replace("width=8", "width=WIDTH")
+        + """
+def taken(meft_step):
+    model, optimizer = made()
+    meft_step(model, torch.ones(4, 16), optimizer, lambda y: y.sum())
+"""
+    )
+    path = pytester.path / "test_it.py"
+    names = ("BODY", "TEARDOWN", "PART")
+
+    def write(width: int, passes: bool) -> None:
+        text = head.replace("WIDTH", str(width)) + LATER
+        for name in names:
+            text = text.replace(name, str(passes))
+        path.write_text(text.replace("STRICT", str(not passes)))
+
+    if update == "fix":
+        write(8, True)
+        run(pytester, "--meft-update=create").assert_outcomes(passed=4)
+    before = baseline(pytester)
+    write(32, False)
+    found = run(pytester, f"--meft-update={update}")
+    assert baseline(pytester) == before
+    for name in ("test_teardown", "test_part", "test_strict"):
+        found.stdout.fnmatch_lines([f"test_it.py::{name} has failed, so its baseline*"])
+    write(32, True)
+    run(pytester, f"--meft-update={update}")
+    assert len(baseline(pytester)) == 4
+    assert baseline(pytester) != before
+
+
+def test_a_baseline_keeps_why_it_changed(pytester: pytest.Pytester) -> None:
+    """Until it changes again, as that of `meft-report baseline` does."""
+
+    def reasons(width: int, *words: str) -> Any:
+        step(pytester, width=width)
+        run(pytester, *words).assert_outcomes(passed=1)
+        ((entry,),) = [list(each.values()) for each in baseline(pytester).values()]
+        return [part.get("baseline_reason") for part in entry]
+
+    fix = "--meft-update=create,fix"
+    assert reasons(8, fix, "--meft-reason", "first") == ["first"]
+    assert reasons(8) == ["first"]
+    assert reasons(8, fix, "--meft-reason", "nothing changed") == ["first"]
+    assert reasons(16, fix, "--meft-reason", "wider") == ["wider"]
+    assert reasons(32, fix) == [None]
+
+
+def test_a_reason_without_an_update_is_refused(pytester: pytest.Pytester) -> None:
+    step(pytester)
+    for words in ((), ("--meft-update=trim",)):
+        found = run(pytester, "--meft-reason=wider", *words)
+        assert found.ret == pytest.ExitCode.USAGE_ERROR
+        assert "--meft-update=fix writes: give one of them" in found.stderr.str()
+
+
+def test_a_part_keeps_its_own_reason() -> None:
+    before: baselines.Entry = [
+        {"saved_bytes": 1, "baseline_reason": "a"},
+        {"saved_bytes": 2},
+    ]
+    after = [{"saved_bytes": 1}, {"saved_bytes": 3}, {"saved_bytes": 4}]
+    found = baselines.with_reasons(before, after, "b")
+    assert [part.get("baseline_reason") for part in found] == ["a", "b", "b"]
+    assert baselines.with_reasons(before, after[:1], "b") == before[:1]
 
 
 def test_updates_are_refused_under_ci(

@@ -43,6 +43,7 @@ WRONG = [
     (measurement, "maximum = 1", 'maximum = "1"', "trainable_fraction", "maximum"),
     (measurement, "maximum = 1", "maximum = nan", "trainable_fraction", "maximum"),
     (measurement, "derived = true", "derived = 1", "trainable_fraction", "derived"),
+    (measurement, "predicted = true", "predicted = 1", "seconds_at_least", "predicted"),
     (measurement, 'meaning = "', 'meaning = 3 # "', "num_parameters", "meaning"),
     (measurement, 'how = "', 'how = 3 # "', "num_parameters", "how"),
     (backbones, MODELS, "models = 3", "bert", "models"),

@@ -211,3 +211,11 @@ def test_every_fact_that_is_said_has_a_name(make_record: MakeRecord) -> None:
     assert note == (
         "note: version of peft: unknown in the baseline, 1 in the runs (1 cell)"
     )
+
+
+def test_predicted_times_do_not_depend_on_the_machine(make_record: MakeRecord) -> None:
+    """They are computed from the data sheet of a GPU."""
+    before = make_record(seconds_at_least=1.0)
+    after = make_record(seconds_at_least=1.0, machine="Another", num_threads=8)
+    result = verdict([before], [after], "seconds_at_least:0")
+    assert (result.exit_code, result.num_compared) == (0, 1)

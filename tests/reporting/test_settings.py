@@ -1,12 +1,14 @@
 """Defaults of the check in pyproject.toml, thresholds of some cells, reasons."""
 
 import json
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from meft_reports.cli import main
+from meft_reports.formats import FORMATS, github
 from reporting.kinds import MakeRecord, Record
 from reporting.verdicts import verdict
 
@@ -53,6 +55,8 @@ def test_the_nearest_file_above_has_the_defaults(
         ('[tool.meft]\nfail_on = "saved:0"', "`fail_on` should be a list of texts"),
         ("[tool.meft]\nfail_on = []", "`fail_on` should be a list of texts"),
         ("[tool.meft", "pyproject.toml: "),
+        ("a = " + "[" * 100_000, "pyproject.toml: "),
+        ('[tool.meft]\nbaseline = "a\\u0000b"', "`baseline` should be a text"),
         ("tool = 3", "[tool.meft] is no table"),
         ("[tool]\nmeft = 3", "[tool.meft] is no table"),
     ],
@@ -79,6 +83,37 @@ def test_some_cells_may_differ_more(make_record: MakeRecord) -> None:
     assert finding.cell_id.startswith("full/")
     assert not verdict(before, after, "saved:0", "saved:5%@*").findings
     assert len(verdict(before, after, "saved:4@lora/*", "saved:0").findings) == 2
+
+
+def test_a_cell_that_nothing_checks_is_named(make_record: MakeRecord) -> None:
+    """In every format in which the verdict is read; it decides nothing."""
+    before = [make_record(method=name, saved_bytes=1) for name in ("full", "lora")]
+    after = [make_record(method=name, saved_bytes=9) for name in ("full", "lora")]
+    after[1] = before[1]
+    result = verdict(before, after, "saved:0@lora/*")
+    full = before[0]["cell_id"]
+    assert (result.exit_code, result.num_compared) == (0, 1)
+    assert (
+        f"note: 1 cell not checked, as no threshold of --fail-on applies: {full}"
+        in (str(result))
+    )
+    assert "2 cells in the baseline, 1 not checked, 1 numbers compared" in str(result)
+    assert json.loads(FORMATS["json"](result))["not_checked"] == [full]
+    assert "1 not checked" in FORMATS["markdown"](result)
+    (suite,) = ET.fromstring(FORMATS["junit"](result))
+    assert (suite.get("tests"), suite.get("skipped")) == ("2", "1")
+    assert [*github.annotations(result)] == [
+        "::warning title=not checked::no threshold applies to 1 cell"
+    ]
+
+
+def test_a_check_of_no_number_does_not_pass(make_record: MakeRecord) -> None:
+    """As where the pattern matches a new cell only."""
+    before = [make_record(method="full")]
+    after = [*before, make_record(method="lora")]
+    result = verdict(before, after, "saved:0@lora/*")
+    assert result.exit_code == 3
+    assert "expected   a threshold that applies to an ok cell" in str(result)
 
 
 def test_a_pattern_must_be_there(

@@ -14,7 +14,7 @@ from meft_reports.table_formats.markdown import to_markdown
 from meft_reports.tables import TABLES, find_tables
 from meft_reports.tables.activations import less
 from meft_reports.tables.table import Table
-from reporting.conftest import build_prediction
+from reporting.conftest import build_longest, build_prediction
 from reporting.kinds import MakeRecord
 from reporting.pages import column, data_of, page_of
 
@@ -191,6 +191,23 @@ def test_failures_list_every_cell_that_is_not_ok(frame: pd.DataFrame) -> None:
     failed = frame[frame["status"] != "ok"]
     assert sorted(row[0] for row in table.rows) == sorted(failed["cell_id"])
     assert ("error", "<b>boom</b> & more") in {row[1:3] for row in table.rows}
+
+
+def test_what_fit_did_not_find_is_no_failure(
+    make_record: MakeRecord, longest: pd.DataFrame
+) -> None:
+    """No cell has run for it; in the table of failures and on the page."""
+    (table,) = find_tables("failures")(longest)
+    assert table.title == "Searches by fit in which nothing fits"
+    assert [row[1] for row in table.rows] == ["oom"]
+    both = to_frame([*build_longest(), make_record("oom", method="full")])
+    titles = [table.title for table in find_tables("failures")(both)]
+    assert titles == ["Cells that did not end well", table.title]
+    page = page_of(both)
+    assert "3 ok, 1 oom, 1 in which nothing fits" in page
+    assert "Nothing fits in 1 answer of fit" in page
+    assert "1 cell out of memory" in page
+    assert "out of memory" not in page_of(longest).partition("<main")[0]
 
 
 def test_exactness_is_the_worst_of_blocks_and_seeds(frame: pd.DataFrame) -> None:
@@ -417,3 +434,15 @@ def test_the_longest_sequences_are_compared_with_the_best_rivals(
     ]
     assert [row[4:7] for row in table.rows[-1:]] == [("160.0 MiB", "4.0 KiB", "0.25")]
     assert any("Predicted" in note for note in table.notes)
+
+
+def test_a_sequence_of_no_length_was_not_found(longest: pd.DataFrame) -> None:
+    """With such records only, which `fit` does not write, there is no table."""
+    none = longest.assign(seq_len=0)
+    assert find_tables("longest")(none) == []
+    some = longest.copy()
+    some.loc[some["method"] == "lora-checkpointing", "seq_len"] = 0
+    (table,) = find_tables("longest")(some)
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["lora-checkpointing"] == ("none", *["–"] * 7)  # noqa: RUF001
+    assert rows["meft1-exact"][1] == "–"  # noqa: RUF001

@@ -53,9 +53,10 @@ def virtual_gpu(request: pytest.FixtureRequest) -> Iterator[Any]:
     """
     wanted = marker.of(request.node)
     if wanted is None or not wanted.gpu:
-        raise pytest.UsageError(
+        pytest.fail(
             f"{request.node.nodeid}: `virtual_gpu` needs a marker that names one: "
-            '@pytest.mark.meft_memory(device="virtual-H200")'
+            '@pytest.mark.meft_memory(device="virtual-H200")',
+            pytrace=False,
         )
     from meft_bench import virtual_gpu as enter
 

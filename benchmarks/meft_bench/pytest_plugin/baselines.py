@@ -2,8 +2,9 @@
 
     {"test_step": {"torch 2.13.0, cpu": [{"saved_bytes": ..., ...}]}}
 
-Each entry is a list, as a test may measure several times. Keys are sorted, so that a
-version control system shows what changed.
+Each entry is a list, as a test may measure several times. A part of it may have the
+reason of its last change, `baseline_reason`, as the records of `meft-report baseline`
+have. Keys are sorted, so that a version control system shows what changed.
 """
 
 import json
@@ -15,6 +16,8 @@ import pytest
 Entry = list[dict[str, Any]]
 """What one test took."""
 NUMBERS = ("saved_bytes", "peak_allocated_bytes")
+REASON = "baseline_reason"
+"""Field of a part of an entry: why its numbers are as they are."""
 Baseline = dict[str, dict[str, Entry]]
 """Entries by test and by what they depend on."""
 
@@ -63,8 +66,28 @@ def _is_entry(entry: Any) -> bool:
     return isinstance(entry, list) and all(
         isinstance(one, dict)
         and all(type(one.get(name, 0)) in (int, type(None)) for name in NUMBERS)
+        and isinstance(one.get(REASON, ""), str)
         for one in entry
     )
+
+
+def with_reasons(before: Entry | None, after: Entry, reason: str) -> Entry:
+    """Return what a test took, with the reason of each part's last change.
+
+    Args:
+        before: the entry of the baseline; None if it has none.
+        after: what the test took.
+        reason: that of parts that are new or have changed; "" for none. Other parts
+            keep the one that they have.
+    """
+    old = [*(before or [])]
+    old += [{}] * (len(after) - len(old))
+    return [
+        was
+        if {name: value for name, value in was.items() if name != REASON} == now
+        else now | ({REASON: reason} if reason else {})
+        for was, now in zip(old, after, strict=False)
+    ]
 
 
 def _text(value: Any, indent: int = 0) -> str:

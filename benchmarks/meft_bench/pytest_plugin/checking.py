@@ -62,9 +62,6 @@ class Checked:
             "entry": self.entry,
             "started_at": self.started_at,
             "is_checked": self.wanted is not None,
-            "is_above_limit": bool(
-                self.wanted and above_limit(self.entry, self.wanted)
-            ),
         }
 
 

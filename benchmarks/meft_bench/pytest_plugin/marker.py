@@ -1,5 +1,6 @@
 """What the marker `meft_memory` of a test asks for."""
 
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -16,6 +17,11 @@ HELP = (
 )
 NAMES = ("saved", "peak_allocated", "limit", "device")
 VIRTUAL = "virtual-"
+SHARE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s?%", re.ASCII)
+"""A share of what was before, as a decimal number."""
+LIMIT = 'bytes, as 4096 or "2GiB", or None for any'
+DIFFERENCE = 'bytes, as 0, 4096 or "5MiB", a share, as "1%" or "0.5%", or None for any'
+"""What an argument should be, in words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +76,8 @@ def of(item: pytest.Item) -> Wanted | None:
         names = ", ".join(NAMES)
         raise pytest.UsageError(f"{where}: got {unknown}; it takes {names} by name")
     device = given.get("device") or ""
-    if device and not (isinstance(device, str) and device.startswith(VIRTUAL)):
+    is_virtual = isinstance(device, str) and device.startswith(VIRTUAL)
+    if device and (not is_virtual or device == VIRTUAL):
         raise pytest.UsageError(
             f"{where}: device={device!r} should be a virtual GPU, such as "
             '"virtual-H200"; without it, tests run on the device of their model'
@@ -81,7 +88,7 @@ def of(item: pytest.Item) -> Wanted | None:
         peak_allocated=_allowed(
             given.get("peak_allocated", 0), f"{where}: peak_allocated"
         ),
-        limit_bytes=None if limit is None else _bytes(limit, f"{where}: limit"),
+        limit_bytes=None if limit is None else _bytes(limit, f"{where}: limit", LIMIT),
         device=device,
     )
 
@@ -89,24 +96,19 @@ def of(item: pytest.Item) -> Wanted | None:
 def _allowed(value: Any, where: str) -> Allowed | None:
     if value is None:
         return None
-    if isinstance(value, str) and value.endswith("%"):
-        try:
-            share = Fraction(value.removesuffix("%").strip()) / 100
-        except ValueError:
-            share = Fraction(-1)
-        if share < 0:
-            raise pytest.UsageError(f'{where}={value!r} should be a share, as "1%"')
-        return Allowed(amount=share, is_share=True, text=value)
-    size = 0 if value == 0 and not isinstance(value, bool) else _bytes(value, where)
+    share = SHARE.fullmatch(value) if isinstance(value, str) else None
+    if share is not None:
+        amount = Fraction(share[1]) / 100
+        return Allowed(amount=amount, is_share=True, text=share[0])
+    is_zero = type(value) is int and value == 0
+    size = 0 if is_zero else _bytes(value, where, DIFFERENCE)
     return Allowed(amount=Fraction(size), is_share=False, text=str(value))
 
 
-def _bytes(value: Any, where: str) -> int:
+def _bytes(value: Any, where: str, expected: str) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     try:
         return parse_bytes(value)
     except (ValueError, TypeError):
-        raise pytest.UsageError(
-            f'{where}={value!r} should be bytes, as 4096 or "2GiB"'
-        ) from None
+        raise pytest.UsageError(f"{where}={value!r} should be {expected}") from None

@@ -15,6 +15,7 @@ class Options:
 
     Attributes:
         update: which of `UPDATES` to make of baselines.
+        reason: why baselines change, which those keep that do; "" for none.
         records: where to write what tests took, as JSON lines; None for nowhere.
         checks: whether tests are compared with baselines.
         folder: name of the folder with the baselines, beside the tests.
@@ -22,6 +23,7 @@ class Options:
     """
 
     update: frozenset[str]
+    reason: str
     records: Path | None
     checks: bool
     folder: str
@@ -37,6 +39,13 @@ def add(parser: pytest.Parser) -> None:
         metavar="create,fix,trim",
         help="update baselines of memory: create missing ones, fix those that differ, "
         "trim those of tests that are gone",
+    )
+    group.addoption(
+        "--meft-reason",
+        default="",
+        metavar="TEXT",
+        help="why baselines change; it is kept in those that --meft-update creates or "
+        "fixes",
     )
     group.addoption(
         "--meft-records",
@@ -66,8 +75,8 @@ def read(config: pytest.Config) -> Options:
     """Return the options.
 
     Raises:
-        UsageError: there is no such update, or it is refused; or records could not be
-            written.
+        UsageError: there is no such update, or it is refused; or there is a reason
+            without one; or records could not be written.
     """
     text: str = config.getoption("--meft-update")
     update = frozenset(filter(None, text.replace(" ", "").split(",")))
@@ -81,6 +90,12 @@ def read(config: pytest.Config) -> Options:
             "--meft-update is refused under CI, where a baseline that updates itself "
             "checks nothing: run it on your machine, and commit the files"
         )
+    reason: str = config.getoption("--meft-reason").strip()
+    if reason and not update & {"create", "fix"}:
+        raise pytest.UsageError(
+            "--meft-reason is kept in baselines that --meft-update=create or "
+            "--meft-update=fix writes: give one of them, too"
+        )
     records: Path | None = config.getoption("--meft-records")
     if records is not None and (records.is_dir() or not records.parent.is_dir()):
         raise pytest.UsageError(
@@ -89,6 +104,7 @@ def read(config: pytest.Config) -> Options:
         )
     return Options(
         update=update,
+        reason=reason,
         records=records,
         checks=not config.getoption("--meft-no-check"),
         folder=config.getini("meft_baseline_dir"),

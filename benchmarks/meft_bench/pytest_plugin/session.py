@@ -33,7 +33,10 @@ class Session:
         self._root = config.rootpath
         # A process of xdist checks tests; the one that started it writes.
         self._is_worker = hasattr(config, "workerinput")
-        self._found: list[dict[str, Any]] = []
+        self._found: dict[str, dict[str, Any]] = {}
+        """What tests took in their last attempt, by their node ids."""
+        self._failed: set[str] = set()
+        self._ended: set[str] = set()
         self._collected: dict[Path, set[str]] = defaultdict(set)
         self._is_part = False
         self._remarks: list[str] = []
@@ -86,12 +89,18 @@ class Session:
 
     def _known(self, path: Path, name: str) -> dict[str, baselines.Entry]:
         file = baselines.path_of(path, self._options.folder)
-        return baselines.read(file).get(name, {})
+        try:
+            return baselines.read(file).get(name, {})
+        except pytest.UsageError as error:
+            pytest.fail(str(error), pytrace=False)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Skip a test whose baselines are of another torch or device only."""
-        wanted = marker.of(item)
+        try:
+            wanted = marker.of(item)
+        except pytest.UsageError as error:
+            pytest.fail(str(error), pytrace=False)
         if wanted is None or not self._options.checks or self._options.update:
             return
         if not {"meft_step", "meft_memory"} & {*getattr(item, "fixturenames", ())}:
@@ -120,10 +129,24 @@ class Session:
             self._collected[item.path].add(item.nodeid.partition("::")[2])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Collect what a test took."""
+        """Collect what a test took, and whether any part of it has failed.
+
+        Its teardown and its subtests have reports of their own.
+        """
+        if self._is_worker:
+            return
+        name = report.nodeid
+        if report.when == "setup":  # of the first attempt, or of another one
+            self._found.pop(name, None)
+            self._failed.discard(name)
+            self._ended.discard(name)
+        if report.failed:
+            self._failed.add(name)
+        if report.when == "teardown":
+            self._ended.add(name)
         found = getattr(report, "meft", None)
-        if found is not None and not self._is_worker:
-            self._found.append(found)
+        if found is not None:
+            self._found[name] = found
 
     def pytest_sessionfinish(self) -> None:
         """Write records, and update baselines."""
@@ -134,14 +157,22 @@ class Session:
             its = {"project_commit": commit, "project_dirty": is_dirty}
             lines = [
                 json.dumps({**one, "path": self._short(one), "environment": its}) + "\n"
-                for one in self._found
+                for one in self._found.values()
             ]
             self._options.records.write_text("".join(lines), encoding="utf-8")
         by_path: dict[Path, list[dict[str, Any]]] = defaultdict(list)
-        for one in (one for one in self._found if one["is_checked"]):
-            by_path[Path(one["path"])].append(one)
+        for name, one in self._found.items():
+            if not one["is_checked"]:
+                continue
+            if name in self._ended - self._failed:
+                by_path[Path(one["path"])].append(one)
+            elif self._options.update & {"create", "fix"}:
+                self._remarks.append(f"{name} has failed, so its baseline stays")
         for path in sorted({*by_path, *self._collected}):
-            self._update(path, by_path[path])
+            try:
+                self._update(path, by_path[path])
+            except pytest.UsageError as error:  # of a file that is no baseline
+                self._remarks.append(str(error))
 
     def _short(self, one: dict[str, Any]) -> str:
         """Return the path of a test from the root of the project, as it is one."""
@@ -150,15 +181,19 @@ class Session:
         return (path.relative_to(self._root) if is_inside else path).as_posix()
 
     def _update(self, path: Path, found: list[dict[str, Any]]) -> None:
+        """Update the baselines of a file of tests.
+
+        Args:
+            path: the file of tests.
+            found: what those of its tests took that have passed.
+        """
         file = baselines.path_of(path, self._options.folder)
         before = baselines.read(file)
         after = {test: dict(entries) for test, entries in before.items()}
         for one in found:
-            peaks = [each.get("peak_allocated_bytes") for each in one["entry"]]
-            if not any(peaks) or one["is_above_limit"]:
-                continue  # the test has failed
             entries = after.setdefault(one["name"], {})
-            old, new = entries.get(one["key"]), one["entry"]
+            old = entries.get(one["key"])
+            new = baselines.with_reasons(old, one["entry"], self._options.reason)
             if (old is None and "create" in self._options.update) or (
                 old is not None and old != new and "fix" in self._options.update
             ):

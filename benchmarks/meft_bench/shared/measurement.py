@@ -30,6 +30,7 @@ _SCHEMA = {
     "better": one_of(["lower", "higher"]),
     "maximum": NUMBER,
     "derived": FLAG,
+    "predicted": FLAG,
     "meaning": TEXT,
     "how": TEXT,
 }

@@ -17,7 +17,11 @@ CELL: tuple[Column, ...] = (
     top("sweep", "string", "the declared set of cells it belongs to"),
     later_top("sweep_question", "the question that this set of cells answers"),
     later_top("sweep_caveats", "what its author says one must know", has_lines=True),
-    top("status", "string", "ok, oom, timeout, killed, error or skipped"),
+    top(
+        "status",
+        "string",
+        "ok, oom (of `fit`: nothing fits), timeout, killed, error or skipped",
+    ),
     top("message", "string", "why, in one line; when ok, whether a loss is not finite"),
     later_top("log_tail", "the last lines that the cell printed", has_lines=True),
     top("started_at", "string", "UTC, ISO 8601"),

@@ -20,6 +20,8 @@ class Column:
     unit: Unit = ""
     has_lines: bool = False
     """Whether a text keeps its line breaks."""
+    is_predicted: bool = False
+    """Whether it is always computed from a model of a GPU, and never measured."""
     lower_is_better: bool | None = None
     """None where neither direction is an improvement."""
     greatest: float | None = None
@@ -51,6 +53,11 @@ class Column:
     def short_name(self) -> str:
         """The name without its unit: `peak_allocated` for `peak_allocated_bytes`."""
         return self.name.removesuffix("_bytes")
+
+    @property
+    def is_measured_time(self) -> bool:
+        """Whether it is a time that a clock measured, which has noise."""
+        return self.unit == "seconds" and not self.is_predicted
 
     @property
     def comparable(self) -> bool:

@@ -27,6 +27,19 @@ Older code called containment exact match, which is another rule today, and `num
 number after the last `####`, or the whole answer if there was none.
 """
 
+
+def current_score_name(name: str | None, loss_mean: str | None) -> str | None:
+    """Return the current name of the metric of a score.
+
+    Args:
+        name: the name in a record; None if it has none.
+        loss_mean: what the record's losses are averaged over; None in older records.
+    """
+    if name is None or loss_mean is not None:
+        return name
+    return OLD_SCORE_NAMES.get(name, name)
+
+
 _DTYPES: dict[str, Dtype] = {
     "int": "Int64",
     "float": "Float64",
@@ -43,6 +56,7 @@ _SCHEMA = {
     "better": one_of(["lower", "higher"]),
     "maximum": NUMBER,
     "derived": FLAG,
+    "predicted": FLAG,
     "meaning": TEXT,
     "how": TEXT,
 }
@@ -55,6 +69,7 @@ def _column(name: str, fields: dict[str, Any]) -> Column:
         section="derived" if fields.get("derived") else "measurement",
         dtype=_DTYPES[fields["type"]],
         unit=fields.get("unit", ""),
+        is_predicted=bool(fields.get("predicted")),
         lower_is_better=_LOWER_IS_BETTER[fields.get("better")],
         greatest=fields.get("maximum"),
         meaning=fields["meaning"],

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from meft_reports.compare import Comparison
 from meft_reports.compare_page.rows import cause_in_words, row_of, summary_of
-from meft_reports.compare_text import NOT_PAIRED
+from meft_reports.compare_text import NOT_PAIRED, refusal_in_words
 from meft_reports.page import bundle
 from meft_reports.text import printable
 
@@ -56,6 +56,7 @@ def render_page(comparison: Comparison, names: tuple[str, str]) -> bytes:
         is_paired=its.num_pairs > 0,
         not_paired=NOT_PAIRED,
         causes=[(one, cause_in_words(one, its.num_pairs)) for one in its.causes],
+        refusals=[*map(refusal_in_words, its.not_compared)],
         endings=its.endings,
         parts=parts,
         means=its.means,

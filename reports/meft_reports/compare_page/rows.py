@@ -19,7 +19,7 @@ class Shown:
 
     text: str
     exact: str
-    """In smaller letters below; empty if `text` is exact."""
+    """In smaller letters below: the exact value, or an interval; else empty."""
     order: float
     """By which the table sorts it."""
 
@@ -48,13 +48,19 @@ def row_of(changed: Changed) -> ChangedRow:
         after=_number(changed.after, column),
         ratio=Shown(
             text="from 0" if math.isinf(ratio) else f"{ratio:.4f}×",  # noqa: RUF001
-            exact="",
+            exact=_interval(changed),
             order=min(ratio, MOST),
         ),
         difference=_number(changed.after - changed.before, column, is_signed=True),
         doubt=printable(changed.doubt),
         grew=changed.grew,
     )
+
+
+def _interval(changed: Changed) -> str:
+    if changed.interval is None:
+        return ""
+    return "95 %: {:.4f} to {:.4f}".format(*changed.interval)
 
 
 def _number(value: float, column: Column, *, is_signed: bool = False) -> Shown:

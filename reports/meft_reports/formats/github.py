@@ -21,6 +21,9 @@ def annotations(result: CheckResult) -> Iterator[str]:
     for level, kinds in (("error", ERRORS), ("warning", WARNINGS)):
         found = [finding for finding in result.findings if finding.kind in kinds]
         yield from _level(level, found)
+    if result.unchecked:
+        cells = plural(len(result.unchecked), "cell")
+        yield f"::warning title=not checked::no threshold applies to {cells}"
 
 
 def _level(level: str, findings: Sequence[Finding]) -> Iterator[str]:

@@ -19,6 +19,7 @@ def to_json(result: CheckResult) -> str:
         "exit_code": result.exit_code,
         "num_cells": result.num_cells,
         "num_compared": len(result.compared),
+        "not_checked": list(result.unchecked),
         "counts": {str(kind): counts[kind] for kind in Kind},
         "findings": [_finding(finding) for finding in result.findings],
         "notes": list(result.notes),

@@ -1,7 +1,7 @@
 """The verdict as JUnit XML, which most systems for CI show: a case for each number.
 
 A regression, or a cell that is missing, is a `failure`; a cell that failed is an
-`error`; what is not comparable is `skipped`.
+`error`; what is not comparable, and a cell that no threshold checks, is `skipped`.
 """
 
 import xml.etree.ElementTree as ET
@@ -42,9 +42,14 @@ def to_junit(result: CheckResult) -> str:
                 tag = ET.SubElement(case, TAGS[finding.kind])
                 tag.set("message", _text(_message(finding)))
                 tag.text = "\n".join(map(_text, str(finding).splitlines()))
+    for cell_id in result.unchecked:
+        case = ET.SubElement(
+            suite, "testcase", classname=_text(cell_id), name=WHOLE_CELL
+        )
+        ET.SubElement(case, "skipped", message="no threshold of --fail-on applies")
     for number, kind in COUNTED.items():
         suite.set(number, str(_count(suite, kind)))
-    suite.set("tests", str(len(cases)))
+    suite.set("tests", str(len(suite)))
     root = ET.Element("testsuites")
     root.append(suite)
     ET.indent(root)

@@ -18,11 +18,10 @@ from meft_reports.format import format_bytes
 from meft_reports.methods import REFERENCE, is_exact, is_stored
 from meft_reports.page.cells import is_assumed, is_predicted, is_untrained
 from meft_reports.page.settings import Setting
+from meft_reports.searches import LONGEST
 from meft_reports.summary import WORKLOAD
 
 CARD = "24 GB"
-_FIT = "fit-seq_len"
-"""Name of searches of `fit` for the longest sequence."""
 USABLE_BYTES = 23 * 2**30
 _FIRST = ("full", "lora", "checkpointing", REFERENCE)
 MOST_NAMES = 5
@@ -38,7 +37,7 @@ class _Peak(NamedTuple):
 
 def fits_card(settings: Sequence[Setting]) -> list[Markup]:
     """Say how many workloads fit by which method, and which is the largest."""
-    searched = [s for s in settings if s.cells[0]["sweep"] == _FIT]
+    searched = [s for s in settings if s.cells[0]["sweep"] == LONGEST]
     if searched:
         return _longest(searched)
     peaks = _peaks(settings)

@@ -9,6 +9,7 @@ from typing import Any
 from meft_reports.columns.cell import STATUSES
 from meft_reports.page.cells import Cell, is_assumed, is_predicted, is_trained
 from meft_reports.page.settings import Setting
+from meft_reports.searches import found_nothing
 from meft_reports.text import plural
 
 FEW_SEEDS = 5
@@ -225,16 +226,24 @@ def _side_by_side(cells: Sequence[Cell]) -> Caveat:
 
 
 def _failed(cells: Sequence[Cell]) -> list[Caveat]:
-    found = []
+    answers = _where(cells, lambda cell: found_nothing(cell["sweep"], cell["status"]))
+    found = [
+        Caveat(
+            title=f"Nothing fits in {plural(len(answers), 'answer')} of fit",
+            text="Even the smallest value needs more than its margin leaves. No cell "
+            "has run, so none has failed.",
+            cells=answers,
+        )
+    ]
     for status in STATUSES[1:]:
-        its = [i for i, cell in enumerate(cells) if cell["status"] == status]
+        ended = [i for i, cell in enumerate(cells) if cell["status"] == status]
+        its = sorted({*ended} - {*answers})
         is_oom = status == "oom"
         end = "out of memory" if is_oom else f"ended with {status}"
         found.append(
             Caveat(
                 title=f"{plural(len(its), 'cell')} {end}",
-                text="That is a result: the step needs more than the device has, or, "
-                "in a search by fit, than its margin leaves."
+                text="That is a result: the step needs more than the device has."
                 if is_oom
                 else "Their numbers are missing; each row of the table says why.",
                 cells=its,

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
 
@@ -27,12 +28,16 @@ from meft_reports.page.reading import differences_that_count, example_cell
 from meft_reports.page.settings import Setting, settings_of
 from meft_reports.page.timeline import Timeline
 from meft_reports.published import Number
+from meft_reports.searches import found_nothing
 from meft_reports.text import plural
 
 SCRIPTS = (
     *("load", "base", "choice", "rows", "keys", "draw", "cell", "table", "main"),
 )
 """The page's own scripts, in order; together they are one module."""
+NOTHING_FITS = "in which nothing fits"
+ENDS = (*STATUSES, NOTHING_FITS)
+"""How cells can end, in the words and in the order of the page."""
 MOST_PLAIN_ROWS = 200
 """Number of settings in the table for readers without JavaScript."""
 
@@ -109,16 +114,21 @@ def _question(cells: Sequence[Cell]) -> str:
 
 
 def _facts(cells: Sequence[Cell]) -> list[str]:
-    counts = {s: sum(cell["status"] == s for cell in cells) for s in STATUSES}
+    ends = Counter(map(_ending, cells))
     days = sorted(cell["started_at"][:10] for cell in cells)
     devices = sorted({cell["device_name"] or cell["device"] for cell in cells})
-    by_status = ", ".join(f"{n:,} {status}" for status, n in counts.items() if n)
+    by_status = ", ".join(f"{ends[end]:,} {end}" for end in ENDS if ends[end])
     return [
         ", ".join(sorted({cell["sweep"] for cell in cells})),
         f"{len(cells):,} cells: {by_status}",
         ", ".join(devices),
         days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}",
     ]
+
+
+def _ending(cell: Cell) -> str:
+    nothing = found_nothing(cell["sweep"], cell["status"])
+    return NOTHING_FITS if nothing else str(cell["status"])
 
 
 def _plain(settings: Sequence[Setting]) -> list[tuple[str, str, str, str, str]]:

@@ -52,7 +52,11 @@ def read_timelines(paths: Sequence[Path]) -> list[Timeline]:
     found = []
     for path in paths:
         text = read_whole(path).decode("utf-8", "replace")
-        found += _timelines(list(csv.reader(io.StringIO(text))), path)
+        try:
+            lines = list(csv.reader(io.StringIO(text)))
+        except csv.Error as error:
+            raise RecordError(f"{path}: not a file of moments: {error}") from error
+        found += _timelines(lines, path)
     if len(found) > MOST_METHODS:
         raise RecordError(
             f"{len(found)} timelines are too many for a page; give at most "

@@ -26,7 +26,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         frame,
         "activation_curve",
         has_neurons,
-        lambda length: [i / (length - 1) for i in range(length)],
+        lambda length: [i / max(length - 1, 1) for i in range(length)],
         ("neurons by size (share of all)", "activation (largest = 1)"),
         marker="",
     )

@@ -43,7 +43,7 @@ def draw(frame: pd.DataFrame) -> Figure:
 
 def _draw_panel(axes: Axes, part: pd.DataFrame) -> None:
     for place, (_, cell) in enumerate(part.iterrows()):
-        fits = cell["status"] == "ok"
+        fits = cell["fits"]
         length = int(cell["seq_len"]) if fits else 0
         color = look(cell["method"]).color
         axes.barh(

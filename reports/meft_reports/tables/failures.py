@@ -1,8 +1,12 @@
-"""Failures: every cell that did not end well, and why; and notes on others."""
+"""Failures: every cell that did not end well, and why; and notes on others.
+
+Answers of `fit` that nothing fits are listed apart, as no cell of theirs has run.
+"""
 
 import pandas as pd
 
 from meft_reports.format import format_seconds, format_text
+from meft_reports.searches import found_nothing
 from meft_reports.summary import by_method, has_random_weights
 from meft_reports.tables.table import Table
 
@@ -16,8 +20,11 @@ def make(frame: pd.DataFrame) -> list[Table]:
     A note of the harness is that the loss was not finite.
     """
     is_ok = frame["status"] == "ok"
+    pairs = zip(frame["sweep"], frame["status"], strict=True)
+    is_answer = pd.Series([found_nothing(*pair) for pair in pairs], frame.index, bool)
     return [
-        *_table("Cells that did not end well", frame[~is_ok]),
+        *_table("Cells that did not end well", frame[~is_ok & ~is_answer]),
+        *_table("Searches by fit in which nothing fits", frame[is_answer]),
         *_table(
             "Cells that are ok, with a remark", frame[is_ok & (frame["message"] != "")]
         ),

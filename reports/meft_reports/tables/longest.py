@@ -55,7 +55,7 @@ def _question(part: pd.DataFrame) -> tuple[str, ...]:
 
 
 def _row(cell: "pd.Series[Any]", part: pd.DataFrame) -> tuple[str, ...]:
-    if cell["status"] != "ok":
+    if not cell["fits"]:
         return (cell["name"], "none", *[NOTHING] * (len(HEADER) - 2))
     on_device, offloaded = (best_rival(part, stays=stays) for stays in (True, False))
     moved, per_token = _per_token(cell)
@@ -75,7 +75,7 @@ def _row(cell: "pd.Series[Any]", part: pd.DataFrame) -> tuple[str, ...]:
 
 
 def _times(cell: "pd.Series[Any]", rival: "pd.Series[Any] | None") -> str:
-    if rival is None or not rival["seq_len"]:
+    if rival is None:
         return NOTHING
     return f"{cell['seq_len'] / rival['seq_len']:.2f}"
 
