@@ -1,0 +1,241 @@
+"""Linear layers with quantised weights that have no values: twins of those in use.
+
+    nf4          bitsandbytes.nn.Linear4bit, and PEFT's LoRA layer for it
+    nf4-double   the same, with double quantisation
+    int8         torchao's Int8Tensor as the weight of nn.Linear
+
+A twin allocates what the Python code of bitsandbytes 0.50 for CUDA and of torchao 0.18
+allocates, in its order, and keeps for backward what that keeps; in place of a kernel
+that writes a tensor, there is the tensor. Neither package has to be installed. Not
+modelled is bitsandbytes' kernel for at most 1536 tokens that multiplies without a
+weight in the compute dtype, which it takes for some shapes on some GPUs: the weight is
+taken to be made in each forward, as it is for longer inputs and in each backward.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import peft.tuners.lora.model
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from meft_bench.child.backbones.quantised import (
+    BLOCK_SIZE,
+    PACKED,
+    chosen_layers,
+    num_weights,
+    shape_of,
+)
+from meft_bench.shared import quantisations
+from meft_bench.shared.cell import Cell
+
+SCALES_OF_A_BLOCK = 256
+"""Number of scales in 8 bits that share a scale, in double quantisation."""
+NUM_CODES = 16
+"""Number of values of 4 bits, a table of which each layer has."""
+NUM_CODES_OF_SCALES = 256
+
+
+def quantise(model: PreTrainedModel, cell: Cell) -> str:
+    """Put twins in place of the layers that transformers would quantise.
+
+    Args:
+        model: a model without values; changed in place.
+        cell: the cell that the model is for.
+
+    Returns:
+        A sentence for the prediction: which weights are quantised, and how.
+
+    Raises:
+        ValueError: the model has no layer to quantise.
+    """
+    layers = chosen_layers(model, cell)
+    num_quantised = 0
+    for name, layer in layers.items():
+        num_quantised += layer.weight.numel()  # type: ignore[operator, union-attr]
+        model.set_submodule(name, _twin(layer, cell))
+    way = quantisations.TABLE[cell.weights_dtype]
+    share = num_quantised / num_weights(model)
+    return (
+        f"assumed: {len(layers)} linear layers with {share:.1%} of the weights are "
+        f"{cell.weights_dtype} ({way.in_words}), others {cell.unquantised_dtype}; not "
+        f"compared with a GPU"
+    )
+
+
+def _twin(layer: nn.Module, cell: Cell) -> nn.Module:
+    if cell.weights_dtype == "int8":
+        return Int8Linear(layer)
+    return Nf4Linear(layer, is_double=cell.weights_dtype == "nf4-double")
+
+
+class _QuantisedLinear(nn.Linear):
+    """What both kinds have: the sizes, the bias and the quantised weight."""
+
+    def __init__(self, layer: Any, weight: Tensor) -> None:
+        # That of nn.Linear would allocate the weight that is replaced.
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = shape_of(layer)
+        self.compute_dtype: torch.dtype = layer.weight.dtype
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = layer.bias
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+
+    def _add(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+        tensor = self.weight.new_empty(shape, dtype=dtype)
+        self.register_buffer(name, tensor, persistent=False)
+
+
+class Nf4Linear(_QuantisedLinear):
+    """Twin of `bitsandbytes.nn.Linear4bit` with a weight in nf4."""
+
+    def __init__(self, layer: Any, *, is_double: bool) -> None:
+        num_elements = layer.weight.numel()
+        packed = layer.weight.new_empty(((num_elements + 1) // 2, 1), dtype=PACKED)
+        super().__init__(layer, packed)
+        self.is_double = is_double
+        num_scales = -(-num_elements // BLOCK_SIZE)
+        self._add("scales", num_scales, dtype=torch.uint8 if is_double else torch.float)
+        self._add("codes", NUM_CODES)
+        if is_double:
+            self._add("scales_of_scales", -(-num_scales // SCALES_OF_A_BLOCK))
+            self._add("codes_of_scales", NUM_CODES_OF_SCALES)
+            self._add("offset")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output `... out_features` in the dtype of `x`."""
+        if self.bias is not None and self.bias.requires_grad:
+            raise NotImplementedError(
+                "a trained bias of a quantised layer is not modelled: freeze it"
+            )
+        given = x.dtype
+        product: Any = _Nf4Product.apply  # type: ignore[no-untyped-call]
+        output: Tensor = product(x.to(self.compute_dtype), self)
+        return output.to(given)
+
+    def scales_in_float(self) -> Tensor:
+        """Return the scales of the blocks as float32, in new memory where double."""
+        scales: Tensor = self.scales
+        if self.is_double:
+            scales = scales.new_empty(scales.shape, dtype=torch.float32)
+        return scales
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight `out_features in_features` in new memory."""
+        return self.weight.new_empty((self.out_features, self.in_features), dtype=dtype)
+
+
+class _Nf4Product(torch.autograd.Function):
+    """Twin of `MatMul4Bit`, which saves nothing and makes the weight again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Nf4Linear) -> Tensor:
+        ctx.layer = layer
+        scales = layer.scales_in_float()
+        if layer.is_double:
+            # Both exist until the product is there.
+            _scales_with_offset = scales + layer.offset
+        weight = layer.weight_in(x.dtype)
+        return functional.linear(x, weight, layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        layer: Nf4Linear = ctx.layer
+        scales = layer.scales_in_float()
+        if layer.is_double:
+            scales += layer.offset
+        weight = layer.weight_in(layer.compute_dtype)
+        del scales
+        return torch.matmul(gradient, weight.to(gradient.dtype)), None
+
+
+class Int8Linear(_QuantisedLinear):
+    """Twin of `nn.Linear` with a weight of torchao in int8, a scale for each row.
+
+    Its product is one of ordinary tensors, which autograd records: the weight in the
+    dtype of the input is saved for backward.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        rows, columns = shape_of(layer)
+        super().__init__(layer, layer.weight.new_empty(rows, columns, dtype=torch.int8))
+        self._add("scales", rows, 1)
+        self._add("zero_points", rows, 1, dtype=torch.int8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output `... out_features` in the dtype of `x`."""
+        product = torch.mm(x.reshape(-1, self.in_features), self.weight.t().to(x.dtype))
+        output = product * self.scales.to(product.dtype).flatten()
+        output = output.reshape(*x.shape[:-1], self.out_features)
+        if self.bias is not None:
+            output += self.bias
+        return output.to(x.dtype)
+
+
+class LoraNf4Linear(nn.Module, LoraLayer):  # type: ignore[misc]
+    """Twin of PEFT's LoRA layer around a weight in 4 bits, which clones its output."""
+
+    def __init__(self, base: nn.Module, name: str, config: Any, **options: Any) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base)
+        self.fan_in_fan_out = False
+        self._active_adapter = name
+        self.update_layer(
+            name, options["r"], lora_alpha=options["lora_alpha"], config=config
+        )
+
+    def resolve_lora_variant(self, *, config: Any, **_: Any) -> None:
+        """Refuse variants of LoRA, some of which read the weight.
+
+        Raises:
+            ValueError: the config asks for one.
+        """
+        wanted = [name for name in VARIANTS if getattr(config, name, None)]
+        if wanted:
+            raise ValueError(
+                f"`{wanted[0]}` with weights in 4 bits is not modelled: leave it out, "
+                "or plan weights of the compute dtype"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output `... out_features` of the layer and its adapters."""
+        result: Tensor = self.base_layer(x)
+        result = result.clone()
+        for name in self.active_adapters:
+            first, second = self.lora_A[name], self.lora_B[name]
+            needs_cast = not torch.is_autocast_enabled()
+            expected = result.dtype
+            if needs_cast:
+                x = self._cast_input_dtype(x, first.weight.dtype)
+            output = second(first(self.lora_dropout[name](x))) * self.scaling[name]
+            if needs_cast:
+                output = output.to(expected)
+            result = result + output
+        return result
+
+
+VARIANTS = ("use_dora", "alora_invocation_tokens", "arrow_config", "velora_config")
+"""Fields of PEFT's config of LoRA that ask for another forward."""
+
+
+@contextlib.contextmanager
+def known_to_peft() -> Iterator[None]:
+    """Let PEFT take the layer of twins in nf4 that it takes for `Linear4bit`."""
+    model: Any = peft.tuners.lora.model.LoraModel
+    plain = model._create_new_module
+
+    def create(config: Any, name: str, target: Any, **options: Any) -> Any:
+        if isinstance(target, Nf4Linear):
+            return LoraNf4Linear(target, name, config, **options)
+        return plain(config, name, target, **options)
+
+    with mock.patch.object(model, "_create_new_module", staticmethod(create)):
+        yield
