@@ -1,8 +1,8 @@
 """Ways of quantising the frozen weights of a backbone, by their `weights_dtype`.
 
-    nf4           4 bits for a weight, a float32 scale for each 64 of them (bitsandbytes)
-    nf4-double    the same, with the scales in 8 bits: double quantisation, as in QLoRA
-    int8          8 bits for a weight, a float32 scale for each row (torchao)
+    nf4         4 bits for a weight, a float32 scale for each 64 of them (bitsandbytes)
+    nf4-double  the same, with the scales in 8 bits: double quantisation, as in QLoRA
+    int8        8 bits for a weight, a float32 scale for each row (torchao)
 
 They apply to the linear layers that transformers would quantise; all other parameters
 of the backbone are of the compute dtype.

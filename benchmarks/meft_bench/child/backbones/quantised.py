@@ -11,7 +11,7 @@ import importlib.util
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
@@ -37,7 +37,7 @@ def chosen_layers(model: PreTrainedModel, cell: Cell) -> dict[str, nn.Module]:
         ValueError: there is none.
     """
     left_out = HfQuantizer.get_modules_to_not_convert(
-        model, keep_in_fp32_modules=model._keep_in_fp32_modules
+        model, keep_in_fp32_modules=[*(model._keep_in_fp32_modules or ())]
     )
     heads = {id(part) for head in heads_of(model) for part in head.modules()}
     found = {
@@ -72,6 +72,20 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
 def num_weights(model: nn.Module) -> int:
     """Return the number of parameters, each of two that are packed together."""
     return sum(p.numel() * (2 if p.dtype == PACKED else 1) for p in model.parameters())
+
+
+def tensors_of(parameter: Any) -> list[Tensor]:
+    """Return the tensors that hold a parameter: it, or the parts of a quantised one."""
+    if hasattr(parameter, "__tensor_flatten__"):  # torchao's
+        names, _ = parameter.__tensor_flatten__()
+        return [getattr(parameter, name) for name in names]
+    found = [parameter]
+    state = getattr(parameter, "quant_state", None)  # bitsandbytes'
+    if state is not None:
+        found += [state.absmax, state.code]
+        if state.nested:
+            found += [state.offset, state.state2.absmax, state.state2.code]
+    return found
 
 
 def quantise(model: PreTrainedModel, cell: Cell) -> None:

@@ -57,14 +57,14 @@ def quantise(model: PreTrainedModel, cell: Cell) -> str:
     layers = chosen_layers(model, cell)
     num_quantised = 0
     for name, layer in layers.items():
-        num_quantised += layer.weight.numel()  # type: ignore[operator, union-attr]
+        num_quantised += layer.weight.numel()  # type: ignore[operator]
         model.set_submodule(name, _twin(layer, cell))
     way = quantisations.TABLE[cell.weights_dtype]
     share = num_quantised / num_weights(model)
     return (
         f"assumed: {len(layers)} linear layers with {share:.1%} of the weights are "
-        f"{cell.weights_dtype} ({way.in_words}), others {cell.unquantised_dtype}; not "
-        f"compared with a GPU"
+        f"{cell.weights_dtype} ({way.in_words}), the others {cell.unquantised_dtype}; "
+        "that was not compared with a GPU"
     )
 
 
@@ -75,7 +75,9 @@ def _twin(layer: nn.Module, cell: Cell) -> nn.Module:
 
 
 class _QuantisedLinear(nn.Linear):
-    """What both kinds have: the sizes, the bias and the quantised weight."""
+    """What both kinds have: the sizes, the bias, the quantised weight and scales."""
+
+    scales: Tensor
 
     def __init__(self, layer: Any, weight: Tensor) -> None:
         # That of nn.Linear would allocate the weight that is replaced.
@@ -94,6 +96,8 @@ class _QuantisedLinear(nn.Linear):
 
 class Nf4Linear(_QuantisedLinear):
     """Twin of `bitsandbytes.nn.Linear4bit` with a weight in nf4."""
+
+    offset: Tensor
 
     def __init__(self, layer: Any, *, is_double: bool) -> None:
         num_elements = layer.weight.numel()
@@ -115,16 +119,15 @@ class Nf4Linear(_QuantisedLinear):
                 "a trained bias of a quantised layer is not modelled: freeze it"
             )
         given = x.dtype
-        product: Any = _Nf4Product.apply  # type: ignore[no-untyped-call]
+        product: Any = _Nf4Product.apply
         output: Tensor = product(x.to(self.compute_dtype), self)
         return output.to(given)
 
     def scales_in_float(self) -> Tensor:
         """Return the scales of the blocks as float32, in new memory where double."""
-        scales: Tensor = self.scales
         if self.is_double:
-            scales = scales.new_empty(scales.shape, dtype=torch.float32)
-        return scales
+            return self.scales.new_empty(self.scales.shape, dtype=torch.float32)
+        return self.scales
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """Return the weight `out_features in_features` in new memory."""
@@ -145,7 +148,7 @@ class _Nf4Product(torch.autograd.Function):
         return functional.linear(x, weight, layer.bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         if not ctx.needs_input_grad[0]:
             return None, None
         layer: Nf4Linear = ctx.layer
@@ -180,8 +183,10 @@ class Int8Linear(_QuantisedLinear):
         return output.to(x.dtype)
 
 
-class LoraNf4Linear(nn.Module, LoraLayer):  # type: ignore[misc]
+class LoraNf4Linear(nn.Module, LoraLayer):
     """Twin of PEFT's LoRA layer around a weight in 4 bits, which clones its output."""
+
+    base_layer: nn.Module
 
     def __init__(self, base: nn.Module, name: str, config: Any, **options: Any) -> None:
         super().__init__()
@@ -193,24 +198,15 @@ class LoraNf4Linear(nn.Module, LoraLayer):  # type: ignore[misc]
         )
 
     def resolve_lora_variant(self, *, config: Any, **_: Any) -> None:
-        """Refuse variants of LoRA, some of which read the weight.
-
-        Raises:
-            ValueError: the config asks for one.
-        """
-        wanted = [name for name in VARIANTS if getattr(config, name, None)]
-        if wanted:
-            raise ValueError(
-                f"`{wanted[0]}` with weights in 4 bits is not modelled: leave it out, "
-                "or plan weights of the compute dtype"
-            )
+        """Return None, for LoRA without a variant; others were refused."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output `... out_features` of the layer and its adapters."""
         result: Tensor = self.base_layer(x)
         result = result.clone()
         for name in self.active_adapters:
-            first, second = self.lora_A[name], self.lora_B[name]
+            first: Any = self.lora_A[name]
+            second: Any = self.lora_B[name]
             needs_cast = not torch.is_autocast_enabled()
             expected = result.dtype
             if needs_cast:
@@ -222,17 +218,36 @@ class LoraNf4Linear(nn.Module, LoraLayer):  # type: ignore[misc]
         return result
 
 
-VARIANTS = ("use_dora", "alora_invocation_tokens", "arrow_config", "velora_config")
+VARIANTS = (
+    *("use_dora", "alora_invocation_tokens", "arrow_config", "velora_config"),
+    "lora_bias",
+)
 """Fields of PEFT's config of LoRA that ask for another forward."""
+
+
+def _refuse_variants(config: Any) -> None:
+    """Refuse variants of LoRA, some of which read the weight.
+
+    Raises:
+        ValueError: the config asks for one.
+    """
+    wanted = [name for name in VARIANTS if getattr(config, name, None)]
+    if wanted:
+        raise ValueError(
+            f"`{wanted[0]}` with quantised weights is not modelled: leave it out, or "
+            "plan weights of the compute dtype"
+        )
 
 
 @contextlib.contextmanager
 def known_to_peft() -> Iterator[None]:
-    """Let PEFT take the layer of twins in nf4 that it takes for `Linear4bit`."""
+    """Let PEFT take for a twin in nf4 the twin of what it takes for `Linear4bit`."""
     model: Any = peft.tuners.lora.model.LoraModel
     plain = model._create_new_module
 
     def create(config: Any, name: str, target: Any, **options: Any) -> Any:
+        if isinstance(target, _QuantisedLinear):
+            _refuse_variants(config)
         if isinstance(target, Nf4Linear):
             return LoraNf4Linear(target, name, config, **options)
         return plain(config, name, target, **options)

@@ -278,6 +278,12 @@ def _with_peft(model: Any, cell: Cell) -> Any:
     }
     if cell.method.startswith(PEFT):
         fields = read_peft(cell.method)
+        if cell.is_quantised and fields["peft_type"].upper() != "LORA":
+            raise ValueError(
+                f"`weights_dtype` = {cell.weights_dtype!r} with {cell.method!r}: of "
+                "PEFT's layers for quantised weights, those of LoRA are modelled: take "
+                f"a config of LoRA, or {cell.dtype!r}"
+            )
     elif targets := _query_and_value(model):
         fields["target_modules"] = targets
     fields.setdefault("task_type", _task_type(model, cell))
