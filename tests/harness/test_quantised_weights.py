@@ -5,8 +5,9 @@ tests do not need otherwise: `pip install 'meft[quantised]'`.
 """
 
 import contextlib
+import copy
 import dataclasses
-import importlib
+import importlib.util
 import json
 import sys
 import types
@@ -19,8 +20,10 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from transformers.quantizers.base import HfQuantizer
 
 from harness.tiny import FAMILIES, SHAPE, batch, cell, classifier
 from meft_bench.child.backbones import quantised
@@ -34,6 +37,7 @@ from meft_bench.shared.quantisations import TABLE
 from meft_bench.shared.registry import METHODS, TRAIN_BACKBONE, load
 from meft_bench.shared.source import Source
 from meft_bench.virtual.emulation import quantised_layers
+from meft_bench.virtual.prediction import any_model
 from meft_bench.virtual.prediction.plan import MemoryPlan, plan
 from meft_bench.virtual.recording.ledger import Ledger
 from meft_bench.virtual.recording.trace import Trace
@@ -90,7 +94,11 @@ def test_weights_of_llama_take_what_is_computed_by_hand(way: str) -> None:
 
 def test_what_it_loads_never_was_in_another_dtype() -> None:
     """Weights of 9 billion parameters fit in nf4 where those in bf16 do not."""
-    large = {"backbone": "random:llama-3.1-70b", "depth": 8, "device": "virtual-T4"}
+    large: dict[str, Any] = {
+        "backbone": "random:llama-3.1-70b",
+        "depth": 8,
+        "device": "virtual-T4",
+    }
     found = [planned(way, **large) for way in ("bf16", "nf4")]
     assert [one.verdict for one in found] == ["too large", "fits"]
 
@@ -105,6 +113,32 @@ def test_all_linear_layers_are_quantised_but_the_head(
     found = chosen_layers(model, cell(weights_dtype="nf4"))
     linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert linear - found.keys() == left_out
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt2", "t5"])
+def test_layers_are_those_that_transformers_replaces(model_type: str) -> None:
+    """By its own function, of language models: the head of each is left out, the
+    transposed layers of GPT-2 are not, and T5 keeps one in float32."""
+    bitsandbytes()
+    config = transformers.AutoConfig.for_model(model_type, tie_word_embeddings=False)
+    for name in ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer"):
+        if hasattr(config, name):
+            setattr(config, name, 1)
+    factory = any_model._factory(config, cell(task="synthetic-lm"))
+    with torch.device("meta"):
+        model = factory.from_config(config)
+    ours = chosen_layers(model, cell(weights_dtype="nf4")).keys()
+    integration = importlib.import_module("transformers.integrations.bitsandbytes")
+    left_out = HfQuantizer.get_modules_to_not_convert(
+        model, None, [*(model._keep_in_fp32_modules or ())]
+    )
+    wanted = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    integration.replace_with_bnb_linear(model, left_out, wanted)
+    theirs = {
+        name for name, one in model.named_modules() if "Linear4bit" in str(type(one))
+    }
+    assert ours == theirs
+    assert ours
 
 
 def bitsandbytes() -> Any:
@@ -139,7 +173,7 @@ def by_package(model: Any, one: Cell) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def by_twin(model: Any, one: Cell) -> contextlib.AbstractContextManager[Any]:
+def virtually(model: Any, one: Cell) -> contextlib.AbstractContextManager[Any]:
     quantised_layers.quantise(model, one)
     return quantised_layers.known_to_peft()
 
@@ -159,20 +193,47 @@ def stepper_of(one: Cell, quantise: Quantise) -> Stepper:
 
 
 @pytest.mark.parametrize("way", TABLE)
-def test_twins_have_the_sizes_of_real_layers(way: str) -> None:
+def test_virtual_layers_have_the_sizes_of_real_layers(way: str) -> None:
     """Layer by layer: the weight, its scales, and what these need."""
     needs_package_of(way)
     one = here(way)
-    real, twin = llama(one), llama(one)
+    real, virtual = llama(one), llama(one)
     by_package(real, one)
-    by_twin(twin, one)
+    virtually(virtual, one)
     names = chosen_layers(llama(one), one)
     for name in names:
-        layer = twin.get_submodule(name)
+        layer = virtual.get_submodule(name)
         ours = [layer.weight, *layer.buffers()]
         theirs = tensors_of(real.get_submodule(name).weight)
         assert sorted(t.nbytes for t in ours) == sorted(t.nbytes for t in theirs)
-    assert num_weights(real) == num_weights(twin) == num_weights(llama(one))
+    assert num_weights(real) == num_weights(virtual) == num_weights(llama(one))
+
+
+@pytest.mark.parametrize(
+    ("way", "model_type", "most"),
+    [("nf4", "llama", 0.2), ("nf4-double", "gpt2", 0.2), ("int8", "llama", 0.02)],
+)
+def test_real_layers_compute_what_they_did(
+    way: str, model_type: str, most: float
+) -> None:
+    """But for rounding to 4 and 8 bits: GPT-2's weights are transposed, others not."""
+    needs_package_of(way)
+    config = transformers.AutoConfig.for_model(model_type)
+    config.update({"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 50})
+    config.update({"intermediate_size": 128, "num_attention_heads": 2})
+    config.update({"num_key_value_heads": 2, "head_dim": 32, "pad_token_id": 0})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    one = cell(weights_dtype=way)
+    layers = [*chosen_layers(model, one)]
+    before = {name: copy.deepcopy(model.get_submodule(name)) for name in layers}
+    by_package(model, one)
+    for name in layers:
+        plain: Any = before[name]
+        x = torch.randn(3, quantised.shape_of(plain)[1])
+        wanted = plain(x)
+        error = (model.get_submodule(name)(x) - wanted).norm() / wanted.norm()
+        assert 0 < error < most
 
 
 def saved(stepper: Stepper) -> Counter[tuple[Any, ...]]:
@@ -190,12 +251,12 @@ def saved(stepper: Stepper) -> Counter[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("way", TABLE)
 @pytest.mark.parametrize("method", ["lora", "adapters", "meft1-store"])
-def test_twins_save_what_real_layers_save(way: str, method: str) -> None:
+def test_virtual_layers_save_what_real_layers_save(way: str, method: str) -> None:
     needs_package_of(way)
     one = here(way, method)
-    real, twin = stepper_of(one, by_package), stepper_of(one, by_twin)
+    real, virtual = stepper_of(one, by_package), stepper_of(one, virtually)
     found = saved(real)
-    assert found == saved(twin)
+    assert found == saved(virtual)
     if method == "lora":  # of each layer: in int8 the weight in bf16, in nf4 nothing
         of_mlp = sum(found[shape, torch.bfloat16] for shape in [(64, 32), (32, 64)])
         assert of_mlp == (9 if way == "int8" else 0)
@@ -254,13 +315,15 @@ def events_of(trace: Trace, start: int) -> list[tuple[int, bool]]:
 
 @pytest.mark.parametrize("way", ["nf4", "nf4-double"])
 @pytest.mark.parametrize("method", ["lora", "lora-checkpointing"])
-def test_twins_allocate_what_the_code_for_cuda_allocates(way: str, method: str) -> None:
+def test_virtual_layers_allocate_what_the_code_for_cuda_allocates(
+    way: str, method: str
+) -> None:
     """A step of training with bitsandbytes' own code and PEFT's own layer, whose CUDA
     kernels are left out: request by request, in the same order."""
     one = here(way, method)
     with as_on_cuda():
         theirs = step(one, by_package)
-    assert step(one, by_twin) == theirs
+    assert step(one, virtually) == theirs
     weights = [n for n, is_birth in theirs if is_birth and n == 2 * 64 * 32]
     # Forward, backward, and a recompute, which ends before the last layer of a block.
     num_times = {"lora": 9 + 9, "lora-checkpointing": 9 + 6 + 9}
@@ -268,11 +331,11 @@ def test_twins_allocate_what_the_code_for_cuda_allocates(way: str, method: str) 
 
 
 @pytest.mark.parametrize("method", ["lora", "lora-checkpointing"])
-def test_twins_allocate_what_torchao_allocates(method: str) -> None:
+def test_virtual_layers_allocate_what_torchao_allocates(method: str) -> None:
     """A step of training on a CPU, where torchao runs the same operators."""
     torchao()
     one = here("int8", method)
-    assert step(one, by_twin) == step(one, by_package)
+    assert step(one, virtually) == step(one, by_package)
 
 
 @pytest.fixture
@@ -318,7 +381,7 @@ def test_a_record_says_what_was_assumed(tiny: str) -> None:
 def test_a_missing_package_is_named_with_ways_out(
     tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantised.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     found = outcome(here("nf4", "lora", backbone=tiny, task="synthetic-lm"))
     assert found["status"] == "skipped"
     for words in ("`weights_dtype` = 'nf4'", "pip install", "a virtual GPU"):

@@ -1,15 +1,16 @@
-"""Linear layers with quantised weights that have no values: twins of those in use.
+"""Virtual layers: linear layers with quantised weights that have no values.
 
     nf4          bitsandbytes.nn.Linear4bit, and PEFT's LoRA layer for it
     nf4-double   the same, with double quantisation
     int8         torchao's Int8Tensor as the weight of nn.Linear
 
-A twin allocates what the Python code of bitsandbytes 0.50 for CUDA and of torchao 0.18
-allocates, in its order, and keeps for backward what that keeps; in place of a kernel
-that writes a tensor, there is the tensor. Neither package has to be installed. Not
-modelled is bitsandbytes' kernel for at most 1536 tokens that multiplies without a
-weight in the compute dtype, which it takes for some shapes on some GPUs: the weight is
-taken to be made in each forward, as it is for longer inputs and in each backward.
+A virtual layer allocates what the Python code of bitsandbytes 0.50 for CUDA and of
+torchao 0.18 allocates, in its order, and keeps for backward what that keeps; in place
+of a kernel that writes a tensor, there is the tensor. Neither package has to be
+installed. Not modelled is bitsandbytes' kernel for at most 1536 tokens that multiplies
+without a weight in the compute dtype, which it takes for some shapes on some GPUs: the
+weight is taken to be made in each forward, as it is for longer inputs and in each
+backward.
 """
 
 import contextlib
@@ -42,7 +43,7 @@ NUM_CODES_OF_SCALES = 256
 
 
 def quantise(model: PreTrainedModel, cell: Cell) -> str:
-    """Put twins in place of the layers that transformers would quantise.
+    """Put virtual layers in place of the layers that transformers would quantise.
 
     Args:
         model: a model without values; changed in place.
@@ -58,7 +59,7 @@ def quantise(model: PreTrainedModel, cell: Cell) -> str:
     num_quantised = 0
     for name, layer in layers.items():
         num_quantised += layer.weight.numel()  # type: ignore[operator]
-        model.set_submodule(name, _twin(layer, cell))
+        model.set_submodule(name, _virtual(layer, cell))
     way = quantisations.TABLE[cell.weights_dtype]
     share = num_quantised / num_weights(model)
     return (
@@ -68,7 +69,7 @@ def quantise(model: PreTrainedModel, cell: Cell) -> str:
     )
 
 
-def _twin(layer: nn.Module, cell: Cell) -> nn.Module:
+def _virtual(layer: nn.Module, cell: Cell) -> nn.Module:
     if cell.weights_dtype == "int8":
         return Int8Linear(layer)
     return Nf4Linear(layer, is_double=cell.weights_dtype == "nf4-double")
@@ -95,7 +96,7 @@ class _QuantisedLinear(nn.Linear):
 
 
 class Nf4Linear(_QuantisedLinear):
-    """Twin of `bitsandbytes.nn.Linear4bit` with a weight in nf4."""
+    """What `bitsandbytes.nn.Linear4bit` does with a weight in nf4."""
 
     offset: Tensor
 
@@ -135,7 +136,7 @@ class Nf4Linear(_QuantisedLinear):
 
 
 class _Nf4Product(torch.autograd.Function):
-    """Twin of `MatMul4Bit`, which saves nothing and makes the weight again."""
+    """What `MatMul4Bit` does, which saves nothing and makes the weight again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Nf4Linear) -> Tensor:
@@ -161,7 +162,7 @@ class _Nf4Product(torch.autograd.Function):
 
 
 class Int8Linear(_QuantisedLinear):
-    """Twin of `nn.Linear` with a weight of torchao in int8, a scale for each row.
+    """What `nn.Linear` does with a weight of torchao in int8, a scale for each row.
 
     Its product is one of ordinary tensors, which autograd records: the weight in the
     dtype of the input is saved for backward.
@@ -184,7 +185,7 @@ class Int8Linear(_QuantisedLinear):
 
 
 class LoraNf4Linear(nn.Module, LoraLayer):
-    """Twin of PEFT's LoRA layer around a weight in 4 bits, which clones its output."""
+    """What PEFT's LoRA layer around a weight in 4 bits does: it clones its output."""
 
     base_layer: nn.Module
 
@@ -241,7 +242,7 @@ def _refuse_variants(config: Any) -> None:
 
 @contextlib.contextmanager
 def known_to_peft() -> Iterator[None]:
-    """Let PEFT take for a twin in nf4 the twin of what it takes for `Linear4bit`."""
+    """Let PEFT take the layer for `Nf4Linear` that it takes for `Linear4bit`."""
     model: Any = peft.tuners.lora.model.LoraModel
     plain = model._create_new_module
 
