@@ -36,7 +36,7 @@ from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.quantisations import TABLE
 from meft_bench.shared.registry import METHODS, TRAIN_BACKBONE, load
 from meft_bench.shared.source import Source
-from meft_bench.virtual.emulation import quantised_layers
+from meft_bench.virtual.emulation import quantised_layers, quantised_lora
 from meft_bench.virtual.prediction import any_model
 from meft_bench.virtual.prediction.plan import MemoryPlan, plan
 from meft_bench.virtual.recording.ledger import Ledger
@@ -175,7 +175,7 @@ def by_package(model: Any, one: Cell) -> contextlib.AbstractContextManager[Any]:
 
 def virtually(model: Any, one: Cell) -> contextlib.AbstractContextManager[Any]:
     quantised_layers.quantise(model, one)
-    return quantised_layers.known_to_peft()
+    return quantised_lora.known_to_peft()
 
 
 Quantise = Callable[[Any, Cell], contextlib.AbstractContextManager[Any]]

@@ -1,6 +1,6 @@
 """Virtual layers: linear layers with quantised weights that have no values.
 
-    nf4          bitsandbytes.nn.Linear4bit, and PEFT's LoRA layer for it
+    nf4          bitsandbytes.nn.Linear4bit
     nf4-double   the same, with double quantisation
     int8         torchao's Int8Tensor as the weight of nn.Linear
 
@@ -13,14 +13,9 @@ weight is taken to be made in each forward, as it is for longer inputs and in ea
 backward.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
-import peft.tuners.lora.model
 import torch
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -75,7 +70,7 @@ def _virtual(layer: nn.Module, cell: Cell) -> nn.Module:
     return Nf4Linear(layer, is_double=cell.weights_dtype == "nf4-double")
 
 
-class _QuantisedLinear(nn.Linear):
+class QuantisedLinear(nn.Linear):
     """What both kinds have: the sizes, the bias, the quantised weight and scales."""
 
     scales: Tensor
@@ -95,7 +90,7 @@ class _QuantisedLinear(nn.Linear):
         self.register_buffer(name, tensor, persistent=False)
 
 
-class Nf4Linear(_QuantisedLinear):
+class Nf4Linear(QuantisedLinear):
     """What `bitsandbytes.nn.Linear4bit` does with a weight in nf4."""
 
     offset: Tensor
@@ -161,7 +156,7 @@ class _Nf4Product(torch.autograd.Function):
         return torch.matmul(gradient, weight.to(gradient.dtype)), None
 
 
-class Int8Linear(_QuantisedLinear):
+class Int8Linear(QuantisedLinear):
     """What `nn.Linear` does with a weight of torchao in int8, a scale for each row.
 
     Its product is one of ordinary tensors, which autograd records: the weight in the
@@ -182,76 +177,3 @@ class Int8Linear(_QuantisedLinear):
         if self.bias is not None:
             output += self.bias
         return output.to(x.dtype)
-
-
-class LoraNf4Linear(nn.Module, LoraLayer):
-    """What PEFT's LoRA layer around a weight in 4 bits does: it clones its output."""
-
-    base_layer: nn.Module
-
-    def __init__(self, base: nn.Module, name: str, config: Any, **options: Any) -> None:
-        super().__init__()
-        LoraLayer.__init__(self, base)
-        self.fan_in_fan_out = False
-        self._active_adapter = name
-        self.update_layer(
-            name, options["r"], lora_alpha=options["lora_alpha"], config=config
-        )
-
-    def resolve_lora_variant(self, *, config: Any, **_: Any) -> None:
-        """Return None, for LoRA without a variant; others were refused."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the output `... out_features` of the layer and its adapters."""
-        result: Tensor = self.base_layer(x)
-        result = result.clone()
-        for name in self.active_adapters:
-            first: Any = self.lora_A[name]
-            second: Any = self.lora_B[name]
-            needs_cast = not torch.is_autocast_enabled()
-            expected = result.dtype
-            if needs_cast:
-                x = self._cast_input_dtype(x, first.weight.dtype)
-            output = second(first(self.lora_dropout[name](x))) * self.scaling[name]
-            if needs_cast:
-                output = output.to(expected)
-            result = result + output
-        return result
-
-
-VARIANTS = (
-    *("use_dora", "alora_invocation_tokens", "arrow_config", "velora_config"),
-    "lora_bias",
-)
-"""Fields of PEFT's config of LoRA that ask for another forward."""
-
-
-def _refuse_variants(config: Any) -> None:
-    """Refuse variants of LoRA, some of which read the weight.
-
-    Raises:
-        ValueError: the config asks for one.
-    """
-    wanted = [name for name in VARIANTS if getattr(config, name, None)]
-    if wanted:
-        raise ValueError(
-            f"`{wanted[0]}` with quantised weights is not modelled: leave it out, or "
-            "plan weights of the compute dtype"
-        )
-
-
-@contextlib.contextmanager
-def known_to_peft() -> Iterator[None]:
-    """Let PEFT take the layer for `Nf4Linear` that it takes for `Linear4bit`."""
-    model: Any = peft.tuners.lora.model.LoraModel
-    plain = model._create_new_module
-
-    def create(config: Any, name: str, target: Any, **options: Any) -> Any:
-        if isinstance(target, _QuantisedLinear):
-            _refuse_variants(config)
-        if isinstance(target, Nf4Linear):
-            return LoraNf4Linear(target, name, config, **options)
-        return plain(config, name, target, **options)
-
-    with mock.patch.object(model, "_create_new_module", staticmethod(create)):
-        yield

@@ -142,10 +142,12 @@ def recorded(
         with device.new_ledger() as ledger:
             yield make(), ledger, []
         return
+    from meft_bench.virtual.emulation import quantised_lora  # peft takes seconds
+
     made = make()
     model = model_of(made)
     words = quantised_layers.quantise(model, cell)
-    with quantised_layers.known_to_peft(), device.new_ledger() as ledger:
+    with quantised_lora.known_to_peft(), device.new_ledger() as ledger:
         for tensor in (*model.parameters(), *model.buffers()):
             ledger.see(tensor.detach())
         yield made, ledger, [words]
