@@ -7,10 +7,10 @@ set -euo pipefail
 out=$1
 shift
 
-# fit GPU BACKBONE METHODS... -- FIELDS...
+# fit GPU WEIGHTS BACKBONE METHODS... -- FIELDS...
 fit() {
-    local gpu=$1 backbone=$2 methods=()
-    shift 2
+    local gpu=$1 weights=$2 backbone=$3 methods=()
+    shift 3
     while [ "$1" != -- ]; do
         methods+=("$1")
         shift
@@ -18,15 +18,18 @@ fit() {
     shift
     # Exit code 4: nothing fits, which is an answer.
     python -m meft_bench fit "$backbone" --method "${methods[@]}" --gpu "$gpu" \
-        --maximize seq --multiple 1024 --batch 1 --padding none --dtype bf16 --weights-dtype bf16 \
+        --maximize seq --multiple 1024 --batch 1 --padding none --dtype bf16 --weights-dtype "$weights" \
         --set loss_chunk_tokens=1024 "$@" -o "$out" || [ $? -eq 4 ]
 }
 
-for gpu in "$@"; do
-    for backbone in llama-3.1-8b-1m qwen3-8b-1m; do
-        fit "$gpu" "$backbone" lora lora-checkpointing lora-checkpointing-offload --
-        fit "$gpu" "$backbone" lora-checkpointing lora-checkpointing-offload -- mlp_chunks=8
-        fit "$gpu" "$backbone" meft1-exact lora-exact -- mlp_chunks=8
-        fit "$gpu" "$backbone" meft1-exact lora-exact -- mlp_chunks=8 side_buffer=host
+# nf4: linear layers in 4 bits, as transformers loads them with bitsandbytes.
+for weights in bf16 nf4; do
+    for gpu in "$@"; do
+        for backbone in llama-3.1-8b-1m qwen3-8b-1m; do
+            fit "$gpu" "$weights" "$backbone" lora lora-checkpointing lora-checkpointing-offload --
+            fit "$gpu" "$weights" "$backbone" lora-checkpointing lora-checkpointing-offload -- mlp_chunks=8
+            fit "$gpu" "$weights" "$backbone" meft1-exact lora-exact -- mlp_chunks=8
+            fit "$gpu" "$weights" "$backbone" meft1-exact lora-exact -- mlp_chunks=8 side_buffer=host
+        done
     done
 done

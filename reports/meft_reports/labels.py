@@ -14,6 +14,12 @@ from meft_reports.summary import OPTIONS, PROVENANCE, WORKLOAD, varying
 
 USUAL = {"weights_dtype": "fp32", "attention": "sdpa", "blocks": "eager"}
 """Values that are omitted unless other values occur as well."""
+_FLOATS = ("fp32", "bf16", "fp16")
+
+
+def is_quantised(weights_dtype: str) -> bool:
+    """Return whether weights of this dtype are quantised, not floats."""
+    return weights_dtype not in _FLOATS
 
 
 def describe(rows: pd.DataFrame, shown: Collection[str]) -> str:

@@ -30,7 +30,10 @@ class Method:
     hollow: bool = False
 
 
-_FOR_THE_HARNESS = {"function": ANY, "defaults": ANY, "has_rows": ANY}
+_FOR_THE_HARNESS = {
+    **{"function": ANY, "defaults": ANY},
+    **{"has_rows": ANY, "trains_backbone": ANY},
+}
 _SCHEMA = _FOR_THE_HARNESS | {
     "options": some_of(CELL_FIELDS),
     "streams": one_of(["float", "integer"]),

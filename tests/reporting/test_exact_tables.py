@@ -33,6 +33,19 @@ def test_a_ratio_is_taken_against_checkpoints_of_the_same_weights(
     assert "see bf16 weights" not in " ".join(bf16.notes)
 
 
+def test_checkpoints_of_quantised_weights_are_of_the_compute_dtype(
+    make_record: MakeRecord,
+) -> None:
+    """The title says how weights are quantised, and that checkpoints are not."""
+    shape = {"task": "synthetic", "dtype": "bf16", "weights_dtype": "nf4"}
+    names = ("adapters-checkpointing", "meft1-exact")
+    records = [make_record(method=name, saved_bytes=2**20, **shape) for name in names]
+    (table,) = find_tables("ratios")(to_frame(records))
+    assert table.title.startswith("Against bf16 checkpoints of adapters-checkpointing")
+    assert "nf4 weights" in table.title
+    assert "checkpoints are bf16" in " ".join(table.notes)
+
+
 def test_a_peak_ratio_leaves_out_model_state(depth: pd.DataFrame) -> None:
     """8 of the 10 MiB that are not saved are model state, so 2 are above it."""
     table = find_tables("ratios")(depth)[0]

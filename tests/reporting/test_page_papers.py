@@ -8,6 +8,7 @@ from meft_reports.methods import TABLE
 from meft_reports.page.cells import comparable_cells
 from meft_reports.page.papers import Reported, reported
 from meft_reports.page.settings import settings_of
+from meft_reports.page.workloads import workloads_of
 from reporting.kinds import MakeRecord, Record
 from reporting.pages import data_of, page_of
 
@@ -40,6 +41,14 @@ def test_the_same_backbone_and_method_are_shown(make_record: MakeRecord) -> None
     assert row.value == "0.413 (share)"
     assert "24 GB GPU; accumulated batch 64; 256 tokens" in row.there
     assert row.here == ("synthetic-lm, batch 16, 128 tokens, fp32, cpu, random weights")
+
+
+def test_quantised_weights_are_told_apart(make_record: MakeRecord) -> None:
+    """In the conditions of papers, and in the title of the workload."""
+    record = make_record(method="sparse-experts", weights_dtype="nf4", **LLAMA)
+    assert ", fp32, nf4 weights, cpu, " in rows_for([record])[0].here
+    (workload,) = workloads_of(comparable_cells(to_frame([record]))).values()
+    assert "nf4 weights" in workload.title
 
 
 def test_another_backbone_or_method_is_not(make_record: MakeRecord) -> None:

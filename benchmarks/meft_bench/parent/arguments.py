@@ -138,7 +138,9 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accumulation", type=_count, default=1, help="default 1")
     parser.add_argument("--dtype", choices=registry.DTYPES, default="fp32")
     parser.add_argument(
-        "--weights-dtype", choices=registry.DTYPES, help="default fp32: autocast"
+        "--weights-dtype",
+        choices=registry.WEIGHTS_DTYPES,
+        help="default fp32: autocast; nf4, nf4-double and int8 quantise linear layers",
     )
     parser.add_argument("--attention", choices=registry.ATTENTIONS, default="sdpa")
     parser.add_argument(

@@ -31,6 +31,7 @@ REQUIREMENTS = {
         "tqdm>=4.66",
     ),
     "gguf": ("gguf>=0.19",),
+    "quantised": ("bitsandbytes>=0.50", "torchao>=0.18"),
     "sparse": ("numba>=0.61",),
     "liger": ("liger-kernel>=0.8",),
     "report": (

@@ -24,6 +24,8 @@ PACKAGES = (
     "torch",
     "transformers",
     "peft",
+    "bitsandbytes",
+    "torchao",
     "datasets",
     "evaluate",
     "numpy",

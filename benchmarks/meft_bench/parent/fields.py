@@ -11,7 +11,7 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from meft_bench.shared import registry
+from meft_bench.shared import quantisations, registry
 from meft_bench.shared.cell import Cell
 from meft_bench.virtual.device import gpu
 
@@ -23,7 +23,7 @@ _NAMES: dict[str, Collection[str]] = {
     "task": registry.TASKS,
     "dtype": registry.DTYPES,
     "device": registry.DEVICES,
-    "weights_dtype": registry.DTYPES,
+    "weights_dtype": registry.WEIGHTS_DTYPES,
     "attention": registry.ATTENTIONS,
     "blocks": registry.BLOCKS,
     "padding": registry.PADDINGS,
@@ -96,10 +96,11 @@ def check_together(cell: Cell) -> None:
         )
     if cell.patience and not cell.eval_every:
         raise ValueError("`patience` counts validations; set `eval_every` above 0 too")
-    if cell.weights_dtype not in ("fp32", cell.dtype):
+    if cell.unquantised_dtype not in ("fp32", cell.dtype):
         raise ValueError(
             f"`weights_dtype` = {cell.weights_dtype!r} with `dtype` = {cell.dtype!r}: "
-            "take 'fp32', or the compute dtype"
+            "take 'fp32', the compute dtype, or a quantisation: "
+            f"{', '.join(quantisations.TABLE)}"
         )
     is_shape = cell.backbone.startswith("random:")
     if is_shape and cell.task not in registry.SYNTHETIC_TASKS:
@@ -111,6 +112,13 @@ def check_together(cell: Cell) -> None:
         )
     for name in ("method", "reference"):
         method = getattr(cell, name)
+        if cell.is_quantised and method in registry.TRAIN_BACKBONE:
+            raise ValueError(
+                f"`weights_dtype` = {cell.weights_dtype!r} with `{name}` = {method!r}, "
+                "which trains the backbone, and quantised weights cannot be trained: "
+                f"take {cell.dtype!r}, or a method that freezes the backbone, such as "
+                "'lora'"
+            )
         if cell.optimizer != "adamw" and method in registry.HAVE_ROWS:
             raise ValueError(
                 f"`optimizer` = {cell.optimizer!r} with `{name}` = {method!r}, whose "

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.parent import fields, isolate, output
-from meft_bench.shared import configs, lengths, methods, registry, request
+from meft_bench.shared import (
+    configs,
+    lengths,
+    methods,
+    quantisations,
+    registry,
+    request,
+)
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.request import WORKER
@@ -130,6 +137,11 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
     if "task" not in values:
         values["task"] = USUAL_TASK
     names = _methods(arguments.method, model_type)
+    if (
+        arguments.method in ([], ["all"])
+        and values["weights_dtype"] in quantisations.TABLE
+    ):
+        names = [name for name in names if name not in registry.TRAIN_BACKBONE]
     found = [
         Cell(**methods.with_defaults({"method": name, **values})) for name in names
     ]

@@ -12,6 +12,7 @@ tables     reads the tables of methods, measurements and backbones
 field_kinds   what a field of these tables may hold
 methods    the table of methods: functions, options, what each has
 backbones  the table of model types: what can be made of each, its shapes
+quantisations   ways of quantising frozen weights
 registry   the names of methods, tasks, backbones and devices
 protocol   constants of the training protocol
 lengths    lengths of the batches of a plan

@@ -11,6 +11,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from meft_bench.shared import quantisations
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
@@ -31,10 +33,11 @@ class Cell:
     dtype: str = "fp32"
     """Compute dtype: `fp32`, or `bf16`/`fp16`, autocast over float32 parameters."""
     weights_dtype: str = "fp32"
-    """Dtype of the backbone's parameters: `fp32`, or the compute dtype.
+    """Dtype of the backbone's parameters: `fp32`, the compute dtype, or a quantisation.
 
     The compute dtype needs no autocast. Parameters that a method adds, and the new
-    head, stay float32.
+    head, stay float32. A quantisation is one of `quantisations.TABLE`; it applies to
+    linear layers, and the other parameters have the compute dtype.
     """
     batch_size: int = 16
     """Number of rows per micro-batch."""
@@ -151,6 +154,16 @@ class Cell:
             if field.name not in shown and value != field.default:
                 name += f"/{field.name}={value}"
         return name
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether linear layers of the backbone have quantised weights."""
+        return self.weights_dtype in quantisations.TABLE
+
+    @property
+    def unquantised_dtype(self) -> str:
+        """Dtype of the backbone's parameters that are not quantised."""
+        return self.dtype if self.is_quantised else self.weights_dtype
 
     @property
     def key(self) -> str:

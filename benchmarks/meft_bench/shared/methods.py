@@ -43,6 +43,8 @@ class Method:
     """Of adapters with many neurons: `dense`, `sparse` or `experts`."""
     has_rows: bool = False
     """Whether neurons are rows of a store, which `meft.SparseAdamW` updates."""
+    trains_backbone: bool = False
+    """Whether it trains the weights of the backbone."""
 
     @property
     def is_reversible(self) -> bool:
@@ -70,6 +72,7 @@ _SCHEMA = _FOR_REPORTS | {
     "twin_of": TABLE_NAME,
     "neurons": one_of(["dense", "sparse", "experts"]),
     "has_rows": FLAG,
+    "trains_backbone": FLAG,
 }
 
 

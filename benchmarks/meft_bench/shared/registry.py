@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from meft_bench.shared import backbones, methods
+from meft_bench.shared import backbones, methods, quantisations
 
 _TASKS = "meft_bench.child.tasks"
 _CHECKS = "meft_bench.virtual.validation"
@@ -102,6 +102,10 @@ PLANNED_BACKBONES = {
 """Shapes that `plan` and `fit` know in addition, of families that no cell can have."""
 
 DTYPES = ("fp32", "bf16", "fp16")
+WEIGHTS_DTYPES = (*DTYPES, *quantisations.TABLE)
+"""Dtypes of the backbone's weights, and ways of quantising them."""
+TRAIN_BACKBONE = tuple(n for n, m in methods.TABLE.items() if m.trains_backbone)
+"""Methods that train the weights of the backbone, which cannot be quantised then."""
 BLOCKS = ("eager", "compiled")
 PADDINGS = ("none", "some")
 SIDE_BUFFERS = ("device", "host")

@@ -31,7 +31,12 @@ CELL: tuple[Column, ...] = (
     cell("backbone", "string", "the pre-trained model that is fine-tuned"),
     cell("depth", "Int64", "blocks requested; 0 takes the backbone's own", "count"),
     cell("dtype", "string", "compute dtype"),
-    later_cell("weights_dtype", "string", "dtype of the backbone's weights", "fp32"),
+    later_cell(
+        "weights_dtype",
+        "string",
+        "dtype of the backbone's weights, or quantisation",
+        "fp32",
+    ),
     cell("batch_size", "Int64", "rows per step", "count"),
     cell("seq_len", "Int64", "tokens per row, or where rows are truncated", "count"),
     cell("task", "string", "what is learned; `synthetic...` has shapes only"),

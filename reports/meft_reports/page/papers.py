@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import NamedTuple
 
+from meft_reports.labels import is_quantised
 from meft_reports.page.settings import Setting
 
 MOST_CONDITIONS = 2
@@ -62,12 +63,15 @@ def _rows() -> list[dict[str, str]]:
 
 def _conditions(setting: Setting) -> str:
     fields = setting.workload.fields
+    dtype = fields["weights_dtype"]
+    quantised = f"{dtype} weights" if is_quantised(dtype) else ""
     weights = "random weights" if fields["backbone"].startswith("random:") else ""
     parts = [
         fields["task"],
         f"batch {fields['batch_size']}",
         f"{fields['seq_len']} tokens",
         fields["dtype"],
+        quantised,
         fields["device"],
         weights,
     ]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from meft_reports.labels import USUAL
+from meft_reports.labels import USUAL, is_quantised
 from meft_reports.page.cells import Cell
 from meft_reports.summary import PROVENANCE, WORKLOAD
 from meft_reports.text import plural
@@ -71,8 +71,11 @@ def in_words(fields: dict[str, Any], varying: Sequence[str] = WORKLOAD) -> str:
         parts.append(f"{fields['depth']} blocks")
     parts.append(f"{fields['batch_size']}×{fields['seq_len']}")  # noqa: RUF001
     parts.append(fields["dtype"])
-    if fields["weights_dtype"] != fields["dtype"] and "weights_dtype" in varying:
-        parts.append(f"{fields['weights_dtype']} weights")
+    weights = fields["weights_dtype"]
+    if is_quantised(weights) or (
+        weights != fields["dtype"] and "weights_dtype" in varying
+    ):
+        parts.append(f"{weights} weights")
     if fields["attention"] != USUAL["attention"]:
         parts.append(f"{fields['attention']} attention")
     if fields["blocks"] != USUAL["blocks"]:

@@ -2,8 +2,9 @@
 
 Both keep some memory per block and run every block twice. The reference keeps one
 hidden state, in the dtype of its weights: fp32 weights result in fp32 checkpoints also
-under autocast. A ratio is therefore computed within one `weights_dtype`, and the titles
-state the dtype of the checkpoints.
+under autocast, and quantised ones in checkpoints of the compute dtype. A ratio is
+therefore computed within one `weights_dtype`, and the titles state the dtype of the
+checkpoints.
 """
 
 from typing import Any
@@ -18,7 +19,12 @@ from meft_reports.format import (
     format_ratio,
     is_null,
 )
-from meft_reports.labels import describe, fields_to_show, option_label
+from meft_reports.labels import (
+    describe,
+    fields_to_show,
+    is_quantised,
+    option_label,
+)
 from meft_reports.methods import REFERENCE, is_meft
 from meft_reports.summary import (
     PROVENANCE,
@@ -106,9 +112,11 @@ def _ratios_table(part: pd.DataFrame, workload: str) -> Table:
             rows.append(
                 (name, *map(format_count, key.values()), *_row(cells, reference))
             )
-    dtype = part["weights_dtype"].iloc[0]
+    weights = part["weights_dtype"].iloc[0]
+    if is_quantised(weights):
+        workload += f" · {weights} weights"
     return Table(
-        title=f"Against {dtype} checkpoints of {REFERENCE} · {workload}",
+        title=f"Against {_kept_in(part)} checkpoints of {REFERENCE} · {workload}",
         header=HEADER,
         rows=tuple(rows),
         notes=(*NOTES, _checkpoint_note(part), *notes_on(part)),
@@ -147,8 +155,19 @@ def _step_ratio(cells: pd.DataFrame) -> str:
     return f"{format_ratio(ratio)} ({format_ratio(iqr)})"
 
 
+def _kept_in(part: pd.DataFrame) -> str:
+    """Return the dtype of the checkpoints of the reference."""
+    dtype, compute = part["weights_dtype"].iloc[0], part["dtype"].iloc[0]
+    return str(compute if is_quantised(dtype) else dtype)
+
+
 def _checkpoint_note(part: pd.DataFrame) -> str:
     dtype, compute = part["weights_dtype"].iloc[0], part["dtype"].iloc[0]
+    if is_quantised(dtype):
+        return (
+            f"The reference's checkpoints are {compute}, as it computes: its weights "
+            f"are {dtype}."
+        )
     if dtype != "fp32":
         return f"The reference's checkpoints are {dtype}, as its weights are."
     if compute == "fp32":

@@ -7,6 +7,7 @@ names       from a backbone's name to a model, its tokenizer, and its origin
 packages    weights that installed packages contain
 files       weights on disk, as safetensors or GGUF
 shapes      random weights of a named shape
+quantised   linear layers with quantised weights, and which these are
 classifier  configuration of a classifier, independent of family and origin
 bart        a BART classifier that does not depend on values
 """

@@ -230,7 +230,7 @@ def options(cell: Cell) -> dict[str, Any]:
     when the model runs.
     """
     return {
-        "dtype": WEIGHTS_DTYPES[cell.weights_dtype],
+        "dtype": WEIGHTS_DTYPES[cell.unquantised_dtype],
         "attn_implementation": "eager" if cell.attention == "eager" else "sdpa",
     }
 
@@ -262,7 +262,7 @@ def finish(
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if cell.weights_dtype != "fp32":
+        if cell.unquantised_dtype != "fp32":
             head.register_forward_pre_hook(_in_float32)
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from meft.sparse.adapter import sparse_adapters
 from meft.sparse.row_parameter import rows_of
 from meft.testing import saved_bytes
+from meft_bench.child.backbones import quantised
 from meft_bench.child.tasks.batches import Batch
 
 
@@ -73,7 +74,7 @@ def _model_state(
     for parameter in model.parameters():
         if rows_of(parameter) is not None:
             continue
-        yield parameter
+        yield from quantised.tensors_of(parameter)
         if parameter.grad is not None:
             yield parameter.grad
     for adapter in sparse_adapters(model).values():

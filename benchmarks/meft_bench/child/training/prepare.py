@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 import meft
 from meft_bench.child import backbones
-from meft_bench.child.backbones import Backbone
+from meft_bench.child.backbones import Backbone, quantised
 from meft_bench.child.tasks.question import AnswerTask
 from meft_bench.child.tasks.task import Task
 from meft_bench.child.training import execution
@@ -30,13 +30,15 @@ def load_backbone(cell: Cell, task: AnyTask, source: Source) -> Backbone:
         source: where weights may come from.
 
     Raises:
-        MissingError: the weights are not available; the message states how to provide
-            them.
+        MissingError: the weights, or the package that quantises them, are not
+            available; the message states how to provide them.
         ValueError: the backbone does not exist, its family is not supported, or
             `cell.seq_len` is too long for it.
     """
     seed_everything(cell.seed)
     backbone = backbones.load(cell, num_labels_of(task), source)
+    if cell.is_quantised:
+        quantised.quantise(backbone.model, cell)
     if cell.blocks == "compiled":
         execution.compile_blocks(
             backbone.model, in_parts=methods.TABLE[cell.method].is_reversible
@@ -61,10 +63,9 @@ def num_labels_of(task: AnyTask) -> int | None:
 
 def count(model: PreTrainedModel) -> dict[str, int]:
     """Return the numbers of all and of trained parameters: fields of `Measurement`."""
-    parameters = list(model.parameters())
-    trained = [p for p in parameters if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     return {
-        "num_parameters": sum(p.numel() for p in parameters),
+        "num_parameters": quantised.num_weights(model),
         "num_trainable_parameters": sum(p.numel() for p in trained),
     }
 

@@ -58,7 +58,7 @@ class Stepper:
     def __init__(self, model: PreTrainedModel, cell: Cell) -> None:
         self.model = model
         self.device = cell.device
-        is_narrow = cell.weights_dtype == cell.dtype
+        is_narrow = cell.unquantised_dtype == cell.dtype
         self._autocast_dtype = None if is_narrow else AUTOCAST_DTYPES.get(cell.dtype)
         self._scaler = torch.amp.GradScaler(cell.device, enabled=cell.dtype == "fp16")
         # LLaMA and OPT have no segments, and would pass them on to modules without

@@ -15,6 +15,8 @@ assumed_conditions      conditions that Python reads: true, but for `isnan` and 
 grouped_products        products of rows with their experts' matrices, in any dtype
 known_values            values that follow from integers of the host
 memo                    remembers what operators make of tensors of the same shapes
+quantised_layers        virtual layers: linear layers with quantised weights
+quantised_lora          PEFT's LoRA around them
 operator_rules          rules for fake tensors that torch lacks
 storages                storages that code makes or resizes without an operator
 loading                 files of safetensors, loaded onto the GPU

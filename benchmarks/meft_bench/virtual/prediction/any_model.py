@@ -35,7 +35,7 @@ from meft_bench.virtual.device import gpu
 from meft_bench.virtual.device.allocator import settings_in_words
 from meft_bench.virtual.emulation import assumed_selection, ordinary_code
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
-from meft_bench.virtual.prediction.predict import Ready, refuse_without_host
+from meft_bench.virtual.prediction.predict import Ready, recorded, refuse_without_host
 
 LANGUAGE_MODELS: dict[str, Mapping[str, object]] = {
     "AutoModelForSpeechSeq2Seq": (
@@ -105,15 +105,19 @@ def ready(cell: Cell, config: PreTrainedConfig) -> Iterator[Ready]:
         ordinary_code.supported(),
         assumed_selection.all_selected() as selections,
         execution.attention(cell),
-        device.new_ledger() as ledger,
+        contextlib.ExitStack() as stack,
     ):
-        ledger.watch_all()
         refuse_without_host(cell, device)
         on_it = dataclasses.replace(cell, device=device.backend.device)
-        model = _with_method(build(config, on_it), on_it)
+        model, ledger, of_weights = stack.enter_context(
+            recorded(device, on_it, lambda: build(config, on_it), lambda model: model)
+        )
+        ledger.watch_all()
+        model = _with_method(model, on_it)
         stepper = Stepper(model, on_it)
         words = [device.backend.how, device.gpu.basis]
         words += [note] if (note := settings_in_words()) else []
+        words += of_weights
         words.append(_description(model))
         yield Ready(
             cell=on_it,
@@ -274,6 +278,12 @@ def _with_peft(model: Any, cell: Cell) -> Any:
     }
     if cell.method.startswith(PEFT):
         fields = read_peft(cell.method)
+        if cell.is_quantised and fields["peft_type"].upper() != "LORA":
+            raise ValueError(
+                f"`weights_dtype` = {cell.weights_dtype!r} with {cell.method!r}: of "
+                "PEFT's layers for quantised weights, those of LoRA are modelled: take "
+                f"a config of LoRA, or {cell.dtype!r}"
+            )
     elif targets := _query_and_value(model):
         fields["target_modules"] = targets
     fields.setdefault("task_type", _task_type(model, cell))
@@ -393,7 +403,7 @@ def _batch(config: PreTrainedConfig, model: Any, cell: Cell) -> Batch:
     base = _base(model)
     rows = cell.batch_size
     tokens = torch.zeros((rows, cell.seq_len), dtype=torch.long)
-    dtype = WEIGHTS_DTYPES[cell.weights_dtype]
+    dtype = WEIGHTS_DTYPES[cell.unquantised_dtype]
     labels = tokens[:, 0].clone() if cell.task == "synthetic" else tokens.clone()
     match base.main_input_name:
         case "pixel_values":

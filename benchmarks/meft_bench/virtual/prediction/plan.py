@@ -17,7 +17,7 @@ from meft_bench.child import backbones
 from meft_bench.child.backbones import classifier
 from meft_bench.child.tasks.batches import refuse_padded_images
 from meft_bench.child.training import prepare
-from meft_bench.shared import lengths
+from meft_bench.shared import lengths, quantisations
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import MODEL_TYPES, PEFT
 from meft_bench.shared.source import MissingError, Source
@@ -180,7 +180,8 @@ def _ready(cell: Cell, source: Source) -> contextlib.AbstractContextManager[Read
     if getattr(config, "quantization_config", None):
         raise ValueError(
             "its config has a `quantization_config`, and quantised weights are not "
-            "modelled: remove it from config.json to plan the model without it"
+            "modelled by it: remove it from config.json, and name one of "
+            f"{', '.join(quantisations.TABLE)} as `--weights-dtype` to plan these"
         )
     is_known = config.model_type in MODEL_TYPES and not cell.method.startswith(PEFT)
     task = cell.task or any_model.task_of(config.model_type)

@@ -12,6 +12,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,10 +29,12 @@ from meft_bench.shared.registry import HAVE_ROWS, TASKS, load
 from meft_bench.shared.source import MissingError, Source
 from meft_bench.virtual.device import gpu
 from meft_bench.virtual.device.allocator import settings_in_words
-from meft_bench.virtual.emulation import assumed_activation
+from meft_bench.virtual.emulation import assumed_activation, quantised_layers
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.recording.breakdown import breakdown
 from meft_bench.virtual.recording.ledger import Ledger
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,11 +82,18 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
         device,
         sizes,
         execution.attention(cell),
-        device.new_ledger() as ledger,
+        contextlib.ExitStack() as stack,
     ):
         how = _how(cell, device)
         on_it = dataclasses.replace(cell, device=device.backend.device)
-        backbone = backbones.from_config(config, origin, on_it, num_labels)
+        backbone, ledger, words = stack.enter_context(
+            recorded(
+                device,
+                on_it,
+                lambda: backbones.from_config(config, origin, on_it, num_labels),
+                lambda backbone: backbone.model,
+            )
+        )
         num_blocks = len(backbones.blocks_of(backbone.model))
         stepper = prepare.apply_method(backbone, on_it)
         ledger.watch(stepper.model, stepper.optimizer)
@@ -98,13 +108,49 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
                 backbones.image_shape(config),
                 num_labels,
             ),
-            how=how,
+            how="; ".join([how, *words]),
             origins={
                 "data_origin": f"shapes only; {task.origin}",
                 "weights_origin": origin,
                 "weights_sha256": configs.digest(cell.backbone),
             },
         )
+
+
+@contextlib.contextmanager
+def recorded(
+    device: VirtualGpu,
+    cell: Cell,
+    make: Callable[[], Made],
+    model_of: Callable[[Made], Any],
+) -> Iterator[tuple[Made, Ledger, list[str]]]:
+    """Make a model whose weights a ledger records, quantised if the cell says so.
+
+    The ledger begins after weights were quantised: who loads such a model quantises
+    each weight when it is read, and never holds all of them in another dtype.
+
+    Args:
+        device: the virtual GPU, which is active.
+        cell: the cell that the model is for.
+        make: makes the model, or something that has it.
+        model_of: returns the model of that.
+
+    Yields:
+        What was made, the ledger, and what to say of quantised weights.
+    """
+    if not cell.is_quantised:
+        with device.new_ledger() as ledger:
+            yield make(), ledger, []
+        return
+    from meft_bench.virtual.emulation import quantised_lora  # peft takes seconds
+
+    made = make()
+    model = model_of(made)
+    words = quantised_layers.quantise(model, cell)
+    with quantised_lora.known_to_peft(), device.new_ledger() as ledger:
+        for tensor in (*model.parameters(), *model.buffers()):
+            ledger.see(tensor.detach())
+        yield made, ledger, [words]
 
 
 def predict(cell: Cell, source: Source, partial: PartialResult) -> None:
