@@ -18,6 +18,20 @@ def device_of(tensor: Tensor) -> str:
     return device.type
 
 
+def is_distributed(kind: type) -> bool:
+    """Return whether a class of tensors is a wrapper of what this process holds.
+
+    torch's classes of distributed tensors are not imported for that.
+    """
+    return kind.__name__ in ("DTensor", "AsyncCollectiveTensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a distributed tensor that this process holds."""
+    shard: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return shard
+
+
 def tensors_in(values: Any) -> Iterator[Tensor]:
     """Yield the tensors among arguments or results of an operator."""
     if isinstance(values, Tensor):

@@ -1,0 +1,132 @@
+"""Rank 0 of several ranks that train together, in one process.
+
+    with one_of(8, backend, ledger):
+        mesh = init_device_mesh("cuda", (8,))
+        fully_shard(model, mesh=mesh)
+
+`torch.distributed` has a process group of that many ranks, of which one exists: torch's
+`fake` backend, whose collectives send nothing and return at once. FSDP2's own code runs
+in it, so that shards, buffers of collectives and the order in which they are freed are
+its own. Shards of rank 0 are never smaller than those of another: where the rows of a
+parameter cannot be divided evenly, the last ranks have fewer.
+
+The operators of FSDP2 choose streams as on a GPU (`cuda_streams`).
+"""
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import distributed
+
+from meft_bench.virtual.emulation.backend import Backend
+from meft_bench.virtual.emulation.early_imports import everywhere
+from meft_bench.virtual.recording.ledger import Ledger
+
+NOT_COUNTED = "not counted: what NCCL allocates for its connections and channels"
+
+
+def in_words(num_ranks: int) -> str:
+    """Return what a plan of one of several ranks assumes."""
+    return f"rank 0 of {num_ranks}, whose shards are largest; {NOT_COUNTED}"
+
+
+@contextlib.contextmanager
+def one_of(num_ranks: int, backend: Backend, ledger: Ledger) -> Iterator[None]:
+    """Let code run as rank 0 of `num_ranks`, as `torchrun` would have started it.
+
+    Args:
+        num_ranks: number of ranks; 1 has no effect.
+        backend: the backend of the virtual GPU.
+        ledger: what records the code.
+
+    Raises:
+        NotImplementedError: the backend has no streams.
+    """
+    if num_ranks == 1:
+        yield
+        return
+    if backend.device != "cuda":
+        raise NotImplementedError(
+            f"`ranks={num_ranks}` is not modelled with {backend.how}, where FSDP2 uses "
+            "no streams: leave it out to plan the step of one process"
+        )
+    # Registers the `fake` backend, and optimizers' lists of distributed tensors.
+    importlib.import_module("torch.testing._internal.distributed.fake_pg")
+    importlib.import_module("torch.distributed.tensor")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, _variables(num_ranks)))
+        plain = distributed.init_process_group
+        for patch in everywhere(plain, "init_process_group", _group_of(num_ranks)):
+            stack.enter_context(patch)
+        stack.enter_context(_shapes_without_memory(ledger))
+        try:
+            yield
+        finally:
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
+
+
+def _variables(num_ranks: int) -> dict[str, str]:
+    """Return the variables of the environment that `torchrun` sets for rank 0."""
+    found = {"RANK": 0, "LOCAL_RANK": 0, "GROUP_RANK": 0}
+    found |= {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+    found |= {"MASTER_PORT": 29500}
+    return {n: str(v) for n, v in found.items()} | {"MASTER_ADDR": "localhost"}
+
+
+_plain_init: Any = distributed.init_process_group
+
+
+def _group_of(num_ranks: int) -> Any:
+    """Return what `init_process_group` does: make a group whose other ranks do not exist.
+
+    Args:
+        num_ranks: number of ranks of the group.
+    """
+
+    def init_process_group(
+        backend: Any = None,
+        init_method: Any = None,
+        timeout: Any = None,
+        world_size: int = -1,
+        rank: int = -1,
+        **_: Any,
+    ) -> None:
+        if world_size not in (-1, num_ranks):
+            raise ValueError(
+                f"`world_size` is {world_size}, and `virtual_gpu` has `ranks={num_ranks}`"
+                ": give the same number to both"
+            )
+        if rank not in (-1, 0):
+            raise ValueError(
+                f"`rank` is {rank}: a virtual GPU is that of rank 0, which takes most; "
+                "leave `rank` out, or read it from the variable `RANK`"
+            )
+        store = distributed.HashStore()
+        _plain_init("fake", store=store, rank=0, world_size=num_ranks)
+
+    return init_process_group
+
+
+def _shapes_without_memory(ledger: Ledger) -> contextlib.AbstractContextManager[Any]:
+    """Leave operators that only derive shapes of distributed tensors out of the ledger.
+
+    They would be counted with the sizes of whole tensors.
+    """
+    propagator: Any = importlib.import_module(
+        "torch.distributed.tensor._sharding_prop"
+    ).ShardingPropagator
+    plain = propagator._propagate_tensor_meta_non_cached
+
+    def propagated(self: Any, schema: Any) -> Any:
+        with ledger.paused():
+            return plain(self, schema)
+
+    return mock.patch.object(
+        propagator, "_propagate_tensor_meta_non_cached", propagated
+    )
