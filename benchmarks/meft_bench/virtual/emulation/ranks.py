@@ -11,6 +11,7 @@ its own. Shards of rank 0 are never smaller than those of another: where the row
 parameter cannot be divided evenly, the last ranks have fewer.
 
 The operators of FSDP2 choose streams as on a GPU (`cuda_streams`).
+DistributedDataParallel runs as well (`replicas`).
 """
 
 import contextlib
@@ -21,8 +22,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 
+from meft_bench.virtual.emulation import replicas
 from meft_bench.virtual.emulation.backend import Backend
 from meft_bench.virtual.emulation.early_imports import everywhere
 from meft_bench.virtual.recording.ledger import Ledger
@@ -62,6 +64,8 @@ def one_of(num_ranks: int, backend: Backend, ledger: Ledger) -> Iterator[None]:
         stack.enter_context(mock.patch.dict(os.environ, _variables(num_ranks)))
         plain = distributed.init_process_group
         for patch in everywhere(plain, "init_process_group", _group_of(num_ranks)):
+            stack.enter_context(patch)
+        for patch in (*_moving_to_shards(), *replicas.alone()):
             stack.enter_context(patch)
         stack.enter_context(_shapes_without_memory(ledger))
         try:
@@ -111,6 +115,26 @@ def _group_of(num_ranks: int) -> Any:
         _plain_init("fake", store=store, rank=0, world_size=num_ranks)
 
     return init_process_group
+
+
+def _moving_to_shards() -> Iterator[contextlib.AbstractContextManager[Any]]:
+    """Let FSDP2 move parameters of the host, whose `data =` moves no fake tensor."""
+    module: Any = importlib.import_module(
+        "torch.distributed.fsdp._fully_shard._fsdp_init"
+    )
+
+    def move(params: list[Any], buffers: list[Any], device: torch.device) -> None:
+        for tensor in [*params, *buffers]:
+            if tensor.device == device or tensor.is_meta:
+                continue
+            moved = tensor.detach().to(device)
+            if isinstance(tensor, nn.Parameter):
+                moved = nn.Parameter(moved, requires_grad=tensor.requires_grad)
+            torch.utils.swap_tensors(tensor, moved)
+
+    yield from everywhere(
+        module._move_states_to_device, "_move_states_to_device", move
+    )
 
 
 def _shapes_without_memory(ledger: Ledger) -> contextlib.AbstractContextManager[Any]:

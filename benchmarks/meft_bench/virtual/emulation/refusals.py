@@ -75,7 +75,7 @@ REFUSALS = (
     Refusal("torch.cuda", "MemPool.__new__", ONE_POOL),
     Refusal("torch.nn", "DataParallel.__init__", ONE_PROCESS),
     Refusal("torch.nn.parallel", "data_parallel", ONE_PROCESS),
-    Refusal("torch.nn.parallel", "DistributedDataParallel.__init__", ONE_PROCESS),
+    Refusal("torch.nn.parallel", "DistributedDataParallel.__init__", SEVERAL),
     Refusal("torch.distributed", "init_process_group", SEVERAL),
     Refusal("torch.distributed.fsdp", "fully_shard", SEVERAL),
     Refusal("torch.distributed.fsdp", "FullyShardedDataParallel.__init__", ONE_PROCESS),
