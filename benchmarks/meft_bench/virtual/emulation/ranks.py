@@ -87,7 +87,7 @@ _plain_init: Any = distributed.init_process_group
 
 
 def _group_of(num_ranks: int) -> Any:
-    """Return what `init_process_group` does: make a group whose other ranks do not exist.
+    """Return a function that makes a group whose other ranks do not exist.
 
     Args:
         num_ranks: number of ranks of the group.
@@ -103,8 +103,8 @@ def _group_of(num_ranks: int) -> Any:
     ) -> None:
         if world_size not in (-1, num_ranks):
             raise ValueError(
-                f"`world_size` is {world_size}, and `virtual_gpu` has `ranks={num_ranks}`"
-                ": give the same number to both"
+                f"`world_size` is {world_size}, and `virtual_gpu` has "
+                f"`ranks={num_ranks}`: give the same number to both"
             )
         if rank not in (-1, 0):
             raise ValueError(
@@ -132,9 +132,7 @@ def _moving_to_shards() -> Iterator[contextlib.AbstractContextManager[Any]]:
                 moved = nn.Parameter(moved, requires_grad=tensor.requires_grad)
             torch.utils.swap_tensors(tensor, moved)
 
-    yield from everywhere(
-        module._move_states_to_device, "_move_states_to_device", move
-    )
+    yield from everywhere(module._move_states_to_device, "_move_states_to_device", move)
 
 
 def _shapes_without_memory(ledger: Ledger) -> contextlib.AbstractContextManager[Any]:

@@ -194,8 +194,8 @@ def virtual_gpu(
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise NotImplementedError(
             "a process group of `torch.distributed` is not modelled by `virtual_gpu`: "
-            "call `destroy_process_group()` before; `virtual_gpu(..., ranks=N)` plans one "
-            "of several processes"
+            "call `destroy_process_group()` before; `virtual_gpu(..., ranks=N)` plans "
+            "one of several processes"
         )
     device = VirtualGpu(gpus.find(gpu))
     device.has_padding = padding
