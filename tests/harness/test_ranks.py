@@ -4,6 +4,7 @@ The twin is the same code on tensors with values on the CPU, in a process group 
 torch's `fake` backend or of processes that exist: both take the same bytes.
 """
 
+import json
 import math
 import os
 from collections.abc import Callable
@@ -28,6 +29,7 @@ import meft
 import meft_bench
 from harness import sharded
 from harness.sharded import NUM_BLOCKS, ROWS, WIDTH, Model, step
+from meft_bench.parent import cli
 from meft_bench.virtual.emulation import cpu_backend, replicas, virtual_gpu
 from meft_bench.virtual.prediction.plan import MemoryPlan
 
@@ -431,6 +433,62 @@ def test_what_is_not_modelled_says_so(
     code: Callable[[], object], ranks: int, remedy: str
 ) -> None:
     assert remedy in refused(code, ranks=ranks)
+
+
+SCRIPT = """
+import torch
+from torch.distributed.fsdp import fully_shard
+
+def step(batch_size=4):
+    model = fully_shard(torch.nn.Linear(1024, 1024, device="cuda"))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(2):
+        model(torch.ones(batch_size, 1024, device="cuda")).sum().backward()
+        optimizer.step()
+"""
+
+
+def test_the_command_plans_a_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """States are divided by the number of ranks, also where a batch is looked for."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    words = ["--script", f"{script}:step", "--gpu", "T4", "--json", "--ranks"]
+    found = {}
+    for number in ("2", "8"):
+        assert cli.main(["plan", *words, number]) == 0
+        (plan,) = json.loads(capsys.readouterr().out)
+        assert f"rank 0 of {number}" in plan["prediction"]
+        found[number] = plan["by_kind"]["optimizer"]
+    assert abs(found["2"] / found["8"] - 4) < 0.01
+    assert cli.main(["fit", *words, "8"]) == 0
+    (fit,) = json.loads(capsys.readouterr().out)
+    assert fit["largest"] > 1000
+
+
+def test_cells_train_in_one_process(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "bert-base", "--gpu", "T4", "--ranks", "8"]) == 2
+    assert "give --script FILE:FUNCTION" in capsys.readouterr().err
+
+
+def test_the_largest_batch_of_a_rank() -> None:
+    """Shards leave more room than one process has."""
+
+    def run(batch_size: int) -> None:
+        model: nn.Module = nn.Linear(30_000, 30_000, device="cuda")
+        if distributed.is_available() and os.environ.get("WORLD_SIZE"):
+            model = fully_shard(model)
+        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+        for _ in range(2):
+            x = torch.ones(1024 * batch_size, 30_000, device="cuda")
+            model(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    alone = meft_bench.largest_batch(run, "T4", at_most=64)
+    shared = meft_bench.largest_batch(run, "T4", at_most=64, ranks=8)
+    assert shared.largest > alone.largest
 
 
 def test_tensors_of_the_cpu_have_no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
