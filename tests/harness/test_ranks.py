@@ -476,12 +476,15 @@ def test_the_largest_batch_of_a_rank() -> None:
     """Shards leave more room than one process has."""
 
     def run(batch_size: int) -> None:
-        model: nn.Module = nn.Linear(30_000, 30_000, device="cuda")
-        if distributed.is_available() and os.environ.get("WORLD_SIZE"):
-            model = fully_shard(model)
+        layers = (nn.Linear(8192, 8192, device="cuda") for _ in range(8))
+        model: nn.Module = nn.Sequential(*layers)
+        if "WORLD_SIZE" in os.environ:
+            for layer in model.children():
+                fully_shard(layer)
+            fully_shard(model)
         optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
         for _ in range(2):
-            x = torch.ones(1024 * batch_size, 30_000, device="cuda")
+            x = torch.ones(4096 * batch_size, 8192, device="cuda")
             model(x).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
