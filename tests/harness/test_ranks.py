@@ -136,7 +136,7 @@ def llama(kind: str = "plain") -> Any:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if kind.startswith("lora"):
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
-    reversible = {
+    reversible: dict[str, dict[str, Any]] = {
         "reversible": {"adapter": None},
         "lora-reversible": {"adapter": None},
         "meft1": {"variant": "meft1", "bottleneck_size": 8},
@@ -308,7 +308,7 @@ def made_on_meta() -> None:
 
 
 def clipped() -> None:
-    model = fully_shard(Model().to("cuda"))
+    model: Any = fully_shard(Model().to("cuda"))
     train(model, lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0))
 
 

@@ -111,14 +111,14 @@ def _group_of(num_ranks: int) -> Any:
                 f"`rank` is {rank}: a virtual GPU is that of rank 0, which takes most; "
                 "leave `rank` out, or read it from the variable `RANK`"
             )
-        store = distributed.HashStore()
+        store = distributed.HashStore()  # type: ignore[attr-defined]
         _plain_init("fake", store=store, rank=0, world_size=num_ranks)
 
     return init_process_group
 
 
 def _moving_to_shards() -> Iterator[contextlib.AbstractContextManager[Any]]:
-    """Let FSDP2 move parameters of the host, whose `data =` moves no fake tensor."""
+    """Let FSDP2 move parameters of the host: a new `data` moves no fake tensor."""
     module: Any = importlib.import_module(
         "torch.distributed.fsdp._fully_shard._fsdp_init"
     )

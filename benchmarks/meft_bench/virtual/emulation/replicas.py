@@ -59,7 +59,8 @@ class _NoTimes:
 
 
 def _reduced(
-    state: None, bucket: distributed.GradBucket
+    state: None,
+    bucket: distributed.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[Tensor]:
     """Reduce a bucket in place, as the reducer does without a hook."""
     distributed.all_reduce(bucket.buffer())
