@@ -128,14 +128,20 @@ def group_of(num_ranks: int) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def with_values(num_ranks: int, checkpoints: bool, **options: Any) -> dict[str, int]:
-    """The peak on the CPU, in the process group that exists."""
+@contextlib.contextmanager
+def recorded() -> Iterator[Ledger]:
+    """A ledger of the CPU."""
     ledger = Ledger(accelerator="cpu", round_bytes=1)
     with contextlib.ExitStack() as stack:
         # FSDP2 frees parameters by resizing their storages, which is no operator.
         for patch in storages.of(SimpleNamespace(ledger=ledger)):
             stack.enter_context(patch)
-        stack.enter_context(ledger)
+        yield stack.enter_context(ledger)
+
+
+def with_values(num_ranks: int, checkpoints: bool, **options: Any) -> dict[str, int]:
+    """The peak on the CPU, in the process group that exists."""
+    with recorded() as ledger:
         return second_step("cpu", num_ranks, ledger, checkpoints, **options)
 
 

@@ -32,13 +32,15 @@ from harness.sharded import NUM_BLOCKS, ROWS, WIDTH, Model, step
 from meft_bench.parent import cli
 from meft_bench.virtual.emulation import cpu_backend, replicas, virtual_gpu
 from meft_bench.virtual.prediction.plan import MemoryPlan
+from meft_bench.virtual.recording.ledger import Ledger
 
 pytestmark = [
     pytest.mark.skipif(
         torch.cuda.is_available(), reason="there is a real GPU, which is left alone"
     ),
-    # A name of transformers before 5.23, which older versions have.
+    # Names that older versions of transformers and torch have.
     pytest.mark.filterwarnings("ignore:.* will be removed in v6:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.distributed.* is deprecated"),
 ]
 NUMBERS = 4 * (4 * (NUM_BLOCKS + 1) + 2)
 """Bytes of a count of steps for each parameter, of the loss and of its gradient."""
@@ -340,6 +342,63 @@ def test_offloaded_states_are_not_on_the_gpu() -> None:
     assert kinds is not None
     assert not kinds.keys() & {"parameters", "optimizer"}
     assert gpu.plan().h2d_bytes
+
+
+def test_shapes_of_whole_tensors_take_no_memory() -> None:
+    """torch derives them by an operator on tensors as large as all shards together."""
+    with meft_bench.virtual_gpu("H100", ranks=8):
+        weight: Any = fully_shard(nn.Linear(4096, 808, device="cuda")).weight
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        made = weight.detach() * 2
+        assert made.shape == (808, 4096)
+        added = torch.cuda.max_memory_allocated() - before
+    assert rounded(101 * 4096 * ELEMENT) <= added < 2 * 101 * 4096 * ELEMENT
+
+
+def gathered(device: str, num_ranks: int, ledger: Ledger) -> int:
+    """The peak in bytes while a whole tensor is made of the shards of a parameter."""
+    model: Any = sharded.sharded(device, num_ranks, checkpoints=False)
+    start = ledger.mark()
+    whole = model.first.weight.full_tensor()
+    assert whole.shape == (WIDTH, WIDTH)
+    return sharded.peak_of(ledger.trace(), device, start)["total"]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 8])
+def test_a_whole_tensor_takes_the_bytes_of_one_with_values(num_ranks: int) -> None:
+    """Of a collective that is waited for, no copy is made."""
+    with sharded.group_of(num_ranks), sharded.recorded() as ledger:
+        expected = gathered("cpu", num_ranks, ledger)
+    with meft_bench.virtual_gpu("H100", ranks=num_ranks) as gpu:
+        assert gathered("cuda", num_ranks, gpu.ledger) == expected
+
+
+FSDP2 = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+
+
+@pytest.mark.parametrize("options", [{"fsdp": True, "fsdp_config": FSDP2}, {}])
+def test_the_trainer_uses_several_ranks(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """By itself: FSDP2 if it is asked to, else DistributedDataParallel."""
+    row = torch.ones(32, dtype=torch.long)
+    arguments: dict[str, Any] = {"max_steps": 2, "report_to": "none", **options}
+    with meft_bench.virtual_gpu("H100", ranks=8) as gpu:
+        trainer = transformers.Trainer(
+            transformers.LlamaForCausalLM(CONFIG),
+            transformers.TrainingArguments(
+                str(tmp_path), save_strategy="no", disable_tqdm=True, **arguments
+            ),
+            train_dataset=[{"input_ids": row, "labels": row}] * 256,
+        )
+        trainer.train()
+        states: Any = trainer.optimizer.state.values()
+        numbers = [one["exp_avg"] for one in states]
+        numel = sum(getattr(one, "_local_tensor", one).numel() for one in numbers)
+    whole = sum(p.numel() for p in transformers.LlamaForCausalLM(CONFIG).parameters())
+    assert numel == whole / (8 if options else 1)
+    assert gpu.plan().num_steps == 2
 
 
 # DistributedDataParallel.

@@ -16,6 +16,7 @@ DistributedDataParallel runs as well (`replicas`).
 
 import contextlib
 import importlib
+import operator
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,7 @@ from unittest import mock
 
 import torch
 from torch import distributed, nn
+from torch._subclasses import fake_impls
 
 from meft_bench.virtual.emulation import replicas
 from meft_bench.virtual.emulation.backend import Backend
@@ -65,7 +67,7 @@ def one_of(num_ranks: int, backend: Backend, ledger: Ledger) -> Iterator[None]:
         plain = distributed.init_process_group
         for patch in everywhere(plain, "init_process_group", _group_of(num_ranks)):
             stack.enter_context(patch)
-        for patch in (*_moving_to_shards(), *replicas.alone()):
+        for patch in (*_moving_to_shards(), *replicas.alone(), _waiting()):
             stack.enter_context(patch)
         stack.enter_context(_shapes_without_memory(ledger))
         try:
@@ -119,8 +121,8 @@ def _group_of(num_ranks: int) -> Any:
 
 def _moving_to_shards() -> Iterator[contextlib.AbstractContextManager[Any]]:
     """Let FSDP2 move parameters of the host: a new `data` moves no fake tensor."""
-    module: Any = importlib.import_module(
-        "torch.distributed.fsdp._fully_shard._fsdp_init"
+    plain = _part_of_torch(
+        "torch.distributed.fsdp._fully_shard._fsdp_init", "_move_states_to_device"
     )
 
     def move(params: list[Any], buffers: list[Any], device: torch.device) -> None:
@@ -132,7 +134,17 @@ def _moving_to_shards() -> Iterator[contextlib.AbstractContextManager[Any]]:
                 moved = nn.Parameter(moved, requires_grad=tensor.requires_grad)
             torch.utils.swap_tensors(tensor, moved)
 
-    yield from everywhere(module._move_states_to_device, "_move_states_to_device", move)
+    yield from everywhere(plain, "_move_states_to_device", move)
+
+
+def _waiting() -> contextlib.AbstractContextManager[Any]:
+    """Let a wait for a collective return its tensor, of which fake ones make a copy."""
+
+    def wait(mode: Any, func: Any, tensor: Any) -> Any:
+        return tensor
+
+    waits = torch.ops._c10d_functional.wait_tensor.default
+    return mock.patch.dict(fake_impls.op_implementations_dict, {waits: wait})
 
 
 def _shapes_without_memory(ledger: Ledger) -> contextlib.AbstractContextManager[Any]:
@@ -140,15 +152,28 @@ def _shapes_without_memory(ledger: Ledger) -> contextlib.AbstractContextManager[
 
     They would be counted with the sizes of whole tensors.
     """
-    propagator: Any = importlib.import_module(
-        "torch.distributed.tensor._sharding_prop"
-    ).ShardingPropagator
-    plain = propagator._propagate_tensor_meta_non_cached
+    module = "torch.distributed.tensor._sharding_prop"
+    propagator = _part_of_torch(module, "ShardingPropagator")
+    name = "_propagate_tensor_meta_non_cached"
+    plain = _part_of_torch(module, f"ShardingPropagator.{name}")
 
     def propagated(self: Any, schema: Any) -> Any:
         with ledger.paused():
             return plain(self, schema)
 
-    return mock.patch.object(
-        propagator, "_propagate_tensor_meta_non_cached", propagated
-    )
+    return mock.patch.object(propagator, name, propagated)
+
+
+def _part_of_torch(module: str, name: str) -> Any:
+    """Return a class or function of torch that is not public.
+
+    Raises:
+        NotImplementedError: this version of torch has it elsewhere, or not at all.
+    """
+    try:
+        return operator.attrgetter(name)(importlib.import_module(module))
+    except (ImportError, AttributeError) as error:
+        raise NotImplementedError(
+            f"`ranks` is not modelled with torch {torch.__version__}, which has no "
+            f"`{module}.{name}`: use torch 2.13, or leave `ranks` out"
+        ) from error
