@@ -24,8 +24,7 @@ from meft_bench.virtual.recording.ledger import Ledger
 from meft_bench.virtual.recording.trace import Trace
 
 WIDTH, HIDDEN, ROWS, NUM_BLOCKS = 60, 100, 32, 4
-COUNTER_BYTES = 4
-"""Size of a counter of steps, which is on the host where there is a GPU."""
+NUM_TRIES = 4
 
 
 class Block(nn.Module):
@@ -159,14 +158,20 @@ def tracked(num_ranks: int, checkpoints: bool) -> int:
 
 
 def in_each_process(rank: int, num_ranks: int, folder: str, checkpoints: bool) -> None:
-    """Write the peaks of one of several processes that exist."""
+    """Write the peaks of one of several processes that exist.
+
+    Threads of gloo may hold a tensor a moment longer, which only adds: the least of
+    some peaks is the one without that.
+    """
     store = f"file://{folder}/store"
     distributed.init_process_group(
         "gloo", init_method=store, rank=rank, world_size=num_ranks
     )
     try:
-        found = {"ledger": with_values(num_ranks, checkpoints)}
-        found |= {"tracker": {"total": tracked(num_ranks, checkpoints)}}
+        peaks = [with_values(num_ranks, checkpoints) for _ in range(NUM_TRIES)]
+        totals = [tracked(num_ranks, checkpoints) for _ in range(NUM_TRIES)]
+        ledger = min(peaks, key=lambda kinds: kinds["total"])
+        found = {"ledger": ledger, "tracker": {"total": min(totals)}}
         torch.save(found, Path(folder) / f"peaks-{rank}.pt")
         distributed.barrier()  # one that leaves closes connections of the other
     finally:

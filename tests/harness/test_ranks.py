@@ -347,10 +347,10 @@ def test_offloaded_states_are_not_on_the_gpu() -> None:
 def test_shapes_of_whole_tensors_take_no_memory() -> None:
     """torch derives them by an operator on tensors as large as all shards together."""
     with meft_bench.virtual_gpu("H100", ranks=8):
-        weight: Any = fully_shard(nn.Linear(4096, 808, device="cuda")).weight
+        layer: Any = fully_shard(nn.Linear(4096, 808, device="cuda"))
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        made = weight.detach() * 2
+        made = layer.weight.detach() * 2
         assert made.shape == (808, 4096)
         added = torch.cuda.max_memory_allocated() - before
     assert rounded(101 * 4096 * ELEMENT) <= added < 2 * 101 * 4096 * ELEMENT
@@ -393,8 +393,8 @@ def test_the_trainer_uses_several_ranks(
             train_dataset=[{"input_ids": row, "labels": row}] * 256,
         )
         trainer.train()
-        states: Any = trainer.optimizer.state.values()
-        numbers = [one["exp_avg"] for one in states]
+        optimizer: Any = trainer.optimizer
+        numbers = [one["exp_avg"] for one in optimizer.state.values()]
         numel = sum(getattr(one, "_local_tensor", one).numel() for one in numbers)
     whole = sum(p.numel() for p in transformers.LlamaForCausalLM(CONFIG).parameters())
     assert numel == whole / (8 if options else 1)
