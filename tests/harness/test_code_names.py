@@ -10,6 +10,7 @@ from typing import Any
 
 import meft
 import meft.testing
+import meft_bench
 from harness.texts import ROOT, mentions, unknown
 from meft_bench.shared.cell import Cell
 
@@ -102,6 +103,7 @@ def _public() -> dict[str, Callable[..., Any]]:
     """Functions and configs that users may call, by name."""
     names = {name: getattr(meft, name) for name in meft.__all__}
     names |= {name: getattr(meft.testing, name) for name in dir(meft.testing)}
+    names |= {name: getattr(meft_bench, name) for name in meft_bench.__all__}
     return {
         name: thing
         for name, thing in names.items()

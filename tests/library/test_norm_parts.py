@@ -22,7 +22,8 @@ class Block(nn.Module):
         self.norm, self.linear = norm, nn.Linear(HIDDEN, HIDDEN)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.linear(self.norm(hidden))
+        output: Tensor = self.linear(self.norm(hidden))
+        return output
 
 
 def run(
@@ -95,7 +96,8 @@ def test_norms_that_run_as_a_whole() -> None:
 def test_a_hook_of_a_weight_sees_the_whole_gradient() -> None:
     """Once, and not one part after the other."""
     block, seen = Block(a_norm()), []
-    block.norm.weight.register_hook(lambda gradient: seen.append(gradient.clone()))
+    weight: Any = block.norm.weight
+    weight.register_hook(lambda gradient: seen.append(gradient.clone()))
     _, _, d_weight = run(block, 3, torch.randn(2, 7, HIDDEN))[0]
     assert len(seen) == 1
     assert torch.equal(seen[0], d_weight)

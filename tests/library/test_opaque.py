@@ -88,7 +88,7 @@ class Model(PreTrainedModel):
         self.reads = reads
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        others = []
+        others: list[Tensor] = []
         for layer in self.layers:
             x = layer(x, self.scale)
             if isinstance(x, tuple):
@@ -128,7 +128,8 @@ def test_any_blocks_train_exactly(kinds: tuple[type[nn.Module], ...]) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_swin_trains_exactly(attention: str) -> None:
     """Windows that are shifted in turn, stages of several widths, and dropped paths."""
-    config = SwinConfig(
+    kind: Any = SwinConfig
+    config = kind(
         embed_dim=8,
         depths=[2, 3],
         num_heads=[1, 2],
@@ -195,7 +196,8 @@ def test_a_list_of_registered_blocks() -> None:
             self.mix = nn.Linear(HIDDEN, HIDDEN)
 
         def forward(self, hidden: Tensor, scale: Tensor) -> Tensor:
-            return self.mix(hidden.cumsum(1)).tanh() * scale
+            mixed: Tensor = self.mix(hidden.cumsum(1)).tanh() * scale
+            return mixed
 
     with pytest.raises(meft.UnsupportedModelError, match="register_family"):
         meft.make_reversible(Model(Plain, Plain), WITHOUT)

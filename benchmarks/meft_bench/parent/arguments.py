@@ -110,6 +110,13 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
         "trains it for two steps; `fit` calls it with a batch size",
     )
     parser.add_argument(
+        "--ranks",
+        type=_count,
+        default=1,
+        help="with --script, the number of processes that train together, each on a "
+        "GPU of its own; the plan is that of one of them",
+    )
+    parser.add_argument(
         "--method",
         nargs="+",
         action="extend",

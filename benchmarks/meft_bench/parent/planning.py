@@ -97,6 +97,7 @@ def script(arguments: argparse.Namespace) -> dict[str, Any]:
         "function": function,
         "gpu": _gpu(arguments.gpu),
         "padding": arguments.padding != "none",
+        "ranks": arguments.ranks,
     }
 
 
@@ -108,6 +109,11 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
     """
     if arguments.backbone is None:
         raise PlanningError("give a backbone, or --script FILE:FUNCTION")
+    if arguments.ranks != 1:
+        raise PlanningError(
+            f"--ranks {arguments.ranks}: a cell trains in one process; give --script "
+            "FILE:FUNCTION with a step that shards or replicates its model"
+        )
     name = _gpu(arguments.gpu)
     try:
         backbone = _backbone(arguments.backbone)

@@ -21,6 +21,9 @@ def last_hidden(stepper: Stepper, batch: Batch) -> Tensor:
     was_training = model.training
     model.eval()
     inputs = {n: t for n, t in stepper.to_device(batch).items() if n != "labels"}
+    shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shifted is not None:  # BART does so itself, T5 does not
+        inputs["decoder_input_ids"] = shifted(inputs["input_ids"])
     with stepper.autocast():
         hidden: Tensor = model.base_model(**inputs).last_hidden_state
     model.train(was_training)

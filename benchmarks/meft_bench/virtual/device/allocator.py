@@ -1,12 +1,12 @@
 """Compute what PyTorch's CUDA allocator reserves for a trace of allocations.
 
 This is a model of the native caching allocator (c10/cuda/CUDACachingAllocator.cpp) with
-its default settings and one stream; `expandable` has what differs with
-`expandable_segments:True`:
+its default settings; `expandable` has what differs with `expandable_segments:True`:
 
     rounding     the size of a request is rounded up to a multiple of 512 bytes
     pools        requests of up to 1 MiB are served from the small pool, larger ones
-                 from the large pool
+                 from the large pool; each CUDA stream has pools of its own, and
+                 never gets memory that another stream has freed
     segments     the small pool obtains memory from the driver 2 MiB at a time; the
                  large pool obtains 20 MiB for requests below 10 MiB, otherwise a
                  multiple of 2 MiB
@@ -101,26 +101,18 @@ class CachingAllocator:
         self.allocated_bytes = self.peak_allocated_bytes = 0
         self.reserved_bytes = self.peak_reserved_bytes = 0
         self.num_retries = 0
-        self._small: Pool = []
-        self._large: Pool = []
+        self._pools: dict[tuple[int, bool], Pool] = {}
+        """By CUDA stream and class of sizes."""
         self._next_address = 0
-        self._ranges = (
-            {
-                id(pool): expandable.new_range(pool, unit, address)
-                for pool, unit, address in (
-                    (self._small, expandable.SMALL_UNIT_BYTES, 0),
-                    (self._large, expandable.LARGE_UNIT_BYTES, 20 * 2**50),
-                )
-            }
-            if is_expandable
-            else {}
-        )
+        self._ranges: dict[int, expandable.Range] = {}
+        """The addresses of each pool, by its identity, if segments are expandable."""
 
-    def malloc(self, num_bytes: int) -> Block | None:
+    def malloc(self, num_bytes: int, cuda_stream: int = 0) -> Block | None:
         """Allocate a block; return None for a request of 0 bytes.
 
         Args:
             num_bytes: size of the request, before rounding.
+            cuda_stream: number of the stream that is current; 0 is the default stream.
 
         Raises:
             OutOfMemoryError: there is no room.
@@ -128,11 +120,11 @@ class CachingAllocator:
         if num_bytes == 0:
             return None
         wanted = round_up(num_bytes)
-        pool = self._small if wanted <= SMALL_BYTES else self._large
+        pool = self._pool_of(cuda_stream, is_small=wanted <= SMALL_BYTES)
         fit = expandable.best_fit if self.is_expandable else blocks.best_fit
         block = fit(pool, wanted) or self._new_segment(pool, wanted)
         rest = block.num_bytes - wanted
-        splits_all = self.is_expandable or pool is self._small
+        splits_all = self.is_expandable or pool.is_small
         least = ROUND_BYTES if splits_all else SMALL_BYTES + 1
         if rest >= least:
             split(block, wanted)
@@ -141,8 +133,17 @@ class CachingAllocator:
         self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
         return block
 
+    def _pool_of(self, cuda_stream: int, *, is_small: bool) -> Pool:
+        """Return the pool of a CUDA stream for requests of a class of sizes."""
+        key = (cuda_stream, is_small)
+        if key not in self._pools:
+            pool = self._pools[key] = Pool(cuda_stream, is_small=is_small)
+            if self.is_expandable:
+                self._ranges[id(pool)] = expandable.next_range(pool, len(self._ranges))
+        return self._pools[key]
+
     def free(self, block: Block | None) -> None:
-        """Free a block that `malloc` returned."""
+        """Free a block that `malloc` returned, to the pool from which it came."""
         if block is None:
             return
         assert not block.is_free
@@ -156,7 +157,7 @@ class CachingAllocator:
 
     def empty_cache(self) -> None:
         """Return segments that are entirely free to the driver."""
-        for pool in (self._small, self._large):
+        for pool in self._pools.values():
             if self.is_expandable:
                 self._give_back(pool, self._ranges[id(pool)].unmap(pool))
                 continue
@@ -186,7 +187,7 @@ class CachingAllocator:
     def _new_segment(self, pool: Pool, wanted: int) -> Block:
         if self.is_expandable:
             num_bytes = self._ranges[id(pool)].missing_bytes(wanted)
-        elif pool is self._small:
+        elif pool.is_small:
             num_bytes = SMALL_SEGMENT_BYTES
         elif wanted < LARGE_REQUEST_BYTES:
             num_bytes = LARGE_SEGMENT_BYTES

@@ -3,8 +3,20 @@
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 
-Pool = list[tuple[int, int, "Block"]]
-"""Free blocks by size and address."""
+
+class Pool(list[tuple[int, int, "Block"]]):
+    """Free blocks by size and address; a CUDA stream has one for each class of sizes.
+
+    Args:
+        cuda_stream: number of the stream whose requests it serves; 0 is the default
+            stream.
+        is_small: whether it serves small requests.
+    """
+
+    def __init__(self, cuda_stream: int = 0, *, is_small: bool = False) -> None:
+        super().__init__()
+        self.cuda_stream = cuda_stream
+        self.is_small = is_small
 
 
 @dataclass(slots=True, eq=False)

@@ -123,14 +123,16 @@ class Range:
         insort(self.holes, hole, key=lambda block: block.address)
 
 
-def new_range(pool: Pool, unit_bytes: int, address: int) -> Range:
-    """Return a range of addresses without memory.
+def next_range(pool: Pool, num_ranges: int) -> Range:
+    """Return the range of addresses of a pool, without memory.
 
     Args:
         pool: the free blocks of the pool.
-        unit_bytes: memory is mapped in multiples of this.
-        address: the first address, a multiple of it.
+        num_ranges: number of ranges that exist, behind which it begins.
     """
+    unit_bytes = SMALL_UNIT_BYTES if pool.is_small else LARGE_UNIT_BYTES
+    # A multiple of either unit.
+    address = num_ranges * 20 * ADDRESS_BYTES
     hole = Block(num_bytes=ADDRESS_BYTES, address=address, pool=pool, is_mapped=False)
     return Range(unit_bytes=unit_bytes, holes=[hole])
 

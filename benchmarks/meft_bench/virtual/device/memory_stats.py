@@ -4,7 +4,7 @@ Each statistic has a current value, a peak, and the sums of all increases and of
 decreases, for both pools together and for each (c10/cuda/CUDACachingAllocator.cpp):
 
     allocation, allocated_bytes        blocks in use
-    active, active_bytes               the same, as there is one stream
+    active, active_bytes               the same, as work of all streams is complete
     requested_bytes                    bytes of the requests, before rounding
     segment, reserved_bytes            memory obtained from the driver
     inactive_split, inactive_split_bytes   free blocks that are a part of a segment
@@ -26,7 +26,7 @@ COUNTED = (
     *("segment", "reserved_bytes", "inactive_split", "inactive_split_bytes"),
 )
 SAME = {"active": "allocation", "active_bytes": "allocated_bytes"}
-"""Statistics that equal others, as there is one stream."""
+"""Statistics that equal others, as no block waits for the work of a stream."""
 NOT_MODELLED = ("oversize_allocations", "oversize_segments")
 PAIRS = {
     "allocation": "allocated_bytes",
@@ -85,10 +85,10 @@ class CountingAllocator(CachingAllocator):
         """Requested bytes of each block in use, by its address."""
         self._in_use: dict[int, Block] = {}
 
-    def malloc(self, num_bytes: int) -> Block | None:
+    def malloc(self, num_bytes: int, cuda_stream: int = 0) -> Block | None:
         """Allocate a block; see the base class."""
         try:
-            block = super().malloc(num_bytes)
+            block = super().malloc(num_bytes, cuda_stream)
         except OutOfMemoryError:
             self.num_out_of_memory += 1
             raise
@@ -165,7 +165,7 @@ class CountingAllocator(CachingAllocator):
 
         Addresses are those of the model, which begin at 0.
         """
-        free = [block for pool in (self._small, self._large) for *_, block in pool]
+        free = [block for pool in self._pools.values() for *_, block in pool]
         first = {id(one): one for one in map(_first, [*free, *self._in_use.values()])}
         found = sorted(first.values(), key=lambda block: block.address)
         return [self._segment(block) for block in found]
@@ -196,8 +196,8 @@ class CountingAllocator(CachingAllocator):
             "allocated_size": used,
             "active_size": used,
             "requested_size": sum(b["requested_size"] for b in blocks),
-            "stream": 0,
-            "segment_type": "small" if first.pool is self._small else "large",
+            "stream": first.pool.cuda_stream,
+            "segment_type": "small" if first.pool.is_small else "large",
             "is_expandable": self.is_expandable,
             "blocks": blocks,
         }
@@ -228,7 +228,7 @@ class CountingAllocator(CachingAllocator):
     def _add(self, name: str, pool: Pool, change: int) -> None:
         by_pool = self._counts[name]
         by_pool["all"].add(change)
-        by_pool["small_pool" if pool is self._small else "large_pool"].add(change)
+        by_pool["small_pool" if pool.is_small else "large_pool"].add(change)
 
     def _statistics(self) -> list[Statistic]:
         return [one for by_pool in self._counts.values() for one in by_pool.values()]

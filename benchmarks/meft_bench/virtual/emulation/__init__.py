@@ -6,6 +6,9 @@ cuda_backend            fake CUDA tensors, on a build of torch without CUDA
 cpu_backend             fake CPU tensors that take the code paths of CUDA, for builds
                         where `cuda_backend` cannot be used
 cuda_stubs              stubs for the functions of `torch.cuda`
+cuda_streams            CUDA streams, of which one is current
+ranks                   rank 0 of several that train together: process groups, FSDP2
+replicas                DistributedDataParallel in such a rank
 memory_answers          memory functions of `torch.cuda` and `torch.accelerator`
 triton_launches         launches of Triton kernels, which do nothing
 triton_stand_in         allocates the memory that our Triton kernels allocate

@@ -1,7 +1,7 @@
 """Stubs for `torch.cuda` that behave as if the virtual GPU existed.
 
-The real functions call a library that a CPU build lacks. On one stream, as in this
-emulation, all work is complete at once. Queries of memory are answered from the ledger
+The real functions call a library that a CPU build lacks. All work is complete at once,
+on every stream (`cuda_streams`). Queries of memory are answered from the ledger
 (`virtual_gpu`).
 """
 
@@ -16,7 +16,9 @@ from torch import Tensor
 from torch._subclasses import fake_tensor
 
 from meft_bench.virtual.device.gpu import Gpu
+from meft_bench.virtual.emulation import cuda_streams
 from meft_bench.virtual.emulation.backend import Backend
+from meft_bench.virtual.emulation.cuda_streams import EventStub, StreamStub
 
 PlainGenerator: Any = torch.Generator
 OF_THE_DRIVER = (
@@ -72,24 +74,30 @@ def answers_of(
         "get_sync_debug_mode": zero,
         "can_device_access_peer": lambda *_: False,
         "cudart": CudartStub,
-        "current_stream": lambda *_: StreamStub(),
-        "default_stream": lambda *_: StreamStub(),
-        "stream": lambda *_: contextlib.nullcontext(),
+        "current_stream": lambda *_: cuda_streams.current(),
+        "default_stream": lambda *_: cuda_streams.default(),
+        "stream": cuda_streams.chosen,
+        "set_stream": cuda_streams.make_current,
         "device": DeviceStub,
         "device_of": DeviceStub,
     }
     silent = (
-        *("_lazy_init", "synchronize", "set_device", "set_stream"),
+        *("_lazy_init", "synchronize", "set_device"),
         *("manual_seed", "manual_seed_all", "seed", "seed_all", "ipc_collect"),
         *("set_rng_state", "set_rng_state_all", "set_sync_debug_mode"),
     )
     answers |= dict.fromkeys(silent, nothing)
     answers |= {name: _refusal(name) for name in OF_THE_DRIVER}
+    yield cuda_streams.of_a_new_gpu()
     for name, answer in answers.items():
         yield mock.patch.object(torch.cuda, name, answer)
         # Some code takes them from the module in which they are written.
         if hasattr(torch.cuda.random, name) and name in torch.cuda.random.__all__:
             yield mock.patch.object(torch.cuda.random, name, answer)
+    if is_found:  # asked by meshes of `torch.distributed`
+        yield mock.patch.object(torch._C, "_get_accelerator", _accelerator)
+    for name in ("current_stream", "set_stream"):
+        yield mock.patch.object(torch.accelerator, name, answers[name])
     yield mock.patch.object(Tensor, "record_stream", nothing)
     # Programs that ask for TF32 look for it.
     yield mock.patch.object(torch.version, "cuda", torch.version.cuda or CUDA_VERSION)
@@ -102,6 +110,10 @@ def answers_of(
     yield mock.patch.object(torch, "Generator", _on_cuda(GeneratorStub, PlainGenerator))
     if hasattr(fake_tensor, "init_gpu_context"):  # before torch 2.13: initialises CUDA
         yield mock.patch.object(fake_tensor, "init_gpu_context", nothing)
+
+
+def _accelerator(check: bool | None = None) -> torch.device:
+    return torch.device("cuda")
 
 
 def _properties(gpu: Gpu) -> SimpleNamespace:
@@ -237,61 +249,3 @@ class DeviceStub:
 
     def __exit__(self, *error: Any) -> None:
         pass
-
-
-class StreamStub:
-    """A stream on which all work is complete."""
-
-    device_index = 0
-    device_type = 1
-    stream_id = cuda_stream = 0
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.device = torch.device("cuda:0")
-
-    def wait_stream(self, stream: Any) -> None:
-        """Do nothing; all work is complete."""
-
-    def wait_event(self, event: Any) -> None:
-        """Do nothing; all work is complete."""
-
-    def synchronize(self) -> None:
-        """Do nothing; all work is complete."""
-
-    def record_event(self, event: Any = None) -> Any:
-        """Return an event that is complete."""
-        return event or EventStub()
-
-    def query(self) -> bool:
-        """Return True; all work is complete."""
-        return True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        pass
-
-
-class EventStub:
-    """An event that is complete."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def record(self, *args: Any) -> None:
-        """Do nothing; the event is complete."""
-
-    def wait(self, *args: Any) -> None:
-        """Do nothing; the event is complete."""
-
-    def synchronize(self) -> None:
-        """Do nothing; the event is complete."""
-
-    def query(self) -> bool:
-        """Return True; the event is complete."""
-        return True
-
-    def elapsed_time(self, other: Any) -> float:
-        """Return 0.0; no time passes between events."""
-        return 0.0

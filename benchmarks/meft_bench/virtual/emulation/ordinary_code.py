@@ -39,8 +39,12 @@ SAVING = (
 
 
 @contextlib.contextmanager
-def supported() -> Iterator[None]:
-    """Let ordinary code run, as the module's docstring describes."""
+def supported(num_ranks: int = 1) -> Iterator[None]:
+    """Let ordinary code run, as the module's docstring describes.
+
+    Args:
+        num_ranks: number of ranks that train together.
+    """
     with contextlib.ExitStack() as stack:
         for module, name in SAVING:
             if importlib.util.find_spec(module.partition(".")[0]) is not None:
@@ -51,7 +55,7 @@ def supported() -> Iterator[None]:
                     continue
                 for patch in everywhere(plain, attribute, save):
                     stack.enter_context(patch)
-        for refusal in refusals.by_name():
+        for refusal in refusals.by_name(num_ranks):
             stack.enter_context(refusal)
         stack.enter_context(mock.patch.object(DataLoader, "__init__", _loads_here))
         stack.enter_context(mock.patch.object(Tensor, "numpy", _zeros))

@@ -20,10 +20,15 @@ from meft_bench.virtual.emulation.early_imports import everywhere
 
 EAGER = "leave it out to plan the step in eager mode"
 ONE_PROCESS = "leave it out to plan the step of one process without it"
+<<<<<<< HEAD
 WHOLE_WEIGHTS = (
     "load the weights in the dtype in which they are computed to plan that, or give "
     "`meft-bench plan` the model and `--weights-dtype nf4`"
 )
+=======
+WHOLE_WEIGHTS = "load the weights in the dtype in which they are computed to plan that"
+SEVERAL = f"{ONE_PROCESS}, or give `ranks` to plan one of several"
+>>>>>>> fsdp
 EAGER_ATTENTION = "call `scaled_dot_product_attention` to plan the step with that"
 OWN_STREAM = "make a `torch.cuda.Stream` instead"
 ONE_POOL = "leave it out to plan the step with the default pool"
@@ -77,9 +82,9 @@ REFUSALS = (
     Refusal("torch.cuda", "MemPool.__new__", ONE_POOL),
     Refusal("torch.nn", "DataParallel.__init__", ONE_PROCESS),
     Refusal("torch.nn.parallel", "data_parallel", ONE_PROCESS),
-    Refusal("torch.nn.parallel", "DistributedDataParallel.__init__", ONE_PROCESS),
-    Refusal("torch.distributed", "init_process_group", ONE_PROCESS),
-    Refusal("torch.distributed.fsdp", "fully_shard", ONE_PROCESS),
+    Refusal("torch.nn.parallel", "DistributedDataParallel.__init__", SEVERAL),
+    Refusal("torch.distributed", "init_process_group", SEVERAL),
+    Refusal("torch.distributed.fsdp", "fully_shard", SEVERAL),
     Refusal("torch.distributed.fsdp", "FullyShardedDataParallel.__init__", ONE_PROCESS),
     Refusal("torch.optim", "LBFGS.step", NO_LINE_SEARCH),
     Refusal("torch", "ctc_loss", OTHER_LOSS),
@@ -94,10 +99,19 @@ REFUSALS = (
 )
 
 
-def by_name() -> Iterator[contextlib.AbstractContextManager[Any]]:
-    """Yield the patches that refuse what is not modelled."""
+def by_name(
+    num_ranks: int = 1,
+) -> Iterator[contextlib.AbstractContextManager[Any]]:
+    """Yield the patches that refuse what is not modelled.
+
+    Args:
+        num_ranks: number of ranks that train together; with several, process groups
+            and FSDP2 are modelled (`ranks`).
+    """
     # All are imported first, as some call at their import what is refused then.
     for one in [one for one in REFUSALS if _is_there(one.module)]:
+        if num_ranks > 1 and one.remedy is SEVERAL:
+            continue
         owner: Any = importlib.import_module(one.module)
         *classes, last = one.function.split(".")
         for name in classes:

@@ -33,6 +33,7 @@ from meft_bench.virtual.device.gpu import Gpu, library_bytes
 from meft_bench.virtual.emulation import (
     cpu_backend,
     cuda_backend,
+    cuda_streams,
     cuda_stubs,
     grouped_products,
     memory_answers,
@@ -188,6 +189,8 @@ class VirtualGpu:
         self.gpu = gpu
         self.has_padding = False
         """Whether an attention mask is taken to hide some tokens; it has no values."""
+        self.num_ranks = 1
+        """Number of ranks that train together, of which this is the GPU of rank 0."""
         self.workspaces = workspaces.of(gpu)
         self.backend = cuda_backend.BACKEND
         """The backend with the device of the tensors; final once the context is
@@ -217,6 +220,7 @@ class VirtualGpu:
             accelerator=self.backend.device,
             library_bytes=library_bytes(self.gpu, torch.__version__),
             memory=self._memory,
+            cuda_stream=lambda: cuda_streams.current().stream_id,
         )
         self.since = Since()
         return self.ledger

@@ -22,6 +22,7 @@ from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import MODEL_TYPES, PEFT
 from meft_bench.shared.source import MissingError, Source
 from meft_bench.virtual.device.gpu import Gpu
+from meft_bench.virtual.emulation import ranks
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.prediction import any_model
 from meft_bench.virtual.prediction.predict import Ready, ready
@@ -358,6 +359,8 @@ def assumptions(device: VirtualGpu, selections: Mapping[str, int]) -> list[str]:
         selections: number of selections whose size was assumed, by operator.
     """
     found = []
+    if device.num_ranks > 1:
+        found.append(ranks.in_words(device.num_ranks))
     if count := sum(selections.values()):
         found.append(f"assumed: {count} selections by a mask keep all elements")
     if count := device.mode.conditions.num_read:

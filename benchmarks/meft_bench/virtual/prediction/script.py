@@ -27,9 +27,9 @@ def plan_script(request: dict[str, Any]) -> dict[str, Any]:
     """Return the plan of a function as a JSON object.
 
     Args:
-        request: `script`, with `file`, `function`, `gpu` and `padding`; `at_most`, the
-            upper bound of the batch size, or None to call the function without one;
-            `margin` and `timeline`, as for cells.
+        request: `script`, with `file`, `function`, `gpu`, `padding` and `ranks`;
+            `at_most`, the upper bound of the batch size, or None to call the function
+            without one; `margin` and `timeline`, as for cells.
 
     Returns:
         The plan; with `at_most`, that of the `largest` batch size that fits.
@@ -60,6 +60,7 @@ def _plan(
     path, name = Path(script["file"]), script["function"]
     wants = {
         "padding": script["padding"],
+        "ranks": script["ranks"],
         "margin": request["margin"],
         "enforce_memory": enforce_memory,
     }

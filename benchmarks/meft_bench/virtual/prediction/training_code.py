@@ -24,6 +24,7 @@ import torch
 from meft_bench.virtual.device import gpu as gpus
 from meft_bench.virtual.device.allocator import settings_in_words
 from meft_bench.virtual.emulation import assumed_selection, ordinary_code
+from meft_bench.virtual.emulation.ranks import one_of
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.prediction import plan_text
 from meft_bench.virtual.prediction.fit import Fit, largest_that_fits
@@ -146,6 +147,7 @@ def virtual_gpu(
     padding: bool = True,
     enforce_memory: bool = True,
     margin: float = MARGIN,
+    ranks: int = 1,
 ) -> Iterator[TrainingMemory]:
     """Run training code on a GPU that is not there, and predict the memory it takes.
 
@@ -163,6 +165,9 @@ def virtual_gpu(
             `torch.OutOfMemoryError`, as on the GPU; if not, the code runs on and the
             plan says what it would have needed.
         margin: share of the GPU's memory that must stay free for the verdict `fits`.
+        ranks: number of processes that train together, each on a GPU of its own, as
+            `torchrun` starts them. The code runs once, as rank 0, and may use process
+            groups and FSDP2.
 
     Yields:
         The memory of the code, which can be read inside the context and after it.
@@ -175,10 +180,12 @@ def virtual_gpu(
         RealGpuError: there is a real GPU in this process; set
             `CUDA_VISIBLE_DEVICES=""` before torch is imported.
         RuntimeError: another virtual GPU is active in this process.
-        ValueError: `margin` is no share.
+        ValueError: `margin` is no share, or `ranks` is below 1.
     """
     if not 0 <= margin < 1:
         raise ValueError(f"`margin` is {margin}: expected a share from 0 to below 1")
+    if ranks < 1:
+        raise ValueError(f"`ranks` is {ranks}: expected 1 or more processes")
     if _is_active.is_set():
         raise RuntimeError(
             "a virtual GPU is active in this process: leave its context before another "
@@ -187,10 +194,12 @@ def virtual_gpu(
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise NotImplementedError(
             "a process group of `torch.distributed` is not modelled by `virtual_gpu`: "
-            "call `destroy_process_group()` before, to plan the step of one process"
+            "call `destroy_process_group()` before; `virtual_gpu(..., ranks=N)` plans "
+            "one of several processes"
         )
     device = VirtualGpu(gpus.find(gpu))
     device.has_padding = padding
+    device.num_ranks = ranks
     device.mode.makes_real_integers = True
     without_room = "raise" if enforce_memory else "go on"
     _is_active.set()
@@ -199,9 +208,10 @@ def virtual_gpu(
             _defaults_restored(),
             _new_accelerate_state(),
             device,
-            ordinary_code.supported(),
+            ordinary_code.supported(ranks),
             assumed_selection.all_selected() as selections,
             device.new_ledger(without_room) as ledger,
+            one_of(ranks, device.backend, ledger),
         ):
             memory = TrainingMemory(device, margin, selections)
             ledger.watch_all()
@@ -259,6 +269,7 @@ def largest_batch(
     *,
     at_most: int = 4096,
     margin: float = MARGIN,
+    ranks: int = 1,
 ) -> Fit:
     """Find the largest batch size with which training code fits on a GPU.
 
@@ -268,6 +279,7 @@ def largest_batch(
         gpu: see `virtual_gpu`.
         at_most: upper bound of the batch size.
         margin: share of the GPU's memory that must stay free.
+        ranks: see `virtual_gpu`; the batch size is that of one rank.
 
     Returns:
         The largest batch size, and the bytes needed by each that was tried; infinite
@@ -280,7 +292,9 @@ def largest_batch(
         raise ValueError(f"`at_most` is {at_most}: expected 1 or more")
 
     def needed(batch_size: int) -> float:
-        with virtual_gpu(gpu, enforce_memory=False, margin=margin) as memory:
+        with virtual_gpu(
+            gpu, enforce_memory=False, margin=margin, ranks=ranks
+        ) as memory:
             train(batch_size)
             return need_of(memory.plan())
 

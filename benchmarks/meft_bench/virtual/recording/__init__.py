@@ -3,6 +3,7 @@
 ledger     records every storage, on any device, fake or real
 location   where in a step an operator runs: its phase and its module
 work       the operations of an operator, and the bytes that it reads and writes
+collectives   what operators of `torch.distributed` tell of the kinds of their tensors
 copies     which operators copy between host and device, and how much
 tensors    properties of tensors, fake or real
 gradient_accumulation   which gradients autograd accumulates in place

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -36,12 +36,18 @@ from meft.sparse.row_parameter import RowTensor
 from meft_bench.virtual.device.allocator import ROUND_BYTES
 from meft_bench.virtual.device.blocks import Block
 from meft_bench.virtual.device.workspaces import MULTIPLY, WITH_BIAS, Workspace
-from meft_bench.virtual.recording import copies, work
+from meft_bench.virtual.recording import collectives, copies, work
 from meft_bench.virtual.recording.gradient_accumulation import is_accumulation
 from meft_bench.virtual.recording.live_memory import LiveMemory
 from meft_bench.virtual.recording.location import Location
 from meft_bench.virtual.recording.replay import describe
-from meft_bench.virtual.recording.tensors import device_of, is_fake, tensors_in
+from meft_bench.virtual.recording.tensors import (
+    device_of,
+    is_distributed,
+    is_fake,
+    local,
+    tensors_in,
+)
 from meft_bench.virtual.recording.trace import (
     BACKWARD,
     RecordedCopy,
@@ -80,6 +86,7 @@ class Ledger(TorchDispatchMode):
         library_bytes: bytes that cuBLAS and cuBLASLt keep on the device for each thread
             that multiplies matrices.
         memory: serves the requests on the accelerator as they are recorded.
+        cuda_stream: returns the number of the stream that is current.
     """
 
     def __init__(
@@ -89,6 +96,7 @@ class Ledger(TorchDispatchMode):
         accelerator: str = "cuda",
         library_bytes: tuple[int, int] = (0, 0),
         memory: LiveMemory | None = None,
+        cuda_stream: Callable[[], int] = lambda: 0,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.step = 0
@@ -103,6 +111,8 @@ class Ledger(TorchDispatchMode):
         self._accelerator = accelerator
         self._library_bytes = library_bytes
         self._memory = memory
+        self._cuda_stream = cuda_stream
+        self._is_paused = False
         self._libraries: set[tuple[str, bool]] = set()
         self._location = Location()
         self._time = 0
@@ -222,9 +232,11 @@ class Ledger(TorchDispatchMode):
         """Run one operator and record the storages of its outputs."""
         if func is DEVICE_OF and is_fake(args[0]):  # more than half of all calls
             return args[0].fake_device
-        if any([issubclass(kind, RowTensor | RowGrad) for kind in types]):
+        if any([_consists_of_others(kind) for kind in types]):
             return NotImplemented  # its operators are intercepted individually
         kwargs = kwargs or {}
+        if self._is_paused:
+            return func(*args, **kwargs)
         if torch.is_inference_mode_enabled() and func.namespace == "aten":
             # Without autograd, operators that consist of others arrive as a whole.
             if _has_kernel(func.name(), str(COMPOSITE)):
@@ -251,11 +263,22 @@ class Ledger(TorchDispatchMode):
         workspace = None if is_of_host else self._workspaces.get(func)
         if workspace is not None and (num_bytes := workspace(args, out)):
             try:
-                self._add(StorageEvent(self._time, None, num_bytes, is_birth=True))
+                self._add(self._birth(None, num_bytes))
             finally:
                 self._add(StorageEvent(self._time, None, num_bytes, is_birth=False))
         self._record_copy(func, args, kwargs, out)
+        for tensor, kind in collectives.kinds_of(func, args, kwargs):
+            self._tell(tensor, kind, "")
         return out
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing in the context, for operators that a GPU does not run."""
+        before, self._is_paused = self._is_paused, True
+        try:
+            yield
+        finally:
+            self._is_paused = before
 
     @contextlib.contextmanager
     def _entered_again(self) -> Iterator[None]:
@@ -340,7 +363,7 @@ class Ledger(TorchDispatchMode):
         self._deaths[storage.index] = weakref.ref(
             memory, lambda _: self._bury(storage, key)
         )
-        event = StorageEvent(self._time, storage.index, storage.num_bytes, True)
+        event = self._birth(storage.index, storage.num_bytes)
         try:
             self._add(event)
         except torch.OutOfMemoryError:
@@ -358,6 +381,10 @@ class Ledger(TorchDispatchMode):
         storage.num_bytes, storage.died = 0, storage.born
         self._events.remove(event)
         del self._alive[key], self._deaths[storage.index]
+
+    def _birth(self, index: int | None, num_bytes: int) -> StorageEvent:
+        """Return an allocation at this moment; `index` is None for a workspace."""
+        return StorageEvent(self._time, index, num_bytes, True, self._cuda_stream())
 
     def _add(self, event: StorageEvent) -> None:
         """Record an event, and serve it if it is one of the accelerator."""
@@ -407,7 +434,7 @@ class Ledger(TorchDispatchMode):
             kind=kind,
         )
         self._storages.append(storage)
-        self._add(StorageEvent(self._time, storage.index, num_bytes, is_birth=True))
+        self._add(self._birth(storage.index, num_bytes))
 
     def _bury(self, storage: Storage, key: int) -> None:
         if self._alive.get(key) is storage:
@@ -444,7 +471,7 @@ class Ledger(TorchDispatchMode):
                 kind = "parameters" if parameter.requires_grad else "frozen"
                 if parameter.requires_grad:
                     trained[id(parameter)] = parameter.numel()
-                self._tell(parameter.detach(), kind, owner)
+                self._tell(local(parameter).detach(), kind, owner)
                 if parameter.grad is not None:
                     self._tell(parameter.grad, "gradients", owner)
             for name, buffer in model.named_buffers():
@@ -460,7 +487,7 @@ class Ledger(TorchDispatchMode):
     def _tell(self, tensor: Tensor, kind: str, owner: str) -> None:
         if is_functorch_wrapped_tensor(tensor):
             return  # a model runs inside `torch.func`, where tensors have no storage
-        storage = self.see(tensor)
+        storage = self.see(local(tensor))
         if storage is not None:
             storage.kind = kind
             storage.module = storage.module or owner
@@ -478,6 +505,11 @@ class Ledger(TorchDispatchMode):
         self._copies.append(
             RecordedCopy(self._time, direction, num_bytes, phase, module)
         )
+
+
+def _consists_of_others(kind: type) -> bool:
+    """Return whether operators of a class of tensors are those of its parts."""
+    return issubclass(kind, RowTensor | RowGrad) or is_distributed(kind)
 
 
 def _alive(references: "list[weakref.ref[Any]]") -> list[Any]:

@@ -70,14 +70,14 @@ class LiveMemory:
             return
         allocator = self.allocator
         try:
-            block = allocator.malloc(event.num_bytes)
+            block = allocator.malloc(event.num_bytes, event.cuda_stream)
         except OutOfMemoryError as error:
             text = message_of(error, describe(event, self._blocks))
             if self.out_of_memory == "raise":
                 raise torch.OutOfMemoryError(text) from None
             self.error = text
             allocator.capacity_bytes = None
-            block = allocator.malloc(event.num_bytes)
+            block = allocator.malloc(event.num_bytes, event.cuda_stream)
         self._blocks[event.storage] = block
 
 

@@ -75,7 +75,9 @@ def replay(
             if event.storage is not None and not _is_on_device(trace, event):
                 continue
             if event.is_birth:
-                blocks[event.storage] = allocator.malloc(event.num_bytes)
+                blocks[event.storage] = allocator.malloc(
+                    event.num_bytes, event.cuda_stream
+                )
             else:
                 allocator.free(blocks.pop(event.storage))
         for _, act in reversed(marks):

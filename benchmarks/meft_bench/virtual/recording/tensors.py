@@ -18,10 +18,29 @@ def device_of(tensor: Tensor) -> str:
     return device.type
 
 
+PARTS = {"DTensor": "_local_tensor", "AsyncCollectiveTensor": "elem"}
+"""Classes of distributed tensors, and their attribute with what this process holds.
+
+They are wrappers without memory of their own; they are named, as not to import them.
+"""
+
+
+def is_distributed(kind: type) -> bool:
+    """Return whether a class of tensors is a wrapper of what this process holds."""
+    return kind.__name__ in PARTS
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a distributed tensor that this process holds."""
+    while (name := PARTS.get(type(tensor).__name__)) is not None:
+        tensor = getattr(tensor, name)
+    return tensor
+
+
 def tensors_in(values: Any) -> Iterator[Tensor]:
     """Yield the tensors among arguments or results of an operator."""
     if isinstance(values, Tensor):
-        yield values
+        yield local(values)
     elif isinstance(values, list | tuple):
         for value in values:
             yield from tensors_in(value)

@@ -17,6 +17,8 @@ KINDS = (
     "buffers",
     "gradients",
     "optimizer",
+    "unsharded",
+    "communication",
     "inputs",
     "saved",
     "forward",
@@ -32,6 +34,8 @@ KINDS = (
 parameters, frozen   weights that are trained, and weights that are not
 buffers, inputs      buffers of modules; everything allocated before the step
 gradients, optimizer gradients of parameters; optimizer state
+unsharded            whole parameters of FSDP2, while they are in use
+communication        buffers of collectives, such as those that gather parameters
 saved                allocated in forward and still alive when backward begins
 forward ... update   allocated in that phase and freed soon; `recompute` is a forward
                      that runs inside backward
@@ -75,6 +79,8 @@ class StorageEvent(NamedTuple):
     num_bytes: int
     """Size; a workspace is allocated and freed within one operator."""
     is_birth: bool
+    cuda_stream: int = 0
+    """Number of the stream that was current at an allocation; 0 is the default one."""
 
 
 @dataclass(frozen=True, slots=True)
