@@ -20,15 +20,11 @@ from meft_bench.virtual.emulation.early_imports import everywhere
 
 EAGER = "leave it out to plan the step in eager mode"
 ONE_PROCESS = "leave it out to plan the step of one process without it"
-<<<<<<< HEAD
 WHOLE_WEIGHTS = (
     "load the weights in the dtype in which they are computed to plan that, or give "
     "`meft-bench plan` the model and `--weights-dtype nf4`"
 )
-=======
-WHOLE_WEIGHTS = "load the weights in the dtype in which they are computed to plan that"
 SEVERAL = f"{ONE_PROCESS}, or give `ranks` to plan one of several"
->>>>>>> fsdp
 EAGER_ATTENTION = "call `scaled_dot_product_attention` to plan the step with that"
 OWN_STREAM = "make a `torch.cuda.Stream` instead"
 ONE_POOL = "leave it out to plan the step with the default pool"
