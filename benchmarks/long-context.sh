@@ -4,6 +4,8 @@
 #
 #   benchmarks/long-context.sh runs/long-context.jsonl H100 RTX4090 RTX3090
 set -euo pipefail
+# As PyTorch advises where lengths leave room that cannot be reused; for all methods alike.
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 out=$1
 shift
 
@@ -28,8 +30,9 @@ for weights in bf16 nf4; do
         for backbone in llama-3.1-8b-1m qwen3-8b-1m; do
             fit "$gpu" "$weights" "$backbone" lora lora-checkpointing lora-checkpointing-offload --
             fit "$gpu" "$weights" "$backbone" lora-checkpointing lora-checkpointing-offload -- mlp_chunks=8
-            fit "$gpu" "$weights" "$backbone" meft1-exact lora-exact -- mlp_chunks=8
-            fit "$gpu" "$weights" "$backbone" meft1-exact lora-exact -- mlp_chunks=8 side_buffer=host
+            fit "$gpu" "$weights" "$backbone" meft1-exact lora-exact -- mlp_chunks=8 gradient_dtype=bf16
+            fit "$gpu" "$weights" "$backbone" meft1-exact lora-exact -- mlp_chunks=8 gradient_dtype=bf16 \
+                side_buffer=host
         done
     done
 done

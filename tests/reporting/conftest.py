@@ -44,6 +44,7 @@ CELL = {
     "reversible_blocks": 0,
     "mlp_chunks": 1,
     "side_buffer": "device",
+    "gradient_dtype": "fp32",
     "loss_chunk_tokens": 0,
     "attention": "sdpa",
     "blocks": "eager",

@@ -28,6 +28,7 @@ _NAMES: dict[str, Collection[str]] = {
     "blocks": registry.BLOCKS,
     "padding": registry.PADDINGS,
     "side_buffer": registry.SIDE_BUFFERS,
+    "gradient_dtype": registry.GRADIENT_DTYPES,
     "optimizer": registry.OPTIMIZERS,
     "reference": ("", *registry.METHODS),
 }

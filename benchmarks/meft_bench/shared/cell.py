@@ -128,6 +128,9 @@ class Cell:
 
     `device`, or `host`: in host memory, to and from which they are copied.
     """
+    gradient_dtype: str = "fp32"
+    """Dtype of the gradients of the streams of the `-exact` methods, `fp32` or `bf16`.
+    """
     loss_chunk_tokens: int = 0
     """Number of tokens whose logits exist at a time in the loss of a language model.
 

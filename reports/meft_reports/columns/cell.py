@@ -62,6 +62,7 @@ CELL: tuple[Column, ...] = (
     ),
     later_cell("mlp_chunks", "Int64", "parts that an MLP is run in", 1, "count"),
     later_cell("side_buffer", "string", "place of the lost bits", "device"),
+    later_cell("gradient_dtype", "string", "dtype of the gradients of streams", "fp32"),
     later_cell(
         "loss_chunk_tokens",
         "Int64",

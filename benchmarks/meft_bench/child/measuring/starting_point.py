@@ -7,6 +7,8 @@ the cell's compute dtype and without dropout. Adapters are included with their i
 weights.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -24,9 +26,16 @@ def last_hidden(stepper: Stepper, batch: Batch) -> Tensor:
     shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if shifted is not None:  # BART does so itself, T5 does not
         inputs["decoder_input_ids"] = shifted(inputs["input_ids"])
-    with stepper.autocast():
-        hidden: Tensor = model.base_model(**inputs).last_hidden_state
+    seen: list[Tensor] = []
+    head = model.get_output_embeddings()
+    with contextlib.ExitStack() as entered:
+        entered.enter_context(stepper.autocast())
+        if head is not None:  # T5's language model has no base model
+            hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            entered.enter_context(hook)
+        output = model.base_model(**inputs)
     model.train(was_training)
+    hidden: Tensor = seen[0] if seen else output.last_hidden_state
     return hidden.double()
 
 

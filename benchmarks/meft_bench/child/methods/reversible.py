@@ -18,6 +18,8 @@ from meft.backbone.find import find_blocks
 from meft_bench.child.methods.full import full
 from meft_bench.shared.cell import Cell
 
+_GRADIENT_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
 
 def _in_floats(model: PreTrainedModel, cell: Cell, **kind: Any) -> PreTrainedModel:
     return _reversible(model, cell, arithmetic="float", **kind)
@@ -27,7 +29,12 @@ def _exact(model: PreTrainedModel, cell: Cell, **kind: Any) -> PreTrainedModel:
     if kind["backward"] == "rebuild":
         kind["side_buffer"] = cell.side_buffer
     return _reversible(
-        model, cell, arithmetic="fixed", lost_bits=cell.lost_bits, **kind
+        model,
+        cell,
+        arithmetic="fixed",
+        lost_bits=cell.lost_bits,
+        gradient_dtype=_GRADIENT_DTYPES[cell.gradient_dtype],
+        **kind,
     )
 
 
