@@ -69,8 +69,9 @@ TINY: dict[str, dict[str, Any]] = {
         "num_heads": 4,
         "vocab_size": 100,
     },
-    "dinov2": {
+    "deit": {
         "hidden_size": 64,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "image_size": 28,
@@ -125,7 +126,7 @@ def config_file(tmp_path: Path, model_type: str) -> str:
     return f"random:{path}"
 
 
-@pytest.mark.parametrize("name", PLANNED_BACKBONES)
+@pytest.mark.parametrize("name", {**SIZES, **PLANNED_BACKBONES})
 def test_shapes_have_their_published_size(name: str) -> None:
     config = shapes.find_config(name, any_type=True)
     task = any_model.task_of(config.model_type)
@@ -134,13 +135,13 @@ def test_shapes_have_their_published_size(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == SIZES[name]
 
 
-@pytest.mark.parametrize("model_type", slow_but_for(TINY, "olmo", "dinov2"))
+@pytest.mark.parametrize("model_type", slow_but_for(TINY, "olmo", "deit"))
 def test_a_config_is_enough(tmp_path: Path, model_type: str) -> None:
     """For all weights, LoRA and any config of PEFT; fewer are trained, less is held."""
     backbone = config_file(tmp_path, model_type)
     full = planned(backbone)
     assert full.verdict == "fits", full.message
-    is_encoder = model_type == "dinov2"
+    is_encoder = model_type == "deit"
     assert full.task == ("synthetic" if is_encoder else "synthetic-lm")
     lora = planned(backbone, method="lora")
     assert lora.verdict == "fits", lora.message
@@ -222,7 +223,7 @@ def test_a_step_is_that_of_code_of_ones_own(tmp_path: Path) -> None:
 def test_what_cannot_be_planned_is_refused(
     tmp_path: Path, method: str, words: str
 ) -> None:
-    found = planned(config_file(tmp_path, "dinov2"), method=method)
+    found = planned(config_file(tmp_path, "deit"), method=method)
     assert found.verdict == "unknown"
     assert words in found.message
 

@@ -8,6 +8,7 @@ import torch
 
 from harness.tiny import cell
 from marks import slow_but_for
+from meft.testing import tolerance
 from meft_bench.child import backbones
 from meft_bench.child.backbones.classifier import LANGUAGE_MODELS
 from meft_bench.child.tasks import synthetic
@@ -33,6 +34,8 @@ def lm_cell(family: str = "llama", **changes: object) -> Cell:
     """A cell of that family's tiny shape, whose vocabulary is of full size."""
     fields: dict[str, object] = {"backbone": f"random:{family}-tiny", "max_steps": 3}
     fields |= {"task": "synthetic-lm", "num_neurons": 64, "top_k_neurons": 8}
+    if TABLE[family].has_eager_attention_only:
+        fields["attention"] = "eager"
     return cell(**(fields | changes))
 
 
@@ -57,11 +60,14 @@ def test_every_token_is_a_target(family: str) -> None:
     stepper.model.eval()
     out = stepper.model(**batch)
     assert out.logits.shape == (4, 8, stepper.model.config.vocab_size)
-    # A decoder alone sees the token whose place it is in; BART's input is shifted.
-    ahead = 0 if family in ("bart", "mbart") else 1
+    # A decoder alone sees the token whose place it is in; the input of one with an
+    # encoder is shifted.
+    ahead = 0 if family in ("bart", "mbart", "t5") else 1
     logits, labels = out.logits[:, : 8 - ahead], batch["labels"][:, ahead:]
     wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    assert torch.equal(out.loss, wanted)
+    # How many rows a kernel sums decides in which order it does.
+    allowed = tolerance(torch.float32, depth=1) * float(wanted)
+    assert abs(float(out.loss - wanted)) <= allowed
 
 
 TRAIN_ALL = (

@@ -23,6 +23,7 @@ from meft_bench.shared import (
     registry,
     request,
 )
+from meft_bench.shared.backbones import TABLE
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.request import WORKER
@@ -139,6 +140,9 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
         if flag == "seq" and given is not None:
             given = _longest(given)
         values[field] = DEFAULTS[flag] if given is None else given
+    kind = TABLE.get(model_type or "")
+    if kind and kind.has_eager_attention_only and arguments.attention == "sdpa":
+        values["attention"] = "eager"
     values |= _set_fields(arguments.set)
     if "task" not in values:
         values["task"] = USUAL_TASK

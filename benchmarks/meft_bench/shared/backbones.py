@@ -25,6 +25,8 @@ class ModelType:
     """`FILE:NAME` in `CLASSES`; empty for transformers' own."""
     positions_start_after_padding: bool = False
     """Whether the first positions are those of padding tokens."""
+    has_eager_attention_only: bool = False
+    """Whether transformers has no other attention for it."""
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Changes to transformers' default config, by the name of the shape."""
 
@@ -33,6 +35,7 @@ _SCHEMA = {
     "models": some_of(MODELS),
     "classifier": object_in(Path(__file__).parents[1] / "child" / "backbones"),
     "positions_start_after_padding": FLAG,
+    "has_eager_attention_only": FLAG,
     "shapes": TABLES,
 }
 

@@ -139,6 +139,11 @@ def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int | None) 
     """
     if num_labels is None:
         _check_language_model(config, cell)
+    if _type_of(config).has_eager_attention_only and cell.attention != "eager":
+        raise ValueError(
+            f"`attention` is {cell.attention!r}, and transformers has eager attention "
+            f"only for {cell.backbone} ({config.model_type}): set it to 'eager'"
+        )
     shape = image_shape(config)
     if shape is None:
         _check_text(config, cell)

@@ -216,8 +216,9 @@ def build(config: PreTrainedConfig, cell: Cell) -> Any:
         if getattr(text, name, None) is None:
             setattr(text, name, 0)
     wants: dict[str, Any] = {"trust_remote_code": False, **options(cell)}
-    model_type = factory._model_mapping[type(config)]
-    if not model_type._supports_sdpa and wants["attn_implementation"] == "sdpa":
+    kinds = factory._model_mapping[type(config)]  # one, or several as of DeiT
+    kind = kinds[0] if isinstance(kinds, tuple | list) else kinds
+    if not kind._supports_sdpa and wants["attn_implementation"] == "sdpa":
         wants["attn_implementation"] = "eager"
     try:
         with torch.device(cell.device):
