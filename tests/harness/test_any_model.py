@@ -126,7 +126,7 @@ def config_file(tmp_path: Path, model_type: str) -> str:
     return f"random:{path}"
 
 
-@pytest.mark.parametrize("name", {**SIZES, **PLANNED_BACKBONES})
+@pytest.mark.parametrize("name", sorted({*SIZES, *PLANNED_BACKBONES}))
 def test_shapes_have_their_published_size(name: str) -> None:
     config = shapes.find_config(name, any_type=True)
     task = any_model.task_of(config.model_type)

@@ -216,7 +216,8 @@ def build(config: PreTrainedConfig, cell: Cell) -> Any:
         if getattr(text, name, None) is None:
             setattr(text, name, 0)
     wants: dict[str, Any] = {"trust_remote_code": False, **options(cell)}
-    kinds = factory._model_mapping[type(config)]  # one, or several as of DeiT
+    config.architectures = config.architectures or []  # read where there are several
+    kinds = factory._model_mapping[type(config)]
     kind = kinds[0] if isinstance(kinds, tuple | list) else kinds
     if not kind._supports_sdpa and wants["attn_implementation"] == "sdpa":
         wants["attn_implementation"] = "eager"
