@@ -299,7 +299,11 @@ def compare(arguments: argparse.Namespace) -> int:
     from meft_reports.records import read_records
 
     ignored = find_fields(arguments.ignore)
-    before, after = (read_records([path])[0] for path in arguments.runs)
+    chosen = arguments.commits or (None, None)
+    before, after = (
+        read_records([path], commit)[0]
+        for path, commit in zip(arguments.runs, chosen, strict=True)
+    )
     found = side_by_side(
         before, after, ignored=ignored, num_changes=arguments.what_grew
     )
@@ -309,7 +313,8 @@ def compare(arguments: argparse.Namespace) -> int:
 
     from meft_reports.compare_page import render_page
 
-    write_atomically(output, render_page(found, _names(arguments.runs)))
+    names = arguments.commits or _names(arguments.runs)
+    write_atomically(output, render_page(found, tuple(names)))
     return _written(output)
 
 
@@ -488,6 +493,12 @@ def _add_history_arguments(sub: argparse.ArgumentParser) -> None:
 def _add_compare_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--all", action="store_true", help="list everything, also what is equal"
+    )
+    sub.add_argument(
+        "--commits",
+        nargs=2,
+        metavar=("BEFORE", "AFTER"),
+        help="take the records of one commit of each file, which may be the same file",
     )
     sub.add_argument(
         "--what-grew",

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from meft_reports import breakdown
+from meft_reports import breakdown, commits
 from meft_reports.breakdown import Breakdown
 from meft_reports.errors import RecordError
 from meft_reports.files import read_whole
@@ -23,19 +23,44 @@ NOTE_LENGTH = 10_000
 """Maximum number of characters of a note."""
 
 
-def read_records(paths: Sequence[Path]) -> tuple[list[Record], str]:
+def read_records(
+    paths: Sequence[Path], commit: str | None = None
+) -> tuple[list[Record], str]:
     """Return the records that count, sorted by `cell_id`, and the newest code.
 
     There is one record per cell.
+
+    Args:
+        paths: files of runs.
+        commit: the start of a commit of the measured project, of which alone records
+            are taken; None for all.
 
     Raises:
         RecordError: a file is missing, holds no record, or has a line that is not a
             record of this schema version; names the file and the line.
     """
-    ordered = in_order(read_all(paths))
+    found = read_all(paths)
+    ordered = in_order(found if commit is None else _of_commit(found, commit))
     winners, newest = counting(ordered), newest_code(ordered)
     _note_left_out(ordered, list(winners.values()), newest)
     return [winners[cell_id] for cell_id in sorted(winners)], newest
+
+
+def _of_commit(records: Sequence[Record], commit: str) -> list[Record]:
+    """Return the records of a commit.
+
+    Raises:
+        RecordError: there is none, or several commits start so.
+    """
+    known = dict.fromkeys(str(commits.measured(record)[0]) for record in records)
+    fitting = [one for one in known if one.startswith(commit)]
+    if len(fitting) != 1:
+        shown = ", ".join(one[: commits.LENGTH] for one in known)
+        what = "no record is" if not fitting else "records of several commits are"
+        raise RecordError(
+            f"{what} of commit {quoted(commit)}; those of the file are of {shown}"
+        )
+    return [one for one in records if commits.measured(one)[0] == fitting[0]]
 
 
 def read_all(paths: Sequence[Path]) -> list[Record]:

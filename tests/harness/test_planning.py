@@ -576,6 +576,7 @@ FOUND = FITS | {
     "h2d_bytes": 32 * 10**9,
     "d2h_bytes": 16 * 10**9,
     "seconds_at_least": 0.5,
+    "memory_breakdown": None,
     "prediction": "fake CUDA tensors",
 }
 

@@ -44,6 +44,31 @@ def test_what_differs_is_worst_first(told: Any, make_record: MakeRecord) -> None
     assert before[0]["cell_id"] in told(["compare", "--all"], before, after)
 
 
+def test_two_commits_of_one_file(
+    make_record: MakeRecord,
+    write: Write,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Named by the start of their hashes; a page is named after them."""
+    runs = [
+        make_record(saved_bytes=size, commit=commit * 40)
+        for size, commit in ((100, "a"), (150, "b"), (300, "c"))
+    ]
+    file = str(write(runs))
+    assert main(["compare", file, file, "--commits", "aaa", "bbbb"]) == 0
+    out = capsys.readouterr().out
+    assert "1.5000x" in out
+    assert "3.0000x" not in out
+    page = tmp_path / "page.html"
+    words = ["compare", file, file, "--commits", "a", "c", "-o", str(page)]
+    assert main(words) == 0
+    assert main(["compare", file, file, "--commits", "a", "d"]) == 2
+    assert "no record is of commit 'd'; those of the file are of aaaaaaaa" in (
+        capsys.readouterr().err
+    )
+
+
 def test_one_cause_is_said_once(told: Any, make_record: MakeRecord) -> None:
     before = [make_record(seed=i, versions={"torch": "2.12"}) for i in range(50)]
     after = [make_record(seed=i, versions={"torch": "2.13"}) for i in range(50)]

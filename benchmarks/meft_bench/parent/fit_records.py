@@ -106,6 +106,7 @@ def record(
         cell=dataclasses.replace(cell, **changes),
         status=Status.OK if fits else Status.OOM,
         message="" if fits else plan["message"] or "needs more than the margin leaves",
+        memory_breakdown=plan["memory_breakdown"],
         started_at=started_at,
         wall_seconds=wall_seconds,
         measurement=Measurement(

@@ -27,6 +27,7 @@ from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.prediction import any_model
 from meft_bench.virtual.prediction.predict import Ready, ready
 from meft_bench.virtual.recording import views
+from meft_bench.virtual.recording.breakdown import breakdown
 from meft_bench.virtual.recording.replay import held_by, replay
 from meft_bench.virtual.recording.trace import Peak, Storage, Trace
 
@@ -63,6 +64,8 @@ class MemoryPlan:
         saved_by_block: bytes that each block saves for backward.
         timeline: time in operators, phase, and bytes of each kind, a row per change;
             None unless requested.
+        memory_breakdown: what the peak consists of, as records keep it; None if nothing
+            ran.
         where: location of the peak: phase, operator, module.
         num_trainable_parameters: number of parameters that are trained.
         num_flops: floating-point operations of products and attention.
@@ -97,6 +100,7 @@ class MemoryPlan:
     alive: list[dict[str, Any]] | None = None
     saved_by_block: dict[str, int] | None = None
     timeline: list[dict[str, Any]] | None = None
+    memory_breakdown: dict[str, Any] | None = None
     where: str = ""
     num_trainable_parameters: int | None = None
     num_flops: int | None = None
@@ -338,6 +342,7 @@ def observe(
         alive=[_listed(trace, storage) for storage in peak.alive[:NUM_ALIVE]],
         saved_by_block=views.saved_by_block(trace, max(ledger.step - 1, 0)),
         timeline=_moments(trace, since.time) if timeline else None,
+        memory_breakdown=breakdown(trace, since.time),
         where=_where(trace, peak),
         num_flops=num_flops,
         h2d_bytes=directions["h2d"] if trace.has_link else None,
