@@ -1,7 +1,7 @@
 """Backbones whose frozen weights are quantised, by torchao and by bitsandbytes.
 
-They run where the libraries are installed, which the tests do not need otherwise:
-`pip install torchao bitsandbytes`.
+They run where the libraries are installed, which other tests do not need: `tox -e full`
+installs them into a folder of their own; or `pip install torchao bitsandbytes`.
 """
 
 from collections.abc import Callable
