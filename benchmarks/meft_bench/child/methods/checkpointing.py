@@ -13,7 +13,8 @@ transformers do not have this option, so it is written here; every copy is booke
 With `mlp_chunks` above 1, the position-wise layers of a block run and are recomputed in
 so many parts of the tokens, each a checkpoint inside that of the block. Their
 activations then exist for one part at a time, for one more forward of these layers:
-what TiledMLP of Arctic Long Sequence Training does inside a checkpointed block.
+what TiledMLP of Arctic Long Sequence Training does inside a checkpointed block. Norms
+of the half that mixes tokens run in parts too, as in a reversible stack.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from meft.backbone.find import BlockList, find_blocks
+from meft.backbone.norm_parts import norms_in_parts
 from meft.transfer import TransferLedger, TransferTag
 from meft_bench.child.methods.adapters import AdaptedBlock, adapters
 from meft_bench.child.methods.full import full
@@ -114,7 +116,8 @@ class ChunkedBlock(nn.Module):
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the block's output: `batch seq hidden`, or a tuple with it."""
         layout = self.block.family.layout(self.block.block)
-        attended = self.block.attention(hidden, *args, **kwargs)
+        with norms_in_parts(self.block, self.num_chunks):
+            attended = self.block.attention(hidden, *args, **kwargs)
         # Both halves of a parallel block read its input, and their outputs are added.
         read = hidden if layout.is_parallel else attended
         parts = [
