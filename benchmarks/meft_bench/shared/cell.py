@@ -120,8 +120,9 @@ class Cell:
     mlp_chunks: int = 1
     """Number of parts of the tokens in which an MLP is run and differentiated.
 
-    Norms that compute in float32 are, too. MEFT and the methods with checkpointing have it. MEFT differentiates a part as soon
-    as it is recomputed; checkpointing takes one more forward of the MLP for it.
+    Norms that compute in float32 are, too. MEFT and the methods with checkpointing have
+    it. MEFT differentiates a part as soon as it is recomputed; checkpointing takes one
+    more forward of the MLP for it.
     """
     side_buffer: str = "device"
     """Where the `-exact` methods keep their lost bits until the backward.
