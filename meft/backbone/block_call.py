@@ -32,13 +32,29 @@ def by_name(
             "takes: give it the signature of the `forward` that it replaces, by "
             "`functools.wraps` or in its definition"
         )
-    bound = signature.bind(None, *args, **kwargs).arguments
+    try:
+        bound = signature.bind(None, *args, **kwargs).arguments
+    except TypeError as error:
+        raise UnsupportedCallError(
+            f"a {plain.__name__} of a reversible stack was called with arguments that "
+            f"its `forward` does not take so: {error}. Hidden states are its first "
+            "argument"
+        ) from error
     _, first, *names = bound  # without `self`
     others: dict[str, Any] = {}
     for name in names:
         is_rest = signature.parameters[name].kind is Parameter.VAR_KEYWORD
         others |= bound[name] if is_rest else {name: bound[name]}
     return bound[first], others
+
+
+def first_name(plain: type[nn.Module]) -> str:
+    """Return the name of the first argument of a block, its hidden states."""
+    kind: Any = plain
+    signature = _signature(kind)
+    if signature is None:
+        return "hidden_states"
+    return list(signature.parameters)[1]
 
 
 @functools.cache
@@ -60,4 +76,6 @@ def _is_named(signature: inspect.Signature) -> bool:
         [Parameter.POSITIONAL_OR_KEYWORD],
         [Parameter.POSITIONAL_ONLY],
     )
-    return starts_with_hidden_states and Parameter.VAR_POSITIONAL not in kinds
+    # The others are given by name.
+    rest = {Parameter.VAR_POSITIONAL, Parameter.POSITIONAL_ONLY}
+    return starts_with_hidden_states and rest.isdisjoint(kinds[1:])

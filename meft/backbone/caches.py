@@ -41,7 +41,7 @@ def name_of_cache(call: Mapping[str, Any]) -> str:
     Args:
         call: the arguments of a block, by name.
     """
-    return next((name for name in NAMES if call.get(name) is not None), FIELD)
+    return next((name for name in NAMES if is_cache(call.get(name))), FIELD)
 
 
 def cache_of(call: Mapping[str, Any]) -> Any:
@@ -50,4 +50,10 @@ def cache_of(call: Mapping[str, Any]) -> Any:
     Args:
         call: the arguments of a block, by name.
     """
-    return call.get(name_of_cache(call))
+    found = call.get(name_of_cache(call))
+    return found if is_cache(found) else None
+
+
+def is_cache(argument: Any) -> bool:
+    """Return whether an argument is a cache of transformers, whatever its name."""
+    return any(kind.__name__.endswith("Cache") for kind in type(argument).__mro__)

@@ -220,7 +220,8 @@ def _refuse(
         if not family.has(block)
     ]
     reasons += [family.refuse(block) or _jitter(block) for block in blocks]
-    if cast(float, getattr(owner, "layerdrop", 0.0)) > 0:
+    rate = getattr(owner, "layerdrop", getattr(config, "layerdrop", 0.0))
+    if cast(float, rate or 0.0) > 0:
         reasons.append(f"{_DROPS_BLOCKS}: set it to 0 in the config")
     for block in blocks:
         refuse_missing(family, block)

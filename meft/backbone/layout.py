@@ -164,6 +164,15 @@ class Layout:
         return modules + own + [name for name, _ in block.named_buffers(recurse=False)]
 
     @property
+    def _besides(self) -> str:
+        """Describe what a block returns besides hidden states."""
+        if not self.returns:
+            return "no tuple"
+        kinds = range(1, self.returns)
+        found = ["a tensor" if i in self.tensors else "None" for i in kinds]
+        return f"in a tuple with {', '.join(found) or 'nothing else'}"
+
+    @property
     def norm(self) -> str:
         """Name of a norm in the block, whose weight is as wide as the stream."""
         return self.mlp.before or self.mlp.outside or self.mlp.chain.split()[-1]
@@ -192,8 +201,8 @@ class Layout:
                 f"a {type(block).__name__} has returned {_described(output)} for "
                 f"hidden states of {hidden.dtype} and shape {tuple(hidden.shape)}: all "
                 "blocks of a reversible stack have to return hidden states of the same "
-                "dtype and shape, and as many values as the first block, which "
-                f"returned {self.returns or 'no tuple'}"
+                "dtype and shape, and besides them what the first block has returned, "
+                f"{self._besides}"
             )
         return found
 

@@ -8,25 +8,33 @@ such tensors, and are left alone.
 """
 
 import contextlib
+import copy
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.autograd.function import once_differentiable
 
-from meft.backbone.called import in_place_of_forward
-
-_OF_TORCH = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+_TRANSFORMERS = Path(transformers.__file__).parent
+_ENDINGS = ("RMSNorm", "LayerNorm")
+_in_use: Counter[int] = Counter()
+"""How many threads have put `_run` in the place of the `forward` of a norm, by id."""
+_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def norms_in_parts(block: nn.Module, parts: int) -> Iterator[None]:
     """Run the body with norms of a block that run in parts of the tokens.
 
-    Those with hooks, buffers or modules inside run as a whole, and so do those inside
-    a compiled module.
+    These are norms that transformers defines, whose `forward` reads nothing but tokens
+    and the norm's own parameters. Others run as a whole, and so do those with hooks,
+    buffers or modules inside, and those inside a compiled module.
 
     Args:
         block: the block.
@@ -34,9 +42,26 @@ def norms_in_parts(block: nn.Module, parts: int) -> Iterator[None]:
     """
     with contextlib.ExitStack() as entered:
         for norm in _norms(block) if parts > 1 else ():
-            run = partial(_run, norm, parts)
-            entered.enter_context(in_place_of_forward(norm, run))
+            entered.enter_context(_in_parts(norm, parts))
         yield
+
+
+@contextlib.contextmanager
+def _in_parts(norm: nn.Module, parts: int) -> Iterator[None]:
+    """Run the body with `_run` in the place of the `forward` of a norm.
+
+    Several threads may do so at the same time.
+    """
+    with _lock:
+        _in_use[id(norm)] += 1
+        vars(norm).setdefault("forward", partial(_run, norm, parts))
+    try:
+        yield
+    finally:
+        with _lock:
+            _in_use[id(norm)] -= 1
+            if not _in_use[id(norm)]:
+                del _in_use[id(norm)], vars(norm)["forward"]
 
 
 def _norms(module: nn.Module) -> Iterator[nn.Module]:
@@ -57,9 +82,13 @@ def _is_norm(module: nn.Module) -> bool:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    is_named_so = "norm" in type(module).__name__.lower()
-    is_of_torch = isinstance(module, _OF_TORCH) or "forward" in vars(module)
-    return is_named_so and not (inside or any(hooks) or is_of_torch)
+    if inside or any(hooks):
+        return False
+    if "forward" in vars(module) and id(module) not in _in_use:
+        return False
+    code = getattr(type(module).forward, "__code__", None)
+    is_theirs = code and Path(code.co_filename).is_relative_to(_TRANSFORMERS)
+    return bool(is_theirs) and type(module).__name__.endswith(_ENDINGS)
 
 
 def _run(norm: nn.Module, parts: int, *args: Any, **kwargs: Any) -> Any:
@@ -101,6 +130,7 @@ class _InParts(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         """Return the gradients of the tokens and of the weights."""
         tokens, *weights = ctx.saved_tensors
@@ -109,14 +139,17 @@ class _InParts(torch.autograd.Function):
         copies = [
             w.detach().requires_grad_(n) for w, n in zip(weights, wants, strict=True)
         ]
-        named = dict(zip(ctx.names, copies, strict=True))
+        forward = type(ctx.norm).forward
+        # Other threads may use the norm, and hooks must not run again.
+        again = copy.copy(ctx.norm)
+        again._parameters = dict(zip(ctx.names, copies, strict=True))
         trained = [copy for copy in copies if copy.requires_grad]
         d_tokens = torch.empty_like(tokens) if wants_tokens else None
         sums: list[Tensor] = []
         for place in reversed(_places(tokens, ctx.parts)):
             part = tokens[:, place].detach().requires_grad_(wants_tokens)
             with torch.enable_grad(), ctx.again():
-                output = functional_call(ctx.norm, named, (part,))
+                output = forward(again, part)
             inputs = [*([part] if wants_tokens else []), *trained]
             pulled = list(torch.autograd.grad(output, inputs, gradients[0][:, place]))
             if d_tokens is not None:

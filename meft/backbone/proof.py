@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from meft.backbone.caches import NAMES, cache_of, holds_tokens
+from meft.backbone.caches import NAMES, cache_of, holds_tokens, is_cache
 from meft.backbone.called import call_block, is_sharded
 from meft.backbone.families import family_of
 from meft.backbone.family import Family
@@ -180,15 +180,23 @@ def _compared(
     if not family.is_opaque and _has_longer_keys(block, hidden, call):
         return None
     # A backward of the comparison must not free the graph of an argument.
-    call = {n: _detached(v) for n, v in call.items() if n not in NAMES}
+    call = {n: _detached(v) for n, v in call.items() if not _is_cache(n, v)}
     hidden = hidden.detach()
     if is_known:
         hidden, call = _few_tokens(hidden, call)
+    else:
+        call = tree_map_only(Tensor, Tensor.clone, dict(call))
+        hidden = hidden.clone()
     is_called = is_sharded(block)  # which gathers its parameters
     runs = _Runs(block, plain, hidden, call, is_called)
     with contextlib.nullcontext() if is_called else _without_hooks(block):
         try:
-            own = runs.own()
+            with (
+                contextlib.nullcontext()
+                if is_known
+                else _unchanged(block, (hidden, call), label)
+            ):
+                own = runs.own()
         except MeftError:
             raise
         except Exception as error:
@@ -224,8 +232,61 @@ def _compared(
         f"imply: its own `forward` and its two halves, as those of {described}, differ "
         f"on the same input: {reasons[0]}. "
         "The `forward` may have been replaced, or be that of another version of "
-        "transformers. `meft.register_family` describes a class of blocks"
+        "transformers. `meft.register_family` describes a class of blocks. Without "
+        "adapters of ours, `adapter=None` with `mlp_chunks=1`, blocks are called as "
+        "they are"
     )
+
+
+@contextlib.contextmanager
+def _unchanged(block: nn.Module, inputs: Any, label: str) -> Iterator[None]:
+    """Run the body, after which neither inputs nor state of a block have changed.
+
+    Buffers and tensors in attributes are put back.
+
+    Args:
+        block: the block.
+        inputs: its input and other arguments.
+        label: name of the block in error messages.
+
+    Raises:
+        UnsupportedModelError: a block that is run again would change them again.
+    """
+    leaves = tree_leaves(inputs)
+    versions = [(leaf, leaf._version) for leaf in leaves if isinstance(leaf, Tensor)]
+    buffers = [(name, b, b.clone()) for name, b in block.named_buffers()]
+    state = [(module, dict(vars(module))) for module in block.modules()]
+    yield
+    changed = [name for name, b, before in buffers if not _same(b, before)]
+    for _, b, before in buffers:
+        if not _same(b, before):
+            with torch.no_grad():
+                b.copy_(before)
+    for module, attributes in state:
+        for name, value in attributes.items():
+            if isinstance(value, Tensor) and vars(module).get(name) is not value:
+                vars(module)[name] = value
+    if changed and block.training:
+        raise UnsupportedModelError(
+            f"{label}, a {type(block).__name__}, changes its buffer `{changed[0]}` in "
+            "its `forward`, as batch norms do in training, and a recompute would "
+            "change it again. Call `eval()` of that module, or freeze its statistics"
+        )
+    is_other = len(tree_leaves(inputs)) != len(leaves)
+    if is_other or any(leaf._version != version for leaf, version in versions):
+        raise UnsupportedModelError(
+            f"{label}, a {type(block).__name__}, changes its input or another argument "
+            "in place, and a recompute would change it again: `x = x + y` in place of "
+            "`x += y`"
+        )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def _is_cache(name: str, value: Any) -> bool:
+    return name in NAMES and (value is None or is_cache(value))
 
 
 def _detached(argument: Any) -> Any:
@@ -254,6 +315,8 @@ class _Output(NamedTuple):
     """Types of what is in the tuple besides."""
     gradients: list[Tensor | None]
     """Of the input and of all parameters, if they were asked for."""
+    kind: type | None = None
+    """The class of the tuple; None if it was none."""
 
     @property
     def tensors(self) -> tuple[int, ...]:
@@ -316,7 +379,8 @@ class _Runs:
         if not with_gradients:
             with torch.no_grad():
                 output = _repeated(function, self._hidden)
-            return _Output(_first(output), _length(output), _others(output), [])
+            kind = type(output) if isinstance(output, tuple) else None
+            return _Output(_first(output), _length(output), _others(output), [], kind)
         x = self._hidden.clone().requires_grad_()
         with _all_trained(self.block) as parameters, torch.enable_grad():
             out = _first(_repeated(function, x))
@@ -355,17 +419,20 @@ def _others(output: Any) -> tuple[type, ...]:
 
 def _refuse_others(own: _Output, label: str, plain: type[nn.Module]) -> None:
     """Refuse a block that returns other things than tensors and None."""
-    if not isinstance(own.hidden, Tensor):
+    if not isinstance(own.hidden, Tensor) or own.kind not in (None, tuple):
+        found = type(own.hidden) if own.kind is None else own.kind
         raise UnsupportedModelError(
-            f"{label}, a {plain.__name__}, returns a {type(own.hidden).__name__}, not "
-            "hidden states or a tuple that starts with them"
+            f"{label}, a {plain.__name__}, returns a {found.__name__}, not hidden "
+            "states or a tuple that starts with them"
         )
     known = (Tensor, type(None))
     others = [kind.__name__ for kind in own.others if not issubclass(kind, known)]
     if others:
         raise UnsupportedModelError(
-            f"{label}, a {plain.__name__}, returns a {others[0]} besides hidden "
-            "states, which a stack that runs all blocks as one cannot"
+            f"{label}, a {plain.__name__}, returns a value of type {others[0]} besides "
+            "hidden states, which a stack that runs all blocks as one cannot. If it is "
+            "blocks inside that should be run, name their class, "
+            "`meft.register_family(Class)`, or convert a part of the model"
         )
 
 

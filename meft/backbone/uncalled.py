@@ -86,9 +86,10 @@ def _refuse_call(block: nn.Module, args: tuple[Any, ...]) -> None:
         return
     raise UnsupportedCallError(
         f"a {type(block).__name__} of a reversible stack was called by itself, and "
-        "would run without its adapters. Call the model; or, in a loop of your own, "
-        "call the stack as one module, `layers(hidden_states, ...)` in place of all "
-        "its blocks. To train fewer, more or other blocks, change the list before "
+        "would run apart from the stack, without its adapters. Call the model. A loop "
+        "of your own works in a method named `forward`; elsewhere, call the stack as "
+        "one module, `layers(hidden_states, ...)` in place of all its blocks. To train "
+        "fewer, more or other blocks, change the list before "
         "`meft.make_reversible`"
     )
 

@@ -352,7 +352,7 @@ class ReversibleBlocks(nn.Module):
         args, kwargs = arguments
         plain = plain_class(block)
         _, call = by_name(plain, (hidden, *args), kwargs)
-        refuse_outputs(call, self._model_config)
+        refuse_outputs(call, self._model_config, not self._described.is_opaque)
         self.family = prove(
             self._proven, self._described, block, plain, hidden, call, label
         )
@@ -517,7 +517,7 @@ class ReversibleBlocks(nn.Module):
             for block, (args, kwargs) in zip(blocks, every, strict=True)
         ]
         for call in calls:
-            refuse_outputs(call, self._model_config)
+            refuse_outputs(call, self._model_config, not self.family.is_opaque)
         if self.training and is_checkpointing(self):
             raise UnsupportedCallError(f"{CHECKPOINTING_IS_ON} before training")
         trains = self.training and torch.is_grad_enabled()

@@ -32,14 +32,22 @@ _NOT_KEPT = {
 """Names of requests that are refused, and the reasons."""
 
 
-def refuse_outputs(call: dict[str, Any], model_config: Any) -> None:
+def refuse_outputs(
+    call: dict[str, Any], model_config: Any, removes: bool = True
+) -> None:
     """Refuse requests of tensors from inside the stack; remove them from `call`.
+
+    Args:
+        call: the arguments of a call, by name.
+        model_config: the config of the model.
+        removes: whether to remove them, as those who run the parts of a block do not
+            take them.
 
     Raises:
         UnsupportedCallError: `call` or the config of the model requests such tensors.
     """
     for name, reason in _NOT_KEPT.items():
-        requested = call.pop(name, None)
+        requested = call.pop(name, None) if removes else call.get(name)
         if requested is None:
             requested = getattr(model_config, name, False)
         if requested:
@@ -71,7 +79,7 @@ def leave_cache_empty(call: dict[str, Any]) -> None:
         UnsupportedCallError: the cache holds tokens.
     """
     name = name_of_cache(call)
-    cache = call.get(name)
+    cache = cache_of(call)
     if cache is None:
         return
     if holds_tokens(cache):

@@ -17,7 +17,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
+from meft.backbone.block_call import first_name
+from meft.backbone.proof import plain_class
 from meft.errors import UnsupportedCallError
 from meft.shapes import Hidden
 
@@ -65,10 +68,10 @@ class NotComputed(Tensor):
         """Raise an error: no operation or attribute can use it."""
         found = (a for a in (*args, *(kwargs or {}).values()) if isinstance(a, cls))
         place = vars(next(found)).get("_place") if args else "another output"
-        name = getattr(func, "__name__", func)
         raise UnsupportedCallError(
-            f"`{name}` was called on {place}, which a reversible stack does not "
-            "compute: it runs all its blocks as one, and returns hidden states alone"
+            f"{place} was used ({getattr(func, '__name__', func)}), by the loop or by "
+            "the next block, and a reversible stack does not compute it: it runs all "
+            "its blocks as one, and returns hidden states alone"
         )
 
     __torch_dispatch__ = __torch_function__  # type: ignore[assignment]  # as torch asks
@@ -126,6 +129,7 @@ class _Loop:
 
     def __init__(self, hidden: Hidden, run: Run) -> None:
         self.arguments: list[BlockArguments] = []
+        self._versions: list[tuple[Tensor, int, int]] = []
         self.run = run
         self.context = _context(hidden)
         self._hidden: Tensor | None = hidden
@@ -135,6 +139,33 @@ class _Loop:
         """Return what the first block was given."""
         assert self._hidden is not None  # it has not been taken
         return self._hidden
+
+    def add(self, arguments: BlockArguments) -> None:
+        """Add the arguments of the next block, as they are now.
+
+        Blocks run later than the loop calls them: lists and dictionaries are copied,
+        and of tensors it is noted how often they were changed.
+        """
+        kept = BlockArguments(*tree_map(_itself, tuple(arguments)))
+        tensors = (t for t in tree_leaves(tuple(kept)) if isinstance(t, Tensor))
+        place = len(self.arguments)
+        self._versions += [(t, t._version, place) for t in tensors if _counts(t)]
+        self.arguments.append(kept)
+
+    def refuse_changed(self) -> None:
+        """Refuse tensors that the loop has changed in place since a block got them.
+
+        Raises:
+            UnsupportedCallError: there is one.
+        """
+        for tensor, version, place in self._versions:
+            if tensor._version != version:
+                raise UnsupportedCallError(
+                    f"a tensor of shape {tuple(tensor.shape)} that block {place} of a "
+                    "reversible stack was given has been changed in place since. A "
+                    "stack runs its blocks when the last one is called: give each "
+                    "block a tensor of its own, `x = x + 1` in place of `x += 1`"
+                )
 
     def take(self) -> Hidden:
         """Return what the first block was given, and forget it."""
@@ -174,6 +205,22 @@ class StandIn:
     def __repr__(self) -> str:
         return f"StandIn({self._block!r})"
 
+    @property  # type: ignore[misc]  # read by `isinstance`
+    def __class__(self) -> type[Any]:
+        """Return the class of the block."""
+        return type(self._block)
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether something is this block, or stands for it."""
+        return getattr(other, "__dict__", {}).get("_block", other) is self._block
+
+    def __hash__(self) -> int:
+        return hash(self._block)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what a call does: a loop may call the method instead."""
+        return self(*args, **kwargs)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Record the arguments; the last stand-in runs the stack.
 
@@ -189,16 +236,17 @@ class StandIn:
             UnsupportedCallError: the loop leaves blocks out, runs them in another
                 order, or changes the hidden states between them.
         """
-        hidden, arguments = _separated(args, kwargs)
+        hidden, arguments = _separated(self._block, args, kwargs)
         loop = self._loop(hidden)
         arguments, rest = self._extra_outputs(self._block, hidden, arguments)
-        loop.arguments.append(arguments)
+        loop.add(arguments)
         del args, hidden  # the stack alone decides how long its input is kept
         called = len(loop.arguments)
         if called < len(self._blocks):
             place = f"between blocks {called - 1} and {called}"
             out: Tensor = HiddenBetween(loop, place)
         else:
+            loop.refuse_changed()
             out = self._run(loop.take(), loop.arguments)
         return out if rest is None else (out, *rest)
 
@@ -235,13 +283,32 @@ class StandIn:
 
 
 def _separated(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, BlockArguments]:
-    """Separate the hidden states from the other arguments of a block."""
+    """Separate the hidden states from the other arguments of a block.
+
+    Raises:
+        UnsupportedCallError: there are none.
+    """
     if args:
         return args[0], BlockArguments(args[1:], kwargs)
     rest = dict(kwargs)
-    return rest.pop("hidden_states"), BlockArguments((), rest)
+    first = first_name(plain_class(block))
+    if first not in rest:
+        raise UnsupportedCallError(
+            f"a {type(block).__name__} of a reversible stack was called without "
+            f"`{first}`, its first argument: hidden states have to be that one"
+        )
+    return rest.pop(first), BlockArguments((), rest)
+
+
+def _itself(leaf: Any) -> Any:
+    return leaf
+
+
+def _counts(tensor: Tensor) -> bool:
+    """Return whether a tensor counts how often it is changed."""
+    return not (isinstance(tensor, NotComputed) or tensor.is_inference())
 
 
 def _context(hidden: Tensor) -> tuple[Any, ...]:
