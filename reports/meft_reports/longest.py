@@ -9,9 +9,10 @@ from typing import Any
 
 import pandas as pd
 
+from meft_reports.format import format_count
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.methods import is_meft
-from meft_reports.searches import LONGEST
+from meft_reports.searches import LONGEST, is_at_least
 from meft_reports.summary import (
     PROVENANCE,
     WORKLOAD,
@@ -33,8 +34,8 @@ def find(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield the cells of each search, in the order of methods, with its title.
 
     The cells have a column `name`, of the method with the options in which it differs
-    from others of the search, `fits`, whether a sequence was found, and `stays`,
-    whether it stays on the device.
+    from others of the search, `fits`, whether a sequence was found, `stays`, whether
+    it stays on the device, and `is_at_least`, whether a longer one may fit too.
 
     Args:
         frame: the frame of `meft_reports.frame`.
@@ -54,7 +55,21 @@ def find(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
             for _, row in part.iterrows()
         ]
         stays = part["d2h_bytes"].fillna(0) < FEW_BYTES
-        yield describe(part, shown), part.assign(name=names, stays=stays)
+        endings = zip(part["sweep"], part["status"], part["message"], strict=True)
+        yield (
+            describe(part, shown),
+            part.assign(
+                name=names,
+                stays=stays,
+                is_at_least=[is_at_least(*ending) for ending in endings],
+            ),
+        )
+
+
+def words_of(cell: "pd.Series[Any]") -> str:
+    """Return the longest sequence of a cell in words."""
+    words: str = format_count(cell["seq_len"])
+    return f"≥ {words}" if cell["is_at_least"] else words
 
 
 def best_rival(part: pd.DataFrame, *, stays: bool) -> "pd.Series[Any] | None":

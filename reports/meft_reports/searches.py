@@ -10,6 +10,22 @@ SEARCHES = (LONGEST, "fit-batch_size")
 """What the records of all searches call them."""
 
 
+NOT_LIMITED = "memory is not the limit: "
+"""How the message of an answer starts that memory does not limit."""
+
+
+def is_at_least(sweep: str, status: str, message: str) -> bool:
+    """Return whether a record says that a value fits, and a larger one may too.
+
+    Args:
+        sweep: the sweep of the record.
+        status: how it ended.
+        message: its message.
+    """
+    is_answer = status == "ok" and sweep in SEARCHES
+    return is_answer and message.startswith(NOT_LIMITED)
+
+
 def found_nothing(sweep: str, status: str) -> bool:
     """Return whether a record says that no value of a search fits.
 

@@ -43,6 +43,11 @@ def validate(record: Any, where: str) -> set[str]:
     if not isinstance(record, dict):
         raise RecordError(f"{where}: expected a JSON object, got {quoted(record)}")
     version = record.get("schema_version")
+    if version is None and {"name", "entry"} <= record.keys():
+        raise RecordError(
+            f"{where}: this is a line of pytest's `--meft-records`, which `meft-report "
+            "history` reads; other commands read records of meft-bench"
+        )
     if version != SCHEMA_VERSION or type(version) is not int:
         raise RecordError(
             f"{where}: schema version {quoted(version)}, expected {SCHEMA_VERSION}; "

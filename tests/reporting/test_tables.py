@@ -446,3 +446,15 @@ def test_a_sequence_of_no_length_was_not_found(longest: pd.DataFrame) -> None:
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows["lora-checkpointing"] == ("none", *["–"] * 7)  # noqa: RUF001
     assert rows["meft1-exact"][1] == "–"  # noqa: RUF001
+
+
+def test_a_length_that_memory_does_not_limit_is_at_least_that(
+    longest: pd.DataFrame,
+) -> None:
+    """And is compared with no other."""
+    message = "memory is not the limit: the model has positions for 40,960 tokens"
+    is_found = (longest["method"] == "meft1-exact") & (longest["status"] == "ok")
+    frame = longest.assign(message=longest["message"].mask(is_found, message))
+    (table,) = find_tables("longest")(frame)
+    (row,) = [row for row in table.rows if row[0].startswith("meft1-exact")]
+    assert row[1:4] == ("≥ 40,960", "–", "–")

@@ -137,6 +137,7 @@ def _fit_into_file(
     )
     where = harness.environments_for(tuple(cells), num_threads=1, num_slots=1)
     num_fitting = 0
+    found: list[tuple[Cell, dict[str, Any]]] = []
     with runs.RecordsFile(given.output) as file:
         left = fit_records.left(cells, file.records, where, field, caveat)
         for cell in left:
@@ -165,7 +166,15 @@ def _fit_into_file(
             )
             file.append(answer)
             num_fitting += answer.status == Status.OK
-            print(answer.cell.id)
+            found.append((cell, plan))
+            output.complain(f"meft-bench: recorded {answer.cell.id}")
+    if given.json:
+        print(json.dumps([plan for _, plan in found], indent=2))
+    elif found:
+        some, plans = zip(*found, strict=True)
+        print(
+            plan_text.table(some, plans, given.maximize, given.margin, given.seq or ())
+        )
     output.summarize(
         [
             f"{len(left)} of {len(cells)} looked for, the others are recorded",

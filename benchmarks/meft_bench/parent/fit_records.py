@@ -13,6 +13,7 @@ from meft_bench.shared.cell import Cell
 from meft_bench.shared.measurement import Measurement
 from meft_bench.shared.record import Environment, Record, Status
 from meft_bench.virtual.device import gpu
+from meft_bench.virtual.prediction import plan_text
 
 QUESTION = "What is the largest {field} with which a step fits?"
 
@@ -73,6 +74,17 @@ def _without(cell: Cell, field: str) -> Cell:
     return dataclasses.replace(cell, **changes)
 
 
+NOT_LIMITED = "memory is not the limit: "
+"""How the message of an answer starts that memory does not limit."""
+
+
+def _message(plan: Mapping[str, Any], fits: bool) -> str:
+    if not fits:
+        return plan["message"] or "needs more than the margin leaves"
+    limit = plan_text.limit_of(plan)
+    return f"{NOT_LIMITED}{limit}" if limit else ""
+
+
 def record(
     cell: Cell,
     plan: Mapping[str, Any],
@@ -105,7 +117,7 @@ def record(
         sweep_caveats=caveat,
         cell=dataclasses.replace(cell, **changes),
         status=Status.OK if fits else Status.OOM,
-        message="" if fits else plan["message"] or "needs more than the margin leaves",
+        message=_message(plan, fits),
         memory_breakdown=plan["memory_breakdown"],
         started_at=started_at,
         wall_seconds=wall_seconds,

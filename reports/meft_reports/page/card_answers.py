@@ -18,7 +18,7 @@ from meft_reports.format import format_bytes
 from meft_reports.methods import REFERENCE, is_exact, is_stored
 from meft_reports.page.cells import is_assumed, is_predicted, is_untrained
 from meft_reports.page.settings import Setting
-from meft_reports.searches import LONGEST
+from meft_reports.searches import LONGEST, is_at_least
 from meft_reports.summary import WORKLOAD
 
 CARD = "24 GB"
@@ -95,13 +95,23 @@ def _longest(settings: Sequence[Setting]) -> list[Markup]:
         return [
             Markup("No sequence of this search would fit in a GPU of {}.").format(CARD)
         ]
-    best = max(fitting, key=lambda setting: setting.cells[0]["seq_len"])
+    longest = max(setting.cells[0]["seq_len"] for setting in fitting)
+    best = [s for s in fitting if s.cells[0]["seq_len"] == longest]
+    names = Markup(", ").join(
+        Markup("<code>{}</code> on {}").format(s.name, s.cells[0]["backbone"])
+        for s in best
+    )
+    ending = ("sweep", "status", "message")
+    limit = any(is_at_least(*(s.cells[0][n] for n in ending)) for s in best)
     return [
         Markup(
             "The longest sequence of this search that would fit in a GPU of <b>{}</b> "
-            "has {} tokens: <code>{}</code> on {}."
+            "has {} tokens: {}.{}"
         ).format(
-            CARD, f"{best.cells[0]['seq_len']:,}", best.name, best.cells[0]["backbone"]
+            CARD,
+            f"{longest:,}",
+            names,
+            " The positions of the model limit it, not memory." if limit else "",
         )
     ]
 

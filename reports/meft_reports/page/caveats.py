@@ -9,7 +9,7 @@ from typing import Any
 from meft_reports.columns.cell import STATUSES
 from meft_reports.page.cells import Cell, is_assumed, is_predicted, is_trained
 from meft_reports.page.settings import Setting
-from meft_reports.searches import found_nothing
+from meft_reports.searches import found_nothing, is_at_least
 from meft_reports.text import plural
 
 FEW_SEEDS = 5
@@ -253,7 +253,14 @@ def _failed(cells: Sequence[Cell]) -> list[Caveat]:
 
 
 def _not_finite(cells: Sequence[Cell]) -> Caveat:
-    found = _where(cells, lambda cell: cell["status"] == "ok" and cell["message"])
+    found = _where(
+        cells,
+        lambda cell: (
+            cell["status"] == "ok"
+            and cell["message"]
+            and not is_at_least(cell["sweep"], cell["status"], cell["message"])
+        ),
+    )
     return Caveat(
         title=f"{plural(len(found), 'cell')} whose loss was not finite",
         text="They ended well, but their training diverged in some step.",

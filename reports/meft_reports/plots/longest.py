@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from meft_reports.errors import NothingDeclared
-from meft_reports.format import format_bytes, format_count
-from meft_reports.longest import NEEDS, find
+from meft_reports.format import format_bytes
+from meft_reports.longest import NEEDS, find, words_of
 from meft_reports.plots import canvas
 from meft_reports.style import look
 
@@ -69,7 +69,7 @@ def _draw_panel(axes: Axes, part: pd.DataFrame) -> None:
 
 
 def _words(cell: "pd.Series[Any]") -> str:
-    words = format_count(cell["seq_len"])
+    words = words_of(cell)
     if not cell["stays"]:
         words += f" ({format_bytes(cell['transfer_bytes'])})"
     return words

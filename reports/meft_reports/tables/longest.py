@@ -7,11 +7,10 @@ import pandas as pd
 from meft_reports.format import (
     NOTHING,
     format_bytes,
-    format_count,
     format_seconds,
     is_null,
 )
-from meft_reports.longest import NEEDS, best_rival, find
+from meft_reports.longest import NEEDS, best_rival, find, words_of
 from meft_reports.tables.table import Table, notes_on
 
 HEADER = (
@@ -29,7 +28,8 @@ NOTES = (
     "The longest sequence with which a step fits, one row per batch. Rivals are the "
     "methods without reversible blocks. Bytes over the link are those of both "
     "directions, per token to compare steps of different lengths. Both times are lower "
-    "bounds, by the vendor's rates.",
+    "bounds, by the vendor's rates. `≥`: the positions of the model are the limit, not "
+    "memory; its shape with more positions, such as `qwen3-8b-1m`, has another answer.",
 )
 
 __all__ = ["NEEDS", "make"]
@@ -63,7 +63,7 @@ def _row(cell: "pd.Series[Any]", part: pd.DataFrame) -> tuple[str, ...]:
     is_small = cell["stays"] or per_token is None
     return (
         cell["name"],
-        format_count(cell["seq_len"]),
+        words_of(cell),
         _times(cell, on_device),
         _times(cell, offloaded),
         format_bytes(moved),
@@ -75,7 +75,7 @@ def _row(cell: "pd.Series[Any]", part: pd.DataFrame) -> tuple[str, ...]:
 
 
 def _times(cell: "pd.Series[Any]", rival: "pd.Series[Any] | None") -> str:
-    if rival is None:
+    if rival is None or cell["is_at_least"] or rival["is_at_least"]:
         return NOTHING
     return f"{cell['seq_len'] / rival['seq_len']:.2f}"
 

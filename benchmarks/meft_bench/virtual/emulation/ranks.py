@@ -31,12 +31,15 @@ from meft_bench.virtual.emulation.backend import Backend
 from meft_bench.virtual.emulation.early_imports import everywhere
 from meft_bench.virtual.recording.ledger import Ledger
 
-NOT_COUNTED = "not counted: what NCCL allocates for its connections and channels"
+NOT_COUNTED = "not modelled: what NCCL allocates for its connections and channels"
 
 
 def in_words(num_ranks: int) -> str:
     """Return what a plan of one of several ranks assumes."""
-    return f"rank 0 of {num_ranks}, whose shards are largest; {NOT_COUNTED}"
+    return (
+        f"assumed: rank 0 of {num_ranks}, whose shards are largest (plans of several "
+        f"ranks have not been compared with GPUs); {NOT_COUNTED}"
+    )
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import csv
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,13 @@ NOTE = (
     "{context}{as_on}. `needed` is what it would show if the allocator had kept no "
     "memory from earlier steps; it decides the verdict. `fits` leaves {margin:.0%} "
     "free."
+)
+
+
+LOGITS = (
+    "the logits of all tokens exist at once: `--set loss_chunk_tokens=1024` computes the "
+    "loss in parts of 1024 tokens, and `mlp_chunks=8` the MLP of reversible and "
+    "checkpointed blocks in 8 parts"
 )
 
 
@@ -80,6 +87,9 @@ def table(
         if p.get("beyond_bytes") is None and p.get("beyond_message")
     ]
     lines += _bounds(plans, maximize)
+    is_lm = any(p.get("task") == "synthetic-lm" for p in plans)
+    if maximize == "seq" and is_lm and not first.loss_chunk_tokens:
+        lines.append(LOGITS)
     lines += [
         f"{p['method']}: shown for {p['seq_len']} tokens per row, {WITH[p['padding']]}"
         for p in plans
@@ -128,7 +138,7 @@ def summary(
     return "\n".join(lines)
 
 
-def _next(plan: dict[str, Any]) -> int:
+def _next(plan: Mapping[str, Any]) -> int:
     """Return the value that was found not to fit, or would be tried next."""
     return int(plan["largest"] + plan.get("multiple", 1))
 
@@ -150,11 +160,17 @@ def _beyond(plan: dict[str, Any], maximize: str, room: float) -> str:
 def _bounds(plans: Sequence[dict[str, Any]], maximize: str | None) -> list[str]:
     """Return a line for each plan whose largest value memory does not limit."""
     return [
-        f"{plan['method']}: {maximize} {plan['largest']} fits, and "
-        + (plan.get("limit") or "is the most tried")
+        f"{plan['method']}: {maximize} {plan['largest']} fits, and {limit}"
         for plan in plans
-        if maximize is not None and _next(plan) > plan.get("at_most", math.inf)
+        if maximize is not None and (limit := limit_of(plan))
     ]
+
+
+def limit_of(plan: Mapping[str, Any]) -> str:
+    """Return what limits the largest value of an answer; empty if memory does."""
+    if _next(plan) <= plan.get("at_most", math.inf):
+        return ""
+    return str(plan.get("limit") or "is the most tried")
 
 
 def _remarks(plans: Sequence[dict[str, Any]]) -> list[str]:
