@@ -39,8 +39,8 @@ NOTE = (
 
 
 LOGITS = (
-    "the logits of all tokens exist at once: `--set loss_chunk_tokens=1024` computes the "
-    "loss in parts of 1024 tokens, and `mlp_chunks=8` the MLP of reversible and "
+    "the logits of all tokens exist at once: `--set loss_chunk_tokens=1024` computes "
+    "the loss in parts of 1024 tokens, and `mlp_chunks=8` the MLP of reversible and "
     "checkpointed blocks in 8 parts"
 )
 
