@@ -150,6 +150,9 @@ def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int | None) 
     else:
         _check_images(config, cell, shape)
     config.use_cache = False
+    if config.is_encoder_decoder:  # which a config of T5 may lack
+        start = getattr(config, "decoder_start_token_id", None)
+        config.decoder_start_token_id = start if start is not None else 0
     if num_labels is not None:
         config.num_labels = num_labels
         config.problem_type = "single_label_classification"
