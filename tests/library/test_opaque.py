@@ -8,6 +8,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedConfig,
@@ -411,3 +413,14 @@ class ByName(Model):
 def test_hidden_states_may_be_given_by_name() -> None:
     """That of the first argument."""
     assert_exact(ByName(Gated, Gated), batch())
+
+
+def test_a_loop_that_ends_early_is_refused() -> None:
+    """Where its model returns what there is between two blocks."""
+    options = {"hidden_size": HIDDEN, "embedding_size": HIDDEN, "intermediate_size": 8}
+    config = AlbertConfig(vocab_size=VOCAB, num_attention_heads=2, **options)
+    model = AlbertModel(config, add_pooling_layer=False)
+    meft.make_reversible(model, WITHOUT)
+    config.num_hidden_layers -= 1
+    with pytest.raises(meft.UnsupportedCallError, match="ended before the last block"):
+        model(**text())
