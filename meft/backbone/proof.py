@@ -276,8 +276,8 @@ def _unchanged(block: nn.Module, inputs: Any, label: str) -> Iterator[None]:
     if is_other or any(leaf._version != version for leaf, version in versions):
         raise UnsupportedModelError(
             f"{label}, a {type(block).__name__}, changes its input or another argument "
-            "in place, and a recompute would change it again: `x = x + y` in place of "
-            "`x += y`"
+            "in place, and a recompute would change it again: compute a new tensor "
+            "instead"
         )
 
 

@@ -164,7 +164,7 @@ class _Loop:
                     f"a tensor of shape {tuple(tensor.shape)} that block {place} of a "
                     "reversible stack was given has been changed in place since. A "
                     "stack runs its blocks when the last one is called: give each "
-                    "block a tensor of its own, `x = x + 1` in place of `x += 1`"
+                    "block a tensor of its own"
                 )
 
     def take(self) -> Hidden:
