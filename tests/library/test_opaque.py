@@ -417,7 +417,8 @@ def test_hidden_states_may_be_given_by_name() -> None:
 
 def test_a_loop_that_ends_early_is_refused() -> None:
     """Where its model returns what there is between two blocks."""
-    options = {"hidden_size": HIDDEN, "embedding_size": HIDDEN, "intermediate_size": 8}
+    options: dict[str, Any] = {"hidden_size": HIDDEN, "embedding_size": HIDDEN}
+    options |= {"intermediate_size": 8}
     config = AlbertConfig(vocab_size=VOCAB, num_attention_heads=2, **options)
     model = AlbertModel(config, add_pooling_layer=False)
     meft.make_reversible(model, WITHOUT)
