@@ -1,5 +1,6 @@
 """Norms that run in parts of the tokens: the same values, fewer bytes."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -128,3 +129,61 @@ def test_chunks_of_a_stack_run_its_norms_in_parts(
     with torch.no_grad():
         model(torch.arange(10)[None] % VOCAB)
     assert ran == [3] * norms
+
+
+class OwnRMSNorm(LlamaRMSNorm):
+    """A norm of one's own, of which nothing is known."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states - hidden_states.mean(1, keepdim=True)
+
+
+def test_only_norms_of_transformers_run_in_parts() -> None:
+    """Another may mix tokens, or read what its gradient would be lost for."""
+    block = Block(OwnRMSNorm(HIDDEN))
+    with norms_in_parts(block, 3):
+        assert "forward" not in vars(block.norm)
+
+
+def test_second_derivatives_are_refused() -> None:
+    """Where a norm runs in parts: they would be wrong."""
+    block, tokens = Block(a_norm()), torch.randn(2, 7, HIDDEN).requires_grad_()
+    with norms_in_parts(block, 3):
+        output = block(tokens).pow(2).sum()
+    (first,) = torch.autograd.grad(output, tokens, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_hooks_of_all_modules_run_as_for_a_whole() -> None:
+    """Those that change outputs are not run again in the backward."""
+    block, tokens = Block(a_norm()), torch.randn(2, 7, HIDDEN)
+
+    def change(module: nn.Module, args: Any, output: Any) -> Any:
+        return output * 1.5 if isinstance(module, LlamaRMSNorm) else None
+
+    with nn.modules.module.register_module_forward_hook(change):
+        (out, d_tokens, _), _ = run(block, 3, tokens)
+        (expected, d_expected, _), _ = run(block, 1, tokens)
+    assert torch.equal(out, expected)
+    torch.testing.assert_close(d_tokens, d_expected)
+
+
+def test_threads_share_a_norm() -> None:
+    """Each gets its own gradients, and the norm is as it was."""
+    block = Block(a_norm())
+    inputs = [torch.randn(2, 7, HIDDEN) for _ in range(8)]
+
+    def gradient(tokens: Tensor) -> Tensor:
+        tokens = tokens.clone().requires_grad_()
+        with norms_in_parts(block, 3):
+            output = block(tokens).pow(2).sum()
+        return torch.autograd.grad(output, tokens)[0]
+
+    expected = [gradient(tokens) for tokens in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(gradient, inputs * 5))
+    assert all(
+        torch.equal(one, other) for one, other in zip(found, expected * 5, strict=True)
+    )
+    assert "forward" not in vars(block.norm)
