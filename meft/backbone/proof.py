@@ -190,22 +190,7 @@ def _compared(
     is_called = is_sharded(block)  # which gathers its parameters
     runs = _Runs(block, plain, hidden, call, is_called)
     with contextlib.nullcontext() if is_called else _without_hooks(block):
-        try:
-            with (
-                contextlib.nullcontext()
-                if is_known
-                else _unchanged(block, (hidden, call), label)
-            ):
-                own = runs.own()
-        except MeftError:
-            raise
-        except Exception as error:
-            if is_known:
-                raise
-            raise UnsupportedModelError(
-                f"{label}, a {plain.__name__}, is not of a listed family, and its own "
-                f"`forward` could not be run by itself: {error!r}"
-            ) from error
+        own = runs.own() if is_known else _own_of_unlisted(runs, call, label)
         if not is_known and family.extra_outputs is None:
             _refuse_others(own, label, plain)
         if not family.is_opaque and not _is_comparable(own.hidden):
@@ -236,6 +221,29 @@ def _compared(
         "adapters of ours, `adapter=None` with `mlp_chunks=1`, blocks are called as "
         "they are"
     )
+
+
+def _own_of_unlisted(runs: "_Runs", call: Mapping[str, Any], label: str) -> "_Output":
+    """Run the own forward of a block of a class that is not listed.
+
+    Args:
+        runs: runs of the block.
+        call: its arguments other than the hidden states, by name.
+        label: name of the block in error messages.
+
+    Raises:
+        UnsupportedModelError: it cannot be run by itself, or changes what it reads.
+    """
+    try:
+        with _unchanged(runs.block, (runs.hidden, call), label):
+            return runs.own()
+    except MeftError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{label}, a {runs.plain.__name__}, is not of a listed family, and its own "
+            f"`forward` could not be run by itself: {error!r}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -344,13 +352,13 @@ class _Runs:
         call: Mapping[str, Any],
         is_called: bool,
     ) -> None:
-        self.block, self._plain, self._hidden = block, plain, hidden
+        self.block, self.plain, self.hidden = block, plain, hidden
         self._call, self._is_called = call, is_called
 
     @property
     def device(self) -> torch.device:
         """Return the device of the input."""
-        return self._hidden.device
+        return self.hidden.device
 
     def own(self, with_gradients: bool = False) -> _Output:
         """Run the block's own forward."""
@@ -358,7 +366,7 @@ class _Runs:
         def function(hidden: Tensor) -> Any:
             if self._is_called:
                 return call_block(self.block, hidden, self._call)
-            return self._plain.forward(self.block, hidden, **self._call)
+            return self.plain.forward(self.block, hidden, **self._call)
 
         return self._run(function, with_gradients)
 
@@ -378,10 +386,10 @@ class _Runs:
     def _run(self, function: Callable[[Tensor], Any], with_gradients: bool) -> _Output:
         if not with_gradients:
             with torch.no_grad():
-                output = _repeated(function, self._hidden)
+                output = _repeated(function, self.hidden)
             kind = type(output) if isinstance(output, tuple) else None
             return _Output(_first(output), _length(output), _others(output), [], kind)
-        x = self._hidden.clone().requires_grad_()
+        x = self.hidden.clone().requires_grad_()
         with _all_trained(self.block) as parameters, torch.enable_grad():
             out = _first(_repeated(function, x))
             weights = torch.linspace(-1, 1, out.numel(), device=out.device)

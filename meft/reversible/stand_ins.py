@@ -180,7 +180,7 @@ class StandIn:
 
     Args:
         blocks: all blocks of the stack, in the order in which the loop calls them.
-        block: the one that it stands for.
+        block: the one whose place it takes.
         run: runs the stack.
         extra_outputs: what a block returns in addition to the hidden states.
     """
@@ -211,7 +211,7 @@ class StandIn:
         return type(self._block)
 
     def __eq__(self, other: object) -> bool:
-        """Return whether something is this block, or stands for it."""
+        """Return whether something is this block, or a stand-in of it."""
         return getattr(other, "__dict__", {}).get("_block", other) is self._block
 
     def __hash__(self) -> int:

@@ -381,7 +381,7 @@ FSDP2 = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer
 def test_the_trainer_uses_several_ranks(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """By itself: FSDP2 if it is asked to, else DistributedDataParallel."""
+    """Without changes: with FSDP2 where its arguments request it, else with DDP."""
     row = torch.ones(32, dtype=torch.long)
     arguments: dict[str, Any] = {"max_steps": 2, "report_to": "none", **options}
     with meft_bench.virtual_gpu("H100", ranks=8) as gpu:
@@ -416,7 +416,7 @@ def replicated(device: str, **options: Any) -> None:
 def test_buckets_are_as_large_as_gradients(
     is_view: bool, find_unused_parameters: bool
 ) -> None:
-    """And gradients are their views, if they are asked to."""
+    """Gradients are views of them, if that is requested."""
     with meft_bench.virtual_gpu("H100", ranks=8) as gpu:
         distributed.init_process_group("nccl")
         replicated(
