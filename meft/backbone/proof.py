@@ -264,16 +264,19 @@ def _unchanged(block: nn.Module, inputs: Any, label: str) -> Iterator[None]:
     versions = [(leaf, leaf._version) for leaf in leaves if isinstance(leaf, Tensor)]
     buffers = [(name, b, b.clone()) for name, b in block.named_buffers()]
     state = [(module, dict(vars(module))) for module in block.modules()]
-    yield
-    changed = [name for name, b, before in buffers if not _same(b, before)]
-    for _, b, before in buffers:
-        if not _same(b, before):
-            with torch.no_grad():
-                b.copy_(before)
-    for module, attributes in state:
-        for name, value in attributes.items():
-            if isinstance(value, Tensor) and vars(module).get(name) is not value:
-                vars(module)[name] = value
+    changed = []
+    try:
+        yield
+    finally:
+        for name, buffer, before in buffers:
+            if not _same(buffer, before):
+                changed.append(name)
+                with torch.no_grad():
+                    buffer.copy_(before)
+        for module, attributes in state:
+            for name, value in attributes.items():
+                if isinstance(value, Tensor) and vars(module).get(name) is not value:
+                    vars(module)[name] = value
     if changed and block.training:
         raise UnsupportedModelError(
             f"{label}, a {type(block).__name__}, changes its buffer `{changed[0]}` in "
