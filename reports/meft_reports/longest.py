@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from meft_reports.format import format_count
+from meft_reports.format import ShownNumber, format_count
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.methods import is_meft
 from meft_reports.searches import LONGEST, is_at_least
@@ -69,7 +69,10 @@ def find(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 def words_of(cell: "pd.Series[Any]") -> str:
     """Return the longest sequence of a cell in words."""
     words: str = format_count(cell["seq_len"])
-    return f"≥ {words}" if cell["is_at_least"] else words
+    if not cell["is_at_least"]:
+        return words
+    least = {"at least": cell["seq_len"]}
+    return ShownNumber(f"≥ {words}", "count", None, **least)
 
 
 def best_rival(part: pd.DataFrame, *, stays: bool) -> "pd.Series[Any] | None":

@@ -13,8 +13,14 @@ from typing import Any
 
 from meft_reports.errors import RecordError
 from meft_reports.files import read_whole
-from meft_reports.format import NOTHING, format_bytes, format_count
-from meft_reports.tables.table import Table
+from meft_reports.format import (
+    NOTHING,
+    ShownNumber,
+    format_bytes,
+    format_count,
+    format_share,
+)
+from meft_reports.tables.table import Heading, Table
 from meft_reports.text import printable
 
 NEEDS = "a file of checks with ok runs of published numbers"
@@ -26,6 +32,46 @@ VIEWS = {
     "max_memory_reserved": "reserved",
 }
 """What a function of `torch.cuda` counts; others are shown by their own name."""
+MEASURED_BY = Heading("measured by", "Who measured and published the numbers.")
+GPU = Heading("GPU", "Name of the GPU.")
+METRIC = Heading("metric", "What was measured.")
+NUMBERS = Heading("numbers", "How many published numbers.")
+MEDIAN_ERROR = Heading(
+    "median error", "Median of the relative errors without their sign."
+)
+SUMMARY_COLUMNS = (
+    MEASURED_BY,
+    GPU,
+    METRIC,
+    NUMBERS,
+    MEDIAN_ERROR,
+    Heading("mean error", "Mean of the relative errors with their sign."),
+    Heading("90 % of errors below", "90th percentile without their sign."),
+    Heading("worst error", "Relative error that is largest without its sign."),
+    Heading("of", "Run with the worst error."),
+)
+ESTIMATOR_COLUMNS = (
+    Heading("estimator", "Name of the estimator."),
+    Heading("numbers", "How many published numbers it answers."),
+    MEDIAN_ERROR,
+    Heading("within 10 %", "How many of its answers have an error of at most 10 %."),
+    Heading("lowest error", "Lowest relative error, with its sign."),
+    Heading("highest error", "Highest relative error, with its sign."),
+    Heading(
+        "this suite, same numbers",
+        "Median error of this suite over the numbers that the estimator answers.",
+    ),
+)
+NUMBER_COLUMNS = (
+    MEASURED_BY,
+    Heading("run", "What was run."),
+    GPU,
+    METRIC,
+    Heading("measured", "Bytes, as published."),
+    Heading("predicted", "Bytes, as predicted."),
+    Heading("error", "Relative error of the prediction."),
+    Heading("assumed", "How it was measured, and what the prediction assumes."),
+)
 KINDS: dict[str, type | tuple[type, ...]] = {
     "case": str,
     "quantity": str,
@@ -149,10 +195,7 @@ def _summary(numbers: Sequence[Number]) -> Table:
     num_fitted = len(numbers) - len(free)
     return Table(
         title="Predictions of memory that others measured: summary",
-        header=(
-            *("measured by", "GPU", "metric", "numbers", "median error", "mean error"),
-            *("90 % of errors below", "worst error", "of"),
-        ),
+        columns=SUMMARY_COLUMNS,
         rows=tuple(rows),
         num_text_columns=3,
         notes=(
@@ -174,16 +217,16 @@ def _errors(some: Sequence[Number]) -> tuple[str, ...]:
     nine_tenths = sizes[min(len(sizes) - 1, -(-9 * len(sizes) // 10) - 1)]
     return (
         format_count(len(some)),
-        f"{statistics.median(sizes):.2%}".replace("%", " %"),
+        format_share(statistics.median(sizes), ".2f"),
         _signed(statistics.fmean(errors)),
-        f"{nine_tenths:.2%}".replace("%", " %"),
+        format_share(nine_tenths, ".2f"),
         _signed(worst.error),
         worst.case,
     )
 
 
 def _signed(share: float) -> str:
-    return f"{100 * share:+.2f} %"
+    return format_share(share, "+.2f")
 
 
 def _estimators(numbers: Sequence[Number]) -> list[Table]:
@@ -202,16 +245,13 @@ def _estimators(numbers: Sequence[Number]) -> list[Table]:
         if not answered:
             continue
         ours = statistics.median(abs(n.error) for n in answered)
-        rows.append((tool, *_answers(compared, its), f"{100 * ours:.2f} %"))
+        rows.append((tool, *_answers(compared, its), format_share(ours, ".2f")))
     first, *rest = rows
     rest.sort(key=lambda row: float(row[2].removesuffix(" %")))
     return [
         Table(
             title="Other estimators on the same numbers",
-            header=(
-                *("estimator", "numbers", "median error", "within 10 %"),
-                *("lowest error", "highest error", "this suite, same numbers"),
-            ),
+            columns=ESTIMATOR_COLUMNS,
             rows=(first, *rest),
             notes=(
                 f"Of {format_count(len(compared))} numbers of whole training runs; an "
@@ -231,7 +271,7 @@ def _answers(
     errors = [one / other - 1 for one, other in pairs if one is not None]
     return (
         format_count(len(errors)),
-        f"{100 * statistics.median(map(abs, errors)):.2f} %",
+        format_share(statistics.median(map(abs, errors)), ".2f"),
         format_count(sum(abs(error) <= 0.1 for error in errors)),
         _signed(min(errors)),
         _signed(max(errors)),
@@ -242,16 +282,13 @@ def _every_number(numbers: Sequence[Number]) -> Table:
     ordered = sorted(numbers, key=lambda number: -abs(number.error))
     return Table(
         title="Predictions of memory that others measured",
-        header=(
-            *("measured by", "run", "GPU", "metric"),
-            *("measured", "predicted", "error", "assumed"),
-        ),
+        columns=NUMBER_COLUMNS,
         rows=tuple(
             (
                 *(number.source, number.case, number.device, number.quantity),
                 format_bytes(number.measured),
                 format_bytes(number.predicted),
-                _signed(number.error) + (" (fitted)" if number.is_calibration else ""),
+                _error(number),
                 number.note,
             )
             for number in ordered
@@ -259,6 +296,14 @@ def _every_number(numbers: Sequence[Number]) -> Table:
         num_text_columns=4,
         notes=("Largest error first. The sources are in the file of checks.",),
     )
+
+
+def _error(number: Number) -> str:
+    shown = _signed(number.error)
+    if not number.is_calibration:
+        return shown
+    # The number was met by choice, so that its error is no error of a prediction.
+    return ShownNumber(f"{shown} (fitted)", "fraction", None, fitted=number.error)
 
 
 def _grouped(

@@ -1,35 +1,62 @@
 """Tables in files: Markdown, LaTeX, CSV, Parquet, JSON."""
 
 import csv
+import io
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from meft_reports.cli import main
+from meft_reports.format import (
+    ShownNumber,
+    format_bytes,
+    format_count,
+    format_difference,
+    format_error,
+    format_mean,
+    format_part,
+    format_score,
+    format_seconds,
+    with_words,
+)
+from meft_reports.longest import words_of
 from meft_reports.table_formats import FORMATS
 from meft_reports.table_formats.latex import SYMBOLS, escaped
 from meft_reports.table_formats.one_table import columns_of
-from meft_reports.tables.table import Table
+from meft_reports.tables.table import Heading, Table
 from reporting.kinds import MakeRecord, Record, Write
+
+
+def named(*names: str) -> tuple[Heading, ...]:
+    """Return columns with these names."""
+    return tuple(Heading(name, f"What {name} means.") for name in names)
+
 
 SPECIAL = "\\ _ % & # $ { } ~ ^ < > | ` \" [ ] * -- ''"
 TABLES = (
     Table(
         title=f"One · {SPECIAL}",
-        header=("method", "error", "error"),
+        columns=named("method", "error", "error"),
         rows=(("full", "+0.5 %", "–"), ("=1+1", "-0.1 to +0.3", "")),  # noqa: RUF001
         notes=("Of `a_b`, 100 %.", "Again."),
     ),
-    Table(title="Two", header=("method", "kind", "n"), rows=(), num_text_columns=2),
+    Table(
+        title="Two",
+        columns=named("method", "kind", "n"),
+        rows=(),
+        num_text_columns=2,
+    ),
     Table(
         title="Three",
-        header=("kind", "error"),
+        columns=named("kind", "error"),
         rows=(("a|b\\", "oom"),),
         num_text_columns=1,
     ),
@@ -90,7 +117,8 @@ def test_latex_places_many_tables() -> None:
 
 def test_every_row_of_latex_has_as_many_cells_as_the_header() -> None:
     r"""A `&` or `\\` of a text is no separator."""
-    table = Table(title="t", header=("a", "b"), rows=((r"x & y \\ z", r"\end{table}"),))
+    rows = ((r"x & y \\ z", r"\end{table}"),)
+    table = Table(title="t", columns=named("a", "b"), rows=rows)
     source = FORMATS[".tex"]([table]).decode()
     (row,) = [line for line in source.splitlines() if line.startswith("x ")]
     first, second = row.removesuffix(r" \\").split(" & ")
@@ -187,3 +215,78 @@ def test_no_file_is_written_without_a_table(
     assert "No table: `results` needs cells of a task" in errors
     assert errors.count("\n") == 1
     assert not out.exists()
+
+
+def test_parquet_has_numbers_next_to_texts_with_units_and_meanings() -> None:
+    """A word instead of a number is null there, and a bound is not the number."""
+    table = Table(
+        title="t",
+        columns=named("method", "peak", "score", "longest"),
+        rows=(
+            ("a", format_bytes(1536), format_mean(0.5, 0.25), format_count(7)),
+            ("b", "oom", format_difference(0.25), at_least(9)),
+            ("c", with_words(format_bytes(2), ["oom"]), "", format_part(2, 3)),
+        ),
+    )
+    file = pq.read_table(io.BytesIO(FORMATS[".parquet"]([table])))
+    assert file.to_pydict() == {
+        "table": ["t"] * 3,
+        "method": ["a", "b", "c"],
+        "peak": [1536.0, None, 2.0],
+        "peak, as shown": ["1.5 KiB", "oom", "2 B, oom"],
+        "score": [0.5, 0.25, None],
+        "score (spread)": [0.25, None, None],
+        "score, as shown": ["0.500 ± 0.250", "+0.250", ""],
+        "longest": [7, None, 2],
+        "longest (at least)": [None, 9, None],
+        "longest (of)": [None, None, 3],
+        "longest, as shown": ["7", "≥ 9", "2 of 3"],
+        "notes": [None] * 3,
+    }
+    metadata = {field.name: field.metadata for field in file.schema}
+    assert metadata["peak"] == {b"unit": b"bytes", b"meaning": b"What peak means."}
+    assert metadata["score (spread)"] == {b"meaning": b"What score means."}
+    assert metadata["longest (at least)"][b"unit"] == b"count"
+    assert all(held and held[b"meaning"] for held in metadata.values())
+
+
+def test_numbers_of_two_units_are_two_columns_of_parquet() -> None:
+    """As those of tables of bytes and of seconds with the same columns."""
+    columns = named("method", "batch 1")
+    tables = [
+        Table(title="memory", columns=columns, rows=(("a", format_bytes(8)),)),
+        Table(title="time", columns=columns, rows=(("a", format_seconds(2)),)),
+    ]
+    file = pq.read_table(io.BytesIO(FORMATS[".parquet"](tables))).to_pydict()
+    assert file["batch 1 [bytes]"] == [8.0, None]
+    assert file["batch 1 [seconds]"] == [None, 2.0]
+    assert file["batch 1, as shown"] == ["8 B", "2 s"]
+
+
+def test_json_has_the_numbers_and_the_meanings() -> None:
+    table = Table(
+        title="t",
+        columns=named("method", "score"),
+        rows=(("a", format_mean(0.5, 0.25)), ("b", "oom")),
+    )
+    (found,) = json.loads(FORMATS[".json"]([table]))["tables"]
+    assert found["columns"][1] == {"name": "score", "meaning": "What score means."}
+    number = {"unit": "", "value": 0.5, "spread": 0.25}
+    assert found["numbers"] == [[None, number], [None, None]]
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), 0.0, 0.3, 1023.97, 1e12])
+def test_a_shown_number_is_the_number(value: float | None) -> None:
+    """Whatever it is formatted as; null is a dash without a number."""
+    for form in (format_bytes, format_seconds, format_score, format_error):
+        shown = form(value)
+        if value is None or math.isnan(value):
+            assert not isinstance(shown, ShownNumber)
+        else:
+            assert isinstance(shown, ShownNumber)
+            assert shown.values == {"": value}
+
+
+def at_least(value: int) -> str:
+    """Return a lower bound as the tables show it."""
+    return words_of(pd.Series({"seq_len": value, "is_at_least": True}))

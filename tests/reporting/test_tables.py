@@ -13,7 +13,7 @@ from meft_reports.frame import to_frame
 from meft_reports.table_formats.markdown import to_markdown
 from meft_reports.tables import TABLES, find_tables
 from meft_reports.tables.activations import less
-from meft_reports.tables.table import Table
+from meft_reports.tables.table import Heading, Table
 from reporting.conftest import build_longest, build_prediction
 from reporting.kinds import MakeRecord
 from reporting.pages import column, data_of, page_of
@@ -383,7 +383,8 @@ def test_origins_hold_digest_and_splits(frame: pd.DataFrame) -> None:
 
 def test_text_cannot_break_a_table() -> None:
     """Markdown is not changed by what a message says."""
-    table = Table(title="<t>", header=("a", "b"), rows=(("x|y\nz", "<b>&"),))
+    columns = (Heading("a", ""), Heading("b", ""))
+    table = Table(title="<t>", columns=columns, rows=(("x|y\nz", "<b>&"),))
     lines = to_markdown([table]).splitlines()
     assert lines[4] == r"| x\|y z | \<b\>\& |"
 

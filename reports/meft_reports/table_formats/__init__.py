@@ -3,12 +3,12 @@
 .md        Markdown, as on the terminal
 .tex       LaTeX, a `table` with the rules of the package booktabs
 .csv       rows of all tables in one table, as `one_table` defines it
-.parquet   the same
-.json      a list of tables (schema `meft-tables/1`)
+.parquet   the same, with numbers next to the texts; units and meanings in the schema
+.json      a list of tables (schema `meft-tables/1`), with texts, numbers and meanings
 
 Each file has the same function, from tables to the content of a file. Cells are the
-texts that a table shows, with their units; `meft-report frame` writes the numbers
-themselves.
+texts that a table shows, with their units, which Parquet and JSON complete with the
+numbers themselves. `meft-report frame` writes the records, of which tables are made.
 """
 
 from collections.abc import Callable, Sequence

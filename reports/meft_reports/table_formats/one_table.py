@@ -37,6 +37,22 @@ def columns_of(tables: Sequence[Table]) -> dict[str, list[str | None]]:
     return columns
 
 
+def meanings_of(tables: Sequence[Table]) -> dict[str, str]:
+    """Return what the columns of `columns_of` hold, by name.
+
+    Where a column has another meaning in another table, both are stated.
+    """
+    found: dict[str, dict[str, None]] = {
+        TITLE: {"Title of the table of the row.": None}
+    }
+    for table in tables:
+        names = _numbered((TITLE, *table.header))[1:]
+        for name, column in zip(names, table.columns, strict=True):
+            found.setdefault(name, {})[column.meaning] = None
+    found[NOTES] = {"Notes of the table of the row.": None}
+    return {name: " / ".join(meanings) for name, meanings in found.items()}
+
+
 def value_of(cell: str) -> str | None:
     """Return the text of a cell; None for a dash, which is null."""
     return None if cell == NOTHING else cell

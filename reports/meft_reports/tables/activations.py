@@ -13,7 +13,13 @@ from typing import Any
 
 import pandas as pd
 
-from meft_reports.format import NOTHING, format_bytes, format_percent, is_null
+from meft_reports.format import (
+    NOTHING,
+    ShownNumber,
+    format_bytes,
+    format_percent,
+    is_null,
+)
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.summary import (
     PROVENANCE,
@@ -23,7 +29,7 @@ from meft_reports.summary import (
     settings,
     split,
 )
-from meft_reports.tables.table import Table, join_options, notes_on
+from meft_reports.tables.table import METHOD, Heading, Table, join_options, notes_on
 
 GB_OF_THE_PAPER = 1000 * 2**20
 BASES = ("full", "checkpointing", "adapters-checkpointing")
@@ -34,16 +40,42 @@ QUANTITIES = {
     "peak_activation_bytes": "takes {size} of activations in a step",
     "saved_bytes": "keeps {size} for backward",
 }
-HEADER = (
-    "method",
-    "peak",
+IN_PAPER_UNIT = Heading(
     "in the paper's GB",
-    "of it at rest",
+    "The column before, shown in the unit of the authors' code, 1000 * 2^20 bytes.",
+)
+ACTIVATIONS = Heading(
     "activations",
-    "in the paper's GB",
-    *(f"less than {base}" for base in BASES),
+    "Peak of a step minus weights and optimizer state, the mean over cells.",
+)
+SAVED = Heading(
     "saved for backward",
-    *(f"less than {base}" for base in BASES),
+    "Bytes that the forward pass saves for the backward pass, the mean over cells.",
+)
+
+
+def less_than(quantity: str) -> tuple[Heading, ...]:
+    """Return columns of the savings in a quantity against each of `BASES`."""
+    return tuple(
+        Heading(
+            f"less than {base}",
+            f"Share of the {quantity} of {base} that is not needed; below 0 if more is "
+            "needed, which is shown as a number of times.",
+        )
+        for base in BASES
+    )
+
+
+COLUMNS = (
+    METHOD,
+    Heading("peak", "Peak of allocated bytes in a step, the mean over cells."),
+    IN_PAPER_UNIT,
+    Heading("of it at rest", "Bytes of weights and optimizer state between steps."),
+    ACTIVATIONS,
+    IN_PAPER_UNIT,
+    *less_than("activations"),
+    SAVED,
+    *less_than("bytes saved for backward"),
 )
 NOTES = (
     "Single steps on random input. Activations are what the peak of a step needs "
@@ -87,7 +119,7 @@ def _table(part: pd.DataFrame, workload: str) -> Table:
         rows.append((name, *_row(same, bases)))
     return Table(
         title=f"Activations · {workload}",
-        header=HEADER,
+        columns=COLUMNS,
         rows=tuple(rows),
         notes=(*_sentences(part, bases), *NOTES, *notes_on(part)),
     )
@@ -110,7 +142,7 @@ def ends_of(part: pd.DataFrame) -> dict[str, str]:
 def _row(same: pd.DataFrame, bases: dict[str, pd.DataFrame]) -> tuple[str, ...]:
     ok = same[same["status"] == "ok"]
     if ok.empty:
-        return (same["status"].iloc[0], *[NOTHING] * (len(HEADER) - 2))
+        return (same["status"].iloc[0], *[NOTHING] * (len(COLUMNS) - 2))
     cells: list[str] = []
     for name in ("peak_allocated_bytes", "peak_activation_bytes", "saved_bytes"):
         mean = ok[name].mean()
@@ -155,7 +187,9 @@ def _compared(value: Any, base: Any, method: str, end: str) -> str:
 
 def in_paper_unit(num_bytes: Any) -> str:
     """Format a size in units of 1000 * 2^20 bytes."""
-    return NOTHING if is_null(num_bytes) else f"{num_bytes / GB_OF_THE_PAPER:.2f}"
+    if is_null(num_bytes):
+        return NOTHING
+    return ShownNumber(f"{num_bytes / GB_OF_THE_PAPER:.2f}", "bytes", num_bytes)
 
 
 def less(value: Any, base: Any) -> str:
@@ -165,6 +199,7 @@ def less(value: Any, base: Any) -> str:
     """
     if is_null(value) or is_null(base) or base in (0, value):
         return NOTHING
+    share = 1 - value / base
     if value > base:
-        return f"{value / base:.1f} times"
-    return format_percent(1 - value / base)
+        return ShownNumber(f"{value / base:.1f} times", "fraction", share)
+    return format_percent(share)

@@ -18,7 +18,14 @@ from typing import Any
 import pandas as pd
 from scipy.stats import t as student
 
-from meft_reports.format import NOTHING, format_difference, format_score, is_null
+from meft_reports.format import (
+    NOTHING,
+    ShownNumber,
+    format_count,
+    format_difference,
+    format_score,
+    is_null,
+)
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.methods import is_stored
 from meft_reports.summary import (
@@ -31,21 +38,35 @@ from meft_reports.summary import (
     split,
     spread,
 )
-from meft_reports.tables.table import Table, join_options, notes_on, notes_on_scores
+from meft_reports.tables.table import (
+    METHOD,
+    Heading,
+    Table,
+    join_options,
+    notes_on,
+    notes_on_scores,
+)
 
 TAIL = 0.975
 """Quantile of the upper end of an interval of 95 %."""
 MAY_DIFFER = ("learning_rate", "reference", "warmup_steps")
-HEADER = (
-    "method",
-    "less",
-    "seeds",
-    "score",
-    "less its score",
-    "difference",
-    "interval over seeds",
-    "interval over rows",
-    "rows",
+COLUMNS = (
+    METHOD,
+    Heading("less", "Method whose score is subtracted, with its options."),
+    Heading("seeds", "Number of seeds that both methods trained with."),
+    Heading("score", "Score of the method, the mean over these seeds."),
+    Heading("less its score", "Score of the method that is subtracted."),
+    Heading("difference", "Mean difference of the scores of equal seeds."),
+    Heading(
+        "interval over seeds",
+        "Interval of 95 % of the difference over seeds, by Student's t.",
+    ),
+    Heading(
+        "interval over rows",
+        "Interval of 95 % of the difference over evaluated rows, by the normal "
+        "distribution.",
+    ),
+    Heading("rows", "Number of evaluated rows."),
 )
 NOTES = (
     "Intervals of 95 %: over seeds by Student's t, which few seeds make wide; over the "
@@ -88,7 +109,7 @@ def make(frame: pd.DataFrame) -> list[Table]:
             tables.append(
                 Table(
                     title=f"Differences of scores · {describe(part, shown)}",
-                    header=HEADER,
+                    columns=COLUMNS,
                     rows=tuple(found),
                     num_text_columns=2,
                     notes=(*NOTES, *notes_on(part), *notes_on_scores(part)),
@@ -112,7 +133,7 @@ def _row(
     freedom = len(found.by_seed) - 1
     return (
         *names,
-        str(len(found.by_seed)),
+        format_count(len(found.by_seed)),
         *map(format_score, found.scores),
         format_difference(statistics.fmean(found.by_seed)),
         _interval(found.by_seed, float(student.ppf(TAIL, freedom))),
@@ -124,7 +145,7 @@ def _over_rows(by_row: Sequence[float] | None) -> tuple[str, str]:
     if by_row is None:
         return NOTHING, NOTHING
     quantile = statistics.NormalDist().inv_cdf(TAIL)
-    return _interval(by_row, quantile), f"{len(by_row):,}"
+    return _interval(by_row, quantile), format_count(len(by_row))
 
 
 def _are_alike(one: "pd.Series[Any]", other: "pd.Series[Any]") -> bool:
@@ -174,4 +195,6 @@ def _is_share(cell: "pd.Series[Any]") -> bool:
 def _interval(values: Sequence[float], quantile: float) -> str:
     half = quantile * (spread(values) or 0.0) / math.sqrt(len(values))
     mean = statistics.fmean(values)
-    return f"{format_difference(mean - half)} to {format_difference(mean + half)}"
+    low, high = mean - half, mean + half
+    text = f"{format_difference(low)} to {format_difference(high)}"
+    return ShownNumber(text, "", None, low=low, high=high)

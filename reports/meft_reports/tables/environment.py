@@ -6,10 +6,14 @@ import pandas as pd
 
 from meft_reports.format import format_fact
 from meft_reports.summary import split, with_torch_known
-from meft_reports.tables.table import Table
+from meft_reports.tables.table import Heading, Table
 
 NEEDS = "any cell"
 """What the records must hold for there to be a table."""
+COLUMNS = (
+    Heading("fact", "What is known about the machine, the code or a package."),
+    Heading("value", "Its value; of a package, the version."),
+)
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
@@ -35,7 +39,7 @@ def make(frame: pd.DataFrame) -> list[Table]:
         tables.append(
             Table(
                 title=f"Environment{place} ({cells})",
-                header=("fact", "value"),
+                columns=COLUMNS,
                 rows=tuple(rows),
                 num_text_columns=2,
             )

@@ -14,8 +14,38 @@ from meft_reports.summary import (
     split,
     worst,
 )
-from meft_reports.tables.table import Table, join_options
+from meft_reports.tables.table import (
+    METHOD,
+    NUM_CELLS,
+    WORKLOAD_NAME,
+    Heading,
+    Table,
+    join_options,
+)
 
+COLUMNS = (
+    METHOD,
+    WORKLOAD_NAME,
+    Heading("blocks", "Number of blocks of the model."),
+    Heading(
+        "worst reconstruction error",
+        "Largest relative error of the rebuilt streams, over blocks and cells.",
+    ),
+    Heading(
+        "worst gradient error",
+        "Largest relative error of a gradient against the twin that stores its "
+        "activations, over blocks and cells.",
+    ),
+    Heading(
+        "of the twin, run twice",
+        "Largest relative difference of the twin's gradients between two runs.",
+    ),
+    Heading(
+        "blocks with gradient error below 1 %",
+        "Number of blocks whose gradients are that close, of all blocks.",
+    ),
+    NUM_CELLS,
+)
 IGNORED = ("reference", "max_steps", "warmup_steps")
 """Options of timing, which have no effect on the error of an inverse."""
 
@@ -48,23 +78,13 @@ def make(frame: pd.DataFrame) -> list[Table]:
                     format_error(worst(same["gradient_error"])),
                     format_error(worst(same["repeat_error"])),
                     _blocks_kept(same["gradient_error"]),
-                    str(len(same)),
+                    format_count(len(same)),
                 )
             )
-    header = (
-        "method",
-        "workload",
-        "blocks",
-        "worst reconstruction error",
-        "worst gradient error",
-        "of the twin, run twice",
-        "blocks with gradient error below 1 %",
-        "cells",
-    )
     return [
         Table(
             title="Exactness of the rebuilt backward",
-            header=header,
+            columns=COLUMNS,
             rows=tuple(cells),
             num_text_columns=2,
             notes=(

@@ -8,10 +8,16 @@ import pandas as pd
 from meft_reports.format import format_seconds, format_text
 from meft_reports.searches import found_nothing
 from meft_reports.summary import by_method, has_random_weights
-from meft_reports.tables.table import Table
+from meft_reports.tables.table import Heading, Table
 
 NEEDS = "a cell that did not end well, or an ok cell with a message"
 """What the records must hold for there to be a table."""
+COLUMNS = (
+    Heading("cell", "Name of the cell."),
+    Heading("status", "How the cell ended."),
+    Heading("message", "Why it did not end well, or a remark on it."),
+    Heading("after", "Time from the start of its process to its end."),
+)
 
 
 def make(frame: pd.DataFrame) -> list[Table]:
@@ -48,7 +54,7 @@ def _table(title: str, cells: pd.DataFrame) -> list[Table]:
     return [
         Table(
             title=title,
-            header=("cell", "status", "message", "after"),
+            columns=COLUMNS,
             rows=rows,
             num_text_columns=3,
         )

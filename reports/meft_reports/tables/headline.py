@@ -7,15 +7,22 @@ import pandas as pd
 from meft_reports.format import NOTHING, format_bytes, format_error
 from meft_reports.headline import METHODS, NEEDS, find
 from meft_reports.summary import worst
-from meft_reports.tables.table import Table
+from meft_reports.tables.table import Heading, Table
 
-HEADER = (
-    "method",
-    "peak of a step",
-    "weights and optimizer state",
-    "activations",
-    "saved for backward",
-    "worst gradient error",
+COLUMNS = (
+    Heading("method", "Method of fine-tuning, in words."),
+    Heading("peak of a step", "Peak of allocated bytes in a step."),
+    Heading("weights and optimizer state", "Bytes allocated between two steps."),
+    Heading("activations", "Peak of a step minus weights and optimizer state."),
+    Heading(
+        "saved for backward",
+        "Bytes that the forward pass saves for the backward pass.",
+    ),
+    Heading(
+        "worst gradient error",
+        "Relative error of the gradients of the worst block, against the same method "
+        "with stored activations.",
+    ),
 )
 NOTES = (
     "Measured on the GPU; weights and input are random. Activations are what the peak "
@@ -38,7 +45,7 @@ def make(frame: pd.DataFrame) -> list[Table]:
     return [
         Table(
             title=f"What a step takes · {title}",
-            header=HEADER,
+            columns=COLUMNS,
             rows=tuple(
                 (words, *_row(cells[method])) for method, words in METHODS.items()
             ),

@@ -6,23 +6,43 @@ import pandas as pd
 
 from meft_reports.format import (
     NOTHING,
+    ShownNumber,
     format_bytes,
     format_seconds,
     is_null,
 )
 from meft_reports.longest import NEEDS, best_rival, find, words_of
-from meft_reports.tables.table import Table, notes_on
+from meft_reports.tables.table import METHOD, Heading, Table, notes_on
 
-HEADER = (
-    "method",
-    "longest sequence (tokens)",
-    "against the best rival on the device",
-    "against the best offloaded rival",
-    "over the link in a step",
-    "of it per token",
-    "against that rival",
-    "link at least",
-    "arithmetic and memory at least",
+COLUMNS = (
+    METHOD,
+    Heading(
+        "longest sequence (tokens)",
+        "Number of tokens of the longest sequence with which a step fits.",
+    ),
+    Heading(
+        "against the best rival on the device",
+        "Longest sequence divided by that of the best method without reversible blocks "
+        "that copies nothing to the host.",
+    ),
+    Heading(
+        "against the best offloaded rival",
+        "Longest sequence divided by that of the best method without reversible blocks "
+        "that keeps tensors on the host.",
+    ),
+    Heading(
+        "over the link in a step", "Bytes copied to and from the device in a step."
+    ),
+    Heading("of it per token", "These bytes divided by the tokens of the step."),
+    Heading(
+        "against that rival",
+        "Bytes per token divided by those of the best offloaded rival.",
+    ),
+    Heading("link at least", "Lower bound of the time of these copies in a step."),
+    Heading(
+        "arithmetic and memory at least",
+        "Lower bound of the time of the step's arithmetic and memory traffic.",
+    ),
 )
 NOTES = (
     "The longest sequence with which a step fits, one row per batch. Rivals are the "
@@ -40,7 +60,7 @@ def make(frame: pd.DataFrame) -> list[Table]:
     return [
         Table(
             title=f"Longest sequence · {title}",
-            header=HEADER,
+            columns=COLUMNS,
             rows=tuple(_row(cell, part) for _, cell in part.iterrows()),
             notes=(*NOTES, *_question(part), *notes_on(part)),
         )
@@ -56,7 +76,7 @@ def _question(part: pd.DataFrame) -> tuple[str, ...]:
 
 def _row(cell: "pd.Series[Any]", part: pd.DataFrame) -> tuple[str, ...]:
     if not cell["fits"]:
-        return (cell["name"], "none", *[NOTHING] * (len(HEADER) - 2))
+        return (cell["name"], "none", *[NOTHING] * (len(COLUMNS) - 2))
     on_device, offloaded = (best_rival(part, stays=stays) for stays in (True, False))
     moved, per_token = _per_token(cell)
     rival = None if offloaded is None else _per_token(offloaded)[1]
@@ -68,7 +88,7 @@ def _row(cell: "pd.Series[Any]", part: pd.DataFrame) -> tuple[str, ...]:
         _times(cell, offloaded),
         format_bytes(moved),
         NOTHING if is_small else format_bytes(per_token),
-        NOTHING if is_small or not rival else f"{per_token / rival:.2f}",
+        NOTHING if is_small or not rival else _quotient(per_token, rival),
         format_seconds(cell["link_seconds_at_least"]),
         format_seconds(cell["seconds_at_least"]),
     )
@@ -77,7 +97,11 @@ def _row(cell: "pd.Series[Any]", part: pd.DataFrame) -> tuple[str, ...]:
 def _times(cell: "pd.Series[Any]", rival: "pd.Series[Any] | None") -> str:
     if rival is None or cell["is_at_least"] or rival["is_at_least"]:
         return NOTHING
-    return f"{cell['seq_len'] / rival['seq_len']:.2f}"
+    return _quotient(cell["seq_len"], rival["seq_len"])
+
+
+def _quotient(one: Any, other: Any) -> str:
+    return ShownNumber(f"{one / other:.2f}", "", one / other)
 
 
 def _per_token(cell: "pd.Series[Any]") -> tuple[Any, Any]:

@@ -2,7 +2,13 @@
 
 import pandas as pd
 
-from meft_reports.format import NOTHING, format_bytes, format_seconds, is_null
+from meft_reports.format import (
+    NOTHING,
+    format_bytes,
+    format_seconds,
+    is_null,
+    with_words,
+)
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.summary import (
     OPTIONS,
@@ -13,7 +19,7 @@ from meft_reports.summary import (
     settings,
     split,
 )
-from meft_reports.tables.table import Table, join_options, notes_on
+from meft_reports.tables.table import METHOD, Heading, Table, join_options, notes_on
 
 MEMORY_TITLES = {
     "saved_bytes": "Saved for backward",
@@ -69,7 +75,13 @@ def _memory_table(part: pd.DataFrame, quantity: str, title: str) -> Table:
         )
     return Table(
         title=title,
-        header=("method", *shapes),
+        columns=(
+            METHOD,
+            *(
+                Heading(shape, f"{title}: steps of this shape, the mean over seeds.")
+                for shape in shapes
+            ),
+        ),
         rows=tuple(rows),
         notes=(
             "Of random input of exact shape, the mean where there are "
@@ -91,5 +103,5 @@ def _memory_cell(cells: pd.DataFrame | None, quantity: str) -> str:
     format = format_seconds if quantity == "step_seconds" else format_bytes
     values = cells.loc[cells["status"] == "ok", quantity].dropna()
     failed = cells.loc[cells["status"] != "ok", "status"].tolist()
-    mean = [format(float(values.mean()))] if len(values) else []
-    return ", ".join([*mean, *failed]) or NOTHING
+    mean = float(values.mean()) if len(values) else None
+    return with_words(format(mean), failed)

@@ -8,33 +8,50 @@ from typing import Any
 
 import pandas as pd
 
-from meft_reports.format import NOTHING, format_bytes, format_count, is_null
+from meft_reports.format import (
+    NOTHING,
+    format_bytes,
+    format_count,
+    format_share,
+    is_null,
+)
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.summary import OPTIONS, WORKLOAD, prepare
-from meft_reports.tables.table import Table, join_options
+from meft_reports.tables.table import (
+    METHOD,
+    WORKLOAD_NAME,
+    Heading,
+    Table,
+    join_options,
+)
 
 COMPARED = ("saved_bytes", "peak_allocated_bytes", "peak_reserved_bytes")
-HEADER = (
-    "method",
-    "workload",
-    "saved, measured",
-    "predicted",
-    "error",
-    "allocated, measured",
-    "predicted",
-    "error",
-    "reserved, measured",
-    "predicted",
-    "error",
-    "seed",
+
+
+def _both(name: str, quantity: str) -> tuple[Heading, ...]:
+    """Return columns of a quantity on the GPU, its prediction, and the error."""
+    return (
+        Heading(f"{name}, measured", f"{quantity}, measured on the GPU."),
+        Heading("predicted", f"{quantity}, predicted for that GPU."),
+        Heading("error", f"Relative error of the prediction of {quantity.lower()}."),
+    )
+
+
+COLUMNS = (
+    METHOD,
+    WORKLOAD_NAME,
+    *_both("saved", "Bytes saved for backward"),
+    *_both("allocated", "Peak of allocated bytes"),
+    *_both("reserved", "Peak of reserved bytes"),
+    Heading("seed", "Seed of the cell."),
 )
-SUMMARY_HEADER = (
-    "quantity",
-    "cells",
-    "median error",
-    "90 % of errors below",
-    "worst error",
-    "of",
+SUMMARY_COLUMNS = (
+    Heading("quantity", "What is predicted."),
+    Heading("cells", "Number of cells with a measurement and a prediction."),
+    Heading("median error", "Median of the relative errors without their sign."),
+    Heading("90 % of errors below", "90th percentile of them."),
+    Heading("worst error", "Relative error that is largest without its sign."),
+    Heading("of", "Cell with the worst error."),
 )
 NOTES = (
     "Measured by `torch.cuda`, predicted by fake tensors and a model of the caching "
@@ -69,7 +86,7 @@ def make(frame: pd.DataFrame) -> list[Table]:
             tables.append(
                 Table(
                     title=f"{title}: summary",
-                    header=SUMMARY_HEADER,
+                    columns=SUMMARY_COLUMNS,
                     rows=tuple(_summary(part)),
                     num_text_columns=1,
                     notes=SUMMARY_NOTES,
@@ -78,7 +95,7 @@ def make(frame: pd.DataFrame) -> list[Table]:
             tables.append(
                 Table(
                     title=title,
-                    header=HEADER,
+                    columns=COLUMNS,
                     rows=tuple(found),
                     num_text_columns=2,
                     notes=NOTES,
@@ -104,9 +121,9 @@ def _summary(part: pd.DataFrame) -> Iterator[tuple[str, ...]]:
         yield (
             quantity.removesuffix("_bytes").replace("_", " "),
             format_count(len(errors)),
-            f"{100 * sizes.median():.3f} %",
-            f"{100 * sizes.quantile(0.9):.2f} %",
-            f"{100 * errors[worst]:+.2f} %",
+            format_share(float(sizes.median()), ".3f"),
+            format_share(float(sizes.quantile(0.9)), ".2f"),
+            format_share(errors[worst], "+.2f"),
             f"{row['method']}, {describe(measured.loc[[worst]], SHOWN)}"
             if errors[worst]
             else NOTHING,
@@ -156,5 +173,5 @@ def _compared(
         one, other = measured[name], predicted[name]
         cells += [format_bytes(one), format_bytes(other)]
         known = _are_known(one, other)
-        cells.append(f"{100 * (other / one - 1):+.2f} %" if known else NOTHING)
+        cells.append(format_share(other / one - 1, "+.2f") if known else NOTHING)
     return tuple(cells)

@@ -13,11 +13,13 @@ import pandas as pd
 
 from meft_reports.format import (
     NOTHING,
+    ShownNumber,
     format_bytes,
     format_count,
     format_error,
     format_ratio,
     is_null,
+    with_words,
 )
 from meft_reports.labels import (
     describe,
@@ -35,26 +37,41 @@ from meft_reports.summary import (
     split,
     worst,
 )
-from meft_reports.tables.table import Table, join_options, notes_on
+from meft_reports.tables.table import (
+    METHOD,
+    NUM_CELLS,
+    Heading,
+    Table,
+    join_options,
+    notes_on,
+)
 
 IGNORED = ("lost_bits", "reference", "max_steps", "warmup_steps")
 """Options shown in columns, and the number of timed steps.
 
 The number of steps has no effect on bytes.
 """
-HEADER = (
-    "method",
-    "blocks",
-    "k",
-    "saved for backward",
-    "the reference saves",
-    "saved ratio",
-    "peak activation",
-    "the reference's peak",
-    "peak ratio",
-    "step ratio, median (IQR)",
-    "worst gradient error",
-    "cells",
+COLUMNS = (
+    METHOD,
+    Heading("blocks", "Number of blocks of the model."),
+    Heading("k", "Bits of the small scale 2^-k of the exact arithmetic."),
+    Heading("saved for backward", "Bytes that the method saves for backward."),
+    Heading("the reference saves", "Bytes that the reference saves for backward."),
+    Heading("saved ratio", "The method's saved bytes divided by the reference's."),
+    Heading("peak activation", "Peak of the method's step above its model state."),
+    Heading("the reference's peak", "Peak of the reference's step, likewise."),
+    Heading("peak ratio", "The method's peak divided by the reference's."),
+    Heading(
+        "step ratio, median (IQR)",
+        "Time of a step of the method divided by one of the reference, which were "
+        "timed interleaved in one process.",
+    ),
+    Heading(
+        "worst gradient error",
+        "Largest relative error of a gradient against the twin that stores its "
+        "activations.",
+    ),
+    NUM_CELLS,
 )
 NOTES = (
     f"The reference is {REFERENCE} with bottlenecks of the same width. Bytes are "
@@ -117,7 +134,7 @@ def _ratios_table(part: pd.DataFrame, workload: str) -> Table:
         workload += f" · {weights} weights"
     return Table(
         title=f"Against {_kept_in(part)} checkpoints of {REFERENCE} · {workload}",
-        header=HEADER,
+        columns=COLUMNS,
         rows=tuple(rows),
         notes=(*NOTES, _checkpoint_note(part), *notes_on(part)),
     )
@@ -134,7 +151,7 @@ def _row(cells: pd.DataFrame, reference: pd.DataFrame) -> tuple[str, ...]:
         *texts,
         _step_ratio(ok[ok["reference"] == REFERENCE]),
         format_error(worst(ok["gradient_error"])),
-        str(len(cells)),
+        format_count(len(cells)),
     )
 
 
@@ -145,14 +162,15 @@ def _mean(cells: pd.DataFrame, quantity: str) -> float | None:
 
 def _bytes(mean: float | None, cells: pd.DataFrame) -> str:
     failed: list[Any] = cells.loc[cells["status"] != "ok", "status"].tolist()
-    return ", ".join([format_bytes(mean)] * (mean is not None) + failed) or NOTHING
+    return with_words(format_bytes(mean), failed)
 
 
 def _step_ratio(cells: pd.DataFrame) -> str:
     ratio, iqr = cells["step_ratio"].mean(), cells["step_ratio_iqr"].mean()
     if is_null(ratio):
         return NOTHING
-    return f"{format_ratio(ratio)} ({format_ratio(iqr)})"
+    text = f"{format_ratio(ratio)} ({format_ratio(iqr)})"
+    return ShownNumber(text, "", ratio, IQR=iqr)
 
 
 def _kept_in(part: pd.DataFrame) -> str:

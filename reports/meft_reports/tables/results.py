@@ -1,12 +1,14 @@
 """Results: score, memory and time of each method on each real task."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pandas as pd
 
 from meft_reports.format import (
     NOTHING,
+    ShownNumber,
     format_bytes_spread,
     format_count,
     format_mean,
@@ -26,8 +28,23 @@ from meft_reports.summary import (
     split,
     summarise,
 )
-from meft_reports.tables.table import Table, join_options, notes_on, notes_on_scores
+from meft_reports.tables.table import (
+    METHOD,
+    Heading,
+    Table,
+    join_options,
+    notes_on,
+    notes_on_scores,
+)
 
+SIZES = {
+    "saved for backward": ("saved_bytes", "Bytes that forward saves for backward"),
+    "peak allocated": ("peak_allocated_bytes", "Peak of allocated bytes in a step"),
+    "peak reserved": ("peak_reserved_bytes", "Peak of reserved bytes in a step"),
+    "model state": ("model_state_bytes", "Bytes of weights and optimizer state"),
+    "host peak": ("peak_host_bytes", "Peak of the process in host memory"),
+}
+"""Columns of bytes by name: the column of the frame, and its meaning."""
 NEEDS = (
     "cells of a task other than synthetic and synthetic-lm, with more than one step "
     "and without a `reference`"
@@ -77,29 +94,40 @@ def _results_table(
     part: pd.DataFrame, title: str, metric: Any, second_metric: Any, third_metric: Any
 ) -> Table:
     part = by_method(part)
-    header: dict[str, Callable[[Any], str]] = {
-        "method": lambda row: join_options(row["method"], option_label(row, part)),
-        "seeds": _seeds,
-        f"score ({format_text(metric)})": lambda row: _score(row, "score"),
-        "majority class": lambda row: format_score(row["majority_score"]),
+    columns: dict[Heading, Callable[[Any], str]] = {
+        METHOD: lambda row: join_options(row["method"], option_label(row, part)),
+        Heading("seeds", "Number of seeds, of all if some failed."): _seeds,
+        Heading(
+            f"score ({format_text(metric)})", "Score of the task, the mean over seeds."
+        ): lambda row: _score(row, "score"),
+        Heading(
+            "majority class", "Score of always answering the most frequent label."
+        ): lambda row: format_score(row["majority_score"]),
         **_further(second_metric, "second_"),
         **_further(third_metric, "third_"),
-        "trainable": lambda row: format_count(row["num_trainable_parameters"]),
-        "share": lambda row: format_percent(row["trainable_fraction"]),
-        "saved for backward": lambda row: _bytes(row, "saved_bytes"),
-        "peak allocated": lambda row: _bytes(row, "peak_allocated_bytes"),
-        "peak reserved": lambda row: _bytes(row, "peak_reserved_bytes"),
-        "model state": lambda row: _bytes(row, "model_state_bytes"),
-        "host peak": lambda row: _bytes(row, "peak_host_bytes"),
-        "step, median (IQR)": _step,
+        Heading("trainable", "Number of trained parameters."): lambda row: format_count(
+            row["num_trainable_parameters"]
+        ),
+        Heading(
+            "share", "Share of trained parameters of all parameters."
+        ): lambda row: format_percent(row["trainable_fraction"]),
+        **{
+            Heading(name, f"{meaning}, the mean over seeds."): partial(
+                _bytes, name=column
+            )
+            for name, (column, meaning) in SIZES.items()
+            # Reserved bytes are measured on a GPU only.
+            if name != "peak reserved" or part[column].notna().any()
+        },
+        Heading(
+            "step, median (IQR)", "Median time of a step, the mean over seeds."
+        ): _step,
     }
-    if part["peak_reserved_bytes"].isna().all():  # only measured on a GPU
-        del header["peak reserved"]
     return Table(
         title=title,
-        header=tuple(header),
+        columns=tuple(columns),
         rows=tuple(
-            tuple(cell(row) for cell in header.values()) for _, row in part.iterrows()
+            tuple(cell(row) for cell in columns.values()) for _, row in part.iterrows()
         ),
         notes=(
             "All numbers are measured. Mean over seeds ± sample standard deviation.",
@@ -109,23 +137,27 @@ def _results_table(
     )
 
 
-def _further(metric: Any, rank: str) -> dict[str, Callable[[Any], str]]:
+def _further(metric: Any, rank: str) -> dict[Heading, Callable[[Any], str]]:
     """Return columns of the metric's second or third value; empty if it has none."""
     if is_null(metric):
         return {}
     return {
-        f"score ({format_text(metric)})": lambda row: _score(row, f"{rank}score"),
-        f"majority class ({format_text(metric)})": lambda row: format_score(
-            row[f"{rank}majority_score"]
-        ),
+        Heading(
+            f"score ({format_text(metric)})",
+            "Further value of the task's metric, the mean over seeds.",
+        ): lambda row: _score(row, f"{rank}score"),
+        Heading(
+            f"majority class ({format_text(metric)})",
+            "That value for always answering the most frequent label.",
+        ): lambda row: format_score(row[f"{rank}majority_score"]),
     }
 
 
 def _seeds(row: "pd.Series[Any]") -> str:
-    total = row["num_seeds"] + row["num_failed"]
-    if not row["num_failed"]:
-        return str(total)
-    return f"{row['num_seeds']} of {total} ({row['num_failed']} failed)"
+    ok, failed = row["num_seeds"], row["num_failed"]
+    if not failed:
+        return format_count(ok)
+    return ShownNumber(f"{ok} of {ok + failed} ({failed} failed)", "count", ok)
 
 
 def _score(row: "pd.Series[Any]", name: str) -> str:
@@ -140,4 +172,7 @@ def _step(row: "pd.Series[Any]") -> str:
     if is_null(row["step_seconds"]):
         return NOTHING
     iqr = format_seconds(row["step_seconds_iqr"])
-    return f"{format_seconds(row['step_seconds'])} ({iqr})"
+    text = f"{format_seconds(row['step_seconds'])} ({iqr})"
+    return ShownNumber(
+        text, "seconds", row["step_seconds"], IQR=row["step_seconds_iqr"]
+    )

@@ -6,29 +6,33 @@ import pandas as pd
 
 from meft_reports.format import NOTHING, format_bytes, is_null
 from meft_reports.tables.activations import (
+    ACTIVATIONS,
     BASES,
     EXACT,
+    IN_PAPER_UNIT,
     NOTES,
+    SAVED,
     bases_of,
     ends_of,
     in_paper_unit,
     less,
+    less_than,
     workloads,
 )
-from meft_reports.tables.table import Table, notes_on
+from meft_reports.tables.table import WORKLOAD_NAME, Table, notes_on
 
 NEEDS = (
     f"{EXACT} and at least one of {', '.join(BASES)} on one workload of the task "
     "synthetic or synthetic-lm, without a `reference`"
 )
 """What the records must hold for there to be a table."""
-HEADER = (
-    "workload",
-    "activations",
-    "in the paper's GB",
-    *(f"less than {base}" for base in BASES),
-    "saved for backward",
-    *(f"less than {base}" for base in BASES),
+COLUMNS = (
+    WORKLOAD_NAME,
+    ACTIVATIONS,
+    IN_PAPER_UNIT,
+    *less_than("activations"),
+    SAVED,
+    *less_than("bytes saved for backward"),
 )
 
 
@@ -44,13 +48,13 @@ def make(frame: pd.DataFrame) -> list[Table]:
     rows = tuple((workload, *_row(part)) for workload, part in parts)
     notes = notes_on(pd.concat([part for _, part in parts]))
     title = f"What {EXACT} saves"
-    return [Table(title=title, header=HEADER, rows=rows, notes=(*NOTES, *notes))]
+    return [Table(title=title, columns=COLUMNS, rows=rows, notes=(*NOTES, *notes))]
 
 
 def _row(part: pd.DataFrame) -> tuple[str, ...]:
     ends, bases = ends_of(part), bases_of(part)
     if ends[EXACT] != "ok":
-        return (ends[EXACT], *[NOTHING] * (len(HEADER) - 2))
+        return (ends[EXACT], *[NOTHING] * (len(COLUMNS) - 2))
     own = part[part["method"] == EXACT]
     cells: list[str] = []
     for name in ("peak_activation_bytes", "saved_bytes"):

@@ -12,7 +12,7 @@ from meft_reports.labels import describe, fields_to_show
 from meft_reports.methods import is_exact
 from meft_reports.style import method_order
 from meft_reports.summary import split
-from meft_reports.tables.table import Table, notes_on
+from meft_reports.tables.table import METHOD, Heading, Table, notes_on
 
 NEEDS = "ok cells of a MEFT method that measured `start_deviation`"
 """What the records must hold for there to be a table."""
@@ -40,7 +40,12 @@ def _start_table(part: pd.DataFrame, workload: str) -> Table:
         rows.append((key["method"], format_count(key["num_blocks"]), *cells))
     return Table(
         title=f"Deviation at the start · {workload}",
-        header=("method", "blocks", "the paper's scales", *(f"k={k}" for k in every_k)),
+        columns=(
+            METHOD,
+            Heading("blocks", "Number of blocks of the model."),
+            Heading("the paper's scales", "Deviation with the scales of the paper."),
+            *(Heading(f"k={k}", f"Deviation with a scale of 2^-{k}.") for k in every_k),
+        ),
         rows=tuple(sorted(rows, key=lambda row: method_order(row[0]))),
         notes=(
             "Relative deviation of the last hidden state from the backbone's, before "

@@ -1,20 +1,44 @@
 """A table as data; text that several tables share."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pandas as pd
 
 
+class Heading(NamedTuple):
+    """The name of a column, and what its cells are."""
+
+    name: str
+    meaning: str
+    """A sentence, for formats whose columns can have a description."""
+
+
+METHOD = Heading(
+    "method", "Method of fine-tuning, with the options that distinguish its row."
+)
+WORKLOAD_NAME = Heading("workload", "What the cells of the row have in common.")
+NUM_CELLS = Heading("cells", "Number of cells of the row.")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """A title, a header, rows of text, and notes for the reader."""
+    """A title, columns, rows of text, and notes for the reader.
+
+    A cell with a number is a `meft_reports.format.ShownNumber`, which keeps it.
+    """
 
     title: str
-    header: tuple[str, ...]
+    columns: tuple[Heading, ...]
     rows: tuple[tuple[str, ...], ...]
     num_text_columns: int = 1
     """Number of columns from the left that hold text; the others hold numbers."""
     notes: tuple[str, ...] = ()
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        """The names of the columns."""
+        return tuple(column.name for column in self.columns)
 
 
 def join_options(name: str, options: str) -> str:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from meft_reports.format import (
     NOTHING,
+    ShownNumber,
     format_bytes,
     format_count,
     format_percent,
@@ -28,23 +29,43 @@ from meft_reports.summary import (
     settings,
     split,
 )
-from meft_reports.tables.table import Table, join_options, notes_on
+from meft_reports.tables.table import (
+    METHOD,
+    NUM_CELLS,
+    Heading,
+    Table,
+    join_options,
+    notes_on,
+)
 
 IN_COLUMNS = ("num_neurons", "accumulation", "reference", "max_steps", "warmup_steps")
-HEADER = (
-    "method",
-    "neurons",
-    "batches a step",
-    "up",
-    "down",
-    "moved / paper's",
-    "moved / dense offload's",
-    "found on the device",
-    "share active in a batch, mean (least to most of a block)",
-    "slots on the device",
-    "store on the host",
-    "step ratio, median (IQR)",
-    "cells",
+COLUMNS = (
+    METHOD,
+    Heading("neurons", "Number of neurons of the adapter of a block."),
+    Heading("batches a step", "Number of micro-batches of an optimizer step."),
+    Heading("up", "Bytes from host to device in an optimizer step."),
+    Heading("down", "Bytes from device to host in an optimizer step."),
+    Heading("moved / paper's", "Bytes moved divided by the paper's accounting."),
+    Heading(
+        "moved / dense offload's",
+        "Bytes moved divided by those of an offloaded dense adapter.",
+    ),
+    Heading(
+        "found on the device",
+        "Share of the active rows that were on the device already.",
+    ),
+    Heading(
+        "share active in a batch, mean (least to most of a block)",
+        "Share of a block's neurons that a batch activates, the mean over blocks.",
+    ),
+    Heading("slots on the device", "Bytes of rows on the device."),
+    Heading("store on the host", "Bytes of rows in host memory."),
+    Heading(
+        "step ratio, median (IQR)",
+        "Time of a step divided by one of the reference, which were timed interleaved "
+        "in one process.",
+    ),
+    NUM_CELLS,
 )
 NOTES = (
     "Up is host to device, down is device to host, all blocks, one optimizer step in "
@@ -84,7 +105,7 @@ def _table(part: pd.DataFrame, workload: str) -> Table:
             rows.append((name, *map(format_count, key.values()), *_row(cells)))
     return Table(
         title=f"Rows of sparse adapters · {workload}",
-        header=HEADER,
+        columns=COLUMNS,
         rows=tuple(rows),
         notes=(*NOTES, *notes_on(part)),
     )
@@ -102,7 +123,7 @@ def _row(cells: pd.DataFrame) -> tuple[str, ...]:
         _bytes(cells["row_device_bytes"].mean()),
         _bytes(cells["row_store_bytes"].mean()),
         _step_ratio(cells),
-        str(len(cells)),
+        format_count(len(cells)),
     )
 
 
@@ -111,8 +132,10 @@ def _shares(lists: "pd.Series[Any]") -> str:
     if lists.empty:
         return NOTHING
     blocks = mean_list(lists)
-    low, high = format_percent(min(blocks)), format_percent(max(blocks))
-    return f"{format_percent(statistics.fmean(blocks))} ({low} to {high})"
+    mean, low, high = statistics.fmean(blocks), min(blocks), max(blocks)
+    ends = f"{format_percent(low)} to {format_percent(high)}"
+    text = f"{format_percent(mean)} ({ends})"
+    return ShownNumber(text, "fraction", mean, low=low, high=high)
 
 
 def _step_ratio(cells: pd.DataFrame) -> str:
@@ -120,7 +143,8 @@ def _step_ratio(cells: pd.DataFrame) -> str:
     if is_null(ratio):
         return NOTHING
     reference = ", ".join(sorted(cells["reference"].unique()))
-    return f"{format_ratio(ratio)} ({format_ratio(iqr)}) of {reference}"
+    text = f"{format_ratio(ratio)} ({format_ratio(iqr)}) of {reference}"
+    return ShownNumber(text, "", ratio, IQR=iqr)
 
 
 def _none(value: Any) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from meft_reports.format import NOTHING, format_mean, is_null
+from meft_reports.format import NOTHING, format_count, format_mean, format_part, is_null
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.methods import is_meft, is_stored, rebuilt
 from meft_reports.summary import (
@@ -23,18 +23,34 @@ from meft_reports.summary import (
     split,
     spread,
 )
-from meft_reports.tables.table import Table, join_options, notes_on
+from meft_reports.tables.table import (
+    METHOD,
+    WORKLOAD_NAME,
+    Heading,
+    Table,
+    join_options,
+    notes_on,
+)
 
 MAY_DIFFER = ("reversible_blocks", "side_buffer", "reference")
 PLACE = (*WORKLOAD, *PROVENANCE)
-HEADER = (
-    "method",
-    "workload",
-    "runs equal in every step",
-    "losses equal in every digit",
-    "first step that differs",
-    "score, rebuilt",
-    "score, stored",
+COLUMNS = (
+    METHOD,
+    WORKLOAD_NAME,
+    Heading(
+        "runs equal in every step",
+        "Number of runs whose losses are those of the twin, of all runs.",
+    ),
+    Heading(
+        "losses equal in every digit",
+        "Number of losses that are equal to those of the twin, of all losses.",
+    ),
+    Heading(
+        "first step that differs",
+        "Earliest step with a loss that differs, counted from 1.",
+    ),
+    Heading("score, rebuilt", "Score of the method, the mean over seeds."),
+    Heading("score, stored", "Score of its stored twin, the mean over seeds."),
 )
 NOTES = (
     "Training loss, step by step, against the same cell with `-store`: the same "
@@ -82,7 +98,7 @@ def make(frame: pd.DataFrame) -> list[Table]:
     return [
         Table(
             title="Rebuilt against stored: training losses of the plain twins",
-            header=HEADER,
+            columns=COLUMNS,
             rows=tuple(
                 (
                     join_options(setting["method"].iloc[0], options),
@@ -142,9 +158,9 @@ def _row(pairs: list[Pair]) -> tuple[str, ...]:
     compared = sum(pair.num_compared for pair in pairs)
     steps = [p.first_difference for p in pairs if p.first_difference is not None]
     return (
-        f"{whole} of {len(pairs)}",
-        f"{equal:,} of {compared:,}",
-        f"{min(steps):,}" if steps else NOTHING,
+        format_part(whole, len(pairs)),
+        format_part(equal, compared),
+        format_count(min(steps)) if steps else NOTHING,
         _score([pair.score for pair in pairs]),
         _score([pair.twin_score for pair in pairs]),
     )
