@@ -3,6 +3,8 @@
 Records are ordered by their start time; those of the same second by their position, in
 the order of the files and of the lines of a file.
 
+    cell             a record's `cell_id`; of an answer of a search, also its options,
+                     as searches with other options may have the same answer
     newest code      the `code_sha256` of the last record of all
     code of a cell   the newest code if the cell ran with it, else the code of the
                      cell's last record
@@ -13,9 +15,12 @@ A failure therefore counts until the cell ends well with the same code on the sa
 machine, and no ok record of older code replaces it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
+
+from meft_reports.searches import SEARCHES, options_in_words, search_of
 
 FAILED = ("oom", "timeout", "killed", "error")
 
@@ -37,19 +42,38 @@ def newest_code(ordered: Sequence[Record]) -> str:
     return code_of(ordered[-1])
 
 
-def counting(ordered: Sequence[Record]) -> dict[str, Record]:
-    """Return the record that counts of every cell, by `cell_id`.
+def counting(ordered: Sequence[Record]) -> list[Record]:
+    """Return the record that counts of every cell, sorted by `cell_id`.
+
+    Answers of several searches that are the same cell have the options of their search
+    at the end of their `cell_id`.
 
     Args:
         ordered: all records of a run, `in_order`.
     """
-    by_cell: dict[str, list[Record]] = {}
+    by_cell: dict[tuple[str, str], list[Record]] = {}
     for record in ordered:
-        by_cell.setdefault(record["cell_id"], []).append(record)
-    return {
-        cell_id: _counting(records, newest_code(ordered))
-        for cell_id, records in by_cell.items()
-    }
+        key = record["cell_id"], search_of(record["sweep"], record.get("sweep_caveats"))
+        by_cell.setdefault(key, []).append(record)
+    newest = newest_code(ordered)
+    found = [_counting(by_cell[key], newest) for key in sorted(by_cell)]
+    names = Counter(record["cell_id"] for record in found)
+    options = options_in_words(
+        record["sweep_caveats"] or ""
+        for record in found
+        if record["sweep"] in SEARCHES and names[record["cell_id"]] > 1
+    )
+    return [
+        record
+        if names[record["cell_id"]] == 1 or record["sweep"] not in SEARCHES
+        else record | {"cell_id": _named(record, options)}
+        for record in found
+    ]
+
+
+def _named(record: Record, options: Mapping[str, str]) -> str:
+    words = options[record["sweep_caveats"] or ""]
+    return "/".join(filter(None, (record["cell_id"], record["sweep"], words)))
 
 
 def _counting(records: Sequence[Record], newest: str) -> Record:

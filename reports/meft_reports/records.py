@@ -42,8 +42,8 @@ def read_records(
     found = read_all(paths)
     ordered = in_order(found if commit is None else _of_commit(found, commit))
     winners, newest = counting(ordered), newest_code(ordered)
-    _note_left_out(ordered, list(winners.values()), newest)
-    return [winners[cell_id] for cell_id in sorted(winners)], newest
+    _note_left_out(ordered, winners, newest)
+    return winners, newest
 
 
 def _of_commit(records: Sequence[Record], commit: str) -> list[Record]:

@@ -13,6 +13,7 @@ import pandas as pd
 from meft_reports.columns import CELL_FIELDS
 from meft_reports.columns.measurement import OLD_SCORE_NAMES
 from meft_reports.methods import is_sparse, uses
+from meft_reports.searches import search_of
 from meft_reports.style import method_order
 
 WORKLOAD = (
@@ -167,7 +168,11 @@ def prepare(frame: pd.DataFrame) -> pd.DataFrame:
         idle = [not uses(method, name) for method in rows["method"]]
         rows[name] = rows[name].mask(pd.Series(idle, index=rows.index, dtype=bool))
     first_ok = rows["status"].ne("ok").sort_values(kind="stable").index
-    same = rows.loc[first_ok].duplicated([*GROUP, "seed"])
+    # Searches with other options may have the same answer.
+    pairs = zip(rows["sweep"], rows["sweep_caveats"].fillna(""), strict=True)
+    search = pd.Series([search_of(*pair) for pair in pairs], rows.index, dtype=object)
+    numbered = rows.assign(search=search).loc[first_ok]
+    same = numbered.duplicated([*GROUP, "search", "seed"])
     return rows.loc[~same.reindex(rows.index)]
 
 

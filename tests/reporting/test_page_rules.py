@@ -12,6 +12,7 @@ from meft_reports.page.intervals import holm, over_rows, over_seeds
 from meft_reports.page.oom import at_least_bytes
 from meft_reports.page.pairs import pairs_of
 from meft_reports.page.score_answers import front_of
+from meft_reports.page.searches import searches_of
 from meft_reports.page.settings import Setting, settings_of
 from meft_reports.tables import find_tables
 from reporting.conftest import MIB, build_all, build_knowledge
@@ -27,7 +28,8 @@ def settings_from(records: list[Record]) -> list[Setting]:
 
 def answers(records: list[Record]) -> str:
     settings = settings_from(records)
-    found = answers_of(settings, pairs_of(settings))
+    searches = searches_of(to_frame(records))
+    found = answers_of(settings, pairs_of(settings), searches)
     return " ".join(as_text(str(sentence)) for sentence in found)
 
 
@@ -88,7 +90,7 @@ def test_numbers_of_two_places_are_never_compared(make_record: MakeRecord) -> No
     """Two versions of the code give two workloads, and no sentence compares them."""
     records = memory_run(make_record, {"full": 100})
     records += memory_run(make_record, {"meft1-exact": 25}, code_sha256="cc" * 32)
-    (only,) = answers_of(settings_from(records), [])
+    (only,) = answers_of(settings_from(records), [], [])
     assert only.startswith("Every setting would fit in a GPU")
     assert "2 versions of the code" in caveats(records)
 

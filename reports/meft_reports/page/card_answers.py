@@ -18,7 +18,6 @@ from meft_reports.format import format_bytes
 from meft_reports.methods import REFERENCE, is_exact, is_stored
 from meft_reports.page.cells import is_assumed, is_predicted, is_untrained
 from meft_reports.page.settings import Setting
-from meft_reports.searches import LONGEST, is_at_least
 from meft_reports.summary import WORKLOAD
 
 CARD = "24 GB"
@@ -37,9 +36,6 @@ class _Peak(NamedTuple):
 
 def fits_card(settings: Sequence[Setting]) -> list[Markup]:
     """Say how many workloads fit by which method, and which is the largest."""
-    searched = [s for s in settings if s.cells[0]["sweep"] == LONGEST]
-    if searched:
-        return _longest(searched)
     peaks = _peaks(settings)
     known = [peak for its in peaks.values() for peak in its.values()]
     if not known:
@@ -83,35 +79,6 @@ def fits_card(settings: Sequence[Setting]) -> list[Markup]:
             _title(largest),
             _code(largest),
             _size(largest),
-        )
-    ]
-
-
-def _longest(settings: Sequence[Setting]) -> list[Markup]:
-    """Say what the longest sequence is that a search has found to fit."""
-    peaks = [(_peak(setting), setting) for setting in settings]
-    fitting = [s for peak, s in peaks if peak is not None and peak.fits]
-    if not fitting:
-        return [
-            Markup("No sequence of this search would fit in a GPU of {}.").format(CARD)
-        ]
-    longest = max(setting.cells[0]["seq_len"] for setting in fitting)
-    best = [s for s in fitting if s.cells[0]["seq_len"] == longest]
-    names = Markup(", ").join(
-        Markup("<code>{}</code> on {}").format(s.name, s.cells[0]["backbone"])
-        for s in best
-    )
-    ending = ("sweep", "status", "message")
-    limit = any(is_at_least(*(s.cells[0][n] for n in ending)) for s in best)
-    return [
-        Markup(
-            "The longest sequence of this search that would fit in a GPU of <b>{}</b> "
-            "has {} tokens: {}.{}"
-        ).format(
-            CARD,
-            f"{longest:,}",
-            names,
-            " The positions of the model limit it, not memory." if limit else "",
         )
     ]
 

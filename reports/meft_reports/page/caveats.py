@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meft_reports.columns.cell import STATUSES
-from meft_reports.page.cells import Cell, is_assumed, is_predicted, is_trained
+from meft_reports.page.cells import (
+    Cell,
+    is_answer,
+    is_assumed,
+    is_predicted,
+    is_trained,
+)
 from meft_reports.page.settings import Setting
 from meft_reports.searches import found_nothing, is_at_least
 from meft_reports.text import plural
@@ -47,6 +53,7 @@ def caveats_of(cells: Sequence[Cell], settings: Sequence[Setting]) -> list[Cavea
     """
     found = [
         *_of_sweeps(cells),
+        _of_searches(cells),
         _predicted(cells),
         _random_weights(cells),
         _assumed(cells),
@@ -78,21 +85,47 @@ def _of_sweeps(cells: Sequence[Cell]) -> list[Caveat]:
     found: dict[str, list[int]] = {}
     for index, cell in enumerate(cells):
         for line in (cell["sweep_caveats"] or "").splitlines():
-            if line.strip():
+            if line.strip() and not is_answer(cell):
                 found.setdefault(line.strip(), []).append(index)
     caveats = []
     for line, its in found.items():
         sweeps = ", ".join(sorted({cells[index]["sweep"] for index in its}))
-        title = line if len(line) <= TITLE_LENGTH else f"{line[: TITLE_LENGTH - 3]}..."
+        title = _shortened(line)
         rest = "" if title == line else f"{line} "
         text = f"{rest}So says the sweep {sweeps}, of {plural(len(its), 'cell')}."
         caveats.append(Caveat(title=title, text=text, cells=its))
     return caveats
 
 
+def _shortened(line: str) -> str:
+    """Return a line of at most `TITLE_LENGTH` characters, cut between words."""
+    if len(line) <= TITLE_LENGTH:
+        return line
+    return f"{line[: TITLE_LENGTH - 3].rpartition(' ')[0].rstrip(',;:')}..."
+
+
+def _of_searches(cells: Sequence[Cell]) -> Caveat:
+    """How `fit` searched; the options of several searches are in one text."""
+    found = _where(cells, is_answer)
+    asked = sorted({cells[i]["sweep_caveats"] or "" for i in found} - {""})
+    several = f" with {plural(len(asked), 'set')} of options" if len(asked) > 1 else ""
+    return Caveat(
+        title=f"Answers of searches by fit{several}: {plural(len(found), 'cell')}",
+        text=f"No cell has run; each is the largest that would fit. {' '.join(asked)}",
+        cells=found,
+    )
+
+
 def _predicted(cells: Sequence[Cell]) -> Caveat:
     found = _where(cells, is_predicted)
-    ways = sorted({cells[i]["prediction"] for i in found if cells[i]["prediction"]})
+    # Ways of several cells share most of their clauses.
+    ways = list(
+        dict.fromkeys(
+            clause
+            for way in sorted({cells[i]["prediction"] or "" for i in found} - {""})
+            for clause in way.split("; ")
+        )
+    )
     return Caveat(
         title=f"{len(found):,} of {plural(len(cells), 'cell')} predicted, not measured",
         text="Nothing ran on a GPU. How the numbers came about: "

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from meft_reports.columns import COLUMNS
+from meft_reports.searches import FIELDS, SEARCHES, options_in_words
 from meft_reports.summary import FLAGS, prepare
 
 Cell = dict[str, Any]
@@ -27,6 +28,8 @@ FACTS = (
 )
 """Columns that sentences on single cells need."""
 
+LARGEST = "largest"
+"""Value of the field that a search has maximized."""
 UNTRAINED_RATE = 1e-9
 """A cell with a smaller learning rate measures its method's starting point."""
 
@@ -49,14 +52,28 @@ def comparable_cells(frame: pd.DataFrame) -> list[Cell]:
     """Return the cells in the form that comparisons require, as `prepare` defines it.
 
     `index` is the position of the cell in `all_cells`. An option that the cell's method
-    does not use is None.
+    does not use is None. The value that a search has found is `LARGEST`, because it is
+    the answer and no property of the workload; `search` has the options of the search.
     """
     rows = prepare(frame.reset_index(drop=True))
     names = [c.name for c in COLUMNS if c.section != "versions" or c.key == "torch"]
     cells = _rows(rows, [*names, *FLAGS])
+    options = options_in_words(
+        cell["sweep_caveats"] or "" for cell in cells if cell["sweep"] in SEARCHES
+    )
     for cell, index in zip(cells, rows.index, strict=True):
         cell["index"] = int(index)
+        cell["search"] = ""
+        if is_answer(cell):
+            cell[FIELDS[cell["sweep"]]] = LARGEST
+            asked = options[cell["sweep_caveats"] or ""]
+            cell["search"] = f"{cell['sweep']} {asked}".strip()
     return cells
+
+
+def is_answer(cell: Cell) -> bool:
+    """Return whether the cell is the answer of a search, with the value that fits."""
+    return cell["sweep"] in SEARCHES
 
 
 def is_trained(cell: Cell) -> bool:

@@ -18,6 +18,7 @@ from meft_reports.page.pairs import PairedDifference
 from meft_reports.page.payload import encode, encode_columns
 from meft_reports.page.predictions import prediction_errors
 from meft_reports.page.score_answers import front_of
+from meft_reports.page.searches import Search, rows_of
 from meft_reports.page.settings import NUMBERS, Setting
 from meft_reports.page.timeline import Timeline
 from meft_reports.page.workloads import FIELDS
@@ -33,6 +34,7 @@ def data_of(
     breakdowns: Mapping[str, Breakdown],
     timelines: Sequence[Timeline],
     published: Sequence[Number],
+    searches: Sequence[Search],
 ) -> dict[str, Any]:
     """Return the data of the page, ready for JSON.
 
@@ -45,6 +47,7 @@ def data_of(
         breakdowns: what the peak of a cell consists of, by `cell_id`.
         timelines: memory over one step of some methods.
         published: numbers that others measured, with predictions.
+        searches: answers of `fit`.
     """
     fronts = _fronts(settings)
     workloads = {s.workload.index: s.workload for s in settings}
@@ -79,6 +82,7 @@ def data_of(
         "breakdowns": _breakdowns(cells, breakdowns),
         "predictions": encode([e.to_json() for e in prediction_errors(settings)]),
         "timelines": [timeline.to_json() for timeline in timelines],
+        "searches": encode(rows_of(searches)),
         "published": encode([_published(number) for number in published]),
         "looks": looks_of(cell["method"] for cell in cells),
         "figures": [dataclasses.asdict(figure) for figure in FIGURES],

@@ -25,6 +25,7 @@ from meft_reports.page.pairs import pairs_of
 from meft_reports.page.papers import reported
 from meft_reports.page.payload import to_bytes
 from meft_reports.page.reading import differences_that_count, example_cell
+from meft_reports.page.searches import searches_of
 from meft_reports.page.settings import Setting, settings_of
 from meft_reports.page.timeline import Timeline
 from meft_reports.published import Number
@@ -65,6 +66,7 @@ def render_page(
     settings = settings_of(comparable_cells(frame))
     pairs = pairs_of(settings)
     caveats = caveats_of(cells, settings)
+    searches = searches_of(frame)
     methods = ordered(cell["method"] for cell in cells)
     data = data_of(
         frame,
@@ -75,6 +77,7 @@ def render_page(
         breakdowns or {},
         timelines,
         published,
+        searches,
     )
     script = "".join(_text(f"js/{name}.js") for name in SCRIPTS)
     environment = jinja2.Environment(
@@ -88,7 +91,7 @@ def render_page(
         title=question or _question(cells),
         facts=_facts(cells),
         num_cells=plural(len(cells), "cell"),
-        answers=answers_of(settings, pairs),
+        answers=answers_of(settings, pairs, searches),
         caveats=caveats,
         differences=differences_that_count(settings, pairs),
         example=example_cell(settings),

@@ -13,6 +13,7 @@ from typing import Any
 from meft_reports.format import format_bytes
 from meft_reports.page.cells import (
     Cell,
+    is_answer,
     is_assumed,
     is_predicted,
     is_trained,
@@ -114,6 +115,7 @@ class Setting:
             "is_start": self.has(is_untrained) or None,
             "is_assumed": self.has(is_assumed) or None,
             "is_predicted": self.has(is_predicted) or None,
+            "is_answer": self.has(is_answer) or None,
             "reference": self.cells[0]["reference"] or None,
             "least_bytes": self.least_bytes,
             "score_low": interval and interval.low,

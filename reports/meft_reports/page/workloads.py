@@ -13,7 +13,7 @@ from meft_reports.page.cells import Cell
 from meft_reports.summary import PROVENANCE, WORKLOAD
 from meft_reports.text import plural
 
-FIELDS = (*WORKLOAD, "place")
+FIELDS = (*WORKLOAD, "search", "place")
 """Fields that the selectors of the page choose from."""
 
 _WORDS: dict[str, Callable[[Any], str]] = {
@@ -39,6 +39,7 @@ def workloads_of(cells: Sequence[Cell]) -> dict[tuple[Any, ...], Workload]:
     """Return the workloads of the cells by `key_of`, in a fixed order."""
     places = _places(cells)
     codes = {cell["code_sha256"] for cell in cells}
+    searches = {cell["search"] for cell in cells}
     found = {key_of(cell): cell for cell in cells}
     ordered = sorted(found, key=lambda key: [(v is None, str(v)) for v in key])
     varying = [
@@ -47,9 +48,11 @@ def workloads_of(cells: Sequence[Cell]) -> dict[tuple[Any, ...], Workload]:
     result = {}
     for index, key in enumerate(ordered):
         cell = found[key]
-        fields = {name: cell[name] for name in WORKLOAD}
+        fields = {name: cell[name] for name in (*WORKLOAD, "search")}
         fields["place"] = places[_place_key(cell)]
         title = in_words(fields, varying)
+        if len(searches) > 1 and cell["search"]:
+            title += f" · {cell['search']}"
         if len(codes) > 1:
             title += f" · code {cell['code_sha256'][:8]}"
         result[key] = Workload(index=index, fields=fields, title=title)
@@ -58,7 +61,7 @@ def workloads_of(cells: Sequence[Cell]) -> dict[tuple[Any, ...], Workload]:
 
 def key_of(cell: Cell) -> tuple[Any, ...]:
     """Return what identifies the workload of a cell."""
-    return tuple(cell[name] for name in (*WORKLOAD, *PROVENANCE))
+    return tuple(cell[name] for name in (*WORKLOAD, "search", *PROVENANCE))
 
 
 def in_words(fields: dict[str, Any], varying: Sequence[str] = WORKLOAD) -> str:

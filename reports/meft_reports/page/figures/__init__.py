@@ -11,6 +11,7 @@ from meft_reports.page.figures import (
     curves,
     differences,
     kinds,
+    longest,
     losses,
     matrix,
     memory,
@@ -23,6 +24,7 @@ from meft_reports.page.figures import (
 )
 
 FIGURES = (
+    longest.FIGURE,
     scores.FIGURE,
     differences.FIGURE,
     memory.FIGURE,

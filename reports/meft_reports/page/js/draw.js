@@ -39,6 +39,7 @@ const termsFor = (figure, made, width) => {
   const columns = made.words?.columns ?? 1, panel = Math.max(120, Math.floor((width - 80) / columns) - 45);
   const terms = {
     width: Math.max(150, width - 70), height: phone ? 260 : 320, panel_width: panel, panel_height: phone ? 220 : 280,
+    panel_beside_names: Math.max(70, Math.floor((width - label) / columns - 130)),
     width_beside_names: Math.max(100, width - label - (['memory', 'kinds'].includes(figure.name) ? 150 : 40)),
     label_width: label, legend_columns: Math.max(1, Math.floor(width / 175)), ticks: phone ? 4 : 7, direction: phone ? 'vertical' : 'horizontal', x_type: 'quantitative',
     methods, colors: looks.map((l) => l.color), shapes: looks.map((l) => l.shape), dashes: looks.map((l) => l.dash), ...made.words,
