@@ -19,6 +19,7 @@ from harness.tiny import (
     num_lists,
 )
 from marks import slow_but_for
+from meft_bench.child.meters import profiled
 from meft_bench.child.meters.memory import cpu_step_peak_bytes
 from meft_bench.child.tasks.batches import Batch
 from meft_bench.child.training.steps import Stepper
@@ -26,6 +27,7 @@ from meft_bench.shared.registry import METHODS, load
 from meft_bench.virtual.device import gpu, workspaces
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.recording import views
+from meft_bench.virtual.recording.breakdown import breakdown
 from meft_bench.virtual.recording.ledger import Ledger
 
 pytestmark = pytest.mark.usefixtures("no_garbage_collection")
@@ -233,3 +235,29 @@ def test_what_the_ledger_misses_of_a_real_gpu_is_little(method: str) -> None:
         stepper.step([rows], 1e-3)
     real = torch.cuda.memory_stats()["requested_bytes.all.peak"] - outside
     assert ledger.trace().peak("cuda").num_bytes == pytest.approx(real, rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "checkpointing", "meft1"])
+def test_the_profiler_sees_the_peak_that_a_ledger_records(method: str) -> None:
+    """It is used where code is compiled; of eager code, both are known."""
+    stepper, rows = ready(method, "bert"), [batch(**SIZE)]
+
+    def step() -> None:
+        stepper.step(rows, 1e-3)
+
+    trace, start = profiled.trace_of(stepper.model, stepper.optimizer, step, "cpu")
+    with Ledger(accelerator="cpu", round_bytes=1) as ledger:
+        ledger.watch(stepper.model, stepper.optimizer)
+        began = ledger.mark()
+        step()
+    seen = breakdown(trace, start)
+    known = breakdown(ledger.trace(), began)
+    # Checkpoints keep states of generators, which no operator of the ledger makes.
+    states = RANDOM_STATE_BYTES * BLOCKS if method == "checkpointing" else 0
+    margin = ACCURACY * known["peak_bytes"]
+    assert -margin <= seen["peak_bytes"] - known["peak_bytes"] <= margin + states
+    assert seen["phase"] == known["phase"].replace("recompute", "backward")
+    stay = {"parameters", "frozen", "optimizer", "buffers"}
+    assert [row for row in seen["rows"] if row[0] in stay][:8] == [
+        row for row in known["rows"] if row[0] in stay
+    ][:8]

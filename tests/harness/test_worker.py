@@ -8,9 +8,11 @@ import torch
 
 from marks import slow_but_for
 from meft_bench.child.measuring.partial_result import remark
+from meft_bench.child.meters.profiled import COMPILED
 from meft_bench.child.training.out_of_memory import is_out_of_memory
 from meft_bench.child.worker import one_line, run
 from meft_bench.shared import methods, outcome, request
+from meft_bench.shared.breakdown import ROW
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.measurement import Measurement
 from meft_bench.shared.options import ChildOptions
@@ -212,6 +214,28 @@ def test_compiled_blocks_are_rebuilt_exactly(dtype: str) -> None:
     result = run(cell, ChildOptions())
     assert (result["status"], result["message"]) == ("ok", "")
     assert result["measurement"]["gradient_error"] == [0.0, 0.0]  # type: ignore[index]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:The .grad attribute")
+@pytest.mark.parametrize("method", ["full", "lora", "meft1-exact"])
+def test_the_peak_of_compiled_blocks_is_explained(method: str) -> None:
+    """To the byte; of the model state, every byte has its module and kind."""
+    cell = Cell(method=method, blocks="compiled", **TINY)
+    result: Any = run(cell, ChildOptions())
+    found, measured = result["memory_breakdown"], result["measurement"]
+    assert found["peak_bytes"] == measured["peak_allocated_bytes"]
+    rows = [dict(zip(ROW, row, strict=True)) for row in found["rows"]]
+    stay = [row for row in rows if row["kind"] in ("parameters", "frozen", "optimizer")]
+    assert sum(row["num_bytes"] for row in stay) == pytest.approx(
+        measured["model_state_bytes"], rel=0.02
+    )
+    compiled = [row for row in rows if row["module"] == COMPILED]
+    assert {row["kind"] for row in compiled} & {"saved", "forward", "backward"}
+    assert {row["operator"] for row in compiled} <= {
+        *("CompiledFunction", "CompiledFunctionBackward"),
+        *(row["operator"] for row in compiled if row["operator"].startswith("aten::")),
+    }
 
 
 @pytest.mark.slow

@@ -92,8 +92,7 @@ def _measure(cell: Cell, source: Source, partial: PartialResult) -> None:
     )
     _train_and_score(stepper, cell, task, backbone, examples, partial)
     probes.probe_memory(stepper, cell, batches, partial)
-    if cell.blocks == "eager":  # hooks of modules, which name memory, do not compile
-        probes.look_at_peak(stepper, cell, batches, partial)
+    probes.look_at_peak(stepper, cell, batches, partial)
     if cell.device == "cuda":
         probes.probe_link(stepper, batches, partial)
     probes.probe_rows(stepper, batches, partial)

@@ -7,14 +7,15 @@ padding, so that the figures do not depend on which rows were drawn.
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
 from meft.sparse.adapter import sparse_adapters
 from meft.testing import check_reversible
 from meft_bench.child.measuring.partial_result import PartialResult, finite
-from meft_bench.child.meters import memory, nvml, routing, rows, transfers
+from meft_bench.child.meters import memory, nvml, profiled, routing, rows, transfers
 from meft_bench.child.meters.interleaved import time_interleaved
 from meft_bench.child.tasks.batches import Batch
 from meft_bench.child.training.out_of_memory import is_out_of_memory
@@ -23,6 +24,7 @@ from meft_bench.shared.cell import Cell
 from meft_bench.virtual.device.allocator import ROUND_BYTES
 from meft_bench.virtual.recording.breakdown import breakdown
 from meft_bench.virtual.recording.ledger import Ledger
+from meft_bench.virtual.recording.trace import Trace
 
 
 def probe_memory(
@@ -75,15 +77,14 @@ def look_at_peak(
         batches: micro-batches of one step.
         partial: the partial result to update.
     """
-    # A CPU has no allocator that rounds.
-    round_bytes = 1 if cell.device == "cpu" else ROUND_BYTES
+
+    def step() -> None:
+        stepper.step(batches, learning_rate=0.0)
+
+    # Hooks of modules, which name memory, do not compile.
+    record = _recorded if cell.blocks == "eager" else profiled.trace_of
     try:
-        with Ledger(accelerator=cell.device, round_bytes=round_bytes) as ledger:
-            ledger.watch(stepper.model, stepper.optimizer)
-            if cell.device == "cuda":
-                ledger.add_unattributed(torch.cuda.memory_allocated())
-            start = ledger.mark()
-            stepper.step(batches, learning_rate=0.0)
+        trace, start = record(stepper.model, stepper.optimizer, step, cell.device)
     except Exception as error:
         # The step has run before, and its numbers are kept: what is lost is the reason
         # for them, as on a GPU without room for one tensor more.
@@ -91,7 +92,25 @@ def look_at_peak(
             raise
         print(f"no breakdown of memory: {error}", file=sys.stderr)
         return
-    partial.memory_breakdown = breakdown(ledger.trace(), start)
+    partial.memory_breakdown = breakdown(trace, start)
+
+
+def _recorded(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: Callable[[], object],
+    device: str,
+) -> tuple[Trace, int]:
+    """Take a step, and return its memory with the time at which it began."""
+    # A CPU has no allocator that rounds.
+    round_bytes = 1 if device == "cpu" else ROUND_BYTES
+    with Ledger(accelerator=device, round_bytes=round_bytes) as ledger:
+        ledger.watch(model, optimizer)
+        if device == "cuda":
+            ledger.add_unattributed(torch.cuda.memory_allocated())
+        start = ledger.mark()
+        step()
+    return ledger.trace(), start
 
 
 def probe_link(
