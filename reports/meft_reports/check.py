@@ -29,6 +29,7 @@ from meft_reports.breakdown import Breakdown, what_grew
 from meft_reports.columns import CELL_FIELDS, SCORE_NAMES
 from meft_reports.columns.column import Column
 from meft_reports.compared import Number, compared_number, exact, format_number
+from meft_reports.conditions import FOR_HOST_MEMORY, HOST_MEMORY
 from meft_reports.errors import ReportError
 from meft_reports.format import format_fact, format_value, is_null
 from meft_reports.text import plural
@@ -56,6 +57,7 @@ EXIT_CODES = {
 
 SAME_FOR_ALL = ("torch_version", "device", "device_name")
 SAME_FOR_SECONDS = (*SAME_FOR_ALL, "machine", "num_threads", "num_slots")
+SAME_FOR_HOST_MEMORY = (*SAME_FOR_ALL, *FOR_HOST_MEMORY)
 SAME_FOR_VALUES = (
     *SAME_FOR_ALL,
     "weights_sha256",
@@ -422,6 +424,8 @@ def _equal(before: Any, after: Any) -> bool:
 def _must_match(column: Column) -> Iterable[str]:
     if column.is_measured_time or column.name in RATIOS_OF_SECONDS:
         return SAME_FOR_SECONDS
+    if column.name == HOST_MEMORY:
+        return SAME_FOR_HOST_MEMORY
     # The other columns of this unit depend on weights and rows, except for one.
     if column.unit == "fraction" and column.name != "trainable_fraction":
         return SAME_FOR_VALUES

@@ -2,6 +2,7 @@
 
     times that were measured     the machine, and what else ran on it
     scores                       the metric, the rows and the weights
+    the process's host memory    whether it was forked from one with all imports done
     other numbers                none: bytes and predicted times are exact
 
 `compare` and `history` use them. `check` has lists of its own, which are longer, as its
@@ -15,6 +16,8 @@ from meft_reports.format import format_fact
 from meft_reports.valid_records import Record
 
 FOR_SECONDS = ("machine", "num_threads", "num_slots", "device_name")
+FOR_HOST_MEMORY = ("is_forked",)
+HOST_MEMORY = "peak_host_bytes"
 FOR_SCORES = ("weights_sha256", "data_origin")
 ROWS = ("num_train_rows", "num_eval_rows")
 
@@ -32,6 +35,8 @@ def facts_of(record: Record, column: Column) -> Facts:
     its, seen = record["environment"], record["measurement"]
     if column.is_measured_time:
         return {name: format_fact(its.get(name)) for name in FOR_SECONDS}
+    if column.name == HOST_MEMORY:
+        return {name: format_fact(bool(its.get(name))) for name in FOR_HOST_MEMORY}
     metric = SCORE_NAMES.get(column.name)
     if metric is None:
         return {}

@@ -4,14 +4,15 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from meft_bench.parent import isolate
+from meft_bench.parent import forks, isolate
 from meft_bench.parent.engines.local import Stopped
+from meft_bench.parent.forks import ForkServer
 from meft_bench.shared import outcome
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.measurement import Measurement
@@ -22,11 +23,17 @@ CELL = Cell(method="meft1", batch_size=4, seed=3)
 SEEN = Measurement(saved_bytes=2**20, step_seconds=1, loss_curve=[])
 
 
-@pytest.fixture
-def run(tmp_path: Path, here: Environment) -> Callable[..., Record]:
-    """Run `CELL` with a fake child."""
+@pytest.fixture(params=["fresh", "forked"])
+def run(
+    request: pytest.FixtureRequest, tmp_path: Path, here: Environment
+) -> Iterator[Callable[..., Record]]:
+    """Run `CELL` with a fake child, in a new interpreter or in a fork."""
+    if request.param == "forked" and not forks.is_available():
+        pytest.skip("children are forked on Linux only")
+    servers: list[ForkServer] = []
 
     def run_cell(worker: str, **changes: Any) -> Record:
+        module = f"harness.workers.{worker}"
         arguments: dict[str, Any] = {
             "sweep": "a sweep",
             "environment": here,
@@ -34,11 +41,16 @@ def run(tmp_path: Path, here: Environment) -> Callable[..., Record]:
             "timeout_seconds": 20.0,
             "folder": tmp_path,
             "stop": threading.Event(),
-            "worker_module": f"harness.workers.{worker}",
+            "worker_module": module,
         }
+        if request.param == "forked":
+            servers.append(ForkServer(os.environ, tmp_path / "log", module))
+            arguments["start_child"] = servers[-1].run
         return isolate.run(CELL, **{**arguments, **changes})
 
-    return run_cell
+    yield run_cell
+    for server in servers:
+        server.close()
 
 
 def test_ok(run: Callable[..., Record], here: Environment) -> None:
@@ -195,7 +207,7 @@ def test_child_environment(
     }
     assert expected.items() <= variables.items()
     assert variables["PATH"] == os.environ["PATH"]
-    online = isolate.child_environment(ChildOptions(allow_download=True), "cpu")
+    online = isolate.child_environment(ChildOptions(allow_download=True), "cuda")
     assert "HF_HUB_OFFLINE" not in online
     assert online.get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")
     virtual = isolate.child_environment(options, "virtual-H200")

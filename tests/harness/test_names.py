@@ -61,6 +61,8 @@ FOREIGN_FLAGS = {
     "--untracked-files": "git",
     "--out": "meft_bench.child.worker, which the harness itself starts",
     "--parent": "meft_bench.child.worker, likewise",
+    "--worker": "meft_bench.child.fork_server, likewise",
+    "--import": "meft_bench.child.fork_server, likewise",
     "--request": "meft_bench.child.worker, likewise",
 }
 

@@ -157,7 +157,7 @@ def test_second_run(
     start_parent: Start, journal: Path, tmp_path: Path, wait_until: WaitUntil
 ) -> None:
     """A run on a file that another run writes to is refused and disturbs nothing."""
-    words = ("run", "mine.toml", "--device", "cpu", "--slots", "4")
+    words = ("run", "mine.toml", "--device", "cpu")
     first = start_parent("fake_slow", *words, cwd=tmp_path)
     wait_until(lambda: len(started(journal)) >= 1)
     second = start_parent("fake_ok", *words, cwd=tmp_path)

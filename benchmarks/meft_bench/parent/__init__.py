@@ -13,6 +13,7 @@ of memory ends only its own process.
     engines       where cells run: sequentially or in parallel on this machine
     checks        runs the checks of a sweep and compares a GPU with a virtual one
     child_process   starts a child, waits for it, kills it with its processes
+    forks         starts children by forks of one process with all imports done
     isolate       runs one cell in a child process and records how it ended
     logs          the last lines of the log of a child
     environment   versions, sources and machine

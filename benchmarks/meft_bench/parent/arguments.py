@@ -48,6 +48,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--force", action="store_true", help="run the cells that are done, too"
     )
+    run.add_argument(
+        "--fresh",
+        action="store_true",
+        help="start a new interpreter for each cell, instead of a fork of one process "
+        "that has imported everything",
+    )
     planned = commands.add_parser("plan", help="tell what a step takes on a GPU")
     _add_shape(planned)
     planned.add_argument(

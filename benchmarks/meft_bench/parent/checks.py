@@ -84,6 +84,7 @@ def run(
     timeout_seconds: float,
     ends_run: bool,
     stop: threading.Event,
+    start_child: isolate.StartChild = child_process.run,
 ) -> dict[str, Any] | None:
     """Run one check, and append its report to `path`.
 
@@ -98,6 +99,7 @@ def run(
         ends_run: whether that is the end of the whole run, which is no fault of the
             check: nothing is recorded then.
         stop: when set, the child is killed and `Stopped` is raised.
+        start_child: runs a command to its end, as `child_process.run` does.
 
     Returns:
         The line, as a JSON object; None where nothing is recorded.
@@ -106,7 +108,7 @@ def run(
         Stopped: `stop` was set.
     """
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
-    answer = _run_one(name, device, logs, options, timeout_seconds, stop)
+    answer = _run_one(name, device, logs, options, timeout_seconds, stop, start_child)
     if answer["status"] == Status.TIMEOUT and ends_run:
         return None
     line = {
@@ -194,6 +196,7 @@ def _run_one(
     options: ChildOptions,
     timeout_seconds: float,
     stop: threading.Event,
+    start_child: isolate.StartChild,
 ) -> dict[str, Any]:
     # A device may be a path, and a check has the name of a run.
     label = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{name}-{device}")
@@ -204,7 +207,7 @@ def _run_one(
     variables = isolate.child_environment(options, device)
     if name.startswith(f"{published.CHECK}/"):  # was measured with the default ones
         del variables[isolate.WORKSPACES]
-    code = child_process.run(
+    code = start_child(
         request.command(body, out, worker_module=WORKER),
         log=log,
         variables=variables,

@@ -15,8 +15,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
-from meft_bench.parent import checks, environment, isolate, output, runs
+from meft_bench.parent import (
+    checks,
+    child_process,
+    environment,
+    forks,
+    isolate,
+    output,
+    runs,
+)
 from meft_bench.parent.engines import local
 from meft_bench.parent.engines.local import Stopped
 from meft_bench.parent.progress import Progress, count
@@ -52,6 +61,11 @@ class RunPlan:
     timeout_seconds: float
     force: bool
     """Whether cells that are done are run again."""
+    fresh: bool = False
+    """Whether each cell has an interpreter of its own, and is no fork of one process.
+
+    Cells on a real GPU always have one.
+    """
     left_out: tuple[str, ...] = ()
     """What the sweep declares and this run omits, one readable line each."""
     checks: tuple[str, ...] = ()
@@ -152,6 +166,39 @@ class Budget:
             timer.cancel()
 
 
+class Children:
+    """How the children of a run are started, by the device of each.
+
+    Args:
+        plan: the run.
+        folder: folder of the logs.
+        worker_module: module that runs as the child.
+        num_children: how many there will be; a single one imports for itself.
+    """
+
+    def __init__(
+        self, plan: RunPlan, folder: Path, worker_module: str, num_children: int
+    ) -> None:
+        self._server = None
+        if not plan.fresh and num_children > 1 and forks.is_available():
+            variables = isolate.child_environment(plan.options, "cpu")
+            log = folder / "imports.log"
+            self._server = forks.ForkServer(variables, log, worker_module)
+
+    def starter(self, device: str) -> isolate.StartChild:
+        """Return what starts a child on a device, `cpu` or any other."""
+        if self._server is None or device == "cuda":
+            return child_process.run
+        return self._server.run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._server is not None:
+            self._server.close()
+
+
 def _run_checks_alone(plan: RunPlan, budget: Budget) -> int:
     """Run the checks of a sweep that has no cells, and return the exit code."""
     path = checks.path_next_to(plan.path)
@@ -183,8 +230,21 @@ def _run_checks(plan: RunPlan, budget: Budget) -> list[Status]:
     path = checks.path_next_to(plan.path)
     logs = plan.path.with_suffix(".logs")
     logs.mkdir(exist_ok=True)
+    named = checks.named(plan.checks, plan.check_device)
+    with Children(plan, logs, request.WORKER, num_children=len(named)) as children:
+        return _run_named(plan, budget, named, path, logs, children)
+
+
+def _run_named(
+    plan: RunPlan,
+    budget: Budget,
+    named: Sequence[tuple[str, str]],
+    path: Path,
+    logs: Path,
+    children: Children,
+) -> list[Status]:
     ended: list[Status] = []
-    for name, device in checks.named(plan.checks, plan.check_device):
+    for name, device in named:
         where = environment.collect(
             num_threads=plan.options.num_threads,
             num_slots=plan.num_slots,
@@ -206,6 +266,7 @@ def _run_checks(plan: RunPlan, budget: Budget) -> list[Status]:
                 timeout_seconds=min(plan.timeout_seconds, budget.seconds_left),
                 ends_run=ends_run,
                 stop=stop,
+                start_child=children.starter(device),
             )
         if line is None:
             output.complain(f"check {name} on {device}: out of time")
@@ -277,12 +338,16 @@ def _run_left(
     folder = plan.path.with_suffix(".logs")
     folder.mkdir(exist_ok=True)
     ended: list[Record] = []
-    with Progress(
-        num_cells=len(plan.cells),
-        num_done=len(done),
-        logs=folder,
-        stream=sys.stderr,
-    ) as progress:
+    children = Children(plan, folder, worker_module, num_children=len(left))
+    with (
+        children,
+        Progress(
+            num_cells=len(plan.cells),
+            num_done=len(done),
+            logs=folder,
+            stream=sys.stderr,
+        ) as progress,
+    ):
 
         def run_one(cell: Cell) -> Record:
             progress.started(cell)
@@ -298,6 +363,7 @@ def _run_left(
                     folder=folder,
                     stop=stop,
                     worker_module=worker_module,
+                    start_child=children.starter(cell.device),
                 )
             except OSError:
                 stop.set()  # else the run waits for the other slots

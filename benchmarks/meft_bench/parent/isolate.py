@@ -23,7 +23,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -39,6 +39,8 @@ from meft_bench.shared.registry import VIRTUAL
 from meft_bench.shared.request import WORKER
 from meft_bench.shared.units import format_bytes
 
+StartChild = Callable[..., int | None]
+"""A function with the arguments and the result of `child_process.run`."""
 WORKSPACES = "CUBLAS_WORKSPACE_CONFIG"
 """The variable of the sizes of cuBLAS's workspaces."""
 _MESSAGE_LENGTH = 500
@@ -56,8 +58,9 @@ def run(
     question: str | None = None,
     caveats: Sequence[str] = (),
     worker_module: str = WORKER,
+    start_child: StartChild = child_process.run,
 ) -> Record:
-    """Run a cell in a new interpreter and return a record of how it ended.
+    """Run a cell in a new process and return a record of how it ended.
 
     Args:
         cell: the cell to run.
@@ -71,6 +74,8 @@ def run(
         question: the question that the sweep answers, for the record.
         caveats: what the sweep says that a reader must know, for the record.
         worker_module: module that runs as the child.
+        start_child: runs a command to its end: `child_process.run` in a new
+            interpreter, or the method of a `ForkServer`.
 
     Raises:
         Stopped: `stop` was set.
@@ -86,7 +91,7 @@ def run(
     out.unlink(missing_ok=True)
     body = {"cell": cell.to_json(), "options": options.to_json()}
     command = request.command(body, out, worker_module=worker_module)
-    code = child_process.run(
+    code = start_child(
         command,
         log=log,
         variables=child_environment(options, cell.device),
@@ -103,7 +108,11 @@ def run(
         started_at=started_at.isoformat(timespec="seconds"),
         wall_seconds=time.monotonic() - start,
         measurement=ending.measurement,
-        environment=dataclasses.replace(environment, **ending.environment),
+        environment=dataclasses.replace(
+            environment,
+            **ending.environment,
+            is_forked=start_child is not child_process.run,
+        ),
         sweep_question=question,
         sweep_caveats="\n".join(caveats),
         log_tail=logs.tail(log),
@@ -120,7 +129,8 @@ def child_environment(options: ChildOptions, device: str) -> dict[str, str]:
     """Return the environment variables of a child.
 
     They are the parent's, and settings that make runs reproducible. A real GPU is
-    hidden from a virtual one, because the two cannot be combined.
+    hidden from cells of other devices: it cannot be combined with a virtual one, and is
+    of no use to a CPU.
     """
     variables = {
         **os.environ,
@@ -134,7 +144,7 @@ def child_environment(options: ChildOptions, device: str) -> dict[str, str]:
         # NVML's order of devices; CUDA's default order differs.
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     }
-    if device.startswith(VIRTUAL):
+    if device == "cpu" or device.startswith(VIRTUAL):
         variables["CUDA_VISIBLE_DEVICES"] = ""
     if options.allow_download:
         variables.pop("HF_HUB_OFFLINE", None)

@@ -53,6 +53,7 @@ def run_plan(arguments: argparse.Namespace) -> RunPlan:
         num_slots=arguments.slots,
         timeout_seconds=arguments.timeout or chosen.timeout_seconds,
         force=arguments.force,
+        fresh=arguments.fresh,
         left_out=tuple(_left_out(chosen, cells, arguments.only, arguments.device)),
         checks=chosen.checks if arguments.only is None else (),
         check_device=device,

@@ -75,6 +75,11 @@ class Environment:
     """
     project_dirty: bool | None = None
     """True when tracked files differ from `project_commit`; None outside a checkout."""
+    is_forked: bool = False
+    """Whether the child was a fork of a process with all imports done.
+
+    Its resident memory then lacks pages of libraries that it did not use.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,4 +33,11 @@ ENVIRONMENT: tuple[Column, ...] = (
         "boolean",
         "whether tracked files of that folder's checkout differed from the commit",
     ),
+    Column(
+        name="is_forked",
+        section="environment",
+        dtype="boolean",
+        default=False,
+        meaning="whether its process was a fork of one with all imports done",
+    ),
 )
