@@ -41,7 +41,7 @@ const termsFor = (figure, made, width) => {
     width: Math.max(150, width - 70), height: phone ? 260 : 320, panel_width: panel, panel_height: phone ? 220 : 280,
     panel_beside_names: Math.max(70, Math.floor((width - label) / columns - 130)),
     width_beside_names: Math.max(100, width - label - (['memory', 'kinds'].includes(figure.name) ? 150 : 40)),
-    label_width: label, legend_columns: Math.max(1, Math.floor(width / 175)), ticks: phone ? 4 : 7, direction: phone ? 'vertical' : 'horizontal', x_type: 'quantitative',
+    label_width: label, legend_columns: Math.max(1, Math.floor((width - (JSON.stringify(figure.spec).includes('_beside_names') ? label : 0)) / 175)), ticks: phone ? 4 : 7, direction: phone ? 'vertical' : 'horizontal', x_type: 'quantitative',
     methods, colors: looks.map((l) => l.color), shapes: looks.map((l) => l.shape), dashes: looks.map((l) => l.dash), ...made.words,
   };
   const sizes = Object.values(figure.scaled), most = Math.max(1, ...made.rows.flatMap((row) => sizes.map((name) => row[name] ?? 0)));
