@@ -40,6 +40,8 @@ PROVENANCE = ("machine", "code_sha256", "torch_version", "num_threads", "num_slo
 
 GROUP = (*WORKLOAD, "method", *OPTIONS, *PROVENANCE)
 
+TRIAL = "validation"
+"""What trials are scored on: rows set aside from those of training."""
 FLAGS = ("random_weights", "equal_batches", "undecayed_rows")
 """Columns that `prepare` adds: facts that are noted wherever a row is shown."""
 
@@ -53,10 +55,16 @@ def learned(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the cells that learn a real task.
 
     Cells of one step, which measure the starting point of a method, are excluded, and
-    cells interleaved with a reference method, which train for timing only.
+    cells interleaved with a reference method, which train for timing only; and trials,
+    which are scored on other rows.
     """
     learns = ~on_random_input(frame) & (frame["max_steps"] > 1)
-    return frame[learns & (frame["reference"] == "")]
+    return frame[learns & (frame["reference"] == "") & ~is_trial(frame)]
+
+
+def is_trial(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Return whether each row is a trial, by whose score a learning rate is chosen."""
+    return frame["scored_on"] == TRIAL
 
 
 def mean_list(lists: "pd.Series[Any]") -> list[float]:

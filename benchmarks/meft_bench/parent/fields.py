@@ -29,6 +29,7 @@ _NAMES: dict[str, Collection[str]] = {
     "padding": registry.PADDINGS,
     "side_buffer": registry.SIDE_BUFFERS,
     "gradient_dtype": registry.GRADIENT_DTYPES,
+    "scored_on": registry.SCORED_ON,
     "optimizer": registry.OPTIMIZERS,
     "reference": ("", *registry.METHODS),
 }

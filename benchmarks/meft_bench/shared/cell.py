@@ -141,6 +141,11 @@ class Cell:
     """Attention kernel, one of `meft_bench.shared.registry.ATTENTIONS`."""
     blocks: str = "eager"
     """`eager`, or `compiled` by `torch.compile`."""
+    scored_on: str = "evaluation"
+    """Rows that give the score: `evaluation`, or `validation`, which are set aside.
+
+    Trials that choose a learning rate use the latter.
+    """
     reference: str = ""
     """A method whose steps are timed interleaved with this one's, in one process."""
 

@@ -21,3 +21,5 @@ LORA_ALPHA_PER_RANK = 2
 """`lora_alpha` divided by the rank, so that LoRA's output is multiplied by 2."""
 ROWS_PER_VALIDATION_ROW = 10
 """One training row in this many is set aside to select weights."""
+TRIAL_SEED = 1000
+"""Seed of the trials that choose a learning rate; results have other seeds."""

@@ -109,6 +109,7 @@ TRAIN_BACKBONE = tuple(n for n, m in methods.TABLE.items() if m.trains_backbone)
 BLOCKS = ("eager", "compiled")
 PADDINGS = ("none", "some")
 SIDE_BUFFERS = ("device", "host")
+SCORED_ON = ("evaluation", "validation")
 GRADIENT_DTYPES = ("fp32", "bf16")
 OPTIMIZERS = ("adamw", "adamw-fused", "sgd")
 """AdamW as torch runs it by default, AdamW in one kernel, SGD without momentum."""

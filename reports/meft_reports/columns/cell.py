@@ -74,6 +74,12 @@ CELL: tuple[Column, ...] = (
     later_cell("attention", "string", "kernel of attention", "sdpa"),
     later_cell("blocks", "string", "eager, or compiled by torch.compile", "eager"),
     later_cell("reference", "string", "method timed interleaved with this one", ""),
+    later_cell(
+        "scored_on",
+        "string",
+        "rows that gave the score; trials have those set aside",
+        "evaluation",
+    ),
     later_cell("num_neurons", "Int64", "neurons a block", 1024, "count"),
     later_cell("top_k_neurons", "Int64", "of these, kept by a token", 64, "count"),
     later_cell("num_experts", "Int64", "groups of neurons; 0 by rule", 0, "count"),

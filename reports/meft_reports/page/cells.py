@@ -11,7 +11,7 @@ import pandas as pd
 
 from meft_reports.columns import COLUMNS
 from meft_reports.searches import FIELDS, SEARCHES, options_in_words
-from meft_reports.summary import FLAGS, prepare
+from meft_reports.summary import FLAGS, TRIAL, prepare
 
 Cell = dict[str, Any]
 """Columns of the frame by name; in those of `comparable_cells` also `FLAGS`."""
@@ -20,7 +20,8 @@ FACTS = (
     *("cell_id", "sweep", "sweep_question", "sweep_caveats", "status", "message"),
     "started_at",
     *("source", "method", "backbone", "task", "device", "max_steps", "reference"),
-    *("learning_rate", "active_fraction", "python_version", "torch_version"),
+    *("learning_rate", "active_fraction", "scored_on", "python_version"),
+    "torch_version",
     *("transformers_version", "peft_version", "commit", "dirty", "code_sha256"),
     *("machine", "platform", "cpu", "num_threads", "num_slots", "device_name"),
     *("prediction", "weights_origin", "weights_sha256", "data_origin"),
@@ -83,6 +84,7 @@ def is_trained(cell: Cell) -> bool:
         and cell["max_steps"] > 1
         and cell["learning_rate"] > UNTRAINED_RATE
         and not cell["reference"]
+        and cell["scored_on"] != TRIAL
     )
 
 

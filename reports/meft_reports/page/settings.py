@@ -23,7 +23,7 @@ from meft_reports.page.intervals import over_seeds
 from meft_reports.page.oom import at_least_bytes
 from meft_reports.page.workloads import Workload, key_of, workloads_of
 from meft_reports.style import method_order
-from meft_reports.summary import OPTIONS
+from meft_reports.summary import OPTIONS, TRIAL
 
 MEANS = (
     *("saved_bytes", "model_state_bytes", "peak_allocated_bytes"),
@@ -116,6 +116,7 @@ class Setting:
             "is_assumed": self.has(is_assumed) or None,
             "is_predicted": self.has(is_predicted) or None,
             "is_answer": self.has(is_answer) or None,
+            "is_trial": self.cells[0]["scored_on"] == TRIAL or None,
             "reference": self.cells[0]["reference"] or None,
             "least_bytes": self.least_bytes,
             "score_low": interval and interval.low,
@@ -161,6 +162,8 @@ def _purpose(cell: Cell) -> str:
     """Return what a cell is for where it is not the usual measurement."""
     if is_untrained(cell):
         return "before training"
+    if cell["scored_on"] == TRIAL:
+        return "trial"
     if cell["reference"]:
         return "timed"
     is_real = not cell["task"].startswith("synthetic")

@@ -25,6 +25,7 @@ TABLES = (
     "longest",
     "results",
     "differences",
+    "trials",
     "memory",
     "savings",
     "activations",

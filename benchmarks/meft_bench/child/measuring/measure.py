@@ -65,6 +65,7 @@ def measure(cell: Cell, source: Source, partial: PartialResult) -> None:
 
 def _measure(cell: Cell, source: Source, partial: PartialResult) -> None:
     task: AnyTask = load(TASKS[cell.task])(cell, source)
+    task = _with_rows_to_score(task, cell)
     partial.environment["data_origin"] = task.origin
     backbone = prepare.load_backbone(cell, task, source)
     partial.environment |= {
@@ -104,6 +105,24 @@ def _measure(cell: Cell, source: Source, partial: PartialResult) -> None:
         probes.time_against_reference(
             stepper, _reference(cell, task, source), cell, batches, partial
         )
+
+
+def _with_rows_to_score(task: AnyTask, cell: Cell) -> AnyTask:
+    """Return the task with the rows that the cell is scored on as its evaluation.
+
+    Raises:
+        ValueError: the task leaves no rows for trials.
+    """
+    if cell.scored_on == "evaluation":
+        return task
+    if not task.validation:
+        raise ValueError(
+            f"`scored_on` is {cell.scored_on!r}, but task {cell.task!r} sets no rows "
+            "aside: set `train_rows` to at least 10, or leave it out"
+        )
+    changes: dict[str, Any] = {"evaluation": task.validation}
+    changes["origin"] = f"{task.origin}; a trial, scored on the rows set aside"
+    return dataclasses.replace(task, **changes)
 
 
 def _start(model: PreTrainedModel, batch: Batch, cell: Cell) -> Tensor | None:

@@ -51,7 +51,7 @@ const MAKE = {
     return { rows, words: { against }, notes: [against && `Compared with ${against}.`] };
   },
   memory() {
-    const rows = inWorkload(chosen().filter((s) => !s.is_start && !s.is_answer && (known(s.peak_allocated_bytes) || s.status == 'oom')))
+    const rows = inWorkload(chosen().filter((s) => !s.is_start && !s.is_answer && !s.is_trial && (known(s.peak_allocated_bytes) || s.status == 'oom')))
       .sort((a, b) => a.order - b.order).slice(0, 40);
     return { rows, notes: [rows.some((s) => s.is_predicted) && 'Predicted, not measured.', rows.some((s) => s.is_assumed) && 'Where the name says so, the share of active neurons is assumed.'] };
   },
@@ -93,7 +93,7 @@ const MAKE = {
     const panels = panelFields().filter((name) => name != x), panel = panels.includes(STATE.panel) ? STATE.panel : null;
     if (!x) return { rows: [] };
     const value = (s, name) => (name == 'depth' ? s.num_blocks ?? WORKLOADS[s.w].depth : name in WORKLOADS[s.w] ? WORKLOADS[s.w][name] : s[name]);
-    let these = chosen([x, panel]).filter((s) => known(s[y]) && known(value(s, x)) && !s.is_start && !s.is_answer && (y != 'score' || s.is_trained) && (y != 'union_fraction' || !s.is_assumed));
+    let these = chosen([x, panel]).filter((s) => known(s[y]) && known(value(s, x)) && !s.is_start && !s.is_answer && !s.is_trial && (y != 'score' || s.is_trained) && (y != 'union_fraction' || !s.is_assumed));
     const options = DATA.options.filter((name) => name != x && name != panel && unique(these.map((s) => s[name])).length > 1);
     const varied = (s, name) => unique(these.filter((t) => t.method == s.method).map((t) => t[name])).length > 1;
     const isError = ERRORS.includes(y), bytes = DATA.columns[y]?.[1] == 'bytes';
@@ -120,7 +120,7 @@ const MAKE = {
   },
   matrix() {
     const y = STATE.y_bytes, free = FIELDS.filter((field) => field != 'device');
-    let these = chosen(free).filter((s) => !s.is_answer && (known(s[y]) || s.status == 'oom'));
+    let these = chosen(free).filter((s) => !s.is_answer && !s.is_trial && (known(s[y]) || s.status == 'oom'));
     const loads = () => unique(these.map((s) => s.w));
     const narrowed = [];
     for (const field of ['seq_len', 'batch_size', 'depth', 'task', 'attention', 'weights_dtype', 'dtype', 'backbone']) {
@@ -207,7 +207,7 @@ const AXES = ['depth', 'batch_size', 'seq_len', 'dtype', 'attention'];
 // An axis is something that varies within a method; methods may differ in learning rate.
 const isWithinMethod = (these, name) => DATA.looks.some((look) => unique(these.filter((s) => s.method == look.name).map((s) => (name in WORKLOADS[s.w] ? WORKLOADS[s.w][name] : s[name]))).length > 1);
 const curveAxes = () => [...AXES, ...DATA.options].filter((name) => {
-  const these = chosen([name]).filter((s) => !s.is_answer && known(s[STATE.y]));
+  const these = chosen([name]).filter((s) => !s.is_answer && !s.is_trial && known(s[STATE.y]));
   const values = these.map((s) => (name in WORKLOADS[s.w] ? WORKLOADS[s.w][name] : s[name])).filter((v) => known(v) && v !== '');
   return values.length > 1 && unique(values).length > 1 && isWithinMethod(these, name) && !['reference', 'warmup_steps', 'eval_every', 'eval_rows', 'patience', 'max_steps', 'optimizer'].includes(name);
 });

@@ -1,0 +1,81 @@
+"""Trials: the scores by which learning rates and the like were chosen.
+
+A trial is scored on rows set aside from training, with a seed that no result has. One
+row is one trial; results with its values are those that it was chosen for.
+"""
+
+from typing import Any
+
+import pandas as pd
+
+from meft_reports.format import NOTHING, format_score
+from meft_reports.labels import describe, fields_to_show, option_label
+from meft_reports.summary import (
+    OPTIONS,
+    PROVENANCE,
+    WORKLOAD,
+    by_method,
+    is_trial,
+    learned,
+    prepare,
+    split,
+)
+from meft_reports.tables.table import METHOD, Heading, Table, join_options, notes_on
+
+OF_TRIALS = ("scored_on",)
+COLUMNS = (
+    METHOD,
+    Heading("score of the trial", "Score on rows set aside from training."),
+    Heading("chosen", "Whether the results of the run have the values of this trial."),
+)
+NOTES = (
+    "One trial for each value, with a seed of its own, scored on rows set aside from "
+    "training. The best value of each method is that of its results, which are scored "
+    "on other rows.",
+)
+NEEDS = "cells scored on validation rows, as a matrix with `tune` makes them"
+"""What the records must hold for there to be a table."""
+
+
+def make(frame: pd.DataFrame) -> list[Table]:
+    """Return one table per workload with trials."""
+    rows = prepare(frame)
+    results, trials = learned(rows), by_method(rows[is_trial(rows)])
+    if trials.empty:
+        return []
+    shown = fields_to_show(rows, always=("task", "backbone", "dtype"))
+    return [
+        Table(
+            title=f"Trials · {describe(part, shown)}",
+            columns=COLUMNS,
+            rows=tuple(_row(trial, part, results) for _, trial in part.iterrows()),
+            notes=(*NOTES, *notes_on(part)),
+        )
+        for _, part in split(trials, [*WORKLOAD, *PROVENANCE])
+    ]
+
+
+def _row(
+    trial: "pd.Series[Any]", part: pd.DataFrame, results: pd.DataFrame
+) -> tuple[str, ...]:
+    label = option_label(trial, part, OF_TRIALS)
+    score = format_score(trial["score"])
+    if trial["status"] != "ok":
+        score = str(trial["status"])
+    return (
+        join_options(trial["method"], label),
+        score,
+        "yes" if _is_chosen(trial, results) else NOTHING,
+    )
+
+
+def _is_chosen(trial: "pd.Series[Any]", results: pd.DataFrame) -> bool:
+    """Return whether a result agrees with a trial in all but seed and rows."""
+    same = results
+    for name in ("method", *WORKLOAD, *OPTIONS):
+        if name in OF_TRIALS:
+            continue
+        value = trial[name]
+        is_same = same[name].isna() if pd.isna(value) else same[name].eq(value)
+        same = same[is_same.fillna(False).astype(bool)]
+    return not same.empty
