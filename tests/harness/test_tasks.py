@@ -1,10 +1,13 @@
 import gzip
 import itertools
+import math
+import warnings
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from sklearn.metrics import f1_score, matthews_corrcoef
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -243,7 +246,59 @@ def test_a_constant_answer_correlates_with_nothing() -> None:
     }
 
 
+@pytest.mark.parametrize("metric", ["matthews_correlation", "accuracy_and_f1"])
+@pytest.mark.parametrize(
+    ("predicted", "true"),
+    [([0, 0], [0, 0]), ([1, 1], [1, 1]), ([1, 1], [0, 0]), ([0, 0], [0, 1])],
+)
+def test_a_single_class_is_scored_as_by_the_official_metric(
+    metric: str, predicted: list[int], true: list[int]
+) -> None:
+    """The official metric of GLUE calls these functions of scikit-learn; it warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = {
+            "matthews_correlation": [matthews_corrcoef(true, predicted)],
+            "accuracy_and_f1": [
+                sum(p == t for p, t in zip(predicted, true, strict=True)) / len(true),
+                f1_score(y_true=true, y_pred=predicted),
+            ],
+        }[metric]
+    assert list(metrics.scores(metric, predicted, true).values()) == wanted
+
+
+def test_correlations_of_numbers_are_those_of_their_formulas() -> None:
+    """By hand: numbers (1, 2, 2, 5) and (1, 3, 2, 4); ranks (1, 2.5, 2.5, 4), where the
+    two that are tied share the mean of their places, and (1, 3, 2, 4)."""
+    got = metrics.scores("pearson_and_spearman", [1, 2, 2, 5], [1, 3, 2, 4])
+    assert list(got) == ["pearson", "spearman"]  # the first of the two is the score
+    assert got["pearson"] == pytest.approx(6 / (9 * 5) ** 0.5)
+    assert got["spearman"] == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "true"),
+    [([2.5, 2.5], [1, 4]), ([1, 4], [3, 3]), ([1], [1]), ([1.0, float("nan")], [1, 2])],
+)
+def test_a_constant_number_has_no_correlation(
+    predicted: list[float], true: list[float]
+) -> None:
+    """The official metric, scipy's, gives not-a-number: it is no correlation of 0."""
+    got = metrics.scores("pearson_and_spearman", predicted, true)
+    assert all(math.isnan(value) for value in got.values())
+
+
 # Batches
+
+
+def test_numbers_are_floats_in_a_batch() -> None:
+    """transformers' mean squared error refuses integers."""
+    row = Example(token_ids=[1], segment_ids=[0], label=3.25)
+    batch = collate([row, row], 0)
+    assert batch["labels"].dtype == torch.float32
+    assert batch["labels"].tolist() == [3.25, 3.25]
+    (full,) = full_batches([row], cell(batch_size=2, seq_len=4))
+    assert full["labels"].tolist() == [3.25, 3.25]
 
 
 def test_a_pair_is_cut_to_the_length_with_its_longer_text_first(

@@ -10,7 +10,7 @@ trained, so the head, its input and the loss are float32.
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from transformers import (
 
 from meft.backbone.find import find_blocks
 from meft.backbone.heads import NEW_HEADS
+from meft_bench.child.tasks.task import REGRESSION
 from meft_bench.shared import backbones, registry
 from meft_bench.shared.cell import Cell
 
@@ -155,7 +156,18 @@ def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int | None) 
         config.decoder_start_token_id = start if start is not None else 0
     if num_labels is not None:
         config.num_labels = num_labels
-        config.problem_type = "single_label_classification"
+        config.problem_type = problem_type(num_labels)
+
+
+def problem_type(
+    num_labels: int,
+) -> Literal["regression", "single_label_classification"]:
+    """Return the name by which transformers chooses the loss of a classifier.
+
+    It is the mean squared error for a head with one output, and the cross-entropy for
+    all others.
+    """
+    return "regression" if num_labels == REGRESSION else "single_label_classification"
 
 
 def _check_language_model(config: PreTrainedConfig, cell: Cell) -> None:

@@ -22,7 +22,7 @@ from meft_bench.child.measuring import probes, starting_point
 from meft_bench.child.measuring.partial_result import PartialResult, finite
 from meft_bench.child.meters import memory
 from meft_bench.child.meters.clock import StepClock
-from meft_bench.child.scoring import answers, labels
+from meft_bench.child.scoring import answers, labels, numbers
 from meft_bench.child.scoring.examples import Examples
 from meft_bench.child.tasks import synthetic
 from meft_bench.child.tasks.batches import (
@@ -34,6 +34,7 @@ from meft_bench.child.tasks.batches import (
     refuse_padded_images,
 )
 from meft_bench.child.tasks.question import AnswerTask
+from meft_bench.child.tasks.task import REGRESSION
 from meft_bench.child.training import execution, prepare
 from meft_bench.child.training.prepare import AnyTask
 from meft_bench.child.training.steps import Stepper, train
@@ -134,7 +135,9 @@ def _reference(cell: Cell, task: AnyTask, source: Source) -> Stepper:
 
 def _scoring(task: AnyTask) -> Any:
     """Return the module of `meft_bench.child.scoring` for tasks of this kind."""
-    return answers if isinstance(task, AnswerTask) else labels
+    if isinstance(task, AnswerTask):
+        return answers
+    return numbers if task.num_labels == REGRESSION else labels
 
 
 def _examples(task: AnyTask, backbone: Backbone, cell: Cell) -> Examples:
@@ -212,12 +215,13 @@ def _train_and_score(
             partial.note(
                 **{
                     f"{rank}score_name": name,
-                    f"{rank}score": score,
-                    f"{rank}majority_score": majority[name],
+                    f"{rank}score": finite(score),
+                    f"{rank}majority_score": finite(majority[name]),
                 }
             )
         right = scoring.is_right(task, predictions, examples.evaluation)
         partial.note(
-            num_eval_rows=len(task.evaluation), right_rows=[int(r) for r in right]
+            num_eval_rows=len(task.evaluation),
+            right_rows=None if right is None else [int(r) for r in right],
         )
     partial.note(peak_host_bytes=memory.host_peak_bytes())

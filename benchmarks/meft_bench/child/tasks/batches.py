@@ -20,8 +20,9 @@ Batch = dict[str, Tensor]
 """The tensors of one batch by name.
 
 For text: `input_ids`, `token_type_ids`, `attention_mask`: `batch seq`; `labels`:
-`batch`, or `batch seq` for a language model. `training` removes those that a model does
-not accept. For images: `pixel_values`: `batch channels height width`, and `labels`.
+`batch`, floats for a regression, or `batch seq` for a language model. `training`
+removes those that a model does not accept. For images: `pixel_values`: `batch channels
+height width`, and `labels`.
 """
 
 
@@ -32,10 +33,11 @@ class Example:
     token_ids: list[int]
     segment_ids: list[int]
     """0 for the first text of a pair, 1 for the second."""
-    label: int | list[int]
-    """The label of the row; for a language model, the target token at each position.
+    label: int | float | list[int]
+    """The class or, for a regression, the number of the row.
 
-    The target is `IGNORED` where nothing is learned.
+    For a language model, the target token at each position, `IGNORED` where nothing is
+    learned.
     """
 
 

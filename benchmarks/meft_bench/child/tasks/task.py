@@ -15,13 +15,17 @@ from meft_bench.shared.cell import Cell
 
 AnyRow = TypeVar("AnyRow")
 
+REGRESSION = 1
+"""`num_labels` of a task whose labels are numbers, as in transformers' configs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One labelled example: one text, or a pair."""
 
     texts: tuple[str, ...]
-    label: int
+    label: int | float
+    """A class, or the number that a regression predicts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +34,11 @@ class Task:
 
     name: str
     num_labels: int | None
-    """Number of classes; None for a language model, whose targets are tokens."""
+    """Number of outputs of the head.
+
+    The number of classes, `REGRESSION` for one number, and None for a language model,
+    whose targets are tokens.
+    """
     train: tuple[Row, ...]
     validation: tuple[Row, ...]
     evaluation: tuple[Row, ...]

@@ -242,27 +242,36 @@ def train(
 
 
 @torch.no_grad()
-def predict(stepper: Stepper, examples: list[Example], batch_size: int) -> list[int]:
-    """Return the model's label for each example, without dropout.
+def outputs(
+    stepper: Stepper, examples: Sequence[Example | Image], batch_size: int
+) -> Tensor:
+    """Return the outputs of a classifier's head for each example, without dropout.
 
     Args:
         stepper: the model.
         examples: the encoded rows.
         batch_size: number of rows of a batch.
+
+    Returns:
+        The logits, `rows outputs` in float32 on the host; a regression has one output.
     """
     stepper.model.eval()
     pad_token_id = stepper.pad_token_id
     # Batches of equal lengths need the least padding.
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].token_ids))
-    labels = [0] * len(examples)
+    order = sorted(range(len(examples)), key=lambda i: _length(examples[i]))
+    found: list[Tensor] = []
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = collate([examples[i] for i in chosen], pad_token_id)
         with stepper.autocast():
             logits = stepper.model(**stepper.to_device(batch)).logits
-        for i, label in zip(chosen, logits.argmax(-1).tolist(), strict=True):
-            labels[i] = label
-    return labels
+        found.append(logits.float().cpu())
+    places = torch.tensor(order, dtype=torch.long).argsort()
+    return torch.cat(found)[places] if found else torch.empty(0, 1)
+
+
+def _length(example: Example | Image) -> int:
+    return len(example.token_ids) if isinstance(example, Example) else 0
 
 
 def _copy_trained(model: PreTrainedModel) -> list[Tensor]:
