@@ -124,7 +124,7 @@ def test_a_number_is_the_output_of_the_head(tokenizer: BertTokenizer) -> None:
     )
     for row, number in zip(found, predicted, strict=True):
         logits = stepper.model(torch.tensor([row.token_ids])).logits
-        assert number == pytest.approx(float(logits), abs=1e-6)
+        assert number == pytest.approx(logits.item(), abs=1e-6)
 
 
 def test_numbers_are_scored_and_are_neither_right_nor_wrong(

@@ -194,10 +194,11 @@ def num_image_tokens(config: PreTrainedConfig, shape: tuple[int, int, int]) -> i
 def _check_images(
     config: PreTrainedConfig, cell: Cell, shape: tuple[int, int, int]
 ) -> None:
-    if cell.task != "synthetic":
+    if cell.task not in ("synthetic", *registry.IMAGE_TASKS):
         raise ValueError(
             f"task {cell.task!r} has text and {cell.backbone} sees images: take task "
-            "`synthetic`, or a backbone of text"
+            f"`synthetic`, {', '.join(f'`{n}`' for n in registry.IMAGE_TASKS)}, or a "
+            "backbone of text"
         )
     num_tokens = num_image_tokens(config, shape)
     if cell.seq_len != num_tokens:
@@ -229,6 +230,11 @@ def num_positions(config: PreTrainedConfig) -> int | None:
 
 
 def _check_text(config: PreTrainedConfig, cell: Cell) -> None:
+    if cell.task in registry.IMAGE_TASKS:
+        raise ValueError(
+            f"task {cell.task!r} has images and {cell.backbone} reads text: take a "
+            "backbone of images, such as `random:vit-tiny`"
+        )
     longest = num_positions(config)
     if longest is not None and cell.seq_len > longest:
         raise ValueError(

@@ -1,9 +1,11 @@
 """Language models: choose the most likely option, or generate text that a rule scores.
 
-An option's likelihood is its log-likelihood per byte. Texts are generated greedily and
-end at the model's end token, where the next prompt would begin, or after
-`max_new_tokens`. `rules` has the metrics. `majority` always gives the most frequent
-answer of the training rows; for options, the position that is most often right.
+Options are chosen by their log-likelihood, and by the same divided by the number of
+characters, as `acc` and `acc_norm` of lm-evaluation-harness; of options that are
+equally likely, the first is chosen. Texts are generated greedily and end at the model's
+end token, where the next prompt would begin, or after `max_new_tokens`. `rules` has the
+metrics. `majority` always gives the most frequent answer of the training rows; for
+options, the position that is most often right.
 """
 
 from collections import Counter
@@ -14,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from meft_bench.child.scoring.examples import Examples
-from meft_bench.child.scoring.rules import METRICS
+from meft_bench.child.scoring.rules import METRICS, Answer, Choice
 from meft_bench.child.tasks.batches import IGNORED, Example, collate
 from meft_bench.child.tasks.question import NEXT_PROMPT, AnswerTask, Question
 from meft_bench.child.training.steps import Stepper
@@ -48,23 +50,24 @@ def predict(
     rows: Sequence[Question],
     tokenizer: PreTrainedTokenizerBase,
     cell: Cell,
-) -> list[str]:
-    """Return the chosen option or the generated text for each row.
+) -> list[Choice] | list[str]:
+    """Return the chosen options or the generated text for each row.
 
     Args:
         stepper: the model.
-        task: the task, whose metric decides between options and text.
+        task: the task.
         rows: the questions.
         tokenizer: the tokenizer of the model.
         cell: the cell, which includes batch size and sequence length.
     """
     stepper.model.eval()
-    ask = _choose if task.metric == "options" else _write
-    return ask(stepper, task, rows, tokenizer, cell)
+    if task.has_options:
+        return _choose(stepper, rows, tokenizer, cell)
+    return _write(stepper, task, rows, tokenizer, cell)
 
 
 def is_right(
-    task: AnswerTask, predictions: Sequence[str], rows: Sequence[Question]
+    task: AnswerTask, predictions: Sequence[Answer], rows: Sequence[Question]
 ) -> list[bool]:
     """Return whether each answer is right by the score of the task's metric.
 
@@ -78,7 +81,7 @@ def is_right(
 
 
 def scores(
-    task: AnswerTask, predictions: Sequence[str], rows: Sequence[Question]
+    task: AnswerTask, predictions: Sequence[Answer], rows: Sequence[Question]
 ) -> dict[str, float]:
     """Return the mean over the questions of each value of the metric, the score first.
 
@@ -96,10 +99,12 @@ def scores(
 
 def majority(task: AnswerTask) -> dict[str, float]:
     """Return the scores of always giving the most frequent answer."""
-    if task.metric == "options":
-        places = Counter(q.options.index(q.accepted[0]) for q in task.train)
+    answers: list[Answer]
+    if task.has_options:
+        places = Counter(q.right_option for q in task.train)
         place = places.most_common(1)[0][0]
-        answers = [q.options[min(place, len(q.options) - 1)] for q in task.evaluation]
+        lasts = [len(q.options) - 1 for q in task.evaluation]
+        answers = [Choice(min(place, last), min(place, last)) for last in lasts]
     else:
         # Solutions of GSM8K are all different, but their numbers are not.
         keys = [METRICS[task.metric].key(q.accepted[0]) for q in task.train]
@@ -149,11 +154,12 @@ def _split(
 ) -> tuple[list[int], list[int]]:
     """Tokenise both texts together, and split after the tokens of the prompt.
 
-    This follows lm-evaluation-harness. Tokenised separately, the answer would begin
+    This follows lm-evaluation-harness, which counts spaces at the end of a prompt to
+    the answer. Tokenised separately, the answer would begin
     with different tokens where a tokenizer marks the beginning of a text, as those of
     LLaMA and Mistral do.
     """
-    begin: list[int] = tokenizer(prompt)["input_ids"]
+    begin: list[int] = tokenizer(prompt.rstrip())["input_ids"]
     whole: list[int] = tokenizer(prompt + answer)["input_ids"]
     return whole[: len(begin)], whole[len(begin) :]
 
@@ -161,18 +167,56 @@ def _split(
 @torch.no_grad()
 def _choose(
     stepper: Stepper,
-    task: AnswerTask,
     rows: Sequence[Question],
     tokenizer: PreTrainedTokenizerBase,
     cell: Cell,
-) -> list[str]:
-    pairs = [(i, option) for i, q in enumerate(rows) for option in q.options]
+) -> list[Choice]:
+    likely = log_likelihoods(stepper, rows, tokenizer, cell)
+    return [choice_of(row, values) for row, values in zip(rows, likely, strict=True)]
+
+
+def choice_of(question: Question, log_likelihoods: Sequence[float]) -> Choice:
+    """Return the options that are chosen by both rules.
+
+    Args:
+        question: the question.
+        log_likelihoods: those of its options, in order.
+    """
+    lengths = [len(option) for option in question.options]
+    per_character = [
+        value / length for value, length in zip(log_likelihoods, lengths, strict=True)
+    ]
+    return Choice(_first_largest(log_likelihoods), _first_largest(per_character))
+
+
+def _first_largest(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=values.__getitem__)
+
+
+@torch.no_grad()
+def log_likelihoods(
+    stepper: Stepper,
+    rows: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    cell: Cell,
+) -> list[list[float]]:
+    """Return the log-likelihood of each option of each row after its prompt.
+
+    Args:
+        stepper: the model, in evaluation mode.
+        rows: the questions.
+        tokenizer: the tokenizer of the model.
+        cell: the cell, which includes batch size and sequence length.
+    """
+    pairs = [(i, k) for i, q in enumerate(rows) for k in range(len(q.options))]
     encoded = [
         # Without an end token, which would be a part of every option.
-        _example(*_split(rows[i].prompt, f" {o}", tokenizer), cell.seq_len)
-        for i, o in pairs
+        _example(
+            *_split(rows[i].prompt, f" {rows[i].options[k]}", tokenizer), cell.seq_len
+        )
+        for i, k in pairs
     ]
-    best: dict[int, tuple[float, str]] = {}
+    found = [[0.0] * len(row.options) for row in rows]
     for chosen in _by_length(encoded, cell.batch_size):
         batch = collate([encoded[n] for n in chosen], stepper.pad_token_id)
         targets = batch.pop("labels")[:, 1:]
@@ -183,11 +227,9 @@ def _choose(
             logits = stepper.model(**inputs).logits
         likely = _log_likelihood(logits.float().cpu(), targets[:, places])
         for n, value in zip(chosen, likely.tolist(), strict=True):
-            i, option = pairs[n]
-            per_byte = value / max(1, len(option.encode()))
-            if i not in best or per_byte > best[i][0]:
-                best[i] = per_byte, option
-    return [best[i][1] for i in range(len(rows))]
+            i, place = pairs[n]
+            found[i][place] = value
+    return found
 
 
 def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from meft_bench.child.scoring.examples import Examples
 from meft_bench.child.tasks.batches import Example, encode
-from meft_bench.child.tasks.task import Task
+from meft_bench.child.tasks.task import Row, Task
 from meft_bench.child.training import steps
 from meft_bench.child.training.steps import Stepper
 from meft_bench.shared.cell import Cell
@@ -21,11 +21,16 @@ def examples(task: Task, tokenizer: PreTrainedTokenizerBase, cell: Cell) -> Exam
         tokenizer: the tokenizer of the model.
         cell: the cell, which includes the sequence length.
     """
-    train, validation, evaluation = (
-        encode(rows, tokenizer, cell.seq_len)
-        for rows in (task.train, task.validation, task.evaluation)
+    train, validation, evaluation, mismatched = (
+        encode([r for r in rows if isinstance(r, Row)], tokenizer, cell.seq_len)
+        for rows in (task.train, task.validation, task.evaluation, task.mismatched)
     )
-    return Examples(train=train, validation=validation, evaluation=evaluation)
+    return Examples(
+        train=train,
+        validation=validation,
+        evaluation=evaluation,
+        mismatched=mismatched,
+    )
 
 
 def predict(

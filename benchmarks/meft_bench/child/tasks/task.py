@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from torch import Tensor
+
 from meft_bench.shared import protocol
 from meft_bench.shared.cell import Cell
 
@@ -28,6 +30,15 @@ class Row:
     """A class, or the number that a regression predicts."""
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One labelled image."""
+
+    pixels: Tensor
+    """Gray values from 0 to 255, `height width`."""
+    label: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """Rows for training and scoring."""
@@ -39,13 +50,20 @@ class Task:
     The number of classes, `REGRESSION` for one number, and None for a language model,
     whose targets are tokens.
     """
-    train: tuple[Row, ...]
-    validation: tuple[Row, ...]
-    evaluation: tuple[Row, ...]
+    train: tuple[Row, ...] | tuple[Picture, ...]
+    validation: tuple[Row, ...] | tuple[Picture, ...]
+    evaluation: tuple[Row, ...] | tuple[Picture, ...]
+    mismatched: tuple[Row, ...] = ()
+    """Rows of other genres that are scored as well, as in MNLI."""
     metric: str | None
     """A name of `metrics.METRICS`; None if there is nothing to score."""
     origin: str
     """Origin of the rows and which splits they are."""
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the rows are images."""
+        return any(isinstance(row, Picture) for row in self.train[:1])
 
 
 def draw(
