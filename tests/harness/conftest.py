@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import meft_bench
+from meft_bench.child.tasks import token_cache
 from meft_bench.parent import environment
 from meft_bench.shared.record import Environment
 
@@ -27,6 +28,16 @@ def find_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     package = Path(meft_bench.__file__).parents[1]
     places = [str(TESTS), str(package), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, places)))
+
+
+@pytest.fixture(autouse=True)
+def tokens_of_a_test(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Let no test find, or leave, tokens on disk that are not its own."""
+    place = tmp_path_factory.mktemp("tokens")
+    monkeypatch.setenv(token_cache.FOLDER, str(place))
+    return place
 
 
 @pytest.fixture

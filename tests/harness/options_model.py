@@ -137,4 +137,5 @@ def model() -> LlamaForCausalLM:
         places = torch.arange(parameter.numel(), dtype=torch.float64)
         waves = torch.sin(places * places * math.sqrt(2 + index)) * 0.5
         parameter.copy_(waves.view(parameter.shape))
-    return made.eval()
+    made.eval()
+    return made

@@ -1,6 +1,5 @@
 """Rows with options are scored as by lm-evaluation-harness.
 
-
 What it computes is in `fixtures/lm-evaluation-harness.json`, which
 `fixtures/make_options.py` has written; the file names the versions.
 """

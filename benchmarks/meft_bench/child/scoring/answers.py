@@ -9,7 +9,7 @@ options, the position that is most often right.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from meft_bench.child.scoring.examples import Examples
 from meft_bench.child.scoring.rules import METRICS, Answer, Choice
 from meft_bench.child.tasks.batches import IGNORED, Example, collate
 from meft_bench.child.tasks.question import NEXT_PROMPT, AnswerTask, Question
+from meft_bench.child.tasks.token_cache import cached
 from meft_bench.child.training.steps import Stepper
 from meft_bench.shared.cell import Cell
 
@@ -36,9 +37,10 @@ def examples(
     Raises:
         ValueError: an option does not fit into `cell.seq_len` tokens.
     """
-    _refuse_long_options(task, tokenizer, cell.seq_len)
+    for rows in (task.validation, task.evaluation):
+        _refuse_long(_options(rows, tokenizer, cell.seq_len), task, cell.seq_len)
     return Examples(
-        train=[_learned(q, tokenizer, cell.seq_len) for q in task.train],
+        train=_learned(task.train, tokenizer, cell.seq_len),
         validation=task.validation,
         evaluation=task.evaluation,
     )
@@ -114,29 +116,52 @@ def majority(task: AnswerTask) -> dict[str, float]:
     return scores(task, answers, task.evaluation)
 
 
-def _refuse_long_options(
-    task: AnswerTask, tokenizer: PreTrainedTokenizerBase, seq_len: int
-) -> None:
-    """Raise early if an option and a token before it do not fit."""
-    for question in (*task.validation, *task.evaluation):
-        for option in question.options:
-            _, tokens = _split(question.prompt, f" {option}", tokenizer)
-            if len(tokens) >= seq_len:
-                raise ValueError(
-                    f"`seq_len` is {seq_len}, but an option of task {task.name!r} has "
-                    f"{len(tokens)} tokens: set it above, to make room for questions"
-                )
-
-
 def _learned(
-    question: Question, tokenizer: PreTrainedTokenizerBase, seq_len: int
-) -> Example:
-    """Return the prompt with its answer and, unless it is cut, the end token."""
-    prompt, answer = _split(question.prompt, question.answer, tokenizer)
+    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, seq_len: int
+) -> list[Example]:
+    """Return prompts with their answers and, unless they are cut, the end token."""
     # Without an end token, `NEXT_PROMPT` marks the end of an answer.
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    # One token of the prompt is kept, because the first of a row is no target.
-    return _example(prompt, [*answer, *end][: seq_len - 1], seq_len)
+
+    def make() -> list[Example]:
+        return [
+            # One token of the prompt is kept, because the first of a row is no target.
+            _example(prompt, [*answer, *end][: seq_len - 1], seq_len)
+            for prompt, answer in _split(texts, tokenizer)
+        ]
+
+    texts = [(question.prompt, question.answer) for question in questions]
+    return cached("answers", texts, tokenizer, seq_len, code=[__file__], make=make)
+
+
+def _options(
+    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, seq_len: int
+) -> list[Example]:
+    """Return each prompt with each of its options, in order.
+
+    There is no end token, which would be a part of every option.
+    """
+
+    def make() -> list[Example]:
+        return [
+            _example(prompt, option, seq_len)
+            for prompt, option in _split(texts, tokenizer)
+        ]
+
+    texts = [(q.prompt, f" {option}") for q in questions for option in q.options]
+    return cached("options", texts, tokenizer, seq_len, code=[__file__], make=make)
+
+
+def _refuse_long(options: Sequence[Example], task: AnswerTask, seq_len: int) -> None:
+    """Raise early if an option and a token before it do not fit."""
+    for option in options:
+        assert isinstance(option.label, list)
+        num_tokens = sum(token != IGNORED for token in option.label)
+        if num_tokens >= seq_len:
+            raise ValueError(
+                f"`seq_len` is {seq_len}, but an option of task {task.name!r} has "
+                f"{num_tokens} tokens: set it above, to make room for questions"
+            )
 
 
 def _example(prompt: list[int], answer: list[int], seq_len: int) -> Example:
@@ -150,18 +175,29 @@ def _example(prompt: list[int], answer: list[int], seq_len: int) -> Example:
 
 
 def _split(
-    prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
-    """Tokenise both texts together, and split after the tokens of the prompt.
+    texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Tokenise prompts and answers together, and split after the tokens of the prompt.
 
     This follows lm-evaluation-harness, which counts spaces at the end of a prompt to
-    the answer. Tokenised separately, the answer would begin
-    with different tokens where a tokenizer marks the beginning of a text, as those of
-    LLaMA and Mistral do.
+    the answer. Tokenised separately, the answer would begin with different tokens where
+    a tokenizer marks the beginning of a text, as those of LLaMA and Mistral do.
+
+    Args:
+        texts: prompts, each with its answer.
+        tokenizer: the tokenizer of the model.
+
+    Yields:
+        The tokens of the prompt and those of the answer.
     """
-    begin: list[int] = tokenizer(prompt.rstrip())["input_ids"]
-    whole: list[int] = tokenizer(prompt + answer)["input_ids"]
-    return whole[: len(begin)], whole[len(begin) :]
+    if not texts:
+        return
+    prompts = list(dict.fromkeys(prompt for prompt, _ in texts))  # one for all options
+    begins = tokenizer([prompt.rstrip() for prompt in prompts])["input_ids"]
+    lengths = {p: len(begin) for p, begin in zip(prompts, begins, strict=True)}
+    wholes = tokenizer([prompt + answer for prompt, answer in texts])["input_ids"]
+    for (prompt, _), whole in zip(texts, wholes, strict=True):
+        yield whole[: lengths[prompt]], whole[lengths[prompt] :]
 
 
 @torch.no_grad()
@@ -209,13 +245,7 @@ def log_likelihoods(
         cell: the cell, which includes batch size and sequence length.
     """
     pairs = [(i, k) for i, q in enumerate(rows) for k in range(len(q.options))]
-    encoded = [
-        # Without an end token, which would be a part of every option.
-        _example(
-            *_split(rows[i].prompt, f" {rows[i].options[k]}", tokenizer), cell.seq_len
-        )
-        for i, k in pairs
-    ]
+    encoded = _options(rows, tokenizer, cell.seq_len)
     found = [[0.0] * len(row.options) for row in rows]
     for chosen in _by_length(encoded, cell.batch_size):
         batch = collate([encoded[n] for n in chosen], stepper.pad_token_id)
@@ -248,7 +278,8 @@ def _write(
 ) -> list[str]:
     end = tokenizer.eos_token_id
     # As in training, a prompt that is too long is cut at its beginning.
-    prompts = [tokenizer(q.prompt)["input_ids"][-cell.seq_len :] for q in rows]
+    tokens = tokenizer([q.prompt for q in rows])["input_ids"] if rows else []
+    prompts = [ids[-cell.seq_len :] for ids in tokens]
     written = [""] * len(rows)
     encoded = [Example(token_ids=p, segment_ids=[0] * len(p), label=0) for p in prompts]
     for chosen in _by_length(encoded, cell.batch_size):

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from meft_bench.child.scoring.examples import Examples
+from meft_bench.child.tasks import batches
 from meft_bench.child.tasks.batches import Example, encode
 from meft_bench.child.tasks.task import Row, Task
+from meft_bench.child.tasks.token_cache import cached
 from meft_bench.child.training import steps
 from meft_bench.child.training.steps import Stepper
 from meft_bench.shared.cell import Cell
@@ -22,7 +24,7 @@ def examples(task: Task, tokenizer: PreTrainedTokenizerBase, cell: Cell) -> Exam
         cell: the cell, which includes the sequence length.
     """
     train, validation, evaluation, mismatched = (
-        encode([r for r in rows if isinstance(r, Row)], tokenizer, cell.seq_len)
+        _encoded([r for r in rows if isinstance(r, Row)], tokenizer, cell.seq_len)
         for rows in (task.train, task.validation, task.evaluation, task.mismatched)
     )
     return Examples(
@@ -30,6 +32,19 @@ def examples(task: Task, tokenizer: PreTrainedTokenizerBase, cell: Cell) -> Exam
         validation=validation,
         evaluation=evaluation,
         mismatched=mismatched,
+    )
+
+
+def _encoded(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, seq_len: int
+) -> list[Example]:
+    return cached(
+        "labels",
+        [(*row.texts, row.label) for row in rows],
+        tokenizer,
+        seq_len,
+        code=[batches.__file__],
+        make=lambda: encode(rows, tokenizer, seq_len),
     )
 
 
