@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import meft_bench
-from meft_bench.child.tasks import token_cache
 from meft_bench.parent import environment
 from meft_bench.shared.record import Environment
 
@@ -36,7 +35,7 @@ def tokens_of_a_test(
 ) -> Path:
     """Let no test find, or leave, tokens on disk that are not its own."""
     place = tmp_path_factory.mktemp("tokens")
-    monkeypatch.setenv(token_cache.FOLDER, str(place))
+    monkeypatch.setenv("MEFT_TOKEN_CACHE", str(place))
     return place
 
 

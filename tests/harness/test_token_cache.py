@@ -161,7 +161,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(
 ) -> None:
     """Rows are tokenised then, every time."""
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(token_cache.FOLDER, str(tmp_path / "file" / "folder"))
+    monkeypatch.setenv("MEFT_TOKEN_CACHE", str(tmp_path / "file" / "folder"))
     found = labels.examples(task(), tokenizer, cell(seq_len=9)).train
     assert len(found) == 300
     assert "tokens are not stored" in capsys.readouterr().err

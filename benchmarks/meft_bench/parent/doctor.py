@@ -10,7 +10,7 @@ from pathlib import Path
 
 from meft_bench.parent import environment
 from meft_bench.shared import distributions, tasks
-from meft_bench.shared.tasks.facts import OFFICIAL, Files, places
+from meft_bench.shared.tasks.facts import OFFICIAL, DataFiles, places
 
 REQUIREMENTS = {
     "library": (
@@ -58,10 +58,10 @@ _PACKAGED = {
 }
 """Weights and data in packages, with the versions the project was tested with."""
 
-DATA: Mapping[str, tuple[Files, ...]] = {
+DATA: Mapping[str, tuple[DataFiles, ...]] = {
     name: files
     for name, facts in tasks.TABLE.items()
-    if (files := tuple(way for way in facts.ways if isinstance(way, Files)))
+    if (files := tuple(way for way in facts.ways if isinstance(way, DataFiles)))
 }
 """Tasks that read files: alternative sets of files, the first that is there is read."""
 
@@ -163,7 +163,7 @@ def _data(root: Path | None) -> Iterator[Entry]:
         yield Entry(thing=f"data {task}", state=_files(root, ways))
 
 
-def _files(root: Path, ways: Sequence[Files]) -> str:
+def _files(root: Path, ways: Sequence[DataFiles]) -> str:
     """Return where one of the sets of files is, or which files of the last are missing.
 
     Args:
@@ -179,7 +179,7 @@ def _files(root: Path, ways: Sequence[Files]) -> str:
     return f"missing: {', '.join(str(last / name) for name in lacking)}"
 
 
-def _part_of(way: Files) -> str:
+def _part_of(way: DataFiles) -> str:
     """Return a remark if not all rows are the official ones; empty if they are."""
     if way.splits in OFFICIAL:
         return ""

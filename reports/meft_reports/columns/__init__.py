@@ -37,7 +37,8 @@ SCORE_NAMES = {
 }
 """The column that names the metric of each score."""
 
-LEAST_SCORES = {"matthews_correlation": -1.0}
+_CORRELATIONS = ("matthews_correlation", "pearson", "spearman")
+LEAST_SCORES = dict.fromkeys(_CORRELATIONS, -1.0)
 """Minimum of scores that can be negative; any other score is at least 0."""
 
 

@@ -18,8 +18,8 @@ from meft_bench.shared import registry
 from meft_bench.shared.source import MissingError, Source
 from meft_bench.shared.tasks.facts import (
     IMAGES,
+    DataFiles,
     Facts,
-    Files,
     Hub,
     Package,
     Splits,
@@ -73,7 +73,7 @@ def find(facts: Facts, source: Source) -> Found:
     """
     problem = ""
     for way in facts.ways:
-        if isinstance(way, Files):
+        if isinstance(way, DataFiles):
             found = _from_files(facts, way, source)
         elif isinstance(way, Package):
             found = _from_package(facts, way)
@@ -86,7 +86,7 @@ def find(facts: Facts, source: Source) -> Found:
     raise MissingError(_all_ways(facts, source, problem))
 
 
-def _from_files(facts: Facts, way: Files, source: Source) -> Found | None:
+def _from_files(facts: Facts, way: DataFiles, source: Source) -> Found | None:
     if source.data_dir is None:
         return None
     for folder in places(source.data_dir, way.folder):
@@ -127,8 +127,10 @@ def _from_hub(facts: Facts, way: Hub) -> tuple[Found | None, str]:
         # The newest revision, by its hash, so that a record says what was read.
         revision = HfApi().dataset_info(way.name).sha
         splits = datasets.load_dataset(way.name, way.config or None, revision=revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        return None, f"the hub did not give {way.name}: {error}".partition("\n")[0]
+    except Exception as error:
+        # Of the HTTP library, which depends on the version of the hub's client, too.
+        reason = str(error).partition("\n")[0].rstrip(".")
+        return None, f"the hub did not give {way.name}: {reason}"
     row_of = _reader(way.read)
     names = (way.train, way.evaluation, way.mismatched)
     train, evaluation, mismatched = (
@@ -156,7 +158,7 @@ def _all_ways(facts: Facts, source: Source, problem: str) -> str:
     ways = []
     looked = problem
     for way in facts.ways:
-        if isinstance(way, Files):
+        if isinstance(way, DataFiles):
             names = ", ".join(way.names)
             ways.append(f"`--data DIR` with {way.folder}/ of {names}, plain or .gz")
             looked = looked or _lacking(way, source.data_dir)
@@ -171,7 +173,7 @@ def _all_ways(facts: Facts, source: Source, problem: str) -> str:
     return f"no data for {facts.name}: {looked}. Ways to provide it: {'; '.join(ways)}"
 
 
-def _lacking(way: Files, root: Path | None) -> str:
+def _lacking(way: DataFiles, root: Path | None) -> str:
     if root is None:
         return "no data directory was given"
     folder = root / way.folder

@@ -36,8 +36,6 @@ from transformers import PreTrainedTokenizerBase
 
 from meft_bench.child.tasks.batches import Example
 
-FOLDER = "MEFT_TOKEN_CACHE"
-"""Environment variable with the folder of the files."""
 MOST_BYTES = 2**30
 LEAST_ROWS = 200
 """Fewer rows are tokenised faster than they are found."""
@@ -45,8 +43,9 @@ LEAST_ROWS = 200
 
 def folder() -> Path:
     """Return the folder of the files."""
-    if FOLDER in os.environ:
-        return Path(os.environ[FOLDER])
+    own = os.environ.get("MEFT_TOKEN_CACHE")
+    if own:
+        return Path(own)
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home, "meft-bench", "tokens")
 

@@ -1,4 +1,6 @@
-"""The tasks with rows, one file of facts each; `facts` says which facts there are.
+"""The tasks with rows, one file of facts each.
+
+`facts` says which facts there are, and `document` writes docs/tasks.md from them.
 
 cola sst2 mrpc stsb qqp mnli qnli rte wnli    GLUE
 bbc_news                                      a classifier's default task

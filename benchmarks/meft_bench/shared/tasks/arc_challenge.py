@@ -2,7 +2,7 @@
 simple methods fail (Clark et al., 2018).
 """
 
-from meft_bench.shared.tasks.facts import OFFICIAL_TEST, OPTIONS, Facts, Files, Hub
+from meft_bench.shared.tasks.facts import OFFICIAL_TEST, OPTIONS, DataFiles, Facts, Hub
 
 FACTS = Facts(
     name="arc-challenge",
@@ -15,7 +15,7 @@ FACTS = Facts(
     protocol="acc_norm and acc of lm-evaluation-harness",
     licence="CC BY-SA 4.0",
     ways=(
-        Files(
+        DataFiles(
             folder="arc-challenge",
             names=("train.json", "test.json"),
             read="options:instructions",

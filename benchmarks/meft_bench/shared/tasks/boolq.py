@@ -8,8 +8,8 @@ others train, so that no passage is in both.
 from meft_bench.shared.tasks.facts import (
     OFFICIAL_DEV,
     OPTIONS,
+    DataFiles,
     Facts,
-    Files,
     Hub,
     Splits,
 )
@@ -25,13 +25,13 @@ FACTS = Facts(
     protocol="acc of lm-evaluation-harness, whose version of the task has no acc_norm",
     licence="CC BY-SA 3.0",
     ways=(
-        Files(
+        DataFiles(
             folder="boolq",
             names=("train.jsonl", "dev.jsonl"),
             read="options:boolq",
             splits=OFFICIAL_DEV,
         ),
-        Files(
+        DataFiles(
             folder="boolq",
             names=("dev.jsonl",),
             read="options:boolq_dev",

@@ -4,7 +4,7 @@ Its files have no header line. The score is Matthews' correlation, 0 for any con
 answer.
 """
 
-from meft_bench.shared.tasks.facts import LABELS, OFFICIAL_DEV, Facts, Files, Hub
+from meft_bench.shared.tasks.facts import LABELS, OFFICIAL_DEV, DataFiles, Facts, Hub
 
 FACTS = Facts(
     name="cola",
@@ -17,7 +17,7 @@ FACTS = Facts(
     protocol="Matthews' correlation over all rows",
     licence="published linguistics examples, for research; no formal licence",
     ways=(
-        Files(
+        DataFiles(
             folder="glue/CoLA",
             names=("train.tsv", "dev.tsv"),
             read="glue:tables",

@@ -42,7 +42,7 @@ PARTS_OF_TRAIN = Splits(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Files:
+class DataFiles:
     """Rows in files of the data directory, each plain or gzip-compressed."""
 
     folder: str
@@ -68,7 +68,7 @@ def places(root: Path, folder: str) -> tuple[Path, ...]:
 
     Args:
         root: the data directory.
-        folder: `Files.folder`.
+        folder: `DataFiles.folder`.
     """
     return (root / folder, root / Path(folder).name, root.parent / folder)
 
@@ -103,7 +103,7 @@ class Package:
     splits: Splits
 
 
-Way = Files | Hub | Package
+Way = DataFiles | Hub | Package
 """One place to take rows from."""
 
 

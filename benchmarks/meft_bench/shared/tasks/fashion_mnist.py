@@ -7,8 +7,8 @@ can be the data directory.
 from meft_bench.shared.tasks.facts import (
     IMAGES,
     OFFICIAL_TEST,
+    DataFiles,
     Facts,
-    Files,
     Hub,
     Splits,
 )
@@ -35,7 +35,7 @@ FACTS = Facts(
     protocol="accuracy over all rows",
     licence="MIT",
     ways=(
-        Files(
+        DataFiles(
             folder="fashion-mnist",
             names=(
                 "train-images-idx3-ubyte",
@@ -46,7 +46,7 @@ FACTS = Facts(
             read="idx:both",
             splits=OFFICIAL_TEST,
         ),
-        Files(
+        DataFiles(
             folder="fashion-mnist",
             names=("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
             read="idx:test_only",

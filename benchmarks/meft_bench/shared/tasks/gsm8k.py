@@ -5,7 +5,7 @@ An answer is right by the official rule: the number after its first `#### ` equa
 of the solution.
 """
 
-from meft_bench.shared.tasks.facts import OFFICIAL_TEST, WORDS, Facts, Files, Hub
+from meft_bench.shared.tasks.facts import OFFICIAL_TEST, WORDS, DataFiles, Facts, Hub
 
 FACTS = Facts(
     name="gsm8k",
@@ -19,7 +19,7 @@ FACTS = Facts(
     protocol="the number after `#### `, as in grade_school_math/dataset.py",
     licence="MIT",
     ways=(
-        Files(
+        DataFiles(
             folder="gsm8k",
             names=("train.jsonl", "test.jsonl"),
             read="words:gsm8k",

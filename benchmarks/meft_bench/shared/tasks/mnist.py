@@ -3,8 +3,8 @@
 from meft_bench.shared.tasks.facts import (
     IMAGES,
     OFFICIAL_TEST,
+    DataFiles,
     Facts,
-    Files,
     Hub,
     Splits,
 )
@@ -20,7 +20,7 @@ FACTS = Facts(
     protocol="accuracy over all rows",
     licence="CC BY-SA 3.0",
     ways=(
-        Files(
+        DataFiles(
             folder="mnist",
             names=(
                 "train-images-idx3-ubyte",
@@ -31,7 +31,7 @@ FACTS = Facts(
             read="idx:both",
             splits=OFFICIAL_TEST,
         ),
-        Files(
+        DataFiles(
             folder="mnist-10k",
             names=("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
             read="idx:test_only",

@@ -9,8 +9,8 @@ from meft_bench.shared.tasks.facts import (
     LABELS,
     OFFICIAL_MATCHED_DEV,
     PARTS_OF_TRAIN,
+    DataFiles,
     Facts,
-    Files,
     Hub,
 )
 
@@ -25,7 +25,7 @@ FACTS = Facts(
     protocol="accuracy over the matched and, as a second value, the mismatched rows",
     licence="OANC licence, CC BY-SA 3.0 and CC BY 3.0 for fiction",
     ways=(
-        Files(
+        DataFiles(
             folder="glue/MNLI",
             names=("train.tsv", "dev_matched.tsv", "dev_mismatched.tsv"),
             read="glue:tables",
@@ -36,7 +36,7 @@ FACTS = Facts(
                 ("gold_label", "label"),
             ),
         ),
-        Files(
+        DataFiles(
             folder="glue/MNLI",
             names=("train_subset_9k.json", "train_subset_1k_heldout.json"),
             read="glue:subsets",

@@ -4,7 +4,7 @@ GLUE's development set consists of the pairs of the original training file whose
 are in `dev_ids.tsv`; the ready-made `train.tsv` in circulation lacks a row.
 """
 
-from meft_bench.shared.tasks.facts import LABELS, OFFICIAL_DEV, Facts, Files, Hub
+from meft_bench.shared.tasks.facts import LABELS, OFFICIAL_DEV, DataFiles, Facts, Hub
 
 COLUMNS = (
     ("#1 String", "sentence1"),
@@ -23,14 +23,14 @@ FACTS = Facts(
     protocol="accuracy, and F1 of label 1, over all rows",
     licence="Microsoft Research Paraphrase Corpus, for research",
     ways=(
-        Files(
+        DataFiles(
             folder="glue/MRPC",
             names=("msr_paraphrase_train.txt", "dev_ids.tsv"),
             read="glue:mrpc_originals",
             splits=OFFICIAL_DEV,
             renamed=COLUMNS,
         ),
-        Files(
+        DataFiles(
             folder="glue/MRPC",
             names=("train.tsv", "dev.tsv"),
             read="glue:tables",

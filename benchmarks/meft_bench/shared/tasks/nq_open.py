@@ -7,7 +7,14 @@ normalised as in the official evaluation, and whether an accepted answer appears
 generated text (Hao et al., ACL 2024, and their code).
 """
 
-from meft_bench.shared.tasks.facts import OFFICIAL_DEV, WORDS, Facts, Files, Hub, Splits
+from meft_bench.shared.tasks.facts import (
+    OFFICIAL_DEV,
+    WORDS,
+    DataFiles,
+    Facts,
+    Hub,
+    Splits,
+)
 
 FACTS = Facts(
     name="nq-open",
@@ -21,13 +28,13 @@ FACTS = Facts(
     protocol="exact match, normalised as in ORQA's eval_utils.py",
     licence="CC BY-SA 3.0",
     ways=(
-        Files(
+        DataFiles(
             folder="nq-open",
             names=("NQ-open.train.jsonl", "NQ-open.dev.jsonl"),
             read="words:nq_open",
             splits=OFFICIAL_DEV,
         ),
-        Files(
+        DataFiles(
             folder="nq-open",
             names=("topics.nq.dev.txt", "NQ-open.dev.jsonl"),
             read="words:nq_open_topics",

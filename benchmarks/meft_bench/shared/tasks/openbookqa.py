@@ -3,7 +3,7 @@
 The prompt is the question alone, as in lm-evaluation-harness.
 """
 
-from meft_bench.shared.tasks.facts import OFFICIAL_TEST, OPTIONS, Facts, Files, Hub
+from meft_bench.shared.tasks.facts import OFFICIAL_TEST, OPTIONS, DataFiles, Facts, Hub
 
 FACTS = Facts(
     name="openbookqa",
@@ -16,7 +16,7 @@ FACTS = Facts(
     protocol="acc_norm and acc of lm-evaluation-harness",
     licence="Apache-2.0",
     ways=(
-        Files(
+        DataFiles(
             folder="openbookqa",
             names=("train.json", "test.json"),
             read="options:instructions",

@@ -5,8 +5,8 @@
 from meft_bench.shared.tasks.facts import (
     OFFICIAL_DEV,
     OPTIONS,
+    DataFiles,
     Facts,
-    Files,
     Hub,
     Splits,
 )
@@ -22,7 +22,7 @@ FACTS = Facts(
     protocol="acc_norm and acc of lm-evaluation-harness",
     licence="AFL-3.0",
     ways=(
-        Files(
+        DataFiles(
             folder="piqa",
             names=(
                 "train.jsonl",
@@ -33,7 +33,7 @@ FACTS = Facts(
             read="options:piqa",
             splits=OFFICIAL_DEV,
         ),
-        Files(
+        DataFiles(
             folder="piqa",
             names=("valid.jsonl", "valid-labels.lst"),
             read="options:piqa_valid",

@@ -3,8 +3,8 @@
 from meft_bench.shared.tasks.facts import (
     LABELS,
     OFFICIAL_DEV,
+    DataFiles,
     Facts,
-    Files,
     Hub,
     Splits,
 )
@@ -20,13 +20,13 @@ FACTS = Facts(
     protocol="accuracy over all rows",
     licence="CC BY-SA 4.0",
     ways=(
-        Files(
+        DataFiles(
             folder="glue/QNLI",
             names=("train.tsv", "dev.tsv"),
             read="glue:tables",
             splits=OFFICIAL_DEV,
         ),
-        Files(
+        DataFiles(
             folder="glue/QNLI",
             names=("train_subset_9k.json", "train_subset_1k_heldout.json", "dev.tsv"),
             read="glue:subsets_and_dev",

@@ -8,8 +8,8 @@ from meft_bench.shared.tasks.facts import (
     LABELS,
     OFFICIAL_DEV,
     PARTS_OF_TRAIN,
+    DataFiles,
     Facts,
-    Files,
     Hub,
 )
 
@@ -24,7 +24,7 @@ FACTS = Facts(
     protocol="accuracy, and F1 of label 1, over all rows",
     licence="Quora's terms: non-commercial research",
     ways=(
-        Files(
+        DataFiles(
             folder="glue/QQP",
             names=("train.tsv", "dev.tsv"),
             read="glue:tables",
@@ -32,7 +32,7 @@ FACTS = Facts(
             renamed=(("is_duplicate", "label"),),
             has_broken_lines=True,
         ),
-        Files(
+        DataFiles(
             folder="glue/QQP",
             names=("train_subset_9k.json", "train_subset_1k_heldout.json"),
             read="glue:subsets",

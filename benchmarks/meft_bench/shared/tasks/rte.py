@@ -3,7 +3,7 @@
 The rows are those of four rounds of the challenge.
 """
 
-from meft_bench.shared.tasks.facts import LABELS, OFFICIAL_DEV, Facts, Files, Hub
+from meft_bench.shared.tasks.facts import LABELS, OFFICIAL_DEV, DataFiles, Facts, Hub
 
 FACTS = Facts(
     name="rte",
@@ -16,7 +16,7 @@ FACTS = Facts(
     protocol="accuracy over all rows",
     licence="PASCAL RTE, free for research; no formal licence",
     ways=(
-        Files(
+        DataFiles(
             folder="glue/RTE",
             names=("train.tsv", "dev.tsv"),
             read="glue:tables",

@@ -1,6 +1,6 @@
 """SciQ: science exam questions with a supporting text (Welbl et al., W-NUT 2017)."""
 
-from meft_bench.shared.tasks.facts import OFFICIAL_TEST, OPTIONS, Facts, Files, Hub
+from meft_bench.shared.tasks.facts import OFFICIAL_TEST, OPTIONS, DataFiles, Facts, Hub
 
 FACTS = Facts(
     name="sciq",
@@ -13,7 +13,7 @@ FACTS = Facts(
     protocol="acc_norm and acc of lm-evaluation-harness",
     licence="CC BY-NC 3.0",
     ways=(
-        Files(
+        DataFiles(
             folder="sciq",
             names=("train.json", "test.json"),
             read="options:sciq",

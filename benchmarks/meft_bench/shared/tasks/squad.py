@@ -7,7 +7,14 @@ comparable with published ones. Scores are exact match and F1 of the official sc
 and whether an accepted answer appears in the generated text.
 """
 
-from meft_bench.shared.tasks.facts import OFFICIAL_DEV, WORDS, Facts, Files, Hub, Splits
+from meft_bench.shared.tasks.facts import (
+    OFFICIAL_DEV,
+    WORDS,
+    DataFiles,
+    Facts,
+    Hub,
+    Splits,
+)
 
 FACTS = Facts(
     name="squad",
@@ -21,13 +28,13 @@ FACTS = Facts(
     protocol="exact match and F1 of evaluate-v1.1.py",
     licence="CC BY-SA 4.0",
     ways=(
-        Files(
+        DataFiles(
             folder="squad",
             names=("train-v1.1.json", "dev-v1.1.json"),
             read="words:squad",
             splits=OFFICIAL_DEV,
         ),
-        Files(
+        DataFiles(
             folder="squad-xquad-en",
             names=("xquad.en.json",),
             read="words:xquad",

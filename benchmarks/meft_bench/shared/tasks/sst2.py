@@ -1,6 +1,6 @@
 """SST-2: the sentiment of a sentence from a film review (Socher et al., EMNLP 2013)."""
 
-from meft_bench.shared.tasks.facts import LABELS, OFFICIAL_DEV, Facts, Files, Hub
+from meft_bench.shared.tasks.facts import LABELS, OFFICIAL_DEV, DataFiles, Facts, Hub
 
 FACTS = Facts(
     name="sst2",
@@ -13,7 +13,7 @@ FACTS = Facts(
     protocol="accuracy over all rows",
     licence="Stanford Sentiment Treebank, for research; no formal licence",
     ways=(
-        Files(
+        DataFiles(
             folder="glue/SST-2",
             names=("train.tsv", "dev.tsv"),
             read="glue:tables",

@@ -4,7 +4,7 @@ A regression: the head has one output, which is trained by the mean squared erro
 weights are selected by Pearson's correlation.
 """
 
-from meft_bench.shared.tasks.facts import NUMBER, OFFICIAL_DEV, Facts, Files, Hub
+from meft_bench.shared.tasks.facts import NUMBER, OFFICIAL_DEV, DataFiles, Facts, Hub
 
 FACTS = Facts(
     name="stsb",
@@ -18,9 +18,9 @@ FACTS = Facts(
         "Pearson's and Spearman's correlation over all rows, undefined if all "
         "predictions are equal"
     ),
-    licence="mixed, CC BY-SA 4.0 and others: see its LICENSE.txt",
+    licence="CC BY-SA 4.0 and others, as in the licence file of its authors",
     ways=(
-        Files(
+        DataFiles(
             folder="glue/STS-B",
             names=("train.tsv", "dev.tsv"),
             read="glue:tables",

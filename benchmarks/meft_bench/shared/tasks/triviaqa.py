@@ -5,7 +5,14 @@
 training set; `topics.dpr.trivia.test.txt` is the official unfiltered development set.
 """
 
-from meft_bench.shared.tasks.facts import OFFICIAL_DEV, WORDS, Facts, Files, Hub, Splits
+from meft_bench.shared.tasks.facts import (
+    OFFICIAL_DEV,
+    WORDS,
+    DataFiles,
+    Facts,
+    Hub,
+    Splits,
+)
 
 FACTS = Facts(
     name="triviaqa",
@@ -19,7 +26,7 @@ FACTS = Facts(
     protocol="exact match and F1 of triviaqa_evaluation.py",
     licence="questions collected by the University of Washington, no formal licence",
     ways=(
-        Files(
+        DataFiles(
             folder="triviaqa",
             names=("topics.dpr.trivia.dev.txt", "topics.dpr.trivia.test.txt"),
             read="words:topics",

@@ -6,7 +6,7 @@ changed has opposite labels. Models that learn the training rows score below the
 majority class.
 """
 
-from meft_bench.shared.tasks.facts import LABELS, OFFICIAL_DEV, Facts, Files, Hub
+from meft_bench.shared.tasks.facts import LABELS, OFFICIAL_DEV, DataFiles, Facts, Hub
 
 FACTS = Facts(
     name="wnli",
@@ -19,7 +19,7 @@ FACTS = Facts(
     protocol="accuracy over all rows",
     licence="CC BY 4.0",
     ways=(
-        Files(
+        DataFiles(
             folder="glue/WNLI",
             names=("train.tsv", "dev.tsv"),
             read="glue:tables",

@@ -12,10 +12,10 @@ from typing import Any
 
 from meft_bench.child.tasks.files import table
 from meft_bench.child.tasks.rows import Content, RowDict, Rows
-from meft_bench.shared.tasks.facts import Files
+from meft_bench.shared.tasks.facts import DataFiles
 
 
-def tables(way: Files, train: Content, dev: Content, *mismatched: Content) -> Rows:
+def tables(way: DataFiles, train: Content, dev: Content, *mismatched: Content) -> Rows:
     """Return the rows of tables in GLUE's usual layout.
 
     Args:
@@ -31,7 +31,7 @@ def tables(way: Files, train: Content, dev: Content, *mismatched: Content) -> Ro
     )
 
 
-def mrpc_originals(way: Files, originals: Content, dev_ids: Content) -> Rows:
+def mrpc_originals(way: DataFiles, originals: Content, dev_ids: Content) -> Rows:
     """Return MRPC's rows, split by the ids of the development rows.
 
     Args:
@@ -49,7 +49,7 @@ def mrpc_originals(way: Files, originals: Content, dev_ids: Content) -> Rows:
     return Rows(train=train, evaluation=dev)
 
 
-def subsets(way: Files, train: Content, held_out: Content) -> Rows:
+def subsets(way: DataFiles, train: Content, held_out: Content) -> Rows:
     """Return the rows of two parts of the training rows.
 
     Args:
@@ -61,7 +61,7 @@ def subsets(way: Files, train: Content, held_out: Content) -> Rows:
 
 
 def subsets_and_dev(
-    way: Files, train: Content, also_train: Content, dev: Content
+    way: DataFiles, train: Content, also_train: Content, dev: Content
 ) -> Rows:
     """Return the rows of two parts of the training rows, and the development rows.
 
@@ -82,7 +82,7 @@ def hub_row(row: dict[str, Any]) -> RowDict:
     return row
 
 
-def _table(way: Files, content: Content) -> list[RowDict]:
+def _table(way: DataFiles, content: Content) -> list[RowDict]:
     rows = table(
         content.text,
         str(content.path),
@@ -93,11 +93,11 @@ def _table(way: Files, content: Content) -> list[RowDict]:
     return [_renamed(way, row) for row in rows]
 
 
-def _objects(way: Files, content: Content) -> list[RowDict]:
+def _objects(way: DataFiles, content: Content) -> list[RowDict]:
     rows = json.loads(content.text)
     return [_renamed(way, row) for row in rows.values()]
 
 
-def _renamed(way: Files, row: dict[str, str]) -> RowDict:
+def _renamed(way: DataFiles, row: dict[str, str]) -> RowDict:
     names = dict(way.renamed)
     return {names.get(name, name): value for name, value in row.items()}

@@ -15,7 +15,7 @@ import numpy
 from numpy.typing import NDArray
 
 from meft_bench.child.tasks.rows import Content, RowDict, Rows
-from meft_bench.shared.tasks.facts import Files
+from meft_bench.shared.tasks.facts import DataFiles
 
 NUM_TRAIN = 8_000
 """Number of test images to train with where there are no others."""
@@ -23,7 +23,7 @@ _UNSIGNED_BYTES = 8
 
 
 def both(
-    way: Files,
+    way: DataFiles,
     train_images: Content,
     train_labels: Content,
     test_images: Content,
@@ -44,7 +44,7 @@ def both(
     )
 
 
-def test_only(way: Files, images: Content, labels: Content) -> Rows:
+def test_only(way: DataFiles, images: Content, labels: Content) -> Rows:
     """Return the rows of files of test images, the first of them to train with.
 
     Args:

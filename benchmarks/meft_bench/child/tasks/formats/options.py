@@ -16,7 +16,7 @@ from typing import Any
 
 from meft_bench.child.tasks.files import json_lines
 from meft_bench.child.tasks.rows import Content, RowDict, Rows
-from meft_bench.shared.tasks.facts import Files
+from meft_bench.shared.tasks.facts import DataFiles
 
 NUM_PIQA_TRAIN = 1_438
 """Number of PIQA's development rows to train with where there are no others."""
@@ -28,7 +28,7 @@ _FORM = re.compile(
 _OPTION = re.compile(r"Answer\d: ")
 
 
-def instructions(way: Files, train: Content, test: Content) -> Rows:
+def instructions(way: DataFiles, train: Content, test: Content) -> Rows:
     """Return the rows of two JSON lists of instructions and answers.
 
     Args:
@@ -53,7 +53,7 @@ def _instruction(row: dict[str, str]) -> RowDict:
 
 
 def piqa(
-    way: Files,
+    way: DataFiles,
     train: Content,
     train_labels: Content,
     valid: Content,
@@ -71,7 +71,7 @@ def piqa(
     return Rows(train=_piqa(train, train_labels), evaluation=_piqa(valid, valid_labels))
 
 
-def piqa_valid(way: Files, valid: Content, labels: Content) -> Rows:
+def piqa_valid(way: DataFiles, valid: Content, labels: Content) -> Rows:
     """Return PIQA's development rows, the first of them to train with.
 
     Args:
@@ -97,7 +97,7 @@ def _piqa(rows: Content, labels: Content) -> list[RowDict]:
     ]
 
 
-def boolq(way: Files, train: Content, dev: Content) -> Rows:
+def boolq(way: DataFiles, train: Content, dev: Content) -> Rows:
     """Return BoolQ's rows.
 
     Args:
@@ -112,7 +112,7 @@ def boolq(way: Files, train: Content, dev: Content) -> Rows:
     return Rows(train=learned, evaluation=scored)
 
 
-def boolq_dev(way: Files, dev: Content) -> Rows:
+def boolq_dev(way: DataFiles, dev: Content) -> Rows:
     """Return BoolQ's development rows; those of every fifth passage are scored.
 
     Args:
@@ -128,7 +128,7 @@ def boolq_dev(way: Files, dev: Content) -> Rows:
     )
 
 
-def sciq(way: Files, train: Content, test: Content) -> Rows:
+def sciq(way: DataFiles, train: Content, test: Content) -> Rows:
     """Return SciQ's rows.
 
     Args:

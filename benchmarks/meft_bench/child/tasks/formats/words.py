@@ -13,10 +13,10 @@ from meft_bench.child.tasks.files import json_lines
 from meft_bench.child.tasks.formats.topics import rows as topic_rows
 from meft_bench.child.tasks.gsm8k import final_number
 from meft_bench.child.tasks.rows import Content, RowDict, Rows
-from meft_bench.shared.tasks.facts import Files
+from meft_bench.shared.tasks.facts import DataFiles
 
 
-def topics(way: Files, train: Content, test: Content) -> Rows:
+def topics(way: DataFiles, train: Content, test: Content) -> Rows:
     """Return the rows of two files of topics.
 
     Args:
@@ -27,7 +27,7 @@ def topics(way: Files, train: Content, test: Content) -> Rows:
     return Rows(train=_topics(train), evaluation=_topics(test))
 
 
-def nq_open_topics(way: Files, train: Content, dev: Content) -> Rows:
+def nq_open_topics(way: DataFiles, train: Content, dev: Content) -> Rows:
     """Return NQ-open's rows, those to train with from a file of topics.
 
     Args:
@@ -38,7 +38,7 @@ def nq_open_topics(way: Files, train: Content, dev: Content) -> Rows:
     return Rows(train=_topics(train), evaluation=_nq_open(dev))
 
 
-def nq_open(way: Files, train: Content, dev: Content) -> Rows:
+def nq_open(way: DataFiles, train: Content, dev: Content) -> Rows:
     """Return NQ-open's rows.
 
     Args:
@@ -49,7 +49,7 @@ def nq_open(way: Files, train: Content, dev: Content) -> Rows:
     return Rows(train=_nq_open(train), evaluation=_nq_open(dev))
 
 
-def squad(way: Files, train: Content, dev: Content) -> Rows:
+def squad(way: DataFiles, train: Content, dev: Content) -> Rows:
     """Return SQuAD's rows.
 
     Args:
@@ -64,7 +64,7 @@ def squad(way: Files, train: Content, dev: Content) -> Rows:
     return Rows(train=learned, evaluation=scored)
 
 
-def xquad(way: Files, content: Content) -> Rows:
+def xquad(way: DataFiles, content: Content) -> Rows:
     """Return XQuAD's rows; those of every fifth article are scored.
 
     Args:
@@ -78,7 +78,7 @@ def xquad(way: Files, content: Content) -> Rows:
     )
 
 
-def gsm8k(way: Files, train: Content, test: Content) -> Rows:
+def gsm8k(way: DataFiles, train: Content, test: Content) -> Rows:
     """Return GSM8K's rows.
 
     Args:
