@@ -80,14 +80,24 @@ def measured(backbone: Path | str, data: Path, **changes: Any) -> dict[str, Any]
     return found
 
 
-@pytest.mark.parametrize("method", ["full", "meft1-exact"])
-def test_regression(method: str, encoder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "dtype", "weights_dtype"),
+    [
+        ("full", "fp32", "fp32"),
+        ("meft1-exact", "fp32", "fp32"),
+        ("lora", "bf16", "fp32"),
+        ("meft1-exact", "bf16", "bf16"),
+    ],
+)
+def test_regression(
+    method: str, dtype: str, weights_dtype: str, encoder: Path, tmp_path: Path
+) -> None:
     """Pearson selects the weights, Spearman is beside it; no row is right or wrong."""
     rows = table("sentence1\tsentence2\tscore", "{}\t{}\t{}", ("0.5", "2.25", "5.0"))
     write(tmp_path, "glue/STS-B", {"train.tsv": rows, "dev.tsv": rows})
-    found = measured(
-        *(encoder, tmp_path), task="stsb", method=method, eval_every=1, max_steps=4
-    )
+    its: dict[str, Any] = {"dtype": dtype, "weights_dtype": weights_dtype}
+    its |= {"method": method, "eval_every": 1, "max_steps": 4}
+    found = measured(encoder, tmp_path, task="stsb", **its)
     assert (found["score_name"], found["second_score_name"]) == ("pearson", "spearman")
     assert -1 <= found["score"] <= 1
     assert found["majority_score"] is None  # a constant correlates with nothing

@@ -192,6 +192,20 @@ def test_the_files_used_least_recently_are_removed(
     assert len(files(tokens_of_a_test)) == 1
 
 
+def test_what_a_killed_cell_has_left_is_removed(
+    tokenizer: PreTrainedTokenizerFast, tokens_of_a_test: Path
+) -> None:
+    """After an hour, in which any other cell has written its file."""
+    old, new = (tokens_of_a_test / f"part-{name}" for name in ("old", "new"))
+    for place in (old, new):
+        place.mkdir()
+        (place / "some.safetensors").write_text("half")
+    os.utime(old, (0, 0))
+    labels.examples(task(), tokenizer, cell(seq_len=9))
+    assert not old.exists()
+    assert new.exists()
+
+
 def _encode(barrier: object) -> int:
     barrier.wait()  # type: ignore[attr-defined]
     made = options_model.tokenizer()

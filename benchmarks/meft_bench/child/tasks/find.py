@@ -127,15 +127,16 @@ def _from_hub(facts: Facts, way: Hub) -> tuple[Found | None, str]:
         # The newest revision, by its hash, so that a record says what was read.
         revision = HfApi().dataset_info(way.name).sha
         splits = datasets.load_dataset(way.name, way.config or None, revision=revision)
+        # `datasets` reads rows now, and images only where Pillow is installed.
+        row_of = _reader(way.read)
+        names = (way.train, way.evaluation, way.mismatched)
+        train, evaluation, mismatched = (
+            [row_of(row) for row in splits[name]] if name else [] for name in names
+        )
     except Exception as error:
         # Of the HTTP library, which depends on the version of the hub's client, too.
         reason = str(error).partition("\n")[0].rstrip(".")
         return None, f"the hub did not give {way.name}: {reason}"
-    row_of = _reader(way.read)
-    names = (way.train, way.evaluation, way.mismatched)
-    train, evaluation, mismatched = (
-        [row_of(row) for row in splits[name]] if name else [] for name in names
-    )
     rows = Rows(train=train, evaluation=evaluation, mismatched=mismatched)
     config = f" ({way.config})" if way.config else ""
     place = f"hub {way.name}{config} at revision {revision}"

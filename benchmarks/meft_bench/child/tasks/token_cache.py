@@ -20,8 +20,10 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -37,6 +39,10 @@ from transformers import PreTrainedTokenizerBase
 from meft_bench.child.tasks.batches import Example
 
 MOST_BYTES = 2**30
+PART = "part-"
+"""Beginning of the names of folders of files that are not whole yet."""
+LONGEST_SECONDS = 3600
+"""Time in which any file is whole."""
 LEAST_ROWS = 200
 """Fewer rows are tokenised faster than they are found."""
 
@@ -161,7 +167,7 @@ def _write(file: Path, examples: Sequence[Example]) -> None:
         )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix="part-") as place:
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=PART) as place:
             part = Path(place, file.name)
             save_file(columns, part, _metadata(columns))
             part.replace(file)
@@ -182,7 +188,14 @@ def _joined(lists: Iterable[Sequence[int]]) -> Tensor:
 
 
 def _make_room(newest: Path) -> None:
-    """Remove the least recently used files while all exceed `MOST_BYTES`."""
+    """Remove the least recently used files while all exceed `MOST_BYTES`.
+
+    Parts of files that cells have left which were killed are removed after an hour.
+    """
+    for part in newest.parent.glob(f"{PART}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > LONGEST_SECONDS:
+                shutil.rmtree(part)
     found = []
     for file in newest.parent.glob("*.safetensors"):
         with contextlib.suppress(FileNotFoundError):  # another cell has removed it

@@ -52,6 +52,7 @@ class DataFiles:
     read: str
     """`FILE:FUNCTION` from the contents of the files to the rows of the splits."""
     splits: Splits
+    """Which rows they are."""
     columns: tuple[str, ...] = ()
     """Names of the columns of files that have no header line."""
     renamed: tuple[tuple[str, str], ...] = ()
@@ -88,6 +89,7 @@ class Hub:
     read: str
     """`FILE:FUNCTION` from a row of the repository to a row of the task."""
     splits: Splits
+    """Which rows they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +103,7 @@ class Package:
     read: str
     """`FILE:FUNCTION` that returns the rows of the splits."""
     splits: Splits
+    """Which rows they are."""
 
 
 Way = DataFiles | Hub | Package

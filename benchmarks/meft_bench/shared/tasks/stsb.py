@@ -12,7 +12,6 @@ FACTS = Facts(
     asks="how similar two sentences are, from 0 to 5",
     kind=NUMBER,
     fields=("sentence1", "sentence2"),
-    labels=(),
     metric="pearson_and_spearman",
     protocol=(
         "Pearson's and Spearman's correlation over all rows, undefined if all "
