@@ -213,6 +213,21 @@ def test_broken_lines_of_qqp_are_left_out(tmp_path: Path) -> None:
     ]
 
 
+def test_mnli_has_matched_and_mismatched_rows(tmp_path: Path) -> None:
+    """As many of each as there are, or as the cell says; the record counts both."""
+    header = "index\tsentence1\tsentence2\tgold_label\n"
+    row = "0\tA.\tB.\tneutral\n"
+    for name, count in (("train", 1), ("dev_matched", 2), ("dev_mismatched", 3)):
+        write(tmp_path, "glue/MNLI", f"{name}.tsv", header + row * count)
+    source = Source(data_dir=tmp_path)
+    for eval_rows, counts in ((0, (2, 3)), (1, (1, 1))):
+        task = load_task("mnli", source, eval_rows=eval_rows)
+        assert (len(task.evaluation), len(task.mismatched)) == counts
+        assert f"score {counts[0]} of 2 official matched dev rows" in task.origin
+        assert f" and {counts[1]} of 3 mismatched ones" in task.origin
+        assert {row.label for row in task.mismatched} == {1}
+
+
 def test_squad_has_its_official_files(tmp_path: Path) -> None:
     paragraph = {
         "context": "The sky is blue.",

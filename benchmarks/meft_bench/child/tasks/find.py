@@ -39,13 +39,20 @@ class Found:
     place: str
     """Files with their sha256, a package with its version, or a revision of the hub."""
 
-    def origin(self, num_train: int, num_validation: int, num_evaluation: int) -> str:
+    def origin(
+        self,
+        num_train: int,
+        num_validation: int,
+        num_evaluation: int,
+        num_mismatched: int = 0,
+    ) -> str:
         """Return a description of the rows of a task, for its record.
 
         Args:
             num_train: number of rows to train with.
             num_validation: number of rows to select weights with.
             num_evaluation: number of rows to score with.
+            num_mismatched: number of mismatched rows to score with.
         """
         rows, splits = self.rows, self.splits
         text = (
@@ -55,7 +62,6 @@ class Found:
             f"{splits.evaluation}"
         )
         if rows.mismatched:
-            num_mismatched = min(num_evaluation, len(rows.mismatched))
             text += f" and {num_mismatched} of {len(rows.mismatched)} mismatched ones"
         return text
 

@@ -31,15 +31,16 @@ def load(cell: Cell, source: Source) -> Task:
     )
     train, validation = draw(learned, cell)
     evaluation = first(scored, cell)
+    others = first(mismatched, cell)
     return Task(
         name=facts.name,
         num_labels=REGRESSION if facts.kind == NUMBER else len(facts.labels),
         train=train,
         validation=validation,
         evaluation=evaluation,
-        mismatched=first(mismatched, cell),
+        mismatched=others,
         metric=facts.metric,
-        origin=found.origin(len(train), len(validation), len(evaluation)),
+        origin=found.origin(len(train), len(validation), len(evaluation), len(others)),
     )
 
 
