@@ -9,11 +9,12 @@ import torch
 from transformers import BertTokenizer
 
 from harness.tiny import FAMILIES, batch, cell, classifier
-from meft_bench.child.backbones.classifier import model_class, problem_type
+from meft_bench.child.backbones.classifier import model_class
 from meft_bench.child.scoring import labels, numbers
 from meft_bench.child.tasks.batches import Example
-from meft_bench.child.tasks.task import REGRESSION, Row, Task
+from meft_bench.child.tasks.task import Row, Task
 from meft_bench.child.training.steps import Stepper
+from meft_bench.shared.backbones import problem_type
 
 
 def rows(*found: int) -> tuple[Row, ...]:
@@ -94,7 +95,7 @@ def regression() -> Task:
     train = tuple(Row(("a" * n,), 0.5 * n) for n in range(1, 5))
     return dataclasses.replace(
         task("pearson_and_spearman"),
-        num_labels=REGRESSION,
+        num_labels=1,
         train=train,
         evaluation=train[:3],
     )
@@ -104,8 +105,8 @@ def regression() -> Task:
 def test_the_loss_of_a_regression_is_the_mean_squared_error(model_type: str) -> None:
     """Of one output, in every family, whatever computes the loss."""
     config = classifier(model_type).config
-    config.num_labels, config.problem_type = REGRESSION, problem_type(REGRESSION)
-    stepper = Stepper(model_class(config, REGRESSION).from_config(config), cell())
+    config.num_labels, config.problem_type = 1, problem_type(1)
+    stepper = Stepper(model_class(config, 1).from_config(config), cell())
     wanted = torch.tensor([0.5, 1.5, 4.0, 5.0])
     inputs = stepper.to_device(batch() | {"labels": wanted})
     out = stepper.model.eval()(**inputs)
@@ -116,8 +117,8 @@ def test_the_loss_of_a_regression_is_the_mean_squared_error(model_type: str) -> 
 def test_a_number_is_the_output_of_the_head(tokenizer: BertTokenizer) -> None:
     """Row by row, whatever the order in which rows are batched."""
     config = classifier().config
-    config.num_labels = REGRESSION
-    stepper = Stepper(model_class(config, REGRESSION).from_config(config), cell())
+    config.num_labels = 1
+    stepper = Stepper(model_class(config, 1).from_config(config), cell())
     found = numbers.examples(regression(), tokenizer, cell(seq_len=8)).evaluation
     predicted = numbers.predict(
         stepper, regression(), found, tokenizer, cell(batch_size=2)

@@ -17,7 +17,7 @@ from meft_bench.child.tasks.batches import Example, collate
 from meft_bench.child.training.steps import (
     Stepper,
     learning_rate_at,
-    outputs,
+    predict,
     seed_everything,
     train,
 )
@@ -366,8 +366,7 @@ def test_predictions_come_in_the_order_of_the_rows() -> None:
     examples = [
         Example(token_ids=[5] * n, segment_ids=[0] * n, label=0) for n in lengths
     ]
-    found = outputs(stepper, examples, batch_size=2)
-    assert found.argmax(-1).tolist() == lengths
+    assert predict(stepper, examples, batch_size=2) == lengths
     assert stepper.model.seen == [(2, 3), (2, 6), (1, 7)]
     assert not stepper.model.training
 

@@ -37,7 +37,7 @@ class BartClassifier(BartForSequenceClassification):
             input_ids: token ids, `batch seq`, padded on the right.
             attention_mask: 1 for tokens and 0 for padding, `batch seq`; None means no
                 padding.
-            labels: class of each row, or its number for a regression, `batch`.
+            labels: class or number of each row, `batch`.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)

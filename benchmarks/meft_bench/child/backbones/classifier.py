@@ -10,7 +10,7 @@ trained, so the head, its input and the loss are float32.
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ from transformers import (
 
 from meft.backbone.find import find_blocks
 from meft.backbone.heads import NEW_HEADS
-from meft_bench.child.tasks.task import REGRESSION
 from meft_bench.shared import backbones, registry
 from meft_bench.shared.cell import Cell
 
@@ -131,7 +130,8 @@ def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int | None) 
     Args:
         config: config of the model; changed in place.
         cell: the cell that the model is for.
-        num_labels: number of classes; None leaves the config that of a language model.
+        num_labels: number of classes, 1 for a number; None leaves the config that of a
+            language model.
 
     Raises:
         ValueError: `cell.seq_len` is larger than the number of positions of the model,
@@ -156,18 +156,7 @@ def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int | None) 
         config.decoder_start_token_id = start if start is not None else 0
     if num_labels is not None:
         config.num_labels = num_labels
-        config.problem_type = problem_type(num_labels)
-
-
-def problem_type(
-    num_labels: int,
-) -> Literal["regression", "single_label_classification"]:
-    """Return the name by which transformers chooses the loss of a classifier.
-
-    It is the mean squared error for a head with one output, and the cross-entropy for
-    all others.
-    """
-    return "regression" if num_labels == REGRESSION else "single_label_classification"
+        config.problem_type = backbones.problem_type(num_labels)
 
 
 def _check_language_model(config: PreTrainedConfig, cell: Cell) -> None:

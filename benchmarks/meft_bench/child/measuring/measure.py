@@ -34,7 +34,7 @@ from meft_bench.child.tasks.batches import (
     refuse_padded_images,
 )
 from meft_bench.child.tasks.question import AnswerTask
-from meft_bench.child.tasks.task import REGRESSION, Task
+from meft_bench.child.tasks.task import Task
 from meft_bench.child.training import execution, prepare
 from meft_bench.child.training.prepare import AnyTask
 from meft_bench.child.training.steps import Stepper, train
@@ -139,7 +139,7 @@ def _scoring(task: AnyTask) -> Any:
         return answers
     if task.has_pictures:
         return images
-    return numbers if task.num_labels == REGRESSION else labels
+    return numbers if task.num_labels == 1 else labels
 
 
 def _examples(task: AnyTask, backbone: Backbone, cell: Cell) -> Examples:

@@ -64,8 +64,7 @@ def predict(
         tokenizer: the tokenizer of the model; unused.
         cell: the cell, which includes the batch size.
     """
-    found: list[int] = steps.outputs(stepper, rows, cell.batch_size).argmax(-1).tolist()
-    return found
+    return steps.predict(stepper, list(rows), cell.batch_size)
 
 
 def is_right(

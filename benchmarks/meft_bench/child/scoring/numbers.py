@@ -46,7 +46,9 @@ def predict(
         tokenizer: the tokenizer of the model; unused.
         cell: the cell, which includes the batch size.
     """
-    found: list[float] = steps.outputs(stepper, rows, cell.batch_size)[:, 0].tolist()
+    found: list[float] = steps.predict(
+        stepper, list(rows), cell.batch_size, lambda logits: logits[:, 0].tolist()
+    )
     return found
 
 

@@ -35,10 +35,10 @@ class Example:
     segment_ids: list[int]
     """0 for the first text of a pair, 1 for the second."""
     label: int | float | list[int]
-    """The class or, for a regression, the number of the row.
+    """The label of the row, its class or its number.
 
-    For a language model, the target token at each position, `IGNORED` where nothing is
-    learned.
+    For a language model, the target token at each position, which is `IGNORED` where
+    nothing is learned.
     """
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.child.tasks import files
-from meft_bench.child.tasks.rows import Content, Rows
+from meft_bench.child.tasks.rows import Content, SplitRows
 from meft_bench.shared import registry
 from meft_bench.shared.source import MissingError, Source
 from meft_bench.shared.tasks.facts import (
@@ -34,7 +34,7 @@ class Found:
     """The rows of a task, and where they are from."""
 
     facts: Facts
-    rows: Rows
+    rows: SplitRows
     splits: Splits
     place: str
     """Files with their sha256, a package with its version, or a revision of the hub."""
@@ -106,7 +106,7 @@ def _from_files(facts: Facts, way: DataFiles, source: Source) -> Found | None:
             f"{name} (sha256 {digest})"
             for name, digest in zip(way.names, digests, strict=True)
         ]
-        rows: Rows = _reader(way.read)(way, *contents)
+        rows: SplitRows = _reader(way.read)(way, *contents)
         place = f"files {' and '.join(words)}"
         return Found(facts=facts, rows=rows, splits=way.splits, place=place)
     return None
@@ -119,7 +119,7 @@ def _from_package(facts: Facts, way: Package) -> Found | None:
     except importlib.metadata.PackageNotFoundError:
         return None
     place = f"package {way.name} {version}"
-    rows: Rows = _reader(way.read)(way)
+    rows: SplitRows = _reader(way.read)(way)
     return Found(facts=facts, rows=rows, splits=way.splits, place=place)
 
 
@@ -143,7 +143,7 @@ def _from_hub(facts: Facts, way: Hub) -> tuple[Found | None, str]:
         # Of the HTTP library, which depends on the version of the hub's client, too.
         reason = str(error).partition("\n")[0].rstrip(".")
         return None, f"the hub did not give {way.name}: {reason}"
-    rows = Rows(train=train, evaluation=evaluation, mismatched=mismatched)
+    rows = SplitRows(train=train, evaluation=evaluation, mismatched=mismatched)
     config = f" ({way.config})" if way.config else ""
     place = f"hub {way.name}{config} at revision {revision}"
     return Found(facts=facts, rows=rows, splits=way.splits, place=place), ""

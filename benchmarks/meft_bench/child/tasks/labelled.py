@@ -5,7 +5,7 @@ Rows to train with are drawn by the seed, and those to score with are the first.
 
 from meft_bench.child.tasks.find import find
 from meft_bench.child.tasks.rows import RowDict
-from meft_bench.child.tasks.task import REGRESSION, Row, Task, draw, first
+from meft_bench.child.tasks.task import Row, Task, draw, first
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.source import Source
 from meft_bench.shared.tasks import TABLE
@@ -34,7 +34,7 @@ def load(cell: Cell, source: Source) -> Task:
     others = first(mismatched, cell)
     return Task(
         name=facts.name,
-        num_labels=REGRESSION if facts.kind == NUMBER else len(facts.labels),
+        num_labels=1 if facts.kind == NUMBER else len(facts.labels),
         train=train,
         validation=validation,
         evaluation=evaluation,

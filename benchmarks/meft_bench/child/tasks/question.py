@@ -76,4 +76,4 @@ class AnswerTask:
     @property
     def has_options(self) -> bool:
         """Whether the model chooses among options, and does not generate text."""
-        return self.metric in OPTION_METRICS
+        return self.metric in OPTION_METRICS or not self.max_new_tokens

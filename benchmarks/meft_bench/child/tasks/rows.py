@@ -18,7 +18,7 @@ RowDict = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rows:
+class SplitRows:
     """The rows of the splits of a data set."""
 
     train: list[RowDict]

@@ -17,9 +17,6 @@ from meft_bench.shared.cell import Cell
 
 AnyRow = TypeVar("AnyRow")
 
-REGRESSION = 1
-"""`num_labels` of a task whose labels are numbers, as in transformers' configs."""
-
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -27,7 +24,7 @@ class Row:
 
     texts: tuple[str, ...]
     label: int | float
-    """A class, or the number that a regression predicts."""
+    """Its class, or for regression its number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +42,9 @@ class Task:
 
     name: str
     num_labels: int | None
-    """Number of outputs of the head.
+    """Number of classes, or 1 for regression.
 
-    The number of classes, `REGRESSION` for one number, and None for a language model,
-    whose targets are tokens.
+    None for a language model, whose targets are tokens.
     """
     train: tuple[Row, ...] | tuple[Picture, ...]
     validation: tuple[Row, ...] | tuple[Picture, ...]

@@ -20,7 +20,6 @@ from meft_bench.child import backbones
 from meft_bench.child.measuring import probes
 from meft_bench.child.measuring.partial_result import PartialResult
 from meft_bench.child.tasks.batches import Batch, refuse_padded_images
-from meft_bench.child.tasks.task import REGRESSION
 from meft_bench.child.training import execution, prepare
 from meft_bench.child.training.steps import Stepper
 from meft_bench.shared import configs
@@ -239,8 +238,9 @@ def _batches(
     labels_shape = shape if num_labels is None else shape[:1]
     batches: list[Batch] = []
     for _ in range(cell.accumulation):
-        kind = torch.float32 if num_labels == REGRESSION else torch.long
-        labels = torch.zeros(labels_shape, dtype=kind)
+        is_number = num_labels == 1
+        dtype = torch.float32 if is_number else torch.long
+        labels = torch.zeros(labels_shape, dtype=dtype)
         if image_shape is not None:
             pixels = torch.zeros(cell.batch_size, *image_shape)
             batches.append({"pixel_values": pixels, "labels": labels})

@@ -3,9 +3,9 @@
 A function is named by `read` of a way in `meft_bench.shared.tasks`. It has one of three
 forms; a row is a dictionary with the columns that `rows` lists.
 
-    of files      (way, *contents) -> Rows
+    of files      (way, *contents) -> SplitRows
     of the hub    (row of the repository) -> row
-    of a package  (way) -> Rows
+    of a package  (way) -> SplitRows
 
 glue       tab-separated tables, and JSON objects with parts of them
 bbc_news   articles in files of a package

@@ -7,19 +7,19 @@ import importlib.metadata
 import random
 from pathlib import Path
 
-from meft_bench.child.tasks.rows import RowDict, Rows
+from meft_bench.child.tasks.rows import RowDict, SplitRows
 from meft_bench.shared.tasks.bbc_news import FACTS
 from meft_bench.shared.tasks.facts import Package
 
 
-def of_package(way: Package) -> Rows:
+def of_package(way: Package) -> SplitRows:
     """Return the distinct articles of the package, shuffled with a fixed seed.
 
     Args:
         way: the way, which names the package.
     """
     held_out, rest = _split(_articles(way.name))
-    return Rows(train=rest, evaluation=held_out)
+    return SplitRows(train=rest, evaluation=held_out)
 
 
 def _articles(package: str) -> list[RowDict]:

@@ -3,7 +3,7 @@
 of_package    its rows in their order, the last of them to score with
 """
 
-from meft_bench.child.tasks.rows import Rows
+from meft_bench.child.tasks.rows import SplitRows
 from meft_bench.shared.tasks.facts import Package
 
 NUM_TRAIN = 1_437
@@ -11,7 +11,7 @@ NUM_TRAIN = 1_437
 LARGEST = 16
 
 
-def of_package(way: Package) -> Rows:
+def of_package(way: Package) -> SplitRows:
     """Return the rows of `sklearn.datasets.load_digits`.
 
     Args:
@@ -25,4 +25,4 @@ def of_package(way: Package) -> Rows:
         {"image": image, "label": label}
         for image, label in zip(images, found.target.tolist(), strict=True)
     ]
-    return Rows(train=rows[:NUM_TRAIN], evaluation=rows[NUM_TRAIN:])
+    return SplitRows(train=rows[:NUM_TRAIN], evaluation=rows[NUM_TRAIN:])

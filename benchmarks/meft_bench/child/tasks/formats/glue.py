@@ -11,11 +11,13 @@ import json
 from typing import Any
 
 from meft_bench.child.tasks.files import table
-from meft_bench.child.tasks.rows import Content, RowDict, Rows
+from meft_bench.child.tasks.rows import Content, RowDict, SplitRows
 from meft_bench.shared.tasks.facts import DataFiles
 
 
-def tables(way: DataFiles, train: Content, dev: Content, *mismatched: Content) -> Rows:
+def tables(
+    way: DataFiles, train: Content, dev: Content, *mismatched: Content
+) -> SplitRows:
     """Return the rows of tables in GLUE's usual layout.
 
     Args:
@@ -24,14 +26,14 @@ def tables(way: DataFiles, train: Content, dev: Content, *mismatched: Content) -
         dev: the development rows.
         mismatched: those of other genres, if there are any.
     """
-    return Rows(
+    return SplitRows(
         train=_table(way, train),
         evaluation=_table(way, dev),
         mismatched=[row for content in mismatched for row in _table(way, content)],
     )
 
 
-def mrpc_originals(way: DataFiles, originals: Content, dev_ids: Content) -> Rows:
+def mrpc_originals(way: DataFiles, originals: Content, dev_ids: Content) -> SplitRows:
     """Return MRPC's rows, split by the ids of the development rows.
 
     Args:
@@ -46,10 +48,10 @@ def mrpc_originals(way: DataFiles, originals: Content, dev_ids: Content) -> Rows
     for row in _table(way, originals):
         is_dev = (row["#1 ID"], row["#2 ID"]) in chosen
         (dev if is_dev else train).append(row)
-    return Rows(train=train, evaluation=dev)
+    return SplitRows(train=train, evaluation=dev)
 
 
-def subsets(way: DataFiles, train: Content, held_out: Content) -> Rows:
+def subsets(way: DataFiles, train: Content, held_out: Content) -> SplitRows:
     """Return the rows of two parts of the training rows.
 
     Args:
@@ -57,12 +59,12 @@ def subsets(way: DataFiles, train: Content, held_out: Content) -> Rows:
         train: the part to train with.
         held_out: the part to score with.
     """
-    return Rows(train=_objects(way, train), evaluation=_objects(way, held_out))
+    return SplitRows(train=_objects(way, train), evaluation=_objects(way, held_out))
 
 
 def subsets_and_dev(
     way: DataFiles, train: Content, also_train: Content, dev: Content
-) -> Rows:
+) -> SplitRows:
     """Return the rows of two parts of the training rows, and the development rows.
 
     Args:
@@ -71,7 +73,7 @@ def subsets_and_dev(
         also_train: another part to train with.
         dev: the table of development rows.
     """
-    return Rows(
+    return SplitRows(
         train=[*_objects(way, train), *_objects(way, also_train)],
         evaluation=_table(way, dev),
     )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from meft_bench.child.tasks.rows import Content, RowDict, Rows
+from meft_bench.child.tasks.rows import Content, RowDict, SplitRows
 from meft_bench.shared.tasks.facts import DataFiles
 
 NUM_TRAIN = 8_000
@@ -28,7 +28,7 @@ def both(
     train_labels: Content,
     test_images: Content,
     test_labels: Content,
-) -> Rows:
+) -> SplitRows:
     """Return the rows of files of training and of test images.
 
     Args:
@@ -38,13 +38,13 @@ def both(
         test_images: the images to score with.
         test_labels: their classes.
     """
-    return Rows(
+    return SplitRows(
         train=_rows(train_images, train_labels),
         evaluation=_rows(test_images, test_labels),
     )
 
 
-def test_only(way: DataFiles, images: Content, labels: Content) -> Rows:
+def test_only(way: DataFiles, images: Content, labels: Content) -> SplitRows:
     """Return the rows of files of test images, the first of them to train with.
 
     Args:
@@ -53,7 +53,7 @@ def test_only(way: DataFiles, images: Content, labels: Content) -> Rows:
         labels: their classes.
     """
     rows = _rows(images, labels)
-    return Rows(train=rows[:NUM_TRAIN], evaluation=rows[NUM_TRAIN:])
+    return SplitRows(train=rows[:NUM_TRAIN], evaluation=rows[NUM_TRAIN:])
 
 
 def hub_row(row: dict[str, Any]) -> RowDict:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from meft_bench.child.tasks.files import json_lines
-from meft_bench.child.tasks.rows import Content, RowDict, Rows
+from meft_bench.child.tasks.rows import Content, RowDict, SplitRows
 from meft_bench.shared.tasks.facts import DataFiles
 
 NUM_PIQA_TRAIN = 1_438
@@ -28,7 +28,7 @@ _FORM = re.compile(
 _OPTION = re.compile(r"Answer\d: ")
 
 
-def instructions(way: DataFiles, train: Content, test: Content) -> Rows:
+def instructions(way: DataFiles, train: Content, test: Content) -> SplitRows:
     """Return the rows of two JSON lists of instructions and answers.
 
     Args:
@@ -40,7 +40,7 @@ def instructions(way: DataFiles, train: Content, test: Content) -> Rows:
         [_instruction(row) for row in json.loads(content.text)]
         for content in (train, test)
     )
-    return Rows(train=learned, evaluation=scored)
+    return SplitRows(train=learned, evaluation=scored)
 
 
 def _instruction(row: dict[str, str]) -> RowDict:
@@ -58,7 +58,7 @@ def piqa(
     train_labels: Content,
     valid: Content,
     valid_labels: Content,
-) -> Rows:
+) -> SplitRows:
     """Return PIQA's rows.
 
     Args:
@@ -68,10 +68,12 @@ def piqa(
         valid: those to score with.
         valid_labels: likewise.
     """
-    return Rows(train=_piqa(train, train_labels), evaluation=_piqa(valid, valid_labels))
+    return SplitRows(
+        train=_piqa(train, train_labels), evaluation=_piqa(valid, valid_labels)
+    )
 
 
-def piqa_valid(way: DataFiles, valid: Content, labels: Content) -> Rows:
+def piqa_valid(way: DataFiles, valid: Content, labels: Content) -> SplitRows:
     """Return PIQA's development rows, the first of them to train with.
 
     Args:
@@ -80,7 +82,7 @@ def piqa_valid(way: DataFiles, valid: Content, labels: Content) -> Rows:
         labels: which solution is right, a line for each.
     """
     rows = _piqa(valid, labels)
-    return Rows(train=rows[:NUM_PIQA_TRAIN], evaluation=rows[NUM_PIQA_TRAIN:])
+    return SplitRows(train=rows[:NUM_PIQA_TRAIN], evaluation=rows[NUM_PIQA_TRAIN:])
 
 
 def _piqa(rows: Content, labels: Content) -> list[RowDict]:
@@ -97,7 +99,7 @@ def _piqa(rows: Content, labels: Content) -> list[RowDict]:
     ]
 
 
-def boolq(way: DataFiles, train: Content, dev: Content) -> Rows:
+def boolq(way: DataFiles, train: Content, dev: Content) -> SplitRows:
     """Return BoolQ's rows.
 
     Args:
@@ -109,10 +111,10 @@ def boolq(way: DataFiles, train: Content, dev: Content) -> Rows:
         [boolq_row(row) for row in json_lines(content.text, str(content.path))]
         for content in (train, dev)
     )
-    return Rows(train=learned, evaluation=scored)
+    return SplitRows(train=learned, evaluation=scored)
 
 
-def boolq_dev(way: DataFiles, dev: Content) -> Rows:
+def boolq_dev(way: DataFiles, dev: Content) -> SplitRows:
     """Return BoolQ's development rows; those of every fifth passage are scored.
 
     Args:
@@ -122,13 +124,13 @@ def boolq_dev(way: DataFiles, dev: Content) -> Rows:
     rows = [boolq_row(row) for row in json_lines(dev.text, str(dev.path))]
     passages = list(dict.fromkeys(row["passage"] for row in rows))
     held_out = set(passages[::5])
-    return Rows(
+    return SplitRows(
         train=[row for row in rows if row["passage"] not in held_out],
         evaluation=[row for row in rows if row["passage"] in held_out],
     )
 
 
-def sciq(way: DataFiles, train: Content, test: Content) -> Rows:
+def sciq(way: DataFiles, train: Content, test: Content) -> SplitRows:
     """Return SciQ's rows.
 
     Args:
@@ -139,7 +141,7 @@ def sciq(way: DataFiles, train: Content, test: Content) -> Rows:
     learned, scored = (
         [sciq_row(row) for row in json.loads(content.text)] for content in (train, test)
     )
-    return Rows(train=learned, evaluation=scored)
+    return SplitRows(train=learned, evaluation=scored)
 
 
 def arc_row(row: dict[str, Any]) -> RowDict:

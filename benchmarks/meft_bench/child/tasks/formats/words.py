@@ -12,11 +12,11 @@ from typing import Any
 from meft_bench.child.tasks.files import json_lines
 from meft_bench.child.tasks.formats.topics import rows as topic_rows
 from meft_bench.child.tasks.gsm8k import final_number
-from meft_bench.child.tasks.rows import Content, RowDict, Rows
+from meft_bench.child.tasks.rows import Content, RowDict, SplitRows
 from meft_bench.shared.tasks.facts import DataFiles
 
 
-def topics(way: DataFiles, train: Content, test: Content) -> Rows:
+def topics(way: DataFiles, train: Content, test: Content) -> SplitRows:
     """Return the rows of two files of topics.
 
     Args:
@@ -24,10 +24,10 @@ def topics(way: DataFiles, train: Content, test: Content) -> Rows:
         train: the topics to train with.
         test: the topics to score with.
     """
-    return Rows(train=_topics(train), evaluation=_topics(test))
+    return SplitRows(train=_topics(train), evaluation=_topics(test))
 
 
-def nq_open_topics(way: DataFiles, train: Content, dev: Content) -> Rows:
+def nq_open_topics(way: DataFiles, train: Content, dev: Content) -> SplitRows:
     """Return NQ-open's rows, those to train with from a file of topics.
 
     Args:
@@ -35,10 +35,10 @@ def nq_open_topics(way: DataFiles, train: Content, dev: Content) -> Rows:
         train: the topics to train with.
         dev: the official development rows.
     """
-    return Rows(train=_topics(train), evaluation=_nq_open(dev))
+    return SplitRows(train=_topics(train), evaluation=_nq_open(dev))
 
 
-def nq_open(way: DataFiles, train: Content, dev: Content) -> Rows:
+def nq_open(way: DataFiles, train: Content, dev: Content) -> SplitRows:
     """Return NQ-open's rows.
 
     Args:
@@ -46,10 +46,10 @@ def nq_open(way: DataFiles, train: Content, dev: Content) -> Rows:
         train: the official training rows.
         dev: the official development rows.
     """
-    return Rows(train=_nq_open(train), evaluation=_nq_open(dev))
+    return SplitRows(train=_nq_open(train), evaluation=_nq_open(dev))
 
 
-def squad(way: DataFiles, train: Content, dev: Content) -> Rows:
+def squad(way: DataFiles, train: Content, dev: Content) -> SplitRows:
     """Return SQuAD's rows.
 
     Args:
@@ -61,10 +61,10 @@ def squad(way: DataFiles, train: Content, dev: Content) -> Rows:
         [row for article in _articles(content) for row in article]
         for content in (train, dev)
     )
-    return Rows(train=learned, evaluation=scored)
+    return SplitRows(train=learned, evaluation=scored)
 
 
-def xquad(way: DataFiles, content: Content) -> Rows:
+def xquad(way: DataFiles, content: Content) -> SplitRows:
     """Return XQuAD's rows; those of every fifth article are scored.
 
     Args:
@@ -72,13 +72,13 @@ def xquad(way: DataFiles, content: Content) -> Rows:
         content: XQuAD's English file.
     """
     articles = _articles(content)
-    return Rows(
+    return SplitRows(
         train=[row for i, article in enumerate(articles) if i % 5 for row in article],
         evaluation=[row for article in articles[::5] for row in article],
     )
 
 
-def gsm8k(way: DataFiles, train: Content, test: Content) -> Rows:
+def gsm8k(way: DataFiles, train: Content, test: Content) -> SplitRows:
     """Return GSM8K's rows.
 
     Args:
@@ -90,7 +90,7 @@ def gsm8k(way: DataFiles, train: Content, test: Content) -> Rows:
         [gsm8k_row(row) for row in json_lines(content.text, str(content.path))]
         for content in (train, test)
     )
-    return Rows(train=learned, evaluation=scored)
+    return SplitRows(train=learned, evaluation=scored)
 
 
 def nq_open_row(row: dict[str, Any]) -> RowDict:
