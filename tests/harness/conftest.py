@@ -29,6 +29,16 @@ def find_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, places)))
 
 
+@pytest.fixture(autouse=True)
+def tokens_of_a_test(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Let no test find, or leave, tokens on disk that are not its own."""
+    place = tmp_path_factory.mktemp("tokens")
+    monkeypatch.setenv("MEFT_TOKEN_CACHE", str(place))
+    return place
+
+
 @pytest.fixture
 def no_garbage_collection() -> Iterator[None]:
     """What it frees, and when, depends on the tests before."""

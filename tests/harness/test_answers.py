@@ -89,7 +89,8 @@ def test_exact_match_and_f1_are_those_of_the_official_scripts(
         ("nq_open", ["exact_match", "f1", "contains"]),
         ("trivia_qa", ["exact_match", "f1", "contains_any_case"]),
         ("gsm8k", ["final_number"]),
-        ("options", ["options"]),
+        ("options", ["accuracy", "accuracy_per_character"]),
+        ("options_per_character", ["accuracy_per_character", "accuracy"]),
     ],
 )
 def test_a_metric_says_the_score_first(metric: str, names: list[str]) -> None:
@@ -229,7 +230,10 @@ def test_the_most_frequent_place_is_what_options_are_compared_with() -> None:
     questions = [question("d", options=long)] * 2
     questions += [question("a", options=long), question("c", options=long)]
     questions += [question("a", options=short)]
-    assert answers.majority(task_of("options", *questions)) == {"options": 3 / 5}
+    assert answers.majority(task_of("options", *questions)) == {
+        "accuracy": 3 / 5,
+        "accuracy_per_character": 3 / 5,
+    }
 
 
 def test_as_many_answers_as_questions_are_scored() -> None:

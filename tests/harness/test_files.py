@@ -12,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.tiny import cell
-from meft_bench.child.tasks import files, glue, topics
+from meft_bench.child.tasks import files
+from meft_bench.child.tasks.formats import topics
+from meft_bench.child.tasks.rows import Content
+from meft_bench.shared.registry import TASKS, load
 from meft_bench.shared.source import Source
 
 ODD = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
@@ -42,14 +45,21 @@ def test_a_byte_order_mark_is_no_text(
     (tmp_path / "some").mkdir()
     file = tmp_path / "some" / f"rows.txt{suffix}"
     file.write_bytes(gzip.compress(content) if suffix else content)
-    text, _ = files.read(Source(data_dir=tmp_path), "some", "rows.txt", "or not")
-    assert text == "über\n"
+    assert files.find(tmp_path / "some", "rows.txt") == file
+    assert Content(file, files.content_of(file)).text == "über\n"
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
-    (tmp_path / "rows.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"rows\.txt: expected text in UTF-8"):
-        files.text_of(tmp_path / "rows.txt")
+        files.decode(b"caf\xe9", tmp_path / "rows.txt")
+
+
+def test_a_compressed_file_that_is_cut_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "rows.txt.gz"
+    for damaged in (gzip.compress(b"rows" * 9)[:-9], b"rows"):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"rows\.txt\.gz: not a whole gzip file"):
+            files.content_of(file)
 
 
 # JSON Lines
@@ -153,11 +163,18 @@ def test_glue_is_read_whatever_wrote_it(
     (tmp_path / "SST-2").mkdir()
     for name in ("train.tsv", "dev.tsv"):
         (tmp_path / "SST-2" / name).write_bytes(encode(text))
-    task = glue.load_sst2(cell(), Source(data_dir=tmp_path))
+    task = load(TASKS["sst2"])(cell(task="sst2"), Source(data_dir=tmp_path))
     assert [(row.texts, row.label) for row in task.evaluation] == [
         (('"Good\u2028.',), 1),
         (("Bad.",), 0),
     ]
+
+
+def test_broken_rows_are_left_out_where_the_official_loader_does_so() -> None:
+    """As for QQP's files; where it does not, they are refused."""
+    text = "a\tb\n1\t2\n3\n4\t5\t6\n7\t8\n"
+    rows = files.table(text, "x", None, is_quoted=False, leave_out_broken=True)
+    assert rows == [{"a": "1", "b": "2"}, {"a": "7", "b": "8"}]
 
 
 # Topics
@@ -182,7 +199,8 @@ def test_topics_without_a_list_of_answers_are_refused(answers: str) -> None:
 def test_real_topics_have_no_answer_that_is_cut(data_dir: Path) -> None:
     """TriviaQA's files are quoted in more than a thousand lines."""
     for name in ("topics.dpr.trivia.dev.txt", "topics.dpr.trivia.test.txt"):
-        text, _ = files.read(Source(data_dir=data_dir), "triviaqa", name, "")
-        rows = topics.rows(text, name)
+        file = files.find(data_dir / "triviaqa", name)
+        assert file is not None
+        rows = topics.rows(files.content_of(file).decode(), name)
         assert len(rows) == {"dev": 8837, "test": 11313}[name.split(".")[-2]]
         assert all(answer.strip() for _, answers in rows for answer in answers)

@@ -13,7 +13,7 @@ from meft_bench.child import backbones
 from meft_bench.child.backbones import shapes
 from meft_bench.child.meters import memory
 from meft_bench.child.tasks import synthetic
-from meft_bench.child.tasks.batches import Image, collate, full_batches
+from meft_bench.child.tasks.batches import Image, PixelForm, collate, full_batches
 from meft_bench.child.training.steps import Stepper
 from meft_bench.child.worker import run
 from meft_bench.shared.cell import Cell
@@ -148,3 +148,21 @@ def test_a_directory_may_hold_a_model_of_images(tmp_path: Path) -> None:
     name = f"random:{tmp_path / 'config.json'}"
     wide = backbones.load(seen(backbone=name, seq_len=1 + 4 * 2), 2, HERE)
     assert backbones.image_shape(wide.model.config) == (3, 32, 16)
+
+
+def test_images_are_normalised_as_a_directory_says(tmp_path: Path) -> None:
+    """By the numbers of its preprocessor, or by 0.5 if it has none."""
+    backbones.load(seen(), 2, HERE).model.save_pretrained(tmp_path)
+    name = f"dir:{tmp_path}"
+    form = backbones.load(seen(backbone=name), 2, HERE).pixel_form
+    assert form == PixelForm(shape=SHAPE, mean=(0.5,), std=(0.5,))
+    assert backbones.load(seen(), 2, HERE).pixel_form == form
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}))
+    form = backbones.load(seen(backbone=name), 2, HERE).pixel_form
+    assert form == PixelForm(shape=SHAPE, mean=(0.1, 0.2, 0.3), std=(1, 2, 3))
+    file.write_text(json.dumps({"image_mean": [0.1, 0.2]}))
+    with pytest.raises(
+        ValueError, match="`image_mean` has 2 numbers, expected one for"
+    ):
+        backbones.load(seen(backbone=name), 2, HERE)

@@ -7,7 +7,7 @@ import pytest
 
 from harness.tiny import cell
 from meft_bench.child.scoring import answers
-from meft_bench.child.scoring.rules import METRICS
+from meft_bench.child.scoring.rules import METRICS, Choice
 from meft_bench.shared.registry import TASKS, load
 from meft_bench.shared.source import MissingError, Source
 
@@ -78,10 +78,12 @@ def test_a_task_says_where_its_rows_come_from(name: str, source: Source) -> None
         assert question.prompt.endswith("Answer:")
         assert question.answer.startswith(" ")
         assert question.accepted
-        wanted = question.accepted[0] if question.options else question.answer
+        right, wrong = question.right_option if question.options else 0, 1
+        wanted = Choice(right, right) if question.options else question.answer
+        other = Choice(wrong, wrong) if question.options else "nothing of it"
         for rule in METRICS[task.metric].values.values():
             assert rule(wanted, question) == 1
-            assert rule("nothing of it", question) == 0
+            assert rule(other, question) == 0
     assert "sha256" in task.origin
 
 

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from harness.tiny import cell, task_of
 from meft_bench.child import backbones
 from meft_bench.child.scoring import answers
+from meft_bench.child.scoring.rules import Choice
 from meft_bench.child.tasks.batches import IGNORED, Example, collate, full_batches
 from meft_bench.child.tasks.question import Question
 from meft_bench.child.training.steps import Stepper
@@ -94,21 +95,22 @@ def test_only_the_answer_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
 @torch.no_grad()
 def likeliest(
     stepper: Stepper, tokenizer: PreTrainedTokenizerFast, question: Question
-) -> str:
+) -> Choice:
     """The plain way: one option at a time, token by token."""
-    values = {}
+    totals, means = [], []
     for option in question.options:
         prompt = tokenizer(question.prompt)["input_ids"]
         tokens = tokenizer(option)["input_ids"]
         logits = stepper.model.eval()(torch.tensor([[*prompt, *tokens]])).logits[0]
         likely = logits[len(prompt) - 1 : -1].log_softmax(-1)
         total = sum(likely[place, token] for place, token in enumerate(tokens))
-        values[option] = float(total) / len(option)
-    return max(values, key=lambda option: values[option])
+        totals.append(float(total))
+        means.append(float(total) / len(option))
+    return Choice(totals.index(max(totals)), means.index(max(means)))
 
 
 def test_the_likeliest_option_is_chosen(tokenizer: PreTrainedTokenizerFast) -> None:
-    """By the byte, whichever of the options is right."""
+    """As a whole and by the character, whichever of the options is right."""
     stepper = writer()
     options = ("red", "blue", "red blue sky", "sky")
     prompts = ("Question: sky ?\nAnswer:", "Question: red sky ?\nAnswer:", "Answer:")
@@ -125,9 +127,9 @@ def test_the_likeliest_option_is_chosen(tokenizer: PreTrainedTokenizerFast) -> N
     assert found == wanted
     right = answers.is_right(task, found, questions)
     assert right == [
-        w == q.answer.strip() for w, q in zip(wanted, questions, strict=True)
+        w.likeliest == q.right_option for w, q in zip(wanted, questions, strict=True)
     ]
-    assert answers.scores(task, found, questions) == {"options": 0.25}
+    assert answers.scores(task, found, questions)["accuracy"] == 0.25
 
 
 def test_what_is_written_does_not_depend_on_the_batch(
@@ -323,8 +325,7 @@ def test_options_are_tokenised_as_in_their_text(
 
     monkeypatch.setattr(stepper.model, "forward", look)
     question = sky(prompt="Answer:")
-    task = task_of("options", question)
-    answers._choose(stepper, task, [question], marking(), cell())
+    answers.log_likelihoods(stepper, [question], marking(), cell())
     assert seen == [[[4, 6], [4, 5]]]
 
 
@@ -376,30 +377,6 @@ def test_a_prompt_that_is_too_long_to_continue_loses_its_beginning(
         answers.predict(stepper, task, task.evaluation, tokenizer, here)
         assert stepper.model.read == [wanted]
         assert stepper.model.task_of["max_new_tokens"] == 20
-
-
-def test_of_options_that_are_equally_likely_the_first_is_chosen(
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    """As numpy's `argmax` has it, and with it the harnesses of the field."""
-    stepper = endless({})
-    task = task_of("options", sky(options=("red", "sky"), accepted=("red",)))
-    found = answers.predict(stepper, task, task.evaluation, tokenizer, cell())
-    assert found == ["red"]
-
-
-def test_an_option_counts_by_its_bytes(tokenizer: PreTrainedTokenizerFast) -> None:
-    """All tokens are equally likely here, so the option with the most bytes per token
-    wins: not the shortest, and not the one with the most characters."""
-    long = ("sky", "Question:", "\u00e9\u00e9\u00e9\u00e9\u00e9")
-    short = ("?", "\u00e9")
-    task = task_of(
-        "options", *(sky(options=o, accepted=(o[0],)) for o in (long, short))
-    )
-    found = answers.predict(
-        endless({}), task, task.evaluation, tokenizer, cell(batch_size=2)
-    )
-    assert found == ["\u00e9" * 5, "\u00e9"]
 
 
 @pytest.mark.parametrize("family", ["bert", "bart", "vit"])

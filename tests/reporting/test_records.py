@@ -51,14 +51,15 @@ def test_a_number_that_nothing_can_measure_is_an_error(
         read_frame([path])
 
 
+@pytest.mark.parametrize("correlation", ["matthews_correlation", "pearson", "spearman"])
 @pytest.mark.parametrize("name", SCORES)
 def test_what_a_score_can_be_depends_on_its_metric(
-    make_record: MakeRecord, write: Write, name: str
+    make_record: MakeRecord, write: Write, name: str, correlation: str
 ) -> None:
-    """Matthews' correlation may be negative, a share of right rows may not."""
+    """Correlations may be negative, a share of right rows may not."""
     metric = SCORE_NAMES[name]
     known: Any = {"majority_score": 0.0, "score": 0.0, name: -0.5}
-    matthews = make_record(**(known | {metric: "matthews_correlation"}))
+    matthews = make_record(**(known | {metric: correlation}))
     assert read_frame([write([matthews])])[name].tolist() == [-0.5]
     matthews["measurement"][name] = -1.5
     with pytest.raises(RecordError, match=f"`measurement.{name}` should be from -1 to"):

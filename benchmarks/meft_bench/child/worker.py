@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from meft_bench.child.measuring.partial_result import PartialResult, remark
+from meft_bench.child.measuring.partial_result import PartialResult, remarks
 from meft_bench.child.training.out_of_memory import is_out_of_memory
 from meft_bench.child.watchdog import die_with_parent
 from meft_bench.shared import outcome, request
@@ -92,7 +92,7 @@ def run(
             allow_download=options.allow_download,
         )
         look(cell, source, partial)
-        status, message = Status.OK, remark(partial.measurement.loss_curve)
+        status, message = Status.OK, remarks(partial.measurement)
     except MissingError as error:
         status, message = Status.SKIPPED, str(error)
     except Exception as error:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meft_bench.parent import environment
-from meft_bench.shared import distributions
+from meft_bench.shared import distributions, tasks
+from meft_bench.shared.tasks.facts import OFFICIAL, DataFiles, places
 
 REQUIREMENTS = {
     "library": (
@@ -57,26 +58,12 @@ _PACKAGED = {
 }
 """Weights and data in packages, with the versions the project was tested with."""
 
-_GLUE = (("train.tsv", "dev.tsv"),)
-DATA: Mapping[str, tuple[str, Sequence[tuple[str, ...]]]] = {
-    "sst2": ("glue/SST-2", _GLUE),
-    "mrpc": ("glue/MRPC", (("msr_paraphrase_train.txt", "dev_ids.tsv"), *_GLUE)),
-    "rte": ("glue/RTE", _GLUE),
-    "cola": ("glue/CoLA", _GLUE),
-    "nq-open": ("nq-open", (("topics.nq.dev.txt", "NQ-open.dev.jsonl"),)),
-    "triviaqa": (
-        "triviaqa",
-        (("topics.dpr.trivia.dev.txt", "topics.dpr.trivia.test.txt"),),
-    ),
-    "squad": ("squad-xquad-en", (("xquad.en.json",),)),
-    "gsm8k": ("gsm8k", (("train.jsonl", "test.jsonl"),)),
-    "arc-easy": ("arc-easy", (("train.json", "test.json"),)),
-    "arc-challenge": ("arc-challenge", (("train.json", "test.json"),)),
+DATA: Mapping[str, tuple[DataFiles, ...]] = {
+    name: files
+    for name, facts in tasks.TABLE.items()
+    if (files := tuple(way for way in facts.ways if isinstance(way, DataFiles)))
 }
-"""Tasks that read files: their folder, and alternative sets of files in it.
-
-Each file may be plain or .gz.
-"""
+"""Tasks that read files: alternative sets of files, the first that is there is read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,28 +159,31 @@ def _data(root: Path | None) -> Iterator[Entry]:
         yield Entry(thing="data directory", state=state, is_missing=True)
         return
     yield Entry(thing="data directory", state=str(root))
-    for task, (folder, sets) in DATA.items():
-        yield Entry(thing=f"data {task}", state=_files(root, folder, sets))
+    for task, ways in DATA.items():
+        yield Entry(thing=f"data {task}", state=_files(root, ways))
 
 
-def _files(root: Path, folder: str, sets: Sequence[tuple[str, ...]]) -> str:
+def _files(root: Path, ways: Sequence[DataFiles]) -> str:
     """Return where one of the sets of files is, or which files of the last are missing.
 
     Args:
         root: the data directory.
-        folder: folder of the task in it.
-        sets: alternative sets of file names.
+        ways: alternative sets of files.
     """
-    # Same places as in the tasks: GLUE also without its folder, others also next to
-    # `root`.
-    is_glue = folder.startswith("glue/")
-    other = root / Path(folder).name if is_glue else root.parent / folder
-    for place in (root / folder, other):
-        for names in sets:
-            if all(_is_there(place / name) for name in names):
-                return f"in {place}"
-    lacking = [name for name in sets[-1] if not _is_there(root / folder / name)]
-    return f"missing: {', '.join(str(root / folder / name) for name in lacking)}"
+    for way in ways:
+        for place in places(root, way.folder):
+            if all(_is_there(place / name) for name in way.names):
+                return f"in {place}{_part_of(way)}"
+    last = root / ways[-1].folder
+    lacking = [name for name in ways[-1].names if not _is_there(last / name)]
+    return f"missing: {', '.join(str(last / name) for name in lacking)}"
+
+
+def _part_of(way: DataFiles) -> str:
+    """Return a remark if not all rows are the official ones; empty if they are."""
+    if way.splits in OFFICIAL:
+        return ""
+    return f"; trains on {way.splits.train}; scores {way.splits.evaluation}"
 
 
 def _is_there(file: Path) -> bool:

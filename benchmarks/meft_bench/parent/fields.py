@@ -11,7 +11,7 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from meft_bench.shared import quantisations, registry
+from meft_bench.shared import backbones, quantisations, registry
 from meft_bench.shared.cell import Cell
 from meft_bench.virtual.device import gpu
 
@@ -90,7 +90,7 @@ def check_together(cell: Cell) -> None:
             f"`padding` = {cell.padding!r} with `seq_len` = {cell.seq_len}, of which "
             "nothing would be left: set `seq_len` to 2 or more, or take 'none'"
         )
-    if cell.loss_chunk_tokens and cell.task == "synthetic":
+    if cell.loss_chunk_tokens and cell.task not in registry.LANGUAGE_MODEL_TASKS:
         raise ValueError(
             f"`loss_chunk_tokens` = {cell.loss_chunk_tokens} with `task` = "
             f"{cell.task!r}, whose models are classifiers: take a task of language "
@@ -105,12 +105,18 @@ def check_together(cell: Cell) -> None:
             f"{', '.join(quantisations.TABLE)}"
         )
     is_shape = cell.backbone.startswith("random:")
-    if is_shape and cell.task not in registry.SYNTHETIC_TASKS:
+    without_tokens = (*registry.SYNTHETIC_TASKS, *registry.IMAGE_TASKS)
+    if is_shape and cell.task not in without_tokens:
         raise ValueError(
             f"`task` = {cell.task!r} with `backbone` = {cell.backbone!r}: a random "
             "backbone has no tokenizer to read text with; take task "
             f"{' or '.join(map(repr, registry.SYNTHETIC_TASKS))}, or a backbone with "
             "real weights"
+        )
+    if cell.task in registry.IMAGE_TASKS and _reads_text(cell.backbone):
+        raise ValueError(
+            f"`task` = {cell.task!r} with `backbone` = {cell.backbone!r}, which reads "
+            "text: take a backbone of images, such as 'random:vit-tiny'"
         )
     for name in ("method", "reference"):
         method = getattr(cell, name)
@@ -126,6 +132,15 @@ def check_together(cell: Cell) -> None:
                 f"`optimizer` = {cell.optimizer!r} with `{name}` = {method!r}, whose "
                 "rows have an AdamW of their own: take 'adamw', or another method"
             )
+
+
+def _reads_text(backbone: str) -> bool:
+    """Return whether a backbone is known to read text by its name alone."""
+    shape = backbone.removeprefix("random:")
+    if backbone.startswith("random:") and shape in registry.RANDOM_BACKBONES:
+        kind = backbones.TABLE[registry.RANDOM_BACKBONES[shape]]
+        return "image-classifier" not in kind.models
+    return backbone in registry.PACKAGED_BACKBONES
 
 
 def _check_text(name: str, value: object) -> str:

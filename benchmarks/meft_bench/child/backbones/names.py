@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from meft_bench.child.backbones import files, packages, shapes
 from meft_bench.child.backbones.classifier import finish, image_shape, set_depth
 from meft_bench.child.backbones.files import Files, three_ways
+from meft_bench.child.tasks.batches import PixelForm
 from meft_bench.shared import configs
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import PACKAGED_BACKBONES, nearest
@@ -35,6 +36,7 @@ _PATTERNS = [
     "vocab*",
     "merges.txt",
     "special_*",
+    "preprocessor_config.json",
 ]
 
 
@@ -52,6 +54,8 @@ class Backbone:
     """
     sha256: str | None
     """SHA-256 of the file of weights, or of its shards; None for random weights."""
+    pixel_form: PixelForm | None = None
+    """The images that the model reads; None if it reads text."""
 
 
 def load(cell: Cell, num_labels: int | None, source: Source) -> Backbone:
@@ -122,7 +126,14 @@ def from_config(
     """
     model = shapes.build(config, cell, num_labels)
     finish(model, None, cell)
-    return Backbone(model=model, tokenizer=None, origin=origin, sha256=None)
+    shape = image_shape(config)
+    return Backbone(
+        model=model,
+        tokenizer=None,
+        origin=origin,
+        sha256=None,
+        pixel_form=None if shape is None else PixelForm(shape=shape),
+    )
 
 
 def _be_quiet() -> None:
@@ -152,13 +163,17 @@ def _find_files(cell: Cell, source: Source) -> Files:
 
 def _from_files(found: Files, cell: Cell, num_labels: int | None) -> Backbone:
     model = files.read_model(found, cell, num_labels)
-    reads = image_shape(model.config) is None
-    tokenizer = files.read_tokenizer(found) if reads else None
+    shape = image_shape(model.config)
+    tokenizer = files.read_tokenizer(found) if shape is None else None
     finish(model, tokenizer, cell)
     if cell.depth:
         set_depth(model, cell.depth)
     return Backbone(
-        model=model, tokenizer=tokenizer, origin=found.origin, sha256=found.sha256()
+        model=model,
+        tokenizer=tokenizer,
+        origin=found.origin,
+        sha256=found.sha256(),
+        pixel_form=None if shape is None else files.read_pixel_form(found, shape),
     )
 
 

@@ -22,7 +22,7 @@ from meft_bench.child.measuring import probes, starting_point
 from meft_bench.child.measuring.partial_result import PartialResult, finite
 from meft_bench.child.meters import memory
 from meft_bench.child.meters.clock import StepClock
-from meft_bench.child.scoring import answers, labels
+from meft_bench.child.scoring import answers, images, labels, numbers
 from meft_bench.child.scoring.examples import Examples
 from meft_bench.child.tasks import synthetic
 from meft_bench.child.tasks.batches import (
@@ -34,6 +34,7 @@ from meft_bench.child.tasks.batches import (
     refuse_padded_images,
 )
 from meft_bench.child.tasks.question import AnswerTask
+from meft_bench.child.tasks.task import Task
 from meft_bench.child.training import execution, prepare
 from meft_bench.child.training.prepare import AnyTask
 from meft_bench.child.training.steps import Stepper, train
@@ -152,7 +153,11 @@ def _reference(cell: Cell, task: AnyTask, source: Source) -> Stepper:
 
 def _scoring(task: AnyTask) -> Any:
     """Return the module of `meft_bench.child.scoring` for tasks of this kind."""
-    return answers if isinstance(task, AnswerTask) else labels
+    if isinstance(task, AnswerTask):
+        return answers
+    if task.has_pictures:
+        return images
+    return numbers if task.num_labels == 1 else labels
 
 
 def _examples(task: AnyTask, backbone: Backbone, cell: Cell) -> Examples:
@@ -164,6 +169,10 @@ def _examples(task: AnyTask, backbone: Backbone, cell: Cell) -> Examples:
     if task.metric is None:
         batch = _noise(backbone.model.config, cell, prepare.num_labels_of(task))
         return Examples(train=batch, validation=[], evaluation=[])
+    if backbone.pixel_form is not None:
+        assert isinstance(task, Task)  # a backbone of images is no language model
+        refuse_padded_images(cell)
+        return images.examples(task, backbone.pixel_form, cell)
     if backbone.tokenizer is None:
         raise ValueError(
             f"task {cell.task!r} needs a tokenizer and {cell.backbone} has none: take "
@@ -225,17 +234,25 @@ def _train_and_score(
         predictions = predict(examples.evaluation)
         scores = scoring.scores(task, predictions, examples.evaluation)
         majority = scoring.majority(task)
+        if isinstance(task, Task) and task.mismatched:
+            other = dataclasses.replace(task, evaluation=task.mismatched)
+            predicted = predict(examples.mismatched)
+            found = scoring.scores(other, predicted, examples.mismatched)
+            constant = scoring.majority(other)
+            scores |= {f"{name}_mismatched": value for name, value in found.items()}
+            majority |= {f"{name}_mismatched": v for name, v in constant.items()}
         ranks = ("", "second_", "third_")
         for rank, (name, score) in zip(ranks, scores.items(), strict=False):
             partial.note(
                 **{
                     f"{rank}score_name": name,
-                    f"{rank}score": score,
-                    f"{rank}majority_score": majority[name],
+                    f"{rank}score": finite(score),
+                    f"{rank}majority_score": finite(majority[name]),
                 }
             )
         right = scoring.is_right(task, predictions, examples.evaluation)
         partial.note(
-            num_eval_rows=len(task.evaluation), right_rows=[int(r) for r in right]
+            num_eval_rows=len(task.evaluation),
+            right_rows=None if right is None else [int(r) for r in right],
         )
     partial.note(peak_host_bytes=memory.host_peak_bytes())

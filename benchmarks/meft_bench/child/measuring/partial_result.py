@@ -20,6 +20,22 @@ class PartialResult:
         self.measurement = self.measurement.with_numbers(**fields)
 
 
+def remarks(measurement: Measurement) -> str:
+    """Return the warnings about a cell that ended well, as one line; empty for none."""
+    found = (remark(measurement.loss_curve), _undefined(measurement))
+    return "; ".join(filter(None, found))
+
+
+def _undefined(measurement: Measurement) -> str:
+    """Return a warning if the score is undefined, as a correlation can be."""
+    if measurement.score_name is None or measurement.score is not None:
+        return ""
+    return (
+        f"{measurement.score_name} is undefined: all predictions, or all true numbers, "
+        "are equal or not finite"
+    )
+
+
 def remark(loss_curve: Sequence[float | None] | None) -> str:
     """Return a warning about a cell that ended well if its loss was not finite.
 

@@ -2,10 +2,12 @@
 
     examples(task, tokenizer, cell)            rows as the model reads them
     predict(stepper, task, rows, tokenizer, cell)  the model's answer to each row
-    is_right(task, predictions, rows)          whether each answer is right
+    is_right(task, predictions, rows)          whether each answer is right; None for
+                                               numbers, which are near or far
     scores(task, predictions, rows)            every value of the metric, by name
     majority(task)                             the same for a constant answer
 
-`labels` is for classifiers, `answers` for language models, by the metrics of `rules`
-with exact match and F1 of `normalised`.
+`labels` is for classifiers, `images` for those of images, `numbers` for regression,
+`answers` for language models, by the metrics of `rules` with exact match and F1 of
+`normalised`.
 """

@@ -1,22 +1,25 @@
 """Language models: choose the most likely option, or generate text that a rule scores.
 
-An option's likelihood is its log-likelihood per byte. Texts are generated greedily and
-end at the model's end token, where the next prompt would begin, or after
-`max_new_tokens`. `rules` has the metrics. `majority` always gives the most frequent
-answer of the training rows; for options, the position that is most often right.
+Options are chosen by their log-likelihood, and by the same divided by the number of
+characters, as `acc` and `acc_norm` of lm-evaluation-harness; of options that are
+equally likely, the first is chosen. Texts are generated greedily and end at the model's
+end token, where the next prompt would begin, or after `max_new_tokens`. `rules` has the
+metrics. `majority` always gives the most frequent answer of the training rows; for
+options, the position that is most often right.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from meft_bench.child.scoring.examples import Examples
-from meft_bench.child.scoring.rules import METRICS
+from meft_bench.child.scoring.rules import METRICS, Answer, Choice
 from meft_bench.child.tasks.batches import IGNORED, Example, collate
 from meft_bench.child.tasks.question import NEXT_PROMPT, AnswerTask, Question
+from meft_bench.child.tasks.token_cache import cached
 from meft_bench.child.training.steps import Stepper
 from meft_bench.shared.cell import Cell
 
@@ -34,9 +37,10 @@ def examples(
     Raises:
         ValueError: an option does not fit into `cell.seq_len` tokens.
     """
-    _refuse_long_options(task, tokenizer, cell.seq_len)
+    for rows in (task.validation, task.evaluation):
+        _refuse_long(_options(rows, tokenizer, cell.seq_len), task, cell.seq_len)
     return Examples(
-        train=[_learned(q, tokenizer, cell.seq_len) for q in task.train],
+        train=_learned(task.train, tokenizer, cell.seq_len),
         validation=task.validation,
         evaluation=task.evaluation,
     )
@@ -48,23 +52,24 @@ def predict(
     rows: Sequence[Question],
     tokenizer: PreTrainedTokenizerBase,
     cell: Cell,
-) -> list[str]:
-    """Return the chosen option or the generated text for each row.
+) -> list[Choice] | list[str]:
+    """Return the chosen options or the generated text for each row.
 
     Args:
         stepper: the model.
-        task: the task, whose metric decides between options and text.
+        task: the task.
         rows: the questions.
         tokenizer: the tokenizer of the model.
         cell: the cell, which includes batch size and sequence length.
     """
     stepper.model.eval()
-    ask = _choose if task.metric == "options" else _write
-    return ask(stepper, task, rows, tokenizer, cell)
+    if task.has_options:
+        return _choose(stepper, rows, tokenizer, cell)
+    return _write(stepper, task, rows, tokenizer, cell)
 
 
 def is_right(
-    task: AnswerTask, predictions: Sequence[str], rows: Sequence[Question]
+    task: AnswerTask, predictions: Sequence[Answer], rows: Sequence[Question]
 ) -> list[bool]:
     """Return whether each answer is right by the score of the task's metric.
 
@@ -78,7 +83,7 @@ def is_right(
 
 
 def scores(
-    task: AnswerTask, predictions: Sequence[str], rows: Sequence[Question]
+    task: AnswerTask, predictions: Sequence[Answer], rows: Sequence[Question]
 ) -> dict[str, float]:
     """Return the mean over the questions of each value of the metric, the score first.
 
@@ -96,10 +101,12 @@ def scores(
 
 def majority(task: AnswerTask) -> dict[str, float]:
     """Return the scores of always giving the most frequent answer."""
-    if task.metric == "options":
-        places = Counter(q.options.index(q.accepted[0]) for q in task.train)
+    answers: list[Answer]
+    if task.has_options:
+        places = Counter(q.right_option for q in task.train)
         place = places.most_common(1)[0][0]
-        answers = [q.options[min(place, len(q.options) - 1)] for q in task.evaluation]
+        lasts = [len(q.options) - 1 for q in task.evaluation]
+        answers = [Choice(min(place, last), min(place, last)) for last in lasts]
     else:
         # Solutions of GSM8K are all different, but their numbers are not.
         keys = [METRICS[task.metric].key(q.accepted[0]) for q in task.train]
@@ -109,29 +116,52 @@ def majority(task: AnswerTask) -> dict[str, float]:
     return scores(task, answers, task.evaluation)
 
 
-def _refuse_long_options(
-    task: AnswerTask, tokenizer: PreTrainedTokenizerBase, seq_len: int
-) -> None:
-    """Raise early if an option and a token before it do not fit."""
-    for question in (*task.validation, *task.evaluation):
-        for option in question.options:
-            _, tokens = _split(question.prompt, f" {option}", tokenizer)
-            if len(tokens) >= seq_len:
-                raise ValueError(
-                    f"`seq_len` is {seq_len}, but an option of task {task.name!r} has "
-                    f"{len(tokens)} tokens: set it above, to make room for questions"
-                )
-
-
 def _learned(
-    question: Question, tokenizer: PreTrainedTokenizerBase, seq_len: int
-) -> Example:
-    """Return the prompt with its answer and, unless it is cut, the end token."""
-    prompt, answer = _split(question.prompt, question.answer, tokenizer)
+    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, seq_len: int
+) -> list[Example]:
+    """Return prompts with their answers and, unless they are cut, the end token."""
     # Without an end token, `NEXT_PROMPT` marks the end of an answer.
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    # One token of the prompt is kept, because the first of a row is no target.
-    return _example(prompt, [*answer, *end][: seq_len - 1], seq_len)
+
+    def make() -> list[Example]:
+        return [
+            # One token of the prompt is kept, because the first of a row is no target.
+            _example(prompt, [*answer, *end][: seq_len - 1], seq_len)
+            for prompt, answer in _split(texts, tokenizer)
+        ]
+
+    texts = [(question.prompt, question.answer) for question in questions]
+    return cached("answers", texts, tokenizer, seq_len, code=[__file__], make=make)
+
+
+def _options(
+    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, seq_len: int
+) -> list[Example]:
+    """Return each prompt with each of its options, in order.
+
+    There is no end token, which would be a part of every option.
+    """
+
+    def make() -> list[Example]:
+        return [
+            _example(prompt, option, seq_len)
+            for prompt, option in _split(texts, tokenizer)
+        ]
+
+    texts = [(q.prompt, f" {option}") for q in questions for option in q.options]
+    return cached("options", texts, tokenizer, seq_len, code=[__file__], make=make)
+
+
+def _refuse_long(options: Sequence[Example], task: AnswerTask, seq_len: int) -> None:
+    """Raise early if an option and a token before it do not fit."""
+    for option in options:
+        assert isinstance(option.label, list)
+        num_tokens = sum(token != IGNORED for token in option.label)
+        if num_tokens >= seq_len:
+            raise ValueError(
+                f"`seq_len` is {seq_len}, but an option of task {task.name!r} has "
+                f"{num_tokens} tokens: set it above, to make room for questions"
+            )
 
 
 def _example(prompt: list[int], answer: list[int], seq_len: int) -> Example:
@@ -145,34 +175,78 @@ def _example(prompt: list[int], answer: list[int], seq_len: int) -> Example:
 
 
 def _split(
-    prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
-    """Tokenise both texts together, and split after the tokens of the prompt.
+    texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Tokenise prompts and answers together, and split after the tokens of the prompt.
 
-    This follows lm-evaluation-harness. Tokenised separately, the answer would begin
-    with different tokens where a tokenizer marks the beginning of a text, as those of
-    LLaMA and Mistral do.
+    This follows lm-evaluation-harness, which counts spaces at the end of a prompt to
+    the answer. Tokenised separately, the answer would begin with different tokens where
+    a tokenizer marks the beginning of a text, as those of LLaMA and Mistral do.
+
+    Args:
+        texts: prompts, each with its answer.
+        tokenizer: the tokenizer of the model.
+
+    Yields:
+        The tokens of the prompt and those of the answer.
     """
-    begin: list[int] = tokenizer(prompt)["input_ids"]
-    whole: list[int] = tokenizer(prompt + answer)["input_ids"]
-    return whole[: len(begin)], whole[len(begin) :]
+    if not texts:
+        return
+    prompts = list(dict.fromkeys(prompt for prompt, _ in texts))  # one for all options
+    begins = tokenizer([prompt.rstrip() for prompt in prompts])["input_ids"]
+    lengths = {p: len(begin) for p, begin in zip(prompts, begins, strict=True)}
+    wholes = tokenizer([prompt + answer for prompt, answer in texts])["input_ids"]
+    for (prompt, _), whole in zip(texts, wholes, strict=True):
+        yield whole[: lengths[prompt]], whole[lengths[prompt] :]
 
 
 @torch.no_grad()
 def _choose(
     stepper: Stepper,
-    task: AnswerTask,
     rows: Sequence[Question],
     tokenizer: PreTrainedTokenizerBase,
     cell: Cell,
-) -> list[str]:
-    pairs = [(i, option) for i, q in enumerate(rows) for option in q.options]
-    encoded = [
-        # Without an end token, which would be a part of every option.
-        _example(*_split(rows[i].prompt, f" {o}", tokenizer), cell.seq_len)
-        for i, o in pairs
+) -> list[Choice]:
+    likely = log_likelihoods(stepper, rows, tokenizer, cell)
+    return [choice_of(row, values) for row, values in zip(rows, likely, strict=True)]
+
+
+def choice_of(question: Question, log_likelihoods: Sequence[float]) -> Choice:
+    """Return the options that are chosen by both rules.
+
+    Args:
+        question: the question.
+        log_likelihoods: those of its options, in order.
+    """
+    lengths = [len(option) for option in question.options]
+    per_character = [
+        value / length for value, length in zip(log_likelihoods, lengths, strict=True)
     ]
-    best: dict[int, tuple[float, str]] = {}
+    return Choice(_first_largest(log_likelihoods), _first_largest(per_character))
+
+
+def _first_largest(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=values.__getitem__)
+
+
+@torch.no_grad()
+def log_likelihoods(
+    stepper: Stepper,
+    rows: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    cell: Cell,
+) -> list[list[float]]:
+    """Return the log-likelihood of each option of each row after its prompt.
+
+    Args:
+        stepper: the model, in evaluation mode.
+        rows: the questions.
+        tokenizer: the tokenizer of the model.
+        cell: the cell, which includes batch size and sequence length.
+    """
+    pairs = [(i, k) for i, q in enumerate(rows) for k in range(len(q.options))]
+    encoded = _options(rows, tokenizer, cell.seq_len)
+    found = [[0.0] * len(row.options) for row in rows]
     for chosen in _by_length(encoded, cell.batch_size):
         batch = collate([encoded[n] for n in chosen], stepper.pad_token_id)
         targets = batch.pop("labels")[:, 1:]
@@ -183,11 +257,9 @@ def _choose(
             logits = stepper.model(**inputs).logits
         likely = _log_likelihood(logits.float().cpu(), targets[:, places])
         for n, value in zip(chosen, likely.tolist(), strict=True):
-            i, option = pairs[n]
-            per_byte = value / max(1, len(option.encode()))
-            if i not in best or per_byte > best[i][0]:
-                best[i] = per_byte, option
-    return [best[i][1] for i in range(len(rows))]
+            i, place = pairs[n]
+            found[i][place] = value
+    return found
 
 
 def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
@@ -206,7 +278,8 @@ def _write(
 ) -> list[str]:
     end = tokenizer.eos_token_id
     # As in training, a prompt that is too long is cut at its beginning.
-    prompts = [tokenizer(q.prompt)["input_ids"][-cell.seq_len :] for q in rows]
+    tokens = tokenizer([q.prompt for q in rows])["input_ids"] if rows else []
+    prompts = [ids[-cell.seq_len :] for ids in tokens]
     written = [""] * len(rows)
     encoded = [Example(token_ids=p, segment_ids=[0] * len(p), label=0) for p in prompts]
     for chosen in _by_length(encoded, cell.batch_size):

@@ -14,3 +14,5 @@ class Examples:
     train: Sequence[Example | Image]
     validation: Sequence[Any]
     evaluation: Sequence[Any]
+    mismatched: Sequence[Any] = ()
+    """Rows of other genres, for scores of their own."""

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from meft_bench.child.scoring.examples import Examples
+from meft_bench.child.tasks import batches
 from meft_bench.child.tasks.batches import Example, encode
-from meft_bench.child.tasks.task import Task
+from meft_bench.child.tasks.task import Row, Task
+from meft_bench.child.tasks.token_cache import cached
 from meft_bench.child.training import steps
 from meft_bench.child.training.steps import Stepper
 from meft_bench.shared.cell import Cell
@@ -21,11 +23,29 @@ def examples(task: Task, tokenizer: PreTrainedTokenizerBase, cell: Cell) -> Exam
         tokenizer: the tokenizer of the model.
         cell: the cell, which includes the sequence length.
     """
-    train, validation, evaluation = (
-        encode(rows, tokenizer, cell.seq_len)
-        for rows in (task.train, task.validation, task.evaluation)
+    train, validation, evaluation, mismatched = (
+        _encoded([r for r in rows if isinstance(r, Row)], tokenizer, cell.seq_len)
+        for rows in (task.train, task.validation, task.evaluation, task.mismatched)
     )
-    return Examples(train=train, validation=validation, evaluation=evaluation)
+    return Examples(
+        train=train,
+        validation=validation,
+        evaluation=evaluation,
+        mismatched=mismatched,
+    )
+
+
+def _encoded(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, seq_len: int
+) -> list[Example]:
+    return cached(
+        "labels",
+        [(*row.texts, row.label) for row in rows],
+        tokenizer,
+        seq_len,
+        code=[batches.__file__],
+        make=lambda: encode(rows, tokenizer, seq_len),
+    )
 
 
 def predict(
@@ -61,7 +81,7 @@ def is_right(
 
 
 def scores(
-    task: Task, predictions: Sequence[int], rows: Sequence[Example]
+    task: Task, predictions: Sequence[float], rows: Sequence[Example]
 ) -> dict[str, float]:
     """Return the metric's values, the score first.
 
@@ -70,20 +90,27 @@ def scores(
         predictions: the labels.
         rows: the encoded rows, in the same order.
     """
-    labels = [row.label for row in rows if isinstance(row.label, int)]
-    return _of(task, predictions, labels)
+    labels = [row.label for row in rows if not isinstance(row.label, list)]
+    return of_values(task, predictions, labels)
 
 
 def majority(task: Task) -> dict[str, float]:
     """Return the scores of always answering the most frequent training label."""
     common = Counter(row.label for row in task.train).most_common(1)[0][0]
     references = [row.label for row in task.evaluation]
-    return _of(task, [common] * len(references), references)
+    return of_values(task, [common] * len(references), references)
 
 
-def _of(
-    task: Task, predictions: Sequence[int], references: Sequence[int]
+def of_values(
+    task: Task, predictions: Sequence[float], references: Sequence[float]
 ) -> dict[str, float]:
+    """Return the metric's values for predictions and the true values of their rows.
+
+    Args:
+        task: the task, which names the metric.
+        predictions: labels, or numbers.
+        references: the true ones, in the same order.
+    """
     # Imported here, because most cells have no score and the import takes longer than
     # they do.
     from meft_bench.child.tasks import metrics

@@ -1,6 +1,10 @@
 """The metrics of questions, with one rule for each value.
 
-    options     `options`: the chosen option is the right one
+    options_per_character
+                `accuracy_per_character`: the option with the largest log-likelihood per
+                character is the right one (`acc_norm` of lm-evaluation-harness);
+                `accuracy`: the most likely option is (its `acc`)
+    options     `accuracy`, `accuracy_per_character`: the same, another score
     squad       `exact_match` and `f1` of SQuAD 1.1; `contains_any_case`: an accepted
                 answer appears in the answer, ignoring case
     nq_open     `exact_match` and `f1` of NQ-open; `contains`: an accepted answer
@@ -9,20 +13,35 @@
     gsm8k       `final_number`: the number after the first `#### ` is that of the
                 solution
 
-For all but `gsm8k`, the answer is the first line of the generated text. The first value
-of each metric is the score; it is 1 or 0 for each row.
+For short answers, which are all but those of `gsm8k`, the answer is the first line of
+the generated text. The first value of each metric is the score; it is 1 or 0 for each
+row.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from meft_bench.child.scoring import normalised
 from meft_bench.child.tasks.gsm8k import final_number
 from meft_bench.child.tasks.question import Question
 
-ScoringRule = Callable[[str, Question], float]
-"""Function from a text and a question to the text's value as an answer, from 0 to 1."""
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The options of a question that a model chooses, by two rules; indices."""
+
+    likeliest: int
+    """The option with the largest log-likelihood."""
+    likeliest_per_character: int
+    """The one with the largest log-likelihood divided by its number of characters."""
+
+
+Answer = Choice | str
+"""A choice among options, or a generated text."""
+ScoringRule = Callable[[Any, Question], float]
+"""Function from an answer and a question to the value of the answer, from 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,8 +54,12 @@ class Metric:
     """Equal for two accepted answers if and only if the metric treats them as equal."""
 
 
-def _options(text: str, question: Question) -> float:
-    return float(text in question.accepted)
+def _likeliest(choice: Choice, question: Question) -> float:
+    return float(choice.likeliest == question.right_option)
+
+
+def _likeliest_per_character(choice: Choice, question: Question) -> float:
+    return float(choice.likeliest_per_character == question.right_option)
 
 
 def _contains(text: str, question: Question) -> float:
@@ -90,7 +113,20 @@ def _in_words(
 
 
 METRICS = {
-    "options": Metric(values={"options": _options}, key=str),
+    "options_per_character": Metric(
+        values={
+            "accuracy_per_character": _likeliest_per_character,
+            "accuracy": _likeliest,
+        },
+        key=str,
+    ),
+    "options": Metric(
+        values={
+            "accuracy": _likeliest,
+            "accuracy_per_character": _likeliest_per_character,
+        },
+        key=str,
+    ),
     "squad": _in_words(normalised.squad, "contains_any_case", _contains_any_case),
     "nq_open": _in_words(normalised.nq_open, "contains", _contains),
     "trivia_qa": _in_words(

@@ -1,9 +1,14 @@
-"""Labelled text for training, one file per source, all with one signature:
+"""Labelled rows for training, whose facts are in `meft_bench.shared.tasks`.
 
-    load(cell, source) -> Task
+Tasks are loaded by one signature, `load(cell, source)`, in one file for each kind:
 
-`task` and `question` define tasks, `files` and `topics` read their rows, `metrics`
-scores labels, `batches` converts rows to tensors. The registry names the tasks:
-`synthetic`, `bbc_news` and `glue` have labels; `arc`, `gsm8k`, `nq_open`, `squad` and
-`triviaqa` are answered in words. `closed_book` loads questions without a text.
+synthetic    random tokens or images of an exact shape
+labelled     classifiers and regressions of texts
+pictures     classifiers of images
+questions    language models that choose among options or answer in words
+
+`find` takes rows from the first way that is available: `files` reads files, `formats`
+has their formats, and `rows` says what a row is. `task` and `question` define tasks,
+`metrics` scores labels and numbers, and `gsm8k` is a rule for answers. `batches`
+converts rows to tensors, and `token_cache` keeps tokens on disk.
 """

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from meft_bench.child.tasks.task import Row
@@ -20,8 +21,9 @@ Batch = dict[str, Tensor]
 """The tensors of one batch by name.
 
 For text: `input_ids`, `token_type_ids`, `attention_mask`: `batch seq`; `labels`:
-`batch`, or `batch seq` for a language model. `training` removes those that a model does
-not accept. For images: `pixel_values`: `batch channels height width`, and `labels`.
+`batch`, floats for a regression, or `batch seq` for a language model. `training`
+removes those that a model does not accept. For images: `pixel_values`: `batch channels
+height width`, and `labels`.
 """
 
 
@@ -32,20 +34,37 @@ class Example:
     token_ids: list[int]
     segment_ids: list[int]
     """0 for the first text of a pair, 1 for the second."""
-    label: int | list[int]
-    """The label of the row; for a language model, the target token at each position.
+    label: int | float | list[int]
+    """The label of the row, its class or its number.
 
-    The target is `IGNORED` where nothing is learned.
+    For a language model, the target token at each position, which is `IGNORED` where
+    nothing is learned.
     """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PixelForm:
+    """The images that a model reads, to which gray images are converted."""
+
+    shape: tuple[int, int, int]
+    """`channels height width`."""
+    mean: tuple[float, ...] = (0.5,)
+    """Subtracted from values between 0 and 1, one number or one for each channel."""
+    std: tuple[float, ...] = (0.5,)
+    """The difference is divided by these."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Image:
-    """One image as the model reads it."""
+    """One image, which is converted to the form of the model in its batch."""
 
     pixels: Tensor
-    """Values, `channels height width`."""
+    """Values as the model reads them, `channels height width`.
+
+    With a form, gray values from 0 to 255, `height width`.
+    """
     label: int
+    form: PixelForm | None = None
 
 
 AnyExample = TypeVar("AnyExample", bound=Example | Image)
@@ -125,7 +144,7 @@ def collate(rows: Sequence[Example | Image], pad_token_id: int) -> Batch:
     images = [row for row in rows if isinstance(row, Image)]
     if images:
         return {
-            "pixel_values": torch.stack([image.pixels for image in images]),
+            "pixel_values": _pixel_values(images),
             "labels": torch.tensor([image.label for image in images]),
         }
     examples = [row for row in rows if isinstance(row, Example)]
@@ -144,6 +163,25 @@ def collate(rows: Sequence[Example | Image], pad_token_id: int) -> Batch:
         ],
     }
     return {name: torch.tensor(values) for name, values in columns.items()}
+
+
+def _pixel_values(images: Sequence[Image]) -> Tensor:
+    """Return the images of a batch as the model reads them.
+
+    Images of a set need much less memory before, as bytes and in their own size.
+    """
+    pixels = torch.stack([image.pixels for image in images])
+    form = images[0].form
+    if form is None:
+        return pixels
+    channels, *size = form.shape
+    resized = functional.interpolate(
+        pixels[:, None].float() / 255, size, mode="bilinear", antialias=True
+    )
+    mean, std = (
+        torch.tensor(values)[:, None, None] for values in (form.mean, form.std)
+    )
+    return (resized.expand(-1, channels, -1, -1) - mean) / std
 
 
 def full_batches(rows: Sequence[Example | Image], cell: Cell) -> list[Batch]:

@@ -1,6 +1,8 @@
 """Data files of tasks: their location, and their rows.
 
-    read        the text of a file, plain or as .gz
+    find        a file, plain or as .gz
+    content_of  its bytes
+    decode      its text
     json_lines  one JSON value per line
     table       tab-separated columns, with or without quoting
 
@@ -12,46 +14,15 @@ and U+0085, at which `str.splitlines` splits as well, are text.
 import codecs
 import csv
 import gzip
-import hashlib
 import io
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meft_bench.shared.source import MissingError, Source
-
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
-
-def read(source: Source, folder: str, name: str, instead: str) -> tuple[str, str]:
-    """Read `folder/name` in the data directory, plain or as .gz.
-
-    Args:
-        source: has the data directory, or a directory inside of it.
-        folder: name of the folder of the task.
-        name: name of the file, without .gz.
-        instead: another way to get the data, for the message.
-
-    Returns:
-        The text, and the sha256 of its bytes.
-
-    Raises:
-        MissingError: there is no such file.
-        ValueError: the file is not text in UTF-8 or UTF-16.
-    """
-    root = source.data_dir
-    places = () if root is None else (root / folder, root.parent / folder)
-    for place in places:
-        file = find(place, name)
-        if file is not None:
-            return text_of(file)
-    looked = f"{root} has no {folder}/{name}" if root else "no data directory was given"
-    raise MissingError(
-        f"no data: {looked}. Two ways to provide it: `--data DIR` with {folder}/{name},"
-        f" plain or .gz; {instead}"
-    )
 
 
 def find(folder: Path, name: str) -> Path | None:
@@ -60,21 +31,36 @@ def find(folder: Path, name: str) -> Path | None:
     return next((file for file in candidates if file.is_file()), None)
 
 
-def text_of(file: Path) -> tuple[str, str]:
-    """Return the text of a file without byte-order mark, and the sha256 of its bytes.
+def content_of(file: Path) -> bytes:
+    """Return the content of a file, decompressed if its name ends in .gz.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    content = file.read_bytes()
+    if file.suffix != ".gz":
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file}: not a whole gzip file: {error}") from error
+
+
+def decode(content: bytes, file: Path) -> str:
+    """Return the text of a file without byte-order mark.
+
+    Args:
+        content: the content of the file.
+        file: its path, for the message.
 
     Raises:
         ValueError: the file is not text in UTF-8, or in UTF-16 with a byte-order mark.
     """
-    content = file.read_bytes()
-    if file.suffix == ".gz":
-        content = gzip.decompress(content)
     encoding = "utf-16" if content.startswith(UTF_16) else "utf-8-sig"
     try:
-        text = content.decode(encoding)
+        return content.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: expected text in UTF-8: {error}") from error
-    return text, hashlib.sha256(content).hexdigest()
 
 
 def json_lines(text: str, name: str) -> list[Any]:
@@ -100,7 +86,12 @@ def json_lines(text: str, name: str) -> list[Any]:
 
 
 def table(
-    text: str, name: str, columns: Sequence[str] | None, *, is_quoted: bool
+    text: str,
+    name: str,
+    columns: Sequence[str] | None,
+    *,
+    is_quoted: bool,
+    leave_out_broken: bool = False,
 ) -> list[dict[str, str]]:
     """Return the rows of a file of tab-separated columns.
 
@@ -111,10 +102,11 @@ def table(
         is_quoted: whether a cell may be in double quotes, and then contain tabs,
             newlines and doubled quotes, as defined by `csv.excel_tab`. Otherwise quotes
             are text.
+        leave_out_broken: whether rows with too few or too many columns are left out.
 
     Raises:
-        ValueError: a row has too few or too many columns, or quotes that do not match;
-            the message names the line.
+        ValueError: a row has too few or too many columns and is not left out, or quotes
+            do not match; the message names the line.
     """
     rows = _quoted(text, name) if is_quoted else _unquoted(text)
     names = columns
@@ -127,6 +119,8 @@ def table(
                     f"{name}, line {number}: a column name occurs twice in "
                     f"{', '.join(names)}"
                 )
+            continue
+        if len(cells) != len(names) and leave_out_broken:
             continue
         if len(cells) != len(names):
             raise ValueError(

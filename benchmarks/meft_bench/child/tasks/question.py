@@ -12,13 +12,16 @@ NEXT_PROMPT = "Question:"
 Where a model generates it, its answer has ended and the next question has begun.
 """
 
+OPTION_METRICS = ("options", "options_per_character")
+"""Metrics of tasks with options."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
     """A prompt and the answers to it.
 
     Raises:
-        ValueError: there is no accepted answer, or an empty one.
+        ValueError: there is no accepted answer, or an empty one, or an empty option.
     """
 
     prompt: str
@@ -29,6 +32,11 @@ class Question:
     """All right answers; the first is the answer."""
     options: tuple[str, ...] = ()
     """Options including the right one; empty where the model generates text."""
+    right: int | None = None
+    """Index of the right option; None takes the first option that is the answer.
+
+    It matters where two options are equal.
+    """
 
     def __post_init__(self) -> None:
         if not self.accepted or not all(answer.strip() for answer in self.accepted):
@@ -36,6 +44,18 @@ class Question:
                 f"the question that ends in {self.prompt[-60:]!r} has accepted answers "
                 f"{list(self.accepted)}: expected one or more, none of them empty"
             )
+        if not all(self.options):
+            raise ValueError(
+                f"the question that ends in {self.prompt[-60:]!r} has options "
+                f"{list(self.options)}: expected none that is empty"
+            )
+
+    @property
+    def right_option(self) -> int:
+        """Index of the right option."""
+        if self.right is not None:
+            return self.right
+        return self.options.index(self.accepted[0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,3 +72,8 @@ class AnswerTask:
     """Maximum number of generated tokens; 0 where there are options."""
     origin: str
     """Origin of the rows and which splits they are."""
+
+    @property
+    def has_options(self) -> bool:
+        """Whether the model chooses among options, and does not generate text."""
+        return self.metric in OPTION_METRICS or not self.max_new_tokens

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from torch import Tensor
+
 from meft_bench.shared import protocol
 from meft_bench.shared.cell import Cell
 
@@ -21,6 +23,16 @@ class Row:
     """One labelled example: one text, or a pair."""
 
     texts: tuple[str, ...]
+    label: int | float
+    """Its class, or for regression its number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One labelled image."""
+
+    pixels: Tensor
+    """Gray values from 0 to 255, `height width`."""
     label: int
 
 
@@ -30,14 +42,24 @@ class Task:
 
     name: str
     num_labels: int | None
-    """Number of classes; None for a language model, whose targets are tokens."""
-    train: tuple[Row, ...]
-    validation: tuple[Row, ...]
-    evaluation: tuple[Row, ...]
+    """Number of classes, or 1 for regression.
+
+    None for a language model, whose targets are tokens.
+    """
+    train: tuple[Row, ...] | tuple[Picture, ...]
+    validation: tuple[Row, ...] | tuple[Picture, ...]
+    evaluation: tuple[Row, ...] | tuple[Picture, ...]
+    mismatched: tuple[Row, ...] = ()
+    """Rows of other genres that are scored as well, as in MNLI."""
     metric: str | None
     """A name of `metrics.METRICS`; None if there is nothing to score."""
     origin: str
     """Origin of the rows and which splits they are."""
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the rows are images."""
+        return any(isinstance(row, Picture) for row in self.train[:1])
 
 
 def draw(

@@ -241,28 +241,44 @@ def train(
         _restore_trained(stepper.model, best_weights)
 
 
+def _largest(logits: Tensor) -> list[Any]:
+    found: list[Any] = logits.argmax(-1).tolist()
+    return found
+
+
 @torch.no_grad()
-def predict(stepper: Stepper, examples: list[Example], batch_size: int) -> list[int]:
+def predict(
+    stepper: Stepper,
+    examples: Sequence[Example | Image],
+    batch_size: int,
+    read: Callable[[Tensor], list[Any]] = _largest,
+) -> list[Any]:
     """Return the model's label for each example, without dropout.
 
     Args:
         stepper: the model.
         examples: the encoded rows.
         batch_size: number of rows of a batch.
+        read: returns the answers of the logits of a batch, by default the classes with
+            the largest.
     """
     stepper.model.eval()
     pad_token_id = stepper.pad_token_id
     # Batches of equal lengths need the least padding.
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].token_ids))
-    labels = [0] * len(examples)
+    order = sorted(range(len(examples)), key=lambda i: _length(examples[i]))
+    labels: list[Any] = [0] * len(examples)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = collate([examples[i] for i in chosen], pad_token_id)
         with stepper.autocast():
             logits = stepper.model(**stepper.to_device(batch)).logits
-        for i, label in zip(chosen, logits.argmax(-1).tolist(), strict=True):
+        for i, label in zip(chosen, read(logits), strict=True):
             labels[i] = label
     return labels
+
+
+def _length(example: Example | Image) -> int:
+    return len(example.token_ids) if isinstance(example, Example) else 0
 
 
 def _copy_trained(model: PreTrainedModel) -> list[Tensor]:

@@ -238,7 +238,9 @@ def _batches(
     labels_shape = shape if num_labels is None else shape[:1]
     batches: list[Batch] = []
     for _ in range(cell.accumulation):
-        labels = torch.zeros(labels_shape, dtype=torch.long)
+        is_number = num_labels == 1
+        dtype = torch.float32 if is_number else torch.long
+        labels = torch.zeros(labels_shape, dtype=dtype)
         if image_shape is not None:
             pixels = torch.zeros(cell.batch_size, *image_shape)
             batches.append({"pixel_values": pixels, "labels": labels})
