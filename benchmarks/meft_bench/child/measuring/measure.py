@@ -122,6 +122,8 @@ def _with_rows_to_score(task: AnyTask, cell: Cell) -> AnyTask:
             "aside: set `train_rows` to at least 10, or leave it out"
         )
     changes: dict[str, Any] = {"evaluation": task.validation}
+    if isinstance(task, Task):
+        changes["mismatched"] = ()
     changes["origin"] = f"{task.origin}; a trial, scored on the rows set aside"
     return dataclasses.replace(task, **changes)
 
