@@ -6,6 +6,7 @@ ends the children and the run, a second one has its default effect.
 """
 
 import contextlib
+import dataclasses
 import math
 import signal
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import NamedTuple, Self
 
 from meft_bench.parent import (
     checks,
@@ -25,11 +26,13 @@ from meft_bench.parent import (
     isolate,
     output,
     runs,
+    trials,
 )
 from meft_bench.parent.engines import local
 from meft_bench.parent.engines.local import Stopped
 from meft_bench.parent.progress import Progress, count
 from meft_bench.parent.runs import RecordsFile
+from meft_bench.parent.trials import Choice
 from meft_bench.shared import request
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
@@ -66,6 +69,8 @@ class RunPlan:
 
     Cells on a real GPU always have one.
     """
+    choices: tuple[Choice, ...] = ()
+    """Trials, with the cells that wait for them."""
     left_out: tuple[str, ...] = ()
     """What the sweep declares and this run omits, one readable line each."""
     checks: tuple[str, ...] = ()
@@ -79,6 +84,8 @@ class RunPlan:
 def run(plan: RunPlan, *, worker_module: str = request.WORKER) -> int:
     """Run the remaining cells of a plan, print a summary, and return the exit code.
 
+    Cells that wait for trials run after all others.
+
     Args:
         plan: the run.
         worker_module: module that runs as the child.
@@ -87,45 +94,104 @@ def run(plan: RunPlan, *, worker_module: str = request.WORKER) -> int:
         runs.RunsError: the records file, or a log next to it, cannot be used.
     """
     budget = Budget(plan.time_budget_seconds)
-    if not plan.cells:
+    if not plan.cells and not plan.choices:
         return _run_checks_alone(plan, budget)
+    tried = tuple(trial for choice in plan.choices for trial in choice.trials)
+    waiting = [cell for choice in plan.choices for cell in choice.cells]
+    first = dataclasses.replace(plan, cells=(*plan.cells, *tried))
+    num_cells = len(first.cells) + len(waiting)
     environments = environments_for(
-        plan.cells, num_threads=plan.options.num_threads, num_slots=plan.num_slots
+        first.cells, num_threads=plan.options.num_threads, num_slots=plan.num_slots
     )
+    unscored: list[Choice] = []
     with RecordsFile(plan.path) as file:
-        done = {} if plan.force else runs.done(file.records, plan.cells, environments)
-        left = [cell for cell in plan.cells if cell not in done]
         try:
             try:
                 checked = _run_checks(plan, budget)
             except Stopped:
-                return _interrupted(plan, [Status.OK for _ in done])
-            ended = _run_left(
-                plan, left, done, environments, file, budget, worker_module
-            )
+                done = _done(first, file, environments)
+                return _interrupted(plan, num_cells, [Status.OK for _ in done])
+            stage = _run_stage(first, environments, file, budget, worker_module)
+            if stage.is_whole and plan.choices:
+                scored = runs.done(file.records, tried, environments)
+                cells, unscored = _chosen(plan.choices, scored)
+                second = dataclasses.replace(plan, cells=cells, left_out=())
+                if cells:
+                    its = _run_stage(second, environments, file, budget, worker_module)
+                    stage = Stage([*stage.statuses, *its.statuses], its.is_whole)
         except OSError as error:
             raise runs.unusable(plan.path, error) from error
-    statuses = [*(Status.OK for _ in done), *(record.status for record in ended)]
-    if len(ended) < len(left) and budget.is_over:
+    if not stage.is_whole and budget.is_over:
         output.summarize(
             [
-                count(statuses),
-                f"the time budget is over: {len(statuses)} of {len(plan.cells)} cells "
+                count(stage.statuses),
+                f"the time budget is over: {len(stage.statuses)} of {num_cells} cells "
                 f"are recorded in {plan.path}; the same command goes on",
             ]
         )
-        return _exit_code([*statuses, *checked])
-    if len(ended) < len(left):
-        return _interrupted(plan, statuses)
+        return _exit_code([*stage.statuses, *checked])
+    if not stage.is_whole:
+        return _interrupted(plan, num_cells, stage.statuses)
+    for choice in unscored:
+        output.complain(
+            f"not run, {len(choice.cells)} cells: no trial of them has a score, such "
+            f"as {choice.trials[0].id}"
+        )
     page = plan.path.with_suffix(".html")
     output.summarize(
         [
-            count(statuses),
+            count(stage.statuses),
             f"records: {plan.path}",
             f"page:    meft-report page {plan.path} -o {page}",
         ]
     )
-    return _exit_code([*statuses, *checked])
+    return _exit_code([*stage.statuses, *checked])
+
+
+class Stage(NamedTuple):
+    """How cells ended that ran without waiting for each other."""
+
+    statuses: list[Status]
+    is_whole: bool
+    """Whether all of them ended, and none was stopped."""
+
+
+def _run_stage(
+    plan: RunPlan,
+    environments: dict[str, Environment],
+    file: RecordsFile,
+    budget: "Budget",
+    worker_module: str,
+) -> Stage:
+    """Run those of a plan's cells that are not done."""
+    done = _done(plan, file, environments)
+    left = [cell for cell in plan.cells if cell not in done]
+    ended = _run_left(plan, left, done, environments, file, budget, worker_module)
+    statuses = [*(Status.OK for _ in done), *(record.status for record in ended)]
+    return Stage(statuses, is_whole=len(ended) == len(left))
+
+
+def _done(
+    plan: RunPlan, file: RecordsFile, environments: dict[str, Environment]
+) -> dict[Cell, Record]:
+    if plan.force:
+        return {}
+    return runs.done(file.records, plan.cells, environments)
+
+
+def _chosen(
+    choices: Sequence[Choice], scored: Mapping[Cell, Record]
+) -> tuple[tuple[Cell, ...], list[Choice]]:
+    """Return the cells with the values of the best trials, and choices without one."""
+    cells: dict[Cell, None] = {}
+    unscored = []
+    for choice in choices:
+        best = trials.best_of(choice, scored)
+        if best is None:
+            unscored.append(choice)
+        else:
+            cells |= dict.fromkeys(choice.cells_with(best))
+    return tuple(cells), unscored
 
 
 class Budget:
@@ -282,16 +348,17 @@ def _run_named(
     return ended
 
 
-def _interrupted(plan: RunPlan, statuses: Sequence[Status]) -> int:
+def _interrupted(plan: RunPlan, num_cells: int, statuses: Sequence[Status]) -> int:
     """Say how to continue an interrupted run, and return its exit code.
 
     Args:
         plan: the run.
+        num_cells: number of its cells.
         statuses: those of the recorded cells.
     """
     output.summarize([count(statuses)])
     output.complain(
-        f"interrupted: {len(statuses)} of {len(plan.cells)} cells are recorded in "
+        f"interrupted: {len(statuses)} of {num_cells} cells are recorded in "
         f"{plan.path}; run the same command again to go on"
     )
     return EXIT_INTERRUPTED
