@@ -11,7 +11,7 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from meft_bench.shared import quantisations, registry
+from meft_bench.shared import own, quantisations, registry
 from meft_bench.shared.cell import Cell
 from meft_bench.virtual.device import gpu
 
@@ -49,6 +49,8 @@ _AT_MOST = {"lost_bits": 16, "active_fraction": 1, "seed": 2**32 - 1}
 _LARGEST = 2**63 - 1
 """Largest value of an integer column."""
 
+OWN = ("method", "reference", "backbone", "task")
+"""Fields that may be of the user, as digests (`meft_bench.shared.own`)."""
 Value = str | int | float
 
 
@@ -130,6 +132,8 @@ def check_together(cell: Cell) -> None:
 def _check_text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"`{name}` = {value!r} should be a string")
+    if name in OWN and own.is_value(value):
+        return value
     if name == "backbone":
         _check_backbone(value)
     elif name == "device" and value.endswith(".json"):

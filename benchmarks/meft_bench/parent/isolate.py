@@ -23,7 +23,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from meft_bench.shared.cell import Cell
 from meft_bench.shared.measurement import Measurement
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.outcome import Outcome
+from meft_bench.shared.own import Own, aliases_of, located, rows_of
 from meft_bench.shared.record import Environment, Record, Status
 from meft_bench.shared.registry import VIRTUAL
 from meft_bench.shared.request import WORKER
@@ -55,6 +56,7 @@ def run(
     stop: threading.Event,
     question: str | None = None,
     caveats: Sequence[str] = (),
+    own: Mapping[str, Own] | None = None,
     worker_module: str = WORKER,
 ) -> Record:
     """Run a cell in a new interpreter and return a record of how it ended.
@@ -70,6 +72,7 @@ def run(
         stop: when set, the child is killed and `Stopped` is raised.
         question: the question that the sweep answers, for the record.
         caveats: what the sweep says that a reader must know, for the record.
+        own: things of the user, by what cells hold.
         worker_module: module that runs as the child.
 
     Raises:
@@ -84,7 +87,12 @@ def run(
     out = folder / f"{cell.method}-{cell.key[:16]}.json"
     log = log_path(folder, cell)
     out.unlink(missing_ok=True)
-    body = {"cell": cell.to_json(), "options": options.to_json()}
+    own = own or {}
+    body = {
+        "cell": located(cell, own).to_json(),
+        "options": options.to_json(),
+        "rows": rows_of(cell, own),
+    }
     command = request.command(body, out, worker_module=worker_module)
     code = child_process.run(
         command,
@@ -108,6 +116,7 @@ def run(
         sweep_caveats="\n".join(caveats),
         log_tail=logs.tail(log),
         memory_breakdown=ending.memory_breakdown,
+        aliases=aliases_of(cell, own) or None,
     )
 
 

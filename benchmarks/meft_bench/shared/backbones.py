@@ -5,7 +5,7 @@ The data is `backbones.toml`.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from meft_bench.shared import tables
 from meft_bench.shared.field_kinds import FLAG, TABLES, object_in, some_of
@@ -60,6 +60,16 @@ def _read() -> dict[str, ModelType]:
 
 TABLE = _read()
 """Every model type by name, in the order of the file."""
+
+
+def problem_type(
+    num_labels: int,
+) -> Literal["regression", "single_label_classification"]:
+    """Return transformers' name of what a head of this many outputs does.
+
+    One output is a number, and not the only class.
+    """
+    return "regression" if num_labels == 1 else "single_label_classification"
 
 
 def types_of(*models: str) -> tuple[str, ...]:

@@ -97,6 +97,14 @@ TABLE = _read()
 """Every method by name, in the order of the file."""
 
 
+_OWN = Method(function="")
+
+
+def of(name: str) -> Method:
+    """Return a method of the table, or for one of the user what is known of it."""
+    return TABLE.get(name, _OWN)
+
+
 def with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a cell, with defaults of its method where none is given.
 

@@ -37,7 +37,7 @@ class BartClassifier(BartForSequenceClassification):
             input_ids: token ids, `batch seq`, padded on the right.
             attention_mask: 1 for tokens and 0 for padding, `batch seq`; None means no
                 padding.
-            labels: class of each row, `batch`.
+            labels: class or number of each row, `batch`.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -45,5 +45,9 @@ class BartClassifier(BartForSequenceClassification):
         last = attention_mask.sum(1) - 1
         rows = torch.arange(len(last), device=last.device)
         logits = self.classification_head(out.last_hidden_state[rows, last])
-        loss = None if labels is None else functional.cross_entropy(logits, labels)
+        loss = None
+        if labels is not None and self.config.problem_type == "regression":
+            loss = functional.mse_loss(logits[:, 0], labels)
+        elif labels is not None:
+            loss = functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)

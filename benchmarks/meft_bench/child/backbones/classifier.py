@@ -48,7 +48,8 @@ def _type_of(config: PreTrainedConfig) -> backbones.ModelType:
 
 def image_shape(config: PreTrainedConfig) -> tuple[int, int, int] | None:
     """Return `channels height width` of a model's images; None if it reads text."""
-    if "image-classifier" not in _type_of(config).models:
+    kind = backbones.TABLE.get(config.model_type)
+    if kind is None or "image-classifier" not in kind.models:
         return None
     return (config.num_channels, *_pair(config.image_size))
 
@@ -130,7 +131,8 @@ def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int | None) 
     Args:
         config: config of the model; changed in place.
         cell: the cell that the model is for.
-        num_labels: number of classes; None leaves the config that of a language model.
+        num_labels: number of classes, 1 for a number; None leaves the config that of a
+            language model.
 
     Raises:
         ValueError: `cell.seq_len` is larger than the number of positions of the model,
@@ -155,7 +157,7 @@ def set_up_config(config: PreTrainedConfig, cell: Cell, num_labels: int | None) 
         config.decoder_start_token_id = start if start is not None else 0
     if num_labels is not None:
         config.num_labels = num_labels
-        config.problem_type = "single_label_classification"
+        config.problem_type = backbones.problem_type(num_labels)
 
 
 def _check_language_model(config: PreTrainedConfig, cell: Cell) -> None:
@@ -261,9 +263,37 @@ def finish(
     reads = image_shape(model.config) is None
     if reads and model.config.pad_token_id is None:
         model.config.pad_token_id = _padding(model.config, tokenizer, cell)
+    _initialise(heads_of(model), _std_of_head(model), cell)
+
+
+def _std_of_head(model: PreTrainedModel) -> float:
     found, *_ = find_blocks(model)
-    std = found.family.adapter_shape(found.blocks[0], found.config).std
-    for head in heads_of(model):
+    return found.family.adapter_shape(found.blocks[0], found.config).std
+
+
+def finish_any(
+    model: PreTrainedModel,
+    heads: Sequence[nn.Module],
+    std: float,
+    tokenizer: PreTrainedTokenizerBase | None,
+    cell: Cell,
+) -> None:
+    """Do the same for a model of a family that is not known.
+
+    Args:
+        model: the model; changed in place.
+        heads: its heads.
+        std: standard deviation of the weights of a head.
+        tokenizer: its tokenizer; None if it has none.
+        cell: the cell that the model is for.
+    """
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = _padding(model.config, tokenizer, cell)
+    _initialise(heads, std, cell)
+
+
+def _initialise(heads: Sequence[nn.Module], std: float, cell: Cell) -> None:
+    for head in heads:
         head.float()
         for module in head.modules():
             if isinstance(module, nn.Linear):

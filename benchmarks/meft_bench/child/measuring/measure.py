@@ -22,7 +22,7 @@ from meft_bench.child.measuring import probes, starting_point
 from meft_bench.child.measuring.partial_result import PartialResult, finite
 from meft_bench.child.meters import memory
 from meft_bench.child.meters.clock import StepClock
-from meft_bench.child.scoring import answers, labels
+from meft_bench.child.scoring import answers, labels, numbers, tokens
 from meft_bench.child.scoring.examples import Examples
 from meft_bench.child.tasks import synthetic
 from meft_bench.child.tasks.batches import (
@@ -33,13 +33,13 @@ from meft_bench.child.tasks.batches import (
     full_batches,
     refuse_padded_images,
 )
+from meft_bench.child.tasks.loading import load_task
 from meft_bench.child.tasks.question import AnswerTask
 from meft_bench.child.training import execution, prepare
 from meft_bench.child.training.prepare import AnyTask
 from meft_bench.child.training.steps import Stepper, train
 from meft_bench.shared import configs, methods
 from meft_bench.shared.cell import Cell
-from meft_bench.shared.registry import TASKS, load
 from meft_bench.shared.source import Source
 
 
@@ -64,7 +64,7 @@ def measure(cell: Cell, source: Source, partial: PartialResult) -> None:
 
 
 def _measure(cell: Cell, source: Source, partial: PartialResult) -> None:
-    task: AnyTask = load(TASKS[cell.task])(cell, source)
+    task: AnyTask = load_task(cell, source)
     partial.environment["data_origin"] = task.origin
     backbone = prepare.load_backbone(cell, task, source)
     partial.environment |= {
@@ -78,7 +78,7 @@ def _measure(cell: Cell, source: Source, partial: PartialResult) -> None:
             "to select weights with: set it to 0, or `train_rows` to at least 10"
         )
     batches = full_batches(examples.train, cell)
-    num_blocks = len(backbones.blocks_of(backbone.model))
+    num_blocks = backbones.num_blocks_of(backbone.model)
     before = _start(backbone.model, batches[0], cell)
     stepper = prepare.apply_method(backbone, cell)
     if before is not None:
@@ -99,7 +99,7 @@ def _measure(cell: Cell, source: Source, partial: PartialResult) -> None:
     probes.probe_rows(stepper, batches, partial)
     probes.probe_transfers(stepper, batches, partial)
     probes.look_at_routing(stepper, batches[0], partial)
-    if methods.TABLE[cell.method].rebuilds:
+    if methods.of(cell.method).rebuilds:
         probes.check_inverse(stepper, batches[0], partial)
     if cell.reference:  # last, because it needs memory for two models
         probes.time_against_reference(
@@ -118,7 +118,7 @@ def _start(model: PreTrainedModel, batch: Batch, cell: Cell) -> Tensor | None:
     Returns:
         A tensor `batch seq hidden`; None for other methods.
     """
-    if not methods.TABLE[cell.method].is_reversible:
+    if not methods.of(cell.method).is_reversible:
         return None
     # All parameters are frozen, so that the stepper makes no optimizer state for them.
     nn.Module.to(model.requires_grad_(False), cell.device)
@@ -134,7 +134,11 @@ def _reference(cell: Cell, task: AnyTask, source: Source) -> Stepper:
 
 def _scoring(task: AnyTask) -> Any:
     """Return the module of `meft_bench.child.scoring` for tasks of this kind."""
-    return answers if isinstance(task, AnswerTask) else labels
+    if isinstance(task, AnswerTask):
+        return answers
+    if task.num_labels is None:
+        return tokens
+    return numbers if task.num_labels == 1 else labels
 
 
 def _examples(task: AnyTask, backbone: Backbone, cell: Cell) -> Examples:
@@ -212,8 +216,8 @@ def _train_and_score(
             partial.note(
                 **{
                     f"{rank}score_name": name,
-                    f"{rank}score": score,
-                    f"{rank}majority_score": majority[name],
+                    f"{rank}score": finite(score),
+                    f"{rank}majority_score": majority.get(name),
                 }
             )
         right = scoring.is_right(task, predictions, examples.evaluation)

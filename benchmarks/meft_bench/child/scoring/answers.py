@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from meft_bench.child.scoring import own_metric
 from meft_bench.child.scoring.examples import Examples
 from meft_bench.child.scoring.rules import METRICS
 from meft_bench.child.tasks.batches import IGNORED, Example, collate
-from meft_bench.child.tasks.question import NEXT_PROMPT, AnswerTask, Question
+from meft_bench.child.tasks.question import AnswerTask, Question
 from meft_bench.child.training.steps import Stepper
 from meft_bench.shared.cell import Cell
 
@@ -59,7 +60,7 @@ def predict(
         cell: the cell, which includes batch size and sequence length.
     """
     stepper.model.eval()
-    ask = _choose if task.metric == "options" else _write
+    ask = _write if task.max_new_tokens else _choose
     return ask(stepper, task, rows, tokenizer, cell)
 
 
@@ -73,6 +74,8 @@ def is_right(
         predictions: the answers.
         rows: the questions, in the same order.
     """
+    if own_metric.is_own(task.metric):  # which scores all answers together
+        return []
     rule = next(iter(METRICS[task.metric].values.values()))
     return [rule(*pair) == 1 for pair in zip(predictions, rows, strict=True)]
 
@@ -87,6 +90,10 @@ def scores(
         predictions: the answers.
         rows: the questions, in the same order.
     """
+    if own_metric.is_own(task.metric):
+        several = any(len(row.accepted) > 1 for row in rows)
+        references = [row.accepted if several else row.accepted[0] for row in rows]
+        return own_metric.scores(task.metric, predictions, references)
     pairs = list(zip(predictions, rows, strict=True))
     return {
         name: sum(rule(*pair) for pair in pairs) / len(pairs)
@@ -96,13 +103,15 @@ def scores(
 
 def majority(task: AnswerTask) -> dict[str, float]:
     """Return the scores of always giving the most frequent answer."""
-    if task.metric == "options":
+    if not task.max_new_tokens:
         places = Counter(q.options.index(q.accepted[0]) for q in task.train)
         place = places.most_common(1)[0][0]
         answers = [q.options[min(place, len(q.options) - 1)] for q in task.evaluation]
     else:
         # Solutions of GSM8K are all different, but their numbers are not.
-        keys = [METRICS[task.metric].key(q.accepted[0]) for q in task.train]
+        is_own = own_metric.is_own(task.metric)
+        key = str if is_own else METRICS[task.metric].key
+        keys = [key(q.accepted[0]) for q in task.train]
         common = Counter(keys).most_common(1)[0][0]
         answer = task.train[keys.index(common)].answer
         answers = [answer] * len(task.evaluation)
@@ -178,9 +187,7 @@ def _choose(
         targets = batch.pop("labels")[:, 1:]
         # The head is the most expensive part, and only the option's tokens need it.
         places = (targets != IGNORED).any(0).nonzero()[:, 0]
-        inputs = stepper.to_device(batch | {"logits_to_keep": places})
-        with stepper.autocast():
-            logits = stepper.model(**inputs).logits
+        logits = stepper.logits_at(batch, places)
         likely = _log_likelihood(logits.float().cpu(), targets[:, places])
         for n, value in zip(chosen, likely.tolist(), strict=True):
             i, option = pairs[n]
@@ -228,14 +235,14 @@ def _write(
                 use_cache=True,
                 pad_token_id=stepper.pad_token_id,
                 eos_token_id=end,
-                stop_strings=[NEXT_PROMPT],
+                stop_strings=[task.stop] if task.stop else None,
                 tokenizer=tokenizer,
             )
         for n, tokens in zip(chosen, out[:, longest:].tolist(), strict=True):
             # A row that has ended is padded until the last row has ended.
             tokens = tokens[: tokens.index(end)] if end in tokens else tokens
             text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-            written[n] = text.partition(NEXT_PROMPT)[0]
+            written[n] = text.partition(task.stop)[0] if task.stop else text
     return written
 
 

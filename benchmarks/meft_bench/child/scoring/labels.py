@@ -77,8 +77,8 @@ def scores(
 def majority(task: Task) -> dict[str, float]:
     """Return the scores of always answering the most frequent training label."""
     common = Counter(row.label for row in task.train).most_common(1)[0][0]
-    references = [row.label for row in task.evaluation]
-    return _of(task, [common] * len(references), references)
+    references = [int(row.label) for row in task.evaluation]
+    return _of(task, [int(common)] * len(references), references)
 
 
 def _of(

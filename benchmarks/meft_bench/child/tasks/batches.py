@@ -32,10 +32,11 @@ class Example:
     token_ids: list[int]
     segment_ids: list[int]
     """0 for the first text of a pair, 1 for the second."""
-    label: int | list[int]
-    """The label of the row; for a language model, the target token at each position.
+    label: int | float | list[int]
+    """The label of the row, its class or its number.
 
-    The target is `IGNORED` where nothing is learned.
+    For a language model, the target token at each position, which is `IGNORED` where
+    nothing is learned.
     """
 
 

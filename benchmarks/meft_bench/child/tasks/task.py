@@ -21,7 +21,8 @@ class Row:
     """One labelled example: one text, or a pair."""
 
     texts: tuple[str, ...]
-    label: int
+    label: int | float
+    """Its class, or for regression its number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,12 +31,15 @@ class Task:
 
     name: str
     num_labels: int | None
-    """Number of classes; None for a language model, whose targets are tokens."""
+    """Number of classes, or 1 for regression.
+
+    None for a language model, whose targets are tokens.
+    """
     train: tuple[Row, ...]
     validation: tuple[Row, ...]
     evaluation: tuple[Row, ...]
     metric: str | None
-    """A name of `metrics.METRICS`; None if there is nothing to score."""
+    """A name of `metrics.METRICS` for classes; None if there is nothing to score."""
     origin: str
     """Origin of the rows and which splits they are."""
 

@@ -26,6 +26,7 @@ import meft
 from meft.sparse.adapter import sparse_adapters
 from meft_bench.child.meters.clock import StepClock
 from meft_bench.child.tasks.batches import IGNORED, Batch, Example, Image, collate
+from meft_bench.child.unwrapped import base_of, num_prepended
 from meft_bench.shared import protocol
 from meft_bench.shared.cell import Cell
 
@@ -63,8 +64,8 @@ class Stepper:
         self._scaler = torch.amp.GradScaler(cell.device, enabled=cell.dtype == "fp16")
         # LLaMA and OPT have no segments, and would pass them on to modules without
         # effect.
-        parameters = inspect.signature(model.forward).parameters
-        self._left_out = {"token_type_ids"} - set(parameters)
+        self._accepted = set(inspect.signature(base_of(model).forward).parameters)
+        self._left_out = {"token_type_ids"} - self._accepted
         trained = [p for p in model.parameters() if p.requires_grad]
         _refuse_fp16(trained, cell)
         matrices = [p for p in trained if _is_matrix(p)]
@@ -145,6 +146,20 @@ class Stepper:
         begin = 0 if self.model.config.is_encoder_decoder else 1
         counts = [b["labels"][:, begin:].ne(IGNORED).sum() for b in batches]
         return [sum(counts) / count for count in counts]
+
+    def logits_at(self, batch: Batch, places: Tensor) -> Tensor:
+        """Return the logits at some places of every row, `batch place vocabulary`.
+
+        Args:
+            batch: the inputs, on the host.
+            places: places of a row, counted without tokens that a method puts before.
+        """
+        places = places + num_prepended(self.model)
+        can_select = "logits_to_keep" in self._accepted
+        inputs = batch | {"logits_to_keep": places} if can_select else batch
+        with self.autocast():
+            logits: Tensor = self.model(**self.to_device(inputs)).logits
+        return logits if can_select else logits[:, places.to(logits.device)]
 
     @property
     def pad_token_id(self) -> int:
@@ -241,26 +256,38 @@ def train(
         _restore_trained(stepper.model, best_weights)
 
 
+def _largest(logits: Tensor) -> list[Any]:
+    found: list[Any] = logits.argmax(-1).tolist()
+    return found
+
+
 @torch.no_grad()
-def predict(stepper: Stepper, examples: list[Example], batch_size: int) -> list[int]:
+def predict(
+    stepper: Stepper,
+    examples: list[Example],
+    batch_size: int,
+    read: Callable[[Tensor], list[Any]] = _largest,
+) -> list[Any]:
     """Return the model's label for each example, without dropout.
 
     Args:
         stepper: the model.
         examples: the encoded rows.
         batch_size: number of rows of a batch.
+        read: returns the answers of the logits of a batch, by default the classes with
+            the largest.
     """
     stepper.model.eval()
     pad_token_id = stepper.pad_token_id
     # Batches of equal lengths need the least padding.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].token_ids))
-    labels = [0] * len(examples)
+    labels: list[Any] = [0] * len(examples)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = collate([examples[i] for i in chosen], pad_token_id)
         with stepper.autocast():
             logits = stepper.model(**stepper.to_device(batch)).logits
-        for i, label in zip(chosen, logits.argmax(-1).tolist(), strict=True):
+        for i, label in zip(chosen, read(logits), strict=True):
             labels[i] = label
     return labels
 

@@ -1,0 +1,83 @@
+"""What a sweep takes from its user: a method, a backbone or a task of their own.
+
+A cell holds the content of such a thing as a digest, and never a path, so that the same
+content is the same cell on any machine:
+
+    peft:ia3                     a type of PEFT with its usual values
+    peft:lora-3f2a91bc0d12       a config file of PEFT, with its type
+    python:shift-9e107d9d372b    a function, with its name
+    dir:bert-e3b0c44298fc        a directory of weights, with its `model_type`
+    random:bert-cf83e1357eef     the file of a config, likewise
+    data:options-7d865e959b24    files of rows and how they are read, with their kind
+
+The parent makes these values when it reads a sweep (`meft_bench.parent.own`), and a
+child is given the places instead.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from meft_bench.shared.cell import Cell
+
+PYTHON = "python:"
+"""Beginning of a method, a task or a metric that is code of the user."""
+EVALUATE = "evaluate:"
+"""Beginning of a metric that is a class of `evaluate.Metric`."""
+DIGEST_LENGTH = 12
+"""Number of characters of a digest that a value has."""
+_VALUE = re.compile(
+    r"(peft|peft-checkpointing|python|dir|random|data):[\w.]+-[0-9a-f]{12}"
+    r"|(peft|peft-checkpointing):[a-z0-9_]+"
+)
+OWN_SCORE = "own:"
+"""Beginning of the names of scores of a user's metric, which may be any number."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Own:
+    """A method, a backbone or a task of the user."""
+
+    value: str
+    """What cells hold."""
+    place: str
+    """What the child is given instead, with an absolute path."""
+    alias: str = ""
+    """A short name for tables; empty where the user gives none."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Values of fields of a cell that it sets."""
+    rows: dict[str, Any] | None = None
+    """Of a task: where its rows are and how they are read (`child.tasks.own_rows`)."""
+
+
+def is_value(text: str) -> bool:
+    """Return whether a text has the form of what a cell holds of such a thing."""
+    return _VALUE.fullmatch(text) is not None
+
+
+def located(cell: Cell, own: Mapping[str, Own]) -> Cell:
+    """Return the cell as a child is given it, with places in the place of digests.
+
+    Args:
+        cell: the cell.
+        own: things of the user, by what cells hold.
+    """
+    changes: dict[str, Any] = {
+        name: own[value].place
+        for name in ("method", "reference", "backbone", "task")
+        if (value := getattr(cell, name)) in own and own[value].rows is None
+    }
+    return dataclasses.replace(cell, **changes)
+
+
+def rows_of(cell: Cell, own: Mapping[str, Own]) -> dict[str, Any] | None:
+    """Return where the rows of a cell's task are; None for other tasks."""
+    return own[cell.task].rows if cell.task in own else None
+
+
+def aliases_of(cell: Cell, own: Mapping[str, Own]) -> dict[str, str]:
+    """Return the short names of what a cell holds, by the values that have one."""
+    values = (cell.method, cell.reference, cell.backbone, cell.task)
+    return {v: own[v].alias for v in values if v in own and own[v].alias}
