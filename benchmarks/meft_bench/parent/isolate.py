@@ -34,7 +34,13 @@ from meft_bench.shared.cell import Cell
 from meft_bench.shared.measurement import Measurement
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.outcome import Outcome
-from meft_bench.shared.own import Own, aliases_of, located, rows_of
+from meft_bench.shared.own import (
+    Own,
+    aliases_of,
+    located,
+    rows_of,
+    without_places,
+)
 from meft_bench.shared.record import Environment, Record, Status
 from meft_bench.shared.registry import VIRTUAL
 from meft_bench.shared.request import WORKER
@@ -107,7 +113,7 @@ def run(
         sweep=sweep,
         cell=cell,
         status=ending.status,
-        message=ending.message[:_MESSAGE_LENGTH],
+        message=without_places(ending.message, own)[:_MESSAGE_LENGTH],
         started_at=started_at.isoformat(timespec="seconds"),
         wall_seconds=time.monotonic() - start,
         measurement=ending.measurement,

@@ -185,6 +185,7 @@ def expand(
         if not hits:
             _check_settings(point, own)
             fields.check_together(cell)
+            fields.check_family(cell, own)
             yield cell
     for rule in idle_rules.values():
         raise ValueError(f"set: when = {_show(rule.when)} matches no cell")

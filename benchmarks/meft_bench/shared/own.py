@@ -46,6 +46,10 @@ class Own:
     """What the child is given instead, with an absolute path."""
     alias: str = ""
     """A short name for tables; empty where the user gives none."""
+    spelt: str = ""
+    """What the sweep says, without folders."""
+    model_type: str = ""
+    """Of a backbone: its `model_type`."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Values of fields of a cell that it sets."""
     rows: dict[str, Any] | None = None
@@ -78,6 +82,18 @@ def rows_of(cell: Cell, own: Mapping[str, Own]) -> dict[str, Any] | None:
 
 
 def aliases_of(cell: Cell, own: Mapping[str, Own]) -> dict[str, str]:
-    """Return the short names of what a cell holds, by the values that have one."""
+    """Return names for tables of what a cell holds, by its values.
+
+    They are the short names that the user gives, or the ends of paths.
+    """
     values = (cell.method, cell.reference, cell.backbone, cell.task)
-    return {v: own[v].alias for v in values if v in own and own[v].alias}
+    names = {v: own[v].alias or own[v].spelt for v in values if v in own}
+    return {value: name for value, name in names.items() if name}
+
+
+def without_places(message: str, own: Mapping[str, Own]) -> str:
+    """Return a message of a child in the words of the sweep."""
+    for one in own.values():
+        message = message.replace(one.place, one.alias or one.spelt or one.value)
+        message = message.replace(one.value, one.alias or one.spelt or one.value)
+    return message

@@ -16,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 
 from meft_bench.child.backbones import any_family
 from meft_bench.child.methods import any_checkpointing
+from meft_bench.child.unwrapped import base_of
 from meft_bench.shared import protocol
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import PEFT, nearest
@@ -72,8 +73,14 @@ def wrap(model: Any, cell: Cell, fields: dict[str, Any]) -> Any:
     """
     fields = {name: v for name, v in fields.items() if name not in OF_THE_FILE}
     is_classifier = getattr(model.config, "problem_type", None) is not None
+    its = _task_type(model, is_classifier)
     if fields.get("task_type") is None:
-        fields["task_type"] = _task_type(model, is_classifier)
+        fields["task_type"] = its
+    elif its is not None and fields["task_type"] != its:
+        raise ValueError(
+            f"{cell.method!r} has `task_type` = {fields['task_type']!r}, and for task "
+            f"{cell.task!r} it should be {its!r}: change it, or remove it from the file"
+        )
     heads = any_family.heads_of(model) if is_classifier else {}
     saved = [*(fields.get("modules_to_save") or [])]
     if "modules_to_save" in _fields_of(fields["peft_type"], cell):
@@ -89,7 +96,8 @@ def wrap(model: Any, cell: Cell, fields: dict[str, Any]) -> Any:
         raise ValueError(
             f"PEFT refuses {cell.method!r} for this model: {reason}"
         ) from error
-    for head in heads.values():
+    # Found again: PEFT has put some of them into wrappers, with a frozen copy.
+    for head in any_family.heads_of(base_of(wrapped)).values() if heads else ():
         if not any(isinstance(m, AuxiliaryTrainingWrapper) for m in head.modules()):
             head.requires_grad_(True)
     return wrapped

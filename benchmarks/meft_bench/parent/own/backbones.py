@@ -50,4 +50,5 @@ def find(text: str, folder: Path) -> Own | None:
     return Own(
         value=digests.value(f"{kind}:", fields["model_type"], content),
         place=f"{kind}:{path}",
+        model_type=fields["model_type"],
     )

@@ -12,6 +12,7 @@ The table that remains has no aliases, paths or places, only digests
 (`meft_bench.shared.own`), and is read like any other sweep.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -126,6 +127,7 @@ class _Found:
                 hint = registry.nearest(text, names)
                 raise ValueError(f"unknown {kind} {text!r}; {hint}")
             return text  # of ours, or refused where it is checked
+        one = dataclasses.replace(one, spelt=_without_folders(text))
         before = self.own.get(one.value)
         if before is None or (one.alias and not before.alias):
             self.own[one.value] = one
@@ -188,13 +190,13 @@ def _of_table(kind: str, entry: dict[str, Any], folder: Path) -> Own:
 
 
 def _with_alias(one: Own, alias: str) -> Own:
-    return Own(
-        value=one.value,
-        place=one.place,
-        alias=alias,
-        settings=one.settings,
-        rows=one.rows,
-    )
+    return dataclasses.replace(one, alias=alias)
+
+
+def _without_folders(text: str) -> str:
+    """Return `peft:lora.json` for `peft:configs/lora.json`."""
+    beginning, colon, place = text.partition(":")
+    return f"{beginning}{colon}{Path(place).name}" if "/" in place else text
 
 
 def _replace_in(entry: dict[str, Any], found: _Found) -> None:
