@@ -139,12 +139,13 @@ def _fit_into_file(
     num_fitting = 0
     found: list[tuple[Cell, dict[str, Any]]] = []
     with runs.RecordsFile(given.output) as file:
-        left = fit_records.left(cells, file.records, where, field, caveat)
+        places = {planning.named(cell): cell for cell in cells}
+        left = fit_records.left([*places], file.records, where, field, caveat)
         for cell in left:
             started_at = datetime.now(UTC).isoformat(timespec="seconds")
             start = time.monotonic()
             (plan,) = planning.ask(
-                [cell],
+                [places[cell]],
                 options,
                 maximize=given.maximize,
                 margin=given.margin,

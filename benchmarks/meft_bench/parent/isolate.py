@@ -8,6 +8,7 @@ Its output is a log, kept next to that file and never parsed.
 
 The status is derived as follows:
 
+    files of the user have changed                  error; no child is started
     an outcome was written                          the status in it
     no outcome, and the time is over                timeout
     no outcome, and a signal ended the child        killed
@@ -29,6 +30,7 @@ from pathlib import Path
 
 from meft_bench.parent import child_process, logs
 from meft_bench.parent.engines.local import Stopped
+from meft_bench.parent.own import current
 from meft_bench.shared import outcome, request
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.measurement import Measurement
@@ -99,15 +101,19 @@ def run(
         "options": options.to_json(),
         "rows": rows_of(cell, own),
     }
-    command = request.command(body, out, worker_module=worker_module)
-    code = child_process.run(
-        command,
-        log=log,
-        variables=child_environment(options, cell.device),
-        timeout_seconds=timeout_seconds,
-        stop=stop,
-    )
-    ending = _ending(out, log, code, timeout_seconds)
+    if changed := current.why_not(cell, own):
+        log.write_text(changed, encoding="utf-8")
+        ending = _failure(Status.ERROR, changed)
+    else:
+        command = request.command(body, out, worker_module=worker_module)
+        code = child_process.run(
+            command,
+            log=log,
+            variables=child_environment(options, cell.device),
+            timeout_seconds=timeout_seconds,
+            stop=stop,
+        )
+        ending = _ending(out, log, code, timeout_seconds)
     out.unlink(missing_ok=True)
     return Record(
         sweep=sweep,

@@ -65,11 +65,18 @@ def require(cell: Cell, config: PreTrainedConfig) -> None:
         )
 
 
-def require_text(model: Any, cell: Cell) -> None:
-    """Raise `ValueError` unless a model reads tokens."""
-    if model.main_input_name != "input_ids":
+def require_for_sweeps(
+    config: PreTrainedConfig, cell: Cell, num_labels: int | None
+) -> None:
+    """Raise `ValueError` unless a sweep can have a model of a family not known.
+
+    Its method must need no family, and the model must read tokens.
+    """
+    require(cell, config)
+    kind = _class(_factory(config, cell, num_labels), config)
+    if kind.main_input_name != "input_ids":
         raise ValueError(
-            f"{cell.backbone} reads `{model.main_input_name}`, and sweeps give text to "
+            f"{cell.backbone} reads `{kind.main_input_name}`, and sweeps give text to "
             "models of families that they do not know: plan it (`meft-bench plan`), or "
             "take a backbone of text"
         )
@@ -174,7 +181,7 @@ def make(
     Raises:
         ValueError: transformers has no such head for the model, or cannot make it.
     """
-    factory = getattr(transformers, factory_name(config, cell, num_labels))
+    factory = _factory(config, cell, num_labels)
     if directory is not None and cell.depth > num_blocks(config):
         raise ValueError(
             f"`depth` is {cell.depth}, but {cell.backbone} has {num_blocks(config)} "
@@ -186,9 +193,10 @@ def make(
     text = config.get_text_config()
     if directory is None and getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = 0  # no token means anything to random weights
-    kinds = factory._model_mapping[type(config)]
-    kind = kinds[0] if isinstance(kinds, tuple | list) else kinds
-    if not kind._supports_sdpa and wants["attn_implementation"] == "sdpa":
+    if (
+        not _class(factory, config)._supports_sdpa
+        and wants["attn_implementation"] == "sdpa"
+    ):
         wants["attn_implementation"] = "eager"
     try:
         if directory is not None:
@@ -201,6 +209,15 @@ def make(
         raise ValueError(
             f"transformers cannot make a model of this config: {reason}{hint}"
         ) from error
+
+
+def _factory(config: PreTrainedConfig, cell: Cell, num_labels: int | None) -> Any:
+    return getattr(transformers, factory_name(config, cell, num_labels))
+
+
+def _class(factory: Any, config: PreTrainedConfig) -> Any:
+    kinds = factory._model_mapping[type(config)]
+    return kinds[0] if isinstance(kinds, tuple | list) else kinds
 
 
 def heads_of(model: nn.Module) -> dict[str, nn.Module]:

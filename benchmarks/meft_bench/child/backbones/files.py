@@ -84,7 +84,7 @@ def read_model(files: Files, cell: Cell, num_labels: int | None) -> PreTrainedMo
     reader = {"gguf_file": files.gguf} if is_gguf else {"use_safetensors": True}
     model: PreTrainedModel
     if not any_family.is_known(config):
-        any_family.require(cell, config)
+        any_family.require_for_sweeps(config, cell, num_labels)
         model = any_family.make(
             config,
             cell,
@@ -94,7 +94,6 @@ def read_model(files: Files, cell: Cell, num_labels: int | None) -> PreTrainedMo
             local_files_only=True,
             **reader,
         )
-        any_family.require_text(model, cell)
         return model
     set_up_config(config, cell, num_labels)
     kind = model_class(config, num_labels)

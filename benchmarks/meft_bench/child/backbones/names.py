@@ -79,7 +79,7 @@ def load(cell: Cell, num_labels: int | None, source: Source) -> Backbone:
     if kind == "random" and name:
         config = shapes.find_config(name, any_type=name.endswith(".json"))
         if not any_family.is_known(config):
-            any_family.require(cell, config)
+            any_family.require_for_sweeps(config, cell, num_labels)
         return from_config(config, _random(name), cell, num_labels)
     return _from_files(_find_files(cell, source), cell, num_labels)
 
@@ -129,8 +129,6 @@ def from_config(
         ValueError: `cell.seq_len` is too long for it.
     """
     model = shapes.build(config, cell, num_labels)
-    if not any_family.is_known(config):
-        any_family.require_text(model, cell)
     _finish(model, None, cell)
     return Backbone(model=model, tokenizer=None, origin=origin, sha256=None)
 

@@ -144,7 +144,7 @@ def _fields_of(peft_type: str, cell: Cell) -> set[str]:
     kinds = {str(kind.value): of for kind, of in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if peft_type.upper() not in kinds:
         raise ValueError(
-            f"PEFT refuses {cell.method!r}: {peft.__version__} has no type "
+            f"{cell.method!r}: PEFT {peft.__version__} has no type "
             f"{peft_type!r}; {nearest(peft_type.upper(), kinds)}"
         )
     return {field.name for field in dataclasses.fields(kinds[peft_type.upper()])}

@@ -60,8 +60,12 @@ def predict(
         cell: the cell, which includes batch size and sequence length.
     """
     stepper.model.eval()
-    ask = _write if task.max_new_tokens else _choose
+    ask = _choose if _has_options(task) else _write
     return ask(stepper, task, rows, tokenizer, cell)
+
+
+def _has_options(task: AnswerTask) -> bool:
+    return task.metric == "options" or not task.max_new_tokens
 
 
 def is_right(
@@ -103,7 +107,7 @@ def scores(
 
 def majority(task: AnswerTask) -> dict[str, float]:
     """Return the scores of always giving the most frequent answer."""
-    if not task.max_new_tokens:
+    if _has_options(task):
         places = Counter(q.options.index(q.accepted[0]) for q in task.train)
         place = places.most_common(1)[0][0]
         answers = [q.options[min(place, len(q.options) - 1)] for q in task.evaluation]

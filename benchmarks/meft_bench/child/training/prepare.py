@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 import meft
 from meft_bench.child import backbones
 from meft_bench.child.backbones import Backbone, any_family, quantised
-from meft_bench.child.methods import mlp_parts, own
+from meft_bench.child.methods import own
 from meft_bench.child.tasks.question import AnswerTask
 from meft_bench.child.tasks.task import Task
 from meft_bench.child.training import execution
@@ -71,11 +71,14 @@ def with_method(model: Any, cell: Cell, function: own.Method) -> Stepper:
         cell: the cell.
         function: the function of the method.
     """
-    parts = cell.mlp_chunks > 1 and methods.of(cell.method).leaves_blocks
-    blocks = mlp_parts.blocks_before(model, cell) if parts else []
-    model = function(model, cell)
-    if parts:
+    if cell.mlp_chunks > 1 and methods.of(cell.method).leaves_blocks:
+        from meft_bench.child.methods import mlp_parts  # peft takes seconds
+
+        blocks = mlp_parts.blocks_before(model, cell)
+        model = function(model, cell)
         mlp_parts.split(model, blocks, cell)
+    else:
+        model = function(model, cell)
     _chunk_loss(model, cell)
     return Stepper(model.to(cell.device), cell)
 

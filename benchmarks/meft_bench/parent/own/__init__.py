@@ -6,6 +6,7 @@ peft_training   the training parameters next to a config of PEFT
 backbones       `dir:PATH`, `random:FILE.json`
 tasks           `csv:FILE` and others, tables of a task, `python:...`
 rows            the columns and the digest of a file of rows
+current         whether files have changed since
 python_code     the file of a function, found without running it
 packages        entry points of installed packages
 digests         digests of JSON, of files, of folders
