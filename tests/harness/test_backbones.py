@@ -310,7 +310,9 @@ def test_a_model_of_another_family_is_refused(
     with pytest.raises(ValueError, match=named):
         load(cell(method="meft1", backbone=name.format(directory)))
     if model_type:
-        with pytest.raises(ValueError, match=r"reads `pixel_values`.*`meft-bench plan`"):
+        with pytest.raises(
+            ValueError, match=r"reads `pixel_values`.*`meft-bench plan`"
+        ):
             load(cell(backbone=name.format(directory)))
 
 

@@ -95,8 +95,8 @@ def _chunk_loss(model: Any, cell: Cell) -> None:
         meft.chunk_loss(base_of(model), cell.loss_chunk_tokens)
     except meft.UnsupportedModelError as error:
         raise ValueError(
-            f"`loss_chunk_tokens` = {cell.loss_chunk_tokens} with method "
-            f"{cell.method!r} and {cell.backbone}: {error}; leave it out"
+            f"leave out `loss_chunk_tokens` = {cell.loss_chunk_tokens} with method "
+            f"{cell.method!r} and {cell.backbone}: {error}"
         ) from error
 
 
