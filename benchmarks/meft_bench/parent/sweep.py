@@ -117,7 +117,7 @@ def load(source: str, *, device: str) -> Sweep:
         raise SweepError(f"{path}: not TOML: {_one_line(error)}") from error
     spelt: dict[str, str] = {}
     try:
-        taken = own.take(table, path.resolve().parent)
+        taken = own.take(table, path.absolute().parent)
         spelt = taken.spelt
         return _parse(path.stem, taken.table, device, taken.own)
     except (ValueError, OSError) as error:  # from a value, such as a directory
