@@ -57,7 +57,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with a token for each of `WORDS`."""
     words = {word: index for index, word in enumerate(WORDS)}
     made = Tokenizer(WordLevel(words, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
         pad_token="[PAD]",

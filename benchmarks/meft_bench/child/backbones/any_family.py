@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
+from meft_bench.child.backbones.classifier import heads_of as known_heads_of
 from meft_bench.child.backbones.classifier import num_positions, options
 from meft_bench.shared import backbones
 from meft_bench.shared.cell import Cell
@@ -79,6 +80,29 @@ def require_for_sweeps(
             f"{cell.backbone} reads `{kind.main_input_name}`, and sweeps give text to "
             "models of families that they do not know: plan it (`meft-bench plan`), or "
             "take a backbone of text"
+        )
+
+
+@torch.no_grad()
+def require_causal(model: Any, cell: Cell) -> None:
+    """Raise `ValueError` if a token changes what a language model says before it.
+
+    An encoder that is made as a language model, such as ERNIE, sees both sides of a
+    token unless its config says that it is a decoder, and so does XLNet.
+    """
+    was_training = model.training
+    model.eval()
+    first, other = (torch.tensor([[1, 2, 3, last]]) for last in (1, 2))
+    before, after = (
+        model(input_ids=ids.to(model.device)).logits[:, :-1].float()
+        for ids in (first, other)
+    )
+    model.train(was_training)
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.std())):
+        raise ValueError(
+            f"{cell.backbone} is of model_type {model.config.model_type!r}, and as a "
+            f"language model it sees the tokens that task {cell.task!r} has it predict: "
+            "take a causal model"
         )
 
 
@@ -220,8 +244,18 @@ def _class(factory: Any, config: PreTrainedConfig) -> Any:
     return kinds[0] if isinstance(kinds, tuple | list) else kinds
 
 
-def heads_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules with parameters outside of a model's base model, by name."""
+def heads_of(model: Any) -> dict[str, nn.Module]:
+    """Return the heads of a classifier by name, the modules without trained weights.
+
+    Of a family that is not known, they are the modules with parameters outside of the
+    base model.
+    """
+    if is_known(model.config):
+        return {
+            name: part
+            for name, part in model.named_children()
+            if any(part is head for head in known_heads_of(model))
+        }
     base = getattr(model, getattr(model, "base_model_prefix", ""), None)
     if not isinstance(base, nn.Module):  # the names that PEFT takes for heads
         named = {name: getattr(model, name, None) for name in ("classifier", "score")}

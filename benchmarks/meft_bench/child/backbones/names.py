@@ -182,6 +182,8 @@ def _from_files(found: Files, cell: Cell, num_labels: int | None) -> Backbone:
     reads = image_shape(model.config) is None
     tokenizer = files.read_tokenizer(found) if reads else None
     _finish(model, tokenizer, cell)
+    if num_labels is None and not any_family.is_known(model.config):
+        any_family.require_causal(model, cell)
     if cell.depth and any_family.is_known(model.config):
         set_depth(model, cell.depth)
     return Backbone(

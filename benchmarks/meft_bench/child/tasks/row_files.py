@@ -15,6 +15,8 @@ from typing import Any
 import datasets
 
 TAB_SUFFIXES = (".tsv", ".tab")
+_EMPTY = "corresponds to no data"
+"""In the message of `datasets` for a file without rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +49,8 @@ def read(place: str) -> Rows:
     except Exception as error:  # of many types, and often around another
         while error.__cause__ is not None and isinstance(error.__cause__, Exception):
             error = error.__cause__
+        if _EMPTY in str(error):
+            raise ValueError(f"{file}: it has no rows") from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"{file}: cannot be read as {kind}: {reason}") from error
     if not len(found):
