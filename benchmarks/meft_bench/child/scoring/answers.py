@@ -96,7 +96,7 @@ def scores(
     """
     if own_metric.is_own(task.metric):
         several = any(len(row.accepted) > 1 for row in rows)
-        references = [row.accepted if several else row.accepted[0] for row in rows]
+        references = [[*row.accepted] if several else row.accepted[0] for row in rows]
         return own_metric.scores(task.metric, predictions, references)
     pairs = list(zip(predictions, rows, strict=True))
     return {
