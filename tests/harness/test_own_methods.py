@@ -15,11 +15,11 @@ from harness.own_files import LORA, model_in, tokenizer
 from marks import slow_but_for
 from meft_bench.child import backbones
 from meft_bench.child.backbones import any_family
+from meft_bench.child.backbones.unwrapped import base_of, num_prepended
 from meft_bench.child.tasks.synthetic import load, load_lm
 from meft_bench.child.tasks.task import Task
 from meft_bench.child.training import prepare
 from meft_bench.child.training.steps import Stepper, seed_everything
-from meft_bench.child.unwrapped import base_of, num_prepended
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import METHODS_OF_ANY_MODEL
 from meft_bench.shared.source import Source
@@ -238,7 +238,7 @@ def test_text_needs_a_causal_model(made: Path) -> None:
     chosen = Cell(
         method="full", backbone=f"dir:{made / 'ernie'}", task="data:x", seq_len=8
     )
-    with pytest.raises(ValueError, match="sees the tokens that task 'data:x' has it"):
+    with pytest.raises(ValueError, match="sees the tokens that task 'data:x'"):
         backbones.load(chosen, None, HERE)
     with pytest.raises(ValueError, match=r"no causal language model of .*'mpnet'"):
         any_family.factory_name(CONFIG_MAPPING["mpnet"](), chosen, None)

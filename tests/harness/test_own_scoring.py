@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.own_files import SHAPE, tokenizer
 from harness.tiny import cell, task_of
-from meft_bench.child.scoring import answers, labels, numbers, own_metric, tokens
+from meft_bench.child.own import metric as own_metric
+from meft_bench.child.scoring import answers, labels, numbers, tokens
 from meft_bench.child.tasks.batches import Example
 from meft_bench.child.tasks.question import Question
 from meft_bench.child.tasks.task import Row, Task

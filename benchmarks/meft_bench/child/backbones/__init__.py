@@ -9,6 +9,7 @@ files       weights on disk, as safetensors or GGUF
 shapes      random weights of a named shape
 quantised   linear layers with quantised weights, and which these are
 any_family  models of families that the library does not know
+unwrapped   transformers' model inside of PEFT's
 classifier  configuration of a classifier, independent of family and origin
 bart        a BART classifier that does not depend on values
 """

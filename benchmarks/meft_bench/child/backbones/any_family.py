@@ -101,8 +101,8 @@ def require_causal(model: Any, cell: Cell) -> None:
     if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.std())):
         raise ValueError(
             f"{cell.backbone} is of model_type {model.config.model_type!r}, and as a "
-            f"language model it sees the tokens that task {cell.task!r} has it predict: "
-            "take a causal model"
+            f"language model it sees the tokens that task {cell.task!r} has it "
+            "predict: take a causal model"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint as checkpoint_of_torch
 
-from meft_bench.child.unwrapped import base_of
+from meft_bench.child.backbones.unwrapped import base_of
 from meft_bench.shared.cell import Cell
 
 

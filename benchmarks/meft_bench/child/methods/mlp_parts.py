@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from meft.backbone.find import BlockList, find_blocks
 from meft_bench.child.backbones import any_family
+from meft_bench.child.backbones.unwrapped import base_of
 from meft_bench.child.methods.adapters import AdaptedBlock
 from meft_bench.child.methods.checkpointing import ChunkedBlock
-from meft_bench.child.unwrapped import base_of
 from meft_bench.shared.cell import Cell
 
 

@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from meft_bench.child import code
 from meft_bench.child.backbones import any_family
 from meft_bench.child.methods import any_checkpointing
+from meft_bench.child.own import code
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.own import PYTHON
 from meft_bench.shared.registry import METHODS, PEFT, load

@@ -15,8 +15,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from meft_bench.child.backbones import any_family
+from meft_bench.child.backbones.unwrapped import base_of
 from meft_bench.child.methods import any_checkpointing
-from meft_bench.child.unwrapped import base_of
 from meft_bench.shared import protocol
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import PEFT, nearest

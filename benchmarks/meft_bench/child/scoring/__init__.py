@@ -6,6 +6,7 @@
     scores(task, predictions, rows)            every value of the metric, by name
     majority(task)                             the same for a constant answer
 
-`labels` is for classifiers, `answers` for language models, by the metrics of `rules`
-with exact match and F1 of `normalised`.
+`labels` is for classifiers, `numbers` for regression, `tokens` for texts of which every
+token is predicted, `answers` for language models, by the metrics of `rules` with exact
+match and F1 of `normalised`.
 """

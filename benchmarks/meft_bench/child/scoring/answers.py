@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from meft_bench.child.scoring import own_metric
+from meft_bench.child.own import metric as own_metric
 from meft_bench.child.scoring.examples import Examples
 from meft_bench.child.scoring.rules import METRICS
 from meft_bench.child.tasks.batches import IGNORED, Example, collate

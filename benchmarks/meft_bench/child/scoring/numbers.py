@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from meft_bench.child.scoring import own_metric
+from meft_bench.child.own import metric as own_metric
 from meft_bench.child.scoring.labels import examples
 from meft_bench.child.tasks.batches import Example
 from meft_bench.child.tasks.task import Task

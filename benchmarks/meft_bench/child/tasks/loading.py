@@ -5,7 +5,7 @@ data:KIND-DIGEST          rows in files of the user
 python:MODULE:FUNCTION    a function `load(cell, source) -> Task` of the user
 """
 
-from meft_bench.child import code
+from meft_bench.child.own import code
 from meft_bench.child.tasks.question import AnswerTask
 from meft_bench.child.tasks.task import Task
 from meft_bench.shared.cell import Cell

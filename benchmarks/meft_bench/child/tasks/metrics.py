@@ -13,7 +13,7 @@ import evaluate
 from datasets import Features, Value
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from meft_bench.child.scoring import own_metric
+from meft_bench.child.own import metric as own_metric
 
 
 class _LabelMetric(evaluate.Metric):  # type: ignore[misc]

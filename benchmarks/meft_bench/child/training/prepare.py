@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 import meft
 from meft_bench.child import backbones
 from meft_bench.child.backbones import Backbone, any_family, quantised
+from meft_bench.child.backbones.unwrapped import base_of
 from meft_bench.child.methods import own
 from meft_bench.child.tasks.question import AnswerTask
 from meft_bench.child.tasks.task import Task
 from meft_bench.child.training import execution
 from meft_bench.child.training.steps import Stepper, seed_everything
-from meft_bench.child.unwrapped import base_of
 from meft_bench.shared import methods
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.source import MissingError, Source

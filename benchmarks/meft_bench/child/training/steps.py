@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 
 import meft
 from meft.sparse.adapter import sparse_adapters
+from meft_bench.child.backbones.unwrapped import base_of, num_prepended
 from meft_bench.child.meters.clock import StepClock
 from meft_bench.child.tasks.batches import IGNORED, Batch, Example, Image, collate
-from meft_bench.child.unwrapped import base_of, num_prepended
 from meft_bench.shared import protocol
 from meft_bench.shared.cell import Cell
 

@@ -17,10 +17,10 @@ from transformers import PreTrainedConfig
 
 from meft_bench.child.backbones import any_family
 from meft_bench.child.backbones.classifier import WEIGHTS_DTYPES
+from meft_bench.child.backbones.unwrapped import base_of
 from meft_bench.child.methods import own, peft_config
 from meft_bench.child.tasks.batches import Batch
 from meft_bench.child.training import execution, prepare
-from meft_bench.child.unwrapped import base_of
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import PEFT
 from meft_bench.virtual.device import gpu

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from meft_bench.child import code
+from meft_bench.child.own import code
 from meft_bench.shared.own import EVALUATE, OWN_SCORE, PYTHON
 
 MOST_SCORES = 3
