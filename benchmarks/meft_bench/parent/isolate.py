@@ -92,8 +92,8 @@ def run(
         raise Stopped
     started_at = datetime.now(UTC)
     start = time.monotonic()
-    out = folder / f"{cell.method}-{cell.key[:16]}.json"
     log = log_path(folder, cell)
+    out = log.with_suffix(".json")
     out.unlink(missing_ok=True)
     own = own or {}
     body = {
@@ -134,7 +134,8 @@ def run(
 
 def log_path(folder: Path, cell: Cell) -> Path:
     """Return the path of the log of a cell's child."""
-    return folder / f"{cell.method}-{cell.key[:16]}.log"
+    # Some file systems have no colons in names.
+    return folder / f"{cell.method.replace(':', '-')}-{cell.key[:16]}.log"
 
 
 def child_environment(options: ChildOptions, device: str) -> dict[str, str]:

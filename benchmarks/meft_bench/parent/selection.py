@@ -96,8 +96,8 @@ def _default_device(arguments: argparse.Namespace) -> str:
 def select(chosen: Sweep, only: str | None) -> tuple[Cell, ...]:
     """Return the cells that `only` selects.
 
-    They are the cell of this id, else the cells of this method, or of this alias, else
-    those with `only` in their ids.
+    They are the cell of this id, else the cells of this method, or with this name of
+    the user, else those with `only` in their ids.
 
     Raises:
         UsageError: there is no such cell.
@@ -108,7 +108,7 @@ def select(chosen: Sweep, only: str | None) -> tuple[Cell, ...]:
         raise UsageError(
             f"--only selects cells, and sweep {chosen.name!r} has none: it has checks"
         )
-    values = {one.alias: value for value, one in chosen.own.items() if one.alias}
+    values = {one.alias or one.spelt: value for value, one in chosen.own.items()}
     method = values.get(only, only)
     if method in {cell.method for cell in chosen.cells} or method in registry.METHODS:
         cells = tuple(cell for cell in chosen.cells if cell.method == method)
