@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from harness.own_files import LORA, model_in, tokenizer
+from harness.own_files import LORA, SHAPE, model_in, tokenizer
 from marks import slow_but_for
 from meft_bench.child import backbones
 from meft_bench.child.backbones import any_family
+from meft_bench.child.backbones.bart import BartClassifier
 from meft_bench.child.backbones.unwrapped import base_of, num_prepended
 from meft_bench.child.tasks.synthetic import load, load_lm
 from meft_bench.child.tasks.task import Task
@@ -186,6 +187,17 @@ def test_regression_of_any_model(made: Path) -> None:
         assert out.logits.shape == (4, 1)
         wanted = torch.nn.functional.mse_loss(out.logits[:, 0], inputs["labels"])
         assert torch.equal(out.loss, wanted)
+
+
+def test_regression_of_bart() -> None:
+    """Whose classifier is of the harness."""
+    config = CONFIG_MAPPING["bart"](**SHAPE, num_labels=1, problem_type="regression")
+    model: Any = BartClassifier.from_config(config)
+    model.eval()
+    inputs = {name: t for name, t in batch(NUMBERS).items() if name[0] != "t"}
+    out = model(**inputs)
+    wanted = torch.nn.functional.mse_loss(out.logits[:, 0], inputs["labels"])
+    assert torch.equal(out.loss, wanted)
 
 
 def test_weights_are_those_of_the_directory(made: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import pytest
 from harness.own_files import LORA, model_in, questions, reviews, write_csv, write_jsonl
 from meft_bench.child.scoring.rules import METRICS as ANSWER_METRICS
 from meft_bench.child.tasks.metrics import METRICS as LABEL_METRICS
-from meft_bench.parent import cli, selection, sweep
+from meft_bench.parent import cli, isolate, selection, sweep
 from meft_bench.parent.own import current, packages, tasks
 from meft_bench.parent.own.methods import find as find_method
 from meft_bench.parent.sweep import Sweep, SweepError
 from meft_bench.shared import own
 from meft_bench.shared.cell import Cell
+from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.record import Environment, Status
 from meft_bench.shared.row_kinds import KINDS
 
 MINE = """
@@ -424,6 +427,17 @@ def test_training_parameters_are_fields_of_the_cell(tmp_path: Path) -> None:
     assert cell.method.startswith("peft:lora-")
 
 
+def test_folders_that_differ_in_training_alone_are_two_methods(tmp_path: Path) -> None:
+    """As the learning rates of PEFT's comparison do."""
+    text = MATRIX + "axes = { method = ['peft:a', 'peft:b'] }\n"
+    for name, rate in (("a", 1e-3), ("b", 5e-3)):
+        peft_folder(tmp_path, optimizer_kwargs={"lr": rate})
+        (tmp_path / "experiment").rename(tmp_path / name)
+    first, second = cells(tmp_path, text)
+    assert (first.learning_rate, second.learning_rate) == (1e-3, 5e-3)
+    assert first.method != second.method
+
+
 @pytest.mark.parametrize(
     ("training", "words"),
     [
@@ -536,3 +550,39 @@ def test_a_list_of_things_of_the_user_imports_nothing_heavy(
     monkeypatch.chdir(made)
     assert cli.main(["list", "mine.toml", "--device", "cpu"]) == 0
     assert "python:method-" in capsys.readouterr().out
+
+
+def test_a_cell_of_a_changed_file_starts_no_child(
+    made: Path, tmp_path: Path, here: Environment
+) -> None:
+    """It is recorded as an error, with what to do."""
+    shutil.copy(made / "lora.json", tmp_path)
+    chosen = load(tmp_path, matrix(method="peft:lora.json"))
+    (cell,) = chosen.cells
+    (tmp_path / "lora.json").write_text(json.dumps(LORA | {"r": 4}))
+    record = isolate.run(
+        cell,
+        sweep="mine",
+        environment=here,
+        options=ChildOptions(),
+        timeout_seconds=1,
+        folder=tmp_path,
+        stop=threading.Event(),
+        own=chosen.own,
+        worker_module="there.is.no.such.module",
+    )
+    assert record.status == Status.ERROR
+    assert record.message == (
+        "peft:lora.json has changed since the sweep was read: run the same command "
+        "again, for its new content"
+    )
+    assert record.aliases == {cell.method: "peft:lora.json"}
+
+
+@pytest.mark.parametrize("name", ["adalora", "eva.json"])
+def test_what_cannot_be_trained_can_be_planned(tmp_path: Path, name: str) -> None:
+    (tmp_path / "eva.json").write_text(json.dumps(LORA | {"init_lora_weights": "eva"}))
+    found = find_method(f"peft:{name}", tmp_path)
+    assert found is not None
+    with pytest.raises(SweepError, match="method 'peft:"):
+        load(tmp_path, matrix(method=f"peft:{name}"))

@@ -59,7 +59,6 @@ def _peft(text: str, folder: Path) -> Own:
                 f"method {text!r} should be {beginning}:TYPE, such as {beginning}:ia3, "
                 f"or {beginning}:FILE.json or {beginning}:DIR of an adapter's config"
             )
-        _check_type(name, text)
         whole = f"{beginning}:{name.lower()}"
         return Own(value=whole, place=whole)
     fields = _object(path, text)
@@ -68,14 +67,9 @@ def _peft(text: str, folder: Path) -> Own:
         raise ValueError(
             f"method {text!r}: {path} is no config of PEFT: it names no `peft_type`"
         )
-    _check_type(kind, text)
-    if fields.get("init_lora_weights") in NEEDS_DATA:
-        raise ValueError(
-            f"method {text!r}: `init_lora_weights` = {fields['init_lora_weights']!r} "
-            "reads data of the task before training, which no method does here: take "
-            "true, or a function of your own, python:FILE.py:FUNCTION"
-        )
     content = {key: v for key, v in fields.items() if key not in OF_THE_FILE}
+    if settings:  # two folders may differ in nothing else
+        content = {"config": content, "training": settings}
     return Own(
         value=digests.value(f"{beginning}:", kind.lower(), digests.of_json(content)),
         place=f"{beginning}:{path}",
@@ -83,10 +77,28 @@ def _peft(text: str, folder: Path) -> Own:
     )
 
 
-def _check_type(kind: str, text: str) -> None:
-    reason = REFUSED.get(kind.upper())
-    if reason is not None:
-        raise ValueError(f"method {text!r}: {kind.upper()} {reason}: take another type")
+def check_trains(one: Own, text: str) -> None:
+    """Raise `ValueError` for a method that can be planned, but not trained here.
+
+    Args:
+        one: the method.
+        text: what the sweep says.
+    """
+    if not one.place.startswith(PEFT):
+        return
+    name = one.place.partition(":")[2]
+    fields = {"peft_type": name}
+    if name.endswith(".json"):
+        fields = _object(Path(name), text)
+    kind = fields["peft_type"].upper()
+    if kind in REFUSED:
+        raise ValueError(f"method {text!r}: {kind} {REFUSED[kind]}: take another type")
+    if fields.get("init_lora_weights") in NEEDS_DATA:
+        raise ValueError(
+            f"method {text!r}: `init_lora_weights` = {fields['init_lora_weights']!r} "
+            "reads data of the task before training, which no method does here: take "
+            "true, or a function of your own, python:FILE.py:FUNCTION"
+        )
 
 
 def _object(path: Path, text: str) -> dict[str, Any]:

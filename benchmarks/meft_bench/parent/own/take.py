@@ -118,7 +118,7 @@ class _Found:
         one = named.get(text)
         if one is None:
             place = packages.find(kind, text)
-            one = FINDERS[kind](place or text, self._folder)
+            one = _find(kind, place or text, self._folder)
             if one is not None and place is not None:
                 one = _with_alias(one, text)
         if one is None:
@@ -135,12 +135,6 @@ class _Found:
             raise ValueError(
                 f"{kind}s {before.alias!r} and {one.alias!r} have the same content: "
                 "keep one"
-            )
-        elif one.settings != before.settings:
-            raise ValueError(
-                f"{kind}s {self.spelt[one.value]!r} and {text!r} have the same content "
-                "and other training parameters: keep one, and put the others into the "
-                "sweep"
             )
         self.spelt[one.value] = text
         return one.value
@@ -183,10 +177,17 @@ def _of_table(kind: str, entry: dict[str, Any], folder: Path) -> Own:
     forms = " or ".join(map(repr, FORMS[kind]))
     if not isinstance(text, str):
         raise ValueError(f"`{FROM}` = {text!r} should be {forms}")
-    found = FINDERS[kind](text, folder)
+    found = _find(kind, text, folder)
     if found is None:
         raise ValueError(f"`{FROM}` = {text!r} should be {forms}, of your own")
     return found
+
+
+def _find(kind: str, text: str, folder: Path) -> Own | None:
+    one = FINDERS[kind](text, folder)
+    if one is not None and kind == "method":
+        methods.check_trains(one, text)
+    return one
 
 
 def _with_alias(one: Own, alias: str) -> Own:
