@@ -191,7 +191,8 @@ def test_regression_of_any_model(made: Path) -> None:
 
 def test_regression_of_bart() -> None:
     """Whose classifier is of the harness."""
-    config = CONFIG_MAPPING["bart"](**SHAPE, num_labels=1, problem_type="regression")
+    fields = SHAPE | {"num_labels": 1, "problem_type": "regression"}
+    config = CONFIG_MAPPING["bart"](**fields)
     model: Any = BartClassifier.from_config(config)
     model.eval()
     inputs = {name: t for name, t in batch(NUMBERS).items() if name[0] != "t"}

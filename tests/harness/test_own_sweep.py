@@ -427,6 +427,24 @@ def test_training_parameters_are_fields_of_the_cell(tmp_path: Path) -> None:
     assert cell.method.startswith("peft:lora-")
 
 
+@pytest.mark.parametrize(
+    ("training", "words"),
+    [
+        ({"optimizer_kwargs": {"lr": "1e-3"}}, "`learning_rate` = '1e-3' should be a"),
+        ({"batch_size": 0}, "`batch_size` = 0 should be at least 1"),
+        ({"seed": 1.5}, "`seed` = 1.5 should be an integer"),
+    ],
+)
+def test_training_parameters_have_values_of_fields(
+    tmp_path: Path, training: dict[str, object], words: str
+) -> None:
+    with pytest.raises(
+        SweepError, match="training parameters of 'peft:experiment'"
+    ) as e:
+        cells(tmp_path, peft_folder(tmp_path, **training))
+    assert words in str(e.value)
+
+
 def test_folders_that_differ_in_training_alone_are_two_methods(tmp_path: Path) -> None:
     """As the learning rates of PEFT's comparison do."""
     text = MATRIX + "axes = { method = ['peft:a', 'peft:b'] }\n"

@@ -20,12 +20,13 @@ import math
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from meft_bench.parent import fields, own
 from meft_bench.parent.fields import Value
+from meft_bench.parent.own import Taken
 from meft_bench.shared import methods, registry, units
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.own import Own
@@ -119,7 +120,7 @@ def load(source: str, *, device: str) -> Sweep:
     try:
         taken = own.take(table, path.absolute().parent)
         spelt = taken.spelt
-        return _parse(path.stem, taken.table, device, taken.own)
+        return _parse(path.stem, taken.table, device, _with_checked_settings(taken))
     except (ValueError, OSError) as error:  # from a value, such as a directory
         message = _one_line(error)
         for value, text in spelt.items():
@@ -197,6 +198,18 @@ def _cell(point: Point, own: Mapping[str, Own]) -> Cell:
     method = str(point["method"])
     settings = own[method].settings if method in own else {}
     return Cell.from_json(methods.with_defaults({**settings, **point}))
+
+
+def _with_checked_settings(taken: Taken) -> dict[str, Own]:
+    """Return things of the user whose settings are valid values of fields."""
+    found = {}
+    for value, one in taken.own.items():
+        try:
+            settings = {n: fields.check(n, v) for n, v in one.settings.items()}
+        except ValueError as error:
+            raise ValueError(f"training parameters of {value!r}: {error}") from error
+        found[value] = replace(one, settings=settings)
+    return found
 
 
 def _check_settings(point: Point, own: Mapping[str, Own]) -> None:
