@@ -217,11 +217,12 @@ def _train_and_score(
                 **{
                     f"{rank}score_name": name,
                     f"{rank}score": finite(score),
-                    f"{rank}majority_score": majority.get(name),
+                    f"{rank}majority_score": finite(majority[name]),
                 }
             )
         right = scoring.is_right(task, predictions, examples.evaluation)
         partial.note(
-            num_eval_rows=len(task.evaluation), right_rows=[int(r) for r in right]
+            num_eval_rows=len(task.evaluation),
+            right_rows=None if right is None else [int(r) for r in right],
         )
     partial.note(peak_host_bytes=memory.host_peak_bytes())

@@ -60,26 +60,24 @@ def predict(
         cell: the cell, which includes batch size and sequence length.
     """
     stepper.model.eval()
-    ask = _choose if _has_options(task) else _write
+    ask = _choose if task.has_options else _write
     return ask(stepper, task, rows, tokenizer, cell)
-
-
-def _has_options(task: AnswerTask) -> bool:
-    return task.metric == "options" or not task.max_new_tokens
 
 
 def is_right(
     task: AnswerTask, predictions: Sequence[str], rows: Sequence[Question]
-) -> list[bool]:
+) -> list[bool] | None:
     """Return whether each answer is right by the score of the task's metric.
+
+    None is returned for a metric of the user, which scores all answers together.
 
     Args:
         task: the task.
         predictions: the answers.
         rows: the questions, in the same order.
     """
-    if own_metric.is_own(task.metric):  # which scores all answers together
-        return []
+    if own_metric.is_own(task.metric):
+        return None
     rule = next(iter(METRICS[task.metric].values.values()))
     return [rule(*pair) == 1 for pair in zip(predictions, rows, strict=True)]
 
@@ -107,7 +105,7 @@ def scores(
 
 def majority(task: AnswerTask) -> dict[str, float]:
     """Return the scores of always giving the most frequent answer."""
-    if _has_options(task):
+    if task.has_options:
         places = Counter(q.options.index(q.accepted[0]) for q in task.train)
         place = places.most_common(1)[0][0]
         answers = [q.options[min(place, len(q.options) - 1)] for q in task.evaluation]

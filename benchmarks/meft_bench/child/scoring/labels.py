@@ -61,7 +61,7 @@ def is_right(
 
 
 def scores(
-    task: Task, predictions: Sequence[int], rows: Sequence[Example]
+    task: Task, predictions: Sequence[float], rows: Sequence[Example]
 ) -> dict[str, float]:
     """Return the metric's values, the score first.
 
@@ -70,20 +70,27 @@ def scores(
         predictions: the labels.
         rows: the encoded rows, in the same order.
     """
-    labels = [row.label for row in rows if isinstance(row.label, int)]
-    return _of(task, predictions, labels)
+    labels = [row.label for row in rows if not isinstance(row.label, list)]
+    return of_values(task, predictions, labels)
 
 
 def majority(task: Task) -> dict[str, float]:
     """Return the scores of always answering the most frequent training label."""
     common = Counter(row.label for row in task.train).most_common(1)[0][0]
-    references = [int(row.label) for row in task.evaluation]
-    return _of(task, [int(common)] * len(references), references)
+    references = [row.label for row in task.evaluation]
+    return of_values(task, [common] * len(references), references)
 
 
-def _of(
-    task: Task, predictions: Sequence[int], references: Sequence[int]
+def of_values(
+    task: Task, predictions: Sequence[float], references: Sequence[float]
 ) -> dict[str, float]:
+    """Return the metric's values for predictions and the true values of their rows.
+
+    Args:
+        task: the task, which names the metric.
+        predictions: labels, or numbers.
+        references: the true ones, in the same order.
+    """
     # Imported here, because most cells have no score and the import takes longer than
     # they do.
     from meft_bench.child.tasks import metrics

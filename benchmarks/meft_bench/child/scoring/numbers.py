@@ -1,24 +1,33 @@
-"""Regression: the number that a model predicts, compared with the true one.
+"""Regression: the one output of the head, compared with the true number.
 
-    pearson    Pearson's correlation of predictions and true numbers, the score
-    spearman   Spearman's, of their ranks
-
-Both are 0 where all predictions are equal. A row is neither right nor wrong.
+The weights are selected by the first value of the metric. A constant prediction has no
+correlation with anything: its score is not-a-number, and so is that of `majority`,
+which is the mean of the training rows.
 """
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from transformers import PreTrainedTokenizerBase
 
-from meft_bench.child.own import metric as own_metric
-from meft_bench.child.scoring.labels import examples
+from meft_bench.child.scoring import labels
+from meft_bench.child.scoring.examples import Examples
 from meft_bench.child.tasks.batches import Example
 from meft_bench.child.tasks.task import Task
 from meft_bench.child.training import steps
 from meft_bench.child.training.steps import Stepper
 from meft_bench.shared.cell import Cell
 
-__all__ = ["examples", "is_right", "majority", "predict", "scores"]
+
+def examples(task: Task, tokenizer: PreTrainedTokenizerBase, cell: Cell) -> Examples:
+    """Return all rows as tokens.
+
+    Args:
+        task: the rows.
+        tokenizer: the tokenizer of the model.
+        cell: the cell, which includes the sequence length.
+    """
+    return labels.examples(task, tokenizer, cell)
 
 
 def predict(
@@ -28,7 +37,7 @@ def predict(
     tokenizer: PreTrainedTokenizerBase,
     cell: Cell,
 ) -> list[float]:
-    """Return the only output of the model for each row.
+    """Return the output of the head for each row.
 
     Args:
         stepper: the model.
@@ -43,17 +52,14 @@ def predict(
     return found
 
 
-def is_right(
-    task: Task, predictions: Sequence[float], rows: Sequence[Example]
-) -> list[bool]:
-    """Return nothing: a number is not right or wrong.
+def is_right(task: Task, predictions: Sequence[float], rows: Sequence[Example]) -> None:
+    """Return None: a number is not right or wrong, but nearer or farther.
 
     Args:
         task: the task.
         predictions: the numbers.
         rows: the encoded rows, in the same order.
     """
-    return []
 
 
 def scores(
@@ -66,29 +72,11 @@ def scores(
         predictions: the numbers.
         rows: the encoded rows, in the same order.
     """
-    labels = [row.label for row in rows if not isinstance(row.label, list)]
-    return _of(task, predictions, labels)
+    return labels.scores(task, predictions, rows)
 
 
 def majority(task: Task) -> dict[str, float]:
-    """Return the scores of always answering the mean of the training labels."""
-    mean = sum(row.label for row in task.train) / len(task.train)
+    """Return the scores of always answering the mean of the training rows."""
+    mean = fmean(row.label for row in task.train)
     references = [row.label for row in task.evaluation]
-    return _of(task, [mean] * len(references), references)
-
-
-def _of(
-    task: Task, predictions: Sequence[float], references: Sequence[float]
-) -> dict[str, float]:
-    assert task.metric is not None
-    if own_metric.is_own(task.metric):
-        return own_metric.scores(task.metric, predictions, references)
-    if len(set(predictions)) < 2 or len(set(references)) < 2:
-        return {"pearson": 0.0, "spearman": 0.0}
-    # Imported here, because the import takes longer than most cells.
-    from scipy import stats
-
-    return {
-        "pearson": float(stats.pearsonr(predictions, references).statistic),
-        "spearman": float(stats.spearmanr(predictions, references).statistic),
-    }
+    return labels.of_values(task, [mean] * len(references), references)

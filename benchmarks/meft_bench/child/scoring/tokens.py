@@ -68,15 +68,14 @@ def predict(
 
 def is_right(
     task: Task, predictions: Sequence[tuple[float, int]], rows: Sequence[Example]
-) -> list[bool]:
-    """Return nothing: a text is not right or wrong.
+) -> None:
+    """Return None: a text is not right or wrong.
 
     Args:
         task: the task.
         predictions: losses and numbers of tokens.
         rows: the encoded rows.
     """
-    return []
 
 
 def scores(
@@ -97,8 +96,8 @@ def scores(
 
 
 def majority(task: Task) -> dict[str, float]:
-    """Return nothing: no constant answer is a text."""
-    return {}
+    """Return not-a-number: no constant answer is a text."""
+    return dict.fromkeys(("log_likelihood_per_token", "perplexity"), math.nan)
 
 
 def _encode(

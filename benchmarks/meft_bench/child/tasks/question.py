@@ -12,6 +12,9 @@ NEXT_PROMPT = "Question:"
 Where a model generates it, its answer has ended and the next question has begun.
 """
 
+OPTION_METRICS = ("options", "options_per_character")
+"""Metrics of tasks with options."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
@@ -54,3 +57,8 @@ class AnswerTask:
     """Origin of the rows and which splits they are."""
     stop: str = NEXT_PROMPT
     """Text at which a generated answer ends; empty for none."""
+
+    @property
+    def has_options(self) -> bool:
+        """Whether the model chooses among options, and does not generate text."""
+        return self.metric in OPTION_METRICS or not self.max_new_tokens

@@ -264,7 +264,7 @@ def _largest(logits: Tensor) -> list[Any]:
 @torch.no_grad()
 def predict(
     stepper: Stepper,
-    examples: list[Example],
+    examples: Sequence[Example | Image],
     batch_size: int,
     read: Callable[[Tensor], list[Any]] = _largest,
 ) -> list[Any]:
@@ -280,7 +280,7 @@ def predict(
     stepper.model.eval()
     pad_token_id = stepper.pad_token_id
     # Batches of equal lengths need the least padding.
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].token_ids))
+    order = sorted(range(len(examples)), key=lambda i: _length(examples[i]))
     labels: list[Any] = [0] * len(examples)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -290,6 +290,10 @@ def predict(
         for i, label in zip(chosen, read(logits), strict=True):
             labels[i] = label
     return labels
+
+
+def _length(example: Example | Image) -> int:
+    return len(example.token_ids) if isinstance(example, Example) else 0
 
 
 def _copy_trained(model: PreTrainedModel) -> list[Tensor]:
