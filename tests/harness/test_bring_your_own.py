@@ -73,7 +73,9 @@ def test_the_example_runs_as_it_stands(
     assert reports_cli.main(plot) == 0
     capsys.readouterr()
     assert cli.main(["list", "own.toml", "-o", "own.jsonl", "--device", "cpu"]) == 0
-    assert "4 cells, 4 done" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "4 cells, 4 done" in listed
+    assert re.search(r"(?m)^biases is python:bias_only-[0-9a-f]{12}$", listed)
 
 
 def test_the_tables_are_those_of_the_code() -> None:

@@ -445,6 +445,15 @@ def test_training_parameters_have_values_of_fields(
     assert words in str(e.value)
 
 
+def test_a_reference_has_no_training_parameters(tmp_path: Path) -> None:
+    text = peft_folder(tmp_path, optimizer_kwargs={"lr": 1e-3})
+    text = text.replace('method = "peft', 'method = "full", reference = "peft')
+    with pytest.raises(
+        SweepError, match="`reference` = 'peft:experiment' has training"
+    ):
+        cells(tmp_path, text)
+
+
 def test_folders_that_differ_in_training_alone_are_two_methods(tmp_path: Path) -> None:
     """As the learning rates of PEFT's comparison do."""
     text = MATRIX + "axes = { method = ['peft:a', 'peft:b'] }\n"

@@ -195,6 +195,9 @@ def _list(given: argparse.Namespace) -> int:
         environments = harness.environments_for(cells, num_threads=1, num_slots=1)
         done = runs.done(records, cells, environments)
     lines = [f"{'done' if cell in done else '    '}  {cell.id}" for cell in cells]
+    lines += [
+        f"{one.alias or one.spelt} is {value}" for value, one in chosen.own.items()
+    ]
     print("\n".join([*lines, f"{len(cells)} cells, {len(done)} done in {path}"]))
     return harness.EXIT_OK
 

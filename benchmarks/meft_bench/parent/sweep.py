@@ -214,7 +214,12 @@ def _with_checked_settings(taken: Taken) -> dict[str, Own]:
 
 def _check_settings(point: Point, own: Mapping[str, Own]) -> None:
     """Raise if a sweep and the training parameters of a method differ."""
-    method = str(point["method"])
+    method, reference = str(point["method"]), str(point.get("reference", ""))
+    if reference in own and own[reference].settings:
+        raise ValueError(
+            f"`reference` = {reference!r} has training parameters, and a reference "
+            "trains like the method it is compared with: name its adapter_config.json"
+        )
     for name, value in own[method].settings.items() if method in own else ():
         if point.get(name, value) != value:
             raise ValueError(

@@ -39,7 +39,7 @@ class Task:
     validation: tuple[Row, ...]
     evaluation: tuple[Row, ...]
     metric: str | None
-    """A name of `metrics.METRICS` for classes; None if there is nothing to score."""
+    """A name of `metrics.METRICS`; None if there is nothing to score."""
     origin: str
     """Origin of the rows and which splits they are."""
 
