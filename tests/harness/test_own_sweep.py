@@ -11,6 +11,7 @@ import datasets
 import pytest
 
 from harness.own_files import LORA, model_in, questions, reviews, write_csv, write_jsonl
+from meft_bench.child.methods import peft_config
 from meft_bench.child.scoring.rules import METRICS as ANSWER_METRICS
 from meft_bench.child.tasks.metrics import METRICS as LABEL_METRICS
 from meft_bench.parent import cli, isolate, selection, sweep
@@ -425,6 +426,11 @@ def test_training_parameters_are_fields_of_the_cell(tmp_path: Path) -> None:
         weights_dtype="bf16",
     )
     assert cell.method.startswith("peft:lora-")
+    chosen = load(tmp_path, text)
+    assert current.why_not(cell, chosen.own) == ""
+    assert peft_config.read(own.located(cell, chosen.own).method) == LORA
+    peft_folder(tmp_path, batch_size=8)
+    assert "has changed" in current.why_not(cell, chosen.own)
 
 
 @pytest.mark.parametrize(
@@ -448,9 +454,7 @@ def test_training_parameters_have_values_of_fields(
 def test_a_reference_has_no_training_parameters(tmp_path: Path) -> None:
     text = peft_folder(tmp_path, optimizer_kwargs={"lr": 1e-3})
     text = text.replace('method = "peft', 'method = "full", reference = "peft')
-    with pytest.raises(
-        SweepError, match="`reference` = 'peft:experiment' has training"
-    ):
+    with pytest.raises(SweepError, match="`reference` = 'peft:experiment' has"):
         cells(tmp_path, text)
 
 

@@ -1,4 +1,4 @@
-"""Any method of PEFT, from its config: `peft:TYPE` or `peft:PATH.json`.
+"""Any method of PEFT, from its config: `peft:TYPE`, `peft:PATH.json`, `peft:FOLDER`.
 
 The model is wrapped as PEFT's users wrap it, by `get_peft_model`, and the new head of a
 classifier is trained in addition, as by every method. `peft-checkpointing:` does the
@@ -31,6 +31,8 @@ QUERY_AND_VALUE = (
     {"Wqkv"},
 )
 """Names of the projections that LoRA changes."""
+CONFIG = "adapter_config.json"
+"""Name of a config in a folder."""
 OF_THE_FILE = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision")
 """Fields of a config that describe where it comes from."""
 
@@ -104,13 +106,15 @@ def wrap(model: Any, cell: Cell, fields: dict[str, Any]) -> Any:
 
 
 def read(method: str) -> dict[str, Any]:
-    """Return the fields of a method `peft:TYPE` or `peft:PATH.json`.
+    """Return the fields of a method `peft:TYPE`, `peft:PATH.json` or `peft:FOLDER`.
 
     Raises:
         MissingError: there is no such file.
         ValueError: it is not a JSON object with a `peft_type`.
     """
     name = method.partition(":")[2]
+    if Path(name).is_absolute() and Path(name).is_dir():
+        name = str(Path(name, CONFIG))
     if not name.endswith(".json"):
         return {"peft_type": name.upper()}
     try:

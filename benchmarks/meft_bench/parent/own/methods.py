@@ -52,7 +52,6 @@ def _peft(text: str, folder: Path) -> Own:
         if (path / TRAINING).is_file():
             training = _object(path / TRAINING, text)
             settings = peft_training.settings(training, path / TRAINING)
-        path = path / CONFIG
     elif not name.endswith(".json"):
         if not name.replace("_", "").isalnum():
             raise ValueError(
@@ -61,11 +60,12 @@ def _peft(text: str, folder: Path) -> Own:
             )
         whole = f"{beginning}:{name.lower()}"
         return Own(value=whole, place=whole)
-    fields = _object(path, text)
+    config = _config_in(path)
+    fields = _object(config, text)
     kind = fields.get("peft_type")
     if not isinstance(kind, str):
         raise ValueError(
-            f"method {text!r}: {path} is no config of PEFT: it names no `peft_type`"
+            f"method {text!r}: {config} is no config of PEFT: it names no `peft_type`"
         )
     content = {key: v for key, v in fields.items() if key not in OF_THE_FILE}
     if settings:  # two folders may differ in nothing else
@@ -88,8 +88,8 @@ def check_trains(one: Own, text: str) -> None:
         return
     name = one.place.partition(":")[2]
     fields = {"peft_type": name}
-    if name.endswith(".json"):
-        fields = _object(Path(name), text)
+    if Path(name).is_absolute():
+        fields = _object(_config_in(Path(name)), text)
     kind = fields["peft_type"].upper()
     if kind in REFUSED:
         raise ValueError(f"method {text!r}: {kind} {REFUSED[kind]}: take another type")
@@ -99,6 +99,10 @@ def check_trains(one: Own, text: str) -> None:
             "reads data of the task before training, which no method does here: take "
             "true, or a function of your own, python:FILE.py:FUNCTION"
         )
+
+
+def _config_in(path: Path) -> Path:
+    return path / CONFIG if path.is_dir() else path
 
 
 def _object(path: Path, text: str) -> dict[str, Any]:
