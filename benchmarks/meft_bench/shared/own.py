@@ -26,6 +26,10 @@ PYTHON = "python:"
 """Beginning of a method, a task or a metric that is code of the user."""
 EVALUATE = "evaluate:"
 """Beginning of a metric that is a class of `evaluate.Metric`."""
+PEFT_CONFIG = "adapter_config.json"
+"""Name of a config of PEFT in a folder."""
+OF_THE_FILE = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision")
+"""Fields of a config of PEFT that describe where it comes from, and change nothing."""
 DIGEST_LENGTH = 12
 """Number of characters of a digest that a value has."""
 _VALUE = re.compile(

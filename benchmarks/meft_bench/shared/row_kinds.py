@@ -56,5 +56,7 @@ Rows of numbers cannot be told from rows of classes: regression is always named.
 """
 COLUMN_FIELDS = ("text", "text_pair", "label", "prompt", "answer", "options")
 """Fields that name columns, of any kind."""
+TAB_SUFFIXES = (".tsv", ".tab")
+"""Ends of names of CSV files whose columns are separated by tabs, not by commas."""
 FORMATS = ("csv", "jsonl", "parquet", "dataset")
 """Beginnings of the places of rows: `csv:FILE`, ..., and `dataset:DIR`."""

@@ -19,6 +19,7 @@ from meft_bench.child.backbones.unwrapped import base_of
 from meft_bench.child.methods import any_checkpointing
 from meft_bench.shared import protocol
 from meft_bench.shared.cell import Cell
+from meft_bench.shared.own import OF_THE_FILE, PEFT_CONFIG
 from meft_bench.shared.registry import PEFT, nearest
 from meft_bench.shared.source import MissingError
 
@@ -31,10 +32,6 @@ QUERY_AND_VALUE = (
     {"Wqkv"},
 )
 """Names of the projections that LoRA changes."""
-CONFIG = "adapter_config.json"
-"""Name of a config in a folder."""
-OF_THE_FILE = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision")
-"""Fields of a config that describe where it comes from."""
 
 
 def apply(model: Any, cell: Cell) -> Any:
@@ -114,7 +111,7 @@ def read(method: str) -> dict[str, Any]:
     """
     name = method.partition(":")[2]
     if Path(name).is_absolute() and Path(name).is_dir():
-        name = str(Path(name, CONFIG))
+        name = str(Path(name, PEFT_CONFIG))
     if not name.endswith(".json"):
         return {"peft_type": name.upper()}
     try:

@@ -45,7 +45,7 @@ def load(cell: Cell, its: dict[str, Any]) -> Task | AnswerTask:
     files = _files(its)
     if kind == "classification":
         classes = _classes(files["train"], its["label"])
-        wanted = _labels(classes, files["train"], its["label"])
+        wanted = _labels(classes, files["train"])
         num_labels = len(classes)
     elif kind == "regression":
         wanted, num_labels = _number, 1
@@ -221,9 +221,8 @@ def _classes(rows: Rows, column: str) -> list[str]:
         return sorted(found)
 
 
-def _labels(
-    classes: Sequence[str], train: Rows, column: str
-) -> Callable[[Rows, int, str], int]:
+def _labels(classes: Sequence[str], train: Rows) -> Callable[[Rows, int, str], int]:
+    """Return the function that gives the number of the class of a row."""
     numbers = {name: number for number, name in enumerate(classes)}
 
     def label_of(rows: Rows, index: int, column: str) -> int:

@@ -14,7 +14,8 @@ from typing import Any
 
 import datasets
 
-TAB_SUFFIXES = (".tsv", ".tab")
+from meft_bench.shared.row_kinds import TAB_SUFFIXES
+
 _EMPTY = "corresponds to no data"
 """In the message of `datasets` for a file without rows."""
 

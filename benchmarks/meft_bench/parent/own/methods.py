@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.parent.own import digests, peft_training, python_code
-from meft_bench.shared.own import PYTHON, Own
+from meft_bench.shared.own import OF_THE_FILE, PEFT_CONFIG, PYTHON, Own
 from meft_bench.shared.registry import PEFT
 
-CONFIG, TRAINING = "adapter_config.json", "training_params.json"
-OF_THE_FILE = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision")
-"""Fields of a config that describe where it comes from, and change nothing."""
+TRAINING = "training_params.json"
+"""Name of training parameters next to a config of PEFT."""
 REFUSED = {
     "ADALORA": "changes its ranks when it is told of every step, which no method is "
     "here, and would stay at the first ones",
@@ -102,7 +101,7 @@ def check_trains(one: Own, text: str) -> None:
 
 
 def _config_in(path: Path) -> Path:
-    return path / CONFIG if path.is_dir() else path
+    return path / PEFT_CONFIG if path.is_dir() else path
 
 
 def _object(path: Path, text: str) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from typing import Any
 
 from meft_bench.parent.own import digests
 from meft_bench.shared.registry import nearest
-from meft_bench.shared.row_kinds import FORMATS
+from meft_bench.shared.row_kinds import FORMATS, TAB_SUFFIXES
 
-TAB_SUFFIXES = (".tsv", ".tab")
 DATASET_FILES = ("dataset_info.json", "state.json")
 
 
