@@ -23,6 +23,8 @@ pytestmark = [
     # peft 0.21 on transformers 5.23.
     pytest.mark.filterwarnings("ignore:.* is deprecated .* v6:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.* will be removed in v6:FutureWarning"),
+    # Of copies that PEFT makes of a head, on a virtual GPU.
+    pytest.mark.filterwarnings("ignore:Accessing the data pointer:UserWarning"),
 ]
 CODE = """
 def bias_only(model, cell):
@@ -90,10 +92,8 @@ def cell_of(made: Path, device: str = "cpu", **fields: Any) -> dict[str, Any]:
     chosen = sweep.load(str(made / "one.toml"), device=device)
     (cell,) = chosen.cells
     rows = own.rows_of(cell, chosen.own)
-    options = ChildOptions()
-    answer: Any = run(own.located(cell, chosen.own), options, rows)
-    assert answer["status"] == "ok", answer["message"]
-    return dict(answer)
+    answer = run(own.located(cell, chosen.own), ChildOptions(), rows)
+    return {**answer}
 
 
 @pytest.mark.parametrize(
@@ -172,6 +172,7 @@ def test_a_cell_is_trained_scored_and_measured(
 ) -> None:
     """By any method on any kind of rows, with memory like any other."""
     answer = cell_of(made, **fields)
+    assert answer["status"] == "ok", answer["message"]
     seen = answer["measurement"]
     assert (seen["score_name"], seen["second_score_name"]) == names
     assert seen["score"] is not None
@@ -204,3 +205,24 @@ def test_a_cell_is_predicted_on_a_virtual_gpu(
     for name in ("num_parameters", "num_trainable_parameters", "num_blocks"):
         assert predicted[name] == real[name], name
     assert predicted["peak_allocated_bytes"] > 0
+
+
+def test_layers_of_peft_that_are_not_modelled_are_refused(made: Path) -> None:
+    """On a virtual GPU, of weights in 4 bits: all but LoRA's."""
+    ia3 = {"peft_type": "IA3", "target_modules": ["key"], "feedforward_modules": []}
+    (made / "ia3.json").write_text(json.dumps(ia3))
+    found = {
+        name: cell_of(
+            made,
+            device="virtual-H100",
+            backbone="dir:bert",
+            task="stars",
+            method=f"peft:{name}.json",
+            dtype="bf16",
+            weights_dtype="nf4",
+        )
+        for name in ("lora", "ia3")
+    }
+    assert found["lora"]["status"] == "ok", found["lora"]["message"]
+    assert found["ia3"]["status"] == "error"
+    assert "those of LoRA are modelled" in found["ia3"]["message"]

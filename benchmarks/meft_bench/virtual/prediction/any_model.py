@@ -18,11 +18,10 @@ from transformers import PreTrainedConfig
 from meft_bench.child.backbones import any_family
 from meft_bench.child.backbones.classifier import WEIGHTS_DTYPES
 from meft_bench.child.backbones.unwrapped import base_of
-from meft_bench.child.methods import own, peft_config
+from meft_bench.child.methods import own
 from meft_bench.child.tasks.batches import Batch
 from meft_bench.child.training import execution, prepare
 from meft_bench.shared.cell import Cell
-from meft_bench.shared.registry import PEFT
 from meft_bench.virtual.device import gpu
 from meft_bench.virtual.device.allocator import settings_in_words
 from meft_bench.virtual.emulation import assumed_selection, ordinary_code
@@ -56,8 +55,6 @@ def ready(
         ValueError: the model, the method or the shape are incompatible.
     """
     any_family.require(cell, config)
-    if cell.is_quantised and cell.method.startswith(PEFT):
-        peft_config.refuse_quantised(cell)
     device = VirtualGpu(gpu.find(gpu.name_in(cell.device)))
     device.has_padding = cell.padding != "none"
     device.mode.makes_real_integers = True

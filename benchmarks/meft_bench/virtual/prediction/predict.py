@@ -27,7 +27,7 @@ from meft_bench.child.training.steps import Stepper
 from meft_bench.shared import configs
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.methods import TABLE
-from meft_bench.shared.registry import HAVE_ROWS
+from meft_bench.shared.registry import HAVE_ROWS, PEFT
 from meft_bench.shared.source import MissingError, Source
 from meft_bench.virtual.device import gpu
 from meft_bench.virtual.device.allocator import settings_in_words
@@ -151,8 +151,11 @@ def recorded(
         with device.new_ledger() as ledger:
             yield make(), ledger, []
         return
-    from meft_bench.virtual.emulation import quantised_lora  # peft takes seconds
+    from meft_bench.child.methods import peft_config  # peft takes seconds
+    from meft_bench.virtual.emulation import quantised_lora
 
+    if cell.method.startswith(PEFT):
+        peft_config.refuse_quantised(cell)
     made = make()
     model = model_of(made)
     words = quantised_layers.quantise(model, cell)
