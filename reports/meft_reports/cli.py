@@ -198,6 +198,7 @@ def table(arguments: argparse.Namespace) -> int:
 def page(arguments: argparse.Namespace) -> int:
     """Write the page."""
     from meft_reports import published
+    from meft_reports.aliases import with_aliases
     from meft_reports.frame import to_frame
     from meft_reports.page import render_page
     from meft_reports.page.timeline import read_timelines
@@ -208,7 +209,8 @@ def page(arguments: argparse.Namespace) -> int:
     if not runs:
         raise ReportError("a page needs a file of records; files of checks add to it")
     records, newest = read_records(runs)
-    frame, breakdowns = to_frame(records, newest), breakdowns_of(records)
+    frame = to_frame(with_aliases(records), newest)
+    breakdowns = breakdowns_of(records)
     del records  # of a large run, most of the memory
     timelines = read_timelines(arguments.timeline)
     numbers = published.read(checks)

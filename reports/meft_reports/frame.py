@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from meft_reports.aliases import with_aliases
 from meft_reports.columns import BY_NAME, COLUMNS
 from meft_reports.columns.column import Column
 from meft_reports.columns.measurement import current_score_name
@@ -33,13 +34,15 @@ MAX_VERSIONS = 100
 def read_frame(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
     """Read one or more files of records as one tidy table, sorted by `cell_id`.
 
+    Methods, backbones and tasks of the user have their short names.
+
     Raises:
         RecordError: a file is missing, holds no record, or has a line that is not a
             record of this schema version; names the file and the line.
     """
     several = [paths] if isinstance(paths, str | Path) else paths
     records, newest = read_records([Path(path) for path in several])
-    return to_frame(records, newest)
+    return to_frame(with_aliases(records), newest)
 
 
 def to_frame(

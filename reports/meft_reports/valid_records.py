@@ -14,6 +14,7 @@ from meft_reports.columns import (
     LEAST_SCORES,
     SCHEMA_VERSION,
     SCORE_NAMES,
+    is_unbounded,
 )
 from meft_reports.columns.cell import STATUSES
 from meft_reports.columns.column import Column
@@ -129,6 +130,8 @@ def _check_range(column: Column, value: Any, record: Record, where: str) -> None
     if column.name in SCORE_NAMES:
         metric = record["measurement"].get(SCORE_NAMES[column.name])
         least = LEAST_SCORES.get(metric, least)
+        if isinstance(metric, str) and is_unbounded(metric):
+            least, greatest = -math.inf, math.inf
     for number in value if column.dtype == "list" else [value]:
         if number is None:
             continue

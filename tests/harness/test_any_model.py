@@ -10,13 +10,12 @@ import transformers
 
 import meft_bench
 from marks import slow_but_for
-from meft_bench.child.backbones import shapes
+from meft_bench.child.backbones import any_family, shapes
 from meft_bench.parent import cli
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import MODEL_TYPES, PLANNED_BACKBONES
 from meft_bench.shared.source import Source
 from meft_bench.virtual.device import attention, gpu
-from meft_bench.virtual.prediction import any_model
 from meft_bench.virtual.prediction.plan import MemoryPlan, plan
 
 pytestmark = [
@@ -129,9 +128,10 @@ def config_file(tmp_path: Path, model_type: str) -> str:
 @pytest.mark.parametrize("name", sorted({*SIZES, *PLANNED_BACKBONES}))
 def test_shapes_have_their_published_size(name: str) -> None:
     config = shapes.find_config(name, any_type=True)
-    task = any_model.task_of(config.model_type)
+    task = any_family.task_of(config.model_type)
     one = Cell(backbone=f"random:{name}", method="full", device="meta", task=task)
-    model = any_model.build(config, one)
+    num_labels = None if task == "synthetic-lm" else 2
+    model = any_family.make(config, one, num_labels)
     assert sum(p.numel() for p in model.parameters()) == SIZES[name]
 
 
@@ -219,7 +219,7 @@ def test_a_step_is_that_of_code_of_ones_own(tmp_path: Path) -> None:
     ("method", "words"),
     [
         ("meft1", "needs a family that sweeps know"),
-        ("peft:nothing", "PEFT refuses 'peft:nothing' for this model"),
+        ("peft:nothing", "has no type 'NOTHING'; did you mean"),
         ("peft:ia3", "PEFT refuses 'peft:ia3' for this model"),
     ],
 )
@@ -302,7 +302,7 @@ def test_other_configs_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_the_usual_head_is_planned(model_type: str, task: str) -> None:
-    assert any_model.task_of(model_type) == task
+    assert any_family.task_of(model_type) == task
 
 
 @pytest.mark.slow

@@ -298,15 +298,22 @@ def test_too_many_tokens_are_refused(tmp_path: Path, name: str, family: str) -> 
 def test_a_model_of_another_family_is_refused(
     directory: Path, name: str, model_type: str | None
 ) -> None:
-    """The error names it and lists what is supported."""
+    """By methods that need one, with those that do not; images by all of them."""
     config = directory / "config.json"
     config.write_text(json.dumps({"model_type": model_type}))
     named = (
-        f"is of model_type {model_type!r}" if model_type else "names no `model_type`"
+        f"'meft1' needs a family that sweeps know, .* is of model_type {model_type!r}: "
+        "take full, head, lora, .*, peft:CONFIG or python:MODULE:FUNCTION"
+        if model_type
+        else "names no `model_type` of transformers"
     )
-    expected = f"{named}; supported: albert, bart, bert, .*llama, .*mistral, .*opt"
-    with pytest.raises(ValueError, match=expected):
-        load(cell(backbone=name.format(directory)))
+    with pytest.raises(ValueError, match=named):
+        load(cell(method="meft1", backbone=name.format(directory)))
+    if model_type:
+        with pytest.raises(
+            ValueError, match=r"reads `pixel_values`.*`meft-bench plan`"
+        ):
+            load(cell(backbone=name.format(directory)))
 
 
 @pytest.mark.parametrize(

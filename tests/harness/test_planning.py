@@ -308,7 +308,7 @@ MISTAKES = {
     "bert-tiny --set device=cpu": "`device` is set by --gpu",
     "bert-tiny --set batch_size=3": "`batch_size` is set by --batch",
     "bert-tiny --timeline none/moments.csv": "there is no folder 'none'",
-    "bert-tiny --method peft:none.json": "there is no file 'none.json'",
+    "bert-tiny --method peft:none.json": "there is no file '{here}/none.json'",
     "bert-tiny --method peft:": "should be peft:TYPE, such as peft:ia3",
     "empty": "no config: {here}/empty/config.json does not exist. Ways to provide one",
     "no.json": "no config: {here}/no.json does not exist. Ways to provide one",

@@ -26,7 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.quantizers.base import HfQuantizer
 
 from harness.tiny import FAMILIES, SHAPE, batch, cell, classifier
-from meft_bench.child.backbones import quantised
+from meft_bench.child.backbones import any_family, quantised
 from meft_bench.child.backbones.quantised import chosen_layers, num_weights, tensors_of
 from meft_bench.child.training.steps import Stepper
 from meft_bench.child.worker import run
@@ -37,7 +37,6 @@ from meft_bench.shared.quantisations import TABLE
 from meft_bench.shared.registry import METHODS, TRAIN_BACKBONE, load
 from meft_bench.shared.source import Source
 from meft_bench.virtual.emulation import quantised_layers, quantised_lora
-from meft_bench.virtual.prediction import any_model
 from meft_bench.virtual.prediction.plan import MemoryPlan, plan
 from meft_bench.virtual.recording.ledger import Ledger
 from meft_bench.virtual.recording.trace import Trace
@@ -124,7 +123,8 @@ def test_layers_are_those_that_transformers_replaces(model_type: str) -> None:
     for name in ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer"):
         if hasattr(config, name):
             setattr(config, name, 1)
-    factory = any_model._factory(config, cell(task="synthetic-lm"))
+    name = any_family.factory_name(config, cell(task="synthetic-lm"), None)
+    factory = getattr(transformers, name)
     with torch.device("meta"):
         model = factory.from_config(config)
     ours = chosen_layers(model, cell(weights_dtype="nf4")).keys()

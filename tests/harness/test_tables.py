@@ -12,13 +12,14 @@ CODE = Path(tables.__file__).parents[1]
 FUNCTION, BART = 'function = "full:full"', 'classifier = "bart:BartClassifier"'
 MODELS = 'models = ["classifier"]'
 SHAPE = "[roberta.shapes.roberta-tiny]"
+LORA_OPTIONS = '["lora_rank", "mlp_chunks"]'
 WRONG = [
     (methods, FUNCTION, "function = 3", "full", "function"),
     (methods, FUNCTION, 'function = "full"', "full", "function"),
     (methods, FUNCTION, 'function = "nofile:full"', "full", "function"),
-    (methods, '["lora_rank"]', "5", "lora", "options"),
-    (methods, '["lora_rank"]', '"lora_rank"', "lora", "options"),
-    (methods, '["lora_rank"]', '["lora_rnk"]', "lora", "options"),
+    (methods, LORA_OPTIONS, "5", "lora", "options"),
+    (methods, LORA_OPTIONS, '"lora_rank"', "lora", "options"),
+    (methods, LORA_OPTIONS, '["lora_rnk"]', "lora", "options"),
     (methods, "lost_bits = 8", 'lost_bits = "8"', "lora-exact", "defaults"),
     (methods, "lost_bits = 8", "lst_bits = 8", "lora-exact", "defaults"),
     (methods, "lost_bits = 8", "num_neurons = 8", "lora-exact", "defaults"),

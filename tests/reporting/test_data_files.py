@@ -11,9 +11,10 @@ from meft_reports.columns import measurement
 from meft_reports.errors import ReportError
 
 FILES = {methods: data_files.METHODS, measurement: data_files.MEASUREMENTS}
+LORA_OPTIONS = '["lora_rank", "mlp_chunks"]'
 WRONG = [
-    (methods, '["lora_rank"]', '"lora_rank"', "lora", "options"),
-    (methods, '["lora_rank"]', '["lora_rnk"]', "lora", "options"),
+    (methods, LORA_OPTIONS, '"lora_rank"', "lora", "options"),
+    (methods, LORA_OPTIONS, '["lora_rnk"]', "lora", "options"),
     (methods, 'twin_of = "meft1"', 'twin_of = "meft9"', "meft1-store", "twin_of"),
     (methods, 'float_of = "meft1"', 'float_of = "no"', "meft1-exact", "float_of"),
     (methods, '"float"', '["float"]', "meft1", "streams"),

@@ -26,12 +26,13 @@ from reporting.kinds import MakeRecord, Write
 def test_every_field_of_a_record_has_a_column() -> None:
     """What the harness writes down, a reader of the frame can find.
 
-    But for `memory_breakdown`, which is a table of its own (`breakdowns_of`).
+    But for `memory_breakdown`, which is a table of its own (`breakdowns_of`), and for
+    `aliases`, which columns of the cell show (`with_aliases`).
     """
     fields = {"cell_id", *FIELDS}
     for part in (Cell, Environment, Record):
         fields |= {field.name for field in dataclasses.fields(part)}
-    parts = {"cell", "measurement", "environment", "memory_breakdown"}
+    parts = {"cell", "measurement", "environment", "memory_breakdown", "aliases"}
     assert fields - parts <= columns.BY_NAME.keys()
     assert columns.SCHEMA_VERSION == SCHEMA_VERSION
     assert set(STATUSES) == {status.value for status in Status}

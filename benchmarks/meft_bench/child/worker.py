@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from meft_bench.child.measuring.partial_result import PartialResult, remarks
 from meft_bench.child.training.out_of_memory import is_out_of_memory
@@ -43,7 +44,8 @@ def main() -> None:
     gc.disable()
     if "cell" in given.body:
         cell = Cell.from_json(given.body["cell"])
-        answer = run(cell, options, when_imported=_collect_from_now_on)
+        rows = given.body.get("rows")
+        answer = run(cell, options, rows, when_imported=_collect_from_now_on)
     elif "check" in given.body:
         from meft_bench.virtual.validation import checks
 
@@ -66,6 +68,7 @@ def _collect_from_now_on() -> None:
 def run(
     cell: Cell,
     options: ChildOptions,
+    rows: dict[str, Any] | None = None,
     when_imported: Callable[[], object] = lambda: None,
 ) -> dict[str, object]:
     """Run `cell` and return its result as a JSON object, even if it fails.
@@ -73,6 +76,7 @@ def run(
     Args:
         cell: the cell to run.
         options: options of the child.
+        rows: where the rows of a task of the user are.
         when_imported: called once the libraries of the cell are imported.
     """
     partial = PartialResult()
@@ -90,6 +94,7 @@ def run(
         source = Source(
             data_dir=Path(options.data_dir) if options.data_dir else None,
             allow_download=options.allow_download,
+            rows=rows,
         )
         look(cell, source, partial)
         status, message = Status.OK, remarks(partial.measurement)

@@ -139,12 +139,13 @@ def _fit_into_file(
     num_fitting = 0
     found: list[tuple[Cell, dict[str, Any]]] = []
     with runs.RecordsFile(given.output) as file:
-        left = fit_records.left(cells, file.records, where, field, caveat)
+        places = {planning.named(cell): cell for cell in cells}
+        left = fit_records.left([*places], file.records, where, field, caveat)
         for cell in left:
             started_at = datetime.now(UTC).isoformat(timespec="seconds")
             start = time.monotonic()
             (plan,) = planning.ask(
-                [cell],
+                [places[cell]],
                 options,
                 maximize=given.maximize,
                 margin=given.margin,
@@ -194,6 +195,9 @@ def _list(given: argparse.Namespace) -> int:
         environments = harness.environments_for(cells, num_threads=1, num_slots=1)
         done = runs.done(records, cells, environments)
     lines = [f"{'done' if cell in done else '    '}  {cell.id}" for cell in cells]
+    lines += [
+        f"{one.alias or one.spelt} is {value}" for value, one in chosen.own.items()
+    ]
     print("\n".join([*lines, f"{len(cells)} cells, {len(done)} done in {path}"]))
     return harness.EXIT_OK
 

@@ -8,11 +8,12 @@ data of a name are on this machine is checked by the child.
 import dataclasses
 import math
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from meft_bench.shared import backbones, quantisations, registry
+from meft_bench.shared import backbones, methods, own, quantisations, registry
 from meft_bench.shared.cell import Cell
+from meft_bench.shared.own import Own
 from meft_bench.virtual.device import gpu
 
 FIELDS = {field.name: field for field in dataclasses.fields(Cell)}
@@ -50,6 +51,10 @@ _AT_MOST = {"lost_bits": 16, "active_fraction": 1, "seed": 2**32 - 1}
 _LARGEST = 2**63 - 1
 """Largest value of an integer column."""
 
+CLASSIFIED = ("data:classification-", "data:regression-")
+"""Beginnings of tasks of the user whose models are classifiers."""
+OWN = ("method", "reference", "backbone", "task")
+"""Fields that may be of the user, as digests (`meft_bench.shared.own`)."""
 Value = str | int | float
 
 
@@ -90,7 +95,7 @@ def check_together(cell: Cell) -> None:
             f"`padding` = {cell.padding!r} with `seq_len` = {cell.seq_len}, of which "
             "nothing would be left: set `seq_len` to 2 or more, or take 'none'"
         )
-    if cell.loss_chunk_tokens and cell.task not in registry.LANGUAGE_MODEL_TASKS:
+    if cell.loss_chunk_tokens and not _has_language_model(cell.task):
         raise ValueError(
             f"`loss_chunk_tokens` = {cell.loss_chunk_tokens} with `task` = "
             f"{cell.task!r}, whose models are classifiers: take a task of language "
@@ -98,6 +103,15 @@ def check_together(cell: Cell) -> None:
         )
     if cell.patience and not cell.eval_every:
         raise ValueError("`patience` counts validations; set `eval_every` above 0 too")
+    for name in ("method", "reference"):
+        method = methods.TABLE.get(getattr(cell, name))
+        if cell.mlp_chunks > 1 and method and "mlp_chunks" not in method.options:
+            able = [n for n, m in methods.TABLE.items() if "mlp_chunks" in m.options]
+            raise ValueError(
+                f"`mlp_chunks` = {cell.mlp_chunks} with `{name}` = "
+                f"{getattr(cell, name)!r}, which cannot run MLPs in parts: leave it "
+                f"out, or take a method such as {', '.join(able[:3])}"
+            )
     if cell.unquantised_dtype not in ("fp32", cell.dtype):
         raise ValueError(
             f"`weights_dtype` = {cell.weights_dtype!r} with `dtype` = {cell.dtype!r}: "
@@ -134,6 +148,17 @@ def check_together(cell: Cell) -> None:
             )
 
 
+def _has_language_model(task: str) -> bool:
+    """Return whether the models of a task may be language models.
+
+    What a function of the user loads is known to the child only.
+    """
+    is_own = task.startswith((own.DATA, own.PYTHON))
+    if is_own:
+        return not task.startswith(CLASSIFIED)
+    return task in registry.LANGUAGE_MODEL_TASKS
+
+
 def _reads_text(backbone: str) -> bool:
     """Return whether a backbone is known to read text by its name alone."""
     shape = backbone.removeprefix("random:")
@@ -143,9 +168,39 @@ def _reads_text(backbone: str) -> bool:
     return backbone in registry.PACKAGED_BACKBONES
 
 
+def check_family(cell: Cell, things: Mapping[str, Own]) -> None:
+    """Raise `ValueError` if a method needs a family and the backbone's is not known.
+
+    Args:
+        cell: the cell.
+        things: those of the user, by what cells hold.
+    """
+    is_own = cell.backbone in things
+    kind = things[cell.backbone].model_type if is_own else ""
+    if not kind or kind in registry.MODEL_TYPES:
+        return
+    for name in ("method", "reference"):
+        method = getattr(cell, name)
+        if method in registry.METHODS and method not in registry.METHODS_OF_ANY_MODEL:
+            raise ValueError(
+                f"`{name}` = {method!r} needs a family that sweeps know, and backbone "
+                f"{cell.backbone!r} is of model_type {kind!r}: take "
+                f"{', '.join(registry.METHODS_OF_ANY_MODEL)}, a config of PEFT, or a "
+                "function of your own"
+            )
+    if cell.mlp_chunks > 1 or cell.blocks != "eager":
+        name = "mlp_chunks" if cell.mlp_chunks > 1 else "blocks"
+        raise ValueError(
+            f"`{name}` = {getattr(cell, name)!r} needs a family that sweeps know, and "
+            f"backbone {cell.backbone!r} is of model_type {kind!r}: leave it out"
+        )
+
+
 def _check_text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"`{name}` = {value!r} should be a string")
+    if name in OWN and own.is_value(value):
+        return value
     if name == "backbone":
         _check_backbone(value)
     elif name == "device" and value.endswith(".json"):

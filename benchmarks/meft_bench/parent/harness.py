@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, Self
@@ -36,6 +36,7 @@ from meft_bench.parent.trials import Choice
 from meft_bench.shared import request
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.own import Own
 from meft_bench.shared.record import Environment, Record, Status
 
 EXIT_OK = 0
@@ -77,6 +78,8 @@ class RunPlan:
     """Programs of `registry.CHECKS` to run before the cells."""
     check_device: str = "cuda"
     """The device of the checks."""
+    own: Mapping[str, Own] = field(default_factory=dict)
+    """Methods, backbones and tasks of the user, by what cells hold."""
     time_budget_seconds: float | None = None
     """Time after which the run ends with the cells done so far; None means no limit."""
 
@@ -429,6 +432,7 @@ def _run_left(
                     timeout_seconds=plan.timeout_seconds,
                     folder=folder,
                     stop=stop,
+                    own=plan.own,
                     worker_module=worker_module,
                     start_child=children.starter(cell.device),
                 )

@@ -8,6 +8,7 @@ Its output is a log, kept next to that file and never parsed.
 
 The status is derived as follows:
 
+    files of the user have changed                  error; no child is started
     an outcome was written                          the status in it
     no outcome, and the time is over                timeout
     no outcome, and a signal ended the child        killed
@@ -23,17 +24,25 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from meft_bench.parent import child_process, logs
 from meft_bench.parent.engines.local import Stopped
+from meft_bench.parent.own import current
 from meft_bench.shared import outcome, request
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.measurement import Measurement
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.outcome import Outcome
+from meft_bench.shared.own import (
+    Own,
+    aliases_of,
+    located,
+    rows_of,
+    without_places,
+)
 from meft_bench.shared.record import Environment, Record, Status
 from meft_bench.shared.registry import VIRTUAL
 from meft_bench.shared.request import WORKER
@@ -57,6 +66,7 @@ def run(
     stop: threading.Event,
     question: str | None = None,
     caveats: Sequence[str] = (),
+    own: Mapping[str, Own] | None = None,
     worker_module: str = WORKER,
     start_child: StartChild = child_process.run,
 ) -> Record:
@@ -73,6 +83,7 @@ def run(
         stop: when set, the child is killed and `Stopped` is raised.
         question: the question that the sweep answers, for the record.
         caveats: what the sweep says that a reader must know, for the record.
+        own: things of the user, by what cells hold.
         worker_module: module that runs as the child.
         start_child: runs a command to its end: `child_process.run` in a new
             interpreter, or the method of a `ForkServer`.
@@ -86,25 +97,34 @@ def run(
         raise Stopped
     started_at = datetime.now(UTC)
     start = time.monotonic()
-    out = folder / f"{cell.method}-{cell.key[:16]}.json"
     log = log_path(folder, cell)
+    out = log.with_suffix(".json")
     out.unlink(missing_ok=True)
-    body = {"cell": cell.to_json(), "options": options.to_json()}
-    command = request.command(body, out, worker_module=worker_module)
-    code = start_child(
-        command,
-        log=log,
-        variables=child_environment(options, cell.device),
-        timeout_seconds=timeout_seconds,
-        stop=stop,
-    )
-    ending = _ending(out, log, code, timeout_seconds)
+    own = own or {}
+    body = {
+        "cell": located(cell, own).to_json(),
+        "options": options.to_json(),
+        "rows": rows_of(cell, own),
+    }
+    if changed := current.why_not(cell, own):
+        log.write_text(changed, encoding="utf-8")
+        ending = _failure(Status.ERROR, changed)
+    else:
+        command = request.command(body, out, worker_module=worker_module)
+        code = start_child(
+            command,
+            log=log,
+            variables=child_environment(options, cell.device),
+            timeout_seconds=timeout_seconds,
+            stop=stop,
+        )
+        ending = _ending(out, log, code, timeout_seconds)
     out.unlink(missing_ok=True)
     return Record(
         sweep=sweep,
         cell=cell,
         status=ending.status,
-        message=ending.message[:_MESSAGE_LENGTH],
+        message=without_places(ending.message, own)[:_MESSAGE_LENGTH],
         started_at=started_at.isoformat(timespec="seconds"),
         wall_seconds=time.monotonic() - start,
         measurement=ending.measurement,
@@ -117,12 +137,14 @@ def run(
         sweep_caveats="\n".join(caveats),
         log_tail=logs.tail(log),
         memory_breakdown=ending.memory_breakdown,
+        aliases=aliases_of(cell, own) or None,
     )
 
 
 def log_path(folder: Path, cell: Cell) -> Path:
     """Return the path of the log of a cell's child."""
-    return folder / f"{cell.method}-{cell.key[:16]}.log"
+    # Some file systems have no colons in names.
+    return folder / f"{cell.method.replace(':', '-')}-{cell.key[:16]}.log"
 
 
 def child_environment(options: ChildOptions, device: str) -> dict[str, str]:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.parent import fields, isolate, output
+from meft_bench.parent.own import backbones as own_backbones
+from meft_bench.parent.own import methods as own_methods
 from meft_bench.shared import (
     configs,
     lengths,
@@ -26,6 +28,7 @@ from meft_bench.shared import (
 from meft_bench.shared.backbones import TABLE
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.own import PYTHON
 from meft_bench.shared.request import WORKER
 from meft_bench.shared.source import MissingError
 from meft_bench.virtual.device import gpu
@@ -349,34 +352,47 @@ def _methods(given: Sequence[str], model_type: str | None) -> list[str]:
         if name == "all":
             is_known = model_type is None or model_type in registry.MODEL_TYPES
             found += registry.METHODS if is_known else registry.METHODS_OF_ANY_MODEL
-        elif name.startswith(registry.PEFT):
-            found.append(_peft(name))
+        elif name.startswith((*registry.PEFT, PYTHON)):
+            found.append(_own(name))
         elif name in known:
             found.append(ALIASES.get(name, name))
         else:
-            hint = registry.nearest(name, ["all", *known, f"{registry.PEFT[0]}CONFIG"])
+            forms = (f"{registry.PEFT[0]}CONFIG", f"{PYTHON}FILE.py:FUNCTION")
+            hint = registry.nearest(name, ["all", *known, *forms])
             raise PlanningError(f"unknown method {name!r}; {hint}")
     return list(dict.fromkeys(found))
 
 
-def _peft(method: str) -> str:
-    """Return a method of PEFT with the whole path of its config.
+def _own(text: str) -> str:
+    """Return a method of the user with the whole path of its file.
 
     Raises:
-        PlanningError: there is no such file, or no type of adapter.
+        PlanningError: there is no such file, type of adapter or function; or it has
+            training parameters, which a plan has not.
     """
-    begin, _, name = method.partition(":")
-    if name.endswith(".json"):
-        path = Path(name)
-        if not path.is_file():
-            raise PlanningError(f"--method {method}: there is no file {name!r}")
-        return f"{begin}:{path.resolve()}"
-    if not name.replace("_", "").isalnum():
+    try:
+        found = own_methods.find(text, Path.cwd())
+    except ValueError as error:
+        raise PlanningError(f"--{error}") from error
+    assert found is not None
+    if found.settings:
+        names = ", ".join(found.settings)
         raise PlanningError(
-            f"--method {method!r} should be {begin}:TYPE, such as {begin}:ia3, or "
-            f"{begin}:PATH.json of an adapter's config"
+            f"--method {text}: its training parameters set {names}, and a plan takes "
+            "these from the command line: name its adapter_config.json"
         )
-    return method
+    return found.place
+
+
+def named(cell: Cell) -> Cell:
+    """Return a cell with digests in the place of the paths of files."""
+    method = own_methods.find(cell.method, Path.cwd())
+    backbone = own_backbones.find(cell.backbone, Path.cwd())
+    return dataclasses.replace(
+        cell,
+        method=method.value if method else cell.method,
+        backbone=backbone.value if backbone else cell.backbone,
+    )
 
 
 def _gpu(given: str) -> str:

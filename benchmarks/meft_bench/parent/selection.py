@@ -58,6 +58,7 @@ def run_plan(arguments: argparse.Namespace) -> RunPlan:
         checks=chosen.checks if arguments.only is None else (),
         check_device=device,
         time_budget_seconds=arguments.time_budget,
+        own=chosen.own,
     )
 
 
@@ -96,8 +97,8 @@ def _default_device(arguments: argparse.Namespace) -> str:
 def select(chosen: Sweep, only: str | None) -> tuple[Cell, ...]:
     """Return the cells that `only` selects.
 
-    They are the cell of this id, else the cells of this method, else those with `only`
-    in their ids.
+    They are the cell of this id, else the cells of this method, or with this name of
+    the user, else those with `only` in their ids.
 
     Raises:
         UsageError: there is no such cell.
@@ -108,15 +109,20 @@ def select(chosen: Sweep, only: str | None) -> tuple[Cell, ...]:
         raise UsageError(
             f"--only selects cells, and sweep {chosen.name!r} has none: it has checks"
         )
-    if only in registry.METHODS:
-        cells = tuple(cell for cell in chosen.cells if cell.method == only)
+    values = {one.alias or one.spelt: value for value, one in chosen.own.items()}
+    method = values.get(only, only)
+    if method in {cell.method for cell in chosen.cells} or method in registry.METHODS:
+        cells = tuple(cell for cell in chosen.cells if cell.method == method)
+    elif only in values:
+        value = values[only]
+        cells = tuple(c for c in chosen.cells if value in (c.backbone, c.task))
     else:
         # The id of a cell may begin another one's.
         its = tuple(cell for cell in chosen.cells if cell.id == only)
         cells = its or tuple(cell for cell in chosen.cells if only in cell.id)
     if not cells:
         methods = {cell.method for cell in chosen.cells}
-        hint = registry.nearest(only, methods)
+        hint = registry.nearest(only, [*methods, *values])
         raise UsageError(f"--only {only!r} matches no cell of {chosen.name}; {hint}")
     return cells
 

@@ -17,6 +17,8 @@ def describe(record: Record) -> Iterator[tuple[str, str]]:
     """
     yield "cell", printable(record.cell.id)
     yield "status", printable(f"{record.status} {record.message}".strip())
+    for value, alias in (record.aliases or {}).items():
+        yield printable(alias), printable(value)
     yield "sweep", printable(record.sweep)
     yield "started_at", printable(record.started_at)
     yield "wall_seconds", f"{record.wall_seconds:.1f}"

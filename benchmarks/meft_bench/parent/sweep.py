@@ -8,6 +8,9 @@ points (`exclude`). Cells that several matrices declare are run once.
     zip  {c: [1, 2, 3], d: [u, v, w]}    times 3
     exclude {a: 1, d: [u, v]}            less 4: 8 cells
 
+Methods, backbones and tasks of the user's own (`meft_bench.parent.own`) are replaced by
+digests first; relative paths start at the folder of the file.
+
 The whole file is checked before anything runs. Every mistake is a `SweepError` of one
 line that names the file, the invalid part and the nearest valid name.
 """
@@ -16,15 +19,17 @@ import itertools
 import math
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from meft_bench.parent import fields
+from meft_bench.parent import fields, own
 from meft_bench.parent.fields import Value
+from meft_bench.parent.own import Taken
 from meft_bench.shared import methods, registry, units
 from meft_bench.shared.cell import Cell
+from meft_bench.shared.own import Own
 
 TIMEOUT_SECONDS = 3600.0
 """Time limit of one cell, unless the sweep sets it."""
@@ -36,7 +41,7 @@ It is larger than the number of cores of any machine.
 
 _SWEEP_KEYS = (
     *("question", "caveats", "memory_limit", "timeout_seconds", "num_threads"),
-    *("checks", "matrix"),
+    *("checks", "matrix", "method", "backbone", "task"),
 )
 _MATRIX_KEYS = ("name", "defaults", "axes", "zip", "set", "exclude")
 
@@ -90,6 +95,8 @@ class Sweep:
     """Programs of `registry.CHECKS` that run before the cells."""
     caveats: tuple[str, ...] = ()
     """What a reader of the results must know, a sentence or two each."""
+    own: Mapping[str, Own] = field(default_factory=dict)
+    """Methods, backbones and tasks of the user, by what cells hold."""
 
 
 def load(source: str, *, device: str) -> Sweep:
@@ -109,10 +116,16 @@ def load(source: str, *, device: str) -> Sweep:
         raise SweepError(f"{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SweepError(f"{path}: not TOML: {_one_line(error)}") from error
+    spelt: dict[str, str] = {}
     try:
-        return _parse(path.stem, table, device)
+        taken = own.take(table, path.absolute().parent)
+        spelt = taken.spelt
+        return _parse(path.stem, taken.table, device, _with_checked_settings(taken))
     except (ValueError, OSError) as error:  # from a value, such as a directory
-        raise SweepError(f"{path}: {_one_line(error)}") from error
+        message = _one_line(error)
+        for value, text in spelt.items():
+            message = message.replace(value, text)
+        raise SweepError(f"{path}: {message}") from error
 
 
 def shipped() -> dict[str, Path]:
@@ -140,13 +153,21 @@ def find(source: str) -> Path:
     )
 
 
-def expand(matrix: Matrix, *, device: str) -> Iterator[Cell]:
+def expand(
+    matrix: Matrix, *, device: str, own: Mapping[str, Own] | None = None
+) -> Iterator[Cell]:
     """Yield the cells of one matrix, in declared order.
+
+    Args:
+        matrix: the matrix.
+        device: the device of every cell that does not name one.
+        own: things of the user, by what cells hold.
 
     Raises:
         ValueError: a rule or an exclusion matches nothing, or fields of a cell
             contradict each other.
     """
+    own = own or {}
     base: Point = {"device": device, **matrix.defaults}
     idle_rules = dict(enumerate(matrix.rules))
     idle_excludes = dict(enumerate(matrix.excludes))
@@ -155,15 +176,17 @@ def expand(matrix: Matrix, *, device: str) -> Iterator[Cell]:
         for part in choice:
             point.update(part)
         for index, rule in enumerate(matrix.rules):
-            if _matches(_cell(point), rule.when):
+            if _matches(_cell(point, own), rule.when):
                 point.update(rule.override)
                 idle_rules.pop(index, None)
-        cell = _cell(point)
+        cell = _cell(point, own)
         hits = [i for i, out in enumerate(matrix.excludes) if _matches(cell, out)]
         for index in hits:
             idle_excludes.pop(index, None)
         if not hits:
+            _check_settings(point, own)
             fields.check_together(cell)
+            fields.check_family(cell, own)
             yield cell
     for rule in idle_rules.values():
         raise ValueError(f"set: when = {_show(rule.when)} matches no cell")
@@ -171,8 +194,39 @@ def expand(matrix: Matrix, *, device: str) -> Iterator[Cell]:
         raise ValueError(f"exclude: {_show(exclude)} matches no cell")
 
 
-def _cell(point: Point) -> Cell:
-    return Cell.from_json(methods.with_defaults(point))
+def _cell(point: Point, own: Mapping[str, Own]) -> Cell:
+    method = str(point["method"])
+    settings = own[method].settings if method in own else {}
+    return Cell.from_json(methods.with_defaults({**settings, **point}))
+
+
+def _with_checked_settings(taken: Taken) -> dict[str, Own]:
+    """Return things of the user whose settings are valid values of fields."""
+    found = {}
+    for value, one in taken.own.items():
+        try:
+            settings = {n: fields.check(n, v) for n, v in one.settings.items()}
+        except ValueError as error:
+            raise ValueError(f"training parameters of {value!r}: {error}") from error
+        found[value] = replace(one, settings=settings)
+    return found
+
+
+def _check_settings(point: Point, own: Mapping[str, Own]) -> None:
+    """Raise if a sweep and the training parameters of a method differ."""
+    method, reference = str(point["method"]), str(point.get("reference", ""))
+    if reference in own and own[reference].settings:
+        raise ValueError(
+            f"`reference` = {reference!r} has training parameters, and a reference "
+            "trains like the method it is compared with: name its adapter_config.json"
+        )
+    for name, value in own[method].settings.items() if method in own else ():
+        if point.get(name, value) != value:
+            raise ValueError(
+                f"`{name}` = {point[name]!r} in the sweep, and the training parameters "
+                f"of method {method!r} have {value!r}: leave it out of the sweep for "
+                "this method, or out of the parameters"
+            )
 
 
 def _matches(cell: Cell, condition: Condition) -> bool:
@@ -194,7 +248,9 @@ def _one_line(error: Exception) -> str:
 # Parsing: conversion of TOML tables to the objects above.
 
 
-def _parse(name: str, table: dict[str, Any], device: str) -> Sweep:
+def _parse(
+    name: str, table: dict[str, Any], device: str, own: Mapping[str, Own]
+) -> Sweep:
     _check_keys(table, _SWEEP_KEYS)
     question = table.get("question")
     if not isinstance(question, str) or not question.strip():
@@ -213,7 +269,7 @@ def _parse(name: str, table: dict[str, Any], device: str) -> Sweep:
         if label in names:
             raise ValueError(f"two matrices are named {label!r}; rename one")
         names.append(label)
-        kept, num_points = _cells(label, entry, device)
+        kept, num_points = _cells(label, entry, device, own)
         cells.update(dict.fromkeys(kept))
         num_excluded += num_points - len(kept)
     return Sweep(
@@ -226,6 +282,7 @@ def _parse(name: str, table: dict[str, Any], device: str) -> Sweep:
         num_threads=_num_threads(table),
         checks=_checks(table),
         caveats=caveats,
+        own=own,
     )
 
 
@@ -239,11 +296,13 @@ def _caveats(table: dict[str, Any]) -> tuple[str, ...]:
     return tuple(" ".join(caveat.split()) for caveat in caveats)
 
 
-def _cells(label: str, entry: dict[str, Any], device: str) -> tuple[list[Cell], int]:
+def _cells(
+    label: str, entry: dict[str, Any], device: str, own: Mapping[str, Own]
+) -> tuple[list[Cell], int]:
     """Return the cells of a matrix, and the number of points without exclusions."""
     try:
         matrix = _matrix(label, entry)
-        cells = list(expand(matrix, device=device))
+        cells = list(expand(matrix, device=device, own=own))
         if not cells:
             raise ValueError("every cell is excluded")
     except ValueError as error:

@@ -10,6 +10,8 @@ options    settings of a child that do not belong to the cell
 outcome    the file in which a child reports how it ended
 tables     reads the tables of methods, measurements and backbones
 field_kinds   what a field of these tables may hold
+own        what a cell holds of methods, backbones and tasks of the user
+row_kinds  kinds of tasks that rows of the user can be
 methods    the table of methods: functions, options, what each has
 backbones  the table of model types: what can be made of each, its shapes
 quantisations   ways of quantising frozen weights

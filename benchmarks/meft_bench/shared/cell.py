@@ -22,7 +22,10 @@ class Cell:
     """
 
     method: str
-    """Method of fine-tuning, one of `meft_bench.shared.registry.METHODS`."""
+    """Method of fine-tuning, one of `meft_bench.shared.registry.METHODS`.
+
+    It may be of the user, like backbone and task (`meft_bench.shared.own`).
+    """
     backbone: str = "minilm-l6"
     """A packaged name, `dir:PATH`, `hub:NAME`, or `random:CONFIG`."""
     depth: int = 0
@@ -120,9 +123,10 @@ class Cell:
     mlp_chunks: int = 1
     """Number of parts of the tokens in which an MLP is run and differentiated.
 
-    Norms that compute in float32 are, too. MEFT and the methods with checkpointing have
-    it. MEFT differentiates a part as soon as it is recomputed; checkpointing takes one
-    more forward of the MLP for it.
+    Norms that compute in float32 are, too. MEFT, the methods with checkpointing, full
+    fine-tuning, LoRA and methods of the user have it; others are refused. MEFT
+    differentiates a part as soon as it is recomputed; the others take one more forward
+    of the MLP for it.
     """
     side_buffer: str = "device"
     """Where the `-exact` methods keep their lost bits until the backward.

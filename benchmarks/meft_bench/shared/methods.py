@@ -25,6 +25,11 @@ FUNCTIONS = "meft_bench.child.methods"
 """Package of the functions."""
 
 
+_OF_THE_USER = ""
+_LEAVE_BLOCKS = (_OF_THE_USER, "full:full", "full:head", "lora:lora")
+"""Functions of methods that change parameters, or modules inside of blocks, at most."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
     """One way of fine-tuning."""
@@ -50,6 +55,11 @@ class Method:
     def is_reversible(self) -> bool:
         """Whether it has two streams, rebuilt or stored."""
         return bool(self.streams)
+
+    @property
+    def leaves_blocks(self) -> bool:
+        """Whether blocks stay as they are, and their MLPs can be split afterwards."""
+        return self.function in _LEAVE_BLOCKS
 
     @property
     def rebuilds(self) -> bool:
@@ -95,6 +105,14 @@ def _read() -> dict[str, Method]:
 
 TABLE = _read()
 """Every method by name, in the order of the file."""
+
+
+_OWN = Method(function=_OF_THE_USER, options=("mlp_chunks",))
+
+
+def of(name: str) -> Method:
+    """Return a method of the table, or for one of the user what is known of it."""
+    return TABLE.get(name, _OWN)
 
 
 def with_defaults(fields: dict[str, Any]) -> dict[str, Any]:

@@ -111,6 +111,11 @@ class Record:
 
     None where there is none.
     """
+    aliases: dict[str, str] | None = None
+    """Short names of a method, backbone or task of the user, by what the cell holds.
+
+    None where the user gave none.
+    """
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object, with its schema version and the cell's id."""
@@ -157,6 +162,7 @@ class Record:
             sweep_caveats=fields.get("sweep_caveats"),
             log_tail=fields.get("log_tail"),
             memory_breakdown=fields.get("memory_breakdown"),
+            aliases=fields.get("aliases"),
         )
 
 
@@ -169,6 +175,7 @@ _OWN_TYPES = {
     "sweep_question": str | None,
     "sweep_caveats": str | None,
     "log_tail": str | None,
+    "aliases": dict[str, str] | None,
     "status": str,
     "message": str,
     "started_at": str,

@@ -42,15 +42,15 @@ TASKS = {
 """Tasks: shapes only, for a classifier and a language model; then those with rows."""
 
 PEFT = ("peft:", "peft-checkpointing:")
-"""Beginnings of methods of `plan` and `fit`: `peft:TYPE`, `peft:PATH.json`.
+"""Beginnings of methods of PEFT: `peft:TYPE`, `peft:PATH.json`.
 
 The second has gradient checkpointing.
 """
 METHODS_OF_ANY_MODEL = (
-    *("full", "lora", "checkpointing", "lora-checkpointing"),
+    *("full", "head", "lora", "checkpointing", "lora-checkpointing"),
     *("checkpointing-offload", "lora-checkpointing-offload"),
 )
-"""Methods that a model of any family can be planned with, besides those of PEFT."""
+"""Methods that a model of any family can have, besides those of PEFT."""
 
 CHECKS = {
     "card": f"{_CHECKS}.card:figures",

@@ -2,7 +2,8 @@
 
     python -P -m meft_bench.child.worker --request JSON --out PATH --parent PID
 
-    {"cell": {...}, "options": {...}}               run a cell; PATH gets its outcome
+    {"cell": {...}, "options": {...}}               run a cell; PATH gets its outcome;
+                                                    "rows" has those of its own task
     {"plan": {"cells": [...], ...}, "options": {...}}   predict; PATH gets the plans
     {"check": {"name": ..., "device": ...}, "options": {...}}   PATH gets its figures
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 class MissingError(Exception):
@@ -17,5 +18,7 @@ class Source:
 
     data_dir: Path | None = None
     """Directory of data files, e.g. with `glue/SST-2/train.tsv`."""
+    rows: dict[str, Any] | None = None
+    """Where the rows of a task of the user are (`meft_bench.child.tasks.own_rows`)."""
     allow_download: bool = False
     """Whether the Hugging Face hub may be used. It is never used otherwise."""

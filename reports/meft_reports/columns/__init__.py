@@ -39,6 +39,15 @@ SCORE_NAMES = {
 
 LEAST_SCORES = {"matthews_correlation": -1.0, "pearson": -1.0, "spearman": -1.0}
 """Minimum of scores that can be negative; any other score is at least 0."""
+UNBOUNDED_SCORES = ("log_likelihood_per_token", "perplexity")
+OWN_SCORE = "own:"
+
+
+def is_unbounded(metric: str | None) -> bool:
+    """Return whether a score can be any number: those of a user's own metric can."""
+    return metric is not None and (
+        metric in UNBOUNDED_SCORES or metric.startswith(OWN_SCORE)
+    )
 
 
 def find_measured(name: str) -> Column:

@@ -1,4 +1,4 @@
-"""Backbones: transformers' classifiers of all supported families.
+"""Backbones: transformers' classifiers of all supported families, and of any other.
 
 These are text classifiers of every text family that the library supports, and image
 classifiers of ViT.
@@ -8,6 +8,8 @@ packages    weights that installed packages contain
 files       weights on disk, as safetensors or GGUF
 shapes      random weights of a named shape
 quantised   linear layers with quantised weights, and which these are
+any_family  models of families that the library does not know
+unwrapped   transformers' model inside of PEFT's
 classifier  configuration of a classifier, independent of family and origin
 bart        a BART classifier that does not depend on values
 """
@@ -18,7 +20,13 @@ from meft_bench.child.backbones.classifier import (
     image_shape,
     set_depth,
 )
-from meft_bench.child.backbones.names import Backbone, from_config, load, load_config
+from meft_bench.child.backbones.names import (
+    Backbone,
+    from_config,
+    load,
+    load_config,
+    num_blocks_of,
+)
 
 __all__ = [
     "Backbone",
@@ -28,5 +36,6 @@ __all__ = [
     "image_shape",
     "load",
     "load_config",
+    "num_blocks_of",
     "set_depth",
 ]

@@ -48,7 +48,8 @@ def _type_of(config: PreTrainedConfig) -> backbones.ModelType:
 
 def image_shape(config: PreTrainedConfig) -> tuple[int, int, int] | None:
     """Return `channels height width` of a model's images; None if it reads text."""
-    if "image-classifier" not in _type_of(config).models:
+    kind = backbones.TABLE.get(config.model_type)
+    if kind is None or "image-classifier" not in kind.models:
         return None
     return (config.num_channels, *_pair(config.image_size))
 
@@ -268,9 +269,37 @@ def finish(
     reads = image_shape(model.config) is None
     if reads and model.config.pad_token_id is None:
         model.config.pad_token_id = _padding(model.config, tokenizer, cell)
+    _initialise(heads_of(model), _std_of_head(model), cell)
+
+
+def _std_of_head(model: PreTrainedModel) -> float:
     found, *_ = find_blocks(model)
-    std = found.family.adapter_shape(found.blocks[0], found.config).std
-    for head in heads_of(model):
+    return found.family.adapter_shape(found.blocks[0], found.config).std
+
+
+def finish_any(
+    model: PreTrainedModel,
+    heads: Sequence[nn.Module],
+    std: float,
+    tokenizer: PreTrainedTokenizerBase | None,
+    cell: Cell,
+) -> None:
+    """Do the same for a model of a family that is not known.
+
+    Args:
+        model: the model; changed in place.
+        heads: its heads.
+        std: standard deviation of the weights of a head.
+        tokenizer: its tokenizer; None if it has none.
+        cell: the cell that the model is for.
+    """
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = _padding(model.config, tokenizer, cell)
+    _initialise(heads, std, cell)
+
+
+def _initialise(heads: Sequence[nn.Module], std: float, cell: Cell) -> None:
+    for head in heads:
         head.float()
         for module in head.modules():
             if isinstance(module, nn.Linear):

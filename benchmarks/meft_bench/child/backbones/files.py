@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from meft_bench.child.backbones import any_family
 from meft_bench.child.backbones.classifier import model_class, options, set_up_config
 from meft_bench.child.tasks.batches import PixelForm
 from meft_bench.shared import configs
@@ -83,9 +84,22 @@ def read_model(files: Files, cell: Cell, num_labels: int | None) -> PreTrainedMo
     is_gguf = files.gguf is not None
     reader: dict[str, Any]
     reader = {"gguf_file": files.gguf} if is_gguf else {"use_safetensors": True}
+    model: PreTrainedModel
+    if not any_family.is_known(config):
+        any_family.require_for_sweeps(config, cell, num_labels)
+        model = any_family.make(
+            config,
+            cell,
+            num_labels,
+            directory=files.directory,
+            ignore_mismatched_sizes=True,  # of the head
+            local_files_only=True,
+            **reader,
+        )
+        return model
     set_up_config(config, cell, num_labels)
     kind = model_class(config, num_labels)
-    model: PreTrainedModel = kind.from_pretrained(
+    model = kind.from_pretrained(
         files.directory,
         config=config,
         ignore_mismatched_sizes=True,  # of the head
@@ -100,7 +114,7 @@ def read_model(files: Files, cell: Cell, num_labels: int | None) -> PreTrainedMo
 def config_of(files: Files) -> PreTrainedConfig:
     """Return the config in the directory of the weights, or in the GGUF file."""
     if files.gguf is None:
-        return read_config(files.directory / "config.json")
+        return read_config(files.directory / "config.json", any_type=True)
     _require_gguf()
     config: PreTrainedConfig = AutoConfig.from_pretrained(
         files.directory, gguf_file=files.gguf

@@ -2,7 +2,7 @@
 
     minilm-l6        real weights that a package contains: a BERT
     smollm2-135m     real weights that a package contains: a LLaMA
-    dir:PATH         a directory in transformers' layout
+    dir:PATH         a directory in transformers' layout, of any family
     hub:NAME         a repository of the Hugging Face hub, from its cache unless
                      downloads are allowed
     random:SHAPE     random weights of a named shape, or of PATH/config.json
@@ -18,8 +18,14 @@ from pathlib import Path
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from meft_bench.child.backbones import files, packages, shapes
-from meft_bench.child.backbones.classifier import finish, image_shape, set_depth
+from meft_bench.child.backbones import any_family, files, packages, shapes
+from meft_bench.child.backbones.classifier import (
+    blocks_of,
+    finish,
+    finish_any,
+    image_shape,
+    set_depth,
+)
 from meft_bench.child.backbones.files import Files, three_ways
 from meft_bench.child.tasks.batches import PixelForm
 from meft_bench.shared import configs
@@ -75,7 +81,9 @@ def load(cell: Cell, num_labels: int | None, source: Source) -> Backbone:
     _be_quiet()
     kind, _, name = cell.backbone.partition(":")
     if kind == "random" and name:
-        config = shapes.find_config(name)
+        config = shapes.find_config(name, any_type=name.endswith(".json"))
+        if not any_family.is_known(config):
+            any_family.require_for_sweeps(config, cell, num_labels)
         return from_config(config, _random(name), cell, num_labels)
     return _from_files(_find_files(cell, source), cell, num_labels)
 
@@ -136,6 +144,25 @@ def from_config(
     )
 
 
+def _finish(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, cell: Cell
+) -> None:
+    if any_family.is_known(model.config):
+        finish(model, tokenizer, cell)
+        return
+    is_classifier = model.config.problem_type is not None
+    heads = any_family.heads_of(model) if is_classifier else {}
+    std = any_family.initial_std(model.config)
+    finish_any(model, [*heads.values()], std, tokenizer, cell)
+
+
+def num_blocks_of(model: PreTrainedModel) -> int:
+    """Return the number of blocks of a model; 0 where its config names none."""
+    if any_family.is_known(model.config):
+        return len(blocks_of(model))
+    return any_family.num_blocks(model.config)
+
+
 def _be_quiet() -> None:
     log = transformers.utils.logging  # a new head would be reported
     log.set_verbosity_error()
@@ -166,7 +193,9 @@ def _from_files(found: Files, cell: Cell, num_labels: int | None) -> Backbone:
     shape = image_shape(model.config)
     tokenizer = files.read_tokenizer(found) if shape is None else None
     finish(model, tokenizer, cell)
-    if cell.depth:
+    if num_labels is None and not any_family.is_known(model.config):
+        any_family.require_causal(model, cell)
+    if cell.depth and any_family.is_known(model.config):
         set_depth(model, cell.depth)
     return Backbone(
         model=model,

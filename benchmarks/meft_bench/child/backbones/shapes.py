@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from meft_bench.child.backbones import any_family
 from meft_bench.child.backbones.classifier import (
     model_class,
     options,
@@ -32,6 +33,9 @@ def build(
         cell: the cell that the model is for.
         num_labels: number of classes of the head; None for a language model.
     """
+    if not any_family.is_known(config):
+        made: PreTrainedModel = any_family.make(config, cell, num_labels)
+        return made
     set_up_config(config, cell, num_labels)
     if cell.depth:
         set_depth_of_config(config, cell.depth)

@@ -22,7 +22,7 @@ from meft_bench.child.measuring import probes, starting_point
 from meft_bench.child.measuring.partial_result import PartialResult, finite
 from meft_bench.child.meters import memory
 from meft_bench.child.meters.clock import StepClock
-from meft_bench.child.scoring import answers, images, labels, numbers
+from meft_bench.child.scoring import answers, images, labels, numbers, tokens
 from meft_bench.child.scoring.examples import Examples
 from meft_bench.child.tasks import synthetic
 from meft_bench.child.tasks.batches import (
@@ -33,6 +33,7 @@ from meft_bench.child.tasks.batches import (
     full_batches,
     refuse_padded_images,
 )
+from meft_bench.child.tasks.loading import load_task
 from meft_bench.child.tasks.question import AnswerTask
 from meft_bench.child.tasks.task import Task
 from meft_bench.child.training import execution, prepare
@@ -40,7 +41,6 @@ from meft_bench.child.training.prepare import AnyTask
 from meft_bench.child.training.steps import Stepper, train
 from meft_bench.shared import configs, methods
 from meft_bench.shared.cell import Cell
-from meft_bench.shared.registry import TASKS, load
 from meft_bench.shared.source import Source
 
 
@@ -65,7 +65,7 @@ def measure(cell: Cell, source: Source, partial: PartialResult) -> None:
 
 
 def _measure(cell: Cell, source: Source, partial: PartialResult) -> None:
-    task: AnyTask = load(TASKS[cell.task])(cell, source)
+    task: AnyTask = load_task(cell, source)
     task = _with_rows_to_score(task, cell)
     partial.environment["data_origin"] = task.origin
     backbone = prepare.load_backbone(cell, task, source)
@@ -80,7 +80,7 @@ def _measure(cell: Cell, source: Source, partial: PartialResult) -> None:
             "to select weights with: set it to 0, or `train_rows` to at least 10"
         )
     batches = full_batches(examples.train, cell)
-    num_blocks = len(backbones.blocks_of(backbone.model))
+    num_blocks = backbones.num_blocks_of(backbone.model)
     before = _start(backbone.model, batches[0], cell)
     stepper = prepare.apply_method(backbone, cell)
     if before is not None:
@@ -100,7 +100,7 @@ def _measure(cell: Cell, source: Source, partial: PartialResult) -> None:
     probes.probe_rows(stepper, batches, partial)
     probes.probe_transfers(stepper, batches, partial)
     probes.look_at_routing(stepper, batches[0], partial)
-    if methods.TABLE[cell.method].rebuilds:
+    if methods.of(cell.method).rebuilds:
         probes.check_inverse(stepper, batches[0], partial)
     if cell.reference:  # last, because it needs memory for two models
         probes.time_against_reference(
@@ -139,7 +139,7 @@ def _start(model: PreTrainedModel, batch: Batch, cell: Cell) -> Tensor | None:
     Returns:
         A tensor `batch seq hidden`; None for other methods.
     """
-    if not methods.TABLE[cell.method].is_reversible:
+    if not methods.of(cell.method).is_reversible:
         return None
     # All parameters are frozen, so that the stepper makes no optimizer state for them.
     nn.Module.to(model.requires_grad_(False), cell.device)
@@ -159,6 +159,8 @@ def _scoring(task: AnyTask) -> Any:
         return answers
     if task.has_pictures:
         return images
+    if task.num_labels is None:
+        return tokens
     return numbers if task.num_labels == 1 else labels
 
 

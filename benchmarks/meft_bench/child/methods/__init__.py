@@ -12,4 +12,8 @@ adapters       bottleneck adapters
 checkpointing  gradient checkpointing of the above
 reversible     MEFT1, MEFT2 and MEFT3; LoRA or full fine-tuning in a reversible model
 sparse         dense and sparse adapters of many neurons
+own            which of these a cell names, or which function of the user
+peft_config    any config of PEFT
+any_checkpointing   gradient checkpointing of any model, as transformers does it
+mlp_parts      MLPs in parts of the tokens, for methods that leave blocks as they are
 """

@@ -8,6 +8,6 @@
     majority(task)                             the same for a constant answer
 
 `labels` is for classifiers, `images` for those of images, `numbers` for regression,
-`answers` for language models, by the metrics of `rules` with exact match and F1 of
-`normalised`.
+`tokens` for texts of which every token is predicted, `answers` for language models, by
+the metrics of `rules` with exact match and F1 of `normalised`.
 """

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from meft_bench.child.own import metric as own_metric
 from meft_bench.child.scoring.examples import Examples
 from meft_bench.child.scoring.rules import METRICS, Answer, Choice
 from meft_bench.child.tasks.batches import IGNORED, Example, collate
-from meft_bench.child.tasks.question import NEXT_PROMPT, AnswerTask, Question
+from meft_bench.child.tasks.question import AnswerTask, Question
 from meft_bench.child.tasks.token_cache import cached
 from meft_bench.child.training.steps import Stepper
 from meft_bench.shared.cell import Cell
@@ -70,14 +71,18 @@ def predict(
 
 def is_right(
     task: AnswerTask, predictions: Sequence[Answer], rows: Sequence[Question]
-) -> list[bool]:
+) -> list[bool] | None:
     """Return whether each answer is right by the score of the task's metric.
+
+    None is returned for a metric of the user, which scores all answers together.
 
     Args:
         task: the task.
         predictions: the answers.
         rows: the questions, in the same order.
     """
+    if own_metric.is_own(task.metric):
+        return None
     rule = next(iter(METRICS[task.metric].values.values()))
     return [rule(*pair) == 1 for pair in zip(predictions, rows, strict=True)]
 
@@ -92,11 +97,23 @@ def scores(
         predictions: the answers.
         rows: the questions, in the same order.
     """
+    if own_metric.is_own(task.metric):
+        several = any(len(row.accepted) > 1 for row in rows)
+        references = [[*row.accepted] if several else row.accepted[0] for row in rows]
+        texts = [_text(*pair) for pair in zip(predictions, rows, strict=True)]
+        return own_metric.scores(task.metric, texts, references)
     pairs = list(zip(predictions, rows, strict=True))
     return {
         name: sum(rule(*pair) for pair in pairs) / len(pairs)
         for name, rule in METRICS[task.metric].values.items()
     }
+
+
+def _text(answer: Answer, question: Question) -> str:
+    """Return an answer as text: of a choice, the likeliest option per character."""
+    if isinstance(answer, Choice):
+        return question.options[answer.likeliest_per_character]
+    return answer
 
 
 def majority(task: AnswerTask) -> dict[str, float]:
@@ -109,7 +126,9 @@ def majority(task: AnswerTask) -> dict[str, float]:
         answers = [Choice(min(place, last), min(place, last)) for last in lasts]
     else:
         # Solutions of GSM8K are all different, but their numbers are not.
-        keys = [METRICS[task.metric].key(q.accepted[0]) for q in task.train]
+        is_own = own_metric.is_own(task.metric)
+        key = str if is_own else METRICS[task.metric].key
+        keys = [key(q.accepted[0]) for q in task.train]
         common = Counter(keys).most_common(1)[0][0]
         answer = task.train[keys.index(common)].answer
         answers = [answer] * len(task.evaluation)
@@ -252,9 +271,7 @@ def log_likelihoods(
         targets = batch.pop("labels")[:, 1:]
         # The head is the most expensive part, and only the option's tokens need it.
         places = (targets != IGNORED).any(0).nonzero()[:, 0]
-        inputs = stepper.to_device(batch | {"logits_to_keep": places})
-        with stepper.autocast():
-            logits = stepper.model(**inputs).logits
+        logits = stepper.logits_at(batch, places)
         likely = _log_likelihood(logits.float().cpu(), targets[:, places])
         for n, value in zip(chosen, likely.tolist(), strict=True):
             i, place = pairs[n]
@@ -301,14 +318,14 @@ def _write(
                 use_cache=True,
                 pad_token_id=stepper.pad_token_id,
                 eos_token_id=end,
-                stop_strings=[NEXT_PROMPT],
+                stop_strings=[task.stop] if task.stop else None,
                 tokenizer=tokenizer,
             )
         for n, tokens in zip(chosen, out[:, longest:].tolist(), strict=True):
             # A row that has ended is padded until the last row has ended.
             tokens = tokens[: tokens.index(end)] if end in tokens else tokens
             text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-            written[n] = text.partition(NEXT_PROMPT)[0]
+            written[n] = text.partition(task.stop)[0] if task.stop else text
     return written
 
 

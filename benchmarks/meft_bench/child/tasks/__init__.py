@@ -6,9 +6,11 @@ synthetic    random tokens or images of an exact shape
 labelled     classifiers and regressions of texts
 pictures     classifiers of images
 questions    language models that choose among options or answer in words
+own_rows     tasks of rows of the user, which `row_files` reads
 
-`find` takes rows from the first way that is available: `files` reads files, `formats`
-has their formats, and `rows` says what a row is. `task` and `question` define tasks,
-`metrics` scores labels and numbers, and `gsm8k` is a rule for answers. `batches`
-converts rows to tensors, and `token_cache` keeps tokens on disk.
+`loading` finds the task of a cell. `find` takes rows from the first way that is
+available: `files` reads files, `formats` has their formats, and `rows` says what a row
+is. `task` and `question` define tasks, `metrics` scores labels and numbers, and `gsm8k`
+is a rule for answers. `batches` converts rows to tensors, and `token_cache` keeps
+tokens on disk.
 """

@@ -16,6 +16,8 @@ from datasets import Features, Value
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from meft_bench.child.own import metric as own_metric
+
 
 class _LabelMetric(evaluate.Metric):  # type: ignore[misc]
     """A metric of predicted against true class labels."""
@@ -95,10 +97,12 @@ def scores(
     """Return every value of the metric of that name, the score first.
 
     Args:
-        metric: one of `METRICS`.
+        metric: one of `METRICS`, or of the user.
         predictions: predicted labels, or numbers.
         references: the true ones, in the same order.
     """
+    if own_metric.is_own(metric):
+        return own_metric.scores(metric, predictions, references)
     # The shared cache directory cannot be used, because cells run in parallel.
     with tempfile.TemporaryDirectory() as directory:
         scorer = METRICS[metric](cache_dir=directory, keep_in_memory=True)

@@ -72,6 +72,8 @@ class AnswerTask:
     """Maximum number of generated tokens; 0 where there are options."""
     origin: str
     """Origin of the rows and which splits they are."""
+    stop: str = NEXT_PROMPT
+    """Text at which a generated answer ends; empty for none."""
 
     @property
     def has_options(self) -> bool:

@@ -3,19 +3,22 @@
 load_backbone -> apply_method -> a `Stepper` on the cell's device
 """
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
 import meft
 from meft_bench.child import backbones
-from meft_bench.child.backbones import Backbone, quantised
+from meft_bench.child.backbones import Backbone, any_family, quantised
+from meft_bench.child.backbones.unwrapped import base_of
+from meft_bench.child.methods import own
 from meft_bench.child.tasks.question import AnswerTask
 from meft_bench.child.tasks.task import Task
 from meft_bench.child.training import execution
 from meft_bench.child.training.steps import Stepper, seed_everything
 from meft_bench.shared import methods
 from meft_bench.shared.cell import Cell
-from meft_bench.shared.registry import METHODS, load
 from meft_bench.shared.source import MissingError, Source
 
 AnyTask = Task | AnswerTask
@@ -40,8 +43,14 @@ def load_backbone(cell: Cell, task: AnyTask, source: Source) -> Backbone:
     if cell.is_quantised:
         quantised.quantise(backbone.model, cell)
     if cell.blocks == "compiled":
+        if not any_family.is_known(backbone.model.config):
+            raise ValueError(
+                f"`blocks` = 'compiled' needs a family that sweeps know, and "
+                f"{cell.backbone} is of model_type "
+                f"{backbone.model.config.model_type!r}: take 'eager'"
+            )
         execution.compile_blocks(
-            backbone.model, in_parts=methods.TABLE[cell.method].is_reversible
+            backbone.model, in_parts=methods.of(cell.method).is_reversible
         )
     return backbone
 
@@ -50,14 +59,52 @@ def apply_method(backbone: Backbone, cell: Cell) -> Stepper:
     """Apply the cell's method to the backbone, and move the model to its device."""
     # Seeded again, so that adapters do not depend on how the backbone was loaded.
     seed_everything(cell.seed)
-    model = load(METHODS[cell.method])(backbone.model, cell)
-    if cell.loss_chunk_tokens:
-        meft.chunk_loss(model, cell.loss_chunk_tokens)
+    function = own.function_of(cell, backbone.model.config)
+    return with_method(backbone.model, cell, function)
+
+
+def with_method(model: Any, cell: Cell, function: own.Method) -> Stepper:
+    """Apply a method to a model, and move the model to the cell's device.
+
+    Args:
+        model: the model.
+        cell: the cell.
+        function: the function of the method.
+    """
+    if cell.mlp_chunks > 1 and methods.of(cell.method).leaves_blocks:
+        from meft_bench.child.methods import mlp_parts  # peft takes seconds
+
+        blocks = mlp_parts.blocks_before(model, cell)
+        model = function(model, cell)
+        mlp_parts.split(model, blocks, cell)
+    else:
+        model = function(model, cell)
+    _chunk_loss(model, cell)
     return Stepper(model.to(cell.device), cell)
 
 
+def _chunk_loss(model: Any, cell: Cell) -> None:
+    """Compute the loss in chunks, if the cell says so.
+
+    Raises:
+        ValueError: the model has no loss that can be.
+    """
+    if not cell.loss_chunk_tokens:
+        return
+    try:
+        meft.chunk_loss(base_of(model), cell.loss_chunk_tokens)
+    except meft.UnsupportedModelError as error:
+        raise ValueError(
+            f"leave out `loss_chunk_tokens` = {cell.loss_chunk_tokens} with method "
+            f"{cell.method!r} and {cell.backbone}: {error}"
+        ) from error
+
+
 def num_labels_of(task: AnyTask) -> int | None:
-    """Return the number of classes of the head; None for a language-model head."""
+    """Return the number of classes of the head, 1 for a number.
+
+    None for a language-model head.
+    """
     return None if isinstance(task, AnswerTask) else task.num_labels
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 import meft
 from meft.sparse.adapter import sparse_adapters
+from meft_bench.child.backbones.unwrapped import base_of, num_prepended
 from meft_bench.child.meters.clock import StepClock
 from meft_bench.child.tasks.batches import IGNORED, Batch, Example, Image, collate
 from meft_bench.shared import protocol
@@ -63,8 +64,8 @@ class Stepper:
         self._scaler = torch.amp.GradScaler(cell.device, enabled=cell.dtype == "fp16")
         # LLaMA and OPT have no segments, and would pass them on to modules without
         # effect.
-        parameters = inspect.signature(model.forward).parameters
-        self._left_out = {"token_type_ids"} - set(parameters)
+        self._accepted = set(inspect.signature(base_of(model).forward).parameters)
+        self._left_out = {"token_type_ids"} - self._accepted
         trained = [p for p in model.parameters() if p.requires_grad]
         _refuse_fp16(trained, cell)
         matrices = [p for p in trained if _is_matrix(p)]
@@ -145,6 +146,20 @@ class Stepper:
         begin = 0 if self.model.config.is_encoder_decoder else 1
         counts = [b["labels"][:, begin:].ne(IGNORED).sum() for b in batches]
         return [sum(counts) / count for count in counts]
+
+    def logits_at(self, batch: Batch, places: Tensor) -> Tensor:
+        """Return the logits at some places of every row, `batch place vocabulary`.
+
+        Args:
+            batch: the inputs, on the host.
+            places: places of a row, counted without tokens that a method puts before.
+        """
+        places = places + num_prepended(self.model)
+        can_select = "logits_to_keep" in self._accepted
+        inputs = batch | {"logits_to_keep": places} if can_select else batch
+        with self.autocast():
+            logits: Tensor = self.model(**self.to_device(inputs)).logits
+        return logits if can_select else logits[:, places.to(logits.device)]
 
     @property
     def pad_token_id(self) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from meft.errors import MeftError
 from meft_bench.child import backbones
-from meft_bench.child.backbones import classifier
+from meft_bench.child.backbones import any_family, classifier
 from meft_bench.child.tasks.batches import refuse_padded_images
 from meft_bench.child.training import prepare
 from meft_bench.shared import lengths, quantisations
@@ -31,6 +31,8 @@ from meft_bench.virtual.recording.breakdown import breakdown
 from meft_bench.virtual.recording.replay import held_by, replay
 from meft_bench.virtual.recording.trace import Peak, Storage, Trace
 
+NUM_LABELS = 2
+"""Number of classes of a model of a family that is not known."""
 NUM_ALIVE = 12
 """Number of storages that are listed individually."""
 HALF = ("bf16", "fp16")
@@ -189,9 +191,12 @@ def _ready(cell: Cell, source: Source) -> contextlib.AbstractContextManager[Read
             f"{', '.join(quantisations.TABLE)} as `--weights-dtype` to plan these"
         )
     is_known = config.model_type in MODEL_TYPES and not cell.method.startswith(PEFT)
-    task = cell.task or any_model.task_of(config.model_type)
+    task = cell.task or any_family.task_of(config.model_type)
     cell = dataclasses.replace(cell, task=task)
-    return ready(cell, source) if is_known else any_model.ready(cell, config)
+    if is_known:
+        return ready(cell, source)
+    num_labels = None if task == "synthetic-lm" else NUM_LABELS
+    return any_model.ready(cell, config, num_labels)
 
 
 def _with_lengths(

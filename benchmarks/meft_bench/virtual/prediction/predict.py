@@ -17,15 +17,17 @@ from typing import Any, TypeVar
 import torch
 
 from meft_bench.child import backbones
+from meft_bench.child.backbones import any_family
 from meft_bench.child.measuring import probes
 from meft_bench.child.measuring.partial_result import PartialResult
 from meft_bench.child.tasks.batches import Batch, refuse_padded_images
+from meft_bench.child.tasks.loading import load_task
 from meft_bench.child.training import execution, prepare
 from meft_bench.child.training.steps import Stepper
 from meft_bench.shared import configs
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.methods import TABLE
-from meft_bench.shared.registry import HAVE_ROWS, TASKS, load
+from meft_bench.shared.registry import HAVE_ROWS, PEFT
 from meft_bench.shared.source import MissingError, Source
 from meft_bench.virtual.device import gpu
 from meft_bench.virtual.device.allocator import settings_in_words
@@ -66,11 +68,22 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
             needs information that this build of torch does not have.
         ValueError: the config, the method and the shape are incompatible.
     """
-    task = load(TASKS[cell.task])(cell, source)
-    config, origin = backbones.load_config(cell, source)
+    task = load_task(cell, source)
+    config, origin = backbones.load_config(cell, source, any_type=True)
+    num_labels = prepare.num_labels_of(task)
+    origins = {
+        "data_origin": f"shapes only; {task.origin}",
+        "weights_origin": origin,
+        "weights_sha256": configs.digest(cell.backbone),
+    }
+    if not any_family.is_known(config):
+        from meft_bench.virtual.prediction import any_model  # which needs this module
+
+        with any_model.ready(cell, config, num_labels, origins) as it:
+            yield it
+        return
     device = VirtualGpu(gpu.find(gpu.name_in(cell.device)))
     device.has_padding = cell.padding != "none"
-    num_labels = prepare.num_labels_of(task)
     # For other methods, a size that depends on values raises an error.
     has_rows = cell.method in HAVE_ROWS
     sizes = (
@@ -109,11 +122,7 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
                 num_labels,
             ),
             how="; ".join([how, *words]),
-            origins={
-                "data_origin": f"shapes only; {task.origin}",
-                "weights_origin": origin,
-                "weights_sha256": configs.digest(cell.backbone),
-            },
+            origins=origins,
         )
 
 
@@ -142,8 +151,11 @@ def recorded(
         with device.new_ledger() as ledger:
             yield make(), ledger, []
         return
-    from meft_bench.virtual.emulation import quantised_lora  # peft takes seconds
+    from meft_bench.child.methods import peft_config  # peft takes seconds
+    from meft_bench.virtual.emulation import quantised_lora
 
+    if cell.method.startswith(PEFT):
+        peft_config.refuse_quantised(cell)
     made = make()
     model = model_of(made)
     words = quantised_layers.quantise(model, cell)
