@@ -147,7 +147,7 @@ def cell_of(made: Path, device: str = "cpu", **fields: Any) -> dict[str, Any]:
                 "task": "jsonl:questions.jsonl",
                 "method": "lora-checkpointing",
             },
-            ("options", None),
+            ("accuracy_per_character", "accuracy"),
         ),
         (
             {
@@ -155,7 +155,7 @@ def cell_of(made: Path, device: str = "cpu", **fields: Any) -> dict[str, Any]:
                 "task": "jsonl:questions.jsonl",
                 "method": "peft:prefix.json",
             },
-            ("options", None),
+            ("accuracy_per_character", "accuracy"),
         ),
         (
             {"backbone": "dir:olmo", "task": "said", "method": "lora"},
@@ -184,7 +184,7 @@ def test_a_cell_is_trained_scored_and_measured(
     assert 0 < seen["num_trainable_parameters"] <= seen["num_parameters"]
     assert answer["environment"]["weights_sha256"] is not None
     assert (seen["step_ratio"] is not None) == ("reference" in fields)
-    is_row_wise = seen["score_name"] in ("options", "exact_match", "own:kappa")
+    is_row_wise = seen["score_name"] in ("accuracy_per_character", "exact_match", "own:kappa")
     assert bool(seen["right_rows"]) == is_row_wise
 
 

@@ -152,7 +152,7 @@ def test_options_are_a_list_or_columns(tmp_path: Path) -> None:
     for task in (listed, columns):
         assert isinstance(task, AnswerTask)
         assert task.max_new_tokens == 0
-        assert task.metric == "options"
+        assert task.metric == "options_per_character"
         for question in task.train:
             right = "blue" if "good" in question.prompt else "red"
             assert question.accepted == (right,)

@@ -32,7 +32,7 @@ from meft_bench.parent.engines import local
 from meft_bench.parent.engines.local import Stopped
 from meft_bench.parent.progress import Progress, count
 from meft_bench.parent.runs import RecordsFile
-from meft_bench.parent.trials import Choice
+from meft_bench.parent.trials import Tuning
 from meft_bench.shared import request
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
@@ -70,7 +70,7 @@ class RunPlan:
 
     Cells on a real GPU always have one.
     """
-    choices: tuple[Choice, ...] = ()
+    tunings: tuple[Tuning, ...] = ()
     """Trials, with the cells that wait for them."""
     left_out: tuple[str, ...] = ()
     """What the sweep declares and this run omits, one readable line each."""
@@ -97,16 +97,16 @@ def run(plan: RunPlan, *, worker_module: str = request.WORKER) -> int:
         runs.RunsError: the records file, or a log next to it, cannot be used.
     """
     budget = Budget(plan.time_budget_seconds)
-    if not plan.cells and not plan.choices:
+    if not plan.cells and not plan.tunings:
         return _run_checks_alone(plan, budget)
-    tried = tuple(trial for choice in plan.choices for trial in choice.trials)
-    waiting = [cell for choice in plan.choices for cell in choice.cells]
+    tried = tuple(trial for tuning in plan.tunings for trial in tuning.trials)
+    waiting = [cell for tuning in plan.tunings for cell in tuning.cells]
     first = dataclasses.replace(plan, cells=(*plan.cells, *tried))
     num_cells = len(first.cells) + len(waiting)
     environments = environments_for(
         first.cells, num_threads=plan.options.num_threads, num_slots=plan.num_slots
     )
-    unscored: list[Choice] = []
+    unscored: list[Tuning] = []
     with RecordsFile(plan.path) as file:
         try:
             try:
@@ -115,9 +115,9 @@ def run(plan: RunPlan, *, worker_module: str = request.WORKER) -> int:
                 done = _done(first, file, environments)
                 return _interrupted(plan, num_cells, [Status.OK for _ in done])
             stage = _run_stage(first, environments, file, budget, worker_module)
-            if stage.is_whole and plan.choices:
+            if stage.is_whole and plan.tunings:
                 scored = runs.done(file.records, tried, environments)
-                cells, unscored = _chosen(plan.choices, scored)
+                cells, unscored = _chosen(plan.tunings, scored)
                 second = dataclasses.replace(plan, cells=cells, left_out=())
                 if cells:
                     its = _run_stage(second, environments, file, budget, worker_module)
@@ -135,10 +135,10 @@ def run(plan: RunPlan, *, worker_module: str = request.WORKER) -> int:
         return _exit_code([*stage.statuses, *checked])
     if not stage.is_whole:
         return _interrupted(plan, num_cells, stage.statuses)
-    for choice in unscored:
+    for tuning in unscored:
         output.complain(
-            f"not run, {len(choice.cells)} cells: no trial of them has a score, such "
-            f"as {choice.trials[0].id}"
+            f"not run, {len(tuning.cells)} cells: no trial of them has a score, such "
+            f"as {tuning.trials[0].id}"
         )
     page = plan.path.with_suffix(".html")
     output.summarize(
@@ -183,17 +183,17 @@ def _done(
 
 
 def _chosen(
-    choices: Sequence[Choice], scored: Mapping[Cell, Record]
-) -> tuple[tuple[Cell, ...], list[Choice]]:
-    """Return the cells with the values of the best trials, and choices without one."""
+    tunings: Sequence[Tuning], scored: Mapping[Cell, Record]
+) -> tuple[tuple[Cell, ...], list[Tuning]]:
+    """Return the cells with the values of the best trials, and tunings without one."""
     cells: dict[Cell, None] = {}
     unscored = []
-    for choice in choices:
-        best = trials.best_of(choice, scored)
+    for tuning in tunings:
+        best = trials.best_of(tuning, scored)
         if best is None:
-            unscored.append(choice)
+            unscored.append(tuning)
         else:
-            cells |= dict.fromkeys(choice.cells_with(best))
+            cells |= dict.fromkeys(tuning.cells_with(best))
     return tuple(cells), unscored
 
 

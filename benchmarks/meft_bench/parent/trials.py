@@ -29,7 +29,7 @@ UNTUNABLE = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
+class Tuning:
     """Cells that wait for the best of some trials."""
 
     fields: tuple[str, ...]
@@ -76,10 +76,10 @@ def check(tune: Mapping[str, Sequence[Value]], cells: Iterable[Cell]) -> None:
             )
 
 
-def choices_of(
+def tunings_of(
     cells: Sequence[Cell], tune: Mapping[str, Sequence[Value]]
-) -> list[Choice]:
-    """Return the choices of a matrix, in the order of its cells.
+) -> list[Tuning]:
+    """Return the tunings of a matrix, in the order of its cells.
 
     Args:
         cells: the cells of the matrix, with any values of the fields to try.
@@ -98,7 +98,7 @@ def choices_of(
         )
         groups.setdefault(trial, []).append(waiting)
     return [
-        Choice(
+        Tuning(
             fields=names,
             trials=tuple(dataclasses.replace(trial, **point) for point in points),
             cells=tuple(waiting),
@@ -107,15 +107,15 @@ def choices_of(
     ]
 
 
-def best_of(choice: Choice, records: Mapping[Cell, Record]) -> Cell | None:
+def best_of(tuning: Tuning, records: Mapping[Cell, Record]) -> Cell | None:
     """Return the trial with the best score; None if no trial has one.
 
     Args:
-        choice: the trials, and the cells that wait for them.
+        tuning: the trials, and the cells that wait for them.
         records: the records of cells that ended.
     """
     best, most = None, float("-inf")
-    for trial in choice.trials:
+    for trial in tuning.trials:
         record = records.get(trial)
         if record is None or record.status != Status.OK:
             continue
