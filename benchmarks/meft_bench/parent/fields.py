@@ -120,11 +120,39 @@ def check_together(cell: Cell) -> None:
                 f"take {cell.dtype!r}, or a method that freezes the backbone, such as "
                 "'lora'"
             )
+        if cell.is_quantised and method in registry.MULTIPLY_WEIGHTS:
+            raise ValueError(
+                f"`weights_dtype` = {cell.weights_dtype!r} with `{name}` = {method!r}, "
+                "which computes with the weights themselves: take "
+                f"{cell.dtype!r}, or a method that adds to what layers return, such as "
+                "'lora'"
+            )
         if cell.optimizer != "adamw" and method in registry.HAVE_ROWS:
             raise ValueError(
                 f"`optimizer` = {cell.optimizer!r} with `{name}` = {method!r}, whose "
                 "rows have an AdamW of their own: take 'adamw', or another method"
             )
+        if cell.optimizer != "adamw" and method in registry.OWN_OPTIMIZER:
+            raise ValueError(
+                f"`optimizer` = {cell.optimizer!r} with `{name}` = {method!r}, which "
+                "has an optimizer of its own: take 'adamw', or another method"
+            )
+    if cell.optimizer in registry.IN_BACKWARD:
+        _check_in_backward(cell)
+
+
+def _check_in_backward(cell: Cell) -> None:
+    begin = f"`optimizer` = {cell.optimizer!r}, which updates during backward, with"
+    if cell.accumulation > 1:
+        raise ValueError(
+            f"{begin} `accumulation` = {cell.accumulation}: gradients cannot be summed "
+            "before an update; take 1, or 'adamw'"
+        )
+    if cell.dtype == "fp16":
+        raise ValueError(
+            f"{begin} `dtype` = 'fp16': a loss scale has to look at all gradients "
+            "before an update; take 'bf16', or 'adamw'"
+        )
 
 
 def _check_text(name: str, value: object) -> str:

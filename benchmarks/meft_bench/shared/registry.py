@@ -110,8 +110,17 @@ BLOCKS = ("eager", "compiled")
 PADDINGS = ("none", "some")
 SIDE_BUFFERS = ("device", "host")
 GRADIENT_DTYPES = ("fp32", "bf16")
-OPTIMIZERS = ("adamw", "adamw-fused", "sgd")
-"""AdamW as torch runs it by default, AdamW in one kernel, SGD without momentum."""
+OPTIMIZERS = (
+    *("adamw", "adamw-fused", "sgd", "adamw-8bit", "adamw-4bit", "adamw-offload"),
+    *("adamw-in-backward", "lomo", "adalomo"),
+)
+"""Optimizers; `meft_bench.child.training.optimizers` describes each."""
+IN_BACKWARD = ("adamw-in-backward", "lomo", "adalomo")
+"""Those that update during backward, when some gradients do not exist yet."""
+OWN_OPTIMIZER = tuple(n for n, m in methods.TABLE.items() if m.optimizer)
+"""Methods with an optimizer of their own."""
+MULTIPLY_WEIGHTS = tuple(n for n, m in methods.TABLE.items() if m.multiplies_weights)
+"""Methods that compute with the weights of the backbone."""
 ATTENTIONS = {
     "eager": None,
     "sdpa": None,

@@ -12,7 +12,7 @@ from meft_bench.child.backbones import Backbone, quantised
 from meft_bench.child.tasks.question import AnswerTask
 from meft_bench.child.tasks.task import Task
 from meft_bench.child.training import execution
-from meft_bench.child.training.steps import Stepper, seed_everything
+from meft_bench.child.training.steps import Stepper, base_of, seed_everything
 from meft_bench.shared import methods
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import METHODS, load
@@ -52,7 +52,7 @@ def apply_method(backbone: Backbone, cell: Cell) -> Stepper:
     seed_everything(cell.seed)
     model = load(METHODS[cell.method])(backbone.model, cell)
     if cell.loss_chunk_tokens:
-        meft.chunk_loss(model, cell.loss_chunk_tokens)
+        meft.chunk_loss(base_of(model), cell.loss_chunk_tokens)
     return Stepper(model.to(cell.device), cell)
 
 

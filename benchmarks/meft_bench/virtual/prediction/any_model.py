@@ -26,7 +26,7 @@ import meft
 from meft_bench.child.backbones.classifier import WEIGHTS_DTYPES, num_positions, options
 from meft_bench.child.tasks.batches import Batch
 from meft_bench.child.training import execution
-from meft_bench.child.training.steps import Stepper
+from meft_bench.child.training.steps import Stepper, base_of
 from meft_bench.shared import backbones, protocol
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import METHODS_OF_ANY_MODEL, PEFT
@@ -136,7 +136,7 @@ def ready(cell: Cell, config: PreTrainedConfig) -> Iterator[Ready]:
 
 def _description(model: Any) -> str:
     """Return the class, the attention if it has but one, and what LoRA changes."""
-    base = _base(model)
+    base = base_of(model)
     words = f"assumed: a {type(base).__name__}"
     if not base._supports_sdpa:
         words += ", which has eager attention only"
@@ -241,7 +241,7 @@ def _with_method(model: Any, cell: Cell) -> Any:
     if _is_checkpointed(cell):
         _checkpoint(model, offload=cell.method.endswith("-offload"))
     if cell.loss_chunk_tokens:
-        meft.chunk_loss(_base(model), cell.loss_chunk_tokens)
+        meft.chunk_loss(base_of(model), cell.loss_chunk_tokens)
     return model.to(cell.device)
 
 
@@ -366,7 +366,7 @@ def _is_checkpointed(cell: Cell) -> bool:
 
 
 def _checkpoint(model: Any, *, offload: bool) -> None:
-    base = _base(model)
+    base = base_of(model)
     if not base.supports_gradient_checkpointing:
         raise ValueError(
             f"{type(base).__name__} of transformers does not support gradient "
@@ -391,18 +391,13 @@ def _checkpoint_on_host(function: Any, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 
-def _base(model: Any) -> Any:
-    """Return transformers' model, which PEFT may have wrapped."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _batches(config: PreTrainedConfig, model: Any, cell: Cell) -> list[Batch]:
     return [_batch(config, model, cell) for _ in range(cell.accumulation)]
 
 
 def _batch(config: PreTrainedConfig, model: Any, cell: Cell) -> Batch:
     """Return what the model reads, of one micro-batch, with arbitrary contents."""
-    base = _base(model)
+    base = base_of(model)
     rows = cell.batch_size
     tokens = torch.zeros((rows, cell.seq_len), dtype=torch.long)
     dtype = WEIGHTS_DTYPES[cell.unquantised_dtype]
