@@ -30,7 +30,7 @@ def dense(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
         for block in found.blocks:
             shape = found.family.adapter_shape(block, found.config)
             adapter = DenseAdapter(shape.hidden_size, cell.num_neurons)
-            adapted.append(AdaptedBlock(block, found.family, None, adapter))
+            adapted.append(AdaptedBlock(block, found.family, mlp_adapter=adapter))
         setattr(found.owner, found.attribute, adapted)
     return model
 
