@@ -9,7 +9,8 @@ method regularises its additional modules equally.
 
 lora_all  on every linear layer of every block (QLoRA, Dettmers et al., NeurIPS 2023)
 rslora    s = alpha / sqrt(r) (Kalajdzievski, 2023)
-dora      magnitude and direction of W train apart (Liu et al., ICML 2024)
+dora      magnitude and direction of W train apart (Liu et al., ICML 2024); the norm of
+          W counts as a constant in the gradient
 lora_fa   A keeps its random values, so that x is not saved for its gradient
           (Zhang et al., 2023); the gradient of B is multiplied by (A A^T)^-1 / s^2,
           by the optimizer of peft

@@ -79,6 +79,7 @@ def _of_peft(
         # Norms of every class are supported, and the extension only makes BOFT faster.
         warnings.filterwarnings("ignore", "Unsupported layer type")
         warnings.filterwarnings("ignore", "Failed to load the CUDA extension")
+        warnings.filterwarnings("ignore", "Setting boft_n_butterfly_factor to 1")
         # Without a task in its config, peft does not know the head, and copies none.
         tuned = get_peft_model(model, config_of(model))
     return with_head(tuned.get_base_model())
