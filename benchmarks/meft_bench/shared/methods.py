@@ -93,7 +93,9 @@ _SCHEMA = _FOR_REPORTS | {
 
 def _read() -> dict[str, Method]:
     methods = {}
-    for name, table in tables.read(tables.METHODS, ["function", "kind"], _SCHEMA).items():
+    for name, table in tables.read(
+        tables.METHODS, ["function", "kind"], _SCHEMA
+    ).items():
         fields = {key: v for key, v in table.items() if key not in _FOR_REPORTS}
         fields["options"] = tuple(fields.get("options", ()))
         methods[name] = Method(**fields)

@@ -21,9 +21,9 @@ METHODS = {
 }
 """Methods of fine-tuning.
 
-They are the paper's, ours with the exact inverse (`-exact`), the plain twins of both
-(`-store`), and reference methods; then adapters of many neurons: dense, and sparse with
-their rows in host memory, complete and with one part disabled.
+They are reference methods and rivals; the paper's, ours with the exact inverse
+(`-exact`) and the plain twins of both (`-store`); then adapters of many neurons: dense,
+and sparse with their rows in host memory, complete and with one part disabled.
 """
 
 TASKS = {

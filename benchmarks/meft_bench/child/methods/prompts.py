@@ -8,7 +8,9 @@ prefix_tuning  keys and values in front of those of every attention (Li and Lian
                2021)
 
 The backbone is frozen and a new head trains. What a task sees does not change: labels
-and logits are those of its own tokens. Sizes of the MLP are those of the backbone.
+and logits are those of its own tokens. Sizes of the MLP are those of the backbone. The
+head of a classifier such as BERT's reads the first position, as peft has it: p_1, and
+not the token that was meant for it.
 """
 
 from functools import partial

@@ -146,9 +146,7 @@ def _require_cuda(cell: Cell) -> None:
         )
 
 
-MAKERS: dict[
-    str, Callable[[PreTrainedModel, Groups, Cell], torch.optim.Optimizer]
-] = {
+MAKERS: dict[str, Callable[[PreTrainedModel, Groups, Cell], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "adamw-fused": _fused,
     "sgd": _sgd,

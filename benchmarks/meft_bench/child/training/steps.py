@@ -120,10 +120,11 @@ class Stepper:
             self._backward(loss, learning_rate)
             losses.append(loss.detach())
             del loss
-        self._scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.trained, protocol.MAX_GRADIENT_NORM)
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
+        if not hasattr(self.optimizer, "fused_backward"):
+            self._scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.trained, protocol.MAX_GRADIENT_NORM)
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return _sum(losses, divisors)
 

@@ -1,0 +1,788 @@
+"""What every method must do, and each rival against its library or by hand.
+
+The first tests take every method of the table, so that a new one is covered.
+"""
+
+import copy
+import importlib.util
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.optimizers import create_lorafa_optimizer
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from harness.test_methods import ELSEWHERE, HERE, made, stepper_of
+from harness.tiny import BLOCKS, FAMILIES, HIDDEN, SHAPE, batch, cell, classifier
+from marks import slow_but_for
+from meft_bench.child.backbones import blocks_of, heads_of
+from meft_bench.child.meters import memory
+from meft_bench.child.meters.clock import StepClock
+from meft_bench.child.meters.transfers import ledgers_of
+from meft_bench.child.methods import badam, galore, lisa, mezo
+from meft_bench.child.methods.compacter import HypercomplexLinear
+from meft_bench.child.tasks.batches import Example
+from meft_bench.child.training import optimizers
+from meft_bench.child.training.steps import Stepper, base_of, train
+from meft_bench.child.worker import run
+from meft_bench.parent import fields
+from meft_bench.shared import protocol
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.methods import TABLE
+from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.registry import IN_BACKWARD, METHODS, OPTIMIZERS, load
+from meft_bench.shared.source import Source
+from meft_bench.virtual.prediction.plan import plan
+
+R = 4
+PLAIN = [n for n in HERE if not TABLE[n].streams and not TABLE[n].neurons]
+"""Methods of ordinary autograd; reversible and sparse ones have tests of their own."""
+RATES = {"mezo": 1e-3, "lora-all": 2e-3, "lora-all-checkpointing": 2e-3}
+RATES |= {"ln-tuning": 5e-2, "ia3": 5e-2, "vera": 5e-2, "bitfit": 5e-2}
+RATES |= {"p-tuning": 1e-4}
+"""Learning rates of methods that learn a tiny model with another one than most."""
+without_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there is a real GPU, which is left alone"
+)
+
+
+def of(method: str, **changes: object) -> Cell:
+    return cell(method=method, bottleneck_size=R, lora_rank=R, **changes)
+
+
+def stepper(method: str, family: str = "bert", **changes: object) -> Stepper:
+    return stepper_of(made(method, family), of(method, **changes))
+
+
+def loss_of(one: Stepper) -> float:
+    one.model.eval()
+    with torch.no_grad():
+        return float(one.loss(one.to_device(batch())))
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    """Of a forward without dropout, by name."""
+    model.eval().zero_grad()
+    model(**batch()).loss.backward()
+    named = model.named_parameters()
+    return {name: p.grad for name, p in named if p.grad is not None}
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_every_method_lowers_the_loss(method: str) -> None:
+    """Of a batch that it sees again and again; MeZO only a little in so few steps."""
+    one = stepper(method)
+    before = loss_of(one)
+    one.model.train()
+    for _ in range(40):
+        one.step([batch()], RATES.get(method, 1e-2))
+    assert loss_of(one) < before
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_every_method_leaves_the_weights_of_the_best_step(method: str) -> None:
+    """The first validation is the best: later steps are undone, and nothing else."""
+    one = stepper(method, eval_every=1, max_steps=4, learning_rate=1e-2)
+    rows = [
+        Example(token_ids=[2 + n, 3, 4, 5], segment_ids=[0] * 4, label=n % 2)
+        for n in range(4)
+    ]
+    seen: list[Tensor] = []
+
+    def validate() -> float:
+        one.model.eval()
+        with torch.no_grad():
+            seen.append(one.model(**one.to_device(batch())).logits)
+        return -float(len(seen))
+
+    clock = StepClock(0, "cpu")
+    assert len(list(train(one, one_cell(one), itertools.repeat(rows), clock, validate)))
+    one.model.eval()
+    with torch.no_grad():
+        logits = one.model(**one.to_device(batch())).logits
+    assert torch.equal(logits, seen[0])
+    assert not torch.equal(logits, seen[-1])
+
+
+def one_cell(one: Stepper) -> Cell:
+    return cell(eval_every=1, max_steps=4, learning_rate=1e-2, warmup_steps=0)
+
+
+EXACT = [n for n in PLAIN if TABLE[n].kind == "exact" and not TABLE[n].optimizer]
+
+
+@pytest.mark.parametrize("method", [*EXACT, "dora"])
+def test_an_exact_method_has_the_gradient_of_its_loss(method: str) -> None:
+    """As the difference quotient along a random direction says, in float64.
+
+    DoRA's, which takes a norm for a constant, is another one.
+    """
+    torch.manual_seed(3)
+    model = made(method).double().eval()
+    torch.manual_seed(4)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:  # away from matrices that are zero at the start
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model(**batch()).loss.backward()
+    directions = [torch.randn_like(p) for p in trained]
+    slope = sum(
+        float((p.grad * d).sum()) for p, d in zip(trained, directions, strict=True)
+    )
+    step, losses = 1e-5, []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for parameter, direction in zip(trained, directions, strict=True):
+                parameter.add_(direction, alpha=sign * step)
+            losses.append(float(model(**batch()).loss))
+    quotient = (losses[0] - losses[1]) / (2 * step)
+    assert (abs(slope - quotient) < 1e-5 * max(1, abs(quotient))) == (method in EXACT)
+
+
+def saved(method: str, **changes: object) -> int:
+    """Bytes that a forward saves for backward."""
+    one = stepper(method, **changes)
+    one.model.train()
+    one.step([batch()], 0.0)
+    return memory.saved_by_forward(one.model, batch(), one.loss)
+
+
+LESS: dict[str, str] = {
+    "head": "bitfit",
+    "lora": "lora-all",
+    "lora-fa": "lora",
+    "ln-tuning": "lora-all",
+    "bitfit": "full",
+    "bitfit-checkpointing": "bitfit",
+    "pfeiffer": "houlsby",
+    "parallel": "houlsby",
+    "lst": "adapters",
+    "lora-checkpointing": "lora",
+    "lora-all-checkpointing": "lora-all",
+    "dora-checkpointing": "dora",
+    "houlsby-checkpointing": "houlsby",
+    "adapters-checkpointing": "adapters",
+    "checkpointing": "full",
+    "save-on-cpu": "checkpointing",
+    "checkpointing-segments": "full",
+    "lora-checkpointing-segments": "lora",
+    "checkpointing-offload": "checkpointing",
+    "lora-checkpointing-offload": "lora-checkpointing",
+    "lora-save-on-cpu": "lora-checkpointing",
+    "badam": "full",
+    "lisa": "full",
+    "mezo": "head",
+}
+"""What saves less for backward than another method."""
+EQUAL = {"rslora": "lora", "galore": "full"}
+"""What saves as much as another method."""
+MORE = {
+    "dora": "lora",
+    "vera": "lora-fa",
+    "ia3": "head",
+    "oft": "head",
+    "boft": "head",
+    "compacter": "pfeiffer",
+    "prompt-tuning": "head",
+    "p-tuning": "prompt-tuning",
+    "houlsby": "pfeiffer",
+    "adapters": "parallel",
+    "full": "lora",
+    "lora-all": "lora",
+}
+"""What saves more than another method."""
+
+
+def test_every_method_has_a_relation_of_saved_bytes() -> None:
+    assert {*LESS, *EQUAL, *MORE} == {*PLAIN}
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_a_method_saves_less_or_more_than_another(method: str) -> None:
+    """As the table says; the smaller of the two is named first."""
+    if method in EQUAL:
+        assert saved(method) == saved(EQUAL[method])
+    elif method in LESS:
+        assert saved(method) < saved(LESS[method])
+    else:
+        assert saved(method) > saved(MORE[method])
+
+
+PLANNED = ["lora-all", "vera", "lst", "checkpointing-segments", "mezo", "bitfit"]
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    "method", slow_but_for([*PLAIN, "prefix-tuning", *ELSEWHERE], *PLANNED)
+)
+def test_every_method_can_be_planned(method: str) -> None:
+    """On a GPU that is not there, as a classifier or as a language model."""
+    if TABLE[method].optimizer and TABLE[method].package in ("badam", "galore-torch"):
+        stepper(method)  # is skipped where the library is missing
+    is_lm = method == "prefix-tuning"
+    here = of(
+        method,
+        device="virtual-H200",
+        backbone=f"random:{'llama' if is_lm else 'bert'}-tiny",
+        task="synthetic-lm" if is_lm else "synthetic",
+    )
+    found = plan(here, Source(), 0.0)
+    assert found.verdict == "fits", found.message
+
+
+TARGETS = {"target_modules": ["query", "value"]}
+LINEAR = r".*layer\.\d+\..*(query|key|value|dense)"
+ALPHA = {"r": R, "lora_alpha": 2 * R, "lora_dropout": 0.1}
+OF_PEFT: dict[str, Callable[[], Any]] = {
+    "lora": lambda: peft.LoraConfig(**ALPHA, **TARGETS),
+    "lora-all": lambda: peft.LoraConfig(**ALPHA, target_modules=LINEAR),
+    "rslora": lambda: peft.LoraConfig(**ALPHA, **TARGETS, use_rslora=True),
+    "dora": lambda: peft.LoraConfig(**ALPHA, **TARGETS, use_dora=True),
+    "vera": lambda: peft.VeraConfig(**TARGETS),
+    "ia3": lambda: peft.IA3Config(),
+    "oft": lambda: peft.OFTConfig(**TARGETS),
+    "boft": lambda: peft.BOFTConfig(**TARGETS),
+    "ln-tuning": lambda: peft.LNTuningConfig(target_modules=r".*LayerNorm"),
+    "prompt-tuning": lambda: peft.PromptTuningConfig(num_virtual_tokens=20),
+    "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=20),
+}
+"""As a user of peft writes them for BERT."""
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize("method", OF_PEFT)
+def test_a_method_of_peft_is_that_of_peft(method: str) -> None:
+    """Loss and gradients are those of the model that peft makes of its own config."""
+    config = OF_PEFT[method]()
+    config.task_type = "SEQ_CLS"
+    theirs = peft.get_peft_model(classifier(), config)
+    ours = made(method)
+    mine = [p for _, p in sorted(ours.named_parameters()) if p.requires_grad]
+    kept = {tuple(p.shape) for p in mine}
+    assert kept == {tuple(p.shape) for p in theirs.parameters() if p.requires_grad}
+    # Random starts are drawn in another order; what is drawn is put in one order here.
+    for model in (ours, theirs):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                torch.manual_seed(sum(map(ord, _plain(name))))
+                noise = torch.randn(parameter.shape) * 0.05
+                parameter.data = parameter.data * 0 + noise
+    _same_projections(ours, theirs)
+    found, expected = gradients(ours), gradients(theirs)
+    expected = {_plain(name): gradient for name, gradient in expected.items()}
+    assert {_plain(name) for name in found} == set(expected)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[_plain(name)])
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what peft wraps a model and a head in."""
+    for part in ("base_model.model.", "base_model.", "modules_to_save.default."):
+        name = name.replace(part, "")
+    return name
+
+
+def _same_projections(ours: nn.Module, theirs: nn.Module) -> None:
+    """VeRA's shared matrices, which are random."""
+    buffers = {_plain(n): b for n, b in theirs.named_buffers() if "vera_" in n}
+    for name, buffer in ours.named_buffers():
+        if "vera_" in name:
+            buffer.copy_(buffers[_plain(name)])
+
+
+def test_lora_fa_steps_as_peft_does() -> None:
+    """With its optimizer on its model, from the same A, without decay."""
+    theirs = peft.get_peft_model(
+        classifier(), peft.LoraConfig(**ALPHA | {"lora_dropout": 0.0}, **TARGETS)
+    )
+    ours = stepper("lora-fa")
+    for group in ours.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    heads_of(ours.model)[0].requires_grad_(False)
+    named = {_plain(name): p for name, p in ours.model.named_parameters()}
+    for name, parameter in theirs.named_parameters():
+        parameter.data.copy_(named[_plain(name)].detach())
+    optimizer = create_lorafa_optimizer(theirs, r=R, lora_alpha=2 * R, lr=1e-2)
+    for group in optimizer.param_groups:
+        group |= {"betas": protocol.ADAM_BETAS, "eps": protocol.ADAM_EPSILON}
+    for model, one in ((ours.model, ours.optimizer), (theirs, optimizer)):
+        model.eval()
+        for _ in range(3):
+            for group in one.param_groups:
+                group["lr"] = 1e-2
+            model(**batch()).loss.backward()
+            one.step()
+            one.zero_grad()
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(named[_plain(name)], parameter)
+
+
+def prompted(method: str, family: str) -> Any:
+    """A language model with vectors in front, whose weights are far from zero."""
+    config = CONFIG_MAPPING[family](
+        **SHAPE | FAMILIES[family] | {"max_position_embeddings": 100}
+    )
+    config.pad_token_id, config.eos_token_id = 1, None
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    return load(METHODS[method])(model, of(method)).eval()
+
+
+LMS = ["opt", "llama", "qwen3", "gpt_neox"]
+IN_FRONT = ["prompt-tuning", "p-tuning", "prefix-tuning"]
+
+
+@pytest.mark.parametrize("family", LMS)
+@pytest.mark.parametrize("method", IN_FRONT)
+def test_a_prompt_changes_neither_targets_nor_places(method: str, family: str) -> None:
+    """Each token after the first is predicted, from logits that are the same."""
+    model = prompted(method, family)
+    ids = batch()["input_ids"]
+    mask = torch.ones_like(ids)
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, -ids.shape[1] :]
+    loss = model(input_ids=ids, attention_mask=mask, labels=ids).loss
+    pairs = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    wanted = functional.cross_entropy(*pairs)
+    torch.testing.assert_close(loss, wanted)
+    places = torch.tensor([2, 5])
+    kept = model(input_ids=ids, attention_mask=mask, logits_to_keep=places).logits
+    torch.testing.assert_close(kept, logits[:, places])
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(name.startswith("prompt_encoder.") for name in trained)
+
+
+@pytest.mark.parametrize("family", LMS)
+@pytest.mark.parametrize("method", IN_FRONT[:2])
+def test_a_prompted_model_writes_the_likeliest_tokens(method: str, family: str) -> None:
+    """One after the other, with and without padding, as it would without a cache."""
+    model = prompted(method, family)
+    ids = batch()["input_ids"][:2].clamp(min=2)
+    mask = torch.ones_like(ids)
+    mask[0, :3], ids[0, :3] = 0, 1
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 1}
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, use_cache=True, eos_token_id=None, **options
+    )
+    assert torch.equal(out[:, :8], ids)
+    for row, is_token, written in zip(ids, mask.bool(), out[:, 8:], strict=True):
+        tokens = row[is_token][None]
+        for _ in range(5):
+            logits = model(input_ids=tokens, attention_mask=tokens * 0 + 1).logits
+            tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(tokens[0, -5:], written)
+
+
+def test_a_prefix_refuses_to_write() -> None:
+    with pytest.raises(ValueError, match="'prefix-tuning' cannot write answers"):
+        prompted("prefix-tuning", "llama").generate(input_ids=batch()["input_ids"])
+
+
+def test_vectors_need_positions() -> None:
+    """As many as there are, beyond those of the tokens."""
+    with pytest.raises(ValueError, match=r"`seq_len` is 30 .* lower it to at most 20"):
+        load(METHODS["prompt-tuning"])(classifier(), of("prompt-tuning", seq_len=30))
+
+
+def test_a_head_is_trained_and_not_copied() -> None:
+    """peft would keep a frozen one next to it."""
+    for method in OF_PEFT:
+        names = [n for n, _ in base_of(made(method)).named_parameters()]
+        assert [n for n in names if "classifier" in n] == [
+            "classifier.weight",
+            "classifier.bias",
+        ]
+
+
+@pytest.mark.parametrize("method", ["houlsby", "pfeiffer", "parallel"])
+def test_adapters_are_where_their_papers_have_them(method: str) -> None:
+    """A block of BERT, written out."""
+    adapted = made(method).eval().bert.encoder.layer[1]
+    block = adapted.block
+    hidden = torch.randn(2, 8, HIDDEN, generator=torch.Generator().manual_seed(0))
+    mixed = block.attention.output.dense(block.attention.self(hidden)[0])
+    if method == "houlsby":
+        mixed = mixed + adapted.attention_adapter(mixed)
+    attended = block.attention.output.LayerNorm(hidden + mixed)
+    update = block.output.dense(block.intermediate(attended))
+    if method == "parallel":
+        update = update + adapted.mlp_adapter(attended)
+    else:
+        update = update + adapted.output_adapter(update)
+    expected = block.output.LayerNorm(attended + update)
+    found = adapted(hidden)
+    found = found[0] if isinstance(found, tuple) else found
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_hypercomplex_layer_by_hand() -> None:
+    """Two products of 2 by 2 matrices and of a column and a row."""
+    one = [[1.0, 0.0], [0.0, 1.0]]
+    two = [[0.0, 1.0], [-1.0, 0.0]]
+    layer = HypercomplexLinear(4, 2, nn.Parameter(torch.tensor([one, two])))
+    with torch.no_grad():
+        layer.left.copy_(torch.tensor([[[2.0]], [[3.0]]]))
+        layer.right.copy_(torch.tensor([[[1.0, 5.0]], [[7.0, 11.0]]]))
+        layer.bias.copy_(torch.tensor([100.0, 200.0]))
+    # 2 (1, 5) on the diagonal, 3 (7, 11) above it, and -3 (7, 11) below it.
+    expected = torch.tensor([[2.0, 10.0, 21.0, 33.0], [-21.0, -33.0, 2.0, 10.0]])
+    assert torch.equal(layer.weight(), expected)
+    assert torch.equal(layer(torch.eye(4)), expected.T + layer.bias)
+
+
+def test_adapters_of_compacter_share_their_rules() -> None:
+    """One parameter, which sizes that are no multiples refuse."""
+    model = made("compacter")
+    layers = [m for m in model.modules() if isinstance(m, HypercomplexLinear)]
+    assert len(layers) == 4 * BLOCKS
+    assert len({id(layer.rules) for layer in layers}) == 1
+    with pytest.raises(ValueError, match="`bottleneck_size` = 6, which is no multiple"):
+        made("compacter", bottleneck_size=6)
+
+
+def test_a_ladder_by_hand() -> None:
+    """From the hidden states of the plain backbone, block by block."""
+    model = made("lst").eval()
+    side = model.ladder_side
+    with torch.no_grad():
+        side.gates.copy_(torch.tensor([-0.1, 0.0, 0.2]))
+        rows = {n: batch()[n] for n in ("input_ids", "attention_mask")}
+        states = classifier().eval().bert(**rows, output_hidden_states=True)
+        states = states.hidden_states
+        state = side.down[-1](states[0])
+        for index, gate in enumerate([0.26894142, 0.5, 0.88079708]):
+            mixed = gate * side.down[index](states[index + 1]) + (1 - gate) * state
+            state = side.blocks[index](mixed)
+            state = state[0] if isinstance(state, tuple) else state
+        expected = model.bert.pooler(side.up(state)) if model.bert.pooler else None
+        found = model.bert(**rows)
+    torch.testing.assert_close(found.last_hidden_state, side.up(state))
+    if expected is not None:
+        torch.testing.assert_close(found.pooler_output, expected)
+
+
+def test_a_ladder_writes_without_a_cache() -> None:
+    """Its side network keeps no keys and values: each step runs all tokens."""
+    model = prompted("lst", "llama")
+    ids = batch()["input_ids"][:1].clamp(min=2)
+    options = {"max_new_tokens": 4, "do_sample": False, "use_cache": True}
+    out = model.generate(
+        input_ids=ids, attention_mask=ids * 0 + 1, eos_token_id=None, **options
+    )
+    tokens = ids
+    for _ in range(4):
+        logits = model(input_ids=tokens, attention_mask=tokens * 0 + 1).logits
+        tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(out, tokens)
+
+
+@pytest.mark.parametrize("family", slow_but_for(FAMILIES, "bert", "llama"))
+@pytest.mark.parametrize(
+    ("plain", "other"),
+    [
+        ("full", "checkpointing-segments"),
+        ("lora", "lora-checkpointing-segments"),
+        ("full", "save-on-cpu"),
+        ("lora", "lora-save-on-cpu"),
+        ("lora-all", "lora-all-checkpointing"),
+        ("houlsby", "houlsby-checkpointing"),
+    ],
+)
+def test_memory_that_is_saved_changes_no_gradient(
+    plain: str, other: str, family: str
+) -> None:
+    """With dropout: the same masks are drawn."""
+    found = []
+    for method in (plain, other):
+        model = made(method, family).train()
+        one = Stepper(model, cell())
+        torch.manual_seed(1)
+        one.loss(one.to_device(batch())).backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    for expected, got in zip(*found, strict=True):
+        assert torch.equal(expected, got)
+
+
+def test_segments_keep_a_stream_for_the_root_of_the_depth() -> None:
+    """Nine blocks are three segments, sixteen are four: one input more."""
+    found = []
+    for depth in (9, 16):
+        model = load(METHODS["checkpointing-segments"])(
+            classifier(num_hidden_layers=depth), of("checkpointing-segments")
+        )
+        one = Stepper(model, cell())
+        model.train()
+        one.step([batch()], 0.0)
+        found.append(memory.saved_by_forward(model, batch(), one.loss))
+    assert found[1] - found[0] == 4 * 8 * HIDDEN * torch.float32.itemsize
+
+
+def test_what_is_saved_on_the_cpu_is_booked() -> None:
+    """All that a block saves, once each way, weights among it."""
+    model = made("save-on-cpu").train()
+    ledgers = ledgers_of(model)
+    assert len(ledgers) == BLOCKS
+    Stepper(model, cell()).step([batch()], 0.0)
+    for ledger, block in zip(ledgers, model.bert.encoder.layer, strict=True):
+        assert ledger.d2h_bytes == ledger.h2d_bytes
+        matrices = [p for p in block.parameters() if p.ndim > 1]
+        assert ledger.d2h_bytes > sum(p.nbytes for p in matrices)
+
+
+@pytest.mark.parametrize("method", ELSEWHERE)
+def test_what_needs_a_stream_is_skipped_on_a_cpu(method: str) -> None:
+    """The record says why, and what to take."""
+    tiny = of(method, backbone="random:bert-tiny", max_steps=3)
+    found = run(tiny, ChildOptions())
+    assert found["status"] == "skipped"
+    assert "take 'save-on-cpu'" in str(found["message"])
+
+
+def test_lisa_trains_a_few_blocks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others are drawn after an interval, and frozen ones have no state."""
+    monkeypatch.setattr(lisa, "NUM_BLOCKS", 1)
+    monkeypatch.setattr(lisa, "INTERVAL", 2)
+    one = stepper("lisa")
+    one.model.train()
+    blocks = blocks_of(one.model)
+    outside = [p for n, p in one.model.named_parameters() if ".layer." not in n]
+    met = set()
+    for _ in range(30):
+        before = [copy.deepcopy(block.state_dict()) for block in blocks]
+        active = [n for n, b in enumerate(blocks) if next(b.parameters()).requires_grad]
+        assert len(active) == 1
+        met |= {*active}
+        one.step([batch()], 1e-2)
+        for index, (block, state) in enumerate(zip(blocks, before, strict=True)):
+            name, weight = next(iter(block.named_parameters()))
+            assert torch.equal(weight, state[name]) == (index not in active)
+        assert all(parameter.requires_grad for parameter in outside)
+        held = {id(p) for p, state in one.optimizer.state.items() if state}
+        assert held <= {id(p) for p in one.trained if p.requires_grad}
+    assert met == {*range(BLOCKS)}
+
+
+def test_lisa_with_all_blocks_is_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lisa, "NUM_BLOCKS", BLOCKS)
+    found = []
+    for method in ("lisa", "full"):
+        one = stepper(method)
+        one.model.eval()
+        for _ in range(3):
+            one.step([batch()], 1e-2)
+        found.append([p.detach() for p in one.model.parameters()])
+    for got, expected in zip(*found, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_mezo_by_hand() -> None:
+    """On a parabola: the slope along z is exact, and the step goes along z."""
+    weight = nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64))
+    model = nn.Linear(1, 1)
+    groups = [{"params": [weight], "weight_decay": 0.0}]
+    one = mezo.Mezo(groups, model, seed=5)  # type: ignore[arg-type]
+    one.param_groups[0]["lr"] = 0.1
+    start = weight.detach().clone()
+    loss = one.step(lambda: float((weight**2).sum()))
+    seeds = torch.Generator().manual_seed(5)
+    (seed,) = torch.randint(2**31, (1,), generator=seeds).tolist()
+    z = torch.empty_like(start).normal_(generator=torch.Generator().manual_seed(seed))
+    slope = float((2 * start * z).sum())
+    torch.testing.assert_close(weight.detach(), start - 0.1 * slope * z)
+    assert loss == pytest.approx(float((start**2).sum()), rel=1e-4)
+
+
+def test_mezo_saves_nothing_and_has_no_gradients() -> None:
+    """Its memory is that of a forward."""
+    one = stepper("mezo")
+    one.step([batch()], 1e-3)
+    assert saved("mezo") == 0
+    assert all(parameter.grad is None for parameter in one.model.parameters())
+    assert memory.model_state_bytes(one.model, one.optimizer) == sum(
+        tensor.nbytes for tensor in (*one.model.parameters(), *one.model.buffers())
+    )
+
+
+def test_mezo_weighs_micro_batches_as_other_methods_do() -> None:
+    """The loss of two halves of a batch is that of the batch."""
+    halves = [{n: t[start::2] for n, t in batch().items()} for start in (0, 1)]
+    losses = [stepper("mezo").step(given, 0.0) for given in ([batch()], halves)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_galore_projects_the_matrices_of_blocks() -> None:
+    """Their moments have the rank of the projection, which meters of memory see."""
+    one = stepper("galore")
+    one.model.train()
+    one.step([batch()], 1e-2)
+    inside = {id(p) for b in blocks_of(one.model) for p in b.parameters() if p.ndim > 1}
+    for parameter in one.trained:
+        state = one.optimizer.state[parameter]
+        if id(parameter) not in inside:
+            assert state["exp_avg"].shape == parameter.shape
+            continue
+        longer, shorter = max(parameter.shape), min(parameter.shape)
+        assert sorted(state["exp_avg"].shape) == [R, longer]
+        assert sorted(state["projection"].shape) == [R, shorter]
+    assert galore.INTERVAL > 1
+
+
+def test_badam_trains_one_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the head; its copy in FP32 is part of the state that is measured."""
+    monkeypatch.setattr(badam, "INTERVAL", 2)
+    one = stepper("badam")
+    one.model.train()
+    blocks = blocks_of(one.model)
+    met = set()
+    for _ in range(3 * BLOCKS):
+        active = [n for n, b in enumerate(blocks) if next(b.parameters()).requires_grad]
+        assert len(active) == 1
+        met |= {*active}
+        before = [p.detach().clone() for p in one.model.parameters()]
+        one.step([batch()], 1e-2)
+        moved = [
+            name
+            for (name, p), old in zip(one.model.named_parameters(), before, strict=True)
+            if not torch.equal(p, old)
+        ]
+        assert all(f".layer.{active[0]}." in n or "classifier" in n for n in moved)
+        assert moved
+    trained = sum(p.nbytes for p in one.model.parameters() if p.requires_grad)
+    state = memory.model_state_bytes(one.model, one.optimizer)
+    state -= sum(t.nbytes for t in (*one.model.parameters(), *one.model.buffers()))
+    assert state == 0 or state >= 3 * trained
+    assert met == {*range(BLOCKS)}
+
+
+def test_the_optimizers_are_those_of_the_registry() -> None:
+    assert tuple(optimizers.MAKERS) == OPTIMIZERS
+    assert {*IN_BACKWARD} <= {*OPTIMIZERS}
+
+
+def test_an_update_in_backward_is_adamws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is clipped; and no gradient is left when the next one exists."""
+    monkeypatch.setattr(protocol, "MAX_GRADIENT_NORM", 1e9)
+    found, most = [], 0
+    for name in ("adamw", "adamw-in-backward"):
+        one = stepper("full", optimizer=name)
+        one.model.eval()
+        if name == "adamw-in-backward":
+
+            def count(parameter: Tensor, one: Stepper = one) -> None:
+                nonlocal most
+                held = sum(p.grad is not None for p in one.trained)
+                most = max(most, held)
+
+            for parameter in one.trained:
+                parameter.register_post_accumulate_grad_hook(count)
+        for _ in range(3):
+            one.step([batch()], 1e-3)
+        found.append([p.detach() for p in one.trained])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+    assert most <= 1
+
+
+def test_lomo_is_sgd_in_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of frozen and trained parameters, where nothing is clipped."""
+    pytest.importorskip("lomo_optim")
+    monkeypatch.setattr(protocol, "MAX_GRADIENT_NORM", 1e9)
+    monkeypatch.setattr(protocol, "WEIGHT_DECAY", 0.0)
+    found = []
+    for name in ("sgd", "lomo"):
+        one = stepper("lora", optimizer=name)
+        one.model.eval()
+        for _ in range(3):
+            one.step([batch()], 1e-1)
+        found.append([p.detach() for p in one.trained])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("optimizer", IN_BACKWARD)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"accumulation": 2}, "take 1"), ({"dtype": "fp16"}, "'bf16'")],
+)
+def test_what_needs_all_gradients_is_refused(
+    optimizer: str, changes: dict[str, object], words: str
+) -> None:
+    """Before anything runs."""
+    with pytest.raises(ValueError, match=rf"`optimizer` = '{optimizer}'.*{words}"):
+        fields.check_together(of("lora", optimizer=optimizer, **changes))
+
+
+@pytest.mark.parametrize("method", [n for n, m in TABLE.items() if m.optimizer])
+def test_a_method_with_an_optimizer_takes_no_other(method: str) -> None:
+    with pytest.raises(ValueError, match="has an optimizer of its own: take 'adamw'"):
+        fields.check_together(of(method, optimizer="sgd"))
+
+
+@pytest.mark.parametrize("method", ["oft", "boft"])
+def test_a_method_that_multiplies_weights_takes_none_that_are_quantised(
+    method: str,
+) -> None:
+    with pytest.raises(ValueError, match="computes with the weights themselves"):
+        fields.check_together(of(method, dtype="bf16", weights_dtype="nf4"))
+
+
+LIBRARIES = [
+    ({"method": "galore"}, "pip install galore-torch"),
+    ({"method": "badam"}, "pip install badam"),
+    ({"optimizer": "lomo"}, "pip install lomo-optim"),
+    ({"optimizer": "adamw-8bit"}, "pip install torchao"),
+    ({"optimizer": "adamw-4bit"}, "pip install torchao"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), LIBRARIES)
+def test_a_missing_library_is_a_skipped_record(
+    changes: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the reason and the command that installs it."""
+    there = importlib.util.find_spec
+    names = ("galore_torch", "badam", "lomo_optim", "torchao")
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name in names else there(name, *rest),
+    )
+    fields_of = {"method": "full", "backbone": "random:bert-tiny", "max_steps": 3}
+    found = run(cell(**fields_of | changes), ChildOptions())
+    assert found["status"] == "skipped", found["message"]
+    assert words in str(found["message"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw-offload", "adalomo"])
+def test_what_needs_cuda_is_a_skipped_record(optimizer: str) -> None:
+    tiny = of("full", backbone="random:bert-tiny", max_steps=3, optimizer=optimizer)
+    found = run(tiny, ChildOptions())
+    assert found["status"] == "skipped"
+    assert "needs CUDA" in str(found["message"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("optimizer", ["adamw-8bit", "adamw-4bit"])
+def test_quantised_moments_are_near_those_of_adamw(optimizer: str) -> None:
+    """torchao does not quantise small parameters: these are all equal."""
+    pytest.importorskip("torchao.optim")
+    found = []
+    for name in ("adamw", optimizer):
+        one = stepper("lora", optimizer=name)
+        one.model.eval()
+        for _ in range(2):
+            one.step([batch()], 1e-2)
+        found.append([p.detach() for p in one.trained])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
