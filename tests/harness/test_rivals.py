@@ -145,9 +145,9 @@ def test_an_exact_method_has_the_gradient_of_its_loss(method: str) -> None:
     assert (abs(slope - quotient) < 1e-5 * max(1, abs(quotient))) == (method in EXACT)
 
 
-def saved(method: str, **changes: object) -> int:
+def saved(method: str) -> int:
     """Bytes that a forward saves for backward."""
-    one = stepper(method, **changes)
+    one = stepper(method)
     one.model.train()
     one.step([batch()], 0.0)
     return memory.saved_by_forward(one.model, batch(), one.loss)
@@ -233,12 +233,14 @@ def test_every_method_can_be_planned(method: str) -> None:
         task="synthetic-lm" if is_lm else "synthetic",
     )
     found = plan(here, Source(), 0.0)
-    assert found.verdict == "fits", found.message
+    is_refused = f"method '{method}' cannot be planned: " in found.message
+    assert is_refused == (method in ELSEWHERE)
+    assert is_refused or found.verdict == "fits", found.message
 
 
-TARGETS = {"target_modules": ["query", "value"]}
+TARGETS: dict[str, Any] = {"target_modules": ["query", "value"]}
 LINEAR = r".*layer\.\d+\..*(query|key|value|dense)"
-ALPHA = {"r": R, "lora_alpha": 2 * R, "lora_dropout": 0.1}
+ALPHA: dict[str, Any] = {"r": R, "lora_alpha": 2 * R, "lora_dropout": 0.1}
 OF_PEFT: dict[str, Callable[[], Any]] = {
     "lora": lambda: peft.LoraConfig(**ALPHA, **TARGETS),
     "lora-all": lambda: peft.LoraConfig(**ALPHA, target_modules=LINEAR),
@@ -325,9 +327,8 @@ def test_lora_fa_steps_as_peft_does() -> None:
 
 def prompted(method: str, family: str) -> Any:
     """A language model with vectors in front, whose weights are far from zero."""
-    config = CONFIG_MAPPING[family](
-        **SHAPE | FAMILIES[family] | {"max_position_embeddings": 100}
-    )
+    sizes: dict[str, Any] = SHAPE | FAMILIES[family] | {"max_position_embeddings": 100}
+    config = CONFIG_MAPPING[family](**sizes)
     config.pad_token_id, config.eos_token_id = 1, None
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config)

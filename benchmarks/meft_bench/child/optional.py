@@ -1,4 +1,4 @@
-"""Libraries that only some methods and optimizers need, imported where they are used."""
+"""Libraries that only some methods and optimizers need, imported at their use."""
 
 import importlib
 import importlib.util

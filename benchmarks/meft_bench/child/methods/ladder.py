@@ -55,8 +55,9 @@ def ladder(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
     rungs = nn.ModuleList(Rung(block, i, side) for i, block in enumerate(found.blocks))
     setattr(found.owner, found.attribute, rungs)
     model.add_module("ladder_side", side)
+    with_ladder: Any = model
     if hasattr(model, "generate"):
-        model.generate = _without_cache(model.generate)
+        with_ladder.generate = _without_cache(with_ladder.generate)
     return model
 
 

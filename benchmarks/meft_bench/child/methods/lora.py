@@ -72,22 +72,20 @@ def lora_fa_optimizer(
     """
     named = dict(model.named_parameters())
     names = {parameter: name for name, parameter in named.items()}
-    found = []
+    found: Any = []
     for group in groups:
         chosen = []
         for parameter in group["params"]:
             # It knows a pair by the order, A before B.
-            frozen = named.get(names[parameter].replace(".lora_B.", ".lora_A."))
-            chosen += [parameter] if frozen is parameter else [frozen, parameter]
+            first = named[names[parameter].replace(".lora_B.", ".lora_A.")]
+            chosen += [parameter] if first is parameter else [first, parameter]
         of_pairs = [names[parameter] for parameter in chosen]
         scale = float(protocol.LORA_ALPHA_PER_RANK)
         factors = [scale if ".lora_" in name else None for name in of_pairs]
         found.append(
             {**group, "params": chosen, "names": of_pairs, "scaling_factors": factors}
         )
-    return LoraFAOptimizer(  # type: ignore[no-any-return]
-        found, betas=protocol.ADAM_BETAS, eps=protocol.ADAM_EPSILON
-    )
+    return LoraFAOptimizer(found, betas=protocol.ADAM_BETAS, eps=protocol.ADAM_EPSILON)
 
 
 def _lora(

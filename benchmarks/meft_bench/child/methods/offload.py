@@ -12,7 +12,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from accelerate import PartialState
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from meft.backbone.find import find_blocks
@@ -89,6 +91,12 @@ def _streamed(method: Method, model: PreTrainedModel, cell: Cell) -> PreTrainedM
         )
     needed_by = f"method {cell.method!r}"
     library = optional.library("trl.models.activation_offloading", "trl", needed_by)
+    if isinstance(next(model.parameters()), FakeTensor):
+        raise ValueError(
+            f"{needed_by} cannot be planned: TRL knows tensors by their addresses, and "
+            "those of a virtual GPU have none. Take 'save-on-cpu', or run it"
+        )
+    PartialState(cpu=True)  # without it, no warning of TRL could be written
     model = method(model, cell)
     offloading = library.get_act_offloading_ctx_manager(model)
     forward = model.forward
@@ -98,5 +106,5 @@ def _streamed(method: Method, model: PreTrainedModel, cell: Cell) -> PreTrainedM
         with offloading:
             return forward(*args, **kwargs)
 
-    model.forward = offloaded  # type: ignore[method-assign]
+    model.forward = offloaded
     return model

@@ -16,6 +16,7 @@ and train the new head. Sizes are those that peft proposes, apart from `RANK`.
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from peft import (
     BOFTConfig,
@@ -80,9 +81,12 @@ def _of_peft(
         warnings.filterwarnings("ignore", "Unsupported layer type")
         warnings.filterwarnings("ignore", "Failed to load the CUDA extension")
         warnings.filterwarnings("ignore", "Setting boft_n_butterfly_factor to 1")
+        # On a virtual GPU, norms that are copied have no values.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         # Without a task in its config, peft does not know the head, and copies none.
         tuned = get_peft_model(model, config_of(model))
-    return with_head(tuned.get_base_model())
+    base: Any = tuned.get_base_model()
+    return with_head(base)
 
 
 vera = partial(_of_peft, config_of=_vera)

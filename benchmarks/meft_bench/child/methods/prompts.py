@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from peft import (
-    PeftConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -38,16 +37,13 @@ NUM_VIRTUAL_TOKENS = 20
 """The number of vectors, or of keys and values of each attention."""
 
 
-def _with_prompt(
-    model: PreTrainedModel, cell: Cell, kind: type[PeftConfig], **fields: Any
-) -> PreTrainedModel:
+def _with_prompt(model: PreTrainedModel, cell: Cell, kind: Any) -> PreTrainedModel:
     _refuse(model, cell, kind)
     config = kind(
         task_type="SEQ_CLS" if heads_of(model) else "CAUSAL_LM",
         num_virtual_tokens=NUM_VIRTUAL_TOKENS,
-        **fields,
     )
-    prompted = get_peft_model(model, config)
+    prompted: Any = get_peft_model(model, config)
     for name, module in list(prompted.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):  # holds a second, frozen head
             prompted.set_submodule(name, module.original_module)
@@ -104,7 +100,7 @@ def _refuse_to_generate(**_: Any) -> Tensor:
     )
 
 
-def _refuse(model: PreTrainedModel, cell: Cell, kind: type[PeftConfig]) -> None:
+def _refuse(model: PreTrainedModel, cell: Cell, kind: object) -> None:
     name = f"method {cell.method!r} with {type(model).__name__}"
     config = model.config
     if image_shape(config) is not None or config.is_encoder_decoder:

@@ -82,7 +82,7 @@ class SegmentBlock(nn.Module):
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the segment's output in its last block, else `hidden`."""
         segment = self._segment
-        calls = segment.calls[: self._index] + [(args, kwargs)]
+        calls = [*segment.calls[: self._index], (args, kwargs)]
         if self._index + 1 < len(segment.blocks):
             segment.calls = calls
             return self.family.layout(self.block).returned(hidden)

@@ -112,7 +112,7 @@ class Stepper:
             else:
                 group["lr"] = learning_rate
         if not getattr(self.optimizer, "needs_gradients", True):
-            return float(self.optimizer.step(lambda: self._mean_loss(batches)))  # type: ignore[arg-type]
+            return float(self.optimizer.step(lambda: self._mean_loss(batches)))
         losses = []
         divisors = self.divisors(batches)
         for batch, divisor in zip(batches, divisors, strict=True):
