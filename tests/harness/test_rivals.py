@@ -6,6 +6,7 @@ The first tests take every method of the table, so that a new one is covered.
 import copy
 import importlib.util
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +19,11 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import meft
 from harness.test_methods import ELSEWHERE, HERE, made, stepper_of
 from harness.tiny import BLOCKS, FAMILIES, HIDDEN, SHAPE, batch, cell, classifier
 from marks import slow_but_for
+from meft_bench.child import backbones
 from meft_bench.child.backbones import blocks_of, heads_of
 from meft_bench.child.meters import memory
 from meft_bench.child.meters.clock import StepClock
@@ -382,6 +385,56 @@ def test_a_prompted_model_writes_the_likeliest_tokens(method: str, family: str) 
             logits = model(input_ids=tokens, attention_mask=tokens * 0 + 1).logits
             tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
         assert torch.equal(tokens[0, -5:], written)
+
+
+@pytest.mark.parametrize("method", [*IN_FRONT, "lst", "lora-all"])
+def test_a_loss_in_chunks_is_the_loss(method: str) -> None:
+    """Also where peft wraps the model, or a side network makes the hidden states."""
+    model = prompted(method, "llama")
+    ids = batch()["input_ids"]
+    rows = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": ids}
+    found = []
+    for tokens in (0, 5):
+        if tokens:
+            meft.chunk_loss(base_of(model), tokens)
+        model.zero_grad()
+        loss = model(**rows).loss
+        loss.backward()
+        trained = [p.grad for p in model.parameters() if p.requires_grad]
+        found.append([loss.detach(), *trained])
+    for whole, in_chunks in zip(*found, strict=True):
+        torch.testing.assert_close(in_chunks, whole)
+
+
+def tiny_lm(method: str, dtype: str) -> Stepper:
+    chosen = of(
+        method,
+        backbone="random:llama-tiny",
+        task="synthetic-lm",
+        dtype="bf16",
+        weights_dtype=dtype,
+    )
+    model = backbones.load(chosen, None, Source()).model
+    return stepper_of(load(METHODS[method])(model, chosen), chosen)
+
+
+OF_LMS = [n for n in PLAIN if n != "head" and not n.startswith("bitfit")]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", [*OF_LMS, "prefix-tuning"])
+def test_every_method_trains_a_language_model_in_bf16(method: str, dtype: str) -> None:
+    """Under autocast or with weights in BF16; what is added to them stays in FP32."""
+    one = tiny_lm(method, dtype)
+    rows = torch.arange(32).reshape(4, 8)
+    given = {"input_ids": rows, "attention_mask": rows * 0 + 1, "labels": rows}
+    one.model.train()
+    losses = [one.step([given], 1e-3) for _ in range(2)]
+    assert all(map(math.isfinite, losses))
+    kinds = {parameter.dtype for parameter in one.trained}
+    is_own = TABLE[method].trains_backbone or method == "ln-tuning"
+    is_narrow = dtype == "bf16" and is_own
+    assert kinds == {torch.bfloat16 if is_narrow else torch.float32}
 
 
 def test_a_prefix_refuses_to_write() -> None:

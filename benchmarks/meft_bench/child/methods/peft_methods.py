@@ -30,6 +30,7 @@ from peft import (
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_TARGETS
 from transformers import PreTrainedModel
 
+from meft_bench.child.backbones import heads_of
 from meft_bench.child.methods.lora import has_transposed, query_and_value, with_head
 from meft_bench.shared.cell import Cell
 
@@ -64,18 +65,32 @@ def _boft(model: PreTrainedModel) -> PeftConfig:
     return BOFTConfig(target_modules=query_and_value(model))
 
 
-def _ln_tuning(model: PreTrainedModel) -> PeftConfig:
-    # Every class of norms in transformers and torch ends so, LayerNorm and RMSNorm.
-    modules = model.named_modules()
-    norms = [name for name, m in modules if type(m).__name__.endswith("Norm")]
-    return LNTuningConfig(target_modules=norms)
-
-
 def _of_peft(
     model: PreTrainedModel,
     cell: Cell,
     config_of: Callable[[PreTrainedModel], PeftConfig],
 ) -> PreTrainedModel:
+    return with_head(_tuned(model, config_of(model)))
+
+
+vera = partial(_of_peft, config_of=_vera)
+ia3 = partial(_of_peft, config_of=_ia3)
+oft = partial(_of_peft, config_of=_oft)
+boft = partial(_of_peft, config_of=_boft)
+
+
+def ln_tuning(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """Train all norms, in the dtype of the backbone, and the new head."""
+    modules = model.named_modules()
+    # Every class of norms in transformers and torch ends so, LayerNorm and RMSNorm.
+    norms = [name for name, m in modules if type(m).__name__.endswith("Norm")]
+    tuned = _tuned(model, LNTuningConfig(target_modules=norms))
+    for part in heads_of(tuned):
+        part.requires_grad_(True)
+    return tuned
+
+
+def _tuned(model: PreTrainedModel, config: PeftConfig) -> PreTrainedModel:
     with warnings.catch_warnings():
         # Norms of every class are supported, and the extension only makes BOFT faster.
         warnings.filterwarnings("ignore", "Unsupported layer type")
@@ -84,13 +99,6 @@ def _of_peft(
         # On a virtual GPU, norms that are copied have no values.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         # Without a task in its config, peft does not know the head, and copies none.
-        tuned = get_peft_model(model, config_of(model))
-    base: Any = tuned.get_base_model()
-    return with_head(base)
-
-
-vera = partial(_of_peft, config_of=_vera)
-ia3 = partial(_of_peft, config_of=_ia3)
-oft = partial(_of_peft, config_of=_oft)
-boft = partial(_of_peft, config_of=_boft)
-ln_tuning = partial(_of_peft, config_of=_ln_tuning)
+        base: Any = get_peft_model(model, config).get_base_model()
+    tuned: PreTrainedModel = base
+    return tuned
