@@ -39,7 +39,13 @@ from meft_bench.shared import protocol
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.methods import TABLE
 from meft_bench.shared.options import ChildOptions
-from meft_bench.shared.registry import IN_BACKWARD, METHODS, OPTIMIZERS, load
+from meft_bench.shared.registry import (
+    FLOATS_ONLY,
+    IN_BACKWARD,
+    METHODS,
+    OPTIMIZERS,
+    load,
+)
 from meft_bench.shared.source import Source
 from meft_bench.virtual.prediction.plan import plan
 
@@ -782,12 +788,32 @@ def test_a_method_with_an_optimizer_takes_no_other(method: str) -> None:
         fields.check_together(of(method, optimizer="sgd"))
 
 
-@pytest.mark.parametrize("method", ["oft", "boft"])
-def test_a_method_that_multiplies_weights_takes_none_that_are_quantised(
-    method: str,
-) -> None:
-    with pytest.raises(ValueError, match="computes with the weights themselves"):
+@pytest.mark.parametrize("method", FLOATS_ONLY)
+def test_a_method_of_floats_takes_no_quantised_weights(method: str) -> None:
+    """peft has no layers for them, or layers that fail."""
+    with pytest.raises(ValueError, match="whose layers take no quantised weights"):
         fields.check_together(of(method, dtype="bf16", weights_dtype="nf4"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_moments_of_8_bits_are_counted_as_such() -> None:
+    """A byte for each number and four bytes for each 256; AdamW has four for each."""
+    pytest.importorskip("torchao.optim")
+    found = []
+    for name in ("adamw", "adamw-8bit"):
+        parameter = nn.Parameter(torch.zeros(64, 256))
+        groups = [{"params": [parameter], "weight_decay": 0.0}]
+        model: Any = nn.ParameterList([parameter])
+        optimizer = optimizers.make(model, groups, of("full", optimizer=name))
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(memory.model_state_bytes(model, optimizer))
+    numbers = 64 * 256
+    assert found[0] == 3 * 4 * numbers + 4
+    maps = 2 * 256 * 4  # what each of 256 codes stands for
+    assert found[1] == 4 * numbers + 2 * (numbers + 4 * numbers // 256) + maps + 4
 
 
 LIBRARIES = [

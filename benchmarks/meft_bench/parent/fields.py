@@ -120,12 +120,11 @@ def check_together(cell: Cell) -> None:
                 f"take {cell.dtype!r}, or a method that freezes the backbone, such as "
                 "'lora'"
             )
-        if cell.is_quantised and method in registry.MULTIPLY_WEIGHTS:
+        if cell.is_quantised and method in registry.FLOATS_ONLY:
             raise ValueError(
                 f"`weights_dtype` = {cell.weights_dtype!r} with `{name}` = {method!r}, "
-                "which computes with the weights themselves: take "
-                f"{cell.dtype!r}, or a method that adds to what layers return, such as "
-                "'lora'"
+                f"whose layers take no quantised weights: take {cell.dtype!r}, or a "
+                "method whose layers do, such as 'lora'"
             )
         if cell.optimizer != "adamw" and method in registry.HAVE_ROWS:
             raise ValueError(

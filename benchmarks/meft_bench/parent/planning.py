@@ -151,7 +151,7 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
         arguments.method in ([], ["all"])
         and values["weights_dtype"] in quantisations.TABLE
     ):
-        refused = {*registry.TRAIN_BACKBONE, *registry.MULTIPLY_WEIGHTS}
+        refused = {*registry.TRAIN_BACKBONE, *registry.FLOATS_ONLY}
         names = [name for name in names if name not in refused]
     found = [
         Cell(**methods.with_defaults({"method": name, **values})) for name in names

@@ -46,9 +46,8 @@ class Method:
     """Whether neurons are rows of a store, which `meft.SparseAdamW` updates."""
     trains_backbone: bool = False
     """Whether it trains the weights of the backbone."""
-    multiplies_weights: bool = False
-    """Whether it computes with the weights themselves, which cannot be quantised then.
-    """
+    floats_only: bool = False
+    """Whether its layers take no weights of the backbone that are quantised."""
     kind: str
     """`exact`, or `approximation`: how its updates relate to the gradient of the loss.
     """
@@ -84,7 +83,7 @@ _SCHEMA = _FOR_REPORTS | {
     "neurons": one_of(["dense", "sparse", "experts"]),
     "has_rows": FLAG,
     "trains_backbone": FLAG,
-    "multiplies_weights": FLAG,
+    "floats_only": FLAG,
     "kind": one_of(["exact", "approximation"]),
     "package": TEXT,
     "optimizer": object_in(Path(__file__).parents[1] / "child" / "methods"),

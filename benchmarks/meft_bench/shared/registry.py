@@ -119,8 +119,8 @@ IN_BACKWARD = ("adamw-in-backward", "lomo", "adalomo")
 """Those that update during backward, when some gradients do not exist yet."""
 OWN_OPTIMIZER = tuple(n for n, m in methods.TABLE.items() if m.optimizer)
 """Methods with an optimizer of their own."""
-MULTIPLY_WEIGHTS = tuple(n for n, m in methods.TABLE.items() if m.multiplies_weights)
-"""Methods that compute with the weights of the backbone."""
+FLOATS_ONLY = tuple(n for n, m in methods.TABLE.items() if m.floats_only)
+"""Methods whose layers take no quantised weights of the backbone."""
 ATTENTIONS = {
     "eager": None,
     "sdpa": None,
