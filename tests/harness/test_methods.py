@@ -104,7 +104,7 @@ FORMULAS = {
     "houlsby": ADAPTERS,
     "houlsby-checkpointing": ADAPTERS,
     "pfeiffer": HEAD + BLOCKS * BOTTLENECK,
-    "parallel": HEAD + BLOCKS * BOTTLENECK,
+    "parallel-adapters": HEAD + BLOCKS * BOTTLENECK,
     "compacter": HEAD + 4**3 + BLOCKS * 2 * (2 * (HIDDEN + R) + HIDDEN + R),
     # Blocks of half the width, a layer for each input and one back, and gates.
     "lst": HEAD

@@ -170,7 +170,7 @@ LESS: dict[str, str] = {
     "bitfit": "full",
     "bitfit-checkpointing": "bitfit",
     "pfeiffer": "houlsby",
-    "parallel": "houlsby",
+    "parallel-adapters": "houlsby",
     "lst": "adapters",
     "lora-checkpointing": "lora",
     "lora-all-checkpointing": "lora-all",
@@ -201,7 +201,7 @@ MORE = {
     "prompt-tuning": "head",
     "p-tuning": "prompt-tuning",
     "houlsby": "pfeiffer",
-    "adapters": "parallel",
+    "adapters": "parallel-adapters",
     "full": "lora",
     "lora-all": "lora",
 }
@@ -448,6 +448,17 @@ def test_a_prefix_refuses_to_write() -> None:
         prompted("prefix-tuning", "llama").generate(input_ids=batch()["input_ids"])
 
 
+@pytest.mark.parametrize("method", ["ia3", "boft"])
+def test_vectors_that_multiply_do_not_decay(method: str) -> None:
+    """As the weights of norms, which begin at one, too; matrices do."""
+    one = stepper(method)
+    decays, others = (group["params"] for group in one.optimizer.param_groups)
+    for parameter in decays:
+        assert not torch.equal(parameter, torch.ones_like(parameter))
+    ones = [p for p in others if torch.equal(p, torch.ones_like(p))]
+    assert len(ones) == {"ia3": 4 * BLOCKS, "boft": 2 * BLOCKS}[method]
+
+
 def test_vectors_need_positions() -> None:
     """As many as there are, beyond those of the tokens."""
     with pytest.raises(ValueError, match=r"`seq_len` is 30 .* lower it to at most 20"):
@@ -464,7 +475,7 @@ def test_a_head_is_trained_and_not_copied() -> None:
         ]
 
 
-@pytest.mark.parametrize("method", ["houlsby", "pfeiffer", "parallel"])
+@pytest.mark.parametrize("method", ["houlsby", "pfeiffer", "parallel-adapters"])
 def test_adapters_are_where_their_papers_have_them(method: str) -> None:
     """A block of BERT, written out."""
     adapted = made(method).eval().bert.encoder.layer[1]
@@ -475,7 +486,7 @@ def test_adapters_are_where_their_papers_have_them(method: str) -> None:
         mixed = mixed + adapted.attention_adapter(mixed)
     attended = block.attention.output.LayerNorm(hidden + mixed)
     update = block.output.dense(block.intermediate(attended))
-    if method == "parallel":
+    if method == "parallel-adapters":
         update = update + adapted.mlp_adapter(attended)
     else:
         update = update + adapted.output_adapter(update)

@@ -70,7 +70,11 @@ def _of_peft(
     cell: Cell,
     config_of: Callable[[PreTrainedModel], PeftConfig],
 ) -> PreTrainedModel:
-    return with_head(_tuned(model, config_of(model)))
+    tuned = with_head(_tuned(model, config_of(model)))
+    for name, parameter in tuned.named_parameters():
+        if ".ia3_l." in name or ".boft_s." in name:
+            parameter.multiplies = True  # type: ignore[attr-defined]
+    return tuned
 
 
 vera = partial(_of_peft, config_of=_vera)

@@ -198,8 +198,11 @@ def base_of(model: Any) -> Any:
 
 
 def _is_matrix(parameter: Tensor) -> bool:
-    """Return whether weight decay applies; biases and norms have one dimension."""
-    return parameter.ndim > 1
+    """Return whether weight decay applies; biases and norms have one dimension.
+
+    peft gives two to vectors that multiply what a layer returns, as norms do.
+    """
+    return parameter.ndim > 1 and not getattr(parameter, "multiplies", False)
 
 
 def _refuse_fp16(trained: Sequence[Tensor], cell: Cell) -> None:
