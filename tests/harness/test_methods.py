@@ -120,6 +120,8 @@ FORMULAS = {
     "mezo": ALL,
     "galore": ALL,
     "badam": HEAD + BLOCKS * block_of(HIDDEN, MLP),
+    # Two lists of 16 keys for each of 4 heads, queries of as many numbers, and values.
+    "pkm": HEAD + BLOCKS * (HIDDEN * 64 + 4 * 2 * 16 * 8 + NEURONS * HIDDEN),
     "dense": ROWS,
     "dense-offload": ROWS,
     "sparse": ROWS,

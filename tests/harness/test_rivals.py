@@ -30,6 +30,7 @@ from meft_bench.child.meters.clock import StepClock
 from meft_bench.child.meters.transfers import ledgers_of
 from meft_bench.child.methods import badam, galore, lisa, mezo
 from meft_bench.child.methods.compacter import HypercomplexLinear
+from meft_bench.child.methods.memory_layers import ProductKeyMemory
 from meft_bench.child.tasks.batches import Example
 from meft_bench.child.training import optimizers
 from meft_bench.child.training.steps import Stepper, base_of, train
@@ -130,10 +131,11 @@ EXACT = [n for n in PLAIN if TABLE[n].kind == "exact" and not TABLE[n].optimizer
 def test_an_exact_method_has_the_gradient_of_its_loss(method: str) -> None:
     """As the difference quotient along a random direction says, in float64.
 
-    DoRA's, which takes a norm for a constant, is another one.
+    DoRA's, which takes a norm for a constant, is another one. A memory reads all of its
+    values here, because a choice that changes is a step of the loss.
     """
     torch.manual_seed(3)
-    model = made(method).double().eval()
+    model = made(method, top_k_neurons=256).double().eval()
     torch.manual_seed(4)
     trained = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad():
@@ -198,6 +200,7 @@ MORE = {
     "oft": "head",
     "boft": "head",
     "compacter": "pfeiffer",
+    "pkm": "parallel-adapters",
     "prompt-tuning": "head",
     "p-tuning": "prompt-tuning",
     "houlsby": "pfeiffer",
@@ -521,6 +524,25 @@ def test_adapters_of_compacter_share_their_rules() -> None:
         made("compacter", bottleneck_size=6)
 
 
+def test_a_memory_reads_the_best_of_all_pairs() -> None:
+    """As if the sums of all pairs of keys were sorted."""
+    torch.manual_seed(0)
+    one = ProductKeyMemory(HIDDEN, num_keys=5, top_k=3, std=0.1)
+    x = torch.randn(7, HIDDEN)
+    half = HIDDEN // 4
+    queries = one.query(x).view(7, 4, 2, half)
+    queries = functional.layer_norm(queries, (half,))
+    expected = torch.zeros(7, HIDDEN)
+    for token, head in itertools.product(range(7), range(4)):
+        first, second = (one.keys[head, n] @ queries[token, head, n] for n in (0, 1))
+        sums = (first[:, None] + second).flatten()
+        best = sums.argsort(descending=True)[:3]
+        expected[token] += sums[best].softmax(0) @ one.values[best]
+    torch.testing.assert_close(one(x), expected)
+    with pytest.raises(ValueError, match="which is no square: take 225 or 256"):
+        made("pkm", num_neurons=250)
+
+
 def test_a_ladder_by_hand() -> None:
     """From the hidden states of the plain backbone, block by block."""
     model = made("lst").eval()
@@ -740,44 +762,54 @@ def test_the_optimizers_are_those_of_the_registry() -> None:
     assert {*IN_BACKWARD} <= {*OPTIMIZERS}
 
 
-def test_an_update_in_backward_is_adamws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing is clipped; and no gradient is left when the next one exists."""
+OF_EVERY_KIND = ["full", "lora", "checkpointing", "compacter", "meft1-exact"]
+"""Backbones of every kind, and a parameter that several blocks share."""
+
+
+def trained_by(optimizer: str, method: str, rate: float) -> list[Tensor]:
+    """Weights after a few steps without dropout."""
+    one = stepper(method, optimizer=optimizer)
+    one.model.eval()
+    for _ in range(3):
+        one.step([batch()], rate)
+        assert all(parameter.grad is None for parameter in one.trained)
+    return [parameter.detach() for parameter in one.trained]
+
+
+@pytest.mark.parametrize("method", OF_EVERY_KIND)
+def test_an_update_in_backward_is_adamws(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing is clipped."""
     monkeypatch.setattr(protocol, "MAX_GRADIENT_NORM", 1e9)
-    found, most = [], 0
-    for name in ("adamw", "adamw-in-backward"):
-        one = stepper("full", optimizer=name)
-        one.model.eval()
-        if name == "adamw-in-backward":
-
-            def count(parameter: Tensor, one: Stepper = one) -> None:
-                nonlocal most
-                held = sum(p.grad is not None for p in one.trained)
-                most = max(most, held)
-
-            for parameter in one.trained:
-                parameter.register_post_accumulate_grad_hook(count)
-        for _ in range(3):
-            one.step([batch()], 1e-3)
-        found.append([p.detach() for p in one.trained])
-    for got, expected in zip(*found, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
-    assert most <= 1
+    found = trained_by("adamw-in-backward", method, 1e-3)
+    expected = trained_by("adamw", method, 1e-3)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_lomo_is_sgd_in_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of frozen and trained parameters, where nothing is clipped."""
+def test_an_update_in_backward_leaves_no_gradient() -> None:
+    """When the next one exists, the one before is gone."""
+    one = stepper("full", optimizer="adamw-in-backward")
+    held = []
+
+    def count(parameter: Tensor) -> None:
+        held.append(sum(p.grad is not None for p in one.trained))
+
+    for parameter in one.trained:
+        parameter.register_post_accumulate_grad_hook(count)
+    one.loss(batch()).backward()
+    assert len(held) == len(one.trained)
+    assert not any(held)
+
+
+@pytest.mark.parametrize("method", OF_EVERY_KIND)
+def test_lomo_is_sgd_in_backward(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is clipped."""
     pytest.importorskip("lomo_optim")
     monkeypatch.setattr(protocol, "MAX_GRADIENT_NORM", 1e9)
     monkeypatch.setattr(protocol, "WEIGHT_DECAY", 0.0)
-    found = []
-    for name in ("sgd", "lomo"):
-        one = stepper("lora", optimizer=name)
-        one.model.eval()
-        for _ in range(3):
-            one.step([batch()], 1e-1)
-        found.append([p.detach() for p in one.trained])
-    for got, expected in zip(*found, strict=True):
-        torch.testing.assert_close(got, expected)
+    found = trained_by("lomo", method, 1e-1)
+    torch.testing.assert_close(found, trained_by("sgd", method, 1e-1))
 
 
 @pytest.mark.parametrize("optimizer", IN_BACKWARD)

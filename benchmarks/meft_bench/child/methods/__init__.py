@@ -26,4 +26,5 @@ galore         gradients in a low-rank subspace
 mezo           differences of losses
 reversible     MEFT1, MEFT2 and MEFT3; LoRA or full fine-tuning in a reversible model
 sparse         dense and sparse adapters of many neurons
+memory_layers  product-key memories
 """

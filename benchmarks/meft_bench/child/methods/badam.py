@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from meft.backbone.find import find_blocks
 from meft.backbone.heads import freeze_all_but_head, new_heads
-from meft_bench.child import optional
 from meft_bench.child.backbones import blocks_of
 from meft_bench.child.training.optimizers import ADAM
+from meft_bench.shared import optional
 from meft_bench.shared.cell import Cell
 
 INTERVAL = 50

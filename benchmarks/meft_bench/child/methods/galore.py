@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from meft_bench.child import optional
 from meft_bench.child.backbones import blocks_of
 from meft_bench.child.methods.full import full
 from meft_bench.child.training.optimizers import ADAM
+from meft_bench.shared import optional
 from meft_bench.shared.cell import Cell
 
 INTERVAL = 200

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 from meft.backbone.find import find_blocks
 from meft.transfer import TransferLedger
-from meft_bench.child import optional
 from meft_bench.child.methods.checkpointing import saved_on_host
 from meft_bench.child.methods.full import full
 from meft_bench.child.methods.lora import lora
+from meft_bench.shared import optional
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.source import MissingError
 

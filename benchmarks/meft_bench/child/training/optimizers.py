@@ -27,8 +27,7 @@ from transformers import PreTrainedModel
 
 import meft
 from meft.sparse.adapter import sparse_adapters
-from meft_bench.child import optional
-from meft_bench.shared import methods, protocol
+from meft_bench.shared import methods, optional, protocol
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import load
 from meft_bench.shared.source import MissingError
