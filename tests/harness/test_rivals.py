@@ -4,9 +4,11 @@ The first tests take every method of the table, so that a new one is covered.
 """
 
 import copy
+import dataclasses
 import importlib.util
 import itertools
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import meft
-from harness.test_methods import ELSEWHERE, HERE, made, stepper_of
+from harness.test_methods import ELSEWHERE, HERE, block_of, made, stepper_of
 from harness.tiny import BLOCKS, FAMILIES, HIDDEN, SHAPE, batch, cell, classifier
 from marks import slow_but_for
 from meft_bench.child import backbones
@@ -248,6 +250,17 @@ def test_every_method_can_be_planned(method: str) -> None:
     is_refused = f"method '{method}' cannot be planned: " in found.message
     assert is_refused == (method in ELSEWHERE)
     assert is_refused or found.verdict == "fits", found.message
+
+
+@without_gpu
+def test_a_plan_of_lisa_trains_a_few_blocks() -> None:
+    """On a virtual GPU, where torch draws no numbers."""
+    here = of("lisa", device="virtual-H200", backbone="random:bert-tiny", depth=5)
+    full = dataclasses.replace(here, method="full")
+    found, whole = (
+        plan(one, Source(), 0.0).num_trainable_parameters or 0 for one in (here, full)
+    )
+    assert whole - found == 3 * block_of(128, 512)
 
 
 TARGETS: dict[str, Any] = {"target_modules": ["query", "value"]}
@@ -687,8 +700,7 @@ def test_mezo_by_hand() -> None:
     one.param_groups[0]["lr"] = 0.1
     start = weight.detach().clone()
     loss = one.step(lambda: float((weight**2).sum()))
-    seeds = torch.Generator().manual_seed(5)
-    (seed,) = torch.randint(2**31, (1,), generator=seeds).tolist()
+    seed = random.Random(5).randrange(2**31)
     z = torch.empty_like(start).normal_(generator=torch.Generator().manual_seed(seed))
     slope = float((2 * start * z).sum())
     torch.testing.assert_close(weight.detach(), start - 0.1 * slope * z)

@@ -41,11 +41,16 @@ def ladder(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
     """
     found, *others = find_blocks(model)
     factor = _factor(found.config)
-    if others or factor is None:
-        reason = "two lists of blocks" if others else "heads that cannot be divided"
+    reasons = {
+        "has two lists of blocks": bool(others),
+        "calls a block several times": len(found.listed) != len(found.blocks),
+        "has heads that cannot be divided": factor is None,
+    }
+    reason = next((words for words, holds in reasons.items() if holds), "")
+    if factor is None or reason:
         raise ValueError(
-            f"method {cell.method!r} with {type(model).__name__}, which has {reason}: "
-            "take a model of one stack, or 'adapters'"
+            f"method {cell.method!r} with {type(model).__name__}, which {reason}: take "
+            "a model of one stack, or 'adapters'"
         )
     freeze_all_but_head(model)
     side = Side(found, factor)

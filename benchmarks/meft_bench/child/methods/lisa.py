@@ -5,6 +5,7 @@ outside the blocks, the embeddings, last norm and head, always trains. Frozen bl
 have neither gradients nor state: a block that is chosen again begins with new moments.
 """
 
+import random
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ class Lisa(torch.optim.AdamW):
     ) -> None:
         super().__init__(groups, **ADAM)
         self._blocks = blocks
-        self._generator = torch.Generator().manual_seed(seed)
+        # Of Python, because a draw of torch has no values on a virtual GPU.
+        self._random = random.Random(seed)
         self._num_steps = 0
         self._draw()
 
@@ -61,10 +63,11 @@ class Lisa(torch.optim.AdamW):
         return loss
 
     def _draw(self) -> None:
-        order = torch.randperm(len(self._blocks), generator=self._generator)
-        for position, index in enumerate(order.tolist()):
-            for parameter in self._blocks[index].parameters():
-                parameter.requires_grad_(position < NUM_BLOCKS)
-                if not parameter.requires_grad:
+        number = min(NUM_BLOCKS, len(self._blocks))
+        drawn = self._random.sample(range(len(self._blocks)), number)
+        for index, block in enumerate(self._blocks):
+            for parameter in block.parameters():
+                parameter.requires_grad_(index in drawn)
+                if index not in drawn:
                     parameter.grad = None
                     self.state.pop(parameter, None)

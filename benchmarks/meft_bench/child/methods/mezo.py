@@ -7,6 +7,7 @@ inference: weights and nothing that is saved for a backward. Both losses are com
 without dropout, as in the authors' code.
 """
 
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,7 +51,7 @@ class Mezo(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": 0.0})
         self._model = model
-        self._seeds = torch.Generator().manual_seed(seed)
+        self._random = random.Random(seed)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float]) -> float:  # type: ignore[override]
@@ -62,7 +63,7 @@ class Mezo(torch.optim.Optimizer):
         Returns:
             The mean of both losses.
         """
-        (seed,) = torch.randint(2**31, (1,), generator=self._seeds).tolist()
+        seed = self._random.randrange(2**31)
         was_training = self._model.training
         self._model.eval()
         self._move(seed, EPSILON)

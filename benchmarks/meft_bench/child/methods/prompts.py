@@ -52,7 +52,6 @@ def _with_prompt(model: PreTrainedModel, cell: Cell, kind: Any) -> PreTrainedMod
     else:
         prompted.register_forward_pre_hook(_without_prompt, with_kwargs=True)
         prompted.generate = partial(_generate, prompted)
-    with_head(model)
     return with_head(prompted)
 
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from meft.backbone.family import Family
-from meft.backbone.find import find_blocks
+from meft.backbone.find import BlockList, find_blocks
 from meft_bench.child.methods.full import full
 from meft_bench.child.methods.lora import lora
 from meft_bench.shared.cell import Cell
@@ -42,11 +42,10 @@ def _in_segments(
 ) -> PreTrainedModel:
     model = method(model, cell)
     for found in find_blocks(model):
-        if found.family.extra_outputs is not None:
+        if reason := _why_not(found):
             raise ValueError(
-                f"method {cell.method!r} with {type(model).__name__}, whose blocks "
-                "pass more than hidden states to the next: take 'checkpointing', or "
-                "'lora-checkpointing'"
+                f"method {cell.method!r} with {type(model).__name__}, {reason}: take "
+                "'checkpointing', or 'lora-checkpointing'"
             )
         size = max(1, round(math.sqrt(len(found.blocks))))
         parts: list[nn.Module] = []
@@ -56,6 +55,17 @@ def _in_segments(
                 parts.append(SegmentBlock(block, found.family, segment))
         setattr(found.owner, found.attribute, nn.ModuleList(parts))
     return model
+
+
+def _why_not(found: BlockList) -> str:
+    """Return why several blocks cannot run in one call; "" if they can."""
+    if found.family.extra_outputs is not None:
+        return "whose blocks pass more than hidden states to the next"
+    if len(found.listed) != len(found.blocks):
+        return "which calls a block several times"
+    if found.family.prefix(found.config):
+        return "which changes hidden states between blocks"
+    return ""
 
 
 class Segment:
