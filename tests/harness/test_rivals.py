@@ -39,6 +39,7 @@ from meft_bench.child.training.steps import Stepper, base_of, train
 from meft_bench.child.worker import run
 from meft_bench.parent import fields
 from meft_bench.shared import protocol
+from meft_bench.shared.backbones import TABLE as FAMILY_TABLE
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.methods import TABLE
 from meft_bench.shared.options import ChildOptions
@@ -575,6 +576,56 @@ def test_a_ladder_by_hand() -> None:
     torch.testing.assert_close(found.last_hidden_state, side.up(state))
     if expected is not None:
         torch.testing.assert_close(found.pooler_output, expected)
+
+
+def of_family(method: str, family: str) -> Stepper:
+    """A classifier or language model of any family of the harness."""
+    is_lm = "classifier" not in FAMILY_TABLE[family].models
+    chosen = of(
+        method,
+        backbone=f"random:{family}-tiny",
+        task="synthetic-lm" if is_lm else "synthetic",
+        attention="eager" if FAMILY_TABLE[family].has_eager_attention_only else "sdpa",
+    )
+    model = backbones.load(chosen, None if is_lm else 2, Source()).model
+    return Stepper(load(METHODS[method])(model, chosen), chosen)
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "words"),
+    [
+        ("lst", "albert", "calls a block several times: take"),
+        ("checkpointing-segments", "albert", "calls a block several times: take"),
+        ("checkpointing-segments", "t5", "more than hidden states to the next: take"),
+        ("oft", "gpt2", "peft refuses method 'oft' .* Take another method"),
+        ("boft", "gpt2", "peft refuses method 'boft' .* Take another method"),
+        ("ia3", "phi3", "of which peft does not know what to multiply: take"),
+    ],
+)
+def test_a_structure_that_does_not_fit_is_refused(
+    method: str, family: str, words: str
+) -> None:
+    """When the method is applied."""
+    with pytest.raises(ValueError, match=words):
+        of_family(method, family)
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpnet", "deberta"])
+def test_a_ladder_refuses_positions_of_the_width_of_the_backbone(family: str) -> None:
+    """At the first forward, which shows what blocks are given."""
+    one = of_family("lst", family)
+    ids = torch.ones(2, 8, dtype=torch.long)
+    with pytest.raises(ValueError, match="of the size of the backbone: take a model"):
+        one.model(input_ids=ids, attention_mask=ids)
+
+
+@pytest.mark.parametrize("method", ["adapters", "houlsby", "compacter", "pkm"])
+def test_blocks_that_are_called_again_share_their_adapters(method: str) -> None:
+    """ALBERT's, as they share their weights: every adapter has a gradient."""
+    one = of_family(method, "albert")
+    rows = {n: t for n, t in batch().items() if n != "token_type_ids"}
+    one.model(**rows).loss.backward()
+    assert all(parameter.grad is not None for parameter in one.trained)
 
 
 def test_a_ladder_writes_without_a_cache() -> None:

@@ -71,7 +71,7 @@ def at(
     freeze_all_but_head(model)
     for found in find_blocks(model):
         adapted = nn.ModuleList()
-        for block in found.blocks:
+        for block in found.listed:  # each once, if the model calls it several times
             shape = found.family.adapter_shape(block, found.config)
             made = {place: adapter_of(shape, cell) for place in places}
             adapted.append(AdaptedBlock(block, found.family, **made))

@@ -51,7 +51,7 @@ def badam_optimizer(
             block_prefix_list=[
                 [f"{found.name}.{index}."]
                 for found in find_blocks(model)
-                for index in range(len(found.blocks))
+                for index in range(len(found.listed))
             ],
             active_modules=[f"{name}." for name in new_heads(model)],
             switch_block_every=INTERVAL,

@@ -22,7 +22,7 @@ def bitfit(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
     biases = [
         parameter
         for found in find_blocks(model)
-        for block in found.blocks
+        for block in found.listed
         for name, parameter in block.named_parameters()
         if name.rpartition(".")[-1] == "bias"
     ]

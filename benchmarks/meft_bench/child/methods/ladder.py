@@ -31,6 +31,8 @@ _WIDTHS = ("hidden_size", "intermediate_size", "ffn_dim", "num_attention_heads")
 """Names of sizes in configs, all of which become smaller."""
 _OF_CACHES = ("past_key_values", "cache", "use_cache", "layer_past", "past_key_value")
 """Arguments of blocks that belong to the backbone's keys and values."""
+_WIDE = ("alibi", "position_bias", "rel_embeddings")
+"""Arguments that have a number for each head, or the width, of the backbone."""
 
 
 def ladder(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
@@ -144,6 +146,13 @@ class Rung(nn.Module):
             found = self.block(hidden, *args, **kwargs)
         call = dict(zip(self._names, args, strict=False)) | kwargs
         call = {name: v for name, v in call.items() if name not in _OF_CACHES}
+        wide = [name for name in _WIDE if call.get(name) is not None]
+        if wide:
+            raise ValueError(
+                f"method 'lst' with {type(self.block).__name__}, which is given "
+                f"`{wide[0]}` of the size of the backbone: take a model with other "
+                "positions, or 'adapters'"
+            )
         is_tuple = isinstance(found, tuple)
         output = found[0] if is_tuple else found
         (side,) = self._side

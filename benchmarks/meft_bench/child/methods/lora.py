@@ -117,7 +117,7 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
     return [
         f"{found.name}.{index}.{name}"
         for found in find_blocks(model)
-        for index, block in enumerate(found.blocks)
+        for index, block in enumerate(found.listed)
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     ]

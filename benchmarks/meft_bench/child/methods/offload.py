@@ -54,7 +54,7 @@ def _save_on_cpu(method: Method, model: PreTrainedModel, cell: Cell) -> PreTrain
     for found in find_blocks(model):
         blocks = nn.ModuleList(
             OffloadedBlock(block, f"{found.name}.{index}")
-            for index, block in enumerate(found.blocks)
+            for index, block in enumerate(found.listed)
         )
         setattr(found.owner, found.attribute, blocks)
     return model

@@ -70,7 +70,7 @@ def _of_peft(
     cell: Cell,
     config_of: Callable[[PreTrainedModel], PeftConfig],
 ) -> PreTrainedModel:
-    tuned = with_head(_tuned(model, config_of(model)))
+    tuned = with_head(_tuned(model, config_of(model), cell))
     for name, parameter in tuned.named_parameters():
         if ".ia3_l." in name or ".boft_s." in name:
             parameter.multiplies = True  # type: ignore[attr-defined]
@@ -88,13 +88,13 @@ def ln_tuning(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
     modules = model.named_modules()
     # Every class of norms in transformers and torch ends so, LayerNorm and RMSNorm.
     norms = [name for name, m in modules if type(m).__name__.endswith("Norm")]
-    tuned = _tuned(model, LNTuningConfig(target_modules=norms))
+    tuned = _tuned(model, LNTuningConfig(target_modules=norms), cell)
     for part in heads_of(tuned):
         part.requires_grad_(True)
     return tuned
 
 
-def _tuned(model: PreTrainedModel, config: PeftConfig) -> PreTrainedModel:
+def _tuned(model: PreTrainedModel, config: PeftConfig, cell: Cell) -> PreTrainedModel:
     with warnings.catch_warnings():
         # Norms of every class are supported, and the extension only makes BOFT faster.
         warnings.filterwarnings("ignore", "Unsupported layer type")
@@ -103,6 +103,13 @@ def _tuned(model: PreTrainedModel, config: PeftConfig) -> PreTrainedModel:
         # On a virtual GPU, norms that are copied have no values.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         # Without a task in its config, peft does not know the head, and copies none.
-        base: Any = get_peft_model(model, config).get_base_model()
+        try:
+            base: Any = get_peft_model(model, config).get_base_model()
+        except (TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"peft refuses method {cell.method!r} for {type(model).__name__}: "
+                f"{reason} Take another method, such as 'lora'"
+            ) from error
     tuned: PreTrainedModel = base
     return tuned

@@ -111,7 +111,7 @@ def _refuse(model: PreTrainedModel, cell: Cell, kind: object) -> None:
     if is_classifier and kind is PrefixTuningConfig:
         raise ValueError(
             f"{name}: classifiers of transformers take no keys and values from outside "
-            "in training: take a language model, or 'p-tuning'"
+            "in training: take a language model, or another method, such as 'lora'"
         )
     if is_classifier and not hasattr(model, "classifier"):
         raise ValueError(
