@@ -875,10 +875,12 @@ def test_lomo_is_sgd_in_backward(method: str, monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(found, trained_by("sgd", method, 1e-1))
 
 
-@pytest.mark.parametrize("optimizer", IN_BACKWARD)
 @pytest.mark.parametrize(
-    ("changes", "words"),
-    [({"accumulation": 2}, "take 1"), ({"dtype": "fp16"}, "'bf16'")],
+    ("optimizer", "changes", "words"),
+    [
+        *((name, {"accumulation": 2}, "take 1") for name in IN_BACKWARD),
+        *((name, {"dtype": "fp16"}, "take 'bf16'") for name in READ_IN_BACKWARD),
+    ],
 )
 def test_what_needs_all_gradients_is_refused(
     optimizer: str, changes: dict[str, object], words: str
@@ -886,6 +888,24 @@ def test_what_needs_all_gradients_is_refused(
     """Before anything runs."""
     with pytest.raises(ValueError, match=rf"`optimizer` = '{optimizer}'.*{words}"):
         fields.check_together(of("lora", optimizer=optimizer, **changes))
+
+
+@without_gpu
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_can_be_planned(optimizer: str) -> None:
+    """Or says why not; with a state of less than AdamW's, but for AdamW itself."""
+    here = of("full", device="virtual-H200", backbone="random:bert-tiny")
+    found = plan(dataclasses.replace(here, optimizer=optimizer), Source(), 0.0)
+    if "is not installed" in found.message:
+        pytest.skip(found.message)
+    is_refused = "cannot be planned: torchao compiles the step" in found.message
+    assert is_refused == (optimizer in ("adamw-8bit", "adamw-4bit"))
+    if not is_refused:
+        adamw = plan(here, Source(), 0.0)
+        assert found.verdict == "fits", found.message
+        assert found.allocated_bytes is not None
+        assert adamw.allocated_bytes is not None
+        assert found.allocated_bytes <= adamw.allocated_bytes
 
 
 @pytest.mark.parametrize("method", [n for n, m in TABLE.items() if m.optimizer])

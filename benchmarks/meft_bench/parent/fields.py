@@ -136,21 +136,17 @@ def check_together(cell: Cell) -> None:
                 f"`optimizer` = {cell.optimizer!r} with `{name}` = {method!r}, which "
                 "has an optimizer of its own: take 'adamw', or another method"
             )
-    if cell.optimizer in registry.IN_BACKWARD:
-        _check_in_backward(cell)
-
-
-def _check_in_backward(cell: Cell) -> None:
-    begin = f"`optimizer` = {cell.optimizer!r}, which updates during backward, with"
-    if cell.accumulation > 1:
+    if cell.optimizer in registry.IN_BACKWARD and cell.accumulation > 1:
         raise ValueError(
-            f"{begin} `accumulation` = {cell.accumulation}: gradients cannot be summed "
-            "before an update; take 1, or 'adamw'"
+            f"`optimizer` = {cell.optimizer!r}, which updates during backward, with "
+            f"`accumulation` = {cell.accumulation}: gradients cannot be summed before "
+            "an update; take 1, or 'adamw'"
         )
-    if cell.dtype == "fp16":
+    if cell.optimizer in registry.READ_IN_BACKWARD and cell.dtype == "fp16":
         raise ValueError(
-            f"{begin} `dtype` = 'fp16': a loss scale has to look at all gradients "
-            "before an update; take 'bf16', or 'adamw'"
+            f"`optimizer` = {cell.optimizer!r}, which reads gradients during backward, "
+            "with `dtype` = 'fp16': a loss scale has to look at all gradients before "
+            "an update; take 'bf16', or 'adamw'"
         )
 
 

@@ -117,6 +117,8 @@ OPTIMIZERS = (
 """Optimizers; `meft_bench.child.training.optimizers` describes each."""
 IN_BACKWARD = ("adamw-in-backward", "lomo", "adalomo")
 """Those that update during backward, when some gradients do not exist yet."""
+READ_IN_BACKWARD = (*IN_BACKWARD, "adamw-offload")
+"""Those that read gradients during backward, before they are clipped or unscaled."""
 OWN_OPTIMIZER = tuple(n for n, m in methods.TABLE.items() if m.optimizer)
 """Methods with an optimizer of their own."""
 FLOATS_ONLY = tuple(n for n, m in methods.TABLE.items() if m.floats_only)

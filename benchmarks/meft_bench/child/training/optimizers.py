@@ -14,8 +14,9 @@ adalomo            the same with a learning rate for each row and column (Lv et 
                    Findings of ACL 2024), by lomo_optim; CUDA only
 
 Those that update during backward never have all gradients, so that their norm is not
-clipped, and a step has one micro-batch. A method with updates of its own has its own
-optimizer (`Method.optimizer`).
+clipped, and a step has one micro-batch. `adamw-offload` copies gradients to the host
+during backward, before they could be clipped. A method with updates of its own has its
+own optimizer (`Method.optimizer`).
 """
 
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 import meft
@@ -75,18 +77,31 @@ def _sgd(model: PreTrainedModel, groups: Groups, cell: Cell) -> torch.optim.Opti
 
 
 def _8bit(model: PreTrainedModel, groups: Groups, cell: Cell) -> torch.optim.Optimizer:
-    return _of_torchao("AdamW8bit", groups, cell)
+    return _quantised("AdamW8bit", groups, cell)
 
 
 def _4bit(model: PreTrainedModel, groups: Groups, cell: Cell) -> torch.optim.Optimizer:
-    return _of_torchao("AdamW4bit", groups, cell)
+    return _quantised("AdamW4bit", groups, cell)
 
 
 def _offload(
     model: PreTrainedModel, groups: Groups, cell: Cell
 ) -> torch.optim.Optimizer:
     _require_cuda(cell)
-    return _of_torchao("CPUOffloadOptimizer", groups, cell)
+    made: Any = _of_torchao("CPUOffloadOptimizer", groups, cell)
+    # Where meters of memory look for the state on the device: of small parameters.
+    made.state = {} if made.d_opt is None else made.d_opt.state
+    optimizer: torch.optim.Optimizer = made
+    return optimizer
+
+
+def _quantised(name: str, groups: Groups, cell: Cell) -> torch.optim.Optimizer:
+    if any(isinstance(p, FakeTensor) for group in groups for p in group["params"]):
+        raise ValueError(
+            f"{_of(cell)} cannot be planned: torchao compiles the step, which needs "
+            "values. Take 'adamw', or run it"
+        )
+    return _of_torchao(name, groups, cell)
 
 
 def _of_torchao(name: str, groups: Groups, cell: Cell) -> torch.optim.Optimizer:
