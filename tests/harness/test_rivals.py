@@ -48,6 +48,7 @@ from meft_bench.shared.registry import (
     IN_BACKWARD,
     METHODS,
     OPTIMIZERS,
+    READ_IN_BACKWARD,
     load,
 )
 from meft_bench.shared.source import Source
