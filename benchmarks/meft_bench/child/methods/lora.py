@@ -81,10 +81,11 @@ def lora_fa_optimizer(
             chosen += [parameter] if first is parameter else [first, parameter]
         of_pairs = [names[parameter] for parameter in chosen]
         scale = float(protocol.LORA_ALPHA_PER_RANK)
-        factors = [scale if ".lora_" in name else None for name in of_pairs]
-        found.append(
-            {**group, "params": chosen, "names": of_pairs, "scaling_factors": factors}
-        )
+        scales = {
+            "scaling_factors": [scale if ".lora_" in n else None for n in of_pairs],
+            "scaling_factor": scale,  # as peft before 0.21 calls it
+        }
+        found.append({**group, **scales, "params": chosen, "names": of_pairs})
     return LoraFAOptimizer(found, betas=protocol.ADAM_BETAS, eps=protocol.ADAM_EPSILON)
 
 

@@ -93,8 +93,8 @@ def _generate(
 
 def _refuse_to_generate(**_: Any) -> Tensor:
     raise ValueError(
-        "method 'prefix-tuning' cannot write answers: transformers loses the keys and "
-        "values in front while it generates. Take a task that ranks options, or "
+        "method 'prefix-tuning' cannot write answers: peft loses the keys and values "
+        "in front while transformers generates. Take a task that ranks options, or "
         "'prompt-tuning'"
     )
 
