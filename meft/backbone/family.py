@@ -170,6 +170,7 @@ class Family:
         hidden: Hidden,
         adapter: Adapter | None = None,
         after: Adapter | None = None,
+        after_mlp: Adapter | None = None,
         **call: Any,
     ) -> Hidden:
         """Run both halves of a block (`Layout.whole`).
@@ -179,12 +180,14 @@ class Family:
             hidden: `batch seq hidden`.
             adapter: runs in parallel with the position-wise layers, if given.
             after: runs after self-attention, if given.
+            after_mlp: runs after the position-wise layers, if given.
             **call: the other arguments that the model's loop passes to the block.
 
         Returns:
             The result, of the shape of `hidden`.
         """
-        return self.layout(block).whole(block, hidden, call, adapter, after)
+        adapters = adapter, after, after_mlp
+        return self.layout(block).whole(block, hidden, call, *adapters)
 
     def attention_half(
         self, block: Any, hidden: Hidden, adapter: Adapter | None = None, **call: Any
@@ -203,7 +206,11 @@ class Family:
         return self.layout(block).attention_half(block, hidden, adapter, call)
 
     def mlp_half(
-        self, block: Any, hidden: Hidden, adapter: Adapter | None = None
+        self,
+        block: Any,
+        hidden: Hidden,
+        adapter: Adapter | None = None,
+        after: Adapter | None = None,
     ) -> Hidden:
         """Run the position-wise layers of a block (`Layout.mlp_half`).
 
@@ -211,11 +218,12 @@ class Family:
             block: the block.
             hidden: `batch seq hidden`.
             adapter: runs in parallel with them, on the same input, if given.
+            after: runs after them, before their input is added, if given.
 
         Returns:
             The result, of the shape of `hidden`.
         """
-        return self.layout(block).mlp_half(block, hidden, adapter)
+        return self.layout(block).mlp_half(block, hidden, adapter, after)
 
     def _width(self, block: nn.Module, config: Any) -> int:
         """Return the width of the stream: that of a norm's weight, if it has one."""

@@ -250,7 +250,11 @@ class Layout:
         return {names.get(name, name): value for name, value in call.items()}
 
     def mlp_half(
-        self, block: nn.Module, hidden: Hidden, adapter: Adapter | None
+        self,
+        block: nn.Module,
+        hidden: Hidden,
+        adapter: Adapter | None,
+        after: Adapter | None = None,
     ) -> Hidden:
         """Run the position-wise layers.
 
@@ -258,14 +262,15 @@ class Layout:
             block: the block.
             hidden: `batch seq hidden`.
             adapter: runs on the input of the chain, if given.
+            after: runs at the end of the chain, with a skip connection of its own.
 
         Returns:
             The result, of the shape of `hidden`. That of a parallel block does not
             contain `hidden`, and has to be added to that of the other half.
         """
         if self.is_parallel:
-            return _update(self.mlp, block, hidden, {}, parallel=adapter)
-        return _run(self.mlp, block, hidden, {}, parallel=adapter)
+            return _update(self.mlp, block, hidden, {}, after, adapter)
+        return _run(self.mlp, block, hidden, {}, after, adapter)
 
     def whole(
         self,
@@ -274,6 +279,7 @@ class Layout:
         call: Mapping[str, Any],
         parallel: Adapter | None = None,
         after: Adapter | None = None,
+        after_mlp: Adapter | None = None,
     ) -> Hidden:
         """Run both halves.
 
@@ -283,17 +289,18 @@ class Layout:
             call: the arguments other than the hidden states, by name.
             parallel: an adapter in parallel with the chain of the feed-forward.
             after: an adapter that runs after self-attention.
+            after_mlp: an adapter that runs after the feed-forward.
 
         Returns:
             The hidden states that the block returns, of the shape of `hidden`.
         """
         if self.adds_input_last:
             mixed = _update(self.attention, block, hidden, _of_modules(call), after)
-            return mixed + self.mlp_half(block, hidden, parallel) + hidden
+            return mixed + self.mlp_half(block, hidden, parallel, after_mlp) + hidden
         mixed = self.attention_half(block, hidden, after, call)
         if self.is_parallel:
-            return mixed + self.mlp_half(block, hidden, parallel)
-        return self.mlp_half(block, mixed, parallel)
+            return mixed + self.mlp_half(block, hidden, parallel, after_mlp)
+        return self.mlp_half(block, mixed, parallel, after_mlp)
 
 
 OPAQUE = Layout(attention=Half(), mlp=Half())

@@ -32,7 +32,8 @@ class Method:
 
 _FOR_THE_HARNESS = {
     **{"function": ANY, "defaults": ANY},
-    **{"has_rows": ANY, "trains_backbone": ANY},
+    **{"has_rows": ANY, "trains_backbone": ANY, "floats_only": ANY},
+    **{"kind": ANY, "package": ANY, "optimizer": ANY},
 }
 _SCHEMA = _FOR_THE_HARNESS | {
     "options": some_of(CELL_FIELDS),

@@ -66,9 +66,21 @@ def test_vit_large_has_its_published_size() -> None:
     assert num_parameters == 303_301_632 + 2 * 1024 + 2
 
 
+OF_TEXT = {"ia3", "prompt-tuning", "p-tuning", "prefix-tuning"}
+ELSEWHERE = {"streamed-offload", "lora-streamed-offload", "galore", "badam"}
+OF_IMAGES = [m for m in METHODS if m not in {*HAVE_ROWS, *OF_TEXT, *ELSEWHERE}]
+
+
+@pytest.mark.parametrize("method", sorted(OF_TEXT))
+def test_methods_of_text_refuse_images(method: str) -> None:
+    """With a method to take instead."""
+    with pytest.raises(ValueError, match=rf"method '{method}' with .*, or "):
+        made(seen(method=method))
+
+
 @pytest.mark.parametrize(
     "method",
-    slow_but_for([m for m in METHODS if m not in HAVE_ROWS], "full", "meft1-exact"),
+    slow_but_for(OF_IMAGES, "full", "meft1-exact"),
 )
 def test_every_method_trains_on_images(method: str) -> None:
     """A step moves what trains and nothing else."""

@@ -184,7 +184,8 @@ def test_a_cell_is_trained_scored_and_measured(
     assert 0 < seen["num_trainable_parameters"] <= seen["num_parameters"]
     assert answer["environment"]["weights_sha256"] is not None
     assert (seen["step_ratio"] is not None) == ("reference" in fields)
-    is_row_wise = seen["score_name"] in ("accuracy_per_character", "exact_match", "own:kappa")
+    names = ("accuracy_per_character", "exact_match", "own:kappa")
+    is_row_wise = seen["score_name"] in names
     assert bool(seen["right_rows"]) == is_row_wise
 
 

@@ -34,7 +34,7 @@ from meft_bench.parent import arguments, fields, planning
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.quantisations import TABLE
-from meft_bench.shared.registry import METHODS, TRAIN_BACKBONE, load
+from meft_bench.shared.registry import FLOATS_ONLY, METHODS, TRAIN_BACKBONE, load
 from meft_bench.shared.source import Source
 from meft_bench.virtual.emulation import quantised_layers, quantised_lora
 from meft_bench.virtual.prediction.plan import MemoryPlan, plan
@@ -398,7 +398,7 @@ def test_all_methods_are_those_that_freeze_the_backbone() -> None:
     given = ["plan", "gpt2-small", "--gpu", "T4", "--dtype", "bf16"]
     parsed = arguments.parser().parse_args([*given, "--weights-dtype", "nf4"])
     found = {one.method for one in planning.cells(parsed)}
-    assert found == METHODS.keys() - TRAIN_BACKBONE
+    assert found == METHODS.keys() - {*TRAIN_BACKBONE, *FLOATS_ONLY}
 
 
 def test_a_layer_of_peft_that_is_not_modelled_is_refused(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ WRONG = [
     (methods, '"#000000"', "4", "full", "color"),
     (methods, '"#000000"', '"black"', "full", "color"),
     (methods, 'marker = "o"', 'marker = "oo"', "full", "marker"),
-    (methods, 'line = "--"', 'line = "---"', "meft1-store", "line"),
+    (methods, 'line = "--"', 'line = "---"', "boft", "line"),
     (methods, "hollow = true", "hollow = 1", "meft1-store", "hollow"),
     (measurement, '"int"', '["int"]', "num_parameters", "type"),
     (measurement, '"int"', '"itn"', "num_parameters", "type"),

@@ -100,10 +100,16 @@ def test_training_lowers_the_loss_in_every_dtype(dtype: str) -> None:
     assert {p.dtype for p in stepper.model.parameters()} == {torch.float32}
 
 
+OF_TORCH = [name for name in OPTIMIZERS if name.startswith(("adamw", "sgd"))]
+OF_TORCH = [name for name in OF_TORCH if not name.endswith(("bit", "offload"))]
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OF_TORCH)
 def test_every_optimizer_lowers_the_loss(optimizer: str, dtype: str) -> None:
     """With a loss scale, too, and with the same groups to decay."""
+    if (optimizer, dtype) == ("adamw-in-backward", "fp16"):
+        pytest.skip("a loss scale needs all gradients")
     rate = 0.5 if optimizer == "sgd" else 5e-3
     chosen = cell(optimizer=optimizer, dtype=dtype, max_steps=30, learning_rate=rate)
     stepper = stepper_for(chosen)

@@ -21,7 +21,7 @@ WRONG = [
     (methods, '"dense"', '"thick"', "dense", "neurons"),
     (methods, '"#000000"', "4", "full", "color"),
     (methods, 'marker = "o"', 'marker = "oo"', "full", "marker"),
-    (methods, 'line = "--"', "line = 3", "meft1-store", "line"),
+    (methods, 'line = "--"', "line = 3", "boft", "line"),
     (methods, "hollow = true", "hollow = 1", "meft1-store", "hollow"),
     (measurement, '"int"', '["int"]', "num_parameters", "type"),
     (measurement, '"count"', '["count"]', "num_parameters", "unit"),

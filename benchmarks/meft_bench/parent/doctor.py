@@ -33,6 +33,14 @@ REQUIREMENTS = {
     ),
     "gguf": ("gguf>=0.19",),
     "quantised": ("bitsandbytes>=0.50", "torchao>=0.18"),
+    "rivals": (
+        "badam>=1.4",
+        "bitsandbytes>=0.50",
+        "galore-torch>=1.0",
+        "lomo-optim>=0.1.1",
+        "torchao>=0.18",
+        "trl>=1.16",
+    ),
     "sparse": ("numba>=0.61",),
     "liger": ("liger-kernel>=0.8",),
     "report": (

@@ -141,11 +141,34 @@ def check_together(cell: Cell) -> None:
                 f"take {cell.dtype!r}, or a method that freezes the backbone, such as "
                 "'lora'"
             )
+        if cell.is_quantised and method in registry.FLOATS_ONLY:
+            raise ValueError(
+                f"`weights_dtype` = {cell.weights_dtype!r} with `{name}` = {method!r}, "
+                f"whose layers take no quantised weights: take {cell.dtype!r}, or a "
+                "method whose layers do, such as 'lora'"
+            )
         if cell.optimizer != "adamw" and method in registry.HAVE_ROWS:
             raise ValueError(
                 f"`optimizer` = {cell.optimizer!r} with `{name}` = {method!r}, whose "
                 "rows have an AdamW of their own: take 'adamw', or another method"
             )
+        if cell.optimizer != "adamw" and method in registry.OWN_OPTIMIZER:
+            raise ValueError(
+                f"`optimizer` = {cell.optimizer!r} with `{name}` = {method!r}, which "
+                "has an optimizer of its own: take 'adamw', or another method"
+            )
+    if cell.optimizer in registry.IN_BACKWARD and cell.accumulation > 1:
+        raise ValueError(
+            f"`optimizer` = {cell.optimizer!r}, which updates during backward, with "
+            f"`accumulation` = {cell.accumulation}: gradients cannot be summed before "
+            "an update; take 1, or 'adamw'"
+        )
+    if cell.optimizer in registry.READ_IN_BACKWARD and cell.dtype == "fp16":
+        raise ValueError(
+            f"`optimizer` = {cell.optimizer!r}, which reads gradients during backward, "
+            "with `dtype` = 'fp16': a loss scale has to look at all gradients before "
+            "an update; take 'bf16', or 'adamw'"
+        )
 
 
 def _has_language_model(task: str) -> bool:

@@ -154,7 +154,8 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
         arguments.method in ([], ["all"])
         and values["weights_dtype"] in quantisations.TABLE
     ):
-        names = [name for name in names if name not in registry.TRAIN_BACKBONE]
+        refused = {*registry.TRAIN_BACKBONE, *registry.FLOATS_ONLY}
+        names = [name for name in names if name not in refused]
     found = [
         Cell(**methods.with_defaults({"method": name, **values})) for name in names
     ]

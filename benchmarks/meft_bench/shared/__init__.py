@@ -21,6 +21,7 @@ lengths    lengths of the batches of a plan
 configs    finds and reads the config of a backbone
 published  memory that others measured, and what other estimators say of it
 source     where data and weights may come from
+optional   imports libraries that only some methods need
 distributions   which distributions are installed
 units      bytes as text, and text as bytes
 """

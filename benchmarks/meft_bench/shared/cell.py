@@ -88,7 +88,7 @@ class Cell:
     bottleneck_size: int = 8
     """Inner width of every bottleneck adapter."""
     lora_rank: int = 8
-    """Rank of every LoRA pair."""
+    """Rank of every LoRA pair, and of the projections of GaLore."""
     num_neurons: int = 1024
     """Number of neurons per block of the `dense` and `sparse` methods."""
     top_k_neurons: int = 64

@@ -14,6 +14,7 @@ from meft_bench.shared.field_kinds import (
     COLOR,
     FLAG,
     TABLE_NAME,
+    TEXT,
     FieldKind,
     object_in,
     one_of,
@@ -50,6 +51,15 @@ class Method:
     """Whether neurons are rows of a store, which `meft.SparseAdamW` updates."""
     trains_backbone: bool = False
     """Whether it trains the weights of the backbone."""
+    floats_only: bool = False
+    """Whether its layers take no weights of the backbone that are quantised."""
+    kind: str
+    """`exact`, or `approximation`: how its updates relate to the gradient of the loss.
+    """
+    package: str = ""
+    """Name of the package that implements it; empty if this project does."""
+    optimizer: str = ""
+    """Of a method with updates of its own: `FILE:NAME` of what makes its optimizer."""
 
     @property
     def is_reversible(self) -> bool:
@@ -83,12 +93,18 @@ _SCHEMA = _FOR_REPORTS | {
     "neurons": one_of(["dense", "sparse", "experts"]),
     "has_rows": FLAG,
     "trains_backbone": FLAG,
+    "floats_only": FLAG,
+    "kind": one_of(["exact", "approximation"]),
+    "package": TEXT,
+    "optimizer": object_in(Path(__file__).parents[1] / "child" / "methods"),
 }
 
 
 def _read() -> dict[str, Method]:
     methods = {}
-    for name, table in tables.read(tables.METHODS, ["function"], _SCHEMA).items():
+    for name, table in tables.read(
+        tables.METHODS, ["function", "kind"], _SCHEMA
+    ).items():
         fields = {key: v for key, v in table.items() if key not in _FOR_REPORTS}
         fields["options"] = tuple(fields.get("options", ()))
         methods[name] = Method(**fields)
@@ -107,7 +123,7 @@ TABLE = _read()
 """Every method by name, in the order of the file."""
 
 
-_OWN = Method(function=_OF_THE_USER, options=("mlp_chunks",))
+_OWN = Method(function=_OF_THE_USER, options=("mlp_chunks",), kind="")
 
 
 def of(name: str) -> Method:

@@ -22,9 +22,9 @@ METHODS = {
 }
 """Methods of fine-tuning.
 
-They are the paper's, ours with the exact inverse (`-exact`), the plain twins of both
-(`-store`), and reference methods; then adapters of many neurons: dense, and sparse with
-their rows in host memory, complete and with one part disabled.
+They are reference methods and rivals; the paper's, ours with the exact inverse
+(`-exact`) and the plain twins of both (`-store`); then adapters of many neurons: dense,
+and sparse with their rows in host memory, complete and with one part disabled.
 """
 
 _LOADERS = {
@@ -114,8 +114,19 @@ PADDINGS = ("none", "some")
 SIDE_BUFFERS = ("device", "host")
 SCORED_ON = ("evaluation", "validation")
 GRADIENT_DTYPES = ("fp32", "bf16")
-OPTIMIZERS = ("adamw", "adamw-fused", "sgd")
-"""AdamW as torch runs it by default, AdamW in one kernel, SGD without momentum."""
+OPTIMIZERS = (
+    *("adamw", "adamw-fused", "sgd", "adamw-8bit", "adamw-4bit", "adamw-offload"),
+    *("adamw-in-backward", "lomo", "adalomo"),
+)
+"""Optimizers; `meft_bench.child.training.optimizers` describes each."""
+IN_BACKWARD = ("adamw-in-backward", "lomo", "adalomo")
+"""Those that update during backward, when some gradients do not exist yet."""
+READ_IN_BACKWARD = (*IN_BACKWARD, "adamw-offload")
+"""Those that read gradients during backward, before they are clipped or unscaled."""
+OWN_OPTIMIZER = tuple(n for n, m in methods.TABLE.items() if m.optimizer)
+"""Methods with an optimizer of their own."""
+FLOATS_ONLY = tuple(n for n, m in methods.TABLE.items() if m.floats_only)
+"""Methods whose layers take no quantised weights of the backbone."""
 ATTENTIONS = {
     "eager": None,
     "sdpa": None,

@@ -80,7 +80,9 @@ def _model_state(
     for adapter in sparse_adapters(model).values():
         yield from adapter.rows.on_device()
     for state in optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, Tensor))
+        for value in state.values():
+            if isinstance(value, Tensor):
+                yield from quantised.tensors_of(value)
 
 
 def cpu_step_peak_bytes(step: Callable[[], object]) -> int:

@@ -30,9 +30,10 @@ from transformers import PreTrainedModel
 from meft.backbone.find import BlockList, find_blocks
 from meft.backbone.norm_parts import norms_in_parts
 from meft.transfer import TransferLedger, TransferTag
-from meft_bench.child.methods.adapters import AdaptedBlock, adapters
+from meft_bench.child.methods.adapters import AdaptedBlock, adapters, houlsby
+from meft_bench.child.methods.bitfit import bitfit
 from meft_bench.child.methods.full import full
-from meft_bench.child.methods.lora import lora
+from meft_bench.child.methods.lora import dora, lora, lora_all
 from meft_bench.shared.cell import Cell
 
 Method = Callable[[PreTrainedModel, Cell], PreTrainedModel]
@@ -61,6 +62,26 @@ def checkpointing_offload(model: PreTrainedModel, cell: Cell) -> PreTrainedModel
 def lora_checkpointing_offload(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
     """Apply LoRA with every block checkpointed, its input on the host."""
     return _checkpointed(lora, model, cell, offload=True)
+
+
+def lora_all_checkpointing(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """Apply LoRA on every linear layer with every block checkpointed."""
+    return _checkpointed(lora_all, model, cell)
+
+
+def dora_checkpointing(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """Apply DoRA with every block checkpointed."""
+    return _checkpointed(dora, model, cell)
+
+
+def bitfit_checkpointing(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """Apply BitFit with every block checkpointed."""
+    return _checkpointed(bitfit, model, cell)
+
+
+def houlsby_checkpointing(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """Apply Houlsby's adapters with every block checkpointed."""
+    return _checkpointed(houlsby, model, cell)
 
 
 def _checkpointed(
@@ -132,7 +153,7 @@ def _in_halves(block: nn.Module, found: BlockList) -> AdaptedBlock:
     """Return a block that runs as two halves."""
     if isinstance(block, AdaptedBlock):
         return block
-    return AdaptedBlock(block, found.family, None, None)
+    return AdaptedBlock(block, found.family)
 
 
 def saved_on_host(ledger: TransferLedger, place: str) -> saved_tensors_hooks:

@@ -27,10 +27,10 @@ def dense(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
     freeze_all_but_head(model)
     for found in find_blocks(model):
         adapted = nn.ModuleList()
-        for block in found.blocks:
+        for block in found.listed:
             shape = found.family.adapter_shape(block, found.config)
             adapter = DenseAdapter(shape.hidden_size, cell.num_neurons)
-            adapted.append(AdaptedBlock(block, found.family, None, adapter))
+            adapted.append(AdaptedBlock(block, found.family, mlp_adapter=adapter))
         setattr(found.owner, found.attribute, adapted)
     return model
 

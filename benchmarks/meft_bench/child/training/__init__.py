@@ -1,7 +1,8 @@
 """From the names in a cell to a model, and its training steps.
 
 prepare         loads the backbone and applies the method
-steps           optimizer, schedule, autocast, accumulation: the training protocol
+steps           schedule, autocast, accumulation: the training protocol
+optimizers      what updates the weights
 execution       which attention kernel runs, eager or compiled blocks
 out_of_memory   which errors mean that memory ran out
 """

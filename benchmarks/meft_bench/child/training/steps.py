@@ -6,8 +6,7 @@ constants of `protocol`. Parameters are float32; `bf16` and `fp16` compute under
 autocast, `fp16` with a loss scale. Where `weights_dtype` sets the backbone itself to
 the compute dtype, there is no autocast. With `eval_every`, the weights with the best
 score on rows that are set aside for this selection are kept. A cell may name another
-optimizer, with the same decay, to measure the memory of AdamW's state and of its many
-kernels.
+optimizer, and a method may have one of its own (`optimizers`).
 """
 
 import contextlib
@@ -22,11 +21,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import meft
-from meft.sparse.adapter import sparse_adapters
 from meft_bench.child.backbones.unwrapped import base_of, num_prepended
 from meft_bench.child.meters.clock import StepClock
 from meft_bench.child.tasks.batches import IGNORED, Batch, Example, Image, collate
+from meft_bench.child.training import optimizers
 from meft_bench.shared import protocol
 from meft_bench.shared.cell import Cell
 
@@ -74,8 +72,9 @@ class Stepper:
             {"params": matrices, "weight_decay": protocol.WEIGHT_DECAY},
             {"params": vectors, "weight_decay": protocol.WEIGHT_DECAY_OF_VECTORS},
         ]
-        self._trained = trained
-        self.optimizer = _optimizer(model, groups, cell)
+        self.trained = trained
+        """Parameters that train, some of them perhaps not in every step."""
+        self.optimizer = optimizers.make(model, groups, cell)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context in which a forward runs."""
@@ -85,9 +84,14 @@ class Stepper:
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss of `batch`, which is on the device."""
-        with self.autocast():
+        with self._gradients(), self.autocast():
             loss: Tensor = self.model(**batch).loss
         return loss
+
+    def _gradients(self) -> contextlib.AbstractContextManager[object]:
+        if getattr(self.optimizer, "needs_gradients", True):
+            return contextlib.nullcontext()
+        return torch.no_grad()
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> float:
         """Take one optimizer step on the gradient of the mean loss of all `batches`.
@@ -104,22 +108,42 @@ class Stepper:
             classifier; not-a-number where no micro-batch has a target token.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            if isinstance(group["lr"], Tensor):  # which compiled steps read
+                group["lr"].fill_(learning_rate)
+            else:
+                group["lr"] = learning_rate
+        if not getattr(self.optimizer, "needs_gradients", True):
+            return float(self.optimizer.step(lambda: self._mean_loss(batches)))
         losses = []
         divisors = self.divisors(batches)
         for batch, divisor in zip(batches, divisors, strict=True):
             loss = self.loss(self.to_device(batch)) / divisor
-            self._scaler.scale(loss).backward()
+            self._backward(loss, learning_rate)
             losses.append(loss.detach())
             del loss
-        self._scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self._trained, protocol.MAX_GRADIENT_NORM)
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
+        if not hasattr(self.optimizer, "fused_backward"):
+            self._scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.trained, protocol.MAX_GRADIENT_NORM)
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        # The mean over no target is not-a-number, even if divided by infinity.
-        pairs = zip(losses, divisors, strict=True)
-        return float(sum(loss for loss, divisor in pairs if not math.isinf(divisor)))
+        return _sum(losses, divisors)
+
+    def _backward(self, loss: Tensor, learning_rate: float) -> None:
+        # Of an optimizer that updates in it; LOMO's learning rate is its argument.
+        fused = getattr(self.optimizer, "fused_backward", None)
+        if fused is None:
+            self._scaler.scale(loss).backward()
+        else:
+            fused(loss, learning_rate)
+
+    def _mean_loss(self, batches: Sequence[Batch]) -> float:
+        divisors = self.divisors(batches)
+        losses = [
+            self.loss(self.to_device(batch)) / divisor
+            for batch, divisor in zip(batches, divisors, strict=True)
+        ]
+        return _sum(losses, divisors)
 
     def divisors(self, batches: Sequence[Batch]) -> list[Tensor | int]:
         """Return the divisor of each micro-batch's mean loss, applied before the sum.
@@ -177,26 +201,18 @@ class Stepper:
         }
 
 
+def _sum(losses: Sequence[Tensor], divisors: Sequence[Tensor | int]) -> float:
+    # The mean over no target is not-a-number, even if divided by infinity.
+    pairs = zip(losses, divisors, strict=True)
+    return float(sum(loss for loss, divisor in pairs if not math.isinf(divisor)))
+
+
 def _is_matrix(parameter: Tensor) -> bool:
-    """Return whether weight decay applies; biases and norms have one dimension."""
-    return parameter.ndim > 1
+    """Return whether weight decay applies; biases and norms have one dimension.
 
-
-def _optimizer(
-    model: PreTrainedModel, groups: list[dict[str, Any]], cell: Cell
-) -> torch.optim.Optimizer:
-    adam: dict[str, Any] = {
-        "betas": protocol.ADAM_BETAS,
-        "eps": protocol.ADAM_EPSILON,
-    }
-    if sparse_adapters(model):
-        assert cell.optimizer == "adamw", cell.optimizer
-        return meft.SparseAdamW(groups, **adam)
-    if cell.optimizer == "sgd":
-        return torch.optim.SGD(groups)
-    if cell.optimizer == "adamw-fused":
-        return torch.optim.AdamW(groups, **adam, fused=True)
-    return torch.optim.AdamW(groups, **adam)
+    peft gives two to vectors that multiply what a layer returns, as norms do.
+    """
+    return parameter.ndim > 1 and not getattr(parameter, "multiplies", False)
 
 
 def _refuse_fp16(trained: Sequence[Tensor], cell: Cell) -> None:
@@ -246,14 +262,14 @@ def train(
         score = validate()
         stepper.model.train()
         if score > best_score:
-            best_score, best_weights = score, _copy_trained(stepper.model)
+            best_score, best_weights = score, _copied(stepper.trained)
             num_worse = 0
         else:
             num_worse += 1
         if cell.patience and num_worse >= cell.patience:
             break
     if best_weights is not None:
-        _restore_trained(stepper.model, best_weights)
+        _restore(stepper.trained, best_weights)
 
 
 def _largest(logits: Tensor) -> list[Any]:
@@ -296,12 +312,11 @@ def _length(example: Example | Image) -> int:
     return len(example.token_ids) if isinstance(example, Example) else 0
 
 
-def _copy_trained(model: PreTrainedModel) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+def _copied(trained: Sequence[Tensor]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in trained]
 
 
 @torch.no_grad()
-def _restore_trained(model: PreTrainedModel, weights: list[Tensor]) -> None:
-    trained = [p for p in model.parameters() if p.requires_grad]
+def _restore(trained: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
     for parameter, weight in zip(trained, weights, strict=True):
         parameter.copy_(weight)

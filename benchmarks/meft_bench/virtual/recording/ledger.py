@@ -46,6 +46,7 @@ from meft_bench.virtual.recording.tensors import (
     is_distributed,
     is_fake,
     local,
+    parts_of,
     tensors_in,
 )
 from meft_bench.virtual.recording.trace import (
@@ -481,8 +482,9 @@ class Ledger(TorchDispatchMode):
         for optimizer in _alive(self._optimizers):
             for of, state in optimizer.state.items():
                 for value in state.values():
-                    if isinstance(value, Tensor):
-                        self._tell(value, "optimizer", owners.get(of, ""))
+                    parts = parts_of(value) if isinstance(value, Tensor) else []
+                    for part in parts:
+                        self._tell(part, "optimizer", owners.get(of, ""))
 
     def _tell(self, tensor: Tensor, kind: str, owner: str) -> None:
         if is_functorch_wrapped_tensor(tensor):

@@ -37,6 +37,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def parts_of(tensor: Any) -> list[Tensor]:
+    """Return the tensors that hold one of another library, such as 8-bit moments."""
+    tensor = local(tensor)
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
+
+
 def tensors_in(values: Any) -> Iterator[Tensor]:
     """Yield the tensors among arguments or results of an operator."""
     if isinstance(values, Tensor):
