@@ -184,8 +184,8 @@ def test_a_cell_is_trained_scored_and_measured(
     assert 0 < seen["num_trainable_parameters"] <= seen["num_parameters"]
     assert answer["environment"]["weights_sha256"] is not None
     assert (seen["step_ratio"] is not None) == ("reference" in fields)
-    names = ("accuracy_per_character", "exact_match", "own:kappa")
-    is_row_wise = seen["score_name"] in names
+    by_rows = ("accuracy_per_character", "exact_match", "own:kappa")
+    is_row_wise = seen["score_name"] in by_rows
     assert bool(seen["right_rows"]) == is_row_wise
 
 

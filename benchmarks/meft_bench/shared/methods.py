@@ -55,6 +55,8 @@ class Method:
     """Whether its layers take no weights of the backbone that are quantised."""
     kind: str
     """`exact`, or `approximation`: how its updates relate to the gradient of the loss.
+
+    It is empty for a method of the user.
     """
     package: str = ""
     """Name of the package that implements it; empty if this project does."""
