@@ -29,6 +29,7 @@ from meft_bench.parent import (
     runs,
     selection,
     show,
+    trials,
 )
 from meft_bench.parent.planning import PlanningError
 from meft_bench.parent.runs import RunsError
@@ -187,19 +188,36 @@ def _fit_into_file(
 
 def _list(given: argparse.Namespace) -> int:
     chosen = selection.load(given)
-    cells = selection.select(chosen, given.only)
+    cells = list(selection.select(chosen, given.only))
+    tunings = selection.select_tunings(chosen, given.only)
+    cells += [trial for tuning in tunings for trial in tuning.trials]
     path = selection.records_path(given, chosen)
     records = runs.read(path)
     done: dict[Cell, Record] = {}
+    waiting: list[Cell] = []
     if records:  # otherwise the sources need not be read
-        environments = harness.environments_for(cells, num_threads=1, num_slots=1)
-        done = runs.done(records, cells, environments)
+        done = _done(records, cells)
+    for tuning in tunings:
+        best = trials.best_of(tuning, done)
+        if best is None or any(trial not in done for trial in tuning.trials):
+            waiting += tuning.cells
+        else:
+            cells += tuning.cells_with(best)
+    if records:
+        done = _done(records, cells)
     lines = [f"{'done' if cell in done else '    '}  {cell.id}" for cell in cells]
+    lines += [f"then  {cell.id}, with what its trials choose" for cell in waiting]
     lines += [
         f"{one.alias or one.spelt} is {value}" for value, one in chosen.own.items()
     ]
-    print("\n".join([*lines, f"{len(cells)} cells, {len(done)} done in {path}"]))
+    total = len(cells) + len(waiting)
+    print("\n".join([*lines, f"{total} cells, {len(done)} done in {path}"]))
     return harness.EXIT_OK
+
+
+def _done(records: list[Record], cells: list[Cell]) -> dict[Cell, Record]:
+    environments = harness.environments_for(tuple(cells), num_threads=1, num_slots=1)
+    return runs.done(records, cells, environments)
 
 
 def _show(given: argparse.Namespace) -> int:

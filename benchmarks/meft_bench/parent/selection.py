@@ -8,6 +8,7 @@ from pathlib import Path
 from meft_bench.parent import environment, sweep
 from meft_bench.parent.harness import RunPlan
 from meft_bench.parent.sweep import Sweep
+from meft_bench.parent.trials import Tuning
 from meft_bench.shared import published, registry
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
@@ -25,7 +26,9 @@ def run_plan(arguments: argparse.Namespace) -> RunPlan:
     """
     chosen = load(arguments)
     cells = select(chosen, arguments.only)
-    if any(cell.device == "cuda" for cell in cells) and not environment.gpu_names():
+    tunings = select_tunings(chosen, arguments.only)
+    every = [*cells, *(cell for one in tunings for cell in one.cells)]
+    if any(cell.device == "cuda" for cell in every) and not environment.gpu_names():
         reason = environment.why_no_gpu()
         raise UsageError(f"device cuda: no GPU here ({reason}); use --device cpu")
     device = _default_device(arguments)
@@ -59,6 +62,7 @@ def run_plan(arguments: argparse.Namespace) -> RunPlan:
         check_device=device,
         time_budget_seconds=arguments.time_budget,
         own=chosen.own,
+        tunings=tunings,
     )
 
 
@@ -105,23 +109,39 @@ def select(chosen: Sweep, only: str | None) -> tuple[Cell, ...]:
     """
     if only is None:
         return chosen.cells
-    if not chosen.cells:
+    selected = set(_matching(chosen, only))
+    return tuple(cell for cell in chosen.cells if cell in selected)
+
+
+def select_tunings(chosen: Sweep, only: str | None) -> tuple[Tuning, ...]:
+    """Return the trials of which `only` selects a cell that waits for them."""
+    if only is None:
+        return chosen.tunings
+    selected = set(_matching(chosen, only))
+    return tuple(one for one in chosen.tunings if selected & {*one.cells})
+
+
+def _matching(chosen: Sweep, only: str) -> tuple[Cell, ...]:
+    """Return what `only` selects of all cells, with those that wait for trials."""
+    waiting = (cell for tuning in chosen.tunings for cell in tuning.cells)
+    every = (*chosen.cells, *waiting)
+    if not every:
         raise UsageError(
             f"--only selects cells, and sweep {chosen.name!r} has none: it has checks"
         )
     values = {one.alias or one.spelt: value for value, one in chosen.own.items()}
     method = values.get(only, only)
-    if method in {cell.method for cell in chosen.cells} or method in registry.METHODS:
-        cells = tuple(cell for cell in chosen.cells if cell.method == method)
+    if method in {cell.method for cell in every} or method in registry.METHODS:
+        cells = tuple(cell for cell in every if cell.method == method)
     elif only in values:
         value = values[only]
-        cells = tuple(c for c in chosen.cells if value in (c.backbone, c.task))
+        cells = tuple(c for c in every if value in (c.backbone, c.task))
     else:
         # The id of a cell may begin another one's.
-        its = tuple(cell for cell in chosen.cells if cell.id == only)
-        cells = its or tuple(cell for cell in chosen.cells if only in cell.id)
+        its = tuple(cell for cell in every if cell.id == only)
+        cells = its or tuple(cell for cell in every if only in cell.id)
     if not cells:
-        methods = {cell.method for cell in chosen.cells}
+        methods = {cell.method for cell in every}
         hint = registry.nearest(only, [*methods, *values])
         raise UsageError(f"--only {only!r} matches no cell of {chosen.name}; {hint}")
     return cells

@@ -8,6 +8,9 @@ points (`exclude`). Cells that several matrices declare are run once.
     zip  {c: [1, 2, 3], d: [u, v, w]}    times 3
     exclude {a: 1, d: [u, v]}            less 4: 8 cells
 
+A matrix with values to try (`tune = {learning_rate = [...]}`) has trials in addition,
+of which the best one gives its cells their value (`meft_bench.parent.trials`).
+
 Methods, backbones and tasks of the user's own (`meft_bench.parent.own`) are replaced by
 digests first; relative paths start at the folder of the file.
 
@@ -24,9 +27,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from meft_bench.parent import fields, own
+from meft_bench.parent import fields, own, trials
 from meft_bench.parent.fields import Value
 from meft_bench.parent.own import Taken
+from meft_bench.parent.trials import Tuning
 from meft_bench.shared import methods, registry, units
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.own import Own
@@ -43,7 +47,7 @@ _SWEEP_KEYS = (
     *("question", "caveats", "memory_limit", "timeout_seconds", "num_threads"),
     *("checks", "matrix", "method", "backbone", "task"),
 )
-_MATRIX_KEYS = ("name", "defaults", "axes", "zip", "set", "exclude")
+_MATRIX_KEYS = ("name", "defaults", "axes", "zip", "tune", "set", "exclude")
 
 Point = dict[str, Value]
 """Some fields of a cell by name."""
@@ -73,6 +77,8 @@ class Matrix:
     """Each axis or zip as the points that it iterates over; the last varies fastest."""
     rules: tuple[CellOverride, ...]
     excludes: tuple[Condition, ...]
+    tune: dict[str, tuple[Value, ...]] = field(default_factory=dict)
+    """Values to try by the name of a field; empty where nothing is tried."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +103,8 @@ class Sweep:
     """What a reader of the results must know, a sentence or two each."""
     own: Mapping[str, Own] = field(default_factory=dict)
     """Methods, backbones and tasks of the user, by what cells hold."""
+    tunings: tuple[Tuning, ...] = ()
+    """Trials, with the cells that wait for them; those are not among `cells`."""
 
 
 def load(source: str, *, device: str) -> Sweep:
@@ -260,6 +268,7 @@ def _parse(
     if not tables and not table.get("checks"):
         raise ValueError("no [[matrix]] and no `checks`; declare at least one")
     cells: dict[Cell, None] = {}
+    tunings: dict[Tuning, None] = {}
     num_excluded = 0
     names: list[str] = []
     for index, entry in enumerate(tables, start=1):
@@ -269,9 +278,13 @@ def _parse(
         if label in names:
             raise ValueError(f"two matrices are named {label!r}; rename one")
         names.append(label)
-        kept, num_points = _cells(label, entry, device, own)
-        cells.update(dict.fromkeys(kept))
+        kept, num_points, tune = _cells(label, entry, device, own)
+        if tune:
+            tunings.update(dict.fromkeys(trials.tunings_of(kept, tune)))
+        else:
+            cells.update(dict.fromkeys(kept))
         num_excluded += num_points - len(kept)
+    trials.check_numbers(tunings)
     return Sweep(
         name=name,
         question=question,
@@ -283,6 +296,7 @@ def _parse(
         checks=_checks(table),
         caveats=caveats,
         own=own,
+        tunings=tuple(tunings),
     )
 
 
@@ -298,16 +312,24 @@ def _caveats(table: dict[str, Any]) -> tuple[str, ...]:
 
 def _cells(
     label: str, entry: dict[str, Any], device: str, own: Mapping[str, Own]
-) -> tuple[list[Cell], int]:
-    """Return the cells of a matrix, and the number of points without exclusions."""
+) -> tuple[list[Cell], int, dict[str, tuple[Value, ...]]]:
+    """Return the cells of a matrix, the number of points without exclusions, and
+    values to try."""
     try:
         matrix = _matrix(label, entry)
         cells = list(expand(matrix, device=device, own=own))
         if not cells:
             raise ValueError("every cell is excluded")
+        trials.check(matrix.tune, cells)
+        for cell in cells if matrix.tune else ():
+            _check_settings({"method": cell.method, **_first(matrix.tune)}, own)
     except ValueError as error:
         raise ValueError(f"matrix {label!r}: {error}") from error
-    return cells, math.prod(map(len, matrix.axes))
+    return cells, math.prod(map(len, matrix.axes)), matrix.tune
+
+
+def _first(tune: Mapping[str, Sequence[Value]]) -> Point:
+    return {name: values[0] for name, values in tune.items()}
 
 
 def _memory_limit(table: dict[str, Any]) -> int | None:
@@ -361,13 +383,15 @@ def _matrix(name: str, table: dict[str, Any]) -> Matrix:
         for field, values in _lists(table.get("axes", {}), "axes").items()
     ]
     axes += [_zipped(entry) for entry in _tables(table.get("zip", []), "zip")]
-    _check_once([list(defaults), *(list(axis[0]) for axis in axes)])
+    tune = _lists(table.get("tune", {}), "tune")
+    _check_once([list(defaults), *(list(axis[0]) for axis in axes), list(tune)])
     if "method" not in defaults and not any("method" in axis[0] for axis in axes):
         raise ValueError("no `method`; name it in defaults, axes or zip")
     return Matrix(
         name=name,
         defaults=defaults,
         axes=tuple(axes),
+        tune=tune,
         rules=tuple(_rule(entry) for entry in _tables(table.get("set", []), "set")),
         excludes=tuple(
             _condition(entry, "exclude")
@@ -424,7 +448,7 @@ def _lists(table: object, where: str) -> dict[str, tuple[Value, ...]]:
         if not isinstance(values, list):
             raise ValueError(f"{where}: `{name}` = {values!r} should be a list")
         lists[name] = _values(name, values, where)
-        if len(set(lists[name])) < len(values) and where == "axes":
+        if len(set(lists[name])) < len(values) and where in ("axes", "tune"):
             raise ValueError(f"{where}: `{name}` names a value twice")
     return lists
 
@@ -457,7 +481,8 @@ def _check_once(groups: Iterable[Iterable[str]]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(
-                f"`{name}` is given twice; keep it in one of defaults, axes and zip"
+                f"`{name}` is given twice; keep it in one of defaults, axes, zip and "
+                "tune"
             )
 
 

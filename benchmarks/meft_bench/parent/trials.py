@@ -51,6 +51,8 @@ def check(tune: Mapping[str, Sequence[Value]], cells: Iterable[Cell]) -> None:
         tune: values to try by the name of a field.
         cells: the cells of the matrix, with any of the values.
     """
+    if not tune:
+        return
     for name, values in tune.items():
         if name in UNTUNABLE:
             raise ValueError(
@@ -74,6 +76,17 @@ def check(tune: Mapping[str, Sequence[Value]], cells: Iterable[Cell]) -> None:
             raise ValueError(
                 f"`seed` = {cell.seed} is that of trials; take another for results"
             )
+
+
+def check_numbers(tunings: Iterable[Tuning]) -> None:
+    """Raise `ValueError` if some cells have more trials than others."""
+    numbers = {len(tuning.trials) for tuning in tunings}
+    if len(numbers) > 1:
+        shown = " and ".join(map(str, sorted(numbers)))
+        raise ValueError(
+            f"`tune`: matrices with {shown} values to try; methods are compared with "
+            "equally many, so give each the same number"
+        )
 
 
 def tunings_of(

@@ -5,6 +5,8 @@ are those that peft's examples use. `docs/numbers.md` prints the table, and a te
 compares the two. This module imports nothing, so that the parent process can read it.
 """
 
+from typing import Any
+
 ADAM_BETAS = (0.9, 0.98)
 """Decay rates of AdamW's two moments."""
 ADAM_EPSILON = 1e-6
@@ -23,3 +25,8 @@ ROWS_PER_VALIDATION_ROW = 10
 """One training row in this many is set aside to select weights."""
 TRIAL_SEED = 1000
 """Seed of the trials that choose a learning rate; results have other seeds."""
+
+
+def adam_arguments() -> dict[str, Any]:
+    """Return the arguments of every kind of AdamW but the learning rate."""
+    return {"betas": ADAM_BETAS, "eps": ADAM_EPSILON}

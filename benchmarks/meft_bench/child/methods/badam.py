@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from meft.backbone.find import find_blocks
 from meft.backbone.heads import freeze_all_but_head, new_heads
 from meft_bench.child.backbones import blocks_of
-from meft_bench.child.training.optimizers import ADAM
-from meft_bench.shared import optional
+from meft_bench.shared import optional, protocol
 from meft_bench.shared.cell import Cell
 
 INTERVAL = 50
@@ -44,7 +43,7 @@ def badam_optimizer(
         # Parameters are in FP32 by the protocol, and computed with under autocast.
         warnings.filterwarnings("ignore", "BAdam expect model")
         made: Any = library.BlockOptimizer(
-            base_optimizer=torch.optim.AdamW(groups, **ADAM),
+            base_optimizer=torch.optim.AdamW(groups, **protocol.adam_arguments()),
             named_parameters_list=[
                 pair for pair in model.named_parameters() if pair[1].requires_grad
             ],

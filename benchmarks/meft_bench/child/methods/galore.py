@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 
 from meft_bench.child.backbones import blocks_of
 from meft_bench.child.methods.full import full
-from meft_bench.child.training.optimizers import ADAM
-from meft_bench.shared import optional
+from meft_bench.shared import optional, protocol
 from meft_bench.shared.cell import Cell
 
 INTERVAL = 200
@@ -52,7 +51,7 @@ def galore_optimizer(
             if chosen:
                 parts.append({**group, **fields, "params": chosen})
     made: torch.optim.Optimizer = library.GaLoreAdamW(
-        parts, **ADAM, no_deprecation_warning=True
+        parts, **protocol.adam_arguments(), no_deprecation_warning=True
     )
     made.register_step_post_hook(_show_projections)
     return made

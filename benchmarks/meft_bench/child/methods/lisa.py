@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from meft_bench.child.backbones import blocks_of
 from meft_bench.child.methods.full import full
-from meft_bench.child.training.optimizers import ADAM
+from meft_bench.shared import protocol
 from meft_bench.shared.cell import Cell
 
 NUM_BLOCKS = 2
@@ -47,7 +47,7 @@ class Lisa(torch.optim.AdamW):
     def __init__(
         self, groups: list[dict[str, Any]], blocks: list[nn.Module], seed: int
     ) -> None:
-        super().__init__(groups, **ADAM)
+        super().__init__(groups, **protocol.adam_arguments())
         self._blocks = blocks
         # Of Python, because a draw of torch has no values on a virtual GPU.
         self._random = random.Random(seed)

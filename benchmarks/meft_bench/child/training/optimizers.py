@@ -36,8 +36,6 @@ from meft_bench.shared.source import MissingError
 
 Groups = list[dict[str, Any]]
 """Trained parameters with their weight decay, as torch's optimizers take them."""
-ADAM: dict[str, Any] = {"betas": protocol.ADAM_BETAS, "eps": protocol.ADAM_EPSILON}
-"""Constants of every kind of AdamW."""
 
 
 def make(model: PreTrainedModel, groups: Groups, cell: Cell) -> torch.optim.Optimizer:
@@ -60,16 +58,16 @@ def make(model: PreTrainedModel, groups: Groups, cell: Cell) -> torch.optim.Opti
         return own
     if sparse_adapters(model):
         assert cell.optimizer == "adamw", cell.optimizer
-        return meft.SparseAdamW(groups, **ADAM)
+        return meft.SparseAdamW(groups, **protocol.adam_arguments())
     return MAKERS[cell.optimizer](model, groups, cell)
 
 
 def _adamw(model: PreTrainedModel, groups: Groups, cell: Cell) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, **ADAM)
+    return torch.optim.AdamW(groups, **protocol.adam_arguments())
 
 
 def _fused(model: PreTrainedModel, groups: Groups, cell: Cell) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, **ADAM, fused=True)
+    return torch.optim.AdamW(groups, **protocol.adam_arguments(), fused=True)
 
 
 def _sgd(model: PreTrainedModel, groups: Groups, cell: Cell) -> torch.optim.Optimizer:
@@ -106,14 +104,16 @@ def _quantised(name: str, groups: Groups, cell: Cell) -> torch.optim.Optimizer:
 
 def _of_torchao(name: str, groups: Groups, cell: Cell) -> torch.optim.Optimizer:
     library = optional.library("torchao.optim", "torchao", _of(cell))
-    made: torch.optim.Optimizer = getattr(library, name)(groups, **ADAM)
+    made: torch.optim.Optimizer = getattr(library, name)(
+        groups, **protocol.adam_arguments()
+    )
     return made
 
 
 def _in_backward(
     model: PreTrainedModel, groups: Groups, cell: Cell
 ) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW(groups, **ADAM)
+    optimizer = torch.optim.AdamW(groups, **protocol.adam_arguments())
 
     def update(parameter: Tensor) -> None:
         # No other parameter has a gradient, and AdamW leaves out those without.

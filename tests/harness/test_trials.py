@@ -1,0 +1,177 @@
+"""Trials: learning rates are chosen by scores on rows set aside."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meft_bench.child.worker import run
+from meft_bench.parent import cli, harness, runs, sweep, trials
+from meft_bench.parent.sweep import SweepError
+from meft_bench.shared import protocol
+from meft_bench.shared.cell import Cell
+from meft_bench.shared.measurement import Measurement
+from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.record import Environment, Record, Status
+
+RATES = (1e-4, 1e-3, 1e-2)
+SWEEP = """
+question = "Which method is best at its best rate?"
+[[matrix]]
+name = "all"
+axes = {{method = ["head", "lora"], seed = [0, 1]}}
+{tune}
+[matrix.defaults]
+backbone = "minilm-l6"
+task = "bbc-news"
+max_steps = 3
+warmup_steps = 1
+"""
+TUNE = "tune = {learning_rate = [1e-4, 1e-3, 1e-2]}"
+
+
+def write(folder: Path, tune: str = TUNE, more: str = "") -> str:
+    path = folder / "mine.toml"
+    path.write_text(SWEEP.format(tune=tune) + more)
+    return str(path)
+
+
+def test_every_method_has_a_trial_for_each_value(tmp_path: Path) -> None:
+    """With a seed that no result has, scored on rows set aside."""
+    found = sweep.load(write(tmp_path), device="cpu")
+    assert found.cells == ()
+    assert [tuning.trials[0].method for tuning in found.tunings] == ["head", "lora"]
+    for tuning in found.tunings:
+        assert [trial.learning_rate for trial in tuning.trials] == [*RATES]
+        assert {trial.seed for trial in tuning.trials} == {protocol.TRIAL_SEED}
+        assert {trial.scored_on for trial in tuning.trials} == {"validation"}
+        assert [cell.seed for cell in tuning.cells] == [0, 1]
+        assert {cell.scored_on for cell in tuning.cells} == {"evaluation"}
+
+
+@pytest.mark.parametrize(
+    ("tune", "words"),
+    [
+        ("tune = {learning_rate = [1e-3]}", "has one value to try"),
+        ("tune = {learning_rate = [1e-3, 1e-3]}", "names a value twice"),
+        ("tune = {depth = [1, 2]}", "is not chosen by trials"),
+        ("tune = {lora_rank = [4, 8]}", "'head' does not use `lora_rank`"),
+        ("tune = {learning = [4, 8]}", "unknown key 'learning'"),
+        ("tune = {learning_rate = 1}", "should be a list"),
+        ("tune = {max_steps = [2, 3]}", "given twice"),
+    ],
+)
+def test_what_cannot_be_tried_is_refused(tmp_path: Path, tune: str, words: str) -> None:
+    with pytest.raises(SweepError, match=words):
+        sweep.load(write(tmp_path, tune), device="cpu")
+
+
+def test_methods_have_equally_many_trials(tmp_path: Path) -> None:
+    """Of all matrices of a sweep."""
+    other = SWEEP.format(tune="tune = {learning_rate = [1e-4, 1e-3]}")
+    other = other.partition("\n[[matrix]]")[2].replace('"all"', '"other"')
+    other = other.replace('"head", "lora"', '"full"')
+    with pytest.raises(SweepError, match="with 2 and 3 values to try"):
+        sweep.load(write(tmp_path, more=f"[[matrix]]{other}"), device="cpu")
+
+
+def test_tasks_without_a_score_have_no_trials(tmp_path: Path) -> None:
+    text = Path(write(tmp_path)).read_text().replace("bbc-news", "synthetic")
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(SweepError, match="has no score to choose by"):
+        sweep.load(str(tmp_path / "mine.toml"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ((0.1, 0.3, 0.2), 1),
+        ((0.3, 0.3, 0.2), 0),
+        ((None, 0.1, None), 1),
+        ((-0.2, -0.1, None), 1),
+        ((None, None, None), None),
+    ],
+)
+def test_the_best_score_chooses(
+    here: Environment,
+    tmp_path: Path,
+    scores: tuple[float | None, ...],
+    best: int | None,
+) -> None:
+    """The first of equal ones; none that failed."""
+    (tuning, _) = sweep.load(write(tmp_path), device="cpu").tunings
+    records = {
+        trial: Record(
+            sweep="s",
+            cell=trial,
+            status=Status.OOM if score is None else Status.OK,
+            message="",
+            started_at="2026-01-01T00:00:00+00:00",
+            wall_seconds=1.0,
+            measurement=Measurement(score=score),
+            environment=here,
+        )
+        for trial, score in zip(tuning.trials, scores, strict=True)
+    }
+    found = trials.best_of(tuning, records)
+    assert found == (None if best is None else tuning.trials[best])
+    if found is not None:
+        rates = {cell.learning_rate for cell in tuning.cells_with(found)}
+        assert rates == {found.learning_rate}
+
+
+def test_cells_run_with_what_their_trials_choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a second run, or a listing, repeats nothing."""
+    monkeypatch.chdir(tmp_path)
+    words = [write(tmp_path), "--device", "cpu", "-o", "mine.jsonl"]
+    worker = "harness.workers.fake_scores"
+    assert cli.main(["list", *words]) == 0
+    assert "then  lora/" in capsys.readouterr().out
+    assert cli.main(["run", *words], worker_module=worker) == 0
+    records = runs.read(Path("mine.jsonl"))
+    assert len(records) == 2 * 3 + 2 * 2
+    results = [r.cell for r in records if r.cell.scored_on == "evaluation"]
+    # The fake score is the larger the nearer a rate is to that of its method.
+    assert {(c.method, c.learning_rate) for c in results} == {
+        ("head", 1e-2),
+        ("lora", 1e-3),
+    }
+    assert cli.main(["run", *words], worker_module=worker) == 0
+    assert len(runs.read(Path("mine.jsonl"))) == len(records)
+    capsys.readouterr()
+    assert cli.main(["list", *words]) == 0
+    assert "10 cells, 10 done" in capsys.readouterr().out
+    only = [*words, "--only", "head"]
+    assert cli.main(["list", *only]) == 0
+    assert "5 cells, 5 done" in capsys.readouterr().out
+
+
+def test_without_a_score_no_cell_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate is never guessed."""
+    monkeypatch.chdir(tmp_path)
+    words = [write(tmp_path), "--device", "cpu", "-o", "mine.jsonl"]
+    code = cli.main(["run", *words], worker_module="harness.workers.fake_raises")
+    assert code == harness.EXIT_FAILED
+    assert {r.cell.scored_on for r in runs.read(Path("mine.jsonl"))} == {"validation"}
+    assert "not run, 2 cells: no trial of them has a score" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_trial_is_scored_on_rows_set_aside() -> None:
+    """A tenth of the training rows, and none of the evaluation."""
+    fields: dict[str, Any] = {"backbone": "minilm-l6", "task": "bbc-news"}
+    fields |= {"train_rows": 40, "batch_size": 4, "seq_len": 8, "max_steps": 3}
+    cell = Cell(method="head", **fields)
+    result: Any = run(replace(cell, scored_on="validation"), ChildOptions())
+    if result["status"] == "skipped":
+        pytest.skip(str(result["message"]))
+    assert result["measurement"]["num_eval_rows"] == 4
+    assert result["environment"]["data_origin"].endswith("scored on the rows set aside")
+    too_few = replace(cell, scored_on="validation", train_rows=5)
+    refused: Any = run(too_few, ChildOptions())
+    assert "sets no rows aside" in refused["message"]
