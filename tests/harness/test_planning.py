@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 from meft_bench.child import worker
 from meft_bench.child.backbones.files import read_config
 from meft_bench.parent import cli, planning, runs
+from meft_bench.shared import registry
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.source import Source
@@ -634,3 +635,23 @@ def test_copies_of_a_plan_are_those_of_the_books(method: str) -> None:
     assert found.h2d_bytes is not None
     assert found.h2d_bytes - seen["h2d_bytes"] == num_tensors * 8 * 2 * 16
     assert found.d2h_bytes == seen["d2h_bytes"] > 0
+
+
+def test_without_a_name_one_method_of_each_kind_is_planned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every method takes minutes, and is planned with `--method all`."""
+    asked: list[list[str]] = []
+
+    def ask(cells: Sequence[Cell], *_: Any, **__: Any) -> list[dict[str, Any]]:
+        asked.append([cell.method for cell in cells])
+        raise planning.PlanningError("seen")
+
+    monkeypatch.setattr(planning, "ask", ask)
+    for words in ([], ["--method", "all"], ["--method", "all", "lora"]):
+        assert cli.main(["plan", "bert-tiny", *TINY, *words]) == 2
+    assert "seen" in capsys.readouterr().err
+    usual, every, _ = asked
+    assert asked[2] == every == [*registry.METHODS]
+    assert {*usual} == {*registry.USUAL_METHODS} <= {*every}
+    assert len(usual) < 25

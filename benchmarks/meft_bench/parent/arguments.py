@@ -127,7 +127,7 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         default=[],
-        help="names, or all (the default)",
+        help="names, or all; one of each kind by default",
     )
     names = ", ".join(gpu.names())
     parser.add_argument("--gpu", required=True, help=f"{names}, or a JSON file")

@@ -348,11 +348,14 @@ def _methods(given: Sequence[str], model_type: str | None) -> list[str]:
             not known yet.
     """
     known = [*ALIASES, *registry.METHODS]
+    is_known = model_type is None or model_type in registry.MODEL_TYPES
+    every = registry.METHODS if is_known else registry.METHODS_OF_ANY_MODEL
+    if not given:
+        return [name for name in every if name in registry.USUAL_METHODS]
     found: list[str] = []
-    for name in given or ["all"]:
+    for name in given:
         if name == "all":
-            is_known = model_type is None or model_type in registry.MODEL_TYPES
-            found += registry.METHODS if is_known else registry.METHODS_OF_ANY_MODEL
+            found += every
         elif name.startswith((*registry.PEFT, PYTHON)):
             found.append(_own(name))
         elif name in known:

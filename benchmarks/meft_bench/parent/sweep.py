@@ -8,7 +8,7 @@ points (`exclude`). Cells that several matrices declare are run once.
     zip  {c: [1, 2, 3], d: [u, v, w]}    times 3
     exclude {a: 1, d: [u, v]}            less 4: 8 cells
 
-A matrix with values to try (`tune = {learning_rate = [...]}`) has trials in addition,
+A matrix with a table of values to try, `tune`, has trials in addition,
 of which the best one gives its cells their value (`meft_bench.parent.trials`).
 
 Methods, backbones and tasks of the user's own (`meft_bench.parent.own`) are replaced by

@@ -1,6 +1,6 @@
 """Trials: values of fields that scores on rows set aside choose, for each method.
 
-A matrix with `tune = {learning_rate = [1e-4, 3e-4, 1e-3]}` declares values to try. For
+A matrix can declare values to try, `tune`, such as several learning rates. For
 every method on every task, with every option, there is one trial for each value:
 
     trial      seed `protocol.TRIAL_SEED`, scored on the rows set aside (`scored_on`)

@@ -52,6 +52,15 @@ METHODS_OF_ANY_MODEL = (
 )
 """Methods that a model of any family can have, besides those of PEFT."""
 
+USUAL_METHODS = (
+    *("full", "head", "lora", "lora-all", "dora", "bitfit", "adapters", "lst"),
+    *("checkpointing", "lora-checkpointing", "adapters-checkpointing"),
+    *("checkpointing-offload", "lora-checkpointing-offload"),
+    *("meft1", "meft1-exact", "meft2-exact", "meft3-exact"),
+    *("lora-exact", "full-exact", "dense", "dense-offload", "sparse-experts"),
+)
+"""Methods that `plan` and `fit` answer for where none is named: one of each kind."""
+
 CHECKS = {
     "card": f"{_CHECKS}.card:figures",
     "workspaces": f"{_CHECKS}.matrix_products:figures",
