@@ -234,7 +234,7 @@ def test_a_forward_runs_in_the_compute_dtype(
     with stepper.autocast():
         assert torch.is_autocast_enabled("cpu") == (wanted is not None)
         assert wanted in (None, torch.get_autocast_dtype("cpu"))
-    assert stepper._scaler.is_enabled() == (dtype == "fp16")
+    assert stepper.scaler.is_enabled() == (dtype == "fp16")
 
 
 def test_gradients_are_clipped_without_their_loss_scale(

@@ -13,6 +13,7 @@ import resource
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial as partial_of
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,7 @@ def run(
         # Imported here: under a memory limit, torch itself may not fit.
         import torch
 
-        if cell.device.startswith(VIRTUAL):
-            from meft_bench.virtual.prediction.predict import predict as look
-        else:
-            from meft_bench.child.measuring.measure import measure as look
-
+        look = _look(cell, options)
         when_imported()
         torch.set_num_threads(options.num_threads)
         source = Source(
@@ -97,10 +94,12 @@ def run(
             rows=rows,
         )
         look(cell, source, partial)
+        _forget_checkpoint(options)
         status, message = Status.OK, remarks(partial.measurement)
     except MissingError as error:
         status, message = Status.SKIPPED, str(error)
     except Exception as error:
+        _forget_checkpoint(options)  # what failed by itself would fail again
         with contextlib.suppress(OSError):  # there may be no room for a log
             traceback.print_exc(file=sys.stderr)
         status = Status.OOM if is_out_of_memory(error) else Status.ERROR
@@ -112,6 +111,34 @@ def run(
         "environment": partial.environment,
         "memory_breakdown": partial.memory_breakdown,
     }
+
+
+def _look(
+    cell: Cell, options: ChildOptions
+) -> Callable[[Cell, Source, PartialResult], None]:
+    """Return the function that predicts or measures a cell."""
+    if cell.device.startswith(VIRTUAL):
+        from meft_bench.virtual.prediction.predict import predict
+
+        return predict
+    from meft_bench.child.measuring.measure import measure
+    from meft_bench.child.training.checkpoint import Checkpoint
+
+    if options.checkpoint is None:
+        return measure
+    checkpoint = Checkpoint(
+        Path(options.checkpoint),
+        options.checkpoint_identity,
+        options.checkpoint_seconds,
+    )
+    return partial_of(measure, checkpoint=checkpoint)
+
+
+def _forget_checkpoint(options: ChildOptions) -> None:
+    """Remove the state of a training that has ended by itself."""
+    if options.checkpoint is not None:
+        with contextlib.suppress(OSError):
+            Path(options.checkpoint).unlink(missing_ok=True)
 
 
 def one_line(error: BaseException) -> str:

@@ -20,6 +20,8 @@ in a terminal reaches only the parent.
 """
 
 import dataclasses
+import hashlib
+import json
 import os
 import shutil
 import threading
@@ -31,7 +33,7 @@ from pathlib import Path
 from meft_bench.parent import child_process, logs
 from meft_bench.parent.engines.local import Stopped
 from meft_bench.parent.own import current
-from meft_bench.shared import outcome, request
+from meft_bench.shared import methods, outcome, request
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.measurement import Measurement
 from meft_bench.shared.options import ChildOptions
@@ -101,6 +103,7 @@ def run(
     out = log.with_suffix(".json")
     out.unlink(missing_ok=True)
     own = own or {}
+    options = _with_checkpoint(options, cell, log, environment)
     body = {
         "cell": located(cell, own).to_json(),
         "options": options.to_json(),
@@ -138,6 +141,29 @@ def run(
         log_tail=logs.tail(log),
         memory_breakdown=ending.memory_breakdown,
         aliases=aliases_of(cell, own) or None,
+    )
+
+
+def _with_checkpoint(
+    options: ChildOptions, cell: Cell, log: Path, environment: Environment
+) -> ChildOptions:
+    """Return options with the file from which a killed cell goes on.
+
+    Functions of the user may have state that no file has: their cells start again.
+    """
+    if cell.method not in methods.TABLE:
+        return options
+    same = {
+        "cell": cell.key,
+        "code": environment.code_sha256,
+        "versions": environment.versions,
+        "num_threads": options.num_threads,
+    }
+    text = json.dumps(same, sort_keys=True)
+    return dataclasses.replace(
+        options,
+        checkpoint=str(log.with_suffix(".checkpoint").resolve()),
+        checkpoint_identity=hashlib.sha256(text.encode()).hexdigest(),
     )
 
 

@@ -18,6 +18,12 @@ class ChildOptions:
     allow_download: bool = False
     """Whether weights and data may be downloaded from a hub."""
     num_threads: int = 1
+    checkpoint: str | None = None
+    """File of the state of a training, from which the cell goes on; None for none."""
+    checkpoint_identity: str = ""
+    """What a state must agree in: the cell, the code, packages, number of threads."""
+    checkpoint_seconds: float = 300.0
+    """Time between two checkpoints."""
     memory_limit_bytes: int | None = None
     """Limit of the child's data segment in bytes (`RLIMIT_DATA`).
 

@@ -37,6 +37,7 @@ from meft_bench.child.tasks.loading import load_task
 from meft_bench.child.tasks.question import AnswerTask
 from meft_bench.child.tasks.task import Task
 from meft_bench.child.training import execution, prepare
+from meft_bench.child.training.checkpoint import Checkpoint
 from meft_bench.child.training.prepare import AnyTask
 from meft_bench.child.training.steps import Stepper, train
 from meft_bench.shared import configs, methods
@@ -44,13 +45,19 @@ from meft_bench.shared.cell import Cell
 from meft_bench.shared.source import Source
 
 
-def measure(cell: Cell, source: Source, partial: PartialResult) -> None:
+def measure(
+    cell: Cell,
+    source: Source,
+    partial: PartialResult,
+    checkpoint: Checkpoint | None = None,
+) -> None:
     """Run `cell` and add all measurements to `partial`.
 
     Args:
         cell: the cell to run.
         source: where data and weights may come from.
         partial: the partial result to update.
+        checkpoint: where the state of the training is from time to time.
 
     Raises:
         MissingError: data, weights or the device are not available.
@@ -61,10 +68,15 @@ def measure(cell: Cell, source: Source, partial: PartialResult) -> None:
         "num_threads": torch.get_num_threads(),
     }
     with execution.attention(cell):
-        _measure(cell, source, partial)
+        _measure(cell, source, partial, checkpoint)
 
 
-def _measure(cell: Cell, source: Source, partial: PartialResult) -> None:
+def _measure(
+    cell: Cell,
+    source: Source,
+    partial: PartialResult,
+    checkpoint: Checkpoint | None,
+) -> None:
     task: AnyTask = load_task(cell, source)
     task = _with_rows_to_score(task, cell)
     partial.environment["data_origin"] = task.origin
@@ -92,7 +104,7 @@ def _measure(cell: Cell, source: Source, partial: PartialResult) -> None:
         num_blocks=num_blocks,
         num_train_rows=len(examples.train),
     )
-    _train_and_score(stepper, cell, task, backbone, examples, partial)
+    _train_and_score(stepper, cell, task, backbone, examples, partial, checkpoint)
     probes.probe_memory(stepper, cell, batches, partial)
     probes.look_at_peak(stepper, cell, batches, partial)
     if cell.device == "cuda":
@@ -205,6 +217,7 @@ def _train_and_score(
     backbone: Backbone,
     examples: Examples,
     partial: PartialResult,
+    checkpoint: Checkpoint | None,
 ) -> None:
     scoring = _scoring(task)
 
@@ -223,7 +236,7 @@ def _train_and_score(
     batches = epochs(examples.train, cell)
     losses: list[float] = []
     try:
-        for loss in train(stepper, cell, batches, clock, validate):
+        for loss in train(stepper, cell, batches, clock, validate, checkpoint):
             losses.append(loss)
     finally:
         partial.note(

@@ -3,6 +3,7 @@
 prepare         loads the backbone and applies the method
 steps           schedule, autocast, accumulation: the training protocol
 optimizers      what updates the weights
+checkpoint      the state of a training on disk, from which a killed cell goes on
 execution       which attention kernel runs, eager or compiled blocks
 out_of_memory   which errors mean that memory ran out
 """

@@ -25,6 +25,7 @@ from meft_bench.child.backbones.unwrapped import base_of, num_prepended
 from meft_bench.child.meters.clock import StepClock
 from meft_bench.child.tasks.batches import IGNORED, Batch, Example, Image, collate
 from meft_bench.child.training import optimizers
+from meft_bench.child.training.checkpoint import Checkpoint, Progress
 from meft_bench.shared import protocol
 from meft_bench.shared.cell import Cell
 
@@ -59,7 +60,7 @@ class Stepper:
         self.device = cell.device
         is_narrow = cell.unquantised_dtype == cell.dtype
         self._autocast_dtype = None if is_narrow else AUTOCAST_DTYPES.get(cell.dtype)
-        self._scaler = torch.amp.GradScaler(cell.device, enabled=cell.dtype == "fp16")
+        self.scaler = torch.amp.GradScaler(cell.device, enabled=cell.dtype == "fp16")
         # LLaMA and OPT have no segments, and would pass them on to modules without
         # effect.
         self._accepted = set(inspect.signature(base_of(model).forward).parameters)
@@ -122,10 +123,10 @@ class Stepper:
             losses.append(loss.detach())
             del loss
         if not hasattr(self.optimizer, "fused_backward"):
-            self._scaler.unscale_(self.optimizer)
+            self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.trained, protocol.MAX_GRADIENT_NORM)
-            self._scaler.step(self.optimizer)
-            self._scaler.update()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return _sum(losses, divisors)
 
@@ -133,7 +134,7 @@ class Stepper:
         # Of an optimizer that updates in it; LOMO's learning rate is its argument.
         fused = getattr(self.optimizer, "fused_backward", None)
         if fused is None:
-            self._scaler.scale(loss).backward()
+            self.scaler.scale(loss).backward()
         else:
             fused(loss, learning_rate)
 
@@ -230,6 +231,7 @@ def train(
     batches: Iterator[Sequence[Example | Image]],
     clock: StepClock,
     validate: Callable[[], float],
+    checkpoint: Checkpoint | None = None,
 ) -> Iterator[float]:
     """Train by the protocol and leave the selected weights in the model.
 
@@ -240,36 +242,50 @@ def train(
         clock: times every step, from rows to updated weights.
         validate: returns the score of the current weights on the validation rows;
             called only with `cell.eval_every`.
+        checkpoint: where the state is from time to time, and from which it is taken up;
+            None for no checkpoints.
 
     Yields:
-        The loss of each completed step; there may be fewer than `cell.max_steps`.
+        The loss of each completed step, those before a checkpoint first; there may be
+        fewer than `cell.max_steps`.
     """
-    best_score = -math.inf
-    best_weights: list[Tensor] | None = None
-    num_worse = 0
+    checkpoint = checkpoint or Checkpoint(None)
+    seen = checkpoint.taken_up(stepper)
+    clock.all_step_seconds[:] = seen.all_step_seconds
+    first = len(seen.losses)
+    for _ in range(first * cell.accumulation):
+        next(batches)
+    yield from list(seen.losses)
     pad_token_id = stepper.pad_token_id
     stepper.model.train()
-    for step in range(cell.max_steps):
+    for step in range(first, cell.max_steps):
+        if cell.patience and seen.num_worse >= cell.patience:
+            break
         with clock.step():
             parts = [
                 collate(next(batches), pad_token_id) for _ in range(cell.accumulation)
             ]
             loss = stepper.step(parts, learning_rate_at(step, cell))
+        seen.losses.append(loss)
         yield loss
         is_last = step + 1 == cell.max_steps
-        if not cell.eval_every or ((step + 1) % cell.eval_every and not is_last):
-            continue
-        score = validate()
-        stepper.model.train()
-        if score > best_score:
-            best_score, best_weights = score, _copied(stepper.trained)
-            num_worse = 0
-        else:
-            num_worse += 1
-        if cell.patience and num_worse >= cell.patience:
-            break
-    if best_weights is not None:
-        _restore(stepper.trained, best_weights)
+        if cell.eval_every and (is_last or (step + 1) % cell.eval_every == 0):
+            _look(stepper, seen, validate())
+        seen.all_step_seconds = [*clock.all_step_seconds]
+        checkpoint.save_if_due(stepper, seen)
+    if seen.best_weights is not None:
+        _restore(stepper.trained, seen.best_weights)
+
+
+def _look(stepper: Stepper, seen: Progress, score: float) -> None:
+    """Note the score of a validation, and the weights if it is the best one."""
+    stepper.model.train()
+    best = -math.inf if seen.best_score is None else seen.best_score
+    if score > best:
+        seen.best_score, seen.best_weights = score, _copied(stepper.trained)
+        seen.num_worse = 0
+    else:
+        seen.num_worse += 1
 
 
 def _largest(logits: Tensor) -> list[Any]:
