@@ -217,6 +217,9 @@ def test_child_environment(
     assert record.status == Status.SKIPPED
     seen_variables, seen_options = json.loads(record.message)
     assert expected.items() <= seen_variables.items()
+    its = {name: seen_options.pop(name) for name in list(seen_options)[3:6]}
+    assert [*its] == ["checkpoint", "checkpoint_identity", "checkpoint_seconds"]
+    assert its["checkpoint"].endswith(".checkpoint")
     assert seen_options == {
         "data_dir": "/data",
         "allow_download": False,
