@@ -2,7 +2,7 @@
 
 A checkpoint has all that decides the steps after it: trained parameters, buffers, the
 state of the optimizer and of the loss scale, random generators, and what the loop has
-seen (`Seen`). Rows are drawn by the seed of the cell, so that their position is the
+seen (`TrainingState`). Rows are drawn by the seed of the cell, so that their position is the
 number of steps. The steps after a checkpoint are those of a training that was never
 interrupted, in every bit.
 
@@ -35,7 +35,7 @@ KINDS = (torch.optim.AdamW, torch.optim.SGD)
 
 
 @dataclass(kw_only=True, slots=True)
-class Seen:
+class TrainingState:
     """What a training has seen so far."""
 
     losses: list[float] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Checkpoint:
         self._every_seconds = every_seconds
         self._saved_at = time.monotonic()
 
-    def save_if_due(self, stepper: Any, progress: Seen) -> None:
+    def save_if_due(self, stepper: Any, progress: TrainingState) -> None:
         """Write the state if the last one is old enough.
 
         Args:
@@ -101,7 +101,7 @@ class Checkpoint:
             self._path = None
         self._saved_at = time.monotonic()
 
-    def taken_up(self, stepper: Any) -> Seen:
+    def taken_up(self, stepper: Any) -> TrainingState:
         """Return what a training had seen, with its state in `stepper`.
 
         Without a checkpoint of the same identity, `stepper` is as before.
@@ -110,25 +110,25 @@ class Checkpoint:
             stepper: model, optimizer and loss scale, before the first step.
         """
         if self._path is None or type(stepper.optimizer) not in KINDS:
-            return Seen()
+            return TrainingState()
         try:
             with safe_open(self._path, "pt") as file:
                 rest = json.loads((file.metadata() or {})["state"])
                 if rest["identity"] != self._identity:
-                    return Seen()
+                    return TrainingState()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except FileNotFoundError:
-            return Seen()
+            return TrainingState()
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             print(f"a checkpoint cannot be read, start again: {error}", file=sys.stderr)
-            return Seen()
+            return TrainingState()
         progress = _restore(stepper, tensors, rest)
         number = len(progress.losses)
         print(f"went on from a checkpoint after {number} steps", file=sys.stderr)
         return progress
 
 
-def _tensors(stepper: Any, progress: Seen) -> dict[str, Tensor]:
+def _tensors(stepper: Any, progress: TrainingState) -> dict[str, Tensor]:
     """Return all tensors of a state by name."""
     found = {f"trained.{i}": tensor for i, tensor in enumerate(stepper.trained)}
     found |= {f"buffer.{name}": b for name, b in stepper.model.named_buffers()}
@@ -154,7 +154,9 @@ def _numbers_of(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
 
 
 @torch.no_grad()
-def _restore(stepper: Any, tensors: dict[str, Tensor], rest: dict[str, Any]) -> Seen:
+def _restore(
+    stepper: Any, tensors: dict[str, Tensor], rest: dict[str, Any]
+) -> TrainingState:
     for index, parameter in enumerate(stepper.trained):
         parameter.copy_(tensors[f"trained.{index}"])
     for name, buffer in stepper.model.named_buffers():
@@ -178,7 +180,7 @@ def _restore(stepper: Any, tensors: dict[str, Tensor], rest: dict[str, Any]) -> 
     on_cuda = [key for key in tensors if key.startswith("random.cuda.")]
     for index, key in enumerate(sorted(on_cuda)):
         torch.cuda.set_rng_state(tensors[key], index)
-    progress = Seen(**rest["progress"])
+    progress = TrainingState(**rest["progress"])
     best = [tensors[key] for key in tensors if key.startswith("best.")]
     if best:
         progress.best_weights = [

@@ -25,7 +25,7 @@ from meft_bench.child.backbones.unwrapped import base_of, num_prepended
 from meft_bench.child.meters.clock import StepClock
 from meft_bench.child.tasks.batches import IGNORED, Batch, Example, Image, collate
 from meft_bench.child.training import optimizers
-from meft_bench.child.training.checkpoint import Checkpoint, Seen
+from meft_bench.child.training.checkpoint import Checkpoint, TrainingState
 from meft_bench.shared import protocol
 from meft_bench.shared.cell import Cell
 
@@ -277,7 +277,7 @@ def train(
         _restore(stepper.trained, seen.best_weights)
 
 
-def _look(stepper: Stepper, seen: Seen, score: float) -> None:
+def _look(stepper: Stepper, seen: TrainingState, score: float) -> None:
     """Note the score of a validation, and the weights if it is the best one."""
     stepper.model.train()
     best = -math.inf if seen.best_score is None else seen.best_score
