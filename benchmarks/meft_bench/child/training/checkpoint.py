@@ -2,9 +2,9 @@
 
 A checkpoint has all that decides the steps after it: trained parameters, buffers, the
 state of the optimizer and of the loss scale, random generators, and what the loop has
-seen (`TrainingState`). Rows are drawn by the seed of the cell, so that their position is the
-number of steps. The steps after a checkpoint are those of a training that was never
-interrupted, in every bit.
+seen (`TrainingState`). Rows are drawn by the seed of the cell, so that their position
+is the number of steps. The steps after a checkpoint are those of a training that was
+never interrupted, in every bit.
 
 It is one file of safetensors, with the rest as JSON in its header, written under
 another name and then renamed. It is for the same cell, code, packages and number of
