@@ -123,4 +123,6 @@ def _best(part: pd.DataFrame, stays: bool, field: str) -> "pd.Series[Any] | None
     cells = part[part["fits"] & (part["stays"] == stays)]
     if cells.empty:
         return None
-    return cells.sort_values(field, kind="stable").iloc[-1]
+    # Of equal values, the one that needs the least memory.
+    order = cells.assign(spare=-cells["peak_reserved_bytes"].fillna(0))
+    return order.sort_values([field, "spare"], kind="stable").iloc[-1]

@@ -245,7 +245,8 @@ def test_parquet_has_numbers_next_to_texts_with_units_and_meanings() -> None:
     }
     metadata = {field.name: field.metadata for field in file.schema}
     assert metadata["peak"] == {b"unit": b"bytes", b"meaning": b"What peak means."}
-    assert metadata["score (spread)"] == {b"meaning": b"What score means."}
+    spread = metadata["score (spread)"]
+    assert spread == {b"meaning": b"spread of this: What score means."}
     assert metadata["longest (at least)"][b"unit"] == b"count"
     assert all(held and held[b"meaning"] for held in metadata.values())
 

@@ -99,7 +99,12 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(registry.DEVICES)}, or virtual-PATH.json; "
         "default: cuda where NVML sees a GPU",
     )
-    parser.add_argument("--only", help="a method, a cell's id, or a part of ids")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        help="a method, a cell's id, or a part of ids; several times for several",
+    )
 
 
 def _add_shape(parser: argparse.ArgumentParser) -> None:

@@ -181,6 +181,8 @@ def _fit_into_file(
         [
             f"{len(left)} of {len(cells)} looked for, the others are recorded",
             f"records: {given.output}",
+            f"page:    meft-report page {given.output} -o "
+            f"{given.output.with_suffix('.html')}",
         ]
     )
     return harness.EXIT_OK if num_fitting or not left else harness.EXIT_FAILED
@@ -188,8 +190,8 @@ def _fit_into_file(
 
 def _list(given: argparse.Namespace) -> int:
     chosen = selection.load(given)
-    cells = list(selection.select(chosen, given.only))
-    tunings = selection.select_tunings(chosen, given.only)
+    cells = list(selection.select(chosen, *given.only))
+    tunings = selection.select_tunings(chosen, *given.only)
     cells += [trial for tuning in tunings for trial in tuning.trials]
     path = selection.records_path(given, chosen)
     records = runs.read(path)
@@ -228,7 +230,9 @@ def _show(given: argparse.Namespace) -> int:
     if not records:
         raise UsageError(f"records file {str(path)!r} holds no records")
     last = {record.cell.id: record for record in records}
-    found = [name for name in last if given.cell in name]
+    named = {name: (record.aliases or {}).values() for name, record in last.items()}
+    found = [name for name in last if given.cell in (name, *named[name])]
+    found = found or [name for name in last if given.cell in name]
     if given.cell in last:
         found = [given.cell]
     if len(found) != 1:

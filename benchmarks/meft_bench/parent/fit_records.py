@@ -13,9 +13,11 @@ from meft_bench.shared.cell import Cell
 from meft_bench.shared.measurement import Measurement
 from meft_bench.shared.record import Environment, Record, Status
 from meft_bench.virtual.device import gpu
+from meft_bench.virtual.device.allocator import settings_in_words
 from meft_bench.virtual.prediction import plan_text
 
-QUESTION = "What is the largest {field} with which a step fits?"
+QUESTION = "What is the {largest} with which a step fits?"
+LARGEST = {"seq_len": "longest sequence", "batch_size": "largest batch"}
 
 
 def caveat_of(margin: float, multiple: int, seq: Sequence[object], padding: str) -> str:
@@ -28,10 +30,12 @@ def caveat_of(margin: float, multiple: int, seq: Sequence[object], padding: str)
         padding: whether batches have padding, as it was given.
     """
     lengths = f", lengths {' '.join(map(str, seq))}" if seq else ""
+    # The environment decides how much is reserved for the same step.
+    allocator = f"; {words}" if (words := settings_in_words()) else ""
     return (
         f"Predicted, with {100 * margin:g}% of the memory left free, among multiples "
         f"of {multiple}, padding {padding}{lengths}; copies between host and device "
-        "include the batch."
+        f"include the batch{allocator}."
     )
 
 
@@ -113,7 +117,7 @@ def record(
     sent, received = plan["d2h_bytes"], plan["h2d_bytes"]
     return Record(
         sweep=sweep_of(field),
-        sweep_question=QUESTION.format(field=field),
+        sweep_question=QUESTION.format(largest=LARGEST[field]),
         sweep_caveats=caveat,
         cell=dataclasses.replace(cell, **changes),
         status=Status.OK if fits else Status.OOM,

@@ -25,8 +25,8 @@ def run_plan(arguments: argparse.Namespace) -> RunPlan:
         UsageError: it cannot be executed.
     """
     chosen = load(arguments)
-    cells = select(chosen, arguments.only)
-    tunings = select_tunings(chosen, arguments.only)
+    cells = select(chosen, *arguments.only)
+    tunings = select_tunings(chosen, *arguments.only)
     every = [*cells, *(cell for one in tunings for cell in one.cells)]
     if any(cell.device == "cuda" for cell in every) and not environment.gpu_names():
         reason = environment.why_no_gpu()
@@ -58,7 +58,7 @@ def run_plan(arguments: argparse.Namespace) -> RunPlan:
         force=arguments.force,
         fresh=arguments.fresh,
         left_out=tuple(_left_out(chosen, cells, arguments.only, arguments.device)),
-        checks=chosen.checks if arguments.only is None else (),
+        checks=() if arguments.only else chosen.checks,
         check_device=device,
         time_budget_seconds=arguments.time_budget,
         own=chosen.own,
@@ -67,14 +67,14 @@ def run_plan(arguments: argparse.Namespace) -> RunPlan:
 
 
 def _left_out(
-    chosen: Sweep, cells: Sequence[Cell], only: str | None, device: str | None
+    chosen: Sweep, cells: Sequence[Cell], only: Sequence[str], device: str | None
 ) -> Iterator[str]:
     """Yield what the sweep declares and the command line does not select.
 
     Args:
         chosen: the sweep.
         cells: the selected cells.
-        only: value of `--only`.
+        only: values of `--only`.
         device: value of `--device`.
     """
     if chosen.num_excluded:
@@ -85,7 +85,8 @@ def _left_out(
             yield f"not on {device}: the sweep itself names {', '.join(others)}"
     num_others = len(chosen.cells) - len(cells)
     if num_others:
-        yield f"not selected, {num_others} of {len(chosen.cells)}: `--only {only}`"
+        words = " ".join(f"--only {one}" for one in only)
+        yield f"not selected, {num_others} of {len(chosen.cells)}: `{words}`"
 
 
 def load(arguments: argparse.Namespace) -> Sweep:
@@ -98,26 +99,26 @@ def _default_device(arguments: argparse.Namespace) -> str:
     return arguments.device or ("cuda" if environment.gpu_names() else "cpu")
 
 
-def select(chosen: Sweep, only: str | None) -> tuple[Cell, ...]:
-    """Return the cells that `only` selects.
+def select(chosen: Sweep, *only: str) -> tuple[Cell, ...]:
+    """Return the cells that any of `only` selects; all, if there are none.
 
     They are the cell of this id, else the cells of this method, or with this name of
-    the user, else those with `only` in their ids.
+    the user, else those with it in their ids.
 
     Raises:
         UsageError: there is no such cell.
     """
-    if only is None:
+    if not only:
         return chosen.cells
-    selected = set(_matching(chosen, only))
+    selected = {cell for one in only for cell in _matching(chosen, one)}
     return tuple(cell for cell in chosen.cells if cell in selected)
 
 
-def select_tunings(chosen: Sweep, only: str | None) -> tuple[Tuning, ...]:
-    """Return the trials of which `only` selects a cell that waits for them."""
-    if only is None:
+def select_tunings(chosen: Sweep, *only: str) -> tuple[Tuning, ...]:
+    """Return the trials of which any of `only` selects a cell that waits for them."""
+    if not only:
         return chosen.tunings
-    selected = set(_matching(chosen, only))
+    selected = {cell for one in only for cell in _matching(chosen, one)}
     return tuple(one for one in chosen.tunings if selected & {*one.cells})
 
 

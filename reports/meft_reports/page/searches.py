@@ -142,7 +142,9 @@ def _in_card(searches: Sequence[Search]) -> list[Markup]:
         for search in searches
         if search.field == "seq_len"
     ]
-    fitting = pd.concat(cells) if cells else pd.DataFrame()
+    titles = [search.title for search in searches if search.field == "seq_len"]
+    named = [part.assign(title=t) for part, t in zip(cells, titles, strict=True)]
+    fitting = pd.concat(named) if named else pd.DataFrame()
     if not cells:
         return []
     if fitting.empty:
@@ -152,8 +154,8 @@ def _in_card(searches: Sequence[Search]) -> list[Markup]:
     return [
         Markup(
             "In a GPU of <b>{}</b>, the longest sequence would have {} tokens: "
-            "<code>{}</code> on {}."
-        ).format(CARD, words_of(best), best["name"], best["backbone"])
+            "<code>{}</code> ({})."
+        ).format(CARD, words_of(best), best["name"], best["title"])
     ]
 
 
@@ -203,7 +205,8 @@ def _sentence(search: Search) -> Markup:
         words = Markup(" against ").join(shown)
         only = ""
         if best is None or rival is None:
-            only = ", no other method" if rival is None else ", nothing of MEFT"
+            which = "no other method" if rival is None else "no method of MEFT"
+            only = f", {which} in this search"
         parts.append(Markup("{} {}{}{}").format(place, words, against, only))
     return Markup("{}, {} in {}: {}.").format(
         Markup("<b>{}</b>").format(search.title), noun, unit, Markup("; ").join(parts)

@@ -49,13 +49,22 @@ def _fields(
         same = [cell for cell in numbers if cell.unit == unit]
         for part in dict.fromkeys(key for cell in same for key in cell.values):
             values = [_number(cell, unit, part) for cell in cells]
-            metadata = {"meaning": meaning} | ({"unit": unit} if unit else {})
-            label = f"{own} ({part})" if part else own
+            said = f"{part} of this: {meaning}" if part else meaning
+            metadata = {"meaning": said} | ({"unit": unit} if unit else {})
+            label = _label(own, part, numbers)
             # Means of bytes have fractions, so that only counts are integers.
             kind = pa.int64() if unit == "count" else pa.float64()
             yield _field(label, kind, metadata), values
     shown = f"{name}, as shown" if numbers else name
     yield _field(shown, pa.string(), {"meaning": meaning}), list(cells)
+
+
+def _label(name: str, part: str, numbers: Sequence[ShownNumber]) -> str:
+    """Return the name of a field; that of the column may name a part already."""
+    parts = {key for cell in numbers for key in cell.values if key}
+    for one in parts:
+        name = name.removesuffix(f" ({one})")
+    return f"{name} ({part})" if part else name
 
 
 def _number(cell: str | None, unit: str, part: str) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from meft_reports.format import NOTHING, format_score
+from meft_reports.format import NOTHING, format_count, format_score
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.summary import (
     OPTIONS,
@@ -26,12 +26,14 @@ OF_TRIALS = ("scored_on",)
 COLUMNS = (
     METHOD,
     Heading("score of the trial", "Score on rows set aside from training."),
+    Heading("rows", "Number of these rows."),
     Heading("chosen", "Whether the results of the run have the values of this trial."),
 )
 NOTES = (
     "One trial for each value, with a seed of its own, scored on rows set aside from "
     "training. The best value of each method is that of its results, which are scored "
-    "on other rows.",
+    "on other rows; of equal scores, the first. Few rows make ties, and a best value "
+    "at an end of those tried may not be the best of all.",
 )
 NEEDS = "cells scored on validation rows, as a matrix with `tune` makes them"
 """What the records must hold for there to be a table."""
@@ -65,6 +67,7 @@ def _row(
     return (
         join_options(trial["method"], label),
         score,
+        format_count(trial["num_eval_rows"]),
         "yes" if _is_chosen(trial, results) else NOTHING,
     )
 

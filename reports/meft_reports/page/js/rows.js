@@ -56,7 +56,7 @@ const MAKE = {
     return { rows, notes: [rows.some((s) => s.is_predicted) && 'Predicted, not measured.', rows.some((s) => s.is_assumed) && 'Where the name says so, the share of active neurons is assumed.'] };
   },
   kinds() {
-    const rows = [], settings = inWorkload(chosen());
+    const rows = [], settings = inWorkload(chosen().filter((s) => !s.is_trial));
     for (const setting of settings) {
       const cell = setting.cells.find((index) => DATA.breakdowns[index]);
       if (cell === undefined) continue;
@@ -194,7 +194,7 @@ const MAKE = {
   },
   losses() {
     const rows = [];
-    for (const s of inWorkload(chosen())) for (const cell of s.cells) {
+    for (const s of inWorkload(chosen().filter((t) => !t.is_trial))) for (const cell of s.cells) {
       const curve = get('loss_curve', cell);
       if (!curve || curve.length < 3 || rows.length > 20000) continue;
       const every = Math.ceil(curve.length / 128), last = curve.findLast(known);

@@ -1,5 +1,5 @@
 // The table of all cells: sorted, searched, filtered, with chosen columns, as CSV.
-const FIRST = ['method', 'status', 'task', 'backbone', 'depth', 'dtype', 'weights_dtype', 'batch_size', 'seq_len', 'device', 'attention', 'seed', 'score', 'peak_allocated_bytes', 'peak_activation_bytes', 'saved_bytes', 'step_seconds', 'step_ratio'];
+const FIRST = ['method', 'status', 'task', 'backbone', 'depth', 'dtype', 'weights_dtype', 'batch_size', 'seq_len', 'device', 'attention', 'learning_rate', 'scored_on', 'seed', 'score', 'peak_allocated_bytes', 'peak_activation_bytes', 'saved_bytes', 'step_seconds', 'step_ratio'];
 const FILTERED = ['status', 'method', 'task', 'backbone', 'dtype', 'device', 'attention', 'sweep'];
 const escaped = (text) => text.replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
 const isList = (name) => DATA.columns[name][2] == 'list';
