@@ -6,6 +6,7 @@ tolerance(dtype, depth, ...)     the error that rounding alone explains
 """
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -174,17 +175,29 @@ def _joined(gradients: dict[int, Tensor], parameters: list[nn.Parameter]) -> Ten
 
 
 class SavedBytes:
-    """Count distinct storages passed to autograd's saved-tensor hooks."""
+    """Count distinct storages that autograd's saved-tensor hooks hold."""
 
     def __init__(self, exclude: Iterable[Tensor]) -> None:
         # Storages are identified by object and not by address, which fake tensors lack.
         self._excluded = {t.untyped_storage()._cdata for t in exclude}
-        self._seen: dict[int, int] = {}
+        self._saved: list[tuple[weakref.ref[Tensor], int, int]] = []
+        self._total: int | None = None
 
     @property
     def total(self) -> int:
-        """Return the bytes counted so far."""
-        return sum(self._seen.values())
+        """Return the bytes that are held now, or were when the body ended.
+
+        What a branch saved that no output depends on is freed with it.
+        """
+        if self._total is not None:
+            return self._total
+        # The storage of a tensor that is alive is that of no other one.
+        held = {key: size for saved, key, size in self._saved if saved() is not None}
+        return sum(held.values())
+
+    def close(self) -> None:
+        """Keep the total from now on."""
+        self._total = self.total
 
     def count(self, tensor: Tensor) -> Tensor:
         """Count the tensor's whole storage and save its values; this is the pack hook.
@@ -192,10 +205,11 @@ class SavedBytes:
         The tensor itself is not saved: an output that its own node holds is never
         freed.
         """
-        storage = tensor.untyped_storage()
+        storage, saved = tensor.untyped_storage(), tensor.detach()
         if storage._cdata not in self._excluded:
-            self._seen[storage._cdata] = storage.nbytes()
-        return tensor.detach()
+            entry = weakref.ref(saved), storage._cdata, storage.nbytes()
+            self._saved.append(entry)
+        return saved
 
 
 @contextlib.contextmanager
@@ -203,8 +217,8 @@ def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[SavedBytes]:
     """Count what the forward in the body keeps for backward.
 
     Each storage counts once and as a whole, however many views of it are saved. Keep
-    the outputs alive until the body ends: freed storage can be allocated again at the
-    same address and would be counted once.
+    the outputs alive until the body ends: what they depend on is freed with them, and
+    does not count.
 
     Args:
         exclude: tensors that exist anyway, which are not counted:
@@ -216,6 +230,7 @@ def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[SavedBytes]:
     counter = SavedBytes(exclude)
     with torch.autograd.graph.saved_tensors_hooks(counter.count, lambda x: x):
         yield counter
+    counter.close()
 
 
 def tolerance(

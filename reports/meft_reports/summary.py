@@ -88,7 +88,7 @@ def summarise(frame: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
     """
     columns = list(columns)
     # Every part that is split off is a copy of all its columns.
-    needed = dict.fromkeys([*GROUP, *FLAGS, "status", *columns])
+    needed = dict.fromkeys([*GROUP, *FLAGS, "status", "is_forked", *columns])
     known = prepare(frame)[list(needed)]
     rows = [_summary(part, columns) for _, part in split(known, GROUP)]
     names = [*GROUP, *FLAGS, "num_seeds", "num_failed"]
@@ -103,9 +103,13 @@ def _summary(part: pd.DataFrame, columns: Sequence[str]) -> dict[str, Any]:
     row: dict[str, Any] = {name: part[name].iloc[0] for name in GROUP}
     row |= {name: part[name].any() for name in FLAGS}
     row["num_seeds"] = len(ok)
+    # The resident memory of a fork lacks pages of libraries that it did not use.
+    is_mixed = ok["is_forked"].nunique() > 1
     row["num_failed"] = len(part) - len(ok)
     for column in columns:
         values = [float(value) for value in ok[column].dropna()]
+        if is_mixed and column == "peak_host_bytes":
+            values = []
         row[column] = sum(values) / len(values) if values else None
         row[f"{column}_spread"] = spread(values)
     return row

@@ -266,6 +266,7 @@ def test_options_reach_the_child(folder: Path) -> None:
         run(*words, worker="fake_echo")
     (record,) = runs.read(folder / "other.jsonl")
     variables, options = json.loads(record.message)
+    options = {n: v for n, v in options.items() if not n.startswith("checkpoint")}
     assert options == {
         "data_dir": str(folder / "data"),
         "allow_download": True,

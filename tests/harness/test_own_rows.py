@@ -321,3 +321,64 @@ def test_a_function_of_the_user_makes_a_task(tmp_path: Path) -> None:
     other = path.rename(tmp_path / "other.py")
     with pytest.raises(ValueError, match=r"cannot be imported: ModuleNotFoundError"):
         load_task(cell(task=f"python:{other}:load"), Source())
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"), [(0, "2"), (2, "1"), ("1", None), ("0", None), ("b", None)]
+)
+def test_a_number_in_json_is_a_place_and_a_text_an_option(
+    tmp_path: Path, answer: int | str, right: str | None
+) -> None:
+    """Where a text is both, of different options, it is refused."""
+    row = {"prompt": "q", "options": ["2", "0", "1"], "answer": answer}
+    its = {"train": write(tmp_path / "rows.jsonl", [row] * 20)}
+    if right is None:
+        with pytest.raises(ValueError, match=r"the number of another|should be one of"):
+            load(tmp_path, its)
+        return
+    task = load(tmp_path, its)
+    assert isinstance(task, AnswerTask)
+    assert {question.accepted for question in task.train} == {(right,)}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "options": ["a", None, "b"], "answer": "a"},
+        {"prompt": "q", "options": ["a", "b"], "answer": [None, "a"]},
+        {"prompt": "q", "options": ["2020-01-01", "2021-01-01"], "answer": 0},
+        {"prompt": "q", "options": [1, 2.5], "answer": 0},
+    ],
+)
+def test_lists_hold_texts(tmp_path: Path, row: dict[str, Any]) -> None:
+    """Nothing that is missing, and nothing that a reader has made of a text."""
+    its = {"train": write(tmp_path / "rows.jsonl", [row] * 20)}
+    with pytest.raises(ValueError, match=r"in a list of column '.*' should be text"):
+        load(tmp_path, its)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", "text,label\nyes, it is fine,good\n", "row 1 has 3 values"),
+        ("a.csv", "text,text,label\na,b,c\n", "has two columns 'text'"),
+        ("a.tsv", 'text\tlabel\n"so\ta\n"it"\tb\n', "a value of several lines"),
+    ],
+)
+def test_rows_of_csv_have_the_values_of_the_header(
+    tmp_path: Path, name: str, text: str, words: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=words):
+        load(tmp_path, {"train": f"csv:{name}", "text": "text", "label": "label"})
+
+
+def test_a_hidden_label_is_no_class(tmp_path: Path) -> None:
+    """`datasets` has -1 where labels are not public."""
+    names = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names})
+    rows = {"text": ["a", "b"] * 10, "label": [0, 1] * 9 + [0, -1]}
+    made = datasets.Dataset.from_dict(rows, features=features)
+    made.save_to_disk(tmp_path / "rows")
+    with pytest.raises(ValueError, match="-1 in column 'label' is the number of no"):
+        load(tmp_path, {"train": "dataset:rows", "text": "text", "label": "label"})

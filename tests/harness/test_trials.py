@@ -175,3 +175,50 @@ def test_a_trial_is_scored_on_rows_set_aside() -> None:
     too_few = replace(cell, scored_on="validation", train_rows=5)
     refused: Any = run(too_few, ChildOptions())
     assert "sets no rows aside" in refused["message"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (
+            '[[matrix.set]]\nwhen = {method = "lora"}\nlearning_rate = 7e-3\n',
+            "`learning_rate` is given twice",
+        ),
+    ],
+)
+def test_a_rule_does_not_set_what_is_tried(
+    tmp_path: Path, more: str, words: str
+) -> None:
+    """It would have no effect."""
+    with pytest.raises(SweepError, match=words):
+        sweep.load(write(tmp_path, more=more), device="cpu")
+
+
+def test_two_matrices_do_not_try_for_the_same_cells(tmp_path: Path) -> None:
+    """Of which a method would have two results, and more trials than others."""
+    other = SWEEP.format(tune="tune = {learning_rate = [3e-4, 3e-3, 3e-2]}")
+    other = other.partition("\n[[matrix]]")[2].replace('"all"', '"other"')
+    with pytest.raises(SweepError, match="two matrices have trials for the same cells"):
+        sweep.load(write(tmp_path, more=f"[[matrix]]{other}"), device="cpu")
+
+
+def test_a_trial_that_diverged_is_not_the_best(
+    here: Environment, tmp_path: Path
+) -> None:
+    """Also where its score is not below that of others."""
+    (tuning, _) = sweep.load(write(tmp_path), device="cpu").tunings
+    seen = Measurement(score=0.5, loss_curve=[0.7, None]), Measurement(score=0.5)
+    records = {
+        trial: Record(
+            sweep="s",
+            cell=trial,
+            status=Status.OK,
+            message="",
+            started_at="2026-01-01T00:00:00+00:00",
+            wall_seconds=1.0,
+            measurement=measurement,
+            environment=here,
+        )
+        for trial, measurement in zip(tuning.trials, seen, strict=False)
+    }
+    assert trials.best_of(tuning, records) == tuning.trials[1]

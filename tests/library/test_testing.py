@@ -98,3 +98,17 @@ def test_what_was_counted_is_let_go() -> None:
     memory = weakref.ref(out.untyped_storage())
     del out
     assert memory() is None
+
+
+def test_what_a_dead_branch_saved_does_not_count() -> None:
+    """Its storage may be that of a later tensor, and would be counted at random."""
+    weight = torch.randn(64, 64, requires_grad=True)
+    found = []
+    for _ in range(5):
+        with saved_bytes([weight]) as counter:
+            for _ in range(3):
+                (weight * 2).exp().norm()  # no output depends on it
+            kept = (weight * 2).exp().sum()
+        found.append(counter.total)
+        del kept
+    assert found == [64 * 64 * 4] * 5

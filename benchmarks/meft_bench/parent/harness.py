@@ -242,14 +242,11 @@ class Children:
         plan: the run.
         folder: folder of the logs.
         worker_module: module that runs as the child.
-        num_children: how many there will be; a single one imports for itself.
     """
 
-    def __init__(
-        self, plan: RunPlan, folder: Path, worker_module: str, num_children: int
-    ) -> None:
+    def __init__(self, plan: RunPlan, folder: Path, worker_module: str) -> None:
         self._server = None
-        if not plan.fresh and num_children > 1 and forks.is_available():
+        if not plan.fresh and forks.is_available():
             variables = isolate.child_environment(plan.options, "cpu")
             log = folder / "imports.log"
             self._server = forks.ForkServer(variables, log, worker_module)
@@ -300,7 +297,7 @@ def _run_checks(plan: RunPlan, budget: Budget) -> list[Status]:
     logs = plan.path.with_suffix(".logs")
     logs.mkdir(exist_ok=True)
     named = checks.named(plan.checks, plan.check_device)
-    with Children(plan, logs, request.WORKER, num_children=len(named)) as children:
+    with Children(plan, logs, request.WORKER) as children:
         return _run_named(plan, budget, named, path, logs, children)
 
 
@@ -408,7 +405,7 @@ def _run_left(
     folder = plan.path.with_suffix(".logs")
     folder.mkdir(exist_ok=True)
     ended: list[Record] = []
-    children = Children(plan, folder, worker_module, num_children=len(left))
+    children = Children(plan, folder, worker_module)
     with (
         children,
         Progress(

@@ -99,7 +99,7 @@ def run(
         raise Stopped
     started_at = datetime.now(UTC)
     start = time.monotonic()
-    log = log_path(folder, cell)
+    log = log_path(folder, cell).resolve()  # code of the user may change the folder
     out = log.with_suffix(".json")
     out.unlink(missing_ok=True)
     own = own or {}

@@ -384,6 +384,8 @@ def _matrix(name: str, table: dict[str, Any]) -> Matrix:
     ]
     axes += [_zipped(entry) for entry in _tables(table.get("zip", []), "zip")]
     tune = _lists(table.get("tune", {}), "tune")
+    for entry in _tables(table.get("set", []), "set"):
+        _check_once([list(tune), [name for name in entry if name != "when"]])
     _check_once([list(defaults), *(list(axis[0]) for axis in axes), list(tune)])
     if "method" not in defaults and not any("method" in axis[0] for axis in axes):
         raise ValueError("no `method`; name it in defaults, axes or zip")
@@ -481,8 +483,8 @@ def _check_once(groups: Iterable[Iterable[str]]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(
-                f"`{name}` is given twice; keep it in one of defaults, axes, zip and "
-                "tune"
+                f"`{name}` is given twice; keep it in one of defaults, axes, zip, "
+                "tune and set"
             )
 
 

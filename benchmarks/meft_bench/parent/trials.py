@@ -8,11 +8,12 @@ every method on every task, with every option, there is one trial for each value
 
 The rows of evaluation therefore choose nothing, all methods have equally many trials,
 and trials are records like others. Of equal scores, the first value is taken. A trial
-that failed has no score; without any score, the cells are not run.
+that failed or diverged does not count; where none is left, the cells are not run.
 """
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,10 @@ from meft_bench.shared.record import Record, Status
 
 Value = str | int | float
 UNTUNABLE = frozenset(
-    {"method", "backbone", "depth", "task", "seed", "device", "reference", "scored_on"}
+    {
+        *("method", "backbone", "depth", "task", "seed", "device", "reference"),
+        *("scored_on", "train_rows", "eval_rows", "warmup_steps"),
+    }
 )
 """Fields that say what is compared, or how; they are never tried."""
 
@@ -79,7 +83,21 @@ def check(tune: Mapping[str, Sequence[Value]], cells: Iterable[Cell]) -> None:
 
 
 def check_numbers(tunings: Iterable[Tuning]) -> None:
-    """Raise `ValueError` if some cells have more trials than others."""
+    """Raise `ValueError` if some cells have more trials than others, or two tables."""
+    tunings = list(tunings)
+    fields = {name for tuning in tunings for name in tuning.fields}
+    nothing: dict[str, Any] = dict.fromkeys(fields)
+    same = Counter(
+        dataclasses.replace(cell, **nothing)
+        for tuning in tunings
+        for cell in tuning.cells
+    )
+    if same and max(same.values()) > 1:
+        (cell, _), *_ = same.most_common(1)
+        raise ValueError(
+            f"`tune`: two matrices have trials for the same cells of {cell.method!r} "
+            f"on {cell.task!r}; name all values in one"
+        )
     numbers = {len(tuning.trials) for tuning in tunings}
     if len(numbers) > 1:
         shown = " and ".join(map(str, sorted(numbers)))
@@ -132,7 +150,8 @@ def best_of(tuning: Tuning, records: Mapping[Cell, Record]) -> Cell | None:
         record = records.get(trial)
         if record is None or record.status != Status.OK:
             continue
-        score = record.measurement.score
-        if score is not None and score > most:
+        score, losses = record.measurement.score, record.measurement.loss_curve
+        is_finite = None not in (losses or [])  # else it has diverged
+        if score is not None and is_finite and score > most:
             best, most = trial, score
     return best

@@ -67,7 +67,8 @@ def _distinct(titles: Sequence[str]) -> list[str]:
     if len(parts) < 2:
         return [" · ".join(its) for its in parts]
     common = set.intersection(*map(set, parts))
-    return [" · ".join(p for p in its if p not in common) for its in parts]
+    short = [" · ".join(p for p in its if p not in common) for its in parts]
+    return short if all(short) else [" · ".join(its) for its in parts]
 
 
 def rows_of(searches: Sequence[Search]) -> list[dict[str, Any]]:

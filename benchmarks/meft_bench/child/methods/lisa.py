@@ -71,3 +71,11 @@ class Lisa(torch.optim.AdamW):
                 if index not in drawn:
                     parameter.grad = None
                     self.state.pop(parameter, None)
+                elif self._num_steps and not self.state[parameter]:
+                    # As AdamW does at the next step, so that the memory between two
+                    # steps is the same before and after a draw.
+                    self.state[parameter] = {
+                        "step": torch.zeros(()),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }

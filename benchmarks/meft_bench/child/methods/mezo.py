@@ -23,7 +23,17 @@ EPSILON = 1e-3
 
 
 def mezo(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
-    """Train all parameters, from differences of losses."""
+    """Train all parameters, from differences of losses.
+
+    Raises:
+        ValueError: weights are narrower than float32.
+    """
+    if cell.weights_dtype != "fp32":
+        raise ValueError(
+            f"method {cell.method!r} with `weights_dtype` = {cell.weights_dtype!r}: "
+            "weights move along a direction and back, which rounds them away in so few "
+            "bits: take 'fp32'"
+        )
     return full(model, cell)
 
 

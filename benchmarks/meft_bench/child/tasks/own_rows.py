@@ -191,7 +191,14 @@ def _number(rows: Rows, index: int, column: str) -> float:
 def _class(rows: Rows, index: int, column: str) -> str | int:
     value = _value(rows, index, column)
     if isinstance(value, int) and column in rows.class_names:
-        return rows.class_names[column][value]
+        names = rows.class_names[column]
+        if not 0 <= value < len(names):  # `datasets` hides labels as -1
+            raise ValueError(
+                f"{rows.file}, row {index + 1}: {value} in column {column!r} is the "
+                f"number of no class, of which there are {len(names)}: remove rows "
+                "without a label"
+            )
+        return names[value]
     if not isinstance(value, str | int):
         raise ValueError(
             f"{rows.file}, row {index + 1}: {value!r:.60} in column {column!r} should "
@@ -240,7 +247,7 @@ def _labels(classes: Sequence[str], train: Rows) -> Callable[[Rows, int, str], i
 def _question(rows: Rows, index: int, its: dict[str, Any]) -> Question:
     prompt = _text(rows, index, its["prompt"]).rstrip()
     value = _value(rows, index, its["answer"])
-    accepted = tuple(str(one).strip() for one in value) if _is_list(value) else ()
+    accepted = _texts(rows, index, its["answer"]) if _is_list(value) else ()
     accepted = accepted or (_text(rows, index, its["answer"]).strip(),)
     if not all(accepted):
         raise ValueError(
@@ -250,7 +257,8 @@ def _question(rows: Rows, index: int, its: dict[str, Any]) -> Question:
     if its["kind"] == "generation":
         return Question(prompt=prompt, answer=f" {accepted[0]}", accepted=accepted)
     options = _options(rows, index, its["options"])
-    right = _right(accepted[0], options, rows, index, its["answer"])
+    answer = value if isinstance(value, int) else accepted[0]
+    right = _right(answer, options, rows, index, its["answer"])
     return Question(
         prompt=prompt, answer=f" {right}", accepted=(right,), options=options
     )
@@ -267,7 +275,7 @@ def _options(rows: Rows, index: int, columns: str | list[str]) -> tuple[str, ...
                 "should be a list of options; columns with one option each are named "
                 "as a list, `options` = ['A', 'B']"
             )
-        options = tuple(str(one).strip() for one in value)
+        options = _texts(rows, index, columns)
     if len(set(options)) < len(options) or len(options) < 2 or not all(options):
         raise ValueError(
             f"{rows.file}, row {index + 1}: options {list(options)!r:.80} should be "
@@ -276,13 +284,41 @@ def _options(rows: Rows, index: int, columns: str | list[str]) -> tuple[str, ...
     return options
 
 
+def _texts(rows: Rows, index: int, column: str) -> tuple[str, ...]:
+    """Return the texts of a list; whole numbers are texts, too."""
+    values = _value(rows, index, column)
+    for value in values:
+        # Readers of files make dates of some texts, and fractions of some numbers.
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise ValueError(
+                f"{rows.file}, row {index + 1}: {value!r:.60} in a list of column "
+                f"{column!r} should be text"
+            )
+    return tuple(str(value).strip() for value in values)
+
+
 def _right(
-    answer: str, options: tuple[str, ...], rows: Rows, index: int, column: str
+    answer: str | int, options: tuple[str, ...], rows: Rows, index: int, column: str
 ) -> str:
-    """Return the option that an answer names by its text or its number from 0."""
+    """Return the option that an answer names by its text or its number from 0.
+
+    Raises:
+        ValueError: it is neither, or a text that is both, of different options.
+    """
+    if isinstance(answer, int):
+        if 0 <= answer < len(options):
+            return options[answer]
+        answer = str(answer)
+    is_number = answer.isdecimal() and int(answer) < len(options)
+    if answer in options and is_number and options[int(answer)] != answer:
+        raise ValueError(
+            f"{rows.file}, row {index + 1}: {answer!r} in column {column!r} is one of "
+            f"the options {list(options)!r:.120}, and the number of another: name "
+            "options by other texts, or answers by numbers in JSON"
+        )
     if answer in options:
         return answer
-    if answer.isdecimal() and int(answer) < len(options):
+    if is_number:
         return options[int(answer)]
     raise ValueError(
         f"{rows.file}, row {index + 1}: {answer!r:.60} in column {column!r} should be "

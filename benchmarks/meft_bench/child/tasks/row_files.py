@@ -8,6 +8,7 @@ only an empty one is missing: `None` and `NA` are words.
 
 import csv
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def _read(kind: str, file: str, folder: str) -> Any:
         return datasets.Dataset.from_parquet(file, **where)
     tabs = Path(file).suffix in TAB_SUFFIXES
     with Path(file).open(encoding="utf-8-sig", newline="") as lines:
-        header = next(csv.reader(lines, delimiter="\t" if tabs else ","), [])
+        header = _checked(csv.reader(lines, delimiter="\t" if tabs else ","), tabs)
     text = datasets.Features(dict.fromkeys(header, datasets.Value("string")))
     return datasets.Dataset.from_csv(
         file,
@@ -84,3 +85,28 @@ def _read(kind: str, file: str, folder: str) -> Any:
         encoding="utf-8-sig",
         **where,
     )
+
+
+def _checked(rows: Iterator[list[str]], tabs: bool) -> list[str]:
+    """Return the header of a CSV file, of which every row has as many values.
+
+    Raises:
+        ValueError: a name is there twice, a row has more values than the header, or a
+            quote joins lines of a file that is separated by tabs.
+    """
+    header = next(rows, [])
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise ValueError(f"two columns are called {twice[0]!r}; rename one")
+    for number, row in enumerate(rows, start=1):
+        if len(row) > len(header):
+            raise ValueError(
+                f"row {number} has {len(row)} values, and the header {len(header)} "
+                "names: put values with separators in quotes"
+            )
+        if tabs and any("\n" in value for value in row):
+            raise ValueError(
+                f"row {number} has a value of several lines, which begins with a "
+                'quote: write "" for a quote within quotes, or a .csv file'
+            )
+    return header
