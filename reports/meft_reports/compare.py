@@ -26,7 +26,13 @@ from meft_reports.breakdown import what_grew
 from meft_reports.check import EXPLAINED, SAVED
 from meft_reports.columns import BY_NAME
 from meft_reports.columns.column import Column
-from meft_reports.conditions import FOR_SCORES, FOR_SECONDS, facts_of, first_difference
+from meft_reports.conditions import (
+    FOR_HOST_MEMORY,
+    FOR_SCORES,
+    FOR_SECONDS,
+    facts_of,
+    first_difference,
+)
 from meft_reports.format import format_fact, format_value, is_null
 from meft_reports.pairing import PairedCell, pair
 from meft_reports.text import plural
@@ -345,9 +351,19 @@ def _facts(before: Record, after: Record) -> list[tuple[str, str, str]]:
         for fact, words in (("code", commits.of_suite), ("project", commits.of_project))
     ]
     pairs += [(name, one.get(name), other.get(name)) for name in names]
+    # Older records do not say it, and their children were no forks.
+    pairs += [(n, bool(one.get(n)), bool(other.get(n))) for n in FOR_HOST_MEMORY]
     versions = sorted({*one["versions"], *other["versions"]})
     pairs += [(v, one["versions"].get(v), other["versions"].get(v)) for v in versions]
     return [(name, format_fact(a), format_fact(b)) for name, a, b in pairs]
+
+
+def _are_comparable(cell: PairedCell, column: Column) -> bool:
+    """Return whether two numbers of a cell were measured under the same conditions."""
+    if column.is_measured_time:
+        return not _doubt(cell)
+    facts = [facts_of(run, column) for run in (cell.before, cell.after)]
+    return first_difference(*facts) is None
 
 
 def _means(pairs: Sequence[PairedCell]) -> Iterator[Mean]:
@@ -356,7 +372,7 @@ def _means(pairs: Sequence[PairedCell]) -> Iterator[Mean]:
         values = [
             (its_value(one.before, column), its_value(one.after, column))
             for one in pairs
-            if not column.is_measured_time or not _doubt(one)
+            if _are_comparable(one, column)
         ]
         ratios = [math.log(b / a) for a, b in values if a and b]
         if ratios:

@@ -480,3 +480,17 @@ def test_a_history_of_no_record_says_so(
     tests = write([line | {"started_at": "2026-01-01T00:00:00Z"}], "tests.jsonl")
     assert main(["history", "saved", str(tests)]) == 2
     assert "hold no record" in capsys.readouterr().err
+
+
+def test_host_peaks_of_forks_are_not_compared_with_others(
+    told: Any, make_record: MakeRecord
+) -> None:
+    """They lack pages of libraries; what differs is stated once."""
+    one = make_record(peak_host_bytes=600 * 2**20)
+    other = make_record(peak_host_bytes=450 * 2**20)
+    other["environment"] = {**other["environment"], "is_forked": True}
+    text = told(["compare"], [one], [other])
+    assert "is_forked" in text
+    assert "peak_host" not in text
+    same = told(["compare"], [one], [make_record(peak_host_bytes=450 * 2**20)])
+    assert "peak_host 0.7500" in same
