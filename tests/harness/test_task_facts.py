@@ -1,5 +1,6 @@
 """The facts of tasks, and every way that they name to take rows from."""
 
+import dataclasses
 import gzip
 import json
 import string
@@ -23,7 +24,8 @@ from meft_bench.child.tasks.find import FORMATS
 from meft_bench.child.tasks.metrics import METRICS
 from meft_bench.child.tasks.task import Picture
 from meft_bench.parent import fields
-from meft_bench.shared import tasks
+from meft_bench.shared import cell_document, tasks
+from meft_bench.shared.cell import Cell
 from meft_bench.shared.registry import TASKS, load
 from meft_bench.shared.source import MissingError, Source
 from meft_bench.shared.tasks import document
@@ -64,6 +66,14 @@ def test_the_page_of_tasks_is_up_to_date() -> None:
     assert page.read_text() == document.page()
     listed = (page.parents[1] / "benchmarks" / "README.md").read_text()
     assert [name for name in tasks.TABLE if f"`{name}`" not in listed] == []
+
+
+def test_the_page_of_fields_is_up_to_date() -> None:
+    """`python -m meft_bench.shared.cell_document docs/fields.md` changes nothing."""
+    page = Path(__file__).parents[2] / "docs" / "fields.md"
+    assert page.read_text() == cell_document.text()
+    for field in dataclasses.fields(Cell):
+        assert f"| `{field.name}` |" in page.read_text()
 
 
 @every_task

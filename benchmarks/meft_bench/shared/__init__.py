@@ -1,6 +1,7 @@
 """Code of both the parent process and its children; no module imports torch.
 
 cell       what to run: the fields that identify a measurement
+cell_document   writes docs/fields.md from the fields of a cell
 measurement   the numbers of a cell by name; None where one was not measured
 json_types   checks that values read from JSON have their annotated types
 breakdown  what the peak of a step consists of
