@@ -142,6 +142,7 @@ def test_without_the_server_there_is_a_new_one(
     its._server.kill()
     thread.join()
     assert [record.status for record in found] == [Status.KILLED]
+    assert "`--fresh`" in found[0].message
     wait_until(lambda: not is_running(child))
     os.kill(grandchild, signal.SIGKILL)
     record = run_cell(its, tmp_path, here, "fake_hangs", timeout_seconds=0.5)

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import statistics
 import threading
 from collections.abc import Iterator, Sequence
@@ -207,13 +208,17 @@ def _run_one(
     variables = isolate.child_environment(options, device)
     if name.startswith(f"{published.CHECK}/"):  # was measured with the default ones
         del variables[isolate.WORKSPACES]
-    code = start_child(
-        request.command(body, out, worker_module=WORKER),
-        log=log,
-        variables=variables,
-        timeout_seconds=timeout_seconds,
-        stop=stop,
-    )
+    code: int | None
+    try:
+        code = start_child(
+            request.command(body, out, worker_module=WORKER),
+            log=log,
+            variables=variables,
+            timeout_seconds=timeout_seconds,
+            stop=stop,
+        )
+    except child_process.LostError:
+        code = -signal.SIGKILL
     status = Status.ERROR
     if code is None:
         status = Status.TIMEOUT

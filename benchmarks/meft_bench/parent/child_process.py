@@ -14,6 +14,10 @@ from meft_bench.parent.engines.local import Stopped
 _POLL_SECONDS = 0.05
 
 
+class LostError(Exception):
+    """Raised where a child ended with the process that had forked it."""
+
+
 def run(
     command: Sequence[str],
     *,

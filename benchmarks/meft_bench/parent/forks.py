@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from meft_bench.parent.child_process import LostError
 from meft_bench.parent.engines.local import Stopped
 from meft_bench.shared.request import WORKER
 
@@ -129,6 +130,7 @@ class ForkServer:
 
         Raises:
             Stopped: `stop` was set.
+            LostError: the server was killed, and the child with it.
             OSError: the log cannot be written, or no child can be started.
         """
         log.write_bytes(b"")
@@ -143,8 +145,9 @@ class ForkServer:
             raise OSError(child.errno, reason, sys.executable)
         if is_over:
             return None
-        # Without a code, the server was killed, and its children with it.
-        return -signal.SIGKILL if child.code is None else child.code
+        if child.code is None:
+            raise LostError
+        return child.code
 
     def _ask(
         self, arguments: Sequence[str], log: Path, variables: Mapping[str, str]

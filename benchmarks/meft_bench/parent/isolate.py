@@ -31,6 +31,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from meft_bench.parent import child_process, logs
+from meft_bench.parent.child_process import LostError
 from meft_bench.parent.engines.local import Stopped
 from meft_bench.parent.own import current
 from meft_bench.shared import methods, outcome, request
@@ -114,14 +115,21 @@ def run(
         ending = _failure(Status.ERROR, changed)
     else:
         command = request.command(body, out, worker_module=worker_module)
-        code = start_child(
-            command,
-            log=log,
-            variables=child_environment(options, cell.device),
-            timeout_seconds=timeout_seconds,
-            stop=stop,
-        )
-        ending = _ending(out, log, code, timeout_seconds)
+        try:
+            code = start_child(
+                command,
+                log=log,
+                variables=child_environment(options, cell.device),
+                timeout_seconds=timeout_seconds,
+                stop=stop,
+            )
+            ending = _ending(out, log, code, timeout_seconds)
+        except LostError:
+            ending = _failure(
+                Status.KILLED,
+                "the process that this one was forked from was killed, by the kernel "
+                "or by another cell; run the same command again, or with `--fresh`",
+            )
     out.unlink(missing_ok=True)
     return Record(
         sweep=sweep,
