@@ -10,6 +10,7 @@ from harness.tiny import batch, cell, classifier
 from marks import slow_but_for
 from meft_bench.child.training.steps import Stepper
 from meft_bench.shared.registry import METHODS, load
+from meft_bench.shared.source import MissingError
 from meft_bench.virtual.recording.ledger import Ledger
 from meft_bench.virtual.recording.trace import Trace
 
@@ -127,7 +128,12 @@ def test_nothing_of_a_step_outlives_it(method: str) -> None:
     """Of no method; but for what it declares, in slots and caches of later steps."""
     if "sparse" in method or "dense" in method:
         pytest.skip("slots and host buffers of rows live on, and are counted apart")
-    stepper = Stepper(load(METHODS[method])(classifier(), cell()), cell())
+    if method == "prefix-tuning":
+        pytest.skip("no classifier takes a prefix")
+    try:
+        stepper = Stepper(load(METHODS[method])(classifier(), cell()), cell())
+    except MissingError as error:
+        pytest.skip(str(error))  # a package or CUDA that is not here
     stepper.model.train()
     with Ledger() as ledger:
         ledger.watch(stepper.model, stepper.optimizer)

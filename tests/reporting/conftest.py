@@ -49,6 +49,7 @@ CELL = {
     "attention": "sdpa",
     "blocks": "eager",
     "reference": "",
+    "scored_on": "evaluation",
     "num_neurons": 1024,
     "top_k_neurons": 64,
     "num_experts": 0,
@@ -359,6 +360,9 @@ def build_prediction() -> list[Record]:
     ]
 
 
+OF_TRIALS: Any = {"scored_on": "validation", "seed": 1000}
+
+
 def build_longest() -> list[Record]:
     """The longest sequence of four methods on one GPU; one does not fit at all."""
     shape: Any = {"task": "synthetic-lm", "device": "virtual-H100", "batch_size": 1}
@@ -386,10 +390,20 @@ def build_longest() -> list[Record]:
     return records
 
 
+def build_trials() -> list[Record]:
+    """Two trials of a method, and a result with the rate of the better one."""
+    shape: Any = {"task": "rte", "method": "bitfit"}
+    trials = [
+        build_record(learning_rate=rate, score=score, **shape, **OF_TRIALS)
+        for rate, score in ((1e-4, 0.5), (1e-3, 0.6))
+    ]
+    return [*trials, build_record(learning_rate=1e-3, score=0.55, **shape)]
+
+
 def build_all() -> list[Record]:
     """All of the runs above, of which every figure and table can be made."""
     parts = (build_matrix, build_depth, build_quality, build_traffic, build_knowledge)
-    others = (build_prediction, build_headline, build_longest)
+    others = (build_prediction, build_headline, build_longest, build_trials)
     return [record for build in (*parts, *others) for record in build()]
 
 
