@@ -6,6 +6,7 @@ tolerance(dtype, depth, ...)     the error that rounding alone explains
 """
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -180,24 +181,13 @@ class SavedBytes:
     def __init__(self, exclude: Iterable[Tensor]) -> None:
         # Storages are identified by object and not by address, which fake tensors lack.
         self._excluded = {t.untyped_storage()._cdata for t in exclude}
-        self._saved: list[tuple[weakref.ref[Tensor], int, int]] = []
-        self._total: int | None = None
-
-    @property
-    def total(self) -> int:
-        """Return the bytes that are held now, or were when the body ended.
-
-        What a branch saved that no output depends on is freed with it.
-        """
-        if self._total is not None:
-            return self._total
-        # The storage of a tensor that is alive is that of no other one.
-        held = {key: size for saved, key, size in self._saved if saved() is not None}
-        return sum(held.values())
-
-    def close(self) -> None:
-        """Keep the total from now on."""
-        self._total = self.total
+        self._held: dict[int, tuple[int, int]] = {}
+        """Number of saved tensors of each storage that is held, and its bytes."""
+        self._references: list[weakref.ref[Tensor]] = []
+        self.held = 0
+        """Bytes that are held now."""
+        self.total = 0
+        """The most bytes that were held at a time."""
 
     def count(self, tensor: Tensor) -> Tensor:
         """Count the tensor's whole storage and save its values; this is the pack hook.
@@ -206,31 +196,46 @@ class SavedBytes:
         freed.
         """
         storage, saved = tensor.untyped_storage(), tensor.detach()
-        if storage._cdata not in self._excluded:
-            entry = weakref.ref(saved), storage._cdata, storage.nbytes()
-            self._saved.append(entry)
+        key = storage._cdata
+        if key in self._excluded:
+            return saved
+        number, size = self._held.get(key, (0, storage.nbytes()))
+        self._held[key] = number + 1, size
+        if number == 0:
+            self.held += size
+            self.total = max(self.total, self.held)
+        # The storage of a tensor that is held is that of no other one.
+        release = functools.partial(self._release, key)
+        self._references.append(weakref.ref(saved, release))
         return saved
+
+    def _release(self, key: int, _: object) -> None:
+        """Forget a saved tensor that is freed, with its graph."""
+        number, size = self._held.pop(key)
+        if number > 1:
+            self._held[key] = number - 1, size
+        else:
+            self.held -= size
 
 
 @contextlib.contextmanager
 def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[SavedBytes]:
     """Count what the forward in the body keeps for backward.
 
-    Each storage counts once and as a whole, however many views of it are saved. Keep
-    the outputs alive until the body ends: what they depend on is freed with them, and
-    does not count.
+    Each storage counts once and as a whole, however many views of it are saved. What a
+    branch saves that no output depends on is freed with it.
 
     Args:
         exclude: tensors that exist anyway, which are not counted:
             `[*model.parameters(), *model.buffers()]`, the batch.
 
     Yields:
-        The counter; its `total` is in bytes.
+        The counter; its `total` is the most bytes that were held at a time, and `held`
+        those that are held now.
     """
     counter = SavedBytes(exclude)
     with torch.autograd.graph.saved_tensors_hooks(counter.count, lambda x: x):
         yield counter
-    counter.close()
 
 
 def tolerance(

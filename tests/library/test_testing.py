@@ -103,12 +103,22 @@ def test_what_was_counted_is_let_go() -> None:
 def test_what_a_dead_branch_saved_does_not_count() -> None:
     """Its storage may be that of a later tensor, and would be counted at random."""
     weight = torch.randn(64, 64, requires_grad=True)
+    size = 64 * 64 * 4
     found = []
     for _ in range(5):
         with saved_bytes([weight]) as counter:
             for _ in range(3):
-                (weight * 2).exp().norm()  # no output depends on it
+                (weight * 2).exp().sum()  # no output depends on it
             kept = (weight * 2).exp().sum()
-        found.append(counter.total)
+            found.append((counter.held, counter.total))
         del kept
-    assert found == [64 * 64 * 4] * 5
+        assert counter.held == 0
+    assert found == [(size, size)] * 5
+
+
+def test_outputs_need_not_be_kept() -> None:
+    """The most that was held at a time is counted."""
+    weight = torch.randn(64, 64, requires_grad=True)
+    with saved_bytes([weight]) as counter:
+        (weight * 2).exp().exp().sum()
+    assert counter.total == 2 * 64 * 64 * 4

@@ -48,9 +48,9 @@ def saved_by_forward(
     there_anyway = [*model.parameters(), *model.buffers(), *batch.values()]
     with saved_bytes(there_anyway) as counter:
         loss = loss_of(batch)  # kept alive until counted
-        total = counter.total
+        held = counter.held
     del loss
-    return total
+    return held
 
 
 def model_state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
