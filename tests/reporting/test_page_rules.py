@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from meft_reports.frame import to_frame
+from meft_reports.intervals import holm, over_rows, over_seeds
 from meft_reports.page.answers import answers_of
 from meft_reports.page.caveats import caveats_of
 from meft_reports.page.cells import all_cells, comparable_cells
-from meft_reports.page.intervals import holm, over_rows, over_seeds
 from meft_reports.page.oom import at_least_bytes
 from meft_reports.page.pairs import pairs_of
 from meft_reports.page.score_answers import front_of
@@ -16,7 +16,7 @@ from meft_reports.page.searches import searches_of
 from meft_reports.page.settings import Setting, settings_of
 from meft_reports.tables import find_tables
 from reporting.conftest import MIB, build_all, build_knowledge
-from reporting.kinds import MakeRecord, Record
+from reporting.kinds import MakeRecord, Record, equal_memory
 from reporting.pages import as_text
 
 PREDICTED = {"device": "virtual-H200", "prediction": "by rules"}
@@ -176,6 +176,17 @@ def test_a_clear_difference_is_ahead(make_record: MakeRecord) -> None:
     assert "and is ahead of full (by 0.100)" in answers(records)
 
 
+def test_meft_is_held_against_the_best_of_those_that_take_no_more(
+    make_record: MakeRecord,
+) -> None:
+    """Better ones take more memory; worse ones of equal memory are not named."""
+    found = answers(equal_memory(make_record))
+    assert (
+        "Against the best other method that takes no more memory: meft1-exact is not "
+        "told apart from lora-checkpointing (+0.077, "
+    ) in found
+
+
 def test_one_seed_tells_nothing_apart(make_record: MakeRecord) -> None:
     records = [
         make_record(method=m, score=s) for m, s in (("lora", 0.8), ("full", 0.9))
@@ -203,7 +214,7 @@ def test_the_front_is_what_nothing_beats_in_both(make_record: MakeRecord) -> Non
 
 
 def test_pairs_agree_with_the_table_of_differences() -> None:
-    """The same differences and intervals, from code that shares none with it."""
+    """The same differences and intervals, one from a frame and one from cells."""
     settings = settings_from(build_knowledge())
     pairs = {
         (pair.setting.method, pair.against.method): pair for pair in pairs_of(settings)
@@ -212,10 +223,9 @@ def test_pairs_agree_with_the_table_of_differences() -> None:
     for row in table.rows:
         one, other = (text.partition(" ")[0] for text in row[:2])
         pair = pairs[one, other]
-        assert f"{pair.seeds.mean:+.3f}" == row[5]
-        assert f"{pair.seeds.low:+.3f} to {pair.seeds.high:+.3f}" == row[6]
-        assert pair.rows is not None
-        assert f"{pair.rows.low:+.3f} to {pair.rows.high:+.3f}" == row[7]
+        assert f"{pair.interval.mean:+.3f}" == row[5]
+        assert f"{pair.interval.low:+.3f} to {pair.interval.high:+.3f}" == row[6]
+        assert str(pair.num_rows) == row[9]
 
 
 def test_holm_corrects_for_the_number_of_tests() -> None:

@@ -3,7 +3,7 @@
 Reading order:
 
     cells, workloads, settings     what is compared with what; `oom` reads messages
-    intervals, pairs               means and paired differences, with intervals
+    pairs                          paired differences, with intervals
     answers                        sentences: `score_answers`, `memory_answers`,
                                    `card_answers`, `step_answers`, `predictions`
     reading                        which differences count; a cell to open first

@@ -1,21 +1,28 @@
 """Paired differences of scores: one setting less another, over the seeds of both.
 
-A score has two sources of randomness, so there are two intervals: over seeds and, where
-the answers to each row are known, over evaluated rows. A setting is *ahead* of another
-if both tests exclude a difference of 0 at 5 %, corrected by Holm's method for the
-number of settings that are compared with the same one. Otherwise the run does not tell
-them apart; they are never said to be equal.
+A score has two sources of randomness, seeds and evaluated rows, and the interval is
+over both where it is known what each row contributes, otherwise over seeds. A setting
+is *ahead* of another if the test excludes a difference of 0 at 5 %, corrected by Holm's
+method for the number of settings that are compared with the same one. Otherwise the run
+does not tell them apart; they are never said to be equal.
 """
 
-import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from meft_reports.intervals import (
+    Interval,
+    holm,
+    over_seeds,
+    over_seeds_and_rows,
+    row_values,
+    same_rows,
+)
 from meft_reports.methods import TABLE
 from meft_reports.page.cells import Cell, is_trained
-from meft_reports.page.intervals import Interval, holm, over_rows, over_seeds
 from meft_reports.page.settings import Setting
 from meft_reports.summary import OPTIONS
 
@@ -36,23 +43,21 @@ class PairedDifference:
     setting: Setting
     against: Setting
     num_seeds: int
-    seeds: Interval
-    rows: Interval | None
-    """None where the answers to each row are not known."""
+    interval: Interval
     num_rows: int
+    """0 where it is not known what rows contribute: the interval is over seeds then."""
     p: float
-    """Larger p-value of the two tests, corrected by Holm's method."""
+    """P-value of the difference being 0, corrected by Holm's method."""
 
     @property
     def verdict(self) -> str:
         """`ahead`, `behind` or `not told apart`."""
         if self.p >= LEVEL:
             return "not told apart"
-        return "ahead" if self.seeds.mean > 0 else "behind"
+        return "ahead" if self.interval.mean > 0 else "behind"
 
     def to_json(self) -> dict[str, Any]:
         """Return the row of the pair in the page's data."""
-        rows = self.rows
         return {
             "w": self.setting.workload.index,
             "cell": self.setting.cells[0]["index"],
@@ -60,11 +65,9 @@ class PairedDifference:
             "method": self.setting.method,
             "against": self.against.name,
             "against_method": self.against.method,
-            "difference": self.seeds.mean,
-            "low": self.seeds.low,
-            "high": self.seeds.high,
-            "row_low": rows and rows.low,
-            "row_high": rows and rows.high,
+            "difference": self.interval.mean,
+            "low": self.interval.low,
+            "high": self.interval.high,
             "num_seeds": self.num_seeds,
             "num_rows": self.num_rows or None,
             "p": self.p,
@@ -106,43 +109,34 @@ def _pair(
     seeds = sorted(mine.keys() & its.keys())
     if len(seeds) < 2:
         return None
-    over = over_seeds([mine[s]["score"] - its[s]["score"] for s in seeds])
-    by_row = _by_row([mine[s] for s in seeds], [its[s] for s in seeds])
-    rows = over_rows(by_row) if by_row else None
+    interval, num_rows = difference([mine[s] for s in seeds], [its[s] for s in seeds])
     return PairedDifference(
         setting=setting,
         against=against,
         num_seeds=len(seeds),
-        seeds=over,
-        rows=rows,
-        num_rows=len(by_row or ()),
-        p=max(over.p, rows.p if rows else 0.0),
+        interval=interval,
+        num_rows=num_rows,
+        p=interval.p,
     )
 
 
-def _by_row(mine: Sequence[Cell], its: Sequence[Cell]) -> list[float] | None:
-    """Return the differences per row, averaged over seeds; None if unknown."""
-    cells = [*mine, *its]
-    if not all(map(_is_share, cells)):
-        return None
-    if len({len(cell["right_rows"]) for cell in cells}) != 1:
-        return None
-    one, other = (
-        [
-            statistics.fmean(row)
-            for row in zip(*(cell["right_rows"] for cell in some), strict=True)
-        ]
-        for some in (mine, its)
-    )
-    return [a - b for a, b in zip(one, other, strict=True)]
+def difference(mine: Sequence[Cell], its: Sequence[Cell]) -> tuple[Interval, int]:
+    """Return the difference of scores with its interval, and over how many rows.
+
+    Args:
+        mine: cells of a setting.
+        its: those of another one, of the same seeds in the same order.
+    """
+    rows = same_rows([_row_values(cell) for cell in (*mine, *its)])
+    if rows is None:
+        pairs = zip(mine, its, strict=True)
+        return over_seeds([one["score"] - other["score"] for one, other in pairs]), 0
+    less = np.asarray(rows[: len(mine)], float) - np.asarray(rows[len(mine) :], float)
+    return over_seeds_and_rows(less), len(rows[0])
 
 
-def _is_share(cell: Cell) -> bool:
-    """Return whether the score is the share of right rows."""
-    right = cell["right_rows"]
-    if not right:
-        return False
-    return math.isclose(sum(right) / len(right), cell["score"], abs_tol=1e-6)
+def _row_values(cell: Cell) -> Sequence[float] | None:
+    return row_values(cell["score"], cell["right_rows"], cell["row_scores"])
 
 
 def _corrected(family: Sequence[PairedDifference]) -> list[PairedDifference]:
@@ -152,8 +146,7 @@ def _corrected(family: Sequence[PairedDifference]) -> list[PairedDifference]:
             setting=pair.setting,
             against=pair.against,
             num_seeds=pair.num_seeds,
-            seeds=pair.seeds,
-            rows=pair.rows,
+            interval=pair.interval,
             num_rows=pair.num_rows,
             p=p,
         )

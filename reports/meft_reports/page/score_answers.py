@@ -9,6 +9,7 @@ from meft_reports.methods import is_stored
 from meft_reports.page.cells import is_trained
 from meft_reports.page.pairs import PairedDifference
 from meft_reports.page.settings import Setting
+from meft_reports.rivals import has_equal_memory, is_held_against, is_rival
 from meft_reports.text import plural
 
 MOST_SENTENCES = 3
@@ -33,8 +34,8 @@ def scores(
         is_first = not found
         found.append(_best(several, pairs) if len(several) > 1 else _one_seed(its))
         front = _front(several or its, pairs)
-        if is_first and front is not None:
-            found.append(front)
+        if is_first:
+            found += [text for text in (front, _against(several, pairs)) if text]
     if len(found) > MOST_SENTENCES:
         rest = plural(len(found) - MOST_SENTENCES, "more workload")
         text = Markup("{} with scores: see the figures.").format(rest)
@@ -80,7 +81,7 @@ def _best(several: Sequence[Setting], pairs: Sequence[PairedDifference]) -> Mark
         joint = "; it is ahead of" if ties else ", and is ahead of"
         text += Markup("{} {}").format(
             joint,
-            _list(behind, lambda s: f"by {-verdicts[id(s)].seeds.mean:.3f}"),
+            _list(behind, lambda s: f"by {-verdicts[id(s)].interval.mean:.3f}"),
         )
     return text + "."
 
@@ -118,6 +119,51 @@ def _front(its: Sequence[Setting], pairs: Sequence[PairedDifference]) -> Markup 
         parts = [*parts[: MOST_NAMES - 1], parts[-1]]
     return Markup("Best at equal memory, by mean score there: from {}.").format(
         Markup("; from ").join(parts)
+    )
+
+
+def _against(
+    several: Sequence[Setting], pairs: Sequence[PairedDifference]
+) -> Markup | None:
+    """Hold each method of MEFT against the best rival at equal memory."""
+    peaks = {id(s): s.numbers["peak_allocated_bytes"] for s in several}
+    parts = []
+    for setting in several:
+        if not is_held_against(setting.method) or not peaks[id(setting)]:
+            continue
+        equal = [
+            pair
+            for pair in pairs
+            if pair.setting is setting
+            and is_rival(pair.against.method)
+            and (peak := peaks.get(id(pair.against)))
+            and has_equal_memory(peak, peaks[id(setting)] or 0)
+        ]
+        if equal:
+            best = max(equal, key=lambda pair: _score(pair.against))
+            parts.append((best.interval.mean, _verdict(best)))
+    if not parts:
+        return None
+    parts.sort(key=lambda part: -part[0])
+    texts = [text for _, text in parts[:MOST_NAMES]]
+    if len(parts) > MOST_NAMES:
+        texts.append(Markup("{}").format(plural(len(parts) - MOST_NAMES, "more")))
+    return Markup(
+        "Against the best other method that takes no more memory: {}."
+    ).format(Markup("; ").join(texts))
+
+
+def _verdict(pair: PairedDifference) -> Markup:
+    low, high = pair.interval.low, pair.interval.high
+    span = "" if low is None or high is None else f", {low:+.3f} to {high:+.3f}"
+    return Markup("<code>{}</code> {} <code>{}</code> ({:+.3f}{})").format(
+        pair.setting.name,
+        {"ahead": "is ahead of", "behind": "is behind"}.get(
+            pair.verdict, "is not told apart from"
+        ),
+        pair.against.name,
+        pair.interval.mean,
+        span,
     )
 
 

@@ -11,6 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from meft_reports.format import format_bytes
+from meft_reports.intervals import (
+    Interval,
+    over_seeds,
+    over_seeds_and_rows,
+    row_values,
+    same_rows,
+)
 from meft_reports.page.cells import (
     Cell,
     is_answer,
@@ -19,7 +26,6 @@ from meft_reports.page.cells import (
     is_trained,
     is_untrained,
 )
-from meft_reports.page.intervals import over_seeds
 from meft_reports.page.oom import at_least_bytes
 from meft_reports.page.workloads import Workload, key_of, workloads_of
 from meft_reports.style import method_order
@@ -98,8 +104,7 @@ class Setting:
 
     def to_json(self) -> dict[str, Any]:
         """Return the row of the setting in the page's data."""
-        scores = [c["score"] for c in self.ok if c["score"] is not None]
-        interval = over_seeds(scores) if scores else None
+        interval, num_rows = _interval_of_score(self.ok)
         ratios = [c for c in self.ok if c["step_ratio"] is not None]
         return {
             "w": self.workload.index,
@@ -121,10 +126,25 @@ class Setting:
             "least_bytes": self.least_bytes,
             "score_low": interval and interval.low,
             "score_high": interval and interval.high,
+            "score_rows": num_rows or None,
             "num_turns": sum(len(c["all_step_seconds"] or ()) for c in ratios) or None,
             **self.options,
             **self.numbers,
         }
+
+
+def _interval_of_score(ok: Sequence[Cell]) -> tuple[Interval | None, int]:
+    """Return the interval of the mean score, and over how many rows; 0: over seeds."""
+    scored = [cell for cell in ok if cell["score"] is not None]
+    if not scored:
+        return None, 0
+    scores = [cell["score"] for cell in scored]
+    rows = same_rows(
+        [row_values(c["score"], c["right_rows"], c["row_scores"]) for c in scored]
+    )
+    if rows is None or len(scored) < 2:
+        return over_seeds(scores), 0
+    return over_seeds_and_rows(rows), len(rows[0])
 
 
 def settings_of(cells: Sequence[Cell]) -> list[Setting]:

@@ -25,6 +25,7 @@ TABLES = (
     "longest",
     "results",
     "differences",
+    "rivals",
     "trials",
     "memory",
     "savings",

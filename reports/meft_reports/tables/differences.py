@@ -2,21 +2,20 @@
 
 A pair is two methods that trained with the same seeds on the same rows, equal in every
 option that both use except the learning rate. A score has two sources of randomness, so
-there are two intervals of 95 %:
+there are three intervals of 95 %, as `meft_reports.intervals` computes them:
 
+    over both     over seeds and evaluated rows together
     over seeds    Student's t over the differences of equal seeds
     over rows     normal, over the evaluated rows; a row counts with its mean over seeds
 """
 
 import itertools
-import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
 from meft_reports.format import (
     NOTHING,
@@ -25,6 +24,14 @@ from meft_reports.format import (
     format_difference,
     format_score,
     is_null,
+)
+from meft_reports.intervals import (
+    Interval,
+    over_rows,
+    over_seeds,
+    over_seeds_and_rows,
+    row_values,
+    same_rows,
 )
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.methods import is_stored
@@ -36,7 +43,6 @@ from meft_reports.summary import (
     prepare,
     settings,
     split,
-    spread,
 )
 from meft_reports.tables.table import (
     METHOD,
@@ -47,8 +53,6 @@ from meft_reports.tables.table import (
     notes_on_scores,
 )
 
-TAIL = 0.975
-"""Quantile of the upper end of an interval of 95 %."""
 MAY_DIFFER = ("learning_rate", "reference", "warmup_steps")
 COLUMNS = (
     METHOD,
@@ -57,6 +61,10 @@ COLUMNS = (
     Heading("score", "Score of the method, the mean over these seeds."),
     Heading("less its score", "Score of the method that is subtracted."),
     Heading("difference", "Mean difference of the scores of equal seeds."),
+    Heading(
+        "interval over both",
+        "Interval of 95 % of the difference over seeds and evaluated rows together.",
+    ),
     Heading(
         "interval over seeds",
         "Interval of 95 % of the difference over seeds, by Student's t.",
@@ -69,9 +77,10 @@ COLUMNS = (
     Heading("rows", "Number of evaluated rows."),
 )
 NOTES = (
-    "Intervals of 95 %: over seeds by Student's t, which few seeds make wide; over the "
-    "evaluated rows by the normal distribution, where the score is a share of right "
-    "rows. Where 0 lies in one of them, the run does not tell the two methods apart.",
+    "Intervals of 95 %: over seeds and evaluated rows together, and over each of them "
+    "alone; over seeds by Student's t, which few seeds make wide. Rows are known where "
+    "the score is a share of right rows or a correlation. Where 0 lies in the interval "
+    "over both, the run does not tell the two methods apart.",
 )
 
 
@@ -79,13 +88,18 @@ NOTES = (
 class Difference:
     """The difference of two methods, over the seeds that both have."""
 
+    num_seeds: int
     scores: tuple[float, float]
-    by_seed: tuple[float, ...]
-    by_row: tuple[float, ...] | None
-    """Differences per row, averaged over seeds; None if unknown.
+    over_both: Interval | None
+    """None where it is not known what each row contributes to the score."""
+    over_seeds: Interval
+    over_rows: Interval | None
+    num_rows: int
 
-    They are unknown if the score is not a share of rows, or its rows were not recorded.
-    """
+    @property
+    def widest(self) -> Interval:
+        """The interval over both where it is known, otherwise that over seeds."""
+        return self.over_both or self.over_seeds
 
 
 NEEDS = (
@@ -121,34 +135,28 @@ def make(frame: pd.DataFrame) -> list[Table]:
 def _row(
     one: pd.DataFrame, other: pd.DataFrame, part: pd.DataFrame
 ) -> tuple[str, ...] | None:
-    if not _are_alike(one.iloc[0], other.iloc[0]):
+    if not are_alike(one.iloc[0], other.iloc[0]):
         return None
-    found = _difference(one.set_index("seed"), other.set_index("seed"))
+    found = difference(one.set_index("seed"), other.set_index("seed"))
     if found is None:
         return None
     names = [
         join_options(rows["method"].iloc[0], option_label(rows.iloc[0], part))
         for rows in (one, other)
     ]
-    freedom = len(found.by_seed) - 1
     return (
         *names,
-        format_count(len(found.by_seed)),
+        format_count(found.num_seeds),
         *map(format_score, found.scores),
-        format_difference(statistics.fmean(found.by_seed)),
-        _interval(found.by_seed, float(student.ppf(TAIL, freedom))),
-        *_over_rows(found.by_row),
+        format_difference(found.over_seeds.mean),
+        show_interval(found.over_both),
+        show_interval(found.over_seeds),
+        show_interval(found.over_rows),
+        format_count(found.num_rows) if found.num_rows else NOTHING,
     )
 
 
-def _over_rows(by_row: Sequence[float] | None) -> tuple[str, str]:
-    if by_row is None:
-        return NOTHING, NOTHING
-    quantile = statistics.NormalDist().inv_cdf(TAIL)
-    return _interval(by_row, quantile), format_count(len(by_row))
-
-
-def _are_alike(one: "pd.Series[Any]", other: "pd.Series[Any]") -> bool:
+def are_alike(one: "pd.Series[Any]", other: "pd.Series[Any]") -> bool:
     """Return whether two methods differ and agree in the options that both use.
 
     An option that one of the two methods does not use is null.
@@ -160,41 +168,45 @@ def _are_alike(one: "pd.Series[Any]", other: "pd.Series[Any]") -> bool:
     )
 
 
-def _difference(one: pd.DataFrame, other: pd.DataFrame) -> Difference | None:
+def difference(one: pd.DataFrame, other: pd.DataFrame) -> Difference | None:
+    """Return the difference of two settings; None without two seeds in common.
+
+    Args:
+        one: rows of a setting, with `seed` as index.
+        other: those of the one that is subtracted.
+    """
     seeds = sorted(set(one.index) & set(other.index))
     if len(seeds) < 2:
         return None
     mine, its = one.loc[seeds], other.loc[seeds]
+    less = (mine["score"] - its["score"]).astype(float).tolist()
+    rows = same_rows([*_row_values(mine), *_row_values(its)])
+    both, by_row, num_rows = None, None, 0
+    if rows is not None:
+        values = np.asarray(rows, float)
+        table = values[: len(seeds)] - values[len(seeds) :]
+        both, by_row = over_seeds_and_rows(table), over_rows(table.mean(axis=0))
+        num_rows = table.shape[1]
     return Difference(
+        num_seeds=len(seeds),
         scores=(float(mine["score"].mean()), float(its["score"].mean())),
-        by_seed=tuple((mine["score"] - its["score"]).astype(float)),
-        by_row=_by_row(mine, its),
+        over_both=both,
+        over_seeds=over_seeds(less),
+        over_rows=by_row,
+        num_rows=num_rows,
     )
 
 
-def _by_row(one: pd.DataFrame, other: pd.DataFrame) -> tuple[float, ...] | None:
-    cells = pd.concat([one, other])
-    if any(not _is_share(cell) for _, cell in cells.iterrows()):
-        return None
-    if len({len(right) for right in cells["right_rows"]}) != 1:
-        return None
-    mine, its = (
-        [statistics.fmean(row) for row in zip(*rows["right_rows"], strict=True)]
-        for rows in (one, other)
-    )
-    return tuple(a - b for a, b in zip(mine, its, strict=True))
+def _row_values(rows: pd.DataFrame) -> list[Sequence[float] | None]:
+    names = ("score", "right_rows", "row_scores")
+    cells = zip(*(rows[name] for name in names), strict=True)
+    return [row_values(*cell) for cell in cells]
 
 
-def _is_share(cell: "pd.Series[Any]") -> bool:
-    right = cell["right_rows"]
-    return isinstance(right, list) and math.isclose(
-        sum(right) / len(right), cell["score"], abs_tol=1e-6
-    )
-
-
-def _interval(values: Sequence[float], quantile: float) -> str:
-    half = quantile * (spread(values) or 0.0) / math.sqrt(len(values))
-    mean = statistics.fmean(values)
-    low, high = mean - half, mean + half
+def show_interval(interval: Interval | None) -> str:
+    """Return an interval as text, with its ends as numbers; `NOTHING` for None."""
+    if interval is None or interval.low is None or interval.high is None:
+        return NOTHING
+    low, high = interval.low, interval.high
     text = f"{format_difference(low)} to {format_difference(high)}"
     return ShownNumber(text, "", None, low=low, high=high)

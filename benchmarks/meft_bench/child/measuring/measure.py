@@ -271,5 +271,6 @@ def _train_and_score(
         partial.note(
             num_eval_rows=len(task.evaluation),
             right_rows=None if right is None else [int(r) for r in right],
+            row_scores=scoring.row_scores(task, predictions, examples.evaluation),
         )
     partial.note(peak_host_bytes=memory.host_peak_bytes())

@@ -5,6 +5,8 @@
     is_right(task, predictions, rows)          whether each answer is right; None for
                                                numbers, which are near or far
     scores(task, predictions, rows)            every value of the metric, by name
+    row_scores(task, predictions, rows)        what each row contributes to a score that
+                                               is not a mean over rows; None otherwise
     majority(task)                             the same for a constant answer
 
 `labels` is for classifiers, `images` for those of images, `numbers` for regression,

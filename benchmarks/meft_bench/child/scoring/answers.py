@@ -109,6 +109,18 @@ def scores(
     }
 
 
+def row_scores(
+    task: AnswerTask, predictions: Sequence[Answer], rows: Sequence[Question]
+) -> None:
+    """Return None: every score but one of the user is a share of right rows.
+
+    Args:
+        task: the task.
+        predictions: the answers.
+        rows: the questions.
+    """
+
+
 def _text(answer: Answer, question: Question) -> str:
     """Return an answer as text: of a choice, the likeliest option per character."""
     if isinstance(answer, Choice):

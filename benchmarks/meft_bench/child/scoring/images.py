@@ -1,12 +1,18 @@
 """Classifiers of images: the label with the largest logit, as for those of texts."""
 
 from meft_bench.child.scoring.examples import Examples
-from meft_bench.child.scoring.labels import is_right, majority, predict, scores
+from meft_bench.child.scoring.labels import (
+    is_right,
+    majority,
+    predict,
+    row_scores,
+    scores,
+)
 from meft_bench.child.tasks.batches import Image, PixelForm
 from meft_bench.child.tasks.task import Picture, Task
 from meft_bench.shared.cell import Cell
 
-__all__ = ["examples", "is_right", "majority", "predict", "scores"]
+__all__ = ["examples", "is_right", "majority", "predict", "row_scores", "scores"]
 
 
 def examples(task: Task, form: PixelForm, cell: Cell) -> Examples:

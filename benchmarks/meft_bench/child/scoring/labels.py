@@ -94,6 +94,23 @@ def scores(
     return of_values(task, predictions, labels)
 
 
+def row_scores(
+    task: Task, predictions: Sequence[float], rows: Sequence[Example]
+) -> list[float] | None:
+    """Return what each row contributes to a correlation; None for shares of rows.
+
+    Args:
+        task: the task.
+        predictions: the labels, or numbers.
+        rows: the encoded rows, in the same order.
+    """
+    from meft_bench.child.tasks import row_scores as of_rows
+
+    labels = [row.label for row in rows if not isinstance(row.label, list)]
+    assert task.metric is not None
+    return of_rows.row_scores(task.metric, predictions, labels)
+
+
 def majority(task: Task) -> dict[str, float]:
     """Return the scores of always answering the most frequent training label."""
     common = Counter(row.label for row in task.train).most_common(1)[0][0]

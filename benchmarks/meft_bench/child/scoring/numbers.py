@@ -75,6 +75,19 @@ def scores(
     return labels.scores(task, predictions, rows)
 
 
+def row_scores(
+    task: Task, predictions: Sequence[float], rows: Sequence[Example]
+) -> list[float] | None:
+    """Return what each row contributes to the score.
+
+    Args:
+        task: the task.
+        predictions: the numbers.
+        rows: the encoded rows, in the same order.
+    """
+    return labels.row_scores(task, predictions, rows)
+
+
 def majority(task: Task) -> dict[str, float]:
     """Return the scores of always answering the mean of the training rows."""
     mean = fmean(row.label for row in task.train)

@@ -95,6 +95,18 @@ def scores(
     }
 
 
+def row_scores(
+    task: Task, predictions: Sequence[tuple[float, int]], rows: Sequence[Example]
+) -> None:
+    """Return None: losses are summed by batch, not by row.
+
+    Args:
+        task: the task.
+        predictions: losses and numbers of tokens.
+        rows: the encoded rows.
+    """
+
+
 def majority(task: Task) -> dict[str, float]:
     """Return not-a-number: no constant answer is a text."""
     return dict.fromkeys(("log_likelihood_per_token", "perplexity"), math.nan)

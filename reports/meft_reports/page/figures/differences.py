@@ -23,9 +23,9 @@ _X = "difference of scores"
 FIGURE = Figure(
     name="differences",
     title="Difference of scores, on the same seeds",
-    about="Thin bars are intervals of 95 % over seeds, by Student's t; thick ones over "
-    "the evaluated rows. Colored only where both tests exclude 0 after Holm's "
-    "correction; otherwise the run does not tell the two apart.",
+    about="Bars are intervals of 95 % over seeds and evaluated rows together, or over "
+    "seeds where rows are not known. Colored only where the test excludes 0 after "
+    "Holm's correction; otherwise the run does not tell the two apart.",
     rows="pairs",
     controls=("against",),
     value="difference",
@@ -40,17 +40,6 @@ FIGURE = Figure(
                     "y": names(),
                     "x": quantity("low", _X),
                     "x2": {"field": "high"},
-                    "color": _COLOR,
-                },
-            },
-            {
-                "needs": "row_low",
-                "transform": [{"filter": "isValid(datum.row_low)"}],
-                "mark": {"type": "rule", "strokeWidth": 6, "opacity": 0.5},
-                "encoding": {
-                    "y": names(),
-                    "x": quantity("row_low", _X),
-                    "x2": {"field": "row_high"},
                     "color": _COLOR,
                 },
             },
@@ -71,10 +60,8 @@ FIGURE = Figure(
                         name="setting",
                         against="less that of",
                         difference="difference|+.3f",
-                        low="over seeds from|+.3f",
+                        low="95 % from|+.3f",
                         high="to|+.3f",
-                        row_low="over rows from|+.3f",
-                        row_high="to |+.3f",
                         num_seeds="seeds",
                         num_rows="rows",
                         p="corrected p|.3f",

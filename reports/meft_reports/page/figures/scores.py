@@ -14,8 +14,9 @@ FIGURE = Figure(
     name="scores",
     title="Score against peak memory",
     about="Up and to the left is better. Bars are intervals of 95 % of the mean over "
-    "seeds; settings of one seed have none. The line joins what no other setting beats "
-    "in both, by means: neighbours on it may be ties.",
+    "seeds and, where they are known, evaluated rows; settings of one seed have none. "
+    "The line joins what no other setting beats in both, by means: neighbours on it "
+    "may be ties.",
     rows="scores",
     scaled={"peak": "peak_allocated_bytes"},
     controls=("labels",),
@@ -63,6 +64,7 @@ FIGURE = Figure(
                         score_high="to|.3f",
                         majority_score="most frequent answer|.3f",
                         seeds="seeds",
+                        score_rows="rows of the interval",
                         peak="peak, @unit|.3f",
                     ),
                 },
