@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
+import gloo_group
 from meft_bench.virtual.emulation import storages
 from meft_bench.virtual.recording.ledger import Ledger
 from meft_bench.virtual.recording.trace import Trace
@@ -163,16 +164,9 @@ def in_each_process(rank: int, num_ranks: int, folder: str, checkpoints: bool) -
     Threads of gloo may hold a tensor a moment longer, which only adds: the least of
     some peaks is the one without that.
     """
-    store = f"file://{folder}/store"
-    distributed.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=num_ranks
-    )
-    try:
+    with gloo_group.member(rank, num_ranks, folder):
         peaks = [with_values(num_ranks, checkpoints) for _ in range(NUM_TRIES)]
         totals = [tracked(num_ranks, checkpoints) for _ in range(NUM_TRIES)]
         ledger = min(peaks, key=lambda kinds: kinds["total"])
         found = {"ledger": ledger, "tracker": {"total": min(totals)}}
         torch.save(found, Path(folder) / f"peaks-{rank}.pt")
-        distributed.barrier()  # one that leaves closes connections of the other
-    finally:
-        distributed.destroy_process_group()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 
+import gloo_group
 import meft
 from library.families import CASES, objective
 
@@ -70,9 +71,7 @@ def gradients(model: Any, rows: int = 3, steps: int = 1) -> dict[str, Tensor]:
 def in_each_process(
     rank: int, world: int, folder: str, kind: str, rows: str, how: str
 ) -> None:
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    try:
+    with gloo_group.member(rank, world, folder):
         model: Any = model_of(kind)
         if how == "fsdp":
             model = shard(model, dist.device_mesh.init_device_mesh("cpu", (world,)))
@@ -86,9 +85,6 @@ def in_each_process(
         optimizer.zero_grad()
         weights = {n: whole(p).detach() for n, p in model.named_parameters()}
         torch.save(unwrapped(weights), Path(folder) / f"weights-{rank}.pt")
-        dist.barrier()  # one that leaves closes connections that the other still reads
-    finally:
-        dist.destroy_process_group()
 
 
 def unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -136,7 +136,7 @@ def test_two_processes(kind: str, rows: str, how: str, tmp_path: Path) -> None:
 
 
 _SCRIPT = """
-import sys, torch
+import sys, gloo_group, torch
 from transformers import Trainer, TrainingArguments
 from library.processes import CASE, model_of
 
@@ -154,6 +154,7 @@ assert torch.distributed.get_world_size() == 2
 if torch.distributed.get_rank() == 0:
     state = {name: p.detach() for name, p in model.named_parameters()}
     torch.save(state, f"{folder}/{backward}.pt")
+gloo_group.leave()
 """
 
 

@@ -8,14 +8,13 @@ has rows of its own.
 """
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import gloo_group
 import meft
 from library.models import batch, classifier
 
@@ -70,23 +69,13 @@ def train(rank: int, variant: str, backward: str) -> dict[str, Any]:
 
 
 def main(rank: int, folder: Path) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'meet'}",
-        rank=rank,
-        world_size=WORLD_SIZE,
-        timeout=timedelta(seconds=60),
-    )
-    try:
+    with gloo_group.member(rank, WORLD_SIZE, folder):
         seen = {
             (variant, backward): train(rank, variant, backward)
             for variant in ("meft1", "meft2", "meft3")
             for backward in ("rebuild", "store")
         }
         torch.save(seen, folder / f"{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
