@@ -35,10 +35,12 @@ def test_shipped(name: str) -> None:
     """Every sweep that ships loads by its name, and no two of its cells share an id."""
     loaded = sweep.load(name, device="cpu")
     assert loaded.name == name
-    ids = {cell.id for cell in loaded.cells}
-    assert len(ids) == len(loaded.cells)
-    assert loaded.cells or loaded.checks
-    assert len({cell.key for cell in loaded.cells}) == len(loaded.cells)
+    cells = [*loaded.cells, *loaded.trainings.values()]
+    for tuning in loaded.tunings:
+        cells += [*tuning.trials, *tuning.cells]
+    assert cells or loaded.checks
+    assert len({cell.id for cell in cells}) == len(cells)
+    assert len({cell.key for cell in cells}) == len(cells)
 
 
 def test_every_cell_of_the_gpu_has_a_virtual_twin() -> None:

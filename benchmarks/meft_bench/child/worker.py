@@ -124,14 +124,15 @@ def _look(
     from meft_bench.child.measuring.measure import measure
     from meft_bench.child.training.checkpoint import Checkpoint
 
+    save_to = None if options.save_to is None else Path(options.save_to)
     if options.checkpoint is None:
-        return measure
+        return partial_of(measure, save_to=save_to)
     checkpoint = Checkpoint(
         Path(options.checkpoint),
         options.checkpoint_identity,
         options.checkpoint_seconds,
     )
-    return partial_of(measure, checkpoint=checkpoint)
+    return partial_of(measure, checkpoint=checkpoint, save_to=save_to)
 
 
 def _forget_checkpoint(options: ChildOptions) -> None:

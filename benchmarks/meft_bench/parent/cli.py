@@ -193,6 +193,8 @@ def _list(given: argparse.Namespace) -> int:
     cells = list(selection.select(chosen, *given.only))
     tunings = selection.select_tunings(chosen, *given.only)
     cells += [trial for tuning in tunings for trial in tuning.trials]
+    every = [*cells, *(cell for one in tunings for cell in one.cells)]
+    cells = [*selection.select_trainings(chosen, every).values(), *cells]
     path = selection.records_path(given, chosen)
     records = runs.read(path)
     done: dict[Cell, Record] = {}

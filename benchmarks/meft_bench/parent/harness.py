@@ -38,6 +38,7 @@ from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.own import Own
 from meft_bench.shared.record import Environment, Record, Status
+from meft_bench.shared.registry import VIRTUAL
 
 EXIT_OK = 0
 EXIT_NOTHING = 3
@@ -72,6 +73,10 @@ class RunPlan:
     """
     tunings: tuple[Tuning, ...] = ()
     """Trials, with the cells that wait for them."""
+    trainings: Mapping[str, Cell] = field(default_factory=dict)
+    """Cells that train backbones of others, by what the others hold."""
+    saves: Mapping[Cell, Path] = field(default_factory=dict)
+    """Folders that get the trained model of some cells."""
     left_out: tuple[str, ...] = ()
     """What the sweep declares and this run omits, one readable line each."""
     checks: tuple[str, ...] = ()
@@ -87,7 +92,8 @@ class RunPlan:
 def run(plan: RunPlan, *, worker_module: str = request.WORKER) -> int:
     """Run the remaining cells of a plan, print a summary, and return the exit code.
 
-    Cells that wait for trials run after all others.
+    Cells that train a backbone run before all others, and those that wait for trials
+    after them.
 
     Args:
         plan: the run.
@@ -101,12 +107,18 @@ def run(plan: RunPlan, *, worker_module: str = request.WORKER) -> int:
         return _run_checks_alone(plan, budget)
     tried = tuple(trial for tuning in plan.tunings for trial in tuning.trials)
     waiting = [cell for tuning in plan.tunings for cell in tuning.cells]
+    plan = _with_folders(plan)
+    before = dataclasses.replace(plan, cells=(*plan.saves,), left_out=())
     first = dataclasses.replace(plan, cells=(*plan.cells, *tried))
-    num_cells = len(first.cells) + len(waiting)
+    num_cells = len(before.cells) + len(first.cells) + len(waiting)
     environments = environments_for(
-        first.cells, num_threads=plan.options.num_threads, num_slots=plan.num_slots
+        (*before.cells, *first.cells),
+        num_threads=plan.options.num_threads,
+        num_slots=plan.num_slots,
     )
     unscored: list[Tuning] = []
+    trained: dict[Cell, Record] = {}
+    untrained: list[Cell] = []
     with RecordsFile(plan.path) as file:
         try:
             try:
@@ -114,12 +126,20 @@ def run(plan: RunPlan, *, worker_module: str = request.WORKER) -> int:
             except Stopped:
                 done = _done(first, file, environments)
                 return _interrupted(plan, num_cells, [Status.OK for _ in done])
-            stage = _run_stage(first, environments, file, budget, worker_module)
+            stage = Stage([], is_whole=True)
+            if before.cells:
+                stage = _run_stage(before, environments, file, budget, worker_module)
+                trained = _done(before, file, environments, again=False)
+                first, untrained = _with_backbones(first, trained)
+            if stage.is_whole:
+                its = _run_stage(first, environments, file, budget, worker_module)
+                stage = Stage([*stage.statuses, *its.statuses], its.is_whole)
             if stage.is_whole and plan.tunings:
                 scored = runs.done(file.records, tried, environments)
                 cells, unscored = _chosen(plan.tunings, scored)
                 second = dataclasses.replace(plan, cells=cells, left_out=())
-                if cells:
+                second, _ = _with_backbones(second, trained)
+                if second.cells:
                     its = _run_stage(second, environments, file, budget, worker_module)
                     stage = Stage([*stage.statuses, *its.statuses], its.is_whole)
         except OSError as error:
@@ -139,6 +159,12 @@ def run(plan: RunPlan, *, worker_module: str = request.WORKER) -> int:
         output.complain(
             f"not run, {len(tuning.cells)} cells: no trial of them has a score, such "
             f"as {tuning.trials[0].id}"
+        )
+    if untrained:
+        names = sorted({plan.own[cell.backbone].alias for cell in untrained})
+        output.complain(
+            f"not run, {len(untrained)} cells: the training of their backbone "
+            f"{' and '.join(names)} failed"
         )
     page = plan.path.with_suffix(".html")
     output.summarize(
@@ -175,11 +201,52 @@ def _run_stage(
 
 
 def _done(
-    plan: RunPlan, file: RecordsFile, environments: dict[str, Environment]
+    plan: RunPlan,
+    file: RecordsFile,
+    environments: dict[str, Environment],
+    *,
+    again: bool | None = None,
 ) -> dict[Cell, Record]:
-    if plan.force:
+    """Return the cells that need not run, each with its record.
+
+    Args:
+        plan: the run.
+        file: the records.
+        environments: the environments of the run, by device.
+        again: whether cells that are done run again; None takes it from the plan.
+    """
+    if plan.force if again is None else again:
         return {}
-    return runs.done(file.records, plan.cells, environments)
+    done = runs.done(file.records, plan.cells, environments)
+    lost = {cell for cell, folder in plan.saves.items() if not folder.is_dir()}
+    return {cell: record for cell, record in done.items() if cell not in lost}
+
+
+def _with_folders(plan: RunPlan) -> RunPlan:
+    """Return the plan with a folder for each backbone that is trained."""
+    root = plan.path.with_suffix(".models").resolve()
+    own, saves = dict(plan.own), {}
+    for value, cell in plan.trainings.items():
+        folder = root / f"{own[value].alias}-{cell.key[:16]}"
+        saves[cell] = folder
+        own[value] = dataclasses.replace(
+            own[value], trained_in=str(folder), trained_by=cell.id
+        )
+    return dataclasses.replace(plan, own=own, saves=saves)
+
+
+def _with_backbones(
+    plan: RunPlan, trained: Mapping[Cell, Record]
+) -> tuple[RunPlan, list[Cell]]:
+    """Return the plan without cells whose backbone was not trained, and these."""
+    missing = {value for value, cell in plan.trainings.items() if cell not in trained}
+    left = [cell for cell in plan.cells if _needs(cell, missing)]
+    cells = tuple(cell for cell in plan.cells if not _needs(cell, missing))
+    return dataclasses.replace(plan, cells=cells), left
+
+
+def _needs(cell: Cell, backbones: set[str]) -> bool:
+    return cell.backbone in backbones and not cell.device.startswith(VIRTUAL)
 
 
 def _chosen(
@@ -432,6 +499,7 @@ def _run_left(
                     own=plan.own,
                     worker_module=worker_module,
                     start_child=children.starter(cell.device),
+                    save_to=plan.saves.get(cell),
                 )
             except OSError:
                 stop.set()  # else the run waits for the other slots

@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from meft_bench.parent import child_process, logs
 from meft_bench.parent.child_process import LostError
@@ -72,6 +73,7 @@ def run(
     own: Mapping[str, Own] | None = None,
     worker_module: str = WORKER,
     start_child: StartChild = child_process.run,
+    save_to: Path | None = None,
 ) -> Record:
     """Run a cell in a new process and return a record of how it ended.
 
@@ -90,6 +92,7 @@ def run(
         worker_module: module that runs as the child.
         start_child: runs a command to its end: `child_process.run` in a new
             interpreter, or the method of a `ForkServer`.
+        save_to: folder that gets the trained model; None if nothing is kept of it.
 
     Raises:
         Stopped: `stop` was set.
@@ -105,6 +108,8 @@ def run(
     out.unlink(missing_ok=True)
     own = own or {}
     options = _with_checkpoint(options, cell, log, environment)
+    if save_to is not None:
+        options = dataclasses.replace(options, save_to=str(save_to))
     body = {
         "cell": located(cell, own).to_json(),
         "options": options.to_json(),
@@ -141,7 +146,7 @@ def run(
         measurement=ending.measurement,
         environment=dataclasses.replace(
             environment,
-            **ending.environment,
+            **_in_words(ending.environment, cell, own),
             is_forked=start_child is not child_process.run,
         ),
         sweep_question=question,
@@ -150,6 +155,16 @@ def run(
         memory_breakdown=ending.memory_breakdown,
         aliases=aliases_of(cell, own) or None,
     )
+
+
+def _in_words(
+    found: dict[str, Any], cell: Cell, own: Mapping[str, Own]
+) -> dict[str, Any]:
+    """Return what a child reports, with the origin of weights that a cell trained."""
+    one = own.get(cell.backbone)
+    if one is None or not one.trained_by or not found.get("weights_sha256"):
+        return found
+    return found | {"weights_origin": f"trained by {one.trained_by}"}
 
 
 def _with_checkpoint(

@@ -1,8 +1,9 @@
 """From a command line to a sweep, the cells of it that are selected, and a run."""
 
 import argparse
+import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from meft_bench.parent import environment, sweep
@@ -31,6 +32,7 @@ def run_plan(arguments: argparse.Namespace) -> RunPlan:
     if any(cell.device == "cuda" for cell in every) and not environment.gpu_names():
         reason = environment.why_no_gpu()
         raise UsageError(f"device cuda: no GPU here ({reason}); use --device cpu")
+    trainings = select_trainings(chosen, every)
     device = _default_device(arguments)
     if device == "cpu" and set(chosen.checks) - {published.CHECK}:
         raise UsageError(
@@ -63,6 +65,7 @@ def run_plan(arguments: argparse.Namespace) -> RunPlan:
         time_budget_seconds=arguments.time_budget,
         own=chosen.own,
         tunings=tunings,
+        trainings=trainings,
     )
 
 
@@ -120,6 +123,20 @@ def select_tunings(chosen: Sweep, *only: str) -> tuple[Tuning, ...]:
         return chosen.tunings
     selected = {cell for one in only for cell in _matching(chosen, one)}
     return tuple(one for one in chosen.tunings if selected & {*one.cells})
+
+
+def select_trainings(chosen: Sweep, cells: Iterable[Cell]) -> dict[str, Cell]:
+    """Return the cells that train backbones of some cells, by what these hold.
+
+    Cells of virtual GPUs need the shape of a backbone only.
+    """
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        training = chosen.trainings.get(cell.backbone)
+        if training is not None and not cell.device.startswith(registry.VIRTUAL):
+            on_its_device = dataclasses.replace(training, device=cell.device)
+            found.setdefault(cell.backbone, on_its_device)
+    return found
 
 
 def _matching(chosen: Sweep, only: str) -> tuple[Cell, ...]:

@@ -105,6 +105,8 @@ class Sweep:
     """Methods, backbones and tasks of the user, by what cells hold."""
     tunings: tuple[Tuning, ...] = ()
     """Trials, with the cells that wait for them; those are not among `cells`."""
+    trainings: Mapping[str, Cell] = field(default_factory=dict)
+    """Cells that train backbones of others, by what the others hold."""
 
 
 def load(source: str, *, device: str) -> Sweep:
@@ -297,6 +299,7 @@ def _parse(
         caveats=caveats,
         own=own,
         tunings=tuple(tunings),
+        trainings=_trainings(device, own),
     )
 
 
@@ -326,6 +329,23 @@ def _cells(
     except ValueError as error:
         raise ValueError(f"matrix {label!r}: {error}") from error
     return cells, math.prod(map(len, matrix.axes)), matrix.tune
+
+
+def _trainings(device: str, own: Mapping[str, Own]) -> dict[str, Cell]:
+    """Return the cells that train backbones, by what other cells hold of these."""
+    found = {}
+    for value, one in own.items():
+        if not one.training:
+            continue
+        try:
+            point = _point(one.training, "train")
+            matrix = Matrix(
+                name=one.alias, defaults=point, axes=(), rules=(), excludes=()
+            )
+            (found[value],) = expand(matrix, device=device, own=own)
+        except ValueError as error:
+            raise ValueError(f"[backbone.{one.alias}]: {error}") from error
+    return found
 
 
 def _first(tune: Mapping[str, Sequence[Value]]) -> Point:

@@ -24,6 +24,8 @@ class ChildOptions:
     """What a state must agree in: the cell, the code, packages, number of threads."""
     checkpoint_seconds: float = 300.0
     """Time between two checkpoints."""
+    save_to: str | None = None
+    """Folder that gets the trained model, in transformers' layout; None for none."""
     memory_limit_bytes: int | None = None
     """Limit of the child's data segment in bytes (`RLIMIT_DATA`).
 

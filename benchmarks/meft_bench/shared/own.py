@@ -8,6 +8,7 @@ content is the same cell on any machine:
     python:shift-9e107d9d372b    a function, with its name
     dir:bert-e3b0c44298fc        a directory of weights, with its `model_type`
     random:bert-cf83e1357eef     the file of a config, likewise
+    trained:vit-tiny-8d1f5a...   a backbone that the sweep itself trains first
     data:options-7d865e959b24    files of rows and how they are read, with their kind
 
 The parent makes these values when it reads a sweep (`meft_bench.parent.own`), and a
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meft_bench.shared.cell import Cell
+from meft_bench.shared.registry import VIRTUAL
 
 PYTHON = "python:"
 """Beginning of a method, a task or a metric that is code of the user."""
@@ -35,7 +37,7 @@ OF_THE_FILE = ("peft_version", "auto_mapping", "base_model_name_or_path", "revis
 DIGEST_LENGTH = 12
 """Number of characters of a digest that a value has."""
 _VALUE = re.compile(
-    r"(peft|peft-checkpointing|python|dir|random|data):[\w.]+-[0-9a-f]{12}"
+    r"(peft|peft-checkpointing|python|dir|random|trained|data):[\w.]+-[0-9a-f]{12}"
     r"|(peft|peft-checkpointing):[a-z0-9_]+"
 )
 OWN_SCORE = "own:"
@@ -49,7 +51,11 @@ class Own:
     value: str
     """What cells hold."""
     place: str
-    """What the child is given instead, with an absolute path."""
+    """What the child is given instead, with an absolute path.
+
+    Of a trained backbone, what it is trained from; `trained_in` is given where there
+    are weights.
+    """
     alias: str = ""
     """A short name for tables; empty where the user gives none."""
     spelt: str = ""
@@ -60,6 +66,12 @@ class Own:
     """Values of fields of a cell that it sets."""
     rows: dict[str, Any] | None = None
     """Of a task: where its rows are and how they are read (`child.tasks.own_rows`)."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Of a backbone that the sweep trains first: fields of the cell that does so."""
+    trained_in: str = ""
+    """Of such a backbone: the absolute path of its weights in a run."""
+    trained_by: str = ""
+    """Of such a backbone: the id of the cell that trains it."""
 
 
 def is_value(text: str) -> bool:
@@ -75,11 +87,17 @@ def located(cell: Cell, own: Mapping[str, Own]) -> Cell:
         own: things of the user, by what cells hold.
     """
     changes: dict[str, Any] = {
-        name: own[value].place
+        name: _place(own[value], cell)
         for name in ("method", "reference", "backbone", "task")
         if (value := getattr(cell, name)) in own and own[value].rows is None
     }
     return dataclasses.replace(cell, **changes)
+
+
+def _place(one: Own, cell: Cell) -> str:
+    # A virtual device needs the shape only.
+    is_real = not cell.device.startswith(VIRTUAL)
+    return f"dir:{one.trained_in}" if one.training and is_real else one.place
 
 
 def rows_of(cell: Cell, own: Mapping[str, Own]) -> dict[str, Any] | None:
@@ -100,6 +118,7 @@ def aliases_of(cell: Cell, own: Mapping[str, Own]) -> dict[str, str]:
 def without_places(message: str, own: Mapping[str, Own]) -> str:
     """Return a message of a child in the words of the sweep."""
     for one in own.values():
-        message = message.replace(one.place, one.alias or one.spelt or one.value)
+        for place in filter(None, (one.trained_in, one.place)):
+            message = message.replace(place, one.alias or one.spelt or one.value)
         message = message.replace(one.value, one.alias or one.spelt or one.value)
     return message

@@ -6,6 +6,7 @@ classifiers of ViT.
 names       from a backbone's name to a model, its tokenizer, and its origin
 packages    weights that installed packages contain
 files       weights on disk, as safetensors or GGUF
+save        a trained model as such a folder
 shapes      random weights of a named shape
 quantised   linear layers with quantised weights, and which these are
 any_family  models of families that the library does not know
@@ -27,6 +28,7 @@ from meft_bench.child.backbones.names import (
     load_config,
     num_blocks_of,
 )
+from meft_bench.child.backbones.save import save
 
 __all__ = [
     "Backbone",
@@ -37,5 +39,6 @@ __all__ = [
     "load",
     "load_config",
     "num_blocks_of",
+    "save",
     "set_depth",
 ]

@@ -29,6 +29,9 @@ from meft_bench.shared import configs
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.source import MissingError
 
+PREPROCESSOR = "preprocessor_config.json"
+"""Name of the file with the form of images."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Files:
@@ -135,7 +138,7 @@ def read_pixel_form(files: Files, shape: tuple[int, int, int]) -> PixelForm:
     Raises:
         ValueError: the file has as many numbers as the model has no channels.
     """
-    file = files.directory / "preprocessor_config.json"
+    file = files.directory / PREPROCESSOR
     found = json.loads(file.read_text()) if file.is_file() else {}
     names = {"mean": "image_mean", "std": "image_std"}
     numbers = {key: tuple(found[n]) for key, n in names.items() if found.get(n)}

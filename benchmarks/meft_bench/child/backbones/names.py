@@ -42,7 +42,7 @@ _PATTERNS = [
     "vocab*",
     "merges.txt",
     "special_*",
-    "preprocessor_config.json",
+    files.PREPROCESSOR,
 ]
 
 

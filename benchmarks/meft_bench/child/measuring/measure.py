@@ -10,6 +10,7 @@ of memory still reports what was measured before.
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ def measure(
     source: Source,
     partial: PartialResult,
     checkpoint: Checkpoint | None = None,
+    save_to: Path | None = None,
 ) -> None:
     """Run `cell` and add all measurements to `partial`.
 
@@ -58,6 +60,7 @@ def measure(
         source: where data and weights may come from.
         partial: the partial result to update.
         checkpoint: where the state of the training is from time to time.
+        save_to: folder that gets the trained model; None if nothing is kept of it.
 
     Raises:
         MissingError: data, weights or the device are not available.
@@ -68,7 +71,7 @@ def measure(
         "num_threads": torch.get_num_threads(),
     }
     with execution.attention(cell):
-        _measure(cell, source, partial, checkpoint)
+        _measure(cell, source, partial, checkpoint, save_to)
 
 
 def _measure(
@@ -76,6 +79,7 @@ def _measure(
     source: Source,
     partial: PartialResult,
     checkpoint: Checkpoint | None,
+    save_to: Path | None,
 ) -> None:
     task: AnyTask = load_task(cell, source)
     task = _with_rows_to_score(task, cell)
@@ -105,6 +109,8 @@ def _measure(
         num_train_rows=len(examples.train),
     )
     _train_and_score(stepper, cell, task, backbone, examples, partial, checkpoint)
+    if save_to is not None:  # before a probe takes further steps
+        backbones.save(backbone, save_to)
     probes.probe_memory(stepper, cell, batches, partial)
     probes.look_at_peak(stepper, cell, batches, partial)
     if cell.device == "cuda":

@@ -19,7 +19,7 @@ def why_not(cell: Cell, own: Mapping[str, Own]) -> str:
     """Return what has changed since the sweep was read, in one line; "" if nothing."""
     for value in (cell.method, cell.reference, cell.backbone, cell.task):
         one = own.get(value)
-        if one is None:
+        if one is None or one.training:  # whose own cell is looked at
             continue
         try:
             now = _now(one)

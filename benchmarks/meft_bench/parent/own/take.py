@@ -4,6 +4,9 @@
     from = "python:mine.py:method"
     [task.reviews]                         a table of rows has an alias, too
     train = "csv:reviews.csv"
+    [backbone.fashion]                     trained by the sweep before its cells
+    from = "random:vit-tiny"
+    train = { task = "fashion-mnist", max_steps = 1000 }
 
     [[matrix]]
     axes = { method = ["full", "mine", "peft:lora.json"] }
@@ -49,6 +52,7 @@ FORMS = {
 }
 ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 FROM = "from"
+TRAIN = "train"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,10 +76,18 @@ def take(table: dict[str, Any], folder: Path) -> Taken:
     Raises:
         ValueError: something of the user's is not there, or not right.
     """
+    trained = _pop_trained(table)
     aliases = {
         kind: _aliases(kind, table[kind], folder) for kind in FINDERS if kind in table
     }
     found = _Found(aliases, folder)
+    for alias, entry in trained.items():
+        _check_alias("backbone", alias)
+        try:
+            one = _trained(entry, found)
+        except ValueError as error:
+            raise ValueError(f"[backbone.{alias}]: {error}") from error
+        aliases["backbone"][alias] = _with_alias(one, alias)
     left = {key: value for key, value in table.items() if key not in FINDERS}
     for entry in left["matrix"] if isinstance(left.get("matrix"), list) else ():
         if isinstance(entry, dict):
@@ -153,13 +165,7 @@ def _aliases(kind: str, table: Any, folder: Path) -> dict[str, Own]:
             raise ValueError(
                 f"`{kind}`: {alias!r} = {entry!r} should be a table, written {where}"
             )
-        if not ALIAS.fullmatch(alias):
-            raise ValueError(
-                f"{where}: a name has letters, digits and . _ + - only, and begins "
-                "with a letter or digit"
-            )
-        if alias in BUILT_IN[kind]:
-            raise ValueError(f"{where}: the suite has a {kind} of this name: rename it")
+        _check_alias(kind, alias)
         try:
             found[alias] = _with_alias(_of_table(kind, entry, folder), alias)
         except ValueError as error:
@@ -167,12 +173,50 @@ def _aliases(kind: str, table: Any, folder: Path) -> dict[str, Own]:
     return found
 
 
+def _check_alias(kind: str, alias: str) -> None:
+    where = f"[{kind}.{alias}]"
+    if not ALIAS.fullmatch(alias):
+        raise ValueError(
+            f"{where}: a name has letters, digits and . _ + - only, and begins "
+            "with a letter or digit"
+        )
+    if alias in BUILT_IN[kind]:
+        raise ValueError(f"{where}: the suite has a {kind} of this name: rename it")
+
+
+def _pop_trained(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Remove the backbones that the sweep trains, which may name other own things."""
+    tables = table.get("backbone")
+    if not isinstance(tables, dict):
+        return {}
+    return {
+        alias: tables.pop(alias)
+        for alias, entry in [*tables.items()]
+        if isinstance(entry, dict) and TRAIN in entry
+    }
+
+
+def _trained(entry: dict[str, Any], found: _Found) -> Own:
+    for key in entry:
+        if key not in (FROM, TRAIN):
+            hint = registry.nearest(key, [FROM, TRAIN])
+            raise ValueError(f"unknown key {key!r}; {hint}")
+    text, train = entry.get(FROM), entry[TRAIN]
+    if not isinstance(text, str):
+        raise ValueError(f"`{FROM}` = {text!r} should be the name of a backbone")
+    if not isinstance(train, dict):
+        raise ValueError(f"`{TRAIN}` = {train!r} should be a table of fields of a cell")
+    fields = {name: found.value(name, value) for name, value in train.items()}
+    return backbones.trained(found.value("backbone", text), fields, found.own)
+
+
 def _of_table(kind: str, entry: dict[str, Any], folder: Path) -> Own:
     if kind == "task" and FROM not in entry:
         return tasks.in_full(entry, folder)
+    keys = [FROM, TRAIN] if kind == "backbone" else [FROM]
     for key in entry:
-        if key != FROM:
-            raise ValueError(f"unknown key {key!r}; {registry.nearest(key, [FROM])}")
+        if key not in keys:
+            raise ValueError(f"unknown key {key!r}; {registry.nearest(key, keys)}")
     text = entry.get(FROM)
     forms = " or ".join(map(repr, FORMS[kind]))
     if not isinstance(text, str):
