@@ -11,6 +11,7 @@ from torch import nn
 from meft.backbone.find import BlockList, find_blocks, is_checkpointing
 from meft.backbone.parallel import NAME
 from meft.backbone.uncalled import allow_calls, refuse_calls
+from meft.backbone.weights import refuse_without_derivative
 from meft.bottleneck import Bottleneck, wide_dtype
 from meft.errors import ConfigError, FrozenWarning, UnsupportedModelError
 from meft.reversible.adapters import Adapters
@@ -40,6 +41,7 @@ def insert_stacks(model: Model, config: ReversibleConfig) -> Model:
         raise UnsupportedModelError(
             f"{CHECKPOINTING_IS_ON} before `meft.make_reversible`"
         )
+    refuse_without_derivative(model)
     as_a_whole = config.adapter is None and config.mlp_chunks == 1
     lists = find_blocks(model, as_a_whole)
     for found in lists:

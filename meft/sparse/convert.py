@@ -18,6 +18,7 @@ from meft.backbone.family import Family
 from meft.backbone.find import BlockList, find_blocks, transformers_model
 from meft.backbone.proof import prove
 from meft.backbone.uncalled import refuse_what_would_not_run
+from meft.backbone.weights import refuse_without_derivative
 from meft.errors import HostMemoryError, UnsupportedModelError
 from meft.sparse import router
 from meft.sparse.adapter import SharedState, SparseAdapter, sparse_adapters
@@ -40,6 +41,7 @@ def insert_sparse_adapters(model: Model, config: SparseConfig) -> Model:
     """
     if sparse_adapters(model):
         raise UnsupportedModelError("this model has sparse adapters already")
+    refuse_without_derivative(model)
     found = _find(model)
     # Skip quantised weights, whose dtype is that of their storage.
     weights = found.blocks[0].parameters()

@@ -72,3 +72,41 @@ def test_gradients_are_the_twins(
     assert_same_bits(found, gradients(twin_of(model), case.batch()))
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained - {"loss"} <= found.keys()
+
+
+class Int4Tensor(nn.Parameter):
+    """Stands for torchao's, which needs a GPU to be made."""
+
+
+Int4Tensor.__module__ = "torchao.quantization"
+
+
+@pytest.mark.parametrize(
+    ("add", "config"),
+    [
+        (meft.make_reversible, meft.ReversibleConfig()),
+        (meft.add_sparse_adapters, meft.SparseConfig()),
+    ],
+)
+def test_weights_without_a_derivative_are_refused(
+    add: Callable[..., Any], config: Any
+) -> None:
+    """Before anything is changed, with what to take instead."""
+    model = LLAMA.build()
+    layer: Any = model.model.layers[1].mlp.up_proj
+    layer.weight = Int4Tensor(layer.weight.detach(), requires_grad=False)
+    before = [*model.state_dict()]
+    with pytest.raises(
+        meft.UnsupportedModelError,
+        match=r"layers.1.mlp.up_proj.weight` is a Int4Tensor of torchao.*load_in_4bit",
+    ):
+        add(model, config)
+    assert [*model.state_dict()] == before
+
+
+def test_torchaos_types_of_4_bits_are_known() -> None:
+    """By the names that torchao gives them."""
+    torchao: Any = pytest.importorskip("torchao.quantization", reason="no torchao")
+    kinds = [n for n in dir(torchao) if n.startswith("Int4") and n.endswith("Tensor")]
+    assert "Int4Tensor" in kinds
+    assert all(vars(torchao)[n].__module__.startswith("torchao.") for n in kinds)
