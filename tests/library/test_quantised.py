@@ -84,7 +84,7 @@ Int4Tensor.__module__ = "torchao.quantization"
 @pytest.mark.parametrize(
     ("add", "config"),
     [
-        (meft.make_reversible, meft.ReversibleConfig()),
+        (meft.make_reversible, meft.ReversibleConfig(adapter=None)),
         (meft.add_sparse_adapters, meft.SparseConfig()),
     ],
 )
