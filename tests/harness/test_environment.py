@@ -18,6 +18,7 @@ NVML = (
     "nvmlDeviceGetHandleByIndex",
     "nvmlDeviceGetHandleByUUID",
     "nvmlDeviceGetName",
+    "nvmlDeviceGetUUID",
 )
 
 
@@ -42,6 +43,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Mock:
         nvmlDeviceGetHandleByIndex=Mock(side_effect=by_index),
         nvmlDeviceGetHandleByUUID=Mock(side_effect=["GPU-aaaa", "GPU-bbbb"].index),
         nvmlDeviceGetName=Mock(side_effect=names.__getitem__),
+        nvmlDeviceGetUUID=Mock(side_effect=["GPU-aaaa", "GPU-bbbb"].__getitem__),
     )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

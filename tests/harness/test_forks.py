@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from meft_bench.parent import child_process, cli, forks, isolate, runs
+from meft_bench.parent.engines.children import Children
 from meft_bench.parent.forks import ForkServer
-from meft_bench.parent.harness import Children, RunPlan
+from meft_bench.parent.harness import RunPlan
 from meft_bench.shared import request
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
@@ -168,8 +169,8 @@ def test_which_children_are_forked(tmp_path: Path) -> None:
     """None on a real GPU, and none with `--fresh`."""
 
     def starters(**changes: Any) -> list[bool]:
-        its = plan(tmp_path / "a.jsonl", **changes)
-        with Children(its, tmp_path, request.WORKER) as children:
+        options = ChildOptions()
+        with Children(options, tmp_path, request.WORKER, **changes) as children:
             return [
                 children.starter(device) is not child_process.run
                 for device in ("cpu", "virtual-H200", "cuda")

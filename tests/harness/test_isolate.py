@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from meft_bench.parent import forks, isolate
-from meft_bench.parent.engines.local import Stopped
+from meft_bench.parent.child_process import Stopped
 from meft_bench.parent.forks import ForkServer
 from meft_bench.shared import outcome
 from meft_bench.shared.cell import Cell
@@ -210,6 +210,8 @@ def test_child_environment(
     online = isolate.child_environment(ChildOptions(allow_download=True), "cuda")
     assert "HF_HUB_OFFLINE" not in online
     assert online.get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")
+    one = isolate.child_environment(options, "cuda", "GPU-aaaa")
+    assert one["CUDA_VISIBLE_DEVICES"] == "GPU-aaaa"
     virtual = isolate.child_environment(options, "virtual-H200")
     assert virtual["CUDA_VISIBLE_DEVICES"] == ""
     monkeypatch.setattr(isolate, "_MESSAGE_LENGTH", 10**6)
@@ -224,6 +226,7 @@ def test_child_environment(
         "data_dir": "/data",
         "allow_download": False,
         "num_threads": 2,
+        "save_to": None,
         "memory_limit_bytes": None,
     }
 

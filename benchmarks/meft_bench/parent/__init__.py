@@ -11,7 +11,7 @@ of memory ends only its own process.
     fields        valid values of each field of a cell
     runs          files of records: reading, appending, which cells are done
     harness       runs the cells of a sweep
-    engines       where cells run: sequentially or in parallel on this machine
+    engines       where cells run: on this machine, or on a Ray cluster
     checks        runs the checks of a sweep and compares a GPU with a virtual one
     child_process   starts a child, waits for it, kills it with its processes
     forks         starts children by forks of one process with all imports done

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from meft_bench.parent import fields, output, planning, sweep
+from meft_bench.parent import engines, fields, output, planning, sweep
 from meft_bench.shared import distributions, registry
 from meft_bench.shared.units import parse_bytes
 from meft_bench.virtual.device import gpu
@@ -31,10 +31,20 @@ def parser() -> argparse.ArgumentParser:
         help="let weights and data be fetched from the hub",
     )
     run.add_argument(
-        "--slots", type=_cores, default=1, help="cells run side by side (default 1)"
+        "--engine",
+        choices=engines.NAMES,
+        default="local",
+        help="where cells run: on this machine (default), or on a Ray cluster",
     )
     run.add_argument(
-        "--threads", type=_cores, help="threads of each child (default: cores / slots)"
+        "--slots",
+        type=_cores,
+        help="cells run side by side on this machine (default: one for each GPU, or 1)",
+    )
+    run.add_argument(
+        "--threads",
+        type=_cores,
+        help="threads of each child (default: cores / slots; with --engine ray 1)",
     )
     run.add_argument("--timeout", type=_seconds, help="seconds for each cell")
     run.add_argument(

@@ -9,9 +9,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from meft_bench.parent.engines.local import Stopped
-
 _POLL_SECONDS = 0.05
+
+
+class Stopped(Exception):
+    """Raised if the run was stopped while a cell ran: there is no ending to record."""
 
 
 class LostError(Exception):

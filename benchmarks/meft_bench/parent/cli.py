@@ -31,6 +31,7 @@ from meft_bench.parent import (
     show,
     trials,
 )
+from meft_bench.parent.engines.ray_cluster import ClusterError
 from meft_bench.parent.planning import PlanningError
 from meft_bench.parent.runs import RunsError
 from meft_bench.parent.selection import UsageError
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None, *, worker_module: str = WORKER) -> i
     except KeyboardInterrupt:
         output.complain("meft-bench: interrupted")
         return harness.EXIT_INTERRUPTED
-    except (SweepError, RunsError, UsageError, PlanningError) as error:
+    except (SweepError, RunsError, UsageError, PlanningError, ClusterError) as error:
         output.complain(f"meft-bench: {error}")
     except OSError as error:
         place = "output" if error.errno in runs.NO_ROOM else "system"

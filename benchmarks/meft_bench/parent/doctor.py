@@ -42,6 +42,7 @@ REQUIREMENTS = {
         "trl>=1.16",
     ),
     "sparse": ("numba>=0.61",),
+    "ray": ("ray>=2.50",),
     "liger": ("liger-kernel>=0.8",),
     "report": (
         "jinja2>=3.1",

@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from meft_bench.shared import distributions, tables
@@ -53,15 +54,15 @@ def collect(*, num_threads: int, num_slots: int, device: str) -> Environment:
     commit, dirty = _commit(code_sha256, sources)
     project_commit, project_dirty = project(Path.cwd())
     cpu = _cpu_model()
-    gpus = gpu_names() if device == "cuda" else []
+    models = gpu_names() if device == "cuda" else []
     if device.startswith(VIRTUAL):  # the same on any machine
-        gpus = [f"virtual GPU{_of_file(device.removeprefix(VIRTUAL))}"]
+        models = [f"virtual GPU{_of_file(device.removeprefix(VIRTUAL))}"]
     return Environment(
         versions=versions(),
         commit=commit,
         dirty=dirty,
         code_sha256=code_sha256,
-        machine=gpus[0] if gpus else f"{cpu}, {num_cores()} cores",
+        machine=models[0] if models else f"{cpu}, {num_cores()} cores",
         platform=platform.platform(),
         cpu=cpu,
         num_threads=num_threads,
@@ -109,14 +110,28 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """A GPU of this machine."""
+
+    uuid: str
+    """The name by which `CUDA_VISIBLE_DEVICES` selects it."""
+    model: str
+
+
 def gpu_names() -> list[str]:
-    """Return the models of the GPUs that a child can use, from NVML.
+    """Return the models of the GPUs that a child can use, in NVML's order."""
+    return [gpu.model for gpu in gpus()]
+
+
+def gpus() -> list[Gpu]:
+    """Return the GPUs that a child can use, from NVML.
 
     `CUDA_VISIBLE_DEVICES`, which NVML itself ignores, is taken into account. The list
     is empty if there is none.
     """
-    names, _ = _look_for_gpus()
-    return names
+    found, _ = _look_for_gpus()
+    return found
 
 
 def why_no_gpu() -> str:
@@ -125,8 +140,8 @@ def why_no_gpu() -> str:
     return reason
 
 
-def _look_for_gpus() -> tuple[list[str], str]:
-    """Return the models of GPUs, and why there are none."""
+def _look_for_gpus() -> tuple[list[Gpu], str]:
+    """Return the GPUs, and why there are none."""
     try:
         import pynvml  # machines without the bench extra lack it
     except ImportError:
@@ -144,14 +159,20 @@ def _look_for_gpus() -> tuple[list[str], str]:
             )
         else:
             handles = map(_gpu_handle, filter(None, chosen.split(",")))
-        names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
+        found = [
+            Gpu(
+                uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
+                model=str(pynvml.nvmlDeviceGetName(handle)),
+            )
+            for handle in handles
+        ]
     except (pynvml.NVMLError, ValueError) as error:
         # CUDA also finds no device if the variable names one that does not exist.
         return [], hidden if chosen is not None else f"NVML fails: {error}"
     finally:
         pynvml.nvmlShutdown()
-    if names:
-        return names, ""
+    if found:
+        return found, ""
     return [], hidden if chosen is not None else "NVML sees none"
 
 

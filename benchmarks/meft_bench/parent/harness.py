@@ -16,20 +16,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from meft_bench.parent import (
     checks,
-    child_process,
     environment,
-    forks,
-    isolate,
     output,
     runs,
     trials,
 )
-from meft_bench.parent.engines import local
-from meft_bench.parent.engines.local import Stopped
+from meft_bench.parent.child_process import Stopped
+from meft_bench.parent.engines.children import Children
+from meft_bench.parent.engines.engine import Engine
+from meft_bench.parent.engines.job import Job
+from meft_bench.parent.engines.local import Local
 from meft_bench.parent.progress import Progress, count
 from meft_bench.parent.runs import RecordsFile
 from meft_bench.parent.trials import Tuning
@@ -81,6 +81,8 @@ class RunPlan:
     """What the sweep declares and this run omits, one readable line each."""
     checks: tuple[str, ...] = ()
     """Programs of `registry.CHECKS` to run before the cells."""
+    engine: str = "local"
+    """Where cells run, one of `engines.NAMES`."""
     check_device: str = "cuda"
     """The device of the checks."""
     own: Mapping[str, Own] = field(default_factory=dict)
@@ -111,36 +113,33 @@ def run(plan: RunPlan, *, worker_module: str = request.WORKER) -> int:
     before = dataclasses.replace(plan, cells=(*plan.saves,), left_out=())
     first = dataclasses.replace(plan, cells=(*plan.cells, *tried))
     num_cells = len(before.cells) + len(first.cells) + len(waiting)
-    environments = environments_for(
-        (*before.cells, *first.cells),
-        num_threads=plan.options.num_threads,
-        num_slots=plan.num_slots,
-    )
+    every = (*before.cells, *first.cells)
     unscored: list[Tuning] = []
     trained: dict[Cell, Record] = {}
     untrained: list[Cell] = []
-    with RecordsFile(plan.path) as file:
+    with RecordsFile(plan.path) as file, contextlib.ExitStack() as stack:
         try:
             try:
                 checked = _run_checks(plan, budget)
             except Stopped:
-                done = _done(first, file, environments)
-                return _interrupted(plan, num_cells, [Status.OK for _ in done])
+                return _interrupted(plan, num_cells, [])
+            job = _job(plan, worker_module)
+            engine = stack.enter_context(_engine(plan, every, job))
             stage = Stage([], is_whole=True)
             if before.cells:
-                stage = _run_stage(before, environments, file, budget, worker_module)
-                trained = _done(before, file, environments, again=False)
+                stage = _run_stage(before, job, engine, file, budget)
+                trained = _done(before, file, engine, again=False)
                 first, untrained = _with_backbones(first, trained)
             if stage.is_whole:
-                its = _run_stage(first, environments, file, budget, worker_module)
+                its = _run_stage(first, job, engine, file, budget)
                 stage = Stage([*stage.statuses, *its.statuses], its.is_whole)
             if stage.is_whole and plan.tunings:
-                scored = runs.done(file.records, tried, environments)
+                scored = _done_among(tried, file, engine)
                 cells, unscored = _chosen(plan.tunings, scored)
                 second = dataclasses.replace(plan, cells=cells, left_out=())
                 second, _ = _with_backbones(second, trained)
                 if second.cells:
-                    its = _run_stage(second, environments, file, budget, worker_module)
+                    its = _run_stage(second, job, engine, file, budget)
                     stage = Stage([*stage.statuses, *its.statuses], its.is_whole)
         except OSError as error:
             raise runs.unusable(plan.path, error) from error
@@ -185,41 +184,70 @@ class Stage(NamedTuple):
     """Whether all of them ended, and none was stopped."""
 
 
+def _job(plan: RunPlan, worker_module: str) -> Job:
+    return Job(
+        sweep=plan.sweep,
+        question=plan.question,
+        caveats=plan.caveats,
+        options=plan.options,
+        timeout_seconds=plan.timeout_seconds,
+        own=plan.own,
+        saves=plan.saves,
+        worker_module=worker_module,
+    )
+
+
+@contextlib.contextmanager
+def _engine(plan: RunPlan, cells: Sequence[Cell], job: Job) -> Iterator[Engine]:
+    """Return where the cells of a plan run, for the block of a `with`."""
+    devices = [cell.device for cell in cells]
+    if plan.engine == "ray":
+        from meft_bench.parent.engines.ray_cluster import RayCluster
+
+        with RayCluster(devices, job) as cluster:
+            yield cluster
+        return
+    threads = plan.options.num_threads
+    yield Local(devices, threads, plan.num_slots, fresh=plan.fresh)
+
+
 def _run_stage(
-    plan: RunPlan,
-    environments: dict[str, Environment],
-    file: RecordsFile,
-    budget: "Budget",
-    worker_module: str,
+    plan: RunPlan, job: Job, engine: Engine, file: RecordsFile, budget: "Budget"
 ) -> Stage:
     """Run those of a plan's cells that are not done."""
-    done = _done(plan, file, environments)
+    done = _done(plan, file, engine)
     left = [cell for cell in plan.cells if cell not in done]
-    ended = _run_left(plan, left, done, environments, file, budget, worker_module)
+    ended = _run_left(plan, left, done, job, engine, file, budget)
     statuses = [*(Status.OK for _ in done), *(record.status for record in ended)]
     return Stage(statuses, is_whole=len(ended) == len(left))
 
 
 def _done(
-    plan: RunPlan,
-    file: RecordsFile,
-    environments: dict[str, Environment],
-    *,
-    again: bool | None = None,
+    plan: RunPlan, file: RecordsFile, engine: Engine, *, again: bool | None = None
 ) -> dict[Cell, Record]:
     """Return the cells that need not run, each with its record.
 
     Args:
         plan: the run.
         file: the records.
-        environments: the environments of the run, by device.
+        engine: where cells run.
         again: whether cells that are done run again; None takes it from the plan.
     """
     if plan.force if again is None else again:
         return {}
-    done = runs.done(file.records, plan.cells, environments)
+    done = _done_among(plan.cells, file, engine)
     lost = {cell for cell, folder in plan.saves.items() if not folder.is_dir()}
     return {cell: record for cell, record in done.items() if cell not in lost}
+
+
+def _done_among(
+    cells: Sequence[Cell], file: RecordsFile, engine: Engine
+) -> dict[Cell, Record]:
+    """Return the cells that are done on any machine of an engine."""
+    found: dict[Cell, Record] = {}
+    for environments in engine.places:
+        found = runs.done(file.records, cells, environments) | found
+    return found
 
 
 def _with_folders(plan: RunPlan) -> RunPlan:
@@ -302,36 +330,6 @@ class Budget:
             timer.cancel()
 
 
-class Children:
-    """How the children of a run are started, by the device of each.
-
-    Args:
-        plan: the run.
-        folder: folder of the logs.
-        worker_module: module that runs as the child.
-    """
-
-    def __init__(self, plan: RunPlan, folder: Path, worker_module: str) -> None:
-        self._server = None
-        if not plan.fresh and forks.is_available():
-            variables = isolate.child_environment(plan.options, "cpu")
-            log = folder / "imports.log"
-            self._server = forks.ForkServer(variables, log, worker_module)
-
-    def starter(self, device: str) -> isolate.StartChild:
-        """Return what starts a child on a device, `cpu` or any other."""
-        if self._server is None or device == "cuda":
-            return child_process.run
-        return self._server.run
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._server is not None:
-            self._server.close()
-
-
 def _run_checks_alone(plan: RunPlan, budget: Budget) -> int:
     """Run the checks of a sweep that has no cells, and return the exit code."""
     path = checks.path_next_to(plan.path)
@@ -364,7 +362,7 @@ def _run_checks(plan: RunPlan, budget: Budget) -> list[Status]:
     logs = plan.path.with_suffix(".logs")
     logs.mkdir(exist_ok=True)
     named = checks.named(plan.checks, plan.check_device)
-    with Children(plan, logs, request.WORKER) as children:
+    with Children(plan.options, logs, request.WORKER, fresh=plan.fresh) as children:
         return _run_named(plan, budget, named, path, logs, children)
 
 
@@ -462,55 +460,27 @@ def _run_left(
     plan: RunPlan,
     left: list[Cell],
     done: Mapping[Cell, Record],
-    environments: dict[str, Environment],
+    job: Job,
+    engine: Engine,
     file: RecordsFile,
     budget: Budget,
-    worker_module: str,
 ) -> list[Record]:
     """Return the records of the cells that ended; all, unless the run was stopped."""
     stop = threading.Event()
     folder = plan.path.with_suffix(".logs")
     folder.mkdir(exist_ok=True)
     ended: list[Record] = []
-    children = Children(plan, folder, worker_module)
-    with (
-        children,
-        Progress(
-            num_cells=len(plan.cells),
-            num_done=len(done),
-            logs=folder,
-            stream=sys.stderr,
-        ) as progress,
-    ):
-
-        def run_one(cell: Cell) -> Record:
-            progress.started(cell)
-            try:
-                return isolate.run(
-                    cell,
-                    sweep=plan.sweep,
-                    question=plan.question,
-                    caveats=plan.caveats,
-                    environment=environments[cell.device],
-                    options=plan.options,
-                    timeout_seconds=plan.timeout_seconds,
-                    folder=folder,
-                    stop=stop,
-                    own=plan.own,
-                    worker_module=worker_module,
-                    start_child=children.starter(cell.device),
-                    save_to=plan.saves.get(cell),
-                )
-            except OSError:
-                stop.set()  # else the run waits for the other slots
-                raise
-
+    with Progress(
+        num_cells=len(plan.cells), num_done=len(done), logs=folder, stream=sys.stderr
+    ) as progress:
         if file.is_torn:
             progress.tell(f"the last line of {plan.path} is half written: left out")
         for line in _left_out(plan, done):
             progress.tell(line)
 
-        records = local.run_cells(left, run_one, plan.num_slots)
+        records = engine.run_cells(
+            left, job, folder=folder, started=progress.started, stop=stop
+        )
         with contextlib.closing(records), _stopping(stop), budget.stopping(stop):
             for record in records:
                 file.append(record)

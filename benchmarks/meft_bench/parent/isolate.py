@@ -32,8 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.parent import child_process, logs
-from meft_bench.parent.child_process import LostError
-from meft_bench.parent.engines.local import Stopped
+from meft_bench.parent.child_process import LostError, Stopped
 from meft_bench.parent.own import current
 from meft_bench.shared import methods, outcome, request
 from meft_bench.shared.cell import Cell
@@ -74,6 +73,7 @@ def run(
     worker_module: str = WORKER,
     start_child: StartChild = child_process.run,
     save_to: Path | None = None,
+    gpu: str = "",
 ) -> Record:
     """Run a cell in a new process and return a record of how it ended.
 
@@ -93,6 +93,7 @@ def run(
         start_child: runs a command to its end: `child_process.run` in a new
             interpreter, or the method of a `ForkServer`.
         save_to: folder that gets the trained model; None if nothing is kept of it.
+        gpu: UUID of the GPU that the child sees; "" leaves it those of this process.
 
     Raises:
         Stopped: `stop` was set.
@@ -101,7 +102,7 @@ def run(
     """
     if stop.is_set():
         raise Stopped
-    started_at = datetime.now(UTC)
+    started_at = now()
     start = time.monotonic()
     log = log_path(folder, cell).resolve()  # code of the user may change the folder
     out = log.with_suffix(".json")
@@ -124,7 +125,7 @@ def run(
             code = start_child(
                 command,
                 log=log,
-                variables=child_environment(options, cell.device),
+                variables=child_environment(options, cell.device, gpu),
                 timeout_seconds=timeout_seconds,
                 stop=stop,
             )
@@ -141,7 +142,7 @@ def run(
         cell=cell,
         status=ending.status,
         message=without_places(ending.message, own)[:_MESSAGE_LENGTH],
-        started_at=started_at.isoformat(timespec="seconds"),
+        started_at=started_at,
         wall_seconds=time.monotonic() - start,
         measurement=ending.measurement,
         environment=dataclasses.replace(
@@ -190,13 +191,20 @@ def _with_checkpoint(
     )
 
 
+def now() -> str:
+    """Return the time in UTC, as records have it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def log_path(folder: Path, cell: Cell) -> Path:
     """Return the path of the log of a cell's child."""
     # Some file systems have no colons in names.
     return folder / f"{cell.method.replace(':', '-')}-{cell.key[:16]}.log"
 
 
-def child_environment(options: ChildOptions, device: str) -> dict[str, str]:
+def child_environment(
+    options: ChildOptions, device: str, gpu: str = ""
+) -> dict[str, str]:
     """Return the environment variables of a child.
 
     They are the parent's, and settings that make runs reproducible. A real GPU is
@@ -217,6 +225,8 @@ def child_environment(options: ChildOptions, device: str) -> dict[str, str]:
     }
     if device == "cpu" or device.startswith(VIRTUAL):
         variables["CUDA_VISIBLE_DEVICES"] = ""
+    elif gpu:
+        variables["CUDA_VISIBLE_DEVICES"] = gpu
     if options.allow_download:
         variables.pop("HF_HUB_OFFLINE", None)
     else:

@@ -29,7 +29,9 @@ def run_plan(arguments: argparse.Namespace) -> RunPlan:
     cells = select(chosen, *arguments.only)
     tunings = select_tunings(chosen, *arguments.only)
     every = [*cells, *(cell for one in tunings for cell in one.cells)]
-    if any(cell.device == "cuda" for cell in every) and not environment.gpu_names():
+    here = arguments.engine == "local"
+    on_gpu = any(cell.device == "cuda" for cell in every)
+    if here and on_gpu and not environment.gpu_names():
         reason = environment.why_no_gpu()
         raise UsageError(f"device cuda: no GPU here ({reason}); use --device cpu")
     trainings = select_trainings(chosen, every)
@@ -42,7 +44,9 @@ def run_plan(arguments: argparse.Namespace) -> RunPlan:
     folder = data_dir(arguments)
     if folder is not None and not folder.is_dir():
         raise UsageError(f"data directory {str(folder)!r} does not exist")
-    spare = max(1, environment.num_cores() // arguments.slots)
+    slots = _num_slots(arguments, every)
+    spare = max(1, environment.num_cores() // slots)
+    spare = 1 if arguments.engine == "ray" else spare
     return RunPlan(
         sweep=chosen.name,
         question=chosen.question,
@@ -55,7 +59,7 @@ def run_plan(arguments: argparse.Namespace) -> RunPlan:
             num_threads=arguments.threads or chosen.num_threads or spare,
             memory_limit_bytes=arguments.memory_limit or chosen.memory_limit_bytes,
         ),
-        num_slots=arguments.slots,
+        num_slots=slots,
         timeout_seconds=arguments.timeout or chosen.timeout_seconds,
         force=arguments.force,
         fresh=arguments.fresh,
@@ -65,8 +69,22 @@ def run_plan(arguments: argparse.Namespace) -> RunPlan:
         time_budget_seconds=arguments.time_budget,
         own=chosen.own,
         tunings=tunings,
+        engine=arguments.engine,
         trainings=trainings,
     )
+
+
+def _num_slots(arguments: argparse.Namespace, cells: Sequence[Cell]) -> int:
+    """Return the number of cells that run side by side on this machine."""
+    if arguments.engine == "ray" and arguments.slots is not None:
+        raise UsageError(
+            "--slots counts cells of this machine, and with --engine ray the cluster "
+            "runs as many as it has cores and GPUs for: leave it out"
+        )
+    if arguments.slots is not None:
+        return int(arguments.slots)
+    on_gpus = any(cell.device == "cuda" for cell in cells)
+    return max(1, len(environment.gpus())) if on_gpus else 1
 
 
 def _left_out(

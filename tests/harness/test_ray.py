@@ -1,0 +1,274 @@
+"""Cells on a Ray cluster: records of this machine, each cell once, whatever is lost."""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meft_bench.parent import cli, environment, harness, runs
+from meft_bench.parent.engines import ray_cluster
+from meft_bench.shared.record import Status
+
+ray = pytest.importorskip("ray", reason="no ray: pip install 'meft[ray]'")
+cluster_utils = pytest.importorskip("ray.cluster_utils")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of ray and its packages
+    pytest.mark.timeout(600),
+]
+STORE_BYTES = 80_000_000  # the least that Ray accepts is 75 MB
+TESTS = str(Path(__file__).parents[1])
+SWEEP = """
+question = "Is anything lost or done twice?"
+[[matrix]]
+name = "one"
+axes = {{ method = ["full", "head", "lora", "meft1"], seed = {seeds} }}
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes of two cores, of which one has two GPUs that do not exist."""
+    with cluster_of(2) as made:
+        made.add_node(num_cpus=2, num_gpus=2, object_store_memory=STORE_BYTES)
+        yield made
+
+
+@contextlib.contextmanager
+def cluster_of(num_cpus: int) -> Iterator[Any]:
+    """A cluster of one node, whose children find the workers of tests."""
+    path = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)  # which nodes have from where they start
+        made = cluster_utils.Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": num_cpus, "object_store_memory": STORE_BYTES},
+        )
+        try:
+            yield made
+        finally:
+            made.shutdown()
+
+
+@pytest.fixture
+def there(cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder with a sweep of eight cells, and the cluster as the one to use."""
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text(SWEEP.format(seeds="[0, 1]"))
+    return tmp_path
+
+
+def run(worker: str, *words: str, path: str = "runs.jsonl") -> int:
+    whole = ["run", "mine.toml", "--engine", "ray", "-o", path, *words]
+    if "--device" not in words:
+        whole += ["--device", "cpu"]
+    return cli.main(whole, worker_module=f"harness.workers.{worker}")
+
+
+def ids(path: str = "runs.jsonl") -> list[str]:
+    return [record.cell.id for record in runs.read(Path(path))]
+
+
+def test_records_are_those_of_this_machine(there: Path) -> None:
+    """But for times; a second run has nothing left to do."""
+    assert run("fake_ok") == 0
+    words = ["run", "mine.toml", "--device", "cpu", "-o", "local.jsonl", "--fresh"]
+    assert cli.main(words, worker_module="harness.workers.fake_ok") == 0
+    mine, its = (
+        {r.cell: (r.status, r.measurement, r.environment) for r in runs.read(Path(p))}
+        for p in ("local.jsonl", "runs.jsonl")
+    )
+    assert mine.keys() == its.keys()
+    for cell, (status, measurement, where) in its.items():
+        assert (status, measurement) == mine[cell][:2]
+        assert where.code_sha256 == mine[cell][2].code_sha256
+        assert where.machine == mine[cell][2].machine
+        assert where.num_slots == 2
+    before = Path("runs.jsonl").read_bytes()
+    assert run("fake_ok") == 0
+    assert Path("runs.jsonl").read_bytes() == before
+
+
+def test_failures_are_records(there: Path) -> None:
+    """With the log of the child next to the others."""
+    assert run("fake_raises") == harness.EXIT_FAILED
+    found = runs.read(Path("runs.jsonl"))
+    assert len(found) == 8
+    assert {record.status for record in found} == {Status.ERROR}
+    logs = [path for path in Path("runs.logs").glob("*.log") if path.stat().st_size]
+    assert len(logs) == 8
+
+
+def test_a_folder_that_nodes_do_not_see(
+    there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logs come back with the records."""
+    nowhere = contextlib.nullcontext(Path("/nowhere/mark"))
+    monkeypatch.setattr(ray_cluster, "_mark_in", lambda folder: nowhere)
+    assert run("fake_raises") == harness.EXIT_FAILED
+    assert len(ids()) == 8
+    logs = [path for path in Path("runs.logs").glob("*.log") if path.stat().st_size]
+    assert len(logs) == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--threads", "3"], "takes 3 cores and the largest node.* has 2.*--threads 2"),
+        (["--slots", "2"], "--slots counts cells of this machine"),
+    ],
+)
+def test_what_a_cluster_cannot_do(
+    there: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("fake_ok", *words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+
+
+def test_other_code_is_refused(
+    there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before any cell runs."""
+    monkeypatch.setattr(environment, "digest", lambda folders: "another")
+    assert run("fake_ok") == 2
+    assert "has another version of meft than this machine" in capsys.readouterr().err
+    assert not Path("runs.jsonl").exists() or not ids()
+
+
+def test_other_packages_are_named(
+    there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = environment.versions() | {"torch": "1.0"}
+    monkeypatch.setattr(environment, "versions", lambda: mine)
+    assert run("fake_ok") == 2
+    assert "has other packages: torch" in (error := capsys.readouterr().err)
+    assert "(here 1.0)" in error
+
+
+def test_each_cell_of_a_gpu_has_its_own(there: Path) -> None:
+    """And sees no other, on the only node that has any."""
+    assert run("fake_device", "--device", "cuda") == 0
+    found = [json.loads(record.message) for record in runs.read(Path("runs.jsonl"))]
+    assert {one["CUDA_VISIBLE_DEVICES"] for one in found} == {"0", "1"}
+    spans = sorted((o["CUDA_VISIBLE_DEVICES"], o["began"], o["ended"]) for o in found)
+    for (gpu, _, ended), (other, began, _) in itertools.pairwise(spans):
+        assert gpu != other or ended <= began
+
+
+def test_interrupted(there: Path) -> None:
+    """What was not recorded runs in the next run, and nothing else."""
+
+    def interrupt() -> None:
+        while len(ids()) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    Path("runs.jsonl").touch()
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    code = run("fake_slow")
+    thread.join()
+    assert code == harness.EXIT_INTERRUPTED
+    before = ids()
+    assert 2 <= len(before) < 8
+    assert run("fake_slow") == 0
+    assert ids()[: len(before)] == before
+    assert Counter(ids()) == dict.fromkeys(ids(), 1)
+    assert len(ids()) == 8
+
+
+def workers() -> Iterator[int]:
+    """The processes that run a task, which have its name, or wait for one.
+
+    Ray's agents are named likewise, and a node without them ends.
+    """
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes()
+            if words.startswith(b"ray::") and b"Agent" not in words:
+                yield int(path.parent.name)
+
+
+class Chaos:
+    """Kill workers and replace nodes, a little at a time."""
+
+    def __init__(self, cluster: Any) -> None:
+        self.killed: Counter[str] = Counter()
+        self._cluster = cluster
+        self._random = random.Random(0)
+
+    def go_on(self) -> None:
+        """Kill a worker or replace a node, but for that of the driver."""
+        time.sleep(self._random.uniform(0.1, 1))
+        if self._random.random() < 0.15:
+            node = self._random.choice([*self._cluster.worker_nodes])
+            self._cluster.remove_node(node, allow_graceful=False)
+            self._cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+            self.killed["nodes"] += 1
+        elif running := [*workers()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._random.choice(running), signal.SIGKILL)
+                self.killed["workers"] += 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_cells", [int(os.environ.get("MEFT_RAY_CELLS", "200"))])
+def test_each_cell_once_while_workers_nodes_and_the_driver_are_killed(
+    num_cells: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    start_parent: Callable[..., Any],
+    wait_until: Callable[[Callable[[], bool]], None],
+) -> None:
+    """On four nodes; `MEFT_RAY_CELLS` is the number of cells."""
+    monkeypatch.chdir(tmp_path)
+    seeds = [*range(num_cells // 4)]
+    Path("mine.toml").write_text(SWEEP.format(seeds=seeds))
+    words = ["run", "mine.toml", "--engine", "ray", "--device", "cpu"]
+    words += ["-o", "runs.jsonl"]
+    start = time.monotonic()
+    with cluster_of(1) as made:
+        monkeypatch.setenv("RAY_ADDRESS", made.address)
+        chaos = Chaos(made)
+        driver = start_parent("fake_ok", *words, cwd=tmp_path)
+        wait_until(lambda: len(ids()) > 0)  # so it is on the only node so far
+        for _ in range(3):
+            made.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+        while len(ids()) < num_cells // 2:
+            assert driver.poll() is None
+            chaos.go_on()
+        driver.kill()
+        driver.wait()
+        before = ids()
+        for node in [*made.worker_nodes]:
+            made.remove_node(node)
+        driver = start_parent("fake_ok", *words, cwd=tmp_path)
+        wait_until(lambda: len(ids()) > len(before))
+        for _ in range(3):
+            made.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+        while driver.poll() is None:
+            chaos.go_on()
+        seconds = time.monotonic() - start
+        output, error = driver.communicate()
+    print(f"{num_cells} cells in {seconds:.0f} s, killed: {dict(chaos.killed)}")
+    assert driver.returncode == 0, output + error
+    assert chaos.killed["workers"] > 0
+    assert chaos.killed["nodes"] > 0
+    assert ids()[: len(before)] == before
+    assert Counter(ids()) == dict.fromkeys(ids(), 1)
+    assert len(ids()) == num_cells
+    assert {record.status for record in runs.read(Path("runs.jsonl"))} == {Status.OK}
