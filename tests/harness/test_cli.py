@@ -271,6 +271,7 @@ def test_options_reach_the_child(folder: Path) -> None:
         "data_dir": str(folder / "data"),
         "allow_download": True,
         "num_threads": 3,
+        "save_to": None,
         "memory_limit_bytes": 8 * 2**30,
     }
     assert variables["OMP_NUM_THREADS"] == "3"
@@ -310,7 +311,7 @@ def test_interrupted(
     words: list[str],
 ) -> None:
     """Ctrl-C ends any command with the code of the docs, and leaves nothing behind."""
-    name = {harness: "environments_for", runs: "read", doctor: "examine"}
+    name = {harness: "_engine", runs: "read", doctor: "examine"}
     (folder / "runs").mkdir()
     (folder / "runs" / "mine.jsonl").touch()
 

@@ -197,7 +197,7 @@ def _list(given: argparse.Namespace) -> int:
     every = [*cells, *(cell for one in tunings for cell in one.cells)]
     cells = [*selection.select_trainings(chosen, every).values(), *cells]
     path = selection.records_path(given, chosen)
-    records = runs.read(path)
+    records = runs.read(path, lean=True)
     done: dict[Cell, Record] = {}
     waiting: list[Cell] = []
     if records:  # otherwise the sources need not be read

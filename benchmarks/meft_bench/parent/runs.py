@@ -10,6 +10,7 @@ The last record of a cell counts; earlier ones remain as history.
 """
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -17,12 +18,16 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from meft_bench.shared import configs
 from meft_bench.shared.cell import Cell
+from meft_bench.shared.measurement import Measurement
 from meft_bench.shared.record import Environment, Record, Status
 
+LOSSES = "loss_curve"
+"""The one list that is kept of a lean record: it tells whether a trial diverged."""
+_VERSIONS: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers that mean that there is no room to write."""
 
@@ -56,16 +61,17 @@ class RecordsFile:
         except OSError as error:
             raise unusable(path, error) from error
         try:
-            content = path.read_bytes()
-            self.records = _parse(path, content)
+            with path.open("rb") as lines:
+                self.records = _parse(path, lines, lean=True)
+                self._end = lines.tell()
+            size = path.stat().st_size
         except OSError as error:
             os.close(self._file)
             raise unusable(path, error) from error
         except BaseException:
             os.close(self._file)
             raise
-        self._end = content.rfind(b"\n") + 1
-        self.is_torn = self._end < len(content)
+        self.is_torn = self._end < size
         """Whether the last line was incomplete, and is ignored."""
 
     def append(self, record: Record) -> None:
@@ -88,7 +94,7 @@ class RecordsFile:
             self._cut()
             raise unusable(self._path, error) from error
         self._end += len(line)
-        self.records.append(record)
+        self.records.append(_lean(record))
 
     def _cut(self) -> None:
         """Remove an incomplete record that could not be appended."""
@@ -148,14 +154,20 @@ def _is_at(path: Path, file: int) -> bool:
         return False
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path, *, lean: bool = False) -> list[Record]:
     """Return the records in a file, oldest first; empty when there is no file.
+
+    Args:
+        path: the file.
+        lean: whether breakdowns, logs and lists of numbers are left out, which are most
+            of a record, and which nothing needs that asks which cells are done.
 
     Raises:
         RunsError: it cannot be read, or a line of it is not a record.
     """
     try:
-        return _parse(path, path.read_bytes())
+        with path.open("rb") as lines:
+            return _parse(path, lines, lean=lean)
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -217,16 +229,20 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _parse(path: Path, content: bytes) -> list[Record]:
-    """Return the records in the complete lines of a file."""
+def _parse(path: Path, lines: BinaryIO, *, lean: bool) -> list[Record]:
+    """Return the records in the complete lines of a file, and stop at their end."""
     records = []
-    *lines, _torn = content.split(b"\n")
-    for number, line in enumerate(lines, start=1):
+    number = 0
+    while line := lines.readline():
+        number += 1
+        if not line.endswith(b"\n"):
+            lines.seek(-len(line), os.SEEK_CUR)
+            break
         if not line.strip():
             continue
         try:
             found = json.loads(line, object_pairs_hook=_refuse_duplicates)
-            records.append(Record.from_json(found))
+            record = Record.from_json(found)
         except (
             ValueError,
             TypeError,
@@ -239,4 +255,29 @@ def _parse(path: Path, content: bytes) -> list[Record]:
                 f"{path}: line {number} is not a record ({reason}); "
                 "delete the line or use another file"
             ) from error
+        records.append(_lean(record) if lean else record)
     return records
+
+
+def _lean(record: Record) -> Record:
+    """Return a record without its breakdown, its log and its lists of numbers."""
+    numbers = record.measurement.to_json()
+    short = {
+        name: value
+        for name, value in numbers.items()
+        if value is not None and (name == LOSSES or not isinstance(value, list))
+    }
+    return dataclasses.replace(
+        record,
+        measurement=Measurement(**short),
+        environment=_one_of_each(record.environment),
+        memory_breakdown=None,
+        log_tail=None,
+    )
+
+
+def _one_of_each(environment: Environment) -> Environment:
+    """Return an environment that shares its versions with all that have the same."""
+    versions = environment.versions
+    shared = _VERSIONS.setdefault(tuple(versions.items()), versions)
+    return dataclasses.replace(environment, versions=shared)

@@ -1,7 +1,8 @@
 """Whether values that were read from JSON have the types of their annotations."""
 
+import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args, get_origin
 
 MAX_LENGTH = 60
@@ -16,20 +17,45 @@ def fits(value: Any, annotation: Any) -> bool:
         annotation: a class, `list[...]`, `dict[str, ...]`, `Any`, or a union of these
             and None.
     """
+    return _test_of(annotation)(value)
+
+
+def all_fit(values: Iterable[Any], annotation: Any) -> bool:
+    """Return whether all of some values are of a type; see `fits`."""
+    return _all_fit(annotation)(values)
+
+
+@functools.cache
+def _test_of(annotation: Any) -> Callable[[Any], bool]:
+    """Return the function that tells whether a value is of a type."""
     kind, parts = get_origin(annotation), get_args(annotation)
     if kind is types.UnionType:
-        return any(fits(value, part) for part in parts)
+        tests = [_test_of(part) for part in parts]
+        return lambda value: any(test(value) for test in tests)
     if kind is list:
-        return isinstance(value, list) and all(fits(each, parts[0]) for each in value)
+        test_all = _all_fit(parts[0])
+        return lambda value: isinstance(value, list) and test_all(value)
     if kind is dict:
-        return isinstance(value, dict) and all(
-            fits(each, parts[1]) for each in value.values()
-        )
+        test_all = _all_fit(parts[1])
+        return lambda value: isinstance(value, dict) and test_all(value.values())
     if annotation is Any:
-        return True
-    if annotation is float:
-        return type(value) in (int, float)
-    return type(value) is annotation
+        return lambda value: True
+    exact = _exact(annotation)
+    return lambda value: type(value) in exact
+
+
+def _all_fit(annotation: Any) -> Callable[[Iterable[Any]], bool]:
+    if annotation is Any:
+        return lambda values: True
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        exact = _exact(annotation)
+        return lambda values: exact.issuperset(map(type, values))
+    test = _test_of(annotation)
+    return lambda values: all(map(test, values))
+
+
+def _exact(annotation: Any) -> frozenset[type]:
+    return frozenset({int, float} if annotation is float else {annotation})
 
 
 def check(fields: Mapping[str, Any], annotations: Mapping[str, Any]) -> None:

@@ -1,0 +1,90 @@
+"""Which GPU of a machine a cell has; the GPUs do not exist."""
+
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meft_bench.parent import cli, environment, runs
+from meft_bench.parent.engines.gpus import NONE, Gpus
+from meft_bench.parent.environment import Gpu
+
+TWO = [Gpu(uuid="GPU-aaaa", model="GPU A"), Gpu(uuid="GPU-bbbb", model="GPU B")]
+SWEEP = """
+question = "Which GPU?"
+[[matrix]]
+name = "one"
+defaults = { device = "cuda" }
+axes = { method = ["full", "head", "lora", "meft1"], seed = [0, 1] }
+"""
+
+
+def test_the_gpu_with_the_fewest_cells() -> None:
+    gpus = Gpus(TWO)
+    with gpus.one("cuda") as first, gpus.one("cuda") as second:
+        assert {first, second} == {*TWO}
+        with gpus.one("cuda") as third:
+            assert third == TWO[0]
+            with gpus.one("cuda") as fourth:
+                assert fourth == TWO[1]
+    with gpus.one("cuda") as again:
+        assert again == TWO[0]
+
+
+def test_other_devices_have_none() -> None:
+    with Gpus(TWO).one("cpu") as gpu, Gpus(TWO).one("virtual-H100") as other:
+        assert (gpu, other) == (NONE, NONE)
+
+
+def test_an_only_gpu_is_not_selected() -> None:
+    """The variable of the environment stays as it is."""
+    with Gpus(TWO[:1]).one("cuda") as gpu:
+        assert gpu == Gpu(uuid="", model="GPU A")
+
+
+def test_many_threads() -> None:
+    """At no time does one GPU have two cells more than the other."""
+    gpus, running, worst = Gpus(TWO), Counter[str](), [0]
+    lock = threading.Lock()
+
+    def work() -> None:
+        for _ in range(200):
+            with gpus.one("cuda") as gpu:
+                with lock:
+                    running[gpu.uuid] += 1
+                    worst[0] = max(worst[0], running[gpu.uuid])
+                with lock:
+                    running[gpu.uuid] -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 1 <= worst[0] <= len(threads)
+    assert not any(running.values())
+
+
+@pytest.mark.parametrize(("words", "num_slots"), [([], 2), (["--slots", "4"], 4)])
+def test_a_run_uses_all_gpus(
+    words: list[str], num_slots: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many cells side by side as there are GPUs; records have the model."""
+    monkeypatch.setattr(environment, "gpus", lambda: TWO)
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text(SWEEP)
+    whole: list[Any] = ["run", "mine.toml", "-o", "runs.jsonl", *words]
+    assert cli.main(whole, worker_module="harness.workers.fake_device") == 0
+    found = runs.read(Path("runs.jsonl"))
+    assert {record.environment.num_slots for record in found} == {num_slots}
+    models = {"GPU-aaaa": "GPU A", "GPU-bbbb": "GPU B"}
+    seen = Counter(record.environment.machine for record in found)
+    assert {*seen} == {"GPU A", "GPU B"}
+    for record in found:
+        uuid = record.message.split('"')[3]
+        assert models[uuid] == record.environment.machine
+    before = len(found)
+    assert cli.main(whole, worker_module="harness.workers.fake_device") == 0
+    assert len(runs.read(Path("runs.jsonl"))) == before
