@@ -19,6 +19,7 @@ from meft_reports.summary import (
     learned,
     prepare,
     split,
+    varying,
 )
 from meft_reports.tables.table import METHOD, Heading, Table, join_options, notes_on
 
@@ -27,7 +28,11 @@ COLUMNS = (
     METHOD,
     Heading("score of the trial", "Score on rows set aside from training."),
     Heading("rows", "Number of these rows."),
-    Heading("chosen", "Whether the results of the run have the values of this trial."),
+    Heading(
+        "chosen",
+        "Whether the results of the run have the values of this trial, and whether a "
+        "value is the smallest or the largest of those tried.",
+    ),
 )
 NOTES = (
     "One trial for each value, with a seed of its own, scored on rows set aside from "
@@ -68,8 +73,22 @@ def _row(
         join_options(trial["method"], label),
         score,
         format_count(trial["num_eval_rows"]),
-        "yes" if _is_chosen(trial, results) else NOTHING,
+        f"yes{_at_end(trial, part)}" if _is_chosen(trial, results) else NOTHING,
     )
+
+
+def _at_end(trial: "pd.Series[Any]", part: pd.DataFrame) -> str:
+    """Return words for a value beyond which nothing was tried; "" if there is none."""
+    its = part[part["method"].eq(trial["method"])]
+    ends = []
+    for name in varying(its, OPTIONS):
+        values = its[name].dropna()
+        if not pd.api.types.is_numeric_dtype(values) or values.nunique() < 3:
+            continue
+        for end, word in ((values.min(), "smallest"), (values.max(), "largest")):
+            if trial[name] == end:
+                ends.append(f"the {word} {name} tried")
+    return "".join(f", {end}" for end in ends)
 
 
 def _is_chosen(trial: "pd.Series[Any]", results: pd.DataFrame) -> bool:
