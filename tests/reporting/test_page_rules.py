@@ -64,6 +64,8 @@ def test_of_several_exact_methods_the_best_is_called_so(
     sizes = {"full": 100, "meft1-exact": 25, "meft2-exact": 20}
     text = answers(memory_run(make_record, sizes))
     assert "(meft2-exact, the best of 2)" in text
+    trials = memory_run(make_record, sizes, scored_on="validation", seed=1000)
+    assert answers([*memory_run(make_record, sizes), *trials]) == text
 
 
 def test_caveats_of_the_sweep_come_first(make_record: MakeRecord) -> None:

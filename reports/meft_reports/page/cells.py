@@ -77,6 +77,11 @@ def is_answer(cell: Cell) -> bool:
     return cell["sweep"] in SEARCHES
 
 
+def is_of_trial(cell: Cell) -> bool:
+    """Return whether the cell is a trial, which chooses a value and is no result."""
+    return bool(cell["scored_on"] == TRIAL)
+
+
 def is_trained(cell: Cell) -> bool:
     """Return whether the cell learns a real task, not only starts or times it."""
     return (
@@ -84,7 +89,7 @@ def is_trained(cell: Cell) -> bool:
         and cell["max_steps"] > 1
         and cell["learning_rate"] > UNTRAINED_RATE
         and not cell["reference"]
-        and cell["scored_on"] != TRIAL
+        and not is_of_trial(cell)
     )
 
 

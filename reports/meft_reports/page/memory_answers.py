@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from meft_reports.format import format_bytes
 from meft_reports.methods import REFERENCE, is_exact, is_stored
-from meft_reports.page.cells import is_predicted
+from meft_reports.page.cells import is_of_trial, is_predicted
 from meft_reports.page.settings import Setting
 from meft_reports.page.workloads import in_words
 from meft_reports.summary import WORKLOAD
@@ -141,9 +141,10 @@ def slopes(settings: Sequence[Setting]) -> list[Markup]:
 
 
 def _by_workload(settings: Iterable[Setting]) -> dict[int, list[Setting]]:
+    """Return settings by workload, without trials, whose bytes are those of results."""
     found: dict[int, list[Setting]] = {}
     for setting in settings:
-        if not setting.cells[0]["reference"]:
+        if not setting.cells[0]["reference"] and not setting.has(is_of_trial):
             found.setdefault(setting.workload.index, []).append(setting)
     return found
 

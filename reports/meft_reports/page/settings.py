@@ -22,6 +22,7 @@ from meft_reports.page.cells import (
     Cell,
     is_answer,
     is_assumed,
+    is_of_trial,
     is_predicted,
     is_trained,
     is_untrained,
@@ -29,7 +30,7 @@ from meft_reports.page.cells import (
 from meft_reports.page.oom import at_least_bytes
 from meft_reports.page.workloads import Workload, key_of, workloads_of
 from meft_reports.style import method_order
-from meft_reports.summary import OPTIONS, TRIAL
+from meft_reports.summary import OPTIONS
 
 MEANS = (
     *("saved_bytes", "model_state_bytes", "peak_allocated_bytes"),
@@ -121,7 +122,7 @@ class Setting:
             "is_assumed": self.has(is_assumed) or None,
             "is_predicted": self.has(is_predicted) or None,
             "is_answer": self.has(is_answer) or None,
-            "is_trial": self.cells[0]["scored_on"] == TRIAL or None,
+            "is_trial": is_of_trial(self.cells[0]) or None,
             "reference": self.cells[0]["reference"] or None,
             "least_bytes": self.least_bytes,
             "score_low": interval and interval.low,
@@ -182,7 +183,7 @@ def _purpose(cell: Cell) -> str:
     """Return what a cell is for where it is not the usual measurement."""
     if is_untrained(cell):
         return "before training"
-    if cell["scored_on"] == TRIAL:
+    if is_of_trial(cell):
         return "trial"
     if cell["reference"]:
         return "timed"
