@@ -41,7 +41,7 @@ def read_frame(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
             record of this schema version; names the file and the line.
     """
     several = [paths] if isinstance(paths, str | Path) else paths
-    records, newest = read_records([Path(path) for path in several])
+    records, newest = read_records([Path(path) for path in several], breakdowns=False)
     return to_frame(with_aliases(records), newest)
 
 

@@ -24,7 +24,7 @@ NOTE_LENGTH = 10_000
 
 
 def read_records(
-    paths: Sequence[Path], commit: str | None = None
+    paths: Sequence[Path], commit: str | None = None, *, breakdowns: bool = True
 ) -> tuple[list[Record], str]:
     """Return the records that count, sorted by `cell_id`, and the newest code.
 
@@ -34,12 +34,13 @@ def read_records(
         paths: files of runs.
         commit: the start of a commit of the measured project, of which alone records
             are taken; None for all.
+        breakdowns: whether breakdowns of memory are kept, which are most of a record.
 
     Raises:
         RecordError: a file is missing, holds no record, or has a line that is not a
             record of this schema version; names the file and the line.
     """
-    found = read_all(paths)
+    found = read_all(paths, breakdowns=breakdowns)
     ordered = in_order(found if commit is None else _of_commit(found, commit))
     winners, newest = counting(ordered), newest_code(ordered)
     _note_left_out(ordered, winners, newest)
@@ -63,18 +64,26 @@ def _of_commit(records: Sequence[Record], commit: str) -> list[Record]:
     return [one for one in records if commits.measured(one)[0] == fitting[0]]
 
 
-def read_all(paths: Sequence[Path]) -> list[Record]:
+def read_all(paths: Sequence[Path], *, breakdowns: bool = True) -> list[Record]:
     """Return every record of some files, several of a cell.
+
+    Args:
+        paths: files of runs.
+        breakdowns: whether breakdowns of memory are kept.
 
     Raises:
         RecordError: see `read_records`.
     """
-    return [record for path in paths for record in _some(path)]
+    return [record for path in paths for record in _some(path, breakdowns)]
 
 
-def _some(path: Path) -> list[Record]:
+def _some(path: Path, breakdowns: bool) -> list[Record]:
     """Return the records of a file of a run, which holds at least one."""
-    records = [record for _, record in _lines_of(path, is_finished=False)]
+    records = []
+    for _, record in _lines_of(path, is_finished=False):
+        if not breakdowns:
+            record["memory_breakdown"] = None
+        records.append(record)
     if not records:
         raise RecordError(f"{path} holds no record; run a sweep into it first")
     return records
