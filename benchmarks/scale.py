@@ -27,7 +27,8 @@ axes = {{ method = ["full", "lora"], batch_size = [1, 2], seed = {seeds} }}
 
 def make(folder: Path, num_cells: int) -> None:
     """Write a sweep and a record for each of its cells."""
-    from meft_bench.parent import environment, sweep
+    from meft_bench.parent import sweep
+    from meft_bench.parent.engines import environment
 
     path = folder / "many.toml"
     path.write_text(SWEEP.format(seeds=[*range(num_cells // 4)]))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import meft_bench
-from meft_bench.parent import environment
+from meft_bench.parent.engines import environment
 from meft_bench.shared.record import Environment
 
 TESTS = Path(__file__).parents[1]

@@ -20,7 +20,7 @@ from meft_bench.child.training import checkpoint as module
 from meft_bench.child.training.checkpoint import Checkpoint
 from meft_bench.child.training.steps import Stepper, seed_everything, train
 from meft_bench.child.worker import run
-from meft_bench.parent import isolate
+from meft_bench.parent.engines import isolate
 from meft_bench.shared import methods
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions

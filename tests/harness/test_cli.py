@@ -18,13 +18,13 @@ from meft_bench.parent import (
     arguments,
     cli,
     doctor,
-    environment,
     harness,
     planning,
     runs,
     selection,
     sweep,
 )
+from meft_bench.parent.engines import environment
 from meft_bench.shared import configs
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.measurement import Measurement
@@ -262,7 +262,7 @@ def test_options_reach_the_child(folder: Path) -> None:
     words = ["--data", "data", "--allow-download", "--threads", "3"]
     words += ["--memory-limit", "8GiB", "-o", "other.jsonl", "--only", "full"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("meft_bench.parent.isolate._MESSAGE_LENGTH", 10**6)
+        patch.setattr("meft_bench.parent.engines.isolate._MESSAGE_LENGTH", 10**6)
         run(*words, worker="fake_echo")
     (record,) = runs.read(folder / "other.jsonl")
     variables, options = json.loads(record.message)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from meft_bench.parent import cli, doctor, environment
+from meft_bench.parent import cli, doctor
+from meft_bench.parent.engines import environment
 from meft_bench.shared import distributions, registry
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.source import MissingError, Source

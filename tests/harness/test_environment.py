@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 
 import meft_bench
-from meft_bench.parent import environment
+from meft_bench.parent.engines import environment
 
 NVML = (
     "nvmlInit",

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from meft_bench.parent import child_process, cli, forks, isolate, runs
+from meft_bench.parent import cli, runs
+from meft_bench.parent.engines import child_process, forks, isolate
 from meft_bench.parent.engines.children import Children
-from meft_bench.parent.forks import ForkServer
+from meft_bench.parent.engines.forks import ForkServer
 from meft_bench.parent.harness import RunPlan
 from meft_bench.shared import request
 from meft_bench.shared.cell import Cell

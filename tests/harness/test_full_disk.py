@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from marks import slow_but_for
-from meft_bench.parent import cli, environment, isolate, runs
+from meft_bench.parent import cli, runs
+from meft_bench.parent.engines import environment, isolate
 from meft_bench.parent.runs import RecordsFile, RunsError
 from meft_bench.shared import outcome
 from meft_bench.shared.cell import Cell

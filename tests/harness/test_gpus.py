@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 
-from meft_bench.parent import cli, environment, runs
+from meft_bench.parent import cli, runs
+from meft_bench.parent.engines import environment
+from meft_bench.parent.engines.environment import PhysicalGpu
 from meft_bench.parent.engines.gpus import NONE, Gpus
-from meft_bench.parent.environment import Gpu
 
-TWO = [Gpu(uuid="GPU-aaaa", model="GPU A"), Gpu(uuid="GPU-bbbb", model="GPU B")]
+TWO = [
+    PhysicalGpu(uuid="GPU-aaaa", model="GPU A"),
+    PhysicalGpu(uuid="GPU-bbbb", model="GPU B"),
+]
 SWEEP = """
 question = "Which GPU?"
 [[matrix]]
@@ -41,7 +45,7 @@ def test_other_devices_have_none() -> None:
 def test_an_only_gpu_is_not_selected() -> None:
     """The variable of the environment stays as it is."""
     with Gpus(TWO[:1]).one("cuda") as gpu:
-        assert gpu == Gpu(uuid="", model="GPU A")
+        assert gpu == PhysicalGpu(uuid="", model="GPU A")
 
 
 def test_many_threads() -> None:

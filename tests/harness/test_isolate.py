@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from meft_bench.parent import forks, isolate
-from meft_bench.parent.child_process import Stopped
-from meft_bench.parent.forks import ForkServer
+from meft_bench.parent.engines import forks, isolate
+from meft_bench.parent.engines.child_process import Stopped
+from meft_bench.parent.engines.forks import ForkServer
 from meft_bench.shared import outcome
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.measurement import Measurement
@@ -148,7 +148,9 @@ def test_no_child(run: Callable[..., Record], monkeypatch: pytest.MonkeyPatch) -
     def no_process(*_: object, **__: object) -> None:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr("meft_bench.parent.child_process.subprocess.Popen", no_process)
+    monkeypatch.setattr(
+        "meft_bench.parent.engines.child_process.subprocess.Popen", no_process
+    )
     with pytest.raises(OSError, match="no child could be started: Resource") as caught:
         run("fake_ok")
     assert caught.value.filename == sys.executable

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from meft_bench.parent import logs
+from meft_bench.parent.engines import logs
 
 
 def tail_of(folder: Path, content: bytes) -> str:

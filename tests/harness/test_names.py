@@ -22,7 +22,7 @@ from _pytest.config.argparsing import Parser
 
 from harness.texts import ROOT, mentions, strings, texts, tracked, unknown
 from meft_bench.parent import arguments, planning, sweep
-from meft_bench.parent.isolate import child_environment
+from meft_bench.parent.engines.isolate import child_environment
 from meft_bench.pytest_plugin import options
 from meft_bench.shared.options import ChildOptions
 from meft_bench.virtual.device import gpu
@@ -56,6 +56,20 @@ FOREIGN_FLAGS = {
     "--benchmark-columns": "pytest-benchmark",
     "--check": "ruff format",
     "--strict": "mkdocs",
+    "--head": "ray start",
+    "--address": "ray start",
+    "--port": "ray start",
+    "--num-cpus": "ray start",
+    "--num-gpus": "ray start",
+    "--block": "ray start",
+    "--nodes": "Slurm",
+    "--ntasks": "Slurm",
+    "--ntasks-per-node": "Slurm",
+    "--gpus-per-node": "Slurm",
+    "--cpus-per-task": "Slurm",
+    "--time": "Slurm",
+    "--exclude": "Slurm",
+    "--ip-address": "hostname",
     "--show-toplevel": "git",
     "--porcelain": "git",
     "--untracked-files": "git",
@@ -116,6 +130,9 @@ FOREIGN_FILES = {
     "plans.json": "written by the planner for its parent",
     "runs/*.jsonl": "written by meft-bench run",
     "runs/*.html": "written by meft-report page",
+    "*/runs/glue.jsonl": "written by meft-bench run",
+    "many.*": "written by benchmarks/scale.py",
+    "frame.parquet": "written by meft-report frame",
     "*/gate.jsonl": "written by meft-bench run",
     "report.html": "written by meft-report page",
     "page.html": "written by meft-report compare",
@@ -148,6 +165,7 @@ FOREIGN_VARIABLES = {
     "PYTORCH_CUDA_ALLOC_CONF": "PyTorch",
     "PYTORCH_ALLOC_CONF": "PyTorch",
     "HF_DEACTIVATE_ASYNC_LOAD": "transformers",
+    "HF_HOME": "huggingface_hub",
     "CUBLAS_STATUS_ALLOC_FAILED": "an error's name, no variable",
     "PIP_CONSTRAINT": "set in tox.ini, for pip",
     "PIP_DISABLE_PIP_VERSION_CHECK": "set in tox.ini, for pip",

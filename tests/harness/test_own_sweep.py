@@ -14,7 +14,8 @@ from harness.own_files import LORA, model_in, questions, reviews, write_csv, wri
 from meft_bench.child.methods import peft_config
 from meft_bench.child.scoring.rules import METRICS as ANSWER_METRICS
 from meft_bench.child.tasks.metrics import METRICS as LABEL_METRICS
-from meft_bench.parent import cli, isolate, selection, sweep
+from meft_bench.parent import cli, selection, sweep
+from meft_bench.parent.engines import isolate
 from meft_bench.parent.own import current, packages, tasks
 from meft_bench.parent.own.methods import find as find_method
 from meft_bench.parent.sweep import Sweep, SweepError

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from meft_bench.parent import cli, environment, harness, runs
-from meft_bench.parent.engines import ray_cluster
+from meft_bench.parent import cli, harness, runs
+from meft_bench.parent.engines import environment, ray_cluster
 from meft_bench.shared.record import Status
 
 ray = pytest.importorskip("ray", reason="no ray: pip install 'meft[ray]'")

@@ -13,11 +13,6 @@ of memory ends only its own process.
     harness       runs the cells of a sweep
     engines       where cells run: on this machine, or on a Ray cluster
     checks        runs the checks of a sweep and compares a GPU with a virtual one
-    child_process   starts a child, waits for it, kills it with its processes
-    forks         starts children by forks of one process with all imports done
-    isolate       runs one cell in a child process and records how it ended
-    logs          the last lines of the log of a child
-    environment   versions, sources and machine
     progress      output during a run
     planning      the commands `plan` and `fit`: requests to the planner
     fit_records   records of what `fit` found

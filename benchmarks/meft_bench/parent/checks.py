@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from meft_bench.parent import child_process, isolate
+from meft_bench.parent.engines import child_process, isolate
 from meft_bench.shared import published, request
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.record import Environment, Status

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from meft_bench.parent import environment
+from meft_bench.parent.engines import environment
 from meft_bench.shared import distributions, tasks
 from meft_bench.shared.tasks.facts import OFFICIAL, DataFiles, places
 

@@ -18,14 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from meft_bench.parent import (
-    checks,
-    environment,
-    output,
-    runs,
-    trials,
-)
-from meft_bench.parent.child_process import Stopped
+from meft_bench.parent import checks, output, runs, trials
+from meft_bench.parent.engines import environment
+from meft_bench.parent.engines.child_process import Stopped
 from meft_bench.parent.engines.children import Children
 from meft_bench.parent.engines.engine import Engine
 from meft_bench.parent.engines.job import Job

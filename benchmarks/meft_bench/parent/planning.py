@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meft_bench.parent import fields, isolate, output
+from meft_bench.parent import fields, output
+from meft_bench.parent.engines import isolate
 from meft_bench.parent.own import backbones as own_backbones
 from meft_bench.parent.own import methods as own_methods
 from meft_bench.shared import (

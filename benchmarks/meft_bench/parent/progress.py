@@ -18,7 +18,8 @@ from typing import Self, TextIO
 
 from tqdm import tqdm
 
-from meft_bench.parent import isolate, output
+from meft_bench.parent import output
+from meft_bench.parent.engines import isolate
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.record import Record, Status
 

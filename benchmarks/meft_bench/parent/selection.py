@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from meft_bench.parent import environment, sweep
+from meft_bench.parent import sweep
+from meft_bench.parent.engines import environment
 from meft_bench.parent.harness import RunPlan
 from meft_bench.parent.sweep import Sweep
 from meft_bench.parent.trials import Tuning

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from meft_bench.parent.environment import project
+from meft_bench.parent.engines.environment import project
 from meft_bench.pytest_plugin import baselines, checking, marker
 from meft_bench.pytest_plugin.checking import Checked
 from meft_bench.pytest_plugin.options import Options

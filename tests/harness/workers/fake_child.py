@@ -1,6 +1,6 @@
 """What every fake child does first, and how it writes down its outcome.
 
-The real worker keeps the same contract; see `meft_bench.parent.isolate`.
+The real worker keeps the same contract; see `meft_bench.parent.engines.isolate`.
 """
 
 import json

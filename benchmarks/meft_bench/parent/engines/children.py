@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Self
 
-from meft_bench.parent import child_process, forks, isolate
+from meft_bench.parent.engines import child_process, forks, isolate
 from meft_bench.shared.options import ChildOptions
 
 

@@ -4,9 +4,9 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 
-from meft_bench.parent.environment import Gpu
+from meft_bench.parent.engines.environment import PhysicalGpu
 
-NONE = Gpu(uuid="", model="")
+NONE = PhysicalGpu(uuid="", model="")
 
 
 class Gpus:
@@ -16,9 +16,9 @@ class Gpus:
         gpus: the GPUs that children can use, in NVML's order.
     """
 
-    def __init__(self, gpus: Sequence[Gpu]) -> None:
+    def __init__(self, gpus: Sequence[PhysicalGpu]) -> None:
         if len(gpus) == 1:  # there is nothing to select
-            gpus = [Gpu(uuid="", model=gpus[0].model)]
+            gpus = [PhysicalGpu(uuid="", model=gpus[0].model)]
         self._num_cells = dict.fromkeys(gpus, 0)
         self._lock = threading.Lock()
 
@@ -28,7 +28,7 @@ class Gpus:
         return [gpu.model for gpu in self._num_cells]
 
     @contextlib.contextmanager
-    def one(self, device: str) -> Iterator[Gpu]:
+    def one(self, device: str) -> Iterator[PhysicalGpu]:
         """Keep a GPU for a cell during the block; `NONE` for other devices.
 
         Args:

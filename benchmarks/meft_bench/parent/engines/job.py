@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from meft_bench.parent import child_process, isolate
+from meft_bench.parent.engines import child_process, isolate
 from meft_bench.shared import request
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions

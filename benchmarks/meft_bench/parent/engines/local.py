@@ -13,8 +13,8 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from meft_bench.parent import environment
-from meft_bench.parent.child_process import Stopped
+from meft_bench.parent.engines import environment
+from meft_bench.parent.engines.child_process import Stopped
 from meft_bench.parent.engines.children import Children
 from meft_bench.parent.engines.gpus import Gpus
 from meft_bench.parent.engines.job import Job

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from meft_bench.parent import environment, isolate
+from meft_bench.parent.engines import environment, isolate
 from meft_bench.parent.engines.job import Job
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.measurement import Measurement

@@ -31,8 +31,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from meft_bench.parent import child_process, logs
-from meft_bench.parent.child_process import LostError, Stopped
+from meft_bench.parent.engines import child_process, logs
+from meft_bench.parent.engines.child_process import LostError, Stopped
 from meft_bench.parent.own import current
 from meft_bench.shared import methods, outcome, request
 from meft_bench.shared.cell import Cell

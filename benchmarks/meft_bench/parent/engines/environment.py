@@ -111,7 +111,7 @@ def num_cores() -> int:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Gpu:
+class PhysicalGpu:
     """A GPU of this machine."""
 
     uuid: str
@@ -124,7 +124,7 @@ def gpu_names() -> list[str]:
     return [gpu.model for gpu in gpus()]
 
 
-def gpus() -> list[Gpu]:
+def gpus() -> list[PhysicalGpu]:
     """Return the GPUs that a child can use, from NVML.
 
     `CUDA_VISIBLE_DEVICES`, which NVML itself ignores, is taken into account. The list
@@ -140,7 +140,7 @@ def why_no_gpu() -> str:
     return reason
 
 
-def _look_for_gpus() -> tuple[list[Gpu], str]:
+def _look_for_gpus() -> tuple[list[PhysicalGpu], str]:
     """Return the GPUs, and why there are none."""
     try:
         import pynvml  # machines without the bench extra lack it
@@ -160,7 +160,7 @@ def _look_for_gpus() -> tuple[list[Gpu], str]:
         else:
             handles = map(_gpu_handle, filter(None, chosen.split(",")))
         found = [
-            Gpu(
+            PhysicalGpu(
                 uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
                 model=str(pynvml.nvmlDeviceGetName(handle)),
             )

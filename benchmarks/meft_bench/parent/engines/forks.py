@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meft_bench.parent.child_process import LostError, Stopped
+from meft_bench.parent.engines.child_process import LostError, Stopped
 from meft_bench.shared.request import WORKER
 
 SERVER = "meft_bench.child.fork_server"
