@@ -246,3 +246,20 @@ tune = { learning_rate = [1e-3, 1e-2] }
         (folder_of(tmp_path / "runs.jsonl") / "preprocessor_config.json").read_text()
     )
     assert form == {"image_mean": [0.5], "image_std": [0.5]}
+
+
+@pytest.mark.parametrize("where", ["the training", "the cells"])
+def test_the_number_of_tokens_of_an_image_is_checked_first(
+    where: str, made: Path
+) -> None:
+    """Of a shape, and of what is trained from it."""
+    train, its = (
+        ("", ", seq_len = 17") if where == "the training" else (", seq_len = 17", "")
+    )
+    text = HEAD + (
+        f'[backbone.seeing]\nfrom = "random:vit-tiny"\ntrain = {{ task = "digits"{train} }}\n'
+        '[[matrix]]\nname = "all"\n'
+        f'defaults = {{ backbone = "seeing", task = "digits", method = "full"{its} }}\n'
+    )
+    with pytest.raises(SweepError, match=r"`seq_len` = 128 with `backbone` = .*to 17"):
+        load(made, text)

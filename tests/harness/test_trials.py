@@ -158,7 +158,9 @@ def test_without_a_score_no_cell_runs(
     code = cli.main(["run", *words], worker_module="harness.workers.fake_raises")
     assert code == harness.EXIT_FAILED
     assert {r.cell.scored_on for r in runs.read(Path("mine.jsonl"))} == {"validation"}
-    assert "not run, 2 cells: no trial of them has a score" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "not run, 2 cells, such as head/" in error
+    assert "none of their 3 trials has a score" in error
 
 
 @pytest.mark.slow

@@ -191,6 +191,18 @@ def _reads_text(backbone: str) -> bool:
     return backbone in registry.PACKAGED_BACKBONES
 
 
+def _check_image_tokens(cell: Cell, things: Mapping[str, Own]) -> None:
+    one = things.get(cell.backbone)
+    origin = one.training.get("backbone", "") if one else cell.backbone
+    shape = str(origin).removeprefix("random:")
+    num_tokens = backbones.num_image_tokens(shape)
+    if num_tokens is not None and cell.seq_len != num_tokens:
+        raise ValueError(
+            f"`seq_len` = {cell.seq_len} with `backbone` = {cell.backbone!r}, which "
+            f"makes {num_tokens} tokens of an image: set it to {num_tokens}"
+        )
+
+
 def check_family(cell: Cell, things: Mapping[str, Own]) -> None:
     """Raise `ValueError` if a method needs a family and the backbone's is not known.
 
@@ -199,6 +211,7 @@ def check_family(cell: Cell, things: Mapping[str, Own]) -> None:
         things: those of the user, by what cells hold.
     """
     is_own = cell.backbone in things
+    _check_image_tokens(cell, things)
     kind = things[cell.backbone].model_type if is_own else ""
     if not kind or kind in registry.MODEL_TYPES:
         return

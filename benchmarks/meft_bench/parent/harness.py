@@ -151,8 +151,8 @@ def run(plan: RunPlan, *, worker_module: str = request.WORKER) -> int:
         return _interrupted(plan, num_cells, stage.statuses)
     for tuning in unscored:
         output.complain(
-            f"not run, {len(tuning.cells)} cells: no trial of them has a score, such "
-            f"as {tuning.trials[0].id}"
+            f"not run, {len(tuning.cells)} cells, such as {tuning.cells[0].id}: "
+            f"none of their {len(tuning.trials)} trials has a score"
         )
     if untrained:
         names = sorted({plan.own[cell.backbone].alias for cell in untrained})

@@ -12,6 +12,8 @@ from meft_bench.shared.field_kinds import FLAG, TABLES, object_in, some_of
 
 CLASSES = "meft_bench.child.backbones"
 """Package of the classes of classifiers that are not transformers' own."""
+DEFAULT_IMAGE_SIZE, DEFAULT_PATCH_SIZE = 224, 16
+"""Pixels a side of images and patches of transformers' ViT."""
 MODELS = ("classifier", "image-classifier", "causal-lm", "seq2seq-lm")
 
 
@@ -70,6 +72,21 @@ def problem_type(
     One output is a number, and not the only class.
     """
     return "regression" if num_labels == 1 else "single_label_classification"
+
+
+def num_image_tokens(shape: str) -> int | None:
+    """Return the number of tokens that a named shape makes of an image.
+
+    Args:
+        shape: the name of a shape; None is returned for one that reads text.
+    """
+    for kind in TABLE.values():
+        if shape in kind.shapes and "image-classifier" in kind.models:
+            changes = kind.shapes[shape]
+            side = int(changes.get("image_size", DEFAULT_IMAGE_SIZE))
+            patch = int(changes.get("patch_size", DEFAULT_PATCH_SIZE))
+            return 1 + int(side // patch) ** 2
+    return None
 
 
 def types_of(*models: str) -> tuple[str, ...]:

@@ -139,7 +139,8 @@ def _random_weights(cells: Sequence[Cell]) -> Caveat:
     found = _where(cells, has_random_weights)
     return Caveat(
         title=f"Random weights in {plural(len(found), 'cell')}",
-        text="Sizes and times do not depend on them; a score would mean nothing.",
+        text="Sizes and times do not depend on them. Scores are of training from "
+        "scratch, and mean nothing where a method freezes the backbone.",
         cells=found,
     )
 

@@ -68,6 +68,9 @@ NEEDS = (
 """What the records must hold for there to be a table."""
 
 
+NOT_SO_LITTLE = "none takes so little"
+
+
 class _Setting(NamedTuple):
     name: str
     method: str
@@ -123,13 +126,16 @@ def _row(one: _Setting, every: Sequence[_Setting]) -> tuple[str, ...] | None:
     full = [found for other, found in known if other.method == FULL]
     equal = [pair for pair in known if has_equal_memory(pair[0].peak, one.peak)]
     best = max(equal, key=lambda pair: pair[0].score, default=None)
+    nobody = (
+        NOT_SO_LITTLE if any(other.method != FULL for other, _ in known) else NOTHING
+    )
     return (
         one.name,
         format_score(one.score),
         format_bytes(one.peak),
         *_shown(full[0] if full else None),
         *(
-            (NOTHING, NOTHING, NOTHING)
+            (nobody, NOTHING, NOTHING)
             if best is None
             else (best[0].name, format_score(best[0].score), format_bytes(best[0].peak))
         ),

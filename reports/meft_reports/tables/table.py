@@ -46,13 +46,19 @@ def join_options(name: str, options: str) -> str:
     return f"{name} ({options})" if options else name
 
 
+ONLY_SIZES = "Random weights: sizes and times only, a score would mean nothing."
+FROM_SCRATCH = (
+    "Random weights: scores are of training from scratch, on the rows of the task "
+    "alone; of methods that freeze the backbone, they mean nothing."
+)
+
+
 def notes_on(rows: pd.DataFrame) -> list[str]:
     """Return notes on rows: random weights, numbers that are predictions."""
     notes = []
     if rows["random_weights"].any():
-        notes.append(
-            "Random weights: sizes and times only, a score would mean nothing."
-        )
+        is_scored = rows["random_weights"] & rows["score"].notna()
+        notes.append(FROM_SCRATCH if is_scored.any() else ONLY_SIZES)
     if rows["device"].str.startswith("virtual-").any():
         notes.append(
             "Predicted, not measured: nothing ran on a virtual GPU. How close such "

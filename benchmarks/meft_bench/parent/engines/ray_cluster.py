@@ -17,6 +17,7 @@ import functools
 import importlib.util
 import logging
 import os
+import socket
 import tempfile
 import threading
 import uuid
@@ -38,6 +39,7 @@ NUM_RETRIES = 5
 LOG_BYTES = 1 << 16
 """The last bytes of a log that come back from another machine."""
 _WAIT_SECONDS = 0.2
+_CONNECT_SECONDS = 10.0
 
 
 class ClusterError(Exception):
@@ -145,21 +147,41 @@ class RayCluster:
 def _connect() -> None:
     if importlib.util.find_spec("ray") is None:
         raise ClusterError("engine ray needs Ray: `python -m pip install 'meft[ray]'`")
-    os.environ.setdefault(
-        "RAY_USAGE_STATS_ENABLED", "0"
-    )  # it would report to Ray's makers
+    # Else Ray would report to its makers.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     if ray.is_initialized():
         return
+    where = os.environ.get("RAY_ADDRESS", "")
+    _require_answer(where)
     try:
         ray.init(
             include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
         )
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        where = os.environ.get("RAY_ADDRESS", "this machine")
         reason = " ".join(str(error).split())
-        raise ClusterError(f"no Ray cluster at {where}: {reason}") from error
+        raise ClusterError(
+            f"no Ray cluster at {where or 'this machine'}: {reason}. A cluster that "
+            "asks for a token: copy ~/.ray/auth_token of its head to this machine"
+        ) from error
+
+
+def _require_answer(address: str) -> None:
+    """Raise `ClusterError` if nothing listens at `HOST:PORT`.
+
+    Ray itself would try for minutes.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(
+            f"no Ray cluster at RAY_ADDRESS={address}: {error.strerror or error}; "
+            "start one with `ray start --head`, or unset the variable"
+        ) from error
 
 
 def _look_at_nodes(devices: Sequence[str], job: Job) -> list[Node]:

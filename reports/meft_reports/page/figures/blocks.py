@@ -15,6 +15,8 @@ _Y = quantity(
     axis={"format": "@y_format", "tickCount": 6},
 )
 
+_X = quantity("x", "block", axis={"tickMinStep": 1, "format": "d"})
+
 FIGURE = Figure(
     name="blocks",
     title="@y, block by block",
@@ -31,7 +33,7 @@ FIGURE = Figure(
             {
                 "mark": {"type": "line", "strokeWidth": 1.5},
                 "encoding": {
-                    "x": quantity("x", "block", axis={"tickMinStep": 1, "format": "d"}),
+                    "x": _X,
                     "y": _Y,
                     "detail": {"field": "name"},
                     "color": methods()["color"],
@@ -47,7 +49,7 @@ FIGURE = Figure(
                     "cursor": "pointer",
                 },
                 "encoding": {
-                    "x": quantity("x", "block"),
+                    "x": _X,
                     "y": _Y,
                     **methods(),
                     "tooltip": tooltip(name="setting", x="block", text="@y"),
