@@ -253,11 +253,11 @@ def test_the_number_of_tokens_of_an_image_is_checked_first(
     where: str, made: Path
 ) -> None:
     """Of a shape, and of what is trained from it."""
-    train, its = (
-        ("", ", seq_len = 17") if where == "the training" else (", seq_len = 17", "")
-    )
+    right = ", seq_len = 17"
+    train, its = ("", right) if where == "the training" else (right, "")
     text = HEAD + (
-        f'[backbone.seeing]\nfrom = "random:vit-tiny"\ntrain = {{ task = "digits"{train} }}\n'
+        '[backbone.seeing]\nfrom = "random:vit-tiny"\n'
+        f'train = {{ task = "digits"{train} }}\n'
         '[[matrix]]\nname = "all"\n'
         f'defaults = {{ backbone = "seeing", task = "digits", method = "full"{its} }}\n'
     )
