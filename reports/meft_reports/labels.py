@@ -39,6 +39,7 @@ def describe(rows: pd.DataFrame, shown: Collection[str]) -> str:
         "batch_size": lambda size: f"batch {size}",
         "seq_len": lambda length: f"{length} tokens",
         "code_sha256": lambda digest: f"code {digest[:8]}",
+        "weights_sha256": lambda digest: f"weights {digest[:8]}",
         "torch_version": lambda version: f"torch {version}",
         "num_threads": lambda count: f"{count} threads",
         "num_slots": lambda count: f"{count} cells at a time",
@@ -63,6 +64,9 @@ def fields_to_show(frame: pd.DataFrame, always: Sequence[str]) -> list[str]:
         always: names of fields.
     """
     differing = varying(frame, (*WORKLOAD, *PROVENANCE))
+    if frame.groupby("backbone")["weights_sha256"].nunique().max() < 2:
+        # That backbones have weights of their own goes without saying.
+        differing = [name for name in differing if name != "weights_sha256"]
     unusual = [name for name, usual in USUAL.items() if (frame[name] != usual).any()]
     usual = USUAL.keys() - {*differing, *unusual}
     shown = ({*always} | {*differing, *unusual}) - usual

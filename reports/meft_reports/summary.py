@@ -35,7 +35,10 @@ OPTIONS = tuple(
 )
 """The other fields of a cell: options of the method, length of training."""
 
-PROVENANCE = ("machine", "code_sha256", "torch_version", "num_threads", "num_slots")
+PROVENANCE = (
+    *("machine", "code_sha256", "torch_version", "num_threads", "num_slots"),
+    "weights_sha256",
+)
 """Where a cell ran. Numbers from two such places are never combined."""
 
 GROUP = (*WORKLOAD, "method", *OPTIONS, *PROVENANCE)

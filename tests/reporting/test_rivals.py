@@ -39,3 +39,19 @@ def test_rivals_alone_make_no_table(make_record: MakeRecord) -> None:
         if record["cell"]["method"] != "meft1-exact"
     ]
     assert find_tables("rivals")(to_frame(records)) == []
+
+
+@pytest.mark.parametrize(
+    "other", [{"weights_sha256": "b" * 64}, {"data_origin": "other rows"}]
+)
+def test_scores_of_other_weights_or_rows_are_not_compared(
+    make_record: MakeRecord, other: dict[str, str]
+) -> None:
+    """Neither in the table nor in a difference; the titles say what differs."""
+    records = equal_memory(make_record)
+    for record in records:
+        record["environment"] |= {"weights_sha256": "a" * 64, "data_origin": "rows"}
+        if record["cell"]["method"] == "lora-checkpointing":
+            record["environment"] |= other
+    tables = find_tables("rivals")(to_frame(records))
+    assert all("lora-checkpointing" not in row for t in tables for row in t.rows)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from meft_reports.conditions import FOR_SCORES
 from meft_reports.intervals import (
     Interval,
     holm,
@@ -34,6 +35,8 @@ MUST_AGREE = tuple(
     if name not in {*_OF_METHODS, "learning_rate", "warmup_steps", "reference"}
 )
 """Options of the training, in which two settings have to agree to be compared."""
+OF_SCORES = (*FOR_SCORES, "num_eval_rows")
+"""What scores depend on, where both settings say so: weights, and rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +108,9 @@ def _pair(
 ) -> PairedDifference | None:
     one, other = setting.cells[0], against.cells[0]
     if any(one[name] != other[name] for name in MUST_AGREE):
+        return None
+    known = [n for n in OF_SCORES if None not in (one[n], other[n])]
+    if any(one[name] != other[name] for name in known):
         return None
     seeds = sorted(mine.keys() & its.keys())
     if len(seeds) < 2:

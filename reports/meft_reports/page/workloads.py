@@ -16,9 +16,11 @@ from meft_reports.text import plural
 FIELDS = (*WORKLOAD, "search", "place")
 """Fields that the selectors of the page choose from."""
 
+WEIGHTS = "weights_sha256"
 _WORDS: dict[str, Callable[[Any], str]] = {
     "code_sha256": lambda digest: f"code {digest[:8]}",
     "torch_version": lambda version: f"torch {version}",
+    WEIGHTS: lambda digest: f"weights {digest[:8]}",
     "num_threads": lambda count: plural(count, "thread"),
     "num_slots": lambda count: f"{count} at a time",
 }
@@ -38,6 +40,7 @@ class Workload:
 def workloads_of(cells: Sequence[Cell]) -> dict[tuple[Any, ...], Workload]:
     """Return the workloads of the cells by `key_of`, in a fixed order."""
     places = _places(cells)
+    several = _with_several_weights(cells)
     codes = {cell["code_sha256"] for cell in cells}
     searches = {cell["search"] for cell in cells}
     found = {key_of(cell): cell for cell in cells}
@@ -49,7 +52,7 @@ def workloads_of(cells: Sequence[Cell]) -> dict[tuple[Any, ...], Workload]:
     for index, key in enumerate(ordered):
         cell = found[key]
         fields = {name: cell[name] for name in (*WORKLOAD, "search")}
-        fields["place"] = places[_place_key(cell)]
+        fields["place"] = places[_place_key(cell, several)]
         title = in_words(fields, varying)
         if len(searches) > 1 and cell["search"]:
             title += f" · {cell['search']}"
@@ -88,13 +91,27 @@ def in_words(fields: dict[str, Any], varying: Sequence[str] = WORKLOAD) -> str:
     return " · ".join(map(str, parts))
 
 
-def _place_key(cell: Cell) -> tuple[Any, ...]:
-    return tuple(cell[name] for name in PROVENANCE)
+def _place_key(cell: Cell, with_weights: set[str]) -> tuple[Any, ...]:
+    known = {**cell}
+    if cell["backbone"] not in with_weights:
+        known[WEIGHTS] = None
+    return tuple(known[name] for name in PROVENANCE)
+
+
+def _with_several_weights(cells: Sequence[Cell]) -> set[str]:
+    """Return the backbones of which the cells have more than one set of weights."""
+    seen: dict[str, set[str]] = {}
+    for cell in cells:
+        if cell[WEIGHTS] is not None:
+            seen.setdefault(cell["backbone"], set()).add(cell[WEIGHTS])
+    return {backbone for backbone, weights in seen.items() if len(weights) > 1}
 
 
 def _places(cells: Sequence[Cell]) -> dict[tuple[Any, ...], str]:
     """Return a text for each place; it has what differs between the places."""
-    keys = sorted({_place_key(c) for c in cells}, key=lambda key: [*map(str, key)])
+    several = _with_several_weights(cells)
+    found = {_place_key(cell, several) for cell in cells}
+    keys = sorted(found, key=lambda key: [*map(str, key)])
     differing = [
         position
         for position, name in enumerate(PROVENANCE)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from meft_reports.conditions import FOR_SCORES
 from meft_reports.format import (
     NOTHING,
     ShownNumber,
@@ -157,14 +158,15 @@ def _row(
 
 
 def are_alike(one: "pd.Series[Any]", other: "pd.Series[Any]") -> bool:
-    """Return whether two methods differ and agree in the options that both use.
+    """Return whether two methods differ, and agree in all that both say of a score.
 
-    An option that one of the two methods does not use is null.
+    These are the options that both use, the weights, and the rows that are scored. An
+    option that one of the two methods does not use is null.
     """
+    names = [name for name in OPTIONS if name not in MAY_DIFFER]
     return one["method"] != other["method"] and all(
         is_null(one[name]) or is_null(other[name]) or one[name] == other[name]
-        for name in OPTIONS
-        if name not in MAY_DIFFER
+        for name in (*names, *FOR_SCORES, "num_eval_rows")
     )
 
 
