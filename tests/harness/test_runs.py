@@ -50,12 +50,28 @@ def test_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_whole_last_line_needs_no_newline(
+    tmp_path: Path, records: list[Record]
+) -> None:
+    """As some editors leave it; the next record begins a line of its own."""
+    path = tmp_path / "runs.jsonl"
+    with RecordsFile(path) as file:
+        file.append(records[0])
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    assert len(runs.read(path)) == 1
+    with RecordsFile(path) as file:
+        assert not file.is_torn
+        assert len(file.records) == 1
+        file.append(records[1])
+        file.append(records[0])
+    assert runs.read(path) == [records[0], records[1], records[0]]
+
+
 @pytest.mark.parametrize("kept", [1, 0.5, -2])
 def test_torn_line(tmp_path: Path, records: list[Record], kept: float) -> None:
     """What is left of a line is not read, and the next record takes its place.
 
-    The line is cut after its first character, in its middle, and so that the newline
-    alone is missing (and with it the certainty that the line is whole).
+    The line is cut after its first character, in its middle, and before its last brace.
     """
     path = tmp_path / "runs.jsonl"
     with RecordsFile(path) as file:
@@ -63,7 +79,7 @@ def test_torn_line(tmp_path: Path, records: list[Record], kept: float) -> None:
         first = path.read_bytes()
         file.append(records[1])
     second = path.read_bytes().removeprefix(first)
-    cut = {1: 1, 0.5: len(second) // 2, -2: len(second) - 1}[kept]
+    cut = {1: 1, 0.5: len(second) // 2, -2: len(second) - 2}[kept]
     path.write_bytes(first + second[:cut])
     assert runs.read(path) == records[:1]
     with RecordsFile(path) as file:

@@ -1,7 +1,7 @@
 """The records file: one line of JSON per cell that ended.
 
-A line is appended atomically, and is on disk before the next cell's. An incomplete line
-of a killed writer is never read, and is cut off by the next append. A file that is
+A line is appended atomically, and is on disk before the next cell's. An incomplete last
+line of a killed writer is never read, and is cut off by the next append. A file that is
 empty when it is closed is removed. There is one writer at a time: the file is locked
 while a run has it open, and the kernel releases the lock when the process ends for any
 reason.
@@ -64,6 +64,8 @@ class RecordsFile:
             with path.open("rb") as lines:
                 self.records = _parse(path, lines, lean=True)
                 self._end = lines.tell()
+                lines.seek(max(0, self._end - 1))
+                self._lacks_newline = lines.read(1) not in (b"", b"\n")
             size = path.stat().st_size
         except OSError as error:
             os.close(self._file)
@@ -84,6 +86,8 @@ class RecordsFile:
         # A lone surrogate, of a file name that is not text, is written as a JSON
         # escape.
         line = text.encode(errors="backslashreplace") + b"\n"
+        if self._lacks_newline:  # of the last line, as some editors leave it
+            line = b"\n" + line
         try:
             os.ftruncate(self._file, self._end)
             written = 0
@@ -94,6 +98,7 @@ class RecordsFile:
             self._cut()
             raise unusable(self._path, error) from error
         self._end += len(line)
+        self._lacks_newline = False
         self.records.append(_lean(record))
 
     def _cut(self) -> None:
@@ -230,16 +235,17 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse(path: Path, lines: BinaryIO, *, lean: bool) -> list[Record]:
-    """Return the records in the complete lines of a file, and stop at their end."""
+    """Return the records of a file, and stop at a last line that is half written."""
     records = []
     number = 0
     while line := lines.readline():
         number += 1
-        if not line.endswith(b"\n"):
-            lines.seek(-len(line), os.SEEK_CUR)
-            break
         if not line.strip():
             continue
+        is_last = not line.endswith(b"\n")
+        if is_last and not _is_json(line):
+            lines.seek(-len(line), os.SEEK_CUR)  # half written
+            break
         try:
             found = json.loads(line, object_pairs_hook=_refuse_duplicates)
             record = Record.from_json(found)
@@ -257,6 +263,14 @@ def _parse(path: Path, lines: BinaryIO, *, lean: bool) -> list[Record]:
             ) from error
         records.append(_lean(record) if lean else record)
     return records
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _lean(record: Record) -> Record:

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,22 +153,11 @@ def _look_for_gpus() -> tuple[list[PhysicalGpu], str]:
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = f"none is left by CUDA_VISIBLE_DEVICES={chosen!r}"
     try:
-        if chosen is None:
-            handles = map(
-                pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount())
-            )
-        else:
-            handles = map(_gpu_handle, filter(None, chosen.split(",")))
-        found = [
-            PhysicalGpu(
-                uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
-                model=str(pynvml.nvmlDeviceGetName(handle)),
-            )
-            for handle in handles
-        ]
-    except (pynvml.NVMLError, ValueError) as error:
-        # CUDA also finds no device if the variable names one that does not exist.
-        return [], hidden if chosen is not None else f"NVML fails: {error}"
+        indices = range(pynvml.nvmlDeviceGetCount())
+        every = [_gpu(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in indices]
+        found = every if chosen is None else _visible(every, chosen)
+    except pynvml.NVMLError as error:
+        return [], f"NVML fails: {error}"
     finally:
         pynvml.nvmlShutdown()
     if found:
@@ -264,10 +253,37 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _gpu_handle(name: str) -> object:
-    """Return the device that one entry of `CUDA_VISIBLE_DEVICES` denotes."""
+def _gpu(handle: object) -> PhysicalGpu:
     import pynvml
 
-    if name.startswith(("GPU-", "MIG-")):
-        return pynvml.nvmlDeviceGetHandleByUUID(name)
-    return pynvml.nvmlDeviceGetHandleByIndex(int(name))
+    return PhysicalGpu(
+        uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
+        model=str(pynvml.nvmlDeviceGetName(handle)),
+    )
+
+
+def _visible(every: Sequence[PhysicalGpu], chosen: str) -> list[PhysicalGpu]:
+    """Return the GPUs that `CUDA_VISIBLE_DEVICES` leaves, as CUDA reads it.
+
+    Entries are indices, UUIDs or beginnings of one UUID. Those from the first one on
+    that denotes no GPU are ignored; if one GPU is named twice, there is none.
+    """
+    found: list[PhysicalGpu] = []
+    for entry in map(str.strip, chosen.split(",")):
+        if entry.startswith("MIG-"):
+            its = [_mig(entry)]
+        elif entry.startswith("GPU-"):
+            its = [gpu for gpu in every if gpu.uuid.startswith(entry)]
+        else:
+            its = [gpu for index, gpu in enumerate(every) if str(index) == entry]
+        if len(its) != 1:
+            break
+        found += its
+    return found if len(set(found)) == len(found) else []
+
+
+def _mig(uuid: str) -> PhysicalGpu:
+    """Return a part of a GPU, which has a UUID of its own."""
+    import pynvml
+
+    return _gpu(pynvml.nvmlDeviceGetHandleByUUID(uuid))
