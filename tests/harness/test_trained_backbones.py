@@ -177,15 +177,91 @@ def test_a_directory_of_the_same_weights_gives_the_same_bits(ran: Path) -> None:
     assert mine == its
 
 
-def test_lost_weights_are_trained_again(made: Path, ran: Path) -> None:
-    """Their cells, which are recorded, are not."""
-    path = made / "again.jsonl"
-    shutil.copy(ran, path)
-    before = folder_of(ran) / "model.safetensors"
+def with_one_cell_less(made: Path, ran: Path, name: str) -> Path:
+    """Records and weights of the run, in which the last cell has not run."""
+    path = made / f"{name}.jsonl"
+    lines = ran.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    shutil.copytree(ran.with_suffix(".models"), path.with_suffix(".models"))
+    return path
+
+
+@pytest.mark.parametrize("what", ["gone", "empty", "cut", "changed", "without digest"])
+def test_weights_that_are_not_whole_are_trained_again(
+    what: str, made: Path, ran: Path
+) -> None:
+    """Their bits are the same, so that cells that are recorded stay so."""
+    path = with_one_cell_less(made, ran, f"again-{what.split()[0]}")
+    folder = folder_of(path)
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    if what == "gone":
+        shutil.rmtree(folder)
+    elif what == "empty":
+        for file in folder.iterdir():
+            file.unlink()
+    elif what == "cut":
+        weights.write_bytes(content[:-100])
+    elif what == "changed":
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        (folder / "weights.sha256").unlink()
     assert cli.main(["run", str(made / "mine.toml"), "-o", str(path)]) == 0
-    assert len(runs.read(path)) == len(runs.read(ran)) + 1
-    again = folder_of(path) / "model.safetensors"
-    assert again.read_bytes() == before.read_bytes()
+    assert len(runs.read(path)) == len(runs.read(ran)) - 1 + 2
+    assert (folder_of(path) / "model.safetensors").read_bytes() == content
+
+
+def test_lost_weights_that_nothing_needs_stay_lost(made: Path, ran: Path) -> None:
+    path = made / "nothing.jsonl"
+    shutil.copy(ran, path)
+    assert cli.main(["run", str(made / "mine.toml"), "-o", str(path)]) == 0
+    assert runs.read(path) == runs.read(ran)
+    assert not path.with_suffix(".models").exists()
+
+
+def test_cells_that_ran_on_other_weights_run_again(
+    made: Path, ran: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With those of another training in the place of theirs."""
+    path = with_one_cell_less(made, ran, "other")
+    other = made / "longer.toml"
+    text = HEAD + TASK + TRAINED.replace("120", "20") + MATRIX
+    other.write_text(text)
+    longer = made / "longer.jsonl"
+    assert cli.main(["run", str(other), "-o", str(longer)]) == 0
+    shutil.rmtree(folder_of(path))
+    shutil.copytree(
+        folder_of(longer),
+        folder_of(ran).parent.parent
+        / path.with_suffix(".models").name
+        / folder_of(ran).name,
+    )
+    assert cli.main(["list", str(made / "mine.toml"), "-o", str(path)]) == 0
+    assert "3 cells, 1 done" in capsys.readouterr().out
+    assert cli.main(["run", str(made / "mine.toml"), "-o", str(path)]) == 0
+    last = {record.cell.method: record for record in runs.read(path)[2:]}
+    file = folder_of(longer) / "model.safetensors"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert {r.environment.weights_sha256 for r in last.values()} == {digest}
+    assert {*last} == {"full", "head"}
+
+
+def test_a_training_may_be_a_cell_of_the_matrix(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It runs once, also by force."""
+    own = """
+[[matrix]]
+name = "own"
+defaults = { method = "full", backbone = "dir:bert", task = "reviews", seq_len = 8, \
+batch_size = 8, max_steps = 120, learning_rate = 3e-3 }
+"""
+    (made / "both.toml").write_text(HEAD + TASK + TRAINED + MATRIX + own)
+    words = [str(made / "both.toml"), "-o", str(made / "both.jsonl")]
+    assert cli.main(["list", *words]) == 0
+    assert "3 cells, 0 done" in capsys.readouterr().out
+    assert cli.main(["run", *words, "--force"]) == 0
+    assert len(runs.read(made / "both.jsonl")) == 3
 
 
 def test_where_the_training_fails_nothing_else_runs(

@@ -7,6 +7,7 @@ of memory ends only its own process.
     arguments     its commands, their options, the types of values
     selection     the sweep, the cells and the run that a command line describes
     sweep         reads a TOML file as a list of cells
+    trained       backbones that a sweep trains first: where their weights are
     trials        which cells wait for the best of some trials
     fields        valid values of each field of a cell
     runs          files of records: reading, appending, which cells are done

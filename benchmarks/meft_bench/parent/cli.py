@@ -29,6 +29,7 @@ from meft_bench.parent import (
     runs,
     selection,
     show,
+    trained,
     trials,
 )
 from meft_bench.parent.engines.ray_cluster import ClusterError
@@ -195,7 +196,8 @@ def _list(given: argparse.Namespace) -> int:
     tunings = selection.select_tunings(chosen, *given.only)
     cells += [trial for tuning in tunings for trial in tuning.trials]
     every = [*cells, *(cell for one in tunings for cell in one.cells)]
-    cells = [*selection.select_trainings(chosen, every).values(), *cells]
+    trainings = selection.select_trainings(chosen, every)
+    cells = [*dict.fromkeys((*trainings.values(), *cells))]
     path = selection.records_path(given, chosen)
     records = runs.read(path, lean=True)
     done: dict[Cell, Record] = {}
@@ -210,6 +212,9 @@ def _list(given: argparse.Namespace) -> int:
             cells += tuning.cells_with(best)
     if records:
         done = _done(records, cells)
+    _, saves = trained.with_folders(chosen.own, trainings, path)
+    for cell in trained.on_other_weights(done, trainings, saves):
+        del done[cell]
     lines = [f"{'done' if cell in done else '    '}  {cell.id}" for cell in cells]
     lines += [f"then  {cell.id}, with what its trials choose" for cell in waiting]
     lines += [

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from meft_bench.parent import checks, output, runs, trials
+from meft_bench.parent import checks, output, runs, trained, trials
 from meft_bench.parent.engines import environment
 from meft_bench.parent.engines.child_process import Stopped
 from meft_bench.parent.engines.children import Children
@@ -33,7 +33,6 @@ from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.own import Own
 from meft_bench.shared.record import Environment, Record, Status
-from meft_bench.shared.registry import VIRTUAL
 
 EXIT_OK = 0
 EXIT_NOTHING = 3
@@ -104,13 +103,15 @@ def run(plan: RunPlan, *, worker_module: str = request.WORKER) -> int:
         return _run_checks_alone(plan, budget)
     tried = tuple(trial for tuning in plan.tunings for trial in tuning.trials)
     waiting = [cell for tuning in plan.tunings for cell in tuning.cells]
-    plan = _with_folders(plan)
-    before = dataclasses.replace(plan, cells=(*plan.saves,), left_out=())
-    first = dataclasses.replace(plan, cells=(*plan.cells, *tried))
+    own, saves = trained.with_folders(plan.own, plan.trainings, plan.path)
+    plan = dataclasses.replace(plan, own=own, saves=saves)
+    before = dataclasses.replace(plan, cells=(*saves,), left_out=())
+    others = tuple(cell for cell in (*plan.cells, *tried) if cell not in saves)
+    first = dataclasses.replace(plan, cells=others)
     num_cells = len(before.cells) + len(first.cells) + len(waiting)
     every = (*before.cells, *first.cells)
     unscored: list[Tuning] = []
-    trained: dict[Cell, Record] = {}
+    prepared: dict[Cell, Record] = {}
     untrained: list[Cell] = []
     with RecordsFile(plan.path) as file, contextlib.ExitStack() as stack:
         try:
@@ -121,10 +122,10 @@ def run(plan: RunPlan, *, worker_module: str = request.WORKER) -> int:
             job = _job(plan, worker_module)
             engine = stack.enter_context(_engine(plan, every, job))
             stage = Stage([], is_whole=True)
-            if before.cells:
+            if before.cells and _is_left(plan, first, file, engine):
                 stage = _run_stage(before, job, engine, file, budget)
-                trained = _done(before, file, engine, again=False)
-                first, untrained = _with_backbones(first, trained)
+                prepared = _done(before, file, engine, again=False)
+                first, untrained = _with_backbones(first, prepared)
             if stage.is_whole:
                 its = _run_stage(first, job, engine, file, budget)
                 stage = Stage([*stage.statuses, *its.statuses], its.is_whole)
@@ -132,7 +133,8 @@ def run(plan: RunPlan, *, worker_module: str = request.WORKER) -> int:
                 scored = _done_among(tried, file, engine)
                 cells, unscored = _chosen(plan.tunings, scored)
                 second = dataclasses.replace(plan, cells=cells, left_out=())
-                second, _ = _with_backbones(second, trained)
+                if prepared:
+                    second, _ = _with_backbones(second, prepared)
                 if second.cells:
                     its = _run_stage(second, job, engine, file, budget)
                     stage = Stage([*stage.statuses, *its.statuses], its.is_whole)
@@ -231,8 +233,23 @@ def _done(
     if plan.force if again is None else again:
         return {}
     done = _done_among(plan.cells, file, engine)
-    lost = {cell for cell, folder in plan.saves.items() if not folder.is_dir()}
+    lost = {
+        cell
+        for cell, folder in plan.saves.items()
+        if cell in done and trained.digest_in(folder) is None
+    }
+    lost |= trained.on_other_weights(done, plan.trainings, plan.saves)
     return {cell: record for cell, record in done.items() if cell not in lost}
+
+
+def _is_left(plan: RunPlan, first: RunPlan, file: RecordsFile, engine: Engine) -> bool:
+    """Return whether any cell is left for which a backbone has to be trained."""
+    done = _done(first, file, engine)
+    cells, _ = _chosen(plan.tunings, done)
+    second = dataclasses.replace(plan, cells=cells)
+    done |= _done(second, file, engine)
+    every = {*first.cells, *cells} | ({*plan.saves} & {*plan.cells})
+    return plan.force or not every <= done.keys() or (not cells and bool(plan.tunings))
 
 
 def _done_among(
@@ -245,31 +262,14 @@ def _done_among(
     return found
 
 
-def _with_folders(plan: RunPlan) -> RunPlan:
-    """Return the plan with a folder for each backbone that is trained."""
-    root = plan.path.with_suffix(".models").resolve()
-    own, saves = dict(plan.own), {}
-    for value, cell in plan.trainings.items():
-        folder = root / f"{own[value].alias}-{cell.key[:16]}"
-        saves[cell] = folder
-        own[value] = dataclasses.replace(
-            own[value], trained_in=str(folder), trained_by=cell.id
-        )
-    return dataclasses.replace(plan, own=own, saves=saves)
-
-
 def _with_backbones(
-    plan: RunPlan, trained: Mapping[Cell, Record]
+    plan: RunPlan, prepared: Mapping[Cell, Record]
 ) -> tuple[RunPlan, list[Cell]]:
     """Return the plan without cells whose backbone was not trained, and these."""
-    missing = {value for value, cell in plan.trainings.items() if cell not in trained}
-    left = [cell for cell in plan.cells if _needs(cell, missing)]
-    cells = tuple(cell for cell in plan.cells if not _needs(cell, missing))
+    missing = {value for value, cell in plan.trainings.items() if cell not in prepared}
+    left = [cell for cell in plan.cells if trained.needs(cell, missing)]
+    cells = tuple(cell for cell in plan.cells if cell not in left)
     return dataclasses.replace(plan, cells=cells), left
-
-
-def _needs(cell: Cell, backbones: set[str]) -> bool:
-    return cell.backbone in backbones and not cell.device.startswith(VIRTUAL)
 
 
 def _chosen(

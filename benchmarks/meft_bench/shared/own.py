@@ -34,6 +34,8 @@ PEFT_CONFIG = "adapter_config.json"
 """Name of a config of PEFT in a folder."""
 OF_THE_FILE = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision")
 """Fields of a config of PEFT that describe where it comes from, and change nothing."""
+DIGEST_OF_WEIGHTS = "weights.sha256"
+"""Name of the file with the digest of the weights of a trained backbone."""
 DIGEST_LENGTH = 12
 """Number of characters of a digest that a value has."""
 _VALUE = re.compile(

@@ -4,8 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+from meft_bench.child.backbones import files
 from meft_bench.child.backbones.files import PREPROCESSOR
 from meft_bench.child.backbones.names import Backbone
+from meft_bench.shared.own import DIGEST_OF_WEIGHTS
 
 
 def save(backbone: Backbone, folder: Path) -> None:
@@ -27,5 +29,7 @@ def save(backbone: Backbone, folder: Path) -> None:
     if form is not None:
         numbers = {"image_mean": list(form.mean), "image_std": list(form.std)}
         (unfinished / PREPROCESSOR).write_text(json.dumps(numbers))
+    digest = files.find(unfinished, "").sha256()
+    (unfinished / DIGEST_OF_WEIGHTS).write_text(f"{digest}\n", encoding="ascii")
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.replace(folder)
