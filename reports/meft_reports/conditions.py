@@ -11,6 +11,7 @@ verdict must hold without a reader.
 
 from meft_reports.columns import SCORE_NAMES
 from meft_reports.columns.column import Column
+from meft_reports.columns.environment import FOR_SCORES
 from meft_reports.columns.measurement import current_score_name
 from meft_reports.format import format_fact
 from meft_reports.valid_records import Record
@@ -18,7 +19,6 @@ from meft_reports.valid_records import Record
 FOR_SECONDS = ("machine", "num_threads", "num_slots", "device_name")
 FOR_HOST_MEMORY = ("is_forked",)
 HOST_MEMORY = "peak_host_bytes"
-FOR_SCORES = ("weights_sha256", "data_origin")
 ROWS = ("num_train_rows", "num_eval_rows")
 
 Facts = dict[str, str]

@@ -2,6 +2,8 @@
 
 from meft_reports.columns.column import Column, derived, version, where
 
+FOR_SCORES = ("weights_sha256", "data_origin")
+"""Columns that have to agree where scores are compared: weights, and rows."""
 ENVIRONMENT: tuple[Column, ...] = (
     version("python"),
     version("torch"),

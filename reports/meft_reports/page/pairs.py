@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from meft_reports.conditions import FOR_SCORES
+from meft_reports.columns.environment import FOR_SCORES
 from meft_reports.intervals import (
     Interval,
     holm,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from meft_reports.conditions import FOR_SCORES
+from meft_reports.columns.environment import FOR_SCORES
 from meft_reports.format import (
     NOTHING,
     ShownNumber,
