@@ -26,9 +26,9 @@ from meft_reports.breakdown import what_grew
 from meft_reports.check import EXPLAINED, SAVED
 from meft_reports.columns import BY_NAME
 from meft_reports.columns.column import Column
+from meft_reports.columns.environment import FOR_SCORES
 from meft_reports.conditions import (
     FOR_HOST_MEMORY,
-    FOR_SCORES,
     FOR_SECONDS,
     facts_of,
     first_difference,
