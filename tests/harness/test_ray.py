@@ -194,13 +194,17 @@ def test_interrupted(there: Path) -> None:
 def workers() -> Iterator[int]:
     """The processes that run a task, which have its name, or wait for one.
 
-    Ray's agents are named likewise, and a node without them ends.
+    Ray's agents are named likewise, and a node without them ends. So is, for a moment,
+    a process that a worker has just started, and whose end is a record.
     """
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    named: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            words = path.read_bytes()
+            words = (path / "cmdline").read_bytes()
             if words.startswith(b"ray::") and b"Agent" not in words:
-                yield int(path.parent.name)
+                status = (path / "stat").read_text().rpartition(")")[2]
+                named[int(path.name)] = int(status.split()[1])
+    yield from (pid for pid, parent in named.items() if parent not in named)
 
 
 class Chaos:

@@ -78,7 +78,8 @@ def data_of(
         ),
         "options": sorted(settings[0].options) if settings else [],
         "numbers": NUMBERS,
-        "pairs": encode([pair.to_json() for pair in pairs]),
+        # Without an interval there is nothing to draw.
+        "pairs": encode([p.to_json() for p in pairs if p.interval.low is not None]),
         "breakdowns": _breakdowns(cells, breakdowns),
         "predictions": encode([e.to_json() for e in prediction_errors(settings)]),
         "timelines": [timeline.to_json() for timeline in timelines],

@@ -24,7 +24,8 @@ FIGURE = Figure(
     name="differences",
     title="Difference of scores, on the same seeds",
     about="Bars are intervals of 95 % over seeds and evaluated rows together, or over "
-    "seeds where rows are not known. Colored only where the test excludes 0 after "
+    "seeds where rows are not known; pairs without an interval are left out. Colored "
+    "only where the test excludes 0 after "
     "Holm's correction; otherwise the run does not tell the two apart.",
     rows="pairs",
     controls=("against",),
