@@ -147,7 +147,7 @@ def _against(
     parts.sort(key=lambda part: -part[0])
     texts = [text for _, text in parts[:MOST_NAMES]]
     if len(parts) > MOST_NAMES:
-        texts.append(Markup("{}").format(plural(len(parts) - MOST_NAMES, "more")))
+        texts.append(Markup("{} more").format(len(parts) - MOST_NAMES))
     return Markup(
         "Against the best other method that takes no more memory: {}."
     ).format(Markup("; ").join(texts))
