@@ -216,9 +216,9 @@ class Chaos:
         self._random = random.Random(0)
 
     def go_on(self) -> None:
-        """Kill a worker or replace a node, but for that of the driver."""
+        """Replace a node, but for that of the driver, first; then kill workers, too."""
         time.sleep(self._random.uniform(0.1, 1))
-        if self._random.random() < 0.15:
+        if not self.killed["nodes"] or self._random.random() < 0.15:
             node = self._random.choice([*self._cluster.worker_nodes])
             self._cluster.remove_node(node, allow_graceful=False)
             self._cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
