@@ -75,7 +75,7 @@ def test_gradients_are_the_twins(
 
 
 class Int4Tensor(nn.Parameter):
-    """Stands for torchao's, which needs a GPU to be made."""
+    """A stub of torchao's type, which cannot be created without a GPU."""
 
 
 Int4Tensor.__module__ = "torchao.quantization"

@@ -43,7 +43,20 @@ class Job:
         start_child: isolate.StartChild = child_process.run,
         gpu: str = "",
     ) -> Record:
-        """Run one cell here and return its record; see `isolate.run`."""
+        """Run one cell on this machine and return its record.
+
+        Args:
+            cell: the cell to run.
+            environment: the environment here.
+            folder: existing folder for the log.
+            stop: when set, the child is killed and `Stopped` is raised.
+            start_child: runs a command to its end.
+            gpu: UUID of the GPU that the child sees; "" leaves it those of this
+                process.
+
+        Raises:
+            Stopped, OSError: see `isolate.run`.
+        """
         return isolate.run(
             cell,
             sweep=self.sweep,
