@@ -81,7 +81,17 @@ def table(folder: Path) -> None:
         assert cli.main(["table", "results", str(folder / "many.jsonl")]) == 0
 
 
-STEPS: tuple[Callable[[Path], None], ...] = (plan, list_cells, read_back, table)
+def page(folder: Path) -> None:
+    """`meft-report page`."""
+    from meft_reports import cli
+
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        sys.stdout = nowhere
+        words = ["page", str(folder / "many.jsonl"), "-o", str(folder / "page.html")]
+        assert cli.main(words) == 0
+
+
+STEPS: tuple[Callable[[Path], None], ...] = (plan, list_cells, read_back, table, page)
 
 
 def measure(step: Callable[[Path], None], folder: Path) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from meft_reports.breakdown import Breakdown
 from meft_reports.columns import MEASURED
 from meft_reports.compared import compared_number, format_number
 from meft_reports.errors import ReportError
@@ -64,7 +65,10 @@ def update_baseline(
         for name, record in kept.items()
     }
     changes = _changes(before, kept, records)
-    lines = [json.dumps(kept[name], sort_keys=True) + "\n" for name in sorted(kept)]
+    lines = [
+        json.dumps(kept[name], sort_keys=True, default=Breakdown.to_json) + "\n"
+        for name in sorted(kept)
+    ]
     write_atomically(path, "".join(lines).encode())
     return changes
 

@@ -5,9 +5,10 @@ phase, module, operator, dtype and shape (docs/numbers.md). Its rows and `other_
 add up to `peak_bytes`.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from meft_reports.errors import RecordError
@@ -37,14 +38,26 @@ class PeakRow(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Breakdown:
-    """What a peak consists of."""
+    """What a peak consists of: the fields of `memory_breakdown` in a record."""
 
     peak_bytes: int
+    at_op: int
+    num_ops: int
     phase: str
     rows: tuple[PeakRow, ...]
     other_bytes: int
-    saved_rows: tuple[PeakRow, ...] = ()
+    saved_bytes: int
+    saved_rows: tuple[PeakRow, ...]
     """What one forward kept for its backward, which need not be at the peak."""
+    saved_other_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a record keeps it."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+Shared = dict[Any, Any]
+"""Breakdowns, rows and names that were read before, each with itself as its key."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,61 +125,87 @@ class Growth:
         return printable(text, LENGTH)
 
 
-def read(value: Any, where: str) -> Breakdown:
+def read(value: Any, where: str, shared: Shared | None = None) -> Breakdown:
     """Return the breakdown in a value of JSON.
 
     Args:
         value: the value.
         where: file and line, for the message.
+        shared: what was read before. Equal rows and breakdowns become one object: those
+            of two seeds are equal, and a record has hundreds of rows.
 
     Raises:
         RecordError: it is none.
     """
+    shared = {} if shared is None else shared
     try:
-        found = Breakdown(
-            peak_bytes=value["peak_bytes"],
-            phase=value["phase"],
-            rows=_rows(value["rows"]),
-            other_bytes=value["other_bytes"],
-            saved_rows=_rows(value["saved_rows"]),
-        )
-        sums = [
-            (found.peak_bytes, found.rows, found.other_bytes),
-            (value["saved_bytes"], found.saved_rows, value["saved_other_bytes"]),
-        ]
-        is_sound = isinstance(found.phase, str) and all(
-            _is_count(total)
-            and _is_count(other)
-            and all(map(_is_row, rows))
-            and sum(row.num_bytes for row in rows) + other == total
-            for total, rows, other in sums
-        )
-    except (TypeError, KeyError):
+        is_sound = value.keys() == _FIELDS and _is_sound(value)
+    except (TypeError, ValueError, AttributeError):  # of some other type
         is_sound = False
     if not is_sound:
         raise RecordError(
             f"{where}: `memory_breakdown` should have rows that add up, with "
             "`other_bytes`, to `peak_bytes`, as docs/numbers.md defines it"
         )
-    return found
+    rows = {name: _rows(value[name], shared) for name in ("rows", "saved_rows")}
+    found = Breakdown(**{**value, **rows})
+    kept: Breakdown = shared.setdefault(found, found)
+    return kept
 
 
-def _rows(value: Any) -> tuple[PeakRow, ...]:
-    return tuple(
-        PeakRow._make(
-            tuple(entry) if isinstance(entry, list) else entry for entry in row
+_FIELDS = {field.name for field in fields(Breakdown)}
+
+
+def _is_sound(value: dict[str, Any]) -> bool:
+    counts = [value[name] for name in _FIELDS - {"phase", "rows", "saved_rows"}]
+    sums = [("peak_bytes", "rows", "other_bytes")]
+    sums.append(("saved_bytes", "saved_rows", "saved_other_bytes"))
+    return (
+        type(value["phase"]) is str
+        and _are_counts(counts)
+        and all(
+            _are_rows(value[rows])
+            and sum(row[6] for row in value[rows]) + value[other] == value[total]
+            for total, rows, other in sums
         )
-        for row in value
     )
 
 
-def _is_row(row: PeakRow) -> bool:
-    texts, counts = row[:5], (row.num_bytes, row.num_storages, row.first_op, *row.shape)
-    return all(isinstance(text, str) for text in texts) and all(map(_is_count, counts))
+def _are_rows(rows: Any) -> bool:
+    """Return whether these are rows; a column at a time, which is faster."""
+    if not {list}.issuperset(map(type, (rows, *rows))):
+        return False
+    if not {len(PeakRow._fields)}.issuperset(map(len, rows)):
+        return False
+    columns = [*zip(*rows, strict=True)]
+    texts, shapes, counts = (
+        [*itertools.chain(*columns[part])]
+        for part in (slice(5), slice(5, 6), slice(6, None))
+    )
+    return (
+        {str}.issuperset(map(type, texts))
+        and {list}.issuperset(map(type, shapes))
+        and _are_counts([*counts, *itertools.chain(*shapes)])
+    )
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= MOST_BYTES
+def _are_counts(values: list[Any]) -> bool:
+    is_int = {int}.issuperset(map(type, values))
+    return (
+        is_int and 0 <= min(values, default=0) <= max(values, default=0) <= MOST_BYTES
+    )
+
+
+def _rows(value: list[list[Any]], shared: Shared) -> tuple[PeakRow, ...]:
+    found = []
+    for entries in value:
+        row = (*entries[:5], tuple(entries[5]), *entries[6:])
+        if row not in shared:
+            names, shape = (shared.setdefault(it, it) for it in (row[:5], row[5]))
+            made = PeakRow._make((*names, shape, *row[6:]))
+            shared[made] = made
+        found.append(shared[row])
+    return tuple(found)
 
 
 def what_grew(

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import mannwhitneyu
 
-from meft_reports import breakdown, commits
+from meft_reports import commits
 from meft_reports.breakdown import what_grew
 from meft_reports.check import EXPLAINED, SAVED
 from meft_reports.columns import BY_NAME
@@ -229,10 +229,9 @@ def its_value(record: Record, column: Column) -> float | None:
 def _grew(
     cell: PairedCell, column: Column, difference: int, most: int
 ) -> tuple[str, ...]:
-    kept = [run.get("memory_breakdown") for run in (cell.before, cell.after)]
-    if None in kept or column.name not in EXPLAINED:
+    before, after = (run.get("memory_breakdown") for run in (cell.before, cell.after))
+    if before is None or after is None or column.name not in EXPLAINED:
         return ()
-    before, after = (breakdown.read(one, cell.cell_id) for one in kept)
     growth = what_grew(before, after, difference, is_saved=column.name == SAVED)
     return tuple(growth.lines(most))
 

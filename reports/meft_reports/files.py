@@ -6,11 +6,14 @@ A reader never reads an incomplete file, and a command that fails leaves the old
 unchanged.
 """
 
+import contextlib
 import gzip
 import os
 import tempfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, cast
 
 from meft_reports.errors import RecordError, ReportError
 
@@ -21,9 +24,30 @@ def read_whole(path: Path) -> bytes:
     Raises:
         RecordError: it cannot be read.
     """
+    with _opened(path) as file:
+        return file.read()
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    r"""Yield the lines of a file, which may be compressed (`.gz`), with what ends them.
+
+    They end in `\n`, `\r\n` or `\r`, and the last one of a file that was not written
+    completely in nothing.
+
+    Raises:
+        RecordError: it cannot be read.
+    """
+    with _opened(path) as file:
+        for lines in file:
+            yield from lines.splitlines(keepends=True)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
     try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if path.suffix == ".gz" else content
+        is_packed = path.suffix == ".gz"
+        with cast(IO[bytes], (gzip.open if is_packed else open)(path, "rb")) as file:
+            yield file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise RecordError(f"cannot read {path}: not a whole gzip file") from error
     except OSError as error:

@@ -5,7 +5,6 @@
 
 import contextlib
 import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, NoReturn
 from meft_reports import breakdown, commits
 from meft_reports.breakdown import Breakdown
 from meft_reports.errors import RecordError
-from meft_reports.files import read_whole
+from meft_reports.files import read_lines
 from meft_reports.latest import FAILED, code_of, counting, in_order, newest_code
 from meft_reports.text import SHORT_LENGTH, plural, printable
 from meft_reports.valid_records import Record, quoted, validate
@@ -118,7 +117,7 @@ def read_baseline(path: Path) -> list[Record]:
 def breakdowns_of(records: Sequence[Record]) -> dict[str, Breakdown]:
     """Return what the peak of each cell consists of, where its record says so."""
     return {
-        record["cell_id"]: breakdown.read(record["memory_breakdown"], record["cell_id"])
+        record["cell_id"]: record["memory_breakdown"]
         for record in records
         if record.get("memory_breakdown") is not None
     }
@@ -140,15 +139,16 @@ def _note_left_out(ordered: list[Record], winners: list[Record], newest: str) ->
 def _lines_of(path: Path, *, is_finished: bool) -> Iterator[tuple[int, Record]]:
     """Yield the number of each line and its record.
 
+    The `memory_breakdown` of a record is a `Breakdown`, or None.
+
     Args:
         path: the file.
         is_finished: whether every line must be complete. A run that was killed leaves a
             part of its last line, which is otherwise ignored, with a note.
     """
-    content = read_whole(path)
-    lines = re.split(rb"\r\n|\r|\n", content)
     unknown: set[str] = set()
-    for number, line in enumerate(lines, start=1):
+    shared: breakdown.Shared = {}
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -168,7 +168,7 @@ def _lines_of(path: Path, *, is_finished: bool) -> Iterator[tuple[int, Record]]:
         except (ValueError, RecursionError) as error:
             # Every complete line ends in a newline, so text after the last one was
             # being written when its writer was killed.
-            if number < len(lines):
+            if line.endswith((b"\n", b"\r")):
                 raise RecordError(f"{where}: not JSON ({error})") from error
             if is_finished:
                 raise RecordError(
@@ -178,7 +178,8 @@ def _lines_of(path: Path, *, is_finished: bool) -> Iterator[tuple[int, Record]]:
             break
         unknown |= validate(record, where)
         if record.get("memory_breakdown") is not None:
-            breakdown.read(record["memory_breakdown"], where)
+            found = breakdown.read(record["memory_breakdown"], where, shared)
+            record["memory_breakdown"] = found
         yield number, record
     if unknown:
         names = [printable(name, SHORT_LENGTH) for name in sorted(unknown)]

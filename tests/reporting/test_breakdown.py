@@ -1,5 +1,6 @@
 """What of the memory grew, from the breakdowns of two records."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,43 @@ def test_small_changes_are_summed() -> None:
         peak(changed(FROZEN, shape="512")),
         peak(changed(FROZEN, module=None)),
         peak(changed(FROZEN, num_bytes=2.5)),
+        peak(changed(FROZEN, num=True)),
+        peak(changed(FROZEN, num=2.0)),
+        peak(changed(FROZEN, shape=[512, -1])),
+        peak(changed(FROZEN, shape=[512.0])),
+        peak(changed(FROZEN, shape=[["512"]])),
+        peak(changed(FROZEN, num=2**60 + 1)),
+        peak(FROZEN) | {"rows": [[*FROZEN, 1]]},
+        peak(FROZEN) | {"rows": {"a": FROZEN}},
+        peak(FROZEN) | {"rows": "", "peak_bytes": 7},
+        peak(FROZEN) | {"at_op": None},
+        peak(FROZEN) | {"of_another_version": 1},
     ],
 )
 def test_what_is_no_breakdown_is_refused(value: Any) -> None:
     with pytest.raises(RecordError, match="`memory_breakdown` should have rows"):
         read(value, "here")
+
+
+def test_equal_rows_are_kept_once_and_nothing_is_changed() -> None:
+    value = peak(FROZEN, SAVED)
+    before, shared = copy.deepcopy(value), dict[Any, Any]()
+    first = read(value, "here", shared)
+    assert value == before
+    assert json.loads(json.dumps(first.to_json())) == before
+    assert read(copy.deepcopy(value), "here", shared) is first
+    other = read(peak(changed(FROZEN, num=3), SAVED), "here", shared)
+    assert other.rows[1] is first.rows[1]
+    assert other.rows[0] == ("frozen", *FROZEN[1:5], (512, 512), 2 * MIB, 3, 0)
+
+
+def test_a_value_that_only_equals_a_known_row_is_refused() -> None:
+    """In Python, `True == 1 == 1.0`, with one hash."""
+    shared: dict[Any, Any] = {}
+    read(peak(changed(FROZEN, num=1)), "here", shared)
+    for other in (True, 1.0):
+        with pytest.raises(RecordError, match="`memory_breakdown`"):
+            read(peak(changed(FROZEN, num=other)), "here", shared)
 
 
 def test_the_check_prints_what_grew(

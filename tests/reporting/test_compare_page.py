@@ -27,6 +27,8 @@ def _breakdown(num_bytes: int) -> dict[str, Any]:
         "phase": "forward",
         "rows": [row],
         "other_bytes": 0,
+        "at_op": 1,
+        "num_ops": 2,
         "saved_bytes": num_bytes,
         "saved_rows": [row],
         "saved_other_bytes": 0,

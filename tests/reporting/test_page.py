@@ -200,18 +200,25 @@ def test_a_breakdown_is_in_the_dialog_and_the_figure(
         "at_op": 9,
         "num_ops": 12,
     }
-    runs = write([make_record() | {"memory_breakdown": breakdown}])
+    other = make_record(method="lora")
+    same = make_record(seed=1)
+    for record in (first := make_record(), same):
+        record["memory_breakdown"] = breakdown
+    runs = write([first, other, same])
     output = runs.parent / "report.html"
     assert cli("page", runs, "-o", output).returncode == 0
     held = data_of(output.read_text())["breakdowns"]
     assert held == {
-        "0": {
-            "phase": "backward",
-            "peak": 4 * MIB,
-            "other": MIB,
-            "rows": [row],
-            "saved": [row],
-        }
+        "of": [0, 0, None],
+        "kept": [
+            {
+                "phase": "backward",
+                "peak": 4 * MIB,
+                "kinds": {"saved": 3 * MIB, "smaller storages": MIB},
+                "rows": [row],
+                "saved": [row],
+            }
+        ],
     }
 
 

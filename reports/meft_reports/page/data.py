@@ -1,12 +1,13 @@
 """All data of the page: cells, settings, paired differences, figures, breakdowns."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from meft_reports.breakdown import Breakdown, PeakRow
+from meft_reports.breakdown import Breakdown
 from meft_reports.columns import COLUMNS, SCHEMA_VERSION
 from meft_reports.format import format_bytes
 from meft_reports.page.caveats import Caveat
@@ -23,6 +24,9 @@ from meft_reports.page.settings import NUMBERS, Setting
 from meft_reports.page.timeline import Timeline
 from meft_reports.page.workloads import FIELDS
 from meft_reports.published import Number
+
+MOST_ROWS = 20
+"""Number of rows of a breakdown, the largest, that the page shows."""
 
 
 def data_of(
@@ -136,18 +140,29 @@ def memory_text(setting: Setting) -> str:
 def _breakdowns(
     cells: Sequence[Cell], breakdowns: Mapping[str, Breakdown]
 ) -> dict[str, Any]:
+    """Return the breakdowns, each once, and which of them every cell has."""
+    found = [breakdowns.get(cell["cell_id"]) for cell in cells]
+    places: dict[Breakdown, int] = {}
+    of = [None if one is None else places.setdefault(one, len(places)) for one in found]
     return {
-        str(index): {
-            "phase": its.phase,
-            "peak": its.peak_bytes,
-            "other": its.other_bytes,
-            "rows": _as_lists(its.rows),
-            "saved": _as_lists(its.saved_rows),
-        }
-        for index, cell in enumerate(cells)
-        if (its := breakdowns.get(cell["cell_id"])) is not None
+        "of": of,
+        "kept": [
+            {
+                "phase": its.phase,
+                "peak": its.peak_bytes,
+                "kinds": _by_kind(its),
+                "rows": its.rows[:MOST_ROWS],
+                "saved": its.saved_rows[:MOST_ROWS],
+            }
+            for its in places
+        ],
     }
 
 
-def _as_lists(rows: Sequence[PeakRow]) -> list[list[Any]]:
-    return [[*row[:5], list(row.shape), *row[6:]] for row in rows]
+def _by_kind(breakdown: Breakdown) -> dict[str, int]:
+    sums: Counter[str] = Counter()
+    for row in breakdown.rows:
+        sums[row.kind] += row.num_bytes
+    if breakdown.other_bytes:
+        sums["smaller storages"] = breakdown.other_bytes
+    return dict(sums)

@@ -11,6 +11,7 @@ const decode = ({ rows, columns }) => Array.from({ length: rows }, (_, row) =>
   Object.fromEntries(Object.entries(columns).map(([name, column]) => [name, at(column, row)])));
 const CELLS = DATA.cells.columns;
 const get = (name, cell) => at(CELLS[name], cell);
+const peakOf = (cell) => DATA.breakdowns.kept[DATA.breakdowns.of[cell]];
 const SETTINGS = decode(DATA.settings), PAIRS = decode(DATA.pairs), PREDICTIONS = decode(DATA.predictions), WORKLOADS = DATA.workloads;
 const LOOKS = new Map(DATA.looks.map((look) => [look.name, look]));
 

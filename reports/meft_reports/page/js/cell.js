@@ -24,14 +24,14 @@ const rowsOf = (title, names, cell) => {
 };
 const inSection = (section) => Object.keys(DATA.columns).filter((name) => DATA.columns[name][0] == section && name in CELLS);
 const breakdownOf = (cell) => {
-  const its = DATA.breakdowns[cell];
+  const its = peakOf(cell);
   if (!its) return [];
   return [...storages(`What is alive at the peak${its.phase ? `, in ${its.phase}` : ''}: ${asBytes(its.peak)}`, its.rows),
     ...storages('What is saved for backward', its.saved)];
 };
 const storages = (title, rows) => (!rows.length ? [] : [make('h3', { textContent: title }),
   make('div', { className: 'wide' }, make('table', { className: 'storages' }, make('tr', {}, ...['bytes', 'kind', 'made in', 'module', 'operator', 'dtype and shape'].map((text) => make('th', { textContent: text }))),
-    ...rows.slice(0, 20).map((row) => make('tr', {}, ...[`${asBytes(row[6])}${row[7] > 1 ? ` in ${row[7]}` : ''}`, row[0], row[1], row[2], row[3], row[4] ? `${row[4]} [${row[5].join(', ')}]` : ''].map((text) => make('td', { textContent: text }))))))]);
+    ...rows.map((row) => make('tr', {}, ...[`${asBytes(row[6])}${row[7] > 1 ? ` in ${row[7]}` : ''}`, row[0], row[1], row[2], row[3], row[4] ? `${row[4]} [${row[5].join(', ')}]` : ''].map((text) => make('td', { textContent: text }))))))]);
 const siblingsOf = (cell) => {
   const its = SETTINGS.find((setting) => setting.cells.includes(cell));
   if (!its || its.cells.length < 2) return [];

@@ -58,12 +58,10 @@ const MAKE = {
   kinds() {
     const rows = [], settings = inWorkload(chosen().filter((s) => !s.is_trial));
     for (const setting of settings) {
-      const cell = setting.cells.find((index) => DATA.breakdowns[index]);
+      const cell = setting.cells.find(peakOf);
       if (cell === undefined) continue;
-      const its = DATA.breakdowns[cell], sums = new Map();
-      for (const row of its.rows) sums.set(row[0], (sums.get(row[0]) ?? 0) + row[6]);
-      if (its.other) sums.set('smaller storages', its.other);
-      for (const [kind, bytes] of sums) rows.push({ name: setting.name, method: setting.method, cell, kind, bytes, total: its.peak, value_text: asBytes(its.peak), share: bytes / its.peak, phase: its.phase || 'no phase', order: its.peak, peak_text: `${asBytes(its.peak)}${its.phase ? `, in ${its.phase}` : ''}` });
+      const its = peakOf(cell);
+      for (const [kind, bytes] of Object.entries(its.kinds)) rows.push({ name: setting.name, method: setting.method, cell, kind, bytes, total: its.peak, value_text: asBytes(its.peak), share: bytes / its.peak, phase: its.phase || 'no phase', order: its.peak, peak_text: `${asBytes(its.peak)}${its.phase ? `, in ${its.phase}` : ''}` });
     }
     const kinds = unique(rows.map((row) => row.kind)).sort(byKind);
     for (const row of rows) row.kind_order = kinds.indexOf(row.kind);
