@@ -33,7 +33,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -43,6 +43,25 @@ from meft.shapes import Hidden
 
 Adapter = Callable[[Tensor], Tensor]
 """A function that is added in parallel with or after a half."""
+
+
+@runtime_checkable
+class Beginning(Protocol):
+    """An adapter in parallel that fetches what it needs while the chain computes."""
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return the output; equal to `begin(hidden)()`."""
+
+    def begin(self, hidden: Tensor) -> Callable[[], Tensor]:
+        """Start, without waiting, and return the function that computes the output."""
+
+
+def begin(adapter: Adapter, hidden: Tensor) -> Callable[[], Tensor]:
+    """Start an adapter where it can be, and return what computes its output."""
+    if isinstance(adapter, Beginning):
+        return adapter.begin(hidden)
+    return functools.partial(adapter, hidden)
+
 
 _OF_THE_ENCODER = (
     "encoder_hidden_states",
@@ -350,6 +369,7 @@ def _update(
         The result, of the shape of `hidden`.
     """
     inner = block.get_submodule(half.before)(hidden) if half.before else hidden
+    finish = None if parallel is None else begin(parallel, inner)
     first, *rest = half.chain.split()
     added = {"residual": hidden.new_zeros(())} if first[0] == "+" else {}
     update = _called(block, first.lstrip("+"), inner, {**call, **added})
@@ -357,9 +377,7 @@ def _update(
         update = _step(block, step, update)
     if after is not None:
         update = update + after(update)
-    if parallel is not None:
-        update = update + parallel(inner)
-    return update
+    return update if finish is None else update + finish()
 
 
 def _called(

@@ -8,9 +8,13 @@ Code that runs a block in halves passes its adapter through `with_parallel`, so 
 parallel adapter runs too.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from meft.backbone.layout import Adapter
+from torch import Tensor
+
+from meft.backbone.layout import Adapter, begin
 
 NAME = "parallel_adapter"
 REBUILDS = "rebuilds_blocks"
@@ -23,6 +27,19 @@ def with_parallel(block: Any, adapter: Adapter | None = None) -> Adapter | None:
     if carried is None:
         return adapter
     parallel: Adapter = carried.bind()
-    if adapter is None:
-        return parallel
-    return lambda hidden: adapter(hidden) + parallel(hidden)
+    return parallel if adapter is None else _Sum(adapter, parallel)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """The sum of two adapters on one input."""
+
+    first: Adapter
+    second: Adapter
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.begin(hidden)()
+
+    def begin(self, hidden: Tensor) -> Callable[[], Tensor]:
+        first, second = begin(self.first, hidden), begin(self.second, hidden)
+        return lambda: first() + second()

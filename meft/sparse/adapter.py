@@ -9,18 +9,19 @@ which neurons are summed. Padding tokens choose no neurons and get 0.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from meft import extra_state
 from meft.backbone.proof import Proven
 from meft.errors import UnsupportedCallError
-from meft.sparse import router
+from meft.sparse import choice, router
 from meft.sparse.block_neurons import ActivityCounts, BlockNeurons
+from meft.sparse.choice import Begun
 from meft.sparse.config import SparseConfig
 from meft.sparse.row_parameter import begin_forward, row_parameter
 from meft.sparse.rows import Rows, Tokens
@@ -32,12 +33,41 @@ Features = Float[Tensor, "*shape hidden"]
 FUNCTIONS: dict[str, Callable[..., Tokens]] = {"token_topk": token_topk, "union": union}
 
 
+class Padding(NamedTuple):
+    """Which tokens of a batch are no padding."""
+
+    keep: Int[Tensor, " kept"]
+    """Their places among the tokens of all sequences, ascending."""
+    num_tokens: int
+    """Number of all tokens."""
+
+    @classmethod
+    def of(cls, mask: Bool[Tensor, "batch seq"]) -> "Padding | None":
+        """Return it for a mask that is False for padding; None without any."""
+        keep = mask.flatten().nonzero()[:, 0]
+        return cls(keep, mask.numel()) if len(keep) < mask.numel() else None
+
+    def places(self, hidden: Features) -> Int[Tensor, " kept"]:
+        """Return `keep` on the device of a batch.
+
+        Raises:
+            UnsupportedCallError: this is of another batch.
+        """
+        num_tokens = hidden[..., 0].numel()
+        if self.num_tokens != num_tokens:
+            raise UnsupportedCallError(
+                f"the mask is of {self.num_tokens} tokens and the batch of "
+                f"{num_tokens}: a sparse adapter needs to know which is padding"
+            )
+        return self.keep.to(hidden.device)
+
+
 @dataclass
 class SharedState:
     """Data about the current batch that all adapters of a model share."""
 
-    token_mask: Bool[Tensor, "batch seq"] | None = None
-    """False for padding; None if there is no padding."""
+    padding: Padding | None = None
+    """Which tokens are no padding; None if there is no padding."""
     had_peft_layers: bool = False
     """Whether peft had been applied to the model before the conversion."""
     has_warned_of_frozen: bool = False
@@ -82,10 +112,9 @@ class SparseAdapter(nn.Module):
         """Return what the two semantics use of this adapter."""
         return BlockNeurons(rows=self.rows, config=self.config, counts=self.counts)
 
-    def bind(self) -> Callable[[Features], Features]:
+    def bind(self) -> "OnBatch":
         """Return a function that runs the adapter on the current batch, also later."""
-        mask = self.shared.token_mask
-        return lambda hidden: self(hidden, mask)
+        return OnBatch(self, self.shared.padding)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseAdapter":
         """Apply `to(...)`, `half()` and the like to all tensors except the neurons."""
@@ -128,37 +157,49 @@ class SparseAdapter(nn.Module):
 
     @torch.compiler.disable(reason="its rows are chosen and moved by plain Python")  # type: ignore[untyped-decorator]
     def forward(
-        self, hidden: Features, token_mask: Bool[Tensor, "batch seq"] | None = None
+        self,
+        hidden: Features,
+        padding: Padding | None = None,
+        begun: Begun | None = None,
     ) -> Features:
         """Return the weighted sum of the values of the chosen neurons.
 
         Args:
             hidden: the input of the block's feed-forward, `*shape hidden`.
-            token_mask: False for padding, `batch seq`; None if there is no padding.
+            padding: which tokens are no padding; None if there is no padding.
+            begun: what `begin` returned for the same input; None to begin now.
 
         Returns:
             The output, of the shape and dtype of `hidden`; 0 for padding.
+        """
+        if begun is None:
+            begun = self.begin(hidden, padding)
+        function = FUNCTIONS[self.config.semantics]
+        with torch.autocast(hidden.device.type, enabled=False):
+            out = function(begun, self.neurons, self.block_neurons).to(hidden.dtype)
+        if padding is None:
+            return out.view_as(hidden)
+        whole = torch.zeros_like(hidden).flatten(0, -2)
+        return whole.index_copy(0, padding.places(hidden), out).view_as(hidden)
+
+    @torch.compiler.disable(reason="its rows are chosen and moved by plain Python")  # type: ignore[untyped-decorator]
+    def begin(self, hidden: Features, padding: Padding | None = None) -> Begun:
+        """Start to find out which rows a batch needs, without waiting.
+
+        Args:
+            hidden: the input of the block's feed-forward, `*shape hidden`.
+            padding: which tokens are no padding; None if there is no padding.
         """
         refuse_func("a sparse adapter")
         refuse_recording(
             "which neurons of a sparse adapter answer depends on the batch"
         )
-        flat = hidden.flatten(0, -2)
-        if token_mask is None:
-            return self._of_tokens(flat).view_as(hidden)
-        if token_mask.numel() != len(flat):
-            raise UnsupportedCallError(
-                f"the mask is of {token_mask.numel()} tokens and the batch of "
-                f"{len(flat)}: a sparse adapter needs to know which is padding"
-            )
-        keep = token_mask.flatten().nonzero()[:, 0]
-        out = self._of_tokens(flat[keep])
-        return torch.zeros_like(flat).index_copy(0, keep, out).view_as(hidden)
-
-    def _of_tokens(self, tokens: Tokens) -> Tokens:
-        store = self.rows.store
+        tokens = hidden.flatten(0, -2)
+        if padding is not None:
+            tokens = tokens[padding.places(hidden)]
         # 16-bit products are used on devices that have hardware for them.
-        compute = torch.float32 if tokens.device.type == "cpu" else store.transfer_dtype
+        is_cpu = tokens.device.type == "cpu"
+        compute = torch.float32 if is_cpu else self.rows.store.transfer_dtype
         self.rows.begin_batch(tokens.device)
         begin_forward(self.neurons, self.rows)
         with torch.autocast(tokens.device.type, enabled=False):
@@ -168,10 +209,25 @@ class SparseAdapter(nn.Module):
                 experts = router.top(logits.detach(), self.config.top_k_experts)
                 if self.config.is_gated:
                     gates = router.gates(logits, experts, self.config.gate)
-            function = FUNCTIONS[self.config.semantics]
-            arguments = (tokens.to(compute), gates, self.neurons, experts)
-            out = function(*arguments, self.block_neurons)
-        return out.to(tokens.dtype)
+            return choice.begin(self.block_neurons, tokens.to(compute), gates, experts)
+
+
+@dataclass(frozen=True, slots=True)
+class OnBatch:
+    """A sparse adapter on one batch, whose rows are fetched while others compute."""
+
+    adapter: SparseAdapter
+    padding: Padding | None
+
+    def __call__(self, hidden: Features) -> Features:
+        """Return the output of the adapter."""
+        out: Tensor = self.adapter(hidden, padding=self.padding)
+        return out
+
+    def begin(self, hidden: Features) -> Callable[[], Features]:
+        """Start to find out which rows are needed; the result computes the output."""
+        begun = self.adapter.begin(hidden, self.padding)
+        return lambda: self.adapter(hidden, padding=self.padding, begun=begun)
 
 
 def sparse_adapters(model: nn.Module) -> dict[str, SparseAdapter]:

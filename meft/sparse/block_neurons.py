@@ -1,32 +1,59 @@
 """The neurons of one block as the two semantics use them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from meft.sparse.config import SparseConfig
 from meft.sparse.rows import Rows
+from meft.sparse.shapes import Ids
 
 
-@dataclass(slots=True)
 class ActivityCounts:
     """Statistics of the batches of one block since `clear()`."""
 
-    num_batches: int = 0
-    total_tokens: int = 0
-    total_candidates: int = 0
-    """Distinct neurons that were scored because they are in an expert of some token."""
-    total_active: int = 0
-    """Distinct active neurons: the union over a batch's tokens."""
+    def __init__(self) -> None:
+        self.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the numbers, of which none is on its way."""
+        self._arrive()
+        return self.__dict__
 
     def clear(self) -> None:
         """Set all counters to 0."""
         self.num_batches = self.total_tokens = 0
-        self.total_candidates = self.total_active = 0
+        self.total_candidates = 0
+        """Distinct neurons that were scored: those in an expert of some token."""
+        self._total_active = 0
+        self._coming: Callable[[], Ids] | None = None
+        """Returns the active neurons of the last batch."""
 
-    def add(self, tokens: int, active: int) -> None:
-        """Add the counts of one batch."""
+    @property
+    def total_active(self) -> int:
+        """Return the distinct active neurons: the unions over a batch's tokens."""
+        self._arrive()
+        return self._total_active
+
+    def add(self, tokens: int, candidates: int, active: Callable[[], Ids]) -> None:
+        """Add the counts of one batch.
+
+        Args:
+            tokens: number of tokens.
+            candidates: number of distinct neurons that were scored.
+            active: returns the active neurons. It is called at the next batch or when
+                `total_active` is read, so that the host does not wait now.
+        """
+        self._arrive()
         self.num_batches += 1
         self.total_tokens += tokens
-        self.total_active += active
+        self.total_candidates += candidates
+        self._coming = active
+
+    def _arrive(self) -> None:
+        if self._coming is not None:
+            self._total_active += len(self._coming())
+            self._coming = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

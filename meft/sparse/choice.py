@@ -1,18 +1,21 @@
-"""Which neurons each token keeps, and the rows of a choice in pieces.
+"""Which neurons each token keeps: scores of the candidates, of which the best are kept.
 
-`choose` scores the candidates of each token and selects the best. `distinct` returns
-the neurons that a batch uses, each once.
+Candidates are numbered 0, 1, ... through the token's experts; without experts they are
+all neurons. `begin` starts to find out which rows a batch needs for its scores, and
+`finish` waits for that, once, and computes them. Code between the two runs while the
+host and the link are at work.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from meft.replaceable import Replaceable
 from meft.sparse.block_neurons import BlockNeurons
-from meft.sparse.pieces import Piece, pieces
+from meft.sparse.pieces import Choice, Piece, flags_of, piece, pieces, ranks, take_as
 from meft.sparse.products import dots
 from meft.sparse.router import top
 from meft.sparse.rows import Tokens
@@ -20,101 +23,187 @@ from meft.sparse.shapes import Ids
 
 PerExpert = Float[Tensor, "tokens experts"]
 PerKept = Float[Tensor, "tokens kept"]
+Columns = Int[Tensor, "tokens kept"]
+Experts = Int[Tensor, "tokens experts"]
 
 
-def choose(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Begun:
+    """What is known of a batch before the host has waited for anything."""
+
+    tokens: Tokens
+    """h, in the dtype of the computation, `tokens hidden`."""
+    gates: PerExpert | None
+    """Factors on the scores of each token's experts; None for 1."""
+    experts: Experts | None
+    """The experts of each token, ascending; None without experts."""
+    candidates: Callable[[], tuple[Columns | None, Ids]]
+    """Waits, and returns the kept neurons, if they are known by then, and the distinct
+    neurons to fetch, ascending, on the device of the store."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kept:
+    """What tokens keep of their candidates."""
+
+    columns: Columns
+    """The numbers of the candidates that each token keeps."""
+    raw: PerKept
+    """Their dot products with the token."""
+    num_candidates: int
+    """Number of distinct candidates."""
+    table: tuple[Ids, Tensor, Int[Tensor, " neurons"]] | None
+    """The candidates, their rows and the rank of each neuron among them, if all were on
+    the device at once."""
+
+
+def begin(
     block: BlockNeurons,
     tokens: Tokens,
     gates: PerExpert | None,
-    experts: Int[Tensor, "tokens experts"] | None,
-) -> tuple[Int[Tensor, "tokens kept"], PerKept]:
-    """Return the candidates that each token keeps, and their dot products with it.
-
-    Candidates are numbered 0, 1, ... through the token's experts; without experts they
-    are all neurons.
+    experts: Experts | None,
+) -> Begun:
+    """Start to find out which rows a batch needs.
 
     Args:
         block: the neurons of the block and the number of them to keep.
-        tokens: h, `tokens hidden`.
+        tokens: h, in the dtype of the computation, `tokens hidden`.
         gates: factors on the scores of each token's experts, `tokens experts`; None for
             1.
         experts: the experts of each token, ascending, `tokens experts`; None without
             experts.
-
-    Returns:
-        The numbers of the candidates and their dot products, both `tokens kept`.
     """
-    k = min(block.config.top_k_neurons, block.config.num_candidates)
     if experts is None:
-        columns = block.rows.choose(tokens, k)
-        return columns, _scores(block, tokens, columns, distinct(block, columns))
+        k = min(block.config.top_k_neurons, block.config.num_candidates)
+        choosing = block.rows.choose(tokens, k)
+
+        def candidates() -> tuple[Columns | None, Ids]:
+            columns, there = choosing()
+            return columns, distinct(block, there, is_there=True)()
+    else:
+        coming = distinct(block, experts, size=block.config.neurons_per_expert)
+
+        def candidates() -> tuple[Columns | None, Ids]:
+            return None, coming()
+
+    return Begun(tokens=tokens, gates=gates, experts=experts, candidates=candidates)
+
+
+def finish(block: BlockNeurons, begun: Begun) -> Kept:
+    """Return the candidates that each token keeps; waits for `begun.candidates`."""
+    columns, ids = begun.candidates()
+    if begun.experts is None:
+        assert columns is not None
+        raw, table = _scores(block, begun.tokens, columns, ids)
+        return Kept(columns=columns, raw=raw, num_candidates=0, table=table)
     per_expert = block.config.neurons_per_expert
-    inside = torch.arange(per_expert, device=experts.device)
-    neurons = (experts[:, :, None] * per_expert + inside).flatten(1)
-    candidates = distinct(block, experts, per_expert)
-    raw = _scores(block, tokens, neurons, candidates)
-    block.counts.total_candidates += len(candidates)
+    inside = torch.arange(per_expert, device=begun.experts.device)
+    neurons = (begun.experts[:, :, None] * per_expert + inside).flatten(1)
+    raw, table = _scores(block, begun.tokens, neurons, ids)
+    gates = begun.gates
     score = raw if gates is None else raw * gates.repeat_interleave(per_expert, 1)
+    k = min(block.config.top_k_neurons, block.config.num_candidates)
     columns = top(score, k)
-    return columns, raw.gather(1, columns)
+    raw = raw.gather(1, columns)
+    return Kept(columns=columns, raw=raw, num_candidates=len(ids), table=table)
 
 
 @Replaceable
-def distinct(block: BlockNeurons, choice: Int[Tensor, "*shape"], size: int = 1) -> Ids:
-    """Return the distinct neurons in a choice of groups of `size`, ascending.
+def distinct(
+    block: BlockNeurons,
+    choice: Int[Tensor, "*shape"],
+    counts: Bool[Tensor, "*shape"] | None = None,
+    size: int = 1,
+    is_there: bool = False,
+) -> Callable[[], Ids]:
+    """Start to find out the distinct neurons in a choice of groups of `size`.
 
     Args:
         block: the neurons of the block.
         choice: indices of groups.
+        counts: which of these to include; None for all.
         size: neurons per group.
+        is_there: whether `choice` is on the device of the store already.
+
+    Returns:
+        A function that waits, once, and returns the neurons, ascending, on the device
+        of the store.
     """
-    num_groups = block.config.num_neurons // size
-    flags = torch.zeros(num_groups, dtype=torch.bool, device=choice.device)
-    flags[choice.flatten()] = True
-    found = block.rows.chosen(flags)
+    flags = flags_of(block.config.num_neurons // size, choice, counts)
+    found = block.rows.chosen(flags, is_there=is_there)
     if size == 1:
         return found
-    inside = torch.arange(size, device=found.device)
-    return (found[:, None] * size + inside).flatten()
+
+    def neurons() -> Ids:
+        groups = found()
+        inside = torch.arange(size, device=groups.device)
+        return (groups[:, None] * size + inside).flatten()
+
+    return neurons
 
 
 def _scores(
+    block: BlockNeurons, tokens: Tokens, neurons: Columns, ids: Ids
+) -> tuple[PerKept, tuple[Ids, Tensor, Int[Tensor, " neurons"]] | None]:
+    """Return the dot product of each token with its neurons, and the rows."""
+    rank = ranks(block.config.num_neurons, neurons)
+    choice = Choice(rank=rank[neurons])
+    raw = torch.empty(neurons.shape, device=tokens.device)
+    held = None
+    for part in pieces_of(block, tokens, choice, ids):
+        part.put(dots(tokens, part.table, part.start, part.keys), raw.view(-1))
+        if len(part.ids) == len(ids):
+            held = (ids, part.table, rank)
+    return raw, held
+
+
+def pieces_of_kept(
     block: BlockNeurons,
     tokens: Tokens,
-    neurons: Int[Tensor, "tokens kept"],
-    candidates: Ids,
-) -> PerKept:
-    raw = torch.empty(neurons.shape, device=tokens.device)
-    for piece in pieces_of(block, tokens, neurons, None, candidates):
-        raw.view(-1)[piece.entries] = dots(tokens, piece.table, piece.start, piece.keys)
-    return raw
+    neurons: Columns,
+    counts: Bool[Tensor, "tokens kept"],
+    kept: Kept,
+    active: Callable[[], Ids],
+) -> Iterator[Piece]:
+    """Iterate over the rows of the neurons that tokens keep.
+
+    These are rows that are on the device since their scores were computed. If there
+    was no room for all candidates, the host waits for `active`, and takes these again.
+
+    Args:
+        block: the neurons of the block.
+        tokens: h, in the dtype of the computation, `tokens hidden`.
+        neurons: the neurons that each token keeps, `tokens kept`.
+        counts: which of these to include, `tokens kept`.
+        kept: what `finish` returned.
+        active: returns all distinct included neurons.
+    """
+    if kept.table is None:
+        rank = ranks(block.config.num_neurons, neurons, counts)[neurons]
+        choice = Choice(rank=rank, counts=counts)
+        yield from pieces_of(block, tokens, choice, active())
+        return
+    ids, table, rank = kept.table
+    choice = Choice(rank=rank[neurons], counts=counts)
+    yield piece(table.view(len(ids), -1), choice, ids, 0, len(ids))
 
 
 def pieces_of(
-    block: BlockNeurons,
-    tokens: Tokens,
-    neurons: Int[Tensor, "tokens kept"],
-    counts: Tensor | None,
-    active: Ids,
+    block: BlockNeurons, tokens: Tokens, choice: Choice, ids: Ids
 ) -> Iterator[Piece]:
     """Iterate over the rows of a choice, `block.rows_per_piece` at a time.
 
     Args:
         block: the neurons of the block.
         tokens: h, in the dtype of the computation, `tokens hidden`.
-        neurons: the neurons that each token chose, `tokens kept`.
-        counts: which of these to include, `tokens kept`; None for all.
-        active: all distinct included neurons, ascending; on the host.
+        choice: the neurons that each token chose.
+        ids: the distinct neurons of the choice, ascending; on the host.
     """
-    size = block.rows_per_piece
-    return pieces(block.rows, neurons, counts, active, size, tokens.dtype)
+    take = take_as(block.rows, tokens.dtype)
+    return pieces(take, choice, ids, block.rows_per_piece)
 
 
-def neurons_of(
-    columns: Int[Tensor, "tokens kept"],
-    experts: Int[Tensor, "tokens experts"] | None,
-    per_expert: int,
-) -> Int[Tensor, "tokens kept"]:
+def neurons_of(columns: Columns, experts: Experts | None, per_expert: int) -> Columns:
     """Return the neurons that candidates represent.
 
     Args:

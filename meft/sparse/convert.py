@@ -21,7 +21,13 @@ from meft.backbone.uncalled import refuse_what_would_not_run
 from meft.backbone.weights import refuse_without_derivative
 from meft.errors import HostMemoryError, UnsupportedModelError
 from meft.sparse import router
-from meft.sparse.adapter import SharedState, SparseAdapter, sparse_adapters
+from meft.sparse.adapter import (
+    OnBatch,
+    Padding,
+    SharedState,
+    SparseAdapter,
+    sparse_adapters,
+)
 from meft.sparse.config import SparseConfig
 from meft.sparse.engine import slots_for
 from meft.sparse.offloaded_rows import offload
@@ -219,14 +225,14 @@ def _with_adapter(original: Any, family: Family) -> type[nn.Module]:
             return (_bare_block, (original, family), *state)
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            # The mask is an argument so that gradient checkpointing passes it again.
-            mask = self.parallel_adapter.shared.token_mask
-            return super().__call__(*args, token_mask=mask, **kwargs)
+            # It is an argument so that gradient checkpointing passes it again.
+            padding = self.parallel_adapter.shared.padding
+            return super().__call__(*args, padding=padding, **kwargs)
 
         def forward(
             self,
             *args: Any,
-            token_mask: Tensor | None = None,
+            padding: Padding | None = None,
             **kwargs: Any,
         ) -> Any:
             hidden, call = by_name(original, args, kwargs)
@@ -234,7 +240,7 @@ def _with_adapter(original: Any, family: Family) -> type[nn.Module]:
             refuse_what_would_not_run(family, self, label, is_called=True)
             known = self.parallel_adapter.shared.proven
             proven = prove(known, family, self, original, hidden, call, "a block")
-            adapter = functools.partial(self.parallel_adapter, token_mask=token_mask)
+            adapter = OnBatch(self.parallel_adapter, padding)
             output = proven.whole(self, hidden, adapter, **call)
             return proven.layout(self).returned(output)
 
@@ -267,14 +273,14 @@ def _note_padding(
     given = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
     call = {**given.arguments, **given.arguments.get("kwargs", {})}
     mask = call.get("attention_mask")
-    shared.token_mask = None
+    shared.padding = None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return  # the mask does not identify padding tokens
     for name in ("input_ids", "inputs_embeds"):
         if isinstance(call.get(name), Tensor):
             # With a cache, the mask also covers the cached tokens.
             mask = mask[:, -call[name].shape[1] :].bool()
-            shared.token_mask = None if mask.all() else mask
+            shared.padding = Padding.of(mask)
             return
 
 
@@ -291,7 +297,7 @@ def _warn_if_frozen(shared: SharedState, model: nn.Module) -> None:
 
 
 def _forget_padding(shared: SharedState, *unused: Any) -> None:
-    shared.token_mask = None
+    shared.padding = None
 
 
 _HOOKS = (_note_padding, _forget_padding)

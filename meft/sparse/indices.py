@@ -15,6 +15,15 @@ def ids_of(flags: Bool[Tensor, " rows"]) -> Ids:
 
 
 @Replaceable
+def keeps_all_entries(device: torch.device) -> bool:
+    """Return whether entries that do not count are kept, with the weight 0.
+
+    To leave them out, the host has to know how many there are.
+    """
+    return device.type == "cuda"
+
+
+@Replaceable
 def all_ids(num_rows: int, device: torch.device) -> Ids:
     """Return the indices of all rows, on `device`."""
     return torch.arange(num_rows, device=device)

@@ -11,6 +11,7 @@ Weights change only at the optimizer step, so a row that was fetched once is val
 all batches whose gradients that step adds up (the accumulation window).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ from meft.sparse.config import SparseConfig
 from meft.sparse.engine import Engine, EngineRows
 from meft.sparse.host_gradient import HostGradient
 from meft.sparse.indices import ids_of
-from meft.sparse.rows import Tokens, choose
+from meft.sparse.rows import Kept, Tokens, choose
 from meft.sparse.shapes import Ids, SomeRows
 from meft.sparse.store import RowStore
 from meft.transfer import PendingCopy, TransferTag
@@ -73,17 +74,25 @@ class OffloadedRows(EngineRows):
             self._gradient_places = None
 
     @override
-    def chosen(self, flags: Tensor) -> Ids:
-        here = self.engine.download(flags, self.tag()).get()
-        return ids_of(here)
+    def chosen(self, flags: Tensor, *, is_there: bool = False) -> Callable[[], Ids]:
+        if is_there:
+            return functools.cache(lambda: ids_of(flags))
+        coming = self.engine.download(flags, self.tag())
+        return functools.cache(lambda: ids_of(coming.get()))
 
     @override
-    def choose(self, tokens: Tokens, k: int) -> Tensor:
+    def choose(self, tokens: Tokens, k: int) -> Callable[[], tuple[Kept, Kept]]:
         tag = self.tag()
-        dtype = self.store.transfer_dtype
-        here = self.engine.download(tokens.to(dtype), tag).get()
-        ids = choose(self.store, here, k)
-        return self.engine.upload(ids.int(), tag).get().long()
+        if k == len(self.store):  # all are kept, whatever their scores
+            kept = torch.arange(k, device=tokens.device).expand(len(tokens), k)
+            return lambda: (kept, torch.arange(k)[None])
+        coming = self.engine.download(tokens.to(self.store.transfer_dtype), tag)
+
+        def get() -> tuple[Kept, Kept]:
+            there = choose(self.store, coming.get(), k)
+            return self.engine.upload(there.int(), tag).get().long(), there
+
+        return get
 
     @override
     def take(self, ids: Ids) -> SomeRows:

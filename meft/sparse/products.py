@@ -14,6 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from meft.sparse.indices import keeps_all_entries
+
 Start = Int[Tensor, " bounds"]
 Index = Int[Tensor, " entries"]
 
@@ -21,10 +23,9 @@ Index = Int[Tensor, " entries"]
 def starts(of: Index, count: int) -> Start:
     """Return where the entries of 0, 1, ... `count` - 1 begin, and the end.
 
-    `of` must be ascending.
+    `of` must be ascending; what it has of `count` is after the end.
     """
-    counts = torch.bincount(of, minlength=count)
-    return functional.pad(counts.cumsum(0), (1, 0))
+    return torch.searchsorted(of, torch.arange(count + 1, device=of.device))
 
 
 def dots(
@@ -41,10 +42,8 @@ def dots(
         start: the first entry of each token, `tokens + 1`.
         index: the row of each entry, `entries`.
     """
-    if x.is_cuda:
-        # A product with every row, on matrix units, costs less than gathering pairs.
-        token = torch.repeat_interleave(start.diff(), output_size=index.numel())
-        return (x @ table.T)[token, index].float()
+    if keeps_all_entries(x.device):
+        return dots_of_all(x, table, start, index)
     with warnings.catch_warnings():
         # The warning says that compressed tensors are in beta.
         warnings.filterwarnings("ignore", message="Sparse")
@@ -57,6 +56,20 @@ def dots(
         )
         sampled: Tensor = torch.sparse.sampled_addmm(pattern, x, table.T, beta=0.0)
         return sampled.values()
+
+
+def dots_of_all(
+    x: Float[Tensor, "tokens hidden"],
+    table: Float[Tensor, "rows hidden"],
+    start: Start,
+    index: Index,
+) -> Float[Tensor, " entries"]:
+    """Return the same by a product with every row; arguments are those of `dots`.
+
+    On matrix units it costs less than gathering pairs, and an entry may occur twice.
+    """
+    token = torch.repeat_interleave(start.diff(), output_size=index.numel())
+    return (x @ table.T)[token, index].float()
 
 
 def sums(

@@ -1,6 +1,7 @@
 """The interface between an adapter and its rows, wherever these are stored.
 
     choose(h, k)             return the k best neurons of each token, all scored
+    chosen(flags)            start to find out which neurons a batch uses
     take(ids)                return current rows, on the device
     add_gradient(ids, g)     add to the gradient that is kept until it is cleared
     parts(), put_parts()     read and change that gradient in the memory it is in
@@ -11,6 +12,7 @@
 give the same bits.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,6 +27,8 @@ from meft.sparse.shapes import Ids, SomeRows
 from meft.sparse.store import RowStore
 
 Tokens = Float[Tensor, "tokens hidden"]
+Kept = Int[Tensor, "tokens kept"]
+"""The neurons that each token keeps."""
 
 
 @runtime_checkable
@@ -66,11 +70,20 @@ class Rows(Holder, Protocol):
     def begin_batch(self, device: torch.device) -> None:
         """Prepare for another batch of the block, which is on `device`."""
 
-    def chosen(self, flags: Tensor) -> Ids:
-        """Return the indices of True elements of `flags`, on the store's device."""
+    def chosen(self, flags: Tensor, *, is_there: bool = False) -> Callable[[], Ids]:
+        """Start the transfer of flags to the device of the store.
 
-    def choose(self, tokens: Tokens, k: int) -> Int[Tensor, "tokens kept"]:
-        """Return the `k` neurons of each token with the largest scores, ascending."""
+        If they `is_there`, there is none. The returned function waits for it, once, and
+        returns the indices of True elements, ascending, on the device of the store.
+        """
+
+    def choose(self, tokens: Tokens, k: int) -> Callable[[], tuple[Kept, Kept]]:
+        """Start to score all neurons.
+
+        The returned function waits. It returns the `k` neurons of each token with the
+        largest scores, ascending, and the same neurons on the device of the store,
+        where the rows of all tokens that are equal may be one.
+        """
 
     def take(self, ids: Ids) -> SomeRows:
         """Return rows `ids`, ascending, on the device in the transfer dtype."""
@@ -118,12 +131,13 @@ class ResidentRows(Rows):
             self._gradient = self._gradient.to(device)
 
     @override
-    def chosen(self, flags: Tensor) -> Ids:
-        return ids_of(flags)
+    def chosen(self, flags: Tensor, *, is_there: bool = False) -> Callable[[], Ids]:
+        return functools.cache(lambda: ids_of(flags))
 
     @override
-    def choose(self, tokens: Tokens, k: int) -> Int[Tensor, "tokens kept"]:
-        return choose(self.store, tokens, k)
+    def choose(self, tokens: Tokens, k: int) -> Callable[[], tuple[Kept, Kept]]:
+        columns = choose(self.store, tokens, k)
+        return lambda: (columns, columns)
 
     @override
     def take(self, ids: Ids) -> SomeRows:
@@ -138,14 +152,14 @@ class ResidentRows(Rows):
 
     @override
     def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:
-        ids, found = self.chosen(self._has_gradient), self.store.rows[:0]
+        ids, found = ids_of(self._has_gradient), self.store.rows[:0]
         if self._gradient is not None:
             found = self._gradient[ids].to(self.store.transfer_dtype).float()
         return lambda: (ids, found)
 
     @override
     def held_ids(self) -> list[Tensor]:
-        return [] if self._gradient is None else [self.chosen(self._has_gradient)]
+        return [] if self._gradient is None else [ids_of(self._has_gradient)]
 
     @override
     def parts(self) -> list[Tensor]:
@@ -188,7 +202,7 @@ class ResidentRows(Rows):
         """Do nothing, because there are no copies."""
 
 
-def choose(store: RowStore, tokens: Tokens, k: int) -> Int[Tensor, "tokens kept"]:
+def choose(store: RowStore, tokens: Tokens, k: int) -> Kept:
     """Compute `Rows.choose` for tokens on the device of the store.
 
     Args:

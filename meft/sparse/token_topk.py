@@ -13,6 +13,7 @@ A neuron with s <= 0 contributes to none of these and is not fetched. Saved for 
 are h and, per token, the neurons that it kept and their k . h.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,42 +22,35 @@ from torch import Tensor, nn
 
 from meft.sparse.block_neurons import BlockNeurons
 from meft.sparse.choice import (
+    Begun,
     PerExpert,
     PerKept,
-    choose,
     distinct,
+    finish,
     neurons_of,
     pieces_of,
+    pieces_of_kept,
 )
+from meft.sparse.pieces import Choice, ranks
 from meft.sparse.products import dots, sums
 from meft.sparse.row_parameter import begin_backward, mark
 from meft.sparse.rows import Tokens
 from meft.transforms import refuse_create_graph
 
 
-def token_topk(
-    tokens: Tokens,
-    gates: PerExpert | None,
-    parameter: nn.Parameter,
-    experts: Int[Tensor, "tokens experts"] | None,
-    block: BlockNeurons,
-) -> Tokens:
+def token_topk(begun: Begun, parameter: nn.Parameter, block: BlockNeurons) -> Tokens:
     """Return the output of the block.
 
     Args:
-        tokens: h, in the dtype of the computation, `tokens hidden`.
-        gates: factors on the scores of each token's experts, `tokens experts`; None for
-            1.
+        begun: the tokens, and what is known of their choice.
         parameter: the parameter of the rows.
-        experts: the experts of each token, ascending, `tokens experts`; None without
-            experts.
         block: the neurons of the block and the number of them to keep.
 
     Returns:
         The output, `tokens hidden`.
     """
     out: Tensor = _TokenTopK.apply(  # type: ignore[no-untyped-call]
-        tokens, gates, parameter, experts, block
+        begun.tokens, begun.gates, parameter, begun, block
     )
     return out
 
@@ -70,33 +64,35 @@ class _TokenTopK(torch.autograd.Function):
         tokens: Tokens,
         gates: PerExpert | None,
         parameter: nn.Parameter,
-        experts: Int[Tensor, "tokens experts"] | None,
+        begun: Begun,
         block: BlockNeurons,
     ) -> Tokens:
-        """Return the output of the adapter; arguments are those of `token_topk`.
+        """Return the output of the adapter.
 
         Args:
             ctx: the autograd context.
-            tokens: h, `tokens hidden`.
-            gates: factors on the scores, `tokens experts`; None for 1.
+            tokens: h, `tokens hidden`, of `begun`.
+            gates: factors on the scores, `tokens experts`, of `begun`; None for 1.
             parameter: the parameter of the rows.
-            experts: the experts of each token, `tokens experts`; None without experts.
+            begun: what is known of the choice.
             block: the neurons of the block.
 
         Returns:
             The output, `tokens hidden`.
         """
-        columns, raw = choose(block, tokens, gates, experts)
-        per_expert = block.config.neurons_per_expert
+        begun = replace(begun, tokens=tokens, gates=gates)  # without their graphs
+        experts, per_expert = begun.experts, block.config.neurons_per_expert
+        kept = finish(block, begun)
+        columns, raw = kept.columns, kept.raw
         neurons = neurons_of(columns, experts, per_expert)
         gate = _gate(gates, columns, per_expert)
         weights = torch.relu(raw if gate is None else raw * gate)
-        kept = weights > 0
-        active = distinct(block, neurons[kept])
-        block.counts.add(len(tokens), len(active))
+        counts = weights > 0
+        active = distinct(block, neurons, counts)
+        block.counts.add(len(tokens), kept.num_candidates, active)
         out = torch.zeros_like(tokens, dtype=torch.float32)
-        for piece in pieces_of(block, tokens, neurons, kept, active):
-            some = weights.flatten()[piece.entries]
+        for piece in pieces_of_kept(block, tokens, neurons, counts, kept, active):
+            some = piece.of(weights.flatten())
             out += sums(some, piece.table, piece.start, piece.values)
         ctx.block, ctx.active = block, active
         ctx.parameter, ctx.version = parameter, parameter._version
@@ -116,11 +112,16 @@ class _TokenTopK(torch.autograd.Function):
         grad = grad.to(tokens.dtype)
         grad_tokens = torch.zeros_like(tokens, dtype=torch.float32)
         grad_score = torch.zeros_like(raw)
-        for piece in pieces_of(block, tokens, neurons, weights > 0, ctx.active):
+        counts = weights > 0
+        rank = ranks(block.config.num_neurons, neurons, counts)[neurons]
+        choice = Choice(rank=rank, counts=counts)
+        for piece in pieces_of(block, tokens, choice, ctx.active()):
             score = dots(grad, piece.table, piece.start, piece.values)
-            grad_score.view(-1)[piece.entries] = score
-            weight = weights.flatten()[piece.entries]
-            dot = score if gate is None else score * gate.flatten()[piece.entries]
+            piece.put(score, grad_score.view(-1))
+            weight = piece.of(weights.flatten())
+            dot = piece.of(grad_score.flatten())
+            if gate is not None:
+                dot = dot * gate.flatten()[piece.entries]
             grad_tokens += sums(dot, piece.table, piece.start, piece.keys)
             if not wants_rows:
                 continue

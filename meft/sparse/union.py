@@ -10,42 +10,33 @@ a token may keep; their gates are not in the sum, so the router does not learn.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from meft.sparse.block_neurons import BlockNeurons
-from meft.sparse.choice import choose, distinct, neurons_of
+from meft.sparse.choice import Begun, distinct, finish, neurons_of
 from meft.sparse.row_parameter import begin_backward, mark
 from meft.sparse.rows import Tokens
 from meft.sparse.shapes import Ids
 from meft.transforms import refuse_create_graph
 
 
-def union(
-    tokens: Tokens,
-    gates: None,
-    parameter: nn.Parameter,
-    experts: Int[Tensor, "tokens experts"] | None,
-    block: BlockNeurons,
-) -> Tokens:
+def union(begun: Begun, parameter: nn.Parameter, block: BlockNeurons) -> Tokens:
     """Return the output of the block.
 
     Args:
-        tokens: h, in the dtype of the computation, `tokens hidden`.
-        gates: None, as there are no gates.
+        begun: the tokens, and what is known of their choice. There are no gates.
         parameter: the parameter of the rows.
-        experts: the experts of each token, ascending, `tokens experts`; None without
-            experts.
         block: the neurons of the block and the number of them to keep.
 
     Returns:
         The output, `tokens hidden`.
     """
     out: Tensor = _Union.apply(  # type: ignore[no-untyped-call]
-        tokens, gates, parameter, experts, block
+        begun.tokens, parameter, begun, block
     )
     return out
 
@@ -57,31 +48,30 @@ class _Union(torch.autograd.Function):
     def forward(
         ctx: Any,
         tokens: Tokens,
-        gates: None,
         parameter: nn.Parameter,
-        experts: Int[Tensor, "tokens experts"] | None,
+        begun: Begun,
         block: BlockNeurons,
     ) -> Tokens:
-        """Return the output of the adapter; arguments are those of `union`.
+        """Return the output of the adapter.
 
         Args:
             ctx: the autograd context.
-            tokens: h, `tokens hidden`.
-            gates: None, as there are no gates.
+            tokens: h, `tokens hidden`, of `begun`.
             parameter: the parameter of the rows.
-            experts: the experts of each token, `tokens experts`; None without experts.
+            begun: what is known of the choice.
             block: the neurons of the block.
 
         Returns:
             The output, `tokens hidden`.
         """
-        columns, _ = choose(block, tokens, None, experts)
-        active = distinct(
-            block, neurons_of(columns, experts, block.config.neurons_per_expert)
-        )
-        block.counts.add(len(tokens), len(active))
+        begun = replace(begun, tokens=tokens)  # without their graph
+        kept = finish(block, begun)
+        per_expert = block.config.neurons_per_expert
+        neurons = neurons_of(kept.columns, begun.experts, per_expert)
+        active = distinct(block, neurons)
+        block.counts.add(len(tokens), kept.num_candidates, active)
         out = torch.zeros_like(tokens, dtype=torch.float32)
-        for _, keys, values in _pieces(block, tokens, active):
+        for _, keys, values in _pieces(block, tokens, active()):
             out += torch.relu(tokens @ keys.T) @ values
         ctx.block, ctx.active = block, active
         ctx.parameter, ctx.version = parameter, parameter._version
@@ -96,7 +86,7 @@ class _Union(torch.autograd.Function):
         wants_rows = begin_backward(ctx, ctx.parameter, ctx.version)
         grad = grad.to(tokens.dtype)
         grad_tokens = torch.zeros_like(tokens, dtype=torch.float32)
-        for ids, keys, values in _pieces(block, tokens, ctx.active):
+        for ids, keys, values in _pieces(block, tokens, ctx.active()):
             weights = torch.relu(tokens @ keys.T)
             grad_dots = (grad @ values.T) * (weights > 0)
             grad_tokens += grad_dots @ keys
@@ -104,7 +94,7 @@ class _Union(torch.autograd.Function):
                 grad_rows = torch.cat((grad_dots.T @ tokens, weights.T @ grad), 1)
                 block.rows.add_gradient(ids, grad_rows.float())
         grad_parameter = mark(ctx.parameter) if wants_rows else None
-        return grad_tokens.to(tokens.dtype), None, grad_parameter, None, None
+        return grad_tokens.to(tokens.dtype), grad_parameter, None, None
 
 
 def _pieces(

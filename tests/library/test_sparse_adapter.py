@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 import meft
 from library.sparse import HIDDEN, ROUTINGS, config, lone_adapter
-from meft.sparse.adapter import SparseAdapter
+from meft.sparse.adapter import Padding, SparseAdapter
 from meft.sparse.dense import DenseAdapter, dense
-from meft.sparse.pieces import pieces
+from meft.sparse.indices import keeps_all_entries
+from meft.sparse.pieces import Choice, pieces, ranks
 from meft.sparse.products import dots, starts, sums
 from meft.testing import tolerance
 
@@ -113,7 +114,7 @@ def test_padding_chooses_nothing(routing: str) -> None:
     for filler in (0.0, 100.0):
         adapter = lone_adapter(config(**ROUTINGS[routing]))
         x = tokens(8).view(2, 4, HIDDEN)
-        out = adapter(torch.where(mask[..., None], x, filler), mask)
+        out = adapter(torch.where(mask[..., None], x, filler), Padding.of(mask))
         out.square().sum().backward()
         assert not out[~mask].any()
         found.append((out.detach(), gradient_of(adapter), adapter.counts.total_active))
@@ -125,7 +126,7 @@ def test_padding_chooses_nothing(routing: str) -> None:
 def test_nothing_but_padding_adds_nothing() -> None:
     adapter = lone_adapter(config())
     x = tokens(3)[None].requires_grad_()
-    out = adapter(x, torch.zeros(1, 3, dtype=torch.bool))
+    out = adapter(x, Padding.of(torch.zeros(1, 3, dtype=torch.bool)))
     out.sum().backward()
     assert not out.any()
     assert not gradient_of(adapter).any()
@@ -174,19 +175,31 @@ def test_products_with_chosen_rows_are_the_dense_ones() -> None:
     assert_close(sums(weights, table, start, index), whole @ table)
 
 
-def test_pieces_cover_a_choice_once() -> None:
+@pytest.mark.parametrize("is_static", [False, True])
+def test_pieces_cover_a_choice_once(is_static: bool) -> None:
     rows = lone_adapter(config()).rows
     neurons = torch.tensor([[0, 5, 9], [5, 9, 60]])
     counts = torch.tensor([[True, True, False], [True, True, True]])
     active = torch.tensor([0, 5, 9, 60])
-    found = []
-    for piece in pieces(rows, neurons, counts, active, 3, torch.float32):
-        keys = piece.table[piece.keys]
-        assert torch.equal(
-            keys, rows.store.rows[neurons.flatten()[piece.entries], :HIDDEN]
-        )
-        found += piece.entries.tolist()
+    choice = Choice(rank=ranks(64, neurons, counts)[neurons], counts=counts)
+    found, filled = [], torch.zeros(6)
+    with keeps_all_entries.replaced(lambda device: is_static):
+        for piece in pieces(rows.take, choice, active, 3):
+            here = torch.ones(6) if piece.is_here is None else piece.is_here
+            here = here[: len(piece.entries)].bool()
+            keys = piece.table[piece.keys[here]]
+            entries = piece.entries[here]
+            rows_of = rows.store.rows[neurons.flatten()[entries], :HIDDEN]
+            assert torch.equal(keys, rows_of)
+            found += entries.tolist()
+            piece.put(torch.ones(len(piece.entries)), filled)
+            order, start, token = piece.by_row()
+            for index, of in enumerate(piece.ids):
+                mine = slice(start[index], start[index + 1])
+                assert torch.equal(token[mine], piece.entries[order[mine]] // 3)
+                assert (neurons.flatten()[piece.entries[order[mine]]] == of).all()
     assert sorted(found) == [0, 1, 3, 4, 5]
+    assert filled.tolist() == [1, 1, 0, 1, 1, 1]
 
 
 def test_an_adapter_runs_where_autocast_is_on() -> None:

@@ -104,8 +104,8 @@ def test_a_16_bit_wire_gives_the_bits_of_resident_16_bit_rows(engine: str) -> No
 def test_the_ledger_is_the_closed_formula() -> None:
     """Without a cache, per block: what a batch activates goes up and its gradient down.
 
-    With experts, rows of chosen experts go up to be scored, those that answer again to
-    be summed, and again in backward; a byte per expert and per neuron, four per index.
+    With experts, rows of chosen experts go up to be scored, and stay until their sums;
+    those that answer go up again in backward; a byte per expert and per neuron.
     """
     model = sparse_model(cache="off")
     engine = engine_of(model)
@@ -116,7 +116,7 @@ def test_the_ledger_is_the_closed_formula() -> None:
         name, seen = f"block {index}", adapter.counts
         assert 0 < seen.total_active < seen.total_candidates
         up, down = engine.ledger.h2d, engine.ledger.d2h
-        forward = row * (seen.total_candidates + seen.total_active)
+        forward = row * seen.total_candidates
         assert up[TransferTag(name, "forward")] == forward
         assert down[TransferTag(name, "forward")] == 32 + 64
         assert up[TransferTag(name, "backward")] == row * seen.total_active

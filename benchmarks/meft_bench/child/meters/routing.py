@@ -47,8 +47,9 @@ def look(model: nn.Module, run: Callable[[], object]) -> Routing | None:
 
     def note(adapter: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0]
-        mask = kwargs.get("token_mask")
-        tokens = (hidden.flatten(0, -2) if mask is None else hidden[mask]).float()
+        padding, tokens = kwargs.get("padding"), hidden.flatten(0, -2).float()
+        if padding is not None:
+            tokens = tokens[padding.places(hidden)]
         keys = _keys(adapter).to(tokens.device)
         scores = tokens @ keys.T
         if isinstance(adapter, SparseAdapter) and adapter.router is not None:

@@ -11,6 +11,7 @@ each row is kept in real tensors, and the engine's own counters report the trans
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,15 +71,27 @@ class _Declared:
         """Number of entries of the current choice."""
         self._share = 1.0
 
-    def distinct(self, block: BlockNeurons, choice: Tensor, size: int = 1) -> Ids:
+    def distinct(
+        self,
+        block: BlockNeurons,
+        choice: Tensor,
+        counts: Tensor | None = None,
+        size: int = 1,
+        is_there: bool = False,
+    ) -> Callable[[], Ids]:
         """Call the library's function; store the number of entries of the choice."""
         config = block.config
-        self._most = choice.numel()
         # A batch is assumed to use all experts that it can, because there are few.
         chooses = size == 1 and config.top_k_neurons < config.num_neurons
-        self._share = self._fraction if chooses else 1.0
-        found = distinct.plain(block, choice, size)
-        return _first(len(found)) if found.device.type == "cpu" else found
+        share = self._fraction if chooses else 1.0
+        get = distinct.plain(block, choice, counts, size, is_there)
+
+        def declared() -> Ids:
+            self._most, self._share = choice.numel(), share
+            found = get()
+            return _first(len(found)) if found.device.type == "cpu" else found
+
+        return functools.cache(declared)
 
     def ids_of(self, flags: Tensor) -> Ids:
         """Return the first rows instead of those whose flag is set."""
