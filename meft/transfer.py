@@ -95,6 +95,10 @@ class Link:
         self._up = torch.cuda.Stream(device) if is_cuda else None
         self._down = torch.cuda.Stream(device) if is_cuda else None
 
+    def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return memory of the host from which a tensor is uploaded at once."""
+        return torch.empty(shape, dtype=dtype, pin_memory=self._up is not None)
+
     def upload(self, tensor: Tensor, tag: TransferTag) -> "PendingCopy":
         """Start to copy `tensor`, in host memory, to the device."""
         if self._up is None:

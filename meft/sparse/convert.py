@@ -180,13 +180,13 @@ def host_bytes(
             found |= {"moments": 8 * numbers, "gradients": 4 * numbers}
             found |= {"idle steps": steps, "rows while they are saved": 4 * numbers}
         return found
-    slots = slots_for(config, num_rows, width, transfer_dtype)
+    held, gradients = slots_for(config, num_rows, width, transfer_dtype)
     found["moments"] = 8 * numbers
     found |= {"idle steps": steps, "rows while they are saved": 4 * numbers}
-    if slots < num_rows:
+    if gradients < num_rows:
         found["gradients"] = 4 * numbers
     if is_on_host:
-        found["cache"] = slots * width * (transfer_dtype.itemsize + 4)
+        found["cache"] = width * (held * transfer_dtype.itemsize + gradients * 4)
     return found
 
 

@@ -1,4 +1,4 @@
-"""The device side of offloaded rows: the cache, its slots, and the link to the host.
+"""The device side of offloaded rows: their slots, and the link to the host.
 
 All transfers are recorded in the ledger under the block and the phase: rows, gradients,
 and the indices that identify them (int32 to the device, one byte per flag to the host).
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from meft.sparse.cache import RowCache
+from meft.sparse.cache import GradientSlots, RowCache
 from meft.sparse.config import SparseConfig
 from meft.sparse.rows import Rows
 from meft.sparse.store import RowStore
@@ -50,11 +50,12 @@ class Engine:
             # A model may be unpickled directly onto a device.
             store.to(torch.device("cpu"))
         first = stores[0]
-        num_slots = slots_for(
+        self._num_slots = slots_for(
             config, len(stores) * len(first), first.width, first.transfer_dtype
         )
-        self.cache = RowCache(len(stores), len(first), num_slots)
-        self._num_slots = num_slots
+        rows, gradients = self._num_slots
+        self.cache = RowCache(len(stores), len(first), rows)
+        self.gradients = GradientSlots(len(stores), len(first), gradients)
         self._slabs: tuple[Tensor, Tensor] | None = None
         self._make_rows = make_rows
         self.blocks = [
@@ -74,11 +75,12 @@ class Engine:
     def slabs(self) -> tuple[Tensor, Tensor]:
         """Return the slots for rows and those for their gradients."""
         if self._slabs is None:
-            store = self.blocks[0].store
-            shape = (self._num_slots, store.width)
+            store, device = self.blocks[0].store, self.link.device
+            rows, gradients = self._num_slots
+            dtype = store.transfer_dtype
             self._slabs = (
-                torch.zeros(shape, dtype=store.transfer_dtype, device=self.link.device),
-                torch.zeros(shape, device=self.link.device),
+                torch.zeros(rows, store.width, dtype=dtype, device=device),
+                torch.zeros(gradients, store.width, device=device),
             )
         return self._slabs
 
@@ -116,8 +118,12 @@ class Engine:
 
 def slots_for(
     config: SparseConfig, num_rows: int, width: int, transfer_dtype: torch.dtype
-) -> int:
-    """Return the number of slots in the budget, each for a row and its gradient.
+) -> tuple[int, int]:
+    """Return how many rows, and how many gradients, have a slot in the budget.
+
+    Rows come first: one that is not here is fetched in every forward and in every
+    backward. A gradient that is not here is sent to the host in every backward, and in
+    the other direction.
 
     Args:
         config: the budget (`device_bytes`), and whether there is a cache.
@@ -126,4 +132,6 @@ def slots_for(
         transfer_dtype: dtype of the cached rows.
     """
     budget = config.device_bytes * 7 // 8 if config.cache != "off" else 0
-    return min(budget // (width * (transfer_dtype.itemsize + 4)), num_rows)
+    rows = min(budget // (width * transfer_dtype.itemsize), num_rows)
+    left = budget - rows * width * transfer_dtype.itemsize
+    return rows, min(left // (width * 4), num_rows)

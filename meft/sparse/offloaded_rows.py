@@ -3,9 +3,9 @@
     take(ids):  cached rows that have not changed since they were fetched: read from
                 the cache; all others: gathered on the host, one upload, kept if there
                 is room
-    gradients:  of cached rows: summed in the cache, one download per step; they stay
-                until they are cleared, and clipping and scaling change them in place;
-                of all others: one download per batch, summed on the host
+    gradients:  summed in slots of their own, one download per step; they stay until
+                they are cleared, and clipping and scaling change them in place;
+                those without a slot: one download per batch, summed on the host
 
 Weights change only at the optimizer step, so a row that was fetched once is valid for
 all batches whose gradients that step adds up (the accumulation window).
@@ -64,13 +64,13 @@ class OffloadedRows(EngineRows):
 
     def leave_device(self) -> None:
         """Download the gradients that are only on the device, before it is changed."""
-        ids, slots = self.engine.cache.with_gradient(self.block)
+        ids, slots = self.engine.gradients.held(self.block)
         self._on_its_way = None
         if len(ids):
             there = self.engine.slabs[1][self._places(slots)]
             gradient = self.engine.download(there, self.tag()).get()
             self._host_gradient.add(ids, gradient)
-            self.engine.cache.has_gradient[slots] = False
+            self.engine.gradients.release(self.block)
             self._gradient_places = None
 
     @override
@@ -116,10 +116,12 @@ class OffloadedRows(EngineRows):
 
     @override
     def add_gradient(self, ids: Ids, gradient: SomeRows) -> None:
-        cache = self.engine.cache
         wanted = ids.numpy()
-        slots = cache.find(self.block, wanted)
-        away = (slots < 0) | self._host_gradient.has_gradient[wanted]
+        # A sum stays where it was begun.
+        is_new = ~self._host_gradient.has_gradient[wanted]
+        slots = self.engine.gradients.assign(self.block, wanted, is_new)
+        away = slots < 0
+        gradient = gradient.to(self.store.transfer_dtype)
         if not away.any():
             self._add_on_device(slots, gradient)
             return
@@ -127,13 +129,12 @@ class OffloadedRows(EngineRows):
             stay = self._places((~away).nonzero()[0])
             self._add_on_device(slots[~away], gradient[stay])
             gradient = gradient[self._places(away.nonzero()[0])]
-        sent = gradient.to(self.store.transfer_dtype)
-        gradient = self.engine.download(sent, self.tag()).get()
+        gradient = self.engine.download(gradient, self.tag()).get()
         self._host_gradient.add(wanted[away], gradient)
 
     @override
     def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:
-        ids, slots = self.engine.cache.with_gradient(self.block)
+        ids, slots = self.engine.gradients.held(self.block)
         coming = None
         if len(ids):
             sums = self.engine.slabs[1][self._places_of_gradient(slots)]
@@ -145,7 +146,8 @@ class OffloadedRows(EngineRows):
             if coming is not None:
                 parts.append((torch.from_numpy(ids), coming.get().float()))
             if self._host_gradient:
-                parts.append((self._host_gradient.ids, self._host_gradient.values))
+                values = self._host_gradient.values.to(self.store.transfer_dtype)
+                parts.append((self._host_gradient.ids, values.float()))
             if not parts:
                 return torch.zeros(0, dtype=torch.long), self.store.rows[:0]
             if len(parts) == 1:
@@ -156,13 +158,13 @@ class OffloadedRows(EngineRows):
 
     @override
     def held_ids(self) -> list[Tensor]:
-        ids, _ = self.engine.cache.with_gradient(self.block)
+        ids, _ = self.engine.gradients.held(self.block)
         held = [torch.from_numpy(ids)] if len(ids) else []
         return [*held, self._host_gradient.ids] if self._host_gradient else held
 
     @override
     def parts(self) -> list[Tensor]:
-        _, slots = self.engine.cache.with_gradient(self.block)
+        _, slots = self.engine.gradients.held(self.block)
         found = []
         if len(slots):
             found.append(self.engine.slabs[1][self._places_of_gradient(slots)])
@@ -172,7 +174,7 @@ class OffloadedRows(EngineRows):
 
     @override
     def put_parts(self, parts: list[Tensor]) -> None:
-        _, slots = self.engine.cache.with_gradient(self.block)
+        _, slots = self.engine.gradients.held(self.block)
         rest = iter(parts)
         if len(slots):
             self.engine.slabs[1][self._places_of_gradient(slots)] = next(rest)
@@ -195,10 +197,10 @@ class OffloadedRows(EngineRows):
 
     @override
     def drop_gradient(self) -> None:
-        _, slots = self.engine.cache.with_gradient(self.block)
+        _, slots = self.engine.gradients.held(self.block)
         if len(slots):
-            self.engine.slabs[1][self._places_of_gradient(slots)] = 0
-            self.engine.cache.has_gradient[slots] = False
+            self.engine.slabs[1].index_fill_(0, self._places_of_gradient(slots), 0)
+            self.engine.gradients.release(self.block)
             self._gradient_places = None
         self._host_gradient.drop()
 
@@ -229,7 +231,7 @@ class OffloadedRows(EngineRows):
         kept = self._keep(ids, slots, version, stale)
         if not kept.any():
             return
-        rows = self.store.read(torch.from_numpy(ids[kept]))
+        rows = self._read(ids[kept])
         self.engine.num_prefetched += len(rows)
         tag = self.tag()
         self._on_its_way = (
@@ -255,7 +257,7 @@ class OffloadedRows(EngineRows):
             version: the current version of each.
             fresh: whether the cached copy of each is up to date.
         """
-        missing = self.store.read(torch.from_numpy(wanted[~fresh]))
+        missing = self._read(wanted[~fresh])
         rows = self.engine.upload(missing, self.tag()).get()
         kept = self._keep(wanted, slots, version, ~fresh)
         if kept.any():
@@ -273,6 +275,12 @@ class OffloadedRows(EngineRows):
         taken.index_copy_(0, self._places(fresh.nonzero()[0]), found)
         taken.index_copy_(0, self._places((~fresh).nonzero()[0]), rows)
         return taken
+
+    def _read(self, ids: Longs) -> SomeRows:
+        """Gather rows in memory from which they are uploaded without another copy."""
+        store = self.store
+        out = self.engine.link.staging((len(ids), store.width), store.transfer_dtype)
+        return store.read(torch.from_numpy(ids), out)
 
     def _keep(
         self, ids: Longs, slots: Longs, version: Longs, stale: np.ndarray
@@ -296,8 +304,7 @@ class OffloadedRows(EngineRows):
         return kept
 
     def _add_on_device(self, slots: Longs, gradient: SomeRows) -> None:
-        self.engine.slabs[1].index_add_(0, self._places(slots), gradient)
-        self.engine.cache.has_gradient[slots] = True
+        self.engine.slabs[1].index_add_(0, self._places(slots), gradient.float())
         self._gradient_places = None
 
     def _places_of_gradient(self, slots: Longs) -> Tensor:

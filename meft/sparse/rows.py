@@ -89,7 +89,11 @@ class Rows(Holder, Protocol):
         """Return rows `ids`, ascending, on the device in the transfer dtype."""
 
     def add_gradient(self, ids: Ids, gradient: SomeRows) -> None:
-        """Add to the gradients of rows `ids`, ascending; float32, on the device."""
+        """Add to the gradients of rows `ids`, ascending; float32, on the device.
+
+        What is added is rounded to the transfer dtype first, and sums are float32, so
+        that they do not depend on what was transferred and when.
+        """
 
     def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:
         """Start the transfer of the gradient to the device of the store.
@@ -147,7 +151,8 @@ class ResidentRows(Rows):
     def add_gradient(self, ids: Ids, gradient: SomeRows) -> None:
         if self._gradient is None:
             self._gradient = torch.zeros_like(self.store.rows)
-        self._gradient.index_add_(0, ids, gradient)
+        dtype = self.store.transfer_dtype
+        self._gradient.index_add_(0, ids, gradient.to(dtype).float())
         self._has_gradient[ids] = True
 
     @override

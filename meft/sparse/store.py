@@ -119,14 +119,20 @@ class RowStore:
             first, second = self._moments
             self._moments = first.to(device), second.to(device)
 
-    def read(self, ids: Ids) -> SomeRows:
-        """Return a copy of the current rows `ids`, in the transfer dtype."""
+    def read(self, ids: Ids, out: SomeRows | None = None) -> SomeRows:
+        """Return a copy of the current rows `ids`, in the transfer dtype.
+
+        Args:
+            ids: which rows, `some`.
+            out: memory for the copy, `some width`; None for new memory.
+        """
+        if out is None:
+            out = self.rows.new_empty(len(ids), self.width, dtype=self.transfer_dtype)
         if self.shadow is not None:
             self._renew_shadow(ids)
-            return self.shadow.index_select(0, ids)
+            return torch.index_select(self.shadow, 0, ids, out=out)
         if self._at_last is not None or self._moments is None:
-            return self.rows.index_select(0, ids)
-        out = self.rows.new_empty(len(ids), self.width)
+            return torch.index_select(self.rows, 0, ids, out=out)
         places = torch.arange(len(ids), device=ids.device)
         self._adam().values(self._table(), ids, out, places)
         return out
