@@ -3,8 +3,8 @@
 Rows and gradients have slots of their own, so that a row that is only read takes no
 room for a gradient. Rows of all blocks share a fixed number of slots. Blocks run in
 turn, so the row used longest ago is the next one needed, and an LRU policy would evict
-every row just before its use. Here a new row takes a free slot or the slot of a row that its own block has
-not used for two rounds; otherwise it is not cached.
+every row just before its use. Here a new row takes a free slot or the slot of a row
+that its own block has not used for two rounds; otherwise it is not cached.
 """
 
 import numpy as np

@@ -257,7 +257,7 @@ def test_a_gradient_keeps_its_slot_until_it_is_cleared() -> None:
 
 @pytest.mark.parametrize("wire", [torch.bfloat16, torch.float32])
 def test_rows_have_slots_before_their_gradients(wire: torch.dtype) -> None:
-    """Within the budget: three times the rows that fit with room for a gradient each."""
+    """Within the budget: three times as many as with room for a gradient each."""
     width, rows = 32, 1000
     for budget in (0, 10_000, 40_000, 100_000, 10**7):
         held, gradients = slots_for(
