@@ -11,7 +11,7 @@ host memory, or the values of tensors:
     meft.sparse.indices.ids_of, all_ids, new_steps
                                            index tensors, whose size or use by the host
                                            depends on values
-    meft.sparse.indices.keeps_all_entries  whether sizes that depend on values are known
+    meft.sparse.indices.knows_sizes        whether sizes that depend on values are known
 
     with kernels_on.replaced(lambda device: None):
         ...                                # the reference implementation runs

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from meft.replaceable import Replaceable
 from meft.sparse.block_neurons import BlockNeurons
-from meft.sparse.pieces import Choice, Piece, flags_of, piece, pieces, ranks, take_as
-from meft.sparse.products import dots
+from meft.sparse.pieces import KEY, Choice, Piece, flags_of, piece, pieces, ranks
 from meft.sparse.router import top
 from meft.sparse.rows import Tokens
 from meft.sparse.shapes import Ids
@@ -151,7 +150,7 @@ def _scores(
     raw = torch.empty(neurons.shape, device=tokens.device)
     held = None
     for part in pieces_of(block, tokens, choice, ids):
-        part.put(dots(tokens, part.table, part.start, part.keys), raw.view(-1))
+        part.dots(tokens, KEY, raw)
         if len(part.ids) == len(ids):
             held = (ids, part.table, rank)
     return raw, held
@@ -199,7 +198,10 @@ def pieces_of(
         choice: the neurons that each token chose.
         ids: the distinct neurons of the choice, ascending; on the host.
     """
-    take = take_as(block.rows, tokens.dtype)
+
+    def take(some: Ids) -> Tensor:
+        return block.rows.take(some).to(tokens.dtype)
+
     return pieces(take, choice, ids, block.rows_per_piece)
 
 

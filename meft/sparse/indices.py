@@ -15,12 +15,9 @@ def ids_of(flags: Bool[Tensor, " rows"]) -> Ids:
 
 
 @Replaceable
-def keeps_all_entries(device: torch.device) -> bool:
-    """Return whether entries that do not count are kept, with the weight 0.
-
-    To leave them out, the host has to know how many there are.
-    """
-    return device.type == "cuda"
+def knows_sizes(device: torch.device) -> bool:
+    """Return whether the host knows sizes that depend on values without waiting."""
+    return device.type == "cpu"
 
 
 @Replaceable

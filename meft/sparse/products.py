@@ -14,8 +14,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from meft.sparse.indices import keeps_all_entries
-
 Start = Int[Tensor, " bounds"]
 Index = Int[Tensor, " entries"]
 
@@ -42,8 +40,6 @@ def dots(
         start: the first entry of each token, `tokens + 1`.
         index: the row of each entry, `entries`.
     """
-    if keeps_all_entries(x.device):
-        return dots_of_all(x, table, start, index)
     with warnings.catch_warnings():
         # The warning says that compressed tensors are in beta.
         warnings.filterwarnings("ignore", message="Sparse")
@@ -56,20 +52,6 @@ def dots(
         )
         sampled: Tensor = torch.sparse.sampled_addmm(pattern, x, table.T, beta=0.0)
         return sampled.values()
-
-
-def dots_of_all(
-    x: Float[Tensor, "tokens hidden"],
-    table: Float[Tensor, "rows hidden"],
-    start: Start,
-    index: Index,
-) -> Float[Tensor, " entries"]:
-    """Return the same by a product with every row; arguments are those of `dots`.
-
-    On matrix units it costs less than gathering pairs, and an entry may occur twice.
-    """
-    token = torch.repeat_interleave(start.diff(), output_size=index.numel())
-    return (x @ table.T)[token, index].float()
 
 
 def sums(

@@ -31,8 +31,7 @@ from meft.sparse.choice import (
     pieces_of,
     pieces_of_kept,
 )
-from meft.sparse.pieces import Choice, ranks
-from meft.sparse.products import dots, sums
+from meft.sparse.pieces import KEY, VALUE, Choice, ranks
 from meft.sparse.row_parameter import begin_backward, mark
 from meft.sparse.rows import Tokens
 from meft.transforms import refuse_create_graph
@@ -92,8 +91,7 @@ class _TokenTopK(torch.autograd.Function):
         block.counts.add(len(tokens), kept.num_candidates, active)
         out = torch.zeros_like(tokens, dtype=torch.float32)
         for piece in pieces_of_kept(block, tokens, neurons, counts, kept, active):
-            some = piece.of(weights.flatten())
-            out += sums(some, piece.table, piece.start, piece.values)
+            out += piece.sums(weights, VALUE)
         ctx.block, ctx.active = block, active
         ctx.parameter, ctx.version = parameter, parameter._version
         ctx.save_for_backward(tokens, gates, experts, columns.int(), raw)
@@ -116,19 +114,12 @@ class _TokenTopK(torch.autograd.Function):
         rank = ranks(block.config.num_neurons, neurons, counts)[neurons]
         choice = Choice(rank=rank, counts=counts)
         for piece in pieces_of(block, tokens, choice, ctx.active()):
-            score = dots(grad, piece.table, piece.start, piece.values)
-            piece.put(score, grad_score.view(-1))
-            weight = piece.of(weights.flatten())
-            dot = piece.of(grad_score.flatten())
-            if gate is not None:
-                dot = dot * gate.flatten()[piece.entries]
-            grad_tokens += sums(dot, piece.table, piece.start, piece.keys)
-            if not wants_rows:
-                continue
-            order, start, token = piece.by_row()
-            keys = sums(dot[order], tokens, start, token)
-            values = sums(weight[order], grad, start, token)
-            block.rows.add_gradient(piece.ids, torch.cat((keys, values), 1))
+            piece.dots(grad, VALUE, grad_score)
+            dot = grad_score if gate is None else grad_score * gate
+            grad_tokens += piece.sums(dot, KEY)
+            if wants_rows:
+                of_rows = piece.row_sums((dot, tokens), (weights, grad))
+                block.rows.add_gradient(piece.ids, torch.cat(of_rows, 1))
         grad_gates = None
         if gates is not None:
             place = columns // block.config.neurons_per_expert

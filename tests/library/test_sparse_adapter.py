@@ -10,8 +10,8 @@ import meft
 from library.sparse import HIDDEN, ROUTINGS, config, lone_adapter
 from meft.sparse.adapter import Padding, SparseAdapter
 from meft.sparse.dense import DenseAdapter, dense
-from meft.sparse.indices import keeps_all_entries
-from meft.sparse.pieces import Choice, pieces, ranks
+from meft.sparse.indices import knows_sizes
+from meft.sparse.pieces import KEY, VALUE, Choice, pieces, ranks
 from meft.sparse.products import dots, starts, sums
 from meft.testing import tolerance
 
@@ -175,31 +175,32 @@ def test_products_with_chosen_rows_are_the_dense_ones() -> None:
     assert_close(sums(weights, table, start, index), whole @ table)
 
 
-@pytest.mark.parametrize("is_static", [False, True])
-def test_pieces_cover_a_choice_once(is_static: bool) -> None:
+@pytest.mark.parametrize("is_known", [False, True])
+@pytest.mark.parametrize("size", [3, 4])
+def test_products_of_pieces_are_those_of_the_choice(is_known: bool, size: int) -> None:
+    """Each number of the choice in one piece, on a CPU and as on a GPU."""
     rows = lone_adapter(config()).rows
     neurons = torch.tensor([[0, 5, 9], [5, 9, 60]])
     counts = torch.tensor([[True, True, False], [True, True, True]])
     active = torch.tensor([0, 5, 9, 60])
     choice = Choice(rank=ranks(64, neurons, counts)[neurons], counts=counts)
-    found, filled = [], torch.zeros(6)
-    with keeps_all_entries.replaced(lambda device: is_static):
-        for piece in pieces(rows.take, choice, active, 3):
-            here = torch.ones(6) if piece.is_here is None else piece.is_here
-            here = here[: len(piece.entries)].bool()
-            keys = piece.table[piece.keys[here]]
-            entries = piece.entries[here]
-            rows_of = rows.store.rows[neurons.flatten()[entries], :HIDDEN]
-            assert torch.equal(keys, rows_of)
-            found += entries.tolist()
-            piece.put(torch.ones(len(piece.entries)), filled)
-            order, start, token = piece.by_row()
-            for index, of in enumerate(piece.ids):
-                mine = slice(start[index], start[index + 1])
-                assert torch.equal(token[mine], piece.entries[order[mine]] // 3)
-                assert (neurons.flatten()[piece.entries[order[mine]]] == of).all()
-    assert sorted(found) == [0, 1, 3, 4, 5]
-    assert filled.tolist() == [1, 1, 0, 1, 1, 1]
+    x, numbers = tokens(2), torch.tensor([[2.0, 3, 4], [5, 6, 7]])
+    dots, sums = torch.full((2, 3), -1.0), torch.zeros(2, HIDDEN)
+    of_rows = torch.zeros(64, HIDDEN)
+    with knows_sizes.replaced(lambda device: is_known):
+        for piece in pieces(rows.take, choice, active, size):
+            piece.dots(x, VALUE, dots)
+            sums += piece.sums(numbers, KEY)
+            (of_rows[piece.ids],) = piece.row_sums((numbers, x))
+    keys, values = rows.store.rows.chunk(2, 1)
+    wanted = (values[neurons] @ x[:, :, None])[..., 0].where(counts, -1.0)
+    assert_close(dots, wanted)
+    weights = numbers * counts
+    assert_close(sums, (weights[..., None] * keys[neurons]).sum(1))
+    whole = torch.zeros(64, HIDDEN).index_add_(
+        0, neurons.flatten(), (weights[..., None] * x[:, None]).flatten(0, 1)
+    )
+    assert_close(of_rows, whole)
 
 
 def test_an_adapter_runs_where_autocast_is_on() -> None:

@@ -18,18 +18,17 @@ from library.sparse import (
 )
 from library.waits import counted
 from meft.sparse.adapter import SparseAdapter, sparse_adapters
-from meft.sparse.indices import keeps_all_entries
-from meft.sparse.pieces import Piece
-from meft.sparse.products import dots_of_all
+from meft.sparse.indices import knows_sizes
+from meft.testing import tolerance
 
 
 def on_a_gpu(device: torch.device) -> bool:
-    return True
+    return False
 
 
 def waits_of(phase: str, **fields: Any) -> Counter[str]:
     """Of all adapters in one phase of the second step of a model."""
-    with keeps_all_entries.replaced(on_a_gpu):
+    with knows_sizes.replaced(on_a_gpu):
         model = sparse_model(**fields)
         adam = meft.SparseAdamW(model.parameters())
         first, second = batches(2)
@@ -108,26 +107,33 @@ def test_the_choice_is_sent_before_the_feed_forward(
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("budget", [2**30, 9_000])
-def test_entries_of_weight_0_change_no_bit(
-    routing: str, budget: int, monkeypatch: pytest.MonkeyPatch
+def test_products_with_every_row_are_those_with_chosen_rows(
+    routing: str, budget: int
 ) -> None:
-    """What a GPU does so that the host need not know how many entries count."""
-    for module in ("choice", "token_topk"):  # a GPU's products, for both
-        monkeypatch.setattr(f"meft.sparse.{module}.dots", dots_of_all)
+    """What a GPU does so that the host need not know how many numbers count."""
     fields = ROUTINGS[routing] | {"device_bytes": budget}
     plain = sparse_model(**fields)
-    with keeps_all_entries.replaced(on_a_gpu):
-        static = sparse_model(**fields)
-        (inputs,) = batches(1)
-        static(**inputs).loss.backward()
-        found = row_gradients(static)
-        static.zero_grad()
-        losses = train(static)
+    (inputs,) = batches(1)
     plain(**inputs).loss.backward()
-    assert torch.equal(found, row_gradients(plain))
-    plain.zero_grad()
-    assert losses == train(plain)
-    assert torch.equal(all_rows(static), all_rows(plain))
+    with knows_sizes.replaced(on_a_gpu):
+        static = sparse_model(**fields)
+        static(**inputs).loss.backward()
+    wanted = row_gradients(plain)
+    difference = (row_gradients(static) - wanted).abs().max()
+    assert difference <= tolerance(torch.float32, DEPTH) * wanted.abs().max()
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("budget", [2**30, 9_000])
+def test_products_with_every_row_give_the_bits_of_resident_rows(
+    routing: str, budget: int
+) -> None:
+    fields = ROUTINGS[routing] | {"device_bytes": budget}
+    with knows_sizes.replaced(on_a_gpu):
+        here = sparse_model(**fields, placement="resident")
+        away = sparse_model(**fields)
+        assert train(here) == train(away)
+    assert torch.equal(all_rows(here), all_rows(away))
 
 
 def test_a_count_is_not_lost_before_it_is_read() -> None:
@@ -144,23 +150,3 @@ def test_a_count_is_not_lost_before_it_is_read() -> None:
     assert counts.num_batches == 2
     counts.clear()
     assert (counts.total_active, counts.num_batches) == (0, 0)
-
-
-def test_a_piece_leaves_out_what_is_elsewhere() -> None:
-    piece = Piece(
-        ids=torch.tensor([3, 4]),
-        table=torch.zeros(4, 2),
-        entries=torch.arange(4),
-        is_here=torch.tensor([True, False, True, False]),
-        row=torch.tensor([1, 0, 0, 1]),
-        start=torch.tensor([0, 2, 4]),
-        per_token=2,
-    )
-    assert piece.of(torch.tensor([1.0, 2, 3, 4])).tolist() == [1, 0, 3, 0]
-    numbers = torch.tensor([9.0, 9, 9, 9])
-    piece.put(torch.tensor([1.0, 2, 3, 4]), numbers)
-    assert numbers.tolist() == [1, 9, 3, 9]
-    order, start, token = piece.by_row()
-    assert order[:2].tolist() == [2, 0]
-    assert start.tolist() == [0, 1, 2]
-    assert token[:2].tolist() == [1, 0]
