@@ -12,6 +12,7 @@ import inspect
 import math
 import numbers
 import operator
+import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial, wraps
 from typing import Any, TypeVar
@@ -108,6 +109,13 @@ def boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise ConfigError(f"`{name}` must be True or False, got {_given(value)}")
     return bool(value)
+
+
+def path(name: str, value: Any) -> str:
+    """Return `value` as a string if it is a path that is not empty."""
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ConfigError(f"`{name}` must be a path, got {_given(value)}")
+    return str(os.fspath(value))
 
 
 def nonzero_number(name: str, value: Any) -> float:

@@ -16,6 +16,7 @@ from meft.validate import (
     integer,
     one_of,
     or_none,
+    path,
     suggests_fields,
 )
 
@@ -70,6 +71,10 @@ class SparseConfig:
             Default: `'steps'`.
         prefetch (bool): Whether to fetch the rows that the next block used last time
             while the current block computes. Default: `True`.
+        folder (str | None): Existing folder, on a local disk, of the files in which
+            rows and their optimizer state are kept, mapped into memory, for rows beyond
+            host memory. The files have no names and are gone when the process ends. It
+            is not saved with a model. None keeps them in host memory. Default: `None`.
         update (str): What happens to rows without a gradient in an optimizer step.
             `dense`: they take the step. `lazy`: they do not change. `catchup`: they
             take it when they are next needed, with the same bits as `dense`, at a cost
@@ -90,6 +95,7 @@ class SparseConfig:
     device_bytes: int = 2**30
     cache: str = "steps"
     prefetch: bool = True
+    folder: str | None = None
     update: str = "catchup"
 
     def __post_init__(self) -> None:
@@ -98,6 +104,11 @@ class SparseConfig:
             raise ConfigError(
                 f"`top_k_neurons` is {self.top_k_neurons}, but there are only "
                 f"{self.num_neurons} neurons (`num_neurons`)"
+            )
+        if self.folder is not None and self.placement != "offloaded":
+            raise ConfigError(
+                f"`folder` is {self.folder!r}, but `placement` is {self.placement!r}: "
+                "only rows in host memory can be kept in files"
             )
         if self.num_experts != 0:
             self._check_experts()
@@ -166,8 +177,10 @@ class SparseConfig:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as a JSON object."""
-        return dataclasses.asdict(self)
+        """Return the fields as a JSON object, without `folder`."""
+        fields = dataclasses.asdict(self)
+        del fields["folder"]
+        return fields
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "SparseConfig":
@@ -176,7 +189,8 @@ class SparseConfig:
         Raises:
             ConfigError: a field is unknown or missing, or has an illegal value.
         """
-        return cls(**checked(fields, _EXPECTED))
+        saved = {name: of for name, of in _EXPECTED.items() if name != "folder"}
+        return cls(**checked(fields, saved))
 
 
 _EXPECTED: dict[str, Expectation] = {
@@ -191,6 +205,7 @@ _EXPECTED: dict[str, Expectation] = {
     "device_bytes": integer(1),
     "cache": one_of(("steps", "window", "off")),
     "prefetch": boolean,
+    "folder": or_none(path),
     "update": one_of(UPDATES),
 }
 

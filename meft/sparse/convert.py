@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import shutil
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from meft import host_memory
+from meft import host_memory, mapped_memory
 from meft.backbone import parallel
 from meft.backbone.block_call import by_name
 from meft.backbone.families import FAMILIES
@@ -132,22 +133,49 @@ def _find(model: nn.Module) -> BlockList:
 def _refuse_too_many_rows(
     found: BlockList, config: SparseConfig, transfer_dtype: torch.dtype
 ) -> None:
-    available = host_memory.available_bytes()
-    if available is None:
-        return
     first = found.blocks[0]
     width = 2 * found.family.adapter_shape(first, found.config).hidden_size
     num_rows = len(found.blocks) * config.num_neurons
     is_on_host = next(first.parameters()).device.type == "cpu"
     parts = host_bytes(config, num_rows, width, transfer_dtype, is_on_host=is_on_host)
-    needed = sum(parts.values())
-    if needed > available:
-        listed = ", ".join(f"{name} {n:,}" for name, n in parts.items() if n)
+    places = {"host memory": (parts, host_memory.available_bytes(), _OR_FILES)}
+    if config.folder is not None:
+        inside = {name: n for name, n in parts.items() if name not in _IN_MEMORY}
+        outside = {name: n for name, n in parts.items() if name in _IN_MEMORY}
+        places = {
+            f"the disk of {config.folder!r}": (inside, _free(config.folder), ""),
+            "host memory": (outside, host_memory.available_bytes(), ""),
+        }
+    for place, (kept, available, remedy) in places.items():
+        needed = sum(kept.values())
+        if available is None or needed <= available:
+            continue
+        listed = ", ".join(f"{name} {n:,}" for name, n in kept.items() if n)
         raise HostMemoryError(
             f"to train {num_rows:,} neurons of {width} numbers takes {needed:,} bytes "
-            f"of host memory ({listed}), but {available:,} bytes are available: lower "
-            f"`num_neurons` (now {config.num_neurons} a block)"
+            f"of {place} ({listed}), but {available:,} bytes are available: lower "
+            f"`num_neurons` (now {config.num_neurons} a block){remedy}"
         )
+
+
+_IN_MEMORY = ("idle steps", "cache")
+"""What takes host memory also where rows are kept in files."""
+_OR_FILES = ", or keep rows in files by `SparseConfig.folder`"
+
+
+def _free(folder: str) -> int:
+    """Return the free bytes of the disk of a folder.
+
+    Raises:
+        HostMemoryError: there is no such folder.
+    """
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError as error:
+        raise HostMemoryError(
+            f"rows cannot be kept in `folder` {folder!r}: {error.strerror}. Create it, "
+            "or take a folder on a local disk"
+        ) from error
 
 
 def host_bytes(
@@ -201,9 +229,13 @@ def _new_store(
     Initially the adapter therefore adds 0.
     """
     hidden_size = found.family.adapter_shape(block, found.config).hidden_size
-    rows = torch.zeros(config.num_neurons, 2 * hidden_size)
+    shape = config.num_neurons, 2 * hidden_size
+    folder = config.folder
+    rows = torch.zeros(shape)
+    if folder is not None:
+        rows = mapped_memory.zeros(shape, torch.float32, folder)
     rows[:, :hidden_size].normal_(std=router.KEY_STD)
-    return RowStore(rows, transfer_dtype, config.update)
+    return RowStore(rows, transfer_dtype, config.update, folder)
 
 
 def _rows(stores: list[RowStore], config: SparseConfig) -> list[Rows]:

@@ -5,20 +5,20 @@ import torch
 
 from meft.sparse.cache import Longs
 from meft.sparse.shapes import AllRows, Ids, SomeRows
+from meft.sparse.store import RowStore
 
 
 class HostGradient:
     """The gradient of some rows of a block, in host memory.
 
     Args:
-        num_rows: the number of rows of the block.
-        width: numbers in a row.
+        store: the rows of the block.
     """
 
-    def __init__(self, num_rows: int, width: int) -> None:
-        self._width = width
+    def __init__(self, store: RowStore) -> None:
+        self._store = store
         self._sums: AllRows | None = None
-        self.has_gradient = np.zeros(num_rows, bool)
+        self.has_gradient = np.zeros(len(store), bool)
         """Whether each row has a gradient here."""
 
     def __bool__(self) -> bool:
@@ -38,7 +38,7 @@ class HostGradient:
     def add(self, ids: Longs, gradient: SomeRows) -> None:
         """Add to the gradients of rows `ids`."""
         if self._sums is None:
-            self._sums = torch.zeros(len(self.has_gradient), self._width)
+            self._sums = self._store.zeros()
         self._sums.index_add_(0, torch.from_numpy(ids), gradient.float())
         self.has_gradient[ids] = True
 

@@ -46,7 +46,7 @@ class OffloadedRows(EngineRows):
         self.block = block
         self._last_taken: Longs = np.zeros(0, np.int64)
         self._on_its_way: tuple[PendingCopy, PendingCopy] | None = None
-        self._host_gradient = HostGradient(len(store), store.width)
+        self._host_gradient = HostGradient(store)
         self._gradient_places: Tensor | None = None
         """Slots of the gradients on the device, if transferred already."""
         self.is_settled = False

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from meft import mapped_memory
 from meft.errors import ConfigError
 from meft.page_lock import page_locked
 from meft.sparse import adam, idle
@@ -38,18 +39,26 @@ class RowStore:
             stored.
         transfer_dtype: the dtype of what `read()` returns.
         update: what happens to rows without a gradient (`SparseConfig.update`).
+        folder: folder of the files in which everything of the size of the rows is
+            kept; None for main memory.
     """
 
     bytes_per_row = 8 * idle.NUM_FACTORS + 16
     """Bytes stored per row in addition to its numbers."""
 
     def __init__(
-        self, rows: AllRows, transfer_dtype: torch.dtype, update: str = "catchup"
+        self,
+        rows: AllRows,
+        transfer_dtype: torch.dtype,
+        update: str = "catchup",
+        folder: str | None = None,
     ) -> None:
-        self.rows = page_locked(rows)
+        self._folder = folder
+        # A GPU cannot copy from the memory of a file at once.
+        self.rows = page_locked(rows) if folder is None else rows
         self.transfer_dtype = transfer_dtype
         is_wide = transfer_dtype == torch.float32
-        self.shadow = None if is_wide else page_locked(rows.to(transfer_dtype))
+        self.shadow = None if is_wide else self._copy(rows, transfer_dtype)
         self._moments: tuple[Tensor, Tensor] | None = None
         self.updated_at = new_steps(len(rows), rows.device)
         """The last step that changed the value of each row."""
@@ -67,11 +76,15 @@ class RowStore:
 
     def __reduce__(self) -> Any:
         """Reduce to the current rows; a copy, also a saved one, has taken no steps."""
-        return RowStore, (self.settled(), self.transfer_dtype, self.update)
+        of_rows = self.settled(), self.transfer_dtype, self.update
+        return (RowStore if self._folder is None else in_folder), (
+            of_rows if self._folder is None else (*of_rows, self._folder)
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RowStore":
         """Return a copy with the current rows: see `__reduce__`."""
-        copied = RowStore(self.settled().clone(), self.transfer_dtype, self.update)
+        rows = self._copy(self.settled(), torch.float32)
+        copied = RowStore(rows, self.transfer_dtype, self.update, self._folder)
         memo[id(self)] = copied
         return copied
 
@@ -99,11 +112,19 @@ class RowStore:
     def moments(self) -> tuple[Tensor, Tensor]:
         """Return Adam's m and v, which are created on first access."""
         if self._moments is None:
-            self._moments = (
-                page_locked(torch.zeros_like(self.rows)),
-                page_locked(torch.zeros_like(self.rows)),
-            )
+            self._moments = self.zeros(), self.zeros()
         return self._moments
+
+    def zeros(self, dtype: torch.dtype = torch.float32) -> AllRows:
+        """Return zeros of the shape of the rows, in the kind of memory they are in."""
+        if self._folder is None:
+            return page_locked(torch.zeros_like(self.rows, dtype=dtype))
+        return mapped_memory.zeros(tuple(self.rows.shape), dtype, self._folder)
+
+    def _copy(self, rows: AllRows, dtype: torch.dtype) -> AllRows:
+        if self._folder is None:
+            return page_locked(rows.to(dtype, copy=True))
+        return self.zeros(dtype).copy_(rows)
 
     def to(self, device: torch.device) -> None:
         """Move all tensors to `device`, unless they are there already."""
@@ -151,7 +172,7 @@ class RowStore:
         later steps do not depend on whether this method was called.
         """
         if self._at_last is None and len(self._behind()):
-            at_last = self.rows.clone()
+            at_last = self._copy(self.rows, torch.float32)
             everyone = self._everyone()
             self._adam().values(self._table(), everyone, self.rows, everyone)
             self._at_last = at_last
@@ -260,7 +281,7 @@ class RowStore:
         self.schedule = None if schedule is None else Schedule(**schedule)
         self._at_last = None
         if len(state["behind"]):
-            self._at_last = self.rows.clone()
+            self._at_last = self._copy(self.rows, torch.float32)
             behind = state["behind"].to(self.rows.device)
             self._at_last[behind] = state["at_last"].to(self.rows.device)
             self._restart_changed()
@@ -339,6 +360,18 @@ class RowStore:
 
     def _adam(self) -> Any:
         return adam_on(self.rows.device)
+
+
+def in_folder(
+    rows: AllRows, transfer_dtype: torch.dtype, update: str, folder: str
+) -> RowStore:
+    """Return a store of rows whose memory is files; arguments are those of `RowStore`.
+
+    Raises:
+        HostMemoryError: see `mapped_memory.zeros`.
+    """
+    mapped = mapped_memory.zeros(tuple(rows.shape), torch.float32, folder)
+    return RowStore(mapped.copy_(rows), transfer_dtype, update, folder)
 
 
 _STEPS_OF_A_LIFE = 2**40
