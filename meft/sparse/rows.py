@@ -149,10 +149,12 @@ class ResidentRows(Rows):
 
     @override
     def add_gradient(self, ids: Ids, gradient: SomeRows) -> None:
+        self._add(ids, gradient.to(self.store.transfer_dtype).float())
+
+    def _add(self, ids: Ids, gradient: SomeRows) -> None:
         if self._gradient is None:
             self._gradient = torch.zeros_like(self.store.rows)
-        dtype = self.store.transfer_dtype
-        self._gradient.index_add_(0, ids, gradient.to(dtype).float())
+        self._gradient.index_add_(0, ids, gradient)
         self._has_gradient[ids] = True
 
     @override
@@ -185,7 +187,7 @@ class ResidentRows(Rows):
     @override
     def replace_gradient(self, ids: Ids, gradient: SomeRows) -> None:
         self.drop_gradient()
-        self.add_gradient(ids, gradient)
+        self._add(ids, gradient)
 
     @override
     def drop_gradient(self) -> None:

@@ -118,6 +118,26 @@ def test_a_16_bit_wire_gives_the_bits_of_resident_16_bit_rows(
     assert torch.equal(all_rows(here), all_rows(away))
 
 
+@pytest.mark.parametrize("cache", ["steps", "off"])
+def test_a_gradient_that_was_replaced_has_the_same_bits_everywhere(cache: str) -> None:
+    """It is float32, as the user's own, and rounded when the optimizer takes it."""
+    found = []
+    for placement in ("resident", "offloaded"):
+        model = sparse_model(
+            transfer_dtype="bfloat16", cache=cache, placement=placement
+        )
+        adam = meft.SparseAdamW(model.parameters(), lr=1e-2)
+        first, second = batches(2)
+        model(**first).loss.backward()
+        for adapter in sparse_adapters(model).values():
+            assert adapter.neurons.grad is not None
+            adapter.neurons.grad = adapter.neurons.grad * 0.3
+        model(**second).loss.backward()
+        adam.step()
+        found.append(all_rows(model))
+    assert torch.equal(*found)
+
+
 def test_the_ledger_is_the_closed_formula() -> None:
     """Without a cache, per block: what a batch activates goes up and its gradient down.
 
