@@ -13,8 +13,9 @@ import contextlib
 import dataclasses
 import importlib
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import get_ident
 from types import MappingProxyType
 from typing import Any, Self
@@ -173,13 +174,13 @@ class Since:
 
     Attributes:
         time: the moment, in operators.
-        num_flops: floating-point operations.
-        bytes_touched: bytes that operators had read and written.
+        flops: floating-point operations, by phase.
+        touched: bytes that operators had read and written, by phase.
     """
 
     time: int = 0
-    num_flops: int = 0
-    bytes_touched: int = 0
+    flops: Counter[str] = field(default_factory=Counter)
+    touched: Counter[str] = field(default_factory=Counter)
 
 
 class VirtualGpu:
@@ -235,8 +236,8 @@ class VirtualGpu:
         assert self.ledger is not None
         self.since = Since(
             time=self.ledger.mark(),
-            num_flops=self.ledger.num_flops,
-            bytes_touched=self.ledger.bytes_touched,
+            flops=self.ledger.flops.copy(),
+            touched=self.ledger.touched.copy(),
         )
 
     @property

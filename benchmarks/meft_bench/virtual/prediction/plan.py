@@ -26,6 +26,7 @@ from meft_bench.virtual.emulation import ranks
 from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 from meft_bench.virtual.prediction import any_model
 from meft_bench.virtual.prediction.predict import Ready, ready
+from meft_bench.virtual.prediction.roofline import roofline
 from meft_bench.virtual.recording import views
 from meft_bench.virtual.recording.breakdown import breakdown
 from meft_bench.virtual.recording.replay import held_by, replay
@@ -78,6 +79,9 @@ class MemoryPlan:
         bytes_touched: bytes that operators read and write.
         seconds_at_least: the larger of the times of arithmetic and of memory access at
             the vendor's rates.
+        phases: least seconds of forward, backward and update, by what takes them
+            (`roofline`).
+        step_seconds_at_least: their sum, with the copies over the link.
         seq_len: tokens of the batch that needs most; None for code of the user.
         padding: whether that batch has padding, `none` or `some`; `any` if both need
             the same, "" for code of the user.
@@ -111,6 +115,8 @@ class MemoryPlan:
     moved: list[dict[str, Any]] | None = None
     bytes_touched: int | None = None
     seconds_at_least: float | None = None
+    phases: list[dict[str, Any]] | None = None
+    step_seconds_at_least: float | None = None
     seq_len: int | None = None
     padding: str = ""
     task: str = ""
@@ -329,8 +335,8 @@ def observe(
     directions = Counter[str]()
     for copy in views.copies_after(trace, since.time):
         directions[copy.direction] += copy.num_bytes
-    num_flops = ledger.num_flops - since.num_flops
-    bytes_touched = ledger.bytes_touched - since.bytes_touched
+    flops, touched = ledger.flops - since.flops, ledger.touched - since.touched
+    phases = roofline(gpu, flops_per_second, flops, touched, _copied(trace, since.time))
     return MemoryPlan(
         method="",
         verdict="too large" if message else _verdict(needed, gpu, margin),
@@ -349,15 +355,17 @@ def observe(
         timeline=_moments(trace, since.time) if timeline else None,
         memory_breakdown=breakdown(trace, since.time),
         where=_where(trace, peak),
-        num_flops=num_flops,
+        num_flops=flops.total(),
         h2d_bytes=directions["h2d"] if trace.has_link else None,
         d2h_bytes=directions["d2h"] if trace.has_link else None,
         moved=_moved(trace, since.time) if trace.has_link else None,
-        bytes_touched=bytes_touched,
+        bytes_touched=touched.total(),
         seconds_at_least=max(
-            num_flops / flops_per_second,
-            bytes_touched / gpu.memory_bytes_per_second,
+            flops.total() / flops_per_second,
+            touched.total() / gpu.memory_bytes_per_second,
         ),
+        phases=[each.to_json() for each in phases],
+        step_seconds_at_least=sum(each.seconds for each in phases),
     )
 
 
@@ -400,6 +408,14 @@ def _moved(trace: Trace, started: int) -> list[dict[str, Any]]:
         {"direction": direction, "phase": phase, "block": block, "num_bytes": size}
         for (direction, phase, block), size in views.moved(trace, started).items()
     ]
+
+
+def _copied(trace: Trace, started: int) -> Counter[tuple[str, str]]:
+    """Return the bytes between host and device by direction and phase."""
+    found: Counter[tuple[str, str]] = Counter()
+    for copy in views.copies_after(trace, started):
+        found[copy.direction, copy.phase] += copy.num_bytes
+    return found
 
 
 def _where(trace: Trace, peak: Peak) -> str:

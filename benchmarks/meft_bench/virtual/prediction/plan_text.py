@@ -127,7 +127,7 @@ def summary(
     if plan.get("num_steps", 1) > 1:
         steps = plan["num_steps"]
         lines.append(
-            f"TFLOP, minimum time and host to device are sums over {steps} steps and "
+            f"TFLOP, times and host to device are sums over {steps} steps and "
             "what was copied before them."
         )
     if plan.get("beyond_message"):
@@ -224,6 +224,14 @@ def details(plan: dict[str, Any]) -> str:
             rows.append([more, format_bytes(rest)])
         lines += [f"  {title}", *_aligned(rows)]
     lines.append(f"  unattributed {format_bytes(plan['unattributed_bytes'])}")
+    lines.append("  least time, by phase")
+    lines += _aligned(
+        [
+            [f"    {its['phase']}", f"{its['seconds']:.3g} s", its["bound"]]
+            for its in plan["phases"] or ()
+            if its["seconds"]
+        ]
+    )
     lines.append("  largest at the peak")
     lines += _aligned(
         [
@@ -273,7 +281,7 @@ def _header(maximize: str | None) -> list[str]:
     header = ["method", "verdict", *SIZES.values()]
     if maximize is not None:
         header.insert(1, f"largest {maximize}")
-    header += ["trainable", "TFLOP", "minimum time", "host to device"]
+    header += ["trainable", "TFLOP", "minimum time", "with copies", "host to device"]
     return [*header, "largest kinds", "peak at"]
 
 
@@ -283,13 +291,14 @@ def _row(plan: dict[str, Any], maximize: str | None) -> list[str]:
     if maximize is not None:
         row.insert(1, str(plan["largest"]))
     if plan["by_kind"] is None:
-        return [*row, *["-"] * 6]
+        return [*row, *["-"] * 7]
     kinds = sorted(plan["by_kind"].items(), key=lambda item: -item[1])[:3]
     return [
         *row,
         f"{plan['num_trainable_parameters']:,}",
         f"{plan['num_flops'] / 1e12:.1f}",
         f"{plan['seconds_at_least']:.3g} s",
+        f"{plan['step_seconds_at_least']:.3g} s",
         "-" if plan["h2d_bytes"] is None else format_bytes(plan["h2d_bytes"]),
         ", ".join(f"{kind} {format_bytes(size)}" for kind, size in kinds),
         plan["where"],

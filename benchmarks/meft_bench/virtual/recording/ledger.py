@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import itertools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
@@ -102,11 +103,10 @@ class Ledger(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.step = 0
         """Number of optimizer steps so far."""
-        self.num_flops = 0
-        """Number of floating-point operations of matrix products and attention so far.
-        """
-        self.bytes_touched = 0
-        """Bytes read and written by operators so far, derived from their tensors."""
+        self.flops: Counter[str] = Counter()
+        """Floating-point operations of matrix products and attention, by phase."""
+        self.touched: Counter[str] = Counter()
+        """Bytes read and written by operators, derived from their tensors, by phase."""
         self._workspaces = workspaces or {}
         self._round_bytes = round_bytes
         self._accelerator = accelerator
@@ -256,9 +256,10 @@ class Ledger(TorchDispatchMode):
         given = [*tensors_in(args), *tensors_in([*kwargs.values()])]
         is_of_host = self._is_of_host(made, given)
         if not is_of_host:
-            self.num_flops += work.num_flops(func, args, kwargs, out)
+            phase = self._location.present_phase()
+            self.flops[phase] += work.num_flops(func, args, kwargs, out)
             if not func.is_view:
-                self.bytes_touched += work.num_bytes((*made, *given))
+                self.touched[phase] += work.num_bytes((*made, *given))
         for tensor in made:
             self.see(tensor, func)
         workspace = None if is_of_host else self._workspaces.get(func)
