@@ -1,0 +1,134 @@
+"""Energy, clocks and throttling of a GPU during timed steps, from NVML.
+
+    energy of a step   difference of the GPU's energy counter over the steps / steps
+    mean power         the same difference / seconds of the steps
+    clocks             at the start of the first timed step, at the end of the last
+    throttle reasons   every reason for lower clocks that was seen in a timed step
+
+What happens between steps, as validation, is not included. The counter changes up to
+every 100 ms, so energy over less than a second is not returned.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from meft_bench.shared.nvml import Answer, Gpu
+
+LEAST_SECONDS = 1.0
+NO_REASON = "none"
+"""What is returned if clocks were the highest throughout."""
+_NO_STEP = "no step was timed"
+
+
+class PowerMeter:
+    """Measures the timed steps of a training.
+
+    Args:
+        gpu: the GPU.
+    """
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._num_steps = 0
+        self._seconds = 0.0
+        self._millijoules = 0
+        self._no_energy = ""
+        self._reasons: set[str] = set()
+        self._no_reasons = _NO_STEP
+        self._is_in_step = False
+        self._clocks: dict[str, list[Answer[int]]] = {}
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Measure the body as one step; a body that raises is not counted."""
+        if not self._num_steps:
+            self._read_clocks()
+        before, started = self._gpu.energy_millijoules(), time.perf_counter()
+        self._is_in_step = True
+        try:
+            yield
+            self.look()
+        finally:
+            self._is_in_step = False
+        seconds = time.perf_counter() - started
+        after = self._gpu.energy_millijoules()
+        self._read_clocks()
+        self._num_steps += 1
+        self._seconds += seconds
+        if before.value is None or after.value is None:
+            self._no_energy = before.reason or after.reason
+        else:
+            self._millijoules += after.value - before.value
+
+    def look(self) -> None:
+        """Note why clocks are lower now, if a step is being measured."""
+        if not self._is_in_step:
+            return
+        answer = self._gpu.throttle_reasons()
+        if answer.value is None:
+            self._no_reasons = answer.reason
+        else:
+            self._no_reasons = ""
+            self._reasons |= answer.value
+
+    def _read_clocks(self) -> None:
+        clocks = {
+            "sm": self._gpu.sm_clock_megahertz(),
+            "memory": self._gpu.memory_clock_megahertz(),
+        }
+        for name, clock in clocks.items():
+            first = self._clocks.get(name, [clock])[0]
+            self._clocks[name] = [first, clock]
+
+    @property
+    def step_energy_joules(self) -> Answer[float]:
+        """The mean energy of a step."""
+        return self._joules().then(lambda joules: joules / self._num_steps)
+
+    @property
+    def mean_power_watts(self) -> Answer[float]:
+        """The mean power over the steps."""
+        return self._joules().then(lambda joules: joules / self._seconds)
+
+    def _joules(self) -> Answer[float]:
+        if not self._num_steps:
+            return Answer(None, _NO_STEP)
+        if self._no_energy:
+            return Answer(None, self._no_energy)
+        if self._seconds < LEAST_SECONDS:
+            return Answer(
+                None,
+                f"the timed steps took less than {LEAST_SECONDS:g} s, too short for "
+                "the energy counter: raise `max_steps`",
+            )
+        if self._millijoules <= 0:
+            return Answer(None, "the energy counter did not increase during the steps")
+        return Answer(self._millijoules / 1000)
+
+    @property
+    def sm_clock_megahertz(self) -> Answer[list[int]]:
+        """Clocks of the multiprocessors at start and end."""
+        return self._clock("sm")
+
+    @property
+    def memory_clock_megahertz(self) -> Answer[list[int]]:
+        """Clocks of the memory at start and end."""
+        return self._clock("memory")
+
+    def _clock(self, name: str) -> Answer[list[int]]:
+        if not self._num_steps:
+            return Answer(None, _NO_STEP)
+        found: list[int] = []
+        for clock in self._clocks[name]:
+            if clock.value is None:
+                return Answer(None, clock.reason)
+            found.append(clock.value)
+        return Answer(found)
+
+    @property
+    def throttle_reasons(self) -> Answer[str]:
+        """Every reason that was seen, in words; `NO_REASON` if none was."""
+        if self._no_reasons and not self._reasons:
+            return Answer(None, self._no_reasons)
+        return Answer(", ".join(sorted(self._reasons)) or NO_REASON)
