@@ -249,7 +249,7 @@ def test_doctor_without_nvml_says_how_to_get_it(
     assert found.pop("host peak") == "yes: peak_host_bytes"
     assert set(found.values()) == {
         "no: no GPU: there is no NVML library: install NVIDIA's driver or, in a "
-        "container, pass the GPU with `--gpus all`"
+        "container, pass the GPU to it (docker: `--gpus all`)"
     }
     monkeypatch.setitem(sys.modules, "pynvml", None)
     found = meters_in(examine(capsys))

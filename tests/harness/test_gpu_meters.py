@@ -24,14 +24,14 @@ from meft_bench.child.meters.power import PowerMeter
 from meft_bench.child.meters.processes import ForeignProcesses, context_bytes
 from meft_bench.child.meters.sampler import Sampler
 from meft_bench.shared import nvml
-from meft_bench.shared.nvml import Answer, CounterReading, Gpu
+from meft_bench.shared.nvml import CounterValue, NvmlGpu, Reading
 
 OWN = os.getpid()
 NOT_SUPPORTED = pynvml.NVML_ERROR_NOT_SUPPORTED
 
 
 @contextlib.contextmanager
-def opened(fake: FakeNvml) -> Iterator[Gpu]:
+def opened(fake: FakeNvml) -> Iterator[NvmlGpu]:
     with nvml.open_gpu(fake, [UUID]) as gpu:
         assert gpu.value is not None
         yield gpu.value
@@ -56,7 +56,7 @@ def test_a_gpu_is_found_by_its_uuid_and_nvml_is_closed_again() -> None:
         assert fake.num_open == 1
     assert fake.num_open == 0
     with nvml.open_gpu(fake, [UUID]) as gpu:
-        assert gpu == Answer(None, f"NVML does not know {UUID}: Not Found")
+        assert gpu == Reading(None, f"NVML does not know {UUID}: Not Found")
     assert fake.num_open == 0
 
 
@@ -94,21 +94,21 @@ def test_a_query_that_is_refused_has_a_reason_and_no_value(
         if "Open" in name or "Handle" in name:
             continue
         with opened(fake) as gpu:
-            answers = every_answer(gpu)
-        without = {name for name, one in answers.items() if one.value is None}
+            readings = every_reading(gpu)
+        without = {name for name, one in readings.items() if one.value is None}
         assert len(without) <= 2, name
-        assert all(words in answers[one].reason for one in without), name
-        assert all(answers[one].reason == "" for one in answers.keys() - without)
+        assert all(words in readings[one].reason for one in without), name
+        assert all(readings[one].reason == "" for one in readings.keys() - without)
 
 
-def every_answer(gpu: Gpu) -> dict[str, Answer[Any]]:
+def every_reading(gpu: NvmlGpu) -> dict[str, Reading[Any]]:
     """What a GPU says to each question."""
-    answers: dict[str, Answer[Any]] = {}
-    for name in (name for name in vars(Gpu) if not name.startswith("_")):
-        answer = getattr(gpu, name)()
-        several = answer if isinstance(answer, tuple) else (answer,)
-        answers |= {f"{name} {n}": one for n, one in enumerate(several)}
-    return answers
+    readings: dict[str, Reading[Any]] = {}
+    for name in (name for name in vars(NvmlGpu) if not name.startswith("_")):
+        reading = getattr(gpu, name)()
+        several = reading if isinstance(reading, tuple) else (reading,)
+        readings |= {f"{name} {n}": one for n, one in enumerate(several)}
+    return readings
 
 
 def test_a_part_of_a_gpu_says_that_mig_hides_a_meter() -> None:
@@ -120,19 +120,19 @@ def test_a_part_of_a_gpu_says_that_mig_hides_a_meter() -> None:
     )
     with nvml.open_gpu(fake, ["MIG-1"]) as gpu:
         assert gpu.value is not None
-        answers = (gpu.value.energy_millijoules(), *gpu.value.link_counters())
-    for answer in answers:
-        assert answer.value is None
-        assert answer.reason.startswith("MIG hides it")
+        readings = (gpu.value.energy_millijoules(), *gpu.value.link_counters())
+    for reading in readings:
+        assert reading.value is None
+        assert reading.reason.startswith("MIG hides it")
 
 
 def test_zero_is_no_measurement() -> None:
     """Some drivers return it for what they do not have."""
     fake = FakeNvml(link=(0, 0, 0, 0), used_bytes=0)
     with opened(fake) as gpu:
-        for answer in (gpu.link_generation(), gpu.link_width(), gpu.used_bytes()):
-            assert answer.value is None
-            assert answer.reason == "NVML returns 0, which is no measurement"
+        for reading in (gpu.link_generation(), gpu.link_width(), gpu.used_bytes()):
+            assert reading.value is None
+            assert reading.reason == "NVML returns 0, which is no measurement"
 
 
 def test_an_old_driver_has_throttle_reasons_under_their_old_name() -> None:
@@ -148,7 +148,7 @@ def test_an_idle_gpu_is_not_throttled_and_an_unknown_reason_is_kept() -> None:
     bits = pynvml.nvmlClocksEventReasonGpuIdle | 1 << 40
     words = "unknown reasons 0x10000000000"
     with opened(FakeNvml(event_reasons=bits)) as gpu:
-        assert gpu.throttle_reasons() == Answer(frozenset({words}))
+        assert gpu.throttle_reasons() == Reading(frozenset({words}))
 
 
 # Link
@@ -156,11 +156,11 @@ def test_an_idle_gpu_is_not_throttled_and_an_unknown_reason_is_kept() -> None:
 
 def counted(
     readings: list[int], num_bits: int = 32, seconds: float = 0.02
-) -> Answer[int]:
+) -> Reading[int]:
     counter = UnwrappedCounter(FASTEST)
     for n, value in enumerate(readings):
         shown = value % 2**num_bits
-        counter.read(Answer(CounterReading(shown, num_bits)), n * seconds)
+        counter.read(Reading(CounterValue(shown, num_bits)), n * seconds)
     return counter.total
 
 
@@ -170,15 +170,15 @@ def test_a_counter_is_unwrapped(num_bits: int, start: int) -> None:
     """Several wraps are all counted: 3 GiB from each reading to the next."""
     step = 3 * 2**30
     readings = [start + n * step for n in range(5)]
-    assert counted(readings, num_bits) == Answer(4 * step)
+    assert counted(readings, num_bits) == Reading(4 * step)
 
 
 def test_a_counter_of_32_bits_in_a_number_of_64_is_unwrapped() -> None:
     """Nothing but its values tells that it wraps."""
     counter = UnwrappedCounter(FASTEST)
     for n, value in enumerate((2**32 - 100, 2**32 + 50)):
-        counter.read(Answer(CounterReading(value % 2**32, 64)), n * 0.02)
-    assert counter.total == Answer(150)
+        counter.read(Reading(CounterValue(value % 2**32, 64)), n * 0.02)
+    assert counter.total == Reading(150)
 
 
 def test_a_counter_that_may_have_wrapped_twice_is_unknown() -> None:
@@ -187,16 +187,16 @@ def test_a_counter_that_may_have_wrapped_twice_is_unknown() -> None:
     assert counted([0, 100], seconds=0.5).value is None
     assert "may have wrapped twice" in counted([0, 100], seconds=0.5).reason
     wide = [2**33, 2**33 + 100]
-    assert counted(wide, num_bits=64, seconds=0.5) == Answer(100)
+    assert counted(wide, num_bits=64, seconds=0.5) == Reading(100)
 
 
 def test_a_counter_that_is_reset_or_missed_is_unknown() -> None:
     assert "was reset" in counted([2**33, 5], num_bits=64).reason
     counter = UnwrappedCounter(FASTEST)
-    counter.read(Answer(CounterReading(5, 32)), 0.0)
-    counter.read(Answer(None, "Timeout"), 0.02)
-    counter.read(Answer(CounterReading(9, 32)), 0.04)
-    assert counter.total == Answer(None, "Timeout")
+    counter.read(Reading(CounterValue(5, 32)), 0.0)
+    counter.read(Reading(None, "Timeout"), 0.02)
+    counter.read(Reading(CounterValue(9, 32)), 0.04)
+    assert counter.total == Reading(None, "Timeout")
 
 
 def test_the_link_is_polled_while_a_step_runs() -> None:
@@ -208,7 +208,7 @@ def test_the_link_is_polled_while_a_step_runs() -> None:
             time.sleep(0.3)
     # The first reading only asks whether there are counters.
     assert (link.sent.value, link.received.value) == (4 * step, 0)
-    assert link.source == Answer("counters")
+    assert link.source == Reading("counters")
 
 
 def test_one_counter_that_is_missing_leaves_the_other() -> None:
@@ -232,7 +232,7 @@ def test_without_counters_rates_are_sampled_and_the_record_says_so() -> None:
         seconds = time.perf_counter() - started
         with LinkMeter(gpu) as short:
             pass
-    assert link.source == Answer("samples")
+    assert link.source == Reading("samples")
     assert link.sent.value is not None
     assert 0.1 * 2e6 <= link.sent.value <= seconds * 2e6
     assert short.sent.value is None
@@ -278,8 +278,8 @@ def test_energy_is_that_of_steps_and_not_of_what_is_between(
     joules = itertools.accumulate([5, *itertools.chain(*[(100, 900)] * 4)])
     fake = FakeNvml(millijoules=(1000 * one for one in joules))
     meter = measured(fake, 4, monkeypatch)
-    assert meter.step_energy_joules == Answer(100.0)
-    assert meter.mean_power_watts == Answer(200.0)
+    assert meter.step_energy_joules == Reading(100.0)
+    assert meter.mean_power_watts == Reading(200.0)
 
 
 def test_energy_is_unknown_where_the_counter_cannot_show_it(
@@ -293,11 +293,11 @@ def test_energy_is_unknown_where_the_counter_cannot_show_it(
     errors = {"nvmlDeviceGetTotalEnergyConsumption": NOT_SUPPORTED}
     none = measured(FakeNvml(errors=errors), 4, monkeypatch)
     assert "offers it" in none.mean_power_watts.reason
-    for answer in (short, still.step_energy_joules, none.mean_power_watts):
-        assert answer.value is None
+    for reading in (short, still.step_energy_joules, none.mean_power_watts):
+        assert reading.value is None
     no_step = measured(FakeNvml(), 0, monkeypatch)
     for name in ("step_energy_joules", "sm_clock_megahertz", "throttle_reasons"):
-        assert getattr(no_step, name) == Answer(None, "no step was timed")
+        assert getattr(no_step, name) == Reading(None, "no step was timed")
 
 
 def test_clocks_are_those_of_the_first_start_and_the_last_end() -> None:
@@ -307,8 +307,8 @@ def test_clocks_are_those_of_the_first_start_and_the_last_end() -> None:
         for clock in (1980, 1755, 1410):
             with meter.step():
                 fake.clocks[pynvml.NVML_CLOCK_SM] = clock
-    assert meter.sm_clock_megahertz == Answer([1980, 1410])
-    assert meter.memory_clock_megahertz == Answer([3201, 3201])
+    assert meter.sm_clock_megahertz == Reading([1980, 1410])
+    assert meter.memory_clock_megahertz == Reading([3201, 3201])
 
 
 def test_throttling_counts_in_timed_steps_only() -> None:
@@ -318,15 +318,15 @@ def test_throttling_counts_in_timed_steps_only() -> None:
         meter = PowerMeter(gpu)
         with meter.step():
             pass
-        assert meter.throttle_reasons == Answer("none")
+        assert meter.throttle_reasons == Reading("none")
         fake.event_reasons = pynvml.nvmlClocksEventReasonHwThermalSlowdown
         meter.look()  # between two steps
-        assert meter.throttle_reasons == Answer("none")
+        assert meter.throttle_reasons == Reading("none")
         with meter.step():
             fake.event_reasons = pynvml.nvmlClocksEventReasonSwPowerCap
             meter.look()
             fake.event_reasons = pynvml.nvmlClocksEventReasonSyncBoost
-    assert meter.throttle_reasons == Answer("power cap, sync boost")
+    assert meter.throttle_reasons == Reading("power cap, sync boost")
 
 
 def test_warm_up_steps_are_not_measured() -> None:
@@ -340,7 +340,7 @@ def test_warm_up_steps_are_not_measured() -> None:
         assert meter.throttle_reasons.value is None
         with clock.step():
             pass
-    assert meter.throttle_reasons == Answer("none")
+    assert meter.throttle_reasons == Reading("none")
     assert len(clock.all_step_seconds) == 3
 
 
@@ -349,7 +349,7 @@ def test_warm_up_steps_are_not_measured() -> None:
 
 def foreign(
     fake: FakeNvml, *looks: dict[int, int | None], uses_gpu: bool = False
-) -> Answer[int]:
+) -> Reading[int]:
     """How many foreign processes several looks find; `fake` has those of before."""
     with opened(fake) as gpu:
         counter = ForeignProcesses(gpu, uses_gpu)
@@ -363,22 +363,22 @@ def test_processes_of_other_sessions_are_foreign() -> None:
     """Those of this session are the cell's own; at most two were there at a time."""
     alone: dict[int, int | None] = {OWN: 10}
     init = 1  # leads a session of its own
-    assert foreign(FakeNvml(), alone) == Answer(0)
-    assert foreign(FakeNvml(), alone, {OWN: 10, init: 5}, alone) == Answer(1)
+    assert foreign(FakeNvml(), alone) == Reading(0)
+    assert foreign(FakeNvml(), alone, {OWN: 10, init: 5}, alone) == Reading(1)
     two: dict[int, int | None] = {OWN: 10, init: 5, 2**22 + 1: 7}
-    assert foreign(FakeNvml(), alone, two, {OWN: 10, init: 5}) == Answer(2)
+    assert foreign(FakeNvml(), alone, two, {OWN: 10, init: 5}) == Reading(2)
 
 
 def test_a_container_hides_who_is_foreign_unless_it_was_there_before() -> None:
     """NVML lists ids of the host there: this process is one of them, or none."""
     hidden: dict[int, int | None] = {2**22 + 1: 10}
-    assert foreign(FakeNvml(), hidden) == Answer(None, processes.UNKNOWN_IDS)
-    assert foreign(FakeNvml(), {}) == Answer(None, processes.UNKNOWN_IDS)
+    assert foreign(FakeNvml(), hidden) == Reading(None, processes.UNKNOWN_IDS)
+    assert foreign(FakeNvml(), {}) == Reading(None, processes.UNKNOWN_IDS)
     before: dict[int, int | None] = {2**22 + 2: 5}
-    assert foreign(FakeNvml(processes=before), hidden | before) == Answer(1)
+    assert foreign(FakeNvml(processes=before), hidden | before) == Reading(1)
     # A process that uses the GPU already may be what was listed before.
     found = foreign(FakeNvml(processes=before), before, uses_gpu=True)
-    assert found == Answer(None, processes.UNKNOWN_IDS)
+    assert found == Reading(None, processes.UNKNOWN_IDS)
 
 
 def test_what_cannot_be_listed_is_unknown() -> None:
@@ -508,7 +508,7 @@ def test_without_nvml_every_number_has_the_reason(
 ) -> None:
     """And a cell on a CPU has none, as nothing is missing there."""
     partial = PartialResult()
-    monkeypatch.setattr(nvml, "load", lambda: Answer(None, "no package"))
+    monkeypatch.setattr(nvml, "load", lambda: Reading(None, "no package"))
     with gpu_watch.watched("cuda", partial) as found:
         assert found is None
     assert partial.measurement.unmeasured == f"{', '.join(NVML_NUMBERS)}: no package"
@@ -526,7 +526,7 @@ def test_a_cell_that_fails_still_says_who_was_there(
     fake, partial = FakeNvml(processes={1: 10, OWN: 600}), PartialResult()
     properties = type("Properties", (), {"uuid": "1234"})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(nvml, "load", lambda: Answer(fake))
+    monkeypatch.setattr(nvml, "load", lambda: Reading(fake))
 
     def fail() -> None:
         with gpu_watch.watched("cuda", partial) as watched:

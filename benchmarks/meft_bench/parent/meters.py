@@ -1,8 +1,8 @@
 """Which meters of a real GPU work on this machine, and why the others do not.
 
 Each meter is tried once on each GPU that a cell can use, without a CUDA context: it
-answers, or it says what is missing and what helps. What only torch can tell, which the
-parent does not import, is judged by its version.
+has a reading, or it says what is missing and what helps. What only torch can tell, which
+the parent does not import, is judged by its version.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 
 from meft_bench.parent.engines import environment
 from meft_bench.shared import distributions, nvml
-from meft_bench.shared.nvml import Answer, Gpu
+from meft_bench.shared.nvml import NvmlGpu, Reading
 
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
 """The namespace of process ids in which Linux starts; those of containers differ."""
@@ -23,69 +23,73 @@ OWN_IDS = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Meter:
+class GpuMeter:
     """A meter, and how to find out whether it works."""
 
     name: str
     numbers: tuple[str, ...]
     """Numbers of a measurement that it gives."""
-    ask: Callable[[Gpu], Answer[Any]]
-    """Returns what the meter answers."""
+    ask: Callable[[NvmlGpu], Reading[Any]]
+    """Returns a reading of the meter."""
     counts_processes: bool = False
     """Whether it needs NVML to know the cell by its process id."""
 
 
-def _link_bytes(gpu: Gpu) -> Answer[Any]:
-    answers = gpu.link_counters()
-    without = [answer for answer in answers if answer.value is None]
+def _link_bytes(gpu: NvmlGpu) -> Reading[Any]:
+    readings = gpu.link_counters()
+    without = [reading for reading in readings if reading.value is None]
     if not without:
-        return answers[0]
+        return readings[0]
     rates = gpu.link_rates()
     found = next((rate for rate in rates if rate.value is None), None)
-    return without[0] if found else Answer(f"by samples only: {without[0].reason}")
+    return without[0] if found else Reading(f"by samples only: {without[0].reason}")
 
 
-def _link_speed(gpu: Gpu) -> Answer[Any]:
-    answers = (gpu.link_generation(), gpu.link_width())
-    return next((one for one in answers if one.value is None), answers[0])
+def _link_speed(gpu: NvmlGpu) -> Reading[Any]:
+    readings = (gpu.link_generation(), gpu.link_width())
+    return next((one for one in readings if one.value is None), readings[0])
 
 
-def _clocks(gpu: Gpu) -> Answer[Any]:
-    answers = (gpu.sm_clock_megahertz(), gpu.memory_clock_megahertz())
-    return next((one for one in answers if one.value is None), answers[0])
+def _clocks(gpu: NvmlGpu) -> Reading[Any]:
+    readings = (gpu.sm_clock_megahertz(), gpu.memory_clock_megahertz())
+    return next((one for one in readings if one.value is None), readings[0])
 
 
 METERS = (
-    Meter(
+    GpuMeter(
         name="process memory",
         numbers=("nvml_process_bytes", "context_bytes"),
-        ask=Gpu.processes,
+        ask=NvmlGpu.processes,
         counts_processes=True,
     ),
-    Meter(name="device memory", numbers=("nvml_device_bytes",), ask=Gpu.used_bytes),
-    Meter(
+    GpuMeter(
+        name="device memory", numbers=("nvml_device_bytes",), ask=NvmlGpu.used_bytes
+    ),
+    GpuMeter(
         name="link bytes",
         numbers=("pcie_rx_bytes", "pcie_tx_bytes"),
         ask=_link_bytes,
     ),
-    Meter(
+    GpuMeter(
         name="link speed", numbers=("link_generation", "link_width"), ask=_link_speed
     ),
-    Meter(
+    GpuMeter(
         name="energy",
         numbers=("step_energy_joules", "mean_power_watts"),
-        ask=Gpu.energy_millijoules,
+        ask=NvmlGpu.energy_millijoules,
     ),
-    Meter(
+    GpuMeter(
         name="clocks",
         numbers=("sm_clock_megahertz", "memory_clock_megahertz"),
         ask=_clocks,
     ),
-    Meter(name="throttling", numbers=("throttle_reasons",), ask=Gpu.throttle_reasons),
-    Meter(
+    GpuMeter(
+        name="throttling", numbers=("throttle_reasons",), ask=NvmlGpu.throttle_reasons
+    ),
+    GpuMeter(
         name="foreign processes",
         numbers=("num_foreign_processes",),
-        ask=Gpu.processes,
+        ask=NvmlGpu.processes,
         counts_processes=True,
     ),
 )
@@ -143,7 +147,7 @@ def _why_no_cuda(torch_version: str | None) -> str:
     return ""
 
 
-def _on_all(meter: Meter, gpus: Sequence[environment.PhysicalGpu]) -> str:
+def _on_all(meter: GpuMeter, gpus: Sequence[environment.PhysicalGpu]) -> str:
     """Return whether a meter works on all GPUs, or on which of them it does not."""
     found = [_on(meter, gpu) for gpu in gpus]
     if len(set(found)) == 1:
@@ -154,20 +158,20 @@ def _on_all(meter: Meter, gpus: Sequence[environment.PhysicalGpu]) -> str:
     )
 
 
-def _on(meter: Meter, gpu: environment.PhysicalGpu) -> str:
+def _on(meter: GpuMeter, gpu: environment.PhysicalGpu) -> str:
     module = nvml.load()
     if module.value is None:
         return f"no: {module.reason}"
     with nvml.open_gpu(module.value, [gpu.uuid]) as opened:
         if opened.value is None:
             return f"no: {opened.reason}"
-        answer = meter.ask(opened.value)
-    if answer.value is None:
-        return f"no: {answer.reason}"
+        reading = meter.ask(opened.value)
+    if reading.value is None:
+        return f"no: {reading.reason}"
     if meter.counts_processes and not in_first_namespace():
         return OWN_IDS
-    is_remark = isinstance(answer.value, str)
-    return _yes(meter.numbers, f", {answer.value}" if is_remark else "")
+    is_remark = isinstance(reading.value, str)
+    return _yes(meter.numbers, f", {reading.value}" if is_remark else "")
 
 
 def in_first_namespace(link: Path = Path("/proc/self/ns/pid")) -> bool:

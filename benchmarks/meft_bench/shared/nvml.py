@@ -1,7 +1,7 @@
 """NVML, NVIDIA's management library: a query returns a value or the reason for none.
 
 Meters, and the command that says which of them work, use NVML through this module only.
-A query that a driver, a GPU or a permission does not allow returns an `Answer` without
+A query that a driver, a GPU or a permission does not allow returns a `Reading` without
 a value and with the reason and the remedy; it never raises, and it never returns 0 in
 place of a value. The next query may still have one, so meters fail field by field.
 
@@ -31,7 +31,7 @@ _REASONS = {
     "NVML_ERROR_NOT_SUPPORTED": "neither the GPU nor driver {driver} offers it: none "
     "but another GPU or driver has it",
     "NVML_ERROR_LIBRARY_NOT_FOUND": "there is no NVML library: install NVIDIA's driver "
-    "or, in a container, pass the GPU with `--gpus all`",
+    "or, in a container, pass the GPU to it (docker: `--gpus all`)",
     "NVML_ERROR_DRIVER_NOT_LOADED": "NVIDIA's driver is not loaded: load or install it",
     "NVML_ERROR_LIB_RM_VERSION_MISMATCH": "NVML and the driver in the kernel differ in "
     "their version: restart the machine",
@@ -57,22 +57,22 @@ An idle GPU is none of them: its clocks are low because there is no work.
 
 
 @dataclass(frozen=True, slots=True)
-class Answer(Generic[T]):
+class Reading(Generic[T]):
     """A value, or the reason why there is none."""
 
     value: T | None
     reason: str = ""
     """What prevents the value, and the remedy; empty if there is one."""
 
-    def then(self, convert: Callable[[T], S]) -> "Answer[S]":
-        """Return the answer with its value converted; a reason stays."""
+    def then(self, convert: Callable[[T], S]) -> "Reading[S]":
+        """Return the reading with its value converted; a reason stays."""
         if self.value is None:
-            return Answer(None, self.reason)
-        return Answer(convert(self.value))
+            return Reading(None, self.reason)
+        return Reading(convert(self.value))
 
 
 @dataclass(frozen=True, slots=True)
-class CounterReading:
+class CounterValue:
     """One reading of a counter of bytes."""
 
     value: int
@@ -80,13 +80,13 @@ class CounterReading:
     """Width of the number in which NVML returns it."""
 
 
-def load() -> Answer[ModuleType]:
+def load() -> Reading[ModuleType]:
     """Return the module `pynvml`."""
     try:
         import pynvml  # machines without the bench extra lack it
     except ImportError:
-        return Answer(None, f"cannot tell without `{INSTALL}`")
-    return Answer(pynvml)
+        return Reading(None, f"cannot tell without `{INSTALL}`")
+    return Reading(pynvml)
 
 
 def why_closed(nvml: Any) -> str:
@@ -100,7 +100,7 @@ def why_closed(nvml: Any) -> str:
 
 
 @contextlib.contextmanager
-def open_gpu(nvml: Any, uuids: Sequence[str]) -> Iterator["Answer[Gpu]"]:
+def open_gpu(nvml: Any, uuids: Sequence[str]) -> Iterator["Reading[NvmlGpu]"]:
     """Open NVML for the block, and provide the first of `uuids` that it knows.
 
     NVML numbers GPUs in another order than CUDA, so UUIDs are used.
@@ -112,7 +112,7 @@ def open_gpu(nvml: Any, uuids: Sequence[str]) -> Iterator["Answer[Gpu]"]:
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
-        yield Answer(None, _reason(nvml, error, driver="", is_part=False))
+        yield Reading(None, _reason(nvml, error, driver="", is_part=False))
         return
     try:
         yield _found(nvml, uuids)
@@ -121,19 +121,19 @@ def open_gpu(nvml: Any, uuids: Sequence[str]) -> Iterator["Answer[Gpu]"]:
             nvml.nvmlShutdown()
 
 
-def _found(nvml: Any, uuids: Sequence[str]) -> "Answer[Gpu]":
-    answer: Answer[Gpu] = Answer(None)
+def _found(nvml: Any, uuids: Sequence[str]) -> "Reading[NvmlGpu]":
+    reading: Reading[NvmlGpu] = Reading(None)
     for uuid in uuids:
         try:
             handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
         except nvml.NVMLError as error:
-            answer = Answer(None, f"NVML does not know {uuid}: {error}")
+            reading = Reading(None, f"NVML does not know {uuid}: {error}")
             continue
-        return Answer(Gpu(nvml, handle, is_part=uuid.startswith("MIG-")))
-    return answer
+        return Reading(NvmlGpu(nvml, handle, is_part=uuid.startswith("MIG-")))
+    return reading
 
 
-class Gpu:
+class NvmlGpu:
     """A GPU, or a part of one (MIG), that NVML has opened.
 
     Args:
@@ -151,21 +151,21 @@ class Gpu:
         except nvml.NVMLError:
             self._driver = "of unknown version"
 
-    def processes(self) -> Answer[dict[int, int | None]]:
+    def processes(self) -> Reading[dict[int, int | None]]:
         """Return the bytes of device memory of each compute process, by process id.
 
         The bytes are None where NVML does not tell. Ids are those of the process
         namespace that NVML sees, which in a container may be the host's.
         """
-        found: Answer[Any] = self._ask("nvmlDeviceGetComputeRunningProcesses")
+        found: Reading[Any] = self._ask("nvmlDeviceGetComputeRunningProcesses")
         return found.then(lambda its: {one.pid: one.usedGpuMemory for one in its})
 
-    def used_bytes(self) -> Answer[int]:
+    def used_bytes(self) -> Reading[int]:
         """Return the device memory that is in use, by all processes and the driver."""
-        found: Answer[Any] = self._ask("nvmlDeviceGetMemoryInfo")
+        found: Reading[Any] = self._ask("nvmlDeviceGetMemoryInfo")
         return _positive(found.then(lambda its: int(its.used)))
 
-    def link_counters(self) -> tuple[Answer[CounterReading], Answer[CounterReading]]:
+    def link_counters(self) -> tuple[Reading[CounterValue], Reading[CounterValue]]:
         """Return the readings of the link's counters: bytes sent, bytes received.
 
         They count since an unknown time, with headers, for all processes.
@@ -175,68 +175,68 @@ class Gpu:
             nvml.NVML_FI_DEV_PCIE_COUNT_TX_BYTES,
             nvml.NVML_FI_DEV_PCIE_COUNT_RX_BYTES,
         ]
-        found: Answer[Any] = self._ask("nvmlDeviceGetFieldValues", fields)
+        found: Reading[Any] = self._ask("nvmlDeviceGetFieldValues", fields)
         if found.value is None:
-            return Answer(None, found.reason), Answer(None, found.reason)
+            return Reading(None, found.reason), Reading(None, found.reason)
         sent, received = (self._reading(one) for one in found.value)
         return sent, received
 
-    def _reading(self, field: Any) -> Answer[CounterReading]:
+    def _reading(self, field: Any) -> Reading[CounterValue]:
         nvml = self._nvml
         if field.nvmlReturn != nvml.NVML_SUCCESS:
-            return Answer(None, self._why(nvml.NVMLError(field.nvmlReturn)))
+            return Reading(None, self._why(nvml.NVMLError(field.nvmlReturn)))
         if field.valueType == nvml.NVML_VALUE_TYPE_UNSIGNED_INT:
-            return Answer(CounterReading(int(field.value.uiVal), 32))
+            return Reading(CounterValue(int(field.value.uiVal), 32))
         if field.valueType == nvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG:
-            return Answer(CounterReading(int(field.value.ullVal), 64))
-        return Answer(None, f"NVML counts in a type that is unknown: {field.valueType}")
+            return Reading(CounterValue(int(field.value.ullVal), 64))
+        return Reading(None, f"NVML counts in an unknown type: {field.valueType}")
 
-    def link_rates(self) -> tuple[Answer[int], Answer[int]]:
+    def link_rates(self) -> tuple[Reading[int], Reading[int]]:
         """Return bytes a second over the link: sent, received; blocks for about 40 ms.
 
         Each is the mean of a window of 20 ms of its own.
         """
         nvml, name = self._nvml, "nvmlDeviceGetPcieThroughput"
-        sent: Answer[int] = self._ask(name, nvml.NVML_PCIE_UTIL_TX_BYTES)
-        received: Answer[int] = self._ask(name, nvml.NVML_PCIE_UTIL_RX_BYTES)
+        sent: Reading[int] = self._ask(name, nvml.NVML_PCIE_UTIL_TX_BYTES)
+        received: Reading[int] = self._ask(name, nvml.NVML_PCIE_UTIL_RX_BYTES)
         # NVML gives KB/s.
         return sent.then(lambda its: 1000 * its), received.then(lambda its: 1000 * its)
 
-    def link_generation(self) -> Answer[int]:
+    def link_generation(self) -> Reading[int]:
         """Return the PCIe generation of the link now, which is low if it is idle."""
         return _positive(self._ask("nvmlDeviceGetCurrPcieLinkGeneration"))
 
-    def link_generation_maximum(self) -> Answer[int]:
+    def link_generation_maximum(self) -> Reading[int]:
         """Return the highest PCIe generation that GPU and machine have together."""
         return _positive(self._ask("nvmlDeviceGetMaxPcieLinkGeneration"))
 
-    def link_width(self) -> Answer[int]:
+    def link_width(self) -> Reading[int]:
         """Return the number of lanes that the link has now."""
         return _positive(self._ask("nvmlDeviceGetCurrPcieLinkWidth"))
 
-    def link_width_maximum(self) -> Answer[int]:
+    def link_width_maximum(self) -> Reading[int]:
         """Return the highest number of lanes that GPU and machine have together."""
         return _positive(self._ask("nvmlDeviceGetMaxPcieLinkWidth"))
 
-    def energy_millijoules(self) -> Answer[int]:
+    def energy_millijoules(self) -> Reading[int]:
         """Return the energy that the GPU has used since its driver was loaded."""
         return _positive(self._ask("nvmlDeviceGetTotalEnergyConsumption"))
 
-    def sm_clock_megahertz(self) -> Answer[int]:
+    def sm_clock_megahertz(self) -> Reading[int]:
         """Return the clock of the multiprocessors."""
         clock = self._nvml.NVML_CLOCK_SM
         return _positive(self._ask("nvmlDeviceGetClockInfo", clock))
 
-    def memory_clock_megahertz(self) -> Answer[int]:
+    def memory_clock_megahertz(self) -> Reading[int]:
         """Return the clock of the memory."""
         clock = self._nvml.NVML_CLOCK_MEM
         return _positive(self._ask("nvmlDeviceGetClockInfo", clock))
 
-    def throttle_reasons(self) -> Answer[frozenset[str]]:
+    def throttle_reasons(self) -> Reading[frozenset[str]]:
         """Return why clocks are not the highest now, in words; empty if they are."""
-        found: Answer[int] = self._ask("nvmlDeviceGetCurrentClocksEventReasons")
+        found: Reading[int] = self._ask("nvmlDeviceGetCurrentClocksEventReasons")
         if found.value is None:  # drivers before 535 have the older name only
-            older: Answer[int] = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons")
+            older: Reading[int] = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons")
             found = found if older.value is None else older
         return found.then(self._words)
 
@@ -252,21 +252,21 @@ class Gpu:
             words.add(f"unknown reasons 0x{bits:x}")
         return frozenset(words)
 
-    def _ask(self, name: str, *arguments: Any) -> Answer[Any]:
+    def _ask(self, name: str, *arguments: Any) -> Reading[Any]:
         try:
-            return Answer(getattr(self._nvml, name)(self._handle, *arguments))
+            return Reading(getattr(self._nvml, name)(self._handle, *arguments))
         except self._nvml.NVMLError as error:
-            return Answer(None, self._why(error))
+            return Reading(None, self._why(error))
 
     def _why(self, error: Exception) -> str:
         return _reason(self._nvml, error, self._driver, self._is_part)
 
 
-def _positive(answer: Answer[int]) -> Answer[int]:
-    """Return an answer whose 0 is none: no GPU at work has such a value."""
-    if answer.value == 0:
-        return Answer(None, "NVML returns 0, which is no measurement")
-    return answer
+def _positive(reading: Reading[int]) -> Reading[int]:
+    """Return a reading whose 0 is none: no GPU at work has such a value."""
+    if reading.value == 0:
+        return Reading(None, "NVML returns 0, which is no measurement")
+    return reading
 
 
 def _reason(nvml: Any, error: Any, driver: str, is_part: bool) -> str:

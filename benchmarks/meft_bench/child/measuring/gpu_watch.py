@@ -27,7 +27,7 @@ from meft_bench.child.meters.processes import (
 )
 from meft_bench.child.meters.sampler import Sampler
 from meft_bench.shared import nvml
-from meft_bench.shared.nvml import Answer, Gpu
+from meft_bench.shared.nvml import NvmlGpu, Reading
 
 LOOK_SECONDS = 0.2
 """Time between two looks at throttling and at processes during a timed step."""
@@ -43,7 +43,7 @@ class GpuWatch:
         partial: the partial result to update.
     """
 
-    def __init__(self, gpu: Gpu, partial: PartialResult) -> None:
+    def __init__(self, gpu: NvmlGpu, partial: PartialResult) -> None:
         self._gpu = gpu
         self._partial = partial
         self._power = PowerMeter(gpu)
@@ -53,7 +53,7 @@ class GpuWatch:
         """Make the CUDA context, and note its bytes."""
         torch.cuda.synchronize()
         reserved = torch.cuda.memory_reserved()
-        self._partial.note_answers(context_bytes=context_bytes(self._gpu, reserved))
+        self._partial.note_readings(context_bytes=context_bytes(self._gpu, reserved))
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -83,7 +83,7 @@ class GpuWatch:
                 "link_width": gpu.link_width(),
             }
         self._foreign.look()
-        self._partial.note_answers(
+        self._partial.note_readings(
             nvml_process_bytes=process_bytes(gpu),
             nvml_device_bytes=gpu.used_bytes(),
             pcie_rx_bytes=link.received,
@@ -97,7 +97,7 @@ class GpuWatch:
     def close(self) -> None:
         """Note what was measured of all timed steps."""
         self._foreign.look()
-        self._partial.note_answers(
+        self._partial.note_readings(
             step_energy_joules=self._power.step_energy_joules,
             mean_power_watts=self._power.mean_power_watts,
             sm_clock_megahertz=self._power.sm_clock_megahertz,
@@ -161,8 +161,8 @@ def has_context() -> bool:
 
 
 def _note_unmeasured(partial: PartialResult, reason: str) -> None:
-    none: Answer[Any] = Answer(None, reason)
-    partial.note_answers(**dict.fromkeys(NVML_NUMBERS, none))
+    none: Reading[Any] = Reading(None, reason)
+    partial.note_readings(**dict.fromkeys(NVML_NUMBERS, none))
 
 
 def probe_copies(step: Step, partial: PartialResult) -> None:
@@ -176,8 +176,8 @@ def probe_copies(step: Step, partial: PartialResult) -> None:
         copies = profiled_copies(step)
     except RuntimeError as error:  # without room for the profiler, or without CUPTI
         first = str(error).strip().splitlines()[:1]
-        copies = Answer(None, f"torch's profiler fails: {' '.join(first)}")
-    partial.note_answers(
+        copies = Reading(None, f"torch's profiler fails: {' '.join(first)}")
+    partial.note_readings(
         profiled_h2d_bytes=copies.then(lambda its: its.profiled_h2d_bytes),
         profiled_d2h_bytes=copies.then(lambda its: its.profiled_d2h_bytes),
         profiled_pageable_bytes=copies.then(lambda its: its.profiled_pageable_bytes),

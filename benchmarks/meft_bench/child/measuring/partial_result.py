@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from meft_bench.shared.measurement import Measurement
-from meft_bench.shared.nvml import Answer
+from meft_bench.shared.nvml import Reading
 
 
 class PartialResult:
@@ -21,18 +21,18 @@ class PartialResult:
         """Add numbers of `Measurement`."""
         self.measurement = self.measurement.with_numbers(**fields)
 
-    def note_answers(self, **answers: Answer[Any]) -> None:
+    def note_readings(self, **readings: Reading[Any]) -> None:
         """Add numbers of `Measurement`, or why there are none."""
-        for name, answer in answers.items():
+        for name, reading in readings.items():
             self._unmeasured.pop(name, None)
-            if answer.value is None:
-                self._unmeasured[name] = answer.reason
+            if reading.value is None:
+                self._unmeasured[name] = reading.reason
         by_reason: dict[str, list[str]] = {}
         for name, reason in self._unmeasured.items():
             by_reason.setdefault(reason, []).append(name)
         texts = [f"{', '.join(names)}: {why}" for why, names in by_reason.items()]
         self.note(
-            **{name: answer.value for name, answer in answers.items()},
+            **{name: reading.value for name, reading in readings.items()},
             unmeasured="; ".join(texts) or None,
         )
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from meft_bench.shared.nvml import Answer
+from meft_bench.shared.nvml import Reading
 
 _OF_THE_GPU = ("gpu_memcpy", "gpu_memset", "kernel")
 _NO_EVENTS = (
@@ -41,7 +41,7 @@ class Copies:
     """Those of both directions whose end on the host is not page-locked."""
 
 
-def profiled_copies(step: Callable[[], object]) -> Answer[Copies]:
+def profiled_copies(step: Callable[[], object]) -> Reading[Copies]:
     """Take a step, and return what it copied.
 
     Args:
@@ -53,13 +53,13 @@ def profiled_copies(step: Callable[[], object]) -> Answer[Copies]:
         step()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "trace.json")
+        file = Path(folder, "trace")
         profile.export_chrome_trace(str(file))
         trace = json.loads(file.read_text(encoding="utf-8", errors="replace"))
     return copies_in(trace["traceEvents"])
 
 
-def copies_in(events: Iterable[dict[str, Any]]) -> Answer[Copies]:
+def copies_in(events: Iterable[dict[str, Any]]) -> Reading[Copies]:
     """Return the bytes of the copies in a trace.
 
     Args:
@@ -67,9 +67,9 @@ def copies_in(events: Iterable[dict[str, Any]]) -> Answer[Copies]:
     """
     own = [event for event in events if event.get("cat") in _OF_THE_GPU]
     if not own:
-        return Answer(None, _NO_EVENTS)
+        return Reading(None, _NO_EVENTS)
     copies = [event for event in own if event["cat"] == "gpu_memcpy"]
-    return Answer(
+    return Reading(
         Copies(
             profiled_h2d_bytes=_bytes(copies, "HtoD"),
             profiled_d2h_bytes=_bytes(copies, "DtoH"),

@@ -20,7 +20,7 @@ import statistics
 import time
 
 from meft_bench.child.meters.sampler import Sampler
-from meft_bench.shared.nvml import Answer, CounterReading, Gpu
+from meft_bench.shared.nvml import CounterValue, NvmlGpu, Reading
 
 POLL_SECONDS = 0.02
 WRAP = 1 << 32
@@ -41,7 +41,7 @@ class LinkMeter:
         gpu: the GPU.
     """
 
-    def __init__(self, gpu: Gpu) -> None:
+    def __init__(self, gpu: NvmlGpu) -> None:
         self._gpu = gpu
         self._has_counters = any(a.value is not None for a in gpu.link_counters())
         rate = fastest_rate(gpu)
@@ -62,41 +62,41 @@ class LinkMeter:
         self._sampler.__exit__()
 
     @property
-    def sent(self) -> Answer[int]:
+    def sent(self) -> Reading[int]:
         """Bytes from the GPU to the host."""
         return self._total(0)
 
     @property
-    def received(self) -> Answer[int]:
+    def received(self) -> Reading[int]:
         """Bytes from the host to the GPU."""
         return self._total(1)
 
     @property
-    def source(self) -> Answer[str]:
+    def source(self) -> Reading[str]:
         """What the numbers of bytes come from: `COUNTERS` or `SAMPLES`."""
         totals = (self.sent, self.received)
         if all(total.value is None for total in totals):
-            return Answer(None, totals[0].reason)
-        return Answer(COUNTERS if self._has_counters else SAMPLES)
+            return Reading(None, totals[0].reason)
+        return Reading(COUNTERS if self._has_counters else SAMPLES)
 
-    def _total(self, direction: int) -> Answer[int]:
+    def _total(self, direction: int) -> Reading[int]:
         if self._has_counters:
             return self._counters[direction].total
         rates = self._rates[direction]
         if self._why[direction]:
-            return Answer(None, self._why[direction])
+            return Reading(None, self._why[direction])
         if len(rates) < LEAST_SAMPLES:
-            return Answer(
+            return Reading(
                 None,
                 "the driver has no counters of the link, and the step was too short to "
                 "sample rates: take a larger batch",
             )
-        return Answer(round(statistics.fmean(rates) * self._seconds))
+        return Reading(round(statistics.fmean(rates) * self._seconds))
 
     def _read(self) -> None:
-        answers, now = self._gpu.link_counters(), time.perf_counter()
-        for counter, answer in zip(self._counters, answers, strict=True):
-            counter.read(answer, now)
+        readings, now = self._gpu.link_counters(), time.perf_counter()
+        for counter, reading in zip(self._counters, readings, strict=True):
+            counter.read(reading, now)
 
     def _sample(self) -> None:
         for direction, rate in enumerate(self._gpu.link_rates()):
@@ -122,26 +122,26 @@ class UnwrappedCounter:
         self._reason = ""
 
     @property
-    def total(self) -> Answer[int]:
+    def total(self) -> Reading[int]:
         """The growth in bytes."""
         if self._reason:
-            return Answer(None, self._reason)
+            return Reading(None, self._reason)
         if self._last_seconds is None:
-            return Answer(None, "the counter was not read")
-        return Answer(self._grown)
+            return Reading(None, "the counter was not read")
+        return Reading(self._grown)
 
-    def read(self, answer: Answer[CounterReading], seconds: float) -> None:
+    def read(self, reading: Reading[CounterValue], seconds: float) -> None:
         """Add a reading.
 
         Args:
-            answer: the reading, or why there is none.
+            reading: the reading, or why there is none.
             seconds: time of the reading, by a monotonic clock.
         """
-        if answer.value is None:
+        if reading.value is None:
             # One missed reading may hide a wrap. The first reason is the cause.
-            self._reason = self._reason or answer.reason
+            self._reason = self._reason or reading.reason
             return
-        value = answer.value.value
+        value = reading.value.value
         # Some drivers return a counter of 32 bits in 64: a larger value is the proof.
         self._is_wide = self._is_wide or value >= WRAP
         if self._last_seconds is not None:
@@ -163,7 +163,7 @@ class UnwrappedCounter:
         )
 
 
-def fastest_rate(gpu: Gpu) -> float:
+def fastest_rate(gpu: NvmlGpu) -> float:
     """Return the bytes a second of a GPU's link at its best, in one direction."""
     lane = LANE_RATES.get(gpu.link_generation_maximum().value or 0)
     width = gpu.link_width_maximum().value

@@ -13,7 +13,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from meft_bench.shared.nvml import Answer, Gpu
+from meft_bench.shared.nvml import NvmlGpu, Reading
 
 LEAST_SECONDS = 1.0
 NO_REASON = "none"
@@ -28,7 +28,7 @@ class PowerMeter:
         gpu: the GPU.
     """
 
-    def __init__(self, gpu: Gpu) -> None:
+    def __init__(self, gpu: NvmlGpu) -> None:
         self._gpu = gpu
         self._num_steps = 0
         self._seconds = 0.0
@@ -37,7 +37,7 @@ class PowerMeter:
         self._reasons: set[str] = set()
         self._no_reasons = _NO_STEP
         self._is_in_step = False
-        self._clocks: dict[str, list[Answer[int]]] = {}
+        self._clocks: dict[str, list[Reading[int]]] = {}
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -65,12 +65,12 @@ class PowerMeter:
         """Note why clocks are lower now, if a step is being measured."""
         if not self._is_in_step:
             return
-        answer = self._gpu.throttle_reasons()
-        if answer.value is None:
-            self._no_reasons = answer.reason
+        reading = self._gpu.throttle_reasons()
+        if reading.value is None:
+            self._no_reasons = reading.reason
         else:
             self._no_reasons = ""
-            self._reasons |= answer.value
+            self._reasons |= reading.value
 
     def _read_clocks(self) -> None:
         clocks = {
@@ -82,53 +82,53 @@ class PowerMeter:
             self._clocks[name] = [first, clock]
 
     @property
-    def step_energy_joules(self) -> Answer[float]:
+    def step_energy_joules(self) -> Reading[float]:
         """The mean energy of a step."""
         return self._joules().then(lambda joules: joules / self._num_steps)
 
     @property
-    def mean_power_watts(self) -> Answer[float]:
+    def mean_power_watts(self) -> Reading[float]:
         """The mean power over the steps."""
         return self._joules().then(lambda joules: joules / self._seconds)
 
-    def _joules(self) -> Answer[float]:
+    def _joules(self) -> Reading[float]:
         if not self._num_steps:
-            return Answer(None, _NO_STEP)
+            return Reading(None, _NO_STEP)
         if self._no_energy:
-            return Answer(None, self._no_energy)
+            return Reading(None, self._no_energy)
         if self._seconds < LEAST_SECONDS:
-            return Answer(
+            return Reading(
                 None,
                 f"the timed steps took less than {LEAST_SECONDS:g} s, too short for "
                 "the energy counter: raise `max_steps`",
             )
         if self._millijoules <= 0:
-            return Answer(None, "the energy counter did not increase during the steps")
-        return Answer(self._millijoules / 1000)
+            return Reading(None, "the energy counter did not increase during the steps")
+        return Reading(self._millijoules / 1000)
 
     @property
-    def sm_clock_megahertz(self) -> Answer[list[int]]:
+    def sm_clock_megahertz(self) -> Reading[list[int]]:
         """Clocks of the multiprocessors at start and end."""
         return self._clock("sm")
 
     @property
-    def memory_clock_megahertz(self) -> Answer[list[int]]:
+    def memory_clock_megahertz(self) -> Reading[list[int]]:
         """Clocks of the memory at start and end."""
         return self._clock("memory")
 
-    def _clock(self, name: str) -> Answer[list[int]]:
+    def _clock(self, name: str) -> Reading[list[int]]:
         if not self._num_steps:
-            return Answer(None, _NO_STEP)
+            return Reading(None, _NO_STEP)
         found: list[int] = []
         for clock in self._clocks[name]:
             if clock.value is None:
-                return Answer(None, clock.reason)
+                return Reading(None, clock.reason)
             found.append(clock.value)
-        return Answer(found)
+        return Reading(found)
 
     @property
-    def throttle_reasons(self) -> Answer[str]:
+    def throttle_reasons(self) -> Reading[str]:
         """Every reason that was seen, in words; `NO_REASON` if none was."""
         if self._no_reasons and not self._reasons:
-            return Answer(None, self._no_reasons)
-        return Answer(", ".join(sorted(self._reasons)) or NO_REASON)
+            return Reading(None, self._no_reasons)
+        return Reading(", ".join(sorted(self._reasons)) or NO_REASON)

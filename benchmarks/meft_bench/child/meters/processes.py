@@ -12,7 +12,7 @@ GPU is foreign for certain; whether the others are is unknown.
 import os
 from collections.abc import Callable
 
-from meft_bench.shared.nvml import Answer, Gpu
+from meft_bench.shared.nvml import NvmlGpu, Reading
 
 UNKNOWN_IDS = (
     "NVML does not list this process, as in a container with process ids of its own: "
@@ -39,7 +39,7 @@ class ForeignProcesses:
     """
 
     def __init__(
-        self, gpu: Gpu, uses_gpu: bool, is_own: Callable[[int], bool] = in_session
+        self, gpu: NvmlGpu, uses_gpu: bool, is_own: Callable[[int], bool] = in_session
     ) -> None:
         self._gpu = gpu
         self._is_own = is_own
@@ -49,46 +49,46 @@ class ForeignProcesses:
 
     def look(self) -> None:
         """Count the foreign processes that are on the GPU now."""
-        answer = self._gpu.processes()
-        if answer.value is None:
-            self._reason = answer.reason
+        reading = self._gpu.processes()
+        if reading.value is None:
+            self._reason = reading.reason
             return
-        foreign = {pid for pid in answer.value if not self._is_own(pid)}
-        if len(foreign) == len(answer.value):
+        foreign = {pid for pid in reading.value if not self._is_own(pid)}
+        if len(foreign) == len(reading.value):
             foreign &= self._before
             self._reason = UNKNOWN_IDS
         self._most = max(self._most or 0, len(foreign))
 
     @property
-    def most(self) -> Answer[int]:
+    def most(self) -> Reading[int]:
         """The largest number at one look. None if there may have been others."""
         if self._reason and not self._most:
-            return Answer(None, self._reason)
+            return Reading(None, self._reason)
         if self._most is None:
-            return Answer(None, "no step was taken")
-        return Answer(self._most)
+            return Reading(None, "no step was taken")
+        return Reading(self._most)
 
 
-def process_bytes(gpu: Gpu, pid: int | None = None) -> Answer[int]:
+def process_bytes(gpu: NvmlGpu, pid: int | None = None) -> Reading[int]:
     """Return the device memory that NVML attributes to a process, in bytes.
 
     Args:
         gpu: the GPU.
         pid: id of the process; None for this process.
     """
-    answer = gpu.processes()
-    if answer.value is None:
-        return Answer(None, answer.reason)
+    reading = gpu.processes()
+    if reading.value is None:
+        return Reading(None, reading.reason)
     its = os.getpid() if pid is None else pid
-    if its not in answer.value:
-        return Answer(None, UNKNOWN_IDS)
-    used = answer.value[its]
+    if its not in reading.value:
+        return Reading(None, UNKNOWN_IDS)
+    used = reading.value[its]
     return (
-        Answer(used) if used else Answer(None, "NVML lists the process without bytes")
+        Reading(used) if used else Reading(None, "NVML lists the process without bytes")
     )
 
 
-def context_bytes(gpu: Gpu, reserved_bytes: int) -> Answer[int]:
+def context_bytes(gpu: NvmlGpu, reserved_bytes: int) -> Reading[int]:
     """Return the device memory of this process that torch's allocator does not have.
 
     It is that of the CUDA context and of loaded kernels.
@@ -99,5 +99,5 @@ def context_bytes(gpu: Gpu, reserved_bytes: int) -> Answer[int]:
     """
     used = process_bytes(gpu)
     if used.value is not None and used.value < reserved_bytes:
-        return Answer(None, "NVML attributes less to the process than torch reserved")
+        return Reading(None, "NVML attributes less to the process than torch reserved")
     return used.then(lambda its: its - reserved_bytes)
