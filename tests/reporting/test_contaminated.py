@@ -8,13 +8,16 @@ import pytest
 from meft_reports.check import check
 from meft_reports.compare import compare
 from meft_reports.contaminated import SHARED
+from meft_reports.format import NOTHING
 from meft_reports.frame import read_frame, to_frame
 from meft_reports.page.caveats import caveats_of
 from meft_reports.page.cells import all_cells
 from meft_reports.records import read_all
+from meft_reports.tables import find_tables
 from meft_reports.threshold import parse_threshold
 from reporting.kinds import MakeRecord, Write
 
+MIB = 2**20
 WARNING = "contaminated: another process was on the GPU"
 
 
@@ -89,6 +92,35 @@ def test_a_comparison_says_why_a_time_is_missing(
     assert endings["step_seconds 0.5 s"] == (
         "contaminated by another process on the GPU"
     )
+
+
+def test_tables_of_the_meters_are_side_by_side(make_record: MakeRecord) -> None:
+    """Memory, traffic and power of one workload; a dash where nothing was measured."""
+    measured: Any = {"device": "cuda", "h2d_bytes": 6 * MIB, "pcie_source": "counters"}
+    measured |= {"profiled_h2d_bytes": 7 * MIB, "pcie_rx_bytes": 8 * MIB}
+    measured |= {"context_bytes": 500 * MIB, "step_energy_joules": 175.0}
+    measured |= {"mean_power_watts": 350.0, "throttle_reasons": "power cap"}
+    tables = find_tables("meters")(to_frame([make_record(**measured)]))
+    rows = [dict(zip(table.header, *table.rows, strict=True)) for table in tables]
+    memory, traffic, power = rows
+    assert (memory["context"], memory["process"]) == ("500.0 MiB", NOTHING)
+    ups = [traffic[f"up: {meter}"] for meter in ("ledger", "profiler", "link")]
+    assert ups == ["6.0 MiB", "7.0 MiB", "8.0 MiB"]
+    assert (power["energy of a step"], power["mean power"]) == ("175 J", "350 W")
+    assert power["clocks lowered by"] == "power cap"
+    assert "measured by counters." in tables[1].notes[0]
+
+
+def test_a_table_of_meters_notes_a_contaminated_cell(
+    contaminated: dict[str, Any], write: Write
+) -> None:
+    tables = find_tables("meters")(read_frame(write([contaminated])))
+    for table in tables:
+        assert "contaminated" in table.notes[1]
+    (row,) = tables[2].rows
+    named = dict(zip(tables[2].header, row, strict=True))
+    assert (named["step"], named["energy of a step"]) == (NOTHING, NOTHING)
+    assert named["foreign processes"] == "1"
 
 
 def test_energy_power_and_clocks_have_their_units(make_record: MakeRecord) -> None:

@@ -1,8 +1,8 @@
 """Which meters of a real GPU work on this machine, and why the others do not.
 
 Each meter is tried once on each GPU that a cell can use, without a CUDA context: it
-has a reading, or it says what is missing and what helps. What only torch can tell, which
-the parent does not import, is judged by its version.
+has a reading, or it says what is missing and what helps. What only torch can tell,
+which the parent does not import, is judged by its version.
 """
 
 from collections.abc import Callable, Iterator, Sequence
