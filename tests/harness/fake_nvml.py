@@ -6,6 +6,7 @@ returns for it. Counters of 32 bits wrap.
 """
 
 import inspect
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -139,6 +140,7 @@ class FakeNvml:
 
     def nvmlDeviceGetPcieThroughput(self, device: str, counter: int) -> int:
         self._check()
+        time.sleep(0.02)  # the window of a rate
         return self.kilobytes_per_second[counter]
 
     def nvmlDeviceGetCurrPcieLinkGeneration(self, handle: str) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import itertools
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 from harness.fake_nvml import QUERIES, UUID, FakeNvml, last
+from harness.tiny import cell
 from meft_bench.child.measuring import gpu_watch
 from meft_bench.child.measuring.gpu_watch import NVML_NUMBERS, GpuWatch
+from meft_bench.child.measuring.measure import measure
 from meft_bench.child.measuring.partial_result import PartialResult, remarks
 from meft_bench.child.meters import copies, processes
 from meft_bench.child.meters.clock import StepClock
@@ -25,6 +28,7 @@ from meft_bench.child.meters.processes import ForeignProcesses, context_bytes
 from meft_bench.child.meters.sampler import Sampler
 from meft_bench.shared import nvml
 from meft_bench.shared.nvml import CounterValue, NvmlGpu, Reading
+from meft_bench.shared.source import Source
 
 OWN = os.getpid()
 NOT_SUPPORTED = pynvml.NVML_ERROR_NOT_SUPPORTED
@@ -228,13 +232,13 @@ def test_without_counters_rates_are_sampled_and_the_record_says_so() -> None:
     with opened(fake) as gpu:
         started = time.perf_counter()
         with LinkMeter(gpu) as link:
-            time.sleep(0.1)
+            time.sleep(0.3)
         seconds = time.perf_counter() - started
         with LinkMeter(gpu) as short:
             pass
     assert link.source == Reading("samples")
     assert link.sent.value is not None
-    assert 0.1 * 2e6 <= link.sent.value <= seconds * 2e6
+    assert 0.3 * 2e6 <= link.sent.value <= seconds * 2e6
     assert short.sent.value is None
     assert "take a larger batch" in short.sent.reason
     fake.errors["nvmlDeviceGetPcieThroughput"] = NOT_SUPPORTED
@@ -259,15 +263,28 @@ def test_an_exception_in_the_thread_of_a_sampler_is_raised() -> None:
 # Power
 
 
-def measured(fake: FakeNvml, num_steps: int, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A meter of steps that take half a second each."""
-    clock = itertools.count(0.0, 0.5)
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+class Time:
+    """A monotonic clock that a test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+
+def measured(
+    fake: FakeNvml, num_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> PowerMeter:
+    """A meter of steps that take half a second each, with a look at every end."""
+    clock = Time(monkeypatch)
     with opened(fake) as gpu:
         meter = PowerMeter(gpu)
+        meter.look()
         for _ in range(num_steps):
             with meter.step():
-                pass
+                clock.now += 0.5
+            meter.look()
+            clock.now += 0.25
+            meter.look()
     return meter
 
 
@@ -278,8 +295,27 @@ def test_energy_is_that_of_steps_and_not_of_what_is_between(
     joules = itertools.accumulate([5, *itertools.chain(*[(100, 900)] * 4)])
     fake = FakeNvml(millijoules=(1000 * one for one in joules))
     meter = measured(fake, 4, monkeypatch)
-    assert meter.step_energy_joules == Reading(100.0)
-    assert meter.mean_power_watts == Reading(200.0)
+    assert meter.step_energy_joules.value == pytest.approx(100.0)
+    assert meter.mean_power_watts.value == pytest.approx(200.0)
+
+
+def test_energy_is_interpolated_between_samples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A GPU that takes 300 W throughout takes 300 W in steps that no sample meets."""
+    clock = Time(monkeypatch)
+    fake = FakeNvml(millijoules=iter(range(7, 10**7, 300_000)))
+    with opened(fake) as gpu:
+        meter = PowerMeter(gpu)
+        meter.look()
+        for begin, end in ((0.2, 0.9), (1.3, 1.6), (2.1, 2.8)):
+            clock.now = begin
+            with meter.step():
+                clock.now = end
+            clock.now = math.ceil(end)
+            meter.look()  # after every full second
+    assert meter.mean_power_watts.value == pytest.approx(300.0)
+    assert meter.step_energy_joules.value == pytest.approx(300.0 * 1.7 / 3)
 
 
 def test_energy_is_unknown_where_the_counter_cannot_show_it(
@@ -438,6 +474,7 @@ def test_a_profiler_that_sees_no_kernel_has_measured_no_copies() -> None:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the meters ask of torch on a GPU."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 100)
     monkeypatch.setattr(gpu_watch, "has_context", lambda: False)
@@ -450,9 +487,10 @@ def watch(fake: FakeNvml) -> PartialResult:
         watched = GpuWatch(gpu, partial)
         fake.processes |= {OWN: 600}
         watched.note_context()
-        for _ in range(3):
-            with watched.step():
-                pass
+        with watched.training():
+            for _ in range(3):
+                with watched.step():
+                    time.sleep(0.01)
         watched.probe_link(lambda: time.sleep(0.05))
         watched.close()
     return partial
@@ -478,6 +516,7 @@ def test_a_cell_without_one_query_has_all_other_numbers(name: str) -> None:
     missing = [name for name in NVML_NUMBERS if getattr(seen, name) is None]
     its = {
         "nvmlDeviceGetComputeRunningProcesses": 3,
+        "nvmlDeviceGetFieldValues": 3,  # the step is too short to sample rates
         "nvmlDeviceGetMemoryInfo": 1,
         "nvmlDeviceGetCurrPcieLinkGeneration": 1,
         "nvmlDeviceGetCurrPcieLinkWidth": 1,
@@ -486,7 +525,7 @@ def test_a_cell_without_one_query_has_all_other_numbers(name: str) -> None:
         "nvmlDeviceGetClockInfo": 2,
     }
     # The steps of this test are too short to measure their energy.
-    assert len(missing) == 2 + its.get(name, 0)
+    assert len(missing) == 2 + its.get(name, 0), missing
     assert seen.unmeasured is not None
     for one in missing:
         assert one in seen.unmeasured
@@ -531,7 +570,7 @@ def test_a_cell_that_fails_still_says_who_was_there(
     def fail() -> None:
         with gpu_watch.watched("cuda", partial) as watched:
             assert watched is not None
-            with watched.step():
+            with watched.training(), watched.step():
                 raise MemoryError
 
     with pytest.raises(MemoryError):
@@ -552,6 +591,29 @@ def test_a_profiler_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> N
         "profiled_h2d_bytes, profiled_d2h_bytes, profiled_pageable_bytes: torch's "
         "profiler fails: CUPTI_ERROR_NOT_INITIALIZED"
     )
+
+
+@pytest.mark.usefixtures("cuda")
+def test_the_watch_is_in_its_place_in_a_measurement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A cell on a CPU that is watched as one on a GPU has the numbers of NVML."""
+
+    @contextlib.contextmanager
+    def on_a_fake(device: str, partial: PartialResult) -> Iterator[GpuWatch]:
+        with opened(FakeNvml(processes={OWN: 600})) as gpu:
+            watched = GpuWatch(gpu, partial)
+            yield watched
+            watched.close()
+
+    monkeypatch.setattr(gpu_watch, "watched", on_a_fake)
+    monkeypatch.setattr("meft_bench.child.meters.power.LEAST_SECONDS", 0.0)
+    partial = PartialResult()
+    measure(cell(max_steps=4, warmup_steps=2), Source(), partial)
+    seen = partial.measurement
+    missing = [name for name in NVML_NUMBERS if getattr(seen, name) is None]
+    assert missing == ["context_bytes"]  # noted where the context is made
+    assert seen.profiled_h2d_bytes is None
 
 
 # On a GPU

@@ -2,7 +2,7 @@
 
     before this process uses the GPU    which processes do
     after its CUDA context exists       bytes of the context
-    in each timed step                  energy, clocks, throttling, foreign processes
+    in timed steps                      energy, clocks, throttling, foreign processes
     in a step of its own                bytes over the link, memory by NVML
     in another one                      bytes of copies, by torch's profiler
     at the end                          foreign processes
@@ -30,7 +30,7 @@ from meft_bench.shared import nvml
 from meft_bench.shared.nvml import NvmlGpu, Reading
 
 LOOK_SECONDS = 0.2
-"""Time between two looks at throttling and at processes during a timed step."""
+"""Time between two looks at energy, throttling and processes during the training."""
 
 Step = Callable[[], object]
 
@@ -56,11 +56,14 @@ class GpuWatch:
         self._partial.note_readings(context_bytes=context_bytes(self._gpu, reserved))
 
     @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
-        """Watch the body, which is a timed step of training."""
-        # Looks at the two ends are not part of the step that has its energy measured.
-        with Sampler(self._look, LOOK_SECONDS), self._power.step():
+    def training(self) -> Iterator[None]:
+        """Look at the GPU from time to time while the body trains."""
+        with Sampler(self._look, LOOK_SECONDS):
             yield
+
+    def step(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context of a timed step, inside of `training`."""
+        return self._power.step()
 
     def _look(self) -> None:
         self._power.look()
@@ -140,7 +143,7 @@ def watched(device: str, partial: PartialResult) -> Iterator[GpuWatch | None]:
         _note_unmeasured(partial, module.reason)
         yield None
         return
-    uuid = str(torch.cuda.get_device_properties(0).uuid)
+    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
     with nvml.open_gpu(module.value, [f"GPU-{uuid}", f"MIG-{uuid}"]) as gpu:
         if gpu.value is None:
             _note_unmeasured(partial, gpu.reason)

@@ -8,6 +8,7 @@ Every measurement is added to the partial result at once, so that a cell that ru
 of memory still reports what was measured before.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -250,9 +251,11 @@ def _train_and_score(
     clock = StepClock(cell.warmup_steps, cell.device, watch)
     batches = epochs(examples.train, cell)
     losses: list[float] = []
+    watched = contextlib.nullcontext() if watch is None else watch.training()
     try:
-        for loss in train(stepper, cell, batches, clock, validate, checkpoint):
-            losses.append(loss)
+        with watched:
+            for loss in train(stepper, cell, batches, clock, validate, checkpoint):
+                losses.append(loss)
     finally:
         partial.note(
             num_steps=len(losses),

@@ -1,17 +1,21 @@
 """Energy, clocks and throttling of a GPU during timed steps, from NVML.
 
-    energy of a step   difference of the GPU's energy counter over the steps / steps
-    mean power         the same difference / seconds of the steps
+    E(t)               the energy counter, sampled in a thread and interpolated
+    energy of a step   mean of E(end) - E(start) over the steps
+    mean power         the same energy / seconds of the steps
     clocks             at the start of the first timed step, at the end of the last
     throttle reasons   every reason for lower clocks that was seen in a timed step
 
-What happens between steps, as validation, is not included. The counter changes up to
-every 100 ms, so energy over less than a second is not returned.
+What happens between steps, as validation, is not included. A reading takes 3 ms and the
+counter changes up to every 100 ms only, so the thread samples it, not the steps, and
+energy over less than a second is not returned.
 """
 
 import contextlib
 import time
 from collections.abc import Iterator
+
+import numpy
 
 from meft_bench.shared.nvml import NvmlGpu, Reading
 
@@ -30,9 +34,10 @@ class PowerMeter:
 
     def __init__(self, gpu: NvmlGpu) -> None:
         self._gpu = gpu
-        self._num_steps = 0
-        self._seconds = 0.0
-        self._millijoules = 0
+        self._steps: list[tuple[float, float]] = []
+        """Start and end of each step in seconds, by a monotonic clock."""
+        self._samples: list[tuple[float, int]] = []
+        """Time and energy counter in millijoules."""
         self._no_energy = ""
         self._reasons: set[str] = set()
         self._no_reasons = _NO_STEP
@@ -42,29 +47,33 @@ class PowerMeter:
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Measure the body as one step; a body that raises is not counted."""
-        if not self._num_steps:
+        if not self._steps:
             self._read_clocks()
-        before, started = self._gpu.energy_millijoules(), time.perf_counter()
+        started = time.perf_counter()
         self._is_in_step = True
         try:
             yield
-            self.look()
+            ended = time.perf_counter()
+            self._read_reasons()
         finally:
             self._is_in_step = False
-        seconds = time.perf_counter() - started
-        after = self._gpu.energy_millijoules()
         self._read_clocks()
-        self._num_steps += 1
-        self._seconds += seconds
-        if before.value is None or after.value is None:
-            self._no_energy = before.reason or after.reason
-        else:
-            self._millijoules += after.value - before.value
+        self._steps.append((started, ended))
 
     def look(self) -> None:
-        """Note why clocks are lower now, if a step is being measured."""
-        if not self._is_in_step:
-            return
+        """Sample the energy, and in a step, why clocks are lower.
+
+        Look before the first step, from time to time, and after the last step.
+        """
+        energy = self._gpu.energy_millijoules()
+        if energy.value is None:
+            self._no_energy = energy.reason
+        else:
+            self._samples.append((time.perf_counter(), energy.value))
+        if self._is_in_step:
+            self._read_reasons()
+
+    def _read_reasons(self) -> None:
         reading = self._gpu.throttle_reasons()
         if reading.value is None:
             self._no_reasons = reading.reason
@@ -84,15 +93,19 @@ class PowerMeter:
     @property
     def step_energy_joules(self) -> Reading[float]:
         """The mean energy of a step."""
-        return self._joules().then(lambda joules: joules / self._num_steps)
+        return self._joules().then(lambda joules: joules / len(self._steps))
 
     @property
     def mean_power_watts(self) -> Reading[float]:
         """The mean power over the steps."""
         return self._joules().then(lambda joules: joules / self._seconds)
 
+    @property
+    def _seconds(self) -> float:
+        return sum(ended - started for started, ended in self._steps)
+
     def _joules(self) -> Reading[float]:
-        if not self._num_steps:
+        if not self._steps:
             return Reading(None, _NO_STEP)
         if self._no_energy:
             return Reading(None, self._no_energy)
@@ -102,9 +115,12 @@ class PowerMeter:
                 f"the timed steps took less than {LEAST_SECONDS:g} s, too short for "
                 "the energy counter: raise `max_steps`",
             )
-        if self._millijoules <= 0:
+        times, millijoules = zip(*self._samples, strict=True)
+        at_ends = numpy.interp(numpy.array(self._steps), times, millijoules)
+        total = float((at_ends[:, 1] - at_ends[:, 0]).sum())
+        if total <= 0:
             return Reading(None, "the energy counter did not increase during the steps")
-        return Reading(self._millijoules / 1000)
+        return Reading(total / 1000)
 
     @property
     def sm_clock_megahertz(self) -> Reading[list[int]]:
@@ -117,7 +133,7 @@ class PowerMeter:
         return self._clock("memory")
 
     def _clock(self, name: str) -> Reading[list[int]]:
-        if not self._num_steps:
+        if not self._steps:
             return Reading(None, _NO_STEP)
         found: list[int] = []
         for clock in self._clocks[name]:
