@@ -426,7 +426,8 @@ def _equal(before: Any, after: Any) -> bool:
 
 
 def _must_match(column: Column) -> Iterable[str]:
-    if column.is_measured_time or column.name in RATIOS_OF_SECONDS:
+    is_of_place = column.is_measured_time or column.is_shared
+    if is_of_place or column.name in RATIOS_OF_SECONDS:
         return SAME_FOR_SECONDS
     if column.name == HOST_MEMORY:
         return SAME_FOR_HOST_MEMORY

@@ -123,17 +123,36 @@ def test_the_allocators_counts_are_in_order() -> None:
     A request of 1000 bytes takes a block of 1024 in a segment of 2 MiB.
     """
     with VirtualGpu(gpu.find("H200")) as device, device.new_ledger():
-        peaks = memory.cuda_step_peaks(lambda: torch.empty(1000, device="cuda").byte())
-    assert peaks.peak_pinned_bytes is None
-    assert peaks.peak_requested_bytes is not None
-    assert peaks.peak_active_bytes is not None
-    assert (
-        0
-        < peaks.peak_requested_bytes
-        <= peaks.peak_allocated_bytes
-        <= peaks.peak_active_bytes
-        <= peaks.peak_reserved_bytes
+        peaks = memory.cuda_step_peaks(
+            lambda: torch.empty(1000, dtype=torch.uint8, device="cuda")
+        )
+    assert peaks.peak_pinned_bytes.value is None
+    assert in_order(peaks) == [1000, 1024, 1024, 2**21]
+
+
+def in_order(peaks: memory.CudaPeaks) -> list[int]:
+    """Requested, allocated, active and reserved bytes."""
+    found = (
+        peaks.peak_requested_bytes.value,
+        peaks.peak_allocated_bytes.value,
+        peaks.peak_active_bytes.value,
+        peaks.peak_reserved_bytes.value,
     )
+    assert None not in found
+    return [value for value in found if value is not None]
+
+
+def test_an_allocator_that_does_not_count_has_a_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """cudaMallocAsync reports 0 for requested and active bytes."""
+    with VirtualGpu(gpu.find("H200")) as device, device.new_ledger():
+        monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"x": 1})
+        peaks = memory.cuda_step_peaks(lambda: torch.empty(1000, device="cuda"))
+    for reading in (peaks.peak_requested_bytes, peaks.peak_active_bytes):
+        assert reading.value is None
+        assert reading.reason.endswith("use the native one")
+    assert peaks.peak_allocated_bytes.value == 4096
 
 
 @pytest.mark.parametrize(
@@ -150,7 +169,8 @@ def test_pinned_memory_is_torchs_and_that_of_rows(
 ) -> None:
     """All blocks of torch's allocator, and what is registered without it."""
     monkeypatch.setattr(memory, "page_locked_bytes", lambda: 5)
-    assert memory.pinned_bytes(stats) == found
+    assert memory.pinned_bytes(stats).value == found
+    assert bool(memory.pinned_bytes(stats).reason) == (found is None)
 
 
 # On a GPU
@@ -164,10 +184,7 @@ def test_cuda_peaks_hold_what_the_step_allocates() -> None:
         torch.empty(1 << 20, device="cuda")
 
     peaks = memory.cuda_step_peaks(step)
-    assert peaks.peak_requested_bytes is not None
-    assert (
-        peaks.peak_reserved_bytes
-        >= peaks.peak_allocated_bytes
-        >= peaks.peak_requested_bytes
-        >= (1 << 20) * FLOAT
-    )
+    requested, *others = in_order(peaks)
+    assert (1 << 20) * FLOAT <= requested
+    assert [requested, *others] == sorted([requested, *others])
+    assert peaks.peak_pinned_bytes.value is not None

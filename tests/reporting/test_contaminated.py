@@ -123,6 +123,16 @@ def test_a_table_of_meters_notes_a_contaminated_cell(
     assert named["foreign processes"] == "1"
 
 
+def test_energy_of_two_machines_is_not_compared(make_record: MakeRecord) -> None:
+    """As little as times."""
+    one = make_record(step_energy_joules=20.0)
+    other = make_record(step_energy_joules=20.0, machine="NVIDIA H200")
+    limits = [parse_threshold("step_energy_joules:1%")]
+    (finding,) = check(to_frame([other]), to_frame([one]), limits).findings
+    assert finding.kind == "not comparable"
+    assert finding.got == "machine NVIDIA H200"
+
+
 def test_energy_power_and_clocks_have_their_units(make_record: MakeRecord) -> None:
     """In findings, as on the page."""
     clean = make_record(step_energy_joules=20.0, mean_power_watts=350.5)

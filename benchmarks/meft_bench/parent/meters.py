@@ -38,8 +38,8 @@ class GpuMeter:
 def _link_bytes(gpu: NvmlGpu) -> Reading[Any]:
     readings = gpu.link_counters()
     without = [reading for reading in readings if reading.value is None]
-    if not without:
-        return readings[0]
+    if len(without) < len(readings):  # of one that is missing, rates are not used
+        return without[0] if without else readings[0]
     rates = gpu.link_rates()
     found = next((rate for rate in rates if rate.value is None), None)
     return without[0] if found else Reading(f"by samples only: {without[0].reason}")

@@ -37,6 +37,7 @@ _REASONS = {
     "their version: restart the machine",
 }
 """Reasons and remedies by the name of NVML's error."""
+_UNKNOWN = "of unknown version"
 _HIDDEN_BY_MIG = ("NVML_ERROR_NOT_SUPPORTED", "NVML_ERROR_INVALID_ARGUMENT")
 _MIG = "MIG hides it: a part of a GPU has no meter of its own; measure on a whole GPU"
 
@@ -112,7 +113,7 @@ def open_gpu(nvml: Any, uuids: Sequence[str]) -> Iterator["Reading[NvmlGpu]"]:
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
-        yield Reading(None, _reason(nvml, error, driver="", is_part=False))
+        yield Reading(None, _reason(nvml, error, _UNKNOWN, is_part=False))
         return
     try:
         yield _found(nvml, uuids)
@@ -149,7 +150,7 @@ class NvmlGpu:
         try:
             self._driver = str(nvml.nvmlSystemGetDriverVersion())
         except nvml.NVMLError:
-            self._driver = "of unknown version"
+            self._driver = _UNKNOWN
 
     def processes(self) -> Reading[dict[int, int | None]]:
         """Return the bytes of device memory of each compute process, by process id.

@@ -62,7 +62,9 @@ def probe_memory(
         peak_bytes = model_state_bytes + memory.cpu_step_peak_bytes(step)
         partial.note(peak_allocated_bytes=peak_bytes)
         return
-    partial.note(**dataclasses.asdict(memory.cuda_step_peaks(step)))
+    peaks = memory.cuda_step_peaks(step)
+    names = [field.name for field in dataclasses.fields(peaks)]
+    partial.note_readings(**{name: getattr(peaks, name) for name in names})
 
 
 def look_at_peak(

@@ -40,6 +40,7 @@ from meft.sparse.row_parameter import rows_of
 from meft.testing import saved_bytes
 from meft_bench.child.backbones import quantised
 from meft_bench.child.tasks.batches import Batch
+from meft_bench.shared.nvml import Reading
 
 
 def saved_by_forward(
@@ -123,16 +124,16 @@ def cpu_step_peak_bytes(step: Callable[[], object]) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CudaPeaks:
-    """Peaks of one step on a CUDA device, in bytes. None where there is no such count.
+    """Peaks of one step on a CUDA device, in bytes.
 
     All but the last include the model state on the device.
     """
 
-    peak_requested_bytes: int | None
-    peak_allocated_bytes: int
-    peak_active_bytes: int | None
-    peak_reserved_bytes: int
-    peak_pinned_bytes: int | None
+    peak_requested_bytes: Reading[int]
+    peak_allocated_bytes: Reading[int]
+    peak_active_bytes: Reading[int]
+    peak_reserved_bytes: Reading[int]
+    peak_pinned_bytes: Reading[int]
 
 
 def cuda_step_peaks(step: Callable[[], object]) -> CudaPeaks:
@@ -151,31 +152,37 @@ def cuda_step_peaks(step: Callable[[], object]) -> CudaPeaks:
     torch.cuda.synchronize()
     stats = torch.cuda.memory_stats()
     return CudaPeaks(
-        # cudaMallocAsync counts neither, and torch then reports 0.
-        peak_requested_bytes=stats.get("requested_bytes.all.peak") or None,
-        peak_allocated_bytes=torch.cuda.max_memory_allocated(),
-        peak_active_bytes=stats.get("active_bytes.all.peak") or None,
-        peak_reserved_bytes=torch.cuda.max_memory_reserved(),
+        peak_requested_bytes=_counted(stats, "requested_bytes.all.peak"),
+        peak_allocated_bytes=Reading(torch.cuda.max_memory_allocated()),
+        peak_active_bytes=_counted(stats, "active_bytes.all.peak"),
+        peak_reserved_bytes=Reading(torch.cuda.max_memory_reserved()),
         peak_pinned_bytes=pinned_bytes(torch.cuda.host_memory_stats()),
     )
 
 
-def pinned_bytes(stats: Mapping[str, int]) -> int | None:
+def _counted(stats: Mapping[str, int], name: str) -> Reading[int]:
+    # torch reports 0 for what the allocator cudaMallocAsync does not count.
+    value = stats.get(name) or None
+    reason = "torch's allocator does not count it: use the native one"
+    return Reading(value, "" if value else reason)
+
+
+def pinned_bytes(stats: Mapping[str, int]) -> Reading[int]:
     """Return the peak of page-locked host memory: torch's and that of sparse adapters.
 
     torch's includes the blocks that its allocator keeps for later requests, each
-    rounded up to a power of two.
+    rounded up to a power of two. Without any, it is 0.
 
     Args:
         stats: `torch.cuda.host_memory_stats()`.
-
-    Returns:
-        Number of bytes; None where torch does not count.
     """
     # Older torch has `allocated_bytes` for what callers hold, and this for all blocks.
-    names = ("reserved_bytes.peak", "allocated_bytes.peak")
-    found = [stats[name] for name in names if name in stats]
-    return found[0] + page_locked_bytes() if found else None
+    for name in ("reserved_bytes.peak", "allocated_bytes.peak"):
+        if name in stats:
+            return Reading(stats[name] + page_locked_bytes())
+    return Reading(
+        None, "this version of torch does not count pinned memory: update it"
+    )
 
 
 def host_peak_bytes(status: Path = Path("/proc/self/status")) -> int | None:
