@@ -37,6 +37,8 @@ class FakeNvml:
     is_32_bit: bool = True
     kilobytes_per_second: tuple[int, int] = (2_000, 5_000)
     """Sent, received."""
+    window_seconds: float = 0.02
+    """Time for which a query of a rate blocks."""
     link: tuple[int, int, int, int] = (4, 1, 5, 1)
     """Generation, width, and the highest of both: so slow that a counter of 32 bits
     wraps within a second, not within the time of a thread switch."""
@@ -140,7 +142,7 @@ class FakeNvml:
 
     def nvmlDeviceGetPcieThroughput(self, device: str, counter: int) -> int:
         self._check()
-        time.sleep(0.02)  # the window of a rate
+        time.sleep(self.window_seconds)
         return self.kilobytes_per_second[counter]
 
     def nvmlDeviceGetCurrPcieLinkGeneration(self, handle: str) -> int:

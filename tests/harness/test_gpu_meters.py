@@ -94,7 +94,7 @@ def test_a_query_that_is_refused_has_a_reason_and_no_value(
 ) -> None:
     """Every query alone, while the others still have a value."""
     for name in QUERIES:
-        fake = FakeNvml(processes={OWN: 10}, errors={name: error})
+        fake = FakeNvml(processes={OWN: 10}, errors={name: error}, window_seconds=0.0)
         if "Open" in name or "Handle" in name:
             continue
         with opened(fake) as gpu:
