@@ -25,11 +25,13 @@ from typing import Any
 
 import pandas as pd
 
+from meft_reports import contaminated
 from meft_reports.breakdown import Breakdown, what_grew
 from meft_reports.columns import CELL_FIELDS, SCORE_NAMES
 from meft_reports.columns.column import Column
 from meft_reports.compared import Number, compared_number, exact, format_number
 from meft_reports.conditions import FOR_HOST_MEMORY, HOST_MEMORY
+from meft_reports.contaminated import is_contaminated
 from meft_reports.errors import ReportError
 from meft_reports.format import format_fact, format_value, is_null
 from meft_reports.text import plural
@@ -404,6 +406,8 @@ def _why_not(column: Column, expected: Any, got: Any) -> tuple[str, str, str] | 
     before, after = (format_number(column, number) for number in numbers)
     known = [number for number in numbers if number is not None]
     if len(known) < len(numbers):
+        if column.is_shared and any(map(is_contaminated, (expected, got))):
+            return before, after, contaminated.ADVICE
         return before, after, "a number that was not measured proves nothing"
     if all(map(math.isnan, known)):
         return before, after, "a number that is not finite proves nothing"
@@ -422,7 +426,8 @@ def _equal(before: Any, after: Any) -> bool:
 
 
 def _must_match(column: Column) -> Iterable[str]:
-    if column.is_measured_time or column.name in RATIOS_OF_SECONDS:
+    is_of_place = column.is_measured_time or column.is_shared
+    if is_of_place or column.name in RATIOS_OF_SECONDS:
         return SAME_FOR_SECONDS
     if column.name == HOST_MEMORY:
         return SAME_FOR_HOST_MEMORY

@@ -33,6 +33,7 @@ from meft_reports.conditions import (
     facts_of,
     first_difference,
 )
+from meft_reports.contaminated import is_contaminated
 from meft_reports.format import format_fact, format_value, is_null
 from meft_reports.pairing import PairedCell, pair
 from meft_reports.text import plural
@@ -317,10 +318,17 @@ def _endings(pairs: Sequence[PairedCell]) -> Iterator[Ending]:
             old, new = (
                 f"{column.short_name} {format_value(value, column.unit)}"
                 if value is not None
-                else "not measured"
-                for value in values
+                else _absent(run, column)
+                for value, run in zip(values, (one.before, one.after), strict=True)
             )
             yield Ending(cell_id=one.cell_id, before=old, after=new, message="")
+
+
+def _absent(run: Record, column: Column) -> str:
+    """Return why a record lacks a number, in words."""
+    if column.is_shared and is_contaminated(run["measurement"]):
+        return "contaminated by another process on the GPU"
+    return "not measured"
 
 
 def _causes(pairs: Sequence[PairedCell], ignored: Sequence[str]) -> tuple[Cause, ...]:

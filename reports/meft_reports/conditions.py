@@ -1,6 +1,6 @@
 """The facts in which two records must agree for a number of theirs to be compared.
 
-    times that were measured     the machine, and what else ran on it
+    times, and the whole GPU     the machine, and what else ran on it
     scores                       the metric, the rows and the weights
     the process's host memory    whether it was forked from one with all imports done
     other numbers                none: bytes and predicted times are exact
@@ -33,7 +33,7 @@ def facts_of(record: Record, column: Column) -> Facts:
         column: the column of the number.
     """
     its, seen = record["environment"], record["measurement"]
-    if column.is_measured_time:
+    if column.is_measured_time or column.is_shared:
         return {name: format_fact(its.get(name)) for name in FOR_SECONDS}
     if column.name == HOST_MEMORY:
         return {name: format_fact(bool(its.get(name))) for name in FOR_HOST_MEMORY}

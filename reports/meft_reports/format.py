@@ -12,6 +12,8 @@ import pandas as pd
 
 NOTHING = "–"  # noqa: RUF001 (an en dash is what is meant)
 MIB = 2**20
+SYMBOLS = {"seconds": " s", "joules": " J", "watts": " W", "megahertz": " MHz"}
+"""What follows a number in text, by its unit."""
 
 
 class ShownNumber(str):
@@ -187,7 +189,7 @@ def format_value(value: Any, unit: str) -> str:
         return f"{int(value):,} bytes ({format_bytes(value)})"
     if unit == "count":
         return format_count(value)
-    return f"{float(value):.6g}" + (" s" if unit == "seconds" else "")
+    return f"{float(value):.6g}{SYMBOLS.get(unit, '')}"
 
 
 def format_fact(value: Any) -> str:

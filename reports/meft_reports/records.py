@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from meft_reports import breakdown, commits
 from meft_reports.breakdown import Breakdown
+from meft_reports.contaminated import leave_out_shared
 from meft_reports.errors import RecordError
 from meft_reports.files import read_lines
 from meft_reports.latest import FAILED, code_of, counting, in_order, newest_code
@@ -139,7 +140,8 @@ def _note_left_out(ordered: list[Record], winners: list[Record], newest: str) ->
 def _lines_of(path: Path, *, is_finished: bool) -> Iterator[tuple[int, Record]]:
     """Yield the number of each line and its record.
 
-    The `memory_breakdown` of a record is a `Breakdown`, or None.
+    The `memory_breakdown` of a record is a `Breakdown`, or None. What other processes
+    on the GPU have changed is left out (`contaminated`).
 
     Args:
         path: the file.
@@ -177,6 +179,7 @@ def _lines_of(path: Path, *, is_finished: bool) -> Iterator[tuple[int, Record]]:
             _note(f"{where}: torn by a killed run, left out")
             break
         unknown |= validate(record, where)
+        leave_out_shared(record["measurement"])
         if record.get("memory_breakdown") is not None:
             found = breakdown.read(record["memory_breakdown"], where, shared)
             record["memory_breakdown"] = found

@@ -23,7 +23,10 @@ from meft_reports.errors import RecordError, UnknownName
 from meft_reports.text import SHORT_LENGTH, printable
 
 SECTIONS = ("cell", "measurement", "environment")
-GREATEST = {"bytes": 2.0**60, "seconds": 1e12, "count": 2.0**53}
+GREATEST = {
+    **{"bytes": 2.0**60, "seconds": 1e12, "count": 2.0**53},
+    **{"joules": 1e12, "watts": 1e12, "megahertz": 1e12},
+}
 """Maximum by unit, larger than any measurement, so that sums stay finite."""
 SLACK = 1e-6
 """Amount by which a share may exceed its bound, due to float32 rounding."""

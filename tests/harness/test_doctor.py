@@ -2,12 +2,15 @@
 
 import re
 import shutil
+import sys
 import tomllib
 from pathlib import Path
 
+import pynvml
 import pytest
 
-from meft_bench.parent import cli, doctor
+from harness.fake_nvml import FakeNvml
+from meft_bench.parent import cli, doctor, meters
 from meft_bench.parent.engines import environment
 from meft_bench.shared import distributions, registry
 from meft_bench.shared.cell import Cell
@@ -138,3 +141,133 @@ def test_doctor_of_a_gpu(
     monkeypatch.setattr(environment, "gpu_names", lambda: ["GPU A"])
     monkeypatch.setattr(distributions, "installed", {"torch": torch_version}.get)
     assert examine(capsys)["gpu"] == said
+
+
+NOT_SUPPORTED = pynvml.NVML_ERROR_NOT_SUPPORTED
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
+    """A machine with one GPU, a torch for it, and process ids of its own."""
+    fake = FakeNvml()
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(distributions, "installed", {"torch": "2.13.0"}.get)
+    monkeypatch.setattr(meters, "in_first_namespace", lambda: True)
+    return fake
+
+
+def meters_in(lines: dict[str, str]) -> dict[str, str]:
+    """What `doctor` says of each meter, by its name."""
+    return {
+        name.removeprefix("meter "): state
+        for name, state in lines.items()
+        if name.startswith("meter ")
+    }
+
+
+def test_doctor_says_which_numbers_each_meter_gives(
+    on_a_gpu: FakeNvml, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of them, on a GPU whose driver offers everything; NVML is closed again."""
+    found = meters_in(examine(capsys))
+    assert [name for name, state in found.items() if not state.startswith("yes: ")] == (
+        []
+    )
+    assert found["energy"] == "yes: step_energy_joules, mean_power_watts"
+    assert on_a_gpu.num_open == 0
+
+
+@pytest.mark.parametrize(
+    ("meter", "query"),
+    [
+        ("process memory", "nvmlDeviceGetComputeRunningProcesses"),
+        ("foreign processes", "nvmlDeviceGetComputeRunningProcesses"),
+        ("device memory", "nvmlDeviceGetMemoryInfo"),
+        ("link speed", "nvmlDeviceGetCurrPcieLinkGeneration"),
+        ("link speed", "nvmlDeviceGetCurrPcieLinkWidth"),
+        ("energy", "nvmlDeviceGetTotalEnergyConsumption"),
+        ("clocks", "nvmlDeviceGetClockInfo"),
+    ],
+)
+def test_doctor_says_why_a_meter_does_not_work_and_what_helps(
+    on_a_gpu: FakeNvml, capsys: pytest.CaptureFixture[str], meter: str, query: str
+) -> None:
+    """Of that meter alone."""
+    on_a_gpu.errors[query] = pynvml.NVML_ERROR_NO_PERMISSION
+    found = meters_in(examine(capsys))
+    assert found[meter] == (
+        "no: NVML refuses it: ask an administrator for permission, or run as root"
+    )
+    others = [state for state in found.values() if state != found[meter]]
+    assert all(state.startswith("yes: ") for state in others)
+
+
+def test_doctor_says_that_the_link_is_only_sampled(
+    on_a_gpu: FakeNvml, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the driver has no counters; without rates too, there is no meter."""
+    on_a_gpu.field_errors = dict.fromkeys((197, 198), NOT_SUPPORTED)
+    state = meters_in(examine(capsys))["link bytes"]
+    assert state.startswith("yes: pcie_rx_bytes, pcie_tx_bytes, by samples only: ")
+    on_a_gpu.errors["nvmlDeviceGetPcieThroughput"] = NOT_SUPPORTED
+    assert meters_in(examine(capsys))["link bytes"].startswith("no: neither the GPU ")
+
+
+def test_doctor_is_unsure_of_process_ids_in_a_container(
+    on_a_gpu: FakeNvml,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Whether NVML knows a cell by its id is seen when one uses the GPU only."""
+    monkeypatch.setattr(meters, "in_first_namespace", lambda: False)
+    found = meters_in(examine(capsys))
+    for name in ("process memory", "foreign processes"):
+        assert found[name].startswith("unsure: ")
+        assert found[name].endswith("start the container with `--pid=host`")
+    monkeypatch.undo()
+    link = tmp_path / "pid"
+    for target, is_first in (("pid:[4026531836]", True), ("pid:[4026532201]", False)):
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        assert meters.in_first_namespace(link) == is_first
+
+
+def test_doctor_without_nvml_says_how_to_get_it(
+    on_a_gpu: FakeNvml,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a driver, without the package, or with a torch that has no CUDA."""
+    monkeypatch.setattr(distributions, "installed", {"torch": "2.13.0+cpu"}.get)
+    found = meters_in(examine(capsys))
+    assert found["allocator"].endswith("install a build with CUDA")
+    assert found["energy"].startswith("yes: ")
+    on_a_gpu.errors["nvmlInit"] = pynvml.NVML_ERROR_LIBRARY_NOT_FOUND
+    found = meters_in(examine(capsys))
+    assert found.pop("host peak") == "yes: peak_host_bytes"
+    assert set(found.values()) == {
+        "no: no GPU: there is no NVML library: install NVIDIA's driver or, in a "
+        "container, pass the GPU to it (docker: `--gpus all`)"
+    }
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    found = meters_in(examine(capsys))
+    assert found["clocks"] == (
+        "no: no GPU: cannot tell without `python -m pip install nvidia-ml-py`"
+    )
+
+
+def test_doctor_of_a_part_of_a_gpu(
+    on_a_gpu: FakeNvml,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """MIG hides the meters of the whole."""
+    on_a_gpu.uuid = "MIG-1"
+    on_a_gpu.errors["nvmlDeviceGetTotalEnergyConsumption"] = NOT_SUPPORTED
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
+    assert meters_in(examine(capsys))["energy"] == (
+        "no: MIG hides it: a part of a GPU has no meter of its own; measure on a whole "
+        "GPU"
+    )

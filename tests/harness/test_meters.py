@@ -1,7 +1,5 @@
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +7,9 @@ import torch
 from harness.tiny import batch, cell, classifier
 from meft_bench.child.meters import memory
 from meft_bench.child.meters.clock import StepClock
-from meft_bench.child.meters.nvml import LinkMeter, open_device, process_bytes
 from meft_bench.child.training.steps import Stepper
+from meft_bench.virtual.device import gpu
+from meft_bench.virtual.emulation.virtual_gpu import VirtualGpu
 
 FLOAT = torch.float32.itemsize
 
@@ -115,134 +114,63 @@ def test_the_host_peak_is_read_from_the_kernel(tmp_path: Path) -> None:
     assert memory.host_peak_bytes(tmp_path / "absent") is None
 
 
-# NVML
+# Memory of a GPU
 
 
-class _FakeNvmlError(Exception):
-    pass
+def test_the_allocators_counts_are_in_order() -> None:
+    """Requested <= allocated <= active <= reserved, on a virtual GPU as on a real one.
 
-
-@dataclass
-class _FakeNvml:
-    """NVML with one device, whose counters show the values given, one a read."""
-
-    uuid: str = "GPU-1234"
-    processes: list[SimpleNamespace] | None = None
-    readings: dict[int, list[int]] = field(default_factory=dict)
-    is_32_bit: bool = False
-    is_installed: bool = True
-    is_open: bool = False
-
-    NVMLError = _FakeNvmlError
-    NVML_SUCCESS = 0
-    NVML_VALUE_TYPE_UNSIGNED_INT = 1
-    NVML_FI_DEV_PCIE_COUNT_TX_BYTES = 197
-    NVML_FI_DEV_PCIE_COUNT_RX_BYTES = 198
-
-    def nvmlInit(self) -> None:
-        if not self.is_installed:
-            raise _FakeNvmlError("NVML Shared Library Not Found")
-        self.is_open = True
-
-    def nvmlShutdown(self) -> None:
-        self.is_open = False
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
-        if uuid != self.uuid:
-            raise _FakeNvmlError("Not Found")
-        return "device"
-
-    def nvmlDeviceGetComputeRunningProcesses(self, device: str) -> object:
-        if self.processes is None:
-            raise _FakeNvmlError("Not Supported")
-        return self.processes
-
-    def nvmlDeviceGetFieldValues(
-        self, device: str, fields: list[int]
-    ) -> list[SimpleNamespace]:
-        return [self._field(number) for number in fields]
-
-    def _field(self, number: int) -> SimpleNamespace:
-        values = self.readings.get(number, [])
-        if not values:
-            return SimpleNamespace(nvmlReturn=3)  # not supported
-        value = values.pop(0) if len(values) > 1 else values[0]
-        return SimpleNamespace(
-            nvmlReturn=0,
-            valueType=1 if self.is_32_bit else 3,
-            value=SimpleNamespace(uiVal=value % 2**32, ullVal=value),
-        )
-
-
-def read_link(nvml: _FakeNvml, seconds: float = 0.0) -> tuple[int | None, int | None]:
-    with LinkMeter(nvml, "device") as link:
-        time.sleep(seconds)
-    return link.tx_bytes, link.rx_bytes
-
-
-def test_the_link_counts_what_came_after_the_first_reading() -> None:
-    """Sent and received apart, in 64 bits where the driver has them."""
-    big = 10 * 2**32
-    nvml = _FakeNvml(readings={197: [100, 150], 198: [big, big + 2**33]})
-    assert read_link(nvml) == (50, 2**33)
-
-
-def test_a_counter_of_32_bits_is_unwrapped() -> None:
-    """Polled often enough, several wraps in one block are all counted.
-
-    The counter moves by 3 GiB a reading, of which a 32-bit counter shows the rest.
+    A request of 1000 bytes takes a block of 1024 in a segment of 2 MiB.
     """
-    step = 3 * 2**30
-    readings = [n * step for n in range(5)]
-    nvml = _FakeNvml(readings={197: list(readings), 198: [7]}, is_32_bit=True)
-    assert read_link(nvml, seconds=0.3) == (4 * step, 0)
+    with VirtualGpu(gpu.find("H200")) as device, device.new_ledger():
+        peaks = memory.cuda_step_peaks(
+            lambda: torch.empty(1000, dtype=torch.uint8, device="cuda")
+        )
+    assert peaks.peak_pinned_bytes.value is None
+    assert in_order(peaks) == [1000, 1024, 1024, 2**21]
 
 
-def test_an_unsupported_counter_is_none_and_not_zero() -> None:
-    """Next to a counter that works."""
-    assert read_link(_FakeNvml(readings={198: [5, 5]})) == (None, 0)
+def in_order(peaks: memory.CudaPeaks) -> list[int]:
+    """Requested, allocated, active and reserved bytes."""
+    found = (
+        peaks.peak_requested_bytes.value,
+        peaks.peak_allocated_bytes.value,
+        peaks.peak_active_bytes.value,
+        peaks.peak_reserved_bytes.value,
+    )
+    assert None not in found
+    return [value for value in found if value is not None]
 
 
-def test_a_device_is_found_by_its_uuid_and_closed_again() -> None:
-    """CUDA numbers devices otherwise than NVML does."""
-    nvml = _FakeNvml()
-    with open_device(nvml, "1234") as device:
-        assert device == "device"
-        assert nvml.is_open
-    assert not nvml.is_open
-
-
-@pytest.mark.parametrize(
-    "nvml", [_FakeNvml(uuid="GPU-other"), _FakeNvml(is_installed=False)]
-)
-def test_without_the_device_or_nvml_there_is_no_handle(nvml: _FakeNvml) -> None:
-    """No exception: the cell is measured without NVML."""
-    with open_device(nvml, "1234") as device:
-        assert device is None
-    assert not nvml.is_open
-
-
-def test_memory_is_that_of_the_given_process() -> None:
-    """Among all processes on the device."""
-    processes = [
-        SimpleNamespace(pid=1, usedGpuMemory=10),
-        SimpleNamespace(pid=2, usedGpuMemory=20),
-    ]
-    assert process_bytes(_FakeNvml(processes=processes), "device", pid=2) == 20
+def test_an_allocator_that_does_not_count_has_a_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """cudaMallocAsync reports 0 for requested and active bytes."""
+    with VirtualGpu(gpu.find("H200")) as device, device.new_ledger():
+        monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"x": 1})
+        peaks = memory.cuda_step_peaks(lambda: torch.empty(1000, device="cuda"))
+    for reading in (peaks.peak_requested_bytes, peaks.peak_active_bytes):
+        assert reading.value is None
+        assert reading.reason.endswith("use the native one")
+    assert peaks.peak_allocated_bytes.value == 4096
 
 
 @pytest.mark.parametrize(
-    "nvml",
+    ("stats", "found"),
     [
-        _FakeNvml(processes=[SimpleNamespace(pid=1, usedGpuMemory=10)]),
-        _FakeNvml(processes=[SimpleNamespace(pid=2, usedGpuMemory=None)]),
-        _FakeNvml(processes=None),
+        ({"allocated_bytes.peak": 64, "active_bytes.peak": 32}, 64 + 5),
+        ({"allocated_bytes.peak": 32, "reserved_bytes.peak": 64}, 64 + 5),
+        ({}, None),
     ],
-    ids=["another process id, as in a container", "no figure", "no support"],
+    ids=["torch", "older torch", "no GPU"],
 )
-def test_memory_nvml_does_not_know_is_none_and_not_zero(nvml: _FakeNvml) -> None:
-    """A missing figure must not look like a small one."""
-    assert process_bytes(nvml, "device", pid=2) is None
+def test_pinned_memory_is_torchs_and_that_of_rows(
+    monkeypatch: pytest.MonkeyPatch, stats: dict[str, int], found: int | None
+) -> None:
+    """All blocks of torch's allocator, and what is registered without it."""
+    monkeypatch.setattr(memory, "page_locked_bytes", lambda: 5)
+    assert memory.pinned_bytes(stats).value == found
+    assert bool(memory.pinned_bytes(stats).reason) == (found is None)
 
 
 # On a GPU
@@ -255,5 +183,8 @@ def test_cuda_peaks_hold_what_the_step_allocates() -> None:
     def step() -> None:
         torch.empty(1 << 20, device="cuda")
 
-    allocated, reserved = memory.cuda_step_peak_bytes(step)
-    assert reserved >= allocated >= (1 << 20) * FLOAT
+    peaks = memory.cuda_step_peaks(step)
+    requested, *others = in_order(peaks)
+    assert (1 << 20) * FLOAT <= requested
+    assert [requested, *others] == sorted([requested, *others])
+    assert peaks.peak_pinned_bytes.value is not None

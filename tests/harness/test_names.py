@@ -31,6 +31,8 @@ from meft_reports.plots import PLOTS
 from meft_reports.tables import TABLES
 
 FOREIGN_FLAGS = {
+    "--gpus": "docker",
+    "--pid": "docker",
     "--no-deps": "pip",
     "--require-hashes": "pip",
     "--hash": "pip, in a file of requirements",

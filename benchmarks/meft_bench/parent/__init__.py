@@ -19,5 +19,6 @@ of memory ends only its own process.
     fit_records   records of what `fit` found
     show          the command `show`
     doctor        the command `doctor`
+    meters        which meters of a GPU work here, for `doctor`
     output        printing to a terminal, a pipe or a full disk
 """

@@ -1,13 +1,14 @@
 """Report what a sweep may need and this machine has, and how to install the rest.
 
 Nothing is imported: versions are those of installed distributions, and for data, the
-existence of the files is checked.
+existence of the files is checked. The meters of a GPU are tried (`meters`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from meft_bench.parent import meters
 from meft_bench.parent.engines import environment
 from meft_bench.shared import distributions, tasks
 from meft_bench.shared.tasks.facts import OFFICIAL, DataFiles, places
@@ -93,6 +94,8 @@ def examine(data_dir: Path | None) -> Iterator[Entry]:
     yield Entry(thing="machine", state=here.machine)
     yield Entry(thing="platform", state=here.platform)
     yield Entry(thing="gpu", state=_gpu())
+    for name, state in meters.states():
+        yield Entry(thing=f"meter {name}", state=state)
     yield Entry(thing="commit", state=_commit(here.commit, here.dirty))
     yield Entry(thing="python", state=here.versions["python"])
     for name in environment.PACKAGES:

@@ -23,6 +23,7 @@ configs    finds and reads the config of a backbone
 published  memory that others measured, and what other estimators say of it
 source     where data and weights may come from
 optional   imports libraries that only some methods need
+nvml       NVML: a reading of a GPU's meter, or the reason why there is none
 distributions   which distributions are installed
 units      bytes as text, and text as bytes
 """

@@ -12,8 +12,12 @@ from meft_bench.shared.cell import Cell
 from meft_bench.shared.field_kinds import FLAG, NUMBER, TEXT, one_of
 from meft_bench.shared.registry import nearest
 
-GROUPS = ("memory", "transfer", "time", "quality", "start", "exactness", "model")
+GROUPS = (
+    *("memory", "transfer", "time", "gpu", "quality", "start", "exactness"),
+    "model",
+)
 """The sections of docs/numbers.md."""
+UNITS = ("bytes", "seconds", "joules", "watts", "megahertz", "count", "fraction")
 
 _TYPES: dict[str, Any] = {
     "int": int | None,
@@ -26,11 +30,12 @@ _TYPES: dict[str, Any] = {
 _SCHEMA = {
     "group": one_of(GROUPS),
     "type": one_of(_TYPES),
-    "unit": one_of(["bytes", "seconds", "count", "fraction"]),
+    "unit": one_of(UNITS),
     "better": one_of(["lower", "higher"]),
     "maximum": NUMBER,
     "derived": FLAG,
     "predicted": FLAG,
+    "shared": FLAG,
     "meaning": TEXT,
     "how": TEXT,
 }

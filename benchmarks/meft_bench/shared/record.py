@@ -90,7 +90,11 @@ class Record:
     cell: Cell
     status: Status
     message: str
-    """Reason in one line; when ok empty, unless the loss was not finite."""
+    """Reason in one line; when ok a warning, or empty.
+
+    Warnings are of a loss that was not finite, of a score that is undefined, and of
+    other processes on the GPU.
+    """
     started_at: str
     """UTC, ISO 8601."""
     wall_seconds: float

@@ -22,7 +22,7 @@ CELL: tuple[Column, ...] = (
         "string",
         "ok, oom (of `fit`: nothing fits), timeout, killed, error or skipped",
     ),
-    top("message", "string", "why, in one line; when ok, whether a loss is not finite"),
+    top("message", "string", "why, in one line; when ok, a warning, or empty"),
     later_top("log_tail", "the last lines that the cell printed", has_lines=True),
     top("started_at", "string", "UTC, ISO 8601"),
     top("wall_seconds", "Float64", "the whole child process, imports in", "seconds"),

@@ -1,11 +1,14 @@
 """`Column`: the properties of one column, independent of any record."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Section = Literal["", "cell", "measurement", "environment", "versions", "derived"]
 Dtype = Literal["string", "Int64", "Float64", "boolean", "list"]
-Unit = Literal["", "bytes", "seconds", "count", "fraction"]
+Unit = Literal[
+    "", "bytes", "seconds", "joules", "watts", "megahertz", "count", "fraction"
+]
+UNITS = tuple(unit for unit in get_args(Unit) if unit)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +25,8 @@ class Column:
     """Whether a text keeps its line breaks."""
     is_predicted: bool = False
     """Whether it is always computed from a model of a GPU, and never measured."""
+    is_shared: bool = False
+    """Whether other processes on the same GPU change it."""
     lower_is_better: bool | None = None
     """None where neither direction is an improvement."""
     greatest: float | None = None

@@ -6,14 +6,17 @@ The data is `measurements.toml`, which the harness reads as well.
 from typing import Any
 
 from meft_reports.columns.cell import CELL
-from meft_reports.columns.column import Column, Dtype
+from meft_reports.columns.column import UNITS, Column, Dtype
 from meft_reports.columns.environment import ENVIRONMENT
 from meft_reports.data_files import MEASUREMENTS, path_of, read_tables
 from meft_reports.derived import DERIVED
 from meft_reports.errors import ReportError
 from meft_reports.field_kinds import FLAG, NUMBER, TEXT, one_of
 
-GROUPS = ("memory", "transfer", "time", "quality", "start", "exactness", "model")
+GROUPS = (
+    *("memory", "transfer", "time", "gpu", "quality", "start", "exactness"),
+    "model",
+)
 """The sections of docs/numbers.md."""
 
 OLD_SCORE_NAMES = {
@@ -52,11 +55,12 @@ _LOWER_IS_BETTER = {"lower": True, "higher": False, None: None}
 _SCHEMA = {
     "group": one_of(GROUPS),
     "type": one_of(_DTYPES),
-    "unit": one_of(["bytes", "seconds", "count", "fraction"]),
+    "unit": one_of(UNITS),
     "better": one_of(["lower", "higher"]),
     "maximum": NUMBER,
     "derived": FLAG,
     "predicted": FLAG,
+    "shared": FLAG,
     "meaning": TEXT,
     "how": TEXT,
 }
@@ -70,6 +74,7 @@ def _column(name: str, fields: dict[str, Any]) -> Column:
         dtype=_DTYPES[fields["type"]],
         unit=fields.get("unit", ""),
         is_predicted=bool(fields.get("predicted")),
+        is_shared=bool(fields.get("shared")),
         lower_is_better=_LOWER_IS_BETTER[fields.get("better")],
         greatest=fields.get("maximum"),
         meaning=fields["meaning"],

@@ -64,6 +64,7 @@ def caveats_of(cells: Sequence[Cell], settings: Sequence[Setting]) -> list[Cavea
         _nothing_learned(cells),
         *_old_training(settings),
         _side_by_side(cells),
+        _contaminated(cells),
         *_failed(cells),
         _not_finite(cells),
     ]
@@ -259,6 +260,18 @@ def _side_by_side(cells: Sequence[Cell]) -> Caveat:
     )
 
 
+def _contaminated(cells: Sequence[Cell]) -> Caveat:
+    found = _where(cells, lambda cell: cell["num_foreign_processes"])
+    return Caveat(
+        title=f"{plural(len(found), 'cell')} contaminated by others on the GPU",
+        text="Other processes used the GPU. Times, energy, clocks, and bytes of the "
+        "whole GPU and its link depend on them, and are left out; the files of the run "
+        "keep them. What torch allocated, ledgers and scores are valid. To measure the "
+        "rest, run these cells again on a free GPU with --force.",
+        cells=found,
+    )
+
+
 def _failed(cells: Sequence[Cell]) -> list[Caveat]:
     answers = _where(cells, lambda cell: found_nothing(cell["sweep"], cell["status"]))
     found = [
@@ -291,7 +304,7 @@ def _not_finite(cells: Sequence[Cell]) -> Caveat:
         cells,
         lambda cell: (
             cell["status"] == "ok"
-            and cell["message"]
+            and "the loss was not finite" in (cell["message"] or "")
             and not is_at_least(cell["sweep"], cell["status"], cell["message"])
         ),
     )

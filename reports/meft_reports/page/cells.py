@@ -26,6 +26,7 @@ FACTS = (
     *("machine", "platform", "cpu", "num_threads", "num_slots", "device_name"),
     *("prediction", "weights_origin", "weights_sha256", "data_origin"),
     *("step_seconds", "score", "majority_score", "num_eval_rows"),
+    "num_foreign_processes",
 )
 """Columns that sentences on single cells need."""
 

@@ -32,6 +32,7 @@ TABLES = (
     "activations",
     "ratios",
     "traffic",
+    "meters",
     "predictions",
     "exactness",
     "twins",

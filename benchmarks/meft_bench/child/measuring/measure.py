@@ -8,6 +8,7 @@ Every measurement is added to the partial result at once, so that a cell that ru
 of memory still reports what was measured before.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from meft_bench.child import backbones
 from meft_bench.child.backbones import Backbone
-from meft_bench.child.measuring import probes, starting_point
+from meft_bench.child.measuring import gpu_watch, probes, starting_point
+from meft_bench.child.measuring.gpu_watch import GpuWatch
 from meft_bench.child.measuring.partial_result import PartialResult, finite
 from meft_bench.child.meters import memory
 from meft_bench.child.meters.clock import StepClock
@@ -70,8 +72,8 @@ def measure(
         "device_name": prepare.device_name(cell),
         "num_threads": torch.get_num_threads(),
     }
-    with execution.attention(cell):
-        _measure(cell, source, partial, checkpoint, save_to)
+    with execution.attention(cell), gpu_watch.watched(cell.device, partial) as watch:
+        _measure(cell, source, partial, checkpoint, save_to, watch)
 
 
 def _measure(
@@ -80,6 +82,7 @@ def _measure(
     partial: PartialResult,
     checkpoint: Checkpoint | None,
     save_to: Path | None,
+    watch: GpuWatch | None,
 ) -> None:
     task: AnyTask = load_task(cell, source)
     task = _with_rows_to_score(task, cell)
@@ -108,13 +111,19 @@ def _measure(
         num_blocks=num_blocks,
         num_train_rows=len(examples.train),
     )
-    _train_and_score(stepper, cell, task, backbone, examples, partial, checkpoint)
+    _train_and_score(
+        stepper, cell, task, backbone, examples, partial, checkpoint, watch
+    )
     if save_to is not None:  # before a probe takes further steps
         backbones.save(backbone, save_to)
     probes.probe_memory(stepper, cell, batches, partial)
     probes.look_at_peak(stepper, cell, batches, partial)
+    if watch is not None:
+        watch.probe_link(lambda: stepper.step(batches, learning_rate=0.0))
     if cell.device == "cuda":
-        probes.probe_link(stepper, batches, partial)
+        gpu_watch.probe_copies(
+            lambda: stepper.step(batches, learning_rate=0.0), partial
+        )
     probes.probe_rows(stepper, batches, partial)
     probes.probe_transfers(stepper, batches, partial)
     probes.look_at_routing(stepper, batches[0], partial)
@@ -224,6 +233,7 @@ def _train_and_score(
     examples: Examples,
     partial: PartialResult,
     checkpoint: Checkpoint | None,
+    watch: GpuWatch | None,
 ) -> None:
     scoring = _scoring(task)
 
@@ -238,12 +248,14 @@ def _train_and_score(
         scores = scoring.scores(task, predictions, examples.validation)
         return float(next(iter(scores.values())))
 
-    clock = StepClock(cell.warmup_steps, cell.device)
+    clock = StepClock(cell.warmup_steps, cell.device, watch)
     batches = epochs(examples.train, cell)
     losses: list[float] = []
+    watched = contextlib.nullcontext() if watch is None else watch.training()
     try:
-        for loss in train(stepper, cell, batches, clock, validate, checkpoint):
-            losses.append(loss)
+        with watched:
+            for loss in train(stepper, cell, batches, clock, validate, checkpoint):
+                losses.append(loss)
     finally:
         partial.note(
             num_steps=len(losses),

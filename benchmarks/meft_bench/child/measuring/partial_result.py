@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from meft_bench.shared.measurement import Measurement
+from meft_bench.shared.nvml import Reading
 
 
 class PartialResult:
@@ -14,16 +15,48 @@ class PartialResult:
         self.measurement = Measurement()
         self.environment: dict[str, str | int | None] = {}
         self.memory_breakdown: dict[str, Any] | None = None
+        self._unmeasured: dict[str, str] = {}
 
     def note(self, **fields: Any) -> None:
         """Add numbers of `Measurement`."""
         self.measurement = self.measurement.with_numbers(**fields)
 
+    def note_readings(self, **readings: Reading[Any]) -> None:
+        """Add numbers of `Measurement`, or why there are none."""
+        for name, reading in readings.items():
+            self._unmeasured.pop(name, None)
+            if reading.value is None:
+                self._unmeasured[name] = reading.reason
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self._unmeasured.items():
+            by_reason.setdefault(reason, []).append(name)
+        texts = [f"{', '.join(names)}: {why}" for why, names in by_reason.items()]
+        self.note(
+            **{name: reading.value for name, reading in readings.items()},
+            unmeasured="; ".join(texts) or None,
+        )
+
 
 def remarks(measurement: Measurement) -> str:
     """Return the warnings about a cell that ended well, as one line; empty for none."""
-    found = (remark(measurement.loss_curve), _undefined(measurement))
+    found = (
+        remark(measurement.loss_curve),
+        _undefined(measurement),
+        _contaminated(measurement),
+    )
     return "; ".join(filter(None, found))
+
+
+def _contaminated(measurement: Measurement) -> str:
+    """Return a warning if other processes used the GPU."""
+    number = measurement.num_foreign_processes
+    if not number:
+        return ""
+    others = "another process was" if number == 1 else f"{number} other processes were"
+    return (
+        f"contaminated: {others} on the GPU, so times and what NVML measures of the "
+        "GPU cannot be compared; end them, or take a free GPU, and run with `--force`"
+    )
 
 
 def _undefined(measurement: Measurement) -> str:

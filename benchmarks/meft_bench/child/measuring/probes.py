@@ -15,7 +15,7 @@ from torch import nn
 from meft.sparse.adapter import sparse_adapters
 from meft.testing import check_reversible
 from meft_bench.child.measuring.partial_result import PartialResult, finite
-from meft_bench.child.meters import memory, nvml, profiled, routing, rows, transfers
+from meft_bench.child.meters import memory, profiled, routing, rows, transfers
 from meft_bench.child.meters.interleaved import time_interleaved
 from meft_bench.child.tasks.batches import Batch
 from meft_bench.child.training.out_of_memory import is_out_of_memory
@@ -62,8 +62,9 @@ def probe_memory(
         peak_bytes = model_state_bytes + memory.cpu_step_peak_bytes(step)
         partial.note(peak_allocated_bytes=peak_bytes)
         return
-    allocated, reserved = memory.cuda_step_peak_bytes(step)
-    partial.note(peak_allocated_bytes=allocated, peak_reserved_bytes=reserved)
+    peaks = memory.cuda_step_peaks(step)
+    names = [field.name for field in dataclasses.fields(peaks)]
+    partial.note_readings(**{name: getattr(peaks, name) for name in names})
 
 
 def look_at_peak(
@@ -111,29 +112,6 @@ def _recorded(
         start = ledger.mark()
         step()
     return ledger.trace(), start
-
-
-def probe_link(
-    stepper: Stepper, batches: Sequence[Batch], partial: PartialResult
-) -> None:
-    """Measure with NVML the bytes over the link in one step, and those of this process.
-
-    Args:
-        stepper: the trained model.
-        batches: micro-batches of one step.
-        partial: the partial result to update.
-    """
-    import pynvml
-
-    uuid = str(torch.cuda.get_device_properties(0).uuid)
-    with nvml.open_device(pynvml, uuid) as device:
-        if device is None:
-            return
-        partial.note(nvml_process_bytes=nvml.process_bytes(pynvml, device))
-        with nvml.LinkMeter(pynvml, device) as link:
-            stepper.step(batches, learning_rate=0.0)
-            torch.cuda.synchronize()
-        partial.note(pcie_rx_bytes=link.rx_bytes, pcie_tx_bytes=link.tx_bytes)
 
 
 def probe_rows(

@@ -4,8 +4,16 @@ import contextlib
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
+
+
+class StepMeter(Protocol):
+    """Measures steps in addition to the clock."""
+
+    def step(self) -> contextlib.AbstractContextManager[object]:
+        """Return the context of one step."""
 
 
 class StepClock:
@@ -14,21 +22,33 @@ class StepClock:
     Args:
         warmup_steps: number of first steps, kept in `all_step_seconds` only.
         device: on `cuda`, the clock synchronises the device before it reads the time.
+        meter: what else measures the steps after warm-up, at whose beginning and end
+            the device is synchronised.
     """
 
-    def __init__(self, warmup_steps: int, device: str) -> None:
+    def __init__(
+        self, warmup_steps: int, device: str, meter: StepMeter | None = None
+    ) -> None:
         self._warmup_steps = warmup_steps
         self._device = device
+        self._meter = meter
         self.all_step_seconds: list[float] = []
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Time the body as one step."""
         self._wait()
-        started = time.perf_counter()
-        yield
-        self._wait()
-        self.all_step_seconds.append(time.perf_counter() - started)
+        with self._metered():
+            started = time.perf_counter()
+            yield
+            self._wait()
+            self.all_step_seconds.append(time.perf_counter() - started)
+
+    def _metered(self) -> contextlib.AbstractContextManager[object]:
+        is_warmup = len(self.all_step_seconds) < self._warmup_steps
+        if is_warmup or self._meter is None:
+            return contextlib.nullcontext()
+        return self._meter.step()
 
     @property
     def step_seconds(self) -> float | None:

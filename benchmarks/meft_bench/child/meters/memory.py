@@ -1,11 +1,18 @@
-"""Memory of one training step, in bytes, by five measures that are never mixed.
+"""Memory of one training step, in bytes, by measures that are never mixed.
 
     saved        distinct storage that autograd keeps for backward; exact, any device
     model state  held between two steps: parameters, buffers, gradients and
                  optimizer state
-    allocated    model state + the peak of the tensors of one step
-    reserved     memory that CUDA's caching allocator took from the driver for that
+    requested    what the tensors of a step asked CUDA's caching allocator for
+    allocated    model state + the peak of the tensors of one step; on CUDA, blocks that
+                 the allocator gave for the requests, which it rounds up
+    active       allocated + freed blocks that another stream may still use
+    reserved     memory that the allocator took from the driver for that
+    pinned       page-locked host memory, for copies over the link
     host peak    the process's highest resident memory (`VmHWM`), all imports included
+
+requested <= allocated <= active <= reserved. What NVML sees of the process, which also
+has the CUDA context and its kernels, is measured by `processes`.
 
 A step is that of training: forward, backward, clip, update, release of gradients. Steps
 of the same shape must have run before, so that the optimizer state exists and caches
@@ -20,17 +27,20 @@ block; training steps free none.
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from meft.page_lock import page_locked_bytes
 from meft.sparse.adapter import sparse_adapters
 from meft.sparse.row_parameter import rows_of
 from meft.testing import saved_bytes
 from meft_bench.child.backbones import quantised
 from meft_bench.child.tasks.batches import Batch
+from meft_bench.shared.nvml import Reading
 
 
 def saved_by_forward(
@@ -112,20 +122,67 @@ def cpu_step_peak_bytes(step: Callable[[], object]) -> int:
     return peak
 
 
-def cuda_step_peak_bytes(step: Callable[[], object]) -> tuple[int, int]:
-    """Return the (allocated, reserved) peaks in bytes of the CUDA device in `step()`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CudaPeaks:
+    """Peaks of one step on a CUDA device, in bytes.
 
-    The device is the current one. Both peaks include the model state on it. The cache
-    is emptied first, so that reserved memory is that of this step and not of an earlier
-    one.
+    All but the last include the model state on the device.
+    """
+
+    peak_requested_bytes: Reading[int]
+    peak_allocated_bytes: Reading[int]
+    peak_active_bytes: Reading[int]
+    peak_reserved_bytes: Reading[int]
+    peak_pinned_bytes: Reading[int]
+
+
+def cuda_step_peaks(step: Callable[[], object]) -> CudaPeaks:
+    """Return the peaks of the current CUDA device, and of pinned memory, in `step()`.
+
+    The cache is emptied first, so that reserved memory is that of this step and not of
+    an earlier one.
     """
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    if torch.cuda.host_memory_stats():
+        torch.cuda.reset_peak_host_memory_stats()
     step()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    stats = torch.cuda.memory_stats()
+    return CudaPeaks(
+        peak_requested_bytes=_counted(stats, "requested_bytes.all.peak"),
+        peak_allocated_bytes=Reading(torch.cuda.max_memory_allocated()),
+        peak_active_bytes=_counted(stats, "active_bytes.all.peak"),
+        peak_reserved_bytes=Reading(torch.cuda.max_memory_reserved()),
+        peak_pinned_bytes=pinned_bytes(torch.cuda.host_memory_stats()),
+    )
+
+
+def _counted(stats: Mapping[str, int], name: str) -> Reading[int]:
+    # torch reports 0 for what the allocator cudaMallocAsync does not count.
+    value = stats.get(name) or None
+    reason = "torch's allocator does not count it: use the native one"
+    return Reading(value, "" if value else reason)
+
+
+def pinned_bytes(stats: Mapping[str, int]) -> Reading[int]:
+    """Return the peak of page-locked host memory: torch's and that of sparse adapters.
+
+    torch's includes the blocks that its allocator keeps for later requests, each
+    rounded up to a power of two. Without any, it is 0.
+
+    Args:
+        stats: `torch.cuda.host_memory_stats()`.
+    """
+    # Older torch has `allocated_bytes` for what callers hold, and this for all blocks.
+    for name in ("reserved_bytes.peak", "allocated_bytes.peak"):
+        if name in stats:
+            return Reading(stats[name] + page_locked_bytes())
+    return Reading(
+        None, "this version of torch does not count pinned memory: update it"
+    )
 
 
 def host_peak_bytes(status: Path = Path("/proc/self/status")) -> int | None:

@@ -3,12 +3,14 @@
 On a virtual GPU, the same quantities are those of its JSON file.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn import functional
 
+from meft_bench.shared.nvml import NvmlGpu
 from meft_bench.virtual.device.gpu import Gpu
 from meft_bench.virtual.validation.place import CheckFigure, Place
 
@@ -82,7 +84,8 @@ def _measured() -> Iterator[tuple[str, str, int | float | str | None]]:
     yield "after attention and norms", "context_bytes", taken()
     _step_of_optimizer()
     yield "after first kernels", "context_bytes", taken()
-    yield "after first kernels", "nvml_process_bytes", _nvml_process_bytes(handle)
+    processes = NvmlGpu(pynvml, handle).processes().value or {}
+    yield "after first kernels", "nvml_process_bytes", processes.get(os.getpid())
     yield "after first kernels", "reserved_bytes", torch.cuda.memory_reserved()
     pynvml.nvmlShutdown()
     yield from _rates()
@@ -115,17 +118,6 @@ def _step_of_optimizer() -> None:
     functional.cross_entropy(weight, torch.arange(64, device="cuda")).backward()
     torch.nn.utils.clip_grad_norm_([weight], 1.0)
     optimizer.step()
-
-
-def _nvml_process_bytes(handle: object) -> int | None:
-    import os
-
-    import pynvml
-
-    for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-        if process.pid == os.getpid() and process.usedGpuMemory is not None:
-            return int(process.usedGpuMemory)
-    return None
 
 
 def _rates() -> Iterator[tuple[str, str, float]]:

@@ -17,6 +17,7 @@ const LOOKS = new Map(DATA.looks.map((look) => [look.name, look]));
 
 const words = (name) => name.replace(/_bytes$/, '').replaceAll('_', ' ');
 const known = (value) => value !== null && value !== undefined;
+const SYMBOLS = { seconds: 's', joules: 'J', watts: 'W', megahertz: 'MHz' };
 const UNITS = [['GiB', 2 ** 30], ['MiB', 2 ** 20], ['KiB', 2 ** 10], ['B', 1]];
 const unitFor = (most) => UNITS.find(([, size]) => most >= size) ?? UNITS[3];
 const asBytes = (number) => {
@@ -30,7 +31,7 @@ const asText = (name, value) => {
   if (typeof value == 'string') return value;
   const unit = DATA.columns[name]?.[1];
   if (unit == 'bytes') return asBytes(value);
-  if (unit == 'seconds') return `${+value.toPrecision(3)} s`;
+  if (SYMBOLS[unit]) return `${+value.toPrecision(3)} ${SYMBOLS[unit]}`;
   if (Math.abs(value) >= 1e9 && unit != 'count') return value.toExponential(1);
   if (Number.isInteger(value)) return value.toLocaleString('en');
   return String(+value.toPrecision(4));
