@@ -101,76 +101,28 @@ def run(plan: RunPlan, *, worker_module: str = request.WORKER) -> int:
     budget = Budget(plan.time_budget_seconds)
     if not plan.cells and not plan.tunings:
         return _run_checks_alone(plan, budget)
-    tried = tuple(trial for tuning in plan.tunings for trial in tuning.trials)
-    waiting = [cell for tuning in plan.tunings for cell in tuning.cells]
-    own, saves = trained.with_folders(plan.own, plan.trainings, plan.path)
-    plan = dataclasses.replace(plan, own=own, saves=saves)
-    before = dataclasses.replace(plan, cells=(*saves,), left_out=())
-    others = tuple(cell for cell in (*plan.cells, *tried) if cell not in saves)
-    first = dataclasses.replace(plan, cells=others)
-    num_cells = len(before.cells) + len(first.cells) + len(waiting)
-    every = (*before.cells, *first.cells)
-    unscored: list[Tuning] = []
-    prepared: dict[Cell, Record] = {}
-    untrained: list[Cell] = []
-    with RecordsFile(plan.path) as file, contextlib.ExitStack() as stack:
+    order = _in_order(plan)
+    with RecordsFile(plan.path) as file:
         try:
-            try:
-                checked = _run_checks(plan, budget)
-            except Stopped:
-                return _interrupted(plan, num_cells, [])
-            job = _job(plan, worker_module)
-            engine = stack.enter_context(_engine(plan, every, job))
-            stage = Stage([], is_whole=True)
-            if before.cells and _is_left(plan, first, file, engine):
-                stage = _run_stage(before, job, engine, file, budget)
-                prepared = _done(before, file, engine, again=False)
-                first, untrained = _with_backbones(first, prepared)
-            if stage.is_whole:
-                its = _run_stage(first, job, engine, file, budget)
-                stage = Stage([*stage.statuses, *its.statuses], its.is_whole)
-            if stage.is_whole and plan.tunings:
-                scored = _done_among(tried, file, engine)
-                cells, unscored = _chosen(plan.tunings, scored)
-                second = dataclasses.replace(plan, cells=cells, left_out=())
-                if prepared:
-                    second, _ = _with_backbones(second, prepared)
-                if second.cells:
-                    its = _run_stage(second, job, engine, file, budget)
-                    stage = Stage([*stage.statuses, *its.statuses], its.is_whole)
+            ended = _run_in_order(order, file, budget, worker_module)
+        except Stopped:
+            return _interrupted(order.plan, order.num_cells, [])
         except OSError as error:
             raise runs.unusable(plan.path, error) from error
-    if not stage.is_whole and budget.is_over:
-        output.summarize(
-            [
-                count(stage.statuses),
-                f"the time budget is over: {len(stage.statuses)} of {num_cells} cells "
-                f"are recorded in {plan.path}; the same command goes on",
-            ]
-        )
-        return _exit_code([*stage.statuses, *checked])
-    if not stage.is_whole:
-        return _interrupted(plan, num_cells, stage.statuses)
-    for tuning in unscored:
-        output.complain(
-            f"not run, {len(tuning.cells)} cells, such as {tuning.cells[0].id}: "
-            f"none of their {len(tuning.trials)} trials has a score"
-        )
-    if untrained:
-        names = sorted({plan.own[cell.backbone].alias for cell in untrained})
-        output.complain(
-            f"not run, {len(untrained)} cells: the training of their backbone "
-            f"{' and '.join(names)} failed"
-        )
-    page = plan.path.with_suffix(".html")
-    output.summarize(
-        [
-            count(stage.statuses),
-            f"records: {plan.path}",
-            f"page:    meft-report page {plan.path} -o {page}",
-        ]
-    )
-    return _exit_code([*stage.statuses, *checked])
+    return _summarize(order, ended, budget)
+
+
+class Order(NamedTuple):
+    """The cells of a plan, by when they can run."""
+
+    plan: RunPlan
+    """The run, with the folders of the backbones that it trains."""
+    before: RunPlan
+    """Cells that train the backbones of others."""
+    first: RunPlan
+    """Those that wait for no trial, and the trials."""
+    num_cells: int
+    """Number of all cells, with those that wait for trials."""
 
 
 class Stage(NamedTuple):
@@ -179,6 +131,123 @@ class Stage(NamedTuple):
     statuses: list[Status]
     is_whole: bool
     """Whether all of them ended, and none was stopped."""
+
+    def then(self, later: "Stage") -> "Stage":
+        """Return how the cells of both stages ended."""
+        return Stage([*self.statuses, *later.statuses], later.is_whole)
+
+
+class Ended(NamedTuple):
+    """How the cells of a run ended."""
+
+    stage: Stage
+    checked: Sequence[Status]
+    """Of the checks that ran."""
+    unscored: Sequence[Tuning]
+    """Trials of which none has a score."""
+    untrained: Sequence[Cell]
+    """Cells whose backbone was not trained."""
+
+
+def _in_order(plan: RunPlan) -> Order:
+    tried = tuple(trial for tuning in plan.tunings for trial in tuning.trials)
+    num_waiting = sum(len(tuning.cells) for tuning in plan.tunings)
+    own, saves = trained.with_folders(plan.own, plan.trainings, plan.path)
+    plan = dataclasses.replace(plan, own=own, saves=saves)
+    others = tuple(cell for cell in (*plan.cells, *tried) if cell not in saves)
+    return Order(
+        plan=plan,
+        before=dataclasses.replace(plan, cells=(*saves,), left_out=()),
+        first=dataclasses.replace(plan, cells=others),
+        num_cells=len(saves) + len(others) + num_waiting,
+    )
+
+
+def _run_in_order(
+    order: Order, file: RecordsFile, budget: "Budget", worker_module: str
+) -> Ended:
+    """Run the checks of a plan, and then its cells that are not done.
+
+    Raises:
+        Stopped: the run was interrupted during its checks.
+    """
+    plan, first = order.plan, order.first
+    checked = _run_checks(plan, budget)
+    job = _job(plan, worker_module)
+    stage = Stage([], is_whole=True)
+    prepared: dict[Cell, Record] = {}
+    untrained: list[Cell] = []
+    unscored: list[Tuning] = []
+    with _engine(plan, (*order.before.cells, *first.cells), job) as engine:
+        if order.before.cells and _is_left(plan, first, file, engine):
+            stage = _run_stage(order.before, job, engine, file, budget)
+            prepared = _done(order.before, file, engine, again=False)
+            first, untrained = _with_backbones(first, prepared)
+        if stage.is_whole:
+            stage = stage.then(_run_stage(first, job, engine, file, budget))
+        if stage.is_whole and plan.tunings:
+            second, unscored = _after_trials(plan, prepared, file, engine)
+            if second.cells:
+                stage = stage.then(_run_stage(second, job, engine, file, budget))
+    return Ended(stage, checked, unscored, untrained)
+
+
+def _after_trials(
+    plan: RunPlan,
+    prepared: Mapping[Cell, Record],
+    file: RecordsFile,
+    engine: Engine,
+) -> tuple[RunPlan, list[Tuning]]:
+    """Return the plan of the cells that waited for trials, and trials without a score.
+
+    Args:
+        plan: the run.
+        prepared: the cells that have trained a backbone.
+        file: the records.
+        engine: where cells run.
+    """
+    tried = [trial for tuning in plan.tunings for trial in tuning.trials]
+    cells, unscored = _chosen(plan.tunings, _done_among(tried, file, engine))
+    second = dataclasses.replace(plan, cells=cells, left_out=())
+    if prepared:
+        second, _ = _with_backbones(second, prepared)
+    return second, unscored
+
+
+def _summarize(order: Order, ended: Ended, budget: "Budget") -> int:
+    """Print how a run ended, and return its exit code."""
+    plan, statuses = order.plan, ended.stage.statuses
+    if not ended.stage.is_whole and budget.is_over:
+        output.summarize(
+            [
+                count(statuses),
+                f"the time budget is over: {len(statuses)} of {order.num_cells} cells "
+                f"are recorded in {plan.path}; the same command goes on",
+            ]
+        )
+        return _exit_code([*statuses, *ended.checked])
+    if not ended.stage.is_whole:
+        return _interrupted(plan, order.num_cells, statuses)
+    for tuning in ended.unscored:
+        output.complain(
+            f"not run, {len(tuning.cells)} cells, such as {tuning.cells[0].id}: "
+            f"none of their {len(tuning.trials)} trials has a score"
+        )
+    if ended.untrained:
+        names = sorted({plan.own[cell.backbone].alias for cell in ended.untrained})
+        output.complain(
+            f"not run, {len(ended.untrained)} cells: the training of their backbone "
+            f"{' and '.join(names)} failed"
+        )
+    page = plan.path.with_suffix(".html")
+    output.summarize(
+        [
+            count(statuses),
+            f"records: {plan.path}",
+            f"page:    meft-report page {plan.path} -o {page}",
+        ]
+    )
+    return _exit_code([*statuses, *ended.checked])
 
 
 def _job(plan: RunPlan, worker_module: str) -> Job:
