@@ -105,38 +105,20 @@ def run(
     started_at = now()
     start = time.monotonic()
     log = log_path(folder, cell).resolve()  # code of the user may change the folder
-    out = log.with_suffix(".json")
-    out.unlink(missing_ok=True)
     own = own or {}
-    options = _with_checkpoint(options, cell, log, environment)
-    if save_to is not None:
-        options = dataclasses.replace(options, save_to=str(save_to))
-    body = {
-        "cell": located(cell, own).to_json(),
-        "options": options.to_json(),
-        "rows": rows_of(cell, own),
-    }
     if changed := current.why_not(cell, own):
         log.write_text(changed, encoding="utf-8")
         ending = _failure(Status.ERROR, changed)
     else:
-        command = request.command(body, out, worker_module=worker_module)
-        try:
-            code = start_child(
-                command,
-                log=log,
-                variables=child_environment(options, cell.device, gpu),
-                timeout_seconds=timeout_seconds,
-                stop=stop,
-            )
-            ending = _ending(out, log, code, timeout_seconds)
-        except LostError:
-            ending = _failure(
-                Status.KILLED,
-                "the process that this one was forked from was killed, by the kernel "
-                "or by another cell; run the same command again, or with `--fresh`",
-            )
-    out.unlink(missing_ok=True)
+        ending = _run_child(
+            _body(cell, own, _with_files(options, cell, log, environment, save_to)),
+            log,
+            worker_module=worker_module,
+            variables=child_environment(options, cell.device, gpu),
+            timeout_seconds=timeout_seconds,
+            stop=stop,
+            start_child=start_child,
+        )
     return Record(
         sweep=sweep,
         cell=cell,
@@ -158,6 +140,57 @@ def run(
     )
 
 
+def _body(cell: Cell, own: Mapping[str, Own], options: ChildOptions) -> dict[str, Any]:
+    """Return the request for a cell."""
+    return {
+        "cell": located(cell, own).to_json(),
+        "options": options.to_json(),
+        "rows": rows_of(cell, own),
+    }
+
+
+def _run_child(
+    body: dict[str, Any],
+    log: Path,
+    *,
+    worker_module: str,
+    variables: Mapping[str, str],
+    timeout_seconds: float,
+    stop: threading.Event,
+    start_child: StartChild,
+) -> Outcome:
+    """Start the child of a request, wait for its end, and return what it came to.
+
+    Args:
+        body: the request.
+        log: file that receives what the child prints; the outcome is next to it.
+        worker_module: module that runs as the child.
+        variables: environment variables of the child.
+        timeout_seconds: time after which the child and its processes are killed.
+        stop: when set, the child is killed and `Stopped` is raised.
+        start_child: see `run`.
+    """
+    out = log.with_suffix(".json")
+    out.unlink(missing_ok=True)
+    try:
+        code = start_child(
+            request.command(body, out, worker_module=worker_module),
+            log=log,
+            variables=variables,
+            timeout_seconds=timeout_seconds,
+            stop=stop,
+        )
+        ending = _ending(out, log, code, timeout_seconds)
+    except LostError:
+        ending = _failure(
+            Status.KILLED,
+            "the process that this one was forked from was killed, by the kernel "
+            "or by another cell; run the same command again, or with `--fresh`",
+        )
+    out.unlink(missing_ok=True)
+    return ending
+
+
 def _in_words(
     found: dict[str, Any], cell: Cell, own: Mapping[str, Own]
 ) -> dict[str, Any]:
@@ -168,13 +201,19 @@ def _in_words(
     return found | {"weights_origin": f"trained by {one.trained_by}"}
 
 
-def _with_checkpoint(
-    options: ChildOptions, cell: Cell, log: Path, environment: Environment
+def _with_files(
+    options: ChildOptions,
+    cell: Cell,
+    log: Path,
+    environment: Environment,
+    save_to: Path | None,
 ) -> ChildOptions:
-    """Return options with the file from which a killed cell goes on.
+    """Return options with the file from which a killed cell goes on, and `save_to`.
 
     Functions of the user may have state that no file has: their cells start again.
     """
+    if save_to is not None:
+        options = dataclasses.replace(options, save_to=str(save_to))
     if cell.method not in methods.TABLE:
         return options
     same = {
