@@ -12,14 +12,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
 from meft_bench.parent import checks, output, runs, trained, trials
-from meft_bench.parent.engines import environment
+from meft_bench.parent.engines import environment, packing
 from meft_bench.parent.engines.child_process import Stopped
 from meft_bench.parent.engines.children import Children
 from meft_bench.parent.engines.engine import Engine
@@ -75,6 +75,8 @@ class RunPlan:
     """What the sweep declares and this run omits, one readable line each."""
     checks: tuple[str, ...] = ()
     """Programs of `registry.CHECKS` to run before the cells."""
+    pack: bool = False
+    """Whether cells share a GPU that has room for all of them by prediction."""
     engine: str = "local"
     """Where cells run, one of `engines.NAMES`."""
     check_device: str = "cuda"
@@ -542,17 +544,50 @@ def _run_left(
         for line in _left_out(plan, done):
             progress.tell(line)
 
-        records = engine.run_cells(
-            left, job, folder=folder, started=progress.started, stop=stop
-        )
-        with contextlib.closing(records), _stopping(stop), budget.stopping(stop):
-            for record in records:
-                file.append(record)
-                progress.ended(record)
-                ended.append(record)
+        with _stopping(stop), budget.stopping(stop):
+            if plan.pack:
+                try:
+                    job = _packed(left, job, folder, stop, progress.tell)
+                except Stopped:
+                    return ended
+            records = engine.run_cells(
+                left, job, folder=folder, started=progress.started, stop=stop
+            )
+            with contextlib.closing(records):
+                for record in records:
+                    file.append(record)
+                    progress.ended(record)
+                    ended.append(record)
         for line in _skipped(ended):
             progress.tell(line)
     return ended
+
+
+def _packed(
+    cells: Sequence[Cell],
+    job: Job,
+    folder: Path,
+    stop: threading.Event,
+    tell: Callable[[str], None],
+) -> Job:
+    """Return the run with what its cells take of a GPU, and tell it.
+
+    Raises:
+        Stopped: the run was interrupted.
+    """
+    on_gpus = [cell for cell in cells if cell.device == "cuda"]
+    if not on_gpus:
+        return job
+    tell(f"packing: predicting the memory of {len(on_gpus)} cells")
+    models = environment.gpu_names()
+    needs = packing.predict(on_gpus, models, job, folder=folder, stop=stop)
+    alone = [cell for cell in on_gpus if cell not in needs]
+    if alone:
+        tell(
+            f"packing: {len(alone)} of {len(on_gpus)} cells ({_names(alone)}) have no "
+            f"prediction, and run alone; {folder / 'packing.log'} may say why"
+        )
+    return dataclasses.replace(job, gpu_bytes=needs)
 
 
 def _left_out(plan: RunPlan, done: Mapping[Cell, Record]) -> Iterator[str]:
