@@ -1,6 +1,8 @@
 """Read files of JSON lines and return one valid record per cell.
 
 `valid_records` checks each record; `latest` selects the record of a cell that counts.
+Times of a cell that shared its GPU with another one are left out: nothing can be
+compared with them.
 """
 
 import contextlib
@@ -12,12 +14,19 @@ from typing import Any, NoReturn
 
 from meft_reports import breakdown, commits
 from meft_reports.breakdown import Breakdown
+from meft_reports.columns import COLUMNS
 from meft_reports.errors import RecordError
 from meft_reports.files import read_lines
 from meft_reports.latest import FAILED, code_of, counting, in_order, newest_code
 from meft_reports.text import SHORT_LENGTH, plural, printable
 from meft_reports.valid_records import Record, quoted, validate
 
+MEASURED_TIMES = [
+    column.name
+    for column in COLUMNS
+    if column.section == "measurement" and column.is_measured_time
+]
+"""Fields of a measurement that are times of a clock."""
 NOTE_LENGTH = 10_000
 """Maximum number of characters of a note."""
 
@@ -148,6 +157,7 @@ def _lines_of(path: Path, *, is_finished: bool) -> Iterator[tuple[int, Record]]:
     """
     unknown: set[str] = set()
     shared: breakdown.Shared = {}
+    num_untimed = 0
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
@@ -180,13 +190,29 @@ def _lines_of(path: Path, *, is_finished: bool) -> Iterator[tuple[int, Record]]:
         if record.get("memory_breakdown") is not None:
             found = breakdown.read(record["memory_breakdown"], where, shared)
             record["memory_breakdown"] = found
+        if record["environment"].get("is_gpu_shared"):
+            num_untimed += _forget_times(record)
         yield number, record
+    if num_untimed:
+        _note(
+            f"{path}: {plural(num_untimed, 'record')} of cells that shared a GPU, "
+            "whose times are left out"
+        )
     if unknown:
         names = [printable(name, SHORT_LENGTH) for name in sorted(unknown)]
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
         _note(
             f"{path}: fields this report does not know: {', '.join(names[:10])}{more}"
         )
+
+
+def _forget_times(record: Record) -> bool:
+    """Take the times that were measured out of a record; False if there are none."""
+    found = record["measurement"]
+    timed = [name for name in MEASURED_TIMES if found.get(name) is not None]
+    for name in timed:
+        found[name] = None
+    return bool(timed)
 
 
 class _NotFinite(Exception):

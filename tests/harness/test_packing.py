@@ -205,7 +205,7 @@ def test_a_packed_run(
     sizes = {"head": 20 * 2**30, "lora": 30 * 2**30, "meft1": 20 * 2**30}
     monkeypatch.setattr(packing, "predict", predicting(sizes))
     assert run("--pack") == 0
-    shared = {r.cell.method: [] for r in found()}
+    shared: dict[str, list[bool]] = {r.cell.method: [] for r in found()}
     for record in found():
         shared[record.cell.method].append(record.environment.is_gpu_shared)
         assert record.environment.num_slots == 4

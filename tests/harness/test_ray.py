@@ -1,11 +1,15 @@
-"""Cells on a Ray cluster: records of this machine, each cell once, whatever is lost."""
+"""Cells on a Ray cluster: records of this machine, each cell once, whatever is lost.
+
+One test with a cluster of one node is fast; those of clusters of several nodes are for
+`--slow`, and what is said of a cluster that cannot run the cells needs none.
+"""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
 import random
-import re
 import signal
 import threading
 import time
@@ -18,6 +22,8 @@ import pytest
 
 from meft_bench.parent import cli, harness, runs
 from meft_bench.parent.engines import environment, ray_cluster
+from meft_bench.parent.engines.job import Job
+from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.record import Status
 
 ray = pytest.importorskip("ray", reason="no ray: pip install 'meft[ray]'")
@@ -81,8 +87,18 @@ def ids(path: str = "runs.jsonl") -> list[str]:
     return [record.cell.id for record in runs.read(Path(path))]
 
 
-def test_records_are_those_of_this_machine(there: Path) -> None:
+def test_records_are_those_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """But for times; a second run has nothing left to do."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text(SWEEP.format(seeds="[0]"))
+    with cluster_of(2) as made:
+        monkeypatch.setenv("RAY_ADDRESS", made.address)
+        _compare_with_this_machine()
+
+
+def _compare_with_this_machine() -> None:
     assert run("fake_ok") == 0
     words = ["run", "mine.toml", "--device", "cpu", "-o", "local.jsonl", "--fresh"]
     assert cli.main(words, worker_module="harness.workers.fake_ok") == 0
@@ -97,10 +113,12 @@ def test_records_are_those_of_this_machine(there: Path) -> None:
         assert where.machine == mine[cell][2].machine
         assert where.num_slots == 2
     before = Path("runs.jsonl").read_bytes()
+    assert before.count(b"\n") == 4
     assert run("fake_ok") == 0
     assert Path("runs.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_failures_are_records(there: Path) -> None:
     """With the log of the child next to the others."""
     assert run("fake_raises") == harness.EXIT_FAILED
@@ -111,6 +129,7 @@ def test_failures_are_records(there: Path) -> None:
     assert len(logs) == 8
 
 
+@pytest.mark.slow
 def test_a_folder_that_nodes_do_not_see(
     there: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,22 +142,56 @@ def test_a_folder_that_nodes_do_not_see(
     assert len(logs) == 8
 
 
+def test_slots_are_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which is said before a cluster is looked for."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text(SWEEP.format(seeds="[0]"))
+    assert run("fake_ok", "--slots", "2") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--slots counts cells of this machine" in error
+
+
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("changes", "devices", "message"),
     [
-        (["--threads", "3"], "takes 3 cores and the largest node.* has 2.*--threads 2"),
-        (["--slots", "2"], "--slots counts cells of this machine"),
+        ({}, ["cpu"], ""),
+        ({"num_cpus": 1}, ["cpu"], "takes 2 cores and the largest .* has 1: .* 1` or"),
+        ({"sees_data": False}, ["cpu"], "node 10.0.0.7 has no directory '/data'"),
+        ({}, ["cpu", "cuda"], "device cuda: no node of the Ray cluster has a GPU"),
+        ({"num_gpus": 1}, ["cpu", "cuda"], ""),
+        ({"code_sha256": "another"}, ["cpu"], "10.0.0.7 has another version of meft"),
+        ({"versions": {"torch": "1.0"}}, ["cpu"], "10.0.0.7 has other packages: .*"),
     ],
 )
 def test_what_a_cluster_cannot_do(
-    there: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    changes: dict[str, Any], devices: list[str], message: str
 ) -> None:
-    assert run("fake_ok", *words) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert re.search(message, error)
+    """The node, what it lacks and what to do are said before any cell runs."""
+    here = environment.collect(num_threads=1, num_slots=1, device="cpu")
+    its = {n: changes.pop(n) for n in ("code_sha256", "versions") if n in changes}
+    node = ray_cluster.Node(
+        address="10.0.0.7",
+        environments={"cpu": dataclasses.replace(here, **its)},
+        **{"num_cpus": 2, "num_gpus": 0, "sees_data": True} | changes,
+    )
+    job = Job(
+        sweep="a sweep",
+        question="",
+        caveats=(),
+        options=ChildOptions(num_threads=2, data_dir="/data"),
+        timeout_seconds=1,
+    )
+    if not message:
+        ray_cluster._check([node], devices, job)
+        return
+    with pytest.raises(ray_cluster.ClusterError, match=message):
+        ray_cluster._check([node], devices, job)
 
 
+@pytest.mark.slow
 def test_other_code_is_refused(
     there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,16 +202,7 @@ def test_other_code_is_refused(
     assert not Path("runs.jsonl").exists() or not ids()
 
 
-def test_other_packages_are_named(
-    there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    mine = environment.versions() | {"torch": "1.0"}
-    monkeypatch.setattr(environment, "versions", lambda: mine)
-    assert run("fake_ok") == 2
-    assert "has other packages: torch" in (error := capsys.readouterr().err)
-    assert "(here 1.0)" in error
-
-
+@pytest.mark.slow
 def test_each_cell_of_a_gpu_has_its_own(there: Path) -> None:
     """And sees no other, on the only node that has any."""
     assert run("fake_device", "--device", "cuda") == 0
@@ -169,6 +213,7 @@ def test_each_cell_of_a_gpu_has_its_own(there: Path) -> None:
         assert gpu != other or ended <= began
 
 
+@pytest.mark.slow
 def test_interrupted(there: Path) -> None:
     """What was not recorded runs in the next run, and nothing else."""
 
@@ -246,7 +291,6 @@ def test_each_cell_once_while_workers_nodes_and_the_driver_are_killed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     start_parent: Callable[..., Any],
-    wait_until: Callable[[Callable[[], bool]], None],
 ) -> None:
     """On four nodes; `MEFT_RAY_CELLS` is the number of cells."""
     monkeypatch.chdir(tmp_path)
@@ -254,32 +298,38 @@ def test_each_cell_once_while_workers_nodes_and_the_driver_are_killed(
     Path("mine.toml").write_text(SWEEP.format(seeds=seeds))
     words = ["run", "mine.toml", "--engine", "ray", "--device", "cpu"]
     words += ["-o", "runs.jsonl"]
+    said = tmp_path / "driver.txt"
+
+    def wait_for(num_records: int) -> None:
+        while len(ids()) < num_records:
+            assert driver.poll() is None, said.read_text()[-2000:]
+            time.sleep(0.1)
+
     start = time.monotonic()
     with cluster_of(1) as made:
         monkeypatch.setenv("RAY_ADDRESS", made.address)
         chaos = Chaos(made)
-        driver = start_parent("fake_ok", *words, cwd=tmp_path)
-        wait_until(lambda: len(ids()) > 0)  # so it is on the only node so far
+        driver = start_parent("fake_ok", *words, cwd=tmp_path, output=said)
+        wait_for(1)  # so it is on the only node so far
         for _ in range(3):
             made.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
         while len(ids()) < num_cells // 2:
-            assert driver.poll() is None, driver.communicate()
+            assert driver.poll() is None, said.read_text()[-2000:]
             chaos.go_on()
         driver.kill()
         driver.wait()
         before = ids()
         for node in [*made.worker_nodes]:
             made.remove_node(node)
-        driver = start_parent("fake_ok", *words, cwd=tmp_path)
-        wait_until(lambda: len(ids()) > len(before))
+        driver = start_parent("fake_ok", *words, cwd=tmp_path, output=said)
+        wait_for(len(before) + 1)
         for _ in range(3):
             made.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
         while driver.poll() is None:
             chaos.go_on()
         seconds = time.monotonic() - start
-        output, error = driver.communicate()
     print(f"{num_cells} cells in {seconds:.0f} s, killed: {dict(chaos.killed)}")
-    assert driver.returncode == 0, output + error
+    assert driver.returncode == 0, said.read_text()[-2000:]
     assert chaos.killed["workers"] > 0
     assert chaos.killed["nodes"] > 0
     assert ids()[: len(before)] == before

@@ -541,6 +541,11 @@ def _run_left(
     ) as progress:
         if file.is_torn:
             progress.tell(f"the last line of {plan.path} is half written: left out")
+        if file.is_ahead:
+            progress.tell(
+                f"a record of {plan.path} started at {file.newest}, after now by the "
+                "clock of this machine: records of this run have that time"
+            )
         for line in _left_out(plan, done):
             progress.tell(line)
 

@@ -64,6 +64,7 @@ def caveats_of(cells: Sequence[Cell], settings: Sequence[Setting]) -> list[Cavea
         _nothing_learned(cells),
         *_old_training(settings),
         _side_by_side(cells),
+        _shared(cells),
         *_failed(cells),
         _not_finite(cells),
     ]
@@ -255,6 +256,16 @@ def _side_by_side(cells: Sequence[Cell]) -> Caveat:
         title=f"Timed side by side: {plural(len(found), 'cell')}",
         text="Several cells ran at the same time on one machine, which disturbs their "
         "times. Ratios of steps timed in turns suffer least.",
+        cells=found,
+    )
+
+
+def _shared(cells: Sequence[Cell]) -> Caveat:
+    found = _where(cells, lambda cell: bool(cell["is_gpu_shared"]))
+    return Caveat(
+        title=f"No times: {plural(len(found), 'cell')} shared a GPU",
+        text="Other cells ran on the same GPU at the same time, so times are left out. "
+        "Memory that the process allocated is exact.",
         cells=found,
     )
 
