@@ -58,12 +58,12 @@ def test_many_threads() -> None:
 
     def work() -> None:
         for _ in range(200):
-            with gpus.one("cuda") as place:
+            with gpus.one("cuda") as share:
                 with lock:
-                    running[place.gpu.uuid] += 1
-                    worst[0] = max(worst[0], running[place.gpu.uuid])
+                    running[share.gpu.uuid] += 1
+                    worst[0] = max(worst[0], running[share.gpu.uuid])
                 with lock:
-                    running[place.gpu.uuid] -= 1
+                    running[share.gpu.uuid] -= 1
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:

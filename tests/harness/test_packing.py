@@ -16,7 +16,7 @@ from meft_bench.parent import cli, runs
 from meft_bench.parent.engines import environment, host_memory, packing
 from meft_bench.parent.engines.child_process import Stopped
 from meft_bench.parent.engines.environment import PhysicalGpu
-from meft_bench.parent.engines.gpus import Gpus, Place
+from meft_bench.parent.engines.gpus import Gpus, Share
 from meft_bench.parent.engines.job import Job
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
@@ -38,12 +38,12 @@ def never() -> threading.Event:
     return threading.Event()
 
 
-def try_one(gpus: Gpus, needs: dict[str, int]) -> Place | None:
-    """A place, if there is room at once."""
+def try_one(gpus: Gpus, needs: dict[str, int]) -> Share | None:
+    """A share of a GPU, if there is room at once."""
     stop = threading.Event()
     stop.set()
-    with contextlib.suppress(Stopped), gpus.with_room(needs, stop) as place:
-        return place
+    with contextlib.suppress(Stopped), gpus.with_room(needs, stop) as share:
+        return share
     return None
 
 
@@ -66,9 +66,9 @@ def test_a_cell_without_a_prediction_is_alone() -> None:
     """Nobody joins it, and it joins nobody, also where it is larger than a GPU."""
     gpus = Gpus(ONE)
     for needs in ({}, {"B": 1}, {"A": 101}):
-        with gpus.with_room(needs, never()) as place:
+        with gpus.with_room(needs, never()) as share:
             assert try_one(gpus, {"A": 1}) is None
-            assert not place.is_shared
+            assert not share.is_shared
     with gpus.with_room({"A": 1}, never()):
         assert try_one(gpus, {}) is None
 
@@ -139,8 +139,8 @@ def test_no_gpu_ever_holds_more_than_was_free() -> None:
         for _ in range(100):
             size = draw.randint(1, 50)
             needs = {"A": size, "B": size} if draw.random() < 0.9 else {}
-            with gpus.with_room(needs, never()) as place:
-                uuid = place.gpu.uuid
+            with gpus.with_room(needs, never()) as share:
+                uuid = share.gpu.uuid
                 with lock:
                     held[uuid] += size if needs else 0
                     alone[uuid] += 0 if needs else 1

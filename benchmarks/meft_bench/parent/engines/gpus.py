@@ -21,8 +21,8 @@ _WAIT_SECONDS = 0.2
 
 
 @dataclass(eq=False)
-class Place:
-    """The place of one cell on a GPU."""
+class Share:
+    """What one cell has of a GPU."""
 
     gpu: PhysicalGpu
     num_bytes: int | None = None
@@ -40,7 +40,7 @@ class Gpus:
 
     def __init__(self, gpus: Sequence[PhysicalGpu]) -> None:
         self._gpus = gpus
-        self._places: dict[PhysicalGpu, list[Place]] = {gpu: [] for gpu in gpus}
+        self._shares: dict[PhysicalGpu, list[Share]] = {gpu: [] for gpu in gpus}
         self._changed = threading.Condition()
         self._turn = threading.Lock()
 
@@ -54,29 +54,29 @@ class Gpus:
         return gpu.uuid if len(self._gpus) > 1 else ""
 
     @contextlib.contextmanager
-    def one(self, device: str) -> Iterator[Place]:
+    def one(self, device: str) -> Iterator[Share]:
         """Keep a GPU for a cell during the block; `NONE` for other devices.
 
         Args:
             device: the device of the cell.
         """
         if device != "cuda" or not self._gpus:
-            yield Place(NONE)
+            yield Share(NONE)
             return
         with self._changed:
-            place = Place(min(self._gpus, key=lambda gpu: len(self._places[gpu])))
-            self._take(place)
-        with self._leaving(place):
-            yield place
+            share = Share(min(self._gpus, key=lambda gpu: len(self._shares[gpu])))
+            self._take(share)
+        with self._leaving(share):
+            yield share
 
     @contextlib.contextmanager
     def with_room(
         self, needs: Mapping[str, int], stop: threading.Event
-    ) -> Iterator[Place]:
+    ) -> Iterator[Share]:
         """Wait for a GPU with room for a cell, and keep that room during the block.
 
-        Cells get room in the order in which they begin to wait: else small ones could
-        keep out a large one until the end.
+        No cell overtakes one that waits: else small ones could keep out a large one until
+        the end.
 
         Args:
             needs: bytes that the cell takes, by model of GPU. It has a GPU of a model
@@ -87,41 +87,41 @@ class Gpus:
             Stopped: `stop` was set.
         """
         if not self._gpus:
-            yield Place(NONE)
+            yield Share(NONE)
             return
         with self._turn, self._changed:
-            while (place := self._with_room(needs)) is None:
+            while (share := self._with_room(needs)) is None:
                 if stop.is_set():
                     raise Stopped
                 self._changed.wait(_WAIT_SECONDS)
-            self._take(place)
-        with self._leaving(place):
-            yield place
+            self._take(share)
+        with self._leaving(share):
+            yield share
 
-    def _with_room(self, needs: Mapping[str, int]) -> Place | None:
-        for gpu in sorted(self._gpus, key=lambda gpu: len(self._places[gpu])):
-            others = self._places[gpu]
+    def _with_room(self, needs: Mapping[str, int]) -> Share | None:
+        for gpu in sorted(self._gpus, key=lambda gpu: len(self._shares[gpu])):
+            others = self._shares[gpu]
             wanted = needs.get(gpu.model)
             if not others:
-                return Place(gpu, wanted)
-            held = [place.num_bytes for place in others]
+                return Share(gpu, wanted)
+            held = [share.num_bytes for share in others]
             if wanted is None or None in held:
                 continue
             if sum(filter(None, held)) + wanted <= gpu.free_bytes:
-                return Place(gpu, wanted)
+                return Share(gpu, wanted)
         return None
 
-    def _take(self, place: Place) -> None:
-        others = self._places[place.gpu]
-        others.append(place)
+    def _take(self, share: Share) -> None:
+        others = self._shares[share.gpu]
+        others.append(share)
         for one in others if len(others) > 1 else ():
             one.is_shared = True
 
     @contextlib.contextmanager
-    def _leaving(self, place: Place) -> Iterator[None]:
+    def _leaving(self, share: Share) -> Iterator[None]:
         try:
             yield
         finally:
             with self._changed:
-                self._places[place.gpu].remove(place)
+                self._shares[share.gpu].remove(share)
                 self._changed.notify_all()

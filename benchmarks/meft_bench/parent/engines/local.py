@@ -18,7 +18,7 @@ from pathlib import Path
 from meft_bench.parent.engines import environment
 from meft_bench.parent.engines.child_process import Stopped
 from meft_bench.parent.engines.children import Children
-from meft_bench.parent.engines.gpus import Gpus, Place
+from meft_bench.parent.engines.gpus import Gpus, Share
 from meft_bench.parent.engines.job import Job
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.record import Environment, Record
@@ -76,18 +76,18 @@ class Local:
 
         def run_one(cell: Cell, children: Children) -> Record:
             try:
-                with self._place_of(cell, job, stop) as place:
+                with self._share_of(cell, job, stop) as share:
                     started(cell)
                     where = self._by_device[cell.device]
                     record = job.run(
                         cell,
-                        environment=_on(where, cell.device, place.gpu.model),
+                        environment=_on(where, cell.device, share.gpu.model),
                         folder=folder,
                         stop=stop,
                         start_child=children.starter(cell.device),
-                        gpu=self._gpus.uuid_of(place.gpu),
+                        gpu=self._gpus.uuid_of(share.gpu),
                     )
-                    return _shared(record) if place.is_shared else record
+                    return _shared(record) if share.is_shared else record
             except OSError:
                 stop.set()  # else the run waits for the other slots
                 raise
@@ -99,9 +99,9 @@ class Local:
                 cells, lambda cell: run_one(cell, children), self._num_slots
             )
 
-    def _place_of(
+    def _share_of(
         self, cell: Cell, job: Job, stop: threading.Event
-    ) -> contextlib.AbstractContextManager[Place]:
+    ) -> contextlib.AbstractContextManager[Share]:
         if job.gpu_bytes is None or cell.device != "cuda":
             return self._gpus.one(cell.device)
         return self._gpus.with_room(job.gpu_bytes.get(cell, {}), stop)

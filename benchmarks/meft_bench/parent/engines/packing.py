@@ -18,7 +18,7 @@ Cells that differ in what no memory depends on are planned once.
 import dataclasses
 import json
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ RANKED = (f"{DATA}options-", f"{DATA}language-modelling-")
 
 
 def predict(
-    cells: Iterable[Cell],
+    cells: Sequence[Cell],
     models: Iterable[str],
     job: Job,
     *,
@@ -142,7 +142,8 @@ def _plans(
     cells: list[Cell], job: Job, folder: Path, stop: threading.Event
 ) -> Iterator[dict[str, Any]]:
     """Yield the plans of some cells; none if the child ended without an answer."""
-    out = (folder / "packing.json").resolve()
+    log = folder / "packing.log"
+    out = log.with_suffix(".json").resolve()
     out.unlink(missing_ok=True)
     options = dataclasses.replace(job.options, memory_limit_bytes=None)
     plan = {
@@ -159,7 +160,7 @@ def _plans(
             out,
             worker_module=request.WORKER,
         ),
-        log=folder / "packing.log",
+        log=log,
         variables=isolate.child_environment(options, VIRTUAL),
         timeout_seconds=job.timeout_seconds * len(cells),
         stop=stop,
