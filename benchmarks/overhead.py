@@ -45,6 +45,7 @@ def measure(words: list[str], kind: str, num_cells: int) -> tuple[float, float]:
     path = os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])
     variables = os.environ | {"PYTHONPATH": path}
     variables.pop("MEFT_DATA_DIR", None)
+    variables["RAY_ADDRESS"] = "local"  # a cluster of its own
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "many.toml").write_text(SWEEP.format(seeds=[*range(num_cells)]))
         before, start = _cpu_seconds(), time.monotonic()

@@ -75,8 +75,8 @@ class Gpus:
     ) -> Iterator[Share]:
         """Wait for a GPU with room for a cell, and keep that room during the block.
 
-        No cell overtakes one that waits: else small ones could keep out a large one until
-        the end.
+        No cell overtakes one that waits: else small ones could keep out a large one
+        until the end.
 
         Args:
             needs: bytes that the cell takes, by model of GPU. It has a GPU of a model
