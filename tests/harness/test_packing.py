@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from meft_bench.parent import cli, runs
+from meft_bench.parent import cli, harness, runs
 from meft_bench.parent.engines import environment, host_memory, packing
 from meft_bench.parent.engines.child_process import Stopped
 from meft_bench.parent.engines.environment import PhysicalGpu
@@ -214,6 +214,21 @@ def test_a_packed_run(
     said = capsys.readouterr().err
     assert "packing: 2 of 8 cells (full/" in said
     assert "have no prediction, and run alone" in said
+
+
+def test_interrupted_while_memory_is_predicted(
+    there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No cell runs, and the same command goes on."""
+
+    def predict(*_: object, **__: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(packing, "predict", predict)
+    assert run("--pack") == harness.EXIT_INTERRUPTED
+    assert [*found()] == []
+    monkeypatch.setattr(packing, "predict", predicting({"head": 1}))
+    assert run("--pack", "--only", "head") == 0
 
 
 def test_cells_of_one_slot_share_nothing(
