@@ -1,4 +1,6 @@
-"""Records of cells that shared their GPU with processes of others (`contaminated`).
+"""Records of cells that shared their GPU, with other cells or with strangers.
+
+The former were packed (`--pack`), the latter make a record `contaminated`.
 
 Their memory by torch, their bytes by ledgers and their scores are valid. Their times,
 and what NVML measures of the GPU as a whole (columns that `measurements.toml` calls
@@ -28,11 +30,19 @@ def is_contaminated(measurement: Any) -> bool:
     return not is_null(number) and bool(number > 0)
 
 
-def leave_out_shared(measurement: dict[str, Any]) -> None:
-    """Remove the numbers of a contaminated record that depend on other processes.
+def leave_out_shared(record: dict[str, Any]) -> bool:
+    """Remove the numbers of a record that depend on other processes on its GPU.
 
     Args:
-        measurement: measurement of a valid record, which is changed.
+        record: a valid record, which is changed.
+
+    Returns:
+        Whether there were some.
     """
-    if is_contaminated(measurement):
-        measurement |= dict.fromkeys(SHARED)
+    measurement = record["measurement"]
+    is_packed = bool(record["environment"].get("is_gpu_shared"))
+    if not is_packed and not is_contaminated(measurement):
+        return False
+    had = any(measurement.get(name) is not None for name in SHARED)
+    measurement |= dict.fromkeys(SHARED)
+    return had

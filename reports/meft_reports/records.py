@@ -1,6 +1,8 @@
 """Read files of JSON lines and return one valid record per cell.
 
 `valid_records` checks each record; `latest` selects the record of a cell that counts.
+Times of a cell that shared its GPU with another one are left out: nothing can be
+compared with them.
 """
 
 import contextlib
@@ -150,6 +152,7 @@ def _lines_of(path: Path, *, is_finished: bool) -> Iterator[tuple[int, Record]]:
     """
     unknown: set[str] = set()
     shared: breakdown.Shared = {}
+    num_untimed = 0
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
@@ -179,11 +182,16 @@ def _lines_of(path: Path, *, is_finished: bool) -> Iterator[tuple[int, Record]]:
             _note(f"{where}: torn by a killed run, left out")
             break
         unknown |= validate(record, where)
-        leave_out_shared(record["measurement"])
         if record.get("memory_breakdown") is not None:
             found = breakdown.read(record["memory_breakdown"], where, shared)
             record["memory_breakdown"] = found
+        num_untimed += leave_out_shared(record)
         yield number, record
+    if num_untimed:
+        _note(
+            f"{path}: {plural(num_untimed, 'record')} of cells that shared their GPU, "
+            "whose times are left out"
+        )
     if unknown:
         names = [printable(name, SHORT_LENGTH) for name in sorted(unknown)]
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""

@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import os
 import subprocess
@@ -5,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,17 +68,27 @@ def here() -> Environment:
 
 @pytest.fixture
 def start_parent() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start the harness as a process: `start_parent(worker, *words, cwd=folder)`."""
+    """Start the harness as a process: `start_parent(worker, *words, cwd=folder)`.
+
+    What it prints goes to `output` if that is given: a pipe that nobody reads is full
+    after a thousand cells, and the harness waits for room.
+    """
     started = []
 
-    def start(worker: str, *words: str, cwd: Path) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "harness.workers.parent", worker, *words],
-            cwd=cwd,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(
+        worker: str, *words: str, cwd: Path, output: Path | None = None
+    ) -> subprocess.Popen[str]:
+        with contextlib.ExitStack() as stack:
+            there: Any = subprocess.PIPE
+            if output is not None:
+                there = stack.enter_context(output.open("a"))
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "harness.workers.parent", worker, *words],
+                cwd=cwd,
+                stdout=there,
+                stderr=there,
+                text=True,
+            )
         started.append(process)
         return process
 

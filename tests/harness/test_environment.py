@@ -17,6 +17,7 @@ NVML = (
     "nvmlDeviceGetCount",
     "nvmlDeviceGetHandleByIndex",
     "nvmlDeviceGetHandleByUUID",
+    "nvmlDeviceGetMemoryInfo",
     "nvmlDeviceGetName",
     "nvmlDeviceGetUUID",
 )
@@ -42,12 +43,21 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Mock:
         nvmlDeviceGetCount=Mock(return_value=len(names)),
         nvmlDeviceGetHandleByIndex=Mock(side_effect=by_index),
         nvmlDeviceGetHandleByUUID=Mock(side_effect=["GPU-aaaa", "GPU-bbbb"].index),
+        nvmlDeviceGetMemoryInfo=Mock(side_effect=[Mock(free=9), Mock(free=7)] * 9),
         nvmlDeviceGetName=Mock(side_effect=names.__getitem__),
         nvmlDeviceGetUUID=Mock(side_effect=["GPU-aaaa", "GPU-bbbb"].__getitem__),
     )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return fake
+
+
+def test_free_memory_of_gpus(nvml: Mock) -> None:
+    """As NVML sees it; 0, which no cell fits into, where NVML cannot tell."""
+    assert [gpu.free_bytes for gpu in environment.gpus()] == [9, 7]
+    nvml.nvmlDeviceGetMemoryInfo.side_effect = NVMLError("not supported")
+    assert [gpu.free_bytes for gpu in environment.gpus()] == [0, 0]
+    assert environment.gpu_names() == ["GPU A", "GPU B"]
 
 
 def test_fake_is_faithful() -> None:

@@ -121,6 +121,27 @@ def small_disk(folder: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
+def test_a_file_system_that_is_read_only(
+    small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No cell starts, whether there is a records file or not."""
+    journal = small_disk.parent / "journal"
+    monkeypatch.setenv("FAKE_JOURNAL", str(journal))
+    set_to = ["mount", "-o", "remount,ro", str(small_disk)]
+    for words in ([], ["-o", "runs/new/mine.jsonl"]):
+        subprocess.run(set_to, check=True)
+        assert cli.main([*RUN, *words], worker_module="harness.workers.fake_ok") == 2
+        said = capsys.readouterr().err
+        assert said.startswith("meft-bench: runs/")
+        assert "Read-only file system" in said
+        assert said.count("\n") == 1
+        assert not journal.exists()
+        subprocess.run([*set_to[:2], "remount,rw", str(small_disk)], check=True)
+        FILE.touch()
+
+
 @pytest.mark.parametrize("num_free_pages", slow_but_for(range(8), 0, 2, 4))
 def test_a_disk_is_full(
     small_disk: Path, num_free_pages: int, capfd: pytest.CaptureFixture[str]

@@ -28,24 +28,27 @@ axes = { method = ["full", "head", "lora", "meft1"], seed = [0, 1] }
 def test_the_gpu_with_the_fewest_cells() -> None:
     gpus = Gpus(TWO)
     with gpus.one("cuda") as first, gpus.one("cuda") as second:
-        assert {first, second} == {*TWO}
+        assert {first.gpu, second.gpu} == {*TWO}
+        assert not first.is_shared
         with gpus.one("cuda") as third:
-            assert third == TWO[0]
+            assert third.gpu == TWO[0]
             with gpus.one("cuda") as fourth:
-                assert fourth == TWO[1]
+                assert fourth.gpu == TWO[1]
+        assert all(one.is_shared for one in (first, second, third, fourth))
     with gpus.one("cuda") as again:
-        assert again == TWO[0]
+        assert again.gpu == TWO[0]
+        assert not again.is_shared
 
 
 def test_other_devices_have_none() -> None:
-    with Gpus(TWO).one("cpu") as gpu, Gpus(TWO).one("virtual-H100") as other:
-        assert (gpu, other) == (NONE, NONE)
+    with Gpus(TWO).one("cpu") as one, Gpus(TWO).one("virtual-H100") as other:
+        assert (one.gpu, other.gpu) == (NONE, NONE)
 
 
 def test_an_only_gpu_is_not_selected() -> None:
     """The variable of the environment stays as it is."""
-    with Gpus(TWO[:1]).one("cuda") as gpu:
-        assert gpu == PhysicalGpu(uuid="", model="GPU A")
+    assert Gpus(TWO[:1]).uuid_of(TWO[0]) == ""
+    assert Gpus(TWO).uuid_of(TWO[0]) == "GPU-aaaa"
 
 
 def test_many_threads() -> None:
@@ -55,12 +58,12 @@ def test_many_threads() -> None:
 
     def work() -> None:
         for _ in range(200):
-            with gpus.one("cuda") as gpu:
+            with gpus.one("cuda") as share:
                 with lock:
-                    running[gpu.uuid] += 1
-                    worst[0] = max(worst[0], running[gpu.uuid])
+                    running[share.gpu.uuid] += 1
+                    worst[0] = max(worst[0], running[share.gpu.uuid])
                 with lock:
-                    running[gpu.uuid] -= 1
+                    running[share.gpu.uuid] -= 1
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:

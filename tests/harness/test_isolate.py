@@ -1,16 +1,18 @@
 import errno
+import itertools
 import json
 import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from meft_bench.parent.engines import forks, isolate
+from meft_bench.parent.engines import environment, forks, isolate
 from meft_bench.parent.engines.child_process import Stopped
 from meft_bench.parent.engines.forks import ForkServer
 from meft_bench.shared import outcome
@@ -122,8 +124,68 @@ def test_out_of_memory(run: Callable[..., Record]) -> None:
     limited = ChildOptions(memory_limit_bytes=2**27)
     record = run("fake_out_of_memory", options=limited)
     assert record.status == Status.OOM
-    assert record.message == "256 MiB were asked for and not given"
+    assert record.message == (
+        "256 MiB were asked for and not given; the limit of host memory is 128 MiB"
+    )
     assert run("fake_out_of_memory").status == Status.OK
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is counted on Linux only")
+def test_processes_that_hold_too_much_together(
+    run: Callable[..., Record],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_running: Callable[[int], bool],
+    wait_until: Callable[[Callable[[], bool]], None],
+) -> None:
+    """None of them exceeds the limit by itself; all are killed, and the record says
+    why."""
+    pids = tmp_path / "pids"
+    monkeypatch.setenv("FAKE_PIDS", str(pids))
+    record = run("fake_many", options=ChildOptions(memory_limit_bytes=2**27))
+    assert record.status == Status.OOM
+    assert record.message == (
+        "its processes held more than the limit of host memory, 128 MiB, and were "
+        "killed"
+    )
+    its = [*map(int, pids.read_text().split())]
+    assert len(its) == 4
+    wait_until(lambda: not any(map(is_running, its)))
+
+
+def test_a_clock_that_jumps(
+    run: Callable[..., Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By years, in both directions, while a cell runs: its duration and its time limit
+    are those of a clock that cannot be set."""
+    monkeypatch.setenv("FAKE_PIDS", str(tmp_path / "pids"))
+    jumps = itertools.cycle([-1e9, 1e9, 0.0])
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + next(jumps))
+    ended = run("fake_slow")
+    assert ended.status == Status.OK
+    assert 0 < ended.wall_seconds < 20
+    hung = run("fake_hangs", timeout_seconds=1.0)
+    assert hung.status == Status.TIMEOUT
+    assert 1 <= hung.wall_seconds < 20
+
+
+def test_only_start_times_are_read_from_a_clock_that_can_be_set() -> None:
+    """In the whole harness; and the age of what killed cells have left of tokens."""
+    folder = environment.source_folders()["meft_bench"]
+    users = {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*.py")
+        if re.search(r"\btime\.time\(|datetime\.now\(", path.read_text())
+    }
+    assert users == {
+        "child/tasks/token_cache.py",
+        "parent/checks.py",
+        "parent/cli.py",
+        "parent/engines/isolate.py",
+        "parent/runs.py",
+        "pytest_plugin/__init__.py",
+    }
 
 
 def test_garbage(run: Callable[..., Record], monkeypatch: pytest.MonkeyPatch) -> None:

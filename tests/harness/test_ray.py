@@ -1,11 +1,15 @@
-"""Cells on a Ray cluster: records of this machine, each cell once, whatever is lost."""
+"""Cells on a Ray cluster: records of this machine, each cell once, whatever is lost.
+
+One test with a cluster of one node is fast; those of clusters of several nodes are for
+`--slow`, and what is said of a cluster that cannot run the cells needs none.
+"""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
 import random
-import re
 import signal
 import threading
 import time
@@ -18,6 +22,8 @@ import pytest
 
 from meft_bench.parent import cli, harness, runs
 from meft_bench.parent.engines import environment, ray_cluster
+from meft_bench.parent.engines.job import Job
+from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.record import Status
 
 ray = pytest.importorskip("ray", reason="no ray: pip install 'meft[ray]'")
@@ -45,12 +51,16 @@ def cluster() -> Iterator[Any]:
         yield made
 
 
+def path_of_workers() -> str:
+    """`PYTHONPATH` with the workers of tests, for nodes that start with it."""
+    return os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
+
+
 @contextlib.contextmanager
 def cluster_of(num_cpus: int) -> Iterator[Any]:
     """A cluster of one node, whose children find the workers of tests."""
-    path = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", path)  # which nodes have from where they start
+        patch.setenv("PYTHONPATH", path_of_workers())
         made = cluster_utils.Cluster(
             initialize_head=True,
             head_node_args={"num_cpus": num_cpus, "object_store_memory": STORE_BYTES},
@@ -81,8 +91,14 @@ def ids(path: str = "runs.jsonl") -> list[str]:
     return [record.cell.id for record in runs.read(Path(path))]
 
 
-def test_records_are_those_of_this_machine(there: Path) -> None:
-    """But for times; a second run has nothing left to do."""
+def test_records_are_those_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for times, on a new cluster of this machine alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", path_of_workers())
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    Path("mine.toml").write_text(SWEEP.format(seeds="[0]"))
     assert run("fake_ok") == 0
     words = ["run", "mine.toml", "--device", "cpu", "-o", "local.jsonl", "--fresh"]
     assert cli.main(words, worker_module="harness.workers.fake_ok") == 0
@@ -90,17 +106,26 @@ def test_records_are_those_of_this_machine(there: Path) -> None:
         {r.cell: (r.status, r.measurement, r.environment) for r in runs.read(Path(p))}
         for p in ("local.jsonl", "runs.jsonl")
     )
+    assert len(its) == 4
     assert mine.keys() == its.keys()
     for cell, (status, measurement, where) in its.items():
         assert (status, measurement) == mine[cell][:2]
         assert where.code_sha256 == mine[cell][2].code_sha256
         assert where.machine == mine[cell][2].machine
-        assert where.num_slots == 2
+
+
+@pytest.mark.slow
+def test_a_second_run_has_nothing_left_to_do(there: Path) -> None:
+    """And records say how many cells a node runs side by side."""
+    assert run("fake_ok") == 0
+    assert {r.environment.num_slots for r in runs.read(Path("runs.jsonl"))} == {2}
     before = Path("runs.jsonl").read_bytes()
+    assert before.count(b"\n") == 8
     assert run("fake_ok") == 0
     assert Path("runs.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_failures_are_records(there: Path) -> None:
     """With the log of the child next to the others."""
     assert run("fake_raises") == harness.EXIT_FAILED
@@ -111,6 +136,7 @@ def test_failures_are_records(there: Path) -> None:
     assert len(logs) == 8
 
 
+@pytest.mark.slow
 def test_a_folder_that_nodes_do_not_see(
     there: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,22 +149,56 @@ def test_a_folder_that_nodes_do_not_see(
     assert len(logs) == 8
 
 
+def test_slots_are_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which is said before a cluster is looked for."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text(SWEEP.format(seeds="[0]"))
+    assert run("fake_ok", "--slots", "2") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--slots counts cells of this machine" in error
+
+
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("changes", "devices", "message"),
     [
-        (["--threads", "3"], "takes 3 cores and the largest node.* has 2.*--threads 2"),
-        (["--slots", "2"], "--slots counts cells of this machine"),
+        ({}, ["cpu"], ""),
+        ({"num_cpus": 1}, ["cpu"], "takes 2 cores and the largest .* has 1: .* 1` or"),
+        ({"sees_data": False}, ["cpu"], "node 10.0.0.7 has no directory '/data'"),
+        ({}, ["cpu", "cuda"], "device cuda: no node of the Ray cluster has a GPU"),
+        ({"num_gpus": 1}, ["cpu", "cuda"], ""),
+        ({"code_sha256": "another"}, ["cpu"], "10.0.0.7 has another version of meft"),
+        ({"versions": {"torch": "1.0"}}, ["cpu"], "10.0.0.7 has other packages: .*"),
     ],
 )
 def test_what_a_cluster_cannot_do(
-    there: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    changes: dict[str, Any], devices: list[str], message: str
 ) -> None:
-    assert run("fake_ok", *words) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert re.search(message, error)
+    """The node, what it lacks and what to do are said before any cell runs."""
+    here = environment.collect(num_threads=1, num_slots=1, device="cpu")
+    its = {n: changes.pop(n) for n in ("code_sha256", "versions") if n in changes}
+    node = ray_cluster.Node(
+        address="10.0.0.7",
+        environments={"cpu": dataclasses.replace(here, **its)},
+        **{"num_cpus": 2, "num_gpus": 0, "sees_data": True} | changes,
+    )
+    job = Job(
+        sweep="a sweep",
+        question="",
+        caveats=(),
+        options=ChildOptions(num_threads=2, data_dir="/data"),
+        timeout_seconds=1,
+    )
+    if not message:
+        ray_cluster._check([node], devices, job)
+        return
+    with pytest.raises(ray_cluster.ClusterError, match=message):
+        ray_cluster._check([node], devices, job)
 
 
+@pytest.mark.slow
 def test_other_code_is_refused(
     there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,16 +209,7 @@ def test_other_code_is_refused(
     assert not Path("runs.jsonl").exists() or not ids()
 
 
-def test_other_packages_are_named(
-    there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    mine = environment.versions() | {"torch": "1.0"}
-    monkeypatch.setattr(environment, "versions", lambda: mine)
-    assert run("fake_ok") == 2
-    assert "has other packages: torch" in (error := capsys.readouterr().err)
-    assert "(here 1.0)" in error
-
-
+@pytest.mark.slow
 def test_each_cell_of_a_gpu_has_its_own(there: Path) -> None:
     """And sees no other, on the only node that has any."""
     assert run("fake_device", "--device", "cuda") == 0
@@ -169,6 +220,7 @@ def test_each_cell_of_a_gpu_has_its_own(there: Path) -> None:
         assert gpu != other or ended <= began
 
 
+@pytest.mark.slow
 def test_interrupted(there: Path) -> None:
     """What was not recorded runs in the next run, and nothing else."""
 
@@ -208,16 +260,26 @@ def workers() -> Iterator[int]:
 
 
 class Chaos:
-    """Kill workers and replace nodes, a little at a time."""
+    """Kill workers and replace nodes, each after a few more cells have ended.
+
+    Not each after a time: on a machine that has much else to do, no cell would end
+    between two of them.
+    """
 
     def __init__(self, cluster: Any) -> None:
         self.killed: Counter[str] = Counter()
         self._cluster = cluster
         self._random = random.Random(0)
+        self._next = 0
+        """Number of records at which the next one is killed."""
 
     def go_on(self) -> None:
         """Replace a node, but for that of the driver, first; then kill workers, too."""
         time.sleep(self._random.uniform(0.1, 1))
+        num_records = Path("runs.jsonl").read_bytes().count(b"\n")
+        if num_records < self._next:
+            return
+        self._next = num_records + self._random.randint(1, 20)
         if not self.killed["nodes"] or self._random.random() < 0.15:
             node = self._random.choice([*self._cluster.worker_nodes])
             self._cluster.remove_node(node, allow_graceful=False)
@@ -236,7 +298,6 @@ def test_each_cell_once_while_workers_nodes_and_the_driver_are_killed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     start_parent: Callable[..., Any],
-    wait_until: Callable[[Callable[[], bool]], None],
 ) -> None:
     """On four nodes; `MEFT_RAY_CELLS` is the number of cells."""
     monkeypatch.chdir(tmp_path)
@@ -244,32 +305,38 @@ def test_each_cell_once_while_workers_nodes_and_the_driver_are_killed(
     Path("mine.toml").write_text(SWEEP.format(seeds=seeds))
     words = ["run", "mine.toml", "--engine", "ray", "--device", "cpu"]
     words += ["-o", "runs.jsonl"]
+    said = tmp_path / "driver.txt"
+
+    def wait_for(num_records: int) -> None:
+        while len(ids()) < num_records:
+            assert driver.poll() is None, said.read_text()[-2000:]
+            time.sleep(0.1)
+
     start = time.monotonic()
     with cluster_of(1) as made:
         monkeypatch.setenv("RAY_ADDRESS", made.address)
         chaos = Chaos(made)
-        driver = start_parent("fake_ok", *words, cwd=tmp_path)
-        wait_until(lambda: len(ids()) > 0)  # so it is on the only node so far
+        driver = start_parent("fake_ok", *words, cwd=tmp_path, output=said)
+        wait_for(1)  # so it is on the only node so far
         for _ in range(3):
             made.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
         while len(ids()) < num_cells // 2:
-            assert driver.poll() is None
+            assert driver.poll() is None, said.read_text()[-2000:]
             chaos.go_on()
         driver.kill()
         driver.wait()
         before = ids()
         for node in [*made.worker_nodes]:
             made.remove_node(node)
-        driver = start_parent("fake_ok", *words, cwd=tmp_path)
-        wait_until(lambda: len(ids()) > len(before))
+        driver = start_parent("fake_ok", *words, cwd=tmp_path, output=said)
+        wait_for(len(before) + 1)
         for _ in range(3):
             made.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
         while driver.poll() is None:
             chaos.go_on()
         seconds = time.monotonic() - start
-        output, error = driver.communicate()
     print(f"{num_cells} cells in {seconds:.0f} s, killed: {dict(chaos.killed)}")
-    assert driver.returncode == 0, output + error
+    assert driver.returncode == 0, said.read_text()[-2000:]
     assert chaos.killed["workers"] > 0
     assert chaos.killed["nodes"] > 0
     assert ids()[: len(before)] == before

@@ -1,7 +1,9 @@
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,52 @@ def test_torn_line(tmp_path: Path, records: list[Record], kept: float) -> None:
         assert not file.is_torn
     content = path.read_bytes()
     assert json.loads(content.removeprefix(first)) == records[2].to_json()
+
+
+def test_a_write_that_stops_at_any_byte(tmp_path: Path, records: list[Record]) -> None:
+    """The records before it are read, and it itself only if nothing of it is missing.
+
+    Some of the cuts are inside of a character.
+    """
+    path = tmp_path / "runs.jsonl"
+    with RecordsFile(path) as file:
+        file.append(records[1])
+        first = path.read_bytes()
+        file.append(records[0])
+    second = path.read_bytes().removeprefix(first)
+    assert not second.isascii()
+    for cut in range(len(second) + 1):
+        path.write_bytes(first + second[:cut])
+        is_whole = cut >= len(second) - 1  # but for its newline
+        expected = [records[1], records[0]] if is_whole else [records[1]]
+        assert runs.read(path) == expected
+        if cut % 300 and cut < len(second) - 2:
+            continue
+        with RecordsFile(path) as file:
+            assert file.records == expected
+            assert file.is_torn == (0 < cut and not is_whole)
+            file.append(records[2])
+        assert runs.read(path) == [*expected, records[2]]
+
+
+def test_a_clock_that_was_set_back(tmp_path: Path, records: list[Record]) -> None:
+    """No record starts before one of an earlier run: reports take the one that started
+    last."""
+    path = tmp_path / "runs.jsonl"
+    late, early = (
+        dataclasses.replace(records[0], started_at=f"{year}-01-01T00:00:00+00:00")
+        for year in (2031, 2030)
+    )
+    with RecordsFile(path) as file:
+        assert file.newest == ""
+        file.append(early)
+        file.append(late)
+        file.append(early)  # of one run, each as it is
+    with RecordsFile(path) as file:
+        assert file.newest == late.started_at
+        assert file.is_ahead == (datetime.now(UTC).year < 2031)
+        file.append(early)
+    assert runs.read(path) == [early, late, early, late]
 
 
 def test_a_blank_line_is_no_record(tmp_path: Path, records: list[Record]) -> None:
@@ -195,11 +243,23 @@ def test_lock(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     with (
         RecordsFile(path),
-        pytest.raises(RunsError, match="another run is writing to it") as caught,
+        pytest.raises(RunsError, match="another run is writing to it, ") as caught,
     ):
         RecordsFile(path)
     assert str(path) in str(caught.value)
+    assert f"process {os.getpid()} (`" in str(caught.value)  # who holds it
+    assert "\n" not in str(caught.value)
     RecordsFile(path).close()
+
+
+def test_lock_of_nobody_who_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a process on another machine, or where the system does not tell."""
+    path = tmp_path / "runs.jsonl"
+    monkeypatch.setattr(runs, "_files", lambda process: iter(()))
+    with RecordsFile(path), pytest.raises(RunsError, match="writing to it; wait for"):
+        RecordsFile(path)
 
 
 def test_lock_ends_with_its_process(tmp_path: Path) -> None:

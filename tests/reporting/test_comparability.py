@@ -6,7 +6,9 @@ import pytest
 
 from meft_reports.check import Kind
 from meft_reports.columns import SCORE_NAMES
-from reporting.kinds import MakeRecord
+from meft_reports.frame import read_frame
+from meft_reports.records import read_records
+from reporting.kinds import MakeRecord, Write
 from reporting.verdicts import verdict
 
 
@@ -81,6 +83,27 @@ def test_times_compare_where_as_many_cells_ran_side_by_side(
     assert verdict([two], [slower], "step_seconds:20%").exit_code == 1
     assert verdict([two], [one], "step_seconds:20%").exit_code == 3
     assert verdict([two], [one], "saved:0").exit_code == 0
+
+
+def test_cells_that_shared_a_gpu_have_no_times(
+    make_record: MakeRecord, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even for others that shared one; their bytes and scores are as ever."""
+    alone, shared = make_record(seed=0), make_record(seed=1)
+    shared["environment"] = shared["environment"] | {"is_gpu_shared": True}
+    path = write([alone, shared])
+    (first, second), _ = read_records([path])
+    assert first["measurement"] == alone["measurement"]
+    times = ("step_seconds", "step_seconds_iqr", "all_step_seconds")
+    assert second["measurement"] == alone["measurement"] | dict.fromkeys(times)
+    said = capsys.readouterr().err
+    assert "1 record of cells that shared their GPU, whose times are left out" in said
+    frame = read_frame(path)
+    assert list(frame["is_gpu_shared"]) == [False, True]
+    assert list(frame["step_seconds"].isna()) == [False, True]
+    result = verdict([second], [second], "step_seconds:20%")
+    assert result.exit_code == 3
+    assert verdict([second], [second], "saved:0").exit_code == 0
 
 
 @pytest.mark.parametrize("side", [0, 1, 2])

@@ -39,7 +39,14 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--slots",
         type=_cores,
-        help="cells run side by side on this machine (default: one for each GPU, or 1)",
+        help="cells run side by side on this machine (default: one for each GPU, or 1; "
+        "with --pack, one for each core)",
+    )
+    run.add_argument(
+        "--pack",
+        action="store_true",
+        help="let cells share a GPU whose free memory has room for what is predicted "
+        "for all of them; their times are not compared",
     )
     run.add_argument(
         "--threads",
@@ -53,7 +60,10 @@ def parser() -> argparse.ArgumentParser:
         help="end the run after this long, such as 8min or 90s",
     )
     run.add_argument(
-        "--memory-limit", type=_size, help="data of each child, such as 8GiB"
+        "--memory-limit",
+        type=_size,
+        help="host memory of each cell, such as 8GiB: of its data, and of what its "
+        "processes hold together",
     )
     run.add_argument(
         "--force", action="store_true", help="run the cells that are done, too"

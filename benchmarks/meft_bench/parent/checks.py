@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.parent.engines import child_process, isolate
+from meft_bench.parent.engines.host_memory import TooLargeError
 from meft_bench.shared import published, request
 from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.record import Environment, Status
@@ -209,6 +210,7 @@ def _run_one(
     if name.startswith(f"{published.CHECK}/"):  # was measured with the default ones
         del variables[isolate.WORKSPACES]
     code: int | None
+    is_too_large = False
     try:
         code = start_child(
             request.command(body, out, worker_module=WORKER),
@@ -216,11 +218,17 @@ def _run_one(
             variables=variables,
             timeout_seconds=timeout_seconds,
             stop=stop,
+            memory_limit_bytes=options.memory_limit_bytes,
         )
     except child_process.LostError:
         code = -signal.SIGKILL
+    except TooLargeError:
+        code, is_too_large = -signal.SIGKILL, True
     status = Status.ERROR
-    if code is None:
+    if is_too_large:
+        status = Status.OOM
+        message = "its processes held more than the limit of host memory"
+    elif code is None:
         status = Status.TIMEOUT
         message = f"still running after {timeout_seconds:g} s"
     elif code < 0:

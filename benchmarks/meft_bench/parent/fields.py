@@ -80,6 +80,17 @@ def check(name: str, value: object) -> Value:
 
 def check_together(cell: Cell) -> None:
     """Raise `ValueError` if fields of a cell contradict each other."""
+    _check_batches(cell)
+    _check_task(cell)
+    _check_parts_of_mlps(cell)
+    _check_weights(cell)
+    _check_backbone_of_task(cell)
+    _check_weights_and_optimizer_of_methods(cell)
+    _check_optimizer(cell)
+
+
+def _check_batches(cell: Cell) -> None:
+    """Check the numbers of steps and tokens."""
     if cell.warmup_steps >= cell.max_steps:
         raise ValueError(
             f"`warmup_steps` = {cell.warmup_steps} leaves no step to measure; "
@@ -95,6 +106,10 @@ def check_together(cell: Cell) -> None:
             f"`padding` = {cell.padding!r} with `seq_len` = {cell.seq_len}, of which "
             "nothing would be left: set `seq_len` to 2 or more, or take 'none'"
         )
+
+
+def _check_task(cell: Cell) -> None:
+    """Check what tasks of language models, and validations, are needed for."""
     if cell.loss_chunk_tokens and not _has_language_model(cell.task):
         raise ValueError(
             f"`loss_chunk_tokens` = {cell.loss_chunk_tokens} with `task` = "
@@ -103,6 +118,10 @@ def check_together(cell: Cell) -> None:
         )
     if cell.patience and not cell.eval_every:
         raise ValueError("`patience` counts validations; set `eval_every` above 0 too")
+
+
+def _check_parts_of_mlps(cell: Cell) -> None:
+    """Check that both methods can run MLPs in parts."""
     for name in ("method", "reference"):
         method = methods.TABLE.get(getattr(cell, name))
         if cell.mlp_chunks > 1 and method and "mlp_chunks" not in method.options:
@@ -112,12 +131,20 @@ def check_together(cell: Cell) -> None:
                 f"{getattr(cell, name)!r}, which cannot run MLPs in parts: leave it "
                 f"out, or take a method such as {', '.join(able[:3])}"
             )
+
+
+def _check_weights(cell: Cell) -> None:
+    """Check the dtype of weights against that of computations."""
     if cell.unquantised_dtype not in ("fp32", cell.dtype):
         raise ValueError(
             f"`weights_dtype` = {cell.weights_dtype!r} with `dtype` = {cell.dtype!r}: "
             "take 'fp32', the compute dtype, or a quantisation: "
             f"{', '.join(quantisations.TABLE)}"
         )
+
+
+def _check_backbone_of_task(cell: Cell) -> None:
+    """Check that the backbone can read what the task consists of."""
     is_shape = cell.backbone.startswith("random:")
     without_tokens = (*registry.SYNTHETIC_TASKS, *registry.IMAGE_TASKS)
     if is_shape and cell.task not in without_tokens:
@@ -132,6 +159,10 @@ def check_together(cell: Cell) -> None:
             f"`task` = {cell.task!r} with `backbone` = {cell.backbone!r}, which reads "
             "text: take a backbone of images, such as 'random:vit-tiny'"
         )
+
+
+def _check_weights_and_optimizer_of_methods(cell: Cell) -> None:
+    """Check that both methods take the weights and the optimizer."""
     for name in ("method", "reference"):
         method = getattr(cell, name)
         if cell.is_quantised and method in registry.TRAIN_BACKBONE:
@@ -157,6 +188,10 @@ def check_together(cell: Cell) -> None:
                 f"`optimizer` = {cell.optimizer!r} with `{name}` = {method!r}, which "
                 "has an optimizer of its own: take 'adamw', or another method"
             )
+
+
+def _check_optimizer(cell: Cell) -> None:
+    """Check that an optimizer that works during backward can do so."""
     if cell.optimizer in registry.IN_BACKWARD and cell.accumulation > 1:
         raise ValueError(
             f"`optimizer` = {cell.optimizer!r}, which updates during backward, with "

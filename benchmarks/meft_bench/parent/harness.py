@@ -12,14 +12,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
 from meft_bench.parent import checks, output, runs, trained, trials
-from meft_bench.parent.engines import environment
+from meft_bench.parent.engines import environment, packing
 from meft_bench.parent.engines.child_process import Stopped
 from meft_bench.parent.engines.children import Children
 from meft_bench.parent.engines.engine import Engine
@@ -75,6 +75,8 @@ class RunPlan:
     """What the sweep declares and this run omits, one readable line each."""
     checks: tuple[str, ...] = ()
     """Programs of `registry.CHECKS` to run before the cells."""
+    pack: bool = False
+    """Whether cells share a GPU that has room for all of them by prediction."""
     engine: str = "local"
     """Where cells run, one of `engines.NAMES`."""
     check_device: str = "cuda"
@@ -101,76 +103,28 @@ def run(plan: RunPlan, *, worker_module: str = request.WORKER) -> int:
     budget = Budget(plan.time_budget_seconds)
     if not plan.cells and not plan.tunings:
         return _run_checks_alone(plan, budget)
-    tried = tuple(trial for tuning in plan.tunings for trial in tuning.trials)
-    waiting = [cell for tuning in plan.tunings for cell in tuning.cells]
-    own, saves = trained.with_folders(plan.own, plan.trainings, plan.path)
-    plan = dataclasses.replace(plan, own=own, saves=saves)
-    before = dataclasses.replace(plan, cells=(*saves,), left_out=())
-    others = tuple(cell for cell in (*plan.cells, *tried) if cell not in saves)
-    first = dataclasses.replace(plan, cells=others)
-    num_cells = len(before.cells) + len(first.cells) + len(waiting)
-    every = (*before.cells, *first.cells)
-    unscored: list[Tuning] = []
-    prepared: dict[Cell, Record] = {}
-    untrained: list[Cell] = []
-    with RecordsFile(plan.path) as file, contextlib.ExitStack() as stack:
+    order = _in_order(plan)
+    with RecordsFile(plan.path) as file:
         try:
-            try:
-                checked = _run_checks(plan, budget)
-            except Stopped:
-                return _interrupted(plan, num_cells, [])
-            job = _job(plan, worker_module)
-            engine = stack.enter_context(_engine(plan, every, job))
-            stage = Stage([], is_whole=True)
-            if before.cells and _is_left(plan, first, file, engine):
-                stage = _run_stage(before, job, engine, file, budget)
-                prepared = _done(before, file, engine, again=False)
-                first, untrained = _with_backbones(first, prepared)
-            if stage.is_whole:
-                its = _run_stage(first, job, engine, file, budget)
-                stage = Stage([*stage.statuses, *its.statuses], its.is_whole)
-            if stage.is_whole and plan.tunings:
-                scored = _done_among(tried, file, engine)
-                cells, unscored = _chosen(plan.tunings, scored)
-                second = dataclasses.replace(plan, cells=cells, left_out=())
-                if prepared:
-                    second, _ = _with_backbones(second, prepared)
-                if second.cells:
-                    its = _run_stage(second, job, engine, file, budget)
-                    stage = Stage([*stage.statuses, *its.statuses], its.is_whole)
+            ended = _run_in_order(order, file, budget, worker_module)
+        except Stopped:
+            return _interrupted(order.plan, order.num_cells, [])
         except OSError as error:
             raise runs.unusable(plan.path, error) from error
-    if not stage.is_whole and budget.is_over:
-        output.summarize(
-            [
-                count(stage.statuses),
-                f"the time budget is over: {len(stage.statuses)} of {num_cells} cells "
-                f"are recorded in {plan.path}; the same command goes on",
-            ]
-        )
-        return _exit_code([*stage.statuses, *checked])
-    if not stage.is_whole:
-        return _interrupted(plan, num_cells, stage.statuses)
-    for tuning in unscored:
-        output.complain(
-            f"not run, {len(tuning.cells)} cells, such as {tuning.cells[0].id}: "
-            f"none of their {len(tuning.trials)} trials has a score"
-        )
-    if untrained:
-        names = sorted({plan.own[cell.backbone].alias for cell in untrained})
-        output.complain(
-            f"not run, {len(untrained)} cells: the training of their backbone "
-            f"{' and '.join(names)} failed"
-        )
-    page = plan.path.with_suffix(".html")
-    output.summarize(
-        [
-            count(stage.statuses),
-            f"records: {plan.path}",
-            f"page:    meft-report page {plan.path} -o {page}",
-        ]
-    )
-    return _exit_code([*stage.statuses, *checked])
+    return _summarize(order, ended, budget)
+
+
+class Order(NamedTuple):
+    """The cells of a plan, by when they can run."""
+
+    plan: RunPlan
+    """The run, with the folders of the backbones that it trains."""
+    before: RunPlan
+    """Cells that train the backbones of others."""
+    first: RunPlan
+    """Those that wait for no trial, and the trials."""
+    num_cells: int
+    """Number of all cells, with those that wait for trials."""
 
 
 class Stage(NamedTuple):
@@ -179,6 +133,123 @@ class Stage(NamedTuple):
     statuses: list[Status]
     is_whole: bool
     """Whether all of them ended, and none was stopped."""
+
+    def then(self, later: "Stage") -> "Stage":
+        """Return how the cells of both stages ended."""
+        return Stage([*self.statuses, *later.statuses], later.is_whole)
+
+
+class Ended(NamedTuple):
+    """How the cells of a run ended."""
+
+    stage: Stage
+    checked: Sequence[Status]
+    """Of the checks that ran."""
+    unscored: Sequence[Tuning]
+    """Trials of which none has a score."""
+    untrained: Sequence[Cell]
+    """Cells whose backbone was not trained."""
+
+
+def _in_order(plan: RunPlan) -> Order:
+    tried = tuple(trial for tuning in plan.tunings for trial in tuning.trials)
+    num_waiting = sum(len(tuning.cells) for tuning in plan.tunings)
+    own, saves = trained.with_folders(plan.own, plan.trainings, plan.path)
+    plan = dataclasses.replace(plan, own=own, saves=saves)
+    others = tuple(cell for cell in (*plan.cells, *tried) if cell not in saves)
+    return Order(
+        plan=plan,
+        before=dataclasses.replace(plan, cells=(*saves,), left_out=()),
+        first=dataclasses.replace(plan, cells=others),
+        num_cells=len(saves) + len(others) + num_waiting,
+    )
+
+
+def _run_in_order(
+    order: Order, file: RecordsFile, budget: "Budget", worker_module: str
+) -> Ended:
+    """Run the checks of a plan, and then its cells that are not done.
+
+    Raises:
+        Stopped: the run was interrupted during its checks.
+    """
+    plan, first = order.plan, order.first
+    checked = _run_checks(plan, budget)
+    job = _job(plan, worker_module)
+    stage = Stage([], is_whole=True)
+    prepared: dict[Cell, Record] = {}
+    untrained: list[Cell] = []
+    unscored: list[Tuning] = []
+    with _engine(plan, (*order.before.cells, *first.cells), job) as engine:
+        if order.before.cells and _is_left(plan, first, file, engine):
+            stage = _run_stage(order.before, job, engine, file, budget)
+            prepared = _done(order.before, file, engine, again=False)
+            first, untrained = _with_backbones(first, prepared)
+        if stage.is_whole:
+            stage = stage.then(_run_stage(first, job, engine, file, budget))
+        if stage.is_whole and plan.tunings:
+            second, unscored = _after_trials(plan, prepared, file, engine)
+            if second.cells:
+                stage = stage.then(_run_stage(second, job, engine, file, budget))
+    return Ended(stage, checked, unscored, untrained)
+
+
+def _after_trials(
+    plan: RunPlan,
+    prepared: Mapping[Cell, Record],
+    file: RecordsFile,
+    engine: Engine,
+) -> tuple[RunPlan, list[Tuning]]:
+    """Return the plan of the cells that waited for trials, and trials without a score.
+
+    Args:
+        plan: the run.
+        prepared: the cells that have trained a backbone.
+        file: the records.
+        engine: where cells run.
+    """
+    tried = [trial for tuning in plan.tunings for trial in tuning.trials]
+    cells, unscored = _chosen(plan.tunings, _done_among(tried, file, engine))
+    second = dataclasses.replace(plan, cells=cells, left_out=())
+    if prepared:
+        second, _ = _with_backbones(second, prepared)
+    return second, unscored
+
+
+def _summarize(order: Order, ended: Ended, budget: "Budget") -> int:
+    """Print how a run ended, and return its exit code."""
+    plan, statuses = order.plan, ended.stage.statuses
+    if not ended.stage.is_whole and budget.is_over:
+        output.summarize(
+            [
+                count(statuses),
+                f"the time budget is over: {len(statuses)} of {order.num_cells} cells "
+                f"are recorded in {plan.path}; the same command goes on",
+            ]
+        )
+        return _exit_code([*statuses, *ended.checked])
+    if not ended.stage.is_whole:
+        return _interrupted(plan, order.num_cells, statuses)
+    for tuning in ended.unscored:
+        output.complain(
+            f"not run, {len(tuning.cells)} cells, such as {tuning.cells[0].id}: "
+            f"none of their {len(tuning.trials)} trials has a score"
+        )
+    if ended.untrained:
+        names = sorted({plan.own[cell.backbone].alias for cell in ended.untrained})
+        output.complain(
+            f"not run, {len(ended.untrained)} cells: the training of their backbone "
+            f"{' and '.join(names)} failed"
+        )
+    page = plan.path.with_suffix(".html")
+    output.summarize(
+        [
+            count(statuses),
+            f"records: {plan.path}",
+            f"page:    meft-report page {plan.path} -o {page}",
+        ]
+    )
+    return _exit_code([*statuses, *ended.checked])
 
 
 def _job(plan: RunPlan, worker_module: str) -> Job:
@@ -470,20 +541,58 @@ def _run_left(
     ) as progress:
         if file.is_torn:
             progress.tell(f"the last line of {plan.path} is half written: left out")
+        if file.is_ahead:
+            progress.tell(
+                f"a record of {plan.path} started at {file.newest}, after now by the "
+                "clock of this machine: records of this run have that time"
+            )
         for line in _left_out(plan, done):
             progress.tell(line)
 
-        records = engine.run_cells(
-            left, job, folder=folder, started=progress.started, stop=stop
-        )
-        with contextlib.closing(records), _stopping(stop), budget.stopping(stop):
-            for record in records:
-                file.append(record)
-                progress.ended(record)
-                ended.append(record)
+        with _stopping(stop), budget.stopping(stop):
+            if plan.pack:
+                try:
+                    job = _packed(left, job, folder, stop, progress.tell)
+                except Stopped:
+                    return ended
+            records = engine.run_cells(
+                left, job, folder=folder, started=progress.started, stop=stop
+            )
+            with contextlib.closing(records):
+                for record in records:
+                    file.append(record)
+                    progress.ended(record)
+                    ended.append(record)
         for line in _skipped(ended):
             progress.tell(line)
     return ended
+
+
+def _packed(
+    cells: Sequence[Cell],
+    job: Job,
+    folder: Path,
+    stop: threading.Event,
+    tell: Callable[[str], None],
+) -> Job:
+    """Return the run with what its cells take of a GPU, and tell it.
+
+    Raises:
+        Stopped: the run was interrupted.
+    """
+    on_gpus = [cell for cell in cells if cell.device == "cuda"]
+    if not on_gpus:
+        return job
+    tell(f"packing: predicting the memory of {len(on_gpus)} cells")
+    models = environment.gpu_names()
+    needs = packing.predict(on_gpus, models, job, folder=folder, stop=stop)
+    alone = [cell for cell in on_gpus if cell not in needs]
+    if alone:
+        tell(
+            f"packing: {len(alone)} of {len(on_gpus)} cells ({_names(alone)}) have no "
+            f"prediction, and run alone; {folder / 'packing.log'} may say why"
+        )
+    return dataclasses.replace(job, gpu_bytes=needs)
 
 
 def _left_out(plan: RunPlan, done: Mapping[Cell, Record]) -> Iterator[str]:

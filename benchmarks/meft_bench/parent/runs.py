@@ -6,7 +6,9 @@ empty when it is closed is removed. There is one writer at a time: the file is l
 while a run has it open, and the kernel releases the lock when the process ends for any
 reason.
 
-The last record of a cell counts; earlier ones remain as history.
+The last record of a cell counts; earlier ones remain as history. Reports take the one
+that started last, so no record starts before one of an earlier run: where a clock was
+set back in between, it has the time of that one.
 """
 
 import contextlib
@@ -15,7 +17,8 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -28,6 +31,8 @@ from meft_bench.shared.record import Environment, Record, Status
 LOSSES = "loss_curve"
 """The one list that is kept of a lean record: it tells whether a trial diverged."""
 _VERSIONS: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
+_COMMAND_LENGTH = 120
+"""The most that is shown of the command line of another run."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers that mean that there is no room to write."""
 
@@ -75,6 +80,14 @@ class RecordsFile:
             raise
         self.is_torn = self._end < size
         """Whether the last line was incomplete, and is ignored."""
+        times = [record.started_at for record in self.records]
+        self.newest = max(times, key=_time, default="")
+        """When the last record of earlier runs started; "" if there is none."""
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether a record of an earlier run starts later than the clock shows."""
+        return bool(self.newest) and _time(self.newest) > datetime.now(UTC)
 
     def append(self, record: Record) -> None:
         """Append one record and wait until it is on disk.
@@ -82,6 +95,8 @@ class RecordsFile:
         Raises:
             RunsError: there is no room for it; the file keeps its complete records.
         """
+        if self.newest and _time(record.started_at) < _time(self.newest):
+            record = dataclasses.replace(record, started_at=self.newest)
         text = json.dumps(record.to_json(), ensure_ascii=False)
         # A lone surrogate, of a file name that is not text, is written as a JSON
         # escape.
@@ -126,6 +141,15 @@ class RecordsFile:
         self.close()
 
 
+def _time(text: str) -> datetime:
+    """Return the time that a record holds; the earliest one for other text."""
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        return datetime.min.replace(tzinfo=UTC)
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
 def _open_locked(path: Path) -> int:
     """Open and lock the file; create it if it does not exist.
 
@@ -141,15 +165,44 @@ def _open_locked(path: Path) -> int:
             if path.is_symlink() or _is_at(path, file):
                 return file
         except BlockingIOError as error:
+            who = _holder(file)
             os.close(file)
             raise RunsError(
-                f"{path}: another run is writing to it; wait for it to end, "
+                f"{path}: another run is writing to it{who}; wait for it to end, "
                 "or give this one a file of its own with -o"
             ) from error
         except BaseException:
             os.close(file)
             raise
         os.close(file)
+
+
+def _holder(file: int) -> str:
+    """Return which process of this machine has a file locked; "" if none is known.
+
+    Args:
+        file: descriptor of the file.
+    """
+    here = os.fstat(file)
+    with contextlib.suppress(OSError):  # not Linux, or a process of another user
+        lines = Path("/proc/locks").read_text().splitlines()
+        # Such as `1: FLOCK ADVISORY WRITE 4711 08:01:131 0 EOF`.
+        for words in map(str.split, lines):
+            if words[1] != "FLOCK" or words[5].rpartition(":")[2] != str(here.st_ino):
+                continue
+            process = Path("/proc", words[4])
+            if any(os.path.samestat(here, fd.stat()) for fd in _files(process)):
+                command = (process / "cmdline").read_bytes().replace(b"\0", b" ")
+                said = " ".join(command.decode(errors="replace").split())
+                return f", process {words[4]} (`{said[:_COMMAND_LENGTH]}`)"
+    return ""
+
+
+def _files(process: Path) -> Iterator[Path]:
+    """Yield what a process has open, of what still exists."""
+    for file in (process / "fd").iterdir():
+        if file.exists():
+            yield file
 
 
 def _is_at(path: Path, file: int) -> bool:

@@ -7,13 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from meft_bench.parent import sweep
-from meft_bench.parent.engines import environment
+from meft_bench.parent.engines import environment, host_memory
 from meft_bench.parent.harness import RunPlan
 from meft_bench.parent.sweep import Sweep
 from meft_bench.parent.trials import Tuning
 from meft_bench.shared import published, registry
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
+from meft_bench.shared.units import format_bytes
+
+SLOT_BYTES = 4 * 2**30
+"""Host memory that a cell is taken to need where the number of slots is not given."""
 
 
 class UsageError(Exception):
@@ -45,7 +49,7 @@ def run_plan(arguments: argparse.Namespace) -> RunPlan:
     folder = data_dir(arguments)
     if folder is not None and not folder.is_dir():
         raise UsageError(f"data directory {str(folder)!r} does not exist")
-    slots = _num_slots(arguments, every)
+    slots, words = _slots(arguments, chosen, every)
     spare = max(1, environment.num_cores() // slots)
     spare = 1 if arguments.engine == "ray" else spare
     return RunPlan(
@@ -64,28 +68,68 @@ def run_plan(arguments: argparse.Namespace) -> RunPlan:
         timeout_seconds=arguments.timeout or chosen.timeout_seconds,
         force=arguments.force,
         fresh=arguments.fresh,
-        left_out=tuple(_left_out(chosen, cells, arguments.only, arguments.device)),
+        left_out=(
+            *_left_out(chosen, cells, arguments.only, arguments.device),
+            *words,
+        ),
         checks=() if arguments.only else chosen.checks,
         check_device=device,
         time_budget_seconds=arguments.time_budget,
         own=chosen.own,
         tunings=tunings,
+        pack=arguments.pack,
         engine=arguments.engine,
         trainings=trainings,
     )
 
 
-def _num_slots(arguments: argparse.Namespace, cells: Sequence[Cell]) -> int:
-    """Return the number of cells that run side by side on this machine."""
+def _slots(
+    arguments: argparse.Namespace, chosen: Sweep, cells: Sequence[Cell]
+) -> tuple[int, list[str]]:
+    """Return the number of cells that run side by side here, and why it is less.
+
+    If the command line does not say it, there is one for each GPU; with `--pack`, one
+    for each core of which a cell has as many as threads; and for cells of other devices
+    one. There are never more than free host memory has room for, at `SLOT_BYTES` each,
+    or at the memory limit of a cell if there is one.
+    """
+    on_gpus = any(cell.device == "cuda" for cell in cells)
+    if arguments.pack:
+        _check_pack(arguments.engine, on_gpus)
     if arguments.engine == "ray" and arguments.slots is not None:
         raise UsageError(
             "--slots counts cells of this machine, and with --engine ray the cluster "
             "runs as many as it has cores and GPUs for: leave it out"
         )
     if arguments.slots is not None:
-        return int(arguments.slots)
-    on_gpus = any(cell.device == "cuda" for cell in cells)
-    return max(1, len(environment.gpus())) if on_gpus else 1
+        return int(arguments.slots), []
+    wanted = max(1, len(environment.gpus())) if on_gpus else 1
+    if arguments.pack:
+        threads = arguments.threads or chosen.num_threads or 1
+        wanted = max(wanted, environment.num_cores() // threads)
+    size = arguments.memory_limit or chosen.memory_limit_bytes or SLOT_BYTES
+    free = host_memory.free_bytes()
+    if free is None or wanted * size <= free or wanted == 1:
+        return wanted, []
+    slots = max(1, free // size)
+    return slots, [
+        f"{slots} cells side by side, and not {wanted}: {format_bytes(free)} of host "
+        f"memory are free, at {format_bytes(size)} each; `--slots` sets another number"
+    ]
+
+
+def _check_pack(engine: str, on_gpus: bool) -> None:
+    """Raise `UsageError` where `--pack` has no effect."""
+    if engine == "ray":
+        raise UsageError(
+            "--pack lets cells share the GPUs of this machine, and with --engine ray "
+            "each has a GPU of its own: leave it out, or take --engine local"
+        )
+    if not on_gpus:
+        raise UsageError(
+            "--pack lets cells share a real GPU, and none of these runs on one: give "
+            "`--device cuda`, or `--slots` for cells of the CPU"
+        )
 
 
 def _left_out(

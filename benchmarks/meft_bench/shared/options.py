@@ -27,9 +27,10 @@ class ChildOptions:
     save_to: str | None = None
     """Folder that gets the trained model, in transformers' layout; None for none."""
     memory_limit_bytes: int | None = None
-    """Limit of the child's data segment in bytes (`RLIMIT_DATA`).
+    """Limit of host memory in bytes; None sets no limit.
 
-    It includes torch's libraries. None sets no limit.
+    It is that of the child's data segment (`RLIMIT_DATA`), which includes torch's
+    libraries, and of what all processes of the child hold together.
     """
 
     def to_json(self) -> dict[str, Any]:

@@ -80,6 +80,11 @@ class Environment:
 
     Its resident memory then lacks pages of libraries that it did not use.
     """
+    is_gpu_shared: bool = False
+    """Whether another cell of the run was on its GPU while it ran.
+
+    Its times are then not those of the GPU, and compared with no others.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -42,4 +42,11 @@ ENVIRONMENT: tuple[Column, ...] = (
         default=False,
         meaning="whether its process was a fork of one with all imports done",
     ),
+    Column(
+        name="is_gpu_shared",
+        section="environment",
+        dtype="boolean",
+        default=False,
+        meaning="whether another cell was on its GPU, so that it has no times",
+    ),
 )

@@ -65,6 +65,7 @@ def caveats_of(cells: Sequence[Cell], settings: Sequence[Setting]) -> list[Cavea
         *_old_training(settings),
         _side_by_side(cells),
         _contaminated(cells),
+        _shared(cells),
         *_failed(cells),
         _not_finite(cells),
     ]
@@ -261,13 +262,27 @@ def _side_by_side(cells: Sequence[Cell]) -> Caveat:
 
 
 def _contaminated(cells: Sequence[Cell]) -> Caveat:
-    found = _where(cells, lambda cell: cell["num_foreign_processes"])
+    found = _where(
+        cells,
+        lambda cell: cell["num_foreign_processes"] and not cell["is_gpu_shared"],
+    )
     return Caveat(
         title=f"{plural(len(found), 'cell')} contaminated by others on the GPU",
         text="Other processes used the GPU. Times, energy, clocks, and bytes of the "
         "whole GPU and its link depend on them, and are left out; the files of the run "
         "keep them. What torch allocated, ledgers and scores are valid. To measure the "
         "rest, run these cells again on a free GPU with --force.",
+        cells=found,
+    )
+
+
+def _shared(cells: Sequence[Cell]) -> Caveat:
+    found = _where(cells, lambda cell: bool(cell["is_gpu_shared"]))
+    return Caveat(
+        title=f"No times: {plural(len(found), 'cell')} shared a GPU",
+        text="Other cells ran on the same GPU at the same time (--pack), so times, and "
+        "what NVML measures of the whole GPU, are left out. Memory that the process "
+        "allocated is exact.",
         cells=found,
     )
 

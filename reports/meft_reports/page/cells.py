@@ -24,6 +24,7 @@ FACTS = (
     "torch_version",
     *("transformers_version", "peft_version", "commit", "dirty", "code_sha256"),
     *("machine", "platform", "cpu", "num_threads", "num_slots", "device_name"),
+    "is_gpu_shared",
     *("prediction", "weights_origin", "weights_sha256", "data_origin"),
     *("step_seconds", "score", "majority_score", "num_eval_rows"),
     "num_foreign_processes",

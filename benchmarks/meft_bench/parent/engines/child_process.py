@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from meft_bench.parent.engines.host_memory import Watch
+
 _POLL_SECONDS = 0.05
 
 
@@ -27,6 +29,7 @@ def run(
     variables: Mapping[str, str],
     timeout_seconds: float,
     stop: threading.Event,
+    memory_limit_bytes: int | None = None,
 ) -> int | None:
     """Run a command to its end and return its exit status, or None after a timeout.
 
@@ -36,9 +39,12 @@ def run(
         variables: its environment variables.
         timeout_seconds: time after which it is killed.
         stop: when set, it is killed and `Stopped` is raised.
+        memory_limit_bytes: host memory that it may hold with all processes that it
+            starts; None for no limit.
 
     Raises:
         Stopped: `stop` was set.
+        TooLargeError: they held more, and were killed.
         OSError: the log cannot be written, or no process can be started.
     """
     deadline = time.monotonic() + timeout_seconds
@@ -56,7 +62,7 @@ def run(
             reason = f"no child could be started: {error.strerror}"
             raise OSError(error.errno, reason, sys.executable) from error
     try:
-        return _wait(process, deadline, stop)
+        return _wait(process, deadline, stop, Watch(memory_limit_bytes))
     finally:
         _kill_group(process)
 
@@ -73,7 +79,10 @@ def describe_signal(number: int) -> str:
 
 
 def _wait(
-    process: subprocess.Popen[bytes], deadline: float, stop: threading.Event
+    process: subprocess.Popen[bytes],
+    deadline: float,
+    stop: threading.Event,
+    watch: Watch,
 ) -> int | None:
     """Return the exit status, or None when the deadline passed first.
 
@@ -81,8 +90,10 @@ def _wait(
         process: the child.
         deadline: time of the monotonic clock, in seconds.
         stop: when set, `Stopped` is raised.
+        watch: looks whether the child holds too much memory.
     """
     while process.poll() is None:
+        watch.look(process.pid)
         if time.monotonic() > deadline:
             return None
         if stop.wait(_POLL_SECONDS):

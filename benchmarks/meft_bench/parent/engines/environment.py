@@ -14,7 +14,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from meft_bench.shared import distributions, tables
@@ -117,6 +117,8 @@ class PhysicalGpu:
     uuid: str
     """The name by which `CUDA_VISIBLE_DEVICES` selects it."""
     model: str
+    free_bytes: int = field(default=0, compare=False)
+    """Bytes that no process had taken when it was looked at; 0 if NVML cannot tell."""
 
 
 def gpu_names() -> list[str]:
@@ -256,9 +258,14 @@ def _cpu_model() -> str:
 def _gpu(handle: object) -> PhysicalGpu:
     import pynvml
 
+    try:
+        free_bytes = int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
+    except pynvml.NVMLError:  # of a GPU that shares the memory of the host
+        free_bytes = 0
     return PhysicalGpu(
         uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
         model=str(pynvml.nvmlDeviceGetName(handle)),
+        free_bytes=free_bytes,
     )
 
 

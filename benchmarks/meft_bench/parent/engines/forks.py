@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.parent.engines.child_process import LostError, Stopped
+from meft_bench.parent.engines.host_memory import Watch
 from meft_bench.shared.request import WORKER
 
 SERVER = "meft_bench.child.fork_server"
@@ -116,6 +117,7 @@ class ForkServer:
         variables: Mapping[str, str],
         timeout_seconds: float,
         stop: threading.Event,
+        memory_limit_bytes: int | None = None,
     ) -> int | None:
         """Run a child to its end and return its exit status, or None after a timeout.
 
@@ -126,9 +128,12 @@ class ForkServer:
             variables: its environment variables.
             timeout_seconds: time after which it is killed.
             stop: when set, it is killed and `Stopped` is raised.
+            memory_limit_bytes: host memory that it may hold with all processes that it
+                starts; None for no limit.
 
         Raises:
             Stopped: `stop` was set.
+            TooLargeError: they held more, and were killed.
             LostError: the server was killed, and the child with it.
             OSError: the log cannot be written, or no child can be started.
         """
@@ -136,7 +141,7 @@ class ForkServer:
         arguments = _arguments(command, self._worker_module)
         child = self._ask(arguments, log, variables)
         try:
-            is_over = not _wait(child, timeout_seconds, stop)
+            is_over = not _wait(child, timeout_seconds, stop, Watch(memory_limit_bytes))
         finally:
             child.kill()
         if child.errno is not None:
@@ -278,7 +283,9 @@ class _Server(threading.Thread):
         self.join()
 
 
-def _wait(child: _Child, timeout_seconds: float, stop: threading.Event) -> bool:
+def _wait(
+    child: _Child, timeout_seconds: float, stop: threading.Event, watch: Watch
+) -> bool:
     """Wait for the end of a child; False if the time is over, imports included."""
     deadline = time.monotonic() + timeout_seconds
     while not child.ended.wait(_POLL_SECONDS):
@@ -286,6 +293,8 @@ def _wait(child: _Child, timeout_seconds: float, stop: threading.Event) -> bool:
             return False
         if stop.is_set():
             raise Stopped
+        if child.pid is not None:
+            watch.look(child.pid)
     return True
 
 

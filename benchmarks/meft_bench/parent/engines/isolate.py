@@ -3,6 +3,8 @@
 The child receives a request (`meft_bench.shared.request`) and then
   1. makes sure that it ends with this process, before any heavy import;
   2. sets `RLIMIT_DATA` to `memory_limit_bytes` of the options, unless it is None;
+     what `RLIMIT_DATA` does not count, shared memory and the processes that the child
+     starts, this process adds up, and kills them above the limit;
   3. runs the cell and writes its outcome file (`meft_bench.shared.outcome`).
 Its output is a log, kept next to that file and never parsed.
 
@@ -11,6 +13,7 @@ The status is derived as follows:
     files of the user have changed                  error; no child is started
     an outcome was written                          the status in it
     no outcome, and the time is over                timeout
+    no outcome, and above the memory limit          oom
     no outcome, and a signal ended the child        killed
     no outcome, and it exited; or a malformed one   error
     no outcome, as it could not be written          error; the child exits with 74
@@ -33,6 +36,7 @@ from typing import Any
 
 from meft_bench.parent.engines import child_process, logs
 from meft_bench.parent.engines.child_process import LostError, Stopped
+from meft_bench.parent.engines.host_memory import TooLargeError
 from meft_bench.parent.own import current
 from meft_bench.shared import methods, outcome, request
 from meft_bench.shared.cell import Cell
@@ -105,38 +109,21 @@ def run(
     started_at = now()
     start = time.monotonic()
     log = log_path(folder, cell).resolve()  # code of the user may change the folder
-    out = log.with_suffix(".json")
-    out.unlink(missing_ok=True)
     own = own or {}
-    options = _with_checkpoint(options, cell, log, environment)
-    if save_to is not None:
-        options = dataclasses.replace(options, save_to=str(save_to))
-    body = {
-        "cell": located(cell, own).to_json(),
-        "options": options.to_json(),
-        "rows": rows_of(cell, own),
-    }
     if changed := current.why_not(cell, own):
         log.write_text(changed, encoding="utf-8")
         ending = _failure(Status.ERROR, changed)
     else:
-        command = request.command(body, out, worker_module=worker_module)
-        try:
-            code = start_child(
-                command,
-                log=log,
-                variables=child_environment(options, cell.device, gpu),
-                timeout_seconds=timeout_seconds,
-                stop=stop,
-            )
-            ending = _ending(out, log, code, timeout_seconds)
-        except LostError:
-            ending = _failure(
-                Status.KILLED,
-                "the process that this one was forked from was killed, by the kernel "
-                "or by another cell; run the same command again, or with `--fresh`",
-            )
-    out.unlink(missing_ok=True)
+        ending = _run_child(
+            _body(cell, own, _with_files(options, cell, log, environment, save_to)),
+            log,
+            worker_module=worker_module,
+            variables=child_environment(options, cell.device, gpu),
+            timeout_seconds=timeout_seconds,
+            stop=stop,
+            start_child=start_child,
+            memory_limit_bytes=options.memory_limit_bytes,
+        )
     return Record(
         sweep=sweep,
         cell=cell,
@@ -158,6 +145,81 @@ def run(
     )
 
 
+def _body(cell: Cell, own: Mapping[str, Own], options: ChildOptions) -> dict[str, Any]:
+    """Return the request for a cell."""
+    return {
+        "cell": located(cell, own).to_json(),
+        "options": options.to_json(),
+        "rows": rows_of(cell, own),
+    }
+
+
+def _run_child(
+    body: dict[str, Any],
+    log: Path,
+    *,
+    worker_module: str,
+    variables: Mapping[str, str],
+    timeout_seconds: float,
+    stop: threading.Event,
+    start_child: StartChild,
+    memory_limit_bytes: int | None,
+) -> Outcome:
+    """Start the child of a request, wait for its end, and return what it came to.
+
+    Args:
+        body: the request.
+        log: file that receives what the child prints; the outcome is next to it.
+        worker_module: module that runs as the child.
+        variables: environment variables of the child.
+        timeout_seconds: time after which the child and its processes are killed.
+        stop: when set, the child is killed and `Stopped` is raised.
+        start_child: see `run`.
+        memory_limit_bytes: host memory of the child and its processes; None for no
+            limit.
+    """
+    out = log.with_suffix(".json")
+    out.unlink(missing_ok=True)
+    try:
+        code = start_child(
+            request.command(body, out, worker_module=worker_module),
+            log=log,
+            variables=variables,
+            timeout_seconds=timeout_seconds,
+            stop=stop,
+            memory_limit_bytes=memory_limit_bytes,
+        )
+        ending = _with_limit(
+            _ending(out, log, code, timeout_seconds), body, memory_limit_bytes
+        )
+    except TooLargeError:
+        assert memory_limit_bytes is not None
+        ending = _failure(
+            Status.OOM,
+            "its processes held more than the limit of host memory, "
+            f"{format_bytes(memory_limit_bytes)}, and were killed",
+        )
+    except LostError:
+        ending = _failure(
+            Status.KILLED,
+            "the process that this one was forked from was killed, by the kernel "
+            "or by another cell; run the same command again, or with `--fresh`",
+        )
+    out.unlink(missing_ok=True)
+    return ending
+
+
+def _with_limit(
+    ending: Outcome, body: dict[str, Any], memory_limit_bytes: int | None
+) -> Outcome:
+    """Return an outcome that says which limit a cell of the host has met."""
+    is_of_host = body["cell"]["device"] == "cpu"
+    if ending.status != Status.OOM or memory_limit_bytes is None or not is_of_host:
+        return ending
+    limit = f"the limit of host memory is {format_bytes(memory_limit_bytes)}"
+    return dataclasses.replace(ending, message=f"{ending.message}; {limit}")
+
+
 def _in_words(
     found: dict[str, Any], cell: Cell, own: Mapping[str, Own]
 ) -> dict[str, Any]:
@@ -168,13 +230,19 @@ def _in_words(
     return found | {"weights_origin": f"trained by {one.trained_by}"}
 
 
-def _with_checkpoint(
-    options: ChildOptions, cell: Cell, log: Path, environment: Environment
+def _with_files(
+    options: ChildOptions,
+    cell: Cell,
+    log: Path,
+    environment: Environment,
+    save_to: Path | None,
 ) -> ChildOptions:
-    """Return options with the file from which a killed cell goes on.
+    """Return options with the file from which a killed cell goes on, and `save_to`.
 
     Functions of the user may have state that no file has: their cells start again.
     """
+    if save_to is not None:
+        options = dataclasses.replace(options, save_to=str(save_to))
     if cell.method not in methods.TABLE:
         return options
     same = {

@@ -32,6 +32,11 @@ class Job:
     """Folders that get the trained model of some cells."""
     worker_module: str = request.WORKER
     """Module that runs as the child."""
+    gpu_bytes: Mapping[Cell, Mapping[str, int]] | None = None
+    """What cells take of a GPU, by its model, if they may share one; else None.
+
+    A cell that is not among them has a GPU for itself.
+    """
 
     def run(
         self,

@@ -4,9 +4,11 @@ A slot is a thread that starts one child at a time and waits for it. It must out
 the children it starts: on Linux the signal that ends a child with its parent is tied to
 the thread that started it.
 
-A cell of a real GPU has the GPU on which the fewest cells run, and sees no other.
+A cell of a real GPU has the GPU on which the fewest cells run, or one with room for it
+where cells are packed, and sees no other.
 """
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -16,7 +18,7 @@ from pathlib import Path
 from meft_bench.parent.engines import environment
 from meft_bench.parent.engines.child_process import Stopped
 from meft_bench.parent.engines.children import Children
-from meft_bench.parent.engines.gpus import Gpus
+from meft_bench.parent.engines.gpus import Gpus, Share
 from meft_bench.parent.engines.job import Job
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.record import Environment, Record
@@ -73,18 +75,19 @@ class Local:
         """
 
         def run_one(cell: Cell, children: Children) -> Record:
-            started(cell)
             try:
-                with self._gpus.one(cell.device) as gpu:
+                with self._share_of(cell, job, stop) as share:
+                    started(cell)
                     where = self._by_device[cell.device]
-                    return job.run(
+                    record = job.run(
                         cell,
-                        environment=_on(where, cell.device, gpu.model),
+                        environment=_on(where, cell.device, share.gpu.model),
                         folder=folder,
                         stop=stop,
                         start_child=children.starter(cell.device),
-                        gpu=gpu.uuid,
+                        gpu=self._gpus.uuid_of(share.gpu),
                     )
+                    return _shared(record) if share.is_shared else record
             except OSError:
                 stop.set()  # else the run waits for the other slots
                 raise
@@ -95,6 +98,19 @@ class Local:
             yield from in_slots(
                 cells, lambda cell: run_one(cell, children), self._num_slots
             )
+
+    def _share_of(
+        self, cell: Cell, job: Job, stop: threading.Event
+    ) -> contextlib.AbstractContextManager[Share]:
+        if job.gpu_bytes is None or cell.device != "cuda":
+            return self._gpus.one(cell.device)
+        return self._gpus.with_room(job.gpu_bytes.get(cell, {}), stop)
+
+
+def _shared(record: Record) -> Record:
+    """Return the record of a cell that was not alone on its GPU."""
+    where = dataclasses.replace(record.environment, is_gpu_shared=True)
+    return dataclasses.replace(record, environment=where)
 
 
 def _on(where: Environment, device: str, model: str) -> Environment:
