@@ -31,6 +31,7 @@ _NAMES: dict[str, Collection[str]] = {
     "side_buffer": registry.SIDE_BUFFERS,
     "gradient_dtype": registry.GRADIENT_DTYPES,
     "scored_on": registry.SCORED_ON,
+    "parallel": registry.PARALLELS,
     "optimizer": registry.OPTIMIZERS,
     "reference": ("", *registry.METHODS),
 }
@@ -46,6 +47,7 @@ _FROM_ONE = {
     "top_k_experts",
     "row_budget_bytes",
     "accumulation",
+    "ranks",
 }
 _AT_MOST = {"lost_bits": 16, "active_fraction": 1, "seed": 2**32 - 1}
 _LARGEST = 2**63 - 1

@@ -152,6 +152,16 @@ class Cell:
     """
     reference: str = ""
     """A method whose steps are timed interleaved with this one's, in one process."""
+    ranks: int = 1
+    """Number of processes that train together, each on its share of every batch.
+
+    On `cuda` each has a GPU. `batch_size` is that of all ranks together.
+    """
+    parallel: str = "ddp"
+    """How several ranks train: `ddp`, or `fsdp2`, which shards the parameters.
+
+    With `ddp` (`DistributedDataParallel`) each rank holds the whole model.
+    """
 
     @property
     def id(self) -> str:

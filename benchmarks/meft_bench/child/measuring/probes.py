@@ -51,12 +51,14 @@ def probe_memory(
     stepper.model.train()
     for _ in range(num_first_steps):
         step()
-    on_device = stepper.to_device(batches[0])
+    on_device = stepper.to_device(stepper.ranks.share(batches[0]))
     partial.note(
         saved_bytes=memory.saved_by_forward(stepper.model, on_device, stepper.loss)
     )
     del on_device
     model_state_bytes = memory.model_state_bytes(stepper.model, stepper.optimizer)
+    if stepper.replica is not None:
+        model_state_bytes += memory.bucket_bytes(stepper.replica)
     partial.note(model_state_bytes=model_state_bytes)
     if cell.device == "cpu":
         peak_bytes = model_state_bytes + memory.cpu_step_peak_bytes(step)
@@ -125,7 +127,7 @@ def probe_link(
     """
     import pynvml
 
-    uuid = str(torch.cuda.get_device_properties(0).uuid)
+    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
     with nvml.open_device(pynvml, uuid) as device:
         if device is None:
             return

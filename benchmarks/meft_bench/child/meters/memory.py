@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from meft.sparse.adapter import sparse_adapters
 from meft.sparse.row_parameter import rows_of
@@ -65,6 +66,15 @@ def model_state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int
         for tensor in _model_state(model, optimizer)
     }
     return sum(storages.values())
+
+
+def bucket_bytes(replica: DistributedDataParallel) -> int:
+    """Return the bytes in which gradients are averaged, held between two steps."""
+    return sum(
+        parameter.nbytes
+        for parameter in replica._module_parameters
+        if parameter.requires_grad
+    )
 
 
 def _model_state(

@@ -120,7 +120,9 @@ def run(
         log.write_text(changed, encoding="utf-8")
         ending = _failure(Status.ERROR, changed)
     else:
-        command = request.command(body, out, worker_module=worker_module)
+        command = request.command(
+            body, out, worker_module=worker_module, ranks=cell.ranks
+        )
         try:
             code = start_child(
                 command,
@@ -137,6 +139,8 @@ def run(
                 "or by another cell; run the same command again, or with `--fresh`",
             )
     out.unlink(missing_ok=True)
+    # Of ranks that were killed with the process that cleans up after them.
+    shutil.rmtree(out.with_suffix(".ranks"), ignore_errors=True)
     return Record(
         sweep=sweep,
         cell=cell,
@@ -173,9 +177,10 @@ def _with_checkpoint(
 ) -> ChildOptions:
     """Return options with the file from which a killed cell goes on.
 
-    Functions of the user may have state that no file has: their cells start again.
+    Functions of the user may have state that no file has, and each of several ranks has
+    its own: their cells start again.
     """
-    if cell.method not in methods.TABLE:
+    if cell.method not in methods.TABLE or cell.ranks > 1:
         return options
     same = {
         "cell": cell.key,

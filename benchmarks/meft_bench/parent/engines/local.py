@@ -82,7 +82,7 @@ class Local:
                         environment=_on(where, cell.device, gpu.model),
                         folder=folder,
                         stop=stop,
-                        start_child=children.starter(cell.device),
+                        start_child=children.starter(cell.device, cell.ranks),
                         gpu=gpu.uuid,
                     )
             except OSError:
