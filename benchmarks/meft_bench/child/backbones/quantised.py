@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
@@ -75,7 +76,12 @@ def num_weights(model: nn.Module) -> int:
 
 
 def tensors_of(parameter: Any) -> list[Tensor]:
-    """Return the tensors that hold a parameter: it, or the parts of a quantised one."""
+    """Return the tensors that hold a parameter: it, or the parts of a quantised one.
+
+    Of one that is sharded over ranks, it is the part of this rank.
+    """
+    if isinstance(parameter, DTensor):
+        return [parameter.to_local()]
     if hasattr(parameter, "__tensor_flatten__"):  # torchao's
         names, _ = parameter.__tensor_flatten__()
         return [getattr(parameter, name) for name in names]

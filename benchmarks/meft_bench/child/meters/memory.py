@@ -86,7 +86,7 @@ def _model_state(
             continue
         yield from quantised.tensors_of(parameter)
         if parameter.grad is not None:
-            yield parameter.grad
+            yield from quantised.tensors_of(parameter.grad)
     for adapter in sparse_adapters(model).values():
         yield from adapter.rows.on_device()
     for state in optimizer.state.values():

@@ -115,8 +115,7 @@ def parallel(
         fully_shard(model, mesh=mesh)
         return None
     model.to(cell.device)
-    # Buffers are constants of the model, the same in all ranks.
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    return DistributedDataParallel(model)
 
 
 def merge(cell: Cell, partial: PartialResult) -> None:
