@@ -30,6 +30,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import meft
+from meft.sparse.adapter import sparse_adapters
+from meft.sparse.row_parameter import rows_of
 from meft_bench.child.measuring.partial_result import PartialResult
 from meft_bench.child.tasks.batches import Batch
 from meft_bench.shared.cell import Cell
@@ -115,7 +118,10 @@ def parallel(
         fully_shard(model, mesh=mesh)
         return None
     model.to(cell.device)
-    return DistributedDataParallel(model)
+    if sparse_adapters(model):
+        meft.average_row_gradients(model)
+    is_trained = (p.requires_grad and rows_of(p) is None for p in model.parameters())
+    return DistributedDataParallel(model) if any(is_trained) else None
 
 
 def merge(cell: Cell, partial: PartialResult) -> None:
