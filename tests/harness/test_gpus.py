@@ -27,24 +27,24 @@ axes = { method = ["full", "head", "lora", "meft1"], seed = [0, 1] }
 
 def test_the_gpu_with_the_fewest_cells() -> None:
     gpus = Gpus(TWO)
-    with gpus.one("cuda") as first, gpus.one("cuda") as second:
+    with gpus.some("cuda") as first, gpus.some("cuda") as second:
         assert {first, second} == {*TWO}
-        with gpus.one("cuda") as third:
+        with gpus.some("cuda") as third:
             assert third == TWO[0]
-            with gpus.one("cuda") as fourth:
+            with gpus.some("cuda") as fourth:
                 assert fourth == TWO[1]
-    with gpus.one("cuda") as again:
+    with gpus.some("cuda") as again:
         assert again == TWO[0]
 
 
 def test_other_devices_have_none() -> None:
-    with Gpus(TWO).one("cpu") as gpu, Gpus(TWO).one("virtual-H100") as other:
+    with Gpus(TWO).some("cpu") as gpu, Gpus(TWO).some("virtual-H100") as other:
         assert (gpu, other) == (NONE, NONE)
 
 
 def test_an_only_gpu_is_not_selected() -> None:
     """The variable of the environment stays as it is."""
-    with Gpus(TWO[:1]).one("cuda") as gpu:
+    with Gpus(TWO[:1]).some("cuda") as gpu:
         assert gpu == PhysicalGpu(uuid="", model="GPU A")
 
 
@@ -55,7 +55,7 @@ def test_many_threads() -> None:
 
     def work() -> None:
         for _ in range(200):
-            with gpus.one("cuda") as gpu:
+            with gpus.some("cuda") as gpu:
                 with lock:
                     running[gpu.uuid] += 1
                     worst[0] = max(worst[0], running[gpu.uuid])

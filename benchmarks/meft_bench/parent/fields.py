@@ -11,6 +11,7 @@ import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from meft_bench.parent import several_ranks
 from meft_bench.shared import backbones, methods, own, quantisations, registry
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.own import Own
@@ -82,6 +83,7 @@ def check(name: str, value: object) -> Value:
 
 def check_together(cell: Cell) -> None:
     """Raise `ValueError` if fields of a cell contradict each other."""
+    several_ranks.check(cell)
     if cell.warmup_steps >= cell.max_steps:
         raise ValueError(
             f"`warmup_steps` = {cell.warmup_steps} leaves no step to measure; "
@@ -226,8 +228,12 @@ def check_family(cell: Cell, things: Mapping[str, Own]) -> None:
                 f"{', '.join(registry.METHODS_OF_ANY_MODEL)}, a config of PEFT, or a "
                 "function of your own"
             )
-    if cell.mlp_chunks > 1 or cell.blocks != "eager":
-        name = "mlp_chunks" if cell.mlp_chunks > 1 else "blocks"
+    needs = {
+        "mlp_chunks": cell.mlp_chunks > 1,
+        "blocks": cell.blocks != "eager",
+        "parallel": cell.parallel == "fsdp2",
+    }
+    for name in (name for name, is_needed in needs.items() if is_needed):
         raise ValueError(
             f"`{name}` = {getattr(cell, name)!r} needs a family that sweeps know, and "
             f"backbone {cell.backbone!r} is of model_type {kind!r}: leave it out"

@@ -46,7 +46,8 @@ def run_plan(arguments: argparse.Namespace) -> RunPlan:
     if folder is not None and not folder.is_dir():
         raise UsageError(f"data directory {str(folder)!r} does not exist")
     slots = _num_slots(arguments, every)
-    spare = max(1, environment.num_cores() // slots)
+    most_ranks = max((cell.ranks for cell in every), default=1)
+    spare = max(1, environment.num_cores() // (slots * most_ranks))
     spare = 1 if arguments.engine == "ray" else spare
     return RunPlan(
         sweep=chosen.name,
@@ -84,8 +85,8 @@ def _num_slots(arguments: argparse.Namespace, cells: Sequence[Cell]) -> int:
         )
     if arguments.slots is not None:
         return int(arguments.slots)
-    on_gpus = any(cell.device == "cuda" for cell in cells)
-    return max(1, len(environment.gpus())) if on_gpus else 1
+    ranks = [cell.ranks for cell in cells if cell.device == "cuda"]
+    return max(1, len(environment.gpus()) // max(ranks)) if ranks else 1
 
 
 def _left_out(

@@ -74,18 +74,18 @@ def with_method(model: Any, cell: Cell, function: own.Method) -> Stepper:
         cell: the cell.
         function: the function of the method.
     """
-    # Of several ranks, only: a plan takes models of families that have no such list.
-    whole = backbones.blocks_of(model) if cell.ranks > 1 else []
+    # For shards only: models of other families have no list of blocks.
+    blocks = backbones.blocks_of(model) if cell.parallel == "fsdp2" else []
     if cell.mlp_chunks > 1 and methods.of(cell.method).leaves_blocks:
         from meft_bench.child.methods import mlp_parts  # peft takes seconds
 
-        blocks = mlp_parts.blocks_before(model, cell)
+        in_parts = mlp_parts.blocks_before(model, cell)
         model = function(model, cell)
-        mlp_parts.split(model, blocks, cell)
+        mlp_parts.split(model, in_parts, cell)
     else:
         model = function(model, cell)
     _chunk_loss(model, cell)
-    replica = ranks.parallel(model, cell, whole)
+    replica = ranks.parallel(model, cell, blocks)
     return Stepper(model, cell, ranks.of(cell), replica)
 
 

@@ -4,7 +4,8 @@ A slot is a thread that starts one child at a time and waits for it. It must out
 the children it starts: on Linux the signal that ends a child with its parent is tied to
 the thread that started it.
 
-A cell of a real GPU has the GPU on which the fewest cells run, and sees no other.
+A cell of a real GPU has the GPU on which the fewest cells run, one for each of its
+ranks, and sees no other.
 """
 
 import dataclasses
@@ -75,7 +76,7 @@ class Local:
         def run_one(cell: Cell, children: Children) -> Record:
             started(cell)
             try:
-                with self._gpus.one(cell.device) as gpu:
+                with self._gpus.some(cell.device, cell.ranks) as gpu:
                     where = self._by_device[cell.device]
                     return job.run(
                         cell,
