@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import uuid
 from pathlib import Path
@@ -59,6 +60,8 @@ def main() -> None:
     if has_answer or code >= 0:
         sys.exit(code)
     print(f"rank {failed} of {given.ranks} was ended by signal {-code}", flush=True)
+    if -code != signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 
 
@@ -71,7 +74,7 @@ def _run(command: list[str], num_ranks: int, folder: Path) -> dict[int, int]:
         folder: where torchrun may write.
 
     Returns:
-        Exit statuses by rank, below 0 for a signal; none of ranks that torchrun ended.
+        Exit statuses by rank, below 0 for a signal.
     """
     # Imported here: they bring torch.
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -105,9 +108,13 @@ def _first_to_fail(folder: Path, exit_codes: dict[int, int]) -> int | None:
     if not exit_codes:
         return None
     mute = [rank for rank in sorted(exit_codes) if not _place(folder, rank).exists()]
-    if mute:
-        return mute[0]
+    # torchrun ends the others by SIGTERM.
+    first = [rank for rank in mute if exit_codes[rank] != -signal.SIGTERM]
+    if first:
+        return first[0]
     left = [place for place in folder.glob("*.json") if _status(place) != Status.OK]
+    if not left:
+        return min(exit_codes)
     return int(min(left, key=lambda place: place.stat().st_mtime_ns).stem)
 
 
