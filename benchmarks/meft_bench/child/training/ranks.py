@@ -36,7 +36,7 @@ from meft.sparse.row_parameter import rows_of
 from meft_bench.child.measuring.partial_result import PartialResult
 from meft_bench.child.tasks.batches import Batch
 from meft_bench.shared.cell import Cell
-from meft_bench.shared.measurement import BYTES_OF_RANKS, FIELDS
+from meft_bench.shared.measurement import BYTES_OF_RANKS
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """The process groups of each device. Numbers and objects are exchanged by the host."""
@@ -138,14 +138,17 @@ def merge(cell: Cell, partial: PartialResult) -> None:
     every: list[Any] = [None] * cell.ranks
     mine = (partial.measurement.to_json(), partial.memory_breakdown)
     distributed.all_gather_object(every, mine)
-    for name in BYTES_OF_RANKS:
-        values = [numbers[name] for numbers, _ in every]
-        if None in values:
-            continue
-        partial.note(**{name: max(values)})
-        if f"sum_{name}" in FIELDS:
-            partial.note(**{f"sum_{name}": sum(values)})
-    peaks = [numbers["peak_allocated_bytes"] or 0 for numbers, _ in every]
+    bytes_of = {
+        name: [numbers[name] for numbers, _ in every]
+        for name in BYTES_OF_RANKS
+        if all(numbers[name] is not None for numbers, _ in every)
+    }
+    peaks = bytes_of["peak_allocated_bytes"]
+    partial.note(
+        **{name: max(values) for name, values in bytes_of.items()},
+        sum_peak_allocated_bytes=sum(peaks),
+        sum_saved_bytes=sum(bytes_of["saved_bytes"]),
+    )
     _, partial.memory_breakdown = every[peaks.index(max(peaks))]
 
 
