@@ -1,4 +1,4 @@
-"""Training by one process or by several ranks, in a module that each of them imports."""
+"""Training by one process or by several ranks, in a module that each rank imports."""
 
 import json
 import sys
@@ -12,8 +12,8 @@ from torch import Tensor
 
 import gloo_group
 from harness.test_accumulation import micro_batches, model_of
-from harness.tiny import cell, classifier
 from harness.tiny import batch as labelled_batch
+from harness.tiny import cell, classifier
 from meft_bench.child.tasks.batches import IGNORED, Batch
 from meft_bench.child.training import prepare
 from meft_bench.shared import methods
@@ -97,7 +97,9 @@ def main(rank: int, size: int, folder: Path, cases: list[Case]) -> None:
     torch.set_num_threads(1)
     with gloo_group.member(rank, size, folder):
         found = {case: train(case, size) for case in cases}
-        torch.save({repr(case): one for case, one in found.items()}, folder / f"{rank}.pt")
+        torch.save(
+            {repr(case): one for case, one in found.items()}, folder / f"{rank}.pt"
+        )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from meft_bench.parent import cli, runs
+from meft_bench.parent import arguments, cli, runs, selection
 from meft_bench.parent.engines import environment
 from meft_bench.parent.engines.environment import PhysicalGpu
 from meft_bench.parent.engines.gpus import NONE, Gpus
@@ -48,6 +48,22 @@ def test_an_only_gpu_is_not_selected() -> None:
         assert gpu == PhysicalGpu(uuid="", model="GPU A")
 
 
+def test_a_cell_of_several_ranks_has_as_many_gpus() -> None:
+    """Of one model if there are enough, those with the fewest cells; else all."""
+    four = [PhysicalGpu(uuid=f"GPU-{n}", model="AABB"[n]) for n in range(4)]
+    gpus = Gpus(four)
+    with gpus.some("cuda") as first:
+        assert first == four[0]
+        with gpus.some("cuda", 2) as pair:
+            assert pair == PhysicalGpu(uuid="GPU-2,GPU-3", model="B")
+            with gpus.some("cuda", 2) as other:
+                assert other == PhysicalGpu(uuid="GPU-1,GPU-0", model="A")
+    with gpus.some("cuda", 3) as three:
+        assert three.uuid == "GPU-0,GPU-1,GPU-2"
+    with gpus.some("cuda", 8) as every:
+        assert every.uuid == "GPU-0,GPU-1,GPU-2,GPU-3"
+
+
 def test_many_threads() -> None:
     """At no time does one GPU have two cells more than the other."""
     gpus, running, worst = Gpus(TWO), Counter[str](), [0]
@@ -69,6 +85,21 @@ def test_many_threads() -> None:
         thread.join()
     assert 1 <= worst[0] <= len(threads)
     assert not any(running.values())
+
+
+def test_a_run_of_several_ranks_has_fewer_slots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the cells that run side by side share no GPU, and no core."""
+    four = [PhysicalGpu(uuid=f"GPU-{n}", model="A") for n in range(4)]
+    monkeypatch.setattr(environment, "gpus", lambda: four)
+    monkeypatch.setattr(environment, "num_cores", lambda: 8)
+    path = tmp_path / "mine.toml"
+    for ranks, slots, threads in (("[1]", 4, 2), ("[1, 2]", 2, 2), ("[8]", 1, 1)):
+        path.write_text(SWEEP.replace("seed = [0, 1]", f"ranks = {ranks}"))
+        words = ["run", str(path), "-o", str(tmp_path / "runs.jsonl")]
+        plan = selection.run_plan(arguments.parser().parse_args(words))
+        assert (plan.num_slots, plan.options.num_threads) == (slots, threads)
 
 
 @pytest.mark.parametrize(("words", "num_slots"), [([], 2), (["--slots", "4"], 4)])

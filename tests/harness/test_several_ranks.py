@@ -38,7 +38,9 @@ FAST = [
 ]
 SLOW = [
     *(
-        Case(method=name, parallel=way, labels="classes" if name == "head" else "tokens")
+        Case(
+            method=name, parallel=way, labels="classes" if name == "head" else "tokens"
+        )
         for name, method in methods.TABLE.items()
         for way in method.parallel
         if name not in NOT_HERE and "bitfit" not in name
@@ -55,13 +57,15 @@ SLOW = [
 DEPTH = 3
 
 
-def _of_ranks(cases: list[Case], size: int, folder: Path) -> list[dict[str, Any]]:
+def _of_ranks(
+    cases: list[Case], size: int, folder: Path
+) -> list[dict[Case, dict[str, Any]]]:
     """What each of some ranks has found of the cases."""
     started = [
         subprocess.Popen(command(rank, size, folder, cases)) for rank in range(size)
     ]
     try:
-        assert [one.wait(500) for one in started] == [0] * size
+        assert [one.wait(1500) for one in started] == [0] * size
     finally:
         for one in started:
             one.kill()
@@ -70,7 +74,7 @@ def _of_ranks(cases: list[Case], size: int, folder: Path) -> list[dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Case, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         tests = str(Path(__file__).parents[1])
         patch.setenv("PYTHONPATH", os.pathsep.join([tests, os.environ["PYTHONPATH"]]))
@@ -132,7 +136,9 @@ def run(tmp_path: Path, here: Environment) -> Callable[..., Record]:
     return run_cell
 
 
-def test_a_killed_rank_ends_the_cell(run: Callable[..., Record], tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_cell(
+    run: Callable[..., Record], tmp_path: Path
+) -> None:
     """The other one, which waits for it, is ended."""
     record = run("fake_rank_killed")
     assert record.status == Status.KILLED

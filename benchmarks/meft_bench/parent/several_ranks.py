@@ -48,7 +48,10 @@ def _check_options(cell: Cell) -> None:
         ("loss_chunk_tokens", cell.loss_chunk_tokens > 0, "take 0"),
         ("dtype", cell.dtype == "fp16", "take 'bf16'"),
     ]
-    for rules, other in ((one_process, "`ranks` = 1"), (not_sharded, "`parallel` = 'ddp'")):
+    for rules, other in (
+        (one_process, "`ranks` = 1"),
+        (not_sharded, "`parallel` = 'ddp'"),
+    ):
         if rules is not_sharded and cell.parallel == "ddp":
             continue
         for name, is_refused, remedy in rules:
@@ -65,7 +68,9 @@ def _check_method(cell: Cell) -> None:
     if cell.parallel in ways:
         return
     able = [n for n, m in methods.TABLE.items() if cell.parallel in m.parallel]
-    other = f"take `parallel` = {ways[0]!r}, or" if ways else "leave `ranks` out, or take"
+    other = (
+        f"take `parallel` = {ways[0]!r}, or" if ways else "leave `ranks` out, or take"
+    )
     raise ValueError(
         f"`method` = {cell.method!r} with `ranks` = {cell.ranks} and `parallel` = "
         f"{cell.parallel!r}, which cannot train it: {other} a method such as "

@@ -43,7 +43,7 @@ class Cell:
     linear layers, and the other parameters have the compute dtype.
     """
     batch_size: int = 16
-    """Number of rows per micro-batch."""
+    """Number of rows per micro-batch, of all ranks together."""
     seq_len: int = 128
     """Number of tokens per row.
 
@@ -153,14 +153,12 @@ class Cell:
     reference: str = ""
     """A method whose steps are timed interleaved with this one's, in one process."""
     ranks: int = 1
-    """Number of processes that train together, each on its share of every batch.
+    """Number of processes that train together, each on an equal part of every batch.
 
-    On `cuda` each has a GPU. `batch_size` is that of all ranks together.
+    On `cuda` each has a GPU.
     """
     parallel: str = "ddp"
-    """How several ranks train: `ddp`, or `fsdp2`, which shards the parameters.
-
-    With `ddp` (`DistributedDataParallel`) each rank holds the whole model.
+    """How several ranks train: `ddp`, each with the whole model, or `fsdp2`, in shards.
     """
 
     @property

@@ -199,6 +199,7 @@ class Stepper:
         # Models of one stack predict each token from those before it: the first label
         # of a row is no target. BART's decoder predicts all of them.
         begin = 0 if self.model.config.is_encoder_decoder else 1
+
         def counted(batch: Batch) -> Tensor:
             return batch["labels"][:, begin:].ne(IGNORED).sum()
 

@@ -197,7 +197,12 @@ def _look_at_nodes(devices: Mapping[str, int], job: Job) -> list[Node]:
             continue
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         task: Any = look.options(scheduling_strategy=strategy)
-        arguments = (node["NodeManagerAddress"], node["Resources"], sorted(devices), job)
+        arguments = (
+            node["NodeManagerAddress"],
+            node["Resources"],
+            sorted(devices),
+            job,
+        )
         with contextlib.suppress(RayError):  # the node has just been lost
             found.append(_get(task.remote(*arguments)))
     _check(found, devices, job)
