@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
@@ -80,7 +79,7 @@ def tensors_of(parameter: Any) -> list[Tensor]:
 
     Of one that is sharded over ranks, it is the part of this rank.
     """
-    if isinstance(parameter, DTensor):
+    if hasattr(parameter, "to_local"):  # FSDP2's
         return [parameter.to_local()]
     if hasattr(parameter, "__tensor_flatten__"):  # torchao's
         names, _ = parameter.__tensor_flatten__()

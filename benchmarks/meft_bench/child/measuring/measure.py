@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from meft_bench.child import backbones
 from meft_bench.child.backbones import Backbone
-from meft_bench.child.measuring import probes, starting_point
+from meft_bench.child.measuring import over_ranks, probes, starting_point
 from meft_bench.child.measuring.partial_result import PartialResult, finite
 from meft_bench.child.meters import memory
 from meft_bench.child.meters.clock import StepClock
@@ -73,7 +73,7 @@ def measure(
     ranks.join(cell)
     with execution.attention(cell):
         _measure(cell, source, partial, checkpoint, save_to)
-    ranks.merge(cell, partial)
+    over_ranks.merge(cell, partial)
 
 
 def _measure(

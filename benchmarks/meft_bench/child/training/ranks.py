@@ -26,17 +26,13 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import meft
 from meft.sparse.adapter import sparse_adapters
 from meft.sparse.row_parameter import rows_of
-from meft_bench.child.measuring.partial_result import PartialResult
 from meft_bench.child.tasks.batches import Batch
 from meft_bench.shared.cell import Cell
-from meft_bench.shared.measurement import BYTES_OF_RANKS
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """The process groups of each device. Numbers and objects are exchanged by the host."""
@@ -112,6 +108,10 @@ def parallel(
         model.to(cell.device)
         return None
     if cell.parallel == "fsdp2":
+        # Imported here: few cells need them, and all would wait for them.
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
         mesh = init_device_mesh(cell.device, (cell.ranks,))
         for block in {id(block): block for block in blocks}.values():
             fully_shard(block, mesh=mesh)
@@ -122,34 +122,6 @@ def parallel(
         meft.average_row_gradients(model)
     is_trained = (p.requires_grad and rows_of(p) is None for p in model.parameters())
     return DistributedDataParallel(model) if any(is_trained) else None
-
-
-def merge(cell: Cell, partial: PartialResult) -> None:
-    """Put the largest of all ranks, and the sums, in the place of a rank's bytes.
-
-    What the peak consists of is that of the rank with the largest peak.
-
-    Args:
-        cell: the cell, whose ranks all call this.
-        partial: the partial result to update.
-    """
-    if cell.ranks == 1:
-        return
-    every: list[Any] = [None] * cell.ranks
-    mine = (partial.measurement.to_json(), partial.memory_breakdown)
-    distributed.all_gather_object(every, mine)
-    bytes_of = {
-        name: [numbers[name] for numbers, _ in every]
-        for name in BYTES_OF_RANKS
-        if all(numbers[name] is not None for numbers, _ in every)
-    }
-    peaks = bytes_of["peak_allocated_bytes"]
-    partial.note(
-        **{name: max(values) for name, values in bytes_of.items()},
-        sum_peak_allocated_bytes=sum(peaks),
-        sum_saved_bytes=sum(bytes_of["saved_bytes"]),
-    )
-    _, partial.memory_breakdown = every[peaks.index(max(peaks))]
 
 
 @contextlib.contextmanager
