@@ -83,6 +83,9 @@ def _run(command: list[str], num_ranks: int, folder: Path) -> dict[int, int]:
 
     # The last line of the log is the reason of a rank that left no outcome.
     logging.disable()
+    if sys.platform == "linux":
+        # Not by the name of the machine, which need not have an address.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

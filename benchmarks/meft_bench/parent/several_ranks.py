@@ -48,19 +48,16 @@ def _check_options(cell: Cell) -> None:
         ("loss_chunk_tokens", cell.loss_chunk_tokens > 0, "take 0"),
         ("dtype", cell.dtype == "fp16", "take 'bf16'"),
     ]
-    for rules, other in (
-        (one_process, "`ranks` = 1"),
-        (not_sharded, "`parallel` = 'ddp'"),
-    ):
-        if rules is not_sharded and cell.parallel == "ddp":
-            continue
-        for name, is_refused, remedy in rules:
-            if is_refused:
-                raise ValueError(
-                    f"`{name}` = {getattr(cell, name)!r} with `ranks` = {cell.ranks} "
-                    f"and `parallel` = {cell.parallel!r}, which do not go together: "
-                    f"{remedy}, or {other}"
-                )
+    rules = [(*rule, "`ranks` = 1") for rule in one_process]
+    if cell.parallel == "fsdp2":
+        rules += [(*rule, "`parallel` = 'ddp'") for rule in not_sharded]
+    for name, is_refused, remedy, other in rules:
+        if is_refused:
+            raise ValueError(
+                f"`{name}` = {getattr(cell, name)!r} with `ranks` = {cell.ranks} and "
+                f"`parallel` = {cell.parallel!r}, which do not go together: {remedy}, "
+                f"or {other}"
+            )
 
 
 def _check_method(cell: Cell) -> None:

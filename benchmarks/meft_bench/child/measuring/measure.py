@@ -112,9 +112,8 @@ def _measure(
         num_train_rows=len(examples.train),
     )
     _train_and_score(stepper, cell, task, backbone, examples, partial, checkpoint)
-    if (
-        save_to is not None and stepper.ranks.rank == 0
-    ):  # before a probe takes further steps
+    # Before a probe takes further steps. All ranks have the same weights.
+    if save_to is not None and stepper.ranks.rank == 0:
         backbones.save(backbone, save_to)
     probes.probe_memory(stepper, cell, batches, partial)
     probes.look_at_peak(stepper, cell, batches, partial)
