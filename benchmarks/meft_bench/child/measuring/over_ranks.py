@@ -35,6 +35,7 @@ def merge(cell: Cell, partial: PartialResult) -> None:
     partial.note(
         **{name: max(values) for name, values in bytes_of.items()},
         sum_peak_allocated_bytes=sum(peaks),
-        sum_saved_bytes=sum(bytes_of["saved_bytes"]),
     )
+    if saved := bytes_of.get("saved_bytes"):
+        partial.note(sum_saved_bytes=sum(saved))
     _, partial.memory_breakdown = every[peaks.index(max(peaks))]
