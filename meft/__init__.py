@@ -35,6 +35,7 @@ from meft.errors import (
 from meft.reversible.config import ReversibleConfig
 from meft.sparse.config import SparseConfig
 from meft.sparse.optimizer import SparseAdamW, optimizer_cls_and_kwargs
+from meft.sparse.ranks import average_row_gradients
 
 try:
     __version__ = version("meft")
@@ -59,6 +60,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "add_sparse_adapters",
+    "average_row_gradients",
     "chunk_loss",
     "disable_adapter",
     "load_adapters",

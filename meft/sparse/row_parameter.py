@@ -38,6 +38,7 @@ from meft.sparse.row_grad import (
     replace_dense,
     written,
 )
+from meft.sparse.row_mean import average
 from meft.sparse.rows import Rows
 from meft.transforms import in_backward
 
@@ -192,6 +193,9 @@ def _like(tensor: Tensor, memory: Tensor) -> Tensor:
 class RowParameter(RowTensor, nn.Parameter):
     """Parameter of rows: see the module's docstring. `row_parameter` creates it."""
 
+    process_group: Any = None
+    """Processes over which gradients are averaged (`meft.sparse.ranks`)."""
+
     def register_hook(self, hook: Any) -> Any:
         """Raise an error, because the gradient does not pass through autograd.
 
@@ -247,7 +251,7 @@ def begin_forward(parameter: Tensor, rows: Rows) -> None:
 
     Raises:
         UnsupportedCallError: the parameter was replaced, or there is more than one
-            process.
+            process and gradients are not averaged.
     """
     if rows_of(parameter) is not rows:
         raise UnsupportedCallError(
@@ -257,10 +261,11 @@ def begin_forward(parameter: Tensor, rows: Rows) -> None:
             "`parameter.copy_(...)`. Sharding and `torch.func.functional_call` are not "
             "supported"
         )
-    if _is_distributed():
+    if _is_distributed() and getattr(parameter, "process_group", None) is None:
         raise UnsupportedCallError(
-            "sparse adapters train in one process: gradients of rows in host memory"
-            " are not added up between processes"
+            "sparse adapters train in one process unless gradients of their rows are "
+            "averaged between processes: call `meft.average_row_gradients(model)` in "
+            "every process, after `meft.add_sparse_adapters()`"
         )
     memory = rows.store.rows
     if memory.device != parameter.device:
@@ -345,6 +350,9 @@ def _after_backward(parameter: Any) -> None:
     if live is None or not isinstance(grad, RowGrad) or grad.holder is not live:
         live = live or Live(parameter.rows)
         parameter.grad = RowGrad(live, parameter.shape, parameter.device)
+    group = getattr(parameter, "process_group", None)
+    if group is not None:
+        average(live, parameter.rows.store.rows, group)
 
 
 def _is_wanted(node: Any) -> bool:

@@ -33,7 +33,7 @@ class Method:
 _FOR_THE_HARNESS = {
     **{"function": ANY, "defaults": ANY},
     **{"has_rows": ANY, "trains_backbone": ANY, "floats_only": ANY},
-    **{"kind": ANY, "package": ANY, "optimizer": ANY},
+    **{"kind": ANY, "package": ANY, "optimizer": ANY, "parallel": ANY},
 }
 _SCHEMA = _FOR_THE_HARNESS | {
     "options": some_of(CELL_FIELDS),

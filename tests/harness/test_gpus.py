@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from meft_bench.parent import cli, runs
+from meft_bench.parent import arguments, cli, runs, selection
 from meft_bench.parent.engines import environment
 from meft_bench.parent.engines.environment import PhysicalGpu
-from meft_bench.parent.engines.gpus import NONE, Gpus
+from meft_bench.parent.engines.gpus import Gpus
 
 TWO = [
     PhysicalGpu(uuid="GPU-aaaa", model="GPU A"),
@@ -27,28 +27,50 @@ axes = { method = ["full", "head", "lora", "meft1"], seed = [0, 1] }
 
 def test_the_gpu_with_the_fewest_cells() -> None:
     gpus = Gpus(TWO)
-    with gpus.one("cuda") as first, gpus.one("cuda") as second:
-        assert {first.gpu, second.gpu} == {*TWO}
+    with gpus.some("cuda") as first, gpus.some("cuda") as second:
+        assert {*first.gpus, *second.gpus} == {*TWO}
         assert not first.is_shared
-        with gpus.one("cuda") as third:
-            assert third.gpu == TWO[0]
-            with gpus.one("cuda") as fourth:
-                assert fourth.gpu == TWO[1]
+        with gpus.some("cuda") as third:
+            assert third.gpus == (TWO[0],)
+            with gpus.some("cuda") as fourth:
+                assert fourth.gpus == (TWO[1],)
         assert all(one.is_shared for one in (first, second, third, fourth))
-    with gpus.one("cuda") as again:
-        assert again.gpu == TWO[0]
+    with gpus.some("cuda") as again:
+        assert again.gpus == (TWO[0],)
         assert not again.is_shared
 
 
 def test_other_devices_have_none() -> None:
-    with Gpus(TWO).one("cpu") as one, Gpus(TWO).one("virtual-H100") as other:
-        assert (one.gpu, other.gpu) == (NONE, NONE)
+    with Gpus(TWO).some("cpu") as one, Gpus(TWO).some("virtual-H100") as other:
+        assert (one.gpus, other.gpus) == ((), ())
 
 
 def test_an_only_gpu_is_not_selected() -> None:
     """The variable of the environment stays as it is."""
-    assert Gpus(TWO[:1]).uuid_of(TWO[0]) == ""
-    assert Gpus(TWO).uuid_of(TWO[0]) == "GPU-aaaa"
+    for gpus, uuid in ((TWO[:1], ""), (TWO, "GPU-aaaa")):
+        its = Gpus(gpus)
+        with its.some("cuda") as share:
+            assert its.uuids_of(share) == uuid
+            assert share.model == TWO[0].model
+
+
+def test_a_cell_of_several_ranks_has_as_many_gpus() -> None:
+    """Of one model if there are enough, those with the fewest cells; else all."""
+    four = [PhysicalGpu(uuid=f"GPU-{n}", model="AABB"[n]) for n in range(4)]
+    gpus = Gpus(four)
+    with gpus.some("cuda") as first:
+        assert first.gpus == (four[0],)
+        with gpus.some("cuda", 2) as pair:
+            assert gpus.uuids_of(pair) == "GPU-2,GPU-3"
+            assert pair.model == "B"
+            with gpus.some("cuda", 2) as other:
+                assert gpus.uuids_of(other) == "GPU-1,GPU-0"
+            assert first.is_shared
+            assert not pair.is_shared
+    with gpus.some("cuda", 3) as three:
+        assert gpus.uuids_of(three) == "GPU-0,GPU-1,GPU-2"
+    with gpus.some("cuda", 8) as every:
+        assert gpus.uuids_of(every) == "GPU-0,GPU-1,GPU-2,GPU-3"
 
 
 def test_many_threads() -> None:
@@ -58,12 +80,12 @@ def test_many_threads() -> None:
 
     def work() -> None:
         for _ in range(200):
-            with gpus.one("cuda") as share:
+            with gpus.some("cuda") as share:
                 with lock:
-                    running[share.gpu.uuid] += 1
-                    worst[0] = max(worst[0], running[share.gpu.uuid])
+                    running[share.gpus[0].uuid] += 1
+                    worst[0] = max(worst[0], running[share.gpus[0].uuid])
                 with lock:
-                    running[share.gpu.uuid] -= 1
+                    running[share.gpus[0].uuid] -= 1
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:
@@ -72,6 +94,21 @@ def test_many_threads() -> None:
         thread.join()
     assert 1 <= worst[0] <= len(threads)
     assert not any(running.values())
+
+
+def test_a_run_of_several_ranks_has_fewer_slots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the cells that run side by side share no GPU, and no core."""
+    four = [PhysicalGpu(uuid=f"GPU-{n}", model="A") for n in range(4)]
+    monkeypatch.setattr(environment, "gpus", lambda: four)
+    monkeypatch.setattr(environment, "num_cores", lambda: 8)
+    path = tmp_path / "mine.toml"
+    for ranks, slots, threads in (("[1]", 4, 2), ("[1, 2]", 2, 2), ("[8]", 1, 1)):
+        path.write_text(SWEEP.replace("seed = [0, 1]", f"ranks = {ranks}"))
+        words = ["run", str(path), "-o", str(tmp_path / "runs.jsonl")]
+        plan = selection.run_plan(arguments.parser().parse_args(words))
+        assert (plan.num_slots, plan.options.num_threads) == (slots, threads)
 
 
 @pytest.mark.parametrize(("words", "num_slots"), [([], 2), (["--slots", "4"], 4)])

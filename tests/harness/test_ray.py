@@ -192,10 +192,10 @@ def test_what_a_cluster_cannot_do(
         timeout_seconds=1,
     )
     if not message:
-        ray_cluster._check([node], devices, job)
+        ray_cluster._check([node], dict.fromkeys(devices, 1), job)
         return
     with pytest.raises(ray_cluster.ClusterError, match=message):
-        ray_cluster._check([node], devices, job)
+        ray_cluster._check([node], dict.fromkeys(devices, 1), job)
 
 
 @pytest.mark.slow

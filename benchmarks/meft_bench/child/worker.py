@@ -17,6 +17,7 @@ from functools import partial as partial_of
 from pathlib import Path
 from typing import Any
 
+from meft_bench.child import rank_launcher
 from meft_bench.child.measuring.partial_result import PartialResult, remarks
 from meft_bench.child.training.out_of_memory import is_out_of_memory
 from meft_bench.child.watchdog import die_with_parent
@@ -47,6 +48,8 @@ def main() -> None:
         cell = Cell.from_json(given.body["cell"])
         rows = given.body.get("rows")
         answer = run(cell, options, rows, when_imported=_collect_from_now_on)
+        if cell.ranks > 1:
+            rank_launcher.leave(given.out, answer)
     elif "check" in given.body:
         from meft_bench.virtual.validation import checks
 

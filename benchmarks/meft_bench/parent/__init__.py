@@ -10,6 +10,7 @@ of memory ends only its own process.
     trained       backbones that a sweep trains first: where their weights are
     trials        which cells wait for the best of some trials
     fields        valid values of each field of a cell
+    several_ranks   which cells several ranks can train
     runs          files of records: reading, appending, which cells are done
     harness       runs the cells of a sweep
     engines       where cells run: on this machine, or on a Ray cluster

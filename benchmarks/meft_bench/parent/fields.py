@@ -11,6 +11,7 @@ import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from meft_bench.parent import several_ranks
 from meft_bench.shared import backbones, methods, own, quantisations, registry
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.own import Own
@@ -31,6 +32,7 @@ _NAMES: dict[str, Collection[str]] = {
     "side_buffer": registry.SIDE_BUFFERS,
     "gradient_dtype": registry.GRADIENT_DTYPES,
     "scored_on": registry.SCORED_ON,
+    "parallel": registry.PARALLELS,
     "optimizer": registry.OPTIMIZERS,
     "reference": ("", *registry.METHODS),
 }
@@ -46,6 +48,7 @@ _FROM_ONE = {
     "top_k_experts",
     "row_budget_bytes",
     "accumulation",
+    "ranks",
 }
 _AT_MOST = {"lost_bits": 16, "active_fraction": 1, "seed": 2**32 - 1}
 _LARGEST = 2**63 - 1
@@ -80,6 +83,7 @@ def check(name: str, value: object) -> Value:
 
 def check_together(cell: Cell) -> None:
     """Raise `ValueError` if fields of a cell contradict each other."""
+    several_ranks.check(cell)
     _check_batches(cell)
     _check_task(cell)
     _check_parts_of_mlps(cell)
@@ -259,8 +263,12 @@ def check_family(cell: Cell, things: Mapping[str, Own]) -> None:
                 f"{', '.join(registry.METHODS_OF_ANY_MODEL)}, a config of PEFT, or a "
                 "function of your own"
             )
-    if cell.mlp_chunks > 1 or cell.blocks != "eager":
-        name = "mlp_chunks" if cell.mlp_chunks > 1 else "blocks"
+    needs = {
+        "mlp_chunks": cell.mlp_chunks > 1,
+        "blocks": cell.blocks != "eager",
+        "parallel": cell.parallel == "fsdp2",
+    }
+    for name in (name for name, is_needed in needs.items() if is_needed):
         raise ValueError(
             f"`{name}` = {getattr(cell, name)!r} needs a family that sweeps know, and "
             f"backbone {cell.backbone!r} is of model_type {kind!r}: leave it out"

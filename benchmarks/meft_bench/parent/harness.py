@@ -268,7 +268,10 @@ def _job(plan: RunPlan, worker_module: str) -> Job:
 @contextlib.contextmanager
 def _engine(plan: RunPlan, cells: Sequence[Cell], job: Job) -> Iterator[Engine]:
     """Return where the cells of a plan run, for the block of a `with`."""
-    devices = [cell.device for cell in cells]
+    devices = {
+        cell.device: max(one.ranks for one in cells if one.device == cell.device)
+        for cell in cells
+    }
     if plan.engine == "ray":
         from meft_bench.parent.engines.ray_cluster import RayCluster
 

@@ -50,7 +50,8 @@ def run_plan(arguments: argparse.Namespace) -> RunPlan:
     if folder is not None and not folder.is_dir():
         raise UsageError(f"data directory {str(folder)!r} does not exist")
     slots, words = _slots(arguments, chosen, every)
-    spare = max(1, environment.num_cores() // slots)
+    most_ranks = max((cell.ranks for cell in every), default=1)
+    spare = max(1, environment.num_cores() // (slots * most_ranks))
     spare = 1 if arguments.engine == "ray" else spare
     return RunPlan(
         sweep=chosen.name,
@@ -103,7 +104,8 @@ def _slots(
         )
     if arguments.slots is not None:
         return int(arguments.slots), []
-    wanted = max(1, len(environment.gpus())) if on_gpus else 1
+    ranks = max((cell.ranks for cell in cells if cell.device == "cuda"), default=1)
+    wanted = max(1, len(environment.gpus()) // ranks) if on_gpus else 1
     if arguments.pack:
         threads = arguments.threads or chosen.num_threads or 1
         wanted = max(wanted, environment.num_cores() // threads)

@@ -343,6 +343,11 @@ def _trainings(device: str, own: Mapping[str, Own]) -> dict[str, Cell]:
                 name=one.alias, defaults=point, axes=(), rules=(), excludes=()
             )
             (found[value],) = expand(matrix, device=device, own=own)
+            if found[value].parallel == "fsdp2":
+                raise ValueError(
+                    "`parallel` = 'fsdp2' leaves shards, of which no backbone is "
+                    "saved: take 'ddp'"
+                )
         except ValueError as error:
             raise ValueError(f"[backbone.{one.alias}]: {error}") from error
     return found

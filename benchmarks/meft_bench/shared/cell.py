@@ -43,7 +43,7 @@ class Cell:
     linear layers, and the other parameters have the compute dtype.
     """
     batch_size: int = 16
-    """Number of rows per micro-batch."""
+    """Number of rows per micro-batch, of all ranks together."""
     seq_len: int = 128
     """Number of tokens per row.
 
@@ -152,6 +152,14 @@ class Cell:
     """
     reference: str = ""
     """A method whose steps are timed interleaved with this one's, in one process."""
+    ranks: int = 1
+    """Number of processes that train together, each on an equal part of every batch.
+
+    On `cuda` each has a GPU.
+    """
+    parallel: str = "ddp"
+    """How several ranks train: `ddp`, each with the whole model, or `fsdp2`, in shards.
+    """
 
     @property
     def id(self) -> str:

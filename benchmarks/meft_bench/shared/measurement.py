@@ -39,24 +39,33 @@ _SCHEMA = {
     "meaning": TEXT,
     "how": TEXT,
 }
+_OF_RANKS = ("memory", "transfer")
 _REQUIRED = ("type", "group", "meaning", "how")
 
 
-def _read() -> dict[str, Any]:
+def _read() -> tuple[dict[str, Any], tuple[str, ...]]:
     found = tables.read(tables.MEASUREMENTS, _REQUIRED, _SCHEMA)
     for field in dataclasses.fields(Cell):
         if field.name in found:  # the frame has both in one row
             path = tables.path_in_use(tables.MEASUREMENTS)
             raise tables.TableError(f"{path}: [{field.name}]: is a field of a cell")
-    return {
-        name: _TYPES[fields["type"]]
-        for name, fields in found.items()
-        if not fields.get("derived", False)
-    }
+    measured = {n: f for n, f in found.items() if not f.get("derived", False)}
+    of_ranks = tuple(
+        name
+        for name, fields in measured.items()
+        if fields["group"] in _OF_RANKS and fields.get("unit") == "bytes"
+    )
+    return {n: _TYPES[f["type"]] for n, f in measured.items()}, of_ranks
 
 
-FIELDS: dict[str, Any] = _read()
-"""The type of every number of a record by its name, in the order of the file."""
+FIELDS: dict[str, Any]
+BYTES_OF_RANKS: tuple[str, ...]
+FIELDS, BYTES_OF_RANKS = _read()
+"""The type of every number of a record by its name, in the order of the file.
+
+The second has the bytes that each rank of a cell has of its own: a record has the
+largest.
+"""
 
 
 class Measurement:

@@ -62,6 +62,8 @@ class Method:
     """Name of the package that implements it; empty if this project does."""
     optimizer: str = ""
     """Of a method with updates of its own: `FILE:NAME` of what makes its optimizer."""
+    parallel: tuple[str, ...] = ()
+    """Ways in which several ranks can train it: `ddp`, `fsdp2`."""
 
     @property
     def is_reversible(self) -> bool:
@@ -99,6 +101,7 @@ _SCHEMA = _FOR_REPORTS | {
     "kind": one_of(["exact", "approximation"]),
     "package": TEXT,
     "optimizer": object_in(Path(__file__).parents[1] / "child" / "methods"),
+    "parallel": some_of(["ddp", "fsdp2"]),
 }
 
 
@@ -108,7 +111,8 @@ def _read() -> dict[str, Method]:
         tables.METHODS, ["function", "kind"], _SCHEMA
     ).items():
         fields = {key: v for key, v in table.items() if key not in _FOR_REPORTS}
-        fields["options"] = tuple(fields.get("options", ()))
+        for several in ("options", "parallel"):
+            fields[several] = tuple(fields.get(several, ()))
         methods[name] = Method(**fields)
         if not methods[name].defaults.keys() <= {*methods[name].options}:
             raise tables.wrong_value(
@@ -125,7 +129,9 @@ TABLE = _read()
 """Every method by name, in the order of the file."""
 
 
-_OWN = Method(function=_OF_THE_USER, options=("mlp_chunks",), kind="")
+_OWN = Method(
+    function=_OF_THE_USER, options=("mlp_chunks",), kind="", parallel=("ddp",)
+)
 
 
 def of(name: str) -> Method:

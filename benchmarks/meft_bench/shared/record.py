@@ -49,7 +49,7 @@ class Environment:
     platform: str
     cpu: str
     num_threads: int
-    """Number of threads each child may use."""
+    """Number of threads that each child, or each rank of one, may use."""
     num_slots: int
     """Number of parallel cells; times are comparable between equal numbers only."""
     device_name: str | None = None

@@ -123,6 +123,8 @@ PADDINGS = ("none", "some")
 SIDE_BUFFERS = ("device", "host")
 SCORED_ON = ("evaluation", "validation")
 GRADIENT_DTYPES = ("fp32", "bf16")
+PARALLELS = ("ddp", "fsdp2")
+"""Ways in which several ranks train one model."""
 OPTIMIZERS = (
     *("adamw", "adamw-fused", "sgd", "adamw-8bit", "adamw-4bit", "adamw-offload"),
     *("adamw-in-backward", "lomo", "adalomo"),

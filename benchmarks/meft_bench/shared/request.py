@@ -22,6 +22,8 @@ MARK = "meft-bench: "
 """Begins the lines of a planner that its parent shows."""
 WORKER = "meft_bench.child.worker"
 """The module that runs as the child."""
+LAUNCHER = "meft_bench.child.rank_launcher"
+"""The module that starts the ranks of a cell, each of which runs the worker."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,16 +41,21 @@ class Request:
     parent_pid: int
 
 
-def command(body: dict[str, Any], out: Path, *, worker_module: str) -> list[str]:
+def command(
+    body: dict[str, Any], out: Path, *, worker_module: str, ranks: int = 1
+) -> list[str]:
     """Return the command that starts a child of this process.
 
     Args:
         body: the request, as above.
         out: path of the answer.
         worker_module: module that runs as the child.
+        ranks: number of processes that run it together; above 1, the child starts them.
     """
+    several = ("--ranks", str(ranks), "--worker", worker_module)
     return [
-        *(sys.executable, "-P", "-m", worker_module),
+        *(sys.executable, "-P", "-m", worker_module if ranks == 1 else LAUNCHER),
+        *(several if ranks > 1 else ()),
         *("--request", json.dumps(body)),
         *("--out", str(out)),
         *("--parent", str(os.getpid())),

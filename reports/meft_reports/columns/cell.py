@@ -100,4 +100,6 @@ CELL: tuple[Column, ...] = (
         greatest=1,
     ),
     later_cell("accumulation", "Int64", "batches that a step adds up", 1, "count"),
+    later_cell("ranks", "Int64", "processes that train together", 1, "count"),
+    later_cell("parallel", "string", "how several ranks train: ddp or fsdp2", "ddp"),
 )

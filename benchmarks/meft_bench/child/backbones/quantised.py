@@ -75,7 +75,12 @@ def num_weights(model: nn.Module) -> int:
 
 
 def tensors_of(parameter: Any) -> list[Tensor]:
-    """Return the tensors that hold a parameter: it, or the parts of a quantised one."""
+    """Return the tensors that hold a parameter: it, or the parts of a quantised one.
+
+    Of one that is sharded over ranks, it is the part of this rank.
+    """
+    if hasattr(parameter, "to_local"):  # FSDP2's
+        return [parameter.to_local()]
     if hasattr(parameter, "__tensor_flatten__"):  # torchao's
         names, _ = parameter.__tensor_flatten__()
         return [getattr(parameter, name) for name in names]

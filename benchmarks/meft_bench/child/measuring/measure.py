@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from meft_bench.child import backbones
 from meft_bench.child.backbones import Backbone
-from meft_bench.child.measuring import gpu_watch, probes, starting_point
+from meft_bench.child.measuring import gpu_watch, over_ranks, probes, starting_point
 from meft_bench.child.measuring.gpu_watch import GpuWatch
 from meft_bench.child.measuring.partial_result import PartialResult, finite
 from meft_bench.child.meters import memory
@@ -39,7 +39,7 @@ from meft_bench.child.tasks.batches import (
 from meft_bench.child.tasks.loading import load_task
 from meft_bench.child.tasks.question import AnswerTask
 from meft_bench.child.tasks.task import Task
-from meft_bench.child.training import execution, prepare
+from meft_bench.child.training import execution, prepare, ranks
 from meft_bench.child.training.checkpoint import Checkpoint
 from meft_bench.child.training.prepare import AnyTask
 from meft_bench.child.training.steps import Stepper, train
@@ -72,8 +72,10 @@ def measure(
         "device_name": prepare.device_name(cell),
         "num_threads": torch.get_num_threads(),
     }
+    ranks.join(cell)
     with execution.attention(cell), gpu_watch.watched(cell.device, partial) as watch:
         _measure(cell, source, partial, checkpoint, save_to, watch)
+    over_ranks.merge(cell, partial)
 
 
 def _measure(
@@ -100,10 +102,11 @@ def _measure(
         )
     batches = full_batches(examples.train, cell)
     num_blocks = backbones.num_blocks_of(backbone.model)
-    before = _start(backbone.model, batches[0], cell)
+    one_batch = ranks.of(cell).share(batches[0])
+    before = _start(backbone.model, one_batch, cell)
     stepper = prepare.apply_method(backbone, cell)
     if before is not None:
-        after = starting_point.last_hidden(stepper, batches[0])
+        after = starting_point.last_hidden(stepper, one_batch)
         partial.note(start_deviation=finite(starting_point.deviation(before, after)))
         del before, after
     partial.note(
@@ -114,7 +117,8 @@ def _measure(
     _train_and_score(
         stepper, cell, task, backbone, examples, partial, checkpoint, watch
     )
-    if save_to is not None:  # before a probe takes further steps
+    # Before a probe takes further steps. All ranks have the same weights.
+    if save_to is not None and stepper.ranks.rank == 0:
         backbones.save(backbone, save_to)
     probes.probe_memory(stepper, cell, batches, partial)
     probes.look_at_peak(stepper, cell, batches, partial)
@@ -126,9 +130,10 @@ def _measure(
         )
     probes.probe_rows(stepper, batches, partial)
     probes.probe_transfers(stepper, batches, partial)
-    probes.look_at_routing(stepper, batches[0], partial)
-    if methods.of(cell.method).rebuilds:
-        probes.check_inverse(stepper, batches[0], partial)
+    probes.look_at_routing(stepper, one_batch, partial)
+    if methods.of(cell.method).rebuilds and cell.parallel == "ddp":
+        # The stored twin runs without sharded parameters.
+        probes.check_inverse(stepper, one_batch, partial)
     if cell.reference:  # last, because it needs memory for two models
         probes.time_against_reference(
             stepper, _reference(cell, task, source), cell, batches, partial
@@ -166,8 +171,8 @@ def _start(model: PreTrainedModel, batch: Batch, cell: Cell) -> Tensor | None:
     Returns:
         A tensor `batch seq hidden`; None for other methods.
     """
-    if not methods.of(cell.method).is_reversible:
-        return None
+    if not methods.of(cell.method).is_reversible or cell.parallel == "fsdp2":
+        return None  # of a sharded model, no device may hold the plain one
     # All parameters are frozen, so that the stepper makes no optimizer state for them.
     nn.Module.to(model.requires_grad_(False), cell.device)
     return starting_point.last_hidden(Stepper(model, cell), batch)
@@ -246,7 +251,8 @@ def _train_and_score(
     def validate() -> float:
         predictions = predict(examples.validation)
         scores = scoring.scores(task, predictions, examples.validation)
-        return float(next(iter(scores.values())))
+        # Equal in all ranks, which stop together.
+        return stepper.ranks.mean(float(next(iter(scores.values()))))
 
     clock = StepClock(cell.warmup_steps, cell.device, watch)
     batches = epochs(examples.train, cell)

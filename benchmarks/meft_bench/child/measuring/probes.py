@@ -51,12 +51,16 @@ def probe_memory(
     stepper.model.train()
     for _ in range(num_first_steps):
         step()
-    on_device = stepper.to_device(batches[0])
-    partial.note(
-        saved_bytes=memory.saved_by_forward(stepper.model, on_device, stepper.loss)
-    )
-    del on_device
+    if cell.parallel == "ddp":
+        on_device = stepper.to_device(stepper.ranks.share(batches[0]))
+        partial.note(
+            saved_bytes=memory.saved_by_forward(stepper.model, on_device, stepper.loss)
+        )
+        del on_device
+    # Else autograd keeps gathered parameters, which a forward leaves to its backward.
     model_state_bytes = memory.model_state_bytes(stepper.model, stepper.optimizer)
+    if stepper.replica is not None:
+        model_state_bytes += memory.bucket_bytes(stepper.replica)
     partial.note(model_state_bytes=model_state_bytes)
     if cell.device == "cpu":
         peak_bytes = model_state_bytes + memory.cpu_step_peak_bytes(step)

@@ -33,6 +33,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from meft.page_lock import page_locked_bytes
 from meft.sparse.adapter import sparse_adapters
@@ -77,6 +78,15 @@ def model_state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int
     return sum(storages.values())
 
 
+def bucket_bytes(replica: DistributedDataParallel) -> int:
+    """Return the bytes in which gradients are averaged, held between two steps."""
+    return sum(
+        parameter.nbytes
+        for parameter in replica._module_parameters
+        if parameter.requires_grad
+    )
+
+
 def _model_state(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Iterator[Tensor]:
@@ -86,7 +96,7 @@ def _model_state(
             continue
         yield from quantised.tensors_of(parameter)
         if parameter.grad is not None:
-            yield parameter.grad
+            yield from quantised.tensors_of(parameter.grad)
     for adapter in sparse_adapters(model).values():
         yield from adapter.rows.on_device()
     for state in optimizer.state.values():

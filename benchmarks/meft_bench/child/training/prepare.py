@@ -15,7 +15,7 @@ from meft_bench.child.backbones.unwrapped import base_of
 from meft_bench.child.methods import own
 from meft_bench.child.tasks.question import AnswerTask
 from meft_bench.child.tasks.task import Task
-from meft_bench.child.training import execution
+from meft_bench.child.training import execution, ranks
 from meft_bench.child.training.steps import Stepper, seed_everything
 from meft_bench.shared import methods
 from meft_bench.shared.cell import Cell
@@ -60,7 +60,10 @@ def apply_method(backbone: Backbone, cell: Cell) -> Stepper:
     # Seeded again, so that adapters do not depend on how the backbone was loaded.
     seed_everything(cell.seed)
     function = own.function_of(cell, backbone.model.config)
-    return with_method(backbone.model, cell, function)
+    stepper = with_method(backbone.model, cell, function)
+    if stepper.ranks.rank:  # each rank draws its own dropout
+        seed_everything((cell.seed + stepper.ranks.rank) % 2**32)
+    return stepper
 
 
 def with_method(model: Any, cell: Cell, function: own.Method) -> Stepper:
@@ -71,16 +74,19 @@ def with_method(model: Any, cell: Cell, function: own.Method) -> Stepper:
         cell: the cell.
         function: the function of the method.
     """
+    # For shards only: models of other families have no list of blocks.
+    blocks = backbones.blocks_of(model) if cell.parallel == "fsdp2" else []
     if cell.mlp_chunks > 1 and methods.of(cell.method).leaves_blocks:
         from meft_bench.child.methods import mlp_parts  # peft takes seconds
 
-        blocks = mlp_parts.blocks_before(model, cell)
+        in_parts = mlp_parts.blocks_before(model, cell)
         model = function(model, cell)
-        mlp_parts.split(model, blocks, cell)
+        mlp_parts.split(model, in_parts, cell)
     else:
         model = function(model, cell)
     _chunk_loss(model, cell)
-    return Stepper(model.to(cell.device), cell)
+    replica = ranks.parallel(model, cell, blocks)
+    return Stepper(model, cell, ranks.of(cell), replica)
 
 
 def _chunk_loss(model: Any, cell: Cell) -> None:
@@ -118,9 +124,17 @@ def count(model: PreTrainedModel) -> dict[str, int]:
 
 
 def require_device(cell: Cell) -> None:
-    """Raise `MissingError` unless the cell's device is available."""
-    if cell.device == "cuda" and not torch.cuda.is_available():
+    """Raise `MissingError` unless each rank has the cell's device."""
+    if cell.device != "cuda":
+        return
+    if not torch.cuda.is_available():
         raise MissingError("no CUDA device: torch.cuda.is_available() is false")
+    if torch.cuda.device_count() < cell.ranks:
+        raise MissingError(
+            f"`ranks` = {cell.ranks}, each of which needs a GPU, and this process sees "
+            f"{torch.cuda.device_count()}: lower it, or run the cell where there are "
+            "more"
+        )
 
 
 def device_name(cell: Cell) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from meft_bench.child.backbones.unwrapped import base_of, num_prepended
@@ -26,6 +27,7 @@ from meft_bench.child.meters.clock import StepClock
 from meft_bench.child.tasks.batches import IGNORED, Batch, Example, Image, collate
 from meft_bench.child.training import optimizers
 from meft_bench.child.training.checkpoint import Checkpoint, TrainingState
+from meft_bench.child.training.ranks import ALONE, Ranks, only_in_last
 from meft_bench.shared import protocol
 from meft_bench.shared.cell import Cell
 
@@ -53,10 +55,26 @@ def learning_rate_at(step: int, cell: Cell) -> float:
 
 
 class Stepper:
-    """Model, optimizer and loss scale: all state of a training step."""
+    """Model, optimizer and loss scale: all state of a training step.
 
-    def __init__(self, model: PreTrainedModel, cell: Cell) -> None:
+    Args:
+        model: the model, on its device.
+        cell: the cell.
+        ranks: this process among those that train the model.
+        replica: what averages gradients over ranks, in the place of the model; None for
+            the model itself.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cell: Cell,
+        ranks: Ranks = ALONE,
+        replica: DistributedDataParallel | None = None,
+    ) -> None:
         self.model = model
+        self.ranks = ranks
+        self.replica = replica
         self.device = cell.device
         is_narrow = cell.unquantised_dtype == cell.dtype
         self._autocast_dtype = None if is_narrow else AUTOCAST_DTYPES.get(cell.dtype)
@@ -84,9 +102,15 @@ class Stepper:
         return torch.autocast(self.device, self._autocast_dtype)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Return the loss of `batch`, which is on the device."""
+        """Return the loss of `batch`, which is on the device.
+
+        Its gradients are those of this rank alone.
+        """
+        return self._loss(self.model, batch)
+
+    def _loss(self, model: Any, batch: Batch) -> Tensor:
         with self._gradients(), self.autocast():
-            loss: Tensor = self.model(**batch).loss
+            loss: Tensor = model(**batch).loss
         return loss
 
     def _gradients(self) -> contextlib.AbstractContextManager[object]:
@@ -100,8 +124,8 @@ class Stepper:
         Gradients are released at the end, so that none exist between two steps.
 
         Args:
-            batches: Micro-batches of one size, on the host or on the device. See
-                `divisors` for the weight of each.
+            batches: Micro-batches of one size, on the host or on the device, each with
+                the rows of all ranks. See `divisors` for the weight of each.
             learning_rate: The learning rate of this step.
 
         Returns:
@@ -117,9 +141,13 @@ class Stepper:
             return float(self.optimizer.step(lambda: self._mean_loss(batches)))
         losses = []
         divisors = self.divisors(batches)
-        for batch, divisor in zip(batches, divisors, strict=True):
-            loss = self.loss(self.to_device(batch)) / divisor
-            self._backward(loss, learning_rate)
+        called = self.model if self.replica is None else self.replica
+        for index, (batch, divisor) in enumerate(zip(batches, divisors, strict=True)):
+            mine = self.to_device(self.ranks.share(batch))
+            with only_in_last(self.replica, index + 1 == len(batches)):
+                loss = self._loss(called, mine) / divisor
+                del mine
+                self._backward(loss, learning_rate)
             losses.append(loss.detach())
             del loss
         if not hasattr(self.optimizer, "fused_backward"):
@@ -128,7 +156,7 @@ class Stepper:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return _sum(losses, divisors)
+        return self.ranks.mean(_sum(losses, divisors))
 
     def _backward(self, loss: Tensor, learning_rate: float) -> None:
         # Of an optimizer that updates in it; LOMO's learning rate is its argument.
@@ -155,10 +183,12 @@ class Stepper:
         so with `num_items_in_batch` for models whose forward accepts it, which BART's
         does not. A micro-batch without a target token is divided by infinity, and has
         no weight. A classifier's micro-batches have equally many labels and the same
-        weight.
+        weight. Of several ranks, each divides the loss of its part, so that the mean
+        over ranks is the sum over parts.
 
         Args:
-            batches: The micro-batches of one optimizer step.
+            batches: The micro-batches of one optimizer step, with the rows of all
+                ranks.
 
         Returns:
             One number per micro-batch, as a tensor where it depends on the labels, so
@@ -169,8 +199,13 @@ class Stepper:
         # Models of one stack predict each token from those before it: the first label
         # of a row is no target. BART's decoder predicts all of them.
         begin = 0 if self.model.config.is_encoder_decoder else 1
-        counts = [b["labels"][:, begin:].ne(IGNORED).sum() for b in batches]
-        return [sum(counts) / count for count in counts]
+
+        def counted(batch: Batch) -> Tensor:
+            return batch["labels"][:, begin:].ne(IGNORED).sum()
+
+        total = sum(map(counted, batches))
+        size = self.ranks.size
+        return [total / (size * counted(self.ranks.share(batch))) for batch in batches]
 
     def logits_at(self, batch: Batch, places: Tensor) -> Tensor:
         """Return the logits at some places of every row, `batch place vocabulary`.

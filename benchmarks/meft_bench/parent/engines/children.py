@@ -31,9 +31,14 @@ class Children:
             log = folder / "imports.log"
             self._server = forks.ForkServer(variables, log, worker_module)
 
-    def starter(self, device: str) -> isolate.StartChild:
-        """Return what starts a child on a device, `cpu` or any other."""
-        if self._server is None or device == "cuda":
+    def starter(self, device: str, ranks: int = 1) -> isolate.StartChild:
+        """Return what starts a child.
+
+        Args:
+            device: its device, `cpu` or any other.
+            ranks: number of processes that train together, which are never forks.
+        """
+        if self._server is None or device == "cuda" or ranks > 1:
             return child_process.run
         return self._server.run
 

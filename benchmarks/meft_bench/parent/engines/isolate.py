@@ -117,6 +117,7 @@ def run(
         ending = _run_child(
             _body(cell, own, _with_files(options, cell, log, environment, save_to)),
             log,
+            ranks=cell.ranks,
             worker_module=worker_module,
             variables=child_environment(options, cell.device, gpu),
             timeout_seconds=timeout_seconds,
@@ -158,6 +159,7 @@ def _run_child(
     body: dict[str, Any],
     log: Path,
     *,
+    ranks: int,
     worker_module: str,
     variables: Mapping[str, str],
     timeout_seconds: float,
@@ -170,6 +172,7 @@ def _run_child(
     Args:
         body: the request.
         log: file that receives what the child prints; the outcome is next to it.
+        ranks: number of processes that train together.
         worker_module: module that runs as the child.
         variables: environment variables of the child.
         timeout_seconds: time after which the child and its processes are killed.
@@ -182,7 +185,7 @@ def _run_child(
     out.unlink(missing_ok=True)
     try:
         code = start_child(
-            request.command(body, out, worker_module=worker_module),
+            request.command(body, out, worker_module=worker_module, ranks=ranks),
             log=log,
             variables=variables,
             timeout_seconds=timeout_seconds,
@@ -206,6 +209,8 @@ def _run_child(
             "or by another cell; run the same command again, or with `--fresh`",
         )
     out.unlink(missing_ok=True)
+    # Of ranks that were killed with the process that cleans up after them.
+    shutil.rmtree(out.with_suffix(".ranks"), ignore_errors=True)
     return ending
 
 
@@ -239,11 +244,12 @@ def _with_files(
 ) -> ChildOptions:
     """Return options with the file from which a killed cell goes on, and `save_to`.
 
-    Functions of the user may have state that no file has: their cells start again.
+    Functions of the user may have state that no file has, and each of several ranks has
+    its own: their cells start again.
     """
     if save_to is not None:
         options = dataclasses.replace(options, save_to=str(save_to))
-    if cell.method not in methods.TABLE:
+    if cell.method not in methods.TABLE or cell.ranks > 1:
         return options
     same = {
         "cell": cell.key,

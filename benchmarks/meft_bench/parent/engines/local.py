@@ -5,7 +5,7 @@ the children it starts: on Linux the signal that ends a child with its parent is
 the thread that started it.
 
 A cell of a real GPU has the GPU on which the fewest cells run, or one with room for it
-where cells are packed, and sees no other.
+where cells are packed; one for each of its ranks, and sees no other.
 """
 
 import contextlib
@@ -81,11 +81,11 @@ class Local:
                     where = self._by_device[cell.device]
                     record = job.run(
                         cell,
-                        environment=_on(where, cell.device, share.gpu.model),
+                        environment=_on(where, cell.device, share.model),
                         folder=folder,
                         stop=stop,
-                        start_child=children.starter(cell.device),
-                        gpu=self._gpus.uuid_of(share.gpu),
+                        start_child=children.starter(cell.device, cell.ranks),
+                        gpu=self._gpus.uuids_of(share),
                     )
                     return _shared(record) if share.is_shared else record
             except OSError:
@@ -103,8 +103,9 @@ class Local:
         self, cell: Cell, job: Job, stop: threading.Event
     ) -> contextlib.AbstractContextManager[Share]:
         if job.gpu_bytes is None or cell.device != "cuda":
-            return self._gpus.one(cell.device)
-        return self._gpus.with_room(job.gpu_bytes.get(cell, {}), stop)
+            return self._gpus.some(cell.device, cell.ranks)
+        needs = job.gpu_bytes.get(cell, {}) if cell.ranks == 1 else {}
+        return self._gpus.with_room(needs, stop, cell.ranks)
 
 
 def _shared(record: Record) -> Record:

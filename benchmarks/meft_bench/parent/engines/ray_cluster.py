@@ -72,7 +72,7 @@ class RayCluster:
     """A Ray cluster, as long as the block of its `with` runs.
 
     Args:
-        devices: the devices of the cells.
+        devices: the devices of the cells, with the most ranks of one on each.
         job: the run.
 
     Raises:
@@ -80,8 +80,8 @@ class RayCluster:
             or other packages, or lacks the data; or no node has what a cell needs.
     """
 
-    def __init__(self, devices: Iterable[str], job: Job) -> None:
-        self._devices = sorted(set(devices))
+    def __init__(self, devices: Mapping[str, int], job: Job) -> None:
+        self._devices = devices
         self._job = job
         self._nodes: list[Node] = []
 
@@ -184,7 +184,7 @@ def _require_answer(address: str) -> None:
         ) from error
 
 
-def _look_at_nodes(devices: Sequence[str], job: Job) -> list[Node]:
+def _look_at_nodes(devices: Mapping[str, int], job: Job) -> list[Node]:
     """Return the nodes, after checking that they can run the cells."""
     import ray
     from ray.exceptions import RayError
@@ -197,7 +197,12 @@ def _look_at_nodes(devices: Sequence[str], job: Job) -> list[Node]:
             continue
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         task: Any = look.options(scheduling_strategy=strategy)
-        arguments = (node["NodeManagerAddress"], node["Resources"], devices, job)
+        arguments = (
+            node["NodeManagerAddress"],
+            node["Resources"],
+            sorted(devices),
+            job,
+        )
         with contextlib.suppress(RayError):  # the node has just been lost
             found.append(_get(task.remote(*arguments)))
     _check(found, devices, job)
@@ -208,10 +213,11 @@ def _task(cell: Cell, job: Job) -> Any:
     """Return the task of a cell: what it takes of a node, and when it starts again."""
     import ray
 
-    needs = {"num_cpus": job.options.num_threads, "max_retries": NUM_RETRIES}
+    num_cpus = job.options.num_threads * cell.ranks
+    needs = {"num_cpus": num_cpus, "max_retries": NUM_RETRIES}
     if cell.device == "cuda":
         # A worker that had a GPU ends, and lets go of what it may have opened.
-        needs |= {"num_gpus": 1, "max_calls": 1}
+        needs |= {"num_gpus": cell.ranks, "max_calls": 1}
     return ray.remote(**needs)(_run_there).options(name=cell.id)
 
 
@@ -277,7 +283,7 @@ def _lost(cell: Cell, job: Job, reason: str) -> Record:
     )
 
 
-def _check(nodes: Sequence[Node], devices: Sequence[str], job: Job) -> None:
+def _check(nodes: Sequence[Node], devices: Mapping[str, int], job: Job) -> None:
     here = environment.collect(num_threads=1, num_slots=1, device="cpu")
     for node in nodes:
         for its in node.environments.values():
@@ -295,13 +301,24 @@ def _check(nodes: Sequence[Node], devices: Sequence[str], job: Job) -> None:
                 "the data there, or on a file system that all nodes share"
             )
     most = max((node.num_cpus for node in nodes), default=0)
-    if job.options.num_threads > most:
+    ranks = max(devices.values(), default=1)
+    if job.options.num_threads * ranks > most:
+        remedy = f"give `--threads {most // ranks}` or less"
         raise ClusterError(
-            f"a cell takes {job.options.num_threads} cores and the largest node of the "
-            f"Ray cluster has {most}: give `--threads {most}` or less"
+            f"a cell takes {job.options.num_threads * ranks} cores and the largest "
+            f"node of the Ray cluster has {most}: "
+            f"{remedy if most >= ranks else f'lower `ranks` = {ranks}'}"
         )
     if "cuda" in devices and not any(node.num_gpus for node in nodes):
         raise ClusterError("device cuda: no node of the Ray cluster has a GPU")
+    gpus, cores = devices.get("cuda", 0), job.options.num_threads * ranks
+    # Ray would wait for such a node without end.
+    if gpus > 1 and not any(n.num_gpus >= gpus and n.num_cpus >= cores for n in nodes):
+        raise ClusterError(
+            f"a cell of `ranks` = {gpus} takes {gpus} GPUs and {cores} cores of one "
+            "node, and no node of the Ray cluster has both: lower `ranks`, or "
+            "`--threads`"
+        )
 
 
 def _difference(mine: dict[str, str], its: dict[str, str]) -> str:
@@ -388,8 +405,9 @@ def _num_slots(cell: Cell, num_threads: int) -> int:
     name = ray.get_runtime_context().get_node_id()
     found = next(node for node in ray.nodes() if node["NodeID"] == name)
     resources = found["Resources"]
-    by_cores = int(resources.get("CPU", 1)) // num_threads
-    by_gpus = int(resources.get("GPU", 0)) if cell.device == "cuda" else by_cores
+    by_cores = int(resources.get("CPU", 1)) // (num_threads * cell.ranks)
+    num_gpus = int(resources.get("GPU", 0)) // cell.ranks
+    by_gpus = num_gpus if cell.device == "cuda" else by_cores
     return max(1, min(by_cores, by_gpus))
 
 

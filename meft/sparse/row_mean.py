@@ -1,0 +1,45 @@
+"""The mean over processes of a gradient of rows, of which each process has some.
+
+    union = rows that have a gradient in any of R processes
+    mean  = 1/R * sum over processes of the gradient of `union`, 0 for rows without one
+
+Two exchanges by the host make it: one byte for each row of the table, and the numbers
+of the union. All processes add in the same order, so that all get the same bits.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from meft.sparse.indices import ids_of
+from meft.sparse.rows import Holder
+
+
+def average(holder: Holder, table: Tensor, group: Any) -> None:
+    """Replace the gradient of a holder by its mean over processes.
+
+    Args:
+        holder: the gradient of this process; its rows are those of other processes too
+            afterwards.
+        table: the rows, `rows width`, on their device.
+        group: a process group that exchanges tensors of the host, all of whose
+            processes call this.
+    """
+    num_rows, width = table.shape
+    ids = [each.cpu() for each in holder.held_ids()]
+    flags = torch.zeros(num_rows, dtype=torch.uint8)
+    for each in ids:
+        flags[each] = 1
+    distributed.all_reduce(flags, distributed.ReduceOp.MAX, group)
+    union = ids_of(flags.bool())
+    if not len(union):
+        return
+    places = torch.zeros(num_rows, dtype=torch.long)
+    places[union] = torch.arange(len(union))
+    total = torch.zeros(len(union), width)
+    for each, part in zip(ids, holder.parts(), strict=True):
+        total.index_add_(0, places[each], holder.bring(part, total.device))
+    distributed.all_reduce(total, distributed.ReduceOp.SUM, group)
+    total /= distributed.get_world_size(group)
+    holder.replace_gradient(union.to(table.device), total.to(table.device))
