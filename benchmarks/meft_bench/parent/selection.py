@@ -89,9 +89,9 @@ def _slots(
 ) -> tuple[int, list[str]]:
     """Return the number of cells that run side by side here, and why it is less.
 
-    If the command line does not say it, there is one for each GPU; with `--pack`, one
-    for each core of which a cell has as many as threads; and for cells of other devices
-    one. There are never more than free host memory has room for, at `SLOT_BYTES` each,
+    If the command line does not say it, there is one for each GPU, or one if no cell
+    runs on a real GPU; with `--pack`, as many as there are cores for the threads of a
+    cell. There are never more than free host memory has room for, at `SLOT_BYTES` each,
     or at the memory limit of a cell if there is one.
     """
     on_gpus = any(cell.device == "cuda" for cell in cells)

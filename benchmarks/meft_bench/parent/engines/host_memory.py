@@ -1,11 +1,12 @@
 """Host memory: what is free for cells, and what a child and its processes hold.
 
-    free = min(MemAvailable of the machine, limit - usage of the control group)
+    free = min(MemAvailable of the machine,
+               limit - usage + reclaimable page cache of the control group)
     held = sum over the processes of a group of anonymous and shared memory
 
 Pages of files do not count as held, as the kernel can drop them. A page that several
-processes have, as forks do, counts in parts. Both are for Linux; elsewhere nothing is
-known.
+processes have, as forks do, counts in parts. Both are for Linux, with control groups of
+version 2; elsewhere nothing is known.
 """
 
 import time
@@ -57,7 +58,8 @@ def free_bytes() -> int | None:
     most, used = _number(GROUP / "memory.max"), _number(GROUP / "memory.current")
     if most is None or used is None:
         return machine
-    return max(0, min(machine, most - used))
+    cache = _words(GROUP / "memory.stat").get("inactive_file", 0)
+    return max(0, min(machine, most - used + cache))
 
 
 def held_bytes(group: int) -> int:
@@ -88,26 +90,30 @@ def exceeds(group: int, limit_bytes: int) -> bool:
 def _processes(group: int) -> Iterator[Path]:
     for process in PROC.glob("[0-9]*"):
         try:
-            words = (process / "stat").read_text().rpartition(")")[2].split()
+            text = (process / "stat").read_text(errors="replace")
         except OSError:  # it has just ended
             continue
-        if int(words[2]) == group:
+        if int(text.rpartition(")")[2].split()[2]) == group:
             yield process
 
 
 def _fields(path: Path) -> dict[str, int]:
     """Return the sizes in a file of `NAME: NUMBER kB` lines, in bytes, by name."""
-    found = {}
+    return {
+        name.removesuffix(":"): number * 1024
+        for name, number in _words(path).items()
+        if name.endswith(":")
+    }
+
+
+def _words(path: Path) -> dict[str, int]:
+    """Return the numbers in a file by the words before them; none without a file."""
     try:
-        text = path.read_text()
+        lines = path.read_text(errors="replace").splitlines()
     except OSError:
         return {}
-    for line in text.splitlines():
-        name, _, rest = line.partition(":")
-        words = rest.split()
-        if len(words) == 2 and words[1] == "kB":
-            found[name] = int(words[0]) * 1024
-    return found
+    pairs = (line.split()[:2] for line in lines)
+    return {pair[0]: int(pair[1]) for pair in pairs if pair[1:] and pair[1].isdecimal()}
 
 
 def _number(path: Path) -> int | None:
