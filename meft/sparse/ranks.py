@@ -24,7 +24,8 @@ def average_row_gradients(model: nn.Module, process_group: Any = None) -> None:
     pass then leaves in `parameter.grad` the mean over processes, as
     `DistributedDataParallel` does for all other parameters. All processes run the same
     number of backward passes. Gradients that are accumulated over several backward
-    passes are averaged in each of them, also under `no_sync()`.
+    passes are averaged in each of them, also under `no_sync()`. With
+    `semantics="union"`, each process chooses neurons for its own batch.
 
         meft.add_sparse_adapters(model, config)
         meft.average_row_gradients(model)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from meft_bench.parent import arguments, cli, runs, selection
-from meft_bench.parent.engines import environment
+from meft_bench.parent.engines import environment, host_memory
 from meft_bench.parent.engines.environment import PhysicalGpu
 from meft_bench.parent.engines.gpus import Gpus
 
@@ -103,6 +103,7 @@ def test_a_run_of_several_ranks_has_fewer_slots(
     four = [PhysicalGpu(uuid=f"GPU-{n}", model="A") for n in range(4)]
     monkeypatch.setattr(environment, "gpus", lambda: four)
     monkeypatch.setattr(environment, "num_cores", lambda: 8)
+    monkeypatch.setattr(host_memory, "free_bytes", lambda: None)
     path = tmp_path / "mine.toml"
     for ranks, slots, threads in (("[1]", 4, 2), ("[1, 2]", 2, 2), ("[8]", 1, 1)):
         path.write_text(SWEEP.replace("seed = [0, 1]", f"ranks = {ranks}"))

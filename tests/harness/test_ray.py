@@ -221,6 +221,48 @@ def test_each_cell_of_a_gpu_has_its_own(there: Path) -> None:
 
 
 @pytest.mark.slow
+def test_ranks_have_gpus_of_one_node(
+    there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cell of two has both, with a core for each; more than a node has are refused,
+    as no task of Ray would ever start."""
+    text = SWEEP.format(seeds="[0]").replace('["full", "head", "lora", "meft1"]', "{}")
+    for ranks, code in ((2, 0), (3, 2)):
+        words = f'["lora"], ranks = [{ranks}], batch_size = [12]'
+        Path("mine.toml").write_text(text.replace("{}", words))
+        assert run("fake_ranks_device", "--device", "cuda") == code
+    (found,) = (json.loads(record.message) for record in runs.read(Path("runs.jsonl")))
+    assert sorted(found["CUDA_VISIBLE_DEVICES"].split(",")) == ["0", "1"]
+    reason = "a cell takes 3 cores and the largest node of the Ray cluster has 2"
+    assert f"{reason}: lower `ranks` = 3" in capsys.readouterr().err
+
+
+def test_more_ranks_than_gpus_of_a_node() -> None:
+    """Ray would wait for such a node without end."""
+    own = environment.collect(num_threads=1, num_slots=1, device="cpu")
+    nodes = [
+        ray_cluster.Node(
+            address=f"node {n}",
+            environments={"cuda": own},
+            num_cpus=8,
+            num_gpus=n,
+            sees_data=True,
+        )
+        for n in (0, 2)
+    ]
+    job = Job(
+        sweep="a sweep",
+        question="Why?",
+        caveats=(),
+        options=ChildOptions(),
+        timeout_seconds=1.0,
+    )
+    ray_cluster._check(nodes, {"cuda": 2}, job)
+    with pytest.raises(ray_cluster.ClusterError, match="takes 4 GPUs and 4 cores"):
+        ray_cluster._check(nodes, {"cuda": 4}, job)
+
+
+@pytest.mark.slow
 def test_interrupted(there: Path) -> None:
     """What was not recorded runs in the next run, and nothing else."""
 

@@ -11,7 +11,7 @@ import torch
 
 import meft
 from library.row_ranks import KINDS, WORLD_SIZE, train
-from library.sparse import plain_model
+from library.sparse import plain_model, sparse_model
 from meft.testing import tolerance
 
 
@@ -64,3 +64,49 @@ def test_rows_are_those_of_one_process(kind: str, of_two: list[Any]) -> None:
 def test_a_model_without_sparse_adapters() -> None:
     with pytest.raises(meft.UnsupportedModelError, match="add_sparse_adapters"):
         meft.average_row_gradients(plain_model(depth=1))
+
+
+_SCRIPT = """
+import os, sys, gloo_group, meft, torch
+from transformers import Trainer, TrainingArguments
+from library.sparse import batches, sparse_model
+
+folder, rank = sys.argv[1], os.environ["RANK"]
+rows = [
+    {name: tensor[i] for name, tensor in batch.items()}
+    for batch in batches(4) for i in range(2)
+]
+arguments = TrainingArguments(
+    f"{folder}/{rank}", max_steps=2, per_device_train_batch_size=1,
+    gradient_accumulation_steps=2, learning_rate=1e-2, use_cpu=True,
+    report_to="none", save_strategy="no", disable_tqdm=True,
+    dataloader_pin_memory=False, ddp_find_unused_parameters=False,
+)
+arguments.device  # joins the other process
+model = sparse_model(depth=2)
+meft.average_row_gradients(model)
+chosen = meft.optimizer_cls_and_kwargs(arguments)
+Trainer(model, arguments, train_dataset=rows, optimizer_cls_and_kwargs=chosen).train()
+assert torch.distributed.get_world_size() == 2
+state = {name: p.detach().clone() for name, p in model.named_parameters()}
+torch.save(state, f"{folder}/{rank}.pt")
+gloo_group.leave()
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_with_the_trainer(tmp_path: Path) -> None:
+    """Two processes, each with batches of its own, end with the same rows."""
+    script = tmp_path / "train.py"
+    script.write_text(_SCRIPT)
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", str(script), str(tmp_path)]
+    subprocess.run(command, check=True, env=environment, timeout=500)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    before = dict(sparse_model(depth=2).named_parameters())
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    rows = [name for name in first if name.endswith("neurons")]
+    assert rows
+    assert not any(torch.equal(first[name], before[name].detach()) for name in rows)

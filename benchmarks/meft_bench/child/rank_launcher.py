@@ -50,19 +50,24 @@ def main() -> None:
     ]
     exit_codes = _run(command, given.ranks, folder)
     failed = _first_to_fail(folder, exit_codes)
-    if failed is None:
-        _place(folder, 0).replace(given.out)
-    elif _place(folder, failed).exists():
-        _hand_over(folder, failed, given.ranks, given.out)
-    code = 0 if failed is None else exit_codes.get(failed, 1)
-    has_answer = given.out.exists()
+    last = _place(folder, failed or 0)
+    if last.exists():
+        _hand_over(last, failed, given.ranks, given.out)
     shutil.rmtree(folder, ignore_errors=True)
-    if has_answer or code >= 0:
-        sys.exit(code)
-    print(f"rank {failed} of {given.ranks} was ended by signal {-code}", flush=True)
-    if -code != signal.SIGKILL:
-        signal.signal(-code, signal.SIG_DFL)
-    os.kill(os.getpid(), -code)
+    if failed is not None and not given.out.exists():
+        _end_as(failed, given.ranks, exit_codes[failed])
+
+
+def _end_as(rank: int, num_ranks: int, exit_code: int) -> NoReturn:
+    """End this process as a rank ended that left no outcome."""
+    if exit_code < 0:
+        print(
+            f"rank {rank} of {num_ranks} was ended by signal {-exit_code}", flush=True
+        )
+        if -exit_code != signal.SIGKILL:
+            signal.signal(-exit_code, signal.SIG_DFL)
+        os.kill(os.getpid(), -exit_code)
+    sys.exit(exit_code)
 
 
 def _run(command: list[str], num_ranks: int, folder: Path) -> dict[int, int]:
@@ -121,11 +126,11 @@ def _first_to_fail(folder: Path, exit_codes: dict[int, int]) -> int | None:
     return int(min(left, key=lambda place: place.stat().st_mtime_ns).stem)
 
 
-def _hand_over(folder: Path, rank: int, num_ranks: int, out: Path) -> None:
-    """Leave the outcome of a rank as that of the cell."""
-    answer = json.loads(_place(folder, rank).read_bytes())
+def _hand_over(place: Path, failed: int | None, num_ranks: int, out: Path) -> None:
+    """Leave the outcome of a rank as that of the cell, and say which one failed."""
+    answer = json.loads(place.read_bytes())
     if answer["status"] in (Status.OOM, Status.ERROR):
-        answer["message"] = f"rank {rank} of {num_ranks}: {answer['message']}"
+        answer["message"] = f"rank {failed} of {num_ranks}: {answer['message']}"
     outcome.leave(out, answer)
 
 

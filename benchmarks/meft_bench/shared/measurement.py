@@ -43,29 +43,24 @@ _OF_RANKS = ("memory", "transfer")
 _REQUIRED = ("type", "group", "meaning", "how")
 
 
-def _read() -> tuple[dict[str, Any], tuple[str, ...]]:
+def _read() -> dict[str, dict[str, Any]]:
     found = tables.read(tables.MEASUREMENTS, _REQUIRED, _SCHEMA)
     for field in dataclasses.fields(Cell):
         if field.name in found:  # the frame has both in one row
             path = tables.path_in_use(tables.MEASUREMENTS)
             raise tables.TableError(f"{path}: [{field.name}]: is a field of a cell")
-    measured = {n: f for n, f in found.items() if not f.get("derived", False)}
-    of_ranks = tuple(
-        name
-        for name, fields in measured.items()
-        if fields["group"] in _OF_RANKS and fields.get("unit") == "bytes"
-    )
-    return {n: _TYPES[f["type"]] for n, f in measured.items()}, of_ranks
+    return {n: fields for n, fields in found.items() if not fields.get("derived")}
 
 
-FIELDS: dict[str, Any]
-BYTES_OF_RANKS: tuple[str, ...]
-FIELDS, BYTES_OF_RANKS = _read()
-"""The type of every number of a record by its name, in the order of the file.
-
-The second has the bytes that each rank of a cell has of its own: a record has the
-largest.
-"""
+_TABLE = _read()
+FIELDS: dict[str, Any] = {n: _TYPES[fields["type"]] for n, fields in _TABLE.items()}
+"""The type of every number of a record by its name, in the order of the file."""
+BYTES_OF_RANKS = tuple(
+    name
+    for name, fields in _TABLE.items()
+    if fields["group"] in _OF_RANKS and fields.get("unit") == "bytes"
+)
+"""Bytes of which each rank of a cell has its own: a record has the largest."""
 
 
 class Measurement:
