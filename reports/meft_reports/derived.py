@@ -3,6 +3,7 @@
     trainable_fraction      num_trainable_parameters / num_parameters
     peak_activation_bytes   peak_allocated_bytes - model_state_bytes
     transfer_bytes          h2d_bytes + d2h_bytes
+    guard_ratio             guard_perplexity / guard_start_perplexity
 
 The frame contains them, and `records` rejects a record in which one is out of its
 range.
@@ -30,7 +31,7 @@ def derive(measurement: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _share(part: int, whole: int) -> float | None:
+def _share(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
@@ -42,5 +43,6 @@ DERIVED: dict[str, tuple[Any, str, str]] = {
         "model_state_bytes",
     ),
     "transfer_bytes": (operator.add, "h2d_bytes", "d2h_bytes"),
+    "guard_ratio": (_share, "guard_perplexity", "guard_start_perplexity"),
 }
 """Formula and sources of each number."""

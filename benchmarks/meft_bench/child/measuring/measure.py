@@ -19,11 +19,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from meft_bench.child import backbones
 from meft_bench.child.backbones import Backbone
-from meft_bench.child.measuring import probes, starting_point
+from meft_bench.child.measuring import guard, probes, starting_point
 from meft_bench.child.measuring.partial_result import PartialResult, finite
 from meft_bench.child.meters import memory
 from meft_bench.child.meters.clock import StepClock
-from meft_bench.child.scoring import answers, images, labels, numbers, tokens
+from meft_bench.child.scoring import answers, images, labels, numbers, recall, tokens
 from meft_bench.child.scoring.examples import Examples
 from meft_bench.child.tasks import synthetic
 from meft_bench.child.tasks.batches import (
@@ -36,6 +36,7 @@ from meft_bench.child.tasks.batches import (
 )
 from meft_bench.child.tasks.loading import load_task
 from meft_bench.child.tasks.question import AnswerTask
+from meft_bench.child.tasks.recall import RecallTask
 from meft_bench.child.tasks.task import Task
 from meft_bench.child.training import execution, prepare
 from meft_bench.child.training.checkpoint import Checkpoint
@@ -108,7 +109,14 @@ def _measure(
         num_blocks=num_blocks,
         num_train_rows=len(examples.train),
     )
+    guarded = _guarded(cell, source, backbone)
+    if guarded:
+        before_training = guard.perplexity(stepper, guarded, cell)
+        partial.note(guard_start_perplexity=finite(before_training))
     _train_and_score(stepper, cell, task, backbone, examples, partial, checkpoint)
+    if guarded:
+        after_training = guard.perplexity(stepper, guarded, cell)
+        partial.note(guard_perplexity=finite(after_training))
     if save_to is not None:  # before a probe takes further steps
         backbones.save(backbone, save_to)
     probes.probe_memory(stepper, cell, batches, partial)
@@ -124,6 +132,13 @@ def _measure(
         probes.time_against_reference(
             stepper, _reference(cell, task, source), cell, batches, partial
         )
+
+
+def _guarded(cell: Cell, source: Source, backbone: Backbone) -> Sequence[Example]:
+    if not cell.guard_texts:
+        return ()
+    assert backbone.tokenizer is not None  # of a language model that reads text
+    return guard.texts(cell, source, backbone.tokenizer)
 
 
 def _with_rows_to_score(task: AnyTask, cell: Cell) -> AnyTask:
@@ -175,6 +190,8 @@ def _scoring(task: AnyTask) -> Any:
     """Return the module of `meft_bench.child.scoring` for tasks of this kind."""
     if isinstance(task, AnswerTask):
         return answers
+    if isinstance(task, RecallTask):
+        return recall
     if task.has_pictures:
         return images
     if task.num_labels is None:

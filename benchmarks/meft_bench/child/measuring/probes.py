@@ -57,7 +57,12 @@ def probe_memory(
     )
     del on_device
     model_state_bytes = memory.model_state_bytes(stepper.model, stepper.optimizer)
-    partial.note(model_state_bytes=model_state_bytes)
+    partial.note(
+        model_state_bytes=model_state_bytes,
+        trainable_device_bytes=memory.trainable_device_bytes(
+            stepper.model, stepper.optimizer, step
+        ),
+    )
     if cell.device == "cpu":
         peak_bytes = model_state_bytes + memory.cpu_step_peak_bytes(step)
         partial.note(peak_allocated_bytes=peak_bytes)
