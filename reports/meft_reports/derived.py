@@ -3,6 +3,7 @@
     trainable_fraction      num_trainable_parameters / num_parameters
     peak_activation_bytes   peak_allocated_bytes - model_state_bytes
     transfer_bytes          h2d_bytes + d2h_bytes
+    bits_per_device_byte    recalled_bits / trainable_device_bytes
     guard_ratio             guard_perplexity / guard_start_perplexity
 
 The frame contains them, and `records` rejects a record in which one is out of its
@@ -43,6 +44,7 @@ DERIVED: dict[str, tuple[Any, str, str]] = {
         "model_state_bytes",
     ),
     "transfer_bytes": (operator.add, "h2d_bytes", "d2h_bytes"),
+    "bits_per_device_byte": (_share, "recalled_bits", "trainable_device_bytes"),
     "guard_ratio": (_share, "guard_perplexity", "guard_start_perplexity"),
 }
 """Formula and sources of each number."""

@@ -290,6 +290,9 @@ def _train_and_score(
                     f"{rank}majority_score": finite(majority[name]),
                 }
             )
+        if isinstance(task, RecallTask):
+            bits = recall.recalled_bits(task, predictions, examples.evaluation)
+            partial.note(recalled_bits=bits)
         right = scoring.is_right(task, predictions, examples.evaluation)
         partial.note(
             num_eval_rows=len(task.evaluation),

@@ -19,7 +19,8 @@ from meft.sparse.adapter import SparseAdapter, sparse_adapters
 
 _FACTOR = -7046029254386353131
 """The odd number of Fibonacci hashing: 2^64 over the golden ratio, as a signed one."""
-_HIGH_BITS = 33
+_BLOCK = 2**40 + 1
+"""What tells blocks apart: more than any token."""
 
 
 @dataclass
@@ -60,9 +61,11 @@ def experts_of(
     part = torch.arange(top_k, device=token_ids.device)
     begins = part * num_experts // top_k
     sizes = (part + 1) * num_experts // top_k - begins
-    keys = (token_ids[:, None].long() * top_k + part) * _FACTOR + block
-    mixed = (keys ^ (keys >> 29)) * _FACTOR  # int64 wraps around
-    return begins + ((mixed >> _HIGH_BITS) & (2**30 - 1)) % sizes
+    mixed = token_ids[:, None].long() * top_k + part + (block + 1) * _BLOCK
+    for _ in range(2):
+        mixed = mixed * _FACTOR  # int64 wraps around
+        mixed = mixed ^ (mixed >> 32)
+    return begins + (mixed & (2**30 - 1)) % sizes
 
 
 def replace_routers(model: PreTrainedModel) -> PreTrainedModel:

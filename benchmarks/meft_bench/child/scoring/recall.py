@@ -161,6 +161,21 @@ def scores(
     }
 
 
+def recalled_bits(
+    task: RecallTask, predictions: Sequence[Recalled], rows: Sequence[Example]
+) -> int:
+    """Return the number of bits of the facts that are recalled whole.
+
+    Args:
+        task: the task.
+        predictions: what the model knows of each fact.
+        rows: the encoded facts, in the same order.
+    """
+    right = is_right(task, predictions, rows)
+    symbols = sum(len(f.symbols) for f, r in zip(task.evaluation, right, strict=True) if r)
+    return round(symbols * math.log2(task.num_symbols))
+
+
 def row_scores(
     task: RecallTask, predictions: Sequence[Recalled], rows: Sequence[Example]
 ) -> None:
