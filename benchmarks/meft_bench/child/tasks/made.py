@@ -34,7 +34,7 @@ def load(cell: Cell, source: Source) -> AnswerTask | RecallTask:
     rows: SplitRows = registry.load(f"{FORMATS}.{way.read}")(cell.train_rows, cell.seed)
     scored = first(rows.evaluation, cell)
     origin = (
-        f"{facts.title} ({facts.licence}) made from seed {cell.seed}; train "
+        f"{facts.title} ({facts.licence}) made from the seed of the cell; train "
         f"{len(rows.train)} {way.splits.train}, score {len(scored)} of "
         f"{len(rows.evaluation)} {way.splits.evaluation}"
     )
