@@ -1,0 +1,83 @@
+"""What methods recall by the bytes on the device of what they train."""
+
+import pytest
+
+from meft_reports.frame import to_frame
+from meft_reports.tables import find_tables
+from meft_reports.tables.capacity import holm
+from reporting.kinds import MakeRecord, Record
+
+
+def arms(make: MakeRecord) -> list[Record]:
+    """A sparse adapter, LoRA of about its bytes and of more, over three seeds."""
+    known = {
+        ("sparse-experts-frozen", 8): (100, 0.7, 0.02),
+        ("lora-all", 4): (104, 0.5, 0.01),  # within the margin
+        ("lora-all", 2): (50, 0.3, 0.03),
+        ("lora-all", 16): (400, 0.9, 0.0),
+    }
+    return [
+        make(
+            method=method,
+            lora_rank=rank,
+            task="facts-random",
+            seed=seed,
+            score=score + seed * step,
+            score_name="exact_recall",
+            second_score=0.75,
+            second_score_name="token_accuracy",
+            third_score=0.8,
+            third_score_name="share_of_bits",
+            recalled_bits=288 * 100,
+            trainable_device_bytes=size * 2**20,
+            guard_start_perplexity=20.0,
+            guard_perplexity=21.0,
+        )
+        for (method, rank), (size, score, step) in known.items()
+        for seed in (0, 1, 2)
+    ]
+
+
+def test_recall_is_shown_with_the_bytes_on_the_device(make_record: MakeRecord) -> None:
+    """With the bits for each of them, and the perplexity of other text."""
+    table, _ = find_tables("capacity")(to_frame(arms(make_record)))
+    found = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+    one = found["sparse-experts-frozen"]
+    assert (one["seeds"], one["on the device"]) == ("3", "100.0 MiB")
+    assert one["exact recall"] == "0.720 ± 0.020"
+    assert (one["tokens"], one["bits"], one["perplexity"]) == ("0.750", "0.800", "1.050")
+    assert one["bits per byte"] == f"{28_800 / (100 * 2**20):.4f}"
+    assert len(found) == 4
+
+
+def test_only_what_takes_no_more_bytes_is_compared(make_record: MakeRecord) -> None:
+    """The two ranks of LoRA that do; a rank of four times the bytes is left out."""
+    _, table = find_tables("capacity")(to_frame(arms(make_record)))
+    rows = [dict(zip(table.header, row, strict=True)) for row in table.rows]
+    assert [row["its bytes"] for row in rows] == ["50.0 MiB", "104.0 MiB"]
+    assert {row["method"] for row in rows} == {"sparse-experts-frozen"}
+    assert [row["difference"] for row in rows] == ["+0.390", "+0.210"]
+    for row in rows:
+        low, high = map(float, row["interval"].split(" to "))
+        assert low < float(row["difference"]) < high
+
+
+def test_records_without_recalled_bits_make_no_table(make_record: MakeRecord) -> None:
+    assert find_tables("capacity")(to_frame([make_record(score=0.5)])) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "adjusted"),
+    [
+        ([], []),
+        ([0.04], [0.04]),
+        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),
+        ([0.02, 0.02], [0.04, 0.04]),
+        ([0.9, 0.8, 0.001], [1.0, 1.0, 0.003]),
+    ],
+)
+def test_holm_multiplies_the_least_by_the_number_of_tests(
+    values: list[float], adjusted: list[float]
+) -> None:
+    """The next by one less, never less than the one before, and never above 1."""
+    assert holm(values) == pytest.approx(adjusted)
