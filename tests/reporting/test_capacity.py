@@ -45,7 +45,11 @@ def test_recall_is_shown_with_the_bytes_on_the_device(make_record: MakeRecord) -
     one = found["sparse-experts-frozen"]
     assert (one["seeds"], one["on the device"]) == ("3", "100.0 MiB")
     assert one["exact recall"] == "0.720 ± 0.020"
-    assert (one["tokens"], one["bits"], one["perplexity"]) == ("0.750", "0.800", "1.050")
+    assert (one["tokens"], one["bits"], one["perplexity"]) == (
+        "0.750",
+        "0.800",
+        "1.050",
+    )
     assert one["bits per byte"] == f"{28_800 / (100 * 2**20):.4f}"
     assert len(found) == 4
 

@@ -103,8 +103,8 @@ def check_together(cell: Cell) -> None:
         )
     if cell.task in registry.MADE_TASKS and not cell.train_rows:
         raise ValueError(
-            f"`task` = {cell.task!r} is made of as many facts as `train_rows` says, and "
-            "that is 0: set it, such as to 250"
+            f"`task` = {cell.task!r} is made of as many facts as `train_rows` says, "
+            "and that is 0: set it, such as to 250"
         )
     if cell.guard_texts and not _reads_language(cell.task):
         raise ValueError(

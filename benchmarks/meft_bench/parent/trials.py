@@ -1,8 +1,8 @@
 """Trials: values of fields that scores on rows set aside choose, for each method.
 
 A matrix can declare values to try, `tune`, such as several learning rates. For
-every method on every task, with every option, there is one trial for each value, or one for
-each value and seed where a matrix has `trial_seeds`:
+every method on every task, with every option, there is one trial for each value, or for
+each value and seed where the matrix has several `trial_seeds`:
 
     trial      seed `protocol.TRIAL_SEED`, or one of the next, scored on the rows set
                aside (`scored_on`)
@@ -138,9 +138,7 @@ def tunings_of(
     groups: dict[Cell, list[Cell]] = {}
     for cell in cells:
         waiting = dataclasses.replace(cell, **points[0])
-        trial = dataclasses.replace(
-            waiting, seed=seeds[0], scored_on="validation"
-        )
+        trial = dataclasses.replace(waiting, seed=seeds[0], scored_on="validation")
         groups.setdefault(trial, []).append(waiting)
     return [
         Tuning(

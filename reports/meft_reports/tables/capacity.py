@@ -58,15 +58,15 @@ OF_PAIRS = (
     Heading("p, by Holm", "p-value of the difference, adjusted for all of the method."),
 )
 NOTES = (
-    "Bytes on the device are of parameters that train, their gradients, their optimizer "
-    "state, slots of rows and routers. Mean over seeds ± sample standard deviation, and "
-    "intervals of 95 % by Student's t, which few seeds make wide.",
+    "Bytes on the device are those of parameters that train, their gradients and "
+    "optimizer state, slots of rows and routers. Mean over seeds ± sample standard "
+    "deviation; intervals of 95 % by Student's t, which few seeds make wide.",
 )
 NOTES_ON_PAIRS = (
     f"Other methods that take at most {MARGIN:g} times the bytes on the device. "
-    "Intervals of 95 % and p-values of a paired t-test over seeds; p-values are adjusted "
-    "by Holm's method for the comparisons of one method. Where 0 lies in an interval, "
-    "the two are not told apart.",
+    "Intervals of 95 % and p-values of a paired t-test over seeds; p-values are "
+    "adjusted by Holm's method for the comparisons of one method. Where 0 lies in an "
+    "interval, the two are not told apart.",
 )
 NEEDS = "recalled bits and bytes on the device, as cells of `facts-random` have them"
 """What the records must hold for there to be a table."""
@@ -125,7 +125,12 @@ def _row(one: _Setting) -> tuple[str, ...]:
     scores = [float(value) for value in one.rows["score"]]
     means = {
         name: one.rows[name].astype(float).mean()
-        for name in ("second_score", "third_score", "bits_per_device_byte", "guard_ratio")
+        for name in (
+            "second_score",
+            "third_score",
+            "bits_per_device_byte",
+            "guard_ratio",
+        )
     }
     return (
         one.name,
@@ -135,7 +140,9 @@ def _row(one: _Setting) -> tuple[str, ...]:
         show_interval(over_seeds(scores)),
         format_score(means["second_score"]),
         format_score(means["third_score"]),
-        ShownNumber(f"{means['bits_per_device_byte']:.4f}", "", means["bits_per_device_byte"]),
+        ShownNumber(
+            f"{means['bits_per_device_byte']:.4f}", "", means["bits_per_device_byte"]
+        ),
         format_ratio(means["guard_ratio"]),
     )
 

@@ -7,8 +7,8 @@
     reserved     memory that CUDA's caching allocator took from the driver for that
     host peak    the process's highest resident memory (`VmHWM`), all imports included
 
-`trainable_device_bytes` is a part of these: the parameters that a method adds or trains,
-their gradients and their optimizer state on the device.
+`trainable_device_bytes` is a part of these: the parameters that train, their gradients
+and their optimizer state on the device, with the slots and routers of sparse adapters.
 
 A step is that of training: forward, backward, clip, update, release of gradients. Steps
 of the same shape must have run before, so that the optimizer state exists and caches
@@ -97,9 +97,7 @@ def trainable_device_bytes(
         step: function that takes one step.
     """
     gradients = [0]
-    trained = [
-        p for p in model.parameters() if p.requires_grad and rows_of(p) is None
-    ]
+    trained = [p for p in model.parameters() if p.requires_grad and rows_of(p) is None]
     original = optimizer.step
 
     def counting(*args: Any, **kwargs: Any) -> Any:

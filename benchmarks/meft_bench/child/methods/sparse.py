@@ -7,9 +7,9 @@ is copied to the device and every gradient to the host once per step. `sparse` a
 `sparse_experts_...` disable or change one part of that. All train the adapter and the
 new head.
 
-frozen   the router only selects, keeps its initial values in 16 bits, and has no gradient
-random   a fixed hash of a token's identifier takes the place of the router, so that what
-         a token means does not matter (Roller et al., NeurIPS 2021)
+frozen   the router only selects experts: it keeps its initial values, in 16 bits
+random   a fixed hash of a token's identifier takes the place of the router, so that
+         what a token means does not matter (Roller et al., NeurIPS 2021)
 """
 
 from functools import partial
@@ -70,6 +70,8 @@ sparse = partial(_sparse, num_experts=0)
 sparse_experts = partial(_sparse)
 sparse_experts_union = partial(_sparse, semantics="union")
 sparse_experts_resident = partial(_sparse, placement="resident")
+
+
 def sparse_experts_frozen(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
     """Select neurons by a router that does not learn, stored in 16 bits."""
     model = _sparse(model, cell, gate="none")

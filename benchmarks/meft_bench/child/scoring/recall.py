@@ -172,7 +172,9 @@ def recalled_bits(
         rows: the encoded facts, in the same order.
     """
     right = is_right(task, predictions, rows)
-    symbols = sum(len(f.symbols) for f, r in zip(task.evaluation, right, strict=True) if r)
+    symbols = sum(
+        len(f.symbols) for f, r in zip(task.evaluation, right, strict=True) if r
+    )
     return round(symbols * math.log2(task.num_symbols))
 
 

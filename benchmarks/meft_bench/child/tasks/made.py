@@ -1,8 +1,8 @@
 """Tasks whose rows are made from the seed of a cell.
 
     train        all of them: `train_rows` facts, of which none is set aside
-    validation   those that are scored, so that trials score the facts of their own seed
-    evaluation   the same facts; of biographies, in a wording that training does not have
+    validation   those that are scored: a trial scores the facts of its own seed
+    evaluation   the same facts; biographies are asked in a wording that is not trained
 
 Nothing is set aside, because a fact that was not trained cannot be recalled.
 """

@@ -12,7 +12,20 @@ from meft_bench.shared.tasks.facts_random import NUM_SYMBOLS, NUM_TOKENS
 
 _BEGINS = (
     *("Al", "Bar", "Cal", "Dor", "El", "Fen", "Gar", "Hal", "Il", "Jor", "Kel", "Lor"),
-    *("Mar", "Nor", "Or", "Pel", "Quin", "Ros", "Sal", "Tor", "Ul", "Var", "Wen", "Zel"),
+    *(
+        "Mar",
+        "Nor",
+        "Or",
+        "Pel",
+        "Quin",
+        "Ros",
+        "Sal",
+        "Tor",
+        "Ul",
+        "Var",
+        "Wen",
+        "Zel",
+    ),
 )
 _ENDS = (
     *("a", "an", "den", "dra", "en", "ia", "ic", "in", "is", "la", "lo", "men"),
