@@ -72,7 +72,7 @@ NEEDS = "recalled bits and bytes on the device, as cells of `facts-random` have 
 """What the records must hold for there to be a table."""
 
 
-class _Setting(NamedTuple):
+class _Arm(NamedTuple):
     name: str
     method: str
     rows: pd.DataFrame
@@ -86,7 +86,7 @@ def make(frame: pd.DataFrame) -> list[Table]:
     shown = fields_to_show(rows, always=("task", "backbone", "dtype"))
     tables = []
     for _, part in split(rows, [*WORKLOAD, *PROVENANCE]):
-        every = [_setting(one, part) for one in settings(part)]
+        every = [_arm(one, part) for one in settings(part)]
         title = describe(part, shown)
         tables.append(
             Table(
@@ -111,9 +111,9 @@ def make(frame: pd.DataFrame) -> list[Table]:
     return tables
 
 
-def _setting(rows: pd.DataFrame, part: pd.DataFrame) -> _Setting:
+def _arm(rows: pd.DataFrame, part: pd.DataFrame) -> _Arm:
     first = rows.iloc[0]
-    return _Setting(
+    return _Arm(
         name=join_options(first["method"], option_label(first, part)),
         method=first["method"],
         rows=rows.set_index("seed"),
@@ -121,7 +121,7 @@ def _setting(rows: pd.DataFrame, part: pd.DataFrame) -> _Setting:
     )
 
 
-def _row(one: _Setting) -> tuple[str, ...]:
+def _row(one: _Arm) -> tuple[str, ...]:
     scores = [float(value) for value in one.rows["score"]]
     means = {
         name: one.rows[name].astype(float).mean()
@@ -147,7 +147,7 @@ def _row(one: _Setting) -> tuple[str, ...]:
     )
 
 
-def _pairs(one: _Setting, every: Sequence[_Setting]) -> list[tuple[str, ...]]:
+def _pairs(one: _Arm, every: Sequence[_Arm]) -> list[tuple[str, ...]]:
     """Return the rows of the comparisons of one setting."""
     known = [
         (other, found)

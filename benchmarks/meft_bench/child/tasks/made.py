@@ -17,7 +17,7 @@ from meft_bench.shared import registry
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.source import Source
 from meft_bench.shared.tasks import TABLE
-from meft_bench.shared.tasks.facts import RECALL, Facts, Made
+from meft_bench.shared.tasks.facts import RECALL, Facts, FromSeed
 from meft_bench.shared.tasks.facts_random import NUM_SYMBOLS
 
 
@@ -30,7 +30,7 @@ def load(cell: Cell, source: Source) -> AnswerTask | RecallTask:
     """
     facts = TABLE[cell.task]
     (way,) = facts.ways
-    assert isinstance(way, Made)
+    assert isinstance(way, FromSeed)
     rows: SplitRows = registry.load(f"{FORMATS}.{way.read}")(cell.train_rows, cell.seed)
     scored = first(rows.evaluation, cell)
     origin = (

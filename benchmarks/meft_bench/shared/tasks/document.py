@@ -16,8 +16,8 @@ from meft_bench.shared.tasks.facts import (
     WORDS,
     DataFiles,
     Facts,
+    FromSeed,
     Hub,
-    Made,
     Way,
 )
 
@@ -74,7 +74,7 @@ def _way(way: Way) -> str:
     if isinstance(way, DataFiles):
         names = ", ".join(f"`{name}`" for name in way.names)
         return f"`{way.folder}/` of {names}: {splits}"
-    if isinstance(way, Made):
+    if isinstance(way, FromSeed):
         return f"the seed, `train_rows` facts: {splits}"
     if isinstance(way, Hub):
         config = f" ({way.config})" if way.config else ""

@@ -109,8 +109,8 @@ class Package:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Made:
-    """Rows made from the seed of a cell, `train_rows` facts of them; no data is needed.
+class FromSeed:
+    """Rows made from the seed of a cell: `train_rows` facts, which need no data.
 
     Cells with the same seed and number have the same rows. What is trained is what is
     scored, so that a trial is scored on its own facts.
@@ -122,7 +122,7 @@ class Made:
     """Which rows they are."""
 
 
-Way = DataFiles | Hub | Package | Made
+Way = DataFiles | Hub | Package | FromSeed
 """One place to take rows from."""
 
 
@@ -161,4 +161,4 @@ class Facts:
     @property
     def is_made(self) -> bool:
         """Whether the rows are made from a seed."""
-        return isinstance(self.ways[0], Made)
+        return isinstance(self.ways[0], FromSeed)

@@ -5,7 +5,7 @@ one, which no person was asked in, for the score (after Allen-Zhu and Li, ICML 2
 model that has learned the questions by heart and not the facts fails.
 """
 
-from meft_bench.shared.tasks.facts import WORDS, Facts, Made, Splits
+from meft_bench.shared.tasks.facts import WORDS, Facts, FromSeed, Splits
 
 FACTS = Facts(
     name="facts-paraphrase",
@@ -19,7 +19,7 @@ FACTS = Facts(
     protocol="exact match, normalised as NQ-open's",
     licence="none, as they are made up",
     ways=(
-        Made(
+        FromSeed(
             read="facts:biographies",
             splits=Splits(
                 train="questions about made-up people, three wordings of each",

@@ -8,7 +8,7 @@ So many bits that the capacity of what is trained can be the limit (Allen-Zhu an
 from its name, which is what greedy generation writes.
 """
 
-from meft_bench.shared.tasks.facts import RECALL, Facts, Made, Splits
+from meft_bench.shared.tasks.facts import RECALL, Facts, FromSeed, Splits
 
 NUM_TOKENS = 24
 """Number of random tokens of a fact."""
@@ -26,7 +26,7 @@ FACTS = Facts(
     protocol="all tokens of a fact are right, which is exact recall",
     licence="none, as they are random",
     ways=(
-        Made(
+        FromSeed(
             read="facts:random_tokens",
             splits=Splits(train="made facts", evaluation="the same facts"),
         ),
