@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from harness.tiny import cell
+from harness.tiny import cell, classifier
 from meft.sparse.adapter import sparse_adapters
 from meft_bench.child.measuring import guard, probes
 from meft_bench.child.measuring.partial_result import PartialResult
@@ -266,6 +266,18 @@ def test_hashed_experts_do_not_depend_on_what_a_token_means() -> None:
     assert not torch.equal(first, second)
     assert len(first) == 6
     assert torch.equal(first[2:4], first[[5, 4]])  # tokens 7 and 8 in both rows
+
+
+def test_hashed_experts_need_the_tokens_of_every_block() -> None:
+    """Those of a decoder are others than those of the encoder; embeddings are none."""
+    with pytest.raises(
+        ValueError, match="not all blocks of BartFor.* see these tokens"
+    ):
+        hashed_experts.replace_routers(classifier("bart"))
+    stepper, _ = made("sparse-experts-random")
+    embeddings = stepper.model.get_input_embeddings()(torch.tensor([[4, 5]]))
+    with pytest.raises(ValueError, match="called without: give it tokens"):
+        stepper.model(inputs_embeds=embeddings)
 
 
 @pytest.mark.parametrize("method", ["sparse-experts-frozen", "sparse-experts-random"])

@@ -39,7 +39,11 @@ class HashedAdapter(SparseAdapter):
 
     def _experts_of(self, tokens: Tensor) -> tuple[Tensor, None]:
         ids = self.batch.token_ids
-        assert ids is not None
+        if ids is None:
+            raise ValueError(
+                "experts are chosen by a hash of `input_ids`, and the model was called "
+                "without: give it tokens, or take method 'sparse-experts-frozen'"
+            )
         mask = self.shared.token_mask
         flat = ids.flatten() if mask is None else ids[mask]
         assert len(flat) == len(tokens), (len(flat), len(tokens))
@@ -73,11 +77,20 @@ def replace_routers(model: PreTrainedModel) -> PreTrainedModel:
 
     Args:
         model: the model; changed in place.
+
+    Raises:
+        ValueError: its blocks do not all see the tokens of one text.
     """
+    if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
+        raise ValueError(
+            f"experts are chosen by a hash of `input_ids`, and not all blocks of "
+            f"{type(model).__name__} see these tokens: take method "
+            "'sparse-experts-frozen'"
+        )
     batch = _Batch()
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        batch.token_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        batch.token_ids = args[0] if args else kwargs.get("input_ids")
 
     model.register_forward_pre_hook(note, with_kwargs=True)
     for block, adapter in enumerate(sparse_adapters(model).values()):
