@@ -21,8 +21,10 @@ from meft_bench.child.tasks.batches import IGNORED, Example, collate
 from meft_bench.child.tasks.formats import facts
 from meft_bench.child.tasks.recall import Fact, RecallTask
 from meft_bench.child.training.steps import Stepper
+from meft_bench.child.worker import run
 from meft_bench.parent import fields
 from meft_bench.shared.cell import Cell
+from meft_bench.shared.options import ChildOptions
 from meft_bench.shared.registry import METHODS, TASKS, load
 from meft_bench.shared.source import MissingError, Source
 from meft_bench.shared.tasks.facts_random import NUM_SYMBOLS, NUM_TOKENS
@@ -399,3 +401,31 @@ def test_the_bytes_are_noted_with_those_of_the_model_state() -> None:
     frozen = sum(p.nbytes for p in stepper.model.parameters() if not p.requires_grad)
     state = found.trainable_device_bytes - 4 * count
     assert 0 <= found.model_state_bytes - frozen - state <= 4_096  # buffers
+
+
+# The whole of a cell
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["facts-random", "facts-paraphrase"])
+def test_a_cell_of_facts_has_scores_bits_bytes_and_a_guard(name: str) -> None:
+    """With real weights, of which one block is left; a trial scores the same facts."""
+    chosen = cell(
+        **{"method": "lora-all", "backbone": "smollm2-135m", "depth": 1, "task": name},
+        **{"seq_len": 48, "train_rows": 4, "max_steps": 3, "warmup_steps": 1},
+        **{"guard_texts": 2, "scored_on": "validation"},
+    )
+    seen: Any = run(chosen, ChildOptions())
+    if seen["status"] == "skipped":
+        pytest.skip(seen["message"])
+    assert seen["status"] == "ok", seen["message"]
+    found = seen["measurement"]
+    is_random = name == "facts-random"
+    assert found["score_name"] == ("exact_recall" if is_random else "exact_match")
+    assert found["num_eval_rows"] == (4 if is_random else 20)
+    assert found["num_train_rows"] == (4 if is_random else 60)
+    assert found["recalled_bits"] == (0 if is_random else None)
+    count = found["num_trainable_parameters"]
+    assert 16 * count < found["trainable_device_bytes"] < 16.1 * count
+    assert found["guard_start_perplexity"] > 1
+    assert found["guard_perplexity"] != found["guard_start_perplexity"]
