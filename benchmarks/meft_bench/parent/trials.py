@@ -171,13 +171,18 @@ def best_of(tuning: Tuning, records: Mapping[Cell, Record]) -> Cell | None:
         known = [scores for scores in found if scores is not None]
         if len(known) < len(found):
             continue
-        means = tuple(sum(values) / len(known) for values in zip(*known, strict=True))
+        # Rounded, as sums of equal shares of rows differ in their last bits.
+        means = tuple(
+            round(sum(values) / len(known), _DIGITS)
+            for values in zip(*known, strict=True)
+        )
         if means > most:
             best, most = first, means
     return best
 
 
 _SCORES = ("score", "second_score", "third_score")
+_DIGITS = 12
 
 
 def _scores(record: Record | None) -> tuple[float, ...] | None:
