@@ -66,6 +66,18 @@ def test_only_what_takes_no_more_bytes_is_compared(make_record: MakeRecord) -> N
         assert low < float(row["difference"]) < high
 
 
+@pytest.mark.parametrize("name", ["train_rows", "max_steps"])
+def test_arms_with_other_facts_or_exposures_are_not_compared(
+    make_record: MakeRecord, name: str
+) -> None:
+    records = arms(make_record)
+    for record in records:
+        if record["cell"]["lora_rank"] == 2:
+            record["cell"][name] = 777
+    _, table = find_tables("capacity")(to_frame(records))
+    assert [row[3] for row in table.rows] == ["104.0 MiB"]
+
+
 def test_records_without_recalled_bits_make_no_table(make_record: MakeRecord) -> None:
     assert find_tables("capacity")(to_frame([make_record(score=0.5)])) == []
 

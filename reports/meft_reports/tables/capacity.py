@@ -8,7 +8,7 @@ Statistics, 1979), so that many ranks of LoRA do not make one of them differ by 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -68,6 +68,8 @@ NOTES_ON_PAIRS = (
     "adjusted by Holm's method for the comparisons of one method. Where 0 lies in an "
     "interval, the two are not told apart.",
 )
+EQUAL = ("train_rows", "eval_rows", "max_steps", "accumulation")
+"""Fields that two arms must agree in: the same facts, and as many exposures."""
 NEEDS = "recalled bits and bytes on the device, as cells of `facts-random` have them"
 """What the records must hold for there to be a table."""
 
@@ -153,6 +155,7 @@ def _pairs(one: _Arm, every: Sequence[_Arm]) -> list[tuple[str, ...]]:
         (other, found)
         for other in every
         if is_rival(other.method)
+        and all(_value(one, name) == _value(other, name) for name in EQUAL)
         and has_equal_memory(other.device_bytes, one.device_bytes)
         and (found := difference(one.rows, other.rows)) is not None
     ]
@@ -169,6 +172,10 @@ def _pairs(one: _Arm, every: Sequence[_Arm]) -> list[tuple[str, ...]]:
         )
         for (other, found), p in zip(known, adjusted, strict=True)
     ]
+
+
+def _value(one: _Arm, name: str) -> Any:
+    return one.rows[name].iloc[0]
 
 
 def holm(values: Sequence[float]) -> list[float]:
