@@ -1,6 +1,11 @@
 """What methods recall by the bytes on the device of what they train."""
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
+from scipy.special import stdtrit
 
 from meft_reports.frame import to_frame
 from meft_reports.tables import find_tables
@@ -97,3 +102,41 @@ def test_holm_multiplies_the_least_by_the_number_of_tests(
 ) -> None:
     """The next by one less, never less than the one before, and never above 1."""
     assert holm(values) == pytest.approx(adjusted)
+
+
+def power(num_seeds: int, difference: float, level: float, num_facts: int = 0) -> float:
+    """Share of simulated experiments in which a paired t-test over seeds finds one.
+
+    Recall is 0.5, the correlation of the two arms 0.3, and the deviation between seeds
+    0.02, to which the draw of facts adds its own where their number is given.
+    """
+    generator = np.random.default_rng(0)
+    variance = 0.02**2 + (0.25 / num_facts if num_facts else 0)
+    noise = generator.standard_normal((2, 40_000, num_seeds))
+    other = 0.3 * noise[0] + np.sqrt(1 - 0.3**2) * noise[1]
+    differences = difference + np.sqrt(variance) * (noise[0] - other)
+    errors = differences.std(axis=1, ddof=1) / np.sqrt(num_seeds)
+    critical = stdtrit(num_seeds - 1, 1 - level / 2)
+    return float((differences.mean(axis=1) / errors > critical).mean())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stated"),
+    [
+        ((8, 0.05, 0.05 / 8), 0.93),
+        ((8, 0.03, 0.05 / 8), 0.47),
+        ((8, 0.05, 0.05 / 8, 2_000), 0.85),
+        ((8, 0.03, 0.05 / 8, 2_000), 0.34),
+        ((2, 0.1, 0.05, 250), 0.20),
+        ((2, 0.2, 0.05, 250), 0.38),
+        ((2, 0.4, 0.05, 250), 0.68),
+        ((2, 0.8, 0.05, 250), 0.96),
+    ],
+)
+def test_the_power_of_the_sweeps_of_facts_is_as_stated(
+    arguments: tuple[Any, ...], stated: float
+) -> None:
+    """In benchmarks/README.md."""
+    assert power(*arguments) == pytest.approx(stated, abs=0.015)
+    text = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text()
+    assert f"{stated:.2f}" in text.partition("**Power**")[2].partition("\n- ")[0]
