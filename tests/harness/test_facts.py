@@ -270,6 +270,29 @@ def test_hashed_experts_do_not_depend_on_what_a_token_means() -> None:
     assert torch.equal(first[2:4], first[[5, 4]])  # tokens 7 and 8 in both rows
 
 
+def test_hashed_experts_are_those_of_new_tokens_in_generation() -> None:
+    """With a cache, whose forward sees the last token only, and padding on the left."""
+    stepper, _ = made("sparse-experts-random")
+    model = stepper.model.eval()
+    with torch.no_grad():
+        for adapter in sparse_adapters(model).values():
+            adapter.neurons.copy_(torch.randn(adapter.neurons.shape) / 4)
+    ids = torch.tensor([[4, 5, 6, 7], [0, 0, 8, 9]])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    cached, plain = (
+        model.generate(  # type: ignore[operator]
+            **inputs,
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=None,
+            use_cache=use_cache,
+        )
+        for use_cache in (True, False)
+    )
+    assert torch.equal(cached, plain)
+    assert cached.shape == (2, 10)
+
+
 def test_hashed_experts_need_the_tokens_of_every_block() -> None:
     """Those of a decoder are others than those of the encoder; embeddings are none."""
     with pytest.raises(ValueError, match=r"not all blocks of \w+ see these tokens"):
