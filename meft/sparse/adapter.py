@@ -203,13 +203,22 @@ class SparseAdapter(nn.Module):
         self.rows.begin_batch(tokens.device)
         begin_forward(self.neurons, self.rows)
         with torch.autocast(tokens.device.type, enabled=False):
-            experts = gates = None
-            if self.router is not None:
-                logits = functional.linear(tokens.float(), self.router.float())
-                experts = router.top(logits.detach(), self.config.top_k_experts)
-                if self.config.is_gated:
-                    gates = router.gates(logits, experts, self.config.gate)
+            experts, gates = self._experts_of(tokens)
             return choice.begin(self.block_neurons, tokens.to(compute), gates, experts)
+
+    def _experts_of(self, tokens: Tokens) -> tuple[Tensor | None, Tensor | None]:
+        """Return the experts of each token and their gates; None where there are none.
+
+        Args:
+            tokens: h, `tokens hidden`.
+        """
+        if self.router is None:
+            return None, None
+        logits = functional.linear(tokens.float(), self.router.float())
+        experts = router.top(logits.detach(), self.config.top_k_experts)
+        if not self.config.is_gated:
+            return experts, None
+        return experts, router.gates(logits, experts, self.config.gate)
 
 
 @dataclass(frozen=True, slots=True)

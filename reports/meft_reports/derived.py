@@ -3,6 +3,8 @@
     trainable_fraction      num_trainable_parameters / num_parameters
     peak_activation_bytes   peak_allocated_bytes - model_state_bytes
     transfer_bytes          h2d_bytes + d2h_bytes
+    bits_per_device_byte    recalled_bits / trainable_device_bytes
+    guard_ratio             guard_perplexity / guard_start_perplexity
 
 The frame contains them, and `records` rejects a record in which one is out of its
 range.
@@ -30,7 +32,7 @@ def derive(measurement: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _share(part: int, whole: int) -> float | None:
+def _share(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
@@ -42,5 +44,7 @@ DERIVED: dict[str, tuple[Any, str, str]] = {
         "model_state_bytes",
     ),
     "transfer_bytes": (operator.add, "h2d_bytes", "d2h_bytes"),
+    "bits_per_device_byte": (_share, "recalled_bits", "trainable_device_bytes"),
+    "guard_ratio": (_share, "guard_perplexity", "guard_start_perplexity"),
 }
 """Formula and sources of each number."""

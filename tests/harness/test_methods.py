@@ -129,6 +129,8 @@ FORMULAS = {
     # Without a gate the router cannot learn.
     "sparse-experts-union": ROWS,
     "sparse-experts-resident": ROUTED,
+    "sparse-experts-frozen": ROWS,
+    "sparse-experts-random": ROWS,
     "sparse-experts-no-cache": ROUTED,
     "sparse-experts-window": ROUTED,
     "sparse-experts-no-prefetch": ROUTED,

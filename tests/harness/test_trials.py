@@ -60,6 +60,9 @@ def test_every_method_has_a_trial_for_each_value(tmp_path: Path) -> None:
         ("tune = {learning = [4, 8]}", "unknown key 'learning'"),
         ("tune = {learning_rate = 1}", "should be a list"),
         ("tune = {max_steps = [2, 3]}", "given twice"),
+        ("trial_seeds = 2", "without `tune`: name values to try"),
+        (f"{TUNE}\ntrial_seeds = 0", "should be an integer above 0"),
+        (f"{TUNE}\ntrial_seeds = true", "should be an integer above 0"),
     ],
 )
 def test_what_cannot_be_tried_is_refused(tmp_path: Path, tune: str, words: str) -> None:
@@ -83,6 +86,21 @@ def test_tasks_without_a_score_have_no_trials(tmp_path: Path) -> None:
         sweep.load(str(tmp_path / "mine.toml"), device="cpu")
 
 
+def record_of(
+    here: Environment, trial: Cell, score: float | None, second: float | None = None
+) -> Record:
+    return Record(
+        sweep="s",
+        cell=trial,
+        status=Status.OOM if score is None else Status.OK,
+        message="",
+        started_at="2026-01-01T00:00:00+00:00",
+        wall_seconds=1.0,
+        measurement=Measurement(score=score, second_score=second),
+        environment=here,
+    )
+
+
 @pytest.mark.parametrize(
     ("scores", "best"),
     [
@@ -102,16 +120,7 @@ def test_the_best_score_chooses(
     """The first of equal ones; none that failed."""
     (tuning, _) = sweep.load(write(tmp_path), device="cpu").tunings
     records = {
-        trial: Record(
-            sweep="s",
-            cell=trial,
-            status=Status.OOM if score is None else Status.OK,
-            message="",
-            started_at="2026-01-01T00:00:00+00:00",
-            wall_seconds=1.0,
-            measurement=Measurement(score=score),
-            environment=here,
-        )
+        trial: record_of(here, trial, score)
         for trial, score in zip(tuning.trials, scores, strict=True)
     }
     found = trials.best_of(tuning, records)
@@ -119,6 +128,58 @@ def test_the_best_score_chooses(
     if found is not None:
         rates = {cell.learning_rate for cell in tuning.cells_with(found)}
         assert rates == {found.learning_rate}
+
+
+@pytest.mark.parametrize(
+    ("second_scores", "best"),
+    [((0.1, 0.3, 0.2), 1), ((0.3, 0.3, 0.2), 0), ((None, 0.1, None), 1)],
+)
+def test_of_equal_scores_the_second_one_chooses(
+    here: Environment,
+    tmp_path: Path,
+    second_scores: tuple[float | None, ...],
+    best: int,
+) -> None:
+    """As of facts that no trial recalls whole, but some in part."""
+    (tuning, _) = sweep.load(write(tmp_path), device="cpu").tunings
+    records = {
+        trial: record_of(here, trial, 0.0, second)
+        for trial, second in zip(tuning.trials, second_scores, strict=True)
+    }
+    assert trials.best_of(tuning, records) == tuning.trials[best]
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ((0.1, 0.5, 0.4, 0.3, 0.2, 0.2), 1),  # means of 0.3, 0.35 and 0.2
+        ((0.9, None, 0.4, 0.3, 0.2, 0.2), 1),  # one trial of the first failed
+        ((0.3, 0.3, 0.4, 0.2, 0.2, 0.2), 0),
+    ],
+)
+def test_the_mean_over_the_seeds_of_trials_chooses(
+    here: Environment,
+    tmp_path: Path,
+    scores: tuple[float | None, ...],
+    best: int,
+) -> None:
+    """Of values of which no trial failed; results have seeds that no trial has."""
+    path = write(tmp_path, f"{TUNE}\ntrial_seeds = 2")
+    (tuning, _) = sweep.load(path, device="cpu").tunings
+    first = protocol.TRIAL_SEED
+    assert [trial.seed for trial in tuning.trials] == [first, first + 1] * 3
+    assert [trial.learning_rate for trial in tuning.trials[::2]] == [*RATES]
+    records = {
+        trial: record_of(here, trial, score)
+        for trial, score in zip(tuning.trials, scores, strict=True)
+    }
+    found = trials.best_of(tuning, records)
+    assert found is not None
+    assert {cell.learning_rate for cell in tuning.cells_with(found)} == {RATES[best]}
+    text = Path(path).read_text().replace("seed = [0, 1]", f"seed = [0, {first + 1}]")
+    Path(path).write_text(text)
+    with pytest.raises(SweepError, match="is that of trials; take another"):
+        sweep.load(path, device="cpu")
 
 
 def test_cells_run_with_what_their_trials_choose(

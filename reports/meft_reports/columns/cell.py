@@ -50,6 +50,9 @@ CELL: tuple[Column, ...] = (
     cell("patience", "Int64", "validations without gain before stopping", "count"),
     cell("train_rows", "Int64", "rows to train on; 0 takes all", "count"),
     cell("eval_rows", "Int64", "rows to score on; 0 takes all", "count"),
+    later_cell(
+        "guard_texts", "Int64", "texts whose perplexity is measured", 0, "count"
+    ),
     cell("bottleneck_size", "Int64", "inner width of each adapter", "count"),
     cell("lora_rank", "Int64", "rank of each LoRA pair", "count"),
     later_cell("lost_bits", "Int64", "k of the scale 2^-k, exact methods", 4, "count"),

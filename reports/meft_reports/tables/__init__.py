@@ -26,6 +26,7 @@ TABLES = (
     "results",
     "differences",
     "rivals",
+    "capacity",
     "trials",
     "memory",
     "savings",

@@ -35,9 +35,10 @@ COLUMNS = (
     ),
 )
 NOTES = (
-    "One trial for each value, with a seed of its own, scored on rows set aside from "
-    "training. The best value of each method is that of its results, which are scored "
-    "on other rows; of equal scores, the first. Few rows make ties, and a best value "
+    "One trial for each value, or for each value and seed, with seeds of their own, "
+    "scored on rows set aside from training. The best value of each method is that of "
+    "its results, which are scored on other rows; of equal scores, the second and the "
+    "third score decide, then the first value. Few rows make ties, and a best value "
     "at an end of those tried may not be the best of all.",
 )
 NEEDS = "cells scored on validation rows, as a matrix with `tune` makes them"

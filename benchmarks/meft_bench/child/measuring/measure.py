@@ -20,12 +20,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from meft_bench.child import backbones
 from meft_bench.child.backbones import Backbone
-from meft_bench.child.measuring import gpu_watch, over_ranks, probes, starting_point
+from meft_bench.child.measuring import (
+    gpu_watch,
+    guard,
+    over_ranks,
+    probes,
+    starting_point,
+)
 from meft_bench.child.measuring.gpu_watch import GpuWatch
 from meft_bench.child.measuring.partial_result import PartialResult, finite
 from meft_bench.child.meters import memory
 from meft_bench.child.meters.clock import StepClock
-from meft_bench.child.scoring import answers, images, labels, numbers, tokens
+from meft_bench.child.scoring import answers, images, labels, numbers, recall, tokens
 from meft_bench.child.scoring.examples import Examples
 from meft_bench.child.tasks import synthetic
 from meft_bench.child.tasks.batches import (
@@ -38,6 +44,7 @@ from meft_bench.child.tasks.batches import (
 )
 from meft_bench.child.tasks.loading import load_task
 from meft_bench.child.tasks.question import AnswerTask
+from meft_bench.child.tasks.recall import RecallTask
 from meft_bench.child.tasks.task import Task
 from meft_bench.child.training import execution, prepare, ranks
 from meft_bench.child.training.checkpoint import Checkpoint
@@ -114,9 +121,16 @@ def _measure(
         num_blocks=num_blocks,
         num_train_rows=len(examples.train),
     )
+    guarded = _guarded(cell, source, backbone)
+    if guarded:
+        before_training = guard.perplexity(stepper, guarded, cell)
+        partial.note(guard_start_perplexity=finite(before_training))
     _train_and_score(
         stepper, cell, task, backbone, examples, partial, checkpoint, watch
     )
+    if guarded:
+        after_training = guard.perplexity(stepper, guarded, cell)
+        partial.note(guard_perplexity=finite(after_training))
     # Before a probe takes further steps. All ranks have the same weights.
     if save_to is not None and stepper.ranks.rank == 0:
         backbones.save(backbone, save_to)
@@ -138,6 +152,13 @@ def _measure(
         probes.time_against_reference(
             stepper, _reference(cell, task, source), cell, batches, partial
         )
+
+
+def _guarded(cell: Cell, source: Source, backbone: Backbone) -> Sequence[Example]:
+    if not cell.guard_texts:
+        return ()
+    assert backbone.tokenizer is not None  # of a language model that reads text
+    return guard.texts(cell, source, backbone.tokenizer)
 
 
 def _with_rows_to_score(task: AnyTask, cell: Cell) -> AnyTask:
@@ -189,6 +210,8 @@ def _scoring(task: AnyTask) -> Any:
     """Return the module of `meft_bench.child.scoring` for tasks of this kind."""
     if isinstance(task, AnswerTask):
         return answers
+    if isinstance(task, RecallTask):
+        return recall
     if task.has_pictures:
         return images
     if task.num_labels is None:
@@ -291,6 +314,9 @@ def _train_and_score(
                     f"{rank}majority_score": finite(majority[name]),
                 }
             )
+        if isinstance(task, RecallTask):
+            bits = recall.recalled_bits(task, predictions, examples.evaluation)
+            partial.note(recalled_bits=bits)
         right = scoring.is_right(task, predictions, examples.evaluation)
         partial.note(
             num_eval_rows=len(task.evaluation),

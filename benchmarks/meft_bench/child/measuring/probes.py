@@ -61,7 +61,12 @@ def probe_memory(
     model_state_bytes = memory.model_state_bytes(stepper.model, stepper.optimizer)
     if stepper.replica is not None:
         model_state_bytes += memory.bucket_bytes(stepper.replica)
-    partial.note(model_state_bytes=model_state_bytes)
+    partial.note(
+        model_state_bytes=model_state_bytes,
+        trainable_device_bytes=memory.trainable_device_bytes(
+            stepper.model, stepper.optimizer, step
+        ),
+    )
     if cell.device == "cpu":
         peak_bytes = model_state_bytes + memory.cpu_step_peak_bytes(step)
         partial.note(peak_allocated_bytes=peak_bytes)

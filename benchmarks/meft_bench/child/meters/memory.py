@@ -14,6 +14,9 @@
 requested <= allocated <= active <= reserved. What NVML sees of the process, which also
 has the CUDA context and its kernels, is measured by `processes`.
 
+`trainable_device_bytes` is a part of these: the parameters that train, their gradients
+and their optimizer state on the device, with the slots and routers of sparse adapters.
+
 A step is that of training: forward, backward, clip, update, release of gradients. Steps
 of the same shape must have run before, so that the optimizer state exists and caches
 are filled.
@@ -27,9 +30,10 @@ block; training steps free none.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,12 +74,7 @@ def model_state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int
     Each storage is counted once. For sparse adapters, the memory on the device is
     counted, not rows in host memory.
     """
-    storages = {
-        # By the storage and not its address, which fake tensors do not have.
-        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
-        for tensor in _model_state(model, optimizer)
-    }
-    return sum(storages.values())
+    return _bytes_of(_model_state(model, optimizer))
 
 
 def bucket_bytes(replica: DistributedDataParallel) -> int:
@@ -99,10 +98,67 @@ def _model_state(
             yield from quantised.tensors_of(parameter.grad)
     for adapter in sparse_adapters(model).values():
         yield from adapter.rows.on_device()
+    yield from _optimizer_state(optimizer)
+
+
+def trainable_device_bytes(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], object]
+) -> int:
+    """Return the bytes on the device of what trains, at the end of a backward pass.
+
+    These are parameters that train, their gradients when the optimizer is called, its
+    state, and of sparse adapters the slots of rows with their gradients and the router,
+    whether or not it trains. Where the rows and the state of an optimizer are in host
+    memory, they are not counted, also on a CPU, whose memory stands for both.
+
+    Args:
+        model: the model.
+        optimizer: the optimizer, which has its state.
+        step: function that takes one step.
+    """
+    gradients = [0]
+    trained = [p for p in model.parameters() if p.requires_grad and rows_of(p) is None]
+    original = optimizer.step
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        held = (p.grad for p in trained if p.grad is not None)
+        gradients.append(_bytes_of(held))
+        return original(*args, **kwargs)
+
+    optimizer.step = counting  # type: ignore[method-assign]
+    try:
+        step()
+    finally:
+        optimizer.step = original  # type: ignore[method-assign]
+    return max(gradients) + _bytes_of(_trainable_state(model, optimizer, trained))
+
+
+def _trainable_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]
+) -> Iterator[Tensor]:
+    yield from trained
+    for adapter in sparse_adapters(model).values():
+        yield from adapter.rows.on_device()
+        if adapter.router is not None:
+            yield adapter.router
+    yield from _optimizer_state(optimizer)
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):
                 yield from quantised.tensors_of(value)
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of distinct storages."""
+    storages = {
+        # By the storage and not its address, which fake tensors do not have.
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+        for tensor in tensors
+    }
+    return sum(storages.values())
 
 
 def cpu_step_peak_bytes(step: Callable[[], object]) -> int:

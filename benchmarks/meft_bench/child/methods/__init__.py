@@ -26,6 +26,7 @@ galore         gradients in a low-rank subspace
 mezo           differences of losses
 reversible     MEFT1, MEFT2 and MEFT3; LoRA or full fine-tuning in a reversible model
 sparse         dense and sparse adapters of many neurons
+hashed_experts   experts that a hash of the token chooses
 own            which of these a cell names, or which function of the user
 peft_config    any config of PEFT
 any_checkpointing   gradient checkpointing of any model, as transformers does it

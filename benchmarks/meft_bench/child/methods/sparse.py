@@ -6,6 +6,10 @@ is copied to the device and every gradient to the host once per step. `sparse` a
 `sparse_experts` run and transfer the neurons that a batch activates;
 `sparse_experts_...` disable or change one part of that. All train the adapter and the
 new head.
+
+frozen   the router only selects experts: it keeps its initial values, in 16 bits
+random   a fixed hash of a token's identifier takes the place of the router, so that
+         what a token means does not matter (Roller et al., NeurIPS 2021)
 """
 
 from functools import partial
@@ -17,7 +21,9 @@ from transformers import PreTrainedModel
 import meft
 from meft.backbone.find import find_blocks
 from meft.backbone.heads import freeze_all_but_head
+from meft.sparse.adapter import sparse_adapters
 from meft.sparse.dense import DenseAdapter
+from meft_bench.child.methods import hashed_experts
 from meft_bench.child.methods.adapters import AdaptedBlock
 from meft_bench.shared.cell import Cell
 
@@ -64,6 +70,22 @@ sparse = partial(_sparse, num_experts=0)
 sparse_experts = partial(_sparse)
 sparse_experts_union = partial(_sparse, semantics="union")
 sparse_experts_resident = partial(_sparse, placement="resident")
+
+
+def sparse_experts_frozen(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """Select neurons by a router that does not learn, stored in 16 bits."""
+    model = _sparse(model, cell, gate="none")
+    for adapter in sparse_adapters(model).values():
+        assert adapter.router is not None
+        adapter.router.data = adapter.router.data.bfloat16()
+    return model
+
+
+def sparse_experts_random(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """Select neurons by a fixed hash of the token, without a router."""
+    return hashed_experts.replace_routers(_sparse(model, cell, gate="none"))
+
+
 sparse_experts_no_cache = partial(_sparse, cache="off")
 sparse_experts_window = partial(_sparse, cache="window")
 sparse_experts_no_prefetch = partial(_sparse, prefetch=False)

@@ -10,6 +10,7 @@
     majority(task)                             the same for a constant answer
 
 `labels` is for classifiers, `images` for those of images, `numbers` for regression,
-`tokens` for texts of which every token is predicted, `answers` for language models, by
-the metrics of `rules` with exact match and F1 of `normalised`.
+`tokens` for texts of which every token is predicted, `recall` for facts known by heart,
+`answers` for language models, by the metrics of `rules` with exact match and F1 of
+`normalised`.
 """

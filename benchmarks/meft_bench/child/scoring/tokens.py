@@ -32,13 +32,12 @@ def examples(task: Task, tokenizer: PreTrainedTokenizerBase, cell: Cell) -> Exam
         cell: the cell, which includes the sequence length.
     """
     train, validation, evaluation = (
-        _encode([r for r in rows if isinstance(r, Row)], tokenizer, cell.seq_len)
+        encode([r for r in rows if isinstance(r, Row)], tokenizer, cell.seq_len)
         for rows in (task.train, task.validation, task.evaluation)
     )
     return Examples(train=train, validation=validation, evaluation=evaluation)
 
 
-@torch.no_grad()
 def predict(
     stepper: Stepper,
     task: Task,
@@ -55,11 +54,25 @@ def predict(
         tokenizer: the tokenizer of the model; unused.
         cell: the cell, which includes the batch size.
     """
+    return losses(stepper, rows, cell.batch_size)
+
+
+@torch.no_grad()
+def losses(
+    stepper: Stepper, rows: Sequence[Example], batch_size: int
+) -> list[tuple[float, int]]:
+    """Return the sum of the losses of the tokens of each batch, and their number.
+
+    Args:
+        stepper: the model.
+        rows: the encoded rows.
+        batch_size: number of rows of a batch.
+    """
     stepper.model.eval()
     found = []
     order = sorted(rows, key=lambda row: len(row.token_ids))
-    for start in range(0, len(order), cell.batch_size):
-        batch = collate(order[start : start + cell.batch_size], stepper.pad_token_id)
+    for start in range(0, len(order), batch_size):
+        batch = collate(order[start : start + batch_size], stepper.pad_token_id)
         count = int(batch["labels"][:, 1:].ne(IGNORED).sum())
         loss = float(stepper.loss(stepper.to_device(batch)))
         found.append((loss * count, count))
@@ -112,9 +125,16 @@ def majority(task: Task) -> dict[str, float]:
     return dict.fromkeys(("log_likelihood_per_token", "perplexity"), math.nan)
 
 
-def _encode(
+def encode(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, seq_len: int
 ) -> list[Example]:
+    """Return texts as rows of at most `seq_len` tokens, one after another.
+
+    Args:
+        rows: the texts.
+        tokenizer: the tokenizer of the model.
+        seq_len: maximum number of tokens of a row.
+    """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     found = []
     for row in rows:

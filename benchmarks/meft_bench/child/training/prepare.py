@@ -14,6 +14,7 @@ from meft_bench.child.backbones import Backbone, any_family, quantised
 from meft_bench.child.backbones.unwrapped import base_of
 from meft_bench.child.methods import own
 from meft_bench.child.tasks.question import AnswerTask
+from meft_bench.child.tasks.recall import RecallTask
 from meft_bench.child.tasks.task import Task
 from meft_bench.child.training import execution, ranks
 from meft_bench.child.training.steps import Stepper, seed_everything
@@ -21,7 +22,7 @@ from meft_bench.shared import methods
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.source import MissingError, Source
 
-AnyTask = Task | AnswerTask
+AnyTask = Task | AnswerTask | RecallTask
 
 
 def load_backbone(cell: Cell, task: AnyTask, source: Source) -> Backbone:
@@ -111,7 +112,7 @@ def num_labels_of(task: AnyTask) -> int | None:
 
     None for a language-model head.
     """
-    return None if isinstance(task, AnswerTask) else task.num_labels
+    return task.num_labels if isinstance(task, Task) else None
 
 
 def count(model: PreTrainedModel) -> dict[str, int]:

@@ -6,6 +6,7 @@ cola sst2 mrpc stsb qqp mnli qnli rte wnli    GLUE
 bbc_news                                      a classifier's default task
 arc_easy arc_challenge openbookqa piqa boolq sciq    options
 nq_open triviaqa squad gsm8k                  answers in words
+facts_random facts_paraphrase                 facts made from a seed
 fashion_mnist mnist digits                    images
 """
 
@@ -16,6 +17,8 @@ from meft_bench.shared.tasks import (
     boolq,
     cola,
     digits,
+    facts_paraphrase,
+    facts_random,
     fashion_mnist,
     gsm8k,
     mnist,
@@ -38,6 +41,7 @@ from meft_bench.shared.tasks import (
 _FILES = (
     *(bbc_news, cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli),
     *(nq_open, triviaqa, squad, gsm8k),
+    *(facts_random, facts_paraphrase),
     *(arc_easy, arc_challenge, openbookqa, piqa, boolq, sciq),
     *(fashion_mnist, mnist, digits),
 )

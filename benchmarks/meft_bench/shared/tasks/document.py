@@ -12,9 +12,11 @@ from meft_bench.shared.tasks.facts import (
     LABELS,
     NUMBER,
     OPTIONS,
+    RECALL,
     WORDS,
     DataFiles,
     Facts,
+    FromSeed,
     Hub,
     Way,
 )
@@ -33,6 +35,7 @@ _TITLES = {
     NUMBER: "Numbers of texts",
     OPTIONS: "Options, by their likelihood",
     WORDS: "Answers in words",
+    RECALL: "Random tokens, by heart",
     IMAGES: "Classes of images",
 }
 
@@ -71,6 +74,8 @@ def _way(way: Way) -> str:
     if isinstance(way, DataFiles):
         names = ", ".join(f"`{name}`" for name in way.names)
         return f"`{way.folder}/` of {names}: {splits}"
+    if isinstance(way, FromSeed):
+        return f"the seed, `train_rows` facts: {splits}"
     if isinstance(way, Hub):
         config = f" ({way.config})" if way.config else ""
         return f"the hub, {way.name}{config}: {splits}"

@@ -18,6 +18,8 @@ OPTIONS = "options"
 """Kind of task: a language model ranks options by their likelihood."""
 WORDS = "words"
 """Kind of task: a language model generates an answer."""
+RECALL = "recall"
+"""Kind of task: a language model recalls random tokens that belong to a name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +108,21 @@ class Package:
     """Which rows they are."""
 
 
-Way = DataFiles | Hub | Package
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FromSeed:
+    """Rows made from the seed of a cell: `train_rows` facts, which need no data.
+
+    Cells with the same seed and number have the same rows. What is trained is what is
+    scored, so that a trial is scored on its own facts.
+    """
+
+    read: str
+    """`FILE:FUNCTION` from the number of facts and the seed to the rows."""
+    splits: Splits
+    """Which rows they are."""
+
+
+Way = DataFiles | Hub | Package | FromSeed
 """One place to take rows from."""
 
 
@@ -121,7 +137,7 @@ class Facts:
     asks: str
     """What the task asks, as a clause."""
     kind: str
-    """`LABELS`, `NUMBER`, `IMAGES`, `OPTIONS` or `WORDS`."""
+    """`LABELS`, `NUMBER`, `IMAGES`, `OPTIONS`, `WORDS` or `RECALL`."""
     fields: tuple[str, ...]
     """Columns of a row that the model reads: its texts, or those in `prompt`."""
     labels: tuple[str, ...] = ()
@@ -141,3 +157,8 @@ class Facts:
     """Licence, or terms of use, of the data."""
     ways: tuple[Way, ...]
     """Places to take rows from, the first that is available."""
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the rows are made from a seed."""
+        return isinstance(self.ways[0], FromSeed)
