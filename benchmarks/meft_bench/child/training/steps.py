@@ -104,13 +104,18 @@ class Stepper:
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss of `batch`, which is on the device.
 
-        Its gradients are those of this rank alone.
+        `DistributedDataParallel` does not average its gradients over ranks.
         """
-        return self._loss(self.model, batch)
-
-    def _loss(self, model: Any, batch: Batch) -> Tensor:
         with self._gradients(), self.autocast():
-            loss: Tensor = model(**batch).loss
+            loss: Tensor = self.model(**batch).loss
+        return loss
+
+    def _averaged_loss(self, batch: Batch) -> Tensor:
+        # Its gradients are averaged over ranks.
+        if self.replica is None:
+            return self.loss(batch)
+        with self.autocast():
+            loss: Tensor = self.replica(**batch).loss
         return loss
 
     def _gradients(self) -> contextlib.AbstractContextManager[object]:
@@ -141,11 +146,10 @@ class Stepper:
             return float(self.optimizer.step(lambda: self._mean_loss(batches)))
         losses = []
         divisors = self.divisors(batches)
-        called = self.model if self.replica is None else self.replica
         for index, (batch, divisor) in enumerate(zip(batches, divisors, strict=True)):
             mine = self.to_device(self.ranks.share(batch))
             with only_in_last(self.replica, index + 1 == len(batches)):
-                loss = self._loss(called, mine) / divisor
+                loss = self._averaged_loss(mine) / divisor
                 del mine
                 self._backward(loss, learning_rate)
             losses.append(loss.detach())
