@@ -280,7 +280,7 @@ def test_hashed_experts_are_those_of_new_tokens_in_generation() -> None:
     ids = torch.tensor([[4, 5, 6, 7], [0, 0, 8, 9]])
     inputs = {"input_ids": ids, "attention_mask": (ids > 0).long()}
     cached, plain = (
-        model.generate(  # type: ignore[operator]
+        model.generate(
             **inputs,
             max_new_tokens=6,
             do_sample=False,
