@@ -17,6 +17,7 @@ from library.sparse import (
     train,
 )
 from library.waits import counted
+from marks import slow_but_for
 from meft.sparse.adapter import SparseAdapter, sparse_adapters
 from meft.sparse.indices import knows_sizes
 from meft.testing import tolerance
@@ -50,7 +51,10 @@ def waits_of(phase: str, **fields: Any) -> Counter[str]:
         return found
 
 
-@pytest.mark.parametrize("routing", ["experts", "softmax", "ungated", "no experts"])
+@pytest.mark.parametrize(
+    "routing",
+    slow_but_for(["experts", "softmax", "ungated", "no experts"], "experts"),
+)
 @pytest.mark.parametrize("cache", ["steps", "off"])
 def test_a_forward_waits_once_per_layer(routing: str, cache: str) -> None:
     fields = ROUTINGS[routing] | {"cache": cache}
@@ -105,8 +109,8 @@ def test_the_choice_is_sent_before_the_feed_forward(
     assert order[:3] == ["begin", "feed-forward", "finish"]
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("budget", [2**30, 9_000])
+@pytest.mark.parametrize("routing", slow_but_for([*ROUTINGS], "experts", "no experts"))
+@pytest.mark.parametrize("budget", slow_but_for([2**30, 9_000], 9_000))
 def test_products_with_every_row_are_those_with_chosen_rows(
     routing: str, budget: int
 ) -> None:
@@ -123,8 +127,8 @@ def test_products_with_every_row_are_those_with_chosen_rows(
     assert difference <= tolerance(torch.float32, DEPTH) * wanted.abs().max()
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("budget", [2**30, 9_000])
+@pytest.mark.parametrize("routing", slow_but_for([*ROUTINGS], "experts", "no experts"))
+@pytest.mark.parametrize("budget", slow_but_for([2**30, 9_000], 9_000))
 def test_products_with_every_row_give_the_bits_of_resident_rows(
     routing: str, budget: int
 ) -> None:
