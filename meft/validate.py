@@ -15,6 +15,7 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -112,10 +113,10 @@ def boolean(name: str, value: Any) -> bool:
 
 
 def path(name: str, value: Any) -> str:
-    """Return `value` as a string if it is a path that is not empty."""
+    """Return `value` as an absolute path, if it is a path that is not empty."""
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise ConfigError(f"`{name}` must be a path, got {_given(value)}")
-    return str(os.fspath(value))
+    return str(Path(os.fsdecode(value)).expanduser().absolute())
 
 
 def nonzero_number(name: str, value: Any) -> float:

@@ -7,6 +7,8 @@ without biases (Hao et al., ACL 2024, sections 2 and 3). `token_topk` and `union
 which neurons are summed. Padding tokens choose no neurons and get 0.
 """
 
+import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -66,8 +68,8 @@ class Padding(NamedTuple):
 class SharedState:
     """Data about the current batch that all adapters of a model share."""
 
-    padding: Padding | None = None
-    """Which tokens are no padding; None if there is no padding."""
+    paddings: dict[int, Padding] = field(default_factory=dict)
+    """Which tokens are no padding, by thread; without an entry, there is none."""
     had_peft_layers: bool = False
     """Whether peft had been applied to the model before the conversion."""
     has_warned_of_frozen: bool = False
@@ -76,7 +78,19 @@ class SharedState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state to copy or pickle; a copy compares its own blocks."""
-        return {**self.__dict__, "proven": {}}
+        return {**self.__dict__, "proven": {}, "paddings": {}}
+
+    @property
+    def padding(self) -> Padding | None:
+        """The padding of the batch that this thread runs."""
+        return self.paddings.get(threading.get_ident())
+
+    @padding.setter
+    def padding(self, padding: Padding | None) -> None:
+        if padding is None:
+            self.paddings.pop(threading.get_ident(), None)
+        else:
+            self.paddings[threading.get_ident()] = padding
 
 
 class SparseAdapter(nn.Module):
@@ -201,7 +215,7 @@ class SparseAdapter(nn.Module):
         is_cpu = tokens.device.type == "cpu"
         compute = torch.float32 if is_cpu else self.rows.store.transfer_dtype
         self.rows.begin_batch(tokens.device)
-        begin_forward(self.neurons, self.rows)
+        begin_forward(self.neurons, self.rows, is_training=self.training)
         with torch.autocast(tokens.device.type, enabled=False):
             experts, gates = self._experts_of(tokens)
             return choice.begin(self.block_neurons, tokens.to(compute), gates, experts)
@@ -235,6 +249,10 @@ class OnBatch:
 
     def begin(self, hidden: Features) -> Callable[[], Features]:
         """Start to find out which rows are needed; the result computes the output."""
+        adapter = self.adapter
+        if adapter._forward_pre_hooks or adapter._backward_hooks:
+            # These see and change what a call is given.
+            return functools.partial(self, hidden)
         begun = self.adapter.begin(hidden, self.padding)
         return lambda: self.adapter(hidden, padding=self.padding, begun=begun)
 

@@ -10,7 +10,10 @@ from meft.sparse.shapes import Ids
 
 
 class ActivityCounts:
-    """Statistics of the batches of one block since `clear()`."""
+    """Statistics of the batches of one block since `clear()`.
+
+    A batch that checkpointing or a reversible stack computes again counts again.
+    """
 
     def __init__(self) -> None:
         self.clear()

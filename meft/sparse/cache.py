@@ -39,8 +39,13 @@ class RowCache:
 
     def find(self, block: int, ids: Longs) -> Longs:
         """Return the slots of a block's rows, -1 for rows that are not cached."""
-        slots = self._slot_of[block * self._rows_per_block + ids]
+        slots = self.slots_of(block, ids)
         self._used_in[slots[slots >= 0]] = self._round[block]
+        return slots
+
+    def slots_of(self, block: int, ids: Longs) -> Longs:
+        """Return the same without a note that the rows are used."""
+        slots: Longs = self._slot_of[block * self._rows_per_block + ids]
         return slots
 
     def admit(self, block: int, ids: Longs) -> Longs:

@@ -58,7 +58,8 @@ class SparseConfig:
             `'offloaded'`.
         transfer_dtype (str | None): `float32`, `bfloat16` or `float16`: the dtype of
             rows and gradients while they are copied between host and device. Master
-            rows are float32 always. None selects the backbone's dtype. Default:
+            rows are float32 always. None selects the backbone's dtype, and float32 for
+            wider ones. `float16` loses gradients below 6e-8: scale the loss. Default:
             `None`.
         device_bytes (int): Bytes that rows and their gradients may take on the device,
             for all blocks together, at least 1: seven eighths for the cache, the rest
@@ -73,8 +74,9 @@ class SparseConfig:
             while the current block computes. Default: `True`.
         folder (str | None): Existing folder, on a local disk, of the files in which
             rows and their optimizer state are kept, mapped into memory, for rows beyond
-            host memory. The files have no names and are gone when the process ends. It
-            is not saved with a model. None keeps them in host memory. Default: `None`.
+            host memory. The files have no names and are gone when the process ends;
+            forks of it can read the rows, but not change them. It is not saved with a
+            model. None keeps them in host memory. Default: `None`.
         update (str): What happens to rows without a gradient in an optimizer step.
             `dense`: they take the step. `lazy`: they do not change. `catchup`: they
             take it when they are next needed, with the same bits as `dense`, at a cost
@@ -189,8 +191,7 @@ class SparseConfig:
         Raises:
             ConfigError: a field is unknown or missing, or has an illegal value.
         """
-        saved = {name: of for name, of in _EXPECTED.items() if name != "folder"}
-        return cls(**checked(fields, saved))
+        return cls(**checked({"folder": None, **fields}, _EXPECTED))
 
 
 _EXPECTED: dict[str, Expectation] = {

@@ -50,9 +50,17 @@ def insert_sparse_adapters(model: Model, config: SparseConfig) -> Model:
         raise UnsupportedModelError("this model has sparse adapters already")
     refuse_without_derivative(model)
     found = _find(model)
+    if any(p.is_meta for p in found.blocks[0].parameters()):
+        raise UnsupportedModelError(
+            "this model has no weights yet (device `meta`): load them, or call "
+            "`model.to_empty(device=...)` and initialize them, before "
+            "`meft.add_sparse_adapters()`"
+        )
     # Skip quantised weights, whose dtype is that of their storage.
     weights = found.blocks[0].parameters()
     dtype = next(p.dtype for p in weights if p.is_floating_point())
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        dtype = torch.float32  # rows are no wider than that
     transfer_dtype = (
         getattr(torch, config.transfer_dtype) if config.transfer_dtype else dtype
     )

@@ -78,10 +78,12 @@ class Engine:
             store, device = self.blocks[0].store, self.link.device
             rows, gradients = self._num_slots
             dtype = store.transfer_dtype
-            self._slabs = (
-                torch.zeros(rows, store.width, dtype=dtype, device=device),
-                torch.zeros(gradients, store.width, device=device),
-            )
+            # Those of an evaluation in inference mode could not be trained later.
+            with torch.inference_mode(False):
+                self._slabs = (
+                    torch.zeros(rows, store.width, dtype=dtype, device=device),
+                    torch.zeros(gradients, store.width, device=device),
+                )
         return self._slabs
 
     def reset_counters(self) -> None:

@@ -13,7 +13,7 @@ all batches whose gradients that step adds up (the accumulation window).
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,18 @@ def offload(stores: list[RowStore], config: SparseConfig) -> Engine:
     return Engine(stores, config, OffloadedRows)
 
 
+class Prefetched(NamedTuple):
+    """Rows that are fetched before they are asked for."""
+
+    rows: PendingCopy
+    places: PendingCopy
+    """Their slots, on the device."""
+    ids: Longs
+    """Their indices."""
+    slots: Longs
+    """The same slots, on the host."""
+
+
 class OffloadedRows(EngineRows):
     """Rows of one block that are stored in host memory."""
 
@@ -45,7 +57,7 @@ class OffloadedRows(EngineRows):
         self.engine = engine
         self.block = block
         self._last_taken: Longs = np.zeros(0, np.int64)
-        self._on_its_way: tuple[PendingCopy, PendingCopy] | None = None
+        self._on_its_way: Prefetched | None = None
         self._host_gradient = HostGradient(store)
         self._gradient_places: Tensor | None = None
         """Slots of the gradients on the device, if transferred already."""
@@ -234,17 +246,25 @@ class OffloadedRows(EngineRows):
         rows = self._read(ids[kept])
         self.engine.num_prefetched += len(rows)
         tag = self.tag()
-        self._on_its_way = (
-            self.engine.upload(rows, tag),
-            self.engine.upload(torch.from_numpy(slots[kept]).int(), tag),
+        self._on_its_way = Prefetched(
+            rows=self.engine.upload(rows, tag),
+            places=self.engine.upload(torch.from_numpy(slots[kept]).int(), tag),
+            ids=ids[kept],
+            slots=slots[kept],
         )
 
     def _land(self) -> None:
-        """Write prefetched rows into their slots."""
-        if self._on_its_way is not None:
-            rows, places = (copy.get() for copy in self._on_its_way)
+        """Write prefetched rows into their slots, which others may have got since."""
+        coming, self._on_its_way = self._on_its_way, None
+        if coming is None:
+            return
+        cache = self.engine.cache
+        still = cache.slots_of(self.block, coming.ids) == coming.slots
+        if still.all():
+            rows, places = coming.rows.get(), coming.places.get()
             self.engine.slabs[0].index_copy_(0, places.long(), rows)
-            self._on_its_way = None
+        else:  # rows that are not written are not up to date
+            cache.version[coming.slots[still]] = -1
 
     def _fetch(
         self, wanted: Longs, slots: Longs, version: Longs, fresh: np.ndarray

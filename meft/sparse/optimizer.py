@@ -100,6 +100,8 @@ class SparseAdamW(torch.optim.AdamW):
                 groups.append(([rows.store for _, rows in here], values))
             stepping += here
         stores = [rows.store for _, rows in self._rows()]
+        for _, rows in stepping:
+            _ = rows.store.moments  # raises its error here if there is no room
         for of_group, values in groups:
             count_step(stores, of_group, values)
         for parameter, _ in stepping:
@@ -107,9 +109,11 @@ class SparseAdamW(torch.optim.AdamW):
         grads = [parameter.grad for parameter, _ in stepping]
         for parameter, _ in stepping:
             parameter.grad = None  # torch's step must skip them
-        super().step()
-        for (parameter, _), grad in zip(stepping, grads, strict=True):
-            parameter.grad = grad
+        try:
+            _plain_step()(self)
+        finally:
+            for (parameter, _), grad in zip(stepping, grads, strict=True):
+                parameter.grad = grad
         # The gradient of the next block is transferred while the current block takes
         # its step.
         coming = stepping[0][1].gradient() if stepping else None
@@ -243,6 +247,15 @@ def count_step(
         book.add(**values)
         for store in those:
             store.schedule = book
+
+
+def _plain_step() -> Callable[[torch.optim.Optimizer], object]:
+    """Return torch's step without its hooks, which those of `SparseAdamW` are.
+
+    torch puts them around the step of a class when its first instance is made.
+    """
+    step: Any = torch.optim.AdamW.step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[no-any-return]
 
 
 def _with_rows(group: dict[str, Any]) -> list[tuple[nn.Parameter, Rows]]:

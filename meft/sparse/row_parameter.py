@@ -246,8 +246,13 @@ def rows_of(parameter: Tensor) -> Rows | None:
     return getattr(parameter, "rows", None)
 
 
-def begin_forward(parameter: Tensor, rows: Rows) -> None:
+def begin_forward(parameter: Tensor, rows: Rows, *, is_training: bool) -> None:
     """Refuse unsupported parameters, and drop the gradient if it was cleared.
+
+    Args:
+        parameter: the parameter of the rows.
+        rows: the rows.
+        is_training: whether the module is in training mode.
 
     Raises:
         UnsupportedCallError: the parameter was replaced, or there is more than one
@@ -261,7 +266,9 @@ def begin_forward(parameter: Tensor, rows: Rows) -> None:
             "`parameter.copy_(...)`. Sharding and `torch.func.functional_call` are not "
             "supported"
         )
-    if _is_distributed() and getattr(parameter, "process_group", None) is None:
+    may_train = is_training or torch.is_grad_enabled()
+    is_alone = getattr(parameter, "process_group", None) is None
+    if may_train and is_alone and _is_distributed():
         raise UnsupportedCallError(
             "sparse adapters train in one process unless gradients of their rows are "
             "averaged between processes: call `meft.average_row_gradients(model)` in "

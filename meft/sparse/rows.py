@@ -140,7 +140,8 @@ class ResidentRows(Rows):
 
     @override
     def choose(self, tokens: Tokens, k: int) -> Callable[[], tuple[Kept, Kept]]:
-        columns = choose(self.store, tokens, k)
+        # Rounded as where tokens are sent to the host.
+        columns = choose(self.store, tokens.to(self.store.transfer_dtype), k)
         return lambda: (columns, columns)
 
     @override

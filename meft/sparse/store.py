@@ -13,6 +13,7 @@ A store is no module and holds no parameter: `meft.sparse.row_parameter` creates
 its memory.
 """
 
+import os
 from dataclasses import asdict
 from typing import Any
 
@@ -21,7 +22,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from meft import mapped_memory
-from meft.errors import ConfigError
+from meft.errors import ConfigError, UnsupportedCallError
 from meft.page_lock import page_locked
 from meft.sparse import adam, idle
 from meft.sparse.adam import RowTable
@@ -53,7 +54,7 @@ class RowStore:
         update: str = "catchup",
         folder: str | None = None,
     ) -> None:
-        self._folder = folder
+        self._folder, self._process = folder, os.getpid()
         # A GPU cannot copy from the memory of a file at once.
         self.rows = page_locked(rows) if folder is None else rows
         self.transfer_dtype = transfer_dtype
@@ -117,14 +118,30 @@ class RowStore:
 
     def zeros(self, dtype: torch.dtype = torch.float32) -> AllRows:
         """Return zeros of the shape of the rows, in the kind of memory they are in."""
-        if self._folder is None:
-            return page_locked(torch.zeros_like(self.rows, dtype=dtype))
-        return mapped_memory.zeros(tuple(self.rows.shape), dtype, self._folder)
+        # Tensors of an evaluation in inference mode could not be trained later.
+        with torch.inference_mode(False):
+            if self._folder is None:
+                made = torch.zeros(
+                    self.rows.shape, dtype=dtype, device=self.rows.device
+                )
+                return page_locked(made)
+            return mapped_memory.zeros(tuple(self.rows.shape), dtype, self._folder)
 
     def _copy(self, rows: AllRows, dtype: torch.dtype) -> AllRows:
-        if self._folder is None:
-            return page_locked(rows.to(dtype, copy=True))
         return self.zeros(dtype).copy_(rows)
+
+    def _refuse_shared(self) -> None:
+        """Raise an error in a fork, which shares the memory of files with its parent.
+
+        Raises:
+            UnsupportedCallError: this process has not made the rows.
+        """
+        if self._folder is not None and os.getpid() != self._process:
+            raise UnsupportedCallError(
+                "rows in files (`SparseConfig.folder`) are shared by the process that "
+                "made them and its forks, so that a change here would be one there, "
+                "too: start processes by `spawn`, or load the model here"
+            )
 
     def to(self, device: torch.device) -> None:
         """Move all tensors to `device`, unless they are there already."""
@@ -172,6 +189,7 @@ class RowStore:
         later steps do not depend on whether this method was called.
         """
         if self._at_last is None and len(self._behind()):
+            self._refuse_shared()
             at_last = self._copy(self.rows, torch.float32)
             everyone = self._everyone()
             self._adam().values(self._table(), everyone, self.rows, everyone)
@@ -183,6 +201,7 @@ class RowStore:
 
         Rows that are set to their current value do not change.
         """
+        self._refuse_shared()
         if rows is not self.rows:
             self.settled()
             self.rows.copy_(rows)
@@ -207,6 +226,7 @@ class RowStore:
         needed.
         """
         assert self.schedule is not None
+        self._refuse_shared()
         self._unsettle()
         table = self._table(self.shadow)
         is_idle = self.update != "lazy"
@@ -290,6 +310,7 @@ class RowStore:
 
     def replace(self, rows: AllRows) -> None:
         """Replace the rows by others, without any effect of earlier steps."""
+        self._refuse_shared()
         self.rows.copy_(rows)
         self._start_again()
 
@@ -332,6 +353,7 @@ class RowStore:
         late = ids[self.shadow_at[ids] != self.updated_at[ids]]
         if not len(late):
             return
+        self._refuse_shared()
         if self._at_last is not None or self._moments is None:
             self.shadow[late] = self.rows[late].to(self.shadow.dtype)
         else:

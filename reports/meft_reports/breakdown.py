@@ -144,8 +144,10 @@ def read(value: Any, where: str, shared: Shared | None = None) -> Breakdown:
         is_sound = False
     if not is_sound:
         raise RecordError(
-            f"{where}: `memory_breakdown` should have rows that add up, with "
-            "`other_bytes`, to `peak_bytes`, as docs/numbers.md defines it"
+            f"{where}: `memory_breakdown` should have the fields "
+            f"{', '.join(field.name for field in fields(Breakdown))}, counts of at "
+            "least 0, and rows that add up, with `other_bytes`, to `peak_bytes`, as "
+            "docs/numbers.md defines it"
         )
     rows = {name: _rows(value[name], shared) for name in ("rows", "saved_rows")}
     found = Breakdown(**{**value, **rows})

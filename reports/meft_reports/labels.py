@@ -11,8 +11,15 @@ import pandas as pd
 
 from meft_reports.format import format_bytes, is_null
 from meft_reports.summary import OPTIONS, PROVENANCE, WORKLOAD, varying
+from meft_reports.text import plural
 
-USUAL = {"weights_dtype": "fp32", "attention": "sdpa", "blocks": "eager"}
+USUAL = {
+    "weights_dtype": "fp32",
+    "attention": "sdpa",
+    "blocks": "eager",
+    "ranks": 1,
+    "parallel": "ddp",
+}
 """Values that are omitted unless other values occur as well."""
 _FLOATS = ("fp32", "bf16", "fp16")
 
@@ -36,6 +43,7 @@ def describe(rows: pd.DataFrame, shown: Collection[str]) -> str:
         "weights_dtype": lambda dtype: f"{dtype} weights",
         "attention": lambda kernel: f"{kernel} attention",
         "blocks": lambda kind: f"{kind} blocks",
+        "ranks": lambda count: plural(int(count), "rank"),
         "batch_size": lambda size: f"batch {size}",
         "seq_len": lambda length: f"{length} tokens",
         "code_sha256": lambda digest: f"code {digest[:8]}",

@@ -27,6 +27,8 @@ WORKLOAD = (
     "device",
     "attention",
     "blocks",
+    "ranks",
+    "parallel",
 )
 """Cell fields that must agree in a comparison: one panel, one table part."""
 

@@ -114,7 +114,7 @@ class FakeNvml:
         self, handle: str, version: int | None = None
     ) -> SimpleNamespace:
         self._check()
-        return SimpleNamespace(used=self.used_bytes)
+        return SimpleNamespace(used=self.used_bytes, free=2**30)
 
     def nvmlDeviceGetFieldValues(
         self, handle: str, fieldIds: list[int]

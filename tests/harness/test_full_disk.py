@@ -83,7 +83,7 @@ def run_limited(num_bytes: int) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("num_bytes", [0, 100, 4000])
+@pytest.mark.parametrize("num_bytes", [0, 100, 6000])
 def test_a_limit_is_met(folder: Path, num_bytes: int) -> None:
     """Before the child's outcome, at the first record, and in the middle of one.
 
@@ -97,7 +97,7 @@ def test_a_limit_is_met(folder: Path, num_bytes: int) -> None:
     assert "run the same command again" in said
     assert "Traceback" not in limited.stderr
     before = ids(FILE) if FILE.exists() else []
-    assert (len(before) > 0) == (num_bytes == 4000)
+    assert (len(before) > 0) == (num_bytes == 6000)
     assert list((folder / "runs" / "mine.logs").glob("*.json*")) == []
     assert cli.main(list(RUN), worker_module="harness.workers.fake_ok") == 0
     after = ids(FILE)

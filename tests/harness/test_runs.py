@@ -346,3 +346,12 @@ def test_what_ran_with_other_code_since_runs_again(
     assert set(runs.done([*records, since], cells, {"cpu": here})) == set(cells[1:])
     again = [*records, since, records[0]]
     assert set(runs.done(again, cells, {"cpu": here})) == set(cells)
+
+
+def test_text_of_others_is_not_taken_for_half_a_record(tmp_path: Path) -> None:
+    """Half a record begins as a record does; other text is not erased."""
+    path = tmp_path / "notes.txt"
+    path.write_text("notes of mine")
+    with pytest.raises(RunsError, match="line 1"):
+        RecordsFile(path)
+    assert path.read_text() == "notes of mine"

@@ -77,7 +77,9 @@ def _of_ranks(
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Case, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         tests = str(Path(__file__).parents[1])
-        patch.setenv("PYTHONPATH", os.pathsep.join([tests, os.environ["PYTHONPATH"]]))
+        patch.setenv(
+            "PYTHONPATH", os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
+        )
         return _of_ranks(FAST, 2, tmp_path_factory.mktemp("ranks"))
 
 

@@ -123,7 +123,7 @@ def test_small_changes_are_summed() -> None:
     ],
 )
 def test_what_is_no_breakdown_is_refused(value: Any) -> None:
-    with pytest.raises(RecordError, match="`memory_breakdown` should have rows"):
+    with pytest.raises(RecordError, match="`memory_breakdown` should have the fields"):
         read(value, "here")
 
 

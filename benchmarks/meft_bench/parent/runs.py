@@ -296,7 +296,9 @@ def _parse(path: Path, lines: BinaryIO, *, lean: bool) -> list[Record]:
         if not line.strip():
             continue
         is_last = not line.endswith(b"\n")
-        if is_last and not _is_json(line):
+        # Of a killed run or, in zeros, of a loss of power: other text is another's.
+        may_be_ours = line.strip(b"\0 \t\r\n")[:1] in (b"", b"{")
+        if is_last and may_be_ours and not _is_json(line):
             lines.seek(-len(line), os.SEEK_CUR)  # half written
             break
         try:

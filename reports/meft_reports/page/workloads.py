@@ -86,6 +86,8 @@ def in_words(fields: dict[str, Any], varying: Sequence[str] = WORKLOAD) -> str:
         parts.append(f"{fields['attention']} attention")
     if fields["blocks"] != USUAL["blocks"]:
         parts.append(f"{fields['blocks']} blocks")
+    if fields["ranks"] != USUAL["ranks"]:
+        parts.append(f"{fields['ranks']} ranks, {fields['parallel']}")
     if fields["device"] != "cpu" or "device" in varying:
         parts.append(fields["device"])
     return " · ".join(map(str, parts))

@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ def table(
         if p.get("seq_len") is not None
     ]
     lines.append(_note(found, margin))
+    lines += _of_times(plans)
     lines += _remarks([plan for plan in plans if plan["by_kind"] is not None])
     if first.dtype == "bf16" and not found.computes_in_bf16:
         lines.append(
@@ -173,6 +175,18 @@ def limit_of(plan: Mapping[str, Any]) -> str:
     return str(plan.get("limit") or "is the most tried")
 
 
+def _of_times(plans: Sequence[dict[str, Any]]) -> list[str]:
+    """Return what the times of a table mean, where something is copied."""
+    if not any(plan.get("h2d_bytes") or plan.get("d2h_bytes") for plan in plans):
+        return []
+    return [
+        "`minimum time` is that of the GPU's arithmetic and memory at the vendor's "
+        "rates; `with copies` also has the link, each phase as long as its slowest "
+        "part. Both are bounds: what the host does (gathering rows, its AdamW) is in "
+        "neither."
+    ]
+
+
 def _remarks(plans: Sequence[dict[str, Any]]) -> list[str]:
     """Return what was assumed or ignored, each once."""
     words = "(?:assumed|not modelled): .*?(?=; assumed: |; not modelled: |$)"
@@ -209,11 +223,10 @@ def details(plan: dict[str, Any]) -> str:
         "at the peak, by block": plan["by_block"],
         "at the peak, by operator": plan["by_operator"],
         "saved for backward, by block": plan["saved_by_block"],
-        "between host and device": {
-            f"{m['direction']} {m['phase']} {m['block']}": m["num_bytes"]
-            for m in plan["moved"] or ()
-            if m["num_bytes"]
-        },
+        "between host and device, by phase": _moved(plan, "direction", "phase"),
+        "between host and device, by block": _moved(
+            plan, "direction", "phase", "block"
+        ),
     }
     for title, parts in sums.items():
         shown = dict(list(parts.items())[:NUM_SHOWN])
@@ -245,6 +258,15 @@ def details(plan: dict[str, Any]) -> str:
         ]
     )
     return "\n".join(lines)
+
+
+def _moved(plan: Mapping[str, Any], *names: str) -> dict[str, int]:
+    """Return the copied bytes of a plan, summed by some of their fields."""
+    sums: Counter[str] = Counter()
+    for part in plan["moved"] or ():
+        if part["num_bytes"]:
+            sums[" ".join(part[name] for name in names)] += part["num_bytes"]
+    return dict(sums)
 
 
 def write_timeline(plans: Sequence[dict[str, Any]], path: Path) -> None:
