@@ -144,7 +144,7 @@ def test_a_killed_rank_ends_the_cell(
     """The other one, which waits for it, is ended."""
     record = run("fake_rank_killed")
     assert record.status == Status.KILLED
-    assert record.message.startswith("SIGKILL")
+    assert record.message.startswith("rank 1 of 2: SIGKILL")
     assert record.log_tail is not None
     assert record.log_tail.splitlines()[-1] == "rank 1 of 2 was ended by signal 9"
     assert [path.suffix for path in tmp_path.iterdir()] == [".log"]

@@ -26,6 +26,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -328,7 +329,10 @@ def _ending(out: Path, log: Path, code: int | None, timeout_seconds: float) -> O
     if code is None:
         return _failure(Status.TIMEOUT, f"still running after {timeout_seconds:g} s")
     if code < 0:
-        return _failure(Status.KILLED, child_process.describe_signal(-code))
+        of_rank = re.match(r"rank \d+ of \d+", logs.last_line(log) or "")
+        prefix = f"{of_rank[0]}: " if of_rank else ""
+        why = child_process.describe_signal(-code)
+        return _failure(Status.KILLED, f"{prefix}{why}")
     last = logs.last_line(log) or f"exit status {code}, and an empty log"
     if code == outcome.EXIT_UNWRITTEN:
         free = format_bytes(shutil.disk_usage(out.parent).free)
