@@ -36,6 +36,7 @@ def of_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_processes_end_with_the_same_rows(kind: str, of_two: list[Any]) -> None:
     """In every bit, also where rows of one had other values before."""
@@ -46,6 +47,7 @@ def test_processes_end_with_the_same_rows(kind: str, of_two: list[Any]) -> None:
             assert torch.equal(tensor, second[part][name]), (part, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_those_of_one_process(kind: str, of_two: list[Any]) -> None:
     """In every bit: it adds the gradients of both batches in the same order. Where each

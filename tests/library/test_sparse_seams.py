@@ -19,6 +19,7 @@ from library.sparse import (
     sparse_model,
     train,
 )
+from marks import slow_but_for
 from meft.errors import HostMemoryError, UnsupportedCallError, UnsupportedModelError
 from meft.sparse.adapter import sparse_adapters
 
@@ -56,7 +57,7 @@ def test_a_prefetch_never_lands_in_the_slots_of_others(
     assert after_failures("mlp", blocks, cache=cache) == wanted
 
 
-@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("window", slow_but_for([1, 4], 1))
 def test_a_step_while_rows_are_on_their_way(window: int) -> None:
     """Blocks run alone before a step, which clears the cache."""
 
