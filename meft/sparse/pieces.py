@@ -19,7 +19,7 @@ the place of all other numbers.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -47,6 +47,7 @@ class Choice:
     """Which of these to include; None for all."""
 
 
+@runtime_checkable
 class Piece(Protocol):
     """Some rows, and products with the part of a choice that refers to them."""
 
