@@ -415,11 +415,37 @@ def build_trials() -> list[Record]:
     return [*trials, build_record(learning_rate=1e-3, score=0.55, **shape)]
 
 
+def build_facts() -> list[Record]:
+    """Facts that two methods recall, with the bytes on the device of what trains."""
+    return [
+        build_record(
+            method=method,
+            task="facts-random",
+            seed=seed,
+            score=score,
+            score_name="exact_recall",
+            second_score=0.75,
+            second_score_name="token_accuracy",
+            third_score=0.8,
+            third_score_name="share_of_bits",
+            recalled_bits=288 * 100,
+            trainable_device_bytes=size * 2**20,
+            guard_start_perplexity=20.0,
+            guard_perplexity=21.0,
+        )
+        for method, size, score in (
+            ("sparse-experts-frozen", 100, 0.7),
+            ("lora-all", 104, 0.5),
+        )
+        for seed in (0, 1)
+    ]
+
+
 def build_all() -> list[Record]:
     """All of the runs above, of which every figure and table can be made."""
     parts = (build_matrix, build_depth, build_quality, build_traffic, build_knowledge)
     others = (build_prediction, build_headline, build_longest, build_trials)
-    return [record for build in (*parts, *others) for record in build()]
+    return [r for build in (*parts, *others, build_facts) for r in build()]
 
 
 @pytest.fixture(scope="module")
