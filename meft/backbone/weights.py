@@ -27,5 +27,7 @@ def refuse_without_derivative(model: nn.Module) -> None:
                 "gradient on to their input, so that nothing below them would learn. "
                 "For 4 bits, load the model with "
                 '`BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`; '
-                "for 8 bits, with torchao's `Int8WeightOnlyConfig`"
+                "for 8 bits, with torchao's `Int8WeightOnlyConfig`. Its "
+                "`IntxWeightOnlyConfig` trains with weights of 4 bits, too, of which "
+                "each takes a byte"
             )

@@ -27,6 +27,18 @@ def int8(model: Any) -> Any:
     return model
 
 
+def int4(model: Any) -> Any:
+    """Weights of 4 bits, by torchao, of which each takes a byte."""
+    torchao: Any = pytest.importorskip("torchao.quantization", reason="no torchao")
+    granularity: Any = pytest.importorskip("torchao.quantization.granularity")
+    model = nn.Module.to(model, torch.bfloat16)
+    config = torchao.IntxWeightOnlyConfig(
+        weight_dtype=torch.int4, granularity=granularity.PerAxis(0)
+    )
+    torchao.quantize_(model.base_model, config)
+    return model
+
+
 def nf4(model: Any) -> Any:
     """Weights of 4 bits, by bitsandbytes."""
     bnb: Any = pytest.importorskip("bitsandbytes", reason="no bitsandbytes")
@@ -52,7 +64,7 @@ def nf4(model: Any) -> Any:
 
 @pytest.mark.filterwarnings("ignore")  # what the libraries say when they are imported
 @pytest.mark.parametrize("case", [LLAMA, BERT], ids=lambda case: case.kind)
-@pytest.mark.parametrize("quantised", [int8, nf4])
+@pytest.mark.parametrize("quantised", [int8, int4, nf4])
 @pytest.mark.parametrize("config", ["meft1", "meft3", "lora"])
 def test_gradients_are_the_twins(
     case: Case, quantised: Callable[[Any], Any], config: str
