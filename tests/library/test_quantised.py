@@ -33,7 +33,8 @@ def int4(model: Any) -> Any:
     granularity: Any = pytest.importorskip("torchao.quantization.granularity")
     model = nn.Module.to(model, torch.bfloat16)
     config = torchao.IntxWeightOnlyConfig(
-        weight_dtype=torch.int4, granularity=granularity.PerAxis(0)
+        weight_dtype=vars(torch)["int4"],  # torch's stubs lack it
+        granularity=granularity.PerAxis(0),
     )
     torchao.quantize_(model.base_model, config)
     return model

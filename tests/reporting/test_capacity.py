@@ -8,8 +8,8 @@ import pytest
 from scipy.special import stdtrit
 
 from meft_reports.frame import to_frame
+from meft_reports.intervals import holm
 from meft_reports.tables import find_tables
-from meft_reports.tables.capacity import holm
 from reporting.kinds import MakeRecord, Record
 
 

@@ -22,7 +22,7 @@ from meft_reports.format import (
     format_ratio,
     format_score,
 )
-from meft_reports.intervals import over_seeds
+from meft_reports.intervals import holm, over_seeds
 from meft_reports.labels import describe, fields_to_show, option_label
 from meft_reports.rivals import MARGIN, has_equal_memory, is_held_against, is_rival
 from meft_reports.summary import (
@@ -176,18 +176,3 @@ def _pairs(one: _Arm, every: Sequence[_Arm]) -> list[tuple[str, ...]]:
 
 def _value(one: _Arm, name: str) -> Any:
     return one.rows[name].iloc[0]
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted by Holm's method, in the same order.
-
-    Args:
-        values: p-values of tests of which none should be wrong by chance.
-    """
-    order = sorted(range(len(values)), key=values.__getitem__)
-    found = [1.0] * len(values)
-    largest = 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
-        found[index] = largest
-    return found

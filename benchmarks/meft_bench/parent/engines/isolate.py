@@ -285,6 +285,12 @@ def child_environment(
     They are the parent's, and settings that make runs reproducible. A real GPU is
     hidden from cells of other devices: it cannot be combined with a virtual one, and is
     of no use to a CPU.
+
+    Args:
+        options: options of the child.
+        device: the device of its cell.
+        gpu: UUIDs of the GPUs that it sees, separated by commas; "" for those of this
+            process.
     """
     variables = {
         **os.environ,
