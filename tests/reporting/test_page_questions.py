@@ -66,6 +66,23 @@ def test_a_prediction_would_fit(make_record: MakeRecord) -> None:
     assert text.endswith("with meft1-exact, 9.0 GiB.")
 
 
+def test_settings_that_do_not_count_are_named(make_record: MakeRecord) -> None:
+    """Those with an assumed share of neurons, which may need more."""
+    records = run_of(make_record, {"full": 12}, device="cuda")
+    records += run_of(make_record, {"sparse": 30}, device="cuda", active_fraction=0.5)
+    text = fitting(records)
+    assert "Every setting, but for 1 setting with an assumed share of neurons," in text
+
+
+def test_every_setting_is_every_one_of_every_place(make_record: MakeRecord) -> None:
+    """A method that fits with one version of the code may not fit with another."""
+    records = run_of(make_record, {"full": 12}, device="cuda", num_slots=1)
+    records += run_of(make_record, {"full": 30}, device="cuda", num_slots=2)
+    for index, record in enumerate(records):
+        record["cell_id"] += f"/{index}"
+    assert "Every setting" not in fitting(records)
+
+
 def test_reserved_memory_counts_where_it_is_known(make_record: MakeRecord) -> None:
     records = run_of(
         make_record, {"full": 22.9}, device="cuda", peak_reserved_bytes=USABLE_BYTES + 1

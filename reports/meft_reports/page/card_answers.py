@@ -19,6 +19,7 @@ from meft_reports.methods import REFERENCE, is_exact, is_stored
 from meft_reports.page.cells import is_assumed, is_predicted, is_untrained
 from meft_reports.page.settings import Setting
 from meft_reports.summary import WORKLOAD
+from meft_reports.text import plural
 
 CARD = "24 GB"
 USABLE_BYTES = 23 * 2**30
@@ -37,6 +38,7 @@ class _Peak(NamedTuple):
 def fits_card(settings: Sequence[Setting]) -> list[Markup]:
     """Say how many workloads fit by which method, and which is the largest."""
     peaks = _peaks(settings)
+    every = [peak for setting in settings if (peak := _peak(setting)) is not None]
     known = [peak for its in peaks.values() for peak in its.values()]
     if not known:
         return []
@@ -50,12 +52,15 @@ def fits_card(settings: Sequence[Setting]) -> list[Markup]:
                 "Nothing of this run {} in a GPU of {}; {} on {} {} least, {}."
             ).format(word, CARD, _code(least), _title(least), need, _size(least))
         ]
-    if len(fitting) == len(known):
-        most = max(known, key=lambda peak: peak.num_bytes)
+    if all(peak.fits for peak in every):
+        most = max(every, key=lambda peak: peak.num_bytes)
         return [
             Markup(
-                "Every setting {} in a GPU of <b>{}</b>; {} on {} {} most, {}."
-            ).format(word, CARD, _code(most), _title(most), need, _size(most))
+                "Every setting{} {} in a GPU of <b>{}</b>; {} on {} {} most, {}."
+            ).format(
+                _but_for_assumed(settings),
+                *(word, CARD, _code(most), _title(most), need, _size(most)),
+            )
         ]
     largest = max(fitting, key=lambda peak: (_rests(peak), -peak.num_bytes))
     counts: list[Markup] = []
@@ -81,6 +86,13 @@ def fits_card(settings: Sequence[Setting]) -> list[Markup]:
             _size(largest),
         )
     ]
+
+
+def _but_for_assumed(settings: Sequence[Setting]) -> str:
+    """Return which settings a sentence on every setting is not about, in words."""
+    count = sum(setting.has(is_assumed) for setting in settings)
+    which = plural(count, "setting")
+    return f", but for {which} with an assumed share of neurons," if count else ""
 
 
 def _peaks(settings: Sequence[Setting]) -> dict[Any, dict[str, _Peak]]:
