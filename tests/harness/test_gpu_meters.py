@@ -5,6 +5,8 @@ import inspect
 import itertools
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +34,15 @@ from meft_bench.shared.source import Source
 
 OWN = os.getpid()
 NOT_SUPPORTED = pynvml.NVML_ERROR_NOT_SUPPORTED
+
+
+@pytest.fixture
+def stranger() -> Iterator[int]:
+    """The id of a process that leads a session of its own."""
+    its = [sys.executable, "-c", "input()"]
+    with subprocess.Popen(its, stdin=subprocess.PIPE, start_new_session=True) as found:
+        yield found.pid
+        found.kill()
 
 
 @contextlib.contextmanager
@@ -395,14 +406,13 @@ def foreign(
     return counter.most
 
 
-def test_processes_of_other_sessions_are_foreign() -> None:
+def test_processes_of_other_sessions_are_foreign(stranger: int) -> None:
     """Those of this session are the cell's own; at most two were there at a time."""
     alone: dict[int, int | None] = {OWN: 10}
-    init = 1  # leads a session of its own
     assert foreign(FakeNvml(), alone) == Reading(0)
-    assert foreign(FakeNvml(), alone, {OWN: 10, init: 5}, alone) == Reading(1)
-    two: dict[int, int | None] = {OWN: 10, init: 5, 2**22 + 1: 7}
-    assert foreign(FakeNvml(), alone, two, {OWN: 10, init: 5}) == Reading(2)
+    assert foreign(FakeNvml(), alone, {OWN: 10, stranger: 5}, alone) == Reading(1)
+    two: dict[int, int | None] = {OWN: 10, stranger: 5, 2**22 + 1: 7}
+    assert foreign(FakeNvml(), alone, two, {OWN: 10, stranger: 5}) == Reading(2)
 
 
 def test_a_container_hides_who_is_foreign_unless_it_was_there_before() -> None:
@@ -532,9 +542,9 @@ def test_a_cell_without_one_query_has_all_other_numbers(name: str) -> None:
 
 
 @pytest.mark.usefixtures("cuda")
-def test_a_foreign_process_contaminates_a_record() -> None:
+def test_a_foreign_process_contaminates_a_record(stranger: int) -> None:
     """It is counted, and the record says what that means."""
-    partial = watch(FakeNvml(processes={1: 10}))
+    partial = watch(FakeNvml(processes={stranger: 10}))
     assert partial.measurement.num_foreign_processes == 1
     assert remarks(partial.measurement).startswith(
         "contaminated: another process was on the GPU"
@@ -560,9 +570,10 @@ def test_without_nvml_every_number_has_the_reason(
 @pytest.mark.usefixtures("cuda")
 def test_a_cell_that_fails_still_says_who_was_there(
     monkeypatch: pytest.MonkeyPatch,
+    stranger: int,
 ) -> None:
     """Out of memory may be the fault of the other process."""
-    fake, partial = FakeNvml(processes={1: 10, OWN: 600}), PartialResult()
+    fake, partial = FakeNvml(processes={stranger: 10, OWN: 600}), PartialResult()
     properties = type("Properties", (), {"uuid": "1234"})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(nvml, "load", lambda: Reading(fake))
