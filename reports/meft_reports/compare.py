@@ -48,7 +48,7 @@ COLUMNS = (
 SCORE = "score"
 NOISY = ("peak_host_bytes",)
 LEAST_STEPS = 6
-"""Number of steps on each side below which times are not told apart."""
+"""Number of steps on each side below which times are not tested."""
 MOST_CHANCE = 0.05
 NUM_RESAMPLES = 2_000
 TAILS = (0.025, 0.975)
@@ -249,7 +249,7 @@ def _refused(cell: PairedCell) -> tuple[str, str, str] | None:
 
 
 def _doubt(cell: PairedCell) -> str:
-    """Return why two times cannot be told apart; empty if they can be."""
+    """Return why a difference of two times may be noise; else empty."""
     if differing := _other_place(cell):
         return f"another {differing}"
     steps = _steps(cell.before), _steps(cell.after)

@@ -147,9 +147,9 @@ def test_what_counts_as_a_difference(make_record: MakeRecord) -> None:
     ]
     text = counted(records)
     assert "Bytes are counted, so a difference needs no test." in text
-    assert "Scores: 1 of 1 pair on the same seeds told apart." in text
+    assert "Scores: 1 of 1 pair on the same seeds differs significantly." in text
     assert "Times: none was timed in turns, so compare none." in text
-    assert "too few seeds to tell any two apart" in counted(records[::3])
+    assert "too few seeds to test any difference" in counted(records[::3])
     timed = make_record(method="lora", reference="full", step_ratio=1.1)
     assert "compare those timed in turns only" in counted([timed])
 

@@ -168,7 +168,7 @@ def test_a_tie_is_not_told_apart(make_record: MakeRecord) -> None:
     records += scored(make_record, "full", [0.81, 0.73, 0.85])
     text = answers(records)
     assert "lora has the highest mean score, 0.800" in text
-    assert "but the run does not tell it apart from full (0.797)" in text
+    assert "which is not significantly different from full (0.797)" in text
     assert "equal" not in text.replace("equal memory", "")
 
 
@@ -185,15 +185,24 @@ def test_meft_is_held_against_the_best_of_those_that_take_no_more(
     found = answers(equal_memory(make_record))
     assert (
         "Against the best other method that takes no more memory: meft1-exact is not "
-        "told apart from lora-checkpointing (+0.077, "
+        "significantly different from lora-checkpointing (+0.077, "
     ) in found
+
+
+def test_equal_scores_have_no_winner(make_record: MakeRecord) -> None:
+    for scores, seeds in (([0.0, 0.0], "two"), ([0.0], "one")):
+        records = scored(make_record, "lora", scores)
+        records += scored(make_record, "full", scores)
+        text = answers(records)
+        assert "all of 2 settings have the same score, 0.000." in text, seeds
+        assert "highest" not in text
 
 
 def test_one_seed_tells_nothing_apart(make_record: MakeRecord) -> None:
     records = [
         make_record(method=m, score=s) for m, s in (("lora", 0.8), ("full", 0.9))
     ]
-    assert "full has the highest score, 0.900, of one seed: nothing is told" in answers(
+    assert "full has the highest score, 0.900, of one seed: no difference" in answers(
         records
     )
 

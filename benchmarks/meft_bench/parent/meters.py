@@ -101,19 +101,22 @@ BY_TORCH = {
     "profiled copies": ("profiled_h2d_bytes", "profiled_d2h_bytes"),
 }
 """Meters of a GPU that torch has, with their numbers."""
+ALL = "all of a GPU"
+"""Stands for the meters of both kinds where there is no GPU."""
 
 
 def states() -> Iterator[tuple[str, str]]:
     """Yield the name of each meter, and `yes: NUMBERS` or `no: REASON`."""
     yield "host peak", _host_peak()
     gpus = environment.gpus()
-    why_none = "" if gpus else f"no GPU: {_why_no_gpu()}"
-    torch_version = distributions.installed("torch")
+    if not gpus:
+        yield ALL, f"no: no GPU: {_why_no_gpu()}"
+        return
+    why_no_cuda = _why_no_cuda(distributions.installed("torch"))
     for name, numbers in BY_TORCH.items():
-        reason = why_none or _why_no_cuda(torch_version)
-        yield name, f"no: {reason}" if reason else _yes(numbers)
+        yield name, f"no: {why_no_cuda}" if why_no_cuda else _yes(numbers)
     for meter in METERS:
-        yield meter.name, f"no: {why_none}" if why_none else _on_all(meter, gpus)
+        yield meter.name, _on_all(meter, gpus)
 
 
 def _why_no_gpu() -> str:

@@ -3,8 +3,8 @@
 A score has two sources of randomness, seeds and evaluated rows, and the interval is
 over both where it is known what each row contributes, otherwise over seeds. A setting
 is *ahead* of another if the test excludes a difference of 0 at 5 %, corrected by Holm's
-method for the number of settings that are compared with the same one. Otherwise the run
-does not tell them apart; they are never said to be equal.
+method for the number of settings that are compared with the same one. Otherwise there
+is no significant difference; they are never said to be equal.
 """
 
 from collections.abc import Sequence
@@ -28,6 +28,7 @@ from meft_reports.page.settings import Setting
 from meft_reports.summary import OPTIONS
 
 LEVEL = 0.05
+TIE = "no significant difference"
 _OF_METHODS = {name for method in TABLE.values() for name in method.options}
 MUST_AGREE = tuple(
     name
@@ -54,9 +55,9 @@ class PairedDifference:
 
     @property
     def verdict(self) -> str:
-        """`ahead`, `behind` or `not told apart`."""
+        """`ahead`, `behind` or `TIE`."""
         if self.p >= LEVEL:
-            return "not told apart"
+            return TIE
         return "ahead" if self.interval.mean > 0 else "behind"
 
     def to_json(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from markupsafe import Markup
 from meft_reports.methods import is_exact, is_stored
 from meft_reports.page.cells import is_trained
 from meft_reports.page.opening import opening_workload
-from meft_reports.page.pairs import PairedDifference
+from meft_reports.page.pairs import TIE, PairedDifference
 from meft_reports.page.settings import Setting
 from meft_reports.text import plural
 
@@ -20,15 +20,19 @@ def differences_that_count(
     if any(setting.numbers["peak_allocated_bytes"] for setting in settings):
         found.append(Markup("Bytes are counted, so a difference needs no test."))
     num_pairs = len(_once(pairs))
-    num_apart = len(_once([pair for pair in pairs if pair.verdict != "not told apart"]))
+    num_apart = len(_once([pair for pair in pairs if pair.verdict != TIE]))
     if num_pairs:
         found.append(
-            Markup("Scores: <b>{} of {}</b> on the same seeds told apart.").format(
-                f"{num_apart:,}", plural(num_pairs, "pair")
+            Markup(
+                "Scores: <b>{} of {}</b> on the same seeds {} significantly."
+            ).format(
+                f"{num_apart:,}",
+                plural(num_pairs, "pair"),
+                "differs" if num_pairs == 1 else "differ",
             )
         )
     elif any(s.numbers["score"] is not None and s.has(is_trained) for s in settings):
-        found.append(Markup("Scores: too few seeds to tell any two apart."))
+        found.append(Markup("Scores: too few seeds to test any difference."))
     if any(setting.numbers["step_ratio"] is not None for setting in settings):
         found.append(Markup("Times: compare those timed in turns only."))
     elif any(setting.numbers["step_seconds"] is not None for setting in settings):

@@ -1,4 +1,4 @@
-"""Sentences on scores: what is best, not told apart, and best at equal memory."""
+"""Sentences on scores: what is best, what ties with it, what is best at a memory."""
 
 from collections.abc import Callable, Sequence
 
@@ -60,6 +60,8 @@ def front_of(settings: Sequence[Setting]) -> list[Setting]:
 
 def _best(several: Sequence[Setting], pairs: Sequence[PairedDifference]) -> Markup:
     top = max(several, key=_score)
+    if all(_score(s) == _score(top) for s in several):
+        return _equal(several)
     verdicts = {
         id(pair.setting): pair
         for pair in pairs
@@ -74,7 +76,7 @@ def _best(several: Sequence[Setting], pairs: Sequence[PairedDifference]) -> Mark
     if majority is not None:
         text += Markup(" (most frequent answer: {})").format(format_score(majority))
     if ties:
-        text += Markup(", but the run does not tell it apart from {}").format(
+        text += Markup(", which is not significantly different from {}").format(
             _list(ties, lambda s: format_score(_score(s)))
         )
     if behind:
@@ -86,11 +88,19 @@ def _best(several: Sequence[Setting], pairs: Sequence[PairedDifference]) -> Mark
     return text + "."
 
 
+def _equal(its: Sequence[Setting]) -> Markup:
+    return Markup("<b>{}</b>: all of {} have the same score, {}.").format(
+        its[0].workload.title, plural(len(its), "setting"), format_score(_score(its[0]))
+    )
+
+
 def _one_seed(its: Sequence[Setting]) -> Markup:
     top = max(its, key=_score)
+    if len(its) > 1 and all(_score(s) == _score(top) for s in its):
+        return _equal(its)
     return Markup(
-        "<b>{}</b>: <code>{}</code> has the highest score, {}, of one seed: nothing is "
-        "told apart."
+        "<b>{}</b>: <code>{}</code> has the highest score, {}, of one seed: no "
+        "difference can be tested."
     ).format(top.workload.title, top.name, format_score(_score(top)))
 
 
@@ -112,7 +122,7 @@ def _front(its: Sequence[Setting], pairs: Sequence[PairedDifference]) -> Markup 
                 format_bytes(setting.numbers["peak_allocated_bytes"]),
                 setting.name,
                 format_score(_score(setting)),
-                " (not told apart from the one before)" if tie else "",
+                " (no significant difference from the one before)" if tie else "",
             )
         )
     if len(parts) > MOST_NAMES:
@@ -159,7 +169,7 @@ def _verdict(pair: PairedDifference) -> Markup:
     return Markup("<code>{}</code> {} <code>{}</code> ({:+.3f}{})").format(
         pair.setting.name,
         {"ahead": "is ahead of", "behind": "is behind"}.get(
-            pair.verdict, "is not told apart from"
+            pair.verdict, "is not significantly different from"
         ),
         pair.against.name,
         pair.interval.mean,

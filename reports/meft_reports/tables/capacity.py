@@ -66,7 +66,7 @@ NOTES_ON_PAIRS = (
     f"Other methods that take at most {MARGIN:g} times the bytes on the device. "
     "Intervals of 95 % and p-values of a paired t-test over seeds; p-values are "
     "adjusted by Holm's method for the comparisons of one method. Where 0 lies in an "
-    "interval, the two are not told apart.",
+    "interval, the difference is not significant.",
 )
 EQUAL = ("train_rows", "eval_rows", "max_steps", "accumulation")
 """Fields that two arms must agree in: the same facts, and as many exposures."""

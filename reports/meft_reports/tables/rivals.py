@@ -59,7 +59,8 @@ NOTES = (
     f"The best rival is the one with the highest mean score of those that take at most "
     f"{MARGIN:g} times the memory; it is chosen by these scores, which favors it a "
     "little. Intervals of 95 % are over seeds and evaluated rows together, or over "
-    "seeds where rows are not known. Where 0 lies in one, the two are not told apart.",
+    "seeds where rows are not known. Where 0 lies in one, the difference is not "
+    "significant.",
 )
 NEEDS = (
     "scores and peaks of a method of MEFT and of another method, with two seeds in "

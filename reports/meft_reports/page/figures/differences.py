@@ -1,12 +1,13 @@
 """Paired differences of scores as a forest plot."""
 
 from meft_reports.page.figures.figure import ZERO, Figure, css, names, quantity, tooltip
+from meft_reports.page.pairs import TIE
 
 _COLOR = {
     "field": "verdict",
     "type": "nominal",
     "scale": {
-        "domain": ["ahead", "behind", "not told apart"],
+        "domain": ["ahead", "behind", TIE],
         "range": [css("good"), css("bad"), css("muted")],
     },
     "legend": {"title": None, "orient": "bottom"},
@@ -14,7 +15,7 @@ _COLOR = {
 _SHAPE = {
     **_COLOR,
     "scale": {
-        "domain": ["ahead", "behind", "not told apart"],
+        "domain": ["ahead", "behind", TIE],
         "range": ["triangle-right", "triangle-left", "circle"],
     },
 }
@@ -26,7 +27,7 @@ FIGURE = Figure(
     about="Bars are intervals of 95 % over seeds and evaluated rows together, or over "
     "seeds where rows are not known; pairs without an interval are left out. Colored "
     "only where the test excludes 0 after "
-    "Holm's correction; otherwise the run does not tell the two apart.",
+    "Holm's correction; otherwise there is no significant difference.",
     rows="pairs",
     controls=("against",),
     value="difference",
