@@ -9,7 +9,7 @@ which neurons are summed. Padding tokens choose no neurons and get 0.
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from meft.backbone.proof import Proven
 from meft.errors import UnsupportedCallError
 from meft.sparse import choice, router
 from meft.sparse.block_neurons import ActivityCounts, BlockNeurons
-from meft.sparse.choice import Begun
+from meft.sparse.choice import Begun, EarlyChoice
 from meft.sparse.config import SparseConfig
 from meft.sparse.row_parameter import begin_forward, row_parameter
 from meft.sparse.rows import Rows, Tokens
@@ -49,7 +49,7 @@ class Padding(NamedTuple):
         keep = mask.flatten().nonzero()[:, 0]
         return cls(keep, mask.numel()) if len(keep) < mask.numel() else None
 
-    def places(self, hidden: Features) -> Int[Tensor, " kept"]:
+    def places(self, hidden: Tensor) -> Int[Tensor, " kept"]:
         """Return `keep` on the device of a batch.
 
         Raises:
@@ -64,12 +64,34 @@ class Padding(NamedTuple):
         return self.keep.to(hidden.device)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """What the adapters of a model know of the batch that it runs."""
+
+    padding: Padding | None = None
+    """Which tokens are no padding; None if all are."""
+    chosen_by: dict["SparseAdapter", "SparseAdapter"] = field(default_factory=dict)
+    """The adapter at whose input the experts of another one are chosen."""
+    early: dict["SparseAdapter", EarlyChoice] = field(default_factory=dict)
+    """Experts that have been chosen before the turn of their adapter."""
+
+    def chosen_at(self, adapter: "SparseAdapter") -> Iterator["SparseAdapter"]:
+        """Iterate over the adapters whose experts are to be chosen at this one."""
+        for later, earlier in self.chosen_by.items():
+            if earlier is adapter and later not in self.early:
+                yield later
+
+
+NO_BATCH = Batch()
+"""What a block knows that runs without its model."""
+
+
 @dataclass
 class SharedState:
-    """Data about the current batch that all adapters of a model share."""
+    """Data that all adapters of a model share."""
 
-    paddings: dict[int, Padding] = field(default_factory=dict)
-    """Which tokens are no padding, by thread; without an entry, there is none."""
+    batches: dict[int, Batch] = field(default_factory=dict)
+    """The current batch, by thread."""
     had_peft_layers: bool = False
     """Whether peft had been applied to the model before the conversion."""
     has_warned_of_frozen: bool = False
@@ -78,19 +100,19 @@ class SharedState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state to copy or pickle; a copy compares its own blocks."""
-        return {**self.__dict__, "proven": {}, "paddings": {}}
+        return {**self.__dict__, "proven": {}, "batches": {}}
 
     @property
-    def padding(self) -> Padding | None:
-        """The padding of the batch that this thread runs."""
-        return self.paddings.get(threading.get_ident())
+    def batch(self) -> Batch:
+        """The batch that this thread runs."""
+        return self.batches.get(threading.get_ident(), NO_BATCH)
 
-    @padding.setter
-    def padding(self, padding: Padding | None) -> None:
-        if padding is None:
-            self.paddings.pop(threading.get_ident(), None)
+    @batch.setter
+    def batch(self, batch: Batch | None) -> None:
+        if batch is None:
+            self.batches.pop(threading.get_ident(), None)
         else:
-            self.paddings[threading.get_ident()] = padding
+            self.batches[threading.get_ident()] = batch
 
 
 class SparseAdapter(nn.Module):
@@ -128,7 +150,7 @@ class SparseAdapter(nn.Module):
 
     def bind(self) -> "OnBatch":
         """Return a function that runs the adapter on the current batch, also later."""
-        return OnBatch(self, self.shared.padding)
+        return OnBatch(self, self.shared.batch)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseAdapter":
         """Apply `to(...)`, `half()` and the like to all tensors except the neurons."""
@@ -173,63 +195,109 @@ class SparseAdapter(nn.Module):
     def forward(
         self,
         hidden: Features,
-        padding: Padding | None = None,
+        batch: Batch = NO_BATCH,
         begun: Begun | None = None,
     ) -> Features:
         """Return the weighted sum of the values of the chosen neurons.
 
         Args:
             hidden: the input of the block's feed-forward, `*shape hidden`.
-            padding: which tokens are no padding; None if there is no padding.
+            batch: what is known of the batch; by default, that it has no padding.
             begun: what `begin` returned for the same input; None to begin now.
 
         Returns:
             The output, of the shape and dtype of `hidden`; 0 for padding.
         """
         if begun is None:
-            begun = self.begin(hidden, padding)
+            begun = self.begin(hidden, batch)
         function = FUNCTIONS[self.config.semantics]
         with torch.autocast(hidden.device.type, enabled=False):
             out = function(begun, self.neurons, self.block_neurons).to(hidden.dtype)
-        if padding is None:
+        if batch.padding is None:
             return out.view_as(hidden)
         whole = torch.zeros_like(hidden).flatten(0, -2)
-        return whole.index_copy(0, padding.places(hidden), out).view_as(hidden)
+        return whole.index_copy(0, batch.padding.places(hidden), out).view_as(hidden)
 
     @torch.compiler.disable(reason="its rows are chosen and moved by plain Python")  # type: ignore[untyped-decorator]
-    def begin(self, hidden: Features, padding: Padding | None = None) -> Begun:
+    def begin(self, hidden: Features, batch: Batch = NO_BATCH) -> Begun:
         """Start to find out which rows a batch needs, without waiting.
 
         Args:
             hidden: the input of the block's feed-forward, `*shape hidden`.
-            padding: which tokens are no padding; None if there is no padding.
+            batch: what is known of the batch; by default, that it has no padding.
+
+        Raises:
+            UnsupportedCallError: the experts are chosen at an earlier block, which has
+                not run on this batch.
         """
         refuse_func("a sparse adapter")
         refuse_recording(
             "which neurons of a sparse adapter answer depends on the batch"
         )
         tokens = hidden.flatten(0, -2)
-        if padding is not None:
-            tokens = tokens[padding.places(hidden)]
+        if batch.padding is not None:
+            tokens = tokens[batch.padding.places(hidden)]
         # 16-bit products are used on devices that have hardware for them.
         is_cpu = tokens.device.type == "cpu"
         compute = torch.float32 if is_cpu else self.rows.store.transfer_dtype
         self.rows.begin_batch(tokens.device)
         begin_forward(self.neurons, self.rows, is_training=self.training)
         with torch.autocast(tokens.device.type, enabled=False):
-            experts, gates = self._experts_of(tokens)
-            return choice.begin(self.block_neurons, tokens.to(compute), gates, experts)
+            early = self._early(batch, len(tokens))
+            experts, gates = self._experts_of(tokens, early)
+            begun = choice.begin(
+                self.block_neurons,
+                tokens.to(compute),
+                gates,
+                experts,
+                None if early is None else early.candidates,
+            )
+            for later in batch.chosen_at(self):
+                batch.early[later] = later.choose_early(tokens.detach())
+        return begun
 
-    def _experts_of(self, tokens: Tokens) -> tuple[Tensor | None, Tensor | None]:
+    def choose_early(self, tokens: Tokens) -> EarlyChoice:
+        """Choose experts by tokens at an earlier block, and send them to the host."""
+        assert self.router is not None
+        tokens = tokens.to(self.router.device)
+        logits = functional.linear(tokens.float(), self.router.detach().float())
+        experts = router.top(logits, self.config.top_k_experts)
+        candidates = choice.candidates_of(self.block_neurons, experts)
+        self.rows.expect(candidates)
+        return EarlyChoice(experts=experts, candidates=candidates)
+
+    def _early(self, batch: Batch, num_tokens: int) -> EarlyChoice | None:
+        """Return what was chosen at an earlier block; None if this one chooses."""
+        is_first = bool(batch.chosen_by) and self not in batch.chosen_by
+        if not self.config.lookahead or is_first:
+            return None
+        early = batch.early.get(self)
+        if early is None or len(early.experts) != num_tokens:
+            raise UnsupportedCallError(
+                f"this block's experts are chosen {self.config.lookahead} blocks "
+                "before it (`SparseConfig.lookahead`), where this batch has not been: "
+                "run the whole model, or add sparse adapters with `lookahead=0`"
+            )
+        return early
+
+    def _experts_of(
+        self, tokens: Tokens, early: EarlyChoice | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Return the experts of each token and their gates; None where there are none.
 
         Args:
             tokens: h, `tokens hidden`.
+            early: the experts, if they were chosen at an earlier block.
         """
         if self.router is None:
             return None, None
+        if early is not None and not self.config.is_gated:
+            return early.experts, None
         logits = functional.linear(tokens.float(), self.router.float())
-        experts = router.top(logits.detach(), self.config.top_k_experts)
+        if early is None:
+            experts = router.top(logits.detach(), self.config.top_k_experts)
+        else:
+            experts = early.experts
         if not self.config.is_gated:
             return experts, None
         return experts, router.gates(logits, experts, self.config.gate)
@@ -240,11 +308,11 @@ class OnBatch:
     """A sparse adapter on one batch, whose rows are fetched while others compute."""
 
     adapter: SparseAdapter
-    padding: Padding | None
+    batch: Batch
 
     def __call__(self, hidden: Features) -> Features:
         """Return the output of the adapter."""
-        out: Tensor = self.adapter(hidden, padding=self.padding)
+        out: Tensor = self.adapter(hidden, batch=self.batch)
         return out
 
     def begin(self, hidden: Features) -> Callable[[], Features]:
@@ -253,8 +321,8 @@ class OnBatch:
         if adapter._forward_pre_hooks or adapter._backward_hooks:
             # These see and change what a call is given.
             return functools.partial(self, hidden)
-        begun = self.adapter.begin(hidden, self.padding)
-        return lambda: self.adapter(hidden, padding=self.padding, begun=begun)
+        begun = self.adapter.begin(hidden, self.batch)
+        return lambda: self.adapter(hidden, batch=self.batch, begun=begun)
 
 
 def sparse_adapters(model: nn.Module) -> dict[str, SparseAdapter]:

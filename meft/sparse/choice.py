@@ -42,6 +42,16 @@ class Begun:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EarlyChoice:
+    """The experts of a block that were chosen in an earlier one."""
+
+    experts: Experts
+    """Those of each token, ascending."""
+    candidates: Callable[[], Ids]
+    """Waits, and returns their distinct neurons, on the device of the store."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Kept:
     """What tokens keep of their candidates."""
 
@@ -61,6 +71,7 @@ def begin(
     tokens: Tokens,
     gates: PerExpert | None,
     experts: Experts | None,
+    coming: Callable[[], Ids] | None = None,
 ) -> Begun:
     """Start to find out which rows a batch needs.
 
@@ -71,6 +82,8 @@ def begin(
             1.
         experts: the experts of each token, ascending, `tokens experts`; None without
             experts.
+        coming: returns the distinct neurons of these experts, if they have been sent to
+            the host already; None to send them.
     """
     if experts is None:
         k = min(block.config.top_k_neurons, block.config.num_candidates)
@@ -80,12 +93,17 @@ def begin(
             columns, there = choosing()
             return columns, distinct(block, there, is_there=True)()
     else:
-        coming = distinct(block, experts, size=block.config.neurons_per_expert)
+        ids = coming or candidates_of(block, experts)
 
         def candidates() -> tuple[Columns | None, Ids]:
-            return None, coming()
+            return None, ids()
 
     return Begun(tokens=tokens, gates=gates, experts=experts, candidates=candidates)
+
+
+def candidates_of(block: BlockNeurons, experts: Experts) -> Callable[[], Ids]:
+    """Start to find out the distinct neurons of the experts of all tokens."""
+    return distinct(block, experts, size=block.config.neurons_per_expert)
 
 
 def finish(block: BlockNeurons, begun: Begun) -> Kept:

@@ -45,6 +45,11 @@ class SparseConfig:
             another `num_neurons`. Default: `None`.
         top_k_experts (int): Experts that a token is routed to, 1 to the number of
             experts. Default: `8`.
+        lookahead (int): Blocks before a block from whose feed-forward input its experts
+            are chosen, at least 0. 0: they are chosen from its own. A larger number is
+            another function: rows are known, and fetched, that many blocks earlier, for
+            a choice that fits the token less. The first blocks choose from their own
+            input. It needs a router. Default: `0`.
         gate (str): How an expert's router score affects the scores of its neurons.
             `logit`: it is a factor (the authors' choice). `softmax`: it is a factor
             after a softmax over all experts. `none`: it only selects the experts, and
@@ -90,6 +95,7 @@ class SparseConfig:
     top_k_neurons: int = 64
     num_experts: int | None = None
     top_k_experts: int = 8
+    lookahead: int = 0
     gate: str = "logit"
     semantics: str = "token_topk"
     placement: str = "offloaded"
@@ -114,6 +120,12 @@ class SparseConfig:
             )
         if self.num_experts != 0:
             self._check_experts()
+        elif self.lookahead:
+            raise ConfigError(
+                f"`lookahead` is {self.lookahead}, but there is no router "
+                "(`num_experts=0`), so that no experts are chosen earlier: set "
+                "`lookahead=0`, or a number of experts"
+            )
 
     def _check_experts(self) -> None:
         experts, neurons = self.experts, self.num_neurons
@@ -169,7 +181,8 @@ class SparseConfig:
         The default that None selects is filled in, and fields without effect have a
         single value.
         """
-        return {
+        of_earlier = {"lookahead": self.lookahead} if self.lookahead else {}
+        return of_earlier | {
             "num_neurons": self.num_neurons,
             "top_k_neurons": self.top_k_neurons,
             "num_experts": self.experts,
@@ -191,7 +204,8 @@ class SparseConfig:
         Raises:
             ConfigError: a field is unknown or missing, or has an illegal value.
         """
-        return cls(**checked({"folder": None, **fields}, _EXPECTED))
+        later = {"folder": None, "lookahead": 0}  # than the first files
+        return cls(**checked({**later, **fields}, _EXPECTED))
 
 
 _EXPECTED: dict[str, Expectation] = {
@@ -199,6 +213,7 @@ _EXPECTED: dict[str, Expectation] = {
     "top_k_neurons": integer(1),
     "num_experts": or_none(integer(0)),
     "top_k_experts": integer(1),
+    "lookahead": integer(0),
     "gate": one_of(("logit", "softmax", "none")),
     "semantics": one_of(("token_topk", "union")),
     "placement": one_of(("offloaded", "resident")),

@@ -20,9 +20,11 @@ from meft.backbone.find import BlockList, find_blocks, transformers_model
 from meft.backbone.proof import prove
 from meft.backbone.uncalled import refuse_what_would_not_run
 from meft.backbone.weights import refuse_without_derivative
-from meft.errors import HostMemoryError, UnsupportedModelError
+from meft.errors import ConfigError, HostMemoryError, UnsupportedModelError
 from meft.sparse import router
 from meft.sparse.adapter import (
+    NO_BATCH,
+    Batch,
     OnBatch,
     Padding,
     SharedState,
@@ -65,6 +67,7 @@ def insert_sparse_adapters(model: Model, config: SparseConfig) -> Model:
         getattr(torch, config.transfer_dtype) if config.transfer_dtype else dtype
     )
     _refuse_too_many_rows(found, config, transfer_dtype)
+    _refuse_far(config, len(found.blocks))
     choose_trainable(model)
     shared = SharedState(had_peft_layers=has_peft_layers(model))
     stores = [
@@ -81,7 +84,7 @@ def insert_sparse_adapters(model: Model, config: SparseConfig) -> Model:
         block.add_module(parallel.NAME, adapter.to(device).train(block.training))
         kind: Any = type(block)
         block.__class__ = _with_adapter(kind, found.family)
-    _watch_padding(_base_model(model), shared)
+    _watch_batches(_base_model(model), shared)
     # Otherwise `DistributedDataParallel` would copy rows into its buckets.
     names = [name for name, p in model.named_parameters() if rows_of(p) is not None]
     model.__dict__[_IGNORED_BY_DDP] = names
@@ -136,6 +139,15 @@ def _find(model: nn.Module) -> BlockList:
             f"parallel with the feed-forward of transformers' {names}, with any head"
         )
     return lists[0]
+
+
+def _refuse_far(config: SparseConfig, num_blocks: int) -> None:
+    if config.lookahead >= num_blocks:
+        raise ConfigError(
+            f"`lookahead` is {config.lookahead}, but the model has {num_blocks} "
+            f"blocks, in none of which experts would be chosen so early: set it to at "
+            f"most {num_blocks - 1}"
+        )
 
 
 def _refuse_too_many_rows(
@@ -266,13 +278,13 @@ def _with_adapter(original: Any, family: Family) -> type[nn.Module]:
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             # It is an argument so that gradient checkpointing passes it again.
-            padding = self.parallel_adapter.shared.padding
-            return super().__call__(*args, padding=padding, **kwargs)
+            batch = self.parallel_adapter.shared.batch
+            return super().__call__(*args, batch=batch, **kwargs)
 
         def forward(
             self,
             *args: Any,
-            padding: Padding | None = None,
+            batch: Batch = NO_BATCH,
             **kwargs: Any,
         ) -> Any:
             hidden, call = by_name(original, args, kwargs)
@@ -280,7 +292,7 @@ def _with_adapter(original: Any, family: Family) -> type[nn.Module]:
             refuse_what_would_not_run(family, self, label, is_called=True)
             known = self.parallel_adapter.shared.proven
             proven = prove(known, family, self, original, hidden, call, "a block")
-            adapter = OnBatch(self.parallel_adapter, padding)
+            adapter = OnBatch(self.parallel_adapter, batch)
             output = proven.whole(self, hidden, adapter, **call)
             return proven.layout(self).returned(output)
 
@@ -295,33 +307,44 @@ def _bare_block(original: Any, family: Family) -> nn.Module:
     return kind.__new__(kind)
 
 
-def _watch_padding(model: nn.Module, shared: SharedState) -> None:
+def _watch_batches(model: nn.Module, shared: SharedState) -> None:
     # Partials are used instead of closures: a copy of the model gets hooks on its own
     # state.
     model.register_forward_pre_hook(
-        functools.partial(_note_padding, shared), with_kwargs=True
+        functools.partial(_note_batch, shared), with_kwargs=True
     )
     model.register_forward_hook(
-        functools.partial(_forget_padding, shared), always_call=True
+        functools.partial(_forget_batch, shared), always_call=True
     )
 
 
-def _note_padding(
+def _note_batch(
     shared: SharedState, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     _warn_if_frozen(shared, model)
     given = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
     call = {**given.arguments, **given.arguments.get("kwargs", {})}
+    shared.batch = Batch(padding=_padding(call), chosen_by=_chosen_by(model))
+
+
+def _padding(call: dict[str, Any]) -> Padding | None:
     mask = call.get("attention_mask")
-    shared.padding = None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return  # the mask does not identify padding tokens
+        return None  # the mask does not identify padding tokens
     for name in ("input_ids", "inputs_embeds"):
         if isinstance(call.get(name), Tensor):
             # With a cache, the mask also covers the cached tokens.
-            mask = mask[:, -call[name].shape[1] :].bool()
-            shared.padding = Padding.of(mask)
-            return
+            return Padding.of(mask[:, -call[name].shape[1] :].bool())
+    return None
+
+
+def _chosen_by(model: nn.Module) -> dict[SparseAdapter, SparseAdapter]:
+    """Return the adapter at whose input the experts of another one are chosen."""
+    adapters = list(sparse_adapters(model).values())
+    distance = adapters[0].config.lookahead if adapters else 0
+    if not distance:
+        return {}
+    return dict(zip(adapters[distance:], adapters, strict=False))
 
 
 def _warn_if_frozen(shared: SharedState, model: nn.Module) -> None:
@@ -336,8 +359,8 @@ def _warn_if_frozen(shared: SharedState, model: nn.Module) -> None:
     )
 
 
-def _forget_padding(shared: SharedState, *unused: Any) -> None:
-    shared.padding = None
+def _forget_batch(shared: SharedState, *unused: Any) -> None:
+    shared.batch = None
 
 
-_HOOKS = (_note_padding, _forget_padding)
+_HOOKS = (_note_batch, _forget_batch)

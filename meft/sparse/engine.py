@@ -24,7 +24,7 @@ class EngineRows(Rows, Protocol):
         """Download the gradients that are only on the device, before it is changed."""
 
     def prefetch(self) -> None:
-        """Fetch uncached rows that were used last time, as far as there is room."""
+        """Fetch uncached rows that will be used, as far as there is room."""
 
 
 MakeRows = Callable[["Engine", int, RowStore], EngineRows]
@@ -113,7 +113,7 @@ class Engine:
         return self.link.download(tensor, tag)
 
     def prefetch(self, block: int) -> None:
-        """Fetch the rows that `block` used last time, if the cache has room."""
+        """Fetch the rows that `block` will use, if the cache has room."""
         if self.config.prefetch and 0 <= block < len(self.blocks):
             self.blocks[block].prefetch()
 

@@ -57,6 +57,7 @@ class OffloadedRows(EngineRows):
         self.engine = engine
         self.block = block
         self._last_taken: Longs = np.zeros(0, np.int64)
+        self._expected: Callable[[], Ids] | None = None
         self._on_its_way: Prefetched | None = None
         self._host_gradient = HostGradient(store)
         self._gradient_places: Tensor | None = None
@@ -107,6 +108,10 @@ class OffloadedRows(EngineRows):
         return get
 
     @override
+    def expect(self, ids: Callable[[], Ids]) -> None:
+        self._expected = ids
+
+    @override
     def take(self, ids: Ids) -> SomeRows:
         engine, cache = self.engine, self.engine.cache
         self._land()
@@ -117,7 +122,7 @@ class OffloadedRows(EngineRows):
         fresh[fresh] = cache.version[slots[fresh]] == version[fresh]
         engine.num_taken += len(wanted)
         engine.num_hits += int(fresh.sum())
-        self._last_taken = wanted
+        self._last_taken, self._expected = wanted, None
         if fresh.all() and len(wanted):
             taken = engine.slabs[0].index_select(0, self._places(slots))
         else:
@@ -231,10 +236,16 @@ class OffloadedRows(EngineRows):
         self.engine.cache.invalidate(self.block)
 
     def prefetch(self) -> None:
-        """Fetch uncached rows that were used last time, as far as there is room."""
+        """Fetch uncached rows that will be used, as far as there is room.
+
+        They are those that are expected, otherwise those that were used last time.
+        """
         cache = self.engine.cache
-        ids = self._last_taken
-        if self._on_its_way is not None or not len(ids):
+        if self._on_its_way is not None:
+            return
+        expected = self._expected
+        ids = self._last_taken if expected is None else expected().numpy()
+        if not len(ids):
             return
         version = self.store.version(torch.from_numpy(ids)).numpy()
         slots = cache.find(self.block, ids)

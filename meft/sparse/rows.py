@@ -85,6 +85,9 @@ class Rows(Holder, Protocol):
         where the rows of all tokens that are equal may be one.
         """
 
+    def expect(self, ids: Callable[[], Ids]) -> None:
+        """Note which rows the next batch takes; the function may wait for them."""
+
     def take(self, ids: Ids) -> SomeRows:
         """Return rows `ids`, ascending, on the device in the transfer dtype."""
 
@@ -143,6 +146,10 @@ class ResidentRows(Rows):
         # Rounded as where tokens are sent to the host.
         columns = choose(self.store, tokens.to(self.store.transfer_dtype), k)
         return lambda: (columns, columns)
+
+    @override
+    def expect(self, ids: Callable[[], Ids]) -> None:
+        """Do nothing, because all rows are here."""
 
     @override
     def take(self, ids: Ids) -> SomeRows:

@@ -252,11 +252,11 @@ def test_hashed_experts_do_not_depend_on_what_a_token_means() -> None:
         assert adapter.router is None
         original = adapter._experts_of
 
-        def note(tokens: Any, original: Any = original) -> Any:
-            seen.append(original(tokens)[0])
-            return original(tokens)
+        def note(tokens: Any, early: None, original: Any = original) -> Any:
+            seen.append(original(tokens, early)[0])
+            return original(tokens, early)
 
-        adapter._experts_of = note  # type: ignore[method-assign]
+        adapter._experts_of = note  # type: ignore[method-assign,assignment]
     ids = torch.tensor([[5, 6, 7, 8], [8, 7, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     for _ in range(2):

@@ -25,6 +25,11 @@ ROUTINGS: dict[str, dict[str, Any]] = {
     "union, no experts": {"semantics": "union", "num_experts": 0},
 }
 """Every way to choose and to answer."""
+IN_MODELS = ROUTINGS | {
+    "look-ahead": {"lookahead": 1},
+    "look-ahead by two, ungated": {"lookahead": 2, "gate": "none"},
+}
+"""These, and the ways that take earlier blocks."""
 
 
 def config(**fields: Any) -> meft.SparseConfig:

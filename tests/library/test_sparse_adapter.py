@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import meft
 from library.sparse import HIDDEN, ROUTINGS, config, lone_adapter
-from meft.sparse.adapter import Padding, SparseAdapter
+from meft.sparse.adapter import Batch, Padding, SparseAdapter
 from meft.sparse.dense import DenseAdapter, dense
 from meft.sparse.indices import knows_sizes
 from meft.sparse.pieces import KEY, VALUE, Choice, pieces, ranks
@@ -114,7 +114,9 @@ def test_padding_chooses_nothing(routing: str) -> None:
     for filler in (0.0, 100.0):
         adapter = lone_adapter(config(**ROUTINGS[routing]))
         x = tokens(8).view(2, 4, HIDDEN)
-        out = adapter(torch.where(mask[..., None], x, filler), Padding.of(mask))
+        out = adapter(
+            torch.where(mask[..., None], x, filler), Batch(padding=Padding.of(mask))
+        )
         out.square().sum().backward()
         assert not out[~mask].any()
         found.append((out.detach(), gradient_of(adapter), adapter.counts.total_active))
@@ -126,7 +128,7 @@ def test_padding_chooses_nothing(routing: str) -> None:
 def test_nothing_but_padding_adds_nothing() -> None:
     adapter = lone_adapter(config())
     x = tokens(3)[None].requires_grad_()
-    out = adapter(x, Padding.of(torch.zeros(1, 3, dtype=torch.bool)))
+    out = adapter(x, Batch(padding=Padding.of(torch.zeros(1, 3, dtype=torch.bool))))
     out.sum().backward()
     assert not out.any()
     assert not gradient_of(adapter).any()

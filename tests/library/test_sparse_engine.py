@@ -11,7 +11,7 @@ import meft
 from library.sparse import (
     DEPTH,
     HIDDEN,
-    ROUTINGS,
+    IN_MODELS,
     all_rows,
     batches,
     config,
@@ -53,7 +53,7 @@ def test_50_steps_give_the_bits_of_resident_rows(
     assert torch.equal(all_rows(here), all_rows(away))
 
 
-FAST = {(routing, "tiny cache") for routing in ROUTINGS} | {
+FAST = {(routing, "tiny cache") for routing in IN_MODELS} | {
     ("experts", "all on"),
     ("union", "all on"),
 }
@@ -63,14 +63,14 @@ FAST = {(routing, "tiny cache") for routing in ROUTINGS} | {
     ("routing", "engine"),
     [
         pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow)
-        for pair in itertools.product(ROUTINGS, ENGINES)
+        for pair in itertools.product(IN_MODELS, ENGINES)
     ],
 )
 def test_offloaded_rows_give_the_bits_of_resident_rows(
     routing: str, engine: str
 ) -> None:
     """Losses (and so outputs and choices), gradients, and rows after four steps."""
-    fields = ROUTINGS[routing] | ENGINES[engine]
+    fields = IN_MODELS[routing] | ENGINES[engine]
     here = sparse_model(**fields, placement="resident")
     away = sparse_model(**fields, placement="offloaded")
     for model in (here, away):

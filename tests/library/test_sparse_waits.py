@@ -9,6 +9,7 @@ import torch
 import meft
 from library.sparse import (
     DEPTH,
+    IN_MODELS,
     ROUTINGS,
     all_rows,
     batches,
@@ -127,12 +128,12 @@ def test_products_with_every_row_are_those_with_chosen_rows(
     assert difference <= tolerance(torch.float32, DEPTH) * wanted.abs().max()
 
 
-@pytest.mark.parametrize("routing", slow_but_for([*ROUTINGS], "experts", "no experts"))
+@pytest.mark.parametrize("routing", slow_but_for([*IN_MODELS], "experts", "no experts"))
 @pytest.mark.parametrize("budget", slow_but_for([2**30, 9_000], 9_000))
 def test_products_with_every_row_give_the_bits_of_resident_rows(
     routing: str, budget: int
 ) -> None:
-    fields = ROUTINGS[routing] | {"device_bytes": budget}
+    fields = IN_MODELS[routing] | {"device_bytes": budget}
     with knows_sizes.replaced(on_a_gpu):
         here = sparse_model(**fields, placement="resident")
         away = sparse_model(**fields)

@@ -37,14 +37,14 @@ class HashedAdapter(SparseAdapter):
     block: int
     """Number of the block, from 0, so that blocks choose differently."""
 
-    def _experts_of(self, tokens: Tensor) -> tuple[Tensor, None]:
+    def _experts_of(self, tokens: Tensor, early: object) -> tuple[Tensor, None]:
         ids = self.batch.token_ids
         if ids is None:
             raise ValueError(
                 "experts are chosen by a hash of `input_ids`, and the model was called "
                 "without: give it tokens, or take method 'sparse-experts-frozen'"
             )
-        padding, flat = self.shared.padding, ids.flatten()
+        padding, flat = self.shared.batch.padding, ids.flatten()
         if padding is not None:
             flat = flat[padding.places(ids[..., None])]
         assert len(flat) == len(tokens), (len(flat), len(tokens))

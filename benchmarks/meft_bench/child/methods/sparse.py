@@ -70,6 +70,7 @@ sparse = partial(_sparse, num_experts=0)
 sparse_experts = partial(_sparse)
 sparse_experts_union = partial(_sparse, semantics="union")
 sparse_experts_resident = partial(_sparse, placement="resident")
+sparse_experts_lookahead = partial(_sparse, lookahead=1)
 
 
 def sparse_experts_frozen(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
