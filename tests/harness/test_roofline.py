@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from meft_bench.virtual.device import gpu
-from meft_bench.virtual.prediction.roofline import roofline
+from meft_bench.virtual.prediction.roofline import PhaseSeconds, roofline
 
 GPU = dataclasses.replace(
     gpu.find("H100"), memory_bytes_per_second=1000.0, link_bytes_per_second=10.0
@@ -35,3 +35,14 @@ def test_both_directions_of_the_link_work_at_a_time() -> None:
     found = roofline(GPU, 1.0, Counter(), Counter(), copied)
     assert found[1].seconds == 4
     assert found[1].bound == "the link to the host"
+
+
+def test_the_host_takes_time_where_its_rate_is_known() -> None:
+    def found(rate: float | None) -> PhaseSeconds:
+        on = dataclasses.replace(GPU, host_bytes_per_second=rate)
+        none = Counter[str]()
+        return roofline(on, 1.0, none, none, Counter(), Counter({"update": 50}))[2]
+
+    assert found(5.0).seconds == 10
+    assert found(5.0).bound == "the memory of the host"
+    assert found(None).seconds == 0

@@ -46,6 +46,8 @@ class Gpu:
     memory_bytes_per_second: float
     link_bytes_per_second: float
     """Rate between host and device, in each direction."""
+    host_bytes_per_second: float | None = None
+    """Rate of the host's memory; None if not known, and then it takes no time."""
     cudnn_version: int
     attention_order: tuple[str, ...]
     """Order in which `scaled_dot_product_attention` tries its kernels."""
@@ -164,7 +166,7 @@ def _read(path: Path) -> Gpu:
     except ValueError as error:
         raise GpuError(f"{path} is not JSON: {error}") from error
     wanted = {field.name for field in dataclasses.fields(Gpu)}
-    optional = {"compared", "evidence"}
+    optional = {"compared", "evidence", "host_bytes_per_second"}
     if not isinstance(fields, dict) or not wanted - optional <= set(fields) <= wanted:
         given = set(fields) if isinstance(fields, dict) else set()
         wrong = {"missing": wanted - optional - given, "unknown": given - wanted}

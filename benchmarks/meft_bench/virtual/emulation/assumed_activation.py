@@ -37,14 +37,18 @@ aten = torch.ops.aten
 
 
 @contextlib.contextmanager
-def rows(active_fraction: float) -> Iterator[None]:
+def rows(
+    active_fraction: float, add_host_traffic: Callable[[int], None]
+) -> Iterator[None]:
     """Make rows usable with fake tensors while the context is active.
 
     Args:
         active_fraction: share of a block's neurons that a batch is assumed to activate;
             for methods that run every neuron, 1 is used instead.
+        add_host_traffic: called with the bytes that AdamW reads and writes on the host.
     """
     declared = _Declared(active_fraction)
+    on_host = _OnHost(add_host_traffic)
     with contextlib.ExitStack() as stack:
         for replacement in (
             distinct.replaced(declared.distinct),
@@ -53,7 +57,7 @@ def rows(active_fraction: float) -> Iterator[None]:
             new_steps.replaced(_new_steps),
             page_locked.replaced(_same),
             available_bytes.replaced(_unknown),
-            adam_on.replaced(_adam_on),
+            adam_on.replaced(functools.partial(_adam_on, on_host)),
         ):
             stack.enter_context(replacement)
         stack.enter_context(mock.patch.dict(fake_impls.op_implementations_dict, _SIZES))
@@ -123,28 +127,39 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _adam_on(device: torch.device) -> Any:
+def _adam_on(on_host: "_OnHost", device: torch.device) -> Any:
     """Replace AdamW on the host, which uses no memory.
 
     AdamW on a device, which uses memory, is kept.
     """
-    return _OnHost if device.type == "cpu" else adam_on.plain(device)
+    return on_host if device.type == "cpu" else adam_on.plain(device)
 
 
 class _OnHost:
-    """Record which rows changed: in every step, those that ever had a gradient."""
+    """Record which rows changed: in every step, those that ever had a gradient.
 
-    @staticmethod
+    Args:
+        add_traffic: called with the bytes that are read and written.
+    """
+
+    def __init__(self, add_traffic: Callable[[int], None]) -> None:
+        self._add_traffic = add_traffic
+
     def advance(
-        table: Any, ids: Ids, gradient: Any, schedule: Any, *, idle: bool
+        self, table: Any, ids: Ids, gradient: Any, schedule: Any, *, idle: bool
     ) -> None:
+        """Count a pass over rows, both moments, gradient and the 16-bit copy."""
         if idle:
             table.updated_at[table.updated_at > 0] = schedule.step
         table.updated_at[ids] = schedule.step
+        copied = 0 if table.shadow is None else table.shadow.element_size()
+        read, written = 4 + 4 + 4 + 4, 4 + 4 + 4 + copied
+        self._add_traffic(len(ids) * table.rows.shape[1] * (read + written))
 
-    @staticmethod
-    def values(table: Any, ids: Ids, out: Tensor, places: Ids) -> None:
-        """Read nothing."""
+    def values(self, table: Any, ids: Ids, out: Tensor, places: Ids) -> None:
+        """Read no values; count a pass over rows, both moments and the result."""
+        per_number = 4 + 4 + 4 + out.element_size()
+        self._add_traffic(len(ids) * table.rows.shape[1] * per_number)
 
 
 # Sizes that depend on values are computed as if every condition held.

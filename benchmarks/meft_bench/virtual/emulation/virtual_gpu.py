@@ -175,12 +175,14 @@ class Since:
     Attributes:
         time: the moment, in operators.
         flops: floating-point operations, by phase.
-        touched: bytes that operators had read and written, by phase.
+        touched: bytes of the device that had been read and written, by phase.
+        touched_by_host: the same of host memory.
     """
 
     time: int = 0
     flops: Counter[str] = field(default_factory=Counter)
     touched: Counter[str] = field(default_factory=Counter)
+    touched_by_host: Counter[str] = field(default_factory=Counter)
 
 
 class VirtualGpu:
@@ -238,7 +240,13 @@ class VirtualGpu:
             time=self.ledger.mark(),
             flops=self.ledger.flops.copy(),
             touched=self.ledger.touched.copy(),
+            touched_by_host=self.ledger.touched_by_host.copy(),
         )
+
+    def add_host_traffic(self, num_bytes: int) -> None:
+        """Count bytes that code without operators reads and writes on the host."""
+        if self.ledger is not None:
+            self.ledger.add_host_traffic(num_bytes)
 
     @property
     def memory(self) -> LiveMemory:

@@ -76,7 +76,9 @@ class MemoryPlan:
             distinguished.
         d2h_bytes: bytes copied to the host, likewise.
         moved: the copied bytes by direction, phase and block.
-        bytes_touched: bytes that operators read and write.
+        bytes_touched: bytes of the device that operators read and write.
+        host_bytes_touched: bytes of host memory that operators, copies and AdamW on the
+            host read and write; None where host and GPU cannot be distinguished.
         seconds_at_least: the larger of the times of arithmetic and of memory access at
             the vendor's rates.
         phases: least seconds of forward, backward and update, by what takes them
@@ -114,6 +116,7 @@ class MemoryPlan:
     d2h_bytes: int | None = None
     moved: list[dict[str, Any]] | None = None
     bytes_touched: int | None = None
+    host_bytes_touched: int | None = None
     seconds_at_least: float | None = None
     phases: list[dict[str, Any]] | None = None
     step_seconds_at_least: float | None = None
@@ -336,7 +339,9 @@ def observe(
     for copy in views.copies_after(trace, since.time):
         directions[copy.direction] += copy.num_bytes
     flops, touched = ledger.flops - since.flops, ledger.touched - since.touched
-    phases = roofline(gpu, flops_per_second, flops, touched, _copied(trace, since.time))
+    of_host = ledger.touched_by_host - since.touched_by_host
+    copied = _copied(trace, since.time)
+    phases = roofline(gpu, flops_per_second, flops, touched, copied, of_host)
     return MemoryPlan(
         method="",
         verdict="too large" if message else _verdict(needed, gpu, margin),
@@ -360,6 +365,7 @@ def observe(
         d2h_bytes=directions["d2h"] if trace.has_link else None,
         moved=_moved(trace, since.time) if trace.has_link else None,
         bytes_touched=touched.total(),
+        host_bytes_touched=of_host.total() if trace.has_link else None,
         seconds_at_least=max(
             flops.total() / flops_per_second,
             touched.total() / gpu.memory_bytes_per_second,

@@ -97,7 +97,7 @@ def table(
         if p.get("seq_len") is not None
     ]
     lines.append(_note(found, margin))
-    lines += _of_times(plans)
+    lines += _of_times(plans, found)
     lines += _remarks([plan for plan in plans if plan["by_kind"] is not None])
     if first.dtype == "bf16" and not found.computes_in_bf16:
         lines.append(
@@ -175,15 +175,23 @@ def limit_of(plan: Mapping[str, Any]) -> str:
     return str(plan.get("limit") or "is the most tried")
 
 
-def _of_times(plans: Sequence[dict[str, Any]]) -> list[str]:
+def _of_times(plans: Sequence[dict[str, Any]], found: gpu.Gpu) -> list[str]:
     """Return what the times of a table mean, where something is copied."""
     if not any(plan.get("h2d_bytes") or plan.get("d2h_bytes") for plan in plans):
         return []
+    most = max(plan.get("host_bytes_touched") or 0 for plan in plans)
+    of_host = f"what the host reads and writes (at most {format_bytes(most)})"
+    rate = found.host_bytes_per_second
     return [
         "`minimum time` is that of the GPU's arithmetic and memory at the vendor's "
-        "rates; `with copies` also has the link, each phase as long as its slowest "
-        "part. Both are bounds: what the host does (gathering rows, its AdamW) is in "
-        "neither."
+        "rates; `with copies` also has the link"
+        + (
+            f" and {of_host}, at {rate / 1e9:g} GB/s"
+            if rate
+            else f", but not {of_host}, unless the GPU's file has "
+            "`host_bytes_per_second`"
+        )
+        + ". Both are bounds: each phase takes as long as its slowest part."
     ]
 
 

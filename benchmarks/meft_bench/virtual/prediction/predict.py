@@ -87,7 +87,7 @@ def ready(cell: Cell, source: Source) -> Iterator[Ready]:
     # For other methods, a size that depends on values raises an error.
     has_rows = cell.method in HAVE_ROWS
     sizes = (
-        assumed_activation.rows(cell.active_fraction)
+        assumed_activation.rows(cell.active_fraction, device.add_host_traffic)
         if has_rows
         else contextlib.nullcontext()
     )

@@ -106,7 +106,9 @@ class Ledger(TorchDispatchMode):
         self.flops: Counter[str] = Counter()
         """Floating-point operations of matrix products and attention, by phase."""
         self.touched: Counter[str] = Counter()
-        """Bytes read and written by operators, derived from their tensors, by phase."""
+        """Bytes of the device that operators read and write, by phase."""
+        self.touched_by_host: Counter[str] = Counter()
+        """Bytes of host memory that operators and copies read and write, by phase."""
         self._workspaces = workspaces or {}
         self._round_bytes = round_bytes
         self._accelerator = accelerator
@@ -255,11 +257,12 @@ class Ledger(TorchDispatchMode):
         made = [*tensors_in(out)]
         given = [*tensors_in(args), *tensors_in([*kwargs.values()])]
         is_of_host = self._is_of_host(made, given)
+        phase = self._location.present_phase()
         if not is_of_host:
-            phase = self._location.present_phase()
             self.flops[phase] += work.num_flops(func, args, kwargs, out)
-            if not func.is_view:
-                self.touched[phase] += work.num_bytes((*made, *given))
+        if not func.is_view:
+            for tensor, size in work.traffic(func, made, given):
+                self._touched_by(tensor)[phase] += size
         for tensor in made:
             self.see(tensor, func)
         workspace = None if is_of_host else self._workspaces.get(func)
@@ -290,6 +293,15 @@ class Ledger(TorchDispatchMode):
             yield
         finally:
             super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def add_host_traffic(self, num_bytes: int) -> None:
+        """Count bytes that code without operators reads and writes on the host."""
+        self.touched_by_host[self._location.present_phase()] += num_bytes
+
+    def _touched_by(self, tensor: Tensor) -> Counter[str]:
+        """Return the count of the memory that a tensor is in."""
+        is_here = self._memory is None or device_of(tensor) == self._accelerator
+        return self.touched if is_here else self.touched_by_host
 
     def _is_of_host(self, made: list[Tensor], given: list[Tensor]) -> bool:
         """Return whether an operator runs next to an accelerator that exists."""

@@ -1,7 +1,7 @@
 """The amount of work of an operator: operations, and bytes read and written."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -57,9 +57,70 @@ def _of_product(product: Any, shapes: tuple[torch.Size, ...]) -> int:
     return int(flop_registry[product](*shapes))
 
 
-def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of tensors, which an operator reads or writes."""
-    return sum(t.numel() * t.element_size() for t in tensors)
+UNREAD = {
+    aten._pin_memory,
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.is_pinned,
+    aten.new_empty,
+    aten.new_empty_strided,
+}
+"""Operators that reserve memory or ask about it, and do not read or write it."""
+OVERWRITE = {aten.copy_, aten.fill_, aten.zero_}
+"""Operators that write their first tensor and do not read it."""
+GATHER = {
+    aten.embedding,
+    aten.gather,
+    aten.index,
+    aten.index_select,
+}
+"""Operators that read a part of their first tensor, as large as the result."""
+SCATTER = {
+    aten._index_put_impl_: 2,
+    aten.index_add_: 2,
+    aten.index_copy_: 1,
+    aten.index_fill_: 1,
+    aten.index_put_: 1,
+    aten.scatter_: 1,
+    aten.scatter_add_: 2,
+}
+"""Operators that change a part of their first tensor, and how often they pass over it.
+
+The part has at least as many numbers as the last tensor that is given.
+"""
+
+
+def traffic(
+    func: Any, made: Sequence[Tensor], given: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, int]]:
+    """Yield each tensor of an operator with the bytes of it that are read or written.
+
+    Args:
+        func: the operator.
+        made: its results.
+        given: the tensors among its arguments.
+    """
+    name = func._overloadpacket
+    if name in UNREAD:
+        return
+    whole = [*made, *given]
+    if name in GATHER and made and given:
+        table, *others = given
+        yield table, _size(made[0])
+        # A result may be in memory that was given for it.
+        whole = [made[0], *(tensor for tensor in others if tensor is not made[0])]
+    elif name in OVERWRITE:
+        whole = [*given]
+    elif name in SCATTER and len(given) > 1:
+        table, *whole = given
+        part = whole[-1].numel() * table.element_size()
+        yield table, min(SCATTER[name] * part, _size(table))
+    yield from ((tensor, _size(tensor)) for tensor in whole)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _all_heads(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
