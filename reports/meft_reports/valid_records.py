@@ -28,6 +28,16 @@ GREATEST = {
     **{"joules": 1e12, "watts": 1e12, "megahertz": 1e12},
 }
 """Maximum by unit, larger than any measurement, so that sums stay finite."""
+LEAST = {
+    **{"accumulation": 1.0, "batch_size": 1.0, "ranks": 1.0},
+    **{"guard_perplexity": 1.0, "guard_start_perplexity": 1.0},
+}
+"""Minimum of numbers whose unit allows less."""
+SUMS = {
+    "sum_peak_allocated_bytes": "peak_allocated_bytes",
+    "sum_saved_bytes": "saved_bytes",
+}
+"""Sums over ranks, and the number of one rank that they include."""
 SLACK = 1e-6
 """Amount by which a share may exceed its bound, due to float32 rounding."""
 
@@ -128,7 +138,7 @@ def _check_range(column: Column, value: Any, record: Record, where: str) -> None
         record: the record, which names the metric of a score.
         where: file and line, for the message.
     """
-    least = 0.0 if column.unit else -math.inf
+    least = LEAST.get(column.name, 0.0 if column.unit else -math.inf)
     greatest = column.greatest or GREATEST.get(column.unit, math.inf)
     if column.name in SCORE_NAMES:
         metric = record["measurement"].get(SCORE_NAMES[column.name])
@@ -148,6 +158,13 @@ def _check_range(column: Column, value: Any, record: Record, where: str) -> None
 def _check_derived(record: Record, where: str) -> None:
     """Raise for contradicting numbers, such as a peak below the model state."""
     seen = record["measurement"]
+    for name, part in SUMS.items():
+        whole, one = seen.get(name), seen.get(part)
+        if whole is not None and one is not None and whole < one:
+            raise RecordError(
+                f"{where}: `measurement.{name}` should be at least `{part}`, which is "
+                f"{quoted(one)}, got {quoted(whole)}"
+            )
     for name, number in derive(seen).items():
         if number is None:
             continue
@@ -165,7 +182,8 @@ def _check_derived(record: Record, where: str) -> None:
 def _range(column: Column, least: float) -> str:
     if column.greatest is not None:
         return f"from {least:g} to {column.greatest:g}"
-    bounds = "a finite number" + (" of at least 0" if least == 0 else "")
+    is_bounded = least > -math.inf
+    bounds = "a finite number" + (f" of at least {least:g}" if is_bounded else "")
     most = GREATEST.get(column.unit)
     return bounds if most is None else f"{bounds}, and of at most {most:g}"
 

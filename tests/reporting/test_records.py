@@ -32,6 +32,8 @@ IN_UNITS = [c for c in COLUMNS if c.unit and c.section != "derived"]
         ("wall_seconds", 1e300),
         ("h2d_bytes", 2**61),
         ("batch_size", 2**60),
+        *[(name, 0) for name in ("batch_size", "accumulation", "ranks")],
+        ("guard_perplexity", 0.5),
         ("loss_curve", [1.0, 1e999]),
         ("learning_rate", 1e999),
     ],
@@ -100,6 +102,16 @@ def test_numbers_that_contradict_each_other_are_an_error(
         read_baseline(path)
     for name in seen:
         assert len(read_frame([write([make_record(**(seen | {name: None}))])])) == 1
+
+
+def test_a_sum_over_ranks_is_at_least_the_number_of_one(
+    make_record: MakeRecord, write: Write
+) -> None:
+    record = make_record(saved_bytes=10)
+    record["measurement"]["sum_saved_bytes"] = 9
+    message = "`measurement.sum_saved_bytes` should be at least `saved_bytes`, which is"
+    with pytest.raises(RecordError, match=f"line 1: {message} 10, got 9"):
+        read_frame([write([record])])
 
 
 def test_the_bounds_themselves_can_be_measured(
