@@ -1,5 +1,6 @@
 """Trials: learning rates are chosen by scores on rows set aside."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,14 @@ def test_every_method_has_a_trial_for_each_value(tmp_path: Path) -> None:
         ("tune = {learning_rate = 1}", "should be a list"),
         ("tune = {max_steps = [2, 3]}", "given twice"),
         ("trial_seeds = 2", "without `tune`: name values to try"),
-        (f"{TUNE}\ntrial_seeds = 0", "should be an integer above 0"),
-        (f"{TUNE}\ntrial_seeds = true", "should be an integer above 0"),
+        (f"{TUNE}\ntrial_seeds = 0", "should be an integer of at least 1"),
+        (f"{TUNE}\ntrial_seeds = true", "should be an integer of at least 1"),
+        (f"{TUNE}\ntrial_extensions = -1", "should be an integer of at least 0"),
+        ("trial_extensions = 1", "but there is no `tune`"),
+        (
+            "tune = {batch_size = [4, 8]}\ntrial_extensions = 1",
+            "is for trials of `learning_rate` alone, but `tune` names batch_size",
+        ),
     ],
 )
 def test_what_cannot_be_tried_is_refused(tmp_path: Path, tune: str, words: str) -> None:
@@ -208,6 +215,68 @@ def test_cells_run_with_what_their_trials_choose(
     only = [*words, "--only", "head"]
     assert cli.main(["list", *only]) == 0
     assert "5 cells, 5 done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("most", "rates", "num_trials"),
+    [
+        (0, {"head": 1e-4, "lora": 1e-4}, 2 + 2),
+        (1, {"head": 1e-3, "lora": 1e-3}, 3 + 3),
+        # One beyond the best shows that it is no end.
+        (3, {"head": 1e-2, "lora": 1e-3}, 5 + 4),
+    ],
+)
+def test_a_best_rate_at_an_end_is_tried_beyond(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    most: int,
+    rates: dict[str, float],
+    num_trials: int,
+) -> None:
+    """By the factor at that end; a second run or a listing knows what was added."""
+    monkeypatch.chdir(tmp_path)
+    tune = f"tune = {{learning_rate = [1e-5, 1e-4]}}\ntrial_extensions = {most}"
+    words = [write(tmp_path, tune), "--device", "cpu", "-o", "mine.jsonl"]
+    worker = "harness.workers.fake_scores"
+    for _ in range(2):
+        assert cli.main(["run", *words], worker_module=worker) == 0
+        cells = [record.cell for record in runs.read(Path("mine.jsonl"))]
+        results = [cell for cell in cells if cell.scored_on == "evaluation"]
+        assert len(cells) - len(results) == num_trials
+        assert {(c.method, c.learning_rate) for c in results} == {*rates.items()}
+    capsys.readouterr()
+    assert cli.main(["list", *words]) == 0
+    every = num_trials + 4
+    assert f"{every} cells, {every} done" in capsys.readouterr().out
+
+
+def test_a_best_rate_at_the_lower_end_is_tried_below(
+    here: Environment, tmp_path: Path
+) -> None:
+    path = write(tmp_path, f"{TUNE}\ntrial_extensions = 1")
+    (tuning, _) = sweep.load(path, device="cpu").tunings
+    records = {
+        trial: record_of(here, trial, -trial.learning_rate) for trial in tuning.trials
+    }
+
+    def done(cells: Sequence[Cell]) -> dict[Cell, Record]:
+        return {cell: records[cell] for cell in cells if cell in records}
+
+    (found,) = trials.grown([tuning], done)
+    assert [trial.learning_rate for trial in found.trials] == [*RATES, 1e-5]
+    assert found.trials[-1].scored_on == "validation"
+    # Where a trial is missing, which value is best is not known.
+    del records[tuning.trials[-1]]
+    assert trials.grown([tuning], done) == (tuning,)
+
+
+def test_methods_have_equally_many_extensions(tmp_path: Path) -> None:
+    other = SWEEP.format(tune=f"{TUNE}\ntrial_extensions = 1")
+    other = other.partition("\n[[matrix]]")[2].replace('"all"', '"other"')
+    other = other.replace("[0, 1]", "[2, 3]")
+    with pytest.raises(SweepError, match="matrices with 0 and 1 `trial_extensions`"):
+        sweep.load(write(tmp_path, more=f"[[matrix]]{other}"), device="cpu")
 
 
 def test_without_a_score_no_cell_runs(

@@ -194,15 +194,17 @@ def _list(given: argparse.Namespace) -> int:
     chosen = selection.load(given)
     cells = list(selection.select(chosen, *given.only))
     tunings = selection.select_tunings(chosen, *given.only)
+    path = selection.records_path(given, chosen)
+    records = runs.read(path, lean=True)
+    if records:  # otherwise the sources need not be read
+        tunings = trials.grown(tunings, lambda some: _done(records, some))
     cells += [trial for tuning in tunings for trial in tuning.trials]
     every = [*cells, *(cell for one in tunings for cell in one.cells)]
     trainings = selection.select_trainings(chosen, every)
     cells = [*dict.fromkeys((*trainings.values(), *cells))]
-    path = selection.records_path(given, chosen)
-    records = runs.read(path, lean=True)
     done: dict[Cell, Record] = {}
     waiting: list[Cell] = []
-    if records:  # otherwise the sources need not be read
+    if records:
         done = _done(records, cells)
     for tuning in tunings:
         best = trials.best_of(tuning, done)
@@ -225,7 +227,7 @@ def _list(given: argparse.Namespace) -> int:
     return harness.EXIT_OK
 
 
-def _done(records: list[Record], cells: list[Cell]) -> dict[Cell, Record]:
+def _done(records: list[Record], cells: Sequence[Cell]) -> dict[Cell, Record]:
     environments = harness.environments_for(tuple(cells), num_threads=1, num_slots=1)
     return runs.done(records, cells, environments)
 

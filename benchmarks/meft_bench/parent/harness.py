@@ -149,6 +149,8 @@ class Ended(NamedTuple):
     """Trials of which none has a score."""
     untrained: Sequence[Cell]
     """Cells whose backbone was not trained."""
+    num_further: int
+    """Number of trials of values beyond those declared."""
 
 
 def _in_order(plan: RunPlan) -> Order:
@@ -188,10 +190,61 @@ def _run_in_order(
         if stage.is_whole:
             stage = stage.then(_run_stage(first, job, engine, file, budget))
         if stage.is_whole and plan.tunings:
+            plan, stage = _with_further_trials(
+                plan, stage, prepared, job, engine, file, budget
+            )
+        if stage.is_whole and plan.tunings:
             second, unscored = _after_trials(plan, prepared, file, engine)
             if second.cells:
                 stage = stage.then(_run_stage(second, job, engine, file, budget))
-    return Ended(stage, checked, unscored, untrained)
+    num_further = _num_trials(plan) - _num_trials(order.plan)
+    return Ended(stage, checked, unscored, untrained, num_further)
+
+
+def _num_trials(plan: RunPlan) -> int:
+    return sum(len(tuning.trials) for tuning in plan.tunings)
+
+
+def _with_further_trials(
+    plan: RunPlan,
+    stage: Stage,
+    prepared: Mapping[Cell, Record],
+    job: Job,
+    engine: Engine,
+    file: RecordsFile,
+    budget: "Budget",
+) -> tuple[RunPlan, Stage]:
+    """Run trials of values beyond those declared, and return the plan with them.
+
+    Args:
+        plan: the run, whose declared trials have ended.
+        stage: how its cells have ended so far.
+        prepared: the cells that have trained a backbone.
+        job: what all cells have in common.
+        engine: where cells run.
+        file: the records.
+        budget: the time limit of the run.
+    """
+    ran = {trial for tuning in plan.tunings for trial in tuning.trials}
+    while stage.is_whole:
+        tunings = _grown(plan.tunings, file, engine)
+        plan = dataclasses.replace(plan, tunings=tunings)
+        every = [trial for tuning in tunings for trial in tuning.trials]
+        further = tuple(trial for trial in every if trial not in ran)
+        if not further:
+            break
+        ran.update(further)
+        part = dataclasses.replace(plan, cells=further, left_out=())
+        if prepared:
+            part, _ = _with_backbones(part, prepared)
+        stage = stage.then(_run_stage(part, job, engine, file, budget))
+    return plan, stage
+
+
+def _grown(
+    tunings: Sequence[Tuning], file: RecordsFile, engine: Engine
+) -> tuple[Tuning, ...]:
+    return trials.grown(tunings, lambda cells: _done_among(cells, file, engine))
 
 
 def _after_trials(
@@ -219,17 +272,18 @@ def _after_trials(
 def _summarize(order: Order, ended: Ended, budget: "Budget") -> int:
     """Print how a run ended, and return its exit code."""
     plan, statuses = order.plan, ended.stage.statuses
+    num_cells = order.num_cells + ended.num_further
     if not ended.stage.is_whole and budget.is_over:
         output.summarize(
             [
                 count(statuses),
-                f"the time budget is over: {len(statuses)} of {order.num_cells} cells "
+                f"the time budget is over: {len(statuses)} of {num_cells} cells "
                 f"are recorded in {plan.path}; the same command goes on",
             ]
         )
         return _exit_code([*statuses, *ended.checked])
     if not ended.stage.is_whole:
-        return _interrupted(plan, order.num_cells, statuses)
+        return _interrupted(plan, num_cells, statuses)
     for tuning in ended.unscored:
         output.complain(
             f"not run, {len(tuning.cells)} cells, such as {tuning.cells[0].id}: "
@@ -319,10 +373,13 @@ def _done(
 def _is_left(plan: RunPlan, first: RunPlan, file: RecordsFile, engine: Engine) -> bool:
     """Return whether any cell is left for which a backbone has to be trained."""
     done = _done(first, file, engine)
-    cells, _ = _chosen(plan.tunings, done)
+    tunings = _grown(plan.tunings, file, engine)
+    tried = tuple(trial for tuning in tunings for trial in tuning.trials)
+    done |= _done(dataclasses.replace(plan, cells=tried), file, engine)
+    cells, _ = _chosen(tunings, done)
     second = dataclasses.replace(plan, cells=cells)
     done |= _done(second, file, engine)
-    every = {*first.cells, *cells} | ({*plan.saves} & {*plan.cells})
+    every = {*first.cells, *tried, *cells} | ({*plan.saves} & {*plan.cells})
     return plan.force or not every <= done.keys() or (not cells and bool(plan.tunings))
 
 

@@ -48,7 +48,8 @@ _SWEEP_KEYS = (
     *("checks", "matrix", "method", "backbone", "task"),
 )
 _MATRIX_KEYS = (
-    *("name", "defaults", "axes", "zip", "tune", "trial_seeds", "set", "exclude"),
+    *("name", "defaults", "axes", "zip", "tune", "trial_seeds"),
+    *("trial_extensions", "set", "exclude"),
 )
 
 Point = dict[str, Value]
@@ -83,6 +84,8 @@ class Matrix:
     """Values to try by the name of a field; empty where nothing is tried."""
     trial_seeds: int = 1
     """Number of trials of each value, with a seed each."""
+    trial_extensions: int = 0
+    """Number of further values to try while the best one is at an end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -286,7 +289,9 @@ def _parse(
         names.append(label)
         matrix, kept = _cells(label, entry, device, own)
         if matrix.tune:
-            its = trials.tunings_of(kept, matrix.tune, matrix.trial_seeds)
+            its = trials.tunings_of(
+                kept, matrix.tune, matrix.trial_seeds, matrix.trial_extensions
+            )
             tunings.update(dict.fromkeys(its))
         else:
             cells.update(dict.fromkeys(kept))
@@ -327,7 +332,7 @@ def _cells(
         cells = list(expand(matrix, device=device, own=own))
         if not cells:
             raise ValueError("every cell is excluded")
-        trials.check(matrix.tune, cells, matrix.trial_seeds)
+        trials.check(matrix.tune, cells, matrix.trial_seeds, matrix.trial_extensions)
         for cell in cells if matrix.tune else ():
             _check_settings({"method": cell.method, **_first(matrix.tune)}, own)
     except ValueError as error:
@@ -423,7 +428,8 @@ def _matrix(name: str, table: dict[str, Any]) -> Matrix:
         defaults=defaults,
         axes=tuple(axes),
         tune=tune,
-        trial_seeds=_trial_seeds(table),
+        trial_seeds=_whole_number(table, "trial_seeds", 1),
+        trial_extensions=_whole_number(table, "trial_extensions", 0),
         rules=tuple(_rule(entry) for entry in _tables(table.get("set", []), "set")),
         excludes=tuple(
             _condition(entry, "exclude")
@@ -432,10 +438,13 @@ def _matrix(name: str, table: dict[str, Any]) -> Matrix:
     )
 
 
-def _trial_seeds(table: dict[str, Any]) -> int:
-    value = table.get("trial_seeds", 1)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`trial_seeds` = {value!r} should be an integer above 0")
+def _whole_number(table: dict[str, Any], name: str, least: int) -> int:
+    """Return the value of a key, or the least that it may be."""
+    value = table.get(name, least)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(
+            f"`{name}` = {value!r} should be an integer of at least {least}"
+        )
     return value
 
 

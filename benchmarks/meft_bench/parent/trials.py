@@ -8,16 +8,21 @@ each value and seed where the matrix has several `trial_seeds`:
                aside (`scored_on`)
     cell       the seeds of the matrix, the value of the best trial, scored as usual
 
-The rows of evaluation therefore choose nothing, all methods have equally many trials,
-and trials are records like others. The mean over seeds counts. Of equal scores, the
-second and the third score decide, then the first value is taken. A value of which a
-trial failed or diverged does not count; where none is left, the cells are not run.
+If the best learning rate is the smallest or the largest that was tried, a matrix with
+`trial_extensions` tries one beyond it, as many times at most, by the same factor as
+between the two at that end.
+
+The rows of evaluation therefore choose nothing, all methods have equally many trials or
+more by the same rule, and trials are records like others. The mean over seeds counts.
+Of equal scores, the second and the third score decide, then the first value is taken. A
+value of which a trial failed or diverged does not count; where none is left, the cells
+are not run.
 """
 
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +30,7 @@ from meft_bench.shared import methods, protocol
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.record import Record, Status
 
+RATE = "learning_rate"
 Value = str | int | float
 UNTUNABLE = frozenset(
     {
@@ -44,6 +50,8 @@ class Tuning:
     trials: tuple[Cell, ...]
     cells: tuple[Cell, ...]
     """With the values of the first trial, until there is a best one."""
+    extensions: int = 0
+    """Number of values that may still be added to those tried."""
 
     def cells_with(self, best: Cell) -> tuple[Cell, ...]:
         """Return the cells with the values of a trial."""
@@ -52,7 +60,10 @@ class Tuning:
 
 
 def check(
-    tune: Mapping[str, Sequence[Value]], cells: Iterable[Cell], num_seeds: int = 1
+    tune: Mapping[str, Sequence[Value]],
+    cells: Iterable[Cell],
+    num_seeds: int = 1,
+    num_extensions: int = 0,
 ) -> None:
     """Raise `ValueError` if values cannot be tried with some cells.
 
@@ -60,7 +71,14 @@ def check(
         tune: values to try by the name of a field.
         cells: the cells of the matrix, with any of the values.
         num_seeds: number of trials of each value.
+        num_extensions: number of further values to try at most.
     """
+    if num_extensions and [*tune] != [RATE]:
+        given = f"`tune` names {' and '.join(tune)}" if tune else "there is no `tune`"
+        raise ValueError(
+            f"`trial_extensions` = {num_extensions} is for trials of `{RATE}` alone, "
+            f"but {given}: leave it out, or try rates"
+        )
     if not tune:
         if num_seeds != 1:
             raise ValueError(
@@ -110,17 +128,23 @@ def check_numbers(tunings: Iterable[Tuning]) -> None:
             f"`tune`: two matrices have trials for the same cells of {cell.method!r} "
             f"on {cell.task!r}; name all values in one"
         )
-    numbers = {len(tuning.trials) for tuning in tunings}
-    if len(numbers) > 1:
-        shown = " and ".join(map(str, sorted(numbers)))
-        raise ValueError(
-            f"`tune`: matrices with {shown} values to try; methods are compared with "
-            "equally many, so give each the same number"
-        )
+    for words, numbers in (
+        ("values to try", {len(tuning.trials) for tuning in tunings}),
+        ("`trial_extensions`", {tuning.extensions for tuning in tunings}),
+    ):
+        if len(numbers) > 1:
+            shown = " and ".join(map(str, sorted(numbers)))
+            raise ValueError(
+                f"`tune`: matrices with {shown} {words}; methods are compared with "
+                "equally many, so give each the same number"
+            )
 
 
 def tunings_of(
-    cells: Sequence[Cell], tune: Mapping[str, Sequence[Value]], num_seeds: int = 1
+    cells: Sequence[Cell],
+    tune: Mapping[str, Sequence[Value]],
+    num_seeds: int = 1,
+    num_extensions: int = 0,
 ) -> list[Tuning]:
     """Return the tunings of a matrix, in the order of its cells.
 
@@ -128,6 +152,7 @@ def tunings_of(
         cells: the cells of the matrix, with any values of the fields to try.
         tune: values to try by the name of a field; all combinations are tried.
         num_seeds: number of trials of each combination, with a seed each.
+        num_extensions: number of further values to try at most.
     """
     names = tuple(tune)
     points: list[dict[str, Any]] = [
@@ -149,6 +174,7 @@ def tunings_of(
                 for seed in seeds
             ),
             cells=tuple(waiting),
+            extensions=num_extensions,
         )
         for trial, waiting in groups.items()
     ]
@@ -179,6 +205,50 @@ def best_of(tuning: Tuning, records: Mapping[Cell, Record]) -> Cell | None:
         if means > most:
             best, most = first, means
     return best
+
+
+def grown(
+    tunings: Sequence[Tuning],
+    find: Callable[[Sequence[Cell]], Mapping[Cell, Record]],
+) -> tuple[Tuning, ...]:
+    """Return tunings with the further values that ended trials ask for.
+
+    Args:
+        tunings: the tunings of a sweep.
+        find: returns the records of those cells that are done.
+
+    Returns:
+        The tunings. Those with trials that are not done are as they are.
+    """
+    found = tuple(tunings)
+    while True:
+        done = find([trial for tuning in found for trial in tuning.trials])
+        longer = tuple(_extended(tuning, done) for tuning in found)
+        if longer == found:
+            return found
+        found = longer
+
+
+def _extended(tuning: Tuning, done: Mapping[Cell, Record]) -> Tuning:
+    """Return a tuning with one more value, if the best one is at an end."""
+    is_whole = all(trial in done for trial in tuning.trials)
+    best = best_of(tuning, done) if tuning.extensions and is_whole else None
+    if best is None:
+        return tuning
+    tried = sorted({trial.learning_rate for trial in tuning.trials})
+    beside = {tried[0]: tried[1], tried[-1]: tried[-2]}.get(best.learning_rate)
+    if beside is None:
+        return tuning
+    rate = float(f"{best.learning_rate * best.learning_rate / beside:.2g}")
+    seeds = dict.fromkeys(trial.seed for trial in tuning.trials)
+    further = (
+        dataclasses.replace(best, seed=seed, learning_rate=rate) for seed in seeds
+    )
+    return dataclasses.replace(
+        tuning,
+        trials=(*tuning.trials, *further),
+        extensions=tuning.extensions - 1,
+    )
 
 
 _SCORES = ("score", "second_score", "third_score")
