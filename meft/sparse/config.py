@@ -204,7 +204,7 @@ _EXPECTED: dict[str, Expectation] = {
     "placement": one_of(("offloaded", "resident")),
     "transfer_dtype": or_none(one_of(("float32", "bfloat16", "float16"))),
     "device_bytes": integer(1),
-    "cache": one_of(("steps", "window", "off")),
+    "cache": one_of(("steps", "window", "home", "off")),
     "prefetch": boolean,
     "folder": or_none(path),
     "update": one_of(UPDATES),
