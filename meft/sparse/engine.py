@@ -141,8 +141,8 @@ def slots_for(
 
     Rows come first: one that is not here is fetched in every forward and in every
     backward. A gradient that is not here is sent to the host in every backward, and in
-    the other direction. A row at home has p, m and v here, and a slot for its gradient;
-    others have none.
+    the other direction. With a home, half of the rows come first, then those at home,
+    which have p, m and v here, and a slot for the gradient, which others do not have.
 
     Args:
         config: the budget (`device_bytes`), and what the cache holds.
@@ -154,14 +154,18 @@ def slots_for(
     of_row = width * transfer_dtype.itemsize
     if config.cache == "home":
         of_home = width * 4 * (STATES + 1)
-        home = min(int(budget * _HOME_SHARE) // of_home, num_rows)
-        rows = min((budget - home * of_home) // of_row, num_rows)
+        rows = min(budget // of_row, int(num_rows * _BEFORE_HOME))
         home = min((budget - rows * of_row) // of_home, num_rows)
+        rows = min((budget - home * of_home) // of_row, num_rows)
         return Slots(rows, home, home)
     rows = min(budget // of_row, num_rows)
     left = budget - rows * of_row
     return Slots(rows, min(left // (width * 4), num_rows), 0)
 
 
-_HOME_SHARE = 0.5
-"""Part of the slots' bytes that the home has at least."""
+_BEFORE_HOME = 0.5
+"""Share of rows that have a slot before any is at home.
+
+A slot saves a row the second transfer of a step at 2 bytes a number, a home all three
+at 18: it pays where the rows of a step have slots already.
+"""

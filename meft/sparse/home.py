@@ -141,7 +141,8 @@ class Home:
             adam_on(places.device).advance(
                 table, every[: len(part)], part, store.schedule, idle=False
             )
-            adam.settle(table, every[len(part) :], store.schedule)
+            if len(part) < len(every):
+                adam.settle(table, every[len(part) :], store.schedule)
             states[:, places[some]] = copies
 
     def recall(self, block: int, ids: Ids | None = None) -> None:

@@ -143,6 +143,11 @@ class _OnHost:
         table.updated_at[ids] = schedule.step
 
     @staticmethod
+    def due(table: Any, ids: Ids, schedule: Any) -> Ids:
+        """Settle no row: which ones is a matter of values."""
+        return ids[:0]
+
+    @staticmethod
     def values(table: Any, ids: Ids, out: Tensor, places: Ids) -> None:
         """Read nothing."""
 
