@@ -13,6 +13,7 @@ from torch import Tensor
 from meft.sparse.cache import GradientSlots, RowCache
 from meft.sparse.config import SparseConfig
 from meft.sparse.home import STATES, Home
+from meft.sparse.host_gradient import HostGradient
 from meft.sparse.rows import Rows
 from meft.sparse.store import RowStore
 from meft.transfer import Link, PendingCopy, TransferLedger, TransferTag
@@ -60,6 +61,8 @@ class Engine:
         self.home = Home(stores, at_home, config.device_bytes // 8, self)
         self._slabs: tuple[Tensor, Tensor, Tensor] | None = None
         self._make_rows = make_rows
+        self._coming: HostGradient | None = None
+        """The gradient that was sent to the host last."""
         self.blocks = [
             make_rows(self, index, store) for index, store in enumerate(stores)
         ]
@@ -119,6 +122,15 @@ class Engine:
         """Start a copy to the host."""
         self.peak_staging_bytes = max(self.peak_staging_bytes, tensor.nbytes)
         return self.link.download(tensor, tag)
+
+    def expect(self, gradient: HostGradient) -> None:
+        """Wait for the gradient that was sent before this one.
+
+        It arrived while the device computed this one, and one at a time takes room.
+        """
+        if self._coming is not None:
+            self._coming.arrive()
+        self._coming = gradient
 
     def prefetch(self, block: int) -> None:
         """Fetch the rows that `block` used last time, if the cache has room."""

@@ -146,8 +146,9 @@ class OffloadedRows(EngineRows):
             stay = self._places((~away).nonzero()[0])
             self._add_on_device(slots[~away], gradient[stay])
             gradient = gradient[self._places(away.nonzero()[0])]
-        gradient = self.engine.download(gradient, self.tag()).get()
-        self._host_gradient.add(wanted[away], gradient)
+        coming = self.engine.download(gradient, self.tag())
+        self.engine.expect(self._host_gradient)
+        self._host_gradient.expect(wanted[away], coming)
 
     @override
     def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:
@@ -167,7 +168,8 @@ class OffloadedRows(EngineRows):
                 parts.append((torch.from_numpy(ids[away]), coming.get().float()))
             if self._host_gradient:
                 mine, values = self._host_gradient.ids, self._host_gradient.values
-                some = torch.from_numpy(~self._is_at_home(mine.numpy()))
+                away_here = ~self._is_at_home(mine.numpy())
+                some = torch.from_numpy(away_here.nonzero()[0])
                 values = values[some].to(self.store.transfer_dtype)
                 parts.append((mine[some], values.float()))
             if not parts:
@@ -194,7 +196,7 @@ class OffloadedRows(EngineRows):
         if not self._host_gradient:
             return ids[here], found
         mine = self._host_gradient.ids.numpy()
-        some = self._is_at_home(mine)
+        some = self._is_at_home(mine).nonzero()[0]
         values = self._host_gradient.values[torch.from_numpy(some)].to(wire)
         sent = self.engine.upload(values, self.tag("update")).get().float()
         return np.concatenate([ids[here], mine[some]]), torch.cat([found, sent])

@@ -35,6 +35,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "no cache": {"cache": "off"},
     "small cache": {"device_bytes": 60_000},
     "tiny cache": {"device_bytes": 9_000},
+    "home": {"cache": "home"},
+    "small home": {"cache": "home", "device_bytes": 60_000},
 }
 """The features of the engine, each switched off, and budgets that do not suffice."""
 
@@ -64,6 +66,7 @@ FAST = {(routing, "tiny cache") for routing in ROUTINGS} | {
     [
         pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow)
         for pair in itertools.product(ROUTINGS, ENGINES)
+        if "home" not in pair[1] or "no experts" not in pair[0]
     ],
 )
 def test_offloaded_rows_give_the_bits_of_resident_rows(
@@ -280,9 +283,10 @@ def test_rows_have_slots_before_their_gradients(wire: torch.dtype) -> None:
     """Within the budget: three times as many as with room for a gradient each."""
     width, rows = 32, 1000
     for budget in (0, 10_000, 40_000, 100_000, 10**7):
-        held, gradients = slots_for(
+        held, gradients, home = slots_for(
             config(device_bytes=max(budget, 1)), rows, width, wire
         )
+        assert home == 0
         used = width * (held * wire.itemsize + gradients * 4)
         assert used <= budget * 7 // 8
         assert held == rows or (held + 1) * width * wire.itemsize > budget * 7 // 8
