@@ -83,10 +83,6 @@ def test_rows_at_home_add_no_wait_for_the_running_computation(
     assert found["download"] == waits
 
 
-def test_a_step_of_rows_at_home_does_not_wait() -> None:
-    assert waits_of("update", 12, cache="home")["download"] == 0
-
-
 def test_every_neuron_needs_no_choice() -> None:
     fields = {"num_experts": 0, "top_k_neurons": 64}
     assert waits_of("forward", **fields) == {}
