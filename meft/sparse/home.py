@@ -77,6 +77,7 @@ class Home:
         """Which rows are at home, and where."""
         self._engine = engine
         self._piece = max(working_bytes // (4 * _TEMPORARIES * first.width), 1)
+        self._moving = max(working_bytes // (4 * STATES * first.width), 1)
         self._has_stepped = False
         if num_slots:
             for block, store in enumerate(stores):
@@ -152,10 +153,11 @@ class Home:
             block: the block.
             ids: which rows; None for all that are at home.
         """
-        back, slots = self.slots.held(block)
-        if ids is not None and len(back):
-            wanted = np.isin(back, ids.numpy())
-            back, slots = back[wanted], slots[wanted]
+        if ids is None:
+            back, slots = self.slots.held(block)
+        else:
+            slots = self.slots.slots_of(block, ids.numpy())
+            back, slots = ids.numpy()[slots >= 0], slots[slots >= 0]
         for some in self._pieces(len(back)):
             self._take_back([Moving(block, back[some], slots[some])])
 
@@ -165,7 +167,7 @@ class Home:
             return
         self._has_stepped = False
         may_enter = np.array([store.schedule is not None for store in self._stores])
-        leaving, entering = self.slots.exchange(may_enter, self._piece)
+        leaving, entering = self.slots.exchange(may_enter, self._moving)
         self.slots.fade()
         if leaving:
             self._take_back(leaving)
