@@ -40,7 +40,7 @@ def offload(stores: list[RowStore], config: SparseConfig) -> Engine:
 class Prefetched(NamedTuple):
     """Rows that are fetched before they are asked for."""
 
-    rows: PendingCopy
+    rows: Callable[[], SomeRows]
     places: PendingCopy
     """Their slots, on the device."""
     ids: Longs
@@ -280,11 +280,11 @@ class OffloadedRows(EngineRows):
         kept = self._keep(ids, slots, version, stale)
         if not kept.any():
             return
-        rows = self._read(ids[kept])
-        self.engine.num_prefetched += len(rows)
+        rows = self._send(ids[kept])
+        self.engine.num_prefetched += int(kept.sum())
         tag = self.tag()
         self._on_its_way = Prefetched(
-            rows=self.engine.upload(rows, tag),
+            rows=rows,
             places=self.engine.upload(torch.from_numpy(slots[kept]).int(), tag),
             ids=ids[kept],
             slots=slots[kept],
@@ -298,7 +298,7 @@ class OffloadedRows(EngineRows):
         cache = self.engine.cache
         still = cache.slots_of(self.block, coming.ids) == coming.slots
         if still.all():
-            rows, places = coming.rows.get(), coming.places.get()
+            rows, places = coming.rows(), coming.places.get()
             self.engine.slabs[0].index_copy_(0, places.long(), rows)
         else:  # rows that are not written are not up to date
             cache.version[coming.slots[still]] = -1
@@ -336,23 +336,38 @@ class OffloadedRows(EngineRows):
         """Return rows that are not in the cache: of the home, or of the host."""
         here, tag = self._is_at_home(ids), self.tag()
         if not here.any():
-            return self.engine.upload(self._read(ids), tag).get()
+            return self._send(ids)()
         self.engine.num_hits += int(here.sum())
         self.engine.home.slots.count(self.block, ids[here])
         found = self.engine.home.read(self.block, ids[here], tag)
         if here.all():
             return found
         rows = found.new_empty(len(ids), found.shape[1])
-        sent = self.engine.upload(self._read(ids[~here]), tag).get()
+        sent = self._send(ids[~here])()
         rows.index_copy_(0, self._places(here.nonzero()[0]), found)
         return rows.index_copy_(0, self._places((~here).nonzero()[0]), sent)
 
-    def _read(self, ids: Longs) -> SomeRows:
-        """Gather rows in memory from which they are uploaded without another copy."""
-        store = self.store
-        self.engine.home.slots.count(self.block, ids)
-        out = self.engine.link.staging((len(ids), store.width), store.transfer_dtype)
-        return store.read(torch.from_numpy(ids), out)
+    def _send(self, ids: Longs) -> Callable[[], SomeRows]:
+        """Start to upload rows from the host; the result returns them on the device.
+
+        Where almost all of a part of the table are wanted, that part is uploaded from
+        where it is stored. Otherwise rows are gathered in memory from which they are
+        uploaded without another copy.
+        """
+        store, engine, tag = self.store, self.engine, self.tag()
+        engine.home.slots.count(self.block, ids)
+        wanted = torch.from_numpy(ids)
+        span = store.span(wanted) if len(ids) else None
+        if span is None:
+            shape = len(ids), store.width
+            out = engine.link.staging(shape, store.transfer_dtype)
+            return engine.upload(store.read(wanted, out), tag).get
+        coming = engine.upload(span, tag)
+        store.wait_for_upload = coming.wait
+        if len(span) == len(ids):
+            return coming.get
+        places = self._places(ids - ids[0])
+        return lambda: coming.get().index_select(0, places)
 
     def _keep(
         self, ids: Longs, slots: Longs, version: Longs, stale: np.ndarray

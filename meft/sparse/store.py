@@ -77,6 +77,8 @@ class RowStore:
         self.update = update
         self.recall: Callable[[Ids | None], None] | None = None
         """Returns lent rows (None: all of them) by `take_back`; None if none are."""
+        self.wait_for_upload: Callable[[], object] = _nothing
+        """Waits until the 16-bit copy is not being uploaded any more."""
 
     def __reduce__(self) -> Any:
         """Reduce to the current rows; a copy, also a saved one, has taken no steps."""
@@ -180,6 +182,27 @@ class RowStore:
         self._adam().values(self._table(), ids, out, places)
         return out
 
+    def span(self, ids: Ids) -> SomeRows | None:
+        """Return the memory of the transfer copy from the first to the last of rows.
+
+        It can be uploaded as it is. The caller sets `wait_for_upload`, which is called
+        before the memory changes. Only `ids` are current in it.
+
+        Args:
+            ids: which rows, ascending, at least one, none of them lent.
+
+        Returns:
+            A view, or None if there is no such memory, or the rows fill less than
+            `SPAN_SHARE` of it.
+        """
+        first, last = int(ids[0]), int(ids[-1])
+        is_dense = len(ids) >= SPAN_SHARE * (last + 1 - first)
+        # A GPU cannot copy from the memory of a file at once.
+        if self.shadow is None or self._folder is not None or not is_dense:
+            return None
+        self._renew_shadow(ids)
+        return self.shadow[first : last + 1]
+
     def keys(self) -> AllRows:
         """Return a view of all current keys, in the transfer dtype."""
         self._recall()
@@ -240,6 +263,7 @@ class RowStore:
         assert self.schedule is not None
         self._refuse_shared()
         self._unsettle()
+        self.wait_for_upload()
         table = self._table(self.shadow)
         is_idle = self.update != "lazy"
         self._adam().advance(table, ids, gradient, self.schedule, idle=is_idle)
@@ -410,6 +434,7 @@ class RowStore:
         if not len(late):
             return
         self._refuse_shared()
+        self.wait_for_upload()
         if self._at_last is not None or self._moments is None:
             self.shadow[late] = self.rows[late].to(self.shadow.dtype)
         else:
@@ -452,5 +477,16 @@ def in_folder(
     return RowStore(mapped.copy_(rows), transfer_dtype, update, folder)
 
 
+def _nothing() -> None:
+    """Wait for no upload."""
+
+
+SPAN_SHARE = 7 / 8
+"""Share of the rows of a span that have to be wanted to upload all of it.
+
+A gather of a share s of n bytes at a rate G before an upload at a rate L takes s n / G
++ s n / L, the upload of all n / L, which is less for s > G / (G + L): at this share
+unless the host gathers seven times as fast as the link transfers.
+"""
 _STEPS_OF_A_LIFE = 2**40
 """More steps than a run can have, so that versions of replaced rows differ."""

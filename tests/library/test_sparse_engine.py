@@ -25,6 +25,7 @@ from meft.sparse.adapter import sparse_adapters
 from meft.sparse.cache import GradientSlots, RowCache
 from meft.sparse.engine import Engine, slots_for
 from meft.sparse.offloaded_rows import OffloadedRows, offload
+from meft.sparse.schedule import Schedule
 from meft.sparse.store import RowStore
 from meft.transfer import TransferTag
 
@@ -242,6 +243,76 @@ def test_rows_that_changed_are_fetched_again_and_others_are_not() -> None:
     # One row of 8 floats, and where it goes, and where the others were.
     assert 8 * 4 < engine.ledger.h2d_bytes - before <= 8 * 4 + 4 * 20
     assert engine.num_hits == 5
+
+
+def dense(wire: torch.dtype, **fields: Any) -> tuple[RowStore, OffloadedRows]:
+    """Rows of one block that has taken a step, without a model."""
+    generator = torch.Generator().manual_seed(1)
+    store = RowStore(torch.randn(64, 8, generator=generator), wire)
+    rows = offload([store], config(**fields)).blocks[0]
+    assert isinstance(rows, OffloadedRows)
+    rows.begin_batch(torch.device("cpu"))
+    store.schedule = Schedule()
+    store.schedule.add(lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    store.step(torch.arange(0, 64, 2), torch.ones(32, 8))
+    return store, rows
+
+
+@pytest.mark.parametrize(
+    ("missing", "first", "last"), [([], 0, 64), ([], 9, 41), ([9, 20, 33, 35], 5, 37)]
+)
+def test_where_almost_all_rows_are_wanted_they_are_uploaded_from_the_store(
+    missing: list[int], first: int, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they lie there: what is between them travels too, and is left out there."""
+    store, rows = dense(torch.bfloat16, cache="off")
+    monkeypatch.setattr(rows.engine.link, "staging", None)
+    ids = torch.tensor([i for i in range(first, last) if i not in missing])
+    taken = rows.take(ids)
+    assert torch.equal(taken, store.settled()[ids].bfloat16())
+    assert store.shadow is not None
+    assert taken.data_ptr() != store.shadow[first:].data_ptr()
+    places = 4 * len(ids) if missing else 0
+    assert rows.engine.ledger.h2d_bytes == 2 * 8 * (last - first) + places
+
+
+@pytest.mark.parametrize("wire", [torch.bfloat16, torch.float32])
+def test_otherwise_they_are_gathered(wire: torch.dtype) -> None:
+    """Also those in float32, whose values are not stored."""
+    store, rows = dense(wire, cache="off")
+    every = torch.arange(0 if wire == torch.float32 else 30, 64)
+    ids = every[every % 5 != 0] if wire == torch.bfloat16 else every
+    assert torch.equal(rows.take(ids), store.settled()[ids].to(wire))
+    assert rows.engine.ledger.h2d_bytes == wire.itemsize * 8 * len(ids)
+
+
+@pytest.mark.parametrize("change", ["step", "write"])
+def test_rows_do_not_change_while_they_are_uploaded(change: str) -> None:
+    """The store waits for the upload first."""
+    store, rows = dense(torch.bfloat16, cache="off")
+    rows.take(torch.arange(64))
+    assert store.shadow is not None
+    before, seen = store.shadow.clone(), []
+    store.wait_for_upload = lambda: seen.append(store.shadow.clone())  # type: ignore[union-attr]
+    if change == "step":
+        assert store.schedule is not None
+        store.schedule.add(lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+        store.step(torch.arange(3), torch.ones(3, 8))
+    else:
+        store.assign(store.settled() + 1)
+    assert torch.equal(seen[0], before)
+    assert not torch.equal(store.shadow, before)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_where_every_neuron_answers_the_bits_are_those_of_resident_rows(
+    engine: str,
+) -> None:
+    fields = ENGINES[engine] | {"num_experts": 0, "top_k_neurons": 64}
+    here = sparse_model(**fields, transfer_dtype="bfloat16", placement="resident")
+    away = sparse_model(**fields, transfer_dtype="bfloat16")
+    assert train(here) == train(away)
+    assert torch.equal(all_rows(here), all_rows(away))
 
 
 def test_a_full_cache_keeps_what_it_has() -> None:
