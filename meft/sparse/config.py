@@ -68,12 +68,13 @@ class SparseConfig:
             over pieces round differently. Default: `1073741824`.
         cache (str): How long a row stays on the device. `steps`: as long as its value
             does not change. `window`: until the next optimizer step. `home`: as
-            `steps`, but the rows that are used most take their optimizer steps on the
-            device and are not transferred (16 bytes a number, of which there are two
-            more for the value of a row in use). Take it if each step has one batch, or
-            if `device_bytes` exceeds what `steps` can use (6 bytes a number). It needs
-            experts. `off`: only while it is used in a computation, so its gradient is
-            transferred at once. Default: `'steps'`.
+            `steps`, but what the values of all rows leave of the budget (in 16 bits, 2
+            bytes a number) is for the rows that are used most, which take their
+            optimizer steps on the device and are not transferred (16 bytes a number).
+            Take it if each step has one batch, or if `device_bytes` exceeds what
+            `steps` can use (6 bytes a number). It needs experts. `off`: only while it
+            is used in a computation, so its gradient is transferred at once. Default:
+            `'steps'`.
         prefetch (bool): Whether to fetch the rows that the next block used last time
             while the current block computes. Default: `True`.
         folder (str | None): Existing folder, on a local disk, of the files in which

@@ -14,7 +14,7 @@ The host therefore waits only where rows leave.
 
 import functools
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ _TEMPORARIES = 16
 """Float32 numbers per number of a row that a step takes meanwhile, at most."""
 
 
+@runtime_checkable
 class Carrier(Protocol):
     """The engine as the home uses it."""
 
