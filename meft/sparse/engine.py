@@ -92,7 +92,6 @@ class Engine:
                 )
         return self._slabs
 
-    @property
     def states(self) -> Tensor:
         """Return the slots for p, m and v of rows at home, `3 slots width`."""
         return self.slabs[2]

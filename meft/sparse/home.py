@@ -43,7 +43,6 @@ class Carrier(Protocol):
 
     link: Link
 
-    @property
     def states(self) -> Float[Tensor, "3 slots width"]:
         """The slots of the home, on the device."""
 
@@ -95,7 +94,7 @@ class Home:
         store = self._stores[block]
         places = self._upload_places(self.slots.slots_of(block, ids), tag)
         factors = self._upload(store.factors[torch.from_numpy(ids)], tag)
-        states = self._engine.states
+        states = self._engine.states()
         out = states.new_empty(len(ids), store.width, dtype=store.transfer_dtype)
         for some in self._pieces(len(ids)):
             table = _table(states[:, places[some]], factors[some])
@@ -108,7 +107,7 @@ class Home:
         block: int,
         ids: Ids,
         gradient: SomeRows,
-        here: tuple[Longs, SomeRows],
+        here: tuple[Longs, Float[Tensor, "moved width"]],
         tag: TransferTag,
     ) -> None:
         """Take the last step of the block's schedule with rows here and in the store.
@@ -134,7 +133,7 @@ class Home:
         assert store.schedule is not None
         places = self._upload_places(self.slots.slots_of(block, changing), tag)
         factors = self._upload(factors, tag)
-        states = self._engine.states
+        states = self._engine.states()
         for some in self._pieces(len(changing)):
             copies = states[:, places[some]]
             table = _table(copies, factors[some])
@@ -178,7 +177,7 @@ class Home:
     def _take_back(self, leaving: list[Moving]) -> None:
         slots = np.concatenate([slots for _, _, slots in leaving])
         places = self._upload_places(slots, _TAG)
-        states = self._engine.download(self._engine.states[:, places], _TAG).get()
+        states = self._engine.download(self._engine.states()[:, places], _TAG).get()
         first = 0
         for block, ids, _ in leaving:
             some = states[:, first : first + len(ids)]
@@ -196,7 +195,7 @@ class Home:
             self._stores[block].lend(torch.from_numpy(ids), some)
             first += len(ids)
         places = self._upload_places(slots, _TAG)
-        self._engine.states[:, places] = self._upload(states, _TAG)
+        self._engine.states()[:, places] = self._upload(states, _TAG)
         for block, ids, slots in entering:
             self.slots.occupy(block, ids, slots)
 

@@ -249,7 +249,9 @@ class RowStore:
         self._start_again()
         self.schedule = None
 
-    def step(self, ids: Ids, gradient: SomeRows, lent: Ids | None = None) -> None:
+    def step(
+        self, ids: Ids, gradient: SomeRows, lent: Int[Tensor, " lent"] | None = None
+    ) -> None:
         """Take the schedule's last step.
 
         The new values of idle rows are computed at once (`dense`) or when they are
