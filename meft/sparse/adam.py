@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from meft.sparse import idle as idling
@@ -103,7 +103,7 @@ def restart_moved(table: RowTable, ids: Ids, schedule: Schedule, *, idle: bool) 
     table.updated_at[ids] = schedule.step
 
 
-def due(table: RowTable, ids: Ids, schedule: Schedule) -> Ids:
+def due(table: RowTable, ids: Ids, schedule: Schedule) -> Int[Tensor, " due"]:
     """Return the idle rows that have to be settled in the schedule's last step.
 
     Args:

@@ -182,7 +182,7 @@ class RowStore:
         self._adam().values(self._table(), ids, out, places)
         return out
 
-    def span(self, ids: Ids) -> SomeRows | None:
+    def span(self, ids: Ids) -> Float[Tensor, "span width"] | None:
         """Return the memory of the transfer copy from the first to the last of rows.
 
         It can be uploaded as it is. The caller sets `wait_for_upload`, which is called
@@ -275,7 +275,7 @@ class RowStore:
         if self.update == "dense" and self.shadow is not None:
             self._renew_shadow(self._everyone())
 
-    def due(self, ids: Ids) -> Ids:
+    def due(self, ids: Ids) -> Int[Tensor, " due"]:
         """Return which of these rows have to be settled in the schedule's last step.
 
         Args:
