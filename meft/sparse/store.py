@@ -78,7 +78,7 @@ class RowStore:
         self.recall: Callable[[Ids | None], None] | None = None
         """Returns lent rows (None: all of them) by `take_back`; None if none are."""
         self.wait_for_upload: Callable[[], object] = _nothing
-        """Waits until the 16-bit copy is not being uploaded any more."""
+        """Waits until no part of the 16-bit copy is being uploaded (`span`)."""
 
     def __reduce__(self) -> Any:
         """Reduce to the current rows; a copy, also a saved one, has taken no steps."""
@@ -186,7 +186,8 @@ class RowStore:
         """Return the memory of the transfer copy from the first to the last of rows.
 
         It can be uploaded as it is. The caller sets `wait_for_upload`, which is called
-        before the memory changes. Only `ids` are current in it.
+        before these rows change. Only `ids` are current in it, and others may change
+        during the upload.
 
         Args:
             ids: which rows, ascending, at least one, none of them lent.
@@ -436,7 +437,6 @@ class RowStore:
         if not len(late):
             return
         self._refuse_shared()
-        self.wait_for_upload()
         if self._at_last is not None or self._moments is None:
             self.shadow[late] = self.rows[late].to(self.shadow.dtype)
         else:
@@ -445,6 +445,7 @@ class RowStore:
 
     def _fill_shadow(self) -> None:
         """Write all current rows into their 16-bit copy."""
+        self.wait_for_upload()
         self.shadow_at.fill_(-1)
         if self.shadow is not None:
             self._renew_shadow(self._everyone())
