@@ -78,6 +78,7 @@ class OffloadedRows(EngineRows):
         """Download the gradients that are only on the device, before it is changed."""
         ids, slots = self.engine.gradients.held(self.block)
         self._on_its_way = None
+        self.store.wait_for_upload()
         self.engine.home.recall(self.block)
         if len(ids):
             there = self.engine.slabs[1][self._places(slots)]

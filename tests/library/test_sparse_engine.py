@@ -1,6 +1,7 @@
 """Rows in host memory: the same bits as on the device, and every byte booked."""
 
 import itertools
+import weakref
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from meft.sparse.engine import Engine, slots_for
 from meft.sparse.offloaded_rows import OffloadedRows, offload
 from meft.sparse.schedule import Schedule
 from meft.sparse.store import RowStore
-from meft.transfer import TransferTag
+from meft.transfer import PendingCopy, TransferTag
 
 ENGINES: dict[str, dict[str, Any]] = {
     "all on": {},
@@ -302,6 +303,25 @@ def test_rows_do_not_change_while_they_are_uploaded(change: str) -> None:
         store.assign(store.settled() + 1)
     assert torch.equal(seen[0], before)
     assert not torch.equal(store.shadow, before)
+
+
+def test_waiting_for_an_upload_does_not_keep_its_copy() -> None:
+    """Which takes memory of the device."""
+
+    class Event:
+        waits = 0
+
+        def synchronize(self) -> None:
+            self.waits += 1
+
+    event, rows = Event(), torch.ones(3)
+    copied = weakref.ref(rows)
+    wait = PendingCopy(rows, event).wait
+    del rows
+    wait()
+    assert event.waits == 1
+    assert copied() is None
+    PendingCopy(torch.ones(3), None).wait()  # it was synchronous
 
 
 @pytest.mark.parametrize("engine", ENGINES)
