@@ -289,6 +289,36 @@ def computation_moves(
         rows.engine.use(torch.device("cpu"))  # type: ignore[attr-defined]
 
 
+def run(
+    events: dict[int, str], num_steps: int, wire: str = "bfloat16", **fields: Any
+) -> tuple[list[Tensor], list[float]]:
+    """The state and the losses of a run in which something happens in some steps.
+
+    There are two groups of parameters, whose rates differ.
+    """
+    model = sparse_model(transfer_dtype=wire, device_bytes=75_000, **fields)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    half = len(parameters) // 2
+    groups = [
+        {"params": parameters[:half], "lr": 1e-2, "betas": (0.5, 0.9)},
+        {"params": parameters[half:], "lr": 3e-3, "weight_decay": 0.1},
+    ]
+    adam = meft.SparseAdamW(groups)
+    losses = []
+    for step, inputs in enumerate(batches(num_steps)):
+        loss = model(**inputs).loss
+        loss.backward()
+        losses.append(loss.item())
+        if step in events:
+            if "placement" not in fields and step == min(events):
+                assert at_home(model) > 10
+            adam = EVENTS[events[step]](model, adam, inputs) or adam
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        adam.step()
+        adam.zero_grad()
+    return state(model), losses
+
+
 @pytest.mark.parametrize(
     ("name", "wire"),
     slow_but_for(
@@ -297,34 +327,52 @@ def computation_moves(
     ),
 )
 def test_what_happens_between_steps_changes_no_bit(name: str, wire: str) -> None:
-    """With two groups of parameters, whose rates differ."""
-
-    def run(**fields: Any) -> tuple[list[Tensor], list[float]]:
-        model = sparse_model(transfer_dtype=wire, device_bytes=75_000, **fields)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        half = len(parameters) // 2
-        groups = [
-            {"params": parameters[:half], "lr": 1e-2, "betas": (0.5, 0.9)},
-            {"params": parameters[half:], "lr": 3e-3, "weight_decay": 0.1},
-        ]
-        adam = meft.SparseAdamW(groups)
-        losses = []
-        for step, inputs in enumerate(batches(24)):
-            loss = model(**inputs).loss
-            loss.backward()
-            losses.append(loss.item())
-            if step in (9, 15):
-                if fields["cache"] == "home" and "placement" not in fields:
-                    assert at_home(model) > 10
-                adam = EVENTS[name](model, adam, inputs) or adam
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            adam.step()
-            adam.zero_grad()
-        return state(model), losses
-
-    here, away = run(cache="steps", placement="resident"), run(cache="home")
+    events = {9: name, 15: name}
+    here = run(events, 24, wire, placement="resident")
+    away = run(events, 24, wire, cache="home")
     assert here[1] == away[1]
     assert_equal(away[0], here[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("update", ["catchup", "lazy", "dense"])
+@pytest.mark.parametrize("seed", range(4))
+def test_many_things_that_happen_change_no_bit(seed: int, update: str) -> None:
+    generator = np.random.default_rng(seed)
+    names = [name for name in EVENTS if name != "nothing"]
+    events = {step: str(generator.choice(names)) for step in range(9, 40, 2)}
+    here = run(events, 45, update=update, placement="resident")
+    away = run(events, 45, update=update, cache="home")
+    assert here[1] == away[1]
+    assert_equal(away[0], here[0])
+
+
+def test_another_model_continues_with_the_same_bits() -> None:
+    """From the state of a run with rows at home."""
+    fields: dict[str, Any] = {"transfer_dtype": "bfloat16", "device_bytes": 75_000}
+
+    def train_on(model: PreTrainedModel, adam: meft.SparseAdamW, first: int) -> None:
+        for inputs in list(batches(20))[first : first + 10]:
+            model(**inputs).loss.backward()
+            adam.step()
+            adam.zero_grad()
+
+    found = []
+    for cache in ("home", "off"):
+        model, later = (sparse_model(**fields, cache=cache) for _ in range(2))
+        adam = meft.SparseAdamW(model.parameters(), lr=1e-2)
+        train_on(model, adam, 0)
+        if cache == "home":
+            assert at_home(model) > 10
+        states = copy.deepcopy((model.state_dict(), adam.state_dict()))
+        following = meft.SparseAdamW(later.parameters(), lr=1e-2)
+        later.load_state_dict(states[0])
+        following.load_state_dict(states[1])
+        for one, optimizer in ((model, adam), (later, following)):
+            train_on(one, optimizer, 10)
+            found.append(state(one))
+    for other in found[1:]:
+        assert_equal(found[0], other)
 
 
 def test_idle_rows_at_home_come_to_rest() -> None:
