@@ -6,6 +6,7 @@ Host memory is pinned if there is a GPU, so that a copy does not block the host.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -129,6 +130,11 @@ class PendingCopy:
     _done: Any
     """Event after the copy, or a substitute; None if the copy was synchronous."""
 
+    @property
+    def wait(self) -> Callable[[], object]:
+        """Return a function that waits on the host, and does not keep the copy."""
+        return _nothing if self._done is None else self._done.synchronize
+
     def get(self) -> Tensor:
         """Return the copy, synchronized with the host or with the current stream."""
         if self._done is None:
@@ -140,3 +146,7 @@ class PendingCopy:
         stream.wait_event(self._done)
         self._tensor.record_stream(stream)
         return self._tensor
+
+
+def _nothing() -> None:
+    """Wait for a copy that was synchronous."""

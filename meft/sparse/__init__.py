@@ -4,6 +4,7 @@ Read the modules in this order: `router` (selects the neurons of a token), `dens
 plain twin), `products` and `pieces` (the same computation on the chosen rows only),
 `choice` (the neurons that a batch uses), `token_topk` and `union` (the two semantics),
 `store`, `adam` (storage of the rows, and their optimizer), `rows`, `cache`, `engine`,
-`offloaded_rows` (transfer of rows to the device), `row_grad`, `row_parameter` (rows as
-a parameter for autograd, optimizers and files), `adapter`, `optimizer`, `convert`.
+`offloaded_rows` (transfer of rows to the device), `home`, `admission` (rows that take
+their steps there), `row_grad`, `row_parameter` (rows as a parameter for autograd,
+optimizers and files), `adapter`, `optimizer`, `convert`.
 """

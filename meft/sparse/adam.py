@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from meft.sparse import idle as idling
@@ -83,12 +83,51 @@ def advance(
         others = torch.ones_like(table.updated_at, dtype=torch.bool)
         others[ids] = False
         _idle_step(table, others.nonzero()[:, 0], schedule)
+    restart_moved(table, ids, schedule, idle=idle)
+
+
+def restart_moved(table: RowTable, ids: Ids, schedule: Schedule, *, idle: bool) -> None:
+    """Start the factors of rows that had a gradient in the schedule's last step.
+
+    Args:
+        table: the table, of which only factors and steps change.
+        ids: the rows that had a gradient, `some`.
+        schedule: the schedule whose last step they took.
+        idle: whether rows take idle steps.
+    """
     mine = table.factors[ids]
     moves = torch.ones_like(ids, dtype=torch.bool)
     idling.restart(mine, idling.centre_of(schedule) if idle else 1.0, moves)
     mine[:, idling.FADE] = 1
     table.factors[ids] = mine
     table.updated_at[ids] = schedule.step
+
+
+def due(table: RowTable, ids: Ids, schedule: Schedule) -> Int[Tensor, " due"]:
+    """Return the idle rows that have to be settled in the schedule's last step.
+
+    Args:
+        table: the table, whose factors are as of before that step.
+        ids: idle rows, `some`.
+        schedule: the schedule.
+    """
+    rests, recentres = idling.events(table.factors[ids], schedule)
+    return ids[rests | recentres]
+
+
+def settle(table: RowTable, ids: Ids, s: Schedule) -> None:
+    """Write the values of rows after all idle steps before the last one.
+
+    Args:
+        table: the table to change, whose factors are as of before that step.
+        ids: rows that are `due`, `some`.
+        s: the schedule.
+    """
+    table.rows[ids] = _rows_now(table, ids)
+    rests, _ = idling.events(table.factors[ids], s)
+    restart(table, ids, s)
+    table.first[ids] = table.first[ids].masked_fill(rests[:, None], 0.0)
+    table.factors[ids, idling.MEAN] = (~rests).double()
 
 
 def values(
@@ -124,23 +163,13 @@ def _step(table: RowTable, ids: Ids, gradient: SomeRows, s: Schedule) -> None:
 
 
 def _idle_step(table: RowTable, ids: Ids, s: Schedule) -> None:
-    rests, recentres = idling.events(table.factors[ids], s)
-    for some in ids[rests | recentres].split(PIECE):
-        _settle(table, some, s)
+    for some in due(table, ids, s).split(PIECE):
+        settle(table, some, s)
     factors = table.factors[ids]
     idling.age(factors, s)
     table.factors[ids] = factors
     moves = (factors[:, idling.MEAN] > 0) & (s.weight > 0) | (s.decay != 1)
     table.updated_at[ids] = table.updated_at[ids].masked_fill(moves, s.step)
-
-
-def _settle(table: RowTable, ids: Ids, s: Schedule) -> None:
-    """Write the values of rows after all idle steps before the last one."""
-    table.rows[ids] = _rows_now(table, ids)
-    rests, _ = idling.events(table.factors[ids], s)
-    restart(table, ids, s)
-    table.first[ids] = table.first[ids].masked_fill(rests[:, None], 0.0)
-    table.factors[ids, idling.MEAN] = (~rests).double()
 
 
 def restart(table: RowTable, ids: Ids, s: Schedule) -> None:

@@ -100,6 +100,10 @@ def values(
     )
 
 
+due = adam.due
+"""See `meft.sparse.adam.due`, which reads a few numbers per row."""
+
+
 def _choices() -> tuple[Any, ...]:
     """Return the constants of `idle`.
 

@@ -16,7 +16,7 @@ from meft.sparse import adam
 
 @Replaceable
 def adam_on(device: torch.device) -> Any:
-    """Return the module whose `advance` and `values` update and read rows.
+    """Return the module whose `advance`, `due` and `values` update and read rows.
 
     Warns:
         UserWarning: numba is not installed, so that rows on a CPU take longer.

@@ -72,9 +72,14 @@ class SparseConfig:
             rows that a batch chose in a block, rows are processed in pieces, and sums
             over pieces round differently. Default: `1073741824`.
         cache (str): How long a row stays on the device. `steps`: as long as its value
-            does not change. `window`: until the next optimizer step. `off`: only while
-            it is used in a computation, so its gradient is transferred at once.
-            Default: `'steps'`.
+            does not change. `window`: until the next optimizer step. `home`: as
+            `steps`, but what the values of all rows leave of the budget (in 16 bits, 2
+            bytes a number) is for the rows that are used most, which take their
+            optimizer steps on the device and are not transferred (16 bytes a number).
+            Take it if each step has one batch, or if `device_bytes` exceeds what
+            `steps` can use (6 bytes a number). It needs experts. `off`: only while it
+            is used in a computation, so its gradient is transferred at once. Default:
+            `'steps'`.
         prefetch (bool): Whether to fetch the rows that the next block used last time
             while the current block computes. Default: `True`.
         folder (str | None): Existing folder, on a local disk, of the files in which
@@ -117,6 +122,13 @@ class SparseConfig:
             raise ConfigError(
                 f"`folder` is {self.folder!r}, but `placement` is {self.placement!r}: "
                 "only rows in host memory can be kept in files"
+            )
+        scores_all = self.num_experts == 0 and self.top_k_neurons < self.num_neurons
+        if self.cache == "home" and self.placement == "offloaded" and scores_all:
+            raise ConfigError(
+                "`cache` is 'home', but without experts (`num_experts` is 0) the host "
+                "scores all rows in each batch and needs them there: set `num_experts` "
+                "(None selects a number), or take `cache='steps'`"
             )
         if self.num_experts != 0:
             self._check_experts()
@@ -219,7 +231,7 @@ _EXPECTED: dict[str, Expectation] = {
     "placement": one_of(("offloaded", "resident")),
     "transfer_dtype": or_none(one_of(("float32", "bfloat16", "float16"))),
     "device_bytes": integer(1),
-    "cache": one_of(("steps", "window", "off")),
+    "cache": one_of(("steps", "window", "home", "off")),
     "prefetch": boolean,
     "folder": or_none(path),
     "update": one_of(UPDATES),

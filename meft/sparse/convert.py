@@ -33,6 +33,7 @@ from meft.sparse.adapter import (
 )
 from meft.sparse.config import SparseConfig
 from meft.sparse.engine import slots_for
+from meft.sparse.home import STATES
 from meft.sparse.offloaded_rows import offload
 from meft.sparse.row_parameter import rows_of
 from meft.sparse.rows import ResidentRows, Rows
@@ -228,13 +229,14 @@ def host_bytes(
             found |= {"moments": 8 * numbers, "gradients": 4 * numbers}
             found |= {"idle steps": steps, "rows while they are saved": 4 * numbers}
         return found
-    held, gradients = slots_for(config, num_rows, width, transfer_dtype)
+    held, gradients, home = slots_for(config, num_rows, width, transfer_dtype)
     found["moments"] = 8 * numbers
     found |= {"idle steps": steps, "rows while they are saved": 4 * numbers}
     if gradients < num_rows:
         found["gradients"] = 4 * numbers
     if is_on_host:
-        found["cache"] = width * (held * transfer_dtype.itemsize + gradients * 4)
+        of_slots = held * transfer_dtype.itemsize + gradients * 4 + home * 4 * STATES
+        found["cache"] = width * of_slots
     return found
 
 

@@ -83,7 +83,9 @@ def restart(factors: Factors, centre: float, is_live: Flags) -> None:
         centre: c of the following sums.
         is_live: whether m is other than 0, `rows`.
     """
-    factors[:, [SHRINK, ROOT]] = 1
+    # One by one: a list of columns would be copied to the device.
+    factors[:, SHRINK] = 1
+    factors[:, ROOT] = 1
     factors[:, MEAN] = is_live.double()
     factors[:, CENTRE] = centre
     factors[:, SUMS:] = 0

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from meft.sparse.cache import Longs
+from meft.sparse.cache import Flags, Longs
 from meft.sparse.config import SparseConfig
 from meft.sparse.engine import Engine, EngineRows
 from meft.sparse.host_gradient import HostGradient
@@ -40,7 +40,7 @@ def offload(stores: list[RowStore], config: SparseConfig) -> Engine:
 class Prefetched(NamedTuple):
     """Rows that are fetched before they are asked for."""
 
-    rows: PendingCopy
+    rows: Callable[[], SomeRows]
     places: PendingCopy
     """Their slots, on the device."""
     ids: Longs
@@ -79,6 +79,8 @@ class OffloadedRows(EngineRows):
         """Download the gradients that are only on the device, before it is changed."""
         ids, slots = self.engine.gradients.held(self.block)
         self._on_its_way = None
+        self.store.wait_for_upload()
+        self.engine.home.recall(self.block)
         if len(ids):
             there = self.engine.slabs[1][self._places(slots)]
             gradient = self.engine.download(there, self.tag()).get()
@@ -134,8 +136,12 @@ class OffloadedRows(EngineRows):
     @override
     def add_gradient(self, ids: Ids, gradient: SomeRows) -> None:
         wanted = ids.numpy()
+        home = self.engine.home.slots
+        home.count(self.block, wanted)
         # A sum stays where it was begun.
         is_new = ~self._host_gradient.has_gradient[wanted]
+        if len(home):
+            is_new &= home.slots_of(self.block, wanted) >= 0
         slots = self.engine.gradients.assign(self.block, wanted, is_new)
         away = slots < 0
         gradient = gradient.to(self.store.transfer_dtype)
@@ -146,25 +152,32 @@ class OffloadedRows(EngineRows):
             stay = self._places((~away).nonzero()[0])
             self._add_on_device(slots[~away], gradient[stay])
             gradient = gradient[self._places(away.nonzero()[0])]
-        gradient = self.engine.download(gradient, self.tag()).get()
-        self._host_gradient.add(wanted[away], gradient)
+        coming = self.engine.download(gradient, self.tag())
+        self.engine.expect(self._host_gradient)
+        self._host_gradient.expect(wanted[away], coming)
 
     @override
     def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:
         ids, slots = self.engine.gradients.held(self.block)
+        away = ~self._is_at_home(ids)
         coming = None
-        if len(ids):
-            sums = self.engine.slabs[1][self._places_of_gradient(slots)]
-            sent = sums.to(self.store.transfer_dtype)
+        if away.any():
+            places = self._places_of_gradient(slots)
+            if not away.all():
+                places = places[self._places(away.nonzero()[0], "update")]
+            sent = self.engine.slabs[1][places].to(self.store.transfer_dtype)
             coming = self.engine.download(sent, self.tag("update"))
 
         def get() -> tuple[Ids, SomeRows]:
             parts = []
             if coming is not None:
-                parts.append((torch.from_numpy(ids), coming.get().float()))
+                parts.append((torch.from_numpy(ids[away]), coming.get().float()))
             if self._host_gradient:
-                values = self._host_gradient.values.to(self.store.transfer_dtype)
-                parts.append((self._host_gradient.ids, values.float()))
+                mine, values = self._host_gradient.ids, self._host_gradient.values
+                away_here = ~self._is_at_home(mine.numpy())
+                some = torch.from_numpy(away_here.nonzero()[0])
+                values = values[some].to(self.store.transfer_dtype)
+                parts.append((mine[some], values.float()))
             if not parts:
                 return torch.zeros(0, dtype=torch.long), self.store.rows[:0]
             if len(parts) == 1:
@@ -172,6 +185,30 @@ class OffloadedRows(EngineRows):
             return torch.cat([i for i, _ in parts]), torch.cat([g for _, g in parts])
 
         return get
+
+    @override
+    def step(self, ids: Ids, gradient: SomeRows) -> None:
+        self.engine.home.step(
+            self.block, ids, gradient, self._gradient_at_home(), self.tag("update")
+        )
+
+    def _gradient_at_home(self) -> tuple[Longs, SomeRows]:
+        """Return the rows at home that have a gradient, and it, on the device."""
+        ids, slots = self.engine.gradients.held(self.block)
+        here = self._is_at_home(ids)
+        places = self._places(slots[here], "update")
+        wire = self.store.transfer_dtype
+        found = self.engine.slabs[1][places].to(wire).float()
+        if not self._host_gradient:
+            return ids[here], found
+        mine = self._host_gradient.ids.numpy()
+        some = self._is_at_home(mine).nonzero()[0]
+        values = self._host_gradient.values[torch.from_numpy(some)].to(wire)
+        sent = self.engine.upload(values, self.tag("update")).get().float()
+        return np.concatenate([ids[here], mine[some]]), torch.cat([found, sent])
+
+    def _is_at_home(self, ids: Longs) -> Flags:
+        return self.engine.home.slots.slots_of(self.block, ids) >= 0
 
     @override
     def held_ids(self) -> list[Tensor]:
@@ -229,6 +266,7 @@ class OffloadedRows(EngineRows):
     def end_step(self) -> None:
         if self.engine.config.cache == "window":
             self.engine.cache.clear()
+        self.engine.home.exchange()
 
     @override
     def invalidate(self) -> None:
@@ -245,6 +283,7 @@ class OffloadedRows(EngineRows):
             return
         expected = self._expected
         ids = self._last_taken if expected is None else expected().numpy()
+        ids = ids[~self._is_at_home(ids)]
         if not len(ids):
             return
         version = self.store.version(torch.from_numpy(ids)).numpy()
@@ -254,11 +293,11 @@ class OffloadedRows(EngineRows):
         kept = self._keep(ids, slots, version, stale)
         if not kept.any():
             return
-        rows = self._read(ids[kept])
-        self.engine.num_prefetched += len(rows)
+        rows = self._send(ids[kept])
+        self.engine.num_prefetched += int(kept.sum())
         tag = self.tag()
         self._on_its_way = Prefetched(
-            rows=self.engine.upload(rows, tag),
+            rows=rows,
             places=self.engine.upload(torch.from_numpy(slots[kept]).int(), tag),
             ids=ids[kept],
             slots=slots[kept],
@@ -272,7 +311,7 @@ class OffloadedRows(EngineRows):
         cache = self.engine.cache
         still = cache.slots_of(self.block, coming.ids) == coming.slots
         if still.all():
-            rows, places = coming.rows.get(), coming.places.get()
+            rows, places = coming.rows(), coming.places.get()
             self.engine.slabs[0].index_copy_(0, places.long(), rows)
         else:  # rows that are not written are not up to date
             cache.version[coming.slots[still]] = -1
@@ -288,8 +327,7 @@ class OffloadedRows(EngineRows):
             version: the current version of each.
             fresh: whether the cached copy of each is up to date.
         """
-        missing = self._read(wanted[~fresh])
-        rows = self.engine.upload(missing, self.tag()).get()
+        rows = self._missing(wanted[~fresh])
         kept = self._keep(wanted, slots, version, ~fresh)
         if kept.any():
             of_missing = kept[~fresh]
@@ -307,11 +345,42 @@ class OffloadedRows(EngineRows):
         taken.index_copy_(0, self._places((~fresh).nonzero()[0]), rows)
         return taken
 
-    def _read(self, ids: Longs) -> SomeRows:
-        """Gather rows in memory from which they are uploaded without another copy."""
-        store = self.store
-        out = self.engine.link.staging((len(ids), store.width), store.transfer_dtype)
-        return store.read(torch.from_numpy(ids), out)
+    def _missing(self, ids: Longs) -> SomeRows:
+        """Return rows that are not in the cache: of the home, or of the host."""
+        here, tag = self._is_at_home(ids), self.tag()
+        if not here.any():
+            return self._send(ids)()
+        self.engine.num_hits += int(here.sum())
+        self.engine.home.slots.count(self.block, ids[here])
+        found = self.engine.home.read(self.block, ids[here], tag)
+        if here.all():
+            return found
+        rows = found.new_empty(len(ids), found.shape[1])
+        sent = self._send(ids[~here])()
+        rows.index_copy_(0, self._places(here.nonzero()[0]), found)
+        return rows.index_copy_(0, self._places((~here).nonzero()[0]), sent)
+
+    def _send(self, ids: Longs) -> Callable[[], SomeRows]:
+        """Start to upload rows from the host; the result returns them on the device.
+
+        Where almost all of a part of the table are wanted, that part is uploaded from
+        where it is stored. Otherwise rows are gathered in memory from which they are
+        uploaded without another copy.
+        """
+        store, engine, tag = self.store, self.engine, self.tag()
+        engine.home.slots.count(self.block, ids)
+        wanted = torch.from_numpy(ids)
+        span = store.span(wanted) if len(ids) else None
+        if span is None:
+            shape = len(ids), store.width
+            out = engine.link.staging(shape, store.transfer_dtype)
+            return engine.upload(store.read(wanted, out), tag).get
+        coming = engine.upload(span, tag)
+        store.wait_for_upload = coming.wait
+        if len(span) == len(ids):
+            return coming.get
+        places = self._places(ids - ids[0])
+        return lambda: coming.get().index_select(0, places)
 
     def _keep(
         self, ids: Longs, slots: Longs, version: Longs, stale: np.ndarray

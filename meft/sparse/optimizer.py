@@ -121,7 +121,7 @@ class SparseAdamW(torch.optim.AdamW):
             get, following = coming, stepping[index + 1 : index + 2]
             coming = following[0][1].gradient() if following else None
             assert get is not None
-            rows.store.step(*get())
+            rows.step(*get())
             torch.autograd.graph.increment_version(parameter)
         for _, rows in stepping:
             rows.end_step()

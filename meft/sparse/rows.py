@@ -5,7 +5,8 @@
     take(ids)                return current rows, on the device
     add_gradient(ids, g)     add to the gradient that is kept until it is cleared
     parts(), put_parts()     read and change that gradient in the memory it is in
-    gradient()               start the transfer of that gradient to the optimizer
+    gradient(), step(ids, g) start the transfer of that gradient to the optimizer, and
+                             take a step with it
 
 `ResidentRows` keeps rows in the device's own memory and is the plain twin of
 `meft.sparse.offloaded_rows`: the two differ in copies only, not in arithmetic, so both
@@ -102,8 +103,12 @@ class Rows(Holder, Protocol):
         """Start the transfer of the gradient to the device of the store.
 
         The returned function waits for the transfer. It returns the rows that have a
-        gradient, in any order, and the gradient in float32.
+        gradient, in any order, and the gradient in float32, without those that take
+        their steps on the device.
         """
+
+    def step(self, ids: Ids, gradient: SomeRows) -> None:
+        """Take the last step of the schedule, with what `gradient()` has returned."""
 
     def on_device(self) -> list[Tensor]:
         """Return tensors on the device; only the first block returns shared ones."""
@@ -171,6 +176,10 @@ class ResidentRows(Rows):
         if self._gradient is not None:
             found = self._gradient[ids].to(self.store.transfer_dtype).float()
         return lambda: (ids, found)
+
+    @override
+    def step(self, ids: Ids, gradient: SomeRows) -> None:
+        self.store.step(ids, gradient)
 
     @override
     def held_ids(self) -> list[Tensor]:

@@ -14,11 +14,12 @@ its memory.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from meft import mapped_memory
@@ -74,6 +75,10 @@ class RowStore:
         self.schedule: Schedule | None = None
         """The optimizer's schedule; None before its first step."""
         self.update = update
+        self.recall: Callable[[Ids | None], None] | None = None
+        """Returns lent rows (None: all of them) by `take_back`; None if none are."""
+        self.wait_for_upload: Callable[[], object] = _nothing
+        """Waits until no part of the 16-bit copy is being uploaded (`span`)."""
 
     def __reduce__(self) -> Any:
         """Reduce to the current rows; a copy, also a saved one, has taken no steps."""
@@ -147,6 +152,7 @@ class RowStore:
         """Move all tensors to `device`, unless they are there already."""
         if self.rows.device == device:
             return
+        self._recall()
         for name in ("rows", "updated_at", "shadow_at", "factors"):
             setattr(self, name, getattr(self, name).to(device))
         if self.shadow is not None:
@@ -164,6 +170,7 @@ class RowStore:
             ids: which rows, `some`.
             out: memory for the copy, `some width`; None for new memory.
         """
+        self._recall(ids)
         if out is None:
             out = self.rows.new_empty(len(ids), self.width, dtype=self.transfer_dtype)
         if self.shadow is not None:
@@ -175,8 +182,31 @@ class RowStore:
         self._adam().values(self._table(), ids, out, places)
         return out
 
+    def span(self, ids: Ids) -> Float[Tensor, "span width"] | None:
+        """Return the memory of the transfer copy from the first to the last of rows.
+
+        It can be uploaded as it is. The caller sets `wait_for_upload`, which is called
+        before these rows change. Only `ids` are current in it, and others may change
+        during the upload.
+
+        Args:
+            ids: which rows, ascending, at least one, none of them lent.
+
+        Returns:
+            A view, or None if there is no such memory, or the rows fill less than
+            `SPAN_SHARE` of it.
+        """
+        first, last = int(ids[0]), int(ids[-1])
+        is_dense = len(ids) >= SPAN_SHARE * (last + 1 - first)
+        # A GPU cannot copy from the memory of a file at once.
+        if self.shadow is None or self._folder is not None or not is_dense:
+            return None
+        self._renew_shadow(ids)
+        return self.shadow[first : last + 1]
+
     def keys(self) -> AllRows:
         """Return a view of all current keys, in the transfer dtype."""
+        self._recall()
         if self.shadow is None:
             return self.settled()[:, : self.width // 2]
         self._renew_shadow(self._everyone())
@@ -188,6 +218,7 @@ class RowStore:
         Their values after the last gradient are kept separately until then, so that
         later steps do not depend on whether this method was called.
         """
+        self._recall()
         if self._at_last is None and len(self._behind()):
             self._refuse_shared()
             at_last = self._copy(self.rows, torch.float32)
@@ -219,21 +250,66 @@ class RowStore:
         self._start_again()
         self.schedule = None
 
-    def step(self, ids: Ids, gradient: SomeRows) -> None:
-        """Take the schedule's last step with a float32 gradient for rows `ids`.
+    def step(
+        self, ids: Ids, gradient: SomeRows, lent: Int[Tensor, " lent"] | None = None
+    ) -> None:
+        """Take the schedule's last step.
 
         The new values of idle rows are computed at once (`dense`) or when they are
         needed.
+
+        Args:
+            ids: the rows with a gradient, `some`, of which none is lent.
+            gradient: their gradient, float32, `some width`.
+            lent: the lent rows with a gradient; None for none.
         """
         assert self.schedule is not None
         self._refuse_shared()
         self._unsettle()
+        self.wait_for_upload()
         table = self._table(self.shadow)
         is_idle = self.update != "lazy"
         self._adam().advance(table, ids, gradient, self.schedule, idle=is_idle)
         self.shadow_at[ids] = self.schedule.step
+        if lent is not None:
+            adam.restart_moved(table, lent, self.schedule, idle=is_idle)
         if self.update == "dense" and self.shadow is not None:
             self._renew_shadow(self._everyone())
+
+    def due(self, ids: Ids) -> Int[Tensor, " due"]:
+        """Return which of these rows have to be settled in the schedule's last step.
+
+        Args:
+            ids: rows that have no gradient in this step, which is not taken yet.
+        """
+        if self.update == "lazy" or not len(ids):
+            return ids[:0]
+        found: Ids = self._adam().due(self._table(), ids, self.schedule)
+        return found
+
+    def lend(self, ids: Ids, out: Float[Tensor, "3 some width"]) -> None:
+        """Copy p, m and v of rows, which change elsewhere until they are taken back.
+
+        Args:
+            ids: which rows, `some`, not lent yet.
+            out: memory for the copy.
+        """
+        table = self._table()
+        for one, whole in zip(out, (table.rows, *self.moments), strict=True):
+            torch.index_select(whole, 0, ids, out=one)
+
+    def take_back(self, ids: Ids, states: Float[Tensor, "3 some width"]) -> None:
+        """Store p, m and v of rows that were lent.
+
+        Args:
+            ids: which rows, `some`.
+            states: p, m and v as of each row's last gradient.
+        """
+        self._refuse_shared()
+        table = self._table()
+        for one, whole in zip(states, (table.rows, *self.moments), strict=True):
+            whole[ids] = one
+        self.shadow_at[ids] = -1
 
     def state(self) -> dict[str, Any]:
         """Return what a later run needs besides the rows to continue bit for bit.
@@ -241,6 +317,7 @@ class RowStore:
         For rows that have taken idle steps since their last gradient, this includes
         their values at that time.
         """
+        self._recall()
         first, second = self.moments
         behind = self._behind()
         rows = self.rows if self._at_last is None else self._at_last
@@ -311,6 +388,7 @@ class RowStore:
     def replace(self, rows: AllRows) -> None:
         """Replace the rows by others, without any effect of earlier steps."""
         self._refuse_shared()
+        self._recall()
         self.rows.copy_(rows)
         self._start_again()
 
@@ -321,6 +399,11 @@ class RowStore:
         self.updated_at.zero_()
         self.factors.copy_(idle.new_factors(len(self), self.factors.device))
         self._fill_shadow()
+
+    def _recall(self, ids: Ids | None = None) -> None:
+        """Take lent rows back: all, or those of `ids`."""
+        if self.recall is not None:
+            self.recall(ids)
 
     def _behind(self) -> Ids:
         """Return the rows that have changed since their last gradient."""
@@ -362,6 +445,7 @@ class RowStore:
 
     def _fill_shadow(self) -> None:
         """Write all current rows into their 16-bit copy."""
+        self.wait_for_upload()
         self.shadow_at.fill_(-1)
         if self.shadow is not None:
             self._renew_shadow(self._everyone())
@@ -396,5 +480,16 @@ def in_folder(
     return RowStore(mapped.copy_(rows), transfer_dtype, update, folder)
 
 
+def _nothing() -> None:
+    """Wait for no upload."""
+
+
+SPAN_SHARE = 7 / 8
+"""Share of the rows of a span that have to be wanted to upload all of it.
+
+A gather of a share s of n bytes at a rate G before an upload at a rate L takes s n / G
++ s n / L, the upload of all n / L, which is less for s > G / (G + L): at this share
+unless the host gathers seven times as fast as the link transfers.
+"""
 _STEPS_OF_A_LIFE = 2**40
 """More steps than a run can have, so that versions of replaced rows differ."""

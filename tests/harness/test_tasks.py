@@ -23,6 +23,7 @@ from meft_bench.child.tasks.batches import (
     encode,
     epochs,
     full_batches,
+    other_steps,
 )
 from meft_bench.child.tasks.formats import bbc_news
 from meft_bench.child.tasks.task import Row, Task, draw, first
@@ -377,6 +378,17 @@ def test_the_full_batch_has_no_padding() -> None:
     assert batch["input_ids"].tolist() == [[5, 5, 6, 6], [6, 5, 5, 6]]
     assert torch.equal(batch["attention_mask"], torch.ones(2, 4, dtype=torch.long))
     assert batch["labels"].tolist() == [0, 1]
+
+
+def test_other_steps_are_as_large_and_begin_with_other_rows() -> None:
+    """Again and again with the first, after all others."""
+    rows = numbered(*[4] * 16)
+    here = cell(batch_size=2, seq_len=4, accumulation=2)
+    (one, two, *_, eighth) = itertools.islice(other_steps(rows, here), 8)
+    assert [batch["input_ids"][:, 0].tolist() for batch in one] == [[7, 8], [9, 10]]
+    assert [batch["input_ids"][:, 0].tolist() for batch in two] == [[9, 10], [11, 12]]
+    for batch, wanted in zip(eighth, full_batches(rows, here), strict=True):
+        assert torch.equal(batch["input_ids"], wanted["input_ids"])
 
 
 def test_the_full_batch_may_have_padding() -> None:

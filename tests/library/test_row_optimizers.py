@@ -71,7 +71,7 @@ def test_an_optimizer_of_other_parameters_is_none_of_our_business() -> None:
     assert not torch.equal(router, before)
 
 
-@pytest.mark.parametrize("cache", ["window", "steps", "off"])
+@pytest.mark.parametrize("cache", ["window", "steps", "home", "off"])
 @pytest.mark.parametrize("device_bytes", slow_but_for([2**30, 9000], 9000))
 def test_optimizers_of_different_blocks_do_not_disturb_each_other(
     cache: str, device_bytes: int
@@ -116,7 +116,7 @@ def test_of_two_optimizers_over_the_same_rows_the_earlier_one_is_refused() -> No
     assert not torch.equal(trainable(model)[0], before[0])
 
 
-@pytest.mark.parametrize("cache", ["window", "steps"])
+@pytest.mark.parametrize("cache", ["window", "steps", "home"])
 def test_a_new_optimizer_starts_at_its_first_step(cache: str) -> None:
     """Rows that the device still has from an earlier optimizer's time are void, also
     where weight decay has given them the number of a step that both have taken."""

@@ -23,7 +23,7 @@ def mapped(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("wire", ["float32", "bfloat16"])
-@pytest.mark.parametrize("cache", ["steps", "off"])
+@pytest.mark.parametrize("cache", ["steps", "off", "home"])
 def test_rows_in_files_give_the_bits_of_rows_in_memory(
     wire: str, cache: str, tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """Rows in host memory: the same bits as on the device, and every byte booked."""
 
 import itertools
+import weakref
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,9 @@ from meft.sparse.adapter import sparse_adapters
 from meft.sparse.cache import GradientSlots, RowCache
 from meft.sparse.engine import Engine, slots_for
 from meft.sparse.offloaded_rows import OffloadedRows, offload
+from meft.sparse.schedule import Schedule
 from meft.sparse.store import RowStore
-from meft.transfer import TransferTag
+from meft.transfer import PendingCopy, TransferTag
 
 ENGINES: dict[str, dict[str, Any]] = {
     "all on": {},
@@ -35,6 +37,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "no cache": {"cache": "off"},
     "small cache": {"device_bytes": 60_000},
     "tiny cache": {"device_bytes": 9_000},
+    "home": {"cache": "home"},
+    "small home": {"cache": "home", "device_bytes": 60_000},
 }
 """The features of the engine, each switched off, and budgets that do not suffice."""
 
@@ -64,6 +68,7 @@ FAST = {(routing, "tiny cache") for routing in IN_MODELS} | {
     [
         pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow)
         for pair in itertools.product(IN_MODELS, ENGINES)
+        if "home" not in pair[1] or "no experts" not in pair[0]
     ],
 )
 def test_offloaded_rows_give_the_bits_of_resident_rows(
@@ -241,6 +246,95 @@ def test_rows_that_changed_are_fetched_again_and_others_are_not() -> None:
     assert engine.num_hits == 5
 
 
+def dense(wire: torch.dtype, **fields: Any) -> tuple[RowStore, OffloadedRows]:
+    """Rows of one block that has taken a step, without a model."""
+    generator = torch.Generator().manual_seed(1)
+    store = RowStore(torch.randn(64, 8, generator=generator), wire)
+    rows = offload([store], config(**fields)).blocks[0]
+    assert isinstance(rows, OffloadedRows)
+    rows.begin_batch(torch.device("cpu"))
+    store.schedule = Schedule()
+    store.schedule.add(lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    store.step(torch.arange(0, 64, 2), torch.ones(32, 8))
+    return store, rows
+
+
+@pytest.mark.parametrize(
+    ("missing", "first", "last"), [([], 0, 64), ([], 9, 41), ([9, 20, 33, 35], 5, 37)]
+)
+def test_where_almost_all_rows_are_wanted_they_are_uploaded_from_the_store(
+    missing: list[int], first: int, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they lie there: what is between them travels too, and is left out there."""
+    store, rows = dense(torch.bfloat16, cache="off")
+    monkeypatch.setattr(rows.engine.link, "staging", None)
+    ids = torch.tensor([i for i in range(first, last) if i not in missing])
+    taken = rows.take(ids)
+    assert torch.equal(taken, store.settled()[ids].bfloat16())
+    assert store.shadow is not None
+    assert taken.data_ptr() != store.shadow[first:].data_ptr()
+    places = 4 * len(ids) if missing else 0
+    assert rows.engine.ledger.h2d_bytes == 2 * 8 * (last - first) + places
+
+
+@pytest.mark.parametrize("wire", [torch.bfloat16, torch.float32])
+def test_otherwise_they_are_gathered(wire: torch.dtype) -> None:
+    """Also those in float32, whose values are not stored."""
+    store, rows = dense(wire, cache="off")
+    every = torch.arange(0 if wire == torch.float32 else 30, 64)
+    ids = every[every % 5 != 0] if wire == torch.bfloat16 else every
+    assert torch.equal(rows.take(ids), store.settled()[ids].to(wire))
+    assert rows.engine.ledger.h2d_bytes == wire.itemsize * 8 * len(ids)
+
+
+@pytest.mark.parametrize("change", ["step", "write"])
+def test_rows_do_not_change_while_they_are_uploaded(change: str) -> None:
+    """The store waits for the upload first."""
+    store, rows = dense(torch.bfloat16, cache="off")
+    rows.take(torch.arange(64))
+    assert store.shadow is not None
+    before, seen = store.shadow.clone(), []
+    store.wait_for_upload = lambda: seen.append(store.shadow.clone())  # type: ignore[union-attr]
+    if change == "step":
+        assert store.schedule is not None
+        store.schedule.add(lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+        store.step(torch.arange(3), torch.ones(3, 8))
+    else:
+        store.assign(store.settled() + 1)
+    assert torch.equal(seen[0], before)
+    assert not torch.equal(store.shadow, before)
+
+
+def test_waiting_for_an_upload_does_not_keep_its_copy() -> None:
+    """Which takes memory of the device."""
+
+    class Event:
+        waits = 0
+
+        def synchronize(self) -> None:
+            self.waits += 1
+
+    event, rows = Event(), torch.ones(3)
+    copied = weakref.ref(rows)
+    wait = PendingCopy(rows, event).wait
+    del rows
+    wait()
+    assert event.waits == 1
+    assert copied() is None
+    PendingCopy(torch.ones(3), None).wait()  # it was synchronous
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_where_every_neuron_answers_the_bits_are_those_of_resident_rows(
+    engine: str,
+) -> None:
+    fields = ENGINES[engine] | {"num_experts": 0, "top_k_neurons": 64}
+    here = sparse_model(**fields, transfer_dtype="bfloat16", placement="resident")
+    away = sparse_model(**fields, transfer_dtype="bfloat16")
+    assert train(here) == train(away)
+    assert torch.equal(all_rows(here), all_rows(away))
+
+
 def test_a_full_cache_keeps_what_it_has() -> None:
     """What a block will need again soonest is not thrown out for what comes by."""
     cache = RowCache(num_blocks=2, rows_per_block=4, num_slots=3)
@@ -280,9 +374,10 @@ def test_rows_have_slots_before_their_gradients(wire: torch.dtype) -> None:
     """Within the budget: three times as many as with room for a gradient each."""
     width, rows = 32, 1000
     for budget in (0, 10_000, 40_000, 100_000, 10**7):
-        held, gradients = slots_for(
+        held, gradients, home = slots_for(
             config(device_bytes=max(budget, 1)), rows, width, wire
         )
+        assert home == 0
         used = width * (held * wire.itemsize + gradients * 4)
         assert used <= budget * 7 // 8
         assert held == rows or (held + 1) * width * wire.itemsize > budget * 7 // 8

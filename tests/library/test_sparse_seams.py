@@ -47,7 +47,7 @@ def after_failures(where: str, blocks: tuple[int, ...], **fields: Any) -> list[f
     return losses
 
 
-@pytest.mark.parametrize("cache", ["steps", "window"])
+@pytest.mark.parametrize("cache", ["steps", "window", "home"])
 @pytest.mark.parametrize("blocks", [(2, 2), (2, 2, 1), (1,)])
 def test_a_prefetch_never_lands_in_the_slots_of_others(
     cache: str, blocks: tuple[int, ...]

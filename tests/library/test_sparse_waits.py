@@ -28,15 +28,16 @@ def on_a_gpu(device: torch.device) -> bool:
     return False
 
 
-def waits_of(phase: str, **fields: Any) -> Counter[str]:
-    """Of all adapters in one phase of the second step of a model."""
+def waits_of(phase: str, steps: int = 1, **fields: Any) -> Counter[str]:
+    """Of all adapters in one phase of a step of a model, after some others."""
     with knows_sizes.replaced(on_a_gpu):
         model = sparse_model(**fields)
         adam = meft.SparseAdamW(model.parameters())
         first, second = batches(2)
-        model(**first).loss.backward()
-        adam.step()
-        adam.zero_grad()
+        for _ in range(steps):
+            model(**first).loss.backward()
+            adam.step()
+            adam.zero_grad()
         inputs = {"input_ids": second["input_ids"]}  # without padding
         logits = None
         with counted() as found:
@@ -66,6 +67,21 @@ def test_a_forward_waits_once_per_layer(routing: str, cache: str) -> None:
 def test_a_backward_waits_for_what_was_sent_in_the_forward_alone(routing: str) -> None:
     """The neurons that answered, per layer, which have arrived long before."""
     assert waits_of("backward", **ROUTINGS[routing]) == {"download": DEPTH}
+
+
+@pytest.mark.parametrize(
+    ("phase", "waits"),
+    [("forward", DEPTH), ("backward", 2 * DEPTH - 1), ("update", 1)],
+)
+def test_rows_at_home_add_no_wait_for_the_running_computation(
+    phase: str, waits: int
+) -> None:
+    """A backward also waits for the gradients of other rows, each when that of the
+    next layer has been computed, and the step for those of the last layer. Rows of all
+    layers that leave in a step, which none does here, would add one."""
+    found = waits_of(phase, 8, cache="home", device_bytes=2**17)
+    assert {name for name in found if "index" in name} == set()
+    assert found["download"] == waits
 
 
 def test_every_neuron_needs_no_choice() -> None:

@@ -100,7 +100,7 @@ def _host_functions(waits: Waits) -> Iterator[None]:
         return run
 
     with contextlib.ExitStack() as stack:
-        for name in ("read", "version", "keys", "step", "settled"):
+        for name in ("read", "version", "keys", "due", "span", "step", "settled"):
             patched = leaving_out(getattr(RowStore, name))
             stack.enter_context(mock.patch.object(RowStore, name, patched))
         stack.enter_context(ids_of.replaced(leaving_out(ids_of.plain)))

@@ -40,6 +40,7 @@ from meft_bench.child.tasks.batches import (
     Image,
     epochs,
     full_batches,
+    other_steps,
     refuse_padded_images,
 )
 from meft_bench.child.tasks.loading import load_task
@@ -142,7 +143,7 @@ def _measure(
         gpu_watch.probe_copies(
             lambda: stepper.step(batches, learning_rate=0.0), partial
         )
-    probes.probe_rows(stepper, batches, partial)
+    probes.probe_rows(stepper, batches, other_steps(examples.train, cell), partial)
     probes.probe_transfers(stepper, batches, partial)
     probes.look_at_routing(stepper, one_batch, partial)
     if methods.of(cell.method).rebuilds and cell.parallel == "ddp":

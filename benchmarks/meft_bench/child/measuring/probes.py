@@ -6,8 +6,9 @@ padding, so that the figures do not depend on which rows were drawn.
 """
 
 import dataclasses
+import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -124,23 +125,38 @@ def _recorded(
 
 
 def probe_rows(
-    stepper: Stepper, batches: Sequence[Batch], partial: PartialResult
+    stepper: Stepper,
+    batches: Sequence[Batch],
+    other_steps: Iterator[Sequence[Batch]],
+    partial: PartialResult,
 ) -> None:
     """Measure the rows that sparse adapters transfer and hold in one step.
 
-    The step follows those of training, so caches are in their steady state.
+    The step follows those of training, so caches are in their steady state. Rows at
+    home on the device leave it for other probes, which read parameters, and prefer
+    those that a repeated batch uses: some steps on other batches bring them back, and
+    the last of these is measured.
 
     Args:
         stepper: the trained model.
         batches: micro-batches of one step.
+        other_steps: micro-batches of other steps.
         partial: the partial result to update.
     """
     adapters = list(sparse_adapters(stepper.model).values())
     if not adapters:
         return
+    if adapters[0].config.cache == "home":
+        for before in itertools.islice(other_steps, NUM_STEPS_HOME):
+            stepper.step(before, learning_rate=0.0)
+        batches = next(other_steps)
     meter = rows.TrafficMeter(adapters)
     stepper.step(batches, learning_rate=0.0)
     partial.note(**dataclasses.asdict(meter.result()))
+
+
+NUM_STEPS_HOME = 7
+"""Steps that fill all slots of the home, each at least a fifth of them."""
 
 
 def probe_transfers(

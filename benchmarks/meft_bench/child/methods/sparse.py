@@ -89,6 +89,7 @@ def sparse_experts_random(model: PreTrainedModel, cell: Cell) -> PreTrainedModel
 
 sparse_experts_no_cache = partial(_sparse, cache="off")
 sparse_experts_window = partial(_sparse, cache="window")
+sparse_experts_home = partial(_sparse, cache="home")
 sparse_experts_no_prefetch = partial(_sparse, prefetch=False)
 sparse_experts_wide = partial(_sparse, transfer_dtype="float32")
 sparse_experts_lazy = partial(_sparse, update="lazy")

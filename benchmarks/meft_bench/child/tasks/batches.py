@@ -184,6 +184,16 @@ def _pixel_values(images: Sequence[Image]) -> Tensor:
     return (resized.expand(-1, channels, -1, -1) - mean) / std
 
 
+def other_steps(rows: Sequence[Example | Image], cell: Cell) -> Iterator[list[Batch]]:
+    """Iterate over the batches of further steps of the same size, without end.
+
+    Each begins with other rows, an eighth of all further on.
+    """
+    for step in itertools.count(1):
+        first = step * max(len(rows) // 8, 1) % len(rows)
+        yield full_batches([*rows[first:], *rows[:first]], cell)
+
+
 def full_batches(rows: Sequence[Example | Image], cell: Cell) -> list[Batch]:
     """Return the batches of the largest step: all rows have `cell.seq_len` tokens.
 

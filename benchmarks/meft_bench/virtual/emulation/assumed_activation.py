@@ -156,6 +156,10 @@ class _OnHost:
         read, written = 4 + 4 + 4 + 4, 4 + 4 + 4 + copied
         self._add_traffic(len(ids) * table.rows.shape[1] * (read + written))
 
+    def due(self, table: Any, ids: Ids, schedule: Any) -> Ids:
+        """Settle no row: which ones is a matter of values."""
+        return ids[:0]
+
     def values(self, table: Any, ids: Ids, out: Tensor, places: Ids) -> None:
         """Read no values; count a pass over rows, both moments and the result."""
         per_number = 4 + 4 + 4 + out.element_size()

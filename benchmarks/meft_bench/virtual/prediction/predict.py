@@ -9,6 +9,7 @@ examples only the shape is used.
 
 import contextlib
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -201,7 +202,7 @@ def predict(cell: Cell, source: Source, partial: PartialResult) -> None:
         start = it.ledger.mark()
         it.stepper.step(batches, learning_rate=0.0)
         partial.memory_breakdown = breakdown(it.ledger.trace(), start)
-        probes.probe_rows(it.stepper, batches, partial)
+        probes.probe_rows(it.stepper, batches, itertools.repeat(batches), partial)
         probes.probe_transfers(it.stepper, batches, partial)
 
 
