@@ -35,7 +35,7 @@ from meft.errors import (
 from meft.reversible.config import ReversibleConfig
 from meft.sparse.config import SparseConfig
 from meft.sparse.optimizer import SparseAdamW, optimizer_cls_and_kwargs
-from meft.sparse.ranks import average_row_gradients
+from meft.sparse.ranks import average_row_gradients, divide_rows, gathered_rows
 
 try:
     __version__ = version("meft")
@@ -63,6 +63,8 @@ __all__ = [
     "average_row_gradients",
     "chunk_loss",
     "disable_adapter",
+    "divide_rows",
+    "gathered_rows",
     "load_adapters",
     "make_reversible",
     "optimizer_cls_and_kwargs",

@@ -52,6 +52,8 @@ class Prefetched(NamedTuple):
 class OffloadedRows(EngineRows):
     """Rows of one block that are stored in host memory."""
 
+    division = None
+
     def __init__(self, engine: Engine, block: int, store: RowStore) -> None:
         self.store = store
         self.engine = engine

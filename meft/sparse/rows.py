@@ -2,8 +2,10 @@
 
     choose(h, k)             return the k best neurons of each token, all scored
     chosen(flags)            start to find out which neurons a batch uses
+    prepare(ids)             announce the rows that one pass over a batch takes
     take(ids)                return current rows, on the device
     add_gradient(ids, g)     add to the gradient that is kept until it is cleared
+    reduce()                 exchange it with other processes, after a backward pass
     parts(), put_parts()     read and change that gradient in the memory it is in
     gradient()               start the transfer of that gradient to the optimizer
 
@@ -21,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
+from meft.sparse.division import Division
 from meft.sparse.indices import ids_of
 from meft.sparse.router import top
 from meft.sparse.shapes import Ids, SomeRows
@@ -34,6 +37,9 @@ Kept = Int[Tensor, "tokens kept"]
 @runtime_checkable
 class Holder(Protocol):
     """Gradients of some rows of a table."""
+
+    division: Division | None
+    """The processes that each have the gradient of some rows; None for this alone."""
 
     def held_ids(self) -> list[Tensor]:
         """Return the rows with a gradient, per part, on the device of the store."""
@@ -85,6 +91,13 @@ class Rows(Holder, Protocol):
         where the rows of all tokens that are equal may be one.
         """
 
+    def prepare(self, ids: Ids) -> None:
+        """Announce the rows, ascending, that the running pass takes in any pieces.
+
+        It is called once in each forward and each backward, also with no rows. It does
+        nothing where this process has all rows.
+        """
+
     def take(self, ids: Ids) -> SomeRows:
         """Return rows `ids`, ascending, on the device in the transfer dtype."""
 
@@ -94,6 +107,9 @@ class Rows(Holder, Protocol):
         What is added is rounded to the transfer dtype first, and sums are float32, so
         that they do not depend on what was transferred and when.
         """
+
+    def reduce(self) -> None:
+        """Exchange gradients with the processes of `division`, if there are any."""
 
     def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:
         """Start the transfer of the gradient to the device of the store.
@@ -114,6 +130,8 @@ class Rows(Holder, Protocol):
 
 class ResidentRows(Rows):
     """Rows that are stored on the device."""
+
+    division = None
 
     def __init__(self, store: RowStore) -> None:
         self.store = store
