@@ -127,6 +127,11 @@ class SparseAdapter(nn.Module):
         """Return what the two semantics use of this adapter."""
         return BlockNeurons(rows=self.rows, config=self.config, counts=self.counts)
 
+    @property
+    def is_divided(self) -> bool:
+        """Return whether other processes have some of the rows."""
+        return self.rows.division is not None
+
     def bind(self) -> "OnBatch":
         """Return a function that runs the adapter on the current batch, also later."""
         return OnBatch(self, self.shared.padding)

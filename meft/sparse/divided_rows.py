@@ -18,8 +18,9 @@ and gives the same bits. Indices of rows are those of the whole table in what an
 calls, and those of the store in what an optimizer and `parameter.grad` call.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -344,6 +345,23 @@ def _reading_only(config: SparseConfig, tables: Sequence[Any]) -> SparseConfig:
     slots, _ = slots_for(config, num_rows, first.width, first.transfer_dtype)
     budget = -(-slots * row_bytes * 8 // 7) if slots else config.device_bytes
     return dataclasses.replace(config, prefetch=False, device_bytes=budget)
+
+
+@contextlib.contextmanager
+def names_only(every: Iterable[Rows]) -> Iterator[None]:
+    """Run the body with `whole` rows without values, where none were gathered.
+
+    The body uses names and shapes of a state dict and reads no values.
+    """
+    divided = [rows for rows in every if isinstance(rows, DividedRows)]
+    closed = [rows for rows in divided if rows.gathered is None]
+    for rows in closed:
+        rows.gathered = {"rows": None}
+    try:
+        yield
+    finally:
+        for rows in closed:
+            rows.gathered = None
 
 
 _BY_ROW = ("first", "second", "updated_at", "factors")

@@ -102,9 +102,7 @@ class Division:
             UnsupportedCallError: the processes are not in the same call.
         """
         header = torch.tensor([[call, self.block, count] for count in counts])
-        found = self.exchange(
-            header, [1] * self.size, [1] * self.size, call
-        ).tolist()
+        found = self.exchange(header, [1] * self.size, [1] * self.size, call).tolist()
         if any(each[:2] != [call, self.block] for each in found):
             where = ", ".join(
                 f"process {rank} is at {CALLS[other].format(block)}"

@@ -53,12 +53,14 @@ def made(kind: str, folder: Path | str = "") -> Any:
 
 
 def batches_of(rank: int, count: int) -> list[dict[str, Tensor]]:
-    """Batches of a process, each of another size; one has no token but padding."""
-    found = list(batches(count, rows=1 + rank % 2, seq=7 + rank))
+    """Batches of a process, of sizes of their own; one has no token but padding."""
+    sizes = [(1 + rank % 2, 7 + (rank * index) % 3) for index in range(count)]
+    found = [
+        next(batches(1, rows, seq, seed=index))
+        for index, (rows, seq) in enumerate(sizes)
+    ]
     if rank == 1:
-        nothing = found[1]
-        nothing["attention_mask"] = torch.zeros_like(nothing["attention_mask"])
-        nothing["attention_mask"][:, -1] = 1
+        found[1]["attention_mask"] = torch.zeros_like(found[1]["attention_mask"])
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from library.row_shares import KINDS, QUICK
+from library.row_shares import QUICK
 
 
 @functools.cache
@@ -55,7 +55,12 @@ def check(found: list[dict[str, Any]], kind: str) -> None:
     for rank, its in enumerate(found):
         whole, share = its[kind][False], its[kind][True]
         for part in ("losses", "norms"):
-            assert same(whole[part], share[part]), (rank, part, whole[part], share[part])
+            assert same(whole[part], share[part]), (
+                rank,
+                part,
+                whole[part],
+                share[part],
+            )
     whole, share = found[0][kind][False], found[0][kind][True]
     assert whole["weights"].keys() == share["weights"].keys()
     for name, tensor in whole["weights"].items():
