@@ -334,6 +334,8 @@ def _is_whole_norm(args: Any, kwargs: Any) -> bool:
 
 
 def _near(holder: Holder, operands: Sequence[Any], part: Tensor) -> list[Any]:
+    # The factor of clipping is a number of FSDP2 if other gradients are sharded.
+    operands = [o.full_tensor() if hasattr(o, "full_tensor") else o for o in operands]
     return [
         holder.bring(operand, part.device) if _is_far(operand, part) else operand
         for operand in operands
