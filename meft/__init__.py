@@ -36,6 +36,7 @@ from meft.reversible.config import ReversibleConfig
 from meft.sparse.config import SparseConfig
 from meft.sparse.optimizer import SparseAdamW, optimizer_cls_and_kwargs
 from meft.sparse.ranks import average_row_gradients, divide_rows, gathered_rows
+from meft.sparse.trainer_saves import gather_for_trainer
 
 try:
     __version__ = version("meft")
@@ -64,6 +65,7 @@ __all__ = [
     "chunk_loss",
     "disable_adapter",
     "divide_rows",
+    "gather_for_trainer",
     "gathered_rows",
     "load_adapters",
     "make_reversible",

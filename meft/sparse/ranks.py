@@ -54,7 +54,7 @@ def average_row_gradients(model: nn.Module, process_group: Any = None) -> None:
 
     Raises:
         UnsupportedModelError: the model has no sparse adapters.
-        UnsupportedCallError: its rows are divided.
+        UnsupportedCallError: its rows are divided, or there is no process group.
     """
     adapters = _adapters(model, "meft.average_row_gradients")
     members, group = _new_group(process_group)
@@ -110,7 +110,8 @@ def divide_rows(
             same in all processes.
         ConfigError: the config of the adapters has another placement, or no router.
         UnsupportedCallError: rows are divided or averaged already, or belong to an
-            optimizer; or another process does not call it within `timeout`.
+            optimizer; there is no process group; or another process does not call it
+            within `timeout`.
     """
     adapters = _adapters(model, "meft.divide_rows")
     _refuse_undividable(adapters)
@@ -209,6 +210,13 @@ def _new_group(
     process_group: Any, timeout: timedelta | None = None
 ) -> tuple[list[int], Any]:
     """Return the numbers of some processes, and a new group of them, by gloo."""
+    if not distributed.is_initialized():
+        raise UnsupportedCallError(
+            "this process has not joined others: start processes by `torchrun` and call "
+            "`torch.distributed.init_process_group()` first (`TrainingArguments(...)"
+            ".device` and `accelerate.Accelerator()` do). One process alone needs "
+            "neither `meft.divide_rows()` nor `meft.average_row_gradients()`"
+        )
     members = distributed.get_process_group_ranks(process_group)
     group = distributed.new_group(
         members, timeout, "gloo", use_local_synchronization=True

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import gloo_group
 import meft
@@ -34,6 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "reversible": {},
     "checkpointed": {},
     "in files": {},
+    "fsdp2": {},
 }
 QUICK = ("catchup", "accumulated, 16 bits")
 """Kinds that stand for the others."""
@@ -64,6 +67,26 @@ def batches_of(rank: int, count: int) -> list[dict[str, Tensor]]:
     return found
 
 
+def data_parallel(model: nn.Module) -> Any:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def sharded(model: Any) -> Any:
+    """A model whose parameters are sharded by FSDP2, except its rows."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    rows = {p for name, p in model.named_parameters() if name.endswith(".neurons")}
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, ignored_params=rows)
+    return fully_shard(model, mesh=mesh, ignored_params=rows)
+
+
+def whole(tensor: Any) -> Tensor:
+    """A copy of a tensor, gathered if FSDP2 has sharded it."""
+    found = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    copied: Tensor = found.detach().clone()
+    return copied
+
+
 def train(kind: str, divides: bool, folder: Path) -> dict[str, Any]:
     """The losses, rows and optimizer state of a run, of the first process all rows."""
     rank = distributed.get_rank()
@@ -73,7 +96,7 @@ def train(kind: str, divides: bool, folder: Path) -> dict[str, Any]:
             for parameter in model.parameters():
                 parameter.add_(1.0)
     (meft.divide_rows if divides else meft.average_row_gradients)(model)
-    called = nn.parallel.DistributedDataParallel(model)
+    called = sharded(model) if kind == "fsdp2" else data_parallel(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = meft.SparseAdamW(trained, lr=1e-2, weight_decay=0.01)
     per_step = 3 if kind.startswith("accumulated") else 1
@@ -82,11 +105,12 @@ def train(kind: str, divides: bool, folder: Path) -> dict[str, Any]:
     for step in range(NUM_STEPS):
         for index in range(per_step):
             is_last = index + 1 == per_step
-            with contextlib.nullcontext() if is_last else called.no_sync():
+            waits = not is_last and called is not model
+            with called.no_sync() if waits else contextlib.nullcontext():
                 loss = called(**every[step * per_step + index]).loss
                 (loss / per_step).backward()
             losses.append(loss.item())
-        norms.append(torch.nn.utils.clip_grad_norm_(trained, 0.1))
+        norms.append(whole(torch.nn.utils.clip_grad_norm_(trained, 0.1)))
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
@@ -94,11 +118,11 @@ def train(kind: str, divides: bool, folder: Path) -> dict[str, Any]:
         losses.append(called(**every[0]).loss.item())
     stores = [adapter.rows.store for adapter in sparse_adapters(model).values()]
     with meft.gathered_rows(model, optimizer_state=True):
-        state = {} if divides and rank else dict(model.state_dict())
+        state = model.state_dict().items()
         return {
             "losses": losses,
             "norms": norms,
-            "weights": {n: t.clone() for n, t in state.items() if torch.is_tensor(t)},
+            "weights": {n: whole(t) for n, t in state if torch.is_tensor(t)},
             "optimizer": [] if divides and rank else optimizer.state_dict()["rows"],
             "bytes": sum(store.nbytes for store in stores),
         }
