@@ -37,10 +37,8 @@ def trained_tensors(
         for name, parameter in model.named_parameters()
         if parameter.requires_grad or name in adapters or _has_changed(model, name)
     }
-    values: Mapping[str, Tensor] = parameters | _buffers_of_trained(model)
-    if state_dict is None:
-        values |= _gathered(model)
-    names = list(values)
+    own: dict[str, Tensor] = parameters | _buffers_of_trained(model)
+    names = list(own)
     if state_dict is not None:
         missing = [name for name in names if name not in state_dict]
         if parameters.keys() <= set(missing):
@@ -51,7 +49,7 @@ def trained_tensors(
                 f"{len(names)} tensors that were trained, but not {missing[0]!r}: "
                 "pass all of them, or none to save the backbone alone"
             )
-        values = state_dict
+    values = state_dict if state_dict is not None else own | _gathered(model)
     return {name: _on_host(values[name].detach()) for name in names}
 
 

@@ -109,6 +109,10 @@ class OffloadedRows(EngineRows):
         return get
 
     @override
+    def prepare(self, ids: Ids) -> None:
+        """Do nothing, because all rows are here."""
+
+    @override
     def take(self, ids: Ids) -> SomeRows:
         engine, cache = self.engine, self.engine.cache
         self._land()
@@ -145,6 +149,10 @@ class OffloadedRows(EngineRows):
             gradient = gradient[self._places(away.nonzero()[0])]
         gradient = self.engine.download(gradient, self.tag()).get()
         self._host_gradient.add(wanted[away], gradient)
+
+    @override
+    def reduce(self) -> None:
+        """Do nothing, because no other process has some of the gradient."""
 
     @override
     def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:

@@ -14,6 +14,8 @@ Both give the same bits. Clipping and the optimizer know nothing of it.
 """
 
 import contextlib
+import json
+import zlib
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -120,7 +122,7 @@ def divide_rows(
         Division(group, block, len(adapter.rows.store), timeout)
         for block, adapter in enumerate(adapters)
     ]
-    _refuse_other_shapes(adapters, divisions[0])
+    _refuse_others(adapters, divisions[0])
     stores = []
     for adapter, division in zip(adapters, divisions, strict=True):
         whole = _rows_of_first(adapter, members, group)
@@ -212,10 +214,11 @@ def _new_group(
     """Return the numbers of some processes, and a new group of them, by gloo."""
     if not distributed.is_initialized():
         raise UnsupportedCallError(
-            "this process has not joined others: start processes by `torchrun` and call "
-            "`torch.distributed.init_process_group()` first (`TrainingArguments(...)"
-            ".device` and `accelerate.Accelerator()` do). One process alone needs "
-            "neither `meft.divide_rows()` nor `meft.average_row_gradients()`"
+            "this process has not joined any others: start them by `torchrun` and call "
+            "`torch.distributed.init_process_group()` first, as "
+            "`TrainingArguments(...).device` and `accelerate.Accelerator()` do. One "
+            "process alone needs neither `meft.divide_rows()` nor "
+            "`meft.average_row_gradients()`"
         )
     members = distributed.get_process_group_ranks(process_group)
     group = distributed.new_group(
@@ -224,18 +227,27 @@ def _new_group(
     return members, group
 
 
-def _refuse_other_shapes(adapters: list[SparseAdapter], division: Division) -> None:
+def _refuse_others(adapters: list[SparseAdapter], division: Division) -> None:
     """Raise an error if the adapters of other processes are not like these."""
     store, config = adapters[0].rows.store, adapters[0].config
-    mine = [len(adapters), len(store), store.width, store.transfer_dtype.itemsize]
-    names = ("blocks", "rows of each", "numbers of a row", "bytes of a number")
-    gathered = division.gather(torch.tensor(mine), dividing.SHAPES).tolist()
-    for rank, found in enumerate(gathered):
-        for name, one, other in zip(names, mine, found, strict=True):
+    settings = json.dumps([config.function(), config.update], sort_keys=True)
+    mine = {
+        "blocks": len(adapters),
+        "rows in each block": len(store),
+        "numbers in each row": store.width,
+        "bytes for each number that is sent": store.transfer_dtype.itemsize,
+        "other settings": zlib.crc32(settings.encode()),
+    }
+    gathered = division.gather(torch.tensor([*mine.values()]), dividing.SHAPES)
+    for rank, found in enumerate(gathered.tolist()):
+        for (name, one), other in zip(mine.items(), found, strict=True):
             if one != other:
+                differs = f"has {one} {name}, but process {rank} has {other}"
+                if name == "other settings":
+                    differs = f"and process {rank} have adapters with {name}"
                 raise UnsupportedModelError(
-                    f"this process has {one} {name}, but process {rank} has {other}: "
-                    f"add the same adapters in all processes, as with {config!r}"
+                    f"this process {differs}: add the same adapters in all processes, "
+                    f"as with {config!r}"
                 )
 
 

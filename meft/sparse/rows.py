@@ -163,6 +163,10 @@ class ResidentRows(Rows):
         return lambda: (columns, columns)
 
     @override
+    def prepare(self, ids: Ids) -> None:
+        """Do nothing, because all rows are here."""
+
+    @override
     def take(self, ids: Ids) -> SomeRows:
         return self.store.read(ids)
 
@@ -175,6 +179,10 @@ class ResidentRows(Rows):
             self._gradient = torch.zeros_like(self.store.rows)
         self._gradient.index_add_(0, ids, gradient)
         self._has_gradient[ids] = True
+
+    @override
+    def reduce(self) -> None:
+        """Do nothing, because no other process has some of the gradient."""
 
     @override
     def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:

@@ -22,9 +22,10 @@ def gather_for_trainer() -> "transformers.TrainerCallback":
         Trainer(model, args, ..., callbacks=[meft.gather_for_trainer()])
 
     It runs `meft.gathered_rows` around each save of `save_strategy="steps"` and
-    `"epoch"`, with the state of the optimizer unless `save_only_model` is set. A run can
-    be resumed by any number of processes. Other saves, as by `trainer.save_model()`,
-    need `with meft.gathered_rows(model):`; without it, they are refused.
+    `"epoch"`, with the state of the optimizer unless `save_only_model` is set. A run
+    can be resumed by any number of processes. Other saves, as by
+    `trainer.save_model()`, need `with meft.gathered_rows(model):`; without it, they are
+    refused.
     """
     from transformers import TrainerCallback
 

@@ -129,6 +129,7 @@ FORMULAS = {
     # Without a gate the router cannot learn.
     "sparse-experts-union": ROWS,
     "sparse-experts-resident": ROUTED,
+    "sparse-experts-divided": ROUTED,
     "sparse-experts-frozen": ROWS,
     "sparse-experts-random": ROWS,
     "sparse-experts-no-cache": ROUTED,

@@ -70,7 +70,7 @@ def saved_runs(rank: int, folder: Path) -> dict[str, Any]:
     distributed.barrier()
     steps(model, optimizer, 3, 2)
     alone = [distributed.new_group([each]) for each in range(WORLD_SIZE)][rank]
-    found = {"went on": rows_of(model)}
+    found: dict[str, Any] = {"went on": rows_of(model)}
     for name in ("shares", "all rows", "adapters", "one share"):
         other: Any = sparse_model(depth=2)
         if name == "all rows":
@@ -186,6 +186,15 @@ def other_adapters(rank: int, folder: Path) -> dict[str, str]:
     return {"both": "nothing was refused"}
 
 
+def other_settings(rank: int, folder: Path) -> dict[str, str]:
+    """What is said of models with another update of idle rows."""
+    try:
+        divided(update="lazy" if rank else "catchup")
+    except meft.UnsupportedModelError as error:
+        return {"both": str(error)}
+    return {"both": "nothing was refused"}
+
+
 def one_waits(rank: int, folder: Path) -> dict[str, str]:
     """What the first process is told while the second does something else."""
     model = divided(seconds=2)
@@ -203,6 +212,7 @@ CALLS = (
     overflow,
     other_calls,
     other_adapters,
+    other_settings,
     one_waits,
 )
 

@@ -44,7 +44,7 @@ QUICK = ("catchup", "accumulated, 16 bits")
 
 def made(kind: str, folder: Path | str = "") -> Any:
     """The model of a kind, ready for training by one process."""
-    files = {"folder": str(folder)} if kind == "in files" else {}
+    files: dict[str, Any] = {"folder": str(folder)} if kind == "in files" else {}
     model: Any = sparse_model(depth=2, **KINDS[kind], **files)
     if kind == "reversible":
         config = meft.ReversibleConfig(adapter=None, on_mismatch="raise")
