@@ -264,7 +264,8 @@ def begin_forward(parameter: Tensor, rows: Rows, *, is_training: bool) -> None:
             f"({type(parameter).__name__}), which the adapter does not use: copy "
             "values into it instead, by `load_state_dict(...)` or "
             "`parameter.copy_(...)`. Sharding and `torch.func.functional_call` are not "
-            "supported"
+            "supported: leave rows out of FSDP2 by `fully_shard(..., "
+            "ignored_params=rows)`, and divide them by `meft.divide_rows(model)`"
         )
     may_train = is_training or torch.is_grad_enabled()
     group = getattr(parameter, "process_group", None)

@@ -16,7 +16,7 @@ from torch import distributed
 
 import meft
 from library.row_share_calls import WORLD_SIZE
-from library.row_shares import KINDS, QUICK, train
+from library.row_shares import KINDS, QUICK, both
 from library.sparse import batches, plain_model, sparse_model
 from meft.sparse.adapter import sparse_adapters
 
@@ -80,11 +80,15 @@ def test_two_processes_with_a_share_have_the_bits_of_two_with_all(kind: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_any_number_of_processes_has_these_bits(size: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "kinds"), [(1, QUICK), (2, (*KINDS,)), (3, (*KINDS,)), (4, QUICK)]
+)
+def test_any_number_of_processes_has_these_bits(
+    size: int, kinds: tuple[str, ...]
+) -> None:
     """With every update, wire, cache and way to run blocks."""
-    found = found_by(size, tuple(KINDS))
-    for kind in KINDS:
+    found = found_by(size, kinds)
+    for kind in kinds:
         check(found, kind)
 
 
@@ -190,8 +194,7 @@ def alone(tmp_path: Path) -> Iterator[Path]:
 
 def test_one_process_has_the_only_share(alone: Path) -> None:
     """A script for several processes runs in one."""
-    found = {divides: train("catchup", divides, alone) for divides in (False, True)}
-    check([{"catchup": found}], "catchup")
+    check([{"catchup": both("catchup", alone)}], "catchup")
 
 
 @pytest.mark.parametrize(
