@@ -151,6 +151,9 @@ def gathered_rows(model: nn.Module, *, optimizer_state: bool = False) -> Iterato
         optimizer_state: whether `state_dict()` of its `meft.SparseAdamW` has the state
             of all rows, too. It is three times as large as the rows.
 
+    Yields:
+        Nothing.
+
     Raises:
         UnsupportedCallError: another process does not enter it.
     """

@@ -21,11 +21,14 @@ def gather_for_trainer() -> "transformers.TrainerCallback":
         meft.divide_rows(model)
         Trainer(model, args, ..., callbacks=[meft.gather_for_trainer()])
 
-    It runs `meft.gathered_rows` around each save of `save_strategy="steps"` and
-    `"epoch"`, with the state of the optimizer unless `save_only_model` is set. A run
-    can be resumed by any number of processes. Other saves, as by
-    `trainer.save_model()`, need `with meft.gathered_rows(model):`; without it, they are
-    refused.
+    It runs `meft.gathered_rows` around each checkpoint that is due at the end of a step
+    or an epoch, with the state of the optimizer unless
+    `TrainingArguments.save_only_model` is set. A run can be resumed by any number of
+    processes. Other saves are refused, as by `trainer.save_model()` or of the best
+    model of an evaluation: run them in `with meft.gathered_rows(model):`.
+
+    Returns:
+        The callback, for one Trainer.
     """
     from transformers import TrainerCallback
 
