@@ -35,7 +35,8 @@ from meft.errors import (
 from meft.reversible.config import ReversibleConfig
 from meft.sparse.config import SparseConfig
 from meft.sparse.optimizer import SparseAdamW, optimizer_cls_and_kwargs
-from meft.sparse.ranks import average_row_gradients
+from meft.sparse.ranks import average_row_gradients, divide_rows, gathered_rows
+from meft.sparse.trainer_saves import gather_for_trainer
 
 try:
     __version__ = version("meft")
@@ -63,6 +64,9 @@ __all__ = [
     "average_row_gradients",
     "chunk_loss",
     "disable_adapter",
+    "divide_rows",
+    "gather_for_trainer",
+    "gathered_rows",
     "load_adapters",
     "make_reversible",
     "optimizer_cls_and_kwargs",

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from meft.checkpoint.load import load_adapters
 from meft.checkpoint.save_pretrained import (
@@ -23,6 +23,7 @@ from meft.sparse.convert import (
     remove_sparse_adapters,
     without_sparse_adapters,
 )
+from meft.sparse.row_parameter import rows_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -166,13 +167,21 @@ def print_trainable_parameters(model: nn.Module) -> None:
         model: any model.
     """
     every = {id(p): p for p in model.parameters()}.values()
-    total = sum(p.numel() for p in every)
-    trainable = sum(p.numel() for p in every if p.requires_grad)
+    total = sum(_numel(p) for p in every)
+    trainable = sum(_numel(p) for p in every if p.requires_grad)
     share = 100 * trainable / total if total else 0.0
     print(
         f"trainable params: {trainable:,d} || all params: {total:,d} || "
         f"trainable%: {share:.4f}"
     )
+
+
+def _numel(parameter: Tensor) -> int:
+    """Return the numbers of a parameter, of which other processes may have some."""
+    rows = rows_of(parameter)
+    if rows is None or rows.division is None:
+        return parameter.numel()
+    return rows.division.num_rows * rows.store.width
 
 
 def _refuse_plain(model: nn.Module) -> None:

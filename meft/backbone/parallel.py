@@ -1,8 +1,10 @@
 """Parallel adapters at a block's feed-forward that another method has added.
 
-A block may hold a module named `parallel_adapter` with one method:
+A block may hold a module named `parallel_adapter` with a method
 
     bind() -> function of the feed-forward's input, for the current batch
+
+and, if other processes have some of its parameters, an attribute `is_divided`
 
 Code that runs a block in halves passes its adapter through `with_parallel`, so that the
 parallel adapter runs too.
@@ -28,6 +30,14 @@ def with_parallel(block: Any, adapter: Adapter | None = None) -> Adapter | None:
         return adapter
     parallel: Adapter = carried.bind()
     return parallel if adapter is None else _Sum(adapter, parallel)
+
+
+def is_divided(block: Any) -> bool:
+    """Return whether a parallel adapter fetches parameters from other processes.
+
+    All processes then have to run the block equally often.
+    """
+    return bool(getattr(getattr(block, NAME, None), "is_divided", False))
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,8 @@ def prove(
     hidden: Hidden,
     call: Mapping[str, Any],
     label: str,
+    *,
+    is_running: bool = False,
 ) -> Family:
     """Compare a block with its own forward, unless one that is like it has been.
 
@@ -74,6 +76,8 @@ def prove(
         hidden: hidden states for it, `batch seq hidden`.
         call: its other arguments, by name.
         label: name of the block in error messages, `block 3`.
+        is_running: whether this is inside of a call of the block, by which FSDP2 has
+            gathered its parameters.
 
     Returns:
         `family`; for a guess, one with the layout that computes what the block does.
@@ -91,7 +95,9 @@ def prove(
     if alike not in known:
         found = None
         if not is_recording():
-            found = _compared(family, block, plain, hidden, call, label, is_known)
+            found = _compared(
+                family, block, plain, hidden, call, label, is_known, is_running
+            )
         if found is None and this_block in known:
             return known[this_block]  # compared before, as in a prefill
         if found is None and not is_known:
@@ -162,11 +168,12 @@ def _compared(
     call: Mapping[str, Any],
     label: str,
     is_known: bool,
+    is_running: bool,
 ) -> Family | None:
     """Return the family with the layout that computes what a block does.
 
     Args:
-        family, block, plain, hidden, call, label: as for `prove`.
+        family, block, plain, hidden, call, label, is_running: as for `prove`.
         is_known: whether the class of the block is listed.
 
     Returns:
@@ -187,9 +194,10 @@ def _compared(
     else:
         call = tree_map_only(Tensor, Tensor.clone, dict(call))
         hidden = hidden.clone()
-    is_called = is_sharded(block)  # which gathers its parameters
-    runs = _Runs(block, plain, hidden, call, is_called)
-    with contextlib.nullcontext() if is_called else _without_hooks(block):
+    is_gathered = is_sharded(block)
+    # A call gathers its parameters.
+    runs = _Runs(block, plain, hidden, call, is_gathered and not is_running)
+    with contextlib.nullcontext() if is_gathered else _without_hooks(block):
         own = runs.own() if is_known else _own_of_unlisted(runs, call, label)
         if not is_known and family.extra_outputs is None:
             _refuse_others(own, label, plain)

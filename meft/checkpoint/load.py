@@ -32,6 +32,7 @@ from meft.reversible.convert import insert_stacks, remove_stacks
 from meft.sparse.adapter import SparseAdapter, sparse_adapters
 from meft.sparse.config import SparseConfig
 from meft.sparse.convert import insert_sparse_adapters, remove_sparse_adapters
+from meft.sparse.divided_rows import own_rows
 
 Model = TypeVar("Model", bound=nn.Module)
 Config = TypeVar("Config", ReversibleConfig, SparseConfig)
@@ -70,7 +71,8 @@ def load_adapters(
     with _converted(model, config, save_backbone):
         parameters = dict(model.named_parameters())
         targets = parameters | dict(model.named_buffers())
-        for name, value in trained.items():
+        own = _own_rows(model, trained)
+        for name, value in own.items():
             _refuse_misfit(name, value, targets, directory)
         missing = sorted(adapter_names(model) - trained.keys())
         if missing:
@@ -84,7 +86,7 @@ def load_adapters(
             )
     fixed = {id(p) for a in sparse_adapters(model).values() for p in a.parameters()}
     with torch.no_grad():
-        for name, value in trained.items():
+        for name, value in own.items():
             target = targets[name].copy_(value)
             if name in parameters:
                 target.requires_grad |= id(target) not in fixed
@@ -94,6 +96,12 @@ def load_adapters(
             if parameter.is_floating_point() and name not in trained:
                 parameter.requires_grad = False
     return model
+
+
+def _own_rows(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return saved tensors with the rows of this process, if these are divided."""
+    rows = {f"{name}.neurons": a.rows for name, a in sparse_adapters(model).items()}
+    return {n: own_rows(rows[n], t) if n in rows else t for n, t in trained.items()}
 
 
 def _refuse_other_adapters(

@@ -19,7 +19,7 @@ from meft.checkpoint.files import (
     model_files,
     replace_file,
 )
-from meft.checkpoint.trained import trained_tensors
+from meft.checkpoint.trained import refuse_without_values, trained_tensors
 from meft.errors import UnsupportedCallError, UnsupportedModelError
 from meft.reversible.blocks import find_stacks
 from meft.sparse.adapter import sparse_adapters
@@ -68,6 +68,7 @@ def write_adapters(
         next_to_model: whether a file of the model has just been written to the
             directory. Tensors that it contains are not written a second time.
     """
+    refuse_without_values(trained)
     sparse, stacks = sparse_adapters(model), list(find_stacks(model).values())
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -106,6 +107,7 @@ def write_trained(
     Raises:
         UnsupportedCallError: the directory holds the weights of another model.
     """
+    refuse_without_values(trained)
     directory = Path(directory)
     if _holds_a_model(directory):
         raise UnsupportedCallError(

@@ -34,6 +34,8 @@ from meft.checkpoint.trained import (
     trained_tensors,
 )
 from meft.errors import SavingWarning, UnsupportedCallError
+from meft.sparse.adapter import sparse_adapters
+from meft.sparse.divided_rows import names_only
 
 Load = Callable[[nn.Module, str | Path], nn.Module]
 METHODS = ("save_pretrained", "load_adapter")
@@ -236,8 +238,9 @@ class LoadAdapter:
 
 def _unsaved_names(model: nn.Module) -> list[str]:
     """Return the names in the state dict of `model` of what is not trained."""
-    saved = trained_tensors(model).keys()
-    state = (name for name in model.state_dict() if not name.endswith("_extra_state"))
+    with names_only(adapter.rows for adapter in sparse_adapters(model).values()):
+        saved, every = trained_tensors(model).keys(), model.state_dict().keys()
+    state = (name for name in every if not name.endswith("_extra_state"))
     return [name for name in state if name not in saved]
 
 

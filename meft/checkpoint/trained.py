@@ -6,9 +6,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from meft.backbone.heads import new_heads
-from meft.errors import AdapterFileError
+from meft.errors import AdapterFileError, UnsupportedCallError
 from meft.reversible.blocks import find_stacks
 from meft.sparse.adapter import sparse_adapters
+from meft.sparse.divided_rows import DividedRows
 
 _VERSIONS = "_meft_versions_at_conversion"
 """Attribute of a converted model."""
@@ -36,8 +37,8 @@ def trained_tensors(
         for name, parameter in model.named_parameters()
         if parameter.requires_grad or name in adapters or _has_changed(model, name)
     }
-    values: Mapping[str, Tensor] = parameters | _buffers_of_trained(model)
-    names = list(values)
+    own: dict[str, Tensor] = parameters | _buffers_of_trained(model)
+    names = list(own)
     if state_dict is not None:
         missing = [name for name in names if name not in state_dict]
         if parameters.keys() <= set(missing):
@@ -48,8 +49,39 @@ def trained_tensors(
                 f"{len(names)} tensors that were trained, but not {missing[0]!r}: "
                 "pass all of them, or none to save the backbone alone"
             )
-        values = state_dict
-    return {name: values[name].detach().cpu().contiguous() for name in names}
+    values = state_dict if state_dict is not None else own | _gathered(model)
+    return {name: _on_host(values[name].detach()) for name in names}
+
+
+def refuse_without_values(trained: Mapping[str, Tensor]) -> None:
+    """Refuse to write divided rows in a process that has not gathered them.
+
+    Args:
+        trained: the result of `trained_tensors`.
+
+    Raises:
+        UnsupportedCallError: some tensor has no values.
+    """
+    name = next((name for name, tensor in trained.items() if tensor.is_meta), None)
+    if name is not None:
+        raise UnsupportedCallError(
+            f"{name!r} is divided among processes, and gathered in the first one: save "
+            "the model in that process (`if torch.distributed.get_rank() == 0:` inside "
+            "of `with meft.gathered_rows(model):`)"
+        )
+
+
+def _gathered(model: nn.Module) -> dict[str, Tensor]:
+    """Return rows that are divided among processes, as they have been gathered."""
+    return {
+        f"{name}.neurons": adapter.rows.whole()
+        for name, adapter in sparse_adapters(model).items()
+        if isinstance(adapter.rows, DividedRows)
+    }
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_meta else tensor.cpu().contiguous()
 
 
 def note_values(model: nn.Module) -> None:

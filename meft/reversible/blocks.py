@@ -34,6 +34,7 @@ from meft.backbone.family import Family
 from meft.backbone.find import is_checkpointing
 from meft.backbone.layout import Layout
 from meft.backbone.parallel import NAME as PARALLEL_ADAPTER
+from meft.backbone.parallel import is_divided
 from meft.backbone.proof import Proven, plain_class, prove
 from meft.backbone.uncalled import (
     is_compiled,
@@ -385,9 +386,9 @@ class ReversibleBlocks(nn.Module):
         context, arguments = take_apart(calls)
         seed = draw_seed() if self.training else None
         cached = any(cache_of(call) is not None for call in calls)
-        # All processes of FSDP2 have to run a forward equally often, whatever the
-        # values of their batches.
-        is_wide = cached or any(is_sharded(block) for block in blocks)
+        # Processes that send each other parameters have to run a forward equally often,
+        # whatever the values of their batches.
+        is_wide = cached or any(is_sharded(b) or is_divided(b) for b in blocks)
         is_rerun = False
         while True:
             dtype = torch.int64 if is_wide else self.stream_dtype

@@ -58,6 +58,8 @@ class Branch:
     """Whether FSDP2 gathers the parameters of the branch when it is run, and collects
     their gradients itself.
     """
+    is_divided: bool = False
+    """Whether it fetches parameters from other processes each time that it is run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

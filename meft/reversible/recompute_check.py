@@ -181,7 +181,7 @@ class RecomputeCheck:
             was_tried = may_drop_graph is not None
             key = (*key, "hooks")
             may_drop_graph = False if was_tried else self._repeatable.get(key)
-        if may_drop_graph:
+        if may_drop_graph and not coupling.branch.is_divided:
             return stack.value(coupling, x, context)
         exits = Exits(sources)
 
@@ -193,7 +193,8 @@ class RecomputeCheck:
             return value
 
         value = graded()
-        if may_drop_graph is None:
+        # A divided branch runs once in every process, whatever is known of its batch.
+        if may_drop_graph is None and not coupling.branch.is_divided:
             # Code that keeps tensors must not receive tensors without a graph.
             may_drop_graph = not (has_hooks or exits.used())
             if self._exact and may_drop_graph:

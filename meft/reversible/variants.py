@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from meft.backbone.called import call_block, is_sharded
 from meft.backbone.family import Family
 from meft.backbone.norm_parts import norms_in_parts
-from meft.backbone.parallel import with_parallel
+from meft.backbone.parallel import is_divided, with_parallel
 from meft.backbone.uncalled import must_be_called
 from meft.bottleneck import Bottleneck
 from meft.reversible.call_arguments import Arguments
@@ -165,14 +165,20 @@ def _steps(
         is_opaque = family.layout(block).is_opaque  # only without adapters
         if is_opaque or must_be_called(block):  # in `meft3` it has been refused
             return called()
-        return Branch(mixing=attention(inside), tokenwise=mlp(), is_sum=is_parallel)
+        return Branch(
+            mixing=attention(inside),
+            tokenwise=mlp(),
+            is_sum=is_parallel,
+            is_divided=is_divided(block),
+        )
 
     if variant == "meft3":
         if is_parallel:
             yield _Step(0, whole(adapters["attention"]), True)
         else:
             yield _Step(0, Branch(mixing=attention(adapters["attention"])), True)
-            yield _Step(1, Branch(tokenwise=mlp()), True)
+            branch = Branch(tokenwise=mlp(), is_divided=is_divided(block))
+            yield _Step(1, branch, True)
         return
     if variant == "meft2":
         yield _Step(0, _alone(adapters["reversible"]), False)

@@ -25,6 +25,7 @@ from meft.sparse import choice, router
 from meft.sparse.block_neurons import ActivityCounts, BlockNeurons
 from meft.sparse.choice import Begun, EarlyChoice
 from meft.sparse.config import SparseConfig
+from meft.sparse.divided_rows import DividedRows, own_rows
 from meft.sparse.row_parameter import begin_forward, row_parameter
 from meft.sparse.rows import Rows, Tokens
 from meft.sparse.token_topk import token_topk
@@ -148,6 +149,11 @@ class SparseAdapter(nn.Module):
         """Return what the two semantics use of this adapter."""
         return BlockNeurons(rows=self.rows, config=self.config, counts=self.counts)
 
+    @property
+    def is_divided(self) -> bool:
+        """Return whether other processes have some of the rows."""
+        return self.rows.division is not None
+
     def bind(self) -> "OnBatch":
         """Return a function that runs the adapter on the current batch, also later."""
         return OnBatch(self, self.shared.batch)
@@ -173,6 +179,13 @@ class SparseAdapter(nn.Module):
         """
         extra_state.refuse_other(state, self.config.function())
 
+    def _save_to_state_dict(self, destination: Any, *rest: Any, **named: Any) -> None:
+        """Save the neurons of all processes, if they are divided among some."""
+        super()._save_to_state_dict(destination, *rest, **named)
+        if isinstance(self.rows, DividedRows):
+            prefix = named.get("prefix", rest[0] if rest else "")
+            destination[prefix + "neurons"] = self.rows.whole()
+
     def _load_from_state_dict(
         self,
         state_dict: Any,
@@ -185,6 +198,9 @@ class SparseAdapter(nn.Module):
         """Copy into the neurons, even if other tensors are assigned (`assign=True`)."""
         if prefix + extra_state.KEY in state_dict:  # before anything is copied
             self.set_extra_state(state_dict[prefix + extra_state.KEY])
+        if prefix + "neurons" in state_dict:
+            whole = state_dict[prefix + "neurons"]
+            state_dict = {**state_dict, prefix + "neurons": own_rows(self.rows, whole)}
         copying = {**local_metadata, "assign_to_params_buffers": False}
         super()._load_from_state_dict(
             state_dict, prefix, copying, strict, missing_keys, *rest

@@ -109,6 +109,7 @@ def candidates_of(block: BlockNeurons, experts: Experts) -> Callable[[], Ids]:
 def finish(block: BlockNeurons, begun: Begun) -> Kept:
     """Return the candidates that each token keeps; waits for `begun.candidates`."""
     columns, ids = begun.candidates()
+    block.rows.prepare(ids)
     if begun.experts is None:
         assert columns is not None
         raw, table = _scores(block, begun.tokens, columns, ids)

@@ -293,7 +293,9 @@ def _with_adapter(original: Any, family: Family) -> type[nn.Module]:
             label = f"a {original.__name__}"
             refuse_what_would_not_run(family, self, label, is_called=True)
             known = self.parallel_adapter.shared.proven
-            proven = prove(known, family, self, original, hidden, call, "a block")
+            proven = prove(
+                known, family, self, original, hidden, call, "a block", is_running=True
+            )
             adapter = OnBatch(self.parallel_adapter, batch)
             output = proven.whole(self, hidden, adapter, **call)
             return proven.layout(self).returned(output)

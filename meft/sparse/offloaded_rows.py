@@ -52,6 +52,8 @@ class Prefetched(NamedTuple):
 class OffloadedRows(EngineRows):
     """Rows of one block that are stored in host memory."""
 
+    division = None
+
     def __init__(self, engine: Engine, block: int, store: RowStore) -> None:
         self.store = store
         self.engine = engine
@@ -114,6 +116,10 @@ class OffloadedRows(EngineRows):
         self._expected = ids
 
     @override
+    def prepare(self, ids: Ids) -> None:
+        """Do nothing, because all rows are here."""
+
+    @override
     def take(self, ids: Ids) -> SomeRows:
         engine, cache = self.engine, self.engine.cache
         self._land()
@@ -155,6 +161,10 @@ class OffloadedRows(EngineRows):
         coming = self.engine.download(gradient, self.tag())
         self.engine.expect(self._host_gradient)
         self._host_gradient.expect(wanted[away], coming)
+
+    @override
+    def reduce(self) -> None:
+        """Do nothing, because no other process has some of the gradient."""
 
     @override
     def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:

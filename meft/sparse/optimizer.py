@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 
 from meft.errors import ConfigError, UnsupportedCallError
+from meft.sparse.divided_rows import own_state, state_of
 from meft.sparse.row_parameter import rows_of, settle
 from meft.sparse.rows import Rows
 from meft.sparse.schedule import Schedule
@@ -132,7 +133,8 @@ class SparseAdamW(torch.optim.AdamW):
         stores = [rows.store for _, rows in self._rows()]
         books = list({id(store.schedule): store.schedule for store in stores}.values())
         states = [
-            {**store.state(), "book": _index(books, store.schedule)} for store in stores
+            {**state_of(rows), "book": _index(books, rows.store.schedule)}
+            for _, rows in self._rows()
         ]
         return {**super().state_dict(), ROWS: states}
 
@@ -153,6 +155,10 @@ class SparseAdamW(torch.optim.AdamW):
                 f"the state holds rows of {len(states or ())} adapters, but this model "
                 f"has {len(found)}: it was not saved by a `SparseAdamW` of this model"
             )
+        states = [
+            own_state(rows, state)
+            for (_, rows), state in zip(found, states, strict=True)
+        ]
         for (_, rows), state in zip(found, states, strict=True):
             rows.store.refuse(state)
         others = {name: value for name, value in state_dict.items() if name != ROWS}

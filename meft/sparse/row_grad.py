@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from typing_extensions import override
 
 from meft.errors import UnsupportedCallError
+from meft.sparse.division import Division
 from meft.sparse.rows import Holder, Rows
 from meft.sparse.shapes import AllRows, Ids, SomeRows
 
@@ -40,6 +41,7 @@ class Held(Holder):
 
     ids: list[Tensor]
     values: list[Tensor]
+    division: Division | None = None
 
     @override
     def held_ids(self) -> list[Tensor]:
@@ -76,6 +78,7 @@ class Live(Holder):
     def __init__(self, rows: Rows) -> None:
         self._holder: Holder = rows
         rows.live = weakref.ref(self)
+        self.division = rows.division
 
     @override
     def held_ids(self) -> list[Tensor]:
@@ -104,7 +107,7 @@ class Live(Holder):
     def copy_from_rows(self) -> None:
         """Copy the values before the rows drop them."""
         ids = [each.clone() for each in self._holder.held_ids()]
-        self._holder = Held(ids, self._holder.parts())
+        self._holder = Held(ids, self._holder.parts(), self.division)
 
 
 def live_of(rows: Rows) -> Live | None:
@@ -200,7 +203,7 @@ class RowGrad(torch.Tensor):
             if name is aten.linalg_vector_norm and _is_whole_norm(args, kwargs):
                 return first._norm(float(args[1] if len(args) > 1 else 2))
             if name is aten.sum and len(args) == 1 and not kwargs:
-                return sum((p.sum() for p in first._parts()), torch.zeros(()))
+                return first._sum()
             if name in _IN_PLACE and _keeps_zero(name, args, kwargs):
                 first._change(func, args, kwargs)
                 return first
@@ -233,13 +236,21 @@ class RowGrad(torch.Tensor):
             for piece in part.view(-1).split(_norm_piece(part.device))
             if piece.numel()
         ]
-        if not norms:
+        if not norms and holder.division is None:
             return torch.zeros((), device=self.device)
-        together = torch.stack([holder.bring(n, norms[0].device) for n in norms])
-        if order == 0:  # a count of elements
-            return together.sum().float()
-        total: Tensor = torch.linalg.vector_norm(together, order)
+        total = torch.zeros((), dtype=torch.double)
+        if norms:
+            together = [holder.bring(n, norms[0].device) for n in norms]
+            total = _norm_of_norms(torch.stack(together), order)
+        if holder.division is not None:
+            total = _norm_of_norms(holder.division.gather(total), order)
         return total.float()
+
+    def _sum(self) -> Tensor:
+        holder = self._holder()
+        total: Tensor = sum((p.sum() for p in holder.parts()), torch.zeros(()))
+        division = holder.division
+        return total if division is None else division.gather(total).sum()
 
     def _change(self, func: Any, args: Any, kwargs: Any) -> None:
         holder = self._holder()
@@ -254,7 +265,15 @@ class RowGrad(torch.Tensor):
             func(part, *_near(holder, args[1:], part), **kwargs)
             for part in holder.parts()
         ]
-        return self._like(Held([ids.clone() for ids in holder.held_ids()], values))
+        ids = [each.clone() for each in holder.held_ids()]
+        return self._like(Held(ids, values, holder.division))
+
+
+def _norm_of_norms(norms: Tensor, order: float) -> Tensor:
+    if order == 0:  # counts of elements
+        return norms.sum()
+    total: Tensor = torch.linalg.vector_norm(norms, order)
+    return total
 
 
 def _norm_piece(device: torch.device) -> int:
@@ -321,6 +340,8 @@ def _is_whole_norm(args: Any, kwargs: Any) -> bool:
 
 
 def _near(holder: Holder, operands: Sequence[Any], part: Tensor) -> list[Any]:
+    # The factor of clipping is a number of FSDP2 if other gradients are sharded.
+    operands = [o.full_tensor() if hasattr(o, "full_tensor") else o for o in operands]
     return [
         holder.bring(operand, part.device) if _is_far(operand, part) else operand
         for operand in operands
@@ -389,6 +410,8 @@ def _unscale(func: Any, tensors: Any, found_inf: Tensor, inverse_scale: Tensor) 
             func([part], found, holder.bring(inverse_scale, part.device))
             found_inf.copy_(found_inf.maximum(holder.bring(found, found_inf.device)))
         holder.put_parts(parts)
+        if holder.division is not None:  # all processes skip the step, or none
+            found_inf.copy_(holder.division.gather(found_inf).amax(0))
 
 
 def _dense(func: Any, args: Any, kwargs: Any) -> Any:

@@ -4,7 +4,9 @@
     mean  = 1/R * sum over processes of the gradient of `union`, 0 for rows without one
 
 Two exchanges by the host make it: one byte for each row of the table, and the numbers
-of the union. All processes add in the same order, so that all get the same bits.
+of the union. Each process adds up one part of the union, in the order of processes, and
+sends it to all: then all get the same bits, and so do processes among which the rows
+are divided (`meft.sparse.divided_rows`).
 """
 
 from typing import Any
@@ -37,9 +39,17 @@ def average(holder: Holder, table: Tensor, group: Any) -> None:
         return
     places = torch.zeros(num_rows, dtype=torch.long)
     places[union] = torch.arange(len(union))
-    total = torch.zeros(len(union), width)
+    size = distributed.get_world_size(group)
+    per_process = -(-len(union) // size)
+    mine = torch.zeros(size * per_process, width)
     for each, part in zip(ids, holder.parts(), strict=True):
-        total.index_add_(0, places[each], holder.bring(part, total.device))
-    distributed.all_reduce(total, distributed.ReduceOp.SUM, group)
-    total /= distributed.get_world_size(group)
-    holder.replace_gradient(union.to(table.device), total.to(table.device))
+        mine.index_add_(0, places[each], holder.bring(part, mine.device))
+    of_all = torch.empty_like(mine)
+    distributed.all_to_all_single(of_all, mine, group=group)
+    first, *rest = of_all.split(per_process)
+    for part in rest:
+        first += part
+    first /= size
+    distributed.all_gather(list(mine.split(per_process)), first, group)
+    mean = mine[: len(union)]
+    holder.replace_gradient(union.to(table.device), mean.to(table.device))

@@ -264,15 +264,18 @@ def begin_forward(parameter: Tensor, rows: Rows, *, is_training: bool) -> None:
             f"({type(parameter).__name__}), which the adapter does not use: copy "
             "values into it instead, by `load_state_dict(...)` or "
             "`parameter.copy_(...)`. Sharding and `torch.func.functional_call` are not "
-            "supported"
+            "supported: leave rows out of FSDP2 by `fully_shard(..., "
+            "ignored_params=rows)`, and divide them by `meft.divide_rows(model)`"
         )
     may_train = is_training or torch.is_grad_enabled()
-    is_alone = getattr(parameter, "process_group", None) is None
+    group = getattr(parameter, "process_group", None)
+    is_alone = group is None and rows.division is None
     if may_train and is_alone and _is_distributed():
         raise UnsupportedCallError(
             "sparse adapters train in one process unless gradients of their rows are "
-            "averaged between processes: call `meft.average_row_gradients(model)` in "
-            "every process, after `meft.add_sparse_adapters()`"
+            "averaged between processes: call `meft.average_row_gradients(model)`, or "
+            "`meft.divide_rows(model)` to keep a share of the rows in each, in every "
+            "process, after `meft.add_sparse_adapters()`"
         )
     memory = rows.store.rows
     if memory.device != parameter.device:
@@ -353,6 +356,7 @@ def mark(parameter: nn.Parameter) -> RowGrad:
 
 def _after_backward(parameter: Any) -> None:
     parameter.rows.is_settled = False
+    parameter.rows.reduce()
     grad, live = parameter.grad, live_of(parameter.rows)
     if live is None or not isinstance(grad, RowGrad) or grad.holder is not live:
         live = live or Live(parameter.rows)

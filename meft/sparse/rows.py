@@ -2,8 +2,10 @@
 
     choose(h, k)             return the k best neurons of each token, all scored
     chosen(flags)            start to find out which neurons a batch uses
+    prepare(ids)             announce the rows that one pass over a batch takes
     take(ids)                return current rows, on the device
     add_gradient(ids, g)     add to the gradient that is kept until it is cleared
+    reduce()                 exchange it with other processes, after a backward pass
     parts(), put_parts()     read and change that gradient in the memory it is in
     gradient(), step(ids, g) start the transfer of that gradient to the optimizer, and
                              take a step with it
@@ -22,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
+from meft.sparse.division import Division
 from meft.sparse.indices import ids_of
 from meft.sparse.router import top
 from meft.sparse.shapes import Ids, SomeRows
@@ -35,6 +38,9 @@ Kept = Int[Tensor, "tokens kept"]
 @runtime_checkable
 class Holder(Protocol):
     """Gradients of some rows of a table."""
+
+    division: Division | None
+    """The processes that each have the gradient of some rows; None for this alone."""
 
     def held_ids(self) -> list[Tensor]:
         """Return the rows with a gradient, per part, on the device of the store."""
@@ -89,6 +95,13 @@ class Rows(Holder, Protocol):
     def expect(self, ids: Callable[[], Ids]) -> None:
         """Note which rows the next batch takes; the function may wait for them."""
 
+    def prepare(self, ids: Ids) -> None:
+        """Announce the rows, ascending, that the running pass takes in any pieces.
+
+        It is called once in each forward and each backward, also with no rows. It does
+        nothing where this process has all rows.
+        """
+
     def take(self, ids: Ids) -> SomeRows:
         """Return rows `ids`, ascending, on the device in the transfer dtype."""
 
@@ -98,6 +111,9 @@ class Rows(Holder, Protocol):
         What is added is rounded to the transfer dtype first, and sums are float32, so
         that they do not depend on what was transferred and when.
         """
+
+    def reduce(self) -> None:
+        """Exchange gradients with the processes of `division`, if there are any."""
 
     def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:
         """Start the transfer of the gradient to the device of the store.
@@ -122,6 +138,8 @@ class Rows(Holder, Protocol):
 
 class ResidentRows(Rows):
     """Rows that are stored on the device."""
+
+    division = None
 
     def __init__(self, store: RowStore) -> None:
         self.store = store
@@ -157,6 +175,10 @@ class ResidentRows(Rows):
         """Do nothing, because all rows are here."""
 
     @override
+    def prepare(self, ids: Ids) -> None:
+        """Do nothing, because all rows are here."""
+
+    @override
     def take(self, ids: Ids) -> SomeRows:
         return self.store.read(ids)
 
@@ -169,6 +191,10 @@ class ResidentRows(Rows):
             self._gradient = torch.zeros_like(self.store.rows)
         self._gradient.index_add_(0, ids, gradient)
         self._has_gradient[ids] = True
+
+    @override
+    def reduce(self) -> None:
+        """Do nothing, because no other process has some of the gradient."""
 
     @override
     def gradient(self) -> Callable[[], tuple[Ids, SomeRows]]:

@@ -55,7 +55,7 @@ class RowStore:
         update: str = "catchup",
         folder: str | None = None,
     ) -> None:
-        self._folder, self._process = folder, os.getpid()
+        self.folder, self._process = folder, os.getpid()
         # A GPU cannot copy from the memory of a file at once.
         self.rows = page_locked(rows) if folder is None else rows
         self.transfer_dtype = transfer_dtype
@@ -83,14 +83,14 @@ class RowStore:
     def __reduce__(self) -> Any:
         """Reduce to the current rows; a copy, also a saved one, has taken no steps."""
         of_rows = self.settled(), self.transfer_dtype, self.update
-        return (RowStore if self._folder is None else in_folder), (
-            of_rows if self._folder is None else (*of_rows, self._folder)
+        return (RowStore if self.folder is None else in_folder), (
+            of_rows if self.folder is None else (*of_rows, self.folder)
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RowStore":
         """Return a copy with the current rows: see `__reduce__`."""
         rows = self._copy(self.settled(), torch.float32)
-        copied = RowStore(rows, self.transfer_dtype, self.update, self._folder)
+        copied = RowStore(rows, self.transfer_dtype, self.update, self.folder)
         memo[id(self)] = copied
         return copied
 
@@ -125,12 +125,12 @@ class RowStore:
         """Return zeros of the shape of the rows, in the kind of memory they are in."""
         # Tensors of an evaluation in inference mode could not be trained later.
         with torch.inference_mode(False):
-            if self._folder is None:
+            if self.folder is None:
                 made = torch.zeros(
                     self.rows.shape, dtype=dtype, device=self.rows.device
                 )
                 return page_locked(made)
-            return mapped_memory.zeros(tuple(self.rows.shape), dtype, self._folder)
+            return mapped_memory.zeros(tuple(self.rows.shape), dtype, self.folder)
 
     def _copy(self, rows: AllRows, dtype: torch.dtype) -> AllRows:
         return self.zeros(dtype).copy_(rows)
@@ -141,7 +141,7 @@ class RowStore:
         Raises:
             UnsupportedCallError: this process has not made the rows.
         """
-        if self._folder is not None and os.getpid() != self._process:
+        if self.folder is not None and os.getpid() != self._process:
             raise UnsupportedCallError(
                 "rows in files (`SparseConfig.folder`) are shared by the process that "
                 "made them and its forks, so that a change here would be one there, "
@@ -199,7 +199,7 @@ class RowStore:
         first, last = int(ids[0]), int(ids[-1])
         is_dense = len(ids) >= SPAN_SHARE * (last + 1 - first)
         # A GPU cannot copy from the memory of a file at once.
-        if self.shadow is None or self._folder is not None or not is_dense:
+        if self.shadow is None or self.folder is not None or not is_dense:
             return None
         self._renew_shadow(ids)
         return self.shadow[first : last + 1]

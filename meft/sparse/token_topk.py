@@ -113,7 +113,9 @@ class _TokenTopK(torch.autograd.Function):
         counts = weights > 0
         rank = ranks(block.config.num_neurons, neurons, counts)[neurons]
         choice = Choice(rank=rank, counts=counts)
-        for piece in pieces_of(block, tokens, choice, ctx.active()):
+        active = ctx.active()
+        block.rows.prepare(active)
+        for piece in pieces_of(block, tokens, choice, active):
             piece.dots(grad, VALUE, grad_score)
             dot = grad_score if gate is None else grad_score * gate
             grad_tokens += piece.sums(dot, KEY)

@@ -86,7 +86,9 @@ class _Union(torch.autograd.Function):
         wants_rows = begin_backward(ctx, ctx.parameter, ctx.version)
         grad = grad.to(tokens.dtype)
         grad_tokens = torch.zeros_like(tokens, dtype=torch.float32)
-        for ids, keys, values in _pieces(block, tokens, ctx.active()):
+        active = ctx.active()
+        block.rows.prepare(active)
+        for ids, keys, values in _pieces(block, tokens, active):
             weights = torch.relu(tokens @ keys.T)
             grad_dots = (grad @ values.T) * (weights > 0)
             grad_tokens += grad_dots @ keys

@@ -14,6 +14,7 @@ import gloo_group
 from harness.test_accumulation import micro_batches, model_of
 from harness.tiny import batch as labelled_batch
 from harness.tiny import cell, classifier
+from meft.sparse.row_parameter import rows_of
 from meft_bench.child.tasks.batches import IGNORED, Batch
 from meft_bench.child.training import prepare
 from meft_bench.shared import methods
@@ -70,14 +71,27 @@ def train(case: Case, ranks: int = 1) -> dict[str, Any]:
 
     def keep(parameters: Any, norm: float) -> None:
         if not gradients:
-            gradients.update({n: _whole(p.grad) for n, p in named.items()})
+            gradients.update({n: _of_all(p, p.grad) for n, p in named.items()})
         clip(parameters, norm)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
         losses = [stepper.step(case.batches(), 1e-2) for _ in range(NUM_STEPS)]
-    weights = {name: _whole(p.detach()) for name, p in named.items()}
+    weights = {name: _of_all(p, p.detach()) for name, p in named.items()}
     return {"losses": losses, "gradients": gradients, "weights": weights}
+
+
+def _of_all(parameter: Any, tensor: Any) -> Tensor:
+    """An ordinary tensor of what belongs to a parameter, of all ranks."""
+    whole, rows = _whole(tensor), rows_of(parameter)
+    if rows is None or rows.division is None:
+        return whole
+    shares: list[Any] = [None] * rows.division.size
+    torch.distributed.all_gather_object(shares, whole)
+    found = torch.empty(rows.division.num_rows, whole.shape[1])
+    for rank, share in enumerate(shares):
+        rows.division.share(found, rank).copy_(share)
+    return found
 
 
 def _whole(tensor: Any) -> Tensor:

@@ -130,6 +130,7 @@ FORMULAS = {
     "sparse-experts-union": ROWS,
     "sparse-experts-resident": ROUTED,
     "sparse-experts-lookahead": ROUTED,
+    "sparse-experts-divided": ROUTED,
     "sparse-experts-frozen": ROWS,
     "sparse-experts-random": ROWS,
     "sparse-experts-no-cache": ROUTED,

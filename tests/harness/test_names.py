@@ -40,6 +40,8 @@ FOREIGN_FLAGS = {
     "--index-url": "pip",
     "--quiet": "pip",
     "--upgrade": "pip",
+    "--cpu": "accelerate launch",
+    "--nproc-per-node": "torchrun",
     "--numprocesses": "pytest-xdist",
     "--dist": "pytest-xdist",
     "--no-loadscope-reorder": "pytest-xdist",

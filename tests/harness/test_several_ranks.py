@@ -33,6 +33,8 @@ FAST = [
     Case(method="meft3-exact", micro_batch=4),
     Case(method="sparse-experts", micro_batch=4),
     Case(method="dense-offload"),
+    Case(method="sparse-experts-divided", micro_batch=4),
+    Case(method="sparse-experts-divided", parallel="fsdp2"),
     Case(method="full", parallel="fsdp2", micro_batch=4),
     Case(method="meft1-exact", parallel="fsdp2"),
 ]
@@ -262,7 +264,8 @@ question = "Do ranks train as one process?"
 name = "one"
 defaults = { backbone = "random:llama-tiny", task = "synthetic-lm", batch_size = 4, \
 seq_len = 8, depth = 1, max_steps = 3, warmup_steps = 1, num_neurons = 64 }
-axes = { method = ["lora", "sparse-experts", "meft1-exact"], ranks = [1, 2] }
+axes = { method = ["lora", "sparse-experts", "sparse-experts-divided", \
+"meft1-exact"], ranks = [1, 2] }
 [[matrix.exclude]]
 method = "meft1-exact"
 ranks = 2
@@ -282,7 +285,7 @@ def test_cells_of_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     words = ["run", "mine.toml", "--device", "cpu", "-o", "runs.jsonl"]
     assert cli.main(words) == 0
     found = {(r.cell.method, r.cell.ranks): r for r in runs.read(Path("runs.jsonl"))}
-    assert len(found) == 7
+    assert len(found) == 9
     for (_, ranks), record in found.items():
         seen = record.measurement
         for name in ("peak_allocated_bytes", "saved_bytes"):
@@ -292,10 +295,15 @@ def test_cells_of_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
                 continue
             assert total is None if ranks == 1 else most < total <= 2 * most
     bound = tolerance(torch.float32, DEPTH)
-    for method in ("lora", "sparse-experts"):
+    for method in ("lora", "sparse-experts", "sparse-experts-divided"):
         one, two = (found[method, ranks].measurement for ranks in (1, 2))
         assert two.loss_curve == pytest.approx(one.loss_curve, rel=bound)
         assert two.saved_bytes < one.saved_bytes
+    bytes_of = [
+        found["sparse-experts-divided", ranks].measurement.row_store_bytes
+        for ranks in (1, 2)
+    ]
+    assert bytes_of[1] == bytes_of[0] // 2
     state = "model_state_bytes"
     whole, shards = (found["meft1-exact", ranks].measurement for ranks in (1, 2))
     assert getattr(shards, state) < 0.6 * getattr(whole, state)

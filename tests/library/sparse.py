@@ -89,9 +89,11 @@ def lone_adapter(cfg: meft.SparseConfig, hidden: int = HIDDEN) -> SparseAdapter:
     return SparseAdapter(home, weight, cfg, SharedState())
 
 
-def batches(count: int, rows: int = 2, seq: int = 9) -> Iterator[dict[str, Tensor]]:
+def batches(
+    count: int, rows: int = 2, seq: int = 9, seed: int = 6
+) -> Iterator[dict[str, Tensor]]:
     """Texts of which the last is padded on the left."""
-    generator = torch.Generator().manual_seed(6)
+    generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         ids = torch.randint(1, VOCAB, (rows, seq), generator=generator)
         mask = torch.ones_like(ids)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+import meft
 from meft_bench.child import backbones
 from meft_bench.child.backbones import Backbone
 from meft_bench.child.measuring import (
@@ -133,8 +134,10 @@ def _measure(
         after_training = guard.perplexity(stepper, guarded, cell)
         partial.note(guard_perplexity=finite(after_training))
     # Before a probe takes further steps. All ranks have the same weights.
-    if save_to is not None and stepper.ranks.rank == 0:
-        backbones.save(backbone, save_to)
+    if save_to is not None:
+        with meft.gathered_rows(stepper.model):
+            if stepper.ranks.rank == 0:
+                backbones.save(backbone, save_to)
     probes.probe_memory(stepper, cell, batches, partial)
     probes.look_at_peak(stepper, cell, batches, partial)
     if watch is not None:

@@ -36,11 +36,15 @@ class Routing:
 
 @torch.no_grad()
 def look(model: nn.Module, run: Callable[[], object]) -> Routing | None:
-    """Measure `run()`, one forward of `model`; return None without such adapters."""
+    """Measure `run()`, one forward of `model`.
+
+    Returns:
+        The measurement; None without such adapters, or if no process has all keys.
+    """
     adapters = [
         m for m in model.modules() if isinstance(m, SparseAdapter | DenseAdapter)
     ]
-    if not adapters:
+    if not adapters or any(getattr(a, "is_divided", False) for a in adapters):
         return None
     recalls: list[float] = []
     curves: list[Tensor] = []

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from meft.sparse.adapter import SparseAdapter
+from meft.sparse.divided_rows import DividedRows
+from meft.sparse.engine import Engine
 from meft.sparse.offloaded_rows import OffloadedRows
-from meft.transfer import TransferLedger
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +58,9 @@ class TrafficMeter:
     def __init__(self, adapters: Sequence[SparseAdapter]) -> None:
         self._adapters = adapters
         first = adapters[0].rows
-        self._engine = first.engine if isinstance(first, OffloadedRows) else None
+        self._engine: Engine | None = None
+        if isinstance(first, OffloadedRows | DividedRows):
+            self._engine = first.engine
         for adapter in adapters:
             adapter.counts.clear()
         if self._engine is not None:
@@ -72,12 +75,13 @@ class TrafficMeter:
         num_batches = seen[0].num_batches
         active = sum(one.total_active for one in seen)
         tokens = sum(one.total_tokens for one in seen)
-        neurons = len(seen) * len(store) * num_batches
+        per_block = self._adapters[0].config.num_neurons
+        neurons = len(seen) * per_block * num_batches
         found = RowTraffic(
             paper_transfer_bytes=(4 * active + tokens) * hidden * itemsize,
             dense_transfer_bytes=4 * neurons * hidden * itemsize,
             union_fraction=[
-                one.total_active / (num_batches * len(store)) for one in seen
+                one.total_active / (num_batches * per_block) for one in seen
             ],
             row_store_bytes=sum(a.rows.store.nbytes for a in self._adapters),
         )
@@ -88,20 +92,22 @@ class TrafficMeter:
             found,
             h2d_bytes=engine.ledger.h2d_bytes,
             d2h_bytes=engine.ledger.d2h_bytes,
-            **self._by_block(engine.ledger),
+            **_by_block(engine),
             cache_hit_fraction=engine.num_hits / max(engine.num_taken, 1),
             num_prefetched_rows=engine.num_prefetched,
             row_device_bytes=sum(slab.nbytes for slab in engine.slabs),
             peak_staging_bytes=engine.peak_staging_bytes,
         )
 
-    def _by_block(self, ledger: TransferLedger) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for direction, booked in (("h2d", ledger.h2d), ("d2h", ledger.d2h)):
-            for phase in ("forward", "backward", "update"):
-                found[f"{direction}_{phase}_bytes"] = [
-                    booked[adapter.rows.tag(phase)]
-                    for adapter in self._adapters
-                    if isinstance(adapter.rows, OffloadedRows)
-                ]
-        return found
+
+def _by_block(engine: Engine) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    ledger = engine.ledger
+    for direction, booked in (("h2d", ledger.h2d), ("d2h", ledger.d2h)):
+        for phase in ("forward", "backward", "update"):
+            found[f"{direction}_{phase}_bytes"] = [
+                booked[block.tag(phase)]
+                for block in engine.blocks
+                if isinstance(block, OffloadedRows)
+            ]
+    return found

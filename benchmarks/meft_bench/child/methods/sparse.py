@@ -87,6 +87,14 @@ def sparse_experts_random(model: PreTrainedModel, cell: Cell) -> PreTrainedModel
     return hashed_experts.replace_routers(_sparse(model, cell, gate="none"))
 
 
+def sparse_experts_divided(model: PreTrainedModel, cell: Cell) -> PreTrainedModel:
+    """Divide the rows among the ranks of the cell, of which each keeps a share."""
+    model = _sparse(model, cell)
+    if cell.ranks > 1:
+        meft.divide_rows(model)
+    return model
+
+
 sparse_experts_no_cache = partial(_sparse, cache="off")
 sparse_experts_window = partial(_sparse, cache="window")
 sparse_experts_home = partial(_sparse, cache="home")

@@ -6,9 +6,11 @@ load_backbone -> apply_method -> a `Stepper` on the cell's device
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import meft
+from meft.sparse.row_parameter import rows_of
 from meft_bench.child import backbones
 from meft_bench.child.backbones import Backbone, any_family, quantised
 from meft_bench.child.backbones.unwrapped import base_of
@@ -120,8 +122,16 @@ def count(model: PreTrainedModel) -> dict[str, int]:
     trained = [p for p in model.parameters() if p.requires_grad]
     return {
         "num_parameters": quantised.num_weights(model),
-        "num_trainable_parameters": sum(p.numel() for p in trained),
+        "num_trainable_parameters": sum(_numel(p) for p in trained),
     }
+
+
+def _numel(parameter: Tensor) -> int:
+    """Return the numbers of a parameter, of all ranks if rows are divided."""
+    rows = rows_of(parameter)
+    if rows is None or rows.division is None:
+        return parameter.numel()
+    return rows.division.num_rows * rows.store.width
 
 
 def require_device(cell: Cell) -> None:

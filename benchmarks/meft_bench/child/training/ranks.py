@@ -113,12 +113,14 @@ def parallel(
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(cell.device, (cell.ranks,))
+        rows = {p for p in model.parameters() if rows_of(p) is not None}
         for block in {id(block): block for block in blocks}.values():
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            fully_shard(block, mesh=mesh, ignored_params=rows)
+        fully_shard(model, mesh=mesh, ignored_params=rows)
         return None
     model.to(cell.device)
-    if sparse_adapters(model):
+    adapters = sparse_adapters(model).values()
+    if adapters and not any(adapter.is_divided for adapter in adapters):
         meft.average_row_gradients(model)
     is_trained = (p.requires_grad and rows_of(p) is None for p in model.parameters())
     return DistributedDataParallel(model) if any(is_trained) else None
