@@ -66,11 +66,12 @@ class SparseConfig:
             rows are float32 always. None selects the backbone's dtype, and float32 for
             wider ones. `float16` loses gradients below 6e-8: scale the loss. Default:
             `None`.
-        device_bytes (int): Bytes that rows and their gradients may take on the device,
-            for all blocks together, at least 1: seven eighths for the cache, the rest
-            for the rows of the current computation. If that eighth does not hold the
-            rows that a batch chose in a block, rows are processed in pieces, and sums
-            over pieces round differently. Default: `1073741824`.
+        device_bytes (int): Bytes that rows, their gradients and the moments of those at
+            home may take on the device, for all blocks together, at least 1: seven
+            eighths for the cache, the rest for the rows of the current computation. If
+            that eighth does not hold the rows that a batch chose in a block, rows are
+            processed in pieces, and sums over pieces round differently. Default:
+            `1073741824`.
         cache (str): How long a row stays on the device. `steps`: as long as its value
             does not change. `window`: until the next optimizer step. `home`: as
             `steps`, but what the values of all rows leave of the budget (in 16 bits, 2

@@ -135,6 +135,7 @@ FORMULAS = {
     "sparse-experts-random": ROWS,
     "sparse-experts-no-cache": ROUTED,
     "sparse-experts-window": ROUTED,
+    "sparse-experts-home": ROUTED,
     "sparse-experts-no-prefetch": ROUTED,
     "sparse-experts-wide": ROUTED,
     "sparse-experts-lazy": ROUTED,
