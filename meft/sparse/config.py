@@ -77,10 +77,10 @@ class SparseConfig:
             `steps`, but what the values of all rows leave of the budget (in 16 bits, 2
             bytes a number) is for the rows that are used most, which take their
             optimizer steps on the device and are not transferred (16 bytes a number).
-            Take it if each step has one batch, or if `device_bytes` exceeds what
-            `steps` can use (6 bytes a number). It needs experts. `off`: only while it
-            is used in a computation, so its gradient is transferred at once. Default:
-            `'steps'`.
+            Take it if each step has one batch, or if the budget holds most rows in this
+            way: of others, each batch's gradient is transferred. It needs experts.
+            `off`: only while it is used in a computation, so its gradient is
+            transferred at once. Default: `'steps'`.
         prefetch (bool): Whether to fetch the rows that the next block used last time
             while the current block computes. Default: `True`.
         folder (str | None): Existing folder, on a local disk, of the files in which
