@@ -64,7 +64,8 @@ class Received:
 
     def forget(self) -> None:
         """Drop what was received."""
-        self._ids = self._version = self._sent_ids = torch.zeros(0, dtype=torch.long)
+        self._ids = self._version = torch.zeros(0, dtype=torch.long)
+        self._sent_ids = self._sent_places = torch.zeros(0, dtype=torch.long)
         self._sent = torch.zeros(0, self.width, dtype=self.transfer_dtype)
 
     def fetch(self, ids: Ids, known: Tensor) -> None:
@@ -94,7 +95,7 @@ class Received:
         outgoing = [int(part.sum()) for part in wanted.split(from_each)]
         incoming = [int(part.sum()) for part in is_sent.split(to_each)]
         self._sent = division.exchange(rows, outgoing, incoming, call)
-        self._sent_ids = ids[order][is_sent]
+        self._sent_ids, self._sent_places = ids[order][is_sent].sort()
         self._ids = ids
         self._version = torch.empty_like(versions)
         self._version[order] = versions
@@ -105,8 +106,7 @@ class Received:
 
     def read(self, ids: Ids, out: SomeRows | None = None) -> SomeRows:
         """Return rows as received, in the transfer dtype; see `RowStore.read`."""
-        ascending, order = self._sent_ids.sort()
-        places = order[_places(ascending, ids)]
+        places = self._sent_places[_places(self._sent_ids, ids)]
         if out is None:
             return self._sent[places]
         return torch.index_select(self._sent, 0, places, out=out)
