@@ -40,10 +40,11 @@ from meft.sparse.store import RowStore
 from meft.transforms import in_backward
 
 
-class Received:
+class Received(RowStore):
     """The rows of all processes as an engine reads them: what `fetch` received last.
 
-    It has the part of `RowStore` that an engine uses.
+    It has no rows and no optimizer state of its own, and only the part of `RowStore`
+    that an engine reads.
 
     Args:
         store: the rows of this process.
@@ -53,12 +54,18 @@ class Received:
     def __init__(self, store: RowStore, division: Division) -> None:
         self._store = store
         self._division = division
-        self.width, self.transfer_dtype = store.width, store.transfer_dtype
+        self.transfer_dtype = store.transfer_dtype
         self.forget()
 
     def __len__(self) -> int:
         return self._division.num_rows
 
+    @property
+    @override
+    def width(self) -> int:
+        return self._store.width
+
+    @override
     def to(self, device: torch.device) -> None:
         """Do nothing, as rows of others are received in host memory."""
 
@@ -100,10 +107,11 @@ class Received:
         self._version = torch.empty_like(versions)
         self._version[order] = versions
 
+    @override
     def version(self, ids: Ids) -> Tensor:
-        """Return a number per row that changes whenever its value does."""
         return self._version[_places(self._ids, ids)]
 
+    @override
     def read(self, ids: Ids, out: SomeRows | None = None) -> SomeRows:
         """Return rows as received, in the transfer dtype; see `RowStore.read`."""
         places = self._sent_places[_places(self._sent_ids, ids)]
@@ -192,7 +200,8 @@ class DividedRows(Rows):
     @override
     def prepare(self, ids: Ids) -> None:
         for block in self.engine.blocks:  # only one is between `prepare` and `take`
-            block.store.forget()  # type: ignore[attr-defined]
+            assert isinstance(block.store, Received)
+            block.store.forget()
         cache = self.engine.cache
         slots = torch.from_numpy(cache.find(self.division.block, ids.numpy()))
         known = torch.full_like(slots, -1)
@@ -320,20 +329,13 @@ def divide(
         divisions: which process has which rows, per block.
         config: the cache of the rows.
     """
-    tables: list[Any] = [
-        Received(store, division)
-        for store, division in zip(stores, divisions, strict=True)
-    ]
-    engine = Engine(tables, _reading_only(config, tables), OffloadedRows)
-    return [
-        DividedRows(store, division, table, side)  # type: ignore[arg-type]
-        for store, division, table, side in zip(
-            stores, divisions, tables, engine.blocks, strict=True
-        )
-    ]
+    tables = [*map(Received, stores, divisions)]
+    engine = Engine([*tables], _reading_only(config, tables), OffloadedRows)
+    sides = [side for side in engine.blocks if isinstance(side, OffloadedRows)]
+    return [*map(DividedRows, stores, divisions, tables, sides)]
 
 
-def _reading_only(config: SparseConfig, tables: Sequence[Any]) -> SparseConfig:
+def _reading_only(config: SparseConfig, tables: Sequence[RowStore]) -> SparseConfig:
     """Return a config of an engine that keeps no gradients and fetches nothing ahead.
 
     Gradients leave after each backward pass, and rows are fetched by all processes at
