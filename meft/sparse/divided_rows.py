@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from meft.errors import ConfigError, UnsupportedCallError
+from meft.errors import AdapterFileError, ConfigError, UnsupportedCallError
 from meft.sparse import division as dividing
 from meft.sparse.config import SparseConfig
 from meft.sparse.division import Division
@@ -423,7 +423,8 @@ def own_state(rows: Rows, state: dict[str, Any]) -> dict[str, Any]:
         state: what `state_of` returned in this or another process.
 
     Raises:
-        ConfigError: it is the state of a share, and not of this one.
+        ConfigError: it is the state of a share, and not of this one, or of another
+            number of rows.
     """
     division = rows.division
     mine = None if division is None else (division.rank, division.size)
@@ -436,8 +437,15 @@ def own_state(rows: Rows, state: dict[str, Any]) -> dict[str, Any]:
             "`with meft.gathered_rows(model, optimizer_state=True):` to save a state "
             "that any number of processes can load"
         )
-    if division is None or share is not None or len(state["first"]) == len(rows.store):
+    is_old = not state.keys() >= {*_BY_ROW}  # which the store refuses
+    if division is None or share is not None or is_old:
         return state
+    num_rows = len(state["first"])
+    if num_rows != division.num_rows:
+        raise ConfigError(
+            f"the state is of {num_rows} rows, but this model's blocks have "
+            f"{division.num_rows}, divided among {division.size} processes"
+        )
     mine_of_behind = division.of_each(state["behind"])[division.rank]
     return {
         **state,
@@ -448,8 +456,23 @@ def own_state(rows: Rows, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def own_rows(rows: Rows, whole: Tensor) -> Tensor:
-    """Return the rows of this process, of saved rows; others are returned as given."""
+    """Return those of saved rows that this process has.
+
+    Args:
+        rows: the rows.
+        whole: saved rows of all processes, `rows width`.
+
+    Raises:
+        AdapterFileError: they are of another number of rows, of which this process
+            would not notice if it had as many.
+    """
     division = rows.division
-    if division is None or len(whole) != division.num_rows:
+    if division is None:
         return whole
+    if len(whole) != division.num_rows:
+        raise AdapterFileError(
+            f"{len(whole)} rows were saved, but this model's blocks have "
+            f"{division.num_rows}, divided among {division.size} processes: load them "
+            "into a model with as many `num_neurons`"
+        )
     return division.share(whole)

@@ -235,6 +235,20 @@ def test_a_process_that_has_not_joined_others() -> None:
         meft.divide_rows(sparse_model(depth=1))
 
 
+def test_saved_rows_of_another_number_are_refused(alone: Path) -> None:
+    """Also if they are as many as this process has."""
+    model, other = sparse_model(depth=1), sparse_model(depth=1, num_neurons=32)
+    state = {n: t for n, t in other.state_dict().items() if n.endswith(".neurons")}
+    saved = meft.SparseAdamW(other.parameters()).state_dict()
+    meft.divide_rows(model)
+    before = sparse_adapters(model).values()
+    with pytest.raises(meft.AdapterFileError, match=r"32 rows were saved.* have 64"):
+        model.load_state_dict(state, strict=False)
+    with pytest.raises(meft.ConfigError, match=r"of 32 rows, .* have 64"):
+        meft.SparseAdamW(model.parameters()).load_state_dict(saved)
+    assert [len(adapter.rows.store) for adapter in before] == [64]
+
+
 def test_a_divided_model_can_be_made_reversible(alone: Path) -> None:
     """In this order too; parameters count for all processes."""
     model = sparse_model(depth=1)
