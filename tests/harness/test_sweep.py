@@ -118,7 +118,7 @@ def test_gate() -> None:
     assert gate.num_threads == 1
     on_cpu = [cell for cell in gate.cells if cell.device == "cpu"]
     ours = {n for n, m in methods.TABLE.items() if m.streams or m.neurons}
-    ours -= {"sparse-experts-divided"}  # which is `sparse-experts` in a cell of one rank
+    ours -= {"sparse-experts-divided"}  # in one rank, it is `sparse-experts`
     found = {cell.method for cell in on_cpu}
     assert ours <= found
     assert {"full", "head", "lora", "adapters", "checkpointing"} <= found - ours
