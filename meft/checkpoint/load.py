@@ -32,7 +32,7 @@ from meft.reversible.convert import insert_stacks, remove_stacks
 from meft.sparse.adapter import SparseAdapter, sparse_adapters
 from meft.sparse.config import SparseConfig
 from meft.sparse.convert import insert_sparse_adapters, remove_sparse_adapters
-from meft.sparse.divided_rows import own_rows
+from meft.sparse.row_shares import own_rows
 
 Model = TypeVar("Model", bound=nn.Module)
 Config = TypeVar("Config", ReversibleConfig, SparseConfig)

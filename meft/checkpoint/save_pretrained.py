@@ -35,7 +35,7 @@ from meft.checkpoint.trained import (
 )
 from meft.errors import SavingWarning, UnsupportedCallError
 from meft.sparse.adapter import sparse_adapters
-from meft.sparse.divided_rows import names_only
+from meft.sparse.row_shares import names_only
 
 Load = Callable[[nn.Module, str | Path], nn.Module]
 METHODS = ("save_pretrained", "load_adapter")

@@ -6,5 +6,7 @@ plain twin), `products` and `pieces` (the same computation on the chosen rows on
 `store`, `adam` (storage of the rows, and their optimizer), `rows`, `cache`, `engine`,
 `offloaded_rows` (transfer of rows to the device), `home`, `admission` (rows that take
 their steps there), `row_grad`, `row_parameter` (rows as a parameter for autograd,
-optimizers and files), `adapter`, `optimizer`, `convert`.
+optimizers and files), `adapter`, `optimizer`, `convert`; for several processes,
+`row_mean` (each has all rows), `division`, `divided_rows` and `row_shares` (each has a
+share), `ranks`, `trainer_saves`.
 """

@@ -25,8 +25,9 @@ from meft.sparse import choice, router
 from meft.sparse.block_neurons import ActivityCounts, BlockNeurons
 from meft.sparse.choice import Begun, EarlyChoice
 from meft.sparse.config import SparseConfig
-from meft.sparse.divided_rows import DividedRows, own_rows
+from meft.sparse.divided_rows import DividedRows
 from meft.sparse.row_parameter import begin_forward, row_parameter
+from meft.sparse.row_shares import own_rows
 from meft.sparse.rows import Rows, Tokens
 from meft.sparse.token_topk import token_topk
 from meft.sparse.union import union

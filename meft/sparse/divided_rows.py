@@ -18,16 +18,15 @@ and gives the same bits. Indices of rows are those of the whole table in what an
 calls, and those of the store in what an optimizer and `parameter.grad` call.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from meft.errors import ConfigError, UnsupportedCallError
+from meft.errors import UnsupportedCallError
 from meft.sparse import division as dividing
 from meft.sparse.config import SparseConfig
 from meft.sparse.division import Division
@@ -40,10 +39,11 @@ from meft.sparse.store import RowStore
 from meft.transforms import in_backward
 
 
-class Received:
+class Received(RowStore):
     """The rows of all processes as an engine reads them: what `fetch` received last.
 
-    It has the part of `RowStore` that an engine uses.
+    It has no rows and no optimizer state of its own, and only the part of `RowStore`
+    that an engine reads.
 
     Args:
         store: the rows of this process.
@@ -53,18 +53,25 @@ class Received:
     def __init__(self, store: RowStore, division: Division) -> None:
         self._store = store
         self._division = division
-        self.width, self.transfer_dtype = store.width, store.transfer_dtype
+        self.transfer_dtype = store.transfer_dtype
         self.forget()
 
     def __len__(self) -> int:
         return self._division.num_rows
 
+    @property
+    @override
+    def width(self) -> int:
+        return self._store.width
+
+    @override
     def to(self, device: torch.device) -> None:
         """Do nothing, as rows of others are received in host memory."""
 
     def forget(self) -> None:
         """Drop what was received."""
-        self._ids = self._version = self._sent_ids = torch.zeros(0, dtype=torch.long)
+        self._ids = self._version = torch.zeros(0, dtype=torch.long)
+        self._sent_ids = self._sent_places = torch.zeros(0, dtype=torch.long)
         self._sent = torch.zeros(0, self.width, dtype=self.transfer_dtype)
 
     def fetch(self, ids: Ids, known: Tensor) -> None:
@@ -94,22 +101,23 @@ class Received:
         outgoing = [int(part.sum()) for part in wanted.split(from_each)]
         incoming = [int(part.sum()) for part in is_sent.split(to_each)]
         self._sent = division.exchange(rows, outgoing, incoming, call)
-        self._sent_ids = ids[order][is_sent]
+        self._sent_ids, self._sent_places = ids[order][is_sent].sort()
         self._ids = ids
         self._version = torch.empty_like(versions)
         self._version[order] = versions
 
+    @override
     def version(self, ids: Ids) -> Tensor:
-        """Return a number per row that changes whenever its value does."""
         return self._version[_places(self._ids, ids)]
 
+    @override
     def span(self, ids: Ids) -> None:
         """Return None: rows that were received are not those of a whole table."""
 
+    @override
     def read(self, ids: Ids, out: SomeRows | None = None) -> SomeRows:
         """Return rows as received, in the transfer dtype; see `RowStore.read`."""
-        ascending, order = self._sent_ids.sort()
-        places = order[_places(ascending, ids)]
+        places = self._sent_places[_places(self._sent_ids, ids)]
         if out is None:
             return self._sent[places]
         return torch.index_select(self._sent, 0, places, out=out)
@@ -199,7 +207,8 @@ class DividedRows(Rows):
     @override
     def prepare(self, ids: Ids) -> None:
         for block in self.engine.blocks:  # only one is between `prepare` and `take`
-            block.store.forget()  # type: ignore[attr-defined]
+            assert isinstance(block.store, Received)
+            block.store.forget()
         cache = self.engine.cache
         slots = torch.from_numpy(cache.find(self.division.block, ids.numpy()))
         known = torch.full_like(slots, -1)
@@ -331,20 +340,13 @@ def divide(
         divisions: which process has which rows, per block.
         config: the cache of the rows.
     """
-    tables: list[Any] = [
-        Received(store, division)
-        for store, division in zip(stores, divisions, strict=True)
-    ]
-    engine = Engine(tables, _reading_only(config, tables), OffloadedRows)
-    return [
-        DividedRows(store, division, table, side)  # type: ignore[arg-type]
-        for store, division, table, side in zip(
-            stores, divisions, tables, engine.blocks, strict=True
-        )
-    ]
+    tables = [*map(Received, stores, divisions)]
+    engine = Engine([*tables], _reading_only(config, tables), OffloadedRows)
+    sides = [side for side in engine.blocks if isinstance(side, OffloadedRows)]
+    return [*map(DividedRows, stores, divisions, tables, sides)]
 
 
-def _reading_only(config: SparseConfig, tables: Sequence[Any]) -> SparseConfig:
+def _reading_only(config: SparseConfig, tables: Sequence[RowStore]) -> SparseConfig:
     """Return a config of an engine that keeps no gradients and fetches nothing ahead.
 
     Gradients leave after each backward pass, and rows are fetched by all processes at
@@ -356,109 +358,3 @@ def _reading_only(config: SparseConfig, tables: Sequence[Any]) -> SparseConfig:
     slots = slots_for(config, num_rows, first.width, first.transfer_dtype).rows
     budget = -(-slots * row_bytes * 8 // 7) if slots else config.device_bytes
     return dataclasses.replace(config, prefetch=False, device_bytes=budget)
-
-
-@contextlib.contextmanager
-def names_only(every: Iterable[Rows]) -> Iterator[None]:
-    """Run the body with `whole` rows without values, where none were gathered.
-
-    The body uses names and shapes of a state dict and reads no values.
-    """
-    divided = [rows for rows in every if isinstance(rows, DividedRows)]
-    closed = [rows for rows in divided if rows.gathered is None]
-    for rows in closed:
-        rows.gathered = {"rows": None}
-    try:
-        yield
-    finally:
-        for rows in closed:
-            rows.gathered = None
-
-
-_BY_ROW = ("first", "second", "updated_at", "factors")
-"""Tensors of a store's state that have an entry for each of its rows."""
-
-
-def gather(rows: DividedRows, *, optimizer_state: bool) -> dict[str, Any]:
-    """Return the rows of all processes, and their state, in the first process.
-
-    All processes call it. The values are None in all but the first.
-
-    Args:
-        rows: the share of this process.
-        optimizer_state: whether to gather what `RowStore.state` returns, too.
-    """
-    division = rows.division
-    found: dict[str, Any] = {"rows": division.gather_rows(rows.store.settled())}
-    if not optimizer_state:
-        return found
-    state = rows.store.state()
-    behind = torch.zeros(len(rows.store), dtype=torch.bool)
-    behind[state["behind"]] = True
-    at_last = torch.zeros_like(rows.store.rows)
-    at_last[state["behind"]] = state["at_last"]
-    of_rows = {name: state[name] for name in _BY_ROW}
-    of_rows |= {"behind": behind, "at_last": at_last}
-    whole: dict[str, Any] = {
-        name: division.gather_rows(tensor, dividing.STATE)
-        for name, tensor in of_rows.items()
-    }
-    if division.rank == 0:
-        whole["behind"] = whole["behind"].nonzero()[:, 0]
-        whole["at_last"] = whole["at_last"][whole["behind"]]
-        found["state"] = {**state, **whole}
-    return found
-
-
-def state_of(rows: Rows) -> dict[str, Any]:
-    """Return the state of rows for an optimizer's `state_dict()`.
-
-    Of divided rows it is that of all where it was gathered, and that of the share
-    elsewhere.
-    """
-    if not isinstance(rows, DividedRows):
-        return rows.store.state()
-    whole: dict[str, Any] | None = (rows.gathered or {}).get("state")
-    if whole is not None:
-        return whole
-    return {**rows.store.state(), "share": (rows.division.rank, rows.division.size)}
-
-
-def own_state(rows: Rows, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a saved state that belongs to the rows of this process.
-
-    Args:
-        rows: the rows.
-        state: what `state_of` returned in this or another process.
-
-    Raises:
-        ConfigError: it is the state of a share, and not of this one.
-    """
-    division = rows.division
-    mine = None if division is None else (division.rank, division.size)
-    share = state.get("share")
-    if share is not None and tuple(share) != mine:
-        here = "all rows" if mine is None else f"share {mine[0]} of {mine[1]}"
-        raise ConfigError(
-            f"the state is that of share {share[0]} of {share[1]} of divided rows, but "
-            f"this process has {here}: call `state_dict()` of the optimizer inside of "
-            "`with meft.gathered_rows(model, optimizer_state=True):` to save a state "
-            "that any number of processes can load"
-        )
-    if division is None or share is not None or len(state["first"]) == len(rows.store):
-        return state
-    mine_of_behind = division.of_each(state["behind"])[division.rank]
-    return {
-        **state,
-        **{name: division.share(state[name]) for name in _BY_ROW},
-        "behind": state["behind"][mine_of_behind] // division.size,
-        "at_last": state["at_last"][mine_of_behind],
-    }
-
-
-def own_rows(rows: Rows, whole: Tensor) -> Tensor:
-    """Return the rows of this process, of saved rows; others are returned as given."""
-    division = rows.division
-    if division is None or len(whole) != division.num_rows:
-        return whole
-    return division.share(whole)

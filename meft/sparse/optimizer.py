@@ -14,8 +14,8 @@ import transformers
 from torch import nn
 
 from meft.errors import ConfigError, UnsupportedCallError
-from meft.sparse.divided_rows import own_state, state_of
 from meft.sparse.row_parameter import rows_of, settle
+from meft.sparse.row_shares import own_state, state_of
 from meft.sparse.rows import Rows
 from meft.sparse.schedule import Schedule
 from meft.sparse.store import RowStore

@@ -26,9 +26,10 @@ from torch import Tensor, distributed, nn
 from meft.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
 from meft.sparse import division as dividing
 from meft.sparse.adapter import SparseAdapter, sparse_adapters
-from meft.sparse.divided_rows import DividedRows, divide, gather
+from meft.sparse.divided_rows import DividedRows, divide
 from meft.sparse.division import Division
 from meft.sparse.row_parameter import row_parameter
+from meft.sparse.row_shares import gather
 from meft.sparse.store import RowStore, in_folder
 
 

@@ -3,8 +3,8 @@
     union = rows that have a gradient in any of R processes
     mean  = 1/R * sum over processes of the gradient of `union`, 0 for rows without one
 
-Two exchanges by the host make it: one byte for each row of the table, and the numbers
-of the union. Each process adds up one part of the union, in the order of processes, and
+The host exchanges one byte for each row of the table, and the numbers of the union.
+Each process adds up one part of the union, in the order of processes, and
 sends it to all: then all get the same bits, and so do processes among which the rows
 are divided (`meft.sparse.divided_rows`).
 """

@@ -236,6 +236,20 @@ def test_a_process_that_has_not_joined_others() -> None:
         meft.divide_rows(sparse_model(depth=1))
 
 
+def test_saved_rows_of_another_number_are_refused(alone: Path) -> None:
+    """Also if they are as many as this process has."""
+    model, other = sparse_model(depth=1), sparse_model(depth=1, num_neurons=32)
+    state = {n: t for n, t in other.state_dict().items() if n.endswith(".neurons")}
+    saved = meft.SparseAdamW(other.parameters()).state_dict()
+    meft.divide_rows(model)
+    before = sparse_adapters(model).values()
+    with pytest.raises(meft.AdapterFileError, match=r"32 rows were saved.* have 64"):
+        model.load_state_dict(state, strict=False)
+    with pytest.raises(meft.ConfigError, match=r"of 32 rows, .* have 64"):
+        meft.SparseAdamW(model.parameters()).load_state_dict(saved)
+    assert [len(adapter.rows.store) for adapter in before] == [64]
+
+
 def test_a_divided_model_can_be_made_reversible(alone: Path) -> None:
     """In this order too; parameters count for all processes."""
     model = sparse_model(depth=1)
@@ -246,7 +260,7 @@ def test_a_divided_model_can_be_made_reversible(alone: Path) -> None:
     assert adapter.neurons.grad is not None
 
 
-SCRIPT = """
+TRAINER = """
 import sys
 import gloo_group, meft
 from torch import distributed
@@ -284,24 +298,76 @@ ACCELERATE = [
 ]
 
 
+LOOP = """
+import sys
+import gloo_group, meft, torch
+from accelerate import Accelerator
+from library.sparse import batches, sparse_model
+from meft.sparse.adapter import sparse_adapters
+
+folder, accelerator = sys.argv[1], Accelerator(cpu=True)
+
+def prepared():
+    model = sparse_model(depth=2)
+    meft.divide_rows(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model, *accelerator.prepare(model.train(), meft.SparseAdamW(trained, 1e-2))
+
+def rows_after(model, parallel, optimizer, steps):
+    for step in steps:
+        batch = next(batches(1, seed=2 * step + accelerator.process_index))
+        accelerator.backward(parallel(**batch).loss)
+        accelerator.clip_grad_norm_(parallel.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [a.rows.store.settled().clone() for a in sparse_adapters(model).values()]
+
+first = prepared()
+rows_after(*first, range(2))
+with meft.gathered_rows(first[0], optimizer_state=True):
+    accelerator.save_state(folder)
+    accelerator.wait_for_everyone()
+went_on = rows_after(*first, range(2, 4))
+accelerator._models.clear()
+accelerator._optimizers.clear()
+second = prepared()
+with meft.gathered_rows(second[0]):  # it reads the state dict, too
+    accelerator.load_state(folder)
+loaded = rows_after(*second, range(2, 4))
+assert all(torch.equal(one, other) for one, other in zip(went_on, loaded))
+assert accelerator.num_processes == 2
+gloo_group.leave()
+"""
+
+
+def launch(launcher: list[str], text: str, folder: Path, more: list[str]) -> None:
+    """Run a script in two processes."""
+    script = folder / "script.py"
+    script.write_text(text)
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    environment = os.environ | {"PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", *launcher, str(script), *more]
+    subprocess.run(command, check=True, env=environment, timeout=500)
+
+
+@pytest.mark.slow
+def test_accelerate_saves_and_loads_divided_rows(tmp_path: Path) -> None:
+    """A run that is loaded goes on with the same bits."""
+    launch(ACCELERATE, LOOP, tmp_path, [str(tmp_path / "state")])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_trainer_saves_and_resumes_divided_rows(tmp_path: Path) -> None:
     """With reversible blocks, evaluation and checkpoints; `accelerate launch` and
     torchrun end with the same rows, as does a run that was resumed half-way."""
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    environment = os.environ | {"PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}
     half_way = str(tmp_path / "torchrun" / "checkpoint-2")
     for launcher, name, more in (
         (TORCHRUN, "torchrun", []),
         (TORCHRUN, "resumed", [half_way]),
         (ACCELERATE, "accelerate", []),
     ):
-        words = [*launcher, str(script), str(tmp_path / name), *more]
-        command = [sys.executable, "-m", *words]
-        subprocess.run(command, check=True, env=environment, timeout=500)
+        launch(launcher, TRAINER, tmp_path, [str(tmp_path / name), *more])
     whole, *others = (
         load_file(tmp_path / name / "last" / "model.safetensors")
         for name in ("torchrun", "resumed", "accelerate")
