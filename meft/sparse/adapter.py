@@ -76,6 +76,8 @@ class Batch:
     """The adapter at whose input the experts of another one are chosen."""
     early: dict["SparseAdapter", EarlyChoice] = field(default_factory=dict)
     """Experts that have been chosen before the turn of their adapter."""
+    given: dict[str, Tensor] = field(default_factory=dict)
+    """The tensors that hold its tokens, and the mask, by the name of an argument."""
 
     def chosen_at(self, adapter: "SparseAdapter") -> Iterator["SparseAdapter"]:
         """Iterate over the adapters whose experts are to be chosen at this one."""
@@ -92,8 +94,8 @@ NO_BATCH = Batch()
 class SharedState:
     """Data that all adapters of a model share."""
 
-    batches: dict[int, Batch] = field(default_factory=dict)
-    """The current batch, by thread."""
+    running: dict[int, list[tuple[nn.Module, Batch]]] = field(default_factory=dict)
+    """By thread, modules inside of each other, and the batch that each runs."""
     had_peft_layers: bool = False
     """Whether peft had been applied to the model before the conversion."""
     has_warned_of_frozen: bool = False
@@ -102,19 +104,29 @@ class SharedState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state to copy or pickle; a copy compares its own blocks."""
-        return {**self.__dict__, "proven": {}, "batches": {}}
+        return {**self.__dict__, "proven": {}, "running": {}}
 
     @property
     def batch(self) -> Batch:
         """The batch that this thread runs."""
-        return self.batches.get(threading.get_ident(), NO_BATCH)
+        running = self.running.get(threading.get_ident())
+        return running[-1][1] if running else NO_BATCH
 
-    @batch.setter
-    def batch(self, batch: Batch | None) -> None:
-        if batch is None:
-            self.batches.pop(threading.get_ident(), None)
-        else:
-            self.batches[threading.get_ident()] = batch
+    def runs(self, module: nn.Module) -> bool:
+        """Return whether this thread runs a module that knows of batches."""
+        running = self.running.get(threading.get_ident(), [])
+        return any(module is each for each, _ in running)
+
+    def enter(self, module: nn.Module, batch: Batch) -> None:
+        """Note that a module runs a batch in this thread."""
+        self.running.setdefault(threading.get_ident(), []).append((module, batch))
+
+    def leave(self) -> None:
+        """Note that the module that this thread entered last has run its batch."""
+        running = self.running.get(threading.get_ident(), [])
+        del running[-1:]
+        if not running:
+            self.running.pop(threading.get_ident(), None)
 
 
 class SparseAdapter(nn.Module):
@@ -291,9 +303,10 @@ class SparseAdapter(nn.Module):
         early = batch.early.get(self)
         if early is None or len(early.experts) != num_tokens:
             raise UnsupportedCallError(
-                f"this block's experts are chosen {self.config.lookahead} blocks "
-                "before it (`SparseConfig.lookahead`), where this batch has not been: "
-                "run the whole model, or add sparse adapters with `lookahead=0`"
+                f"with `SparseConfig(lookahead={self.config.lookahead})`, experts are "
+                "chosen at other blocks that run the same batch, and this block was "
+                "called without its model: run the whole model, or add sparse adapters "
+                "with `lookahead=0`"
             )
         return early
 

@@ -85,7 +85,8 @@ def insert_sparse_adapters(model: Model, config: SparseConfig) -> Model:
         block.add_module(parallel.NAME, adapter.to(device).train(block.training))
         kind: Any = type(block)
         block.__class__ = _with_adapter(kind, found.family)
-    _watch_batches(_base_model(model), shared)
+    for module in _that_know_batches(model):
+        _watch_batches(module, shared)
     # Otherwise `DistributedDataParallel` would copy rows into its buckets.
     names = [name for name, p in model.named_parameters() if rows_of(p) is not None]
     model.__dict__[_IGNORED_BY_DDP] = names
@@ -98,11 +99,11 @@ def remove_sparse_adapters(model: nn.Module) -> None:
     for block in blocks:
         delattr(block, parallel.NAME)
         block.__class__ = block.plain
-    base_model = _base_model(model)
-    for hooks in (base_model._forward_pre_hooks, base_model._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if isinstance(hook, functools.partial) and hook.func in _HOOKS:
-                del hooks[key]
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, functools.partial) and hook.func in _HOOKS:
+                    del hooks[key]
     model.__dict__.pop(_IGNORED_BY_DDP, None)
 
 
@@ -120,10 +121,25 @@ def without_sparse_adapters(model: nn.Module) -> Iterator[None]:
             block.__class__ = kind
 
 
-def _base_model(model: nn.Module) -> nn.Module:
-    """Return the part of a model that receives the mask: all but the head."""
+def _that_know_batches(model: nn.Module) -> list[nn.Module]:
+    """Return the modules around all blocks that are given the mask of a batch.
+
+    Models with a head call them in different orders: that of OPT calls its decoder, and
+    not the model without a head, which calls it too.
+    """
     inner = transformers_model(model)
-    return inner.base_model if isinstance(inner, PreTrainedModel) else inner
+    whole = {inner, inner.base_model} if isinstance(inner, PreTrainedModel) else {inner}
+    return [
+        module
+        for module in inner.modules()
+        if module in whole or (_takes_mask(module) and sparse_adapters(module))
+    ]
+
+
+def _takes_mask(module: nn.Module) -> bool:
+    kind: Any = type(module)
+    names = inspect.signature(kind.forward).parameters.keys()
+    return _MASK in names and not names.isdisjoint(_TOKENS)
 
 
 def _find(model: nn.Module) -> BlockList:
@@ -328,14 +344,38 @@ def _note_batch(
     _warn_if_frozen(shared, model)
     given = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
     call = {**given.arguments, **given.arguments.get("kwargs", {})}
-    shared.batch = Batch(padding=_padding(call), chosen_by=_chosen_by(model))
+    named = {name: call.get(name) for name in (_MASK, *_TOKENS)}
+    tensors = {name: each for name, each in named.items() if isinstance(each, Tensor)}
+    around = shared.batch
+    if shared.runs(model) or not _is_same(around, tensors):
+        around = Batch(
+            padding=_padding(call), chosen_by=_chosen_by(model), given=tensors
+        )
+    shared.enter(model, around)
+
+
+def _is_same(around: Batch, given: dict[str, Tensor]) -> bool:
+    """Return whether a module is given what the one around it was given.
+
+    A mask of another form than that of tokens is made of that.
+    """
+    if around is NO_BATCH:
+        return False
+    mask = given.get(_MASK)
+    has_own = mask is not None and mask.dim() == 2
+    names = given.keys() & around.given.keys()
+    if not has_own:
+        names -= {_MASK}
+    elif _MASK not in names:
+        return False
+    return all(given[name] is around.given[name] for name in names)
 
 
 def _padding(call: dict[str, Any]) -> Padding | None:
-    mask = call.get("attention_mask")
+    mask = call.get(_MASK)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None  # the mask does not identify padding tokens
-    for name in ("input_ids", "inputs_embeds"):
+    for name in _TOKENS:
         if isinstance(call.get(name), Tensor):
             # With a cache, the mask also covers the cached tokens.
             return Padding.of(mask[:, -call[name].shape[1] :].bool())
@@ -364,7 +404,9 @@ def _warn_if_frozen(shared: SharedState, model: nn.Module) -> None:
 
 
 def _forget_batch(shared: SharedState, *unused: Any) -> None:
-    shared.batch = None
+    shared.leave()
 
 
+_MASK, _TOKENS = "attention_mask", ("input_ids", "inputs_embeds")
+"""Arguments that say which tokens are padding, and hold the tokens of a batch."""
 _HOOKS = (_note_batch, _forget_batch)

@@ -517,6 +517,8 @@ def test_a_gpu_of_ones_own(tmp_path: Path) -> None:
         ("memory_bytes", "much"),
         ("memory_bytes", 1e9),
         ("half_flops_per_second", 0),
+        ("host_bytes_per_second", float("inf")),
+        ("host_bytes_per_second", 10**400),
         ("compute_capability", 9),
         ("attention_order", "math"),
         ("name", None),

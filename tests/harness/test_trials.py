@@ -271,6 +271,49 @@ def test_a_best_rate_at_the_lower_end_is_tried_below(
     assert trials.grown([tuning], done) == (tuning,)
 
 
+def test_a_failed_trial_has_ended(here: Environment, tmp_path: Path) -> None:
+    """Its value does not count; the best of the others may be at an end."""
+    path = write(tmp_path, f"{TUNE}\ntrial_extensions = 1")
+    (tuning, _) = sweep.load(path, device="cpu").tunings
+    records = {
+        trial: record_of(here, trial, score)
+        for trial, score in zip(tuning.trials, (0.3, None, 0.4), strict=True)
+    }
+
+    def ended(cells: Sequence[Cell]) -> dict[Cell, Record]:
+        return {cell: records[cell] for cell in cells if cell in records}
+
+    (found,) = trials.grown([tuning], ended)
+    assert [trial.learning_rate for trial in found.trials] == [*RATES, 1e-1]
+
+
+@pytest.mark.parametrize(
+    ("rates", "further"),
+    [
+        ((1e-3, 1.01e-3), 1.0201e-3),  # two digits would be a value that was tried
+        ((1e-3, 1e-3 * (1 + 1e-9)), None),
+    ],
+)
+def test_rates_that_are_almost_equal(
+    here: Environment,
+    tmp_path: Path,
+    rates: tuple[float, float],
+    further: float | None,
+) -> None:
+    tune = f"tune = {{learning_rate = {[*rates]}}}\ntrial_extensions = 1"
+    (tuning, _) = sweep.load(write(tmp_path, tune), device="cpu").tunings
+    records = {
+        trial: record_of(here, trial, trial.learning_rate) for trial in tuning.trials
+    }
+
+    def ended(cells: Sequence[Cell]) -> dict[Cell, Record]:
+        return {cell: records[cell] for cell in cells if cell in records}
+
+    (found,) = trials.grown([tuning], ended)
+    added = [trial.learning_rate for trial in found.trials[2:]]
+    assert added == ([] if further is None else [further])
+
+
 def test_methods_have_equally_many_extensions(tmp_path: Path) -> None:
     other = SWEEP.format(tune=f"{TUNE}\ntrial_extensions = 1")
     other = other.partition("\n[[matrix]]")[2].replace('"all"', '"other"')

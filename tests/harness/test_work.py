@@ -26,8 +26,9 @@ class Traffic(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **kwargs or {})
         given = [*tensors_in(args), *tensors_in([*(kwargs or {}).values()])]
-        found = work.traffic(func, [*tensors_in(out)], given)
-        self.total += sum(size for _, size in found)
+        if not func.is_view:
+            found = work.traffic(func, [*tensors_in(out)], given)
+            self.total += sum(size for _, size in found)
         return out
 
 
@@ -74,6 +75,39 @@ def test_what_is_overwritten_is_not_read() -> None:
     with Traffic() as traffic:
         torch.empty(100, 8)
     assert traffic.total == 0
+
+
+def test_what_has_a_form_only_is_not_read() -> None:
+    table = torch.zeros(100, 8)
+    with Traffic() as traffic:
+        torch.zeros_like(table)
+    assert traffic.total == TABLE
+    with Traffic() as traffic:
+        torch.ops.aten._unsafe_view(table, [8, 100])
+    assert traffic.total == 0
+
+
+def test_no_more_of_a_table_is_read_than_it_has() -> None:
+    """Though many tokens ask for the same rows; what is expanded is read once."""
+    table, ids = torch.zeros(2, 8), torch.zeros(50, dtype=torch.long)
+    with Traffic() as traffic:
+        torch.nn.functional.embedding(ids, table)
+    assert traffic.total == 2 * 8 * 4 + 50 * 8 + 50 * 8 * 4
+    one = torch.zeros(1, 8).expand(100, 8)
+    with Traffic() as traffic:
+        one.clone()
+    assert traffic.total == 8 * 4 + TABLE
+
+
+def test_the_loss_reads_one_number_a_row() -> None:
+    logits = torch.zeros(100, 8, requires_grad=True)
+    labels = torch.zeros(100, dtype=torch.long)
+    with Traffic() as forward:
+        loss = torch.nn.functional.nll_loss(logits, labels)
+    assert forward.total < TABLE
+    with Traffic() as backward:
+        loss.backward()
+    assert TABLE <= backward.total < 2 * TABLE  # the gradient is written
 
 
 def test_any_other_operator_reads_and_writes_its_tensors() -> None:

@@ -6,21 +6,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import OPTConfig, OPTForCausalLM
 
 import meft
 from library.sparse import (
     DEPTH,
+    HIDDEN,
+    VOCAB,
     all_rows,
     batches,
     config,
     engine_of,
     plain_model,
+    randomise,
     sparse_model,
     train,
 )
 from meft.errors import AdapterFileError, ConfigError, UnsupportedCallError
 from meft.sparse import router
-from meft.sparse.adapter import SparseAdapter, sparse_adapters
+from meft.sparse.adapter import NO_BATCH, SparseAdapter, sparse_adapters
 
 FAR = [1, 2]
 
@@ -158,3 +162,60 @@ def test_files_say_it_and_older_ones_are_without(tmp_path: Path) -> None:
     del old["lookahead"]
     assert meft.SparseConfig.from_json(old) == config()
     assert "lookahead" not in config().function()
+
+
+def opt(**fields: Any) -> OPTForCausalLM:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "ffn_dim": 32}
+    shape |= {"num_hidden_layers": 3, "num_attention_heads": 2, "dropout": 0.0}
+    model = OPTForCausalLM(OPTConfig(**shape, word_embed_proj_dim=HIDDEN))
+    meft.add_sparse_adapters(model, config(**fields))
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize("far", [0, 1])
+def test_a_head_that_calls_the_decoder_tells_of_the_batch(far: int) -> None:
+    """Padding chooses nothing there, as where the model without a head is called."""
+    model = opt(lookahead=far, semantics="union")
+    (inputs,) = batches(1)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    others = torch.where(mask == 0, 7, ids)
+    assert torch.equal(
+        model(input_ids=others, attention_mask=mask).logits[mask == 1],
+        logits[mask == 1],
+    )
+    hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert torch.equal(model.lm_head(hidden), logits)
+    for adapter in sparse_adapters(model).values():
+        assert adapter.shared.batch is NO_BATCH
+
+
+def test_a_forward_inside_of_another_one_leaves_its_batch() -> None:
+    """As one in a hook of the user; padding and early choices are of each its own."""
+    first, second = batches(2)
+    inner = {"input_ids": second["input_ids"][:1, :5]}
+    model = sparse_model(lookahead=1, semantics="union").eval()
+    with torch.no_grad():
+        wanted = model(**first).logits, model(**inner).logits
+        found: list[Tensor | None] = []
+
+        def nested(*unused: Any) -> None:
+            if not found:
+                found.append(None)
+                found.append(model(**inner).logits)
+
+        with model.model.layers[1].mlp.register_forward_hook(nested):
+            outer = model(**first).logits
+    assert torch.equal(outer, wanted[0])
+    assert found[1] is not None
+    assert torch.equal(found[1], wanted[1])
+
+
+def test_removing_adapters_leaves_no_hooks() -> None:
+    model = opt(lookahead=1)
+    meft.remove_adapters(model)
+    for module in model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks

@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from meft_bench.parent.sweep import SweepError
 from meft_bench.shared import registry
 from meft_bench.shared.cell import Cell
 from meft_bench.shared.options import ChildOptions
-from meft_bench.shared.record import Record, Status
+from meft_bench.shared.record import Environment, Record, Status
 from meft_bench.shared.request import WORKER
 from meft_bench.virtual.device import gpu
 from meft_bench.virtual.prediction import plan_text
@@ -197,7 +197,7 @@ def _list(given: argparse.Namespace) -> int:
     path = selection.records_path(given, chosen)
     records = runs.read(path, lean=True)
     if records:  # otherwise the sources need not be read
-        tunings = trials.grown(tunings, lambda some: _done(records, some))
+        tunings = trials.grown(tunings, lambda some: _ended(records, some))
     cells += [trial for tuning in tunings for trial in tuning.trials]
     every = [*cells, *(cell for one in tunings for cell in one.cells)]
     trainings = selection.select_trainings(chosen, every)
@@ -228,8 +228,15 @@ def _list(given: argparse.Namespace) -> int:
 
 
 def _done(records: list[Record], cells: Sequence[Cell]) -> dict[Cell, Record]:
-    environments = harness.environments_for(tuple(cells), num_threads=1, num_slots=1)
-    return runs.done(records, cells, environments)
+    return runs.done(records, cells, _environments(cells))
+
+
+def _ended(records: list[Record], cells: Sequence[Cell]) -> dict[Cell, Record]:
+    return runs.ended(records, cells, _environments(cells))
+
+
+def _environments(cells: Sequence[Cell]) -> Mapping[str, Environment]:
+    return harness.environments_for(tuple(cells), num_threads=1, num_slots=1)
 
 
 def _show(given: argparse.Namespace) -> int:

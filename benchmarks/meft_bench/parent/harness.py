@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -227,7 +227,7 @@ def _with_further_trials(
     """
     ran = {trial for tuning in plan.tunings for trial in tuning.trials}
     while stage.is_whole:
-        tunings = _grown(plan.tunings, file, engine)
+        tunings = _grown(plan.tunings, file, engine, ran if plan.force else None)
         plan = dataclasses.replace(plan, tunings=tunings)
         every = [trial for tuning in tunings for trial in tuning.trials]
         further = tuple(trial for trial in every if trial not in ran)
@@ -242,9 +242,28 @@ def _with_further_trials(
 
 
 def _grown(
-    tunings: Sequence[Tuning], file: RecordsFile, engine: Engine
+    tunings: Sequence[Tuning],
+    file: RecordsFile,
+    engine: Engine,
+    ran: Collection[Cell] | None = None,
 ) -> tuple[Tuning, ...]:
-    return trials.grown(tunings, lambda cells: _done_among(cells, file, engine))
+    """Return tunings with the further values that the records ask for.
+
+    Args:
+        tunings: the tunings of a sweep.
+        file: the records.
+        engine: where cells run.
+        ran: the trials of which records count; None for all.
+    """
+
+    def find(cells: Sequence[Cell]) -> dict[Cell, Record]:
+        wanted = [cell for cell in cells if ran is None or cell in ran]
+        found: dict[Cell, Record] = {}
+        for environments in engine.places:
+            found = runs.ended(file.records, wanted, environments) | found
+        return found
+
+    return trials.grown(tunings, find)
 
 
 def _after_trials(

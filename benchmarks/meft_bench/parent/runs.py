@@ -237,14 +237,28 @@ def done(
     cells: Iterable[Cell],
     environments: Mapping[str, Environment],
 ) -> dict[Cell, Record]:
-    """Return those of `cells` that need not run again, each with its record.
+    """Return those of `cells` that need not run again: those that have ended well.
 
-    A cell is done when its last record on this class of machine is ok and comes from
-    the same code, the same versions of all packages and, for a backbone of random
-    weights, the same config file, and when no machine has run the cell with other code
-    since. An earlier record of the same code does not count: if the code is changed and
-    changed back, the cell runs again, so that its last record is that of the current
-    code.
+    Arguments and result are those of `ended`.
+    """
+    found = ended(records, cells, environments)
+    return {
+        cell: record for cell, record in found.items() if record.status == Status.OK
+    }
+
+
+def ended(
+    records: Iterable[Record],
+    cells: Iterable[Cell],
+    environments: Mapping[str, Environment],
+) -> dict[Cell, Record]:
+    """Return those of `cells` that have ended in a way that counts, with their records.
+
+    A cell has ended when its last record on this class of machine comes from the same
+    code, the same versions of all packages and, for a backbone of random weights, the
+    same config file, and when no machine has run the cell with other code since. An
+    earlier record of the same code does not count: if the code is changed and changed
+    back, the cell runs again, so that its last record is that of the current code.
 
     Args:
         records: all records of the file, oldest first.
@@ -265,7 +279,6 @@ def done(
         its = last.get((cell, here.machine))
         if (
             its is not None
-            and its.status == Status.OK
             and its.environment.versions == here.versions
             and its.environment.code_sha256 == here.code_sha256 == last_code[cell]
             and configs.digest(cell.backbone) in (None, its.environment.weights_sha256)

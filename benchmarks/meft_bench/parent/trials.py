@@ -215,31 +215,37 @@ def grown(
 
     Args:
         tunings: the tunings of a sweep.
-        find: returns the records of those cells that are done.
+        find: returns the records of those cells that have ended, well or not.
 
     Returns:
-        The tunings. Those with trials that are not done are as they are.
+        The tunings. Those with trials that have not ended are as they are.
     """
     found = tuple(tunings)
     while True:
-        done = find([trial for tuning in found for trial in tuning.trials])
-        longer = tuple(_extended(tuning, done) for tuning in found)
+        ended = find([trial for tuning in found for trial in tuning.trials])
+        longer = tuple(_extended(tuning, ended) for tuning in found)
         if longer == found:
             return found
         found = longer
 
 
-def _extended(tuning: Tuning, done: Mapping[Cell, Record]) -> Tuning:
+def _extended(tuning: Tuning, ended: Mapping[Cell, Record]) -> Tuning:
     """Return a tuning with one more value, if the best one is at an end."""
-    is_whole = all(trial in done for trial in tuning.trials)
-    best = best_of(tuning, done) if tuning.extensions and is_whole else None
+    is_whole = all(trial in ended for trial in tuning.trials)
+    best = best_of(tuning, ended) if tuning.extensions and is_whole else None
     if best is None:
         return tuning
     tried = sorted({trial.learning_rate for trial in tuning.trials})
     beside = {tried[0]: tried[1], tried[-1]: tried[-2]}.get(best.learning_rate)
     if beside is None:
         return tuning
-    rate = float(f"{best.learning_rate * best.learning_rate / beside:.2g}")
+    rates = (
+        float(f"{best.learning_rate * best.learning_rate / beside:.{digits}g}")
+        for digits in (2, 6)
+    )
+    rate = next((rate for rate in rates if not tried[0] <= rate <= tried[-1]), None)
+    if rate is None:  # values that are almost equal
+        return tuning
     seeds = dict.fromkeys(trial.seed for trial in tuning.trials)
     further = (
         dataclasses.replace(best, seed=seed, learning_rate=rate) for seed in seeds

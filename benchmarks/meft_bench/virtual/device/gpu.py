@@ -191,6 +191,10 @@ def _read(path: Path) -> Gpu:
     )
 
 
+MOST = 1e30
+"""Maximum of any rate."""
+
+
 def _check(path: Path, name: str, kind: object, value: Any) -> None:
     """Raise `GpuError` unless the JSON `value` is valid for the field `name`."""
     if name == "compute_capability":
@@ -207,6 +211,7 @@ def _check(path: Path, name: str, kind: object, value: Any) -> None:
     elif kind is int:
         words, fits = "an integer, 0 or more", type(value) is int and value >= 0
     else:
-        words, fits = "a number above 0", type(value) in (int, float) and value > 0
+        words = "a number above 0 and of at most 1e30"
+        fits = type(value) in (int, float) and 0 < value <= MOST
     if not fits:
         raise GpuError(f"{path}: `{name}` = {value!r} should be {words}")

@@ -59,6 +59,7 @@ def _of_product(product: Any, shapes: tuple[torch.Size, ...]) -> int:
 
 UNREAD = {
     aten._pin_memory,
+    aten._unsafe_view,
     aten.empty,
     aten.empty_like,
     aten.empty_strided,
@@ -67,6 +68,17 @@ UNREAD = {
     aten.new_empty_strided,
 }
 """Operators that reserve memory or ask about it, and do not read or write it."""
+LIKE = {
+    aten.full_like,
+    aten.new_full,
+    aten.new_ones,
+    aten.new_zeros,
+    aten.ones_like,
+    aten.rand_like,
+    aten.randn_like,
+    aten.zeros_like,
+}
+"""Operators that write a result of the form of their first tensor, and read none."""
 OVERWRITE = {aten.copy_, aten.fill_, aten.zero_}
 """Operators that write their first tensor and do not read it."""
 GATHER = {
@@ -74,8 +86,9 @@ GATHER = {
     aten.gather,
     aten.index,
     aten.index_select,
+    aten.nll_loss_forward,
 }
-"""Operators that read a part of their first tensor, as large as the result."""
+"""Operators that read a part of their first tensor, at least as large as the result."""
 SCATTER = {
     aten._index_put_impl_: 2,
     aten.index_add_: 2,
@@ -107,9 +120,13 @@ def traffic(
     whole = [*made, *given]
     if name in GATHER and made and given:
         table, *others = given
-        yield table, _size(made[0])
+        yield table, _part(made[0], table)
         # A result may be in memory that was given for it.
         whole = [made[0], *(tensor for tensor in others if tensor is not made[0])]
+    elif name is aten.nll_loss_backward:
+        whole = [*made, given[0], *given[2:]]  # without the values of which it is
+    elif name in LIKE:
+        whole = [*made]
     elif name in OVERWRITE:
         whole = [*given]
     elif name in SCATTER and len(given) > 1:
@@ -120,7 +137,18 @@ def traffic(
 
 
 def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    """Return the bytes of a tensor; numbers that are expanded are read once."""
+    numel = tensor.numel()
+    if numel and tensor.layout is torch.strided:
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            if stride == 0:
+                numel //= size
+    return numel * tensor.element_size()
+
+
+def _part(made: Tensor, table: Tensor) -> int:
+    """Return the bytes of a table from which a result is made."""
+    return min(made.numel() * table.element_size(), _size(table))
 
 
 def _all_heads(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
