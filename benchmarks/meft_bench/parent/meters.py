@@ -102,7 +102,7 @@ BY_TORCH = {
 }
 """Meters of a GPU that torch has, with their numbers."""
 ALL = "all of a GPU"
-"""Stands for the meters of both kinds where there is no GPU."""
+"""Name of the one line for the meters of both kinds where there is no GPU."""
 
 
 def states() -> Iterator[tuple[str, str]]:

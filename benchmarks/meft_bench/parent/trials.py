@@ -236,11 +236,11 @@ def _extended(tuning: Tuning, ended: Mapping[Cell, Record]) -> Tuning:
     if best is None:
         return tuning
     tried = sorted({trial.learning_rate for trial in tuning.trials})
-    beside = {tried[0]: tried[1], tried[-1]: tried[-2]}.get(best.learning_rate)
-    if beside is None:
+    nearest = {tried[0]: tried[1], tried[-1]: tried[-2]}.get(best.learning_rate)
+    if nearest is None:
         return tuning
     rates = (
-        float(f"{best.learning_rate * best.learning_rate / beside:.{digits}g}")
+        float(f"{best.learning_rate * best.learning_rate / nearest:.{digits}g}")
         for digits in (2, 6)
     )
     rate = next((rate for rate in rates if not tried[0] <= rate <= tried[-1]), None)
